@@ -1,0 +1,85 @@
+"""ClipBatch: the contract between the data pipeline and the model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from ca2st.errors import CA2STError
+from ca2st.spec import IMAGENET_MEAN, IMAGENET_STD
+
+
+class BatchContractError(CA2STError):
+    """A batch that breaks the contract: a fault of the code that made it, never of the data."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipBatch:
+    """A rank's share of one step: `batch` views of clips, in the plan's order.
+
+    `video` stays uint8 until it is on the device; `normalised_video` turns it into what the experts read.
+    """
+
+    video: UInt8[Tensor, "batch 3 time height width"]
+    """RGB frames, 0..255."""
+    mel: Float[Tensor, "batch rows bins"]
+    """Log-mel spectrogram crops, already normalised; all zeros where `has_audio` is false."""
+    intervals_seconds: Float[Tensor, "batch intervals 2"]
+    """(start, end) in seconds from the first moment of the sample: row 0 the spectrogram crop's, then one row a
+    pair of frames: the times of frames 2k and 2k+1. `intervals` = 1 + time / 2."""
+    labels: Int[Tensor, "batch targets"]
+    """Class indices, one column a target (verb, noun, ...), in the order of the recipe's targets."""
+    sample_ids: tuple[str, ...]
+    """Keys of the samples; the views of one sample repeat its key."""
+    has_audio: Bool[Tensor, " batch"]
+    """False where the source has no audio track."""
+    is_padding: Bool[Tensor, " batch"]
+    """True for entries that only fill the last batch of an evaluation; they count nowhere."""
+
+    def __post_init__(self) -> None:
+        batch, channels, time, _, _ = self.video.shape
+        if self.video.dtype != torch.uint8 or channels != 3:
+            raise BatchContractError(f"video: expected uint8 [B, 3, T, H, W], found {_describe(self.video)}")
+        if self.intervals_seconds.shape != (batch, 1 + time // 2, 2):
+            raise BatchContractError(
+                f"intervals_seconds: expected [{batch}, {1 + time // 2}, 2], found {_describe(self.intervals_seconds)}"
+            )
+        for name in ("mel", "labels", "has_audio", "is_padding"):
+            if getattr(self, name).shape[0] != batch:
+                raise BatchContractError(f"{name}: expected {batch} rows, found {_describe(getattr(self, name))}")
+        if len(self.sample_ids) != batch:
+            raise BatchContractError(f"sample_ids: expected {batch} keys, found {len(self.sample_ids)}")
+
+    @property
+    def num_clips(self) -> int:
+        """Number of views in the batch, padding included."""
+        return self.video.shape[0]
+
+    def normalised_video(self) -> Float[Tensor, "batch 3 time height width"]:
+        """Frames as float32 with ImageNet mean and standard deviation, which every expert reads (CLIP too)."""
+        mean = torch.tensor(IMAGENET_MEAN, device=self.video.device).view(3, 1, 1, 1)
+        std = torch.tensor(IMAGENET_STD, device=self.video.device).view(3, 1, 1, 1)
+        return (self.video.float() / 255 - mean) / std
+
+    def to(self, device: torch.device) -> "ClipBatch":
+        """The same batch with its tensors on `device`."""
+        return ClipBatch(
+            **{name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS}, sample_ids=self.sample_ids
+        )
+
+    def split(self, num_clips: int) -> Iterator["ClipBatch"]:
+        """Consecutive micro-batches of at most `num_clips` views."""
+        for start in range(0, self.num_clips, num_clips):
+            part = slice(start, start + num_clips)
+            yield ClipBatch(
+                **{name: getattr(self, name)[part] for name in _TENSORS}, sample_ids=self.sample_ids[part]
+            )
+
+
+_TENSORS = ("video", "mel", "intervals_seconds", "labels", "has_audio", "is_padding")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

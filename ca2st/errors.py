@@ -1,0 +1,60 @@
+"""The root of every error this project raises on purpose, with the exit code it ends a command with.
+
+::
+
+    CA2STError              1  a fault of ours
+    ├── UserInputError      2  something the user gave: a path, a recipe, an annotation row
+    ├── DataDamageError     3  damaged data, or more rejects than the budget allows
+    ├── EnvironmentFault    4  the machine: disk full, not writable, a missing library or device
+    ├── NumericError        5  NaN or infinity where a number was expected
+    └── RetriesUsedUpError  6  a run that failed in every attempt
+
+A message says what was expected, what was found, where (file:line, shard, key, frame, rank) and what to do.
+Each package derives its own errors from these in its own ``errors`` module.
+"""
+
+from typing import ClassVar
+
+
+class CA2STError(Exception):
+    """A fault the project can name; ``exit_code`` is what the command line ends with."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UserInputError(CA2STError):
+    """Something the user gave cannot be used as it is."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class DataDamageError(CA2STError):
+    """Data is damaged, or more samples were rejected than the budget allows."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class EnvironmentFault(CA2STError):
+    """The machine cannot do what was asked: no space, no permission, a missing device."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class NumericError(CA2STError):
+    """A loss, gradient or input stopped being a finite number."""
+
+    exit_code: ClassVar[int] = 5
+
+
+class RetriesUsedUpError(CA2STError):
+    """Every attempt the run was allowed has failed."""
+
+    exit_code: ClassVar[int] = 6
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """`` (did you mean 'x'?)`` for the nearest known name, or an empty string when none is near."""
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,0 +1,1 @@
+"""Shards in, ClipBatches out: a pure plan, threads that fetch and check bytes, and a decoding backend."""

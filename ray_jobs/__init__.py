@@ -1,0 +1,1 @@
+"""The composition root: recipes, command line, launching, tracking."""
