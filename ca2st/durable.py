@@ -61,7 +61,7 @@ class FaultPoints:
 
     def reach(self, point: str) -> None:
         """Say that execution arrived at `point`; the configured fault happens here or never."""
-        if point != self.point:
+        if not self.point or point != self.point:
             return
         self._arrivals[point] += 1
         if self._arrivals[point] != self.nth:

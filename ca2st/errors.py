@@ -22,8 +22,11 @@ class CA2STError(Exception):
     exit_code: ClassVar[int] = 1
 
 
-class UserInputError(CA2STError):
-    """Something the user gave cannot be used as it is."""
+class UserInputError(CA2STError, ValueError):
+    """Something the user gave cannot be used as it is.
+
+    A ValueError too, so that pydantic collects those of a recipe's sections with their paths.
+    """
 
     exit_code: ClassVar[int] = 2
 

@@ -46,7 +46,7 @@ def member_checksum(data: bytes) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
-def frame_checksum(data: bytes) -> int:
+def frame_checksum(data: bytes | memoryview) -> int:
     """xxh32 of one frame's JPEG bytes."""
     return xxhash.xxh32_intdigest(data)
 

@@ -1,0 +1,1 @@
+"""Training: schedule, optimizer, losses, metrics, journal, checkpoints, the loop and multi-view evaluation."""

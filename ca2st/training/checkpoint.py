@@ -1,0 +1,207 @@
+"""Checkpoint folders: written so that a kill at any moment leaves the newest complete one usable.
+
+``step-<n>.attempt-<a>/`` holds safetensors and JSON, never pickle. Each file follows the write protocol of
+`ca2st.durable`; ``COMPLETE.json`` is written last and names every file by size and sha256, the run it belongs to,
+and its own hash. A folder without it does not exist for readers and is swept at the next start.
+"""
+
+import hashlib
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ca2st.durable import NO_FAULTS, FaultPoints, fsync_folder, write_bytes
+from ca2st.errors import EnvironmentFault, UserInputError
+from ca2st.training.documents import open_sealed_json, sealed_json
+from ca2st.training.errors import CheckpointDamagedError
+
+MARKER_NAME = "COMPLETE.json"
+CHECKPOINTS_NAME = "checkpoints"
+FORMAT_VERSION = 1
+_FOLDER_PATTERN = re.compile(r"step-(\d+)\.attempt-(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointMarker:
+    """Contents of ``COMPLETE.json``."""
+
+    step: int
+    """Updates made."""
+    attempt: int
+    """Attempt of the run that wrote it."""
+    seed: int
+    """Seed of every draw."""
+    global_batch_size: int
+    """Clips a step."""
+    manifests: Mapping[str, str]
+    """Fingerprint of each shard set's manifest, by role (``train``, ``validation``)."""
+    recipe_sha256: str
+    """Hash of ``recipe.json``."""
+    topology: Mapping[str, Any]
+    """World size, device type and micro-batch: bit-equal numbers are promised on the same topology only."""
+    versions: Mapping[str, str]
+    """Library versions."""
+    experts: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of each frozen expert's file in ``experts/`` of the run folder, by expert."""
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Size and sha256 of every other file in the folder."""
+    format_version: int = FORMAT_VERSION
+    """Version of this layout."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A checkpoint read and verified: what was hashed is what is held."""
+
+    folder: Path
+    marker: CheckpointMarker
+    files: Mapping[str, bytes]
+
+
+def checkpoint_name(step: int, attempt: int) -> str:
+    """Folder name of a checkpoint; unique to the attempt, so nothing is ever overwritten."""
+    return f"step-{step}.attempt-{attempt}"
+
+
+def save_checkpoint(
+    root: Path, files: Mapping[str, bytes], marker: CheckpointMarker, *, faults: FaultPoints = NO_FAULTS
+) -> Path:
+    """Write a new checkpoint folder below `root`, the marker last.
+
+    Fault points: ``checkpoint.folder``, ``checkpoint.<file>.written`` and ``.renamed`` for every file
+    (``checkpoint.COMPLETE.json.written`` ...). When a file cannot be written the half-made folder is removed.
+
+    Raises:
+        EnvironmentFault: no space, no permission; earlier checkpoints are untouched.
+    """
+    folder = root / checkpoint_name(marker.step, marker.attempt)
+    named = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    document = {**asdict(marker), "files": named}
+    try:
+        folder.mkdir(parents=True)
+        fsync_folder(root)
+        faults.reach("checkpoint.folder")
+        for name, data in files.items():
+            write_bytes(folder / name, data, faults=faults, point=f"checkpoint.{name}")
+        write_bytes(folder / MARKER_NAME, sealed_json(document), faults=faults, point=f"checkpoint.{MARKER_NAME}")
+    except (OSError, EnvironmentFault) as error:
+        if not (folder / MARKER_NAME).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, EnvironmentFault):
+            raise
+        raise EnvironmentFault(f"cannot write checkpoint {folder}: {error.strerror}; free space") from error
+    return folder
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoint folders below `root`, newest first: by attempt, then by step.
+
+    A later attempt started from what an earlier one left, so its checkpoints are the run's present.
+    """
+    return sorted((path for path in _folders(root) if (path / MARKER_NAME).exists()), key=_age, reverse=True)
+
+
+def last_attempt_of_checkpoints(root: Path) -> int:
+    """Highest attempt number of any checkpoint folder, complete or not; 0 when there is none."""
+    return max((_age(path)[0] for path in _folders(root)), default=0)
+
+
+def sweep_partial(root: Path) -> list[Path]:
+    """Remove folders whose writer or remover was killed; the caller holds the run's lock."""
+    partial = [path for path in _folders(root) if not (path / MARKER_NAME).exists()]
+    for path in partial:
+        shutil.rmtree(path, ignore_errors=True)
+    return partial
+
+
+def remove_checkpoint(folder: Path, *, faults: FaultPoints = NO_FAULTS) -> None:
+    """Delete a checkpoint, its marker first, so that a kill half-way leaves a partial folder, not a damaged one.
+
+    Fault points: ``checkpoint.unmarked``, ``checkpoint.removed``.
+    """
+    (folder / MARKER_NAME).unlink()
+    fsync_folder(folder)
+    faults.reach("checkpoint.unmarked")
+    shutil.rmtree(folder)
+    faults.reach("checkpoint.removed")
+
+
+def read_marker(folder: Path) -> CheckpointMarker:
+    """Read and check ``COMPLETE.json`` alone.
+
+    Raises:
+        UserInputError: not a checkpoint, or one of a format this version does not read.
+        CheckpointDamagedError: its bytes are not what was written.
+    """
+    path = folder / MARKER_NAME
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserInputError(
+            f"{folder}: expected a checkpoint folder with {MARKER_NAME}, which cannot be read ({error.strerror}); "
+            "name a folder step-N.attempt-A"
+        ) from error
+    document = open_sealed_json(data, str(path))
+    if document.get("format_version") != FORMAT_VERSION:
+        raise UserInputError(
+            f"{path}: checkpoint format {document.get('format_version')}, this ca2st reads {FORMAT_VERSION}; "
+            "use a matching release"
+        )
+    return CheckpointMarker(**document)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a whole checkpoint into memory and verify every byte before anything uses it; raises as `verify`."""
+    marker = read_marker(folder)
+    _check_names(folder, marker)
+    files = {name: _verified(folder / name, facts) for name, facts in marker.files.items()}
+    return Checkpoint(folder=folder, marker=marker, files=files)
+
+
+def verify_checkpoint(folder: Path) -> CheckpointMarker:
+    """Check every byte of a checkpoint without keeping it.
+
+    Raises:
+        UserInputError: as `read_marker`.
+        CheckpointDamagedError: names the file that is missing, changed, or not of this checkpoint.
+    """
+    marker = read_marker(folder)
+    _check_names(folder, marker)
+    for name, facts in marker.files.items():
+        _verified(folder / name, facts)
+    return marker
+
+
+def _check_names(folder: Path, marker: CheckpointMarker) -> None:
+    strangers = sorted({path.name for path in folder.iterdir()} - set(marker.files) - {MARKER_NAME})
+    if strangers:
+        raise CheckpointDamagedError(f"{folder}: files that {MARKER_NAME} does not name: {strangers}; remove them")
+
+
+def _verified(path: Path, facts: Mapping[str, Any]) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointDamagedError(f"{path}: named by {MARKER_NAME} but not readable ({error.strerror})") from error
+    found = hashlib.sha256(data).hexdigest()
+    if len(data) != facts["size"] or found != facts["sha256"]:
+        raise CheckpointDamagedError(
+            f"{path}: expected {facts['size']} bytes with sha256 {facts['sha256'][:12]}..., "
+            f"found {len(data)} with {found[:12]}..."
+        )
+    return data
+
+
+def _folders(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    return [path for path in root.iterdir() if _FOLDER_PATTERN.fullmatch(path.name) and path.is_dir()]
+
+
+def _age(folder: Path) -> tuple[int, int]:
+    match = _FOLDER_PATTERN.fullmatch(folder.name)
+    assert match is not None
+    return int(match[2]), int(match[1])

@@ -1,0 +1,112 @@
+"""Settings of optimisation and of the training loop."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ca2st.errors import UserInputError, did_you_mean
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW, its schedule and the loss's smoothing. Source: the paper's training settings."""
+
+    base_lr: float = 1e-3
+    """Learning rate at a global batch of 256; the peak is ``base_lr * global_batch_size / 256``. Audio-visual
+    recipes use 5e-4."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's first and second moment."""
+    eps: float = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; never on 1-D parameters, biases and position tables."""
+    layer_decay: float = 0.75
+    """Parameters of layer i of d are trained at ``layer_decay ** (d - i)`` times the rate; 1 turns it off."""
+    warmup_epochs: float = 5.0
+    """Epochs of linear warm-up from 0 to the peak; may be a fraction."""
+    min_lr: float = 1e-6
+    """Where the cosine ends, at a global batch of 256; scaled as `base_lr` is."""
+    clip_grad_norm: float | None = None
+    """Largest global gradient norm, or None (the published runs do not clip)."""
+    label_smoothing: float = 0.1
+    """Share of the target spread evenly over all classes."""
+
+    def __post_init__(self) -> None:
+        _check("base_lr", self.base_lr, _positive, "a finite number > 0")
+        for beta in self.betas:
+            _check("betas", beta, _fraction, "two numbers in [0, 1)")
+        _check("eps", self.eps, _positive, "a finite number > 0")
+        _check("weight_decay", self.weight_decay, _not_negative, "a finite number >= 0")
+        _check("layer_decay", self.layer_decay, lambda x: 0 < x <= 1, "a number in (0, 1]")
+        _check("warmup_epochs", self.warmup_epochs, _not_negative, "a finite number >= 0")
+        _check("min_lr", self.min_lr, lambda x: 0 <= x <= self.base_lr, f"a number in [0, base_lr = {self.base_lr}]")
+        _check("label_smoothing", self.label_smoothing, _fraction, "a number in [0, 1)")
+        if self.clip_grad_norm is not None:
+            _check("clip_grad_norm", self.clip_grad_norm, _positive, "a finite number > 0, or none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """Length, batch, cadence and precision of a run."""
+
+    epochs: int = 50
+    """Passes over the training set; the schedule spans all of them."""
+    max_steps: int | None = None
+    """Stop after this many steps, or None. The schedule still spans `epochs`, so a run cut short is an exact
+    beginning of the whole run."""
+    global_batch_size: int = 192
+    """Clips a step, over all ranks."""
+    per_device_batch_size: int = 6
+    """Clips of one forward pass; a rank's share of a step is cut into micro-batches of this size. Sets the memory
+    used, not the result."""
+    seed: int = 0
+    """Keys every random draw: order, augmentation, DropPath."""
+    checkpoint_every_steps: int = 500
+    """Steps between checkpoints: the most work that a kill can cost."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; older ones go once the newest is verified."""
+    validate_every_epochs: int = 1
+    """Epochs between validations; 0: only at the end. The last step is always validated."""
+    precision: Precision = "fp32"
+    """``fp32``, or ``bf16`` autocast with float32 parameters, optimizer and losses."""
+    grace_seconds: float = 25.0
+    """Time from SIGTERM to a forced exit; the checkpoint must fit in. Launchers allow about 30 s."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "global_batch_size", "per_device_batch_size", "checkpoint_every_steps"):
+            _check(name, getattr(self, name), lambda x: x >= 1, "an integer >= 1")
+        _check("keep_checkpoints", self.keep_checkpoints, lambda x: x >= 1, "an integer >= 1")
+        _check("validate_every_epochs", self.validate_every_epochs, _not_negative, "an integer >= 0")
+        _check("seed", self.seed, lambda x: 0 <= x < 2**63, "an integer in [0, 2**63)")
+        _check("grace_seconds", self.grace_seconds, _positive, "a finite number > 0")
+        if self.max_steps is not None:
+            _check("max_steps", self.max_steps, lambda x: x >= 1, "an integer >= 1, or none")
+        known = list(get_args(Precision))
+        if self.precision not in known:
+            hint = did_you_mean(str(self.precision), known)
+            raise UserInputError(f"precision: expected one of {', '.join(known)}, found {self.precision!r}{hint}")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Steps the run takes: all epochs, or `max_steps` if that is less."""
+        whole = self.epochs * steps_per_epoch
+        return whole if self.max_steps is None else min(whole, self.max_steps)
+
+
+def _check(name: str, value: float | int, accepts: Callable[[float], bool], expected: str) -> None:
+    if not accepts(value):
+        raise UserInputError(f"{name}: expected {expected}, found {value}")
+
+
+def _positive(value: float | int) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _not_negative(value: float | int) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
+def _fraction(value: float | int) -> bool:
+    return 0 <= value < 1

@@ -1,0 +1,136 @@
+"""The run's journal: append-only JSON lines that hold every metric first, whatever happens to a tracker.
+
+Events: ``start``, ``step``, ``eval``, ``checkpoint``, ``fault``, ``end``. Numbers are written by repr, so a line
+gives back the exact float. A process killed in mid-line leaves a torn last line, which the next start cuts off.
+A run's sequence is the last line of each step: an attempt that starts from an older checkpoint writes its steps
+again.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ca2st.errors import EnvironmentFault
+
+JOURNAL_NAME = "journal.jsonl"
+_TAIL_BYTES = 1 << 20
+"""Where the torn end is looked for: far longer than any line."""
+
+
+class Journal:
+    """Writer of one attempt's lines. One process writes at a time: the run folder is locked.
+
+    Each line is handed to the kernel as it is written, so a killed process loses none; `sync` makes them survive the
+    machine too. On a full disk lines wait in memory and follow once there is space.
+    """
+
+    def __init__(self, path: Path, *, attempt: int, wall_clock: Callable[[], float] = time.time) -> None:
+        self.path = path
+        self.attempt = attempt
+        self._wall_clock = wall_clock
+        self._pending = b""
+        self._failure: str | None = None
+        try:
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise EnvironmentFault(f"cannot write {path}: {error.strerror}; choose another run folder") from error
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one line: the event, this attempt, the time (seconds since 1970) and `fields`.
+
+        Raises:
+            ValueError: a field is NaN or infinite; only `write_metrics` accepts those.
+        """
+        line = {"event": event, "attempt": self.attempt, "time": self._wall_clock(), **fields}
+        self._pending += (json.dumps(line, separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        self._flush()
+
+    def write_metrics(self, event: str, metrics: Mapping[str, float], **fields: Any) -> None:
+        """As `write`, with a field ``metrics``; those that are not finite become null and are listed."""
+        wrong = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+        clean = {name: None if name in wrong else value for name, value in metrics.items()}
+        self.write(event, **fields, metrics=clean, **({"not_finite": wrong} if wrong else {}))
+
+    def sync(self) -> None:
+        """Make every line so far survive a loss of power.
+
+        Raises:
+            EnvironmentFault: the disk is full or failing; lines that wait stay in memory.
+        """
+        self._flush()
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise EnvironmentFault(f"cannot write {self.path}: {error.strerror}; free space") from error
+        if self._pending:
+            raise EnvironmentFault(f"cannot write {self.path}: {self._failure}; free space")
+
+    def close(self) -> None:
+        """Sync and close; raises as `sync` when lines would be lost."""
+        try:
+            self.sync()
+        finally:
+            os.close(self._descriptor)
+
+    def _flush(self) -> None:
+        try:
+            while self._pending:
+                self._pending = self._pending[os.write(self._descriptor, self._pending) :]
+        except OSError as error:  # kept in _pending: the next line tries again, sync() and close() say so
+            self._failure = error.strerror
+
+
+def cut_torn_end(path: Path) -> int:
+    """Cut what a killed writer left after the last whole line; returns the bytes cut."""
+    if not path.exists():
+        return 0
+    with path.open("r+b") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES)
+        file.seek(start)
+        data = file.read()
+        end = len(data)
+        while end and not _is_whole_line(data, end):
+            end = data.rfind(b"\n", 0, end - 1) + 1
+        if end < len(data):
+            file.truncate(start + end)
+            os.fsync(file.fileno())
+    return len(data) - end
+
+
+def read_events(path: Path, *, event: str | None = None) -> Iterator[dict[str, Any]]:
+    """Lines of a journal in order, all or those of one event; a torn last line is left out."""
+    if not path.exists():
+        return
+    marker = None if event is None else f'"event":"{event}"'.encode()
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            if marker is None or marker in line:
+                document = json.loads(line)
+                if event is None or document["event"] == event:
+                    yield document
+
+
+def run_sequence(path: Path) -> list[dict[str, Any]]:
+    """The run's steps in order: the last line of each."""
+    last = {line["step"]: line for line in read_events(path, event="step")}
+    return [last[step] for step in sorted(last)]
+
+
+def last_attempt(path: Path) -> int:
+    """Number of the newest attempt in the journal; 0 when there is none."""
+    return max((line["attempt"] for line in read_events(path, event="start")), default=0)
+
+
+def _is_whole_line(data: bytes, end: int) -> bool:
+    if data[end - 1 : end] != b"\n":
+        return False
+    try:
+        return isinstance(json.loads(data[data.rfind(b"\n", 0, end - 1) + 1 : end]), dict)
+    except ValueError:
+        return False

@@ -1,0 +1,251 @@
+"""`train`: from a model and its sources to a trained, journalled, resumable run."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from ca2st.errors import UserInputError
+from ca2st.training.accelerator import check_accelerator
+from ca2st.training.checkpoint import read_checkpoint
+from ca2st.training.documents import differences
+from ca2st.training.errors import RanksDisagreeError, ResumeRefusedError
+from ca2st.training.intake import Intake
+from ca2st.training.journal import JOURNAL_NAME, Journal
+from ca2st.training.lock import locked
+from ca2st.training.optim import build_optimizer
+from ca2st.training.protocols import EvaluationSource, TrainSource
+from ca2st.training.ranks import Ranks
+from ca2st.training.record import LOADER_FILE, identity
+from ca2st.training.resume import RunStart, open_run
+from ca2st.training.run import SCHEDULE_FILE, Run, RunParts, loader_position
+from ca2st.training.schedule import LearningRateSchedule, schedule_for
+from ca2st.training.settings import TrainingSettings
+from ca2st.training.signals import StopRequest
+from ca2st.training.state import TrainedState, put_state, read_state
+from ca2st.training.step import Stepper
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingResult:
+    """What a finished run leaves."""
+
+    steps: int
+    """Updates made in all attempts together."""
+    checkpoint: Path
+    """Folder of the last checkpoint."""
+    metrics: Mapping[str, float | None]
+    """Last validation metrics; empty without a validation set."""
+    attempt: int
+    """Attempt that finished the run."""
+    resumed_step: int
+    """Step this attempt started from; 0 for a fresh start."""
+    damaged_checkpoints: tuple[str, ...]
+    """Checkpoints passed over at the start because they are damaged: what and where."""
+
+
+def train(
+    model: nn.Module,
+    source: TrainSource,
+    *,
+    accelerator: Accelerator,
+    settings: TrainingSettings,
+    validation: EvaluationSource | None = None,
+    stop: StopRequest | None = None,
+) -> TrainingResult:
+    """Train `model`, going on where the run folder's newest sound checkpoint stands.
+
+    Called on every rank with the same arguments but for the sources, which give each rank its own share. Parameters
+    train as their ``requires_grad`` says. The model is moved to the device and changed in place.
+
+    Raises:
+        ResumeRefusedError: the folder holds another run.
+        NonFiniteError: NaN or infinity, before anything was updated.
+        RunStoppedError: `stop` was requested; the state is saved.
+        EnvironmentFault: the folder is in use, or three saves in a row failed.
+        CA2STError: as the parts raise; a failure of one rank ends all of them.
+    """
+    ranks = Ranks(accelerator)
+    _check_setup(ranks, accelerator, settings, source=source)
+    with contextlib.ExitStack() as stack:
+        journals: list[Journal] = []
+
+        def begin() -> RunStart:
+            stack.enter_context(locked(settings.folder, wait_seconds=settings.lock_wait_seconds))
+            start = _open(accelerator, settings)
+            path = settings.folder / JOURNAL_NAME
+            journals.append(Journal(path, attempt=start.attempt, wall_clock=settings.wall_clock))
+            stack.callback(journals[0].close)
+            return start
+
+        start = ranks.on_main(begin)
+        parts = _make_parts(
+            model,
+            source,
+            accelerator=accelerator,
+            settings=settings,
+            validation=validation,
+            stop=stop or StopRequest(),
+            journal=journals[0] if journals else None,
+        )
+        run = Run(parts, start)
+        try:
+            _begin(run, parts, start)
+            run.to_the_end()
+        except BaseException as error:
+            run.keep_evidence(error)
+            raise
+        return _finish(run, start)
+
+
+def _make_parts(
+    model: nn.Module,
+    source: TrainSource,
+    *,
+    accelerator: Accelerator,
+    settings: TrainingSettings,
+    validation: EvaluationSource | None,
+    stop: StopRequest,
+    journal: Journal | None,
+) -> RunParts:
+    config, ranks = settings.config, Ranks(accelerator)
+    optimizer = build_optimizer(model, settings.optim, rules=settings.rules)
+    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    schedule = _schedule(settings, source)
+    stepper = Stepper(
+        prepared,
+        prepared_optimizer,
+        accelerator=accelerator,
+        config=config,
+        optim=settings.optim,
+        schedule=schedule,
+        targets=tuple(settings.targets),
+    )
+    intake = Intake(
+        source,
+        ranks,
+        targets=settings.targets,
+        global_batch_size=config.global_batch_size,
+        stop=stop,
+        clock=settings.clock,
+    )
+    return RunParts(
+        settings=settings,
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        stepper=stepper,
+        intake=intake,
+        schedule=schedule,
+        steps_per_epoch=source.steps_per_epoch,
+        validation=validation,
+        topology=_topology(accelerator, settings),
+        journal=journal,
+    )
+
+
+def _begin(run: Run, parts: RunParts, start: RunStart) -> None:
+    """Put the checkpoint's state in place and say in the journal how the attempt begins."""
+    _restore(parts, start)
+    settings = parts.settings
+    run.log(
+        "start",
+        step=start.step,
+        resumed_from=start.folder.name if start.folder else None,
+        total_steps=settings.config.total_steps(parts.steps_per_epoch),
+        steps_per_epoch=parts.steps_per_epoch,
+        topology=parts.topology,
+        manifests=settings.record.manifests,
+        recipe_sha256=settings.record.recipe_sha256,
+        versions=settings.record.versions,
+        changes=start.changes,
+        swept=start.swept,
+        cut_bytes=start.cut_bytes,
+    )
+    for problem in start.damaged:
+        run.log("fault", kind="damaged_checkpoint", step=start.step, error=problem)
+    parts.model.train()
+
+
+def _restore(parts: RunParts, start: RunStart) -> None:
+    """Read and check the checkpoint on every rank; only when all have succeeded does any swap it in."""
+    if start.folder is None:
+        return
+    folder, states = start.folder, list[TrainedState]()
+
+    def read() -> None:
+        checkpoint = read_checkpoint(folder)
+        position = loader_position(parts.settings.record, step=start.step, steps_per_epoch=parts.steps_per_epoch)
+        for name, now in ((LOADER_FILE, position), (SCHEDULE_FILE, asdict(parts.schedule))):
+            changed = differences(json.loads(checkpoint.files[name]), now)
+            if changed:
+                raise ResumeRefusedError(f"{folder / name}: saved by another run: {'; '.join(changed)}")
+        states.append(read_state(parts.model, parts.optimizer, files=checkpoint.files))
+
+    Ranks(parts.accelerator).together(read)
+    put_state(parts.model, parts.optimizer, state=states[0])
+
+
+def _finish(run: Run, start: RunStart) -> TrainingResult:
+    run.log("end", status="done", step=run.step)
+    assert run.checkpoint is not None  # the last step's save is required
+    return TrainingResult(
+        steps=run.step,
+        checkpoint=run.checkpoint,
+        metrics=run.metrics,
+        attempt=start.attempt,
+        resumed_step=start.step,
+        damaged_checkpoints=start.damaged,
+    )
+
+
+def _open(accelerator: Accelerator, settings: TrainingSettings) -> RunStart:
+    return open_run(
+        settings.folder,
+        wanted=_identity(settings),
+        versions=settings.record.versions,
+        topology=_topology(accelerator, settings),
+        strict=settings.strict_resume,
+    )
+
+
+def _identity(settings: TrainingSettings) -> dict[str, Any]:
+    config = settings.config
+    return identity(settings.record, seed=config.seed, global_batch_size=config.global_batch_size)
+
+
+def _topology(accelerator: Accelerator, settings: TrainingSettings) -> dict[str, Any]:
+    return {
+        "world_size": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "per_device_batch_size": settings.config.per_device_batch_size,
+        "precision": settings.config.precision,
+    }
+
+
+def _schedule(settings: TrainingSettings, source: TrainSource) -> LearningRateSchedule:
+    return schedule_for(
+        settings.optim,
+        global_batch_size=settings.config.global_batch_size,
+        epochs=settings.config.epochs,
+        steps_per_epoch=source.steps_per_epoch,
+    )
+
+
+def _check_setup(ranks: Ranks, accelerator: Accelerator, settings: TrainingSettings, *, source: TrainSource) -> None:
+    """Refuse what cannot work before anything is made, and ranks that were told different things."""
+    check_accelerator(accelerator, settings.config)
+    if source.steps_per_epoch < 1:
+        raise UserInputError(f"steps_per_epoch: expected at least 1, found {source.steps_per_epoch}; add samples")
+    _schedule(settings, source)
+    own = {**_identity(settings), "versions": dict(settings.record.versions), "steps_per_epoch": source.steps_per_epoch}
+    first, *others = ranks.gather(own)
+    for rank, other in enumerate(others, start=1):
+        changed = differences(first, other)
+        if changed:
+            raise RanksDisagreeError(f"rank {rank} was started otherwise than rank 0: {'; '.join(changed)}")

@@ -1,0 +1,118 @@
+"""Which parameter is trained how fast, and which decays: parameter groups and AdamW.
+
+Every rule must match something: a rule that silently matches nothing is how a fine-tuning recipe goes wrong unseen.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ca2st.training.config import OptimConfig
+from ca2st.training.errors import ParameterRuleError
+
+LayerIndex = Callable[[str], int | None]
+"""Maps a parameter's name to its layer 0..d-1, or None for heads and other parts after the last layer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterRules:
+    """What the optimizer must know of a model."""
+
+    layer_index: LayerIndex
+    """Layer of a parameter by name; None trains at the full rate."""
+    num_layers: int
+    """Layers of the model (d): layer i is scaled by ``layer_decay ** (d - i)``."""
+    no_weight_decay: Collection[str] = field(default=())
+    """Names of parameters without decay besides the 1-D ones and biases: position tables, class tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterGroup:
+    """Trained parameters that share a rate and a decay."""
+
+    names: tuple[str, ...]
+    """Parameter names, in the model's order."""
+    lr_scale: float
+    """Factor on the scheduled learning rate."""
+    weight_decay: float
+    """AdamW's decoupled decay."""
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig, *, rules: ParameterRules) -> tuple[ParameterGroup, ...]:
+    """Sort the trained parameters into groups of one rate and one decay.
+
+    Raises:
+        ParameterRuleError: nothing is trained, or a rule names or matches nothing.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    _check_rules(model, trained, config, rules=rules)
+    members: dict[tuple[float, float], list[str]] = {}
+    for name, parameter in trained.items():
+        decay = 0.0 if _is_undecayed(name, parameter, rules) else config.weight_decay
+        members.setdefault((_lr_scale(name, config, rules), decay), []).append(name)
+    return tuple(
+        ParameterGroup(names=tuple(names), lr_scale=scale, weight_decay=decay)
+        for (scale, decay), names in members.items()
+    )
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, *, rules: ParameterRules) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; each group carries its ``names`` and ``lr_scale``.
+
+    Rates are 0 until `set_learning_rate`.
+    """
+    parameters = dict(model.named_parameters())
+    groups = [
+        {
+            "params": [parameters[name] for name in group.names],
+            "names": group.names,
+            "lr_scale": group.lr_scale,
+            "weight_decay": group.weight_decay,
+        }
+        for group in parameter_groups(model, config, rules=rules)
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group the scheduled rate times its own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+def _is_undecayed(name: str, parameter: nn.Parameter, rules: ParameterRules) -> bool:
+    return parameter.ndim <= 1 or name.rpartition(".")[2] == "bias" or name in rules.no_weight_decay
+
+
+def _lr_scale(name: str, config: OptimConfig, rules: ParameterRules) -> float:
+    layer = rules.layer_index(name)
+    if layer is None:
+        return 1.0
+    if not 0 <= layer < rules.num_layers:
+        raise ParameterRuleError(
+            f"layer of {name}: expected 0..{rules.num_layers - 1}, found {layer}; mend the model's layer_index"
+        )
+    return float(config.layer_decay ** (rules.num_layers - layer))
+
+
+def _check_rules(
+    model: nn.Module, trained: dict[str, nn.Parameter], config: OptimConfig, *, rules: ParameterRules
+) -> None:
+    if not trained:
+        raise ParameterRuleError("trained parameters: expected some, found none; call set_trainable before training")
+    unknown = sorted(set(rules.no_weight_decay) - {name for name, _ in model.named_parameters()})
+    if unknown:
+        raise ParameterRuleError(f"no_weight_decay: expected names of the model's parameters, found {unknown}")
+    undecayed = [name for name, parameter in trained.items() if _is_undecayed(name, parameter, rules)]
+    if config.weight_decay > 0 and len(undecayed) == len(trained):
+        raise ParameterRuleError(f"weight_decay = {config.weight_decay} applies to none of {len(trained)} parameters")
+    if config.weight_decay > 0 and not undecayed:
+        raise ParameterRuleError(
+            "no decay for 1-D parameters, biases and position tables: the model trains none of them"
+        )
+    if config.layer_decay < 1 and all(rules.layer_index(name) is None for name in trained):
+        raise ParameterRuleError(
+            f"layer_decay = {config.layer_decay}: no trained parameter belongs to a layer; set it to 1 or train layers"
+        )

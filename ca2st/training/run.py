@@ -1,0 +1,239 @@
+"""The steps of one attempt: update, journal, checkpoint, validate, until the end or a request to stop."""
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ca2st.batch import ClipBatch
+from ca2st.errors import EnvironmentFault
+from ca2st.training.checkpoint import CHECKPOINTS_NAME, CheckpointMarker
+from ca2st.training.documents import canonical_json
+from ca2st.training.errors import NonFiniteError, RunStoppedError
+from ca2st.training.evaluate import evaluate
+from ca2st.training.failing_clips import keep_failing_clips
+from ca2st.training.intake import Intake, StepIntake
+from ca2st.training.journal import Journal
+from ca2st.training.keeper import MAX_FAILED_SAVES, CheckpointKeeper, SaveOutcome
+from ca2st.training.protocols import EvaluationSource
+from ca2st.training.ranks import Ranks
+from ca2st.training.record import LOADER_FILE, RunRecord
+from ca2st.training.resume import RunStart
+from ca2st.training.schedule import LearningRateSchedule
+from ca2st.training.settings import TrainingProgress, TrainingSettings
+from ca2st.training.signals import stopped_error
+from ca2st.training.state import collect_state
+from ca2st.training.step import Stepper, StepResult
+
+SCHEDULE_FILE = "schedule.json"
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunParts:
+    """What an attempt works with; made by `loop.train`."""
+
+    settings: TrainingSettings
+    accelerator: Accelerator
+    model: nn.Module
+    """Not wrapped."""
+    optimizer: torch.optim.Optimizer
+    """Not wrapped."""
+    stepper: Stepper
+    intake: Intake
+    schedule: LearningRateSchedule
+    steps_per_epoch: int
+    validation: EvaluationSource | None
+    topology: Mapping[str, Any]
+    journal: Journal | None
+    """On the main rank."""
+
+
+class Run:
+    """One attempt from its start to its end."""
+
+    def __init__(self, parts: RunParts, start: RunStart) -> None:
+        self._parts = parts
+        self._settings = parts.settings
+        self._config = parts.settings.config
+        self._start = start
+        self._ranks = Ranks(parts.accelerator)
+        self._keeper = CheckpointKeeper(
+            parts.settings.folder / CHECKPOINTS_NAME, keep=self._config.keep_checkpoints, faults=parts.settings.faults
+        )
+        self._total_steps = self._config.total_steps(parts.steps_per_epoch)
+        self._share: ClipBatch | None = None
+        self._mark = 0.0
+        self.step = start.step
+        """Updates made."""
+        self.checkpoint = start.folder
+        """Newest checkpoint of the run."""
+        self._saved_step = start.step if start.folder else 0
+        last = start.last_eval
+        self._evaluated_step = int(last["step"]) if last else -1
+        self.metrics: Mapping[str, float | None] = dict(last["metrics"]) if last else {}
+        """Newest validation metrics."""
+
+    def to_the_end(self) -> None:
+        """Train to the last step; raises what stops it, after the checkpoint that a stop asks for."""
+        if self.step > 0 and self._is_validation_due():
+            self._validate()  # a kill between a checkpoint and its validation
+        self._mark = self._settings.clock()
+        while self.step < self._total_steps:
+            epoch, first_step = divmod(self.step, self._parts.steps_per_epoch)
+            with contextlib.closing(self._parts.intake.epoch(epoch, first_step=first_step)) as steps:
+                for intake in steps:
+                    self._advance(intake, epoch)
+                    if self.step == self._total_steps:
+                        break
+
+    def keep_evidence(self, error: BaseException) -> None:
+        """Write what a failure leaves: journal lines, and the clips whose numbers were not finite."""
+        if isinstance(error, NonFiniteError) and self._share is not None:
+            name = f"step-{self.step + 1}.attempt-{self._start.attempt}.rank-{self._ranks.rank}"
+            with contextlib.suppress(EnvironmentFault, OSError):
+                keep_failing_clips(self._settings.folder, self._share, error.keys, name=name)
+        if isinstance(error, RunStoppedError):
+            self.log("end", status="stopped", step=self.step, error=str(error))
+            return
+        facts = {"keys": error.keys, "parameters": error.parameters} if isinstance(error, NonFiniteError) else {}
+        notes = getattr(error, "__notes__", [])
+        self.log("fault", kind=type(error).__name__, step=self.step, error=str(error), notes=notes, **facts)
+        self.log("end", status="failed", step=self.step, error=str(error))
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Write a journal line, on the main rank."""
+        if self._parts.journal is not None:
+            self._parts.journal.write(event, **fields)
+
+    def _advance(self, intake: StepIntake, epoch: int) -> None:
+        if intake.share is None:
+            self._stop(intake.stop_signal)
+            return
+        self._share = intake.share
+        result = self._parts.stepper.update(intake.share, intake.keys_of_rank, step=self.step + 1)
+        self.step += 1
+        self._settings.faults.reach("step.updated")
+        self._report(intake, result, epoch)
+        self._settings.faults.reach("step.logged")
+        validate, last = self._is_validation_due(), self.step == self._total_steps
+        if validate or last or self.step % self._config.checkpoint_every_steps == 0:
+            self._save(required=last)
+        if validate:
+            self._validate()
+        self._mark = self._settings.clock()
+
+    def _report(self, intake: StepIntake, result: StepResult, epoch: int) -> None:
+        seconds = self._settings.clock() - self._mark
+        progress = TrainingProgress(
+            step=self.step,
+            total_steps=self._total_steps,
+            epoch=epoch,
+            loss=result.loss,
+            lr=result.lr,
+            clips_per_second=self._config.global_batch_size / seconds if seconds > 0 else 0.0,
+            data_wait_fraction=min(1.0, intake.wait_seconds / seconds) if seconds > 0 else 0.0,
+        )
+        fields = asdict(progress)
+        del fields["total_steps"]
+        self.log("step", **fields, grad_norm=result.grad_norm, sample_ids_hash=intake.sample_ids_hash)
+        if self._settings.progress is not None and self._ranks.is_main:
+            self._settings.progress(progress)
+
+    def _is_validation_due(self) -> bool:
+        every = self._config.validate_every_epochs
+        epochs, rest = divmod(self.step, self._parts.steps_per_epoch)
+        due = self.step == self._total_steps or (every > 0 and rest == 0 and epochs % every == 0)
+        return due and self._parts.validation is not None and self._evaluated_step != self.step
+
+    def _validate(self) -> None:
+        assert self._parts.validation is not None
+        begin = self._settings.clock()
+        result = evaluate(
+            self._parts.model,
+            self._parts.validation,
+            accelerator=self._parts.accelerator,
+            targets=self._settings.targets,
+            per_device_batch_size=self._config.per_device_batch_size,
+        )
+        self.metrics, self._evaluated_step = result.metrics, self.step
+        if self._parts.journal is not None:
+            self._parts.journal.write_metrics(
+                "eval",
+                result.metrics,
+                step=self.step,
+                epoch=(self.step - 1) // self._parts.steps_per_epoch,
+                split="validation",
+                num_samples=result.num_samples,
+                seconds=self._settings.clock() - begin,
+            )
+
+    def _stop(self, signal_number: int) -> None:
+        self.log("fault", kind="signal", step=self.step, signal=signal_number)
+        if self.step > self._saved_step:
+            self._save(required=False)
+        kept = (
+            f"its state is in {self.checkpoint}"
+            if self._saved_step == self.step and self.step
+            else "nothing new to save"
+        )
+        raise stopped_error(
+            signal_number, f"stopped by signal {signal_number} after step {self.step}; {kept}; rerun to resume"
+        )
+
+    def _save(self, *, required: bool) -> None:
+        begin = self._settings.clock()
+        outcome = self._ranks.on_main(self._write_checkpoint)
+        for problem in outcome.problems:
+            _LOGGER.warning("checkpoint at step %d: %s", self.step, problem)
+            self.log("fault", kind="checkpoint", step=self.step, error=problem, num_failed=outcome.num_failed)
+        if outcome.folder is not None:
+            self.checkpoint, self._saved_step = outcome.folder, self.step
+            self.log("checkpoint", step=self.step, name=outcome.folder.name, seconds=self._settings.clock() - begin)
+        elif required or outcome.num_failed >= MAX_FAILED_SAVES:
+            raise EnvironmentFault(
+                f"cannot save at step {self.step} ({outcome.num_failed} failures in a row): {outcome.problems[0]}; "
+                f"the newest checkpoint is {self.checkpoint or 'none'}"
+            )
+
+    def _write_checkpoint(self) -> SaveOutcome:
+        record = self._settings.record
+        position = loader_position(record, step=self.step, steps_per_epoch=self._parts.steps_per_epoch)
+        files = {
+            **record.files(),
+            **collect_state(self._parts.model, self._parts.optimizer),
+            LOADER_FILE: canonical_json(position),
+            SCHEDULE_FILE: canonical_json(asdict(self._parts.schedule)),
+        }
+        assert self._parts.journal is not None
+        return self._keeper.save(files, self._marker(), before=self._parts.journal.sync)
+
+    def _marker(self) -> CheckpointMarker:
+        record = self._settings.record
+        return CheckpointMarker(
+            step=self.step,
+            attempt=self._start.attempt,
+            seed=self._config.seed,
+            global_batch_size=self._config.global_batch_size,
+            manifests=record.manifests,
+            recipe_sha256=record.recipe_sha256,
+            topology=self._parts.topology,
+            versions=record.versions,
+            experts=record.experts,
+        )
+
+
+def loader_position(record: RunRecord, *, step: int, steps_per_epoch: int) -> dict[str, Any]:
+    """Where the loader stands after `step` updates, and what its order follows from: ``loader.json``."""
+    epoch, step_in_epoch = divmod(step, steps_per_epoch)
+    return {
+        "epoch": epoch,
+        "step_in_epoch": step_in_epoch,
+        "steps_per_epoch": steps_per_epoch,
+        "plan": dict(record.loader),
+    }

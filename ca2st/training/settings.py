@@ -1,0 +1,54 @@
+"""Everything `loop.train` is told besides the model, its sources and the processes it runs on."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ca2st.durable import NO_FAULTS, FaultPoints
+from ca2st.training.config import OptimConfig, TrainingConfig
+from ca2st.training.optim import ParameterRules
+from ca2st.training.record import RunRecord
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingProgress:
+    """What a progress bar shows after a step."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    loss: float
+    lr: float
+    clips_per_second: float
+    data_wait_fraction: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSettings:
+    """A run, as its caller describes it; the same on every rank."""
+
+    folder: Path
+    """The run's folder: journal, checkpoints, lock."""
+    config: TrainingConfig
+    """Length, batch, cadence, precision."""
+    optim: OptimConfig
+    """AdamW, schedule, smoothing."""
+    rules: ParameterRules
+    """Layers and decay of the model's parameters."""
+    targets: Mapping[str, int]
+    """Number of classes by target, in the order of the batches' label columns."""
+    record: RunRecord
+    """What checkpoints remember, and what must be equal at resume."""
+    strict_resume: bool = False
+    """Refuse a damaged newest checkpoint and other library versions, instead of warning."""
+    lock_wait_seconds: float = 5.0
+    """How long to wait for a predecessor in the folder to finish dying."""
+    faults: FaultPoints = NO_FAULTS
+    """For tests: the points of `checkpoint`, ``step.updated`` and ``step.logged``."""
+    progress: Callable[[TrainingProgress], None] | None = None
+    """Called on the main rank after every step."""
+    clock: Callable[[], float] = time.perf_counter
+    """Seconds, for durations only."""
+    wall_clock: Callable[[], float] = time.time
+    """Seconds since 1970, for the journal only."""

@@ -1,0 +1,96 @@
+"""Stopping on request: SIGTERM and SIGINT become a flag that all ranks agree on at the next step.
+
+Install the handlers at the edge (`stop_on_signals` in the main thread of a command); the loop only reads the flag.
+"""
+
+import contextlib
+import faulthandler
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from ca2st.training.errors import InterruptedRunError, RunStoppedError, TerminatedError
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """A flag that asks the run to save a checkpoint and stop."""
+
+    def __init__(self) -> None:
+        self._signal_number = 0
+
+    @property
+    def signal_number(self) -> int:
+        """Number of the signal that asked, or 0."""
+        return self._signal_number
+
+    def request(self, signal_number: int = signal.SIGTERM) -> None:
+        """Ask the run to stop as this signal would; the first request counts."""
+        self._signal_number = self._signal_number or signal_number
+
+
+def stopped_error(signal_number: int, message: str) -> RunStoppedError:
+    """The error that ends a run stopped by `signal_number`, with the shell's exit code for it."""
+    kind = InterruptedRunError if signal_number == signal.SIGINT else TerminatedError
+    return kind(message)
+
+
+@contextlib.contextmanager
+def stop_on_signals(*, grace_seconds: float) -> Iterator[StopRequest]:
+    """Turn SIGTERM and SIGINT into a `StopRequest` while the block runs.
+
+    A second signal, or `grace_seconds` after the first, ends the process at once with the same exit code and the
+    stacks of its threads on stderr: even when the main thread is stuck in a collective that will never end.
+    Main thread only.
+    """
+    stop = StopRequest()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        stop.request(number)
+
+    reader, writer = socket.socketpair()
+    for end in (reader, writer):
+        end.setblocking(False)
+    previous = {number: signal.signal(number, handle) for number in _STOPPING}
+    previous_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    watchdog = threading.Thread(target=_watch, args=(reader, grace_seconds), name="stop-watchdog", daemon=True)
+    watchdog.start()
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(previous_descriptor)
+        writer.close()
+        watchdog.join()
+        reader.close()
+
+
+def _watch(reader: socket.socket, grace_seconds: float) -> None:
+    first = _next_signal(reader, None)
+    if first is None:
+        return
+    second = _next_signal(reader, grace_seconds)
+    if second is None:
+        return
+    sys.stderr.write(f"stopping at once: {'second signal' if second else f'no exit within {grace_seconds:g} s'}\n")
+    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+    os._exit(128 + first)
+
+
+def _next_signal(reader: socket.socket, timeout: float | None) -> int | None:
+    """Number of the next stopping signal, 0 when none came in time, None when the block has ended."""
+    while True:
+        if not select.select([reader], [], [], timeout)[0]:
+            return 0
+        data = reader.recv(1)
+        if not data:
+            return None
+        if data[0] in _STOPPING:
+            return data[0]

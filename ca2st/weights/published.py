@@ -1,0 +1,162 @@
+"""Reading and writing whole models under the names of the released CAST, CAVA and CA2ST checkpoints."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ca2st.errors import UserInputError
+from ca2st.model.config import ModelConfig, TargetSpec
+from ca2st.model.heads import is_verb_noun, sums_of
+from ca2st.model.holistic import HolisticModel
+from ca2st.model.layer import bottleneck_name
+from ca2st.model.structure import EXPERTS, Bridge, bridges_of_layer, uses_time_codes
+from ca2st.weights.errors import WeightsMismatchError
+from ca2st.weights.published_tables import (
+    ADAPTER_NAMES,
+    EXPERT_LAYER_NAMES,
+    EXPERT_NAMES,
+    LAYOUTS,
+    NEVER_USED,
+    QUERY_ADAPTER_NAMES,
+    TIME_MLPS,
+    Names,
+    PublishedBridge,
+    PublishedLayout,
+)
+from ca2st.weights.strict import LoadReport, load_strictly, refuse_mismatch
+
+
+def published_names(config: ModelConfig, targets: Sequence[TargetSpec]) -> dict[str, str]:
+    """Published tensor name -> our tensor name; several published names may share one of ours (down and up).
+
+    Raises:
+        UserInputError: there is no published layout for this kind of model or these targets.
+    """
+    if config.kind not in LAYOUTS:
+        raise UserInputError(f"published names: expected kind {', '.join(LAYOUTS)}, found {config.kind}")
+    layout = LAYOUTS[config.kind]
+    pairs = dict(_expert_names(config))
+    for index in range(config.depth):
+        pairs |= _below(f"blocks.{index}.", f"layers.{index}.", dict(_added_names(config, layout, index)))
+    if uses_time_codes(config):
+        for theirs, ours in TIME_MLPS.items():
+            pairs |= _below(f"{theirs}.", f"time_codes.{ours}.", Names(modules=layout.time_mlp).pairs())
+    return pairs | dict(_head_names(layout, config, targets))
+
+
+def load_published(
+    model: HolisticModel, state: Mapping[str, Tensor], *, where: str, allow_missing: Sequence[str] = ()
+) -> LoadReport:
+    """Put the tensors of a released checkpoint into `model`, all or nothing; the report speaks published names.
+
+    `audio_ln_post.*`, which the method never uses, is the only thing left aside. `allow_missing` are patterns of our
+    names, as in `load_strictly`.
+
+    Raises:
+        WeightsMismatchError: anything is missing, left over, of another shape, or given twice with different values.
+    """
+    names = _names_of(model)
+    unexpected = sorted(state.keys() - names.keys() - NEVER_USED)
+    refuse_mismatch({"unexpected": unexpected}, where=where)
+    own = model.state_dict()
+    translated: dict[str, Tensor] = {}
+    for theirs, ours in names.items():
+        if theirs in state:
+            tensor = _without_leading_ones(state[theirs], own[ours].ndim)
+            _check_agreement(translated.get(ours), tensor, theirs=theirs, where=where)
+            translated[ours] = tensor
+    incomplete = sorted(theirs for theirs, ours in names.items() if ours in translated and theirs not in state)
+    refuse_mismatch({"missing": incomplete}, where=where)
+    report = load_strictly(model, translated, where=where, allow_missing=allow_missing)
+    return LoadReport(
+        loaded=tuple(sorted(state.keys() & names.keys())),
+        missing=tuple(sorted(theirs for theirs, ours in names.items() if ours in report.missing)),
+        unexpected=tuple(sorted(state.keys() & NEVER_USED)),
+    )
+
+
+def to_published(model: HolisticModel) -> dict[str, Tensor]:
+    """The model's tensors under published names; tensors that two names share are given under both."""
+    own = model.state_dict()
+    state = {theirs: own[ours].detach().cpu().clone() for theirs, ours in _names_of(model).items()}
+    for name in ("ast_pos_embed", "ast_cls_token", "ast_dist_token"):
+        if name in state:
+            state[name] = state[name].reshape(1, -1, model.config.dim)
+    return state
+
+
+def _names_of(model: HolisticModel) -> dict[str, str]:
+    names = published_names(model.config, model.targets)
+    odd = sorted(model.state_dict().keys() ^ set(names.values()))
+    if odd:
+        raise UserInputError(
+            f"published names: this configuration was never published; it differs in {', '.join(odd[:6])}; "
+            "use our own names"
+        )
+    return names
+
+
+def _expert_names(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    for expert in EXPERTS[config.kind]:
+        yield from _below("", f"experts.{expert}.", EXPERT_NAMES[expert].pairs()).items()
+        for index in range(config.depth):
+            ours = f"experts.{expert}.layers.{index}."
+            yield from _below(f"blocks.{index}.", ours, EXPERT_LAYER_NAMES[expert].pairs()).items()
+
+
+def _added_names(config: ModelConfig, layout: PublishedLayout, index: int) -> Iterator[tuple[str, str]]:
+    for prefix, expert in layout.adapters.items():
+        for theirs, ours in (("Adapter", "serial"), ("MLP_Adapter", "parallel")):
+            pairs = Names(modules=ADAPTER_NAMES).pairs()
+            yield from _below(f"{prefix}{theirs}.", f"adapters.{expert}.{ours}.", pairs).items()
+    for bridge in bridges_of_layer(config, index):
+        yield from _bridge_names(config, bridge, layout.bridges[bridge.name])
+
+
+def _bridge_names(config: ModelConfig, bridge: Bridge, published: PublishedBridge) -> Iterator[tuple[str, str]]:
+    for letter, expert in published.sides.items():
+        bottleneck = bottleneck_name(bridge.name, expert, shared=config.shared_bottleneck)
+        modules = {
+            f"cross_{letter}_down": f"bottlenecks.{bottleneck}.down",
+            f"cross_{letter}_up": f"bottlenecks.{bottleneck}.up",
+            f"ln_{letter}_cross": f"bridges.{bridge.name}.norms.{expert}",
+        }
+        yield from _below(published.prefix, "", Names(modules=modules).pairs()).items()
+    for theirs, direction in published.directions.items():
+        ours = f"bridges.{bridge.name}.directions.{direction.ours}."
+        yield from _below(f"{published.prefix}{theirs}.", ours, direction.names().pairs()).items()
+
+
+def _head_names(
+    layout: PublishedLayout, config: ModelConfig, targets: Sequence[TargetSpec]
+) -> Iterator[tuple[str, str]]:
+    verb_noun = is_verb_noun(targets)
+    if not verb_noun and len(targets) != 1:
+        found = ", ".join(target.name for target in targets)
+        raise UserInputError(f"published names: expected one target, or verb and noun, found {found}")
+    kinds = {term.adapter: term.kind for terms in sums_of(config.kind, targets).values() for term in terms}
+    adapters = layout.verb_noun_last_adapters if verb_noun else layout.last_adapters
+    for theirs, ours in adapters.items():
+        inner = QUERY_ADAPTER_NAMES if kinds[ours] == "query" else ADAPTER_NAMES
+        yield from _below(f"{theirs}.", f"head.adapters.{ours}.", Names(modules=inner).pairs()).items()
+    heads = {(f"head_{t.name}" if verb_noun else "head"): f"head.classifiers.{t.name}" for t in targets}
+    yield from Names(modules=heads).pairs().items()
+
+
+def _below(theirs: str, ours: str, pairs: Mapping[str, str]) -> dict[str, str]:
+    return {f"{theirs}{a}": f"{ours}{b}" for a, b in pairs.items()}
+
+
+def _without_leading_ones(tensor: Tensor, num_dims: int) -> Tensor:
+    while tensor.ndim > num_dims and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    return tensor
+
+
+def _check_agreement(first: Tensor | None, second: Tensor, *, theirs: str, where: str) -> None:
+    if first is not None and not torch.equal(first, second):
+        raise WeightsMismatchError(
+            f"{where}: {theirs} is shared with another name, expected equal values under both, found different ones; "
+            "the file does not come from a model with shared down and up projections"
+        )

@@ -1,0 +1,23 @@
+"""Errors of the data pipeline; exit codes come from `ca2st.errors`."""
+
+from ca2st.errors import CA2STError, DataDamageError, UserInputError
+
+
+class PlanError(UserInputError):
+    """No order can be made of these samples, batch, lanes and ranks; the message holds the numbers."""
+
+
+class ResumeMismatchError(UserInputError):
+    """A run is resumed with another order than it began with; the message names the differing fields."""
+
+
+class ShardSetDamageError(DataDamageError):
+    """Files of a shard set are missing or are not what its shard table says."""
+
+
+class SampleDamageError(DataDamageError):
+    """Bytes of one sample are not those its index names; the message holds shard, key, offset and what to do."""
+
+
+class LoaderClosedError(CA2STError):
+    """A closed loader was asked for batches: a fault of the calling code."""

@@ -1,0 +1,85 @@
+"""Work ahead of the consumer on one background thread that always ends with its iterator."""
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Item(Generic[T]):
+    value: T
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    error: BaseException | None
+
+
+def prefetched(source: Callable[[], Generator[T, None, None]], depth: int) -> Generator[T, None, None]:
+    """The items of `source()`, made by a background thread up to `depth` items ahead; depth 0 makes them inline.
+
+    An error of the source is raised here, as it was. When the consumer stops, for whatever reason, the source is
+    closed on its own thread, and the thread has ended before this iterator has.
+    """
+    if depth == 0:
+        yield from source()
+        return
+    worker = _Worker(source, depth)
+    try:
+        yield from worker.items()
+    finally:
+        worker.stop()
+
+
+class _Worker(Generic[T]):
+    def __init__(self, source: Callable[[], Generator[T, None, None]], depth: int) -> None:
+        self._source = source
+        self._room = threading.Semaphore(depth)
+        self._stopping = threading.Event()
+        self._done: queue.SimpleQueue[_Item[T] | _End] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="clip-prefetch", daemon=True)
+        self._thread.start()
+
+    def items(self) -> Iterator[T]:
+        while True:
+            item = self._done.get()
+            if isinstance(item, _Item):
+                yield item.value
+                self._room.release()
+            elif item.error is not None:
+                raise item.error
+            else:
+                return
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._room.release()
+        self._thread.join()
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            self._produce()
+        except BaseException as raised:  # noqa: BLE001 - carried to the consumer's thread and raised there
+            error = raised
+        self._done.put(_End(error))
+
+    def _produce(self) -> None:
+        items = self._source()
+        try:
+            while True:
+                self._room.acquire()
+                if self._stopping.is_set():
+                    return
+                try:
+                    value = next(items)
+                except StopIteration:
+                    return
+                self._done.put(_Item(value))
+                del value
+        finally:
+            items.close()

@@ -1,0 +1,144 @@
+"""The per-shard index as a reader needs it: one `SampleEntry` a row, checked before anything trusts it."""
+
+import re
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipelines.errors import SampleDamageError, ShardSetDamageError
+from pipelines.shard_files import read_index_bytes
+from sharding.index import decode_index
+from sharding.manifest import ShardEntry, ShardSet
+
+_KEY = re.compile(r"[a-z0-9_-]{1,80}")
+_LISTS = ("labels", "frame_bytes", "frame_ticks", "frame_xxh32")
+_RANGES = ("video_offset", "video_bytes", "frame_data_offset", "mel_offset", "mel_bytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleEntry:
+    """Where the bytes of one sample are, and what they must be."""
+
+    shard: ShardEntry
+    key: str
+    labels: tuple[int, ...]
+    """One a label space of the manifest."""
+    has_audio: bool
+    mel_rows: int
+    mel_offset: int
+    mel_bytes: int
+    mel_xxh64: int
+    frame_offsets: NDArray[np.int64]
+    """Start of every frame in the shard, and the end of the last."""
+    frame_ticks: NDArray[np.int32]
+    """Time of every frame in 1/90000 s from the sample's first moment."""
+    frame_xxh32: NDArray[np.uint32]
+
+    @property
+    def num_frames(self) -> int:
+        """Stored frames."""
+        return len(self.frame_ticks)
+
+    @property
+    def where(self) -> str:
+        """Shard and key, for messages."""
+        return f"{self.shard.name}, sample {self.key}"
+
+
+class ShardIndex:
+    """The rows of one shard's index, held as the arrays of its table."""
+
+    def __init__(self, shard: ShardEntry, table: pa.Table, *, num_labels: int) -> None:
+        if table.num_rows != shard.num_samples:
+            raise ShardSetDamageError(
+                f"{shard.index_name}: expected {shard.num_samples} rows, found {table.num_rows}; convert the set again"
+            )
+        self.nbytes = int(table.nbytes)
+        self._shard, self._num_labels = shard, num_labels
+        self._columns: dict[str, Any] = {name: table.column(name).combine_chunks() for name in table.column_names}
+
+    def entry(self, row: int) -> SampleEntry:
+        """The sample of that row.
+
+        Raises:
+            SampleDamageError: the row contradicts itself, the manifest or the shard's size.
+        """
+        value = {name: column[row].as_py() for name, column in self._columns.items() if name not in _LISTS}
+        arrays = {name: self._columns[name][row].values.to_numpy(zero_copy_only=False) for name in _LISTS}
+        self._check(value, arrays)
+        sizes = arrays["frame_bytes"].astype(np.int64)
+        start = value["video_offset"] + value["frame_data_offset"]
+        return SampleEntry(
+            shard=self._shard,
+            key=value["key"],
+            labels=tuple(arrays["labels"].tolist()),
+            has_audio=value["has_audio"],
+            mel_rows=value["mel_rows"],
+            mel_offset=value["mel_offset"],
+            mel_bytes=value["mel_bytes"],
+            mel_xxh64=value["mel_xxh64"],
+            frame_offsets=start + np.concatenate([[0], np.cumsum(sizes)]),
+            frame_ticks=arrays["frame_ticks"],
+            frame_xxh32=arrays["frame_xxh32"],
+        )
+
+    def _check(self, value: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+        frames, shard_bytes = arrays["frame_bytes"].astype(np.int64), self._shard.bytes
+        rules = {
+            "a key of [a-z0-9_-], 1 to 80 characters": bool(_KEY.fullmatch(value["key"])),
+            f"{self._num_labels} labels": len(arrays["labels"]) == self._num_labels,
+            "byte ranges of whole numbers >= 0": all(value[name] >= 0 for name in _RANGES),
+            "at least one frame, none empty": len(frames) > 0 and bool((frames > 0).all()),
+            "as many sizes, times and checksums as num_frames": {
+                len(frames),
+                len(arrays["frame_ticks"]),
+                len(arrays["frame_xxh32"]),
+            }
+            == {value["num_frames"]},
+            "frame times >= 0 that never go back": bool((np.diff(arrays["frame_ticks"], prepend=0) >= 0).all()),
+            "frames inside the video": value["frame_data_offset"] + int(frames.sum()) <= value["video_bytes"],
+            "a video inside the shard": value["video_offset"] + value["video_bytes"] <= shard_bytes,
+            "a spectrogram, not empty, inside the shard": 0 < value["mel_bytes"] <= shard_bytes - value["mel_offset"],
+            "spectrogram rows >= 0, and 0 without audio": value["mel_rows"] >= 0
+            and (value["has_audio"] or not value["mel_rows"]),
+        }
+        if broken := [rule for rule, holds in rules.items() if not holds]:
+            raise SampleDamageError(
+                f"{self._shard.index_name}, sample {value['key']!r}: expected {'; '.join(broken)}; "
+                "convert the set again"
+            )
+
+
+class ShardIndexCache:
+    """Indexes read on first use, the least recently used dropped beyond `most_bytes`."""
+
+    def __init__(self, shard_set: ShardSet, *, most_bytes: int) -> None:
+        self._shard_set, self._most_bytes = shard_set, most_bytes
+        self._lock = threading.Lock()
+        self._held: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._bytes = 0
+
+    def entry(self, shard: int, row: int) -> SampleEntry:
+        """The sample at `row` of the shard at `shard` in the shard table; raises as `ShardIndex` and its reading."""
+        with self._lock:
+            index = self._held.get(shard)
+            if index is None:
+                index = self._held[shard] = self._load(self._shard_set.shards[shard])
+                self._bytes += index.nbytes
+            self._held.move_to_end(shard)
+            while len(self._held) > 1 and self._bytes > self._most_bytes:
+                self._bytes -= self._held.popitem(last=False)[1].nbytes
+        return index.entry(row)
+
+    def _load(self, shard: ShardEntry) -> ShardIndex:
+        data = read_index_bytes(self._shard_set, shard)
+        try:
+            table = decode_index(data)
+        except (pa.ArrowException, ValueError) as error:
+            raise ShardSetDamageError(f"{shard.index_name}: not an index ({error}); convert the set again") from error
+        return ShardIndex(shard, table, num_labels=len(self._shard_set.manifest.label_spaces))

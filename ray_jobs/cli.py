@@ -1,0 +1,59 @@
+"""The command ``ca2st``: one group of commands, one place where errors become exit codes.
+
+Exit codes: 0 done, 1 a fault of ours, 2 user input, 3 damaged data, 4 environment, 5 numeric, 6 retries used up,
+130 and 143 interrupted and terminated.
+"""
+
+import sys
+
+import typer
+
+from ca2st import __version__
+from ca2st.errors import CA2STError
+from ray_jobs.commands import demo, evaluate, model, shard, track, train, weights
+
+app = typer.Typer(
+    name="ca2st",
+    help="Holistic video recognition: videos and annotations in, a trained, tracked, resumable model out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo", help="The whole way on this machine in minutes.")(demo.demo)
+app.add_typer(shard.app, name="shard", help="Turn videos and annotations into verified shards.")
+app.add_typer(
+    weights.app, name="weights", help="Weights of published checkpoints, and the proof that the model is right."
+)
+app.add_typer(model.app, name="model", help="Structure, parameters and multiply-adds of a model.")
+app.command("train", help="Train by a recipe; rerun the same command to resume.")(train.train)
+app.command("evaluate", help="Multi-view test of a checkpoint.")(evaluate.evaluate)
+app.add_typer(track.app, name="track", help="MLflow follows the journal of a run.")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version and end."),
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> None:
+    """Entry point of ``ca2st``: run the command, end with the exit code of what happened."""
+    try:
+        app()
+    except CA2STError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; rerun the same command to go on where it stopped\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""``ca2st shard build|verify``."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from sharding.conversion import ConversionConfig
+    from sharding.convert import ConversionReport
+    from sharding.source import SourceList
+
+app = typer.Typer(no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")]
+
+
+class AudioPolicy(StrEnum):
+    """What happens to clips without an audio track."""
+
+    REQUIRED = "required"
+    OPTIONAL = "optional"
+    NONE = "none"
+
+
+@app.command(epilog="Example: ca2st shard build --dataset folder --media videos --split train --out shards/train")
+def build(  # noqa: PLR0913, RUF100  # the options are the contract
+    dataset: Annotated[str, typer.Option(help="folder, csv, epic_sounds or synthetic.")],
+    split: Annotated[str, typer.Option(help="Name of the split: train, validation, test.")] = "train",
+    annotations: Annotated[
+        Path | None, typer.Option(help="The dataset's annotation file, as its owners publish it.")
+    ] = None,
+    media: Annotated[Path | None, typer.Option(help="Folder with the media files.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the shards; rerun with the same one to resume.")] = None,
+    codec: Annotated[str, typer.Option(help="mjpeg: a JPEG a frame, readable by byte ranges.")] = "mjpeg",
+    short_side: Annotated[int, typer.Option(help="Pixels of the shorter side; smaller sources keep their size.")] = 256,
+    frames_per_second: Annotated[float | None, typer.Option(help="Thin to this rate; default: every frame.")] = None,
+    sample_rate: Annotated[int, typer.Option(help="Audio sample rate in Hz before the filter bank.")] = 16_000,
+    workers: Annotated[int | None, typer.Option(help="Decoding processes; default: the machine's cores.")] = None,
+    shard_size: Annotated[str, typer.Option(help="Size of a shard, as 1GB or 256MB.")] = "1GB",
+    audio: Annotated[
+        AudioPolicy, typer.Option(help="Clips without sound: reject, keep, or no audio at all.")
+    ] = AudioPolicy.REQUIRED,
+    max_rejects: Annotated[str, typer.Option(help="Samples that may be rejected: a number or a share like 2%.")] = "0",
+    limit: Annotated[int | None, typer.Option(help="Only the first N samples.")] = None,
+    task: Annotated[str | None, typer.Option(help="synthetic: space, time, audio or holistic.")] = None,
+    num_samples: Annotated[int | None, typer.Option(help="synthetic: how many clips.")] = None,
+    seed: Annotated[int, typer.Option(help="synthetic: seed of the world.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read the annotations only; print the expected storage.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert one split of a dataset into shards; rerun the same command to resume."""
+    from ca2st.errors import UserInputError
+    from ray_jobs.environment import num_cores
+    from ray_jobs.sizes import parse_bytes
+    from sharding.conversion import ConversionConfig, RejectBudget
+    from sharding.datasets import DatasetRequest, SyntheticConfig, read_dataset
+
+    synthetic = (
+        SyntheticConfig(seed=seed) if num_samples is None else SyntheticConfig(seed=seed, num_samples=num_samples)
+    )
+    config = ConversionConfig(
+        codec=codec,
+        short_side=short_side,
+        frames_per_second=frames_per_second,
+        sample_rate_hz=sample_rate,
+        workers=workers or num_cores(),
+        shard_bytes=parse_bytes(shard_size),
+        audio_policy=audio.value,
+        max_rejects=RejectBudget.parse(max_rejects),
+    )
+    if out is None and not dry_run:
+        raise UserInputError("--out: required unless --dry-run is given; name a folder for the shards")
+    source = read_dataset(
+        dataset,
+        DatasetRequest(
+            annotations=annotations,
+            media=media,
+            split=split,
+            limit=limit,
+            check_media=not dry_run,
+            task=task,
+            synthetic=synthetic,
+        ),
+    )
+    if dry_run:
+        _print_plan(source, config, as_json=as_json)
+        return
+    assert out is not None
+    _print_report(_convert(source, out, config), as_json=as_json)
+
+
+def _convert(source: "SourceList", out: Path, config: "ConversionConfig") -> "ConversionReport":
+    from ray_jobs.conversion import convert_shown
+    from ray_jobs.environment import fault_points
+
+    return convert_shown(source, out, config, faults=fault_points())
+
+
+def _print_plan(source: "SourceList", config: "ConversionConfig", *, as_json: bool) -> None:
+    from ray_jobs.console import print_json, result, table
+    from sharding.conversion import estimate_storage
+
+    estimate = estimate_storage(source, config)
+    facts = {
+        "dataset": source.dataset,
+        "split": source.split,
+        "manifest": None,
+        "num_samples": len(source.samples),
+        "num_classes": _class_count(source.num_classes),
+        "num_shards": estimate.num_shards,
+        "estimated_bytes": estimate.total_bytes,
+        "rejected": {},
+        "clips_per_second": None,
+    }
+    if as_json:
+        print_json(facts)
+        return
+    result(table({name: value for name, value in facts.items() if value is not None}))
+
+
+def _print_report(report: "ConversionReport", *, as_json: bool) -> None:
+    from ray_jobs.console import counted, print_json, result, table
+
+    facts = {
+        "manifest": str(report.manifest_path),
+        "num_samples": report.num_samples,
+        "num_classes": _class_count(report.num_classes),
+        "num_shards": report.num_shards,
+        "rejected": dict(report.rejected),
+        "clips_per_second": round(report.clips_per_second, 2),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    result(table(facts | {"rejected": counted(report.rejected)}))
+
+
+def _class_count(num_classes: Mapping[str, int]) -> int | dict[str, int]:
+    """One number where one label is learned, a number a target otherwise."""
+    return next(iter(num_classes.values())) if len(num_classes) == 1 else dict(num_classes)
+
+
+@app.command(epilog="Example: ca2st shard verify shards/train")
+def verify(
+    shards: Annotated[Path, typer.Argument(help="Folder of a shard set.", metavar="DIR")],
+    as_json: Json = False,
+) -> None:
+    """Check every byte against the manifest; ends with 3 and the names when something is damaged."""
+    from sharding.verify import verify_shard_set
+
+    from ray_jobs.console import print_json, progress, result
+
+    with progress(f"Verifying {shards}", 1) as update:
+        problems = verify_shard_set(shards, progress=lambda done, total: update(done, f"of {total}"))
+    if as_json:
+        print_json({"ok": not problems, "problems": problems})
+    else:
+        for problem in problems:
+            result(f"{problem.shard} {problem.key or '-'}: {problem.what}")
+        if not problems:
+            result(f"{shards}: every byte is what the manifest says")
+    if problems:
+        raise typer.Exit(3)

@@ -1,0 +1,98 @@
+"""``ca2st train``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ray_jobs.config import Recipe
+
+RUNS_FOLDER = Path("runs")
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that ships with ca2st.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Training shards, instead of the recipe's.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Training processes; one a GPU where there are GPUs.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/<recipe's name>.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Train under Ray Train, which restarts failed workers.")] = False,
+    ray_address: Annotated[str, typer.Option(help="Ray cluster to use with --ray; default: one of our own.")] = "local",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read recipe and manifests, print the plan, train nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,
+) -> None:
+    """Train by a recipe. Rerun the same command to resume where it stopped.
+
+    Example: ca2st train smoke
+    """
+    from ray_jobs.config import load_recipe
+    from ray_jobs.console import print_json
+    from ray_jobs.environment import fault_points
+    from ray_jobs.launch import launch
+    from ray_jobs.mlflow_tracker import read_state
+    from ray_jobs.synthetic_data import with_synthetic_shards
+
+    settings = list(overrides or [])
+    if data is not None:
+        settings.append(f"data.train={str(data)!r}")
+    if workers is not None:
+        settings.append(f"launch.workers={workers}")
+    loaded = load_recipe(recipe, settings)
+    run_dir = out or RUNS_FOLDER / loaded.name
+    if dry_run:
+        _print_plan(loaded, as_json=as_json)
+        return
+    loaded = with_synthetic_shards(loaded, run_dir.parent)
+    outcome = launch(loaded, run_dir, faults=fault_points(), ray_address=ray_address if ray else None)
+    run_id = read_state(run_dir).run_id if loaded.tracking.enabled else None
+    score = outcome.metrics.get(outcome.main_metric)
+    facts: dict[str, object] = {
+        "run_id": run_id,
+        "checkpoint": outcome.checkpoint,
+        "steps": outcome.steps,
+        "top1": score,
+        "metrics": outcome.metrics,
+        "run_dir": str(run_dir),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    _print_facts(facts, loaded)
+
+
+def _print_facts(facts: dict[str, object], recipe: "Recipe") -> None:
+    from ray_jobs.console import result, table
+
+    result(table({name: value for name, value in facts.items() if value is not None and name != "metrics"}))
+    if recipe.data.validation is not None:
+        result(f"\nnext: ca2st evaluate {facts['run_dir']} --data {recipe.data.validation} --views 2x3")
+
+
+def _print_plan(recipe: "Recipe", *, as_json: bool) -> None:
+    from ca2st.model.info import model_info
+    from ray_jobs.console import print_json, result, table
+    from ray_jobs.wiring import open_data, target_specs
+
+    facts: dict[str, object] = {"name": recipe.name, "model": recipe.model.kind, "epochs": recipe.training.epochs}
+    if recipe.data.train is None and recipe.data.synthetic is not None:
+        num_samples = recipe.data.synthetic.num_train
+    else:
+        data = open_data(recipe)
+        num_samples = data.train.manifest.num_samples
+        info = model_info(recipe.model, recipe.clip, target_specs(data.classes))
+        facts |= {"trainable": info.trainable, "total": info.total, "gmacs": info.gmacs}
+    steps_per_epoch = num_samples // recipe.training.global_batch_size
+    facts |= {
+        "num_samples": num_samples,
+        "steps_per_epoch": steps_per_epoch,
+        "steps": recipe.training.total_steps(steps_per_epoch),
+        "global_batch_size": recipe.training.global_batch_size,
+        "workers": recipe.launch.workers,
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        result(table(facts))

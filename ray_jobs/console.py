@@ -1,0 +1,81 @@
+"""What a command shows: progress bars on a terminal, plain lines otherwise, facts as JSON on stdout."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+Update = Callable[[int, str], None]
+"""``update(done, note)``: how many are done, and a few words behind the bar."""
+
+_PLAIN_INTERVAL_SECONDS = 5.0
+
+
+def say(text: str) -> None:
+    """A line for the person, on stderr: stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def result(text: str) -> None:
+    """A line of the command's result, on stdout."""
+    print(text, flush=True)
+
+
+def print_json(facts: object) -> None:
+    """One JSON object on stdout."""
+    plain = asdict(facts) if is_dataclass(facts) and not isinstance(facts, type) else facts
+    print(json.dumps(plain, default=str), flush=True)
+
+
+def table(rows: Mapping[str, object]) -> str:
+    """Two aligned columns, one line a fact."""
+    width = max(map(len, rows), default=0)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int) -> Iterator[Update]:
+    """Show how far something is; the block gets a function to call with (done, note)."""
+    shown = _bar(title, total) if sys.stderr.isatty() else _lines(title, total)
+    with shown as update:
+        yield update
+
+
+@contextlib.contextmanager
+def _bar(title: str, total: int) -> Iterator[Update]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total, note="")
+        yield lambda done, note: bar.update(task, completed=done, note=note)
+
+
+@contextlib.contextmanager
+def _lines(title: str, total: int) -> Iterator[Update]:
+    last_shown = time.monotonic()
+
+    def update(done: int, note: str) -> None:
+        nonlocal last_shown
+        now = time.monotonic()
+        if done < total and now - last_shown < _PLAIN_INTERVAL_SECONDS:
+            return
+        last_shown = now
+        say(f"{title}: {done}/{total} {note}".rstrip())
+
+    yield update
+
+
+def counted(counts: Mapping[str, Any]) -> str:
+    """``{"a": 1, "b": 2}`` as ``1 a, 2 b``; ``none`` when empty."""
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"

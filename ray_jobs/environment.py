@@ -1,0 +1,69 @@
+"""The edge: the only module that reads environment variables, and what a run records about its machine."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from ca2st.durable import FaultPoints
+
+_RECORDED_PACKAGES = (
+    "ca2st",
+    "torch",
+    "torchaudio",
+    "nvidia-dali-cuda130",
+    "accelerate",
+    "numpy",
+    "pillow",
+    "ray",
+    "webdataset",
+)
+
+
+def fault_points(*, restart: bool = False) -> FaultPoints:
+    """The fault of ``CA2ST_FAULT=point:nth[:kind]``, inert without the variable and in a `restart`ed worker."""
+    return FaultPoints.parse("" if restart else os.environ.get("CA2ST_FAULT", ""))
+
+
+def default_tracking_uri(runs_root: Path) -> str:
+    """``MLFLOW_TRACKING_URI``, or an SQLite file under the folder of all runs."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(runs_root / 'mlflow.db').resolve()}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a run's numbers."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in _RECORDED_PACKAGES}
+
+
+def git_state(folder: Path) -> dict[str, str]:
+    """Commit and cleanliness of the checkout `folder` stands in; empty outside one."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return {}
+    return {"git.commit": commit, "git.dirty": str(bool(_git(folder, "status", "--porcelain"))).lower()}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def hardware() -> dict[str, str]:
+    """Processor count, and the CUDA devices torch sees."""
+    import torch
+
+    facts = {"hardware.cpu_count": str(num_cores()), "hardware.machine": platform.machine()}
+    if torch.cuda.is_available():
+        facts["hardware.gpus"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return facts
+
+
+def num_cores() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,86 @@
+"""Multi-view test of a checkpoint: metrics, and one Parquet row a sample."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from ca2st.durable import write_bytes
+from ca2st.errors import UserInputError
+from ca2st.training.accelerator import make_accelerator
+from ca2st.training.evaluate import EvaluationResult, evaluate
+from ca2st.training.metrics import main_metric
+from pipelines.draws import EvaluationViews
+from ray_jobs.trained import TrainedModel, load_trained
+from ray_jobs.wiring import evaluation_loader
+from sharding.manifest import ShardSet, read_shard_set
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationReport:
+    """What a test found."""
+
+    metrics: dict[str, float]
+    main_metric: str
+    """Which of the metrics stands for the model."""
+    num_samples: int
+    predictions: Path
+    """Parquet file: key, labels, probabilities by target."""
+    checkpoint: Path
+
+
+def evaluate_checkpoint(
+    path: Path, data: Path, views: EvaluationViews, *, predictions: Path | None = None
+) -> EvaluationReport:
+    """Test the model of a checkpoint or run folder on the shards in `data`.
+
+    Raises:
+        UserInputError: the shards have other classes than the model was trained on.
+        DataDamageError: checkpoint or shards are damaged; nothing is skipped, no metric is reported.
+    """
+    trained = load_trained(path)
+    shard_set = read_shard_set(data)
+    _require_same_classes(trained, shard_set)
+    accelerator = make_accelerator(trained.recipe.training, cpu=not torch.cuda.is_available())
+    targets = tuple(trained.classes)
+    with evaluation_loader(trained.recipe, shard_set, targets, views=views, rank=0, world_size=1) as loader:
+        result = evaluate(
+            accelerator.prepare_model(trained.model, evaluation_mode=True),
+            loader,
+            accelerator=accelerator,
+            targets={name: len(classes) for name, classes in trained.classes.items()},
+            per_device_batch_size=trained.recipe.training.per_device_batch_size,
+        )
+    folder = trained.checkpoint.folder
+    out = predictions or folder.parent.parent / f"predictions.{folder.name}.{views.clips}x{views.crops}.parquet"
+    write_bytes(out, _predictions_parquet(result))
+    return EvaluationReport(
+        metrics=dict(result.metrics),
+        main_metric=main_metric(targets),
+        num_samples=result.num_samples,
+        predictions=out,
+        checkpoint=folder,
+    )
+
+
+def _require_same_classes(trained: TrainedModel, shard_set: ShardSet) -> None:
+    for name, classes in trained.classes.items():
+        found = list(shard_set.manifest.label_space(name).classes)
+        if found != classes:
+            raise UserInputError(
+                f"{shard_set.root}: label space {name!r} has {len(found)} classes that are not the {len(classes)} the "
+                "model was trained on; convert with the same class list"
+            )
+
+
+def _predictions_parquet(result: EvaluationResult) -> bytes:
+    columns: dict[str, pa.Array] = {"key": pa.array(result.sample_ids)}
+    for column, (name, probabilities) in enumerate(result.probabilities.items()):
+        columns[f"{name}_label"] = pa.array(result.labels[:, column].tolist(), pa.int32())
+        columns[f"{name}_probabilities"] = pa.array(probabilities.tolist(), pa.list_(pa.float32()))
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink, compression="zstd")
+    return sink.getvalue()

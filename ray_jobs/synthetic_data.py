@@ -1,0 +1,39 @@
+"""Shards of the synthetic world for recipes that name no data of their own, and for the demo."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from ray_jobs.config import Recipe, SyntheticData
+from ray_jobs.conversion import convert_shown
+from ray_jobs.environment import num_cores
+from sharding.conversion import ConversionConfig
+from sharding.datasets import DatasetRequest, SyntheticConfig, read_dataset
+from sharding.manifest import sha256_of_json
+
+
+def with_synthetic_shards(recipe: Recipe, runs_root: Path) -> Recipe:
+    """The recipe with `data.train` and `data.validation` naming shards, made now if they are not there yet."""
+    world = recipe.data.synthetic
+    if world is None or recipe.data.train is not None:
+        return recipe
+    folder = runs_root / "data" / f"synthetic-{sha256_of_json(repr(world))[:12]}"
+    splits = {split: make_split(world, split, folder) for split in ("train", "validation")}
+    data = replace(recipe.data, train=str(splits["train"]), validation=str(splits["validation"]))
+    return replace(recipe, data=data)
+
+
+def make_split(world: SyntheticData, split: str, folder: Path) -> Path:
+    """Draw, sound and convert one split under `folder`; finished parts are kept, so calling again is cheap."""
+    num_samples = world.num_train if split == "train" else world.num_validation
+    shards = folder / "shards" / split
+    source = read_dataset(
+        "synthetic",
+        DatasetRequest(
+            media=folder / "media" / split,
+            split=split,
+            task=world.task,
+            synthetic=SyntheticConfig(num_samples=num_samples, frame_size=world.frame_size, seed=world.seed),
+        ),
+    )
+    convert_shown(source, shards, ConversionConfig(short_side=world.frame_size, workers=num_cores()))
+    return shards

@@ -1,0 +1,64 @@
+"""A trained model back from a checkpoint folder: what evaluation and prediction start from."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ca2st.errors import UserInputError
+from ca2st.model.build import build_model
+from ca2st.model.holistic import HolisticModel
+from ca2st.model.parameters import set_trainable
+from ca2st.training.checkpoint import CHECKPOINTS_NAME, Checkpoint, list_checkpoints, read_checkpoint
+from ca2st.training.state import MODEL_FILE, put_model_tensors, read_model_tensors
+from ca2st.weights.experts import load_expert
+from ca2st.weights.store import ExpertStore
+from ray_jobs.config import Recipe, recipe_from_document
+from ray_jobs.wiring import EXPERTS_FOLDER, target_specs
+
+RUN_DOCUMENT = "run"
+"""Name of the JSON document in a checkpoint that holds the whole recipe and the class names."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedModel:
+    """A model with its weights, and the recipe it was trained by."""
+
+    model: HolisticModel
+    recipe: Recipe
+    classes: dict[str, list[str]]
+    """Class names of each target."""
+    checkpoint: Checkpoint
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint folder itself, or the newest complete one of a run folder.
+
+    Raises:
+        UserInputError: `path` is neither.
+    """
+    if not (path / CHECKPOINTS_NAME).is_dir():
+        return path
+    found = list_checkpoints(path / CHECKPOINTS_NAME)
+    if not found:
+        raise UserInputError(f"{path}: a run folder without a complete checkpoint; train longer or name another")
+    return found[0]
+
+
+def load_trained(path: Path) -> TrainedModel:
+    """Verify every byte of a checkpoint, then build its model.
+
+    Raises:
+        UserInputError: not a checkpoint, or its experts are not beside it.
+        DataDamageError: bytes are not those that were written.
+    """
+    checkpoint = read_checkpoint(find_checkpoint(path))
+    document = json.loads(checkpoint.files[f"{RUN_DOCUMENT}.json"])
+    recipe, classes = recipe_from_document(document["recipe"]), document["classes"]
+    model = build_model(recipe.model, recipe.clip, target_specs(classes), seed=recipe.training.seed)
+    set_trainable(model, "added" if recipe.experts.frozen else "all")
+    store = ExpertStore(checkpoint.folder.parent.parent / EXPERTS_FOLDER)
+    for name in model.experts:
+        if (sha256 := checkpoint.marker.experts.get(name)) is not None:
+            load_expert(model, name, store.get(sha256), where=str(store.path(sha256)))
+    put_model_tensors(model, tensors=read_model_tensors(model, data=checkpoint.files[MODEL_FILE]))
+    return TrainedModel(model=model.eval(), recipe=recipe, classes=classes, checkpoint=checkpoint)

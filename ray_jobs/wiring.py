@@ -1,0 +1,148 @@
+"""From a recipe to the parts that train: shard sets, loaders, model. Every rank calls these with its own rank."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ca2st.errors import UserInputError
+from ca2st.model.build import build_model
+from ca2st.model.config import TargetSpec
+from ca2st.model.holistic import HolisticModel
+from ca2st.model.parameters import set_trainable
+from ca2st.weights.experts import expert_state, load_expert
+from ca2st.weights.store import ExpertStore
+from ca2st.weights.tensor_file import read_tensor_file
+from pipelines.draws import EvaluationViews
+from pipelines.loader import EvaluationLoader, TrainLoader
+from ray_jobs.config import Recipe
+from sharding.manifest import Manifest, ShardSet, read_shard_set
+
+EXPERTS_FOLDER = "experts"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingData:
+    """The shard sets of a run, opened and found to agree."""
+
+    train: ShardSet
+    validation: ShardSet | None
+    targets: tuple[str, ...]
+    """Label spaces that are learned, in the order of the batches' label columns."""
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Hash of each set's manifest, by role."""
+        sets = {"train": self.train, "validation": self.validation}
+        return {role: shard_set.manifest.fingerprint for role, shard_set in sets.items() if shard_set is not None}
+
+    @property
+    def classes(self) -> dict[str, list[str]]:
+        """Class names of each target."""
+        return {name: list(self.train.manifest.label_space(name).classes) for name in self.targets}
+
+
+def open_data(recipe: Recipe) -> TrainingData:
+    """Read the manifests a recipe names.
+
+    Raises:
+        UserInputError: the recipe names no training shards, or the splits have other classes or audio.
+        ManifestError, ShardDamageError: a set that cannot be read.
+    """
+    if recipe.data.train is None:
+        raise UserInputError("data.train: names no shards; give --data DIR or a [data.synthetic] section")
+    train = read_shard_set(Path(recipe.data.train))
+    validation = read_shard_set(Path(recipe.data.validation)) if recipe.data.validation is not None else None
+    targets = recipe.data.targets or train.manifest.targets
+    for name in targets:
+        train.manifest.label_space(name)
+        if validation is not None:
+            _require_same(train.manifest, validation.manifest, name)
+    return TrainingData(train=train, validation=validation, targets=targets)
+
+
+def _require_same(train: Manifest, validation: Manifest, target: str) -> None:
+    if train.label_space(target).sha256 != validation.label_space(target).sha256:
+        raise UserInputError(
+            f"label space {target!r}: validation and training have other classes; convert both with one class list"
+        )
+    if train.audio.sample_rate_hz != validation.audio.sample_rate_hz:
+        raise UserInputError(
+            f"audio: trained at {train.audio.sample_rate_hz} Hz, validated at {validation.audio.sample_rate_hz} Hz; "
+            "convert both with one --sample-rate"
+        )
+
+
+def target_specs(classes: Mapping[str, list[str]]) -> tuple[TargetSpec, ...]:
+    """What the head predicts."""
+    return tuple(TargetSpec(name=name, num_classes=len(names)) for name, names in classes.items())
+
+
+def make_model(recipe: Recipe, classes: Mapping[str, list[str]]) -> HolisticModel:
+    """The recipe's model, with the weights of the expert files it names and what is trained marked so."""
+    model = build_model(recipe.model, recipe.clip, target_specs(classes), seed=recipe.training.seed)
+    for name, path in recipe.experts.files().items():
+        load_expert(model, name, read_tensor_file(path).tensors, where=str(path))
+    set_trainable(model, "added" if recipe.experts.frozen else "all")
+    return model
+
+
+def keep_experts(model: HolisticModel, recipe: Recipe, run_dir: Path) -> dict[str, str]:
+    """Put frozen experts into the run's own store, random ones too; returns the hash of each expert's file."""
+    if not recipe.experts.frozen:
+        return {}
+    store = ExpertStore(run_dir / EXPERTS_FOLDER)
+    return {name: store.put(expert_state(model, name)) for name in model.experts}
+
+
+def train_loader(recipe: Recipe, data: TrainingData, *, rank: int, world_size: int) -> TrainLoader:
+    """The shuffled, augmented, resumable source of a rank."""
+    return TrainLoader(
+        data.train,
+        recipe.clip,
+        data.targets,
+        sampling=recipe.data.sampling,
+        augment=recipe.data.augment,
+        loader=recipe.data.loader,
+        seed=recipe.training.seed,
+        global_batch_size=recipe.training.global_batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def evaluation_loader(
+    recipe: Recipe,
+    shard_set: ShardSet,
+    targets: tuple[str, ...],
+    *,
+    views: EvaluationViews,
+    rank: int,
+    world_size: int,
+) -> EvaluationLoader:
+    """Every sample of `shard_set` once, in `views` each."""
+    return EvaluationLoader(
+        shard_set,
+        recipe.clip,
+        targets,
+        sampling=recipe.data.sampling,
+        views=views,
+        loader=recipe.data.loader,
+        global_batch_size=recipe.training.per_device_batch_size * world_size,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+@contextmanager
+def validation_loader(
+    recipe: Recipe, data: TrainingData, *, rank: int, world_size: int
+) -> Iterator[EvaluationLoader | None]:
+    """The source of validation while training, or None where the recipe names none."""
+    if data.validation is None:
+        yield None
+        return
+    with evaluation_loader(
+        recipe, data.validation, data.targets, views=recipe.data.views, rank=rank, world_size=world_size
+    ) as loader:
+        yield loader

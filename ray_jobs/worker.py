@@ -1,0 +1,148 @@
+"""What every training process runs, however it was started: recipe in, trained run folder out."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ca2st.durable import FaultPoints, write_bytes
+from ca2st.errors import CA2STError
+from ca2st.model.holistic import HolisticModel
+from ca2st.model.parameters import layer_index, no_weight_decay
+from ca2st.training.accelerator import make_accelerator
+from ca2st.training.loop import train
+from ca2st.training.metrics import main_metric
+from ca2st.training.optim import ParameterRules
+from ca2st.training.record import RunRecord, library_versions
+from ca2st.training.settings import TrainingProgress, TrainingSettings
+from ca2st.training.signals import StopRequest, stop_on_signals
+from pipelines.loader import TrainLoader
+from ray_jobs import environment, wiring
+from ray_jobs.config import Recipe, identity_settings, recipe_document, recipe_from_document
+from ray_jobs.console import progress
+from ray_jobs.trained import RUN_DOCUMENT
+
+OUTCOME_NAME = "outcome.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Everything a worker process is told; plain JSON values, so that it travels anywhere."""
+
+    recipe: dict[str, Any]
+    """The resolved recipe."""
+    run_dir: str
+    """The run's folder, on storage that every worker sees."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What a finished training leaves, as told by rank 0."""
+
+    checkpoint: str
+    """Folder of the last checkpoint."""
+    steps: int
+    """Updates made."""
+    metrics: dict[str, float | None]
+    """Last validation metrics."""
+    main_metric: str
+    """Which of them the run is judged by: ``top1``, or ``action_top1`` of verb and noun."""
+
+
+def read_outcome(run_dir: Path) -> Outcome:
+    """The outcome that rank 0 wrote.
+
+    Raises:
+        CA2STError: there is none although the workers ended well.
+    """
+    path = run_dir / OUTCOME_NAME
+    if not path.exists():
+        raise CA2STError(f"{path}: expected after a finished training, found nothing; see {run_dir}/journal.jsonl")
+    return Outcome(**json.loads(path.read_text()))
+
+
+def run(job: Job, *, faults: FaultPoints, own_signals: bool = True) -> Outcome:
+    """Train on this rank until the run is finished, resuming what the run folder holds.
+
+    `own_signals`: turn SIGTERM and SIGINT into a checkpoint and an orderly end; only in a process's main thread.
+    """
+    recipe = recipe_from_document(job.recipe)
+    run_dir = Path(job.run_dir)
+    cpu = not torch.cuda.is_available()
+    if cpu:
+        torch.set_num_threads(
+            recipe.launch.threads_per_worker or max(1, environment.num_cores() // recipe.launch.workers)
+        )
+    accelerator = make_accelerator(recipe.training, cpu=cpu)
+    with ExitStack() as stack:
+        data = wiring.open_data(recipe)
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        loader = stack.enter_context(wiring.train_loader(recipe, data, rank=rank, world_size=world_size))
+        validation = stack.enter_context(wiring.validation_loader(recipe, data, rank=rank, world_size=world_size))
+        model = wiring.make_model(recipe, data.classes)
+        total_steps = recipe.training.total_steps(loader.steps_per_epoch)
+        title = f"Training {recipe.name}"
+        update = stack.enter_context(progress(title, total_steps)) if accelerator.is_main_process else None
+        result = train(
+            model,
+            loader,
+            accelerator=accelerator,
+            settings=TrainingSettings(
+                folder=run_dir,
+                config=recipe.training,
+                optim=recipe.optim,
+                rules=_parameter_rules(model),
+                targets={name: len(classes) for name, classes in data.classes.items()},
+                record=_record(recipe, data, loader, wiring.keep_experts(model, recipe, run_dir)),
+                faults=faults,
+                progress=None if update is None else lambda state: update(state.step, _note(state)),
+            ),
+            validation=validation,
+            stop=stack.enter_context(_stop_request(recipe, own_signals=own_signals)),
+        )
+    outcome = Outcome(
+        checkpoint=str(result.checkpoint),
+        steps=result.steps,
+        metrics=dict(result.metrics),
+        main_metric=main_metric(data.targets),
+    )
+    if accelerator.is_main_process:
+        write_bytes(run_dir / OUTCOME_NAME, (json.dumps(asdict(outcome), indent=1) + "\n").encode())
+    accelerator.end_training()
+    return outcome
+
+
+def _parameter_rules(model: HolisticModel) -> ParameterRules:
+    return ParameterRules(
+        layer_index=layer_index,
+        num_layers=model.config.depth,
+        no_weight_decay=no_weight_decay(model),
+    )
+
+
+def _record(recipe: Recipe, data: wiring.TrainingData, loader: TrainLoader, experts: dict[str, str]) -> RunRecord:
+    return RunRecord(
+        manifests=data.fingerprints,
+        recipe=identity_settings(recipe),
+        loader=asdict(loader.record),
+        experts=experts,
+        versions=library_versions() | environment.versions(),
+        documents={RUN_DOCUMENT: {"recipe": recipe_document(recipe), "classes": data.classes}},
+    )
+
+
+def _note(state: TrainingProgress) -> str:
+    return f"epoch {state.epoch}  loss {state.loss:.4f}  {state.clips_per_second:.0f} clips/s"
+
+
+@contextmanager
+def _stop_request(recipe: Recipe, *, own_signals: bool) -> Iterator[StopRequest]:
+    if not own_signals:
+        yield StopRequest()
+        return
+    with stop_on_signals(grace_seconds=recipe.training.grace_seconds) as stop:
+        yield stop

@@ -1,0 +1,269 @@
+"""Convert a list of sources into a shard set: decode in children, write shards in order, the manifest last.
+
+Rerunning resumes at the first shard that is not complete. The bytes depend on the sources, the parameters and the
+tool versions alone: not on the number of workers, an interruption, the hash seed or the date.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ca2st.durable import NO_FAULTS, FaultPoints, sweep_temporaries, write_bytes
+from ca2st.errors import EnvironmentFault, UserInputError
+from sharding.assembly import Outcome, ShardCutter, assemble
+from sharding.conversion import ConversionConfig, conversion_identity
+from sharding.decode_child import ClipJob, EncodedClip, encode_clip
+from sharding.errors import RejectBudgetError
+from sharding.folder_lock import folder_lock
+from sharding.manifest import MANIFEST_NAME, read_shard_set, write_shard_set
+from sharding.preflight import check_source, output_folder
+from sharding.rejects import REJECTS_NAME, Reject, count_by_reason, rejects_file, rejects_in_words
+from sharding.resume import (
+    DoneShard,
+    done_shards,
+    read_done_shard,
+    refuse_another_conversion,
+    refuse_foreign_files,
+    remove_shards_from,
+)
+from sharding.source import SourceList
+from sharding.workers import DecodePool
+from sharding.writer import write_shard
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionProgress:
+    """Where a running conversion stands."""
+
+    num_done: int
+    """Sources dealt with, rejects and those of earlier runs included."""
+    num_total: int
+    num_rejected: int
+    num_shards: int
+    clips_per_second: float
+    """Of this run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionReport:
+    """What a finished conversion made."""
+
+    manifest_path: Path
+    num_classes: Mapping[str, int]
+    """Classes by target."""
+    num_samples: int
+    num_shards: int
+    num_with_audio: int
+    rejected: Mapping[str, int]
+    """Rejected sources by reason."""
+    clips_per_second: float
+    """Clips converted in this run by its wall time; 0 when there was nothing left to do."""
+
+
+def convert(
+    source: SourceList,
+    out: Path,
+    config: ConversionConfig,
+    *,
+    faults: FaultPoints = NO_FAULTS,
+    progress: Callable[[ConversionProgress], None] | None = None,
+    encode: Callable[[ClipJob], EncodedClip] = encode_clip,
+) -> ConversionReport:
+    """Convert `source` into a shard set in the folder `out`, or finish a conversion begun there.
+
+    Args:
+        source: The samples, in the order in which they are stored.
+        out: A new or empty folder, or that of the same conversion.
+        config: Parameters.
+        faults: Fault points (tests).
+        progress: Called after every source.
+        encode: What the decode children run; a module-level function.
+
+    Raises:
+        UserInputError: no samples, or every one of them rejected; nothing is left behind.
+        ConversionRefusedError: `out` holds something else, or another process converts into it.
+        RejectBudgetError: more rejects than `config.max_rejects`; they are listed in ``rejects.jsonl``, no manifest.
+        EnvironmentFault: the folder cannot be written.
+    """
+    check_source(source)
+    with output_folder(out), folder_lock(out):
+        refuse_foreign_files(out)
+        sweep_temporaries(out)
+        return _Conversion(source, out, config, faults, progress or (lambda _: None), encode).run()
+
+
+class _Conversion:
+    """One run of `convert`, with the folder locked."""
+
+    def __init__(
+        self,
+        source: SourceList,
+        out: Path,
+        config: ConversionConfig,
+        faults: FaultPoints,
+        progress: Callable[[ConversionProgress], None],
+        encode: Callable[[ClipJob], EncodedClip],
+    ) -> None:
+        self._source, self._out, self._config = source, out, config
+        self._faults, self._progress, self._encode = faults, progress, encode
+        self._identity = conversion_identity(source, config)
+        self._done: list[DoneShard] = []
+        self._num_converted = self._num_rejected = 0
+        self._started = time.monotonic()
+
+    def run(self) -> ConversionReport:
+        if (self._out / MANIFEST_NAME).exists():
+            return self._finished_before()
+        self._done = done_shards(self._out, self._identity)
+        with self._pool() as pool:
+            self._drop_shards_with_other_rejects(pool)
+            remove_shards_from(self._out, len(self._done))
+            leftover = self._convert_rest(pool)
+        rejects = [Reject(**reject) for shard in self._done for reject in shard.covers.rejects] + leftover
+        self._judge(rejects)
+        self._write_manifest(rejects)
+        return self._report(count_by_reason(rejects))
+
+    def _pool(self) -> DecodePool:
+        return DecodePool(
+            self._encode,
+            num_workers=self._config.workers,
+            timeout_seconds=self._config.clip_timeout_seconds,
+            memory_bytes=self._config.clip_memory_bytes,
+        )
+
+    def _finished_before(self) -> ConversionReport:
+        shards = read_shard_set(self._out)
+        for number in range(len(shards.shards)):
+            shard = read_done_shard(self._out, number)
+            if shard is None:
+                name = shards.shards[number].name
+                raise EnvironmentFault(
+                    f"{self._out}: {name} is missing or cut short; see `ca2st shard verify {self._out}`"
+                )
+            refuse_another_conversion(self._out, shard.conversion, self._identity)
+            self._done.append(shard)
+        return self._report(shards.manifest.rejected)
+
+    def _drop_shards_with_other_rejects(self, pool: DecodePool) -> None:
+        """Try the rejects of complete shards again: where a source was repaired, go on from its shard."""
+        for number, shard in enumerate(self._done):
+            if not shard.covers.rejects:
+                continue
+            positions = [reject["position"] for reject in shard.covers.rejects]
+            if [self._what(outcome) for _, outcome in self._outcomes(pool, positions)] != [
+                (reject["reason"], reject["what"]) for reject in shard.covers.rejects
+            ]:
+                del self._done[number:]
+                return
+
+    @staticmethod
+    def _what(outcome: Outcome) -> tuple[str, str] | None:
+        return (outcome.reason, outcome.what) if isinstance(outcome, Reject) else None
+
+    def _convert_rest(self, pool: DecodePool) -> list[Reject]:
+        """Write the shards that are missing; the rejects no shard could take when there is no sample at all."""
+        while True:
+            first, end = (self._done[-1].covers.end if self._done else 0), len(self._source.samples)
+            self._num_rejected = sum(len(shard.covers.rejects) for shard in self._done)
+            outcomes = self._reported(self._outcomes(pool, range(first, end)), first)
+            cutter = ShardCutter(outcomes, first=first, end=end, shard_bytes=self._config.shard_bytes)
+            while cutter.has_samples:
+                self._write_shard(cutter)
+            if not cutter.rejects_without_shard or not self._done:
+                return cutter.rejects_without_shard
+            # A source behind the last shard was good when that was written and is not any more: write it again.
+            self._done.pop()
+            remove_shards_from(self._out, len(self._done))
+
+    def _outcomes(self, pool: DecodePool, positions: list[int] | range) -> Iterator[tuple[int, Outcome]]:
+        samples = [self._source.samples[position] for position in positions]
+        clips = pool.map(self._config.job(sample) for sample in samples)
+        for position, sample, clip in zip(positions, samples, clips, strict=True):
+            yield position, assemble(position, sample, clip, self._source, self._config)
+
+    def _reported(self, outcomes: Iterator[tuple[int, Outcome]], num_done: int) -> Iterator[tuple[int, Outcome]]:
+        for position, outcome in outcomes:
+            num_done += 1
+            self._num_converted += 1
+            self._num_rejected += isinstance(outcome, Reject)
+            self._progress(
+                ConversionProgress(
+                    num_done=num_done,
+                    num_total=len(self._source.samples),
+                    num_rejected=self._num_rejected,
+                    num_shards=len(self._done),
+                    clips_per_second=self._clips_per_second(),
+                )
+            )
+            yield position, outcome
+
+    def _write_shard(self, cutter: ShardCutter) -> None:
+        num_with_audio = 0
+
+        def counted() -> Iterator[Any]:
+            nonlocal num_with_audio
+            for sample in cutter.samples():
+                num_with_audio += sample.has_audio
+                yield sample
+
+        entry = write_shard(
+            self._out,
+            len(self._done),
+            counted(),
+            covers=cutter.covers,
+            conversion=self._identity,
+            faults=self._faults,
+        )
+        done = DoneShard(entry=entry, covers=cutter.covers(), conversion=self._identity, num_with_audio=num_with_audio)
+        self._done.append(done)
+
+    def _judge(self, rejects: list[Reject]) -> None:
+        """Raise unless the rejects are within the budget."""
+        total = len(self._source.samples)
+        if len(rejects) == total:
+            (self._out / REJECTS_NAME).unlink(missing_ok=True)
+            raise UserInputError(
+                f"all {total} samples were rejected, nothing was written: {rejects_in_words(rejects, self._source)}"
+            )
+        if not self._config.max_rejects.allows(len(rejects), total):
+            write_bytes(self._out / REJECTS_NAME, rejects_file(rejects))
+            raise RejectBudgetError(
+                f"{len(rejects)} of {total} samples rejected, --max-rejects allows {self._config.max_rejects}: "
+                f"{rejects_in_words(rejects, self._source)}; all are listed in {self._out / REJECTS_NAME}; "
+                "repair them and rerun (finished shards are kept), or raise --max-rejects"
+            )
+
+    def _write_manifest(self, rejects: list[Reject]) -> None:
+        if rejects:
+            write_bytes(self._out / REJECTS_NAME, rejects_file(rejects))
+        else:
+            (self._out / REJECTS_NAME).unlink(missing_ok=True)
+        fields = {
+            "dataset": self._source.dataset,
+            "split": self._source.split,
+            "label_spaces": self._source.label_spaces,
+            "targets": self._source.targets,
+            "audio": self._config.audio,
+            "video": self._config.video,
+            "tool_versions": self._identity["tool_versions"],
+            "source_list_sha256": self._source.sha256,
+            "rejected": count_by_reason(rejects),
+        }
+        write_shard_set(self._out, fields, tuple(shard.entry for shard in self._done), faults=self._faults)
+
+    def _report(self, rejected: Mapping[str, int]) -> ConversionReport:
+        return ConversionReport(
+            manifest_path=self._out / MANIFEST_NAME,
+            num_classes=self._source.num_classes,
+            num_samples=sum(shard.entry.num_samples for shard in self._done),
+            num_shards=len(self._done),
+            num_with_audio=sum(shard.num_with_audio for shard in self._done),
+            rejected=rejected,
+            clips_per_second=self._clips_per_second(),
+        )
+
+    def _clips_per_second(self) -> float:
+        return self._num_converted / max(time.monotonic() - self._started, 1e-9)

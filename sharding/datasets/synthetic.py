@@ -1,0 +1,62 @@
+"""``synthetic``: makes its own videos under the media folder, then hands them over like any other dataset."""
+
+from pathlib import Path
+
+from ca2st.errors import UserInputError, did_you_mean
+from sharding.datasets.request import DatasetRequest, refuse_unused
+from sharding.source import SourceList, SourceSample
+from sharding.synthetic.config import SyntheticConfig
+from sharding.synthetic.factors import label_spaces
+from sharding.synthetic.generation import ANNOTATIONS_NAME, clip_file, generate_split
+
+TASKS = ("space", "time", "audio", "holistic")
+"""What can be learned: one factor, or the combination of all three. The shards carry all four labels."""
+
+
+def read(request: DatasetRequest) -> SourceList:
+    """The clips of one split, made where they are missing; a dry run only lists them.
+
+    Raises:
+        UserInputError: an unknown task, an option this dataset does not use, no media folder, or one that holds
+            another synthetic set.
+        EnvironmentFault: a clip cannot be written.
+    """
+    refuse_unused(request, "synthetic", "annotations", "classes")
+    task = _known_task(request.task or "holistic")
+    config = request.synthetic
+    folder = (request.media or Path()) / request.split
+    if request.check_media:
+        if request.media is None:
+            raise UserInputError(
+                "--dataset synthetic: expected --media, found none; pass a folder to make the videos in"
+            )
+        folder = generate_split(request.media, request.split, config, limit=request.limit, progress=request.progress)
+    return SourceList(
+        dataset="synthetic",
+        split=request.split,
+        label_spaces=label_spaces(config),
+        targets=(task,),
+        samples=tuple(
+            _sample(folder, request.split, config, index) for index in request.first(range(config.num_samples))
+        ),
+    )
+
+
+def _known_task(name: str) -> str:
+    if name not in TASKS:
+        raise UserInputError(
+            f"--task {name!r}: expected one of {', '.join(TASKS)}{did_you_mean(name, list(TASKS))}; choose one of them"
+        )
+    return name
+
+
+def _sample(folder: Path, split: str, config: SyntheticConfig, index: int) -> SourceSample:
+    clip = clip_file(config, split, index)
+    return SourceSample(
+        sample_id=f"{split}/{index:06d}",
+        path=folder / clip.name,
+        start_seconds=None,
+        end_seconds=None,
+        labels=clip.labels,
+        where=f"{folder / ANNOTATIONS_NAME}:{index + 2}",
+    )

@@ -1,0 +1,224 @@
+"""Annotation tables (CSV with a header) row by row, with file:line:column in every message.
+
+A record is one physical line: a line break inside quotes is refused where it starts, instead of swallowing rows.
+"""
+
+import csv
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from ca2st.errors import did_you_mean
+from sharding.datasets.problems import Problems
+from sharding.errors import AnnotationError
+
+_Value = TypeVar("_Value")
+_LINE_BREAK = re.compile("\r\n|\n|\r")
+_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
+_MARKS = {
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"PK\x03\x04": "a spreadsheet (xlsx or ods)",
+    b"\x1f\x8b": "gzip",
+}
+
+
+class CellError(ValueError):
+    """A cell that cannot be used: `kind` is what it is counted under, `expected` completes the message."""
+
+    def __init__(self, kind: str, expected: str) -> None:
+        super().__init__(f"expected {expected}")
+        self.kind, self.expected = kind, expected
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One record of a table; ``row["column"]`` is a cell without the spaces around it."""
+
+    path: Path
+    line: int
+    text: str
+    """The line as it stands in the file."""
+    columns: tuple[str, ...]
+    cells: tuple[str, ...]
+
+    def __getitem__(self, column: str) -> str:
+        return self.cells[self.columns.index(column)]
+
+    def get(self, column: str) -> str:
+        """The cell, or an empty text where the table has no such column."""
+        return self[column] if column in self.columns else ""
+
+    @property
+    def where(self) -> str:
+        """``file:line``."""
+        return f"{self.path}:{self.line}"
+
+    def place(self, column: str) -> str:
+        """``file:line:column: name``, with the character the cell starts at, from 1, as editors count."""
+        return f"{self.where}:{_cell_start(self.text, self.columns.index(column))}: {column}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """A table whose header is right; rows of a wrong form are with the problems."""
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def read_cell(row: Row, column: str, parse: Callable[[str], _Value], problems: Problems) -> _Value | None:
+    """``parse`` of a cell; a CellError becomes a problem with its place, and None is returned."""
+    try:
+        return parse(row[column])
+    except CellError as error:
+        problems.add(error.kind, f"{row.place(column)}: expected {error.expected}, found {row[column]!r}")
+        return None
+
+
+def read_table(
+    path: Path, *, required: Sequence[str], optional: Sequence[str] = (), others: bool, problems: Problems
+) -> Table:
+    """Read a comma-separated table.
+
+    Args:
+        path: The file: UTF-8, with or without a byte order mark, any line ends.
+        required: Columns that must be there, in any order.
+        optional: Columns that may be.
+        others: Whether further columns are fine (and ignored) or a mistake.
+        problems: Takes the rows of a wrong form.
+
+    Raises:
+        AnnotationError: unreadable, another encoding or delimiter, a wrong header, or no rows.
+    """
+    lines = _LINE_BREAK.split(read_text(path))
+    filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not filled:
+        raise AnnotationError(f"{path}: expected a header {','.join(required)}, found an empty file")
+    columns = _header(path, *filled[0], required=required, optional=optional, others=others)
+    if len(filled) == 1:
+        raise AnnotationError(f"{path}: expected rows below the header, found none")
+    rows = (_row(path, number, line, columns, problems) for number, line in filled[1:])
+    return Table(path=path, columns=columns, rows=tuple(row for row in rows if row is not None))
+
+
+def read_text(path: Path) -> str:
+    """The text of an annotation file.
+
+    Raises:
+        AnnotationError: not readable, or not UTF-8; the message says what it looks like and where.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise AnnotationError(
+            f"{path}: expected an annotation file, found: {error.strerror}; check --annotations"
+        ) from error
+    for mark, name in _MARKS.items():
+        if data.startswith(mark):
+            raise AnnotationError(f"{path}: expected UTF-8 text, found {name}; save it as CSV in UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode("utf-8-sig")
+        raise AnnotationError(
+            f"{_place_after(path, before)}: expected UTF-8, found byte 0x{data[error.start]:02x} "
+            "(Latin-1 or Windows-1252?); save the file as UTF-8"
+        ) from None
+    if "\0" in text:
+        place = _place_after(path, text[: text.index("\0")])
+        raise AnnotationError(f"{place}: expected text, found a zero byte; is this an annotation file?")
+    return text
+
+
+def _place_after(path: Path, before: str) -> str:
+    """``file:line:column`` of what follows `before`, the text from the start of the file."""
+    lines = _LINE_BREAK.split(before)
+    return f"{path}:{len(lines)}:{len(lines[-1]) + 1}"
+
+
+def _header(
+    path: Path, number: int, line: str, *, required: Sequence[str], optional: Sequence[str], others: bool
+) -> tuple[str, ...]:
+    where = f"{path}:{number}:1"
+    columns = _cells(line)
+    if columns is None:
+        raise AnnotationError(f"{where}: expected the header {','.join(required)}, found {_shortened(line)}")
+    missing = [name for name in required if name not in columns]
+    if missing:
+        _refuse_other_delimiter(where, line, required)
+        near = did_you_mean(missing[0], list(columns))
+        raise AnnotationError(
+            f"{where}: expected the columns {','.join(required)}, found {_shortened(line)}; "
+            f"missing: {', '.join(missing)}{near}"
+        )
+    doubled = sorted({name for name in columns if columns.count(name) > 1})
+    if doubled:
+        raise AnnotationError(f"{where}: expected every column once, found {', '.join(doubled)} several times")
+    known = [*required, *optional]
+    unknown = [name for name in columns if name not in known]
+    if unknown and not others:
+        near = did_you_mean(unknown[0], known)
+        raise AnnotationError(
+            f"{where}: expected only the columns {', '.join(known)}, found {', '.join(map(repr, unknown))}{near}; "
+            "rename or remove it"
+        )
+    return columns
+
+
+def _refuse_other_delimiter(where: str, line: str, required: Sequence[str]) -> None:
+    for delimiter, name in _DELIMITERS.items():
+        cells = [cell.strip().strip('"') for cell in line.split(delimiter)]
+        if len(cells) > 1 and set(required) <= set(cells):
+            raise AnnotationError(
+                f"{where}: expected commas between the columns, found {name}; save it comma-separated"
+            )
+
+
+def _row(path: Path, number: int, line: str, columns: tuple[str, ...], problems: Problems) -> Row | None:
+    cells = _cells(line)
+    where = f"{path}:{number}"
+    if cells is None:
+        start = line.rfind('"') + 1
+        problems.add(
+            "broken quotes", f"{where}:{start}: expected quotes closed on the same line, found {_shortened(line)}"
+        )
+    elif len(cells) != len(columns):
+        start = _cell_start(line, min(len(cells) - 1, len(columns)))
+        hint = "; quote cells that hold commas" if len(cells) > len(columns) else ""
+        problems.add(
+            "wrong number of cells",
+            f"{where}:{start}: expected {len(columns)} cells ({','.join(columns)}), found {len(cells)}{hint}",
+        )
+    else:
+        return Row(path=path, line=number, text=line, columns=columns, cells=cells)
+    return None
+
+
+def _cells(line: str) -> tuple[str, ...] | None:
+    """The cells of a line without the spaces around them, or None when its quotes are broken."""
+    try:
+        (cells,) = csv.reader([line], strict=True, skipinitialspace=True)
+    except (csv.Error, ValueError):
+        return None
+    return tuple(cell.strip() for cell in cells)
+
+
+def _cell_start(line: str, number: int) -> int:
+    """Which character of a line, from 1, the cell of that number starts at; commas inside quotes do not count."""
+    start, quoted = 0, False
+    for position, character in enumerate(line):
+        if number == 0:
+            break
+        if character == '"' and (quoted or not line[start:position].strip()):
+            quoted = not quoted
+        elif character == "," and not quoted:
+            number, start = number - 1, position + 1
+    return start + 1
+
+
+def _shortened(line: str) -> str:
+    return repr(line if len(line) <= 120 else f"{line[:117]}...")

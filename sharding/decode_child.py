@@ -1,0 +1,152 @@
+"""Turn one source segment into a stored clip. Runs in a child process that holds nothing but PyAV and NumPy.
+
+A hostile or damaged video can crash, hang or starve this process only; the converter counts a reject and starts
+another child. `sharding.workers` starts children by spawn and calls `serve` in them.
+"""
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from sharding.audio_cut import EncodedAudio, cut_audio
+from sharding.container_claims import check_container_is_whole
+from sharding.encode import CODECS, EncodedVideo
+from sharding.errors import MediaError
+from sharding.media import MediaLimits, audio_stream, check_unchanged, open_media, source_state, video_stream
+from sharding.video_cut import Segment, VideoCut, thinned
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipJob:
+    """What to cut out of which file, and how to store it."""
+
+    path: Path
+    start_seconds: float | None
+    end_seconds: float | None
+    codec: str
+    short_side: int
+    quality: int
+    frames_per_second: float | None
+    ticks_per_second: int
+    audio_policy: str
+    """``required``, ``optional`` or ``none``."""
+    sample_rate_hz: int
+    limits: MediaLimits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedClip:
+    """A stored clip with the facts of its source."""
+
+    video: EncodedVideo
+    audio: EncodedAudio | None
+    duration_seconds: float
+    source_frames_per_second: float
+    source_size: tuple[int, int]
+    source_bytes: int
+    source_codec: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Why a clip could not be made; `what` names no path, so that it is the same in every place."""
+
+    reason: str
+    what: str
+
+
+def encode_clip(job: ClipJob) -> EncodedClip:
+    """Decode the job's segment completely and strictly, and encode it.
+
+    Raises:
+        MediaError: for every reason of `sharding.media.REASONS` that a file can give.
+    """
+    before = source_state(job.path)
+    if before.num_bytes == 0:
+        raise MediaError("empty_file", "expected a video, found 0 bytes; fetch the file again")
+    if before.num_bytes > job.limits.max_file_bytes:
+        raise MediaError("too_large", f"expected at most {job.limits.max_file_bytes} bytes, found {before.num_bytes}")
+    check_container_is_whole(job.path)
+    segment = Segment.of(job.start_seconds, job.end_seconds)
+    with open_media(job.path) as container:
+        stream = video_stream(container, job.limits)
+        cut = VideoCut(container, stream, segment, limits=job.limits)
+        encoder = CODECS[job.codec](
+            short_side=job.short_side, quality=job.quality, ticks_per_second=job.ticks_per_second
+        )
+        for frame in thinned(cut.frames(), job.frames_per_second):
+            encoder.add(frame)
+        clip = EncodedClip(
+            video=encoder.finish(),
+            audio=_audio(job, segment, cut.zero),
+            duration_seconds=float(cut.duration),
+            source_frames_per_second=float(stream.average_rate or stream.guessed_rate or 0),
+            source_size=(stream.width, stream.height),
+            source_bytes=before.num_bytes,
+            source_codec=stream.codec_context.name,
+        )
+    check_unchanged(job.path, before)
+    return clip
+
+
+def _audio(job: ClipJob, segment: Segment, zero: Fraction) -> EncodedAudio | None:
+    if job.audio_policy == "none":
+        return None
+    with open_media(job.path) as container:
+        stream = audio_stream(container)
+        audio = None
+        if stream is not None:
+            audio = cut_audio(container, stream, segment, zero=zero, rate_hz=job.sample_rate_hz, limits=job.limits)
+    if audio is None and job.audio_policy == "required":
+        found = "no audio stream" if stream is None else "an audio stream without samples there"
+        raise MediaError("no_audio", f"expected sound in the segment, found {found}; --audio optional accepts it")
+    return audio
+
+
+def serve(connection: Connection, job_function: Callable[[Any], Any], memory_bytes: int, parent: int) -> None:
+    """Answer jobs from `connection` until it closes; the body of a child process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _die_with_parent(parent)
+    _limit_resources(memory_bytes)
+    with contextlib.suppress(EOFError, ConnectionError):
+        connection.send("ready")
+        while True:
+            connection.send(_answer(job_function, connection.recv()))
+
+
+def _answer(job_function: Callable[[Any], Any], job: Any) -> Any:
+    try:
+        return job_function(job)
+    except MediaError as error:
+        return Rejected(error.reason, str(error))
+    except MemoryError:
+        return Rejected("out_of_memory", "decoding needed more memory than a child may have")
+    except Exception as error:  # noqa: BLE001  a fault on one file is counted with its name, not the end of a conversion
+        return Rejected("internal_error", f"{type(error).__name__}: {error}")
+
+
+def _die_with_parent(parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the request above
+        os._exit(1)
+
+
+def _limit_resources(memory_bytes: int) -> None:
+    """No core files, and `memory_bytes` of address space more than the process has now."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (now + memory_bytes, now + memory_bytes))

@@ -1,0 +1,63 @@
+"""One converter an output folder: an advisory lock that the kernel releases when its holder dies."""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+from sharding.errors import ConversionRefusedError
+
+LOCK_NAME = ".conversion.lock"
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; the lock file goes when the block ends, a dead holder's is taken over.
+
+    Raises:
+        ConversionRefusedError: another process holds it; the message names it.
+    """
+    path = folder / LOCK_NAME
+    descriptor = _acquire(path)
+    try:
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while the lock is held: nobody else can have it open and locked
+        os.close(descriptor)
+
+
+def _acquire(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = _holder(path)
+            os.close(descriptor)
+            raise ConversionRefusedError(
+                f"{path.parent}: another conversion writes here ({holder}); "
+                "wait for it, stop it, or choose another --out"
+            ) from None
+        if _is_at(path, descriptor):
+            return descriptor
+        os.close(descriptor)  # its last holder removed it between our open and our lock
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text())
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "an unnamed process"

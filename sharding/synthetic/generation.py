@@ -1,0 +1,171 @@
+"""Makes the files of a split: in worker processes, each clip by the write protocol, continuing after a kill.
+
+::
+
+    <media>/<split>/world.json            settings and tool versions, written first
+    <media>/<split>/<split>-000000.mp4    clip 0, ...
+    <media>/<split>/annotations.csv       file name and class names of every clip, written last
+"""
+
+import concurrent.futures
+import csv
+import io
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ca2st.durable import sweep_temporaries, write_bytes
+from ca2st.errors import EnvironmentFault, UserInputError
+from sharding.folder_lock import folder_lock
+from sharding.synthetic.config import SyntheticConfig
+from sharding.synthetic.factors import factors_of, label_spaces, labels_of
+
+WORLD_NAME = "world.json"
+ANNOTATIONS_NAME = "annotations.csv"
+_CLIPS_PER_TASK = 16
+
+Progress = Callable[[int, int], None]
+"""Called with (clips done, clips in all)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipFile:
+    """Where one clip of the synthetic world lies and what it shows."""
+
+    name: str
+    labels: tuple[int, ...]
+
+
+def clip_file(config: SyntheticConfig, split: str, index: int) -> ClipFile:
+    """Name and labels of sample `index`; pure."""
+    return ClipFile(name=f"{split}-{index:06d}.mp4", labels=labels_of(config, factors_of(config, split, index)))
+
+
+def make_clip(config: SyntheticConfig, split: str, index: int) -> bytes:
+    """The mp4 of sample `index`: a pure function of its arguments under the same tool versions."""
+    from sharding.synthetic.drawing import draw_frames
+    from sharding.synthetic.encoding import encode_clip
+    from sharding.synthetic.sounding import sound_samples
+
+    frames = draw_frames(config, split, index)
+    sound = sound_samples(config, split, index, num_frames=len(frames))
+    return encode_clip(frames, sound, frames_per_second=config.frames_per_second, sample_rate_hz=config.sample_rate_hz)
+
+
+def generate_split(
+    media: Path, split: str, config: SyntheticConfig, *, limit: int | None = None, progress: Progress | None = None
+) -> Path:
+    """Make the clips of a split (or the first `limit`) that are not there yet; returns the split's folder.
+
+    Raises:
+        UserInputError: the folder holds clips of other settings or tool versions, or another process works there.
+        EnvironmentFault: a file cannot be written, or a worker process died.
+    """
+    folder = media / split
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot make {folder}: {error.strerror}; choose another --media") from error
+    num_clips = len(range(config.num_samples)[:limit])
+    with folder_lock(folder):
+        sweep_temporaries(folder)
+        _claim(folder, split, config)
+        _make_files(folder, split, config, num_clips, progress=progress)
+        write_bytes(folder / ANNOTATIONS_NAME, _annotations(config, split, num_clips))
+    return folder
+
+
+def _claim(folder: Path, split: str, config: SyntheticConfig) -> None:
+    """Write down what this folder is made of, or check that it is still the same."""
+    from sharding.synthetic.encoding import tool_versions
+
+    mine: dict[str, Any] = {"split": split, **config.content(), "tool_versions": tool_versions()}
+    path = folder / WORLD_NAME
+    if not path.exists():
+        write_bytes(path, json.dumps(mine, indent=1, sort_keys=True).encode() + b"\n")
+        return
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        theirs = None
+    if not isinstance(theirs, dict):
+        raise UserInputError(f"{path}: not the settings of a synthetic set; remove {folder} and run again")
+    differing = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
+    if differing:
+        listed = "; ".join(f"{name}: {theirs.get(name)} there, {mine.get(name)} now" for name in differing)
+        raise UserInputError(
+            f"{folder}: holds a synthetic set of other settings ({listed}); choose another --media or remove it"
+        )
+
+
+def _make_files(
+    folder: Path, split: str, config: SyntheticConfig, num_clips: int, *, progress: Progress | None
+) -> None:
+    missing = [n for n in range(num_clips) if not (folder / clip_file(config, split, n).name).is_file()]
+    tasks = [missing[first : first + _CLIPS_PER_TASK] for first in range(0, len(missing), _CLIPS_PER_TASK)]
+    done = num_clips - len(missing)
+    report = progress or (lambda _done, _total: None)
+    report(done, num_clips)
+    for count in _run_tasks(folder, split, config, tasks):
+        done += count
+        report(done, num_clips)
+
+
+def _run_tasks(folder: Path, split: str, config: SyntheticConfig, tasks: list[list[int]]) -> Iterator[int]:
+    """Run the tasks here when there are few, else in spawned workers; yields the clips each task made."""
+    workers = min(config.workers, len(tasks))
+    if workers < 2:
+        for task in tasks:
+            yield _make_task(folder, split, config, task)
+        return
+    # Spawned, never forked: a fork after PyAV has started its threads hangs.
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
+    )
+    try:
+        futures = [pool.submit(_make_task, folder, split, config, task) for task in tasks]
+        for future in concurrent.futures.as_completed(futures):
+            yield future.result()
+    except concurrent.futures.BrokenExecutor as error:
+        raise EnvironmentFault(
+            f"a worker that was making clips in {folder} died (killed, or out of memory?); "
+            "run again with fewer --workers: finished clips are kept"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _make_task(folder: Path, split: str, config: SyntheticConfig, indices: list[int]) -> int:
+    for index in indices:
+        write_bytes(folder / clip_file(config, split, index).name, make_clip(config, split, index))
+    return len(indices)
+
+
+def _end_with_parent() -> None:
+    """In a worker: end when the parent is gone, even if it was killed; the pool alone would wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_wait_and_exit, args=(parent.sentinel,), daemon=True).start()
+
+
+def _wait_and_exit(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
+def _annotations(config: SyntheticConfig, split: str, num_clips: int) -> bytes:
+    spaces = label_spaces(config)
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["path", *(space.name for space in spaces)])
+    for index in range(num_clips):
+        clip = clip_file(config, split, index)
+        names = (space.classes[label] for space, label in zip(spaces, clip.labels, strict=True))
+        rows.writerow([clip.name, *names])
+    return text.getvalue().encode()

@@ -1,0 +1,178 @@
+"""Check every byte of a shard set against its manifest, and say which file, sample and frame is damaged."""
+
+import hashlib
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+
+from sharding.errors import ManifestError, ShardDamageError
+from sharding.index import MEMBER_SUFFIXES, MEMBERS, decode_index, frame_checksum, member_checksum
+from sharding.manifest import MANIFEST_NAME, SHARDS_NAME, ShardEntry, ShardSet, read_shard_set
+from sharding.rejects import REJECTS_NAME, Reject, rejects_file
+from sharding.resume import read_done_shard
+from sharding.writer import member_header
+
+_CHUNK_BYTES = 8 * 2**20
+_MOST_PER_SHARD = 20
+_Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One thing that is wrong with a shard set."""
+
+    shard: str
+    """File name: a shard, or whichever file of the set is concerned."""
+    key: str
+    """Key of the damaged sample, or empty when it is not one sample's."""
+    what: str
+
+
+def verify_shard_set(root: Path, *, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
+    """Everything that is wrong with the set in `root`; an empty list means every byte is as it was written.
+
+    Args:
+        root: The set's folder.
+        progress: Called with (shards checked, shards) after each shard.
+
+    Raises:
+        ManifestError: `root` is no folder.
+    """
+    if not root.is_dir():
+        raise ManifestError(f"{root}: expected a folder with {MANIFEST_NAME}, found none; check the path")
+    try:
+        shard_set = read_shard_set(root)
+    except (ManifestError, ShardDamageError) as error:
+        name = SHARDS_NAME if SHARDS_NAME in str(error) else MANIFEST_NAME
+        return [Problem(shard=name, key="", what=str(error))]
+    except (ValueError, KeyError, TypeError) as error:
+        return [Problem(shard=MANIFEST_NAME, key="", what=f"not a manifest: {error!r}; restore it or convert again")]
+    problems = list(_folder_problems(shard_set))
+    for number, shard in enumerate(shard_set.shards):
+        problems += _shard_problems(root, shard)
+        if progress:
+            progress(number + 1, len(shard_set.shards))
+    return problems
+
+
+def _folder_problems(shard_set: ShardSet) -> Iterator[Problem]:
+    """Files that the manifest does not account for, and a list of rejects that is not that of the indexes."""
+    expected = {MANIFEST_NAME, SHARDS_NAME}
+    for shard in shard_set.shards:
+        expected |= {shard.name, shard.index_name}
+    rejects = _expected_rejects(shard_set)
+    for path in sorted(shard_set.root.iterdir()):
+        if path.name == REJECTS_NAME and rejects is not None:
+            if path.read_bytes() != rejects:
+                yield Problem(shard=REJECTS_NAME, key="", what="differs from what the shards' indexes say; remove it")
+        elif path.name not in expected:
+            yield Problem(shard=path.name, key="", what="not named by the manifest; remove it")
+    if rejects is not None and not (shard_set.root / REJECTS_NAME).exists():
+        yield Problem(shard=REJECTS_NAME, key="", what="missing: the manifest counts rejects")
+
+
+def _expected_rejects(shard_set: ShardSet) -> bytes | None:
+    """Contents of ``rejects.jsonl`` by the indexes; None when there are no rejects and so no file."""
+    if not shard_set.manifest.rejected:
+        return None
+    rejects = []
+    for number in range(len(shard_set.shards)):
+        shard = read_done_shard(shard_set.root, number)
+        rejects += [Reject(**reject) for reject in shard.covers.rejects] if shard else []
+    return rejects_file(rejects)
+
+
+def _shard_problems(root: Path, shard: ShardEntry) -> list[Problem]:
+    index_problem = _file_problem(root / shard.index_name, shard.index_bytes, shard.index_sha256)
+    tar_problem = _file_problem(root / shard.name, shard.bytes, shard.sha256)
+    problems = [index_problem] if index_problem else []
+    if tar_problem is None:
+        return problems
+    found = _localised(root, shard) if (root / shard.name).is_file() else []
+    return problems + (found or [tar_problem])
+
+
+def _file_problem(path: Path, num_bytes: int, sha256: str) -> Problem | None:
+    digest = hashlib.sha256()
+    try:
+        found = path.stat().st_size
+        if found != num_bytes:
+            what = f"expected {num_bytes} bytes, found {found}; restore it or convert again"
+            return Problem(shard=path.name, key="", what=what)
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        return Problem(shard=path.name, key="", what=f"cannot be read: {error.strerror}; restore it or convert again")
+    if digest.hexdigest() != sha256:
+        return Problem(shard=path.name, key="", what="sha256 differs from the manifest's; restore it or convert again")
+    return None
+
+
+def _localised(root: Path, shard: ShardEntry) -> list[Problem]:
+    """Where in a damaged tar the damage is, as far as the index tells."""
+    try:
+        rows = decode_index((root / shard.index_name).read_bytes()).to_pylist()
+        with (root / shard.name).open("rb") as file:
+            problems = [Problem(shard=shard.name, key=key, what=what) for key, what in _damage(file, rows, shard)]
+    except (OSError, ValueError, pa.ArrowException):
+        return []
+    if len(problems) > _MOST_PER_SHARD:
+        more = len(problems) - _MOST_PER_SHARD
+        problems = [
+            *problems[:_MOST_PER_SHARD],
+            Problem(shard=shard.name, key="", what=f"and {more} more in this shard"),
+        ]
+    return problems
+
+
+def _damage(file: IO[bytes], rows: list[_Row], shard: ShardEntry) -> Iterator[tuple[str, str]]:
+    file.seek(0, 2)
+    if file.tell() != shard.bytes:
+        yield "", f"expected {shard.bytes} bytes, found {file.tell()}; restore it or convert again"
+    end = 0
+    for row in rows:
+        for member in MEMBERS:
+            for what in _member_damage(file, row, member):
+                yield row["key"], what
+            end = row[f"{member}_offset"] + _padded(row[f"{member}_bytes"])
+    file.seek(end)
+    if any(file.read()):
+        yield "", "the empty blocks behind the last sample are not empty"
+
+
+def _member_damage(file: IO[bytes], row: _Row, member: str) -> Iterator[str]:
+    name, offset, size = MEMBER_SUFFIXES[member], row[f"{member}_offset"], row[f"{member}_bytes"]
+    file.seek(offset - tarfile.BLOCKSIZE)
+    header, data = file.read(tarfile.BLOCKSIZE), file.read(size)
+    padding = file.read(_padded(size) - size)
+    if header != member_header(row["key"], name, size):
+        yield f"{name}: tar header at byte {offset - tarfile.BLOCKSIZE} differs"
+    if len(data) < size:
+        yield f"{name}: expected {size} bytes from byte {offset}, found {len(data)}"
+    elif member_checksum(data) != row[f"{member}_xxh64"]:
+        frames = _damaged_frames(data, row) if member == "video" else ""
+        yield f"{name}: bytes {offset} to {offset + size} differ{frames}"
+    if any(padding):
+        yield f"{name}: padding behind byte {offset + size} is not empty"
+
+
+def _damaged_frames(data: bytes, row: _Row) -> str:
+    """Which frames of a damaged video differ, in words."""
+    at, damaged = row["frame_data_offset"], []
+    for number, (size, checksum) in enumerate(zip(row["frame_bytes"], row["frame_xxh32"], strict=True)):
+        if frame_checksum(data[at : at + size]) != checksum:
+            damaged.append(number)
+        at += size
+    if not damaged:
+        return " (no frame: the container around them)"
+    shown = ", ".join(str(number) for number in damaged[:10])
+    return f" (frame {shown}{', ...' if len(damaged) > 10 else ''} of {len(row['frame_bytes'])})"
+
+
+def _padded(size: int) -> int:
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

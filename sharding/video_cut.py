@@ -1,0 +1,160 @@
+"""Cut a segment out of a video by presentation time.
+
+The media's clock starts at its first displayed frame, whatever its timestamp (it may be negative or late). A segment
+keeps the frames with start <= time < end. A segment that falls between two frames keeps the one on display.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+from sharding.errors import MediaError
+from sharding.media import MediaLimits, frame_seconds, video_frames
+
+_SEEK_FROM = Fraction(2)  # nearer starts are reached by decoding on from the first frame
+_TOLERANCE = Fraction(1, 4)  # of a frame interval: jitter that thinning forgives
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """A span of time on the media's clock."""
+
+    start: Fraction
+    end: Fraction | None
+    """Exclusive; None: to the end of the media."""
+
+    @classmethod
+    def of(cls, start_seconds: float | None, end_seconds: float | None) -> "Segment":
+        """From an annotation's decimal seconds; a missing start is the media's first moment."""
+        start = Fraction(0) if start_seconds is None else _decimal(start_seconds)
+        return cls(start=start, end=None if end_seconds is None else _decimal(end_seconds))
+
+
+def _decimal(seconds: float) -> Fraction:
+    # 12.34 as written, not its binary neighbour: a frame at exactly that time belongs to the segment.
+    return Fraction(seconds).limit_denominator(1_000_000)
+
+
+@dataclass(frozen=True, slots=True)
+class TimedFrame:
+    """A decoded frame with its times relative to the segment's start."""
+
+    picture: av.VideoFrame
+    seconds: Fraction
+    duration: Fraction
+
+
+class VideoCut:
+    """The frames of one segment; `zero` and `duration` are known once `frames` is used up."""
+
+    def __init__(
+        self, container: InputContainer, stream: VideoStream, segment: Segment, *, limits: MediaLimits
+    ) -> None:
+        self.zero = Fraction(0)
+        """The media clock's zero on the container's clock."""
+        self.duration = Fraction(0)
+        """Seconds from the segment's start to its end, or to the media's end if that comes first."""
+        self._container, self._stream, self._segment, self._limits = container, stream, segment, limits
+        self._interval = 1 / Fraction(stream.average_rate or stream.guessed_rate or 30)
+
+    def frames(self) -> Iterator[TimedFrame]:
+        """Yield the segment's frames in order.
+
+        Raises:
+            MediaError: ``decode_error``, ``truncated``, ``bad_timestamps``, ``too_large``, ``segment_outside``.
+        """
+        start, end = self._segment.start, self._segment.end
+        before: TimedFrame | None = None
+        num_kept, media_end = 0, Fraction(0)
+        for frame in self._checked_frames():
+            if end is not None and frame.seconds >= end - start:
+                self.duration = end - start
+                break
+            media_end = frame.seconds + frame.duration
+            if frame.seconds < 0:
+                before = frame
+                continue
+            num_kept += 1
+            self._check_extent(num_kept, media_end)
+            yield frame
+        else:
+            self._check_end(media_end + start)
+            self.duration = media_end
+        if num_kept == 0:
+            yield self._on_display(before, media_end)
+
+    def _checked_frames(self) -> Iterator[TimedFrame]:
+        decoded_pixels, last = 0, None
+        for picture in self._pictures():
+            decoded_pixels += picture.width * picture.height
+            self._check_pixels(picture, decoded_pixels)
+            seconds = frame_seconds(picture) - self.zero - self._segment.start
+            if last is not None and seconds <= last:
+                raise MediaError(
+                    "bad_timestamps", f"expected frame times that increase, found {float(seconds):.4f} twice"
+                )
+            last = seconds
+            base = picture.time_base or Fraction(0)
+            yield TimedFrame(picture, seconds, picture.duration * base or self._interval)
+
+    def _pictures(self) -> Iterator[av.VideoFrame]:
+        frames = video_frames(self._container, self._stream)
+        first = next(frames, None)
+        if first is None:
+            raise MediaError("decode_error", "expected at least one frame, found none")
+        self.zero = frame_seconds(first)
+        if self._segment.start < _SEEK_FROM:
+            return itertools.chain([first], frames)
+        return video_frames(self._container, self._stream, seek=self.zero + self._segment.start)
+
+    def _check_pixels(self, picture: av.VideoFrame, decoded: int) -> None:
+        if picture.width * picture.height > self._limits.max_frame_pixels:
+            found = f"a frame of {picture.width}x{picture.height}"
+            raise MediaError("too_large", f"expected at most {self._limits.max_frame_pixels} pixels, found {found}")
+        if decoded > self._limits.max_decoded_pixels:
+            raise MediaError(
+                "too_large", f"expected at most {self._limits.max_decoded_pixels} decoded pixels, found more"
+            )
+
+    def _check_extent(self, num_frames: int, seconds: Fraction) -> None:
+        if num_frames > self._limits.max_frames:
+            raise MediaError("too_large", f"expected at most {self._limits.max_frames} frames, found more")
+        if seconds > self._limits.max_duration_seconds + 1:
+            limit = self._limits.max_duration_seconds
+            raise MediaError("too_large", f"expected at most {limit:g} s, found more; cut the video by times")
+
+    def _check_end(self, found: Fraction) -> None:
+        """MP4 says how long a stream is: less is a file whose last frames are not where its index says."""
+        stream = self._stream
+        if "mp4" not in self._container.format.name or stream.duration is None or stream.time_base is None:
+            return
+        claimed = ((stream.start_time or 0) + stream.duration) * stream.time_base - self.zero
+        if found < claimed - max(3 * self._interval, Fraction(1, 4)):
+            raise MediaError(
+                "truncated", f"expected frames to {float(claimed):.3f} s, found them to {float(found):.3f} s"
+            )
+
+    def _on_display(self, before: TimedFrame | None, media_end: Fraction) -> TimedFrame:
+        if before is None or media_end <= 0:
+            length = float(media_end + self._segment.start)
+            raise MediaError("segment_outside", f"expected the segment inside the media, found {length:.3f} s of media")
+        return TimedFrame(before.picture, Fraction(0), self.duration or self._interval)
+
+
+def thinned(frames: Iterator[TimedFrame], frames_per_second: float | None) -> Iterator[TimedFrame]:
+    """Keep the first frame of every 1/frames_per_second of time, by presentation time; None keeps all."""
+    if frames_per_second is None:
+        yield from frames
+        return
+    rate = _decimal(frames_per_second)
+    last = -1
+    for frame in frames:
+        slot = int(frame.seconds * rate + _TOLERANCE)
+        if slot > last:
+            last = slot
+            yield frame

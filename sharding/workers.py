@@ -1,0 +1,187 @@
+"""A pool of decode children: results in the order of the jobs, one bad clip never more than one reject.
+
+One thread of the parent moves everything: it hands jobs to idle children, waits on their pipes, kills the one whose
+clip takes too long, and replaces the one that died. Closing the pool ends every child at once.
+"""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from types import TracebackType
+from typing import Any, Self
+
+from ca2st.errors import EnvironmentFault
+from sharding.decode_child import Rejected, serve
+
+_START_SECONDS = 120.0  # a cold interpreter on a busy machine
+_LOOK_AHEAD = 3  # jobs a child, finished or not, ahead of the one that is awaited
+
+
+class _Child:
+    """One process, its pipe, and the job it is working on."""
+
+    def __init__(self, job_function: Callable[[Any], Any], memory_bytes: int) -> None:
+        context = multiprocessing.get_context("spawn")  # forking after PyAV or torch work hangs
+        ours, theirs = context.Pipe()
+        self.connection: Connection = ours
+        self.process: SpawnProcess = context.Process(
+            target=serve, args=(theirs, job_function, memory_bytes, os.getpid()), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+        self.ready = False
+        self.index: int | None = None
+        self.deadline = time.monotonic() + _START_SECONDS
+
+    @property
+    def idle(self) -> bool:
+        return self.ready and self.index is None
+
+    def give(self, index: int, job: Any, timeout_seconds: float) -> None:
+        self.index, self.deadline = index, time.monotonic() + timeout_seconds
+        self.connection.send(job)
+
+    def end(self, *, dying: bool = False) -> int | None:
+        """Reap the process, killing it first unless it is dying anyway; its exit code."""
+        if dying:
+            self.process.join(timeout=5.0)
+        self.process.kill()
+        self.process.join()
+        code = self.process.exitcode
+        self.connection.close()
+        self.process.close()
+        return code
+
+
+class DecodePool:
+    """Runs `job_function` in `num_workers` children.
+
+    Args:
+        job_function: A module-level function of one picklable argument; it may raise MediaError.
+        num_workers: Children at a time.
+        timeout_seconds: Wall time of one job.
+        memory_bytes: Address space a child may add to what it starts with.
+    """
+
+    def __init__(
+        self,
+        job_function: Callable[[Any], Any],
+        *,
+        num_workers: int,
+        timeout_seconds: float,
+        memory_bytes: int = 4 * 2**30,
+    ) -> None:
+        self._job_function, self._memory_bytes = job_function, memory_bytes
+        self._num_workers, self._timeout_seconds = num_workers, timeout_seconds
+        self._children: list[_Child] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every child."""
+        children, self._children = self._children, []
+        for child in children:
+            child.process.kill()
+        for child in children:
+            child.end()
+
+    def map(self, jobs: Iterable[Any]) -> Iterator[Any]:
+        """Yield a result or a `Rejected` for each job, in order; at most a few jobs a child are read ahead.
+
+        One map at a time, used up or followed by `close`.
+
+        Raises:
+            EnvironmentFault: a child cannot be started.
+        """
+        waiting = enumerate(jobs)
+        done: dict[int, Any] = {}
+        job = next(waiting, None)
+        next_out = 0
+        while True:
+            while next_out in done:
+                yield done.pop(next_out)
+                next_out += 1
+            while job is not None and job[0] - next_out < _LOOK_AHEAD * self._num_workers and self._give(*job):
+                job = next(waiting, None)
+            if job is None and not done and all(child.index is None for child in self._children):
+                return
+            if next_out not in done:
+                self._collect(done)
+
+    def _give(self, index: int, job: Any) -> bool:
+        """Hand a job to an idle child; False when none is idle now."""
+        for child in [child for child in self._children if child.idle]:
+            try:
+                child.give(index, job, self._timeout_seconds)
+            except OSError:  # it died while idle: no fault of this job
+                self._drop(child)
+                continue
+            return True
+        if len(self._children) < self._num_workers:
+            self._children.append(_Child(self._job_function, self._memory_bytes))
+        return False
+
+    def _collect(self, done: dict[int, Any]) -> None:
+        """Wait for the next message, death or deadline, and deal with every one that is due."""
+        awaited = [child for child in self._children if not child.idle]
+        now = time.monotonic()
+        patience = max(0.0, min((child.deadline for child in awaited), default=now) - now)
+        talking = wait([child.connection for child in awaited], timeout=patience)
+        for child in awaited:
+            if child.connection in talking:
+                self._receive(child, done)
+            elif time.monotonic() >= child.deadline:
+                self._give_up_on(child, done)
+
+    def _receive(self, child: _Child, done: dict[int, Any]) -> None:
+        try:
+            message = child.connection.recv()
+        except (EOFError, ConnectionError):
+            self._bury(child, done)
+            return
+        if child.index is None:
+            child.ready = True
+            return
+        done[child.index], child.index = message, None
+        if isinstance(message, Rejected) and message.reason == "out_of_memory":
+            self._drop(child)  # what is left of its heap is not worth keeping
+
+    def _bury(self, child: _Child, done: dict[int, Any]) -> None:
+        index, ready = child.index, child.ready
+        code = self._drop(child, dying=True)
+        if not ready:
+            raise EnvironmentFault(f"a decode child ended while starting (exit code {code}); run `ca2st doctor`")
+        if index is not None:
+            done[index] = Rejected("decoder_crash", f"the decoding process died: {_described(code)}")
+
+    def _give_up_on(self, child: _Child, done: dict[int, Any]) -> None:
+        index, ready = child.index, child.ready
+        self._drop(child)
+        if not ready:
+            raise EnvironmentFault(
+                f"a decode child did not start within {_START_SECONDS:g} s; is the machine overloaded?"
+            )
+        if index is not None:
+            done[index] = Rejected(
+                "timeout", f"expected the clip within {self._timeout_seconds:g} s, found it unfinished"
+            )
+
+    def _drop(self, child: _Child, *, dying: bool = False) -> int | None:
+        self._children.remove(child)
+        return child.end(dying=dying)
+
+
+def _described(code: int | None) -> str:
+    if code is not None and code < 0:
+        return signal.Signals(-code).name
+    return f"exit code {code}"

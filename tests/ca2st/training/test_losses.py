@@ -1,0 +1,82 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from ca2st.errors import UserInputError
+from ca2st.training.errors import LabelRangeError
+from ca2st.training.losses import check_label_range, cross_entropy_per_clip, loss_per_clip, smoothed_targets
+
+TARGETS = ("verb", "noun")
+
+
+def make_step(seed: int, clips: int = 12) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = {"verb": torch.randn(clips, 5, generator=generator), "noun": torch.randn(clips, 7, generator=generator)}
+    labels = torch.stack([torch.randint(0, size, (clips,), generator=generator) for size in (5, 7)], dim=1)
+    return logits, labels
+
+
+def test_smoothing_spreads_its_share_over_all_classes() -> None:
+    targets = smoothed_targets(torch.tensor([1]), 4, smoothing=0.2)
+    torch.testing.assert_close(targets, torch.tensor([[0.05, 0.85, 0.05, 0.05]]))
+
+
+def test_the_loss_equals_torchs_label_smoothing_summed_over_targets() -> None:
+    logits, labels = make_step(0)
+    expected = sum(
+        F.cross_entropy(logits[name], labels[:, i], label_smoothing=0.1, reduction="none")
+        for i, name in enumerate(TARGETS)
+    )
+    torch.testing.assert_close(loss_per_clip(logits, labels, targets=TARGETS, smoothing=0.1), expected)
+
+
+def test_mixed_targets_cost_the_mix_of_their_losses() -> None:
+    logits, _ = make_step(1, clips=1)
+    first, second = (smoothed_targets(torch.tensor([label]), 5, smoothing=0.0) for label in (0, 3))
+    mixed = cross_entropy_per_clip(logits["verb"], 0.3 * first + 0.7 * second)
+    apart = 0.3 * cross_entropy_per_clip(logits["verb"], first) + 0.7 * cross_entropy_per_clip(logits["verb"], second)
+    torch.testing.assert_close(mixed, apart)
+
+
+def test_half_precision_logits_are_summed_in_float32() -> None:
+    logits = torch.full((1, 400), 8.0, dtype=torch.bfloat16)
+    loss = cross_entropy_per_clip(logits, smoothed_targets(torch.tensor([0]), 400, smoothing=0.1))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(math.log(400), abs=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cuts=st.lists(st.integers(1, 11), max_size=6), seed=st.integers(0, 100))
+def test_any_split_into_ranks_and_micro_batches_gives_the_same_loss_and_gradient(cuts: list[int], seed: int) -> None:
+    logits, labels = make_step(seed)
+    whole = {name: value.double().requires_grad_() for name, value in logits.items()}
+    loss = loss_per_clip(whole, labels, targets=TARGETS, smoothing=0.1).sum() / 12
+    loss.backward()
+    parts = {name: value.double().requires_grad_() for name, value in logits.items()}
+    edges = [0, *sorted(set(cuts)), 12]
+    losses = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        part = {name: value[start:end] for name, value in parts.items()}
+        each = loss_per_clip(part, labels[start:end], targets=TARGETS, smoothing=0.1)
+        (each.sum() / 12).backward()
+        losses += each.tolist()
+    assert math.fsum(losses) / 12 == pytest.approx(loss.item(), rel=1e-7)
+    for name in TARGETS:
+        torch.testing.assert_close(parts[name].grad, whole[name].grad)
+
+
+def test_a_target_without_a_head_is_refused() -> None:
+    logits, labels = make_step(0)
+    with pytest.raises(UserInputError, match=r"heads \(verb, noun\), found action"):
+        loss_per_clip(logits, labels, targets=("verb", "action"), smoothing=0.1)
+
+
+@pytest.mark.parametrize("label", [-1, 7])
+def test_a_label_outside_the_head_is_refused_with_its_sample(label: int) -> None:
+    labels = torch.tensor([[0, 6], [4, label]])
+    with pytest.raises(LabelRangeError, match=rf"sample second: noun label expected in 0..6 .* found {label}"):
+        check_label_range(labels, ("first", "second"), num_classes={"verb": 5, "noun": 7})

@@ -1,0 +1,174 @@
+"""Draws and crops: keyed by the sample alone, inside the picture, with the asked distribution."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.refusals import forced
+
+from ca2st.errors import UserInputError
+from ca2st.spec import ClipSpec
+from pipelines.crops import CropBox, RandomCrop, SquareCrop
+from pipelines.draws import AugmentConfig, ClipFacts, EvaluationDraws, EvaluationViews, TrainDraws, ViewDraw
+from pipelines.keyed_random import permutation, raw_words, uniforms
+from pipelines.sampling import SamplingConfig
+
+SPEC = ClipSpec(num_frames=16, crop_size=224, mel_rows=400)
+sides = st.integers(1, 400)
+
+
+def facts(key: str = "clip-1", *, frames: int = 300, rows: int = 1000) -> ClipFacts:
+    return ClipFacts(key=key, num_frames=frames, frames_per_second=30.0, mel_rows=rows)
+
+
+def train_view(key: str = "clip-1", *, seed: int = 0, epoch: int = 0, augment: AugmentConfig | None = None) -> ViewDraw:
+    draws = TrainDraws(clip=SPEC, sampling=SamplingConfig(), augment=augment or AugmentConfig(), seed=seed, epoch=epoch)
+    (view,) = draws.views(facts(key))
+    return view
+
+
+def test_random_words_of_a_key_never_change() -> None:
+    assert raw_words(("x", 1), 2).tolist() == PINNED_WORDS
+    assert permutation(("shards", 0, 0), 8).tolist() == PINNED_PERMUTATION
+
+
+PINNED_WORDS = [8623517796109943755, 13145527796314271958]
+PINNED_PERMUTATION = [3, 1, 0, 7, 4, 5, 6, 2]
+"""Written down once: if they change, `record.ORDER_VERSION` must rise."""
+
+
+def test_uniform_numbers_are_even_over_the_unit_interval() -> None:
+    numbers = uniforms(("test",), 20_000)
+    counts, _ = np.histogram(numbers, bins=20, range=(0, 1))
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert abs(counts - 1000).max() < 150
+
+
+def test_a_view_depends_on_seed_epoch_and_key_and_on_nothing_else() -> None:
+    view = train_view()
+    assert train_view() == view
+    assert all(other != view for other in (train_view("clip-2"), train_view(seed=1), train_view(epoch=1)))
+
+
+def test_frames_crop_and_flip_are_drawn_apart() -> None:
+    mirrored = train_view(augment=AugmentConfig(flip_probability=1.0))
+    straight = train_view(augment=AugmentConfig(flip_probability=0.0))
+    assert mirrored.flip
+    assert not straight.flip
+    assert mirrored.crop == straight.crop
+    assert mirrored.frame_indices == straight.frame_indices
+
+
+def test_half_of_the_samples_are_flipped() -> None:
+    flips = sum(train_view(f"clip-{i}").flip for i in range(400))
+    assert 160 < flips < 240
+
+
+def test_random_crops_cover_the_asked_areas_and_ratios() -> None:
+    boxes = [train_view(f"clip-{i}").crop.box(height=256, width=340) for i in range(400)]
+    areas = np.array([box.height * box.width / (256 * 340) for box in boxes])
+    ratios = np.array([box.width / box.height for box in boxes])
+    assert areas.min() > 0.075
+    assert areas.max() <= 1
+    assert 0.4 < areas.mean() < 0.56
+    assert ratios.min() > 0.73
+    assert ratios.max() < 1.36
+    assert len({box.top for box in boxes}) > 50
+
+
+@given(height=sides, width=sides, numbers=st.lists(st.floats(0, 1, exclude_max=True), min_size=4, max_size=4))
+def test_a_random_crop_lies_inside_any_picture(height: int, width: int, numbers: list[float]) -> None:
+    crop = RandomCrop(
+        area_fractions=(0.08 + 0.92 * numbers[0],),
+        aspect_ratios=(0.75 + numbers[1] * (4 / 3 - 0.75),),
+        vertical=numbers[2],
+        horizontal=numbers[3],
+    )
+    assert_inside(crop.box(height=height, width=width), height, width)
+
+
+def test_a_picture_too_flat_for_every_candidate_gives_its_centred_largest_crop() -> None:
+    crop = RandomCrop(area_fractions=(1.0,), aspect_ratios=(4 / 3,), vertical=0.9, horizontal=0.9)
+    assert crop.box(height=30, width=300) == CropBox(top=0, left=130, height=30, width=40)
+
+
+@given(height=sides, width=sides, fraction=st.sampled_from([0.0, 0.5, 1.0]))
+def test_a_square_crop_has_the_short_side_and_lies_inside(height: int, width: int, fraction: float) -> None:
+    box = SquareCrop(fraction=fraction).box(height=height, width=width)
+    assert box.height == box.width == min(height, width)
+    assert_inside(box, height, width)
+
+
+def assert_inside(box: CropBox, height: int, width: int) -> None:
+    assert box.top >= 0
+    assert box.left >= 0
+    assert 0 < box.height <= height - box.top
+    assert 0 < box.width <= width - box.left
+
+
+def test_three_crops_sit_at_both_ends_and_the_middle_of_the_long_side() -> None:
+    draws = EvaluationDraws(
+        clip=SPEC, sampling=SamplingConfig(), view_plan=EvaluationViews(protocol="test", clips=1, crops=3)
+    )
+    boxes = [view.crop.box(height=240, width=320) for view in draws.views(facts())]
+    assert [box.left for box in boxes] == [0, 40, 80]
+    upright = [view.crop.box(height=320, width=240) for view in draws.views(facts())]
+    assert [box.top for box in upright] == [0, 40, 80]
+
+
+@pytest.mark.parametrize("scheme", ["dense", "uniform"])
+def test_test_views_come_clip_by_clip_with_their_spectrogram_crops(scheme: str) -> None:
+    draws = EvaluationDraws(
+        clip=SPEC,
+        sampling=SamplingConfig(scheme=scheme),  # type: ignore[arg-type]
+        view_plan=EvaluationViews(protocol="test", clips=2, crops=3),
+    )
+    views = draws.views(facts())
+    assert len(views) == 6
+    assert len({view.frame_indices for view in views[:3]}) == len({view.frame_indices for view in views[3:]}) == 1
+    assert views[0].frame_indices != views[3].frame_indices
+    assert [view.mel_start_row for view in views] == [150, 200, 250, 300, 350, 400]
+    assert not any(view.flip for view in views)
+
+
+@pytest.mark.parametrize("scheme", ["dense", "uniform"])
+def test_validation_is_one_centred_view(scheme: str) -> None:
+    sampling = SamplingConfig(scheme=scheme)  # type: ignore[arg-type]
+    (view,) = EvaluationDraws(clip=SPEC, sampling=sampling, view_plan=EvaluationViews()).views(facts())
+    assert view.mel_start_row == 300
+    assert view.crop == SquareCrop(fraction=0.5)
+    assert abs((view.frame_indices[0] + view.frame_indices[-1]) / 2 - 149.5) <= 1
+
+
+def test_uniform_training_draws_a_frame_of_each_segment() -> None:
+    draws = TrainDraws(clip=SPEC, sampling=SamplingConfig(scheme="uniform"), augment=AugmentConfig(), seed=0, epoch=0)
+    (view,) = draws.views(facts(frames=160))
+    assert [index // 10 for index in view.frame_indices] == list(range(16))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"crop_area": (0.0, 1.0)}, "augment.crop_area: expected 0 < low <= high"),
+        ({"crop_area": (0.5, 1.5)}, "augment.crop_area: expected at most 1"),
+        ({"crop_aspect_ratio": (2.0, 1.0)}, "augment.crop_aspect_ratio: expected 0 < low <= high"),
+        ({"flip_probability": 1.5}, "augment.flip_probability: expected 0..1, found 1.5"),
+    ],
+)
+def test_a_wrong_augmentation_is_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserInputError, match=message):
+        forced(AugmentConfig(), **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"clips": 2}, "validation reads one centred view, found 2 x 1"),
+        ({"protocol": "test", "crops": 0}, "at least 1 clip and 1 crop, found 1 x 0"),
+        ({"protocol": "tset"}, "views.protocol: expected validation or test, found 'tset'"),
+    ],
+)
+def test_wrong_evaluation_views_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserInputError, match=message):
+        forced(EvaluationViews(), **values)

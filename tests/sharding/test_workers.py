@@ -1,0 +1,120 @@
+"""The decode pool: order, and what happens when a child misbehaves (C5)."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ca2st.errors import EnvironmentFault
+from sharding.decode_child import Rejected
+from sharding.workers import DecodePool
+from support.stub_jobs import act
+
+TESTS = Path(__file__).parents[1]
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_until_gone(pids: list[int], *, seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(alive(pid) for pid in pids):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_results_come_back_in_the_order_of_the_jobs() -> None:
+    jobs = [("sleep", 0.05 if number % 3 == 0 else 0.0) for number in range(6)] + [
+        ("echo", number) for number in range(20)
+    ]
+    with DecodePool(act, num_workers=2, timeout_seconds=30) as pool:
+        results = list(pool.map(jobs))
+        assert results == [value for _, value in jobs]
+        assert list(pool.map([])) == []
+        assert list(pool.map([("echo", 7)])) == [7]
+
+
+def test_no_more_jobs_are_read_ahead_than_three_a_child() -> None:
+    read = []
+
+    def jobs():
+        for number in range(40):
+            read.append(number)
+            yield ("echo", number)
+
+    with DecodePool(act, num_workers=2, timeout_seconds=30) as pool:
+        results = pool.map(jobs())
+        assert next(results) == 0
+        assert len(read) <= 3 * 2 + 2
+
+
+def test_a_crash_a_hang_and_a_memory_error_are_one_reject_each_and_the_pool_lives() -> None:
+    jobs = [("echo", 0), ("crash", 0), ("echo", 1), ("hang", 0), ("eat", 40 * 2**30), ("exit", 3), ("echo", 2)]
+    with DecodePool(act, num_workers=2, timeout_seconds=1.5) as pool:
+        results = list(pool.map(jobs))
+    assert [result for result in results if not isinstance(result, Rejected)] == [0, 1, 2]
+    reasons = {job[0]: result for job, result in zip(jobs, results, strict=True) if isinstance(result, Rejected)}
+    assert reasons["crash"] == Rejected("decoder_crash", "the decoding process died: SIGSEGV")
+    assert reasons["exit"] == Rejected("decoder_crash", "the decoding process died: exit code 3")
+    assert reasons["hang"].reason == "timeout"
+    assert reasons["eat"].reason == "out_of_memory"
+
+
+def test_a_refusal_and_an_unexpected_exception_carry_their_words() -> None:
+    with DecodePool(act, num_workers=1, timeout_seconds=30) as pool:
+        refusal, bug = pool.map([("refuse", "grey frame"), ("bug", "nowhere")])
+    assert refusal == Rejected("decode_error", "grey frame")
+    assert bug == Rejected("internal_error", "KeyError: 'nowhere'")
+
+
+def test_a_child_imports_neither_torch_nor_pyarrow() -> None:
+    with DecodePool(act, num_workers=1, timeout_seconds=30) as pool:
+        assert list(pool.map([("modules", ["torch", "ray", "av", "numpy"])])) == [["av", "numpy"]]
+
+
+def test_a_child_that_cannot_start_is_a_fault_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sharding.workers.serve", os._exit)
+    with (
+        DecodePool(act, num_workers=1, timeout_seconds=5) as pool,
+        pytest.raises(EnvironmentFault, match="while starting"),
+    ):
+        list(pool.map([("echo", 1)]))
+
+
+def test_closing_after_an_exception_leaves_no_child() -> None:
+    pids: list[int] = []
+    with pytest.raises(KeyboardInterrupt), DecodePool(act, num_workers=2, timeout_seconds=60) as pool:
+        for pid in pool.map([("pid", 0), ("pid", 0), ("hang", 0), ("hang", 0)]):
+            pids.append(pid)
+            if len(pids) == 2:
+                raise KeyboardInterrupt
+    assert wait_until_gone(pids)
+
+
+def test_children_of_a_killed_parent_die_with_it_even_when_they_hang() -> None:
+    script = (
+        "from sharding.workers import DecodePool\nfrom support.stub_jobs import act\n"
+        "if __name__ == '__main__':\n"
+        "    pool = DecodePool(act, num_workers=1, timeout_seconds=600)\n"
+        "    for pid in pool.map([('pid', 0), ('hang', 0)]):\n"
+        "        print(pid, flush=True)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+    assert parent.stdout is not None
+    with parent.stdout as lines:
+        child = int(lines.readline())
+        time.sleep(0.3)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    assert wait_until_gone([child])

@@ -1,0 +1,175 @@
+"""Tiny media files for tests: clips whose frames carry their own number, and the ways a file can be damaged."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+TIME_BASE = Fraction(1, 90_000)
+CODE_BITS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sound:
+    """A sine tone as the sound track of a test clip."""
+
+    seconds: float = 1.0
+    delay_seconds: float = 0.0
+    """Later (positive) or earlier (negative) than the first frame."""
+    hz: float = 1000.0
+    rate: int = 48_000
+    layout: str = "stereo"
+    codec: str = "aac"
+    amplitude: float = 0.5
+
+
+def numbered_frame(number: int, width: int, height: int) -> np.ndarray:
+    """An RGB frame with `number` as eight black or white columns over its upper half and a ramp below."""
+    image = np.zeros((height, width, 3), np.uint8)
+    edges = np.linspace(0, width, CODE_BITS + 1).astype(int)
+    for bit in range(CODE_BITS):
+        image[: height // 2, edges[bit] : edges[bit + 1]] = 255 if number >> bit & 1 else 0
+    image[height // 2 :] = np.linspace(30, 220, width).astype(np.uint8)[None, :, None]
+    return image
+
+
+def read_number(image: np.ndarray) -> int:
+    """The number that `numbered_frame` drew, from an RGB or grey image of any size."""
+    grey = image.mean(axis=2) if image.ndim == 3 else image
+    height, width = grey.shape
+    band = grey[height // 8 : height // 3]
+    centres = ((np.arange(CODE_BITS) + 0.5) * width / CODE_BITS).astype(int)
+    return sum(1 << bit for bit, centre in enumerate(centres) if band[:, centre].mean() > 127)
+
+
+def make_clip(
+    path: Path,
+    *,
+    seconds: float = 1.0,
+    fps: Fraction | float = 30,
+    size: tuple[int, int] = (64, 48),
+    codec: str = "libx264",
+    pixel_format: str = "yuv420p",
+    gop: int = 12,
+    b_frames: int = 0,
+    sound: Sound | None = None,
+    rotation: int = 0,
+    times: Sequence[float] | None = None,
+    draw: Callable[[int, int, int], np.ndarray] = numbered_frame,
+    colour: tuple[int, int] | None = None,
+    container_options: dict[str, str] | None = None,
+) -> Path:
+    """Write a clip; `times` (seconds a frame) gives a variable frame rate, `colour` = (colorspace, range) tags."""
+    rate = Fraction(fps).limit_denominator(1001)
+    moments = list(times) if times is not None else [float(i / rate) for i in range(round(seconds * rate))]
+    with av.open(str(path), "w", options=container_options or {}) as container:
+        video = container.add_stream(codec, rate=rate, options={"bf": str(b_frames)})
+        video.width, video.height = size
+        video.pix_fmt = pixel_format
+        video.gop_size = gop
+        video.thread_count = 1
+        video.time_base = video.codec_context.time_base = Fraction(1, 60_000) if codec == "mpeg4" else TIME_BASE
+        if colour:
+            video.codec_context.colorspace, video.codec_context.color_range = colour
+        if rotation:
+            video.set_display_rotation(rotation)
+        audio = container.add_stream(sound.codec, rate=sound.rate, layout=sound.layout) if sound else None
+        for number, moment in enumerate(moments):
+            picture = av.VideoFrame.from_ndarray(draw(number, *size), format="rgb24")
+            if colour:
+                picture = picture.reformat(
+                    format=pixel_format, src_color_range="JPEG", dst_colorspace=colour[0], dst_color_range=colour[1]
+                )
+            picture.pts, picture.time_base = round(moment * 90_000), TIME_BASE
+            container.mux(video.encode(picture))
+        container.mux(video.encode(None))
+        if sound and audio:
+            _add_sound(container, audio, sound)
+    return path
+
+
+def _add_sound(container: av.container.OutputContainer, stream: av.AudioStream, sound: Sound) -> None:
+    times = np.arange(round(sound.seconds * sound.rate)) / sound.rate
+    wave = (sound.amplitude * np.sin(2 * np.pi * sound.hz * times)).astype(np.float32)
+    channels = len(av.AudioLayout(sound.layout).channels)
+    step = stream.codec_context.frame_size or 1024
+    for first in range(0, len(wave), step):
+        block = np.repeat(wave[None, first : first + step], channels, axis=0)
+        if stream.format.is_packed:
+            block = (block.T.reshape(1, -1) * 32767).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), stream.format.name, sound.layout)
+        frame.sample_rate = sound.rate
+        frame.pts = first + round(sound.delay_seconds * sound.rate)
+        frame.time_base = Fraction(1, sound.rate)
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+
+
+def boxes(data: bytes) -> list[tuple[str, int, int]]:
+    """Top-level boxes of an MP4 as (type, offset, size)."""
+    found, at = [], 0
+    while at + 8 <= len(data):
+        size = int.from_bytes(data[at : at + 4], "big") or len(data) - at
+        found.append((data[at + 4 : at + 8].decode("latin-1"), at, size))
+        at += size
+    return found
+
+
+def _zero_byte(_: bytes) -> bytes:
+    return b""
+
+
+def _text(_: bytes) -> bytes:
+    return b"<html><body>404 not found</body></html>\n" * 40
+
+
+def _no_moov(data: bytes) -> bytes:
+    return b"".join(data[at : at + size] for kind, at, size in boxes(data) if kind != "moov")
+
+
+def _half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def _bit_flips(data: bytes) -> bytes:
+    (_, at, size) = next(box for box in boxes(data) if box[0] == "mdat")
+    damaged = bytearray(data)
+    for place in np.random.default_rng(0).integers(at + 8, at + size, 30):
+        damaged[place] ^= 1 << int(place) % 8
+    return bytes(damaged)
+
+
+def _zeroed_mdat(data: bytes) -> bytes:
+    (_, at, size) = next(box for box in boxes(data) if box[0] == "mdat")
+    return data[: at + 8] + bytes(size - 8) + data[at + size :]
+
+
+def _bad_stco(data: bytes) -> bytes:
+    at = data.index(b"stco")
+    count = int.from_bytes(data[at + 8 : at + 12], "big")
+    damaged = bytearray(data)
+    for entry in range(count):
+        place = at + 12 + 4 * entry
+        value = int.from_bytes(damaged[place : place + 4], "big") + 5_000_000
+        damaged[place : place + 4] = value.to_bytes(4, "big")
+    return bytes(damaged)
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "zero_byte": _zero_byte,
+    "text": _text,
+    "no_moov": _no_moov,
+    "half": _half,
+    "bit_flips": _bit_flips,
+    "zeroed_mdat": _zeroed_mdat,
+    "bad_stco": _bad_stco,
+}
+
+
+def damage(source: Path, target: Path, kind: str) -> Path:
+    """Write a damaged copy of `source`; `kind` is a key of DAMAGES."""
+    target.write_bytes(DAMAGES[kind](source.read_bytes()))
+    return target

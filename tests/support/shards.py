@@ -1,0 +1,61 @@
+"""Small source lists and shard sets for tests."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from support.media import Sound, make_clip
+
+from sharding.conversion import ConversionConfig
+from sharding.convert import ConversionReport, convert
+from sharding.manifest import LabelSpace
+from sharding.source import SourceList, SourceSample
+
+SPACE = LabelSpace(name="label", classes=("dot", "dash"))
+
+
+def sample(path: Path, *, name: str = "", start: float | None = None, end: float | None = None, label: int = 0) -> SourceSample:
+    """A source sample for a clip."""
+    return SourceSample(
+        sample_id=name or path.stem,
+        path=path,
+        start_seconds=start,
+        end_seconds=end,
+        labels=(label,),
+        where=f"list.csv:{path.stem}",
+    )
+
+
+def source_list(samples: Sequence[SourceSample]) -> SourceList:
+    """A list of samples of one label space."""
+    return SourceList(
+        dataset="tests", split="train", label_spaces=(SPACE,), targets=("label",), samples=tuple(samples)
+    )
+
+
+def small_clips(folder: Path, count: int, *, sound: Sound | None = None, **options: Any) -> SourceList:
+    """`count` clips of four frames, each different in length by a frame."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clips = []
+    for number in range(count):
+        path = folder / f"clip_{number}.mp4"
+        make_clip(path, seconds=(3 + number % 3) / 30, size=(32, 32), sound=sound, **options)
+        clips.append(sample(path, label=number % 2))
+    return source_list(clips)
+
+
+def small_config(**options: Any) -> ConversionConfig:
+    """Silent, small shards: no torch is needed."""
+    return ConversionConfig(**({"audio_policy": "none", "shard_bytes": 22_000, "workers": 1} | options))
+
+
+def small_set(root: Path, media: Path, *, count: int = 5, **options: Any) -> tuple[SourceList, ConversionReport]:
+    """A converted set of `count` small clips in two or more shards."""
+    source = small_clips(media, count)
+    return source, convert(source, root, small_config(**options))
+
+
+def file_hashes(root: Path) -> dict[str, str]:
+    """sha256 of every file of a folder by name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(root.iterdir())}
