@@ -12,9 +12,12 @@ from typing import Literal, get_args
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
 from pipelines import sampling
+from pipelines.choices import require_one_of
 from pipelines.crops import Crop, RandomCrop, SquareCrop
 from pipelines.keyed_random import uniforms
 from pipelines.sampling import SamplingConfig
+
+Protocol = Literal["validation", "test"]
 
 _CROP_ATTEMPTS = 10
 
@@ -45,7 +48,7 @@ class AugmentConfig:
 class EvaluationViews:
     """The views of a sample that an evaluation averages: clips in time x crops along the long side."""
 
-    protocol: Literal["validation", "test"] = "validation"
+    protocol: Protocol = "validation"
     """``validation``: one centred view. ``test``: the published clips x crops."""
     clips: int = 1
     """Places in time; published: 5 for Kinetics-400, else 2."""
@@ -53,8 +56,7 @@ class EvaluationViews:
     """Places along the long side, ends included; published: 3. One takes the centre."""
 
     def __post_init__(self) -> None:
-        if self.protocol not in get_args(Literal["validation", "test"]):
-            raise UserInputError(f"views.protocol: expected validation or test, found {self.protocol!r}")
+        require_one_of("views.protocol", self.protocol, get_args(Protocol))
         if self.clips < 1 or self.crops < 1:
             raise UserInputError(f"views: expected at least 1 clip and 1 crop, found {self.clips} x {self.crops}")
         if self.protocol == "validation" and self.num_views > 1:

@@ -21,10 +21,11 @@ from types import TracebackType
 from typing import TypeVar, get_args
 
 from ca2st.batch import ClipBatch
-from ca2st.errors import UserInputError
+from ca2st.errors import CA2STError, UserInputError
 from ca2st.spec import ClipSpec
 from pipelines.assembly import BatchAssembler
 from pipelines.backends import BackendName, make_backend
+from pipelines.choices import require_one_of
 from pipelines.draws import AugmentConfig, Draws, EvaluationDraws, EvaluationViews, TrainDraws
 from pipelines.errors import LoaderClosedError
 from pipelines.fetch import ByteFetcher
@@ -65,11 +66,8 @@ class LoaderConfig:
     """Memory for shard indexes; about 1 MB a shard of 300 clips of 10 s."""
 
     def __post_init__(self) -> None:
-        for name, known in (("backend", get_args(BackendName)), ("verify", get_args(Verify))):
-            if getattr(self, name) not in known:
-                raise UserInputError(
-                    f"loader.{name}: expected one of {', '.join(known)}, found {getattr(self, name)!r}"
-                )
+        require_one_of("loader.backend", self.backend, get_args(BackendName))
+        require_one_of("loader.verify", self.verify, get_args(Verify))
         least = {"num_lanes": 1, "shuffle_block": 1, "fetch_threads": 1, "decode_threads": 1, "prefetch_steps": 0}
         for name, low in least.items():
             value = getattr(self, name)
@@ -99,6 +97,7 @@ class _Loader:
             world_size=world_size,
             remainder=remainder,
         )
+        self._rank, self._world_size = rank, world_size
         self._positions = rank_positions(rank, world_size, global_batch_size=batch, keep_pairs=remainder == "drop")
         self.record = record
         """What the order depends on: keep it with a checkpoint, compare it with `PlanRecord.require_same`."""
@@ -173,12 +172,19 @@ class _Loader:
         with closing(source):
             while True:
                 with self._stats.timed("wait_seconds"):
-                    batch = next(source, None)
+                    batch = self._next(source)
                 if batch is None:
                     return
                 self._stats.add("steps", 1)
                 self._stats.add("views", batch.num_clips)
                 yield batch
+
+    def _next(self, source: Iterator[ClipBatch]) -> ClipBatch | None:
+        try:
+            return next(source, None)
+        except CA2STError as error:
+            error.add_note(f"raised by the loader of rank {self._rank} of {self._world_size}")
+            raise
 
 
 class TrainLoader(_Loader):

@@ -5,8 +5,9 @@ Pillow and DALI's CPU decoder agree bit for bit on the frames of our shards (tes
 Resizing n source pixels to m: target pixel i has its centre at c = (i + 0.5) * n / m - 0.5 on the source grid. Its
 value is the mean of the source pixels j, weighted by max(0, 1 - |j - c| / r) with r = max(1, n / m): bilinear
 interpolation when growing, a triangle that covers all of the shrunk area when shrinking. Weights are scaled to sum
-1, so at the border the pixels inside the crop count alone. Columns first, then rows, in float32; one rounding, half
-up, at the end.
+1. Beyond its border the crop goes on with its last pixel, as in DALI; Pillow and torch leave those weights out, so
+where a picture shrinks they differ in the outermost target pixels. Columns first, then rows, in float32; one
+rounding, half up, at the end.
 """
 
 import io
@@ -16,7 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import UInt8
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -74,36 +76,32 @@ def resized_crop(
     frames: UInt8[Tensor, "time 3 height width"], box: CropBox, *, size: int
 ) -> UInt8[Tensor, "time 3 size size"]:
     """The pixels of `box` resized to `size` x `size` by the module's formula."""
-    crop = frames[..., box.top : box.top + box.height, box.left : box.left + box.width]
+    crop = frames[..., box.top : box.top + box.height, box.left : box.left + box.width].numpy()
     # Frames and colours last: every tap then copies whole runs of memory.
-    planes = rearrange(crop, "t c h w -> h w (t c)").float()
-    columns = _resize(planes, dim=1, size=size)
-    rows = _resize(columns, dim=0, size=size)
-    return rearrange((rows + 0.5).floor().clamp(0, 255).to(torch.uint8), "h w (t c) -> t c h w", c=3)
+    planes = rearrange(crop, "t c h w -> h w (t c)").astype(np.float32)
+    resized = _resize(_resize(planes, axis=1, size=size), axis=0, size=size)
+    pixels = np.floor(resized + np.float32(0.5)).clip(0, 255).astype(np.uint8)
+    return torch.from_numpy(rearrange(pixels, "h w (t c) -> t c h w", c=3))
 
 
-def _resize(
-    planes: Float[Tensor, "height width planes"], *, dim: int, size: int
-) -> Float[Tensor, "new_height new_width planes"]:
-    taps, weights = triangle_taps(planes.shape[dim], size)
-    along = (1, size, 1) if dim else (size, 1, 1)
-    total = planes.index_select(dim, taps[0]) * weights[0].view(along)
-    for tap, weight in zip(taps[1:], weights[1:], strict=True):
-        total += planes.index_select(dim, tap) * weight.view(along)
+def _resize(planes: NDArray[np.float32], *, axis: int, size: int) -> NDArray[np.float32]:
+    taps, weights = triangle_taps(planes.shape[axis], size)
+    along = (1, size, 1) if axis else (size, 1, 1)
+    total = np.zeros((), dtype=np.float32)
+    for tap, weight in zip(taps, weights, strict=True):
+        total = total + np.take(planes, tap, axis=axis) * weight.reshape(along)
     return total
 
 
-def triangle_taps(num_source: int, num_target: int) -> tuple[Int[Tensor, "taps target"], Float[Tensor, "taps target"]]:
-    """Source pixels that each target pixel reads, and their weights, as the module's formula says.
+def triangle_taps(num_source: int, num_target: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Source pixels that each target pixel reads, and their weights, both [taps, target], as the formula says.
 
-    Added tap by tap, so a value never depends on the number of threads.
+    Added tap by tap, so a value never depends on the number of threads or on the shape of the batch.
     """
     scale = num_source / num_target
     radius = max(1.0, scale)
-    centre = (torch.arange(num_target, dtype=torch.float64) + 0.5) * scale - 0.5
-    first = (centre - radius).ceil()
-    taps = first + torch.arange(math.floor(2 * radius) + 1, dtype=torch.float64)[:, None]
-    weights = (1 - (taps - centre).abs() / radius).clamp(min=0)
-    weights[(taps < 0) | (taps >= num_source)] = 0
-    weights /= weights.sum(dim=0)
-    return taps.clamp(0, num_source - 1).long(), weights.float()
+    centre = (np.arange(num_target) + 0.5) * scale - 0.5
+    taps = np.ceil(centre - radius) + np.arange(math.floor(2 * radius) + 1)[:, None]
+    weights = np.maximum(1 - np.abs(taps - centre) / radius, 0)
+    weights /= weights.sum(axis=0)
+    return taps.clip(0, num_source - 1).astype(np.int64), weights.astype(np.float32)

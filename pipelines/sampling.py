@@ -11,7 +11,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ca2st.errors import UserInputError, did_you_mean
+from ca2st.errors import UserInputError
+from pipelines.choices import require_one_of
 
 Scheme = Literal["dense", "uniform"]
 ShortClip = Literal["reference", "spread"]
@@ -35,17 +36,10 @@ class SamplingConfig:
     first one, as the published code does."""
 
     def __post_init__(self) -> None:
-        _one_of("sampling.scheme", self.scheme, get_args(Scheme))
-        _one_of("sampling.short_clip", self.short_clip, get_args(ShortClip))
+        require_one_of("sampling.scheme", self.scheme, get_args(Scheme))
+        require_one_of("sampling.short_clip", self.short_clip, get_args(ShortClip))
         if self.frame_stride < 1:
             raise UserInputError(f"sampling.frame_stride: expected at least 1, found {self.frame_stride}")
-
-
-def _one_of(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserInputError(
-            f"{name}: expected one of {', '.join(known)}, found {value!r}{did_you_mean(value, [*known])}"
-        )
 
 
 def scaled_stride(frame_stride: int, frames_per_second: float) -> int:

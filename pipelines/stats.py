@@ -43,7 +43,7 @@ class StatsRecorder:
         self._lock = threading.Lock()
         self._totals = StageStats()
 
-    def add(self, name: str, amount: float) -> None:
+    def add(self, name: str, amount: float | int) -> None:
         """Add to the total of that name."""
         with self._lock:
             self._totals = replace(self._totals, **{name: getattr(self._totals, name) + amount})

@@ -11,6 +11,7 @@ import typer
 from ca2st import __version__
 from ca2st.errors import CA2STError
 from ray_jobs.commands import demo, evaluate, model, shard, track, train, weights
+from ray_jobs.console import show_log
 
 app = typer.Typer(
     name="ca2st",
@@ -20,14 +21,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo", help="The whole way on this machine in minutes.")(demo.demo)
+app.command("demo")(demo.demo)
 app.add_typer(shard.app, name="shard", help="Turn videos and annotations into verified shards.")
 app.add_typer(
     weights.app, name="weights", help="Weights of published checkpoints, and the proof that the model is right."
 )
 app.add_typer(model.app, name="model", help="Structure, parameters and multiply-adds of a model.")
-app.command("train", help="Train by a recipe; rerun the same command to resume.")(train.train)
-app.command("evaluate", help="Multi-view test of a checkpoint.")(evaluate.evaluate)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
 app.add_typer(track.app, name="track", help="MLflow follows the journal of a run.")
 
 
@@ -45,6 +46,7 @@ def _root(
 
 def main() -> None:
     """Entry point of ``ca2st``: run the command, end with the exit code of what happened."""
+    show_log()
     try:
         app()
     except CA2STError as error:

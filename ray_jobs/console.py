@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,13 @@ Update = Callable[[int, str], None]
 """``update(done, note)``: how many are done, and a few words behind the bar."""
 
 _PLAIN_INTERVAL_SECONDS = 5.0
+
+
+def show_log() -> None:
+    """Print our packages' log lines and everybody's warnings on stderr."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for package in ("ca2st", "pipelines", "ray_jobs", "sharding"):
+        logging.getLogger(package).setLevel(logging.INFO)
 
 
 def say(text: str) -> None:
@@ -26,8 +34,12 @@ def result(text: str) -> None:
 
 def print_json(facts: object) -> None:
     """One JSON object on stdout."""
-    plain = asdict(facts) if is_dataclass(facts) and not isinstance(facts, type) else facts
-    print(json.dumps(plain, default=str), flush=True)
+    print(json.dumps(facts, default=_plain), flush=True)
+
+
+def _plain(value: object) -> object:
+    """What JSON does not know: dataclasses as objects, paths and the rest as text."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 def table(rows: Mapping[str, object]) -> str:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
-from sharding.verify import verify_shard_set
-
 from ca2st.durable import NO_FAULTS
 from ca2st.model.structure import ExpertName
 from ca2st.weights.experts import expert_state
@@ -26,6 +24,7 @@ from ray_jobs.trained import load_trained
 from sharding.conversion import ConversionConfig
 from sharding.datasets import DatasetRequest, read_dataset
 from sharding.errors import ShardDamageError
+from sharding.verify import verify_shard_set
 
 FACTORS: dict[ExpertName, str] = {"spatial": "space", "temporal": "time", "audio": "audio"}
 """Which factor of the synthetic world each expert learns alone."""
@@ -65,7 +64,7 @@ def run_demo(out: Path) -> DemoReport:
     recipe = load_recipe("demo_ca2st")
     shards = _make_shards(recipe, out)
     runs: list[DemoRun] = []
-    experts: dict[str, str] = {}
+    experts: dict[ExpertName, str] = {}
     for expert, factor in FACTORS.items():
         with _step(f"Pretraining the {expert} expert on {factor!r}"):
             overrides = (f"name=demo-{expert}", f"model.kind={expert}", f'data.targets=["{factor}"]')
@@ -73,7 +72,11 @@ def run_demo(out: Path) -> DemoReport:
             runs.append(_train(pretrained, shards, out))
             experts[expert] = _export_expert(out / pretrained.name, expert, out / "experts")
     with _step("Training CA2ST on all factors together, experts frozen"):
-        fused = replace(recipe, name="demo-ca2st", experts=ExpertsConfig(**experts))
+        fused = replace(
+            recipe,
+            name="demo-ca2st",
+            experts=ExpertsConfig(spatial=experts["spatial"], temporal=experts["temporal"], audio=experts["audio"]),
+        )
         runs.append(_train(fused, shards, out))
     return DemoReport(
         shards=[str(folder) for folder in shards.values()],

@@ -23,8 +23,8 @@ from ray_jobs.config import Recipe, identity_settings, recipe_document, recipe_f
 from ray_jobs.console import say
 from ray_jobs.errors import WorkerFailedError
 from ray_jobs.mlflow_tracker import TrackingState, open_tracking, unsent_bytes
+from ray_jobs.wiring import TrainingData, preflight
 from ray_jobs.worker import Job, Outcome, read_outcome, run
-from sharding.manifest import read_manifest
 
 RECIPE_NAME = "recipe.json"
 _FOLLOWER_GRACE_SECONDS = 10.0
@@ -39,9 +39,10 @@ def launch(recipe: Recipe, run_dir: Path, *, faults: FaultPoints, ray_address: s
         UserInputError: the folder holds a run of another recipe; the message lists what differs.
         WorkerFailedError: a worker process failed, with its exit code.
     """
+    data = preflight(recipe)
     _claim(recipe, run_dir)
     job = Job(recipe=recipe_document(recipe), run_dir=str(run_dir.resolve()))
-    with _followed(recipe, run_dir):
+    with _followed(recipe, run_dir, data):
         if ray_address is not None:
             from ray_jobs.ray_train import run_under_ray
 
@@ -137,12 +138,12 @@ def _signals_to(pids: list[int]) -> Iterator[None]:
 
 
 @contextmanager
-def _followed(recipe: Recipe, run_dir: Path) -> Iterator[None]:
+def _followed(recipe: Recipe, run_dir: Path, data: TrainingData) -> Iterator[None]:
     """Have a process of its own send the journal to MLflow while the block runs."""
     if not recipe.tracking.enabled:
         yield
         return
-    open_tracking(run_dir, _tracking_state(recipe, run_dir))
+    open_tracking(run_dir, _tracking_state(recipe, run_dir, data))
     with (run_dir / "follower.log").open("ab") as log:
         follower = subprocess.Popen(
             [sys.executable, "-m", "ray_jobs.follower", str(run_dir.resolve()), str(os.getpid())],
@@ -169,14 +170,12 @@ def _finish_following(run_dir: Path, follower: "subprocess.Popen[bytes]") -> Non
         say(f"warning: MLflow lacks {num_bytes} bytes of the journal; send them by `ca2st track sync {run_dir}`")
 
 
-def _tracking_state(recipe: Recipe, run_dir: Path) -> TrackingState:
+def _tracking_state(recipe: Recipe, run_dir: Path, data: TrainingData) -> TrackingState:
     document: dict[str, Any] = recipe_document(recipe)
     tags = {"ca2st.run_dir": str(run_dir), "ca2st.name": recipe.name, **environment.git_state(Path.cwd())}
     tags |= {f"version.{name}": version for name, version in environment.versions().items()}
     tags |= environment.hardware()
-    for split in ("train", "validation"):
-        if (folder := getattr(recipe.data, split)) is not None:
-            tags[f"data.{split}.fingerprint"] = read_manifest(Path(folder)).fingerprint
+    tags |= {f"data.{role}.fingerprint": fingerprint for role, fingerprint in data.fingerprints.items()}
     return TrackingState(
         uri=recipe.tracking.uri or environment.default_tracking_uri(run_dir.parent),
         experiment=recipe.tracking.experiment,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 STATE_NAME = "tracking.json"
 JOURNAL_NAME = "journal.jsonl"
-_BATCH_METRICS = 900  # MLflow takes at most 1000 metrics a call
+_BATCH_VALUES = 500  # MLflow takes at most 1000 metrics a call
 _MAX_PARAM_CHARACTERS = 6000
 _NOT_METRICS = frozenset({"event", "attempt", "step", "time", "sample_ids_hash"})
 
@@ -186,18 +186,14 @@ def _set_status(client: "MlflowClient", run_id: str, events: list[dict[str, Any]
 
 def _values(event: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Finite numbers of an event under MLflow names: ``train/loss``, ``validation/top1``."""
-    prefix = "train" if event["event"] == "step" else str(event.get("split", "validation"))
-    for name, value in _flat(event):
-        if name not in _NOT_METRICS and math.isfinite(value):
-            yield f"{prefix}/{name}", float(value)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    if event["event"] == "step":
+        prefix, values = "train", event
+    else:
+        prefix, values = event["split"], event["metrics"]
     for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield f"{prefix}{name}", value
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name not in _NOT_METRICS and is_number and math.isfinite(value):
+            yield f"{prefix}/{name}", float(value)
 
 
 def _event_batches(journal: Path, offset: int) -> Iterator[tuple[list[dict[str, Any]], int]]:
@@ -213,9 +209,9 @@ def _event_batches(journal: Path, offset: int) -> Iterator[tuple[list[dict[str, 
                 break
             event = json.loads(line)
             batch.append(event)
-            num_values += len(list(_flat(event)))
+            num_values += len(event) + len(event.get("metrics", ()))
             offset += len(line)
-            if num_values > _BATCH_METRICS // 2:
+            if num_values > _BATCH_VALUES:
                 yield batch, offset
                 batch, num_values = [], 0
     if batch:

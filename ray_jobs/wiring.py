@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ca2st.errors import UserInputError
 from ca2st.model.build import build_model
-from ca2st.model.config import TargetSpec
+from ca2st.model.config import TargetSpec, check_clip
 from ca2st.model.holistic import HolisticModel
 from ca2st.model.parameters import set_trainable
 from ca2st.weights.experts import expert_state, load_expert
@@ -59,6 +59,19 @@ def open_data(recipe: Recipe) -> TrainingData:
         if validation is not None:
             _require_same(train.manifest, validation.manifest, name)
     return TrainingData(train=train, validation=validation, targets=targets)
+
+
+def preflight(recipe: Recipe) -> TrainingData:
+    """Everything that can be refused before a folder is made or a process is started; raises as `open_data`.
+
+    Raises:
+        UserInputError: also when clip and model do not fit, or an expert's file is not there.
+    """
+    check_clip(recipe.model, recipe.clip)
+    for name, path in recipe.experts.files().items():
+        if not path.is_file():
+            raise UserInputError(f"experts.{name}: expected a safetensors file, found none at {path}; check the path")
+    return open_data(recipe)
 
 
 def _require_same(train: Manifest, validation: Manifest, target: str) -> None:

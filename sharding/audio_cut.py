@@ -54,14 +54,24 @@ class _Run:
     def add(self, frame: av.AudioFrame) -> None:
         self._num_source_samples += frame.samples
         frame.pts = None  # placed by `start` and counted from there: jitter must not stretch anything
-        self._take(self._resampler.resample(frame))
+        self._resample(frame)
 
     def finish(self) -> Samples:
-        self._take(self._resampler.resample(None))
+        self._resample(None)
         return np.concatenate(self._blocks) if self._blocks else np.zeros(0, np.float32)
 
-    def _take(self, frames: Sequence[av.AudioFrame | None]) -> None:
-        self._blocks += [frame.to_ndarray().reshape(-1).astype(np.float32) for frame in frames if frame is not None]
+    def _resample(self, frame: av.AudioFrame | None) -> None:
+        try:
+            ready: Sequence[av.AudioFrame | None] = self._resampler.resample(frame)
+        except av.error.MemoryError:
+            raise
+        except (av.error.FFmpegError, ValueError) as error:
+            rate, sample_format, layout = self._format
+            found = f"{rate} Hz {sample_format} {layout}"
+            raise MediaError(
+                "decode_error", f"expected sound that can be resampled, found {found} ({error})"
+            ) from error
+        self._blocks += [block.to_ndarray().reshape(-1).astype(np.float32) for block in ready if block is not None]
 
 
 def _format_of(frame: av.AudioFrame) -> tuple[int, str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ca2st.durable import NO_FAULTS, FaultPoints, sweep_temporaries, write_bytes
-from ca2st.errors import EnvironmentFault, UserInputError
+from ca2st.errors import UserInputError
 from sharding.assembly import Outcome, ShardCutter, assemble
 from sharding.conversion import ConversionConfig, conversion_identity
 from sharding.decode_child import ClipJob, EncodedClip, encode_clip
@@ -85,6 +85,7 @@ def convert(
         UserInputError: no samples, or every one of them rejected; nothing is left behind.
         ConversionRefusedError: `out` holds something else, or another process converts into it.
         RejectBudgetError: more rejects than `config.max_rejects`; they are listed in ``rejects.jsonl``, no manifest.
+        ShardDamageError: `out` holds a finished set that is damaged.
         EnvironmentFault: the folder cannot be written.
     """
     check_source(source)
@@ -140,7 +141,7 @@ class _Conversion:
             shard = read_done_shard(self._out, number)
             if shard is None:
                 name = shards.shards[number].name
-                raise EnvironmentFault(
+                raise ShardDamageError(
                     f"{self._out}: {name} is missing or cut short; see `ca2st shard verify {self._out}`"
                 )
             refuse_another_conversion(self._out, shard.conversion, self._identity)

@@ -133,6 +133,8 @@ def _answer(job_function: Callable[[Any], Any], job: Any) -> Any:
         return Rejected(error.reason, str(error))
     except MemoryError:
         return Rejected("out_of_memory", "decoding needed more memory than a child may have")
+    except OSError as error:
+        return Rejected("missing_file", f"expected a readable file, found: {error.strerror}")
     except Exception as error:  # noqa: BLE001  a fault on one file is counted with its name, not the end of a conversion
         return Rejected("internal_error", f"{type(error).__name__}: {error}")
 

@@ -45,7 +45,7 @@ REASONS = {
 }
 """Every reason a source can be rejected for, with its meaning."""
 _Frame = av.VideoFrame | av.AudioFrame
-_STRICT = {"err_detect": "explode"}
+_STRICT = {"err_detect": "crccheck+explode"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ from sharding.errors import MediaError
 from sharding.media import MediaLimits, frame_seconds, video_frames
 
 _SEEK_FROM = Fraction(2)  # nearer starts are reached by decoding on from the first frame
-_TOLERANCE = Fraction(1, 4)  # of a frame interval: jitter that thinning forgives
+_JITTER = Fraction(1, 4)  # of the shorter frame interval, the source's or the wanted one: thinning forgives it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +68,7 @@ class VideoCut:
         Raises:
             MediaError: ``decode_error``, ``truncated``, ``bad_timestamps``, ``too_large``, ``segment_outside``.
         """
+        self._check_claim()
         start, end = self._segment.start, self._segment.end
         before: TimedFrame | None = None
         num_kept, media_end = 0, Fraction(0)
@@ -128,6 +129,12 @@ class VideoCut:
             limit = self._limits.max_duration_seconds
             raise MediaError("too_large", f"expected at most {limit:g} s, found more; cut the video by times")
 
+    def _check_claim(self) -> None:
+        """A whole file that says it is too long need not be decoded up to the limit."""
+        claimed = (self._container.duration or 0) / av.time_base - float(self._segment.start)
+        if self._segment.end is None:
+            self._check_extent(0, Fraction(claimed))
+
     def _check_end(self, found: Fraction) -> None:
         """MP4 says how long a stream is: less is a file whose last frames are not where its index says."""
         stream = self._stream
@@ -147,14 +154,14 @@ class VideoCut:
 
 
 def thinned(frames: Iterator[TimedFrame], frames_per_second: float | None) -> Iterator[TimedFrame]:
-    """Keep the first frame of every 1/frames_per_second of time, by presentation time; None keeps all."""
+    """Keep the first frame of every 1/frames_per_second of presentation time; None keeps all."""
     if frames_per_second is None:
         yield from frames
         return
     rate = _decimal(frames_per_second)
     last = -1
     for frame in frames:
-        slot = int(frame.seconds * rate + _TOLERANCE)
+        slot = int(frame.seconds * rate + _JITTER * min(Fraction(1), frame.duration * rate))
         if slot > last:
             last = slot
             yield frame

@@ -172,9 +172,7 @@ class DecodePool:
                 f"a decode child did not start within {_START_SECONDS:g} s; is the machine overloaded?"
             )
         if index is not None:
-            done[index] = Rejected(
-                "timeout", f"expected the clip within {self._timeout_seconds:g} s, found it unfinished"
-            )
+            done[index] = Rejected("timeout", "expected the clip within the clip timeout, found it unfinished")
 
     def _drop(self, child: _Child, *, dying: bool = False) -> int | None:
         self._children.remove(child)

@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from webdataset.writer import TarWriter
-
 from ca2st.durable import NO_FAULTS, FaultPoints, write_bytes, writing
 from sharding.index import MEMBER_SUFFIXES, MEMBERS, encode_index, frame_checksum, member_checksum
 from sharding.manifest import ShardEntry
@@ -129,7 +127,9 @@ def _write_members(sink: "_HashingSink", samples: Iterable[StoredSample]) -> lis
 
 
 @contextlib.contextmanager
-def _tar_writer(sink: "_HashingSink") -> Iterator[TarWriter]:
+def _tar_writer(sink: "_HashingSink") -> Iterator[Any]:
+    from webdataset.writer import TarWriter  # here, since webdataset imports torch
+
     # mtime as int: a float makes tarfile put a PAX header in front of every member
     tar = TarWriter(sink, user=_OWNER, group=_OWNER, mode=_MODE, mtime=0, encoder=False)
     try:

@@ -187,7 +187,7 @@ def _check_last_layers(name: str, value: LastLayers) -> None:
         raise UserInputError(f"{name}: expected a number of layers >= 0, 'all' or 'published', found {value!r}")
 
 
-def _check_width(name: str, value: float, divisor: int) -> None:
+def _check_width(name: str, value: int | float, divisor: int) -> None:
     if value < 1 or value % divisor:
         what = "a whole number" if divisor == 1 else f"a multiple of num_heads ({divisor})"
         raise UserInputError(f"{name}: expected {what}, at least {divisor}, found {value:g}")

@@ -87,25 +87,26 @@ class HolisticLayer(nn.Module):
         exchanged = self._parallel(attended, codes) if self.parallel else self._sequential(attended, codes)
         return {name: halves.feed_forward(layers[name], exchanged[name]) for name, halves in self.adapters.items()}
 
+    def bottlenecks_of(self, bridge: Bridge) -> dict[ExpertName, Bottleneck]:
+        """The down/up pairs that the two experts of `bridge` use in this layer."""
+        return {
+            name: self.bottlenecks[bottleneck_name(bridge.name, name, shared=self.shared_bottleneck)]
+            for name in bridge.experts
+        }
+
     def _sequential(self, tokens: dict[ExpertName, Tensor], codes: TimeCodes | None) -> dict[ExpertName, Tensor]:
         for bridge in self.bridges.values():
-            updates = bridge(tokens, self._bottlenecks_of(bridge.bridge), codes)
+            updates = bridge(tokens, self.bottlenecks_of(bridge.bridge), codes)
             tokens = tokens | {name: tokens[name] + self.drop_update(update) for name, update in updates.items()}
         return tokens
 
     def _parallel(self, tokens: dict[ExpertName, Tensor], codes: TimeCodes | None) -> dict[ExpertName, Tensor]:
         gathered: dict[ExpertName, list[Tensor]] = {}
         for bridge in self.bridges.values():
-            for name, update in bridge(tokens, self._bottlenecks_of(bridge.bridge), codes).items():
+            for name, update in bridge(tokens, self.bottlenecks_of(bridge.bridge), codes).items():
                 gathered.setdefault(name, []).append(update)
         means = {name: torch.stack(updates).mean(dim=0) for name, updates in gathered.items()}
         return tokens | {name: tokens[name] + self.drop_update(mean) for name, mean in means.items()}
-
-    def _bottlenecks_of(self, bridge: Bridge) -> dict[ExpertName, Bottleneck]:
-        return {
-            name: self.bottlenecks[bottleneck_name(bridge.name, name, shared=self.shared_bottleneck)]
-            for name in bridge.experts
-        }
 
 
 def bottleneck_name(bridge: BridgeName, expert: ExpertName, *, shared: bool) -> str:

@@ -56,7 +56,7 @@ class Ranks:
         Raises:
             PeerFailedError: the action failed on another rank (the failing rank raises its own error).
         """
-        return self.gather_outcomes(*_attempt(self.rank, action))
+        return self.gather_outcomes(*self._attempt(action))
 
     def gather_outcomes(self, value: T | None, error: Exception | None) -> list[T]:
         """Gather what an action gave on each rank; raises as `together`."""
@@ -71,22 +71,22 @@ class Ranks:
         Raises:
             PeerFailedError: it failed (the main rank raises its own error).
         """
-        value, error = _attempt(self.rank, action) if self.is_main else (None, None)
+        value, error = self._attempt(action) if self.is_main else (None, None)
         return self.gather_outcomes(value, error)[0]
+
+    def _attempt(self, action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+        try:
+            return action(), None
+        except Exception as error:  # noqa: BLE001  # raised again on every rank by gather_outcomes
+            if self.world_size > 1:
+                error.add_note(f"on rank {self.rank}")
+            return None, error
 
 
 def failure_of(rank: int, error: BaseException) -> RankFailure:
     """Describe `error` for the other ranks."""
     code = error.exit_code if isinstance(error, CA2STError) else CA2STError.exit_code
     return RankFailure(rank, type(error).__name__, str(error), code)
-
-
-def _attempt(rank: int, action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return action(), None
-    except Exception as error:  # noqa: BLE001  # raised again on every rank by gather_outcomes
-        error.add_note(f"on rank {rank}")
-        return None, error
 
 
 def _raise_if_failed(outcomes: list[_Outcome], own: Exception | None) -> None:

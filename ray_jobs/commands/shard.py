@@ -45,6 +45,7 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
     ] = AudioPolicy.REQUIRED,
     max_rejects: Annotated[str, typer.Option(help="Samples that may be rejected: a number or a share like 2%.")] = "0",
     limit: Annotated[int | None, typer.Option(help="Only the first N samples.")] = None,
+    classes: Annotated[Path | None, typer.Option(help="csv: class names in label order, one a line.")] = None,
     task: Annotated[str | None, typer.Option(help="synthetic: space, time, audio or holistic.")] = None,
     num_samples: Annotated[int | None, typer.Option(help="synthetic: how many clips.")] = None,
     seed: Annotated[int, typer.Option(help="synthetic: seed of the world.")] = 0,
@@ -83,6 +84,7 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
             split=split,
             limit=limit,
             check_media=not dry_run,
+            classes=classes,
             task=task,
             synthetic=synthetic,
         ),
@@ -151,12 +153,11 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every byte against the manifest; ends with 3 and the names when something is damaged."""
+    from ray_jobs.console import print_json, progress, result
     from sharding.verify import verify_shard_set
 
-    from ray_jobs.console import print_json, progress, result
-
-    with progress(f"Verifying {shards}", 1) as update:
-        problems = verify_shard_set(shards, progress=lambda done, total: update(done, f"of {total}"))
+    with progress(f"Verifying {shards}", sum(1 for _ in shards.glob("*.tar"))) as update:
+        problems = verify_shard_set(shards, progress=lambda done, _total: update(done, "shards"))
     if as_json:
         print_json({"ok": not problems, "problems": problems})
     else:

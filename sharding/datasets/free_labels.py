@@ -52,7 +52,7 @@ def _number(text: str) -> int:
 def _numbered(rows: Sequence[Row], column: str, problems: Problems) -> tuple[tuple[str, ...], list[int | None]]:
     labels = [read_cell(row, column, _number, problems) for row in rows]
     used = sorted({label for label in labels if label is not None})
-    if used != list(range(len(used))):
+    if None not in labels and used != list(range(len(used))):
         gap = next(number for number in range(len(used)) if number != used[number])
         hint = "are they counted from 1? " if used[0] == 1 else ""
         problems.add(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ca2st.errors import did_you_mean
 from sharding.datasets.problems import Problems
-from sharding.datasets.table import CellError, read_text
+from sharding.datasets.table import CellError, read_text, split_lines
 from sharding.errors import AnnotationError
 from sharding.manifest import LabelSpace
 from sharding.source import SourceList
@@ -41,7 +41,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
     Raises:
         AnnotationError: unreadable, no names, an empty line between names, or a name twice.
     """
-    names = [line.strip() for line in read_text(path).splitlines()]
+    names = [line.strip() for line in split_lines(read_text(path))]
     while names and not names[-1]:
         names.pop()
     if not names:

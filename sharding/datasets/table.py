@@ -94,7 +94,7 @@ def read_table(
     Raises:
         AnnotationError: unreadable, another encoding or delimiter, a wrong header, or no rows.
     """
-    lines = _LINE_BREAK.split(read_text(path))
+    lines = split_lines(read_text(path))
     filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not filled:
         raise AnnotationError(f"{path}: expected a header {','.join(required)}, found an empty file")
@@ -134,9 +134,14 @@ def read_text(path: Path) -> str:
     return text
 
 
+def split_lines(text: str) -> list[str]:
+    """The lines of a text file: Unix, Windows and old Mac line ends, and no others."""
+    return _LINE_BREAK.split(text)
+
+
 def _place_after(path: Path, before: str) -> str:
     """``file:line:column`` of what follows `before`, the text from the start of the file."""
-    lines = _LINE_BREAK.split(before)
+    lines = split_lines(before)
     return f"{path}:{len(lines)}:{len(lines[-1]) + 1}"
 
 
@@ -145,11 +150,12 @@ def _header(
 ) -> tuple[str, ...]:
     where = f"{path}:{number}:1"
     columns = _cells(line)
+    if columns is None or not set(required) <= set(columns):
+        _refuse_other_delimiter(where, line, required)
     if columns is None:
         raise AnnotationError(f"{where}: expected the header {','.join(required)}, found {_shortened(line)}")
     missing = [name for name in required if name not in columns]
     if missing:
-        _refuse_other_delimiter(where, line, required)
         near = did_you_mean(missing[0], list(columns))
         raise AnnotationError(
             f"{where}: expected the columns {','.join(required)}, found {_shortened(line)}; "
@@ -209,14 +215,14 @@ def _cells(line: str) -> tuple[str, ...] | None:
 
 def _cell_start(line: str, number: int) -> int:
     """Which character of a line, from 1, the cell of that number starts at; commas inside quotes do not count."""
-    start, quoted = 0, False
+    start, in_quotes, is_quoted_cell = 0, False, False
     for position, character in enumerate(line):
         if number == 0:
             break
-        if character == '"' and (quoted or not line[start:position].strip()):
-            quoted = not quoted
-        elif character == "," and not quoted:
-            number, start = number - 1, position + 1
+        if character == '"' and (is_quoted_cell or not line[start:position].strip()):
+            in_quotes, is_quoted_cell = not in_quotes, True
+        elif character == "," and not in_quotes:
+            number, start, is_quoted_cell = number - 1, position + 1, False
     return start + 1
 
 

@@ -101,7 +101,7 @@ def _square(x: _Plane, y: _Plane) -> _Plane:
 
 def _triangle(x: _Plane, y: _Plane) -> _Plane:
     slope = np.sqrt(0.75)
-    return np.asarray(np.maximum(np.maximum(slope * x - 0.5 * y, -slope * x - 0.5 * y), y) - 0.6)
+    return np.asarray(np.maximum(np.maximum(slope * x - 0.5 * y, -slope * x - 0.5 * y), y) - 0.62)
 
 
 def _cross(x: _Plane, y: _Plane) -> _Plane:
@@ -115,13 +115,13 @@ def _ring(x: _Plane, y: _Plane) -> _Plane:
 
 
 def _star(x: _Plane, y: _Plane) -> _Plane:
-    """Five points, folded onto one edge: the line from a tip (radius 1.1) to a notch (0.5) half a point further."""
+    """Five points, folded onto one edge: the line from a tip (radius 1.22) to a notch (0.55) half a point further."""
     half_point = np.pi / 5
     angle = np.abs((np.arctan2(x, -y) / (2 * half_point) + 0.5) % 1.0 - 0.5) * 2 * half_point
     along, across = np.cos(angle) * np.hypot(x, y), np.sin(angle) * np.hypot(x, y)
-    normal = np.array([0.5 * np.sin(half_point), 1.1 - 0.5 * np.cos(half_point)])
+    normal = np.array([0.55 * np.sin(half_point), 1.22 - 0.55 * np.cos(half_point)])
     normal /= np.hypot(*normal)
-    return np.asarray((along - 1.1) * float(normal[0]) + across * float(normal[1]))
+    return np.asarray((along - 1.22) * float(normal[0]) + across * float(normal[1]))
 
 
 _OUTLINES: dict[str, Callable[[_Plane, _Plane], _Plane]] = {

@@ -70,6 +70,8 @@ def generate_split(
     folder = media / split
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserInputError(f"--media {media}: expected a folder to make videos in, found a file in its way") from None
     except OSError as error:
         raise EnvironmentFault(f"cannot make {folder}: {error.strerror}; choose another --media") from error
     num_clips = len(range(config.num_samples)[:limit])

@@ -4,12 +4,12 @@ import dataclasses
 import io
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.fake_shards import FakeSample, flip_byte, make_samples, make_shard_set, members_of, rewrite_manifest
 
 from ca2st.errors import DataDamageError
 from ca2st.spec import ClipSpec
@@ -24,6 +24,7 @@ from pipelines.shard_files import ShardFiles, Verify, check_sizes
 from pipelines.shard_index import ShardIndexCache
 from pipelines.stats import StatsRecorder
 from sharding.manifest import ShardSet
+from support.fake_shards import FakeSample, flip_byte, make_samples, make_shard_set, members_of, rewrite_manifest
 
 FIRST, SECOND = "ca2st-000000.tar", "ca2st-000001.tar"
 
@@ -101,8 +102,11 @@ def test_p1_a_flipped_byte_in_a_spectrogram_is_named_with_shard_key_and_offset(
 ) -> None:
     offset, size = members_of(fresh_set.root / FIRST)["clip-0001.mel.npy"]
     flip_byte(fresh_set.root / FIRST, offset + size // 2)
-    with pytest.raises(SampleDamageError, match=f"{FIRST}, sample clip-0001, mel.npy at byte {offset} .*xxh3-64"):
+    with pytest.raises(
+        SampleDamageError, match=f"{FIRST}, sample clip-0001, mel.npy at byte {offset} .*xxh3-64"
+    ) as found:
         read_all(fresh_set, clip)
+    assert found.value.__notes__ == ["raised by the loader of rank 0 of 1"]
 
 
 def test_p1_any_flipped_byte_of_what_is_read_is_found(fresh_set: ShardSet) -> None:
@@ -172,7 +176,7 @@ def test_only_the_first_problems_are_listed_and_the_rest_counted(tmp_path: Path)
     shard_set = make_shard_set(tmp_path, make_samples(8, num_frames=1), samples_per_shard=1)
     for shard in shard_set.shards:
         (tmp_path / shard.name).write_bytes(b"")
-    with pytest.raises(ShardSetDamageError, match="ca2st-000004.tar.*and 3 more"):
+    with pytest.raises(ShardSetDamageError, match=r"ca2st-000004.tar.*and 3 more"):
         check_sizes(shard_set)
 
 
@@ -181,7 +185,7 @@ def test_only_the_first_problems_are_listed_and_the_rest_counted(tmp_path: Path)
 
 def test_p3_a_damaged_index_is_named(fresh_set: ShardSet, clip: ClipSpec) -> None:
     flip_byte(fresh_set.root / "ca2st-000001.index.parquet", 40)
-    with pytest.raises(ShardSetDamageError, match="ca2st-000001.index.parquet: sha256 differs"):
+    with pytest.raises(ShardSetDamageError, match=r"ca2st-000001.index.parquet: sha256 differs"):
         read_all(fresh_set, clip)
 
 
@@ -194,7 +198,7 @@ def test_p3_the_index_of_another_shard_is_refused(fresh_set: ShardSet, clip: Cli
 
 def test_p3_a_missing_index_is_named(fresh_set: ShardSet, clip: ClipSpec) -> None:
     (fresh_set.root / "ca2st-000000.index.parquet").unlink()
-    with pytest.raises(ShardSetDamageError, match="ca2st-000000.index.parquet: cannot be read"):
+    with pytest.raises(ShardSetDamageError, match=r"ca2st-000000.index.parquet: cannot be read"):
         evaluation(fresh_set, clip)
 
 
@@ -236,7 +240,7 @@ def test_p4_a_label_outside_its_space_is_refused_by_name(tmp_path: Path, clip: C
 
 def test_p4_an_index_with_fewer_rows_than_the_table_says_is_refused(fresh_set: ShardSet, clip: ClipSpec) -> None:
     shards = (dataclasses.replace(fresh_set.shards[0], num_samples=5), fresh_set.shards[1])
-    with pytest.raises(ShardSetDamageError, match="ca2st-000000.index.parquet: expected 5 rows, found 4"):
+    with pytest.raises(ShardSetDamageError, match=r"ca2st-000000.index.parquet: expected 5 rows, found 4"):
         read_all(rewrite_manifest(fresh_set.root, shards), clip)
 
 
@@ -319,7 +323,7 @@ def test_the_size_of_a_picture_is_read_from_its_header() -> None:
 @pytest.mark.parametrize("name", ["pipe:cat /etc/passwd.tar", "../other.tar", "/etc/x.tar", "a.zip"])
 def test_p14_a_shard_name_that_is_no_plain_file_name_is_refused(fresh_set: ShardSet, clip: ClipSpec, name: str) -> None:
     shards = (dataclasses.replace(fresh_set.shards[0], name=name), fresh_set.shards[1])
-    with pytest.raises(ShardSetDamageError, match="is not a plain file name ending in .tar"):
+    with pytest.raises(ShardSetDamageError, match=r"is not a plain file name ending in .tar"):
         evaluation(rewrite_manifest(fresh_set.root, shards), clip)
 
 
@@ -345,6 +349,18 @@ def test_only_the_wanted_frames_are_read(fresh_set: ShardSet) -> None:
     assert sample.frames == {3: frames[3], 4: frames[4]}
     assert stats.snapshot().bytes_read == len(frames[3]) + len(frames[4]) + entry.mel_bytes
     files.close()
+
+
+def test_many_threads_share_few_open_files_without_mixing_shards(tmp_path: Path) -> None:
+    shard_set = make_shard_set(tmp_path, make_samples(6, num_frames=2), samples_per_shard=1)
+    indexes = ShardIndexCache(shard_set, most_bytes=1)
+    reader = ByteFetcher(ShardFiles(shard_set, most_open=1), StatsRecorder(), num_mel_bins=128)
+
+    def read(number: int) -> str:
+        return reader.fetch(indexes.entry(number % 6, 0), [0, 1]).entry.key
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(read, range(120))) == [f"clip-{number % 6:04d}" for number in range(120)]
 
 
 def test_open_files_and_index_memory_stay_bounded(tmp_path: Path) -> None:

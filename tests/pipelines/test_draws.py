@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.refusals import forced
 
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
@@ -12,6 +11,7 @@ from pipelines.crops import CropBox, RandomCrop, SquareCrop
 from pipelines.draws import AugmentConfig, ClipFacts, EvaluationDraws, EvaluationViews, TrainDraws, ViewDraw
 from pipelines.keyed_random import permutation, raw_words, uniforms
 from pipelines.sampling import SamplingConfig
+from support.refusals import forced
 
 SPEC = ClipSpec(num_frames=16, crop_size=224, mel_rows=400)
 sides = st.integers(1, 400)
@@ -49,6 +49,14 @@ def test_a_view_depends_on_seed_epoch_and_key_and_on_nothing_else() -> None:
     view = train_view()
     assert train_view() == view
     assert all(other != view for other in (train_view("clip-2"), train_view(seed=1), train_view(epoch=1)))
+
+
+def test_the_draws_of_a_sample_are_pinned() -> None:
+    """If they change, `record.ORDER_VERSION` must rise, or resumed runs see other views."""
+    view = train_view()
+    assert view.frame_indices[:3] == (162, 166, 170)
+    assert view.crop.box(height=256, width=340) == CropBox(top=42, left=36, height=194, width=203)
+    assert (view.flip, view.mel_start_row) == (True, 258)
 
 
 def test_frames_crop_and_flip_are_drawn_apart() -> None:
@@ -166,7 +174,7 @@ def test_a_wrong_augmentation_is_refused(values: dict[str, object], message: str
     [
         ({"clips": 2}, "validation reads one centred view, found 2 x 1"),
         ({"protocol": "test", "crops": 0}, "at least 1 clip and 1 crop, found 1 x 0"),
-        ({"protocol": "tset"}, "views.protocol: expected validation or test, found 'tset'"),
+        ({"protocol": "tset"}, "views.protocol: expected one of validation, test, found 'tset'"),
     ],
 )
 def test_wrong_evaluation_views_are_refused(values: dict[str, object], message: str) -> None:

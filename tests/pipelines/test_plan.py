@@ -151,7 +151,7 @@ def test_epochs_and_seeds_differ_and_the_order_is_pinned() -> None:
 
 
 PINNED_ORDER = [[(1, 0), (0, 0), (2, 0), (2, 1)], [(1, 2), (0, 2), (0, 3), (2, 2)], [(1, 1), (0, 1), (0, 4), (2, 3)]]
-"""Written down once: if it changes, `record.ORDER_VERSION` must rise, or running trainings resume into another order."""
+"""Written down once: if it changes, `record.ORDER_VERSION` must rise."""
 
 
 @given(sizes=shard_sizes, batch=batches, block=st.integers(1, 40))
@@ -180,9 +180,9 @@ def test_p6_an_evaluation_needs_one_sample_a_rank_and_no_whole_batch() -> None:
 
 
 def test_p6_a_plan_without_a_whole_batch_is_refused() -> None:
-    with pytest.raises(PlanError, match="at least one batch.*found 3 samples"):
+    with pytest.raises(PlanError, match=r"at least one batch.*found 3 samples"):
         EpochPlan(make_record(batch=4), [3], epoch=0)
-    with pytest.raises(PlanError, match="at least one batch.*found 0 samples"):
+    with pytest.raises(PlanError, match=r"at least one batch.*found 0 samples"):
         EpochPlan(make_record(batch=4, pad=True), [0], epoch=0)
 
 
@@ -203,7 +203,7 @@ def test_a_rank_outside_the_world_is_refused() -> None:
 @pytest.mark.parametrize(("step", "positions"), [(3, range(4)), (-1, range(4)), (0, range(5))])
 def test_a_step_or_position_outside_the_epoch_is_refused(step: int, positions: range) -> None:
     plan = EpochPlan(make_record(batch=4), [12], epoch=0)
-    with pytest.raises(PlanError, match="a step below 3 and positions within 0..4"):
+    with pytest.raises(PlanError, match=r"a step below 3 and positions within 0..4"):
         plan.samples(step, positions)
 
 

@@ -4,10 +4,10 @@ import json
 from typing import Any
 
 import pytest
-from support.refusals import forced
 
 from pipelines.errors import PlanError, ResumeMismatchError
 from pipelines.record import PlanRecord, default_num_lanes
+from support.refusals import forced
 
 VALUES: dict[str, Any] = {
     "seed": 3,

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.refusals import forced
 
 from ca2st.errors import UserInputError
 from pipelines import sampling
 from pipelines.sampling import SamplingConfig
+from support.refusals import forced
 
 lengths = st.integers(1, 700)
 frame_counts = st.sampled_from([2, 8, 16, 32])

@@ -122,7 +122,7 @@ def test_a_recipe_that_is_not_there_lists_those_of_the_package() -> None:
 
 def test_a_file_that_is_not_toml_is_told_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"mine\.toml: not valid TOML: .*line 2"):
-        load_recipe(recipe_file(tmp_path, 'name = "mine"\nmodel ='))
+        load_recipe(recipe_file(tmp_path, 'name = "mine"\nmodel = what\n'))
 
 
 def test_only_what_changes_the_numbers_belongs_to_the_identity(tmp_path: Path) -> None:

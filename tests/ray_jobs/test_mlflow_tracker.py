@@ -63,7 +63,7 @@ def test_a_run_has_its_params_tags_and_every_step(run_dir: Path) -> None:
     write(run_dir, {"event": "start", "step": 0}, step(1, 2.5), step(2, 2.25))
     write(
         run_dir,
-        {"event": "eval", "step": 2, "split": "validation", "top1": 0.5},
+        {"event": "eval", "step": 2, "split": "validation", "metrics": {"top1": 0.5, "top5": None}},
         {"event": "end", "step": 2, "status": "done"},
     )
     sync(run_dir)

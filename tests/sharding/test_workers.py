@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from ca2st.errors import EnvironmentFault
 from sharding.decode_child import Rejected
 from sharding.workers import DecodePool
@@ -93,11 +94,16 @@ def test_a_child_that_cannot_start_is_a_fault_of_the_environment(monkeypatch: py
 
 def test_closing_after_an_exception_leaves_no_child() -> None:
     pids: list[int] = []
-    with pytest.raises(KeyboardInterrupt), DecodePool(act, num_workers=2, timeout_seconds=60) as pool:
-        for pid in pool.map([("pid", 0), ("pid", 0), ("hang", 0), ("hang", 0)]):
-            pids.append(pid)
-            if len(pids) == 2:
-                raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with DecodePool(act, num_workers=2, timeout_seconds=60) as pool:
+            for pid in pool.map([("pid", 0), ("pid", 0), ("hang", 0), ("hang", 0)]):
+                pids.append(pid)
+                if len(pids) == 2:
+                    raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert wait_until_gone(pids)
 
 

@@ -5,17 +5,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from support.media import Sound, make_clip
-
 from sharding.conversion import ConversionConfig
 from sharding.convert import ConversionReport, convert
 from sharding.manifest import LabelSpace
 from sharding.source import SourceList, SourceSample
+from support.media import Sound, make_clip
 
+COUNT = 5
+"""Clips of `Reference`."""
 SPACE = LabelSpace(name="label", classes=("dot", "dash"))
 
 
-def sample(path: Path, *, name: str = "", start: float | None = None, end: float | None = None, label: int = 0) -> SourceSample:
+def sample(
+    path: Path, *, name: str = "", start: float | None = None, end: float | None = None, label: int = 0
+) -> SourceSample:
     """A source sample for a clip."""
     return SourceSample(
         sample_id=name or path.stem,
@@ -29,9 +32,7 @@ def sample(path: Path, *, name: str = "", start: float | None = None, end: float
 
 def source_list(samples: Sequence[SourceSample]) -> SourceList:
     """A list of samples of one label space."""
-    return SourceList(
-        dataset="tests", split="train", label_spaces=(SPACE,), targets=("label",), samples=tuple(samples)
-    )
+    return SourceList(dataset="tests", split="train", label_spaces=(SPACE,), targets=("label",), samples=tuple(samples))
 
 
 def small_clips(folder: Path, count: int, *, sound: Sound | None = None, **options: Any) -> SourceList:
@@ -59,3 +60,12 @@ def small_set(root: Path, media: Path, *, count: int = 5, **options: Any) -> tup
 def file_hashes(root: Path) -> dict[str, str]:
     """sha256 of every file of a folder by name."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(root.iterdir())}
+
+
+class Reference:
+    """Five small clips and their undisturbed conversion into three shards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.media, self.root = folder / "media", folder / "out"
+        self.source, self.report = small_set(self.root, self.media, count=COUNT)
+        self.hashes = file_hashes(self.root)

@@ -129,5 +129,5 @@ def test_closing_says_when_lines_are_lost(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_folder_that_is_not_there_is_an_environment_fault(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentFault, match="cannot write .*choose another run folder"):
+    with pytest.raises(EnvironmentFault, match=r"cannot write .*choose another run folder"):
         Journal(tmp_path / "none" / "j", attempt=1)

@@ -59,7 +59,7 @@ def test_a_model_with_nothing_to_train_is_refused() -> None:
 def test_decay_rules_that_match_nothing_are_refused() -> None:
     model = TinyModel().requires_grad_(False)
     model.norm.requires_grad_(True)
-    with pytest.raises(ParameterRuleError, match="weight_decay = 0.05 applies to none of 2 parameters"):
+    with pytest.raises(ParameterRuleError, match=r"weight_decay = 0\.05 applies to none of 2 parameters"):
         parameter_groups(model, replace(CONFIG, layer_decay=1.0), rules=tiny_rules())
     model = TinyModel().requires_grad_(False)
     model.layers[0].weight.requires_grad_(True)

@@ -1,0 +1,104 @@
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_training import TARGETS, TinyEvaluation, TinyModel, batch_of, clip, fresh_accelerator, tiny_settings
+
+from ca2st.batch import ClipBatch
+from ca2st.training.errors import IncompleteEvaluationError, LabelRangeError
+from ca2st.training.evaluate import EvaluationResult, evaluate
+
+
+def run(source: TinyEvaluation, model: TinyModel | None = None, **changes: object) -> EvaluationResult:
+    accelerator = fresh_accelerator(tiny_settings(Path("unused")))
+    options = {"targets": TARGETS, "per_device_batch_size": 3} | changes
+    return evaluate(model or TinyModel(), source, accelerator=accelerator, **options)
+
+
+def test_probabilities_are_the_mean_of_the_views_softmax() -> None:
+    model = TinyModel().eval()
+    result = run(TinyEvaluation(num_samples=4), model)
+    assert result.sample_ids == ("val-0", "val-1", "val-2", "val-3")
+    views = batch_of([clip("val-2", view=view) for view in range(2)], ["val-2", "val-2"])
+    with torch.no_grad():
+        logits = model(views.normalised_video(), views.mel, views.intervals_seconds).logits["noun"]
+    torch.testing.assert_close(result.probabilities["noun"][2], logits.softmax(1).double().mean(0))
+    rows = list(result.rows())
+    assert rows[3].sample_id == "val-3"
+    assert rows[3].labels == (3, 3)
+    assert sum(rows[3].probabilities["verb"]) == pytest.approx(1)
+    assert set(result.metrics) >= {"verb_top1", "noun_top5", "action_top1"}
+
+
+def test_the_model_is_left_in_the_mode_it_was_in_and_unchanged() -> None:
+    model = TinyModel().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    run(TinyEvaluation(), model)
+    assert model.training
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_micro_batches_do_not_change_the_result() -> None:
+    first, second = (run(TinyEvaluation(), per_device_batch_size=size) for size in (1, 64))
+    torch.testing.assert_close(first.probabilities["verb"], second.probabilities["verb"])
+    assert first.metrics == second.metrics
+
+
+class Spoilt(TinyEvaluation):
+    """Batches changed on their way out."""
+
+    def __init__(self, spoil: str) -> None:
+        super().__init__(num_samples=5)
+        self.spoil = spoil
+
+    def batches(self) -> Iterator[ClipBatch]:
+        for index, batch in enumerate(super().batches()):
+            if index == 3:
+                if self.spoil == "lost":
+                    continue
+                if self.spoil == "renamed":
+                    batch = replace(batch, sample_ids=("other", "other"))
+                if self.spoil == "twice":
+                    yield batch
+                if self.spoil == "one view":
+                    batch = next(batch.split(1))
+                if self.spoil == "label":
+                    batch = replace(batch, labels=batch.labels + 7)
+            yield batch
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("lost", "found 1 never scored: val-3"),
+        ("renamed", "found 1 never scored: val-3"),
+        ("twice", "found 1 scored by another number of views than the rest: val-3"),
+        ("one view", "found 1 scored by another number of views than the rest: val-3"),
+    ],
+)
+def test_p13_no_metric_is_reported_unless_every_sample_is_scored_exactly_once(spoil: str, message: str) -> None:
+    with pytest.raises(IncompleteEvaluationError, match=message):
+        run(Spoilt(spoil))
+
+
+def test_p13_a_source_without_names_is_held_to_its_number_of_samples() -> None:
+    class Nameless:
+        num_samples = 6
+
+        def batches(self) -> Iterator[ClipBatch]:
+            return TinyEvaluation(num_samples=5).batches()
+
+    with pytest.raises(IncompleteEvaluationError, match=r"expected 6 samples .* found 5 scored"):
+        run(Nameless())
+
+
+def test_an_empty_set_has_no_metrics() -> None:
+    with pytest.raises(IncompleteEvaluationError, match=r"expected 0 samples \(at least one\), found 0"):
+        run(TinyEvaluation(num_samples=0))
+
+
+def test_a_label_beyond_the_head_is_named() -> None:
+    with pytest.raises(LabelRangeError, match=r"sample val-3: verb label expected in 0\.\.4"):
+        run(Spoilt("label"))

@@ -1,0 +1,181 @@
+"""The command line: one-line errors with what to do, stable exit codes, nothing half-written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ray_jobs.cli import main
+from support.annotations import EPIC_SOUNDS_HEADER, epic_sounds_row, touch, write_lines
+from support.fake_shards import flip_byte
+from support.media import make_clip
+
+
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command in this process."""
+    monkeypatch.setattr(sys, "argv", ["ca2st", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+class Command:
+    """Runs ``ca2st`` in this process and keeps what it printed."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys, self._monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+        self._monkeypatch.setattr(sys, "argv", ["ca2st", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = self._capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+
+@pytest.fixture
+def ca2st(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    return Command(capsys, monkeypatch)
+
+
+def test_help_needs_no_heavy_import() -> None:
+    heavy = ("torch", "ray", "mlflow", "nvidia", "av", "pyarrow", "pydantic")
+    script = f"import sys, ray_jobs.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["demo", "shard build", "shard verify", "weights check-golden", "model info", "train", "evaluate", "track sync"],
+)
+def test_every_command_has_help_with_an_example(ca2st: Command, command: str) -> None:
+    code, out, _ = ca2st(*command.split(), "--help")
+    assert code == 0
+    assert f"Example: ca2st {command}" in " ".join(out.split())
+
+
+def test_a_dry_run_reads_the_annotations_only(ca2st: Command, tmp_path: Path) -> None:
+    rows = [epic_sounds_row(f"P01_02_{number}") for number in range(3)]
+    path = write_lines(tmp_path / "validation.csv", [EPIC_SOUNDS_HEADER, *rows])
+    arguments = ("--dataset", "epic_sounds", "--annotations", path, "--media", tmp_path / "nowhere")
+    code, out, _ = ca2st("shard", "build", *arguments, "--split", "validation", "--dry-run", "--json")
+    facts = json.loads(out)
+    assert (code, facts["num_samples"], facts["num_classes"]) == (0, 3, 44)
+    assert facts["estimated_bytes"] > 0
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_of_videos_becomes_shards_that_verify(ca2st: Command, tmp_path: Path) -> None:
+    for label in ("bark", "miaow"):
+        (tmp_path / "media" / label).mkdir(parents=True)
+        make_clip(tmp_path / "media" / label / "one.mp4", seconds=0.2)
+    arguments = ("--dataset", "folder", "--media", tmp_path / "media", "--out", tmp_path / "set", "--audio", "optional")
+    code, out, err = ca2st("shard", "build", *arguments, "--workers", 1, "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert (facts["num_samples"], facts["num_classes"], facts["num_shards"], facts["rejected"]) == (2, 2, 1, {})
+    assert Path(facts["manifest"]).is_file()
+    assert facts["clips_per_second"] > 0
+    assert ca2st("shard", "verify", tmp_path / "set")[0] == 0
+
+
+def test_an_unreadable_video_is_named_and_ends_with_3(ca2st: Command, tmp_path: Path) -> None:
+    for label in ("bark", "miaow"):
+        (tmp_path / "media" / label).mkdir(parents=True)
+        make_clip(tmp_path / "media" / label / "good.mp4", seconds=0.2)
+    (tmp_path / "media" / "bark" / "bad.mp4").write_text("no video")
+    arguments = ("--dataset", "folder", "--media", tmp_path / "media", "--out", tmp_path / "set", "--audio", "optional")
+    code, _, err = ca2st("shard", "build", *arguments, "--workers", 1)
+    assert code == 3
+    assert "bad.mp4" in err
+    assert not (tmp_path / "set" / "manifest.json").exists()
+    code, out, err = ca2st("shard", "build", *arguments, "--workers", 1, "--max-rejects", "50%", "--json")
+    assert (code, sum(json.loads(out)["rejected"].values())) == (0, 1)
+
+
+def test_verify_names_the_shard_and_the_key_and_ends_with_3(ca2st: Command, tmp_path: Path) -> None:
+    config = ("--dataset", "synthetic", "--media", tmp_path / "media", "--out", tmp_path / "set", "--num-samples", 2)
+    assert ca2st("shard", "build", *config, "--task", "space")[0] == 0
+    shard = tmp_path / "set" / "ca2st-000000.tar"
+    assert ca2st("shard", "verify", tmp_path / "set", "--json")[0] == 0
+    flip_byte(shard, 2000)
+    code, out, _ = ca2st("shard", "verify", tmp_path / "set", "--json")
+    facts = json.loads(out)
+    assert (code, facts["ok"]) == (3, False)
+    assert facts["problems"][0]["shard"] == shard.name
+    assert facts["problems"][0]["key"]
+
+
+REFUSALS = {
+    "a missing media folder": (
+        ["shard", "build", "--dataset", "folder", "--media", "nowhere", "--out", "set"],
+        "nowhere",
+    ),
+    "no --out": (["shard", "build", "--dataset", "folder", "--media", "."], "--out: required unless --dry-run"),
+    "an unknown dataset": (
+        ["shard", "build", "--dataset", "epic_sound", "--media", ".", "--out", "set"],
+        "did you mean 'epic_sounds'",
+    ),
+    "an unknown codec": (
+        ["shard", "build", "--dataset", "folder", "--media", ".", "--out", "set", "--codec", "mjepg"],
+        "mjpeg",
+    ),
+    "a size without a unit we know": (
+        ["shard", "build", "--dataset", "folder", "--media", ".", "--out", "set", "--shard-size", "1 parsec"],
+        "expected a number with a unit",
+    ),
+    "an unknown recipe": (["train", "smok"], "smoke.toml"),
+    "an unknown recipe key": (["train", "smoke", "--set", "training.epoch=1"], "did you mean 'epochs'"),
+    "shards that are not there": (["train", "smoke", "--data", "nowhere"], "nowhere"),
+    "a checkpoint that is not there": (["evaluate", "nowhere", "--data", "nowhere"], "nowhere"),
+    "views of another form": (["evaluate", "x", "--data", "y", "--views", "two"], "expected CLIPSxCROPS"),
+    "no class count": (["model", "info", "--model", "cast"], "expected either --num-classes C or --verb-noun"),
+    "a golden file that is not there": (["weights", "check-golden", "nowhere.safetensors"], "nowhere.safetensors"),
+    "a run folder that is not there": (["track", "sync", "nowhere"], "expected the folder of a training run"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_bad_input_is_told_in_a_line_and_leaves_nothing(
+    ca2st: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    arguments, told = REFUSALS[name]
+    monkeypatch.chdir(tmp_path)
+    code, out, err = ca2st(*arguments)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    assert told in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_csv_row_is_told_with_file_line_and_column(ca2st: Command, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "mine.csv", ["path,label,start,end", "a.mp4,bark,0,1", "b.mp4,bark,two,3"])
+    touch(tmp_path / "media", "a.mp4", "b.mp4")
+    arguments = ("--dataset", "csv", "--annotations", path, "--media", tmp_path / "media", "--out", tmp_path / "set")
+    code, _, err = ca2st("shard", "build", *arguments)
+    assert code == 2
+    assert "mine.csv:3:" in err
+    assert "start" in err
+    assert not (tmp_path / "set").exists()
+
+
+def test_model_info_counts_to_the_unit(ca2st: Command) -> None:
+    code, out, _ = ca2st("model", "info", "--model", "cava", "--num-classes", 400, "--json")
+    facts = json.loads(out)
+    assert (code, facts["trainable"]) == (0, 44_092_432)
+    assert facts["gmacs"] == pytest.approx(241.5, rel=0.01)
+
+
+def test_a_dry_run_of_a_training_prints_its_plan_and_makes_nothing(
+    ca2st: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = ca2st("train", "smoke", "--dry-run", "--json")
+    assert (code, json.loads(out)["steps"]) == (0, 32)
+    assert list(tmp_path.iterdir()) == []

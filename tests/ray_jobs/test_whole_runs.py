@@ -1,0 +1,119 @@
+"""Promise 1, through the command line: kill a run at any moment, rerun it, get the same numbers."""
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from support.tiny_runs import ca2st, journal, make_tiny_run, sequence
+
+pytestmark = pytest.mark.slow
+NO_TRACKING = ("--set", "tracking.enabled=false")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_run(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path) -> Path:
+    run_dir = recipe.parent / "undisturbed"
+    done = ca2st("train", recipe, "--out", run_dir, "--json", *NO_TRACKING)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["steps"] == 16
+    assert 0 <= facts["top1"] <= 1
+    return run_dir
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_t1_a_run_killed_at_a_random_step_goes_on_to_the_same_numbers(
+    recipe: Path, undisturbed: Path, tmp_path: Path, moment: int
+) -> None:
+    step = random.Random(moment).randint(1, 15)
+    killed = ca2st("train", recipe, "--out", tmp_path / "run", *NO_TRACKING, fault=f"step.logged:{step}:kill")
+    assert killed.returncode == -signal.SIGKILL
+    rerun = ca2st("train", recipe, "--out", tmp_path / "run", *NO_TRACKING)
+    assert rerun.returncode == 0, rerun.stderr
+    assert sequence(tmp_path / "run") == sequence(undisturbed)
+    assert [line["attempt"] for line in journal(tmp_path / "run", "start")] == [1, 2]
+    assert journal(tmp_path / "run", "eval")[-1]["metrics"] == journal(undisturbed, "eval")[-1]["metrics"]
+
+
+def test_two_processes_see_the_same_samples_and_nearly_the_same_losses(
+    recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    done = ca2st("train", recipe, "--out", tmp_path / "run", "--workers", 2, *NO_TRACKING)
+    assert done.returncode == 0, done.stderr
+    alone, together = sequence(undisturbed), sequence(tmp_path / "run")
+    assert [hashed for _, hashed, _ in together] == [hashed for _, hashed, _ in alone]
+    assert [loss for _, _, loss in together] == pytest.approx([loss for _, _, loss in alone], rel=1e-4)
+
+
+def test_a_run_is_one_mlflow_run_through_its_attempts(recipe: Path, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking = ("--set", f"tracking.uri='{uri}'")
+    ca2st("train", recipe, "--out", tmp_path / "run", *tracking, fault="step.logged:7:kill")
+    done = ca2st("train", recipe, "--out", tmp_path / "run", *tracking, "--json")
+    assert done.returncode == 0, done.stderr
+    ca2st("track", "sync", tmp_path / "run")
+    client = MlflowClient(uri)
+    run = client.get_run(json.loads(done.stdout)["run_id"])
+    assert run.info.status == "FINISHED"
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")] == list(range(1, 17))
+    assert run.data.params["model.kind"] == "ca2st"
+    assert len(run.data.tags["data.train.fingerprint"]) == 64
+    experiment = client.get_experiment_by_name("ca2st")
+    assert experiment is not None
+    assert len(client.search_runs([experiment.experiment_id])) == 1
+
+
+def test_a_checkpoint_is_evaluated_with_every_sample_once(recipe: Path, undisturbed: Path) -> None:
+    done = ca2st("evaluate", undisturbed, "--data", recipe.parent / "shards" / "validation", "--views", "2x3", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["num_samples"] == 5
+    assert {"top1", "top5", "mean_class"} <= facts.keys()
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(facts["predictions"])
+    assert sorted(table["key"].to_pylist()) == [f"clip-{index:04d}" for index in range(5)]
+    assert table["label_probabilities"].to_pylist()[0] == pytest.approx([1 / 3] * 3, abs=0.5)
+
+
+def test_t15_another_recipe_in_the_same_folder_is_refused_with_the_difference(recipe: Path, undisturbed: Path) -> None:
+    done = ca2st("train", recipe, "--out", undisturbed, "--set", "optim.base_lr=0.5", *NO_TRACKING)
+    assert done.returncode == 2
+    assert "optim.base_lr: 0.001 -> 0.5" in done.stderr
+
+
+def test_t14_a_terminated_run_saves_and_the_rerun_goes_on_exactly(
+    recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    import os
+    import subprocess
+    import sys
+    import time
+
+    run_dir = tmp_path / "run"
+    arguments = [sys.executable, "-m", "ray_jobs.cli", "train", str(recipe), "--out", str(run_dir), *NO_TRACKING]
+    process = subprocess.Popen(arguments, env=os.environ, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not _has_step(run_dir, 2):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.fail("the run ended before it could be stopped; give it more steps")
+    assert process.returncode == 143
+    assert "rerun to resume" in told
+    assert ca2st("train", recipe, "--out", run_dir, *NO_TRACKING).returncode == 0
+    assert sequence(run_dir) == sequence(undisturbed)
+
+
+def _has_step(run_dir: Path, step: int) -> bool:
+    path = run_dir / "journal.jsonl"
+    return path.exists() and f'"step":{step},' in path.read_text()

@@ -1,0 +1,180 @@
+from pathlib import Path
+
+import pytest
+from support.annotations import touch, write_lines
+
+from ca2st.errors import UserInputError
+from sharding.datasets import DatasetRequest, read_dataset
+from sharding.datasets.label_spaces import label_histogram
+from sharding.errors import AnnotationError
+from sharding.source import SourceList
+
+
+def read(tmp_path: Path, rows: list[str], *, header: str = "path,label", **options) -> SourceList:
+    options.setdefault("check_media", False)
+    annotations = write_lines(tmp_path / "list.csv", [header, *rows])
+    return read_dataset("csv", DatasetRequest(annotations=annotations, media=tmp_path / "media", **options))
+
+
+def test_names_become_sorted_classes_and_every_file_a_sample(tmp_path: Path) -> None:
+    media = touch(tmp_path / "media", "a.mp4", "deep/b b.webm", "ü.häß\u3000😀.mp4")
+    rows = ["deep/b b.webm,dog", "./a.mp4,cat", f"{media}/ü.häß\u3000😀.mp4,dog"]
+    source = read(tmp_path, rows, check_media=True)
+    assert source.label_spaces[0].classes == ("cat", "dog")
+    assert [sample.sample_id for sample in source.samples] == ["deep/b b.webm", "a.mp4", "ü.häß\u3000😀.mp4"]
+    assert [sample.labels for sample in source.samples] == [(1,), (0,), (1,)]
+    assert all(sample.path.is_file() for sample in source.samples)
+    assert source.samples[1].where == f"{tmp_path / 'list.csv'}:3"
+    assert label_histogram(source) == {"label": {"cat": 1, "dog": 2}}
+
+
+def test_segments_are_read_in_seconds_and_clock_times(tmp_path: Path) -> None:
+    source = read(
+        tmp_path, ["a.mp4,x,0.5,2", "a.mp4,y,00:00:02,00:01:00.25", "b.mp4,x,,"], header="path,label,start,end"
+    )
+    assert [(s.start_seconds, s.end_seconds) for s in source.samples] == [(0.5, 2.0), (2.0, 60.25), (None, None)]
+    assert len({sample.sample_id for sample in source.samples}) == 3
+
+
+def test_numbers_are_class_indices(tmp_path: Path) -> None:
+    source = read(tmp_path, ["a.mp4,2", "b.mp4,0", "c.mp4,1"])
+    assert source.label_spaces[0].classes == ("0", "1", "2")
+    assert [sample.labels for sample in source.samples] == [(2,), (0,), (1,)]
+
+
+@pytest.mark.parametrize(("labels", "expected"), [(["dog", "ant"], [2, 0]), (["2", "1"], [2, 1])])
+def test_a_class_list_decides_the_indices(tmp_path: Path, labels: list[str], expected: list[int]) -> None:
+    classes = write_lines(tmp_path / "classes.txt", ["ant", "bee", "dog"])
+    source = read(tmp_path, [f"{n}.mp4,{label}" for n, label in enumerate(labels)], classes=classes)
+    assert [sample.labels[0] for sample in source.samples] == expected
+    assert source.num_classes == {"label": 3}
+
+
+def test_numeric_class_names_are_names_when_all_are_known(tmp_path: Path) -> None:
+    classes = write_lines(tmp_path / "classes.txt", ["7", "9", "8"])
+    assert [s.labels[0] for s in read(tmp_path, ["a.mp4,8", "b.mp4,9"], classes=classes).samples] == [2, 1]
+
+
+def test_the_limit_keeps_the_first_rows_but_checks_all(tmp_path: Path) -> None:
+    assert len(read(tmp_path, ["a.mp4,x", "b.mp4,y", "c.mp4,x"], limit=2).samples) == 2
+    with pytest.raises(AnnotationError, match=r"list\.csv:4:1: path: expected a file name, not an option"):
+        read(tmp_path, ["a.mp4,x", "b.mp4,y", "-y,x"], limit=2)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["-1", "0"], r":2:7: label: expected a whole number from 0, found '-1'"),
+        (["0", "1.0"], r":3:7: label: expected a whole number from 0, as in other rows, found '1\.0'"),
+        (["0.0", "1.0"], "label not a whole number 2"),
+        (["1", "2", "2"], "expected class numbers from 0 without gaps, found none with 0 .*counted from 1.*--classes"),
+        (["0", "2"], r"found none with 1 \(2 classes, 0 to 2\); pass --classes"),
+        (["0", "cat"], "expected a whole number from 0, as in other rows, found 'cat'"),
+        (["cat", ""], r":3:7: label: expected a class name, found ''"),
+    ],
+)
+def test_c11_labels_that_cannot_be_meant_are_refused(tmp_path: Path, labels: list[str], message: str) -> None:
+    with pytest.raises(AnnotationError, match=message):
+        read(tmp_path, [f"{n}.mp4,{label}" for n, label in enumerate(labels)])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["0", "3"], r":3:7: label: expected a class index 0 to 2, found '3'"),
+        (["0", "-1"], "label: expected a class index 0 to 2, found '-1'"),
+        (["ant", "bea"], r"expected one of the 3 class names \(did you mean 'bee'\?\), found 'bea'"),
+        (["ant", "1"], "expected one of the 3 class names, found '1'"),
+        (["x", "y", "y"], r"3 problems \(unknown class 3\)"),
+    ],
+)
+def test_c11_labels_outside_a_class_list_are_refused(tmp_path: Path, labels: list[str], message: str) -> None:
+    classes = write_lines(tmp_path / "classes.txt", ["ant", "bee", "dog"])
+    with pytest.raises(AnnotationError, match=message):
+        read(tmp_path, [f"{n}.mp4,{label}" for n, label in enumerate(labels)], classes=classes)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("../a.mp4", r":2:1: path: expected a file inside --media .*media, links followed, found '\.\./a\.mp4'"),
+        ("x/../../a.mp4", "expected a file inside --media"),
+        ("/etc/passwd", "expected a file inside --media"),
+        ("concat:a.mp4|b.mp4", r"expected a file name, not a protocol \(\./concat:"),
+        ("http://h/a.mp4", "not a protocol"),
+        ("-y", r"expected a file name, not an option \(\./-y if it is one\)"),
+        ("", "expected the name of a media file, found ''"),
+        ("a\x07.mp4", "expected a file name without control or unwritable characters"),
+    ],
+)
+def test_c12_a_path_that_leads_outside_or_to_a_program_is_refused(tmp_path: Path, path: str, message: str) -> None:
+    with pytest.raises(AnnotationError, match=message):
+        read(tmp_path, [f"{path},cat"])
+
+
+def test_c12_a_link_that_leads_outside_is_refused_and_one_inside_is_not(tmp_path: Path) -> None:
+    media = touch(tmp_path / "media", "a.mp4")
+    touch(tmp_path, "secret.mp4")
+    (media / "inside.mp4").symlink_to(media / "a.mp4")
+    (media / "outside.mp4").symlink_to(tmp_path / "secret.mp4")
+    (media / "circle.mp4").symlink_to(media / "circle.mp4")
+    assert len(read(tmp_path, ["inside.mp4,x"], check_media=True).samples) == 1
+    with pytest.raises(AnnotationError, match=r":2:1: path: expected a file inside --media .*found 'outside\.mp4'"):
+        read(tmp_path, ["outside.mp4,x"], check_media=True)
+    with pytest.raises(AnnotationError, match="expected an existing file inside --media"):
+        read(tmp_path, ["circle.mp4,x"], check_media=True)
+
+
+def test_a_media_folder_that_is_a_link_is_fine(tmp_path: Path) -> None:
+    touch(tmp_path / "disk", "a.mp4")
+    (tmp_path / "media").symlink_to(tmp_path / "disk")
+    rows = ["a.mp4,x", f"{tmp_path / 'disk' / 'a.mp4'},x"]
+    assert read(tmp_path, rows[:1], check_media=True).samples[0].sample_id == "a.mp4"
+    with pytest.raises(AnnotationError, match=r":3:1: path: 'a\.mp4' was listed before, at .*list\.csv:2:1"):
+        read(tmp_path, rows, check_media=True)
+
+
+@pytest.mark.parametrize("name", ["missing.mp4", "x" * 300 + ".mp4", "folder"])
+def test_c9_a_file_that_is_not_there_is_named_with_its_row(tmp_path: Path, name: str) -> None:
+    touch(tmp_path / "media", "folder/a.mp4")
+    with pytest.raises(AnnotationError, match=rf":2:1: path: expected an existing file .* found '{name}'"):
+        read(tmp_path, [f"{name},x"], check_media=True)
+
+
+def test_a_dry_run_looks_at_no_media(tmp_path: Path) -> None:
+    assert not (tmp_path / "media").exists()
+    assert len(read(tmp_path, ["missing.mp4,x"]).samples) == 1
+
+
+def test_c9_duplicates_are_listed_with_both_lines(tmp_path: Path) -> None:
+    rows = ["a.mp4,x,0,1", "b.mp4,x,0,1", "./a.mp4,y,0.0,00:00:01"]
+    message = r"list\.csv:4:1: path: 'a\.mp4@0\.0-1\.0' was listed before, at .*list\.csv:2:1"
+    with pytest.raises(AnnotationError, match=message):
+        read(tmp_path, rows, header="path,label,start,end")
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ("2,1", r":2:11: end: expected a time after start \(2\), found '1'"),
+        ("1,1", "expected a time after start"),
+        ("-1,1", r":2:9: start: expected seconds \(12\.5\) or a time HH:MM:SS\.sss, found '-1'"),
+        ("1,", "expected start and end, or neither, found no end"),
+        (",1", "expected start and end, or neither, found no start"),
+    ],
+)
+def test_segments_that_are_none_are_refused(tmp_path: Path, times: str, message: str) -> None:
+    with pytest.raises(AnnotationError, match=message):
+        read(tmp_path, [f"a.mp4,x,{times}"], header="path,label,start,end")
+
+
+def test_what_is_missing_is_asked_for(tmp_path: Path) -> None:
+    annotations = write_lines(tmp_path / "list.csv", ["path,label", "a.mp4,x"])
+    with pytest.raises(UserInputError, match="--dataset csv: expected --annotations, found none; pass a CSV file"):
+        read_dataset("csv", DatasetRequest())
+    with pytest.raises(UserInputError, match="--dataset csv: expected --media, found none; pass the folder"):
+        read_dataset("csv", DatasetRequest(annotations=annotations))
+    with pytest.raises(UserInputError, match=r"--media .*none: expected a folder, found nothing there"):
+        read_dataset("csv", DatasetRequest(annotations=annotations, media=tmp_path / "none"))
+    with pytest.raises(UserInputError, match="--task: --dataset csv does not use it"):
+        read_dataset("csv", DatasetRequest(annotations=annotations, media=tmp_path, task="space"))

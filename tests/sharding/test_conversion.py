@@ -1,0 +1,106 @@
+"""Parameters, budgets, estimates, keys (C9)."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ca2st.errors import UserInputError
+from sharding.conversion import ConversionConfig, RejectBudget, conversion_identity, estimate_storage
+from sharding.keys import sample_key
+from support.shards import sample, source_list
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"audio_policy": "maybe"}, "audio policy 'maybe': expected one of required, optional, none"),
+        ({"quality": 1}, "quality: expected 2"),
+        ({"quality": 32}, "quality: expected 2"),
+        ({"short_side": 255}, "short_side: expected an even number"),
+        ({"short_side": 8}, "short_side: expected an even number"),
+        ({"frames_per_second": 0.0}, "frames_per_second: expected a rate above 0"),
+        ({"sample_rate_hz": 44}, "sample_rate_hz: expected 4000"),
+        ({"shard_bytes": 0}, "shard_bytes: expected more than 0, found 0"),
+        ({"workers": 0}, "workers: expected more than 0, found 0"),
+        ({"clip_timeout_seconds": -1.0}, "clip_timeout_seconds: expected more than 0"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_by_name(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(UserInputError, match=re.escape(message)):
+        ConversionConfig(**wrong)  # type: ignore[arg-type]  # test values
+
+
+def test_budgets_are_counts_or_shares() -> None:
+    assert RejectBudget.parse("0") == RejectBudget()
+    assert RejectBudget.parse("12").allows(12, 12)
+    assert not RejectBudget.parse("12").allows(13, 10**6)
+    assert RejectBudget.parse("2.5%").allows(25, 1000)
+    assert not RejectBudget.parse("2.5%").allows(26, 1000)
+    assert str(RejectBudget.parse("2.5%")) == "2.5%"
+    for wrong in ("-1", "5 %", "many", "", "101%"):
+        with pytest.raises(UserInputError, match=r"max.rejects: expected a count"):
+            RejectBudget.parse(wrong)
+
+
+def test_the_identity_holds_what_decides_the_bytes_and_nothing_else() -> None:
+    source = source_list([sample(Path("a.mp4"))])
+    base = conversion_identity(source, ConversionConfig())
+    for same in ({"workers": 8}, {"max_rejects": RejectBudget(count=5)}, {"clip_timeout_seconds": 9.0}):
+        assert conversion_identity(source, replace(ConversionConfig(), **same)) == base
+    for other in ({"quality": 6}, {"sample_rate_hz": 24_000}, {"shard_bytes": 5}, {"frames_per_second": 15.0}):
+        assert conversion_identity(source, replace(ConversionConfig(), **other)) != base
+
+
+def test_the_estimate_follows_the_annotated_times() -> None:
+    timed = [sample(Path(f"{number}.mp4"), start=float(number), end=number + 4.0) for number in range(10)]
+    estimate = estimate_storage(source_list([*timed, sample(Path("whole.mp4"))]), ConversionConfig())
+    assert (estimate.num_samples, estimate.num_timed_samples) == (11, 10)
+    assert estimate.duration_seconds == pytest.approx(44)
+    assert estimate.num_frames == 44 * 30
+    assert estimate.video_bytes == pytest.approx(44 * 30 * 13_600)
+    assert estimate.mel_bytes == 44 * 100 * 128 * 2
+    assert estimate.total_bytes == estimate.video_bytes + estimate.mel_bytes
+    assert estimate.num_shards == 1
+    thin = estimate_storage(source_list(timed), ConversionConfig(frames_per_second=10, audio_policy="none"))
+    assert thin.num_frames == 400
+    assert thin.mel_bytes == 0
+    assert estimate_storage(source_list([sample(Path("a.mp4"))]), ConversionConfig()).duration_seconds == 10
+
+
+@given(st.text(max_size=400))
+def test_keys_are_short_ascii_and_stand_for_their_id(sample_id: str) -> None:
+    key = sample_key(sample_id)
+    assert re.fullmatch(r"[a-z0-9_-]{1,80}", key)
+    assert key == sample_key(sample_id)
+    assert key != sample_key(sample_id + "x")
+
+
+def test_ids_that_differ_only_in_what_a_key_cannot_hold_keep_apart() -> None:
+    ids = [
+        "vid.1.5s",
+        "vid.2.0s",
+        "Vid 1 5s",
+        "vid_1_5s",
+        "влог",
+        "映像",
+        "🎬",
+        "a/b.mp4",
+        "b.mp4",
+        "",
+        "x" * 300,
+        "x" * 301,
+    ]
+    keys = [sample_key(one) for one in ids]
+    assert len(set(keys)) == len(ids)
+    assert keys[0].startswith("vid-1-5s-")
+    for key in keys:
+        assert webdataset.tariterators.base_plus_ext(f"{key}.mel.npy") == (key, "mel.npy")
+
+
+def test_a_name_that_is_not_utf_8_has_a_key_too() -> None:
+    assert sample_key("caf\udce9.mp4").startswith("caf")

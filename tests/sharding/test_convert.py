@@ -1,0 +1,236 @@
+"""Conversion as a whole: reproducible, resumable, interruptible (C1, C2, C15)."""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from ca2st.durable import FaultPoints, InjectedFault
+from ca2st.errors import EnvironmentFault
+from sharding.convert import ConversionProgress, convert
+from sharding.index import decode_index
+from sharding.keys import sample_key
+from sharding.manifest import read_shard_set
+from sharding.verify import verify_shard_set
+from support.media import Sound, make_clip
+from support.shards import COUNT, Reference, file_hashes, sample, small_clips, small_config, source_list
+
+TESTS = Path(__file__).parents[1]
+DIE = "from support.convert_and_die import main; main()"
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(tmp_path_factory.mktemp("reference"))
+
+
+def python(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    paths = {**os.environ, "PYTHONPATH": str(TESTS), **environment}
+    return subprocess.Popen([sys.executable, *arguments], env=paths, stdout=subprocess.PIPE, text=True)
+
+
+def test_the_report_and_the_manifest_say_what_was_made(reference: Reference) -> None:
+    report, shard_set = reference.report, read_shard_set(reference.root)
+    assert (report.num_samples, report.num_shards, report.num_with_audio) == (5, 3, 0)
+    assert report.num_classes == {"label": 2}
+    assert report.rejected == {}
+    assert report.clips_per_second > 0
+    assert report.manifest_path == reference.root / "manifest.json"
+    assert shard_set.manifest.source_list_sha256 == reference.source.sha256
+    assert shard_set.manifest.tool_versions.keys() >= {"av", "libavcodec", "numpy", "torch", "webdataset"}
+    assert sum(shard.num_samples for shard in shard_set.shards) == 5
+    assert verify_shard_set(reference.root) == []
+
+
+def test_the_index_names_every_sample_in_source_order(reference: Reference) -> None:
+    keys = []
+    for shard in read_shard_set(reference.root).shards:
+        table = decode_index((reference.root / shard.index_name).read_bytes())
+        keys += table["key"].to_pylist()
+    assert keys == [sample_key(sample.sample_id) for sample in reference.source.samples]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves the closing to the collector
+def test_webdataset_itself_reads_every_sample(reference: Reference) -> None:
+    shards = [str(reference.root / shard.name) for shard in read_shard_set(reference.root).shards]
+    found = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
+    gc.collect()
+    assert [sample["__key__"] for sample in found] == [
+        sample_key(sample.sample_id) for sample in reference.source.samples
+    ]
+    for record, wanted in zip(found, reference.source.samples, strict=True):
+        assert {name for name in record if not name.startswith("__")} == {"mp4", "mel.npy", "json"}
+        facts = json.loads(record["json"])
+        assert facts["sample_id"] == wanted.sample_id
+        assert facts["labels"] == {"label": {"index": wanted.labels[0], "name": ("dot", "dash")[wanted.labels[0]]}}
+        assert facts["audio"] == {"has_audio": False}
+
+
+def test_sound_and_mute_clips_go_together_when_sound_is_optional(tmp_path: Path) -> None:
+    clips = [
+        make_clip(tmp_path / "loud.mp4", seconds=0.2, size=(32, 32), sound=Sound(seconds=0.3)),
+        make_clip(tmp_path / "mute.mp4", seconds=0.2, size=(32, 32)),
+    ]
+    source = source_list([sample(clip) for clip in clips])
+    report = convert(source, tmp_path / "out", small_config(audio_policy="optional", shard_bytes=10**6))
+    table = decode_index((tmp_path / "out" / "ca2st-000000.index.parquet").read_bytes())
+    assert report.num_with_audio == 1
+    assert table["has_audio"].to_pylist() == [True, False]
+    loud, mute = table["mel_rows"].to_pylist()
+    assert (loud > 20, mute) == (True, 0)
+    assert verify_shard_set(tmp_path / "out") == []
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers_or_where_the_files_are(
+    reference: Reference, tmp_path: Path
+) -> None:
+    media = tmp_path / "elsewhere"
+    media.mkdir()
+    for path in reference.media.iterdir():
+        (media / path.name).write_bytes(path.read_bytes())
+    source = replace(
+        reference.source,
+        samples=tuple(replace(one, path=media / one.path.name) for one in reference.source.samples),
+    )
+    for workers in (2, 4):
+        convert(source, tmp_path / f"out{workers}", small_config(workers=workers))
+        assert file_hashes(tmp_path / f"out{workers}") == reference.hashes
+
+
+def test_a_second_run_finds_the_set_finished_and_touches_nothing(reference: Reference) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in reference.root.iterdir()}
+    report = convert(reference.source, reference.root, small_config(workers=2))
+    assert (report.num_samples, report.num_shards, report.clips_per_second) == (5, 3, 0)
+    assert {path.name: path.stat().st_mtime_ns for path in reference.root.iterdir()} == before
+
+
+def check_killed_conversions(reference: Reference, tmp_path: Path, faults: list[str]) -> None:
+    """Die at each fault, see that nothing incomplete has a final name, rerun, compare every byte."""
+    process = python("-c", DIE, str(reference.media), str(tmp_path), str(COUNT), *faults, PYTHONHASHSEED="7")
+    output, _ = process.communicate(timeout=240)
+    assert output.splitlines() == [f"{fault} -9" for fault in faults]
+    for fault in faults:
+        out = tmp_path / fault
+        finals = {name: digest for name, digest in file_hashes(out).items() if not name.startswith(".")}
+        assert finals.items() <= reference.hashes.items()
+        report = convert(reference.source, out, small_config())
+        assert file_hashes(out) == reference.hashes
+        assert report.num_samples == COUNT
+
+
+def test_c1_a_killed_conversion_resumes_to_the_same_bytes(reference: Reference, tmp_path: Path) -> None:
+    check_killed_conversions(reference, tmp_path, ["index.renamed:2", "shard.renamed:2"])
+
+
+@pytest.mark.slow
+def test_c1_killed_at_every_fault_point_it_resumes_to_the_same_bytes(reference: Reference, tmp_path: Path) -> None:
+    points = [
+        f"{point}.{step}:{nth}" for point in ("index", "shard") for step in ("written", "renamed") for nth in (1, 2, 3)
+    ]
+    points += [f"{point}.{step}:1" for point in ("shards_table", "manifest") for step in ("written", "renamed")]
+    check_killed_conversions(reference, tmp_path, points)
+
+
+@pytest.mark.slow
+def test_c1_killed_at_random_moments_again_and_again_it_ends_with_the_same_bytes(
+    reference: Reference, tmp_path: Path
+) -> None:
+    import random
+
+    moments = random.Random(0)
+    out = tmp_path / "never:1"
+    for _ in range(12):
+        process = python("-c", DIE, str(reference.media), str(tmp_path), str(COUNT), "never:1")
+        try:
+            process.communicate(timeout=moments.uniform(1.0, 6.0))
+        except subprocess.TimeoutExpired:
+            for line in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                os.kill(int(line), signal.SIGKILL)
+            process.communicate()
+        if out.exists():
+            finals = {name: digest for name, digest in file_hashes(out).items() if not name.startswith(".")}
+            assert finals.items() <= reference.hashes.items()
+    convert(reference.source, out, small_config())
+    assert file_hashes(out) == reference.hashes
+
+
+def test_a_resumed_conversion_keeps_its_finished_shards(reference: Reference, tmp_path: Path) -> None:
+    with pytest.raises(InjectedFault):
+        convert(
+            reference.source,
+            tmp_path / "out",
+            small_config(),
+            faults=FaultPoints(point="shard.renamed", nth=2, kind="raise"),
+        )
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    assert sorted(before) == ["ca2st-000000.tar", "ca2st-000001.tar"]
+    seen: list[ConversionProgress] = []
+    convert(reference.source, tmp_path / "out", small_config(), progress=seen.append)
+    assert file_hashes(tmp_path / "out") == reference.hashes
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in before} == before
+    assert [(step.num_done, step.num_total) for step in seen] == [(5, 5)]
+
+
+def test_a_full_disk_names_the_file_keeps_finished_shards_and_leaves_no_partial_one(
+    reference: Reference, tmp_path: Path
+) -> None:
+    faults = FaultPoints(point="shard.written", nth=2, kind="enospc")
+    with pytest.raises(EnvironmentFault, match=r"cannot write .*ca2st-000001.tar: No space left on device"):
+        convert(reference.source, tmp_path / "out", small_config(), faults=faults)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*")) == [
+        "ca2st-000000.index.parquet", "ca2st-000000.tar", "ca2st-000001.index.parquet",
+    ]  # fmt: skip
+    convert(reference.source, tmp_path / "out", small_config())
+    assert file_hashes(tmp_path / "out") == reference.hashes
+
+
+def test_c2_an_interrupt_ends_the_run_leaves_no_process_and_can_be_resumed(
+    reference: Reference, tmp_path: Path
+) -> None:
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom support.shards import COUNT, Reference, *\n"
+        "media, out = Path(sys.argv[1]), Path(sys.argv[2])\n"
+        f"source = source_list([sample(media / f'clip_{{n}}.mp4', label=n % 2) for n in range({COUNT})])\n"
+        "def progress(step):\n"
+        "    print(step.num_done, *open(f'/proc/self/task/{os.getpid()}/children').read().split(), flush=True)\n"
+        "    import time; time.sleep(0.5)\n"
+        "convert(source, out, small_config(workers=2), progress=progress)\n"
+    )
+    out = tmp_path / "out"
+    process = python("-c", script, str(reference.media), str(out))
+    assert process.stdout is not None
+    children = [int(pid) for pid in process.stdout.readline().split()[1:]]
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert children
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in children):
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    assert not list(out.glob(".*")), "neither a temporary file nor a lock stays behind"
+    convert(reference.source, out, small_config())
+    assert file_hashes(out) == reference.hashes
+
+
+def test_a_sample_larger_than_a_shard_gets_one_of_its_own(reference: Reference, tmp_path: Path) -> None:
+    report = convert(reference.source, tmp_path / "out", small_config(shard_bytes=1))
+    assert report.num_shards == 5
+    report = convert(reference.source, tmp_path / "one", small_config(shard_bytes=10**9))
+    assert report.num_shards == 1
+
+
+def test_shards_stay_below_their_size(tmp_path: Path) -> None:
+    source = small_clips(tmp_path / "media", 12)
+    convert(source, tmp_path / "out", small_config(shard_bytes=40_960))
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "out").glob("*.tar"))]
+    assert len(sizes) > 1
+    assert max(sizes) <= 40_960
