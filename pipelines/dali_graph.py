@@ -57,7 +57,8 @@ class DaliBackend:
             if self._pipeline is None:
                 raise LoaderClosedError("backend dali: closed; make a new loader")
             runs = range(0, len(requests), self._clips_per_run)
-            return torch.cat([self._run(requests[start : start + self._clips_per_run]) for start in runs])
+            parts = [self._run(requests[start : start + self._clips_per_run]) for start in runs]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def close(self) -> None:
         """End DALI's threads."""
@@ -85,10 +86,10 @@ class DaliBackend:
                 decode_frames(request)
             names = ", ".join(request.where for request in requests)
             raise CA2STError(f"DALI failed on frames that Pillow decodes ({names}): {error}") from error
-        views = np.stack([np.asarray(output.as_tensor()) for output in outputs])
-        return rearrange(
-            torch.from_numpy(views), "view (clip t) h w c -> (clip view) c t h w", t=self._num_frames
-        ).contiguous()
+        # DALI will write over its own memory: one copy, in the order of the batch.
+        views = [torch.from_numpy(np.asarray(output.as_tensor())) for output in outputs]
+        ordered = [rearrange(view, "(clip t) h w c -> clip c t h w", t=self._num_frames) for view in views]
+        return rearrange(torch.stack(ordered, dim=1), "clip view c t h w -> (clip view) c t h w").contiguous()
 
     def _feed_and_run(self, requests: Sequence[RenderRequest]) -> Any:
         frames = [np.frombuffer(data, np.uint8) for request in requests for data in request.frames]

@@ -29,7 +29,7 @@ def make_split(world: SyntheticData, split: str, folder: Path) -> Path:
     source = read_dataset(
         "synthetic",
         DatasetRequest(
-            media=folder / "media" / split,
+            media=folder / "media",
             split=split,
             task=world.task,
             synthetic=SyntheticConfig(num_samples=num_samples, frame_size=world.frame_size, seed=world.seed),

@@ -193,7 +193,7 @@ def estimate_storage(source: SourceList, config: ConversionConfig) -> StorageEst
     each = sum(timed) / len(timed) if timed else _UNKNOWN_SECONDS
     seconds = sum(timed) + each * (len(source.samples) - len(timed))
     num_frames = round(seconds * min(config.frames_per_second or _SOURCE_FRAMES_PER_SECOND, _SOURCE_FRAMES_PER_SECOND))
-    frame_bytes = _FRAME_BYTES * (config.short_side / 256) ** 2 * (5 / config.quality) ** 0.6
+    frame_bytes = _FRAME_BYTES * (config.short_side / 256) ** 2 * (5 / config.quality) ** 0.55
     video_bytes = round(num_frames * frame_bytes)
     mel_bytes = 0 if config.audio_policy == "none" else round(seconds * 100) * config.num_mel_bins * 2
     return StorageEstimate(

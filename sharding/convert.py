@@ -15,7 +15,7 @@ from ca2st.errors import UserInputError
 from sharding.assembly import Outcome, ShardCutter, assemble
 from sharding.conversion import ConversionConfig, conversion_identity
 from sharding.decode_child import ClipJob, EncodedClip, encode_clip
-from sharding.errors import RejectBudgetError
+from sharding.errors import RejectBudgetError, ShardDamageError
 from sharding.folder_lock import folder_lock
 from sharding.manifest import MANIFEST_NAME, read_shard_set, write_shard_set
 from sharding.preflight import check_source, output_folder

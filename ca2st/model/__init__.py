@@ -1,33 +1,8 @@
-"""The model: frozen experts for space, time and sound, joined by bottleneck cross-attention."""
+"""The model: experts for space, time and sound, joined by bottleneck cross-attention.
 
-from ca2st.model.build import build_model
-from ca2st.model.config import AudioVisualConfig, ModelConfig, SpatialTemporalConfig, TargetSpec
-from ca2st.model.holistic import HolisticModel, ModelOutput
-from ca2st.model.info import ModelInfo, PartInfo, model_info
-from ca2st.model.parameters import (
-    ParameterCount,
-    count_parameters,
-    layer_index,
-    no_weight_decay,
-    set_trainable,
-    set_trainable_by_rules,
-)
+Where to look: `config` what can be chosen (no torch needed), `structure` who talks to whom in which layer, `build` and
+`holistic` the whole model, `layer` one layer of all experts, `bottleneck` B-CA, `experts` the encoders, `time_codes`
+the clock of the sound, `heads` which feature predicts what, `parameters` what is trained, `info` size and cost.
 
-__all__ = [
-    "AudioVisualConfig",
-    "HolisticModel",
-    "ModelConfig",
-    "ModelInfo",
-    "ModelOutput",
-    "ParameterCount",
-    "PartInfo",
-    "SpatialTemporalConfig",
-    "TargetSpec",
-    "build_model",
-    "count_parameters",
-    "layer_index",
-    "model_info",
-    "no_weight_decay",
-    "set_trainable",
-    "set_trainable_by_rules",
-]
+Nothing is imported here, so that a recipe can be checked without waiting for torch.
+"""

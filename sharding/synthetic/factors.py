@@ -24,7 +24,10 @@ MOTIONS: dict[str, tuple[float, float]] = {
     "down_left": (-_DIAGONAL, _DIAGONAL),
     "down_right": (_DIAGONAL, _DIAGONAL),
 }
-"""Unit steps (x right, y down): every motion has the same speed, so speed tells nothing."""
+"""Unit steps (x right, y down): every motion has the same speed, so speed tells nothing.
+
+A horizontal flip turns left into right: a training on ``time`` or ``holistic`` must not flip.
+"""
 
 TONES_HZ = tuple(round(220.0 * 2 ** (number / 2)) for number in range(8))
 """Half an octave apart: the second harmonic of a tone is the fundamental of the next but one."""

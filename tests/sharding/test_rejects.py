@@ -12,7 +12,7 @@ from ca2st.durable import FaultPoints, InjectedFault
 from ca2st.errors import UserInputError
 from sharding.conversion import ConversionConfig, RejectBudget
 from sharding.convert import convert
-from sharding.errors import AnnotationError, ConversionRefusedError, RejectBudgetError
+from sharding.errors import AnnotationError, ConversionRefusedError, RejectBudgetError, ShardDamageError
 from sharding.folder_lock import LOCK_NAME, folder_lock
 from sharding.manifest import read_shard_set
 from sharding.source import SourceList
@@ -211,3 +211,11 @@ def test_c14_the_lock_and_temporary_files_of_a_dead_converter_are_taken_over(
     (tmp_path / ".ca2st-000000.tar.999.tmp").write_bytes(b"half a shard")
     convert(reference.source, tmp_path, small_config())
     assert file_hashes(tmp_path) == reference.hashes
+
+
+def test_a_finished_set_with_a_shard_missing_is_damage_not_work_to_do(reference: Reference, tmp_path: Path) -> None:
+    for path in reference.root.iterdir():
+        if path.name != "ca2st-000001.tar":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(ShardDamageError, match=r"ca2st-000001.tar is missing or cut short; see `ca2st shard verify"):
+        convert(reference.source, tmp_path, small_config())

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
-from support.tiny_training import TinyEvaluation, TinyModel, TinySource, fresh_accelerator, tiny_settings
 
 from ca2st.durable import NO_FAULTS, FaultPoints
 from ca2st.training.loop import train
+from support.tiny_training import TinyEvaluation, TinyModel, TinySource, fresh_accelerator, tiny_settings
 
 
 def train_in_child(folder: Path, faults: FaultPoints) -> int:

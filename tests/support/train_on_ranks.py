@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-from support.tiny_training import TinyEvaluation, TinyModel, TinySource, tiny_settings
 from torch import Tensor
 
 from ca2st.batch import ClipBatch
@@ -22,6 +21,7 @@ from ca2st.training.accelerator import make_accelerator
 from ca2st.training.loop import train
 from ca2st.training.settings import TrainingProgress
 from ca2st.training.signals import stop_on_signals
+from support.tiny_training import TinyEvaluation, TinyModel, TinySource, tiny_settings
 
 
 class Source(TinySource):

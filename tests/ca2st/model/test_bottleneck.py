@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.models import JOINED_KINDS, inputs_for, tiny_model, wake
 
-from ca2st.model import AudioVisualConfig, SpatialTemporalConfig
+from ca2st.model.config import AudioVisualConfig, SpatialTemporalConfig
 from ca2st.spec import ClipSpec
+from support.models import JOINED_KINDS, inputs_for, tiny_model, wake
 
 CLIP = ClipSpec(num_frames=6, crop_size=48, mel_rows=48)
 FRAMES, PATCHES = 3, 9

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from support.models import inputs_for, tiny_model, wake
 from torch import nn
 
 from ca2st.model.drop_path import DropPath, drop_path
+from support.models import inputs_for, tiny_model, wake
 
 
 def test_nothing_is_dropped_in_evaluation():

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from support.models import KINDS, ONE_TARGET, VERB_NOUN, tiny_config, wake
 from torch.nn.functional import gelu
 
 from ca2st.model.config import TargetSpec
 from ca2st.model.heads import Head
+from support.models import KINDS, ONE_TARGET, VERB_NOUN, tiny_config, wake
 
 TWO_TARGETS = (TargetSpec(name="scene", num_classes=4), TargetSpec(name="action", num_classes=6))
 EXPERTS = {"cast": ("spatial", "temporal"), "cava": ("audio", "spatial"), "ca2st": ("spatial", "temporal", "audio")}

@@ -1,7 +1,14 @@
-"""The whole model at its smallest: every kind and switch builds, runs, learns what it should and starts as published."""
+"""The whole model at its smallest: every kind and switch builds, runs, learns what it should, starts as published."""
 
 import pytest
 import torch
+
+from ca2st.errors import UserInputError
+from ca2st.model.build import build_model
+from ca2st.model.config import AudioVisualConfig, SpatialTemporalConfig
+from ca2st.model.parameters import set_trainable
+from ca2st.model.structure import EXPERTS
+from ca2st.spec import ClipSpec
 from support.models import (
     JOINED_KINDS,
     KINDS,
@@ -14,11 +21,6 @@ from support.models import (
     tiny_model,
     wake,
 )
-
-from ca2st.errors import UserInputError
-from ca2st.model import AudioVisualConfig, SpatialTemporalConfig, build_model, set_trainable
-from ca2st.model.structure import EXPERTS
-from ca2st.spec import ClipSpec
 
 LEARNED = AudioVisualConfig(positions="learned")
 WIDE = SpatialTemporalConfig(t2s_window="space_time", s2t_window="space_time")
@@ -63,8 +65,8 @@ def test_every_kind_runs_and_only_what_is_trainable_gets_gradients(kind, switche
     ],
 )
 def test_every_trained_parameter_has_an_effect_but_for_attention_that_nobody_reads(kind, idle):
-    """Pooling reads cls and prefix tokens of the spatial and the audio expert, so in the last layer the published models
-    compute updates of their patches that nothing reads; all other trained parameters must move the loss."""
+    """Pooling reads only cls and prefix tokens of the spatial and the audio expert, so in the last layer the published
+    models compute updates of patches that nothing reads; all other trained parameters must move the loss."""
     model = tiny_model(kind).train()
     wake(model)
     model(*inputs_for()).logits["label"].square().sum().backward()

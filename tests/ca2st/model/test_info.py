@@ -1,8 +1,9 @@
 import pytest
-from support.models import KINDS, ONE_TARGET, TINY_CLIP, tiny_config
 
-from ca2st.model import ModelConfig, TargetSpec, model_info
+from ca2st.model.config import ModelConfig, TargetSpec
+from ca2st.model.info import model_info
 from ca2st.spec import ClipSpec
+from support.models import KINDS, ONE_TARGET, TINY_CLIP, tiny_config
 
 
 @pytest.mark.parametrize(

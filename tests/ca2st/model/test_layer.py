@@ -1,10 +1,10 @@
 """The layer's formulas, written out once more by hand."""
 
 import torch
-from support.models import TINY_CLIP, expert_inputs, inputs_for, tiny_model, wake
 from torch import Tensor
 
-from ca2st.model import AudioVisualConfig, SpatialTemporalConfig
+from ca2st.model.config import AudioVisualConfig, SpatialTemporalConfig
+from support.models import TINY_CLIP, expert_inputs, inputs_for, tiny_model, wake
 
 
 def _layer(kind: str, **changes):

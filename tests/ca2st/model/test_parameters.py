@@ -1,21 +1,19 @@
 import pytest
 import torch
-from support.models import KINDS, VERB_NOUN, tiny_model
 
-from ca2st.model import (
-    AudioVisualConfig,
-    ModelConfig,
-    SpatialTemporalConfig,
-    TargetSpec,
-    build_model,
+from ca2st.model.build import build_model
+from ca2st.model.config import AudioVisualConfig, ModelConfig, SpatialTemporalConfig, TargetSpec
+from ca2st.model.parameters import (
+    RuleMatchesNothingError,
+    added_rules,
     count_parameters,
     layer_index,
     no_weight_decay,
     set_trainable,
     set_trainable_by_rules,
 )
-from ca2st.model.parameters import RuleMatchesNothingError, added_rules
 from ca2st.spec import ClipSpec
+from support.models import KINDS, VERB_NOUN, tiny_model
 
 
 def _full_size(kind, targets, **changes):
@@ -132,5 +130,3 @@ def test_tables_biases_and_norms_are_spared_weight_decay_and_matrices_are_not():
     assert all(name.endswith(".weight") and parameters[name].ndim >= 2 for name in decayed)
     assert "experts.spatial.positions" in spared
     assert "layers.0.bridges.spatial_temporal.directions.t2s.attention.q.weight" in decayed
-
-

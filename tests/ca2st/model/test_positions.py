@@ -26,8 +26,11 @@ def test_the_fixed_table_is_computed_in_float64():
 
 @pytest.mark.parametrize(
     ("window", "tables"),
-    [("time", {"time_table": (3, 8)}), ("space", {"space_table": (4, 8)})]
-    + [("space_time", {"time_table": (3, 8), "space_table": (4, 8)})],
+    [
+        ("time", {"time_table": (3, 8)}),
+        ("space", {"space_table": (4, 8)}),
+        ("space_time", {"time_table": (3, 8), "space_table": (4, 8)}),
+    ],
 )
 def test_learned_tables_span_the_axes_of_their_window(window, tables):
     positions = LearnedPositions(GRID, 8, 2, window=window)

@@ -2,11 +2,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.models import TINY_CLIP, inputs_for, tiny_config
 
 from ca2st.model.time_codes import TimeEncoder, cut_interval, part_of_column, parts_of_tokens
 from ca2st.model.tokens import audio_patches
 from ca2st.spec import ClipSpec
+from support.models import TINY_CLIP, inputs_for, tiny_config
 
 
 @pytest.mark.parametrize(

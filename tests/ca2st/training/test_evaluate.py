@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_training import TARGETS, TinyEvaluation, TinyModel, batch_of, clip, fresh_accelerator, tiny_settings
 
 from ca2st.batch import ClipBatch
 from ca2st.training.errors import IncompleteEvaluationError, LabelRangeError
 from ca2st.training.evaluate import EvaluationResult, evaluate
+from support.tiny_training import TARGETS, TinyEvaluation, TinyModel, batch_of, clip, fresh_accelerator, tiny_settings
 
 
 def run(source: TinyEvaluation, model: TinyModel | None = None, **changes: object) -> EvaluationResult:

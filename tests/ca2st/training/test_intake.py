@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from support.tiny_training import TARGETS, TinySource, fresh_accelerator, tiny_settings
 
 from ca2st.batch import ClipBatch
 from ca2st.training.errors import LabelRangeError, SourceContractError
 from ca2st.training.intake import Intake, hash_of_keys
 from ca2st.training.ranks import Ranks
 from ca2st.training.signals import StopRequest
+from support.tiny_training import TARGETS, TinySource, fresh_accelerator, tiny_settings
 
 
 def intake_of(source: TinySource, *, stop: StopRequest | None = None, global_batch_size: int = 6) -> Intake:

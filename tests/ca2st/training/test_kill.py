@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import support.kill_zygote
-from support.processes import python_path
 
+import support.kill_zygote
 from ca2st.training.checkpoint import list_checkpoints, read_checkpoint
 from ca2st.training.journal import run_sequence
+from support.processes import python_path
 
 FILES = ("recipe.json", "model.safetensors", "optimizer.safetensors", "optimizer.json", "loader.json", "schedule.json")
 MOMENTS = [

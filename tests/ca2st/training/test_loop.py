@@ -9,14 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from support.tiny_training import (
-    TinyEvaluation,
-    TinyModel,
-    TinyOutput,
-    TinySource,
-    fresh_accelerator,
-    tiny_settings,
-)
 from torch import Tensor
 
 from ca2st.batch import ClipBatch
@@ -38,6 +30,14 @@ from ca2st.training.lock import locked
 from ca2st.training.loop import TrainingResult, train
 from ca2st.training.settings import TrainingProgress, TrainingSettings
 from ca2st.training.signals import StopRequest
+from support.tiny_training import (
+    TinyEvaluation,
+    TinyModel,
+    TinyOutput,
+    TinySource,
+    fresh_accelerator,
+    tiny_settings,
+)
 
 STATE_FILES = ("model.safetensors", "optimizer.safetensors", "optimizer.json", "loader.json", "schedule.json")
 

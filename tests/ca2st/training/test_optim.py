@@ -2,11 +2,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.tiny_training import TinyModel, tiny_rules
 
 from ca2st.training.config import OptimConfig
 from ca2st.training.errors import ParameterRuleError
 from ca2st.training.optim import build_optimizer, parameter_groups, set_learning_rate
+from support.tiny_training import TinyModel, tiny_rules
 
 CONFIG = OptimConfig(layer_decay=0.5, weight_decay=0.05)
 

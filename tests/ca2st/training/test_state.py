@@ -3,13 +3,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load, save
-from support.tiny_training import TARGETS, TinyModel, tiny_rules
 from torch import nn
 
 from ca2st.training.config import OptimConfig
 from ca2st.training.errors import CheckpointMismatchError
 from ca2st.training.optim import build_optimizer, set_learning_rate
 from ca2st.training.state import collect_state, put_state, read_state, trained_tensors
+from support.tiny_training import TARGETS, TinyModel, tiny_rules
 
 
 def trained_pair(*, seed: int = 0, num_updates: int = 2) -> tuple[TinyModel, torch.optim.AdamW]:

@@ -1,30 +1,50 @@
 """Two CPU processes (gloo, loopback) against one, and against themselves after a kill."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
-import support.train_on_ranks
-from support.processes import python_path
 
+import support.settle_on_ranks
+import support.train_on_ranks
 from ca2st.training.checkpoint import list_checkpoints, read_checkpoint
 from ca2st.training.journal import read_events, run_sequence
+from ca2st.training.loop import train
+from support.processes import python_path
+from support.tiny_training import TinyEvaluation, TinyModel, TinySource, fresh_accelerator, tiny_settings
 
 pytestmark = pytest.mark.slow
 
 
-def run(folder: Path, *, ranks: int = 2, **options: Any) -> subprocess.CompletedProcess[str]:
+def launch(program: ModuleType, *arguments: str, ranks: int) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.run(
-        [*launcher, support.train_on_ranks.__file__, json.dumps({"folder": str(folder), **options})],
+        [*launcher, str(program.__file__), *arguments],
         check=False,
         capture_output=True,
         text=True,
         env={"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "PATH": ""},
         timeout=200,
+    )
+
+
+def run(folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    return launch(support.train_on_ranks, json.dumps({"folder": str(folder), **options}), ranks=2)
+
+
+def run_alone(folder: Path, **options: Any) -> None:
+    settings = tiny_settings(folder)
+    train(
+        TinyModel(**options),
+        TinySource(seed=settings.config.seed),
+        accelerator=fresh_accelerator(settings),
+        settings=settings,
+        validation=TinyEvaluation(),
     )
 
 
@@ -49,8 +69,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_see_the_samples_of_one_and_compute_its_losses(tmp_path: Path) -> None:
-    succeed(tmp_path / "one", ranks=1, dropout=0.0)
-    succeed(tmp_path / "two", ranks=2, dropout=0.0)
+    run_alone(tmp_path / "one", dropout=0.0)
+    succeed(tmp_path / "two", dropout=0.0)
     assert steps(tmp_path / "one", "step", "epoch", "sample_ids_hash", "lr") == steps(
         tmp_path / "two", "step", "epoch", "sample_ids_hash", "lr"
     )
@@ -64,24 +84,26 @@ def test_two_processes_see_the_samples_of_one_and_compute_its_losses(tmp_path: P
     assert evals[0] == evals[1]
 
 
-@pytest.mark.parametrize(("rank", "fault"), [(0, "step.logged:5"), (1, "step.updated:7")])
-def test_t1_killing_either_rank_and_rerunning_gives_the_same_bits(
-    undisturbed: Path, tmp_path: Path, rank: int, fault: str
+def test_t1_killing_a_rank_and_rerunning_gives_the_same_bits_on_two_and_the_same_order_on_one(
+    undisturbed: Path, tmp_path: Path
 ) -> None:
-    assert run(tmp_path, fault=fault, fault_rank=rank).returncode != 0
-    assert len(steps(tmp_path, "step")) < 8
-    succeed(tmp_path)
+    folder, alone = tmp_path / "two", tmp_path / "alone"
+    assert run(folder, fault="step.updated:7", fault_rank=1).returncode != 0
+    assert len(steps(folder, "step")) < 8
+    shutil.copytree(folder, alone)
+    succeed(folder)
     fields = ("step", "loss", "grad_norm", "sample_ids_hash")
-    assert steps(tmp_path, *fields) == steps(undisturbed, *fields)
-    assert last_files(tmp_path) == last_files(undisturbed)
-
-
-def test_a_run_of_two_processes_goes_on_with_one_in_the_same_order(undisturbed: Path, tmp_path: Path) -> None:
-    succeed(tmp_path, max_steps=5)
-    succeed(tmp_path, ranks=1)
-    assert steps(tmp_path, "step", "sample_ids_hash") == steps(undisturbed, "step", "sample_ids_hash")
-    start = list(read_events(tmp_path / "journal.jsonl", event="start"))[-1]
+    assert steps(folder, *fields) == steps(undisturbed, *fields)
+    assert last_files(folder) == last_files(undisturbed)
+    run_alone(alone)
+    assert steps(alone, "step", "sample_ids_hash") == steps(undisturbed, "step", "sample_ids_hash")
+    start = list(read_events(alone / "journal.jsonl", event="start"))[-1]
     assert start["changes"] == ["world_size: 2 -> 1"]
+
+
+def test_the_first_update_of_an_attempt_sums_gradients_in_the_order_of_all_others() -> None:
+    done = launch(support.settle_on_ranks, ranks=3)
+    assert done.stdout == "20 gradients, same: True\n", done.stderr
 
 
 def test_t4_a_loader_that_fails_on_one_rank_ends_both_with_its_error(tmp_path: Path) -> None:
@@ -107,6 +129,5 @@ def test_t14_a_signal_to_one_rank_stops_both_with_a_checkpoint(undisturbed: Path
     for rank in (0, 1):
         assert f"rank {rank}: TerminatedError: stopped by signal 15 after step 5" in done.stderr
     assert "exitcode  : 143" in done.stderr
-    succeed(tmp_path)
-    assert steps(tmp_path, "step", "loss") == steps(undisturbed, "step", "loss")
-    assert last_files(tmp_path) == last_files(undisturbed)
+    assert list_checkpoints(tmp_path / "checkpoints")[0].name == "step-5.attempt-1"
+    assert steps(tmp_path, "step", "loss") == steps(undisturbed, "step", "loss")[:5]

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from support.models import expert_inputs, tiny_model, wake
 
 from ca2st.spec import ClipSpec
 from ca2st.weights import WeightsMismatchError, expert_state, load_expert
+from support.models import expert_inputs, tiny_model, wake
 
 
 @pytest.mark.parametrize("name", ["spatial", "temporal", "audio"])
@@ -31,7 +31,9 @@ def test_fixed_position_tables_are_no_weights():
 
 
 def test_an_expert_that_the_model_does_not_have_is_named():
-    with pytest.raises(WeightsMismatchError, match="expert 'audio': expected one of spatial, temporal for a cast model"):
+    with pytest.raises(
+        WeightsMismatchError, match="expert 'audio': expected one of spatial, temporal for a cast model"
+    ):
         expert_state(tiny_model("cast"), "audio")
     with pytest.raises(WeightsMismatchError, match="expert 'audio'"):
         load_expert(tiny_model("cast"), "audio", {})
@@ -49,5 +51,5 @@ def test_the_weights_of_another_expert_or_size_are_refused():
 def test_the_temporal_expert_without_its_query_bias_is_refused():
     state = expert_state(tiny_model("temporal"), "temporal")
     del state["layers.0.attention.q_bias"]
-    with pytest.raises(WeightsMismatchError, match="1 missing: layers.0.attention.q_bias"):
+    with pytest.raises(WeightsMismatchError, match=r"1 missing: layers\.0\.attention\.q_bias"):
         load_expert(tiny_model("cast"), "temporal", state)

@@ -1,13 +1,13 @@
 from pathlib import Path
 
 import pytest
-from support.annotations import touch, write_lines
 
 from ca2st.errors import UserInputError
 from sharding.datasets import DatasetRequest, read_dataset
 from sharding.datasets.label_spaces import label_histogram
 from sharding.errors import AnnotationError
 from sharding.source import SourceList
+from support.annotations import touch, write_lines
 
 
 def read(tmp_path: Path, rows: list[str], *, header: str = "path,label", **options) -> SourceList:

@@ -1,13 +1,13 @@
 from pathlib import Path
 
 import pytest
-from support.annotations import EPIC_SOUNDS_HEADER, epic_sounds_row, touch, write_lines
 
 from ca2st.errors import UserInputError
 from sharding.datasets import DatasetRequest, read_dataset
 from sharding.datasets.label_spaces import label_histogram
 from sharding.errors import AnnotationError
 from sharding.source import SourceList
+from support.annotations import EPIC_SOUNDS_HEADER, epic_sounds_row, touch, write_lines
 
 ROWS = [
     epic_sounds_row("P01_02_0"),

@@ -2,12 +2,12 @@ import os
 from pathlib import Path
 
 import pytest
-from support.annotations import touch
 
 from ca2st.errors import UserInputError
 from sharding.datasets import DatasetRequest, read_dataset
 from sharding.errors import AnnotationError
 from sharding.source import SourceList
+from support.annotations import touch
 
 
 def read(media: Path, **options) -> SourceList:

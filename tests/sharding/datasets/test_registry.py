@@ -1,12 +1,12 @@
 from pathlib import Path
 
 import pytest
-from support.annotations import EPIC_SOUNDS_HEADER, epic_sounds_row, touch, write_lines
 
 from ca2st.errors import UserInputError
 from sharding.datasets import DATASETS, DatasetRequest, SyntheticConfig, read_dataset
 from sharding.datasets.label_spaces import NUM_CLASSES, published_classes, read_classes
 from sharding.errors import AnnotationError
+from support.annotations import EPIC_SOUNDS_HEADER, epic_sounds_row, touch, write_lines
 
 
 @pytest.fixture

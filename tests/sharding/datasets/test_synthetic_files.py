@@ -13,7 +13,6 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from support.annotations import touch
 
 from ca2st.errors import CA2STError, UserInputError
 from sharding.datasets import DatasetRequest, SyntheticConfig, read_dataset
@@ -21,6 +20,7 @@ from sharding.folder_lock import folder_lock
 from sharding.source import SourceList
 from sharding.synthetic.drawing import draw_frames
 from sharding.synthetic.generation import make_clip
+from support.annotations import touch
 
 SMALL = SyntheticConfig(num_samples=6, frame_size=32, workers=1)
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.annotations import write_lines
 
 from sharding.datasets.label_spaces import class_index
 from sharding.datasets.problems import Problems
 from sharding.datasets.table import Table, read_cell, read_table
 from sharding.errors import AnnotationError
+from support.annotations import write_lines
 
 cell = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).map(str.strip).filter(bool)
 
