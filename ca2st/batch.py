@@ -73,9 +73,7 @@ class ClipBatch:
         """Consecutive micro-batches of at most `num_clips` views."""
         for start in range(0, self.num_clips, num_clips):
             part = slice(start, start + num_clips)
-            yield ClipBatch(
-                **{name: getattr(self, name)[part] for name in _TENSORS}, sample_ids=self.sample_ids[part]
-            )
+            yield ClipBatch(**{name: getattr(self, name)[part] for name in _TENSORS}, sample_ids=self.sample_ids[part])
 
 
 _TENSORS = ("video", "mel", "intervals_seconds", "labels", "has_audio", "is_padding")

@@ -23,7 +23,7 @@ FaultKind = Literal["kill", "raise", "stop", "enospc"]
 _TEMPORARY_SUFFIX = ".tmp"
 
 
-class InjectedFault(RuntimeError):
+class InjectedFault(RuntimeError):  # noqa: N818  # what it is, not an error of ours
     """Raised by a fault point of kind ``raise``: a stand-in for a bug at that place."""
 
 
@@ -97,7 +97,9 @@ def writing(path: Path, *, faults: FaultPoints = NO_FAULTS, point: str = "file")
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNOS:
-            raise EnvironmentFault(f"cannot write {path}: {error.strerror}; free space or choose another folder") from error
+            raise EnvironmentFault(
+                f"cannot write {path}: {error.strerror}; free space or choose another folder"
+            ) from error
         raise
     faults.reach(f"{point}.renamed")
 

@@ -37,7 +37,7 @@ class DataDamageError(CA2STError):
     exit_code: ClassVar[int] = 3
 
 
-class EnvironmentFault(CA2STError):
+class EnvironmentFault(CA2STError):  # noqa: N818  # EnvironmentError is Python's own name for OSError
     """The machine cannot do what was asked: no space, no permission, a missing device."""
 
     exit_code: ClassVar[int] = 4

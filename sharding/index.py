@@ -63,7 +63,7 @@ def encode_index(rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, str])
         sink,
         compression="zstd",
         use_dictionary=False,
-        column_encoding={name: "DELTA_BINARY_PACKED" for name in _DELTA_PACKED},
+        column_encoding=dict.fromkeys(_DELTA_PACKED, "DELTA_BINARY_PACKED"),
     )
     return sink.getvalue()
 

@@ -220,17 +220,22 @@ def read_manifest(root: Path) -> Manifest:
         if payload["format"] != FORMAT_NAME:
             raise KeyError(payload["format"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardDamageError(f"{path}: not a {FORMAT_NAME} manifest ({error!r}); restore it or convert again") from error
+        raise ShardDamageError(
+            f"{path}: not a {FORMAT_NAME} manifest ({error!r}); restore it or convert again"
+        ) from error
     if payload.get("format_version") != FORMAT_VERSION:
         raise ManifestError(
-            f"{path}: format version {payload.get('format_version')}, this ca2st reads {FORMAT_VERSION}; use a matching release"
+            f"{path}: format version {payload.get('format_version')}, this ca2st reads {FORMAT_VERSION}; "
+            "use a matching release"
         )
     claimed = payload.pop("self_sha256", None)
     if sha256_of_json(payload) != claimed:
         raise ShardDamageError(f"{path}: self_sha256 differs from the contents; restore it or convert again")
     manifest = _manifest_from(payload)
     if manifest.to_json() != text:
-        raise ShardDamageError(f"{path}: white space or order changed since it was written; restore it or convert again")
+        raise ShardDamageError(
+            f"{path}: white space or order changed since it was written; restore it or convert again"
+        )
     return manifest
 
 

@@ -41,7 +41,7 @@ class CheckpointMarker:
     recipe_sha256: str
     """Hash of ``recipe.json``."""
     topology: Mapping[str, Any]
-    """World size, device type and micro-batch: bit-equal numbers are promised on the same topology only."""
+    """World size, device, micro-batch, CPU threads: bit-equal numbers are promised on the same topology only."""
     versions: Mapping[str, str]
     """Library versions."""
     experts: Mapping[str, str] = field(default_factory=dict)

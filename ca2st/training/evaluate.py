@@ -95,8 +95,13 @@ def evaluate(
         lambda: _score(own, source, accelerator=accelerator, targets=targets, num_clips=per_device_batch_size)
     )
     views = [batch for step in itertools.zip_longest(*batches_of_rank) for batch in step if batch is not None]
+    _check_complete([key for batch in views for key in batch.keys], source)
+    return _combine(views, tuple(targets))
+
+
+def _combine(views: Sequence[_Views], targets: tuple[str, ...]) -> EvaluationResult:
+    """Average the views of each sample, in the order the samples first came."""
     keys = [key for batch in views for key in batch.keys]
-    _check_complete(keys, source)
     order = {key: index for index, key in enumerate(dict.fromkeys(keys))}
     sample_of_view = torch.tensor([order[key] for key in keys], dtype=torch.long)
     labels = torch.zeros(len(order), len(targets), dtype=torch.long)

@@ -2,11 +2,10 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -25,28 +24,10 @@ from ca2st.training.record import LOADER_FILE, identity
 from ca2st.training.resume import RunStart, open_run
 from ca2st.training.run import SCHEDULE_FILE, Run, RunParts, loader_position
 from ca2st.training.schedule import LearningRateSchedule, schedule_for
-from ca2st.training.settings import TrainingSettings
+from ca2st.training.settings import TrainingResult, TrainingSettings
 from ca2st.training.signals import StopRequest
 from ca2st.training.state import TrainedState, put_state, read_state
 from ca2st.training.step import Stepper
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingResult:
-    """What a finished run leaves."""
-
-    steps: int
-    """Updates made in all attempts together."""
-    checkpoint: Path
-    """Folder of the last checkpoint."""
-    metrics: Mapping[str, float | None]
-    """Last validation metrics; empty without a validation set."""
-    attempt: int
-    """Attempt that finished the run."""
-    resumed_step: int
-    """Step this attempt started from; 0 for a fresh start."""
-    damaged_checkpoints: tuple[str, ...]
-    """Checkpoints passed over at the start because they are damaged: what and where."""
 
 
 def train(
@@ -65,33 +46,21 @@ def train(
 
     Raises:
         ResumeRefusedError: the folder holds another run.
-        NonFiniteError: NaN or infinity, before anything was updated.
         RunStoppedError: `stop` was requested; the state is saved.
-        EnvironmentFault: the folder is in use, or three saves in a row failed.
-        CA2STError: as the parts raise; a failure of one rank ends all of them.
+        CA2STError: numbers that are not finite, a folder in use, saves that fail; one rank's failure ends all.
     """
     ranks = Ranks(accelerator)
     _check_setup(ranks, accelerator, settings, source=source)
     with contextlib.ExitStack() as stack:
-        journals: list[Journal] = []
-
-        def begin() -> RunStart:
-            stack.enter_context(locked(settings.folder, wait_seconds=settings.lock_wait_seconds))
-            start = _open(accelerator, settings)
-            path = settings.folder / JOURNAL_NAME
-            journals.append(Journal(path, attempt=start.attempt, wall_clock=settings.wall_clock))
-            stack.callback(journals[0].close)
-            return start
-
-        start = ranks.on_main(begin)
+        start, journal = _open(ranks, accelerator, settings, stack=stack)
         parts = _make_parts(
             model,
             source,
+            validation,
             accelerator=accelerator,
             settings=settings,
-            validation=validation,
             stop=stop or StopRequest(),
-            journal=journals[0] if journals else None,
+            journal=journal,
         )
         run = Run(parts, start)
         try:
@@ -106,31 +75,20 @@ def train(
 def _make_parts(
     model: nn.Module,
     source: TrainSource,
+    validation: EvaluationSource | None,
     *,
     accelerator: Accelerator,
     settings: TrainingSettings,
-    validation: EvaluationSource | None,
     stop: StopRequest,
     journal: Journal | None,
 ) -> RunParts:
-    config, ranks = settings.config, Ranks(accelerator)
     optimizer = build_optimizer(model, settings.optim, rules=settings.rules)
-    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
     schedule = _schedule(settings, source)
-    stepper = Stepper(
-        prepared,
-        prepared_optimizer,
-        accelerator=accelerator,
-        config=config,
-        optim=settings.optim,
-        schedule=schedule,
-        targets=tuple(settings.targets),
-    )
     intake = Intake(
         source,
-        ranks,
+        Ranks(accelerator),
         targets=settings.targets,
-        global_batch_size=config.global_batch_size,
+        global_batch_size=settings.config.global_batch_size,
         stop=stop,
         clock=settings.clock,
     )
@@ -139,13 +97,33 @@ def _make_parts(
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
-        stepper=stepper,
+        stepper=_make_stepper(model, optimizer, accelerator=accelerator, settings=settings, schedule=schedule),
         intake=intake,
         schedule=schedule,
         steps_per_epoch=source.steps_per_epoch,
         validation=validation,
         topology=_topology(accelerator, settings),
         journal=journal,
+    )
+
+
+def _make_stepper(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    accelerator: Accelerator,
+    settings: TrainingSettings,
+    schedule: LearningRateSchedule,
+) -> Stepper:
+    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    return Stepper(
+        prepared,
+        prepared_optimizer,
+        accelerator=accelerator,
+        config=settings.config,
+        optim=settings.optim,
+        schedule=schedule,
+        targets=tuple(settings.targets),
     )
 
 
@@ -204,14 +182,28 @@ def _finish(run: Run, start: RunStart) -> TrainingResult:
     )
 
 
-def _open(accelerator: Accelerator, settings: TrainingSettings) -> RunStart:
-    return open_run(
-        settings.folder,
-        wanted=_identity(settings),
-        versions=settings.record.versions,
-        topology=_topology(accelerator, settings),
-        strict=settings.strict_resume,
-    )
+def _open(
+    ranks: Ranks, accelerator: Accelerator, settings: TrainingSettings, *, stack: contextlib.ExitStack
+) -> tuple[RunStart, Journal | None]:
+    """Lock the folder and open the journal, on the main rank, until `stack` closes; every rank learns the start."""
+    journals: list[Journal] = []
+
+    def open_on_main() -> RunStart:
+        stack.enter_context(locked(settings.folder, wait_seconds=settings.lock_wait_seconds))
+        start = open_run(
+            settings.folder,
+            wanted=_identity(settings),
+            versions=settings.record.versions,
+            topology=_topology(accelerator, settings),
+            strict=settings.strict_resume,
+        )
+        path = settings.folder / JOURNAL_NAME
+        journals.append(Journal(path, attempt=start.attempt, wall_clock=settings.wall_clock))
+        stack.callback(journals[0].close)
+        return start
+
+    start = ranks.on_main(open_on_main)
+    return start, journals[0] if journals else None
 
 
 def _identity(settings: TrainingSettings) -> dict[str, Any]:
@@ -220,11 +212,14 @@ def _identity(settings: TrainingSettings) -> dict[str, Any]:
 
 
 def _topology(accelerator: Accelerator, settings: TrainingSettings) -> dict[str, Any]:
+    """What the last bits of a sum depend on; threads too, since they cut sums on a CPU."""
+    on_cpu = accelerator.device.type == "cpu"
     return {
         "world_size": accelerator.num_processes,
         "device": accelerator.device.type,
         "per_device_batch_size": settings.config.per_device_batch_size,
         "precision": settings.config.precision,
+        "cpu_threads": torch.get_num_threads() if on_cpu else None,
     }
 
 

@@ -55,12 +55,8 @@ def open_run(
 ) -> RunStart:
     """Tidy a run folder and find where to go on; the caller holds its lock.
 
-    Args:
-        folder: The run's folder; made when missing.
-        wanted: Identity of the run to be (`record.identity`).
-        versions: Library versions now.
-        topology: World size, device and micro-batch now.
-        strict: Refuse damage and other versions instead of warning.
+    `wanted` is the identity of the run to be (`record.identity`); `versions` and `topology` are those of now;
+    `strict` refuses damage and other versions instead of warning.
 
     Raises:
         ResumeRefusedError: the folder holds another run, or (strict) one of other versions.

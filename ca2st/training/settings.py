@@ -1,4 +1,4 @@
-"""Everything `loop.train` is told besides the model, its sources and the processes it runs on."""
+"""What `loop.train` is told besides the model, its sources and its processes, and what it says in return."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -52,3 +52,21 @@ class TrainingSettings:
     """Seconds, for durations only."""
     wall_clock: Callable[[], float] = time.time
     """Seconds since 1970, for the journal only."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingResult:
+    """What a finished run leaves."""
+
+    steps: int
+    """Updates made in all attempts together."""
+    checkpoint: Path
+    """Folder of the last checkpoint."""
+    metrics: Mapping[str, float | None]
+    """Last validation metrics; empty without a validation set."""
+    attempt: int
+    """Attempt that finished the run."""
+    resumed_step: int
+    """Step this attempt started from; 0 for a fresh start."""
+    damaged_checkpoints: tuple[str, ...]
+    """Checkpoints passed over at the start because they are damaged: what and where."""

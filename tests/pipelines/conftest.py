@@ -1,15 +1,10 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from ca2st.spec import ClipSpec
 from sharding.manifest import ShardSet
 from support.fake_shards import FakeSample, make_samples, make_shard_set
-
-# A busy machine is no failure of a property.
-settings.register_profile("without deadline", deadline=None)
-settings.load_profile("without deadline")
 
 SMALL_CLIP = ClipSpec(num_frames=8, crop_size=32, mel_rows=64)
 

@@ -160,6 +160,7 @@ def tiny_settings(folder: Path, **changes: object) -> TrainingSettings:
 
 
 def fresh_accelerator(settings: TrainingSettings) -> Accelerator:
-    """As a new process would make it: Accelerate keeps its state in the class."""
+    """As a new process would make it: Accelerate keeps its state in the class, torch its threads."""
+    torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
     return make_accelerator(settings.config, cpu=True)

@@ -27,8 +27,8 @@ from ca2st.training.errors import (
 from ca2st.training.intake import hash_of_keys
 from ca2st.training.journal import read_events, run_sequence
 from ca2st.training.lock import locked
-from ca2st.training.loop import TrainingResult, train
-from ca2st.training.settings import TrainingProgress, TrainingSettings
+from ca2st.training.loop import train
+from ca2st.training.settings import TrainingProgress, TrainingResult, TrainingSettings
 from ca2st.training.signals import StopRequest
 from support.tiny_training import (
     TinyEvaluation,
@@ -237,6 +237,15 @@ def test_other_versions_warn_and_are_journalled_or_are_refused_when_strict(
     run(changed)
     assert 'torch: "x" -> "y"' in caplog.text
     assert events(tmp_path, "start")[-1]["changes"] == ['torch: "x" -> "y"']
+
+
+def test_another_number_of_threads_is_another_topology(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tiny_settings(tmp_path, max_steps=2))
+    settings = tiny_settings(tmp_path, max_steps=3)
+    accelerator = fresh_accelerator(settings)
+    torch.set_num_threads(2)
+    train(TinyModel(), TinySource(seed=5), accelerator=accelerator, settings=settings)
+    assert "numbers will be close but may not be equal: cpu_threads: 1 -> 2" in caplog.text
 
 
 class Poisoned(TinySource):

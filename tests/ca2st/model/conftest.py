@@ -1,3 +1,0 @@
-from support.threads import one_torch_thread
-
-__all__ = ["one_torch_thread"]
