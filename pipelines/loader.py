@@ -110,9 +110,10 @@ class _Loader:
         check_manifest(shard_set, clip)
         check_sizes(shard_set)
         self._files = ShardFiles(shard_set, verify=loader.verify)
+        self._indexes = ShardIndexCache(shard_set, most_bytes=loader.index_cache_bytes)
         self._assembler = BatchAssembler(
             clip=clip,
-            indexes=ShardIndexCache(shard_set, most_bytes=loader.index_cache_bytes),
+            indexes=self._indexes,
             fetcher=ByteFetcher(self._files, self._stats, num_mel_bins=clip.num_mel_bins),
             backend=make_backend(
                 loader.backend,
@@ -273,6 +274,10 @@ class EvaluationLoader(_Loader):
         self._draws = EvaluationDraws(clip=clip, sampling=sampling, view_plan=views)
         self.num_steps = count_steps(self.num_samples, global_batch_size, remainder="pad")
         """Batches; the same on every rank."""
+
+    def sample_ids(self) -> list[str]:
+        """Keys of all samples of the set, over all ranks: what must have been scored at the end."""
+        return self._indexes.sample_ids()
 
     def batches(self) -> Iterator[ClipBatch]:
         """This rank's batches; entries that only fill the last ones have `is_padding` set. Raises as training."""

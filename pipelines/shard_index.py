@@ -87,6 +87,10 @@ class ShardIndex:
             frame_xxh32=arrays["frame_xxh32"],
         )
 
+    def sample_ids(self) -> list[str]:
+        """Keys of all rows, in stored order."""
+        return list(self._columns["key"].to_pylist())
+
     def _check(self, value: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         frames, shard_bytes = arrays["frame_bytes"].astype(np.int64), self._shard.bytes
         rules = {
@@ -125,6 +129,13 @@ class ShardIndexCache:
 
     def entry(self, shard: int, row: int) -> SampleEntry:
         """The sample at `row` of the shard at `shard` in the shard table; raises as `ShardIndex` and its reading."""
+        return self._index(shard).entry(row)
+
+    def sample_ids(self) -> list[str]:
+        """Keys of the whole set in stored order; raises as `entry`."""
+        return [key for shard in range(len(self._shard_set.shards)) for key in self._index(shard).sample_ids()]
+
+    def _index(self, shard: int) -> ShardIndex:
         with self._lock:
             index = self._held.get(shard)
             if index is None:
@@ -133,7 +144,7 @@ class ShardIndexCache:
             self._held.move_to_end(shard)
             while len(self._held) > 1 and self._bytes > self._most_bytes:
                 self._bytes -= self._held.popitem(last=False)[1].nbytes
-        return index.entry(row)
+        return index
 
     def _load(self, shard: ShardEntry) -> ShardIndex:
         data = read_index_bytes(self._shard_set, shard)

@@ -18,8 +18,24 @@ _PLAIN_INTERVAL_SECONDS = 5.0
 def show_log() -> None:
     """Print our packages' log lines and everybody's warnings on stderr."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger().handlers[0].addFilter(_Once())
     for package in ("ca2st", "pipelines", "ray_jobs", "sharding"):
         logging.getLogger(package).setLevel(logging.INFO)
+
+
+class _Once(logging.Filter):
+    """Passes an informative line the first time only; warnings always."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if record.levelno <= logging.INFO and text in self._seen:
+            return False
+        self._seen.add(text)
+        return True
 
 
 def say(text: str) -> None:

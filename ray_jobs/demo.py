@@ -28,6 +28,8 @@ from sharding.verify import verify_shard_set
 
 FACTORS: dict[ExpertName, str] = {"spatial": "space", "temporal": "time", "audio": "audio"}
 """Which factor of the synthetic world each expert learns alone."""
+_EPOCHS: dict[ExpertName, int] = {"spatial": 10, "temporal": 4, "audio": 3}
+"""Shapes among distractors take longest."""
 _VIEWS = EvaluationViews(protocol="test", clips=2, crops=1)
 
 
@@ -67,8 +69,7 @@ def run_demo(out: Path) -> DemoReport:
     experts: dict[ExpertName, str] = {}
     for expert, factor in FACTORS.items():
         with _step(f"Pretraining the {expert} expert on {factor!r}"):
-            overrides = (f"name=demo-{expert}", f"model.kind={expert}", f'data.targets=["{factor}"]')
-            pretrained = load_recipe("demo_expert", overrides)
+            pretrained = load_recipe("demo_expert", _expert_overrides(expert, factor))
             runs.append(_train(pretrained, shards, out))
             experts[expert] = _export_expert(out / pretrained.name, expert, out / "experts")
     with _step("Training CA2ST on all factors together, experts frozen"):
@@ -83,6 +84,15 @@ def run_demo(out: Path) -> DemoReport:
         runs=runs,
         tracking_uri=read_state(out / "demo-ca2st").uri,
         seconds=perf_counter() - begin,
+    )
+
+
+def _expert_overrides(expert: ExpertName, factor: str) -> tuple[str, ...]:
+    return (
+        f"name=demo-{expert}",
+        f"model.kind={expert}",
+        f'data.targets=["{factor}"]',
+        f"training.epochs={_EPOCHS[expert]}",
     )
 
 

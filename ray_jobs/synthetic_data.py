@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ray_jobs.config import Recipe, SyntheticData
+from ray_jobs.console import progress
 from ray_jobs.conversion import convert_shown
 from ray_jobs.environment import num_cores
 from sharding.conversion import ConversionConfig
@@ -26,14 +27,18 @@ def make_split(world: SyntheticData, split: str, folder: Path) -> Path:
     """Draw, sound and convert one split under `folder`; finished parts are kept, so calling again is cheap."""
     num_samples = world.num_train if split == "train" else world.num_validation
     shards = folder / "shards" / split
-    source = read_dataset(
-        "synthetic",
-        DatasetRequest(
-            media=folder / "media",
-            split=split,
-            task=world.task,
-            synthetic=SyntheticConfig(num_samples=num_samples, frame_size=world.frame_size, seed=world.seed),
-        ),
-    )
+    with progress(f"Drawing synthetic/{split}", num_samples) as update:
+        source = read_dataset(
+            "synthetic",
+            DatasetRequest(
+                media=folder / "media",
+                split=split,
+                task=world.task,
+                synthetic=SyntheticConfig(
+                    num_samples=num_samples, frame_size=world.frame_size, seed=world.seed, workers=num_cores()
+                ),
+                progress=lambda done, _total: update(done, ""),
+            ),
+        )
     convert_shown(source, shards, ConversionConfig(short_side=world.frame_size, workers=num_cores()))
     return shards

@@ -130,7 +130,7 @@ def _record(recipe: Recipe, data: wiring.TrainingData, loader: TrainLoader, expe
         recipe=identity_settings(recipe),
         loader=asdict(loader.record),
         experts=experts,
-        versions=library_versions() | environment.versions(),
+        versions=library_versions() | environment.versions() | {"backend": loader.backend_name},
         documents={RUN_DOCUMENT: {"recipe": recipe_document(recipe), "classes": data.classes}},
     )
 

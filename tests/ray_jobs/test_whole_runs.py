@@ -1,10 +1,15 @@
 """Promise 1, through the command line: kill a run at any moment, rerun it, get the same numbers."""
 
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
@@ -30,7 +35,7 @@ def undisturbed(recipe: Path) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize("moment", range(3))
+@pytest.mark.parametrize("moment", range(2))
 def test_t1_a_run_killed_at_a_random_step_goes_on_to_the_same_numbers(
     recipe: Path, undisturbed: Path, tmp_path: Path, moment: int
 ) -> None:
@@ -44,14 +49,28 @@ def test_t1_a_run_killed_at_a_random_step_goes_on_to_the_same_numbers(
     assert journal(tmp_path / "run", "eval")[-1]["metrics"] == journal(undisturbed, "eval")[-1]["metrics"]
 
 
-def test_two_processes_see_the_same_samples_and_nearly_the_same_losses(
-    recipe: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    done = ca2st("train", recipe, "--out", tmp_path / "run", "--workers", 2, *NO_TRACKING)
+@pytest.fixture(scope="module")
+def two_processes(recipe: Path) -> Path:
+    run_dir = recipe.parent / "two_processes"
+    done = ca2st("train", recipe, "--out", run_dir, "--workers", 2, *NO_TRACKING)
     assert done.returncode == 0, done.stderr
-    alone, together = sequence(undisturbed), sequence(tmp_path / "run")
+    return run_dir
+
+
+def test_two_processes_see_the_same_samples_and_nearly_the_same_losses(undisturbed: Path, two_processes: Path) -> None:
+    alone, together = sequence(undisturbed), sequence(two_processes)
     assert [hashed for _, hashed, _ in together] == [hashed for _, hashed, _ in alone]
     assert [loss for _, _, loss in together] == pytest.approx([loss for _, _, loss in alone], rel=1e-4)
+
+
+def test_t1_ray_restarts_killed_workers_and_the_losses_are_those_of_two_plain_processes(
+    recipe: Path, two_processes: Path, tmp_path: Path
+) -> None:
+    arguments = ("train", recipe, "--out", tmp_path / "run", "--ray", "--workers", 2, *NO_TRACKING)
+    done = ca2st(*arguments, fault="step.logged:5:kill")
+    assert done.returncode == 0, done.stderr
+    assert [line["attempt"] for line in journal(tmp_path / "run", "start")] == [1, 2]
+    assert sequence(tmp_path / "run") == sequence(two_processes)
 
 
 def test_a_run_is_one_mlflow_run_through_its_attempts(recipe: Path, tmp_path: Path) -> None:
@@ -78,8 +97,6 @@ def test_a_checkpoint_is_evaluated_with_every_sample_once(recipe: Path, undistur
     facts = json.loads(done.stdout)
     assert facts["num_samples"] == 5
     assert {"top1", "top5", "mean_class"} <= facts.keys()
-    import pyarrow.parquet as pq
-
     table = pq.read_table(facts["predictions"])
     assert sorted(table["key"].to_pylist()) == [f"clip-{index:04d}" for index in range(5)]
     assert table["label_probabilities"].to_pylist()[0] == pytest.approx([1 / 3] * 3, abs=0.5)
@@ -94,11 +111,6 @@ def test_t15_another_recipe_in_the_same_folder_is_refused_with_the_difference(re
 def test_t14_a_terminated_run_saves_and_the_rerun_goes_on_exactly(
     recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    import os
-    import subprocess
-    import sys
-    import time
-
     run_dir = tmp_path / "run"
     arguments = [sys.executable, "-m", "ray_jobs.cli", "train", str(recipe), "--out", str(run_dir), *NO_TRACKING]
     process = subprocess.Popen(arguments, env=os.environ, stderr=subprocess.PIPE, text=True)
