@@ -10,7 +10,7 @@ import typer
 
 from ca2st import __version__
 from ca2st.errors import CA2STError
-from ray_jobs.commands import demo, evaluate, model, shard, track, train, weights
+from ray_jobs.commands import demo, evaluate, model, predict, shard, track, train, weights
 from ray_jobs.console import show_log
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.add_typer(
 app.add_typer(model.app, name="model", help="Structure, parameters and multiply-adds of a model.")
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("predict")(predict.predict)
 app.add_typer(track.app, name="track", help="MLflow follows the journal of a run.")
 
 

@@ -57,6 +57,8 @@ class DemoReport:
     """Folders of shard sets, verified."""
     runs: list[DemoRun]
     tracking_uri: str
+    sample_video: str
+    """A clip of the validation split, to try predictions on."""
     seconds: float
 
 
@@ -83,6 +85,7 @@ def run_demo(out: Path) -> DemoReport:
         shards=[str(folder) for folder in shards.values()],
         runs=runs,
         tracking_uri=read_state(out / "demo-ca2st").uri,
+        sample_video=str(min((out / "synthetic").rglob("media/validation/**/*.mp4"))),
         seconds=perf_counter() - begin,
     )
 

@@ -44,26 +44,31 @@ def evaluate_checkpoint(
     trained = load_trained(path)
     shard_set = read_shard_set(data)
     _require_same_classes(trained, shard_set)
+    result = score(trained, shard_set, views)
+    folder = trained.checkpoint.folder
+    out = predictions or folder.parent.parent / f"predictions.{folder.name}.{views.clips}x{views.crops}.parquet"
+    write_bytes(out, _predictions_parquet(result))
+    return EvaluationReport(
+        metrics=dict(result.metrics),
+        main_metric=main_metric(tuple(trained.classes)),
+        num_samples=result.num_samples,
+        predictions=out,
+        checkpoint=folder,
+    )
+
+
+def score(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) -> EvaluationResult:
+    """Probabilities of every sample of a set, the mean over its views."""
     accelerator = make_accelerator(trained.recipe.training, cpu=not torch.cuda.is_available())
     targets = tuple(trained.classes)
     with evaluation_loader(trained.recipe, shard_set, targets, views=views, rank=0, world_size=1) as loader:
-        result = evaluate(
+        return evaluate(
             accelerator.prepare_model(trained.model, evaluation_mode=True),
             loader,
             accelerator=accelerator,
             targets={name: len(classes) for name, classes in trained.classes.items()},
             per_device_batch_size=trained.recipe.training.per_device_batch_size,
         )
-    folder = trained.checkpoint.folder
-    out = predictions or folder.parent.parent / f"predictions.{folder.name}.{views.clips}x{views.crops}.parquet"
-    write_bytes(out, _predictions_parquet(result))
-    return EvaluationReport(
-        metrics=dict(result.metrics),
-        main_metric=main_metric(targets),
-        num_samples=result.num_samples,
-        predictions=out,
-        checkpoint=folder,
-    )
 
 
 def _require_same_classes(trained: TrainedModel, shard_set: ShardSet) -> None:

@@ -14,6 +14,7 @@ from ca2st.weights.experts import load_expert
 from ca2st.weights.store import ExpertStore
 from ray_jobs.config import Recipe, recipe_from_document
 from ray_jobs.wiring import EXPERTS_FOLDER, target_specs
+from sharding.manifest import AudioParameters, VideoParameters
 
 RUN_DOCUMENT = "run"
 """Name of the JSON document in a checkpoint that holds the whole recipe and the class names."""
@@ -27,6 +28,10 @@ class TrainedModel:
     recipe: Recipe
     classes: dict[str, list[str]]
     """Class names of each target."""
+    audio: AudioParameters
+    """How the spectrograms of its training shards were made."""
+    video: VideoParameters
+    """How their videos were encoded."""
     checkpoint: Checkpoint
 
 
@@ -61,4 +66,11 @@ def load_trained(path: Path) -> TrainedModel:
         if (sha256 := checkpoint.marker.experts.get(name)) is not None:
             load_expert(model, name, store.get(sha256), where=str(store.path(sha256)))
     put_model_tensors(model, tensors=read_model_tensors(model, data=checkpoint.files[MODEL_FILE]))
-    return TrainedModel(model=model.eval(), recipe=recipe, classes=classes, checkpoint=checkpoint)
+    return TrainedModel(
+        model=model.eval(),
+        recipe=recipe,
+        classes=classes,
+        audio=AudioParameters(**document["audio"]),
+        video=VideoParameters(**document["video"]),
+        checkpoint=checkpoint,
+    )

@@ -131,7 +131,14 @@ def _record(recipe: Recipe, data: wiring.TrainingData, loader: TrainLoader, expe
         loader=asdict(loader.record),
         experts=experts,
         versions=library_versions() | environment.versions() | {"backend": loader.backend_name},
-        documents={RUN_DOCUMENT: {"recipe": recipe_document(recipe), "classes": data.classes}},
+        documents={
+            RUN_DOCUMENT: {
+                "recipe": recipe_document(recipe),
+                "classes": data.classes,
+                "audio": asdict(data.train.manifest.audio),
+                "video": asdict(data.train.manifest.video),
+            }
+        },
     )
 
 

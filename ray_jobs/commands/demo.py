@@ -39,8 +39,8 @@ def _print_report(report: "DemoReport", out: Path) -> None:
 Done in {report.seconds:.0f} s. Everything is under {out}/. What to do next:
   mlflow ui --backend-store-uri {report.tracking_uri}
       compare the runs in a browser
-  ca2st evaluate {ca2st.checkpoint} --data {report.shards[1]} --views 2x3
-      test the model again, with more views
+  ca2st predict {ca2st.checkpoint} {report.sample_video}
+      ask the model about one of the world's clips, or about a video of your own
   ca2st shard build --dataset folder --media YOUR_VIDEOS --audio optional --out shards/mine
       convert videos of your own: a folder a class"""
     )

@@ -52,7 +52,17 @@ def test_help_needs_no_heavy_import() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "shard build", "shard verify", "weights check-golden", "model info", "train", "evaluate", "track sync"],
+    [
+        "demo",
+        "shard build",
+        "shard verify",
+        "weights check-golden",
+        "model info",
+        "train",
+        "evaluate",
+        "predict",
+        "track sync",
+    ],
 )
 def test_every_command_has_help_with_an_example(ca2st: Command, command: str) -> None:
     code, out, _ = ca2st(*command.split(), "--help")
@@ -134,6 +144,7 @@ REFUSALS = {
     "an unknown recipe key": (["train", "smoke", "--set", "training.epoch=1"], "did you mean 'epochs'"),
     "shards that are not there": (["train", "smoke", "--data", "nowhere"], "nowhere"),
     "a checkpoint that is not there": (["evaluate", "nowhere", "--data", "nowhere"], "nowhere"),
+    "a video that is not there": (["predict", "nowhere", "nofilm.mp4"], "nofilm.mp4"),
     "views of another form": (["evaluate", "x", "--data", "y", "--views", "two"], "expected CLIPSxCROPS"),
     "no class count": (["model", "info", "--model", "cast"], "expected either --num-classes C or --verb-noun"),
     "a golden file that is not there": (["weights", "check-golden", "nowhere.safetensors"], "nowhere.safetensors"),

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
+from support.fake_shards import flip_byte
+from support.media import Sound, make_clip
 from support.tiny_runs import ca2st, journal, make_tiny_run, sequence
 
 pytestmark = pytest.mark.slow
@@ -100,6 +103,39 @@ def test_a_checkpoint_is_evaluated_with_every_sample_once(recipe: Path, undistur
     table = pq.read_table(facts["predictions"])
     assert sorted(table["key"].to_pylist()) == [f"clip-{index:04d}" for index in range(5)]
     assert table["label_probabilities"].to_pylist()[0] == pytest.approx([1 / 3] * 3, abs=0.5)
+
+
+def test_videos_of_ones_own_are_classified_with_and_without_sound(undisturbed: Path, tmp_path: Path) -> None:
+    videos = [make_clip(tmp_path / "loud.mp4", sound=Sound()), make_clip(tmp_path / "silent.mp4", seconds=0.1)]
+    done = ca2st("predict", undisturbed, *videos, "--top", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["videos"]
+    assert [entry["video"] for entry in found] == [str(video) for video in videos]
+    for entry in found:
+        first, second = entry["predictions"]
+        assert {first["label"], second["label"]} < {"red", "green", "blue"}
+        assert 1 > first["probability"] >= second["probability"] > 0
+
+
+def test_a_video_that_cannot_be_read_is_named_by_predict(undisturbed: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.mp4").write_text("no video")
+    done = ca2st("predict", undisturbed, tmp_path / "bad.mp4")
+    assert done.returncode in (2, 3)
+    assert "bad.mp4" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_p1_a_damaged_frame_stops_the_training_before_it_is_used(recipe: Path, tmp_path: Path) -> None:
+    shutil.copytree(recipe.parent / "shards" / "train", tmp_path / "shards")
+    shard = tmp_path / "shards" / "ca2st-000000.tar"
+    for place in range(2_000, shard.stat().st_size - 2_000, 400):
+        flip_byte(shard, place)
+    done = ca2st("train", recipe, "--out", tmp_path / "run", "--data", tmp_path / "shards", *NO_TRACKING)
+    assert done.returncode == 3
+    assert "ca2st-000000.tar" in done.stderr
+    assert "clip-000" in done.stderr
+    assert journal(tmp_path / "run", "end")[-1]["status"] == "failed"
+    assert journal(tmp_path / "run", "checkpoint") == []
 
 
 def test_t15_another_recipe_in_the_same_folder_is_refused_with_the_difference(recipe: Path, undisturbed: Path) -> None:
