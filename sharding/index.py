@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from sharding.parquet import read_parquet
+
 TICKS_PER_SECOND = 90_000
 """Unit of frame times: 1/90 000 s, which holds 23.976, 25, 29.97, 30, 50, 59.94 and 60 fps well and 6 h in int32."""
 MEMBERS = ("video", "mel", "json")
@@ -75,7 +77,7 @@ def decode_index(data: bytes) -> pa.Table:
         pa.ArrowException: the bytes are not Parquet.
         ValueError: another schema.
     """
-    table = pq.read_table(io.BytesIO(data))
+    table = read_parquet(data)
     if not table.schema.equals(INDEX_SCHEMA):
         raise ValueError(f"expected the columns {INDEX_SCHEMA.names}, found {table.schema.names}")
     return table

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from ca2st.durable import NO_FAULTS, FaultPoints, write_bytes
 from sharding.errors import ManifestError, ShardDamageError
+from sharding.parquet import read_parquet
 
 FORMAT_NAME = "ca2st-shards"
 FORMAT_VERSION = 1
@@ -203,7 +204,7 @@ def read_shard_set(root: Path) -> ShardSet:
         raise ShardDamageError(f"{path}: named by {MANIFEST_NAME} but not readable ({error.strerror})") from error
     if hashlib.sha256(data).hexdigest() != manifest.shards_sha256:
         raise ShardDamageError(f"{path}: sha256 differs from the manifest's; restore it or convert again")
-    rows = pq.read_table(io.BytesIO(data)).to_pylist()
+    rows = read_parquet(data).to_pylist()
     return ShardSet(root=root, manifest=manifest, shards=tuple(ShardEntry(**row) for row in rows))
 
 
@@ -215,6 +216,8 @@ def read_manifest(root: Path) -> Manifest:
     except FileNotFoundError:
         hint = "the conversion has not finished: rerun it" if any(root.glob("*.tar")) else "is it a shard folder?"
         raise ManifestError(f"{path}: no such file; {hint}") from None
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror}); give the folder of a shard set") from error
     try:
         payload = json.loads(text)
         if payload["format"] != FORMAT_NAME:

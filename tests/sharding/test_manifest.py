@@ -1,6 +1,8 @@
 """The manifest vouches for itself and for the shard table, and refuses what it cannot read."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,12 @@ def test_a_folder_without_a_manifest_is_named(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "shards").write_text("no folder")
+    with pytest.raises(ManifestError, match=r"cannot be read \(Not a directory\); give the folder of a shard set"):
+        read_shard_set(tmp_path / "shards")
+
+
 def test_an_unfinished_conversion_is_told_to_be_rerun(tmp_path: Path) -> None:
     (tmp_path / "ca2st-000000.tar").write_bytes(b"")
     with pytest.raises(ManifestError, match="has not finished: rerun it"):
@@ -82,3 +90,15 @@ def test_c18_a_newer_format_version_is_refused_clearly(tmp_path: Path) -> None:
 def test_an_unknown_label_space_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="'verb': not in this set; it has label"):
         read_manifest(written(tmp_path)).label_space("verb")
+
+
+def test_reading_a_set_starts_no_native_thread(tmp_path: Path) -> None:
+    """Arrow's pools, once started, can abort a finished process at its exit."""
+    written(tmp_path)
+    script = (
+        "import os, sys, pathlib; from sharding.manifest import read_shard_set;"
+        "before = len(os.listdir('/proc/self/task')); read_shard_set(pathlib.Path(sys.argv[1]));"
+        "print(len(os.listdir('/proc/self/task')) - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
