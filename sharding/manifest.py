@@ -224,7 +224,7 @@ def read_manifest(root: Path) -> Manifest:
             raise KeyError(payload["format"])
     except (ValueError, KeyError, TypeError) as error:
         raise ShardDamageError(
-            f"{path}: not a {FORMAT_NAME} manifest ({error!r}); restore it or convert again"
+            f"{path}: not a {FORMAT_NAME} manifest ({type(error).__name__}: {error}); restore it or convert again"
         ) from error
     if payload.get("format_version") != FORMAT_VERSION:
         raise ManifestError(
