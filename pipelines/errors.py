@@ -7,10 +7,6 @@ class PlanError(UserInputError):
     """No order can be made of these samples, batch, lanes and ranks; the message holds the numbers."""
 
 
-class ResumeMismatchError(UserInputError):
-    """A run is resumed with another order than it began with; the message names the differing fields."""
-
-
 class ShardSetDamageError(DataDamageError):
     """Files of a shard set are missing or are not what its shard table says."""
 

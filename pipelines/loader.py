@@ -100,7 +100,7 @@ class _Loader:
         self._rank, self._world_size = rank, world_size
         self._positions = rank_positions(rank, world_size, global_batch_size=batch, keep_pairs=remainder == "drop")
         self.record = record
-        """What the order depends on: keep it with a checkpoint, compare it with `PlanRecord.require_same`."""
+        """What the order depends on: kept with every checkpoint, where a resume compares it field by field."""
         self.num_samples = shard_set.manifest.num_samples
         """Samples of the shard set."""
         self._sizes = [shard.num_samples for shard in shard_set.shards]

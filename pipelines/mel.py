@@ -1,6 +1,7 @@
 """The spectrogram member: parsed by hand-checked header, cropped, padded and normalised."""
 
 import io
+import tokenize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,8 @@ from pipelines.errors import SampleDamageError
 MEL_MEAN = -4.2677393
 MEL_SCALE = 2 * 4.5689974
 """(x - MEL_MEAN) / MEL_SCALE is what the audio expert was trained on (AudioSet statistics of AST)."""
+_HEADER_ERRORS = (ValueError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError)
+"""What NumPy's parser of headers raises, which reads them as Python literals."""
 
 
 def parse_mel(data: bytes, *, num_rows: int, num_bins: int, where: str) -> NDArray[np.float16]:
@@ -26,7 +29,7 @@ def parse_mel(data: bytes, *, num_rows: int, num_bins: int, where: str) -> NDArr
         if version != (1, 0):
             raise ValueError(f"npy version {version}")
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    except (ValueError, TypeError, SyntaxError) as error:
+    except _HEADER_ERRORS as error:
         raise SampleDamageError(f"{where}: not a spectrogram ({error}); convert the set again") from error
     found = (shape, dtype.str, fortran_order, len(data) - stream.tell())
     expected = ((num_rows, num_bins), "<f2", False, 2 * num_rows * num_bins)

@@ -1,10 +1,9 @@
 """What the order of an epoch depends on, kept with every checkpoint and compared before a resume."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
-from pipelines.errors import PlanError, ResumeMismatchError
+from pipelines.errors import PlanError
 
 ORDER_VERSION = 1
 """Raised whenever the same record would give another order or other draws."""
@@ -47,42 +46,6 @@ class PlanRecord:
             )
         if self.remainder not in get_args(Remainder):
             raise PlanError(f"remainder: expected one of {', '.join(get_args(Remainder))}, found {self.remainder!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` reads them back."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "PlanRecord":
-        """The record of `to_dict`'s values.
-
-        Raises:
-            ResumeMismatchError: fields are missing or unknown: another version of ca2st wrote them.
-        """
-        known = {field.name for field in fields(cls)}
-        if set(values) != known:
-            raise ResumeMismatchError(
-                f"loader record: expected the fields {sorted(known)}, found {sorted(values)}; "
-                "resume with the release that wrote it, or start a new run"
-            )
-        return cls(**values)
-
-    def differences(self, other: "PlanRecord") -> tuple[str, ...]:
-        """One ``field: ours -> theirs`` for each field in which `other` differs."""
-        ours, theirs = self.to_dict(), other.to_dict()
-        return tuple(f"{name}: {ours[name]!r} -> {theirs[name]!r}" for name in ours if ours[name] != theirs[name])
-
-    def require_same(self, now: "PlanRecord") -> None:
-        """Refuse to go on with `now` where this record began.
-
-        Raises:
-            ResumeMismatchError: any field differs; the message names each with both values.
-        """
-        if found := self.differences(now):
-            raise ResumeMismatchError(
-                f"resume: the order of samples would change ({'; '.join(found)}); "
-                "use the values the run began with, or start a new run"
-            )
 
 
 def default_num_lanes(global_batch_size: int) -> int:

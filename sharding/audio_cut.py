@@ -14,8 +14,9 @@ import numpy.typing as npt
 from av.audio.stream import AudioStream
 from av.container import InputContainer
 
+from sharding.decoding import audio_frames, frame_seconds
 from sharding.errors import MediaError
-from sharding.media import MediaLimits, audio_frames, frame_seconds
+from sharding.media import MediaLimits
 from sharding.video_cut import Segment
 
 _PREROLL = Fraction(1)  # a codec that overlaps its blocks, and the resampler, are right again well within this

@@ -139,10 +139,11 @@ class _Conversion:
         shards = read_shard_set(self._out)
         for number in range(len(shards.shards)):
             shard = read_done_shard(self._out, number)
-            if shard is None:
+            if shard is None or shard.entry != shards.shards[number]:
                 name = shards.shards[number].name
                 raise ShardDamageError(
-                    f"{self._out}: {name} is missing or cut short; see `ca2st shard verify {self._out}`"
+                    f"{self._out}: {name} or its index is missing, cut short or changed; "
+                    f"see `ca2st shard verify {self._out}`"
                 )
             refuse_another_conversion(self._out, shard.conversion, self._identity)
             self._done.append(shard)

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+from ca2st.errors import EnvironmentFault
 from sharding.errors import ConversionRefusedError
 
 LOCK_NAME = ".conversion.lock"
@@ -19,6 +20,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
     Raises:
         ConversionRefusedError: another process holds it; the message names it.
+        EnvironmentFault: the lock file cannot be made, or this file system has no locks.
     """
     path = folder / LOCK_NAME
     descriptor = _acquire(path)
@@ -33,19 +35,28 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 def _acquire(path: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = _holder(path)
-            os.close(descriptor)
+            descriptor = _opened_and_locked(path)
+        except BlockingIOError:
             raise ConversionRefusedError(
-                f"{path.parent}: another conversion writes here ({holder}); "
+                f"{path.parent}: another conversion writes here ({_holder(path)}); "
                 "wait for it, stop it, or choose another --out"
             ) from None
+        except OSError as error:
+            raise EnvironmentFault(f"cannot lock {path}: {error.strerror}; choose another folder") from error
         if _is_at(path, descriptor):
             return descriptor
         os.close(descriptor)  # its last holder removed it between our open and our lock
+
+
+def _opened_and_locked(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

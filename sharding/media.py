@@ -1,17 +1,14 @@
-"""Open and probe one source video with PyAV, and decode its streams strictly.
+"""Open and probe one source video with PyAV; what may be read, what it may cost, why a source is rejected.
 
-Strictly: a damaged packet or frame is an error, never a grey patch. Only the containers of FORMATS are opened, from
-plain files, so a playlist or a text file cannot lead the decoder anywhere else.
+Only the containers of FORMATS are opened, from plain files, so a playlist or a text file cannot lead the decoder
+anywhere else. Streams are set up to be decoded strictly (`sharding.decoding`).
 """
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
 
 import av
 from av.audio.stream import AudioStream
@@ -44,7 +41,6 @@ REASONS = {
     "internal_error": "a fault of this program on this file; please report it",
 }
 """Every reason a source can be rejected for, with its meaning."""
-_Frame = av.VideoFrame | av.AudioFrame
 _STRICT = {"err_detect": "crccheck+explode"}
 
 
@@ -114,7 +110,7 @@ def open_media(path: Path) -> Iterator[InputContainer]:
     """
     options = {"format_whitelist": _whitelist(), "protocol_whitelist": "file"}
     try:
-        container = av.open(f"file:{path}", "r", options=options)
+        container = av.open(f"file:{path}", "r", options=options, metadata_errors="replace")  # titles in any encoding
     except av.error.MemoryError:
         raise
     except av.error.FFmpegError as error:
@@ -132,23 +128,27 @@ def video_stream(container: InputContainer, limits: MediaLimits) -> VideoStream:
     """The first video stream that is no cover picture, set up for strict decoding on one thread.
 
     Raises:
-        MediaError: ``no_video_stream``; ``too_large`` by its frame size.
+        MediaError: ``no_video_stream``; ``decode_error`` without a decoder; ``too_large`` by its frame size.
     """
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:
+            _be_strict(stream)
             pixels = stream.width * stream.height
             if pixels > limits.max_frame_pixels:
                 found = f"{stream.width}x{stream.height}"
                 raise MediaError(
                     "too_large", f"expected at most {limits.max_frame_pixels} pixels a frame, found {found}"
                 )
-            _be_strict(stream)
             return stream
     raise MediaError("no_video_stream", f"expected a video stream, found {len(container.streams)} streams without one")
 
 
 def audio_stream(container: InputContainer) -> AudioStream | None:
-    """The first audio stream, set up for strict decoding, or None."""
+    """The first audio stream, set up for strict decoding, or None.
+
+    Raises:
+        MediaError: ``decode_error`` without a decoder.
+    """
     if not container.streams.audio:
         return None
     stream = container.streams.audio[0]
@@ -157,94 +157,7 @@ def audio_stream(container: InputContainer) -> AudioStream | None:
 
 
 def _be_strict(stream: VideoStream | AudioStream) -> None:
+    if stream.codec_context is None:
+        raise MediaError("decode_error", f"expected a {stream.type} codec that PyAV decodes, found an unknown one")
     stream.codec_context.thread_count = 1
     stream.codec_context.options = dict(_STRICT)
-
-
-def frame_seconds(frame: _Frame) -> Fraction:
-    """Presentation time of a frame on the container's clock.
-
-    Raises:
-        MediaError: ``bad_timestamps`` when it has none.
-    """
-    moment = frame.pts if frame.pts is not None else frame.dts
-    if moment is None or frame.time_base is None:
-        raise MediaError("bad_timestamps", "expected a presentation time on every frame, found one without")
-    return moment * frame.time_base
-
-
-def video_frames(
-    container: InputContainer, stream: VideoStream, *, seek: Fraction | None = None
-) -> Iterator[av.VideoFrame]:
-    """Frames in display order; with `seek`, from the key frame at or before that moment of the container's clock.
-
-    Raises:
-        MediaError: ``decode_error`` at the first packet or frame that is damaged.
-    """
-    yield from _frames(container, stream, seek)
-
-
-def audio_frames(
-    container: InputContainer, stream: AudioStream, *, seek: Fraction | None = None
-) -> Iterator[av.AudioFrame]:
-    """As `video_frames`, for sound."""
-    yield from _frames(container, stream, seek)
-
-
-def _frames(container: InputContainer, stream: VideoStream | AudioStream, seek: Fraction | None) -> Iterator[Any]:
-    if seek is None:
-        yield from _decode(container, stream)
-        return
-    _seek(container, stream, seek)
-    frames = _decode(container, stream)
-    first = next(frames, None)
-    if first is not None and frame_seconds(first) <= seek:
-        yield first
-    else:  # an index that points behind the moment: count from the beginning instead
-        _seek(container, stream, (stream.start_time or 0) * _time_base(stream))
-        frames = _decode(container, stream)
-    yield from frames
-
-
-def _seek(container: InputContainer, stream: VideoStream | AudioStream, moment: Fraction) -> None:
-    try:
-        container.seek(math.floor(moment / _time_base(stream)), stream=stream)
-    except av.error.MemoryError:
-        raise
-    except av.error.FFmpegError as error:
-        raise _decode_error(stream, error, moment) from error
-
-
-def _time_base(stream: VideoStream | AudioStream) -> Fraction:
-    if stream.time_base is None:
-        raise MediaError("bad_timestamps", f"expected a time base on the {stream.type} stream, found none")
-    return stream.time_base
-
-
-def _decode(container: InputContainer, stream: VideoStream | AudioStream) -> Iterator[Any]:
-    moment: Fraction | None = None
-    try:
-        for packet in container.demux(stream):
-            if packet.is_corrupt:
-                raise MediaError("decode_error", f"expected whole packets, found a cut one in the {stream.type} stream")
-            for frame in cast(list[_Frame], packet.decode()):
-                moment = frame_seconds(frame)
-                if frame.is_corrupt:
-                    raise MediaError(
-                        "decode_error", f"expected a clean {stream.type} frame, found damage at {_at(moment)}"
-                    )
-                yield frame
-    except av.error.MemoryError:
-        raise
-    except av.error.FFmpegError as error:
-        raise _decode_error(stream, error, moment) from error
-
-
-def _decode_error(
-    stream: VideoStream | AudioStream, error: av.error.FFmpegError, moment: Fraction | None
-) -> MediaError:
-    return MediaError("decode_error", f"{stream.type} stream after {_at(moment)}: {error.strerror}")
-
-
-def _at(moment: Fraction | None) -> str:
-    return "its start" if moment is None else f"{float(moment):.3f} s"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from ca2st.errors import EnvironmentFault, UserInputError
 from sharding.errors import AnnotationError
-from sharding.source import SourceList
+from sharding.source import SourceList, SourceSample
 
 
 def check_source(source: SourceList) -> None:
-    """Refuse an empty list, ids that are not unique, labels outside their space, and a list of missing files."""
+    """Refuse an empty list, ids that are no text or not unique, labels outside their space, no media file at all."""
     if not source.samples:
         raise UserInputError(f"{source.dataset} {source.split}: expected at least one sample, found none")
     seen: dict[str, str] = {}
@@ -21,6 +21,7 @@ def check_source(source: SourceList) -> None:
                 "give each segment its own id"
             )
         seen[sample.sample_id] = sample.where
+        _check_is_text(sample)
         sizes = [len(space.classes) for space in source.label_spaces]
         if len(sample.labels) != len(sizes) or any(
             not 0 <= at < size for at, size in zip(sample.labels, sizes, strict=True)
@@ -32,6 +33,17 @@ def check_source(source: SourceList) -> None:
             f"none of the {len(source.samples)} media files exists; "
             f"the first is {first.path} ({first.where}); check --media"
         )
+
+
+def _check_is_text(sample: SourceSample) -> None:
+    """Ids and file names go into the samples' JSON: names in bytes that are no UTF-8 cannot."""
+    for name in (sample.sample_id, sample.path.name):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise AnnotationError(
+                f"{sample.where}: expected a name that UTF-8 can write, found {name!a}; rename the file"
+            ) from None
 
 
 @contextlib.contextmanager

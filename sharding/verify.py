@@ -10,11 +10,12 @@ from typing import IO, Any
 import pyarrow as pa
 
 from sharding.errors import ManifestError, ShardDamageError
+from sharding.folder_lock import LOCK_NAME
 from sharding.index import MEMBER_SUFFIXES, MEMBERS, decode_index, frame_checksum, member_checksum
 from sharding.manifest import MANIFEST_NAME, SHARDS_NAME, ShardEntry, ShardSet, read_shard_set
 from sharding.rejects import REJECTS_NAME, Reject, rejects_file
 from sharding.resume import read_done_shard
-from sharding.writer import member_header
+from sharding.writer import member_header, padded
 
 _CHUNK_BYTES = 8 * 2**20
 _MOST_PER_SHARD = 20
@@ -61,7 +62,7 @@ def verify_shard_set(root: Path, *, progress: Callable[[int, int], None] | None 
 
 def _folder_problems(shard_set: ShardSet) -> Iterator[Problem]:
     """Files that the manifest does not account for, and a list of rejects that is not that of the indexes."""
-    expected = {MANIFEST_NAME, SHARDS_NAME}
+    expected = {MANIFEST_NAME, SHARDS_NAME, LOCK_NAME}  # a converter that was killed at its end leaves its lock
     for shard in shard_set.shards:
         expected |= {shard.name, shard.index_name}
     rejects = _expected_rejects(shard_set)
@@ -139,7 +140,7 @@ def _damage(file: IO[bytes], rows: list[_Row], shard: ShardEntry) -> Iterator[tu
         for member in MEMBERS:
             for what in _member_damage(file, row, member):
                 yield row["key"], what
-            end = row[f"{member}_offset"] + _padded(row[f"{member}_bytes"])
+            end = row[f"{member}_offset"] + padded(row[f"{member}_bytes"])
     file.seek(end)
     if any(file.read()):
         yield "", "the empty blocks behind the last sample are not empty"
@@ -149,7 +150,7 @@ def _member_damage(file: IO[bytes], row: _Row, member: str) -> Iterator[str]:
     name, offset, size = MEMBER_SUFFIXES[member], row[f"{member}_offset"], row[f"{member}_bytes"]
     file.seek(offset - tarfile.BLOCKSIZE)
     header, data = file.read(tarfile.BLOCKSIZE), file.read(size)
-    padding = file.read(_padded(size) - size)
+    padding = file.read(padded(size) - size)
     if header != member_header(row["key"], name, size):
         yield f"{name}: tar header at byte {offset - tarfile.BLOCKSIZE} differs"
     if len(data) < size:
@@ -172,7 +173,3 @@ def _damaged_frames(data: bytes, row: _Row) -> str:
         return " (no frame: the container around them)"
     shown = ", ".join(str(number) for number in damaged[:10])
     return f" (frame {shown}{', ...' if len(damaged) > 10 else ''} of {len(row['frame_bytes'])})"
-
-
-def _padded(size: int) -> int:
-    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

@@ -13,8 +13,9 @@ import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
+from sharding.decoding import frame_seconds, video_frames
 from sharding.errors import MediaError
-from sharding.media import MediaLimits, frame_seconds, video_frames
+from sharding.media import MediaLimits
 
 _SEEK_FROM = Fraction(2)  # nearer starts are reached by decoding on from the first frame
 _JITTER = Fraction(1, 4)  # of the shorter frame interval, the source's or the wanted one: thinning forgives it
@@ -147,7 +148,8 @@ class VideoCut:
             )
 
     def _on_display(self, before: TimedFrame | None, media_end: Fraction) -> TimedFrame:
-        if before is None or media_end <= 0:
+        is_followed = self.duration > 0  # by a frame behind the segment: until then `before` stays on display
+        if before is None or (media_end <= 0 and not is_followed):
             length = float(media_end + self._segment.start)
             raise MediaError("segment_outside", f"expected the segment inside the media, found {length:.3f} s of media")
         return TimedFrame(before.picture, Fraction(0), self.duration or self._interval)

@@ -146,7 +146,7 @@ class DecodePool:
     def _receive(self, child: _Child, done: dict[int, Any]) -> None:
         try:
             message = child.connection.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # OSError: it died in the middle of a message
             self._bury(child, done)
             return
         if child.index is None:
@@ -160,7 +160,7 @@ class DecodePool:
         index, ready = child.index, child.ready
         code = self._drop(child, dying=True)
         if not ready:
-            raise EnvironmentFault(f"a decode child ended while starting (exit code {code}); run `ca2st doctor`")
+            raise EnvironmentFault(f"a decode child ended while starting (exit code {code}); is memory short?")
         if index is not None:
             done[index] = Rejected("decoder_crash", f"the decoding process died: {_described(code)}")
 

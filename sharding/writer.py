@@ -41,7 +41,7 @@ class StoredSample:
     @property
     def tar_bytes(self) -> int:
         """Bytes the sample takes in a tar, headers and padding included."""
-        return sum(tarfile.BLOCKSIZE + _padded(len(getattr(self, member))) for member in MEMBERS)
+        return sum(tarfile.BLOCKSIZE + padded(len(getattr(self, member))) for member in MEMBERS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,7 +200,8 @@ class _HashingSink:
         return len(data)
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """The bytes that a member of `size` bytes takes in a tar, its header apart."""
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 

@@ -276,10 +276,24 @@ def header_only(shape: tuple[int, ...]) -> bytes:
         npy(np.zeros((4, 128), np.float16))[:-2],
         npy(np.asfortranarray(np.zeros((4, 128), np.float16))),
         b"\x93NUMPY\x01\x00\x04\x00" + b"(((",
+        b"\x93NUMPY\x01\x00\x04\x00" + b"(((\n",
+        b"\x93NUMPY\x01\x00" + (9000).to_bytes(2, "little") + b"-" * 8998 + b"1\n",
         b"\x80\x04not npy",
         b"",
     ],
-    ids=["objects", "10^12 values", "float32", "5 rows", "cut", "Fortran", "no header", "pickle", "empty"],
+    ids=[
+        "objects",
+        "10^12 values",
+        "float32",
+        "5 rows",
+        "cut",
+        "Fortran",
+        "no header",
+        "open",
+        "deep",
+        "pickle",
+        "empty",
+    ],
 )
 def test_p14_a_member_that_is_no_float16_spectrogram_of_the_named_shape_is_refused(data: bytes) -> None:
     with pytest.raises(SampleDamageError, match=r"shard, sample x"):

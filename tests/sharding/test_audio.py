@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sharding.conversion import ConversionConfig
@@ -191,6 +191,7 @@ def test_the_spectrogram_agrees_with_its_definition_within_half_precision(rate: 
 
 @settings(max_examples=25, deadline=None)
 @given(num_samples=st.integers(1, 6000))
+@example(num_samples=2)
 def test_rows_follow_from_the_length_and_any_sound_has_at_least_one(num_samples: int) -> None:
     mel = log_mel(speech_like(1, RATE)[:num_samples] + np.float32(0.1), PARAMETERS)
     assert len(mel) == 1 + max(0, num_samples - 400) // 160
@@ -202,6 +203,21 @@ def test_silence_is_a_floor_and_is_known_to_be_silence() -> None:
         assert is_silent(pcm)
         assert np.unique(log_mel(pcm, PARAMETERS)).size == 1
     assert not is_silent(speech_like(1, RATE))
+
+
+@pytest.mark.parametrize("place", [0, RATE - 1, RATE - 30])
+def test_a_click_at_the_edge_of_silence_is_no_fault(place: int) -> None:
+    pcm = np.zeros(RATE, np.float32)
+    pcm[place] = 0.5
+    assert len(log_mel(pcm, PARAMETERS)) == 98
+
+
+def test_a_spectrogram_that_shows_nothing_of_the_sound_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    floor = np.full((98, 128), np.log(np.finfo(np.float32).eps), np.float32)
+    monkeypatch.setattr("sharding.spectrogram._filter_bank", lambda *_: floor)
+    with pytest.raises(MediaError, match=r"expected a picture of the sound, found -15.9.* everywhere"):
+        log_mel(speech_like(1, RATE), PARAMETERS)
+    assert len(log_mel(np.zeros(RATE, np.float32), PARAMETERS)) == 98
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

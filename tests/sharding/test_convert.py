@@ -75,7 +75,7 @@ def test_webdataset_itself_reads_every_sample(reference: Reference) -> None:
         assert facts["audio"] == {"has_audio": False}
 
 
-def test_sound_and_mute_clips_go_together_when_sound_is_optional(tmp_path: Path) -> None:
+def test_sound_and_mute_clips_go_together_and_give_the_same_bytes_again(tmp_path: Path) -> None:
     clips = [
         make_clip(tmp_path / "loud.mp4", seconds=0.2, size=(32, 32), sound=Sound(seconds=0.3)),
         make_clip(tmp_path / "mute.mp4", seconds=0.2, size=(32, 32)),
@@ -88,6 +88,8 @@ def test_sound_and_mute_clips_go_together_when_sound_is_optional(tmp_path: Path)
     loud, mute = table["mel_rows"].to_pylist()
     assert (loud > 20, mute) == (True, 0)
     assert verify_shard_set(tmp_path / "out") == []
+    convert(source, tmp_path / "again", small_config(audio_policy="optional", shard_bytes=10**6, workers=2))
+    assert file_hashes(tmp_path / "again") == file_hashes(tmp_path / "out")
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_workers_or_where_the_files_are(

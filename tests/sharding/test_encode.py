@@ -1,6 +1,7 @@
 """What is stored of a video: times, orientation, size, colours, bytes (C7, C8, C15)."""
 
 import io
+import math
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -75,6 +76,41 @@ def test_a_segment_between_two_frames_keeps_the_one_on_display(clip: Path) -> No
     assert numbers(result.video) == [90]
     assert result.video.frame_ticks == (0,)
     assert result.duration_seconds == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_a_segment_inside_a_freeze_keeps_the_frame_on_display(tmp_path: Path, name: str) -> None:
+    path = make_clip(tmp_path / name, times=[0, 1 / 30, 2 / 30, 3, 3 + 1 / 30])
+    result = convert_one(path, 1.0, 2.0)
+    assert numbers(result.video) == [2]
+    assert result.video.frame_ticks == (0,)
+    assert result.duration_seconds == pytest.approx(1.0)
+
+
+OPEN_GROUPS = {"x264-params": "open-gop=1:keyint=24:scenecut=0"}
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("open.mp4", "libx264", OPEN_GROUPS),
+        ("open.mkv", "libx264", OPEN_GROUPS),
+        ("program_stream.mpg", "mpeg2video", {}),
+        ("transport_stream.ts", "mpeg2video", {}),
+        ("a.webm", "libvpx", {}),
+        ("a.flv", "libx264", {}),
+    ],
+)
+def test_wherever_a_segment_starts_its_own_frames_are_kept(
+    tmp_path: Path, name: str, codec: str, options: dict[str, str]
+) -> None:
+    path = make_clip(tmp_path / name, seconds=6, size=(96, 64), gop=24, b_frames=3, codec=codec, codec_options=options)
+    for start in (0.5, 2.1, 2.5, 3.3, 4.2, 5.0):
+        result = convert_one(path, start, start + 0.3)
+        first = math.ceil(start * 30 - 1e-6)
+        assert numbers(result.video) == list(range(first, first + 9)), start
+        wanted = [round((number / 30 - start) * TICK) for number in range(first, first + 9)]
+        assert result.video.frame_ticks == pytest.approx(wanted, abs=100), start
 
 
 def test_a_segment_behind_the_end_is_outside(clip: Path) -> None:

@@ -163,6 +163,21 @@ def test_a_source_that_vanishes_while_it_is_read_counts_as_changed(tmp_path: Pat
     assert caught.value.reason == "source_changed"
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_a_title_in_another_encoding_than_utf_8_does_not_matter(tmp_path: Path, name: str) -> None:
+    path = make_clip(tmp_path / name, seconds=0.2, title="caf__ at noon")
+    path.write_bytes(path.read_bytes().replace(b"caf__", b"caf\xe9!"))
+    assert b"caf\xe9!" in path.read_bytes()
+    assert len(convert_one(path).video.frame_ticks) == 6
+
+
+def test_a_codec_without_a_decoder_is_named(clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.mp4").write_bytes(clip.read_bytes().replace(b"avc1", b"zz99"))
+    assert reason_of(tmp_path / "x.mp4") == "decode_error"
+    with pytest.raises(MediaError, match="expected a video codec that PyAV decodes, found an unknown one"):
+        convert_one(tmp_path / "x.mp4")
+
+
 def test_every_reason_has_a_meaning() -> None:
     assert all(len(meaning) > 10 for meaning in REASONS.values())
 

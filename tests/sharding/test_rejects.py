@@ -1,5 +1,6 @@
 """Rejects and their budget, and what a conversion refuses (C5, C14, C16)."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from ca2st.durable import FaultPoints, InjectedFault
-from ca2st.errors import UserInputError
+from ca2st.errors import EnvironmentFault, UserInputError
 from sharding.conversion import ConversionConfig, RejectBudget
 from sharding.convert import convert
 from sharding.errors import AnnotationError, ConversionRefusedError, RejectBudgetError, ShardDamageError
 from sharding.folder_lock import LOCK_NAME, folder_lock
+from sharding.index import decode_index, encode_index
 from sharding.manifest import read_shard_set
 from sharding.source import SourceList
 from sharding.verify import verify_shard_set
@@ -141,6 +143,18 @@ def test_an_id_that_is_there_twice_names_both_rows(reference: Reference, tmp_pat
         convert(twice, tmp_path / "out", small_config())
 
 
+@pytest.mark.parametrize("field", ["sample_id", "path"])
+def test_c9_a_name_that_is_no_text_is_refused_and_the_message_can_be_printed(
+    reference: Reference, tmp_path: Path, field: str
+) -> None:
+    name = os.fsdecode(b"caf\xe9.mp4")
+    odd = replace(reference.source.samples[0], **{field: Path(name) if field == "path" else name})
+    with pytest.raises(AnnotationError, match=r"list\.csv:.*expected a name that UTF-8 can write, .*udce9") as caught:
+        convert(source_list([odd, *reference.source.samples[1:]]), tmp_path / "out", small_config())
+    str(caught.value).encode()
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_label_outside_its_space_is_refused(reference: Reference, tmp_path: Path) -> None:
     for labels in ((2,), (-1,), (0, 0)):
         wrong = source_list([replace(reference.source.samples[0], labels=labels)])
@@ -204,6 +218,21 @@ def test_c14_a_second_converter_is_refused_and_told_the_holder(reference: Refere
     assert not (tmp_path / LOCK_NAME).exists()
 
 
+def test_a_lock_that_cannot_be_made_is_a_fault_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(EnvironmentFault, match=r"cannot lock .*No locks available; choose another folder"):
+        with folder_lock(tmp_path):
+            pass
+    with pytest.raises(EnvironmentFault, match=r"cannot lock .*No such file or directory"):
+        with folder_lock(tmp_path / "nowhere"):
+            pass
+
+
 def test_c14_the_lock_and_temporary_files_of_a_dead_converter_are_taken_over(
     reference: Reference, tmp_path: Path
 ) -> None:
@@ -217,5 +246,16 @@ def test_a_finished_set_with_a_shard_missing_is_damage_not_work_to_do(reference:
     for path in reference.root.iterdir():
         if path.name != "ca2st-000001.tar":
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(ShardDamageError, match=r"ca2st-000001.tar is missing or cut short; see `ca2st shard verify"):
+    with pytest.raises(ShardDamageError, match=r"ca2st-000001.tar or its index is missing, .*see `ca2st shard verify"):
+        convert(reference.source, tmp_path, small_config())
+
+
+def test_a_finished_set_with_another_index_is_damage(reference: Reference, tmp_path: Path) -> None:
+    for path in reference.root.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    table = decode_index((tmp_path / "ca2st-000001.index.parquet").read_bytes())
+    metadata = {name.decode(): value.decode() for name, value in table.schema.metadata.items()}
+    rows = [row | {"labels": [0]} for row in table.to_pylist()]
+    (tmp_path / "ca2st-000001.index.parquet").write_bytes(encode_index(rows, metadata))
+    with pytest.raises(ShardDamageError, match=r"ca2st-000001.tar or its index is missing, cut short or changed"):
         convert(reference.source, tmp_path, small_config())

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sharding.conversion import RejectBudget
 from sharding.convert import convert
 from sharding.errors import ManifestError
+from sharding.folder_lock import LOCK_NAME
 from sharding.index import decode_index
 from sharding.verify import Problem, verify_shard_set
 from support.media import Sound, damage, make_clip
@@ -167,6 +168,11 @@ def test_a_file_the_manifest_does_not_name_is_a_problem(restored: Path) -> None:
         Problem(shard="ca2st-000099.tar", key="", what="not named by the manifest; remove it"),
         Problem(shard="notes.txt", key="", what="not named by the manifest; remove it"),
     ]
+
+
+def test_the_lock_of_a_converter_killed_at_its_very_end_is_no_damage(restored: Path) -> None:
+    (restored / LOCK_NAME).write_text('{"pid": 1, "host": "gone"}')
+    assert verify_shard_set(restored) == []
 
 
 def test_a_damaged_or_missing_manifest_is_a_problem_not_an_exception(restored: Path) -> None:

@@ -71,6 +71,13 @@ def test_a_crash_a_hang_and_a_memory_error_are_one_reject_each_and_the_pool_live
     assert reasons["eat"].reason == "out_of_memory"
 
 
+def test_a_child_that_dies_in_the_middle_of_its_answer_is_one_reject() -> None:
+    with DecodePool(act, num_workers=1, timeout_seconds=30) as pool:
+        first, second = pool.map([("die answering", 0), ("echo", 1)])
+    assert first == Rejected("decoder_crash", "the decoding process died: SIGKILL")
+    assert second == 1
+
+
 def test_a_refusal_and_an_unexpected_exception_carry_their_words() -> None:
     with DecodePool(act, num_workers=1, timeout_seconds=30) as pool:
         refusal, bug = pool.map([("refuse", "grey frame"), ("bug", "nowhere")])

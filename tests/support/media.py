@@ -60,18 +60,22 @@ def make_clip(
     times: Sequence[float] | None = None,
     draw: Callable[[int, int, int], np.ndarray] = numbered_frame,
     colour: tuple[int, int] | None = None,
+    codec_options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
+    title: str = "",
 ) -> Path:
     """Write a clip; `times` (seconds a frame) gives a variable frame rate, `colour` = (colorspace, range) tags."""
     rate = Fraction(fps).limit_denominator(1001)
     moments = list(times) if times is not None else [float(i / rate) for i in range(round(seconds * rate))]
     with av.open(str(path), "w", options=container_options or {}) as container:
-        video = container.add_stream(codec, rate=rate, options={"bf": str(b_frames)})
+        if title:
+            container.metadata["title"] = title
+        video = container.add_stream(codec, rate=rate, options={"bf": str(b_frames)} | (codec_options or {}))
         video.width, video.height = size
         video.pix_fmt = pixel_format
         video.gop_size = gop
         video.thread_count = 1
-        video.time_base = video.codec_context.time_base = Fraction(1, 60_000) if codec == "mpeg4" else TIME_BASE
+        video.time_base = video.codec_context.time_base = _time_base(codec, rate)
         if colour:
             video.codec_context.colorspace, video.codec_context.color_range = colour
         if rotation:
@@ -89,6 +93,11 @@ def make_clip(
         if sound and audio:
             _add_sound(container, audio, sound)
     return path
+
+
+def _time_base(codec: str, rate: Fraction) -> Fraction:
+    """The finest unit of time that the codec takes, up to ours."""
+    return {"mpeg4": Fraction(1, 60_000), "mpeg2video": 1 / rate}.get(codec, TIME_BASE)
 
 
 def _add_sound(container: av.container.OutputContainer, stream: av.AudioStream, sound: Sound) -> None:
