@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal, get_args
+from typing import IO, Literal, TypeGuard, get_args
 
 from ca2st.errors import EnvironmentFault, UserInputError
 
@@ -96,7 +96,7 @@ def writing(path: Path, *, faults: FaultPoints = NO_FAULTS, point: str = "file")
         fsync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNOS:
+        if is_environment_error(error):
             raise EnvironmentFault(
                 f"cannot write {path}: {error.strerror}; free space or choose another folder"
             ) from error
@@ -105,6 +105,11 @@ def writing(path: Path, *, faults: FaultPoints = NO_FAULTS, point: str = "file")
 
 
 _ENVIRONMENT_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
+
+
+def is_environment_error(error: BaseException) -> TypeGuard[OSError]:
+    """Whether the machine refused: no space, no permission, a read-only or failing disk."""
+    return isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNOS
 
 
 def write_bytes(path: Path, data: bytes, *, faults: FaultPoints = NO_FAULTS, point: str = "file") -> None:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ca2st.batch import ClipBatch
 from ca2st.spec import MEL_ROW_SECONDS, ClipSpec
-from pipelines.backends import RenderRequest, ViewBackend
 from pipelines.draws import ClipFacts, Draws, ViewDraw
 from pipelines.errors import SampleDamageError
 from pipelines.fetch import ByteFetcher, FetchedSample
 from pipelines.mel import mel_view
 from pipelines.plan import PlannedSamples
 from pipelines.preflight import TargetColumn
+from pipelines.rendering import RenderRequest, ViewBackend
 from pipelines.sampling import frames_per_second
 from pipelines.shard_index import SampleEntry, ShardIndexCache
 from sharding.index import TICKS_PER_SECOND

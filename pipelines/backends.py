@@ -1,53 +1,15 @@
-"""From JPEG bytes to pixels: what a backend is given, what it returns, and which one is used."""
+"""Which backend turns JPEG bytes into pixels."""
 
 import importlib.util
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
-
-from jaxtyping import UInt8
-from torch import Tensor
+from typing import Literal
 
 from ca2st.errors import EnvironmentFault
-from pipelines.crops import CropBox
+from pipelines.rendering import ViewBackend
 from pipelines.stats import StatsRecorder
 
 BackendName = Literal["auto", "dali", "reference"]
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RenderRequest:
-    """One clip to decode once, and the views to cut from it."""
-
-    frames: tuple[bytes, ...]
-    """JPEGs in view order; a short clip repeats some."""
-    boxes: tuple[CropBox, ...]
-    """One a view, inside the picture."""
-    flip: bool
-    """Mirror every view."""
-    where: str
-    """Shard and key, for messages."""
-
-
-@runtime_checkable
-class ViewBackend(Protocol):
-    """Renders views: decode, crop, bilinear resize with antialiasing, flip, in this order, the same for all frames."""
-
-    name: str
-
-    def render(self, requests: Sequence[RenderRequest]) -> UInt8[Tensor, "views 3 time height width"]:
-        """Pixels of every view, request by request, its boxes in order.
-
-        Raises:
-            SampleDamageError: a frame that passed its checksum cannot be decoded; names the sample.
-        """
-        ...
-
-    def close(self) -> None:
-        """Give back threads and buffers."""
-        ...
 
 
 def make_backend(

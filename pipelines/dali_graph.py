@@ -23,9 +23,9 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from ca2st.errors import CA2STError
-from pipelines.backends import RenderRequest
 from pipelines.errors import LoaderClosedError
 from pipelines.reference import decode_frames
+from pipelines.rendering import RenderRequest
 from pipelines.stats import StatsRecorder
 
 # DALI fills its modules at import, which its type stubs do not tell.

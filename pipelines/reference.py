@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipelines.backends import RenderRequest
 from pipelines.crops import CropBox
 from pipelines.errors import SampleDamageError
+from pipelines.rendering import RenderRequest
 from pipelines.stats import StatsRecorder
 
 

@@ -5,11 +5,13 @@ Exit codes: 0 done, 1 a fault of ours, 2 user input, 3 damaged data, 4 environme
 """
 
 import sys
+from typing import NoReturn
 
 import typer
 
 from ca2st import __version__
-from ca2st.errors import CA2STError
+from ca2st.durable import is_environment_error
+from ca2st.errors import CA2STError, EnvironmentFault
 from ray_jobs.commands import demo, evaluate, model, predict, shard, track, train, weights
 from ray_jobs.console import show_log
 
@@ -51,11 +53,21 @@ def main() -> None:
     try:
         app()
     except CA2STError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
+        _end(error, error.exit_code)
+    except OSError as error:
+        if not is_environment_error(error):
+            raise
+        _end(error, EnvironmentFault.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; rerun the same command to go on where it stopped\n")
         sys.exit(130)
+
+
+def _end(error: Exception, exit_code: int) -> NoReturn:
+    """One line for the person, the notes that were added on the way (rank, file), and the exit code."""
+    notes = "".join(f" [{note}]" for note in getattr(error, "__notes__", ()))
+    sys.stderr.write(f"error: {error}{notes}\n")
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,11 @@ class VideoParameters:
     """Thinned to this rate, or None: every frame of the source."""
 
 
+def index_name(shard: str) -> str:
+    """File name of the index of the shard with this file name."""
+    return shard.removesuffix(".tar") + ".index.parquet"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardEntry:
     """One shard and its index, as named in ``shards.parquet``."""
@@ -96,7 +101,7 @@ class ShardEntry:
     @property
     def index_name(self) -> str:
         """File name of the shard's index."""
-        return self.name.removesuffix(".tar") + ".index.parquet"
+        return index_name(self.name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

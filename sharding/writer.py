@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from ca2st.durable import NO_FAULTS, FaultPoints, write_bytes, writing
 from sharding.index import MEMBER_SUFFIXES, MEMBERS, encode_index, frame_checksum, member_checksum
-from sharding.manifest import ShardEntry
+from sharding.manifest import ShardEntry, index_name
 
 _OWNER = "ca2st"
 _MODE = 0o444
@@ -59,11 +59,6 @@ class ShardRange:
 def shard_name(number: int) -> str:
     """File name of the shard with that number."""
     return f"ca2st-{number:06d}.tar"
-
-
-def index_name(shard: str) -> str:
-    """File name of a shard's index."""
-    return shard.removesuffix(".tar") + ".index.parquet"
 
 
 def member_header(key: str, suffix: str, size: int) -> bytes:

@@ -104,11 +104,12 @@ def _convert(source: "SourceList", out: Path, config: "ConversionConfig") -> "Co
 
 
 def _print_plan(source: "SourceList", config: "ConversionConfig", *, as_json: bool) -> None:
-    from ray_jobs.console import print_json, result, table
+    from ray_jobs.console import counted, print_json, result, table
     from sharding.conversion import estimate_storage
+    from sharding.datasets.label_spaces import label_histogram
 
     estimate = estimate_storage(source, config)
-    facts = {
+    facts: dict[str, object] = {
         "dataset": source.dataset,
         "split": source.split,
         "manifest": None,
@@ -119,9 +120,12 @@ def _print_plan(source: "SourceList", config: "ConversionConfig", *, as_json: bo
         "rejected": {},
         "clips_per_second": None,
     }
+    histogram = label_histogram(source)
     if as_json:
-        print_json(facts)
+        print_json(facts | {"samples_per_class": histogram})
         return
+    empty = {space: sum(count == 0 for count in counts.values()) for space, counts in histogram.items()}
+    facts["classes without samples"] = counted(empty)
     result(table({name: value for name, value in facts.items() if value is not None}))
 
 

@@ -13,11 +13,12 @@ from PIL import Image
 
 from ca2st.errors import EnvironmentFault
 from pipelines import backends
-from pipelines.backends import RenderRequest, ViewBackend, make_backend
+from pipelines.backends import make_backend
 from pipelines.crops import CropBox
 from pipelines.dali_graph import DaliBackend
 from pipelines.errors import LoaderClosedError, SampleDamageError
 from pipelines.reference import ReferenceBackend, decode_frames, resized_crop, triangle_taps
+from pipelines.rendering import RenderRequest, ViewBackend
 from pipelines.stats import StatsRecorder
 from support.fake_shards import FakeSample
 

@@ -78,6 +78,7 @@ def test_a_dry_run_reads_the_annotations_only(ca2st: Command, tmp_path: Path) ->
     facts = json.loads(out)
     assert (code, facts["num_samples"], facts["num_classes"]) == (0, 3, 44)
     assert facts["estimated_bytes"] > 0
+    assert facts["samples_per_class"]["label"]["rustle"] == 3
     assert list(tmp_path.iterdir()) == [path]
 
 
