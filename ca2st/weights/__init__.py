@@ -1,23 +1,33 @@
-"""Weights in and out: strict loading, the expert store, published names, golden files."""
+"""Weights in and out: checkpoints of others, strict loading, the expert store, published names, golden files."""
 
-from ca2st.weights.errors import WeightsDamageError, WeightsMismatchError
+from ca2st.weights.errors import ForeignFileRefusedError, WeightsDamageError, WeightsMismatchError
 from ca2st.weights.experts import expert_state, load_expert
+from ca2st.weights.exporter import ExportReport, export_model
 from ca2st.weights.golden import GoldenReport, check_golden
+from ca2st.weights.importer import ImportOptions, ImportReport, import_weights
+from ca2st.weights.model_file import read_model_file
 from ca2st.weights.published import load_published, published_names, to_published
 from ca2st.weights.store import ExpertStore
 from ca2st.weights.strict import LoadReport, load_strictly
 
 __all__ = [
     "ExpertStore",
+    "ExportReport",
+    "ForeignFileRefusedError",
     "GoldenReport",
+    "ImportOptions",
+    "ImportReport",
     "LoadReport",
     "WeightsDamageError",
     "WeightsMismatchError",
     "check_golden",
     "expert_state",
+    "export_model",
+    "import_weights",
     "load_expert",
     "load_published",
     "load_strictly",
     "published_names",
+    "read_model_file",
     "to_published",
 ]

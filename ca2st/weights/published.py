@@ -24,7 +24,7 @@ from ca2st.weights.published_tables import (
     PublishedBridge,
     PublishedLayout,
 )
-from ca2st.weights.strict import LoadReport, load_strictly, refuse_mismatch
+from ca2st.weights.strict import LoadReport, load_strictly, refuse_mismatch, without_leading_ones
 
 
 def published_names(config: ModelConfig, targets: Sequence[TargetSpec]) -> dict[str, str]:
@@ -63,7 +63,7 @@ def load_published(
     translated: dict[str, Tensor] = {}
     for theirs, ours in names.items():
         if theirs in state:
-            tensor = _without_leading_ones(state[theirs], own[ours].ndim)
+            tensor = without_leading_ones(state[theirs], own[ours].ndim)
             _check_agreement(translated.get(ours), tensor, theirs=theirs, where=where)
             translated[ours] = tensor
     incomplete = sorted(theirs for theirs, ours in names.items() if ours in translated and theirs not in state)
@@ -146,12 +146,6 @@ def _head_names(
 
 def _below(theirs: str, ours: str, pairs: Mapping[str, str]) -> dict[str, str]:
     return {f"{theirs}{a}": f"{ours}{b}" for a, b in pairs.items()}
-
-
-def _without_leading_ones(tensor: Tensor, num_dims: int) -> Tensor:
-    while tensor.ndim > num_dims and tensor.shape[0] == 1:
-        tensor = tensor[0]
-    return tensor
 
 
 def _check_agreement(first: Tensor | None, second: Tensor, *, theirs: str, where: str) -> None:

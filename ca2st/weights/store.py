@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ca2st.durable import NO_FAULTS, FaultPoints, write_bytes
@@ -26,7 +26,7 @@ class ExpertStore:
         Raises:
             EnvironmentFault: the folder cannot be written.
         """
-        data = safetensors.torch.save({name: state[name].detach().cpu().contiguous() for name in sorted(state)})
+        data = save({name: state[name].detach().cpu().contiguous() for name in sorted(state)})
         sha256 = hashlib.sha256(data).hexdigest()
         path = self.path(sha256)
         if not (path.is_file() and _hash_of(path) == sha256):
@@ -52,7 +52,7 @@ class ExpertStore:
             raise WeightsDamageError(
                 f"{path}: expected sha256 {sha256}, found {found}: the file is damaged; restore it from a copy"
             )
-        return safetensors.torch.load(data)
+        return load(data)
 
     def path(self, sha256: str) -> Path:
         """Where the expert of this hash is kept."""

@@ -73,6 +73,13 @@ def refuse_mismatch(problems: Mapping[str, Sequence[str]], *, where: str) -> Non
         )
 
 
+def without_leading_ones(tensor: Tensor, num_dims: int) -> Tensor:
+    """Drop leading dimensions of size one until `num_dims` are left: published tables are `[1, tokens, dim]`."""
+    while tensor.ndim > num_dims and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    return tensor
+
+
 def _allowed(missing: Sequence[str], patterns: Sequence[str], *, where: str) -> set[str]:
     matches = {pattern: {name for name in missing if fnmatchcase(name, pattern)} for pattern in patterns}
     idle = sorted(pattern for pattern, names in matches.items() if not names)

@@ -1,12 +1,16 @@
-"""Reading safetensors files: the only weights format that is read at run time. Nothing is ever unpickled."""
+"""Safetensors files: the only weights format that is read at run time. Nothing is ever unpickled."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ca2st.errors import UserInputError
+from ca2st.durable import write_bytes
+from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.weights.errors import WeightsDamageError
 
 
@@ -39,3 +43,31 @@ def read_tensor_file(path: Path) -> TensorFile:
         raise WeightsDamageError(
             f"{path}: expected a whole safetensors file, found: {error}; copy or convert it again"
         ) from error
+
+
+def check_writable_name(out: Path, *, source: Path) -> None:
+    """Refuse a place that tensors cannot be written to, before any work is done.
+
+    Raises:
+        UserInputError: not a name of a safetensors file, a folder, or the file that is read.
+    """
+    if out.suffix != ".safetensors":
+        raise UserInputError(f"--out: expected a name that ends in .safetensors, found {out}")
+    if out.is_dir() or out.resolve() == source.resolve():
+        raise UserInputError(f"--out: expected a file other than the one that is read, found {out}")
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> str:
+    """Write tensors in the order of their names, whole or not at all; returns the sha256 of the file.
+
+    Raises:
+        EnvironmentFault: the file cannot be written.
+    """
+    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    data = safetensors.torch.save(ordered, metadata=dict(metadata))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot make the folder of {path}: {error.strerror}; choose another --out") from error
+    write_bytes(path, data, point="weights")
+    return hashlib.sha256(data).hexdigest()

@@ -1,5 +1,6 @@
-"""``ca2st weights check-golden``."""
+"""``ca2st weights import``, ``export`` and ``check-golden``."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -8,15 +9,101 @@ import typer
 app = typer.Typer(no_args_is_help=True)
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps the verbs even while there is only one."""
+class Kind(StrEnum):
+    """Checkpoints that can be read."""
+
+    CLIP = "clip"
+    VIDEOMAE = "videomae"
+    AST = "ast"
+    CAST = "cast"
+    CAVA = "cava"
+    CA2ST = "ca2st"
+
+
+class NameScheme(StrEnum):
+    """Whose tensor names an export has."""
+
+    OURS = "ours"
+    PUBLISHED = "published"
+
+
+_JSON = typer.Option("--json", help="Print the facts as one JSON object.")
+
+
+@app.command("import", epilog="Example: ca2st weights import --kind clip ViT-B-16.pt --out experts/clip.safetensors")
+def import_file(
+    file: Annotated[Path, typer.Argument(help="A checkpoint: .safetensors, .pt, .pth, .bin; its layout is detected.")],
+    kind: Annotated[
+        Kind,
+        typer.Option(help="An expert (CLIP's visual half, VideoMAE, AST) or a whole released model."),
+    ],
+    out: Annotated[Path, typer.Option(help="Where to write: a name that ends in .safetensors.")],
+    allow_missing: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of our tensor names that may be missing (norm.*); repeatable. Default: none may."),
+    ] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads; default: 64 features a head.")] = None,
+    mel_rows: Annotated[
+        int | None,
+        typer.Option(min=16, help="Spectrogram rows the audio positions are cut or stretched to; default 400."),
+    ] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(min=2, help="Frames of a clip, where no tensor tells (CAVA); default 16.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="Name of a whole model's single label space.")] = "label",
+    timeout_seconds: Annotated[float, typer.Option(min=1, help="Longest time to read the file.")] = 600,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Turn a checkpoint that others wrote into a file of ours. Strict: every tensor is used, or nothing is written.
+
+    Pickles are read in a limited child process that admits tensors and plain containers; no code in a file is run.
+    """
+    from ca2st.weights.importer import ImportOptions, import_weights
+    from ca2st.weights.sizes import UnwrittenSizes
+    from ray_jobs.console import print_json, result
+
+    sizes = UnwrittenSizes(num_heads=heads, mel_rows=mel_rows, num_frames=num_frames, target=target)
+    options = ImportOptions(allow_missing=tuple(allow_missing or ()), sizes=sizes, timeout_seconds=timeout_seconds)
+    report = import_weights(file, out, kind=kind.value, options=options)
+    if as_json:
+        print_json(report)
+        return
+    below = f", below {report.wrapper!r}" if report.wrapper else ""
+    result(f"{report.layout} ({report.container}{below}): {len(report.loaded)} tensors loaded into {out}")
+    result("  " + ", ".join(f"{name} {size}" for name, size in report.model.items()))
+    for what, names in (("missing, left as a new model starts", report.missing), ("left aside", report.unexpected)):
+        if names:
+            more = f" and {len(names) - 8} more (--json lists all)" if len(names) > 8 else ""
+            result(f"  {len(names)} {what}: {', '.join(names[:8])}{more}")
+    result(f"  sha256 {report.sha256}")
+
+
+@app.command("export", epilog="Example: ca2st weights export runs/my_run --out model.safetensors --names published")
+def export_checkpoint(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder (its newest checkpoint).")],
+    out: Annotated[Path, typer.Option(help="Where to write: a name that ends in .safetensors.")],
+    names: Annotated[NameScheme, typer.Option(help="Whose tensor names.")] = NameScheme.OURS,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Write a trained model, its experts included, as one safetensors file."""
+    from ca2st.weights.exporter import export_model
+    from ca2st.weights.tensor_file import check_writable_name
+    from ray_jobs.console import print_json, result
+    from ray_jobs.trained import load_trained
+
+    check_writable_name(out, source=checkpoint)
+    report = export_model(load_trained(checkpoint).model, out, names=names.value)
+    if as_json:
+        print_json(report)
+        return
+    result(f"{report.num_tensors} tensors under {report.names} names in {report.out}")
+    result(f"  sha256 {report.sha256}")
 
 
 @app.command("check-golden", epilog="Example: ca2st weights check-golden tests/data/golden/*.safetensors")
 def check_golden_files(
     files: Annotated[list[Path], typer.Argument(help="Golden files: weights, inputs and expected outputs.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,
+    as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Compare our model with the outputs an independent implementation gave; ends with 3 on a difference."""
     from ca2st.weights.golden import check_golden

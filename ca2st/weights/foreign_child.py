@@ -1,0 +1,225 @@
+"""Reading a foreign pickle: the body of a child process, and the one place of the project that calls torch.load.
+
+The child may read one file and write one safetensors file. Its memory, time and output are limited, it can open no
+sockets and start no programs, and nothing but tensors, containers, numbers and `argparse.Namespace` is unpickled.
+There is no second way for a file that this one refuses.
+"""
+
+import argparse
+import json
+import os
+import pickle  # for the name of its error
+import resource
+import signal
+import sys
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ca2st.errors import CA2STError
+from ca2st.weights.errors import ForeignFileRefusedError, WeightsDamageError
+from ca2st.weights.torchscript_zip import is_torchscript, read_torchscript
+
+WRAPPERS = ("model", "module", "state_dict", "model_state_dict")
+"""Keys under which training programs keep the weights, in the order they are looked for."""
+
+_FORBIDDEN_EVENTS = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "ctypes.dlopen")
+_ZIP_MAGIC = b"PK\x03\x04"
+_PICKLE_MAGIC = b"\x80"
+_SPARE_BYTES = 2**30
+_NUMPY_SCALARS = ("Float16", "Float32", "Float64", "Int8", "Int16", "Int32", "Int64", "UInt8", "Bool")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadJob:
+    """What the child is to do."""
+
+    path: Path
+    out: Path
+    """Where the tensors go, as safetensors."""
+    cpu_seconds: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadFacts:
+    """What the child found besides the tensors."""
+
+    container: str
+    """`TorchScript archive`, `torch.save zip` or `torch.save pickle`."""
+    wrapper: str
+    """The key that the weights were under, or empty."""
+
+
+def serve(connection: Connection, job: ReadJob) -> None:
+    """Read, write, answer with one line of JSON; the child's whole life.
+
+    The answer is not pickled: the parent trusts a child that touched a foreign file no more than the file.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    _limit(job)
+    sys.addaudithook(_refuse_reaching_out)
+    connection.send_bytes(json.dumps(answer(job.path, job.out)).encode())
+
+
+def answer(path: Path, out: Path) -> dict[str, str]:
+    """What `read` gave or refused, as plain words: `kind` ok, damage or refused, with facts or a message."""
+    try:
+        facts = read(path, out)
+    except CA2STError as error:
+        return {"kind": "damage" if isinstance(error, WeightsDamageError) else "refused", "message": str(error)}
+    except (MemoryError, RecursionError) as error:
+        told = f"expected a checkpoint that needs memory for its own size, found {type(error).__name__}"
+        return {"kind": "refused", "message": told}
+    except Exception as error:  # noqa: BLE001  # whatever a hostile file provokes becomes one message
+        return {"kind": "refused", "message": f"expected a checkpoint, found: {_first_line(error)}"}
+    return {"kind": "ok", "container": facts.container, "wrapper": facts.wrapper}
+
+
+def read(path: Path, out: Path) -> ReadFacts:
+    """Read the tensors of `path` into the safetensors file `out`.
+
+    Raises:
+        ForeignFileRefusedError: the file asks for anything but data, or holds no tensors.
+        WeightsDamageError: the file is not whole.
+    """
+    with path.open("rb") as file:
+        magic = file.read(16)
+    if not magic:
+        raise WeightsDamageError("expected a checkpoint, found 0 bytes; fetch the file again")
+    if magic.startswith(_ZIP_MAGIC):
+        container, found = _read_zip(path)
+    elif magic.startswith(_PICKLE_MAGIC):
+        container, found = "torch.save pickle", _unpickle(path)
+    else:
+        raise ForeignFileRefusedError(
+            f"expected a safetensors file, a torch.save file or a TorchScript archive, found a file that begins with "
+            f"{magic!r}"
+        )
+    wrapper, tensors = _unwrap(found)
+    _check_tensors(tensors)
+    safetensors.torch.save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, out)
+    return ReadFacts(container=container, wrapper=wrapper)
+
+
+def _read_zip(path: Path) -> tuple[str, object]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            scripted = is_torchscript(archive)
+            _check_archive(archive, path.stat().st_size, scripted=scripted)
+            if scripted:
+                return "TorchScript archive", read_torchscript(archive)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise WeightsDamageError(f"expected a whole zip archive, found: {error}; fetch the file again") from error
+    return "torch.save zip", _unpickle(path)
+
+
+def _check_archive(archive: zipfile.ZipFile, file_bytes: int, *, scripted: bool) -> None:
+    """Members are stored as they are and fit into the file (no bombs), and their checksums are right."""
+    infos = archive.infolist()
+    if scripted:  # the programs are compressed, and never opened
+        infos = [info for info in infos if info.filename.partition("/")[2].startswith("data")]
+    packed = [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise ForeignFileRefusedError(
+            f"expected members stored without compression, as torch.save writes them, found {packed[0]} compressed; "
+            "a small file could unpack to any size"
+        )
+    claimed = sum(info.file_size for info in infos)
+    if claimed > file_bytes or len({info.filename for info in infos}) != len(infos):
+        raise ForeignFileRefusedError(
+            f"expected distinct members that fit into the file's {file_bytes} bytes, found {len(infos)} of "
+            f"{claimed} bytes together"
+        )
+    for info in infos:
+        with archive.open(info) as member:  # raises BadZipFile when the checksum differs
+            while member.read(2**22):
+                pass
+
+
+def _unpickle(path: Path) -> object:
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_safe_globals()):
+            warnings.simplefilter("ignore")  # about pickles that are refused right after
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ForeignFileRefusedError(
+            f"expected tensors, containers, numbers and argparse.Namespace only, found: {_first_line(error)}; "
+            "nothing of the file was run. Ask its author for a safetensors file"
+        ) from error
+    except (EOFError, OSError) as error:
+        raise WeightsDamageError(f"expected a whole torch.save file, found: {_first_line(error)}") from error
+
+
+def _safe_globals() -> list[Any]:
+    """What training programs put beside the weights: parsed options and NumPy scalars (best accuracy so far)."""
+    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]  # NumPy pickles its scalars by this name
+    types = [getattr(np.dtypes, f"{name}DType") for name in _NUMPY_SCALARS]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    return [argparse.Namespace, np.dtype, *types, *((scalar, name) for name in names)]
+
+
+def _unwrap(found: object) -> tuple[str, dict[str, Tensor]]:
+    wrapper = ""
+    if isinstance(found, Mapping):
+        wrapper = next((key for key in WRAPPERS if isinstance(found.get(key), Mapping)), "")
+        found = found[wrapper] if wrapper else found
+    if not isinstance(found, Mapping) or not found:
+        raise ForeignFileRefusedError(
+            f"expected a dict of tensors, or one under {', '.join(WRAPPERS)}, found {type(found).__name__}"
+        )
+    others = [str(name) for name, value in found.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if others:
+        shown = json.dumps(others[:8])
+        raise ForeignFileRefusedError(f"expected tensors only among the weights, found other values under {shown}")
+    return wrapper, dict(found)
+
+
+def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu" or tensor.is_complex():
+            raise ForeignFileRefusedError(
+                f"{name}: expected a plain dense tensor, found {tensor.layout} {tensor.dtype}"
+            )
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ForeignFileRefusedError(
+                f"{name}: expected {list(tensor.shape)} values in the file, found "
+                f"{tensor.untyped_storage().nbytes()} bytes that claim to be as many"
+            )
+
+
+def _limit(job: ReadJob) -> None:
+    size = job.path.stat().st_size
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    address_space = pages * os.sysconf("SC_PAGE_SIZE") + 4 * size + _SPARE_BYTES
+    for limit, value in (
+        (resource.RLIMIT_AS, address_space),
+        (resource.RLIMIT_CPU, job.cpu_seconds),
+        (resource.RLIMIT_FSIZE, 2 * size + _SPARE_BYTES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        _, hard = resource.getrlimit(limit)
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (value, value))
+
+
+def _refuse_reaching_out(event: str, _arguments: object) -> None:
+    if event.startswith(_FORBIDDEN_EVENTS):
+        raise ForeignFileRefusedError(f"expected a file of weights, found one that tries {event}; do not trust it")
+
+
+def _first_line(error: BaseException) -> str:
+    """What was found, in a line: torch wraps it into a page of advice to switch checks off."""
+    inner = error.__context__ if isinstance(error.__context__, pickle.UnpicklingError) else error
+    line = str(inner).strip().partition("\n")[0].partition(" was not an allowed")[0]
+    if not line or "weights_only" in line:
+        line = "instructions that weights do not need"
+    return f"{type(error).__name__}: {line[:200]}"

@@ -1,0 +1,240 @@
+"""`ca2st weights import`: a checkpoint that others wrote becomes a file of ours, whole and checked, or nothing does."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ca2st.model.build import build_model
+from ca2st.model.config import ModelConfig, ModelKind, check_clip
+from ca2st.model.experts import EXPERT_TYPES
+from ca2st.model.structure import EXPERTS
+from ca2st.model.tokens import audio_patches
+from ca2st.spec import ClipSpec
+from ca2st.weights.audio_positions import fit_audio_positions
+from ca2st.weights.errors import WeightsDamageError, WeightsMismatchError
+from ca2st.weights.foreign_file import TIMEOUT_SECONDS, ForeignFile, read_foreign_file
+from ca2st.weights.layouts import EXPERT_OF_KIND, LAYOUTS_OF_KIND, ExpertKind, translate
+from ca2st.weights.model_file import ModelDescription, read_description
+from ca2st.weights.published import load_published
+from ca2st.weights.sizes import UnwrittenSizes, expert_sizes, released_sizes
+from ca2st.weights.strict import LoadReport, load_strictly, without_leading_ones
+from ca2st.weights.tensor_file import check_writable_name, write_tensor_file
+
+ReleasedKind = Literal["cast", "cava", "ca2st"]
+ImportKind = Literal["clip", "videomae", "ast", "cast", "cava", "ca2st"]
+
+EXPERT_KEY = "ca2st_expert"
+"""Metadata key of an expert file: what it was made of, for a person; loading goes by names and shapes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportOptions:
+    """What the caller may decide."""
+
+    allow_missing: tuple[str, ...] = ()
+    """Patterns of our tensor names that the file need not have; they get the value a new model starts with."""
+    sizes: UnwrittenSizes = field(default_factory=UnwrittenSizes)
+    """What the shapes of tensors do not tell."""
+    timeout_seconds: float = TIMEOUT_SECONDS
+    """Wall time of reading a file that needs a child process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportReport:
+    """What became of every tensor."""
+
+    kind: ImportKind
+    """As asked."""
+    layout: str
+    """The family of names that was found."""
+    container: str
+    """What kind of file it was."""
+    wrapper: str
+    """The key of the outer dict that the weights were under, or empty."""
+    model: dict[str, int]
+    """Width, depth, heads, patch size, and the sizes of the clip that tables depend on."""
+    loaded: tuple[str, ...]
+    """Names of the file that went into the model."""
+    missing: tuple[str, ...]
+    """Names that were not given, and that the caller allowed to be missing."""
+    unexpected: tuple[str, ...]
+    """Names of the file that were left aside: known to be no part of the model. Unknown ones are an error."""
+    checksums: dict[str, str]
+    """sha256 of each written tensor's bytes, by our names."""
+    source_sha256: str
+    """Of the file that was read."""
+    sha256: str
+    """Of the file that was written."""
+    out: Path
+    """The file that was written."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Imported:
+    """A loaded module on its way to a file."""
+
+    module: nn.Module
+    config: ModelConfig
+    clip: ClipSpec
+    layout: str
+    report: LoadReport
+    metadata: dict[str, str]
+
+
+def import_weights(path: Path, out: Path, *, kind: ImportKind, options: ImportOptions | None = None) -> ImportReport:
+    """Read the checkpoint `path` of a known layout and write it as `out`, an expert file or a whole model.
+
+    Raises:
+        UserInputError: an unknown layout, a file that asks for more than its tensors, tensors that are missing,
+            unknown or of another shape. Nothing is written.
+        WeightsDamageError: the file is not whole, or holds values that are not finite. Nothing is written.
+        EnvironmentFault: the output cannot be written.
+    """
+    check_writable_name(out, source=path)
+    options = options or ImportOptions()
+    file = read_foreign_file(path, timeout_seconds=options.timeout_seconds)
+    importer: Callable[[ForeignFile, ImportOptions], _Imported] = _IMPORTERS[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        imported = importer(file, options)
+    state = imported.module.state_dict()
+    _check_finite(state, where=str(path))
+    sha256 = write_tensor_file(out, state, metadata=imported.metadata)
+    return ImportReport(
+        kind=kind,
+        layout=imported.layout,
+        container=file.container,
+        wrapper=file.wrapper,
+        model=_sizes_told(imported),
+        loaded=imported.report.loaded,
+        missing=imported.report.missing,
+        unexpected=imported.report.unexpected,
+        checksums={name: checksum(tensor) for name, tensor in sorted(state.items())},
+        source_sha256=file.sha256,
+        sha256=sha256,
+        out=out,
+    )
+
+
+def checksum(tensor: Tensor) -> str:
+    """sha256 of a tensor's bytes in row-major order."""
+    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _expert_importer(kind: ExpertKind) -> Callable[[ForeignFile, ImportOptions], _Imported]:
+    expert = EXPERT_OF_KIND[kind]
+
+    def import_expert(file: ForeignFile, options: ImportOptions) -> _Imported:
+        where = str(file.path)
+        translation = translate(file.tensors, LAYOUTS_OF_KIND[kind], where=where)
+        config, clip = expert_sizes(expert, translation.tensors, options.sizes, where=where)
+        check_clip(config, clip)
+        module = EXPERT_TYPES[expert](config, clip)
+        own = module.state_dict()
+        tensors = {
+            name: without_leading_ones(tensor, own[name].ndim) if name in own else tensor
+            for name, tensor in translation.tensors.items()
+        }
+        if expert == "audio" and "positions" in tensors and tensors["positions"].ndim == 2:
+            rows, columns = audio_patches(config, clip)
+            tensors["positions"] = fit_audio_positions(tensors["positions"], rows=rows, columns=columns, where=where)
+        loaded = load_strictly(module, tensors, where=where, allow_missing=options.allow_missing)
+        report = LoadReport(loaded=translation.used, missing=loaded.missing, unexpected=translation.ignored)
+        told = {"expert": expert, "layout": translation.layout.name, "source_sha256": file.sha256}
+        told_sizes = {"dim": config.dim, "depth": config.depth, "num_heads": config.num_heads, "clip": asdict(clip)}
+        metadata = {EXPERT_KEY: json.dumps(told | told_sizes, sort_keys=True)}
+        return _Imported(
+            module=module, config=config, clip=clip, layout=translation.layout.name, report=report, metadata=metadata
+        )
+
+    return import_expert
+
+
+def _released_importer(kind: ReleasedKind) -> Callable[[ForeignFile, ImportOptions], _Imported]:
+    def import_released(file: ForeignFile, options: ImportOptions) -> _Imported:
+        where = str(file.path)
+        tensors = _without_data_parallel(file.tensors)
+        ours = any(name.startswith("experts.") for name in tensors)
+        description = _description(kind, file, tensors, options, ours=ours)
+        model = build_model(description.model, description.clip, description.targets)
+        load = load_strictly if ours else load_published
+        report = load(model, tensors, where=where, allow_missing=options.allow_missing)
+        return _Imported(
+            module=model,
+            config=description.model,
+            clip=description.clip,
+            layout="ca2st" if ours else f"released {kind.upper()}",
+            report=report,
+            metadata=description.metadata(),
+        )
+
+    return import_released
+
+
+def _description(
+    kind: ModelKind, file: ForeignFile, tensors: Mapping[str, Tensor], options: ImportOptions, *, ours: bool
+) -> ModelDescription:
+    """What our exports say about themselves, or what shapes tell about files of others."""
+    where = str(file.path)
+    written = read_description(file.metadata, where=where)
+    if written is None and ours:
+        raise WeightsMismatchError(
+            f"{where}: expected our names with the model's description, found none in its header"
+        )
+    if written is None:
+        return released_sizes(kind, tensors, options.sizes, where=where)
+    asked = {
+        "num_heads": options.sizes.num_heads,
+        "mel_rows": options.sizes.mel_rows,
+        "num_frames": options.sizes.num_frames,
+    }
+    has = asdict(written.model) | asdict(written.clip)
+    wrong = [f"{name} {value} (it has {has[name]})" for name, value in asked.items() if value not in (None, has[name])]
+    if written.model.kind != kind:
+        wrong.append(f"--kind {kind} (it is {written.model.kind})")
+    if wrong:
+        raise WeightsMismatchError(f"{where}: expected the sizes that the file names, found {', '.join(wrong)}")
+    return written
+
+
+def _without_data_parallel(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "module." if tensors and all(name.startswith("module.") for name in tensors) else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+_IMPORTERS: dict[ImportKind, Callable[[ForeignFile, ImportOptions], _Imported]] = {
+    "clip": _expert_importer("clip"),
+    "videomae": _expert_importer("videomae"),
+    "ast": _expert_importer("ast"),
+    "cast": _released_importer("cast"),
+    "cava": _released_importer("cava"),
+    "ca2st": _released_importer("ca2st"),
+}
+
+
+def _check_finite(state: Mapping[str, Tensor], *, where: str) -> None:
+    broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise WeightsDamageError(
+            f"{where}: expected finite float32 values, found NaN or infinity in {len(broken)} tensors: "
+            f"{', '.join(broken[:8])}; fetch the file again"
+        )
+
+
+def _sizes_told(imported: _Imported) -> dict[str, int]:
+    """What the written tensors fit; sizes of the clip only where a table depends on them."""
+    config, clip = imported.config, imported.clip
+    sizes = {"dim": config.dim, "depth": config.depth, "num_heads": config.num_heads, "patch_size": config.patch_size}
+    if config.kind in ("cast", "cava", "ca2st"):
+        sizes |= {"num_frames": clip.num_frames}
+    if "spatial" in EXPERTS[config.kind]:
+        sizes |= {"crop_size": clip.crop_size}
+    if "audio" in EXPERTS[config.kind]:
+        sizes |= {"mel_rows": clip.mel_rows}
+    return sizes
