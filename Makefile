@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SLOW := -m "slow and not gpu and not soak"
 
-.PHONY: install check test test-slow demo format clean
+.PHONY: install check test test-slow demo format lock clean
 
 install: $(STAMP)
 
@@ -39,6 +39,7 @@ test-slow: install
 
 demo: install
 	$(BIN)/ca2st demo
+	@echo "The command ca2st lives in $(VENV): source $(BIN)/activate"
 
 lock:
 	uv pip compile --universal --python-version 3.11 --all-extras --generate-hashes --no-emit-index-url \
