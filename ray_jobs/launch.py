@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ca2st.errors import UserInputError
 from ca2st.training.documents import differences, flatten
 from ray_jobs import environment
 from ray_jobs.config import Recipe, identity_settings, recipe_document, recipe_from_document
-from ray_jobs.console import say
+from ray_jobs.console import say, show_log
 from ray_jobs.errors import WorkerFailedError
 from ray_jobs.mlflow_tracker import TrackingState, open_tracking, unsent_bytes
 from ray_jobs.wiring import TrainingData, preflight
@@ -99,6 +99,8 @@ def _worker_process(rank: int, job: Job, world_size: int, port: int, faults: Fau
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
     }
+    if rank == 0:
+        show_log()
     try:
         run(job, faults=faults)
     except CA2STError as error:
@@ -127,7 +129,8 @@ def _signals_to(pids: list[int]) -> Iterator[None]:
 
     def forward(number: int, _frame: object) -> None:
         for pid in pids:
-            os.kill(pid, number)
+            with suppress(ProcessLookupError):  # ended already
+                os.kill(pid, number)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -112,8 +112,9 @@ def follow(run_dir: Path, *, parent_pid: int, interval_seconds: float = 2.0) -> 
 
 
 def unsent_bytes(run_dir: Path) -> int:
-    """Length of the journal's part that MLflow does not have."""
-    return (run_dir / JOURNAL_NAME).stat().st_size - read_state(run_dir).sent_bytes
+    """Length of the journal's part that MLflow does not have; 0 while there is no journal."""
+    journal = run_dir / JOURNAL_NAME
+    return journal.stat().st_size - read_state(run_dir).sent_bytes if journal.exists() else 0
 
 
 def _client(state: TrackingState) -> "MlflowClient":

@@ -1,7 +1,7 @@
 """What every training process runs, however it was started: recipe in, trained run folder out."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,50 +70,45 @@ def run(job: Job, *, faults: FaultPoints, own_signals: bool = True) -> Outcome:
 
     `own_signals`: turn SIGTERM and SIGINT into a checkpoint and an orderly end; only in a process's main thread.
     """
-    recipe = recipe_from_document(job.recipe)
-    run_dir = Path(job.run_dir)
-    cpu = not torch.cuda.is_available()
-    if cpu:
-        torch.set_num_threads(
-            recipe.launch.threads_per_worker or max(1, environment.num_cores() // recipe.launch.workers)
-        )
-    accelerator = make_accelerator(recipe.training, cpu=cpu)
+    recipe, run_dir = recipe_from_document(job.recipe), Path(job.run_dir)
+    accelerator = make_accelerator(recipe.training, cpu=_use_cpu_threads(recipe))
+    rank, world_size = accelerator.process_index, accelerator.num_processes
     with ExitStack() as stack:
         data = wiring.open_data(recipe)
-        rank, world_size = accelerator.process_index, accelerator.num_processes
         loader = stack.enter_context(wiring.train_loader(recipe, data, rank=rank, world_size=world_size))
         validation = stack.enter_context(wiring.validation_loader(recipe, data, rank=rank, world_size=world_size))
         model = wiring.make_model(recipe, data.classes)
-        total_steps = recipe.training.total_steps(loader.steps_per_epoch)
-        title = f"Training {recipe.name}"
-        update = stack.enter_context(progress(title, total_steps)) if accelerator.is_main_process else None
-        result = train(
-            model,
-            loader,
-            accelerator=accelerator,
-            settings=TrainingSettings(
-                folder=run_dir,
-                config=recipe.training,
-                optim=recipe.optim,
-                rules=_parameter_rules(model),
-                targets={name: len(classes) for name, classes in data.classes.items()},
-                record=_record(recipe, data, loader, wiring.keep_experts(model, recipe, run_dir)),
-                faults=faults,
-                progress=None if update is None else lambda state: update(state.step, _note(state)),
-            ),
-            validation=validation,
-            stop=stack.enter_context(_stop_request(recipe, own_signals=own_signals)),
+        settings = TrainingSettings(
+            folder=run_dir,
+            config=recipe.training,
+            optim=recipe.optim,
+            rules=_parameter_rules(model),
+            targets={name: len(classes) for name, classes in data.classes.items()},
+            record=_record(recipe, data, loader, wiring.keep_experts(model, recipe, run_dir)),
+            faults=faults,
+            progress=stack.enter_context(_shown(recipe, loader)) if rank == 0 else None,
         )
+        stop = stack.enter_context(_stop_request(recipe, own_signals=own_signals))
+        result = train(model, loader, accelerator=accelerator, settings=settings, validation=validation, stop=stop)
     outcome = Outcome(
         checkpoint=str(result.checkpoint),
         steps=result.steps,
         metrics=dict(result.metrics),
         main_metric=main_metric(data.targets),
     )
-    if accelerator.is_main_process:
+    if rank == 0:
         write_bytes(run_dir / OUTCOME_NAME, (json.dumps(asdict(outcome), indent=1) + "\n").encode())
     accelerator.end_training()
     return outcome
+
+
+def _use_cpu_threads(recipe: Recipe) -> bool:
+    """Whether this machine has no GPU; torch then gets this worker's share of the cores."""
+    if torch.cuda.is_available():
+        return False
+    share = max(1, environment.num_cores() // recipe.launch.workers)
+    torch.set_num_threads(recipe.launch.threads_per_worker or share)
+    return True
 
 
 def _parameter_rules(model: HolisticModel) -> ParameterRules:
@@ -142,8 +137,13 @@ def _record(recipe: Recipe, data: wiring.TrainingData, loader: TrainLoader, expe
     )
 
 
-def _note(state: TrainingProgress) -> str:
-    return f"epoch {state.epoch}  loss {state.loss:.4f}  {state.clips_per_second:.0f} clips/s"
+@contextmanager
+def _shown(recipe: Recipe, loader: TrainLoader) -> Iterator[Callable[[TrainingProgress], None]]:
+    """A progress bar over all steps of the run."""
+    with progress(f"Training {recipe.name}", recipe.training.total_steps(loader.steps_per_epoch)) as update:
+        yield lambda state: update(
+            state.step, f"epoch {state.epoch}  loss {state.loss:.4f}  {state.clips_per_second:.0f} clips/s"
+        )
 
 
 @contextmanager

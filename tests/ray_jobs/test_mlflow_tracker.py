@@ -97,6 +97,11 @@ def test_a_torn_last_line_waits_for_its_end(run_dir: Path) -> None:
     assert unsent_bytes(run_dir) > 0
 
 
+def test_a_run_that_never_began_has_nothing_to_send(run_dir: Path) -> None:
+    assert unsent_bytes(run_dir) == 0
+    assert sync(run_dir) == 0
+
+
 def test_thousands_of_steps_go_in_batches_and_all_arrive(run_dir: Path) -> None:
     write(run_dir, *(step(number, 1 / number) for number in range(1, 2001)))
     sync(run_dir)
