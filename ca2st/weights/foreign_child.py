@@ -117,6 +117,7 @@ def _read_zip(path: Path) -> tuple[str, object]:
             _check_archive(archive, path.stat().st_size, scripted=scripted)
             if scripted:
                 return "TorchScript archive", read_torchscript(archive)
+    # NotImplementedError is zipfile's own, for a method or feature no torch.save writes: a damaged header
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
         raise WeightsDamageError(f"expected a whole zip archive, found: {error}; fetch the file again") from error
     return "torch.save zip", _unpickle(path)
