@@ -244,7 +244,7 @@ class TrainLoader(_Loader):
 
 
 class EvaluationLoader(_Loader):
-    """Every sample exactly once over all ranks, in stored order, each as `views.num_views` consecutive views."""
+    """Every sample exactly once over all ranks, each lane in stored order; `views.num_views` consecutive views each."""
 
     def __init__(
         self,
@@ -256,14 +256,18 @@ class EvaluationLoader(_Loader):
         loader: LoaderConfig,
         *,
         global_batch_size: int,
+        num_lanes: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """`global_batch_size` counts samples, not views; raises as `TrainLoader`."""
+        """`global_batch_size` counts samples, not views; `num_lanes` = 1 gives the set's own order.
+
+        Raises as `TrainLoader`.
+        """
         record = PlanRecord(
             seed=0,
             global_batch_size=global_batch_size,
-            num_lanes=default_num_lanes(global_batch_size),
+            num_lanes=num_lanes or default_num_lanes(global_batch_size),
             shuffle_block=0,
             remainder="pad",
             manifest_fingerprint=shard_set.manifest.fingerprint,

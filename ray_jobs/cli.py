@@ -12,7 +12,7 @@ import typer
 from ca2st import __version__
 from ca2st.durable import is_environment_error
 from ca2st.errors import CA2STError, EnvironmentFault
-from ray_jobs.commands import demo, evaluate, model, predict, shard, track, train, weights
+from ray_jobs.commands import bench, demo, evaluate, explain, features, model, predict, shard, track, train, weights
 from ray_jobs.console import show_log
 
 app = typer.Typer(
@@ -29,9 +29,12 @@ app.add_typer(
     weights.app, name="weights", help="Weights of published checkpoints, and the proof that the model is right."
 )
 app.add_typer(model.app, name="model", help="Structure, parameters and multiply-adds of a model.")
+app.add_typer(bench.app, name="bench", help="How fast the model is, beside a baseline and the device's limit.")
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
+app.command("explain")(explain.explain)
+app.command("features")(features.features)
 app.add_typer(track.app, name="track", help="MLflow follows the journal of a run.")
 
 

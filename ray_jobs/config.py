@@ -4,20 +4,22 @@ An unknown key, a wrong type and a value out of range are all reported at once, 
 known name. What a recipe does not say has the default documented beside its field.
 """
 
-import difflib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 from pydantic import ConfigDict, TypeAdapter
 
 from ca2st.errors import UserInputError
 from ca2st.model.config import ModelConfig
+from ca2st.model.parameters import check_trainable
+from ca2st.model.precision import ExpertPrecision, check_expert_precision
+from ca2st.model.presets import find_preset
 from ca2st.model.structure import ExpertName
 from ca2st.spec import ClipSpec
 from ca2st.training.config import OptimConfig, TrainingConfig
@@ -26,7 +28,9 @@ from pipelines.draws import AugmentConfig, EvaluationViews
 from pipelines.loader import LoaderConfig
 from pipelines.sampling import SamplingConfig
 from ray_jobs.errors import RecipeError
-from ray_jobs.toml_lines import key_lines, line_of
+from ray_jobs.recipe_mistakes import told
+from ray_jobs.toml_lines import key_lines
+from sharding.synthetic.config import SyntheticConfig
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -41,14 +45,42 @@ class SyntheticData:
     """Clips of the validation split."""
     frame_size: int = 64
     """Height and width of its frames in pixels."""
+    frames_per_second: int = 16
+    """Frame rate of its videos."""
+    min_frames: int = 16
+    """Frames of its shortest clip; all clips of ``binding`` have this many."""
+    max_frames: int = 21
+    """Frames of its longest clip."""
     task: str = "holistic"
-    """What is labelled: ``space``, ``time``, ``audio`` or all three together, ``holistic``."""
+    """What is labelled: ``space``, ``time``, ``audio`` or all three together, ``holistic``; or, in scenes of several
+    objects, ``binding``: which of them keeps time with the sound."""
+    difficulty: str = "easy"
+    """``easy``, ``medium`` or ``hard``; sharding/synthetic/README.md says what each means."""
     seed: int = 0
     """Seed of the world; the splits never share a clip."""
 
     def __post_init__(self) -> None:
         if min(self.num_train, self.num_validation) < 1:
             raise UserInputError("num_train, num_validation: expected at least one clip each")
+        self.world("train")
+
+    def world(self, split: str, *, workers: int = 1) -> SyntheticConfig:
+        """The settings of one split for those who make it.
+
+        Raises:
+            UserInputError: a value out of range.
+        """
+        return SyntheticConfig(
+            num_samples=self.num_train if split == "train" else self.num_validation,
+            frame_size=self.frame_size,
+            frames_per_second=self.frames_per_second,
+            min_frames=self.min_frames,
+            max_frames=self.max_frames,
+            difficulty=self.difficulty,
+            binding=self.task == "binding",
+            seed=self.seed,
+            workers=workers,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,21 +107,46 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertsConfig:
-    """Where the experts' weights come from, and whether they stay as they are."""
+    """Where the experts' weights come from, and how those that stay as they are are held."""
 
     spatial: str | None = None
-    """Safetensors file of the spatial expert (from ``ca2st weights import`` or an earlier run); None: random."""
+    """Safetensors file of the spatial expert (from ``ca2st weights import`` or an earlier run), or a public name that
+    is fetched and imported when a run starts: ``hf-hub:ORG/NAME[@REVISION]``, ``open_clip:MODEL/TAG``, ``timm:NAME``;
+    None: random."""
     temporal: str | None = None
     """The same for the temporal expert."""
     audio: str | None = None
     """The same for the audio expert."""
-    frozen: bool = True
-    """True: only what the method adds is trained. False: everything, as when a small expert is pretrained."""
+    precision: ExpertPrecision = "auto"
+    """Type in which frozen weights of the experts are held: ``fp32``; ``bf16``, half the memory and the same numbers
+    under ``training.precision = "bf16"``, which it needs; ``auto``: bf16 on a GPU that trains in it, else fp32."""
+
+    def sources(self) -> dict[ExpertName, str]:
+        """What is named, by expert: files and public names as they are written."""
+        named: dict[ExpertName, str | None] = {"spatial": self.spatial, "temporal": self.temporal, "audio": self.audio}
+        return {expert: source for expert, source in named.items() if source is not None}
 
     def files(self) -> dict[ExpertName, Path]:
-        """The named files by expert."""
-        named: dict[ExpertName, str | None] = {"spatial": self.spatial, "temporal": self.temporal, "audio": self.audio}
-        return {expert: Path(path) for expert, path in named.items() if path is not None}
+        """The named files by expert, once public names have become files."""
+        return {expert: Path(source) for expert, source in self.sources().items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartConfig:
+    """Fine-tuning: a new run, with its own folder and schedule, that begins with the weights of a trained model."""
+
+    checkpoint: str
+    """A checkpoint folder, a run folder (its newest checkpoint), or a model file of ``ca2st weights import`` or
+    ``export``. Only read when the run begins: what stays frozen is kept in the new run's folder."""
+    head: Literal["keep", "new"] = "keep"
+    """``keep``: label spaces of the same name must have the same classes, and keep their classifiers; others get new
+    ones. ``new``: the whole head, last adapters included, is drawn anew."""
+    resize_positions: bool = False
+    """True: position tables of another number of frames, crop or spectrogram length are interpolated, not refused."""
+
+    def __post_init__(self) -> None:
+        if self.head not in ("keep", "new"):
+            raise UserInputError(f"head: expected one of keep, new, found {self.head!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,10 +188,31 @@ class Recipe:
     clip: ClipSpec
     data: DataConfig = field(default_factory=DataConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    start: StartConfig | None = None
+    """Begin with the weights of a trained model; None: with the experts' files and a random rest."""
+    trainable: str | tuple[str, ...] = "added"
+    """What is trained: ``added`` (what the method adds to the frozen experts, as published), ``head``, ``adapters``
+    (the layers' adapters and the head), ``all``, or patterns of parameter names, each of which must match."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     training: TrainingConfig
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        """What sections ask of each other; a message begins with the key to change."""
+        check_trainable(self.trainable)
+        check_expert_precision(self.experts.precision, training=self.training.precision)
+        sources = self.experts.sources()
+        if self.start is not None and sources:
+            raise UserInputError(
+                f"start.checkpoint: brings its own experts, found files for {', '.join(sources)} under [experts] too; "
+                "remove one of the two"
+            )
+        if self.trainable == "head" and self.optim.layer_decay != 1:
+            raise UserInputError(
+                f"optim.layer_decay: expected 1 where only the head is trained, found {self.optim.layer_decay}; "
+                "no layer is there to be slowed down"
+            )
 
 
 _ADAPTER = TypeAdapter(Recipe)
@@ -154,17 +232,35 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{source}: not valid TOML: {error}") from error
     for override in overrides:
         _apply_override(document, override)
+    _expand_preset(document)
     try:
         return recipe_from_document(document)
     except pydantic.ValidationError as error:
         lines = key_lines(text)
-        mistakes = [_describe(mistake, source, lines, overrides) for mistake in error.errors()]
+        mistakes = [
+            told(mistake, Recipe, source=source, lines=lines, overrides=overrides) for mistake in error.errors()
+        ]
         raise RecipeError("\n".join(mistakes)) from error
 
 
 def recipe_from_document(document: Mapping[str, Any]) -> Recipe:
     """The recipe of a parsed TOML or JSON document; pydantic's ValidationError lists every mistake."""
     return _ADAPTER.validate_json(json.dumps(document))
+
+
+def stored_recipe(document: Mapping[str, Any], *, where: str) -> Recipe:
+    """The recipe that a run folder or checkpoint (`where`) keeps.
+
+    Raises:
+        RecipeError: it was written by a version whose recipes had other settings.
+    """
+    try:
+        return recipe_from_document(document)
+    except pydantic.ValidationError as error:
+        mistakes = "\n  ".join(told(mistake, Recipe, source=where) for mistake in error.errors())
+        raise RecipeError(
+            f"{where}: its recipe is none of this version of ca2st; use the version that wrote it:\n  {mistakes}"
+        ) from error
 
 
 def recipe_document(recipe: Recipe) -> dict[str, Any]:
@@ -187,16 +283,20 @@ _NOT_IDENTITY = (
     "experts.spatial",
     "experts.temporal",
     "experts.audio",
+    "experts.precision",
+    "start.checkpoint",
     "training.checkpoint_every_steps",
     "training.keep_checkpoints",
+    "training.activation_checkpointing",
+    "training.compile",
 )
 
 
 def identity_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings a resumed run must share: those that change the numbers.
 
-    Left out: paths (data and experts count by their hashes), tracking, how many processes train, threads and how
-    often checkpoints are kept.
+    Left out: paths (data, experts and the checkpoint to start from count by their hashes), tracking, how many processes
+    train, threads, how often checkpoints are kept, and what saves memory or time at equal numbers up to rounding.
     """
     flat = flatten(recipe_document(recipe))
     return {name: value for name, value in flat.items() if not name.startswith(_NOT_IDENTITY)}
@@ -206,6 +306,24 @@ def known_recipes() -> list[str]:
     """File names of the recipes that ship with the package."""
     folder = resources.files("ray_jobs") / "recipes"
     return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def _expand_preset(document: dict[str, Any]) -> None:
+    """Put the settings of `[model] preset` below those that the recipe gives itself."""
+    model = document.get("model")
+    if not isinstance(model, dict) or "preset" not in model:
+        return
+    own = {key: value for key, value in model.items() if key != "preset"}
+    document["model"] = _below(json.loads(json.dumps(asdict(find_preset(str(model["preset"])).config))), own)
+
+
+def _below(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`own` over `base`, table by table."""
+    merged = dict(base)
+    for key, value in own.items():
+        inner = merged.get(key)
+        merged[key] = _below(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _read(name_or_path: str) -> tuple[str, str]:
@@ -236,40 +354,3 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {override}: {table} is a value, not a section")
         document = inner
     document[key] = value
-
-
-def _describe(mistake: Any, source: str, lines: Mapping[str, int], overrides: Sequence[str]) -> str:
-    path = ".".join(str(part) for part in mistake["loc"])
-    line = line_of(dict(lines), path)
-    overridden = any(override.startswith(f"{path}=") for override in overrides)
-    where = f"--set {path}" if overridden else f"{source}:{line}" if line else source
-    kind = mistake["type"]
-    if kind == "unexpected_keyword_argument":
-        return f"{where}: {path}: unknown key{_suggestion(mistake['loc'])}"
-    if kind in ("missing", "missing_argument"):
-        return f"{where}: {path}: required, but not given"
-    message = mistake["msg"].removeprefix("Value error, ")
-    if kind == "value_error":
-        return f"{where}: {path}: {message}"
-    return f"{where}: {path}: {message}, found {mistake['input']!r}"
-
-
-def _suggestion(loc: Sequence[Any]) -> str:
-    known = _known_keys([str(part) for part in loc[:-1]])
-    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else f"; known are {', '.join(known)}"
-
-
-def _known_keys(tables: Sequence[str]) -> list[str]:
-    """Field names of the section at `tables`."""
-    current: Any = Recipe
-    for table in tables:
-        kinds = {entry.name: entry.type for entry in fields(current)}
-        current = next((kind for kind in _options(kinds.get(table)) if is_dataclass(kind)), None)
-        if current is None:
-            return []
-    return [entry.name for entry in fields(current)]
-
-
-def _options(kind: Any) -> tuple[Any, ...]:
-    return getattr(kind, "__args__", (kind,))

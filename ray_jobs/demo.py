@@ -1,8 +1,8 @@
-"""The whole way on this machine in minutes: world, shards, experts, CA2ST, evaluation, comparison in MLflow."""
+"""The whole way on this machine in minutes: world, shards, experts, models compared in MLflow, a page to look at."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -11,13 +11,17 @@ from ca2st.model.structure import ExpertName
 from ca2st.weights.experts import expert_state
 from ca2st.weights.store import ExpertStore
 from pipelines.draws import EvaluationViews
-from ray_jobs.config import ExpertsConfig, Recipe, load_recipe
+from ray_jobs.comparison import Contest, run_contest
+from ray_jobs.config import Recipe, load_recipe
 from ray_jobs.console import say
 from ray_jobs.conversion import convert_shown
+from ray_jobs.demo_page.page import PAGE_NAME, write_demo_page
+from ray_jobs.demo_report import DemoReport, PretrainedExpert
 from ray_jobs.environment import num_cores
 from ray_jobs.evaluation import evaluate_checkpoint
 from ray_jobs.launch import launch
 from ray_jobs.mlflow_tracker import read_state
+from ray_jobs.prediction import predict_videos
 from ray_jobs.real_clips import real_clips_folder, write_annotations
 from ray_jobs.synthetic_data import make_split
 from ray_jobs.trained import load_trained
@@ -30,36 +34,10 @@ FACTORS: dict[ExpertName, str] = {"spatial": "space", "temporal": "time", "audio
 """Which factor of the synthetic world each expert learns alone."""
 _EPOCHS: dict[ExpertName, int] = {"spatial": 10, "temporal": 4, "audio": 3}
 """Shapes among distractors take longest."""
-_VIEWS = EvaluationViews(protocol="test", clips=2, crops=1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DemoRun:
-    """One training of the demo."""
-
-    model: str
-    """``spatial``, ``temporal``, ``audio`` or ``ca2st``."""
-    target: str
-    """What it learned to name."""
-    run_id: str | None
-    top1: float
-    """Validation accuracy, every sample in two views."""
-    chance: float
-    """Accuracy of guessing."""
-    checkpoint: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DemoReport:
-    """What the demo made."""
-
-    shards: list[str]
-    """Folders of shard sets, verified."""
-    runs: list[DemoRun]
-    tracking_uri: str
-    sample_video: str
-    """A clip of the validation split, to try predictions on."""
-    seconds: float
+MODELS = ("spatial", "cava", "cast", "ca2st")
+"""What the demo compares, the fullest last."""
+_EXPERT_VIEWS = EvaluationViews(protocol="test", clips=1, crops=1)
+_VIEWS = EvaluationViews(protocol="test", clips=2, crops=3)
 
 
 def run_demo(out: Path) -> DemoReport:
@@ -67,32 +45,50 @@ def run_demo(out: Path) -> DemoReport:
     begin = perf_counter()
     recipe = load_recipe("demo_ca2st")
     shards = _make_shards(recipe, out)
-    runs: list[DemoRun] = []
-    experts: dict[ExpertName, str] = {}
-    for expert, factor in FACTORS.items():
-        with _step(f"Pretraining the {expert} expert on {factor!r}"):
-            pretrained = load_recipe("demo_expert", _expert_overrides(expert, factor))
-            runs.append(_train(pretrained, shards, out))
-            experts[expert] = _export_expert(out / pretrained.name, expert, out / "experts")
-    with _step("Training CA2ST on all factors together, experts frozen"):
-        fused = replace(
-            recipe,
-            name="demo-ca2st",
-            experts=ExpertsConfig(spatial=experts["spatial"], temporal=experts["temporal"], audio=experts["audio"]),
-        )
-        runs.append(_train(fused, shards, out))
-    return DemoReport(
+    experts = [_pretrain(expert, shards, out) for expert in FACTORS]
+    contest = Contest(
+        recipe=recipe,
+        train=shards["train"],
+        test=shards["validation"],
+        experts={expert.expert: expert.file for expert in experts},
+        out=out,
+        views=_VIEWS,
+    )
+    with _step(f"Training {', '.join(MODELS)} on frozen experts, the same budget for each"):
+        rows = list(run_contest(contest, MODELS))
+    video = min((out / "synthetic").rglob("media/validation/**/*.mp4"))
+    with _step("Asking the last of them about one clip"):
+        (prediction,) = predict_videos(Path(rows[-1].checkpoint), [video], top=3, views=_VIEWS)
+    report = DemoReport(
         shards=[str(folder) for folder in shards.values()],
-        runs=runs,
-        tracking_uri=read_state(out / "demo-ca2st").uri,
-        sample_video=str(min((out / "synthetic").rglob("media/validation/**/*.mp4"))),
+        test_shards=str(shards["validation"]),
+        experts=experts,
+        runs=rows,
+        prediction=prediction,
+        tracking_uri=read_state(Path(rows[-1].run_dir)).uri,
+        page=str(out / PAGE_NAME),
         seconds=perf_counter() - begin,
     )
+    write_demo_page(report, out)
+    return report
+
+
+def _pretrain(expert: ExpertName, shards: Mapping[str, Path], out: Path) -> PretrainedExpert:
+    """Train an expert on its own factor and take it out of its run."""
+    factor = FACTORS[expert]
+    with _step(f"Pretraining the {expert} expert on {factor!r}"):
+        recipe = load_recipe("demo_expert", _expert_overrides(expert, factor))
+        data = replace(recipe.data, train=str(shards["train"]))
+        outcome = launch(replace(recipe, data=data), out / recipe.name, faults=NO_FAULTS)
+        report = evaluate_checkpoint(Path(outcome.checkpoint), shards["validation"], _EXPERT_VIEWS)
+        store = ExpertStore(out / "experts")
+        file = store.path(store.put(expert_state(load_trained(Path(outcome.checkpoint)).model, expert)))
+    return PretrainedExpert(expert=expert, factor=factor, top1=report.metrics[report.main_metric], file=str(file))
 
 
 def _expert_overrides(expert: ExpertName, factor: str) -> tuple[str, ...]:
     return (
-        f"name=demo-{expert}",
+        f"name=expert-{expert}",
         f"model.kind={expert}",
         f'data.targets=["{factor}"]',
         f"training.epochs={_EPOCHS[expert]}",
@@ -125,29 +121,6 @@ def _shard_real_clips(media: Path, out: Path) -> Path:
     source = read_dataset("csv", DatasetRequest(annotations=annotations, media=media, split="demo"))
     convert_shown(source, out / "shards", ConversionConfig(audio_policy="optional", workers=num_cores()))
     return out / "shards"
-
-
-def _train(recipe: Recipe, shards: Mapping[str, Path], out: Path) -> DemoRun:
-    data = replace(recipe.data, train=str(shards["train"]), validation=str(shards["validation"]))
-    run_dir = out / recipe.name
-    outcome = launch(replace(recipe, data=data), run_dir, faults=NO_FAULTS)
-    report = evaluate_checkpoint(Path(outcome.checkpoint), shards["validation"], _VIEWS)
-    trained = load_trained(Path(outcome.checkpoint))
-    (target, classes), *_ = trained.classes.items()
-    return DemoRun(
-        model=recipe.model.kind,
-        target=target,
-        run_id=read_state(run_dir).run_id,
-        top1=report.metrics[report.main_metric],
-        chance=1 / len(classes),
-        checkpoint=outcome.checkpoint,
-    )
-
-
-def _export_expert(run_dir: Path, expert: ExpertName, folder: Path) -> str:
-    """Take the pretrained expert out of its run; returns the path of its file."""
-    store = ExpertStore(folder)
-    return str(store.path(store.put(expert_state(load_trained(run_dir).model, expert))))
 
 
 @contextmanager

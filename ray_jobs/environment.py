@@ -5,8 +5,12 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ca2st.durable import FaultPoints
+
+if TYPE_CHECKING:
+    from ca2st.weights.hub import HubAccess
 
 _RECORDED_PACKAGES = (
     "ca2st",
@@ -29,6 +33,14 @@ def fault_points(*, restart: bool = False) -> FaultPoints:
 def default_tracking_uri(runs_root: Path) -> str:
     """``MLFLOW_TRACKING_URI``, or an SQLite file under the folder of all runs."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(runs_root / 'mlflow.db').resolve()}"
+
+
+def hub_access() -> "HubAccess":
+    """The hub of public weights: ``HF_ENDPOINT`` and ``HF_HUB_CACHE``, or what huggingface_hub takes without them."""
+    from ca2st.weights.hub import HubAccess
+
+    cache = os.environ.get("HF_HUB_CACHE")
+    return HubAccess(endpoint=os.environ.get("HF_ENDPOINT") or None, cache_folder=Path(cache) if cache else None)
 
 
 def versions() -> dict[str, str]:

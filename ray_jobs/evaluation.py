@@ -7,13 +7,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate import Accelerator
 
 from ca2st.durable import write_bytes
 from ca2st.errors import UserInputError
+from ca2st.model.precision import held_precision, hold_experts
 from ca2st.training.accelerator import make_accelerator
 from ca2st.training.evaluate import EvaluationResult, evaluate
 from ca2st.training.metrics import main_metric
 from pipelines.draws import EvaluationViews
+from ray_jobs.output_file import require_writable_place
 from ray_jobs.trained import TrainedModel, load_trained
 from ray_jobs.wiring import evaluation_loader
 from sharding.manifest import ShardSet, read_shard_set
@@ -41,6 +44,8 @@ def evaluate_checkpoint(
         UserInputError: the shards have other classes than the model was trained on.
         DataDamageError: checkpoint or shards are damaged; nothing is skipped, no metric is reported.
     """
+    if predictions is not None:
+        require_writable_place(predictions, "--predictions")
     trained = load_trained(path)
     shard_set = read_shard_set(data)
     _require_same_classes(trained, shard_set)
@@ -58,8 +63,8 @@ def evaluate_checkpoint(
 
 
 def score(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) -> EvaluationResult:
-    """Probabilities of every sample of a set, the mean over its views."""
-    accelerator = make_accelerator(trained.recipe.training, cpu=not torch.cuda.is_available())
+    """Probabilities of every sample of a set, the mean over its views; raises as `place_model`."""
+    accelerator = place_model(trained)
     targets = tuple(trained.classes)
     with evaluation_loader(trained.recipe, shard_set, targets, views=views, rank=0, world_size=1) as loader:
         return evaluate(
@@ -69,6 +74,19 @@ def score(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) ->
             targets={name: len(classes) for name, classes in trained.classes.items()},
             per_device_batch_size=trained.recipe.training.per_device_batch_size,
         )
+
+
+def place_model(trained: TrainedModel) -> Accelerator:
+    """Put the model on this machine's device, ready to be called under the returned Accelerator's autocast.
+
+    Its experts are held from then on as `experts.precision` of its recipe says for this machine.
+    """
+    recipe = trained.recipe
+    accelerator = make_accelerator(recipe.training, cpu=not torch.cuda.is_available())
+    held = held_precision(recipe.experts.precision, training=recipe.training.precision, device=accelerator.device.type)
+    hold_experts(trained.model, held)
+    trained.model.to(accelerator.device)
+    return accelerator
 
 
 def _require_same_classes(trained: TrainedModel, shard_set: ShardSet) -> None:

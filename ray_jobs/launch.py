@@ -19,10 +19,12 @@ from ca2st.durable import FaultPoints, write_bytes
 from ca2st.errors import UserInputError
 from ca2st.training.documents import differences, flatten
 from ray_jobs import environment
-from ray_jobs.config import Recipe, identity_settings, recipe_document, recipe_from_document
+from ray_jobs.config import Recipe, identity_settings, recipe_document, stored_recipe
 from ray_jobs.console import say, show_log
 from ray_jobs.errors import WorkerFailedError
 from ray_jobs.mlflow_tracker import TrackingState, open_tracking, unsent_bytes
+from ray_jobs.public_experts import IMPORTED_FOLDER, with_local_experts
+from ray_jobs.start import check_model
 from ray_jobs.wiring import TrainingData, preflight
 from ray_jobs.worker import Job, Outcome, read_outcome, run
 
@@ -36,10 +38,13 @@ def launch(recipe: Recipe, run_dir: Path, *, faults: FaultPoints, ray_address: s
     `ray_address`: None trains without Ray; ``local`` starts a Ray of its own; anything else is a cluster's address.
 
     Raises:
-        UserInputError: the folder holds a run of another recipe; the message lists what differs.
+        UserInputError: the folder holds a run of another recipe (the message lists what differs), or what is to be
+            trained or to start from does not fit the model; nothing is written then.
         WorkerFailedError: a worker process failed, with its exit code.
     """
     data = preflight(recipe)
+    recipe = with_local_experts(recipe, run_dir.parent / IMPORTED_FOLDER, environment.hub_access())
+    check_model(recipe, data.classes, run_dir)
     _claim(recipe, run_dir)
     job = Job(recipe=recipe_document(recipe), run_dir=str(run_dir.resolve()))
     with _followed(recipe, run_dir, data):
@@ -56,7 +61,7 @@ def _claim(recipe: Recipe, run_dir: Path) -> None:
     """Write the recipe into a new run folder, or refuse a folder of another recipe."""
     path = run_dir / RECIPE_NAME
     if path.exists():
-        kept = identity_settings(recipe_from_document(json.loads(path.read_text())))
+        kept = identity_settings(stored_recipe(json.loads(path.read_text()), where=str(run_dir)))
         if changed := differences(kept, identity_settings(recipe)):
             listed = "\n  ".join(changed)
             raise UserInputError(

@@ -10,7 +10,9 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,19 +82,57 @@ def sync(run_dir: Path) -> int:
     Raises:
         TrackingUnavailableError: the store cannot be reached; calling again later loses nothing.
     """
-    from mlflow.exceptions import MlflowException
-
     state = read_state(run_dir)
-    try:
+    with _reachable(state.uri, f"the journal keeps everything: rerun `ca2st track sync {run_dir}`"):
         client = _client(state)
         if state.run_id is None:
             state = replace(state, run_id=_create_run(client, state))
             _write_state(run_dir, state)
         return _send(client, run_dir, state)
+
+
+def log_metrics(run_dir: Path, metrics: Mapping[str, float], *, step: int) -> None:
+    """Add numbers that no journal holds, such as those of a test after the training, to the run's record.
+
+    Raises:
+        TrackingUnavailableError: the store cannot be reached.
+    """
+    from mlflow.entities import Metric
+
+    sync(run_dir)
+    state = read_state(run_dir)
+    assert state.run_id is not None  # sync made it
+    now = int(time.time() * 1000)
+    with _reachable(state.uri, f"repeat the test of {run_dir}"):
+        _client(state).log_batch(state.run_id, metrics=[Metric(k, v, now, step) for k, v in metrics.items()])
+
+
+def read_metrics(run_dir: Path, names: Sequence[str]) -> dict[str, float]:
+    """The run's newest values in MLflow.
+
+    Raises:
+        TrackingUnavailableError: the store cannot be reached.
+        UserInputError: the run has no such metric, or was never sent.
+    """
+    state = read_state(run_dir)
+    if state.run_id is None:
+        raise UserInputError(f"{run_dir}: MLflow has no run of it yet; send it by `ca2st track sync {run_dir}`")
+    with _reachable(state.uri, f"send the run by `ca2st track sync {run_dir}`"):
+        known = _client(state).get_run(state.run_id).data.metrics
+    if missing := sorted(set(names) - known.keys()):
+        raise UserInputError(f"{run_dir}: MLflow has no {', '.join(missing)} for this run; test it again")
+    return {name: known[name] for name in names}
+
+
+@contextmanager
+def _reachable(uri: str, what_to_do: str) -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
     except (MlflowException, OSError) as error:
         raise TrackingUnavailableError(
-            f"MLflow at {state.uri} cannot be reached ({str(error).splitlines()[0]}); "
-            f"the journal keeps everything: rerun `ca2st track sync {run_dir}` when it is back"
+            f"MLflow at {uri} cannot be reached ({str(error).splitlines()[0]}); {what_to_do} when it is back"
         ) from error
 
 

@@ -2,12 +2,14 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from ca2st.errors import UserInputError
-from ca2st.training.evaluate import EvaluationResult
 from pipelines.draws import EvaluationViews
 from ray_jobs.conversion import convert_shown
 from ray_jobs.environment import num_cores
@@ -15,7 +17,7 @@ from ray_jobs.evaluation import score
 from ray_jobs.trained import TrainedModel, load_trained
 from sharding.conversion import ConversionConfig
 from sharding.keys import sample_key
-from sharding.manifest import LabelSpace, read_shard_set
+from sharding.manifest import LabelSpace, ShardSet, read_shard_set
 from sharding.source import SourceList, SourceSample
 
 
@@ -49,9 +51,26 @@ def predict_videos(
         UserInputError: a video is not there or given twice, or `checkpoint` is none.
         RejectBudgetError: a video cannot be decoded; the message says which and why.
     """
-    _check_videos(videos)
+    require_videos(videos)
     trained = load_trained(checkpoint)
-    source = _source_list(trained, videos)
+    with shards_of_videos(trained, videos) as shard_set:
+        result = score(trained, shard_set, views)
+    rows = {key: index for index, key in enumerate(result.sample_ids)}
+    found = []
+    for video in map(str, videos):
+        row = rows[sample_key(video)]
+        of_video = {target: values[row] for target, values in result.probabilities.items()}
+        found.append(VideoPrediction(video=video, predictions=likeliest(trained.classes, of_video, top=top)))
+    return found
+
+
+@contextmanager
+def shards_of_videos(trained: TrainedModel, videos: Sequence[Path]) -> Iterator[ShardSet]:
+    """The videos as a small shard set in a temporary folder, made as the model's training shards were.
+
+    Raises:
+        RejectBudgetError: a video cannot be decoded; the message says which and why.
+    """
     config = ConversionConfig(
         short_side=trained.video.short_side,
         frames_per_second=trained.video.frames_per_second,
@@ -60,19 +79,17 @@ def predict_videos(
         num_mel_bins=trained.audio.num_mel_bins,
         workers=min(num_cores(), len(videos)),
     )
-    with tempfile.TemporaryDirectory(prefix="ca2st-predict-") as folder:
-        convert_shown(source, Path(folder) / "shards", config)
-        result = score(trained, read_shard_set(Path(folder) / "shards"), views)
-    rows = {key: index for index, key in enumerate(result.sample_ids)}
-    return [
-        VideoPrediction(
-            video=sample.sample_id, predictions=_top(trained, result, rows[sample_key(sample.sample_id)], top)
-        )
-        for sample in source.samples
-    ]
+    with tempfile.TemporaryDirectory(prefix="ca2st-videos-") as folder:
+        convert_shown(_source_list(trained, videos), Path(folder) / "shards", config)
+        yield read_shard_set(Path(folder) / "shards")
 
 
-def _check_videos(videos: Sequence[Path]) -> None:
+def require_videos(videos: Sequence[Path]) -> None:
+    """Refuse a list of videos that are not there or are named twice.
+
+    Raises:
+        UserInputError: as said.
+    """
     if missing := [str(video) for video in videos if not video.is_file()]:
         raise UserInputError(f"expected video files, found none at {', '.join(missing)}; check the paths")
     if twice := [name for name, count in Counter(map(str, videos)).items() if count > 1]:
@@ -100,10 +117,13 @@ def _source_list(trained: TrainedModel, videos: Sequence[Path]) -> SourceList:
     )
 
 
-def _top(trained: TrainedModel, result: EvaluationResult, row: int, top: int) -> list[Prediction]:
+def likeliest(
+    classes: Mapping[str, Sequence[str]], probabilities: Mapping[str, Tensor], *, top: int
+) -> list[Prediction]:
+    """The `top` classes of every target, the likeliest first; `probabilities` are one number a class."""
     found = []
-    for target, classes in trained.classes.items():
-        values, indices = result.probabilities[target][row].topk(min(top, len(classes)))
+    for target, names in classes.items():
+        values, indices = probabilities[target].topk(min(top, len(names)))
         for value, index in zip(values.tolist(), indices.tolist(), strict=True):
-            found.append(Prediction(target=target, label=classes[index], probability=value))
+            found.append(Prediction(target=target, label=names[index], probability=value))
     return found

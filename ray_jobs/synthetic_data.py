@@ -8,7 +8,7 @@ from ray_jobs.console import progress
 from ray_jobs.conversion import convert_shown
 from ray_jobs.environment import num_cores
 from sharding.conversion import ConversionConfig
-from sharding.datasets import DatasetRequest, SyntheticConfig, read_dataset
+from sharding.datasets import DatasetRequest, read_dataset
 from sharding.manifest import sha256_of_json
 
 
@@ -25,18 +25,16 @@ def with_synthetic_shards(recipe: Recipe, runs_root: Path) -> Recipe:
 
 def make_split(world: SyntheticData, split: str, folder: Path) -> Path:
     """Draw, sound and convert one split under `folder`; finished parts are kept, so calling again is cheap."""
-    num_samples = world.num_train if split == "train" else world.num_validation
+    config = world.world(split, workers=num_cores())
     shards = folder / "shards" / split
-    with progress(f"Drawing synthetic/{split}", num_samples) as update:
+    with progress(f"Drawing synthetic/{split}", config.num_samples) as update:
         source = read_dataset(
             "synthetic",
             DatasetRequest(
                 media=folder / "media",
                 split=split,
                 task=world.task,
-                synthetic=SyntheticConfig(
-                    num_samples=num_samples, frame_size=world.frame_size, seed=world.seed, workers=num_cores()
-                ),
+                synthetic=config,
                 progress=lambda done, _total: update(done, ""),
             ),
         )

@@ -10,10 +10,9 @@ from ca2st.model.holistic import HolisticModel
 from ca2st.model.parameters import set_trainable
 from ca2st.training.checkpoint import CHECKPOINTS_NAME, Checkpoint, list_checkpoints, read_checkpoint
 from ca2st.training.state import MODEL_FILE, put_model_tensors, read_model_tensors
-from ca2st.weights.experts import load_expert
-from ca2st.weights.store import ExpertStore
-from ray_jobs.config import Recipe, recipe_from_document
-from ray_jobs.wiring import EXPERTS_FOLDER, target_specs
+from ray_jobs.config import Recipe, stored_recipe
+from ray_jobs.frozen_weights import load_frozen
+from ray_jobs.wiring import target_specs
 from sharding.manifest import AudioParameters, VideoParameters
 
 RUN_DOCUMENT = "run"
@@ -50,21 +49,18 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def load_trained(path: Path) -> TrainedModel:
-    """Verify every byte of a checkpoint, then build its model.
+    """Verify every byte of a checkpoint, then build its model, float32 throughout.
 
     Raises:
-        UserInputError: not a checkpoint, or its experts are not beside it.
+        UserInputError: not a checkpoint, or its frozen weights are not beside it.
         DataDamageError: bytes are not those that were written.
     """
     checkpoint = read_checkpoint(find_checkpoint(path))
     document = json.loads(checkpoint.files[f"{RUN_DOCUMENT}.json"])
-    recipe, classes = recipe_from_document(document["recipe"]), document["classes"]
+    recipe, classes = stored_recipe(document["recipe"], where=str(checkpoint.folder)), document["classes"]
     model = build_model(recipe.model, recipe.clip, target_specs(classes), seed=recipe.training.seed)
-    set_trainable(model, "added" if recipe.experts.frozen else "all")
-    store = ExpertStore(checkpoint.folder.parent.parent / EXPERTS_FOLDER)
-    for name in model.experts:
-        if (sha256 := checkpoint.marker.experts.get(name)) is not None:
-            load_expert(model, name, store.get(sha256), where=str(store.path(sha256)))
+    set_trainable(model, recipe.trainable)
+    load_frozen(model, checkpoint.marker.experts, checkpoint.folder.parent.parent)
     put_model_tensors(model, tensors=read_model_tensors(model, data=checkpoint.files[MODEL_FILE]))
     return TrainedModel(
         model=model.eval(),

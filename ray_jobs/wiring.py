@@ -10,15 +10,12 @@ from ca2st.model.build import build_model
 from ca2st.model.config import TargetSpec, check_clip
 from ca2st.model.holistic import HolisticModel
 from ca2st.model.parameters import set_trainable
-from ca2st.weights.experts import expert_state, load_expert
-from ca2st.weights.store import ExpertStore
-from ca2st.weights.tensor_file import read_tensor_file
+from ca2st.weights.experts import load_expert_file
+from ca2st.weights.hub_names import is_hub_name, resolve_hub_name
 from pipelines.draws import EvaluationViews
 from pipelines.loader import EvaluationLoader, TrainLoader
 from ray_jobs.config import Recipe
 from sharding.manifest import Manifest, ShardSet, read_shard_set
-
-EXPERTS_FOLDER = "experts"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,12 +62,17 @@ def preflight(recipe: Recipe) -> TrainingData:
     """Everything that can be refused before a folder is made or a process is started; raises as `open_data`.
 
     Raises:
-        UserInputError: also when clip and model do not fit, or an expert's file is not there.
+        UserInputError: also when clip and model do not fit, or an expert's file is not there or its name not known.
     """
     check_clip(recipe.model, recipe.clip)
-    for name, path in recipe.experts.files().items():
-        if not path.is_file():
-            raise UserInputError(f"experts.{name}: expected a safetensors file, found none at {path}; check the path")
+    for name, source in recipe.experts.sources().items():
+        if is_hub_name(source):
+            resolve_hub_name(source)
+        elif not Path(source).is_file():
+            raise UserInputError(
+                f"experts.{name}: expected a safetensors file, found none at {source}; check the path, or give a "
+                "public name (hf-hub:..., open_clip:..., timm:...)"
+            )
     return open_data(recipe)
 
 
@@ -95,17 +97,9 @@ def make_model(recipe: Recipe, classes: Mapping[str, list[str]]) -> HolisticMode
     """The recipe's model, with the weights of the expert files it names and what is trained marked so."""
     model = build_model(recipe.model, recipe.clip, target_specs(classes), seed=recipe.training.seed)
     for name, path in recipe.experts.files().items():
-        load_expert(model, name, read_tensor_file(path).tensors, where=str(path))
-    set_trainable(model, "added" if recipe.experts.frozen else "all")
+        load_expert_file(model, name, path)
+    set_trainable(model, recipe.trainable)
     return model
-
-
-def keep_experts(model: HolisticModel, recipe: Recipe, run_dir: Path) -> dict[str, str]:
-    """Put frozen experts into the run's own store, random ones too; returns the hash of each expert's file."""
-    if not recipe.experts.frozen:
-        return {}
-    store = ExpertStore(run_dir / EXPERTS_FOLDER)
-    return {name: store.put(expert_state(model, name)) for name in model.experts}
 
 
 def train_loader(recipe: Recipe, data: TrainingData, *, rank: int, world_size: int) -> TrainLoader:
@@ -130,10 +124,11 @@ def evaluation_loader(
     targets: tuple[str, ...],
     *,
     views: EvaluationViews,
+    num_lanes: int | None = None,
     rank: int,
     world_size: int,
 ) -> EvaluationLoader:
-    """Every sample of `shard_set` once, in `views` each."""
+    """Every sample of `shard_set` once, in `views` each; with one lane in the set's own order."""
     return EvaluationLoader(
         shard_set,
         recipe.clip,
@@ -142,6 +137,7 @@ def evaluation_loader(
         views=views,
         loader=recipe.data.loader,
         global_batch_size=recipe.training.per_device_batch_size * world_size,
+        num_lanes=num_lanes,
         rank=rank,
         world_size=world_size,
     )

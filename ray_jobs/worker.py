@@ -1,9 +1,10 @@
 """What every training process runs, however it was started: recipe in, trained run folder out."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,23 @@ import torch
 
 from ca2st.durable import FaultPoints, write_bytes
 from ca2st.errors import CA2STError
+from ca2st.model.compiled import compile_layers
 from ca2st.model.holistic import HolisticModel
 from ca2st.model.parameters import layer_index, no_weight_decay
+from ca2st.model.precision import HeldPrecision, held_precision, hold_experts
 from ca2st.training.accelerator import make_accelerator
 from ca2st.training.loop import train
 from ca2st.training.metrics import main_metric
 from ca2st.training.optim import ParameterRules
 from ca2st.training.record import RunRecord, library_versions
-from ca2st.training.settings import TrainingProgress, TrainingSettings
+from ca2st.training.settings import TrainingProgress, TrainingResult, TrainingSettings
 from ca2st.training.signals import StopRequest, stop_on_signals
 from pipelines.loader import TrainLoader
 from ray_jobs import environment, wiring
 from ray_jobs.config import Recipe, identity_settings, recipe_document, recipe_from_document
 from ray_jobs.console import progress
+from ray_jobs.frozen_weights import keep_frozen
+from ray_jobs.start import begin_model
 from ray_jobs.trained import RUN_DOCUMENT
 
 OUTCOME_NAME = "outcome.json"
@@ -77,29 +82,39 @@ def run(job: Job, *, faults: FaultPoints, own_signals: bool = True) -> Outcome:
         data = wiring.open_data(recipe)
         loader = stack.enter_context(wiring.train_loader(recipe, data, rank=rank, world_size=world_size))
         validation = stack.enter_context(wiring.validation_loader(recipe, data, rank=rank, world_size=world_size))
-        model = wiring.make_model(recipe, data.classes)
+        begun = begin_model(recipe, data.classes, run_dir)
+        frozen = keep_frozen(begun.model, run_dir)
+        held = _make_ready(begun.model, recipe, device=accelerator.device.type)
         settings = TrainingSettings(
             folder=run_dir,
             config=recipe.training,
             optim=recipe.optim,
-            rules=_parameter_rules(model),
+            rules=_parameter_rules(begun.model),
             targets={name: len(classes) for name, classes in data.classes.items()},
-            record=_record(recipe, data, loader, wiring.keep_experts(model, recipe, run_dir)),
+            record=_record(recipe, data, loader, frozen=frozen, start=begun.identity),
+            topology={"experts_precision": held},
+            started_from=begun.note,
             faults=faults,
             progress=stack.enter_context(_shown(recipe, loader)) if rank == 0 else None,
         )
         stop = stack.enter_context(_stop_request(recipe, own_signals=own_signals))
-        result = train(model, loader, accelerator=accelerator, settings=settings, validation=validation, stop=stop)
-    outcome = Outcome(
-        checkpoint=str(result.checkpoint),
-        steps=result.steps,
-        metrics=dict(result.metrics),
-        main_metric=main_metric(data.targets),
-    )
+        result = train(
+            begun.model, loader, accelerator=accelerator, settings=settings, validation=validation, stop=stop
+        )
+    outcome = _outcome(result, data.targets)
     if rank == 0:
         write_bytes(run_dir / OUTCOME_NAME, (json.dumps(asdict(outcome), indent=1) + "\n").encode())
     accelerator.end_training()
     return outcome
+
+
+def _outcome(result: TrainingResult, targets: tuple[str, ...]) -> Outcome:
+    return Outcome(
+        checkpoint=str(result.checkpoint),
+        steps=result.steps,
+        metrics=dict(result.metrics),
+        main_metric=main_metric(targets),
+    )
 
 
 def _use_cpu_threads(recipe: Recipe) -> bool:
@@ -111,20 +126,38 @@ def _use_cpu_threads(recipe: Recipe) -> bool:
     return True
 
 
+def _make_ready(model: HolisticModel, recipe: Recipe, *, device: str) -> HeldPrecision:
+    """What saves memory and time and changes no number but by rounding; returns how the experts are held."""
+    held = held_precision(recipe.experts.precision, training=recipe.training.precision, device=device)
+    hold_experts(model, held)
+    model.activation_checkpointing = recipe.training.activation_checkpointing
+    if recipe.training.compile:
+        compile_layers(model)
+    return held
+
+
 def _parameter_rules(model: HolisticModel) -> ParameterRules:
     return ParameterRules(
-        layer_index=layer_index,
+        layer_index=partial(layer_index, depth=model.config.depth),
         num_layers=model.config.depth,
         no_weight_decay=no_weight_decay(model),
     )
 
 
-def _record(recipe: Recipe, data: wiring.TrainingData, loader: TrainLoader, experts: dict[str, str]) -> RunRecord:
+def _record(
+    recipe: Recipe,
+    data: wiring.TrainingData,
+    loader: TrainLoader,
+    *,
+    frozen: Mapping[str, str],
+    start: Mapping[str, str],
+) -> RunRecord:
     return RunRecord(
         manifests=data.fingerprints,
         recipe=identity_settings(recipe),
         loader=asdict(loader.record),
-        experts=experts,
+        experts=frozen,
+        start=start,
         versions=library_versions() | environment.versions() | {"backend": loader.backend_name},
         documents={
             RUN_DOCUMENT: {

@@ -9,26 +9,14 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from ca2st.model.config import Window
 from ca2st.model.initial import expert_linear, new_linear
+from ca2st.model.token_linear import token_linear
+from ca2st.model.windows import Grouping, into_windows, out_of_windows
 
 QkvBias = Literal["qkv", "qv"]
-
-_INTO_WINDOWS: dict[Window, str] = {
-    "time": "b t p (h e) -> (b p) h t e",
-    "space": "b t p (h e) -> (b t) h p e",
-    "space_time": "b t p (h e) -> b h (t p) e",
-}
-_OUT_OF_WINDOWS: dict[Window, str] = {
-    "time": "(b p) h t e -> b t p (h e)",
-    "space": "(b t) h p e -> b t p (h e)",
-    "space_time": "b h (t p) e -> b t p (h e)",
-}
-"""b clips, t token times, p patches of a time, h heads, e features of a head. What stands in the first place attends
-alone: `time` groups by patch position (the T tokens at the same place), `space` by frame (the patches of that frame),
-`space_time` by clip (everything with everything)."""
 
 
 class SelfAttention(nn.Module):
@@ -46,7 +34,7 @@ class SelfAttention(nn.Module):
         self, tokens: Float[Tensor, "batch sequences tokens dim"]
     ) -> Float[Tensor, "batch sequences tokens dim"]:
         """Attend among the tokens of each sequence."""
-        qkv = linear(tokens, self.qkv.weight, self._qkv_bias())
+        qkv = token_linear(tokens, self.qkv.weight, self._qkv_bias())
         q, k, v = rearrange(qkv, "b s n (three h e) -> three (b s) h n e", three=3, h=self.num_heads)
         attended = rearrange(scaled_dot_product_attention(q, k, v), "(b s) h n e -> b s n (h e)", s=tokens.shape[1])
         projected: Tensor = self.proj(attended)
@@ -61,10 +49,11 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """MHCA: Linear q (d -> d) and kv (d -> 2d, k first), both with bias, softmax inside a window, Linear proj."""
 
-    def __init__(self, dim: int, num_heads: int, *, window: Window) -> None:
+    def __init__(self, dim: int, num_heads: int, *, window: Window, grouping: Grouping = "raster") -> None:
         super().__init__()
         self.num_heads = num_heads
         self.window: Window = window
+        self.grouping: Grouping = grouping
         self.q = new_linear(dim, dim)
         self.kv = new_linear(dim, 2 * dim)
         self.proj = new_linear(dim, dim)
@@ -74,17 +63,29 @@ class CrossAttention(nn.Module):
         queries: Float[Tensor, "batch query_frames query_patches dim"],
         keys: Float[Tensor, "batch key_frames key_patches dim"],
     ) -> Float[Tensor, "batch query_frames query_patches dim"]:
-        """Let every query gather from the keys of its window. Windows of time and space need equal grids."""
-        into = _INTO_WINDOWS[self.window]
-        k, v = self.kv(keys).chunk(2, dim=-1)
-        q, k, v = (rearrange(x, into, h=self.num_heads) for x in (self.q(queries), k, v))
-        batch, frames, _, _ = queries.shape
-        attended = rearrange(
-            scaled_dot_product_attention(q, k, v), _OUT_OF_WINDOWS[self.window], **_sizes(self.window, batch, frames)
+        """Let every query gather from the keys of its window.
+
+        Windows of time and space need equal numbers of frames. Grids of patches may differ: `windows` groups the finer.
+        """
+        q, k, v = self.projections(queries, keys)
+        batch, frames, num_patches, _ = queries.shape
+        attended = out_of_windows(
+            scaled_dot_product_attention(q, k, v),
+            self.window,
+            batch=batch,
+            frames=frames,
+            num_places=min(num_patches, keys.shape[2]),
+            grouping=self.grouping,
         )
         projected: Tensor = self.proj(attended)
         return projected
 
-
-def _sizes(window: Window, batch: int, frames: int) -> dict[str, int]:
-    return {"t": frames} if window == "space_time" else {"b": batch}
+    def projections(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, `[windows, heads, tokens, dim / heads]` each."""
+        k, v = self.kv(keys).chunk(2, dim=-1)
+        num_places = min(queries.shape[2], keys.shape[2])
+        q, k, v = (
+            into_windows(x, self.window, num_heads=self.num_heads, num_places=num_places, grouping=self.grouping)
+            for x in (self.q(queries), k, v)
+        )
+        return q, k, v

@@ -16,12 +16,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ca2st.model.attention import CrossAttention
-from ca2st.model.config import ModelConfig
+from ca2st.model.config import ModelConfig, Positions
 from ca2st.model.initial import new_linear, zero_linear
 from ca2st.model.positions import LearnedPositions
-from ca2st.model.structure import Bridge, Direction, ExpertName, PositionKind
+from ca2st.model.structure import Bridge, Direction, ExpertName, encoder_of
 from ca2st.model.time_codes import TimeCodes
 from ca2st.model.tokens import TokenGrid
+from ca2st.model.windows import Grouping
 
 _EPS = 1e-6
 
@@ -29,11 +30,11 @@ _EPS = 1e-6
 class Bottleneck(nn.Module):
     """down (D -> d) and up (d -> D) of one expert; by default all B-CAs of the expert in a layer use the same one."""
 
-    def __init__(self, config: ModelConfig, *, widens: bool) -> None:
+    def __init__(self, dim: int, width: int, *, widens: bool) -> None:
         super().__init__()
-        self.down = new_linear(config.dim, config.bottleneck_dim)
+        self.down = new_linear(dim, width)
         self.activation = nn.GELU()
-        self.up = zero_linear(config.bottleneck_dim, config.dim) if widens else None
+        self.up = zero_linear(width, dim) if widens else None
 
     def narrow(
         self, tokens: Float[Tensor, "batch sequences tokens dim"]
@@ -60,13 +61,14 @@ class DirectedAttention(nn.Module):
         direction: Direction,
         grids: Mapping[ExpertName, TokenGrid],
         *,
-        positions: PositionKind,
+        positions: Positions,
     ) -> None:
         super().__init__()
         self.direction = direction
         self.uses_time_codes = positions == "time_codes"
         width, num_heads = config.bottleneck_dim, config.num_heads
-        self.attention = CrossAttention(width, num_heads, window=direction.window)
+        grouping = _grouping(config, direction, grids)
+        self.attention = CrossAttention(width, num_heads, window=direction.window, grouping=grouping)
         learned = positions == "learned"
         self.query_positions = _positions(grids[direction.queries], config, direction) if learned else None
         self.key_positions = _positions(grids[direction.keys], config, direction) if learned else None
@@ -82,8 +84,8 @@ class DirectedAttention(nn.Module):
             queries, keys = self.query_positions(queries), self.key_positions(keys)
         if self.uses_time_codes:
             assert codes is not None
-            queries = queries + _code_of(self.direction.queries, codes)
-            keys = keys + _code_of(self.direction.keys, codes)
+            queries = queries + codes.of(self.direction.queries)
+            keys = keys + codes.of(self.direction.keys)
         attended: Tensor = self.attention(queries, keys)
         return attended
 
@@ -128,5 +130,10 @@ def _positions(grid: TokenGrid, config: ModelConfig, direction: Direction) -> Le
     return LearnedPositions(grid, config.bottleneck_dim, config.num_heads, window=direction.window)
 
 
-def _code_of(expert: ExpertName, codes: TimeCodes) -> Tensor:
-    return codes.audio if expert == "audio" else codes.video
+def _grouping(config: ModelConfig, direction: Direction, grids: Mapping[ExpertName, TokenGrid]) -> Grouping:
+    """A finer ResNet map lies over the tokens square by square; for a coarser one the tokens group as configured."""
+    sides = (direction.queries, direction.keys)
+    finer = max(sides, key=lambda expert: grids[expert].num_patches)
+    if encoder_of(config, finer) == "resnet50" or config.resnet_grouping == "square":
+        return "square"
+    return "raster"

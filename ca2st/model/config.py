@@ -15,6 +15,12 @@ Window = Literal["time", "space", "space_time"]
 TimeCodeLayout = Literal["reference", "aligned"]
 Combination = Literal["sequential", "parallel"]
 LastLayers = int | Literal["published", "all"]
+EncoderName = Literal["clip", "videomae", "ast", "resnet50"]
+SpatialEncoder = Literal["clip", "videomae", "resnet50"]
+TemporalEncoder = Literal["videomae", "clip"]
+Fusion = Literal["cross_attention", "lateral", "late_add", "late_concat", "independent"]
+ResNetGrouping = Literal["reference", "square"]
+Positions = Literal["learned", "time_codes", "none"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +45,8 @@ class SpatialTemporalConfig:
 
     last_layers: LastLayers = "published"
     """How many layers, counted from the last, carry it; all of them where the experts have fewer. Published: all."""
+    layers: tuple[int, ...] | None = None
+    """Exactly these layers carry it, 1 = first; None: as `last_layers` says."""
     directions: Literal["both", "t2s", "s2t"] = "both"
     """`t2s` updates the spatial expert only, `s2t` the temporal expert only. Published: both (48.7 on EK100;
     S2T alone 43.7, T2S alone 46.7)."""
@@ -47,15 +55,16 @@ class SpatialTemporalConfig:
     the same frame, `space_time` everything. Published: time."""
     s2t_window: Window = "space"
     """The same for a temporal query among the spatial tokens. Published: space."""
-    positions: Literal["learned", "none"] = "learned"
-    """Position codes added to queries and keys. Published: learned (none: 47.5 on EK100)."""
+    positions: Positions = "learned"
+    """Position codes added to queries and keys: learned tables (published), codes of the time intervals, or none
+    (47.5 on EK100)."""
 
     def __post_init__(self) -> None:
-        _check_last_layers("spatial_temporal.last_layers", self.last_layers)
+        _check_layers("spatial_temporal", self.last_layers, self.layers)
         _check_choice("spatial_temporal.directions", self.directions, ("both", "t2s", "s2t"))
         _check_choice("spatial_temporal.t2s_window", self.t2s_window, get_args(Window))
         _check_choice("spatial_temporal.s2t_window", self.s2t_window, get_args(Window))
-        _check_choice("spatial_temporal.positions", self.positions, ("learned", "none"))
+        _check_choice("spatial_temporal.positions", self.positions, get_args(Positions))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,15 +74,17 @@ class AudioVisualConfig:
     last_layers: LastLayers = "published"
     """How many layers, counted from the last, carry it; all of them where the experts have fewer.
     Published: all in CAVA, 3 in CA2ST."""
+    layers: tuple[int, ...] | None = None
+    """Exactly these layers carry it, 1 = first; None: as `last_layers` says."""
     directions: Literal["both", "from_audio", "to_audio"] = "both"
     """`from_audio` (A2S, A2T) updates the visual expert only, `to_audio` (S2A, T2A) the audio expert only."""
-    positions: Literal["time_codes", "learned", "none"] = "time_codes"
+    positions: Positions = "time_codes"
     """Position codes added to queries and keys: codes of the time intervals (published), learned tables, or none."""
 
     def __post_init__(self) -> None:
-        _check_last_layers("last_layers", self.last_layers)
+        _check_layers("audio", self.last_layers, self.layers)
         _check_choice("directions", self.directions, ("both", "from_audio", "to_audio"))
-        _check_choice("positions", self.positions, ("time_codes", "learned", "none"))
+        _check_choice("positions", self.positions, get_args(Positions))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +93,15 @@ class ModelConfig:
 
     kind: ModelKind = "ca2st"
     """`cast` = spatial + temporal, `cava` = audio + spatial, `ca2st` = all three; or one expert alone."""
+    spatial_encoder: SpatialEncoder = "clip"
+    """What the spatial expert is. Published: clip (ablations videomae, resnet50, whose four stages run in layers
+    3, 6, 9 and 12 of 12)."""
+    temporal_encoder: TemporalEncoder = "videomae"
+    """What the temporal expert is. Published: videomae (ablation clip)."""
+    fusion: Fusion = "cross_attention"
+    """How experts are joined: bottleneck cross-attention (published), or a baseline: `lateral` adds a Linear of the
+    other expert's tokens in the same layers, `late_add` and `late_concat` join the pooled features only, `independent`
+    gives the verb to the temporal and the noun to the spatial expert."""
     dim: int = 768
     """Width D of every expert. ViT-B: 768."""
     depth: int = 12
@@ -113,16 +133,29 @@ class ModelConfig:
     time_code_layout: TimeCodeLayout = "reference"
     """Order of the audio time codes. `reference` repeats each column's code 12 times in a row although tokens are laid
     out row by row, as every published checkpoint expects; `aligned` gives each token its own column's code."""
+    resnet_grouping: ResNetGrouping = "reference"
+    """Which four tokens of the temporal expert a place of ResNet's coarsest map meets in T2S: four neighbours in a row
+    (`reference`), or the 2 x 2 `square` that lies under it."""
+    pretrained_num_frames: int | None = None
+    """Frames that VideoMAE's position table was made for; None: the clip's. Another number is interpolated in time."""
+    pretrained_crop_size: int | None = None
+    """Pixels that the position tables of CLIP and VideoMAE were made for; None: the clip's. Another size is
+    interpolated."""
     head_init_scale: float = 1.0
     """Factor on the initial weights of the classifiers. Published: 1."""
 
     def __post_init__(self) -> None:
         for name, choices in (
             ("kind", get_args(ModelKind)),
+            ("spatial_encoder", get_args(SpatialEncoder)),
+            ("temporal_encoder", get_args(TemporalEncoder)),
+            ("fusion", get_args(Fusion)),
+            ("resnet_grouping", get_args(ResNetGrouping)),
             ("combination", get_args(Combination)),
             ("time_code_layout", get_args(TimeCodeLayout)),
         ):
             _check_choice(name, getattr(self, name), choices)
+        self._check_pretrained_grid()
         for name in ("dim", "depth", "num_heads", "patch_size", "audio_stride"):
             if getattr(self, name) < 1:
                 raise UserInputError(f"{name}: expected at least 1, found {getattr(self, name)}")
@@ -131,6 +164,33 @@ class ModelConfig:
             raise UserInputError(f"drop_path_rate: expected 0 <= rate < 1, found {self.drop_path_rate}")
         _check_width("dim * bottleneck_ratio", self.dim * self.bottleneck_ratio, self.num_heads)
         _check_width("dim * adapter_ratio", self.dim * self.adapter_ratio, 1)
+        self._check_layers_exist()
+        self._check_encoders()
+
+    def _check_pretrained_grid(self) -> None:
+        frames, crop = self.pretrained_num_frames, self.pretrained_crop_size
+        if frames is not None and (frames < 2 or frames % 2):
+            raise UserInputError(f"pretrained_num_frames: expected an even number >= 2, found {frames}")
+        if crop is not None and (crop < self.patch_size or crop % self.patch_size):
+            raise UserInputError(f"pretrained_crop_size: expected a multiple of {self.patch_size}, found {crop}")
+
+    def _check_layers_exist(self) -> None:
+        for name in ("spatial_temporal", "audio_spatial", "audio_temporal"):
+            layers = getattr(self, name).layers or ()
+            if layers and max(layers) > self.depth:
+                raise UserInputError(f"{name}.layers: expected layers 1..{self.depth}, found {max(layers)}")
+
+    def _check_encoders(self) -> None:
+        if self.spatial_encoder == "resnet50" and (self.depth % 4 or self.patch_size != 16):
+            raise UserInputError(
+                "spatial_encoder resnet50: expected a depth that its four stages divide and patches of 16 pixels, "
+                f"found depth {self.depth} and patch_size {self.patch_size}"
+            )
+        if self.fusion == "independent" and self.kind != "cast":
+            raise UserInputError(
+                f"fusion independent: expected kind cast (noun from space, verb from time), found {self.kind}; "
+                "train the experts alone instead: kind spatial, temporal or audio"
+            )
 
     @property
     def adapter_dim(self) -> int:
@@ -160,6 +220,10 @@ def check_clip(config: ModelConfig, clip: ClipSpec) -> None:
             f"crop_size: expected a multiple of the patch size {patch}, found {clip.crop_size}; "
             f"use for example {lower} or {lower + patch}"
         )
+    if config.spatial_encoder == "resnet50" and clip.crop_size % (2 * patch):
+        raise UserInputError(
+            f"crop_size: expected a multiple of {2 * patch}, the coarsest map of ResNet-50, found {clip.crop_size}"
+        )
     for name in ("mel_rows", "num_mel_bins"):
         if getattr(clip, name) < patch:
             raise UserInputError(f"{name}: expected at least one patch of {patch}, found {getattr(clip, name)}")
@@ -182,9 +246,15 @@ def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise UserInputError(f"{name}: expected one of {', '.join(choices)}, found {value!r}{hint}")
 
 
-def _check_last_layers(name: str, value: LastLayers) -> None:
-    if value not in ("published", "all") and not (isinstance(value, int) and value >= 0):
-        raise UserInputError(f"{name}: expected a number of layers >= 0, 'all' or 'published', found {value!r}")
+def _check_layers(name: str, last_layers: LastLayers, layers: tuple[int, ...] | None) -> None:
+    if last_layers not in ("published", "all") and not (isinstance(last_layers, int) and last_layers >= 0):
+        raise UserInputError(
+            f"{name}.last_layers: expected a number of layers >= 0, 'all' or 'published', found {last_layers!r}"
+        )
+    if layers is not None and (not layers or min(layers) < 1 or len(set(layers)) != len(layers)):
+        raise UserInputError(f"{name}.layers: expected different layers from 1 on, found {list(layers)}")
+    if layers is not None and last_layers != "published":
+        raise UserInputError(f"{name}: expected either layers or last_layers, found both")
 
 
 def _check_width(name: str, value: int | float, divisor: int) -> None:

@@ -3,15 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ca2st.model.config import ModelConfig, TargetSpec
-from ca2st.model.experts import EXPERT_TYPES, ClipInputs, Expert
+from ca2st.model.experts import ClipInputs, Expert, build_expert
 from ca2st.model.heads import Head
 from ca2st.model.layer import HolisticLayer
-from ca2st.model.structure import EXPERTS, ExpertName, uses_time_codes
-from ca2st.model.time_codes import TimeEncoder
+from ca2st.model.structure import EXPERTS, ExpertName, bridges_of_layer, uses_time_codes
+from ca2st.model.time_codes import TimeCodes, TimeEncoder
 from ca2st.spec import ClipSpec
 
 
@@ -21,7 +23,7 @@ class ModelOutput(NamedTuple):
     logits: dict[str, Tensor]
     """`[batch, num_classes]` for every target."""
     features: dict[ExpertName, Tensor]
-    """Pooled `[batch, dim]` feature of every expert, as it goes into the head."""
+    """Pooled feature of every expert as it goes into the head: `[batch, dim]`, 2048 wide for ResNet-50."""
 
 
 class HolisticModel(nn.Module):
@@ -36,14 +38,15 @@ class HolisticModel(nn.Module):
         self.config = config
         self.clip = clip
         self.targets = tuple(targets)
-        self.experts = cast(
-            "Mapping[ExpertName, Expert]",
-            nn.ModuleDict({name: EXPERT_TYPES[name](config, clip) for name in EXPERTS[config.kind]}),
+        self.activation_checkpointing = False  # whoever trains the model may turn it on
+        experts = {name: build_expert(name, config, clip) for name in EXPERTS[config.kind]}
+        self.experts = cast("Mapping[ExpertName, Expert]", nn.ModuleDict(experts))
+        self.layers = nn.ModuleList(
+            HolisticLayer(config, experts, bridges_of_layer(config, index), index=index)
+            for index in range(config.depth)
         )
-        grids = {name: expert.grid for name, expert in self.experts.items()}
-        self.layers = nn.ModuleList(HolisticLayer(config, grids, index=index) for index in range(config.depth))
         self.time_codes = TimeEncoder(config, clip) if uses_time_codes(config) else None
-        self.head = Head(config, targets)
+        self.head = Head(config, targets, {name: expert.feature_dim for name, expert in experts.items()})
 
     def forward(
         self,
@@ -60,6 +63,21 @@ class HolisticModel(nn.Module):
         codes = self.time_codes(intervals_seconds) if self.time_codes is not None else None
         tokens = {name: expert.embed(inputs) for name, expert in self.experts.items()}
         for index, layer in enumerate(self.layers):
-            tokens = layer(tokens, {name: expert.layers[index] for name, expert in self.experts.items()}, codes)
+            own = {name: expert.layer_at(index) for name, expert in self.experts.items()}
+            tokens = self._run(layer, tokens, own, codes)
         features = {name: expert.pool(tokens[name]) for name, expert in self.experts.items()}
         return ModelOutput(logits=self.head(features), features=features)
+
+    def _run(
+        self,
+        layer: nn.Module,
+        tokens: dict[ExpertName, Tensor],
+        own: dict[ExpertName, nn.Module],
+        codes: TimeCodes | None,
+    ) -> dict[ExpertName, Tensor]:
+        """One layer. With activation checkpointing only its inputs are kept, and it runs again for its gradients."""
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            again: dict[ExpertName, Tensor] = checkpoint(layer, tokens, own, codes, use_reentrant=False)
+            return again
+        out: dict[ExpertName, Tensor] = layer(tokens, own, codes)
+        return out

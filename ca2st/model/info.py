@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ca2st.model.build import build_model
 from ca2st.model.config import ModelConfig, TargetSpec
 from ca2st.model.holistic import HolisticModel
+from ca2st.model.parameters import Trainable, set_trainable
 from ca2st.spec import ClipSpec
 
 _FLOP_PER_MULTIPLY_ADD = 2
@@ -45,27 +46,30 @@ class ModelInfo:
     """Experts first, then what is added."""
 
 
-def model_info(config: ModelConfig, clip: ClipSpec, targets: Sequence[TargetSpec]) -> ModelInfo:
-    """Count parameters and multiply-adds without allocating weights.
+def model_info(
+    config: ModelConfig, clip: ClipSpec, targets: Sequence[TargetSpec], *, trainable: Trainable = "added"
+) -> ModelInfo:
+    """Count parameters and multiply-adds without allocating weights, when what `trainable` names is trained.
 
     Raises:
-        UserInputError: sizes of clip and model do not fit, or the targets are not usable.
+        UserInputError: sizes of clip and model do not fit, or the targets or what is to be trained are not usable.
     """
     with torch.device("meta"):
         model = build_model(config, clip, targets)
+        set_trainable(model, trainable)
         macs = _multiply_adds(model)
-    trainable: Counter[str | None] = Counter()
+    trained: Counter[str | None] = Counter()
     total: Counter[str | None] = Counter()
     for name, parameter in model.named_parameters():
         total[_part_of(name)] += parameter.numel()
-        trainable[_part_of(name)] += parameter.numel() if parameter.requires_grad else 0
+        trained[_part_of(name)] += parameter.numel() if parameter.requires_grad else 0
     parts = tuple(
-        PartInfo(name=part, trainable=trainable[part], total=total[part], gmacs=macs[part] / 1e9)
+        PartInfo(name=part, trainable=trained[part], total=total[part], gmacs=macs[part] / 1e9)
         for part in _PARTS
         if total[part]
     )
     return ModelInfo(
-        trainable=sum(trainable.values()), total=sum(total.values()), gmacs=sum(macs.values()) / 1e9, parts=parts
+        trainable=sum(trained.values()), total=sum(total.values()), gmacs=sum(macs.values()) / 1e9, parts=parts
     )
 
 

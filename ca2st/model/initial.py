@@ -9,12 +9,14 @@ width: a constant 0.02 would stall the small experts of the demo.
 import torch
 from torch import nn
 
+from ca2st.model.token_linear import TokenLinear
+
 STANDARD_DEVIATION = 0.02
 
 
 def new_linear(num_in: int, num_out: int) -> nn.Linear:
     """A Linear that starts trunc-normal (0.02) with bias 0."""
-    linear = nn.Linear(num_in, num_out)
+    linear = TokenLinear(num_in, num_out)
     nn.init.trunc_normal_(linear.weight, std=STANDARD_DEVIATION)
     nn.init.zeros_(linear.bias)
     return linear
@@ -22,7 +24,7 @@ def new_linear(num_in: int, num_out: int) -> nn.Linear:
 
 def zero_linear(num_in: int, num_out: int) -> nn.Linear:
     """A Linear that starts at zero: what follows a residual adds nothing at step 0."""
-    linear = nn.Linear(num_in, num_out)
+    linear = TokenLinear(num_in, num_out)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
@@ -30,7 +32,7 @@ def zero_linear(num_in: int, num_out: int) -> nn.Linear:
 
 def expert_linear(num_in: int, num_out: int, *, bias: bool = True) -> nn.Linear:
     """A Linear of an expert, started by Glorot's rule with bias 0."""
-    linear = nn.Linear(num_in, num_out, bias=bias)
+    linear = TokenLinear(num_in, num_out, bias=bias)
     nn.init.xavier_uniform_(linear.weight)
     if bias:
         nn.init.zeros_(linear.bias)

@@ -1,25 +1,35 @@
 """Which parameters are trained, which layer they belong to, and which are spared weight decay."""
 
+import difflib
 import re
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from fnmatch import translate
+from typing import NamedTuple
 
 from torch import nn
 
-from ca2st.errors import CA2STError
-from ca2st.model.config import ModelConfig
+from ca2st.errors import UserInputError, did_you_mean
 from ca2st.model.holistic import HolisticModel
-from ca2st.model.structure import EXPERTS, all_bridges, uses_time_codes
+from ca2st.model.structure import all_bridges, stage_of_layer, uses_time_codes
 
-Trainable = Literal["added", "all"]
+Trainable = str | Sequence[str]
+"""A set of `TRAINABLE_SETS` by its name, or patterns of whole parameter names."""
+TRAINABLE_SETS = ("added", "head", "adapters", "all")
+"""`added`: what the method adds to the experts, the published set; `head`: classifiers and last adapters; `adapters`:
+the layers' adapters and the head; `all`: every parameter."""
+Rules = Mapping[str, Sequence[str]]
+"""What a rule is called -> patterns (`*` any characters, dots too), one of which at least must name something."""
 
+_HEAD: Rules = {"head": ("head.*",)}
+_ADAPTERS: Rules = {"adapters": ("layers.*.adapters.*",)}
 _LAYER = re.compile(r"(?:experts\.\w+\.)?layers\.(\d+)\.")
-_EMBEDDING = re.compile(r"experts\.\w+\.(?:patch_embed|positions|class_token|distillation_token|norm_pre)\b")
+_STAGE = re.compile(r"experts\.\w+\.stages\.(\d+)\.")
+_EMBEDDING = re.compile(r"experts\.\w+\.(?:patch_embed|positions|class_token|distillation_token|norm_pre|stem)\b")
 _TABLES = frozenset({"positions", "time_table", "space_table", "class_token", "distillation_token"})
 
 
-class RuleMatchesNothingError(CA2STError):
-    """A rule that names parameters which the model does not have: rule and model have grown apart."""
+class RuleMatchesNothingError(UserInputError):
+    """A rule that names parameters which the model does not have."""
 
 
 class ParameterCount(NamedTuple):
@@ -31,55 +41,94 @@ class ParameterCount(NamedTuple):
     """Of all parameters."""
 
 
-def added_rules(config: ModelConfig) -> dict[str, str]:
-    """The published set: what each rule is called, and the pattern its parameter names begin with."""
-    rules = {"head": r"head\."}
-    if config.adapters:
-        rules["adapters"] = r"layers\.\d+\.adapters\."
-    if all_bridges(config):
-        rules["bottleneck cross-attention"] = r"layers\.\d+\.(?:bottlenecks|bridges)\."
-    if uses_time_codes(config):
-        rules["time codes"] = r"time_codes\."
-    for expert in EXPERTS[config.kind]:
-        if expert != "audio":
-            rules[f"final norm of the {expert} expert"] = rf"experts\.{expert}\.norm\."
+def check_trainable(which: Trainable) -> None:
+    """Refuse a name that is no set, and an empty list, before there is a model.
+
+    Raises:
+        UserInputError: as said.
+    """
+    if isinstance(which, str):
+        if which not in TRAINABLE_SETS:
+            hint = did_you_mean(which, list(TRAINABLE_SETS))
+            raise UserInputError(
+                f"trainable: expected one of {', '.join(TRAINABLE_SETS)} or a list of patterns of parameter names, "
+                f"found {which!r}{hint}"
+            )
+    elif not which:
+        raise UserInputError("trainable: expected at least one pattern of parameter names, found an empty list")
+
+
+def trainable_rules(model: HolisticModel, which: Trainable) -> Rules:
+    """The rules of a set, or each pattern of a list as a rule of its own; raises as `check_trainable`."""
+    check_trainable(which)
+    if not isinstance(which, str):
+        return {pattern: (pattern,) for pattern in which}
+    return {
+        "added": added_rules(model),
+        "head": _HEAD,
+        "adapters": {**_HEAD, **_ADAPTERS},
+        "all": {"all": ("*",)},
+    }[which]
+
+
+def added_rules(model: HolisticModel) -> Rules:
+    """The published set: head, adapters, B-CA (or its baselines), time codes, final norms of the visual experts."""
+    rules = dict(_HEAD)
+    if model.config.adapters and any(expert.adaptable for expert in model.experts.values()):
+        rules |= _ADAPTERS
+    if all_bridges(model.config):
+        rules["bottleneck cross-attention"] = ("layers.*.bottlenecks.*", "layers.*.bridges.*")
+    if uses_time_codes(model.config):
+        rules["time codes"] = ("time_codes.*",)
+    for name, expert in model.experts.items():
+        if name != "audio" and isinstance(getattr(expert, "norm", None), nn.Module):
+            rules[f"final norm of the {name} expert"] = (f"experts.{name}.norm.*",)
     return rules
 
 
 def set_trainable(model: HolisticModel, which: Trainable) -> None:
-    """Let `added` (the published set: B-CA, adapters, time codes, final norms of visual experts, head) or `all` learn.
+    """Let a set of `TRAINABLE_SETS`, or exactly what a list of patterns names, learn; the rest is frozen.
 
     Raises:
-        RuleMatchesNothingError: a rule names nothing in this model.
+        UserInputError: no such set, or an empty list.
+        RuleMatchesNothingError: a rule or pattern names nothing in this model.
     """
-    set_trainable_by_rules(model, added_rules(model.config) if which == "added" else {"all": ""})
+    set_trainable_by_rules(model, trainable_rules(model, which))
 
 
-def set_trainable_by_rules(model: nn.Module, rules: Mapping[str, str]) -> None:
-    """Let exactly the parameters learn whose name begins with one of the `rules`' patterns.
+def set_trainable_by_rules(model: nn.Module, rules: Rules) -> None:
+    """Let exactly the parameters learn whose whole name fits one of the rules' patterns.
 
     Raises:
-        RuleMatchesNothingError: a rule names nothing in this model.
+        RuleMatchesNothingError: a rule names nothing in this model; nothing is changed.
     """
-    patterns = {rule: re.compile(pattern) for rule, pattern in rules.items()}
-    unused = set(rules)
-    for name, parameter in model.named_parameters():
-        matching = {rule for rule, pattern in patterns.items() if pattern.match(name)}
-        unused -= matching
-        parameter.requires_grad_(bool(matching))
-    if unused:
-        listed = ", ".join(f"{rule} ({rules[rule]})" for rule in sorted(unused))
-        raise RuleMatchesNothingError(f"expected every rule to name parameters of the model, found none for: {listed}")
+    parameters = dict(model.named_parameters())
+    named: dict[str, set[str]] = {}
+    for rule, patterns in rules.items():
+        compiled = [re.compile(translate(pattern)) for pattern in patterns]
+        named[rule] = {name for name in parameters if any(pattern.match(name) for pattern in compiled)}
+    if idle := [rule for rule, names in named.items() if not names]:
+        listed = "; ".join(_idle_rule(rule, rules[rule], list(parameters)) for rule in idle)
+        raise RuleMatchesNothingError(
+            f"trainable: expected every rule to name parameters of the model, found none for: {listed}"
+        )
+    trained = set().union(*named.values())
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in trained)
 
 
-def layer_index(name: str) -> int | None:
+def layer_index(name: str, *, depth: int) -> int | None:
     """Layer (0 = first) of a parameter, for layer-wise learning-rate decay g: its factor is g^(depth - layer).
 
-    Adapters and B-CA count with the layer they sit in, the experts' embeddings with the first layer; None for heads,
-    last adapters, final norms and time codes, whose factor is 1.
+    Adapters and B-CA count with the layer they sit in, ResNet's stages with the layer they run in, the experts'
+    embeddings and ResNet's stem with the first layer; None for heads, last adapters, final norms and time codes, whose
+    factor is 1.
     """
     if match := _LAYER.match(name):
         return int(match[1])
+    if match := _STAGE.match(name):
+        stage = int(match[1])
+        return next(layer for layer, running in stage_of_layer(depth).items() if running == stage)
     return 0 if _EMBEDDING.match(name) else None
 
 
@@ -96,3 +145,10 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Count scalars; works on the meta device too."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return ParameterCount(trainable=sum(n for n, trained in sizes if trained), total=sum(n for n, _ in sizes))
+
+
+def _idle_rule(rule: str, patterns: Sequence[str], names: Sequence[str]) -> str:
+    """The rule, its patterns, and the names that look most like them."""
+    shown = rule if tuple(patterns) == (rule,) else f"{rule} ({', '.join(patterns)})"
+    near = difflib.get_close_matches(patterns[0], names, n=3, cutoff=0.0)
+    return f"{shown} (nearest names: {', '.join(near)})"

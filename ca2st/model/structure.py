@@ -3,14 +3,15 @@
 The paper's X2Y always means: keys and values from X, queries from Y; so X2Y updates expert Y.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-from ca2st.model.config import AudioVisualConfig, ModelConfig, ModelKind, Window
+from ca2st.model.config import AudioVisualConfig, EncoderName, ModelConfig, ModelKind, Positions, Window
 
-ExpertName = Literal["spatial", "temporal", "audio"]
-BridgeName = Literal["spatial_temporal", "audio_spatial", "audio_temporal"]
-PositionKind = Literal["learned", "time_codes", "none"]
+ExpertName = str
+"""`spatial`, `temporal`, `audio`: the place of an expert in the model, whatever encoder fills it."""
+BridgeName = str
+"""`spatial_temporal`, `audio_spatial`, `audio_temporal`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,13 +30,13 @@ class Direction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bridge:
-    """A bottleneck cross-attention between two experts in one layer."""
+    """An exchange between two experts in one layer."""
 
     name: BridgeName
     """S&T, A&S or A&T."""
     directions: tuple[Direction, ...]
     """Both directions, or the one that the configuration keeps."""
-    positions: PositionKind
+    positions: Positions
     """Where the position codes come from."""
 
     @property
@@ -68,26 +69,57 @@ BRIDGES: dict[ModelKind, tuple[BridgeName, ...]] = {
 }
 """In the order of the sequential combination."""
 _CA2ST_AUDIO_LAYERS = 3
+RESNET_STAGES = 4
+_EXCHANGING = ("cross_attention", "lateral")
+
+
+def encoder_of(config: ModelConfig, expert: ExpertName) -> EncoderName:
+    """What the expert of a role is."""
+    encoders: dict[ExpertName, EncoderName] = {
+        "spatial": config.spatial_encoder,
+        "temporal": config.temporal_encoder,
+        "audio": "ast",
+    }
+    return encoders[expert]
+
+
+def stage_of_layer(depth: int) -> Mapping[int, int]:
+    """Layer (0 = first) -> the ResNet stage that runs in it: stages 1 to 4 in layers 3, 6, 9, 12 of 12, from 1."""
+    return {depth * (stage + 1) // RESNET_STAGES - 1: stage for stage in range(RESNET_STAGES)}
 
 
 def bridges_of_layer(config: ModelConfig, layer: int) -> tuple[Bridge, ...]:
-    """The bottleneck cross-attentions of layer `layer` (0 = first), in the order of the sequential combination."""
-    return tuple(
-        _bridge(config, name) for name in BRIDGES[config.kind] if layer >= config.depth - _num_layers(config, name)
-    )
+    """The exchanges of layer `layer` (0 = first), in the order of the sequential combination."""
+    if config.fusion not in _EXCHANGING:
+        return ()
+    return tuple(_bridge(config, name) for name in BRIDGES[config.kind] if layer in _layers_of(config, name))
 
 
 def all_bridges(config: ModelConfig) -> tuple[Bridge, ...]:
-    """Every bridge that at least one layer carries (bridges join from the last layer backwards)."""
-    return bridges_of_layer(config, config.depth - 1)
+    """Every bridge that at least one layer carries."""
+    names = {bridge.name for layer in range(config.depth) for bridge in bridges_of_layer(config, layer)}
+    return tuple(_bridge(config, name) for name in BRIDGES[config.kind] if name in names)
 
 
 def uses_time_codes(config: ModelConfig) -> bool:
     """Whether any bridge reads time-interval codes."""
-    return any(bridge.positions == "time_codes" for bridge in all_bridges(config))
+    return config.fusion == "cross_attention" and any(
+        bridge.positions == "time_codes" for bridge in all_bridges(config)
+    )
 
 
-def _num_layers(config: ModelConfig, name: BridgeName) -> int:
+def _layers_of(config: ModelConfig, name: BridgeName) -> frozenset[int]:
+    settings = getattr(config, name)
+    if settings.layers is not None:
+        wanted = frozenset(layer - 1 for layer in settings.layers)
+    else:
+        wanted = frozenset(range(config.depth - _num_last_layers(config, name), config.depth))
+    if "spatial" in name and config.spatial_encoder == "resnet50":
+        return wanted & frozenset(stage_of_layer(config.depth))
+    return wanted
+
+
+def _num_last_layers(config: ModelConfig, name: BridgeName) -> int:
     wanted = getattr(config, name).last_layers
     if wanted == "published":
         is_audio_of_ca2st = config.kind == "ca2st" and name != "spatial_temporal"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ca2st.model.config import ModelConfig, TimeCodeLayout
 from ca2st.model.initial import new_linear
+from ca2st.model.structure import ExpertName, all_bridges
 from ca2st.model.tokens import audio_patches
 from ca2st.spec import ClipSpec
 
@@ -21,8 +22,15 @@ class TimeCodes(NamedTuple):
 
     video: Float[Tensor, "batch frames 1 width"]
     """One code a token time, the same for its patches; read by the spatial and the temporal expert."""
-    audio: Float[Tensor, "batch 1 patches width"]
-    """One code a spectrogram patch."""
+    audio: Float[Tensor, "batch 1 patches width"] | None
+    """One code a spectrogram patch; None where no exchange with audio reads it."""
+
+    def of(self, expert: ExpertName) -> Tensor:
+        """The codes of an expert's patches; every expert but audio keeps the video's time."""
+        if expert != "audio":
+            return self.video
+        assert self.audio is not None
+        return self.audio
 
 
 def part_of_column(column: int, *, num_columns: int, num_parts: int) -> int:
@@ -60,7 +68,8 @@ class TimeEncoder(nn.Module):
     def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
         super().__init__()
         self.video = _interval_mlp(config.bottleneck_dim)
-        self.audio = _interval_mlp(config.bottleneck_dim)
+        with_audio = any(b.positions == "time_codes" and "audio" in b.experts for b in all_bridges(config))
+        self.audio = _interval_mlp(config.bottleneck_dim) if with_audio else None
         rows, columns = audio_patches(config, clip)
         parts = parts_of_tokens(rows, columns, clip.num_frames // 2, layout=config.time_code_layout)
         self.register_buffer("audio_parts", torch.tensor(parts), persistent=False)
@@ -68,11 +77,11 @@ class TimeEncoder(nn.Module):
     def forward(self, intervals_seconds: Float[Tensor, "batch intervals 2"]) -> TimeCodes:
         """Row 0 is the spectrogram's interval, the others are those of the video token times."""
         spectrogram, video = intervals_seconds[:, 0], intervals_seconds[:, 1:]
+        codes = rearrange(self.video(video), "b t d -> b t 1 d")
+        if self.audio is None:
+            return TimeCodes(video=codes, audio=None)
         parts = cast("Tensor", self.audio(cut_interval(spectrogram, video.shape[1])))
-        return TimeCodes(
-            video=rearrange(self.video(video), "b t d -> b t 1 d"),
-            audio=rearrange(parts[:, self.audio_parts], "b n d -> b 1 n d"),
-        )
+        return TimeCodes(video=codes, audio=rearrange(parts[:, self.audio_parts], "b n d -> b 1 n d"))
 
 
 def _interval_mlp(width: int) -> nn.Sequential:

@@ -1,6 +1,6 @@
 """How an expert's tokens are laid out, and the way from there to a grid of frames and patches and back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -18,8 +18,8 @@ NUM_AUDIO_PREFIX = 2
 class TokenGrid:
     """Layout of one expert's tokens `[batch, num_sequences, prefix + patches, dim]`.
 
-    An expert attends inside a sequence only: the spatial expert has one sequence for each of its T images, the
-    temporal and the audio expert have one sequence for the whole clip.
+    An expert attends inside a sequence only: CLIP and ResNet have one sequence for each of their T images, VideoMAE
+    and AST have one sequence for the whole clip.
     """
 
     num_sequences: int
@@ -30,6 +30,8 @@ class TokenGrid:
     """Token times: T for the visual experts; 1 for the audio expert, whose patches are one global set."""
     num_patches: int
     """Patches of a token time: H' W' for the visual experts, F' T' for the audio expert."""
+    dim: int
+    """Width of a token."""
 
     @property
     def num_tokens(self) -> int:
@@ -53,23 +55,36 @@ class TokenGrid:
         return torch.cat((prefix, rows), dim=2) if self.num_prefix else rows
 
 
-def spatial_grid(config: ModelConfig, clip: ClipSpec) -> TokenGrid:
+def image_grid(config: ModelConfig, clip: ClipSpec) -> TokenGrid:
     """T = num_frames / 2 images of one cls token and H' W' patches each."""
     frames = clip.num_frames // 2
-    return TokenGrid(num_sequences=frames, num_prefix=1, num_frames=frames, num_patches=_num_patches(config, clip))
-
-
-def temporal_grid(config: ModelConfig, clip: ClipSpec) -> TokenGrid:
-    """One sequence of T tubelet times with H' W' patches each, no cls token."""
     return TokenGrid(
-        num_sequences=1, num_prefix=0, num_frames=clip.num_frames // 2, num_patches=_num_patches(config, clip)
+        num_sequences=frames, num_prefix=1, num_frames=frames, num_patches=_num_patches(config, clip), dim=config.dim
     )
 
 
-def audio_grid(config: ModelConfig, clip: ClipSpec) -> TokenGrid:
+def tubelet_grid(config: ModelConfig, clip: ClipSpec) -> TokenGrid:
+    """One sequence of T tubelet times with H' W' patches each, no cls token."""
+    frames = clip.num_frames // 2
+    return TokenGrid(
+        num_sequences=1, num_prefix=0, num_frames=frames, num_patches=_num_patches(config, clip), dim=config.dim
+    )
+
+
+def spectrogram_grid(config: ModelConfig, clip: ClipSpec) -> TokenGrid:
     """One sequence of cls, distillation and F' T' spectrogram patches, row-major (frequency, then time)."""
     rows, columns = audio_patches(config, clip)
-    return TokenGrid(num_sequences=1, num_prefix=NUM_AUDIO_PREFIX, num_frames=1, num_patches=rows * columns)
+    return TokenGrid(
+        num_sequences=1, num_prefix=NUM_AUDIO_PREFIX, num_frames=1, num_patches=rows * columns, dim=config.dim
+    )
+
+
+def map_grid(clip: ClipSpec, *, stride: int, dim: int) -> TokenGrid:
+    """T feature maps of a convolutional expert, each crop_size / `stride` on a side."""
+    frames = clip.num_frames // 2
+    return TokenGrid(
+        num_sequences=frames, num_prefix=0, num_frames=frames, num_patches=(clip.crop_size // stride) ** 2, dim=dim
+    )
 
 
 def audio_patches(config: ModelConfig, clip: ClipSpec) -> tuple[int, int]:
@@ -78,6 +93,22 @@ def audio_patches(config: ModelConfig, clip: ClipSpec) -> tuple[int, int]:
         (clip.num_mel_bins - config.patch_size) // config.audio_stride + 1,
         (clip.mel_rows - config.patch_size) // config.audio_stride + 1,
     )
+
+
+def clip_grid(config: ModelConfig, clip: ClipSpec) -> tuple[int, int, int]:
+    """(T, H', W') of the visual tokens of a clip: (8, 14, 14) for 16 frames of 224 pixels."""
+    side = clip.crop_size // config.patch_size
+    return clip.num_frames // 2, side, side
+
+
+def pretrained_grid(config: ModelConfig, clip: ClipSpec) -> tuple[int, int, int]:
+    """(T, H', W') that the visual experts' position tables were made for; the clip's own unless `config` says so."""
+    known = replace(
+        clip,
+        num_frames=config.pretrained_num_frames or clip.num_frames,
+        crop_size=config.pretrained_crop_size or clip.crop_size,
+    )
+    return clip_grid(config, known)
 
 
 def _num_patches(config: ModelConfig, clip: ClipSpec) -> int:

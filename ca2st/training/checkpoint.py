@@ -45,7 +45,9 @@ class CheckpointMarker:
     versions: Mapping[str, str]
     """Library versions."""
     experts: Mapping[str, str] = field(default_factory=dict)
-    """sha256 of each frozen expert's file in ``experts/`` of the run folder, by expert."""
+    """sha256 of each file of frozen weights in ``experts/`` of the run folder, by expert, or by what else is frozen."""
+    start: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of the trained model that the run began with; empty for none."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Size and sha256 of every other file in the folder."""
     format_version: int = FORMAT_VERSION

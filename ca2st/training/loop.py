@@ -141,6 +141,7 @@ def _begin(run: Run, parts: RunParts, start: RunStart) -> None:
         manifests=settings.record.manifests,
         recipe_sha256=settings.record.recipe_sha256,
         versions=settings.record.versions,
+        started_from=settings.started_from,
         changes=start.changes,
         swept=start.swept,
         cut_bytes=start.cut_bytes,
@@ -220,6 +221,8 @@ def _topology(accelerator: Accelerator, settings: TrainingSettings) -> dict[str,
         "per_device_batch_size": settings.config.per_device_batch_size,
         "precision": settings.config.precision,
         "cpu_threads": torch.get_num_threads() if on_cpu else None,
+        "compile": settings.config.compile,
+        **settings.topology,
     }
 
 

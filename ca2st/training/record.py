@@ -37,7 +37,9 @@ class RunRecord:
     loader: Mapping[str, Any] = field(default_factory=dict)
     """What the order of the clips follows from (lanes, shuffle block, rules' version); must equal at resume."""
     experts: Mapping[str, str] = field(default_factory=dict)
-    """sha256 of each frozen expert's file, by expert; must equal at resume."""
+    """sha256 of each file of frozen weights, by expert, or by what else is frozen; must equal at resume."""
+    start: Mapping[str, str] = field(default_factory=dict)
+    """What trained model the run began with (``sha256``); empty for none; must equal at resume."""
     versions: Mapping[str, str] = field(default_factory=library_versions)
     """Library versions; a difference at resume warns, or refuses when strict."""
     documents: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -68,6 +70,7 @@ def identity(record: RunRecord, *, seed: int, global_batch_size: int) -> dict[st
         "global_batch_size": global_batch_size,
         "manifests": dict(record.manifests),
         "experts": dict(record.experts),
+        "start": dict(record.start),
         "loader": json.loads(canonical_json(record.loader)),
         "recipe": json.loads(canonical_json(record.recipe)),
     }
@@ -81,6 +84,7 @@ def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "global_batch_size": marker.global_batch_size,
         "manifests": dict(marker.manifests),
         "experts": dict(marker.experts),
+        "start": dict(marker.start),
         "loader": json.loads(checkpoint.files[LOADER_FILE])["plan"],
         "recipe": json.loads(checkpoint.files[RECIPE_FILE]),
     }

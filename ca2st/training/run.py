@@ -225,6 +225,7 @@ class Run:
             topology=self._parts.topology,
             versions=record.versions,
             experts=record.experts,
+            start=record.start,
         )
 
 

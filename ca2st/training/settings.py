@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ca2st.durable import NO_FAULTS, FaultPoints
 from ca2st.training.config import OptimConfig, TrainingConfig
@@ -40,6 +41,10 @@ class TrainingSettings:
     """Number of classes by target, in the order of the batches' label columns."""
     record: RunRecord
     """What checkpoints remember, and what must be equal at resume."""
+    topology: Mapping[str, Any] = field(default_factory=dict)
+    """Facts besides those of the processes that the last bits of a sum depend on: how frozen weights are held."""
+    started_from: Mapping[str, Any] = field(default_factory=dict)
+    """For the journal's start line: which trained model the weights came from, and what of it was taken."""
     strict_resume: bool = False
     """Refuse a damaged newest checkpoint and other library versions, instead of warning."""
     lock_wait_seconds: float = 5.0

@@ -1,6 +1,6 @@
 """What a checkpoint holds of model and optimizer, and how it comes back: exactly, and all or nothing.
 
-Only trained parameters and the buffers beside them are kept; frozen experts live once in the run's ``experts/``.
+Only trained parameters and the buffers beside them are kept; what is frozen lives once in the run's ``experts/``.
 """
 
 import json

@@ -1,7 +1,5 @@
 """`ca2st weights import`: a checkpoint that others wrote becomes a file of ours, whole and checked, or nothing does."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,26 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from ca2st.model.build import build_model
-from ca2st.model.config import ModelConfig, ModelKind, check_clip
-from ca2st.model.experts import EXPERT_TYPES
+from ca2st.model.config import EncoderName, ModelConfig, ModelKind, check_clip
+from ca2st.model.experts import build_expert
 from ca2st.model.structure import EXPERTS
 from ca2st.model.tokens import audio_patches
 from ca2st.spec import ClipSpec
 from ca2st.weights.audio_positions import fit_audio_positions
-from ca2st.weights.errors import WeightsDamageError, WeightsMismatchError
+from ca2st.weights.errors import WeightsMismatchError
+from ca2st.weights.expert_file import ExpertDescription
 from ca2st.weights.foreign_file import TIMEOUT_SECONDS, ForeignFile, read_foreign_file
-from ca2st.weights.layouts import EXPERT_OF_KIND, LAYOUTS_OF_KIND, ExpertKind, translate
+from ca2st.weights.hub import Origin
+from ca2st.weights.hub_config import check_activation
+from ca2st.weights.layouts import LAYOUTS_OF_ENCODER, translate
 from ca2st.weights.model_file import ModelDescription, read_description
 from ca2st.weights.published import load_published
 from ca2st.weights.sizes import UnwrittenSizes, expert_sizes, released_sizes
 from ca2st.weights.strict import LoadReport, load_strictly, without_leading_ones
-from ca2st.weights.tensor_file import check_writable_name, write_tensor_file
+from ca2st.weights.tensor_file import check_finite, check_writable_name, checksum, write_tensor_file
 
 ReleasedKind = Literal["cast", "cava", "ca2st"]
-ImportKind = Literal["clip", "videomae", "ast", "cast", "cava", "ca2st"]
-
-EXPERT_KEY = "ca2st_expert"
-"""Metadata key of an expert file: what it was made of, for a person; loading goes by names and shapes."""
+ImportKind = EncoderName | ReleasedKind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +41,8 @@ class ImportOptions:
     """What the shapes of tensors do not tell."""
     timeout_seconds: float = TIMEOUT_SECONDS
     """Wall time of reading a file that needs a child process."""
+    origin: Origin | None = None
+    """Where the file comes from; None: from its path."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +67,8 @@ class ImportReport:
     """Names of the file that were left aside: known to be no part of the model. Unknown ones are an error."""
     checksums: dict[str, str]
     """sha256 of each written tensor's bytes, by our names."""
+    origin: Origin
+    """Where the file that was read comes from: a path, or a repository with its commit."""
     source_sha256: str
     """Of the file that was read."""
     sha256: str
@@ -104,7 +106,7 @@ def import_weights(path: Path, out: Path, *, kind: ImportKind, options: ImportOp
         torch.manual_seed(0)
         imported = importer(file, options)
     state = imported.module.state_dict()
-    _check_finite(state, where=str(path))
+    check_finite(state, where=str(path))
     sha256 = write_tensor_file(out, state, metadata=imported.metadata)
     return ImportReport(
         kind=kind,
@@ -116,41 +118,50 @@ def import_weights(path: Path, out: Path, *, kind: ImportKind, options: ImportOp
         missing=imported.report.missing,
         unexpected=imported.report.unexpected,
         checksums={name: checksum(tensor) for name, tensor in sorted(state.items())},
+        origin=_origin(file, options),
         source_sha256=file.sha256,
         sha256=sha256,
         out=out,
     )
 
 
-def checksum(tensor: Tensor) -> str:
-    """sha256 of a tensor's bytes in row-major order."""
-    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+def _origin(file: ForeignFile, options: ImportOptions) -> Origin:
+    return options.origin or Origin(source=file.path.name)
 
 
-def _expert_importer(kind: ExpertKind) -> Callable[[ForeignFile, ImportOptions], _Imported]:
-    expert = EXPERT_OF_KIND[kind]
-
+def _expert_importer(encoder: EncoderName) -> Callable[[ForeignFile, ImportOptions], _Imported]:
     def import_expert(file: ForeignFile, options: ImportOptions) -> _Imported:
-        where = str(file.path)
-        translation = translate(file.tensors, LAYOUTS_OF_KIND[kind], where=where)
-        config, clip = expert_sizes(expert, translation.tensors, options.sizes, where=where)
+        where, origin = str(file.path), _origin(file, options)
+        check_activation(origin.activation, encoder, where=origin.source)
+        translation = translate(file.tensors, LAYOUTS_OF_ENCODER[encoder], where=where)
+        config, clip = expert_sizes(encoder, translation.tensors, options.sizes, where=where)
         check_clip(config, clip)
-        module = EXPERT_TYPES[expert](config, clip)
+        module = build_expert(config.kind, config, clip)
         own = module.state_dict()
         tensors = {
             name: without_leading_ones(tensor, own[name].ndim) if name in own else tensor
             for name, tensor in translation.tensors.items()
         }
-        if expert == "audio" and "positions" in tensors and tensors["positions"].ndim == 2:
+        if encoder == "ast" and "positions" in tensors and tensors["positions"].ndim == 2:
             rows, columns = audio_patches(config, clip)
             tensors["positions"] = fit_audio_positions(tensors["positions"], rows=rows, columns=columns, where=where)
         loaded = load_strictly(module, tensors, where=where, allow_missing=options.allow_missing)
         report = LoadReport(loaded=translation.used, missing=loaded.missing, unexpected=translation.ignored)
-        told = {"expert": expert, "layout": translation.layout.name, "source_sha256": file.sha256}
-        told_sizes = {"dim": config.dim, "depth": config.depth, "num_heads": config.num_heads, "clip": asdict(clip)}
-        metadata = {EXPERT_KEY: json.dumps(told | told_sizes, sort_keys=True)}
+        description = ExpertDescription(
+            encoder=encoder,
+            layout=translation.layout.name,
+            config=config,
+            clip=clip,
+            source_sha256=file.sha256,
+            origin=origin,
+        )
         return _Imported(
-            module=module, config=config, clip=clip, layout=translation.layout.name, report=report, metadata=metadata
+            module=module,
+            config=config,
+            clip=clip,
+            layout=translation.layout.name,
+            report=report,
+            metadata=description.metadata(),
         )
 
     return import_expert
@@ -193,6 +204,7 @@ def _description(
         "num_heads": options.sizes.num_heads,
         "mel_rows": options.sizes.mel_rows,
         "num_frames": options.sizes.num_frames,
+        "crop_size": options.sizes.crop_size,
     }
     has = asdict(written.model) | asdict(written.clip)
     wrong = [f"{name} {value} (it has {has[name]})" for name, value in asked.items() if value not in (None, has[name])]
@@ -212,28 +224,22 @@ _IMPORTERS: dict[ImportKind, Callable[[ForeignFile, ImportOptions], _Imported]] 
     "clip": _expert_importer("clip"),
     "videomae": _expert_importer("videomae"),
     "ast": _expert_importer("ast"),
+    "resnet50": _expert_importer("resnet50"),
     "cast": _released_importer("cast"),
     "cava": _released_importer("cava"),
     "ca2st": _released_importer("ca2st"),
 }
 
 
-def _check_finite(state: Mapping[str, Tensor], *, where: str) -> None:
-    broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
-        raise WeightsDamageError(
-            f"{where}: expected finite float32 values, found NaN or infinity in {len(broken)} tensors: "
-            f"{', '.join(broken[:8])}; fetch the file again"
-        )
-
-
 def _sizes_told(imported: _Imported) -> dict[str, int]:
     """What the written tensors fit; sizes of the clip only where a table depends on them."""
     config, clip = imported.config, imported.clip
+    if config.kind == "spatial" and config.spatial_encoder == "resnet50":
+        return {}
     sizes = {"dim": config.dim, "depth": config.depth, "num_heads": config.num_heads, "patch_size": config.patch_size}
-    if config.kind in ("cast", "cava", "ca2st"):
+    if config.kind in ("cast", "cava", "ca2st", "temporal"):
         sizes |= {"num_frames": clip.num_frames}
-    if "spatial" in EXPERTS[config.kind]:
+    if config.kind != "audio":
         sizes |= {"crop_size": clip.crop_size}
     if "audio" in EXPERTS[config.kind]:
         sizes |= {"mel_rows": clip.mel_rows}

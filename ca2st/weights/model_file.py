@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def read_description(metadata: Mapping[str, str], *, where: str) -> ModelDescrip
     """The description in a file's metadata, or None where there is none.
 
     Raises:
-        WeightsMismatchError: it is of a newer format.
+        WeightsMismatchError: it is of a newer format, or has settings that are not known here.
         WeightsDamageError: it cannot be read.
     """
     if MODEL_KEY not in metadata:
@@ -56,7 +56,7 @@ def read_description(metadata: Mapping[str, str], *, where: str) -> ModelDescrip
                 f"{where}: expected a model of format {_FORMAT}, found {document['format']}; use a newer ca2st"
             )
         return ModelDescription(
-            model=_model_config(document["model"]),
+            model=_model_config(document["model"], where=where),
             clip=ClipSpec(**document["clip"]),
             targets=tuple(TargetSpec(**target) for target in document["targets"]),
         )
@@ -80,11 +80,33 @@ def read_model_file(path: Path) -> HolisticModel:
     return model.eval()
 
 
-def _model_config(document: dict[str, Any]) -> ModelConfig:
-    parts: dict[str, type[SpatialTemporalConfig | AudioVisualConfig]] = {
-        "spatial_temporal": SpatialTemporalConfig,
-        "audio_spatial": AudioVisualConfig,
-        "audio_temporal": AudioVisualConfig,
+_PARTS: dict[str, type[SpatialTemporalConfig | AudioVisualConfig]] = {
+    "spatial_temporal": SpatialTemporalConfig,
+    "audio_spatial": AudioVisualConfig,
+    "audio_temporal": AudioVisualConfig,
+}
+
+
+def _model_config(document: dict[str, Any], *, where: str) -> ModelConfig:
+    """Settings that a file does not name are younger than the file: it has their defaults."""
+    made = {
+        name: part(**_known(part, document.get(name, {}), section=f"{name}.", where=where))
+        for name, part in _PARTS.items()
     }
-    made = {name: part(**document[name]) for name, part in parts.items()}
-    return ModelConfig(**{**document, **made})
+    return ModelConfig(**{**_known(ModelConfig, document, section="", where=where), **made})
+
+
+def _known(
+    config_type: type[ModelConfig | SpatialTemporalConfig | AudioVisualConfig],
+    document: Mapping[str, Any],
+    *,
+    section: str,
+    where: str,
+) -> dict[str, Any]:
+    """Arguments of a configuration out of JSON, where a tuple is a list."""
+    if unknown := sorted(document.keys() - {entry.name for entry in fields(config_type)}):
+        raise WeightsMismatchError(
+            f"{where}: expected settings that this ca2st knows, found "
+            f"{', '.join(section + name for name in unknown)}; use a newer ca2st"
+        )
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in document.items()}

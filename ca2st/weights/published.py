@@ -7,10 +7,11 @@ from torch import Tensor
 
 from ca2st.errors import UserInputError
 from ca2st.model.config import ModelConfig, TargetSpec
-from ca2st.model.heads import is_verb_noun, sums_of
+from ca2st.model.heads import head_inputs, is_verb_noun
 from ca2st.model.holistic import HolisticModel
 from ca2st.model.layer import bottleneck_name
 from ca2st.model.structure import EXPERTS, Bridge, bridges_of_layer, uses_time_codes
+from ca2st.model.tokens import clip_grid, pretrained_grid
 from ca2st.weights.errors import WeightsMismatchError
 from ca2st.weights.published_tables import (
     ADAPTER_NAMES,
@@ -26,6 +27,9 @@ from ca2st.weights.published_tables import (
 )
 from ca2st.weights.strict import LoadReport, load_strictly, refuse_mismatch, without_leading_ones
 
+_PUBLISHED = {"spatial_encoder": "clip", "temporal_encoder": "videomae", "fusion": "cross_attention"}
+"""What every released model is made of; their files have names for nothing else."""
+
 
 def published_names(config: ModelConfig, targets: Sequence[TargetSpec]) -> dict[str, str]:
     """Published tensor name -> our tensor name; several published names may share one of ours (down and up).
@@ -35,6 +39,13 @@ def published_names(config: ModelConfig, targets: Sequence[TargetSpec]) -> dict[
     """
     if config.kind not in LAYOUTS:
         raise UserInputError(f"published names: expected kind {', '.join(LAYOUTS)}, found {config.kind}")
+    other = {name: getattr(config, name) for name, value in _PUBLISHED.items() if getattr(config, name) != value}
+    if other:
+        told = ", ".join(f"{name} {value}" for name, value in other.items())
+        expected = ", ".join(f"{name} {_PUBLISHED[name]}" for name in other)
+        raise UserInputError(
+            f"published names: expected {expected}, found {told}: no such model was ever released; use our own names"
+        )
     layout = LAYOUTS[config.kind]
     pairs = dict(_expert_names(config))
     for index in range(config.depth):
@@ -77,7 +88,12 @@ def load_published(
 
 
 def to_published(model: HolisticModel) -> dict[str, Tensor]:
-    """The model's tensors under published names; tensors that two names share are given under both."""
+    """The model's tensors under published names; tensors that two names share are given under both.
+
+    Raises:
+        UserInputError: the model computes something that no released model does.
+    """
+    _refuse_interpolated_table(model)
     own = model.state_dict()
     state = {theirs: own[ours].detach().cpu().clone() for theirs, ours in _names_of(model).items()}
     for name in ("ast_pos_embed", "ast_cls_token", "ast_dist_token"):
@@ -95,6 +111,17 @@ def _names_of(model: HolisticModel) -> dict[str, str]:
             "use our own names"
         )
     return names
+
+
+def _refuse_interpolated_table(model: HolisticModel) -> None:
+    """VideoMAE's table is in no file: whoever reads published names computes a new one for the clip."""
+    config, clip = model.config, model.clip
+    pretrained, own = pretrained_grid(config, clip), clip_grid(config, clip)
+    if "temporal" in EXPERTS[config.kind] and pretrained != own:
+        raise UserInputError(
+            f"published names: expected VideoMAE's own position table for times, rows, columns {own}, found one "
+            f"interpolated from {pretrained}, which released code does not compute; use our own names"
+        )
 
 
 def _expert_names(config: ModelConfig) -> Iterator[tuple[str, str]]:
@@ -135,7 +162,7 @@ def _head_names(
     if not verb_noun and len(targets) != 1:
         found = ", ".join(target.name for target in targets)
         raise UserInputError(f"published names: expected one target, or verb and noun, found {found}")
-    kinds = {term.adapter: term.kind for terms in sums_of(config.kind, targets).values() for term in terms}
+    kinds = {term.adapter: term.kind for read in head_inputs(config, targets).values() for term in read.terms}
     adapters = layout.verb_noun_last_adapters if verb_noun else layout.last_adapters
     for theirs, ours in adapters.items():
         inner = QUERY_ADAPTER_NAMES if kinds[ours] == "query" else ADAPTER_NAMES

@@ -7,16 +7,18 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ca2st.model.config import ModelConfig, ModelKind, TargetSpec
-from ca2st.model.structure import EXPERTS, BridgeName, ExpertName, bridges_of_layer
+from ca2st.model.config import EncoderName, ModelConfig, ModelKind, TargetSpec
+from ca2st.model.structure import EXPERTS, BridgeName, bridges_of_layer
 from ca2st.model.tokens import NUM_AUDIO_PREFIX, audio_patches
 from ca2st.spec import ClipSpec
+from ca2st.weights.audio_positions import least_mel_rows
 from ca2st.weights.errors import WeightsMismatchError
 from ca2st.weights.model_file import ModelDescription
 
 HEAD_DIM = 64
 """Features of an attention head in every ViT that was published: 12 heads of 64 at ViT-B."""
 _USUAL_MEL_ROWS = (400, 1024)
+_USUAL_PATCHES = 14
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,33 +30,46 @@ class UnwrittenSizes:
     mel_rows: int | None = None
     """Spectrogram rows; None: 400 for an expert, what fits the positions for a whole model (400 and 1024 first)."""
     num_frames: int | None = None
-    """Frames of a clip where no table depends on them (CAVA); None: 16."""
+    """Frames of a clip where no table in the file depends on them (VideoMAE, CAVA); None: 16."""
+    crop_size: int | None = None
+    """Pixels of a crop where no table in the file depends on them (VideoMAE); None: 14 patches, 224 at ViT-B/16."""
     target: str = "label"
     """Name of the single label space of a whole model."""
 
 
+ALONE: dict[EncoderName, ModelConfig] = {
+    "clip": ModelConfig(kind="spatial", adapters=False),
+    "videomae": ModelConfig(kind="temporal", adapters=False),
+    "ast": ModelConfig(kind="audio", adapters=False),
+    "resnet50": ModelConfig(kind="spatial", spatial_encoder="resnet50", adapters=False),
+}
+"""Each encoder as the only expert of a model: what it is built as to be loaded."""
+
+
 def expert_sizes(
-    expert: ExpertName, tensors: Mapping[str, Tensor], sizes: UnwrittenSizes, *, where: str
+    encoder: EncoderName, tensors: Mapping[str, Tensor], sizes: UnwrittenSizes, *, where: str
 ) -> tuple[ModelConfig, ClipSpec]:
-    """Configuration of an expert alone whose tensors have our names.
+    """Configuration of an expert alone whose tensors have our names. ResNet-50 has one size and fits every clip.
 
     Raises:
         UserInputError: a tensor that decides a size is missing or has another number of axes.
     """
-    patch_embed = shape_of(tensors, "patch_embed.weight", ndim=5 if expert == "temporal" else 4, where=where)
+    if encoder == "resnet50":
+        return ALONE[encoder], ClipSpec()
+    patch_embed = shape_of(tensors, "patch_embed.weight", ndim=5 if encoder == "videomae" else 4, where=where)
     dim, patch = patch_embed[0], patch_embed[-1]
+    crop_size = sizes.crop_size or _USUAL_PATCHES * patch
     clip = ClipSpec(
         num_frames=sizes.num_frames or ClipSpec().num_frames,
-        crop_size=_crop_size(tensors, "positions", patch, where=where) if expert == "spatial" else 14 * patch,
+        crop_size=_crop_size(tensors, "positions", patch, sizes, where=where) if encoder == "clip" else crop_size,
         mel_rows=sizes.mel_rows or ClipSpec().mel_rows,
     )
-    config = ModelConfig(
-        kind=expert,
+    config = replace(
+        ALONE[encoder],
         dim=dim,
         depth=_depth(tensors, r"layers\.(\d+)\.", where=where),
         num_heads=_num_heads(dim, sizes, where=where),
         patch_size=patch,
-        adapters=False,
     )
     return config, clip
 
@@ -73,7 +88,7 @@ def released_sizes(
     model = _released_config(kind, tensors, sizes, depth=depth, where=where)
     clip = ClipSpec(
         num_frames=_num_frames(kind, tensors, last, sizes, where=where),
-        crop_size=_crop_size(tensors, "clip_positional_embedding", patch, where=where),
+        crop_size=_crop_size(tensors, "clip_positional_embedding", patch, sizes, where=where),
         mel_rows=_mel_rows(model, tensors, sizes, where=where) if "audio" in EXPERTS[kind] else ClipSpec().mel_rows,
     )
     return ModelDescription(model=model, clip=clip, targets=_targets(tensors, sizes, where=where))
@@ -156,12 +171,16 @@ def _num_heads(dim: int, sizes: UnwrittenSizes, *, where: str) -> int:
     return sizes.num_heads or dim // HEAD_DIM
 
 
-def _crop_size(tensors: Mapping[str, Tensor], name: str, patch: int, *, where: str) -> int:
+def _crop_size(tensors: Mapping[str, Tensor], name: str, patch: int, sizes: UnwrittenSizes, *, where: str) -> int:
     rows = shape_of(tensors, name, ndim=2, where=where)[0]
     side = math.isqrt(max(rows - 1, 0))
     if side * side != rows - 1 or not side:
         raise WeightsMismatchError(
             f"{where}: {name}: expected one cls token and a square of patches, found {rows} rows"
+        )
+    if sizes.crop_size not in (None, side * patch):
+        raise WeightsMismatchError(
+            f"{where}: expected crops of {sizes.crop_size} pixels as asked, found positions for {side * patch}"
         )
     return side * patch
 
@@ -184,7 +203,7 @@ def _mel_rows(config: ModelConfig, tensors: Mapping[str, Tensor], sizes: Unwritt
         raise WeightsMismatchError(
             f"{where}: ast_pos_embed: expected a grid of {frequencies} rows, found {tokens} patches"
         )
-    least = (columns - 1) * config.audio_stride + config.patch_size
+    least = least_mel_rows(config, columns)
     fitting = range(least, least + config.audio_stride)
     if sizes.mel_rows is not None and sizes.mel_rows not in fitting:
         raise WeightsMismatchError(

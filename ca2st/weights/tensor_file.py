@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -71,3 +72,22 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], *, metadata: Ma
         raise EnvironmentFault(f"cannot make the folder of {path}: {error.strerror}; choose another --out") from error
     write_bytes(path, data, point="weights")
     return hashlib.sha256(data).hexdigest()
+
+
+def checksum(tensor: Tensor) -> str:
+    """sha256 of a tensor's bytes in row-major order."""
+    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def check_finite(state: Mapping[str, Tensor], *, where: str) -> None:
+    """Refuse tensors with values that are no numbers; `where` names the file they come from.
+
+    Raises:
+        WeightsDamageError: naming the tensors.
+    """
+    broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise WeightsDamageError(
+            f"{where}: expected finite float32 values, found NaN or infinity in {len(broken)} tensors: "
+            f"{', '.join(broken[:8])}; fetch the file again"
+        )

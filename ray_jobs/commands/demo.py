@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ray_jobs.demo import DemoReport
+    from ray_jobs.demo_report import DemoReport
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes; rerun to go on.")] = Path("demo"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,
 ) -> None:
-    """Make a small audio-visual world, shard it, train a tiny CA2ST on frozen experts, evaluate, compare.
+    """Make a small audio-visual world, shard it, train small models on frozen experts, compare them, write a page.
 
     Example: ca2st demo --out demo
     """
@@ -24,23 +24,25 @@ def demo(
     if as_json:
         print_json(report)
     else:
-        _print_report(report, out)
+        _print_report(report)
 
 
-def _print_report(report: "DemoReport", out: Path) -> None:
+def _print_report(report: "DemoReport") -> None:
     from ray_jobs.console import result
+    from ray_jobs.demo_report import next_steps
 
-    result(f"\n{'model':<10} {'names the':<10} {'top-1':>6} {'chance':>7}  MLflow run")
+    result(f"\n{'model':<10} {'trainable':>10} {'top-1':>7} {'ceiling':>8} {'clips/s':>8}  MLflow run")
     for run in report.runs:
-        result(f"{run.model:<10} {run.target:<10} {run.top1:>6.1%} {run.chance:>7.1%}  {run.run_id}")
-    ca2st = report.runs[-1]
-    result(
-        f"""
-Done in {report.seconds:.0f} s. Everything is under {out}/. What to do next:
-  mlflow ui --backend-store-uri {report.tracking_uri}
-      compare the runs in a browser
-  ca2st predict {ca2st.checkpoint} {report.sample_video}
-      ask the model about one of the world's clips, or about a video of your own
-  ca2st shard build --dataset folder --media YOUR_VIDEOS --audio optional --out shards/mine
-      convert videos of your own: a folder a class"""
-    )
+        result(
+            f"{run.model:<10} {run.trainable:>10,} {run.top1:>7.1%} {run.ceiling:>8.1%} "
+            f"{run.clips_per_second:>8.0f}  {run.run_id or 'not tracked'}"
+        )
+    chance = report.runs[-1].chance
+    result(f"The ceiling is the best that anybody could reach with what a model is given; chance is {chance:.1%}.")
+    result("Experts alone: " + ", ".join(f"{one.expert} {one.top1:.1%} on {one.factor}" for one in report.experts))
+    result(f"\n{report.prediction.video}")
+    for prediction in report.prediction.predictions:
+        result(f"  {prediction.probability:6.1%}  {prediction.label}")
+    result(f"\nDone in {report.seconds:.0f} s. Look at {report.page} in a browser. What to try next:")
+    for step in next_steps(report):
+        result(f"  {step.command}\n      {step.says}")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,9 +46,14 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
     max_rejects: Annotated[str, typer.Option(help="Samples that may be rejected: a number or a share like 2%.")] = "0",
     limit: Annotated[int | None, typer.Option(help="Only the first N samples.")] = None,
     classes: Annotated[Path | None, typer.Option(help="csv: class names in label order, one a line.")] = None,
-    task: Annotated[str | None, typer.Option(help="synthetic: space, time, audio or holistic.")] = None,
+    task: Annotated[str | None, typer.Option(help="synthetic: space, time, audio, holistic or binding.")] = None,
     num_samples: Annotated[int | None, typer.Option(help="synthetic: how many clips.")] = None,
     seed: Annotated[int, typer.Option(help="synthetic: seed of the world.")] = 0,
+    difficulty: Annotated[str, typer.Option(help="synthetic: easy, medium or hard.")] = "easy",
+    frame_size: Annotated[int | None, typer.Option(help="synthetic: width and height in pixels; default 64.")] = None,
+    frame_rate: Annotated[int | None, typer.Option(help="synthetic: frames a second it draws; default 16.")] = None,
+    min_frames: Annotated[int | None, typer.Option(help="synthetic: frames of the shortest clip; default 16.")] = None,
+    max_frames: Annotated[int | None, typer.Option(help="synthetic: frames of the longest clip; default 21.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read the annotations only; print the expected storage.")
     ] = False,
@@ -61,9 +66,15 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
     from sharding.conversion import ConversionConfig, RejectBudget
     from sharding.datasets import DatasetRequest, SyntheticConfig, read_dataset
 
-    synthetic = (
-        SyntheticConfig(seed=seed) if num_samples is None else SyntheticConfig(seed=seed, num_samples=num_samples)
-    )
+    sizes = {
+        "num_samples": num_samples,
+        "frame_size": frame_size,
+        "frames_per_second": frame_rate,
+        "min_frames": min_frames,
+        "max_frames": max_frames,
+    }
+    given: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+    synthetic = SyntheticConfig(seed=seed, difficulty=difficulty, **given)
     config = ConversionConfig(
         codec=codec,
         short_side=short_side,

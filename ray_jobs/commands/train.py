@@ -5,14 +5,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ca2st.errors import UserInputError
+
 if TYPE_CHECKING:
     from ray_jobs.config import Recipe
 
 RUNS_FOLDER = Path("runs")
+_ONE_OF_TWO = (
+    "expected either a recipe (with --data where it names no shards) or --data-folder DIR, a folder of videos; "
+    "for example: ca2st train smoke, or: ca2st train --data-folder videos"
+)
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that ships with ca2st.")],
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe file, or the name of one that ships with ca2st.")
+    ] = None,
+    data_folder: Annotated[
+        Path | None, typer.Option(help="A folder of your own videos, a folder a class, instead of a recipe.")
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value.")] = None,
     data: Annotated[Path | None, typer.Option(help="Training shards, instead of the recipe's.")] = None,
     workers: Annotated[int | None, typer.Option(help="Training processes; one a GPU where there are GPUs.")] = None,
@@ -24,9 +35,9 @@ def train(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,
 ) -> None:
-    """Train by a recipe. Rerun the same command to resume where it stopped.
+    """Train by a recipe, or on a folder of videos. Rerun the same command to resume where it stopped.
 
-    Example: ca2st train smoke
+    Example: ca2st train smoke, or: ca2st train --data-folder videos
     """
     from ray_jobs.config import load_recipe
     from ray_jobs.console import print_json
@@ -40,10 +51,25 @@ def train(
         settings.append(f"data.train={str(data)!r}")
     if workers is not None:
         settings.append(f"launch.workers={workers}")
+    if data_folder is not None and recipe is None and data is None:
+        from ray_jobs.own_data.command import train_own_videos
+
+        train_own_videos(
+            data_folder,
+            settings,
+            runs_folder=RUNS_FOLDER,
+            out=out,
+            ray_address=ray_address if ray else None,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
+        return
+    if recipe is None or data_folder is not None:
+        raise UserInputError(_ONE_OF_TWO)
     loaded = load_recipe(recipe, settings)
     run_dir = out or RUNS_FOLDER / loaded.name
     if dry_run:
-        _print_plan(loaded, as_json=as_json)
+        _print_plan(loaded, run_dir, as_json=as_json)
         return
     loaded = with_synthetic_shards(loaded, run_dir.parent)
     outcome = launch(loaded, run_dir, faults=fault_points(), ray_address=ray_address if ray else None)
@@ -71,19 +97,25 @@ def _print_facts(facts: dict[str, object], recipe: "Recipe") -> None:
         result(f"\nnext: ca2st evaluate {facts['run_dir']} --data {recipe.data.validation} --views 2x3")
 
 
-def _print_plan(recipe: "Recipe", *, as_json: bool) -> None:
+def _print_plan(recipe: "Recipe", run_dir: Path, *, as_json: bool) -> None:
     from ca2st.model.info import model_info
     from ray_jobs.console import print_json, result, table
-    from ray_jobs.wiring import open_data, target_specs
+    from ray_jobs.start import check_model
+    from ray_jobs.wiring import preflight, target_specs
 
     facts: dict[str, object] = {"name": recipe.name, "model": recipe.model.kind, "epochs": recipe.training.epochs}
+    facts |= {"trains": recipe.trainable, "experts_precision": _held_precision(recipe)}
+    if recipe.start is not None:
+        facts["start"] = {"checkpoint": recipe.start.checkpoint, "head": recipe.start.head}
     if recipe.data.train is None and recipe.data.synthetic is not None:
         num_samples = recipe.data.synthetic.num_train
     else:
-        data = open_data(recipe)
+        data = preflight(recipe)
         num_samples = data.train.manifest.num_samples
-        info = model_info(recipe.model, recipe.clip, target_specs(data.classes))
+        info = model_info(recipe.model, recipe.clip, target_specs(data.classes), trainable=recipe.trainable)
         facts |= {"trainable": info.trainable, "total": info.total, "gmacs": info.gmacs}
+        if start := check_model(recipe, data.classes, run_dir):
+            facts["start"] = dict(start)
     steps_per_epoch = num_samples // recipe.training.global_batch_size
     facts |= {
         "num_samples": num_samples,
@@ -95,4 +127,22 @@ def _print_plan(recipe: "Recipe", *, as_json: bool) -> None:
     if as_json:
         print_json(facts)
     else:
-        result(table(facts))
+        result(table({name: _shown(value) for name, value in facts.items()}))
+
+
+def _shown(value: object) -> object:
+    """A fact in a line: of a list of tensors only how many they are."""
+    if isinstance(value, dict):
+        counts = {key: len(inner) if isinstance(inner, list) else inner for key, inner in value.items()}
+        return ", ".join(f"{key} {inner}" for key, inner in counts.items() if inner is not None)
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def _held_precision(recipe: "Recipe") -> str:
+    """How this machine would hold the experts."""
+    import torch
+
+    from ca2st.model.precision import held_precision
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return held_precision(recipe.experts.precision, training=recipe.training.precision, device=device)

@@ -2,9 +2,12 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ca2st.weights.importer import ImportReport
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -18,6 +21,7 @@ class Kind(StrEnum):
     CAST = "cast"
     CAVA = "cava"
     CA2ST = "ca2st"
+    RESNET50 = "resnet50"
 
 
 class NameScheme(StrEnum):
@@ -32,10 +36,16 @@ _JSON = typer.Option("--json", help="Print the facts as one JSON object.")
 
 @app.command("import", epilog="Example: ca2st weights import --kind clip ViT-B-16.pt --out experts/clip.safetensors")
 def import_file(
-    file: Annotated[Path, typer.Argument(help="A checkpoint: .safetensors, .pt, .pth, .bin; its layout is detected.")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint: .safetensors, .pt, .pth, .bin; its layout is detected. Or a public name: "
+            "hf-hub:ORG/NAME, hf-hub:ORG/NAME@REVISION, open_clip:MODEL/TAG, timm:NAME."
+        ),
+    ],
     kind: Annotated[
         Kind,
-        typer.Option(help="An expert (CLIP's visual half, VideoMAE, AST) or a whole released model."),
+        typer.Option(help="An expert (CLIP's visual half, VideoMAE, AST, ResNet-50) or a whole released model."),
     ],
     out: Annotated[Path, typer.Option(help="Where to write: a name that ends in .safetensors.")],
     allow_missing: Annotated[
@@ -48,7 +58,11 @@ def import_file(
         typer.Option(min=16, help="Spectrogram rows the audio positions are cut or stretched to; default 400."),
     ] = None,
     num_frames: Annotated[
-        int | None, typer.Option(min=2, help="Frames of a clip, where no tensor tells (CAVA); default 16.")
+        int | None, typer.Option(min=2, help="Frames of a clip, where no tensor tells (VideoMAE, CAVA); default 16.")
+    ] = None,
+    crop_size: Annotated[
+        int | None,
+        typer.Option(min=16, help="Pixels that VideoMAE was trained with, which no tensor tells; default 224."),
     ] = None,
     target: Annotated[str, typer.Option(help="Name of a whole model's single label space.")] = "label",
     timeout_seconds: Annotated[float, typer.Option(min=1, help="Longest time to read the file.")] = 600,
@@ -57,20 +71,42 @@ def import_file(
     """Turn a checkpoint that others wrote into a file of ours. Strict: every tensor is used, or nothing is written.
 
     Pickles are read in a limited child process that admits tensors and plain containers; no code in a file is run.
+    A file that is fetched by its public name is read in the same way.
     """
+    from ca2st.weights.hub import fetch
+    from ca2st.weights.hub_names import is_hub_name
     from ca2st.weights.importer import ImportOptions, import_weights
     from ca2st.weights.sizes import UnwrittenSizes
-    from ray_jobs.console import print_json, result
+    from ca2st.weights.tensor_file import check_writable_name
+    from ray_jobs.console import print_json
+    from ray_jobs.environment import hub_access
 
-    sizes = UnwrittenSizes(num_heads=heads, mel_rows=mel_rows, num_frames=num_frames, target=target)
-    options = ImportOptions(allow_missing=tuple(allow_missing or ()), sizes=sizes, timeout_seconds=timeout_seconds)
-    report = import_weights(file, out, kind=kind.value, options=options)
+    check_writable_name(out, source=Path(file))
+    fetched = fetch(file, hub_access()) if is_hub_name(file) else None
+    options = ImportOptions(
+        allow_missing=tuple(allow_missing or ()),
+        sizes=UnwrittenSizes(
+            num_heads=heads, mel_rows=mel_rows, num_frames=num_frames, crop_size=crop_size, target=target
+        ),
+        timeout_seconds=timeout_seconds,
+        origin=fetched.origin if fetched else None,
+    )
+    report = import_weights(fetched.path if fetched else Path(file), out, kind=kind.value, options=options)
     if as_json:
         print_json(report)
         return
+    _print_report(report)
+
+
+def _print_report(report: "ImportReport") -> None:
+    from ray_jobs.console import result
+
     below = f", below {report.wrapper!r}" if report.wrapper else ""
-    result(f"{report.layout} ({report.container}{below}): {len(report.loaded)} tensors loaded into {out}")
-    result("  " + ", ".join(f"{name} {size}" for name, size in report.model.items()))
+    result(f"{report.layout} ({report.container}{below}): {len(report.loaded)} tensors loaded into {report.out}")
+    if report.origin.repository:
+        result(f"  {report.origin.file} of {report.origin.repository} at {report.origin.revision}")
+    if report.model:
+        result("  " + ", ".join(f"{name} {size}" for name, size in report.model.items()))
     for what, names in (("missing, left as a new model starts", report.missing), ("left aside", report.unexpected)):
         if names:
             more = f" and {len(names) - 8} more (--json lists all)" if len(names) > 8 else ""

@@ -1,16 +1,18 @@
 """``synthetic``: makes its own videos under the media folder, then hands them over like any other dataset."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from ca2st.errors import UserInputError, did_you_mean
 from sharding.datasets.request import DatasetRequest, refuse_unused
 from sharding.source import SourceList, SourceSample
 from sharding.synthetic.config import SyntheticConfig
-from sharding.synthetic.factors import label_spaces
 from sharding.synthetic.generation import ANNOTATIONS_NAME, clip_file, generate_split
+from sharding.synthetic.labels import label_spaces
 
-TASKS = ("space", "time", "audio", "holistic")
-"""What can be learned: one factor, or the combination of all three. The shards carry all four labels."""
+TASKS = ("space", "time", "audio", "holistic", "binding")
+"""What can be learned: one factor, the combination of all three (those shards carry all four labels), or which of
+several objects keeps time with the sound, in scenes of their own."""
 
 
 def read(request: DatasetRequest) -> SourceList:
@@ -23,7 +25,7 @@ def read(request: DatasetRequest) -> SourceList:
     """
     refuse_unused(request, "synthetic", "annotations", "classes")
     task = _known_task(request.task or "holistic")
-    config = request.synthetic
+    config = replace(request.synthetic, binding=task == "binding")
     folder = (request.media or Path()) / request.split
     if request.check_media:
         if request.media is None:

@@ -1,7 +1,9 @@
-"""The synthetic world: short videos with sound whose shape, motion and tone are independent of each other.
+"""The synthetic world: short videos with sound in which seeing, moving and hearing all matter. See README.md here.
 
-``config`` (what may be chosen) -> ``factors`` (which combination is sample i) -> ``drawing`` and ``sounding``
-(pixels and samples, pure) -> ``encoding`` (an ordinary mp4) -> ``generation`` (files, workers, resuming).
+``config`` and ``difficulty`` (what may be chosen) -> ``factors`` and ``binding`` (what sample i is about, independent
+of everything else) -> ``labels`` (what it is called) -> ``scenes`` and ``clutter`` (what is in the picture),
+``drawing`` and ``sounding`` (pixels and samples) -> ``encoding`` (an ordinary mp4) -> ``generation`` (files, workers,
+resuming). ``ceilings`` says how right a model can be at all; ``contact_sheet`` makes the picture of README.md.
 
 Every sample is a pure function of (settings, split, index): a killed generation continues, a larger one extends a
 smaller one, and two machines with the same tool versions write the same bytes.

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ca2st.errors import UserInputError
+from sharding.synthetic.difficulty import Difficulty, difficulty_of
+from sharding.synthetic.rhythms import NUM_QUARTERS
 
 MAX_SHAPES = 6
 MAX_MOTIONS = 8
@@ -50,8 +52,15 @@ class SyntheticConfig:
     """Rate of the mono sound; one of those AAC knows."""
     workers: int = 2
     """Processes that draw and encode. The bytes do not depend on it."""
+    difficulty: str = "easy"
+    """``easy``, ``medium`` or ``hard``: a row of `sharding.synthetic.difficulty`."""
+    binding: bool = False
+    """True: scenes of several objects, one of which keeps time with the sound (``--task binding``). They have as many
+    objects as the difficulty says, whatever `num_shapes`, and all last `min_frames`, so that a view which reads the
+    whole picture and the whole sound has the two in step."""
 
     def __post_init__(self) -> None:
+        difficulty_of(self.difficulty)
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if not low <= value <= high:
@@ -62,6 +71,11 @@ class SyntheticConfig:
             raise UserInputError(
                 f"synthetic.max_frames: expected at least min_frames ({self.min_frames}), found {self.max_frames}"
             )
+        if self.binding and self.min_frames % NUM_QUARTERS:
+            raise UserInputError(
+                f"synthetic.min_frames: binding scenes have {NUM_QUARTERS} equal quarters: expected a multiple of "
+                f"{NUM_QUARTERS}, found {self.min_frames}"
+            )
         if self.sample_rate_hz not in _AAC_RATES_HZ:
             raise UserInputError(
                 f"synthetic.sample_rate_hz: expected one of {', '.join(map(str, _AAC_RATES_HZ))}, "
@@ -69,13 +83,27 @@ class SyntheticConfig:
             )
 
     @property
+    def settings(self) -> Difficulty:
+        """What the difficulty means in numbers."""
+        return difficulty_of(self.difficulty)
+
+    @property
     def sizes(self) -> tuple[int, int, int]:
         """Numbers of shapes, motions and tones."""
         return self.num_shapes, self.num_motions, self.num_tones
 
     def content(self) -> dict[str, Any]:
-        """Settings that decide a clip's bytes: all but how many clips and how many workers."""
-        return {name: getattr(self, name) for name in _RANGES if name not in ("num_samples", "workers")}
+        """Settings that decide a clip's bytes: all but how many clips and how many workers.
+
+        Difficulty and binding are named where they are not the default, so that a folder made before they existed
+        is still the same set.
+        """
+        named = {name: getattr(self, name) for name in _RANGES if name not in ("num_samples", "workers")}
+        if self.difficulty != "easy":
+            named["difficulty"] = self.difficulty
+        if self.binding:
+            named["binding"] = True
+        return named
 
 
 _AAC_RATES_HZ = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)

@@ -1,4 +1,17 @@
-"""Which shape, motion and tone sample i of a split has: balanced at every length and independent of each other."""
+"""Which factors sample i of a split has, independent of each other.
+
+=================  =========  ==========================================
+what               label      beside it, where the difficulty names it
+=================  =========  ==========================================
+one frame shows    shape      colour
+the motion         direction  speed
+the sound          pitch      rhythm
+=================  =========  ==========================================
+
+The labels ``space``, ``time`` and ``audio`` are the first of each pair and are balanced at every length; ``holistic``
+is their combination. The second of each pair is drawn on its own, uniformly: it tells nothing of a label, and has a
+label space of its own.
+"""
 
 import functools
 import itertools
@@ -8,10 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sharding.manifest import LabelSpace
 from sharding.synthetic.config import SyntheticConfig
-
-SHAPES = ("disc", "square", "triangle", "cross", "ring", "star")
+from sharding.synthetic.rhythms import RHYTHMS
 
 _DIAGONAL = math.sqrt(0.5)
 MOTIONS: dict[str, tuple[float, float]] = {
@@ -24,7 +35,7 @@ MOTIONS: dict[str, tuple[float, float]] = {
     "down_left": (-_DIAGONAL, _DIAGONAL),
     "down_right": (_DIAGONAL, _DIAGONAL),
 }
-"""Unit steps (x right, y down): every motion has the same speed, so speed tells nothing.
+"""Unit steps (x right, y down): speeds are drawn alike for every direction, so speed tells nothing of it.
 
 A horizontal flip turns left into right: a training on ``time`` or ``holistic`` must not flip.
 """
@@ -35,11 +46,23 @@ TONES_HZ = tuple(round(220.0 * 2 ** (number / 2)) for number in range(8))
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One combination, as class indices."""
+    """One combination of the labelled factors, as class indices."""
 
     space: int
     time: int
     audio: int
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """The factors beside the labelled ones, as indices; 0 where the difficulty has no such factor."""
+
+    colour: int
+    """Into the difficulty's colours."""
+    speed: int
+    """Into the difficulty's speeds."""
+    rhythm: int
+    """Into RHYTHMS."""
 
 
 def generator(seed: int, split: str, purpose: int, index: int) -> np.random.Generator:
@@ -57,19 +80,11 @@ def factors_of(config: SyntheticConfig, split: str, index: int) -> Factors:
     return _block(config.sizes, config.seed, split, block)[position]
 
 
-def label_spaces(config: SyntheticConfig) -> tuple[LabelSpace, ...]:
-    """The spaces ``space``, ``time``, ``audio`` and ``holistic`` (the combination of the three)."""
-    shapes, motions = SHAPES[: config.num_shapes], tuple(MOTIONS)[: config.num_motions]
-    tones = tuple(f"{hertz}_hz" for hertz in TONES_HZ[: config.num_tones])
-    combinations = tuple(" ".join(parts) for parts in itertools.product(shapes, motions, tones))
-    named = {"space": shapes, "time": motions, "audio": tones, "holistic": combinations}
-    return tuple(LabelSpace(name=name, classes=classes) for name, classes in named.items())
-
-
-def labels_of(config: SyntheticConfig, factors: Factors) -> tuple[int, int, int, int]:
-    """Labels in the order of `label_spaces`."""
-    holistic = (factors.space * config.num_motions + factors.time) * config.num_tones + factors.audio
-    return factors.space, factors.time, factors.audio, holistic
+def details_of(config: SyntheticConfig, split: str, index: int) -> Details:
+    """Colour, speed and rhythm of sample `index`: three uniform draws."""
+    random, settings = generator(config.seed, split, _DETAILS, index), config.settings
+    sizes = (len(settings.colours), len(settings.speeds), len(RHYTHMS) if settings.keyed_sound else 0)
+    return Details(*(int(random.integers(max(size, 1))) for size in sizes))
 
 
 @functools.lru_cache(maxsize=64)
@@ -112,3 +127,10 @@ DRAWING = 1
 """Purpose of the random numbers behind a clip's picture."""
 SOUNDING = 2
 """Purpose of the random numbers behind a clip's sound."""
+_DETAILS = 3
+DISTURBING = 4
+"""Purpose of the random numbers behind what hides and shakes a clip's picture."""
+BINDING = 5
+"""Purpose of the random numbers behind who keeps time with the sound."""
+CLUTTERING = 6
+"""Purpose of the random numbers behind clicks and hum."""

@@ -24,7 +24,7 @@ from ca2st.durable import sweep_temporaries, write_bytes
 from ca2st.errors import EnvironmentFault, UserInputError
 from sharding.folder_lock import folder_lock
 from sharding.synthetic.config import SyntheticConfig
-from sharding.synthetic.factors import factors_of, label_spaces, labels_of
+from sharding.synthetic.labels import label_spaces, labels_of
 
 WORLD_NAME = "world.json"
 ANNOTATIONS_NAME = "annotations.csv"
@@ -44,7 +44,7 @@ class ClipFile:
 
 def clip_file(config: SyntheticConfig, split: str, index: int) -> ClipFile:
     """Name and labels of sample `index`; pure."""
-    return ClipFile(name=f"{split}-{index:06d}.mp4", labels=labels_of(config, factors_of(config, split, index)))
+    return ClipFile(name=f"{split}-{index:06d}.mp4", labels=labels_of(config, split, index))
 
 
 def make_clip(config: SyntheticConfig, split: str, index: int) -> bytes:

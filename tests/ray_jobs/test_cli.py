@@ -58,8 +58,11 @@ def test_help_needs_no_heavy_import() -> None:
         "shard verify",
         "weights check-golden",
         "model info",
+        "model presets",
         "train",
         "evaluate",
+        "explain",
+        "features",
         "predict",
         "track sync",
     ],
@@ -148,6 +151,8 @@ REFUSALS = {
     "a video that is not there": (["predict", "nowhere", "nofilm.mp4"], "nofilm.mp4"),
     "views of another form": (["evaluate", "x", "--data", "y", "--views", "two"], "expected CLIPSxCROPS"),
     "no class count": (["model", "info", "--model", "cast"], "expected either --num-classes C or --verb-noun"),
+    "no model": (["model", "info", "--num-classes", "4"], "expected either --model KIND or --preset NAME"),
+    "unknown preset": (["model", "info", "--preset", "cast_late_ad", "--verb-noun"], "did you mean 'cast_late_add'"),
     "a golden file that is not there": (["weights", "check-golden", "nowhere.safetensors"], "nowhere.safetensors"),
     "a run folder that is not there": (["track", "sync", "nowhere"], "expected the folder of a training run"),
 }
@@ -182,6 +187,27 @@ def test_model_info_counts_to_the_unit(ca2st: Command) -> None:
     facts = json.loads(out)
     assert (code, facts["trainable"]) == (0, 44_092_432)
     assert facts["gmacs"] == pytest.approx(241.5, rel=0.01)
+
+
+def test_model_info_knows_resnet_presets_and_sizes(ca2st: Command) -> None:
+    _, out, _ = ca2st("model", "info", "--model", "cast", "--spatial", "resnet50", "--verb-noun", "--json")
+    resnet = json.loads(out)
+    _, out, _ = ca2st("model", "info", "--preset", "cast_resnet50", "--verb-noun", "--json")
+    assert json.loads(out) == resnet
+    expert = next(part for part in resnet["parts"] if part["name"] == "spatial expert")
+    assert expert["trainable"] == 0
+    assert expert["gmacs"] == pytest.approx(8 * 4.09, rel=0.01)  # ResNet-50's own figure for an image, eight images
+    _, out, _ = ca2st("model", "info", "--model", "audio", "--size", "vit_s", "--num-classes", 10, "--json")
+    assert 21e6 < json.loads(out)["total"] < 25e6
+
+
+def test_model_presets_lists_names_and_published_figures(ca2st: Command) -> None:
+    _, out, _ = ca2st("model", "presets", "--json")
+    presets = json.loads(out)["presets"]
+    assert presets["cast_late_add"]["published_top1"] == 44.2
+    assert presets["cast_late_add"]["config"]["fusion"] == "late_add"
+    _, told, _ = ca2st("model", "presets")
+    assert all(name in told for name in presets)
 
 
 def test_a_dry_run_of_a_training_prints_its_plan_and_makes_nothing(

@@ -11,6 +11,7 @@ from ray_jobs.config import (
     load_recipe,
     recipe_document,
     recipe_from_document,
+    stored_recipe,
 )
 from ray_jobs.errors import RecipeError
 
@@ -131,3 +132,75 @@ def test_only_what_changes_the_numbers_belongs_to_the_identity(tmp_path: Path) -
     elsewhere = ["name=other", "launch.workers=2", "data.train=moved", "training.keep_checkpoints=9"]
     assert identity_settings(load_recipe(path, elsewhere)) == plain
     assert identity_settings(load_recipe(path, ["optim.base_lr=0.5"])) != plain
+    assert identity_settings(load_recipe(path, ["trainable=adapters"])) != plain
+
+
+def test_what_saves_memory_or_time_may_change_when_a_run_resumes(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path)
+    savings = ["training.activation_checkpointing=true", "training.compile=true", "experts.precision=fp32"]
+    assert identity_settings(load_recipe(path, savings)) == identity_settings(load_recipe(path))
+
+
+def test_a_start_may_move_but_not_begin_otherwise(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path)
+    start = identity_settings(load_recipe(path, ["start.checkpoint=runs/old"]))
+    assert identity_settings(load_recipe(path, ["start.checkpoint=moved/old"])) == start
+    assert identity_settings(load_recipe(path, ["start.checkpoint=runs/old", "start.head=new"])) != start
+    assert identity_settings(load_recipe(path)) != start
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainable=heads"], r"--set trainable: trainable: expected one of added, .*did you mean 'head'\?"),
+        (["trainable=[]"], r"trainable: expected at least one pattern"),
+        (["trainable=head"], r"mine\.toml: optim\.layer_decay: expected 1 where only the head is trained, found 0\.75"),
+        (["start.checkpoint=a", "experts.audio=b"], r"--set start\.checkpoint: .* files for audio under \[experts\]"),
+        (["start.checkpoint=a", "start.head=fresh"], r"start\.head: Input should be 'keep' or 'new', found 'fresh'"),
+        (["start.head=new"], r"start\.checkpoint: required, but not given"),
+        (["experts.precision=bf16"], r'--set experts\.precision: .*set training\.precision = "bf16", or'),
+        (["experts.frozen=true"], r'experts\.frozen: unknown key \(now the top-level key trainable: "added" for true'),
+    ],
+)
+def test_what_sections_ask_of_each_other_is_told_at_the_key_to_change(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe_file(tmp_path), overrides)
+
+
+def test_patterns_of_what_is_trained_come_back_from_the_document(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path), ['trainable=["head.*", "layers.*.adapters.*"]'])
+    assert recipe.trainable == ("head.*", "layers.*.adapters.*")
+    assert recipe_from_document(recipe_document(recipe)) == recipe
+
+
+def test_a_stored_recipe_of_another_version_is_told_as_such(tmp_path: Path) -> None:
+    document = recipe_document(load_recipe(recipe_file(tmp_path)))
+    document["experts"]["frozen"] = True
+    with pytest.raises(
+        RecipeError, match=r"runs/old: its recipe is none of this version of ca2st(.|\n)*experts\.frozen"
+    ):
+        stored_recipe(document, where="runs/old")
+
+
+def test_a_preset_lies_below_what_the_recipe_says_itself(tmp_path: Path) -> None:
+    text = RECIPE.replace('kind = "cast"', 'preset = "cast_t2s_only"\nspatial_temporal = { t2s_window = "space_time" }')
+    model = load_recipe(recipe_file(tmp_path, text)).model
+    assert (model.kind, model.dim, model.drop_path_rate) == ("cast", 48, 0.2)
+    assert (model.spatial_temporal.directions, model.spatial_temporal.t2s_window) == ("t2s", "space_time")
+    later = load_recipe(recipe_file(tmp_path), ["model.preset=ca2st_parallel"]).model
+    assert (later.kind, later.combination) == ("cast", "parallel")
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    text = RECIPE.replace('kind = "cast"', 'preset = "cast_late_ad"')
+    with pytest.raises(UserInputError, match="did you mean 'cast_late_add'"):
+        load_recipe(recipe_file(tmp_path, text))
+
+
+def test_exact_layers_are_written_as_a_list(tmp_path: Path) -> None:
+    text = RECIPE.replace('kind = "cast"', 'kind = "cast"\nspatial_temporal = { layers = [1] }')
+    recipe = load_recipe(recipe_file(tmp_path, text))
+    assert recipe.model.spatial_temporal.layers == (1,)
+    assert recipe_from_document(recipe_document(recipe)) == recipe

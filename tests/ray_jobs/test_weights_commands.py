@@ -18,6 +18,7 @@ from ray_jobs.commands.weights import Kind
 from ray_jobs.config import recipe_from_document
 from ray_jobs.trained import load_trained
 from ray_jobs.wiring import make_model
+from support.fake_hub import COMMIT, fake_hub
 from support.foreign import awake_expert, clip_state, videomae_state
 from support.tiny_runs import make_tiny_run
 
@@ -144,10 +145,49 @@ def test_5_1_a_hostile_file_ends_with_2_and_a_damaged_one_with_3(ca2st, tmp_path
 
 
 def test_a_kind_that_nobody_reads_is_refused_with_the_known_ones(ca2st, tmp_path):
-    code, _, err = ca2st("weights", "import", "--kind", "resnet50", "a.pth", "--out", tmp_path / "o.safetensors")
+    code, _, err = ca2st("weights", "import", "--kind", "dinov2", "a.pth", "--out", tmp_path / "o.safetensors")
     assert code == 2
-    assert "'resnet50' is not one of" in " ".join(err.split())
+    assert "'dinov2' is not one of" in " ".join(err.split())
     assert "videomae" in err
+
+
+def test_a_public_name_is_fetched_and_its_commit_told(ca2st, tmp_path, clip_file, monkeypatch):
+    with fake_hub() as hub:
+        hub.repositories["org/clip"] = {"model.safetensors": clip_file.read_bytes()}
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "downloads"))
+        command = ("weights", "import", "--kind", "clip", "hf-hub:org/clip@v1", "--out", tmp_path / "o.safetensors")
+        code, text, err = ca2st(*command, *SIZES, "--json")
+        assert code == 0, err
+        facts = json.loads(text)
+        assert facts["source_sha256"] == hashlib.sha256(clip_file.read_bytes()).hexdigest()
+        assert facts["origin"] == {
+            "source": "hf-hub:org/clip@v1",
+            "repository": "org/clip",
+            "revision": COMMIT,
+            "file": "model.safetensors",
+            "activation": "",
+        }
+        code, text, _ = ca2st(*command, *SIZES)
+        assert f"model.safetensors of org/clip at {COMMIT}" in text
+
+
+def test_without_a_network_a_public_name_ends_with_4_and_one_line(ca2st, tmp_path, monkeypatch):
+    with fake_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    out = tmp_path / "new" / "o.safetensors"
+    code, text, err = ca2st("weights", "import", "--kind", "clip", "hf-hub:org/clip", "--out", out, "--json")
+    assert (code, text) == (4, "")
+    assert err.startswith("error: hf-hub:org/clip: cannot get org/clip (revision main) from http://127.0.0.1:")
+    assert "give its path instead of the name" in err
+    assert err.count("\n") == 1
+    assert not out.parent.exists()
+
+
+def test_an_unknown_public_name_ends_with_2(ca2st, tmp_path):
+    code, _, err = ca2st("weights", "import", "--kind", "clip", "hf-hub:clip", "--out", tmp_path / "o.safetensors")
+    assert code == 2
+    assert "expected hf-hub:ORGANISATION/NAME" in err
 
 
 def test_what_is_no_checkpoint_is_not_exported(ca2st, tmp_path):

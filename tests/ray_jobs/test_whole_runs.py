@@ -65,6 +65,25 @@ def test_two_processes_see_the_same_samples_and_nearly_the_same_losses(undisturb
     assert [loss for _, _, loss in together] == pytest.approx([loss for _, _, loss in alone], rel=1e-4)
 
 
+def test_two_processes_train_with_bfloat16_experts_whose_file_stays_float32(
+    recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    savings = ("precision=bf16", "activation_checkpointing=true", "epochs=1")
+    settings = [part for saving in savings for part in ("--set", f"training.{saving}")]
+    settings += ["--set", "experts.precision=bf16", "--set", "trainable=adapters"]
+    run_dir = tmp_path / "run"
+    done = ca2st("train", recipe, "--out", run_dir, "--workers", 2, *settings, *NO_TRACKING)
+    assert done.returncode == 0, done.stderr
+    (start,) = journal(run_dir, "start")
+    assert start["topology"]["experts_precision"] == "bf16"
+    kept, plain = ({path.name for path in (folder / "experts").iterdir()} for folder in (run_dir, undisturbed))
+    assert plain < kept
+    assert len(kept - plain) == 1  # what is added to the experts, not trained here
+    done = ca2st("evaluate", run_dir, "--data", recipe.parent / "shards" / "validation", "--views", "1x1", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_samples"] == 5
+
+
 def test_t1_ray_restarts_killed_workers_and_the_losses_are_those_of_two_plain_processes(
     recipe: Path, two_processes: Path, tmp_path: Path
 ) -> None:
@@ -115,6 +134,25 @@ def test_videos_of_ones_own_are_classified_with_and_without_sound(undisturbed: P
         first, second = entry["predictions"]
         assert {first["label"], second["label"]} < {"red", "green", "blue"}
         assert 1 > first["probability"] >= second["probability"] > 0
+
+
+def test_a_checkpoint_can_be_looked_into(recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    video = make_clip(tmp_path / "loud.mp4", sound=Sound())
+    done = ca2st("explain", undisturbed, video, "--out", tmp_path / "page.html", "--json")
+    assert done.returncode == 0, done.stderr
+    assert {row["direction"] for row in json.loads(done.stdout)["entropy"]} == {
+        "t2s",
+        "s2t",
+        "a2s",
+        "s2a",
+        "a2t",
+        "t2a",
+    }
+    assert "loud.mp4" in (tmp_path / "page.html").read_text()
+    data = recipe.parent / "shards" / "validation"
+    done = ca2st("features", undisturbed, "--data", data, "--out", tmp_path / "features.parquet", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_samples"] == pq.ParquetFile(tmp_path / "features.parquet").metadata.num_rows
 
 
 def test_a_video_that_cannot_be_read_is_named_by_predict(undisturbed: Path, tmp_path: Path) -> None:

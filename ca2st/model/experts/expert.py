@@ -7,7 +7,7 @@ the layout of its tokens.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class ClipInputs(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Flavour:
-    """In what the layers of the experts differ."""
+    """In what the layers of the transformer experts differ."""
 
     activation: Activation
     """Of the FFN."""
@@ -61,22 +61,55 @@ class EncoderLayer(nn.Module):
 class Expert(nn.Module, ABC):
     """A pretrained encoder. Layers are called one by one by the model, so that experts can exchange tokens between."""
 
+    adaptable: ClassVar[bool] = True
+    """Whether its layers are `EncoderLayer`s, between whose halves adapters and the exchange go. A layer that is not
+    runs whole before the exchange and has no adapters."""
+    drops_attended: ClassVar[bool] = False
+    """Whether DropPath also falls on the first half of its layers."""
+    feature_dim: int
+    """Width of the pooled feature."""
+
+    @abstractmethod
+    def grid_at(self, index: int) -> TokenGrid:
+        """Layout of its tokens when the experts exchange them in layer `index` (0 = first)."""
+
+    @abstractmethod
+    def layer_at(self, index: int) -> nn.Module:
+        """Its own layer `index`."""
+
+    @abstractmethod
+    def embed(self, inputs: ClipInputs) -> Float[Tensor, "batch sequences tokens dim"]:
+        """Tokens of a clip before the first layer."""
+
+    @abstractmethod
+    def pool(self, tokens: Float[Tensor, "batch sequences tokens dim"]) -> Float[Tensor, "batch feature"]:
+        """The feature of a clip from the last layer's tokens; holds the expert's final norm, if it has one."""
+
+    @abstractmethod
+    def forward(self, inputs: ClipInputs) -> Float[Tensor, "batch feature"]:
+        """The expert alone, as it was pretrained."""
+
+
+class TransformerExpert(Expert):
+    """An expert of `depth` equal layers, whose tokens keep one layout."""
+
     def __init__(self, config: ModelConfig, grid: TokenGrid, flavour: Flavour) -> None:
         super().__init__()
         self.grid = grid
+        self.feature_dim = config.dim
         self.layers = cast("Sequence[EncoderLayer]", nn.ModuleList())
         for _ in range(config.depth):
             cast("nn.ModuleList", self.layers).append(EncoderLayer(config, flavour))
 
-    @abstractmethod
-    def embed(self, inputs: ClipInputs) -> Float[Tensor, "batch sequences tokens dim"]:
-        """Tokens of a clip, laid out as `grid` says."""
+    def grid_at(self, index: int) -> TokenGrid:  # noqa: ARG002  # the same in every layer
+        """The one layout of its tokens."""
+        return self.grid
 
-    @abstractmethod
-    def pool(self, tokens: Float[Tensor, "batch sequences tokens dim"]) -> Float[Tensor, "batch dim"]:
-        """The feature of a clip from the last layer's tokens; holds the expert's final norm."""
+    def layer_at(self, index: int) -> nn.Module:
+        """Transformer layer `index`."""
+        return self.layers[index]
 
-    def forward(self, inputs: ClipInputs) -> Float[Tensor, "batch dim"]:
+    def forward(self, inputs: ClipInputs) -> Float[Tensor, "batch feature"]:
         """The expert alone, as it was pretrained."""
         tokens = self.embed(inputs)
         for layer in self.layers:

@@ -1,20 +1,17 @@
-"""Names of the checkpoints that people have, one file an expert, as plain tables."""
+"""Names of the checkpoints that people have, one file an encoder, as plain tables."""
 
-from typing import Literal
-
-from ca2st.model.structure import ExpertName
+from ca2st.model.config import EncoderName
 from ca2st.weights.layouts.ast import AST_LAYOUTS
 from ca2st.weights.layouts.clip import CLIP_LAYOUTS
 from ca2st.weights.layouts.layout import Layout, Translation, translate
+from ca2st.weights.layouts.resnet import RESNET50_LAYOUTS
 from ca2st.weights.layouts.videomae import VIDEOMAE_LAYOUTS
 
-ExpertKind = Literal["clip", "videomae", "ast"]
-
-EXPERT_OF_KIND: dict[ExpertKind, ExpertName] = {"clip": "spatial", "videomae": "temporal", "ast": "audio"}
-LAYOUTS_OF_KIND: dict[ExpertKind, tuple[Layout, ...]] = {
+LAYOUTS_OF_ENCODER: dict[EncoderName, tuple[Layout, ...]] = {
     "clip": CLIP_LAYOUTS,
     "videomae": VIDEOMAE_LAYOUTS,
     "ast": AST_LAYOUTS,
+    "resnet50": RESNET50_LAYOUTS,
 }
 
-__all__ = ["EXPERT_OF_KIND", "LAYOUTS_OF_KIND", "ExpertKind", "Layout", "Translation", "translate"]
+__all__ = ["LAYOUTS_OF_ENCODER", "Layout", "Translation", "translate"]

@@ -83,4 +83,27 @@ _HUGGING_FACE = Layout(
     ),
 )
 
-CLIP_LAYOUTS = (_ORIGINAL, _HUGGING_FACE)
+_TIMM = Layout(
+    name="timm's CLIP",
+    prefixes=("",),
+    marker="norm_pre.weight",
+    once=Names(
+        modules={"norm_pre": "norm_pre", "norm": "norm"},
+        tensors={"patch_embed.proj.weight": "patch_embed.weight", "cls_token": "class_token", "pos_embed": "positions"},
+    ),
+    layer_prefix="blocks.",
+    layer=Names(
+        modules={
+            "norm1": "norm1",
+            "attn.qkv": "attention.qkv",
+            "attn.proj": "attention.proj",
+            "norm2": "norm2",
+            "mlp.fc1": "mlp.fc1",
+            "mlp.fc2": "mlp.fc2",
+        }
+    ),
+    ignored=("head.*",),
+)
+"""The visual half as timm keeps it in its repositories; the head is the projection into the joint space."""
+
+CLIP_LAYOUTS = (_ORIGINAL, _HUGGING_FACE, _TIMM)

@@ -25,9 +25,9 @@ class Layout:
     """A name below the prefix that only this layout has."""
     once: Names
     """Names below the prefix -> ours, outside the layers."""
-    layer_prefix: str
-    """Before the number of a layer, below the prefix."""
-    layer: Names
+    layer_prefix: str = ""
+    """Before the number of a layer, below the prefix; empty where no two layers are alike."""
+    layer: Names = field(default_factory=lambda: Names(modules={}))
     """Names below a layer -> ours below `layers.<i>.`."""
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Ours below a layer -> the names below a layer whose tensors are concatenated into it, in this order."""

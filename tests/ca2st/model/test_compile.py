@@ -1,9 +1,12 @@
 """torch.compile, in a process of its own: the shape checks of the test run are Python that it cannot trace."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from support.processes import python_path
 
 SCRIPT = """
 import torch
@@ -27,3 +30,81 @@ def test_the_model_is_traced_as_one_graph_in_evaluation_and_in_training():
     """`fullgraph` makes a graph break an error."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+COMPILED_RUN = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from ca2st.model.adapter import Adapter
+from ca2st.model.build import build_model
+from ca2st.model.compiled import compile_layers
+from ca2st.model.config import ModelConfig, TargetSpec
+from ca2st.model.parameters import set_trainable
+from ca2st.spec import ClipSpec
+from ca2st.training.journal import run_sequence
+from ca2st.training.loop import train
+from ca2st.training.optim import ParameterRules
+from support.tiny_training import TARGETS, TinySource, fresh_accelerator, tiny_settings
+
+clip = ClipSpec(num_frames=2, crop_size=16, mel_rows=16, num_mel_bins=16)
+config = ModelConfig(kind="spatial", dim=8, depth=2, num_heads=2)
+targets = tuple(TargetSpec(name=name, num_classes=size) for name, size in TARGETS.items())
+rules = ParameterRules(layer_index=lambda name: 0, num_layers=2)
+
+class Source(TinySource):
+    def make(self, clips, keys, *, epoch, step):
+        batch = super().make(clips, keys, epoch=epoch, step=step)
+        return replace(batch, video=batch.video.repeat(1, 1, 1, 4, 4), mel=batch.mel.repeat(1, 4, 4))
+
+def losses(folder, *, compile, max_steps=None):
+    settings = tiny_settings(folder, rules=rules, compile=compile, max_steps=max_steps, per_device_batch_size=3)
+    model = build_model(config, clip, targets)
+    set_trainable(model, "all")  # both layers' tokens then need gradients: they are equal
+    if compile:
+        compile_layers(model)
+    result = train(model, Source(seed=5), accelerator=fresh_accelerator(settings), settings=settings)
+    assert compile == any(layer._compiled_call_impl is not None for layer in model.layers)
+    return result, [line["loss"] for line in run_sequence(folder / "journal.jsonl")]
+
+root = Path(sys.argv[1])
+_, eager = losses(root / "eager", compile=False)
+losses(root / "compiled", compile=True, max_steps=5)
+result, compiled = losses(root / "compiled", compile=True)
+assert result.resumed_step == 5, result
+torch.testing.assert_close(torch.tensor(compiled), torch.tensor(eager), rtol=1e-5, atol=1e-5)
+assert len(set(eager)) == 8, "nothing was learned"
+from torch._dynamo.utils import counters
+assert counters["stats"]["unique_graphs"] == 1, counters
+assert '"compile":true' in (root / "compiled" / "journal.jsonl").read_text()
+
+def breaks(self, x):
+    torch._dynamo.graph_break()
+    return x
+
+Adapter.forward = breaks
+model = build_model(config, clip, targets)
+inputs = torch.randn(1, 3, 2, 16, 16), torch.randn(1, 16, 16), torch.rand(1, 2, 2)
+model(*inputs)
+compile_layers(model)
+try:
+    model(*inputs)
+except torch._dynamo.exc.Unsupported:
+    print("refused")
+"""
+
+
+@pytest.mark.slow
+def test_a_compiled_run_gives_the_eager_losses_and_resumes_and_what_cannot_be_compiled_is_an_error(tmp_path):
+    """Equal layers share one compilation; a layer with a break in its graph is never run eagerly instead."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED_RUN, tmp_path],
+        env=os.environ | {"PYTHONPATH": python_path()},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.endswith("refused\n")

@@ -46,10 +46,17 @@ def test_a_model_that_cannot_be_built_is_refused_by_name(changes, message, monke
         (SpatialTemporalConfig, {"t2s_window": "tim"}, r"spatial_temporal.t2s_window: .*did you mean 'time'"),
         (SpatialTemporalConfig, {"s2t_window": "frame"}, "s2t_window: expected one of time, space, space_time"),
         (SpatialTemporalConfig, {"directions": "s2s"}, "directions: expected one of both, t2s, s2t"),
-        (SpatialTemporalConfig, {"positions": "time_codes"}, "positions: expected one of learned, none"),
+        (SpatialTemporalConfig, {"positions": "fixed"}, "positions: expected one of learned, time_codes, none"),
+        (SpatialTemporalConfig, {"layers": (0, 2)}, r"spatial_temporal.layers: expected different layers from 1 on"),
+        (SpatialTemporalConfig, {"layers": ()}, r"expected different layers from 1 on, found \[\]"),
+        (
+            SpatialTemporalConfig,
+            {"layers": (2,), "last_layers": 1},
+            "expected either layers or last_layers, found both",
+        ),
         (SpatialTemporalConfig, {"last_layers": -1}, "last_layers: expected a number of layers >= 0"),
         (AudioVisualConfig, {"directions": "t2s"}, "directions: expected one of both, from_audio, to_audio"),
-        (AudioVisualConfig, {"positions": "fixed"}, "positions: expected one of time_codes, learned, none"),
+        (AudioVisualConfig, {"positions": "fixed"}, "positions: expected one of learned, time_codes, none"),
         (AudioVisualConfig, {"last_layers": "some"}, "last_layers: expected a number of layers >= 0, 'all' or"),
     ],
 )
@@ -147,3 +154,21 @@ def test_every_configuration_field_explains_itself():
 def test_a_configuration_can_be_read_without_importing_torch():
     script = "import sys, ca2st.model.config, ca2st.model.structure; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_exact_layers_may_be_named_and_must_exist():
+    config = ModelConfig(kind="ca2st", audio_spatial=AudioVisualConfig(layers=(2, 7)))
+    assert _layers_with(config, "audio_spatial") == [1, 6]
+    assert _layers_with(config, "audio_temporal") == [9, 10, 11]
+    with pytest.raises(UserInputError, match=r"audio_spatial.layers: expected layers 1\.\.4, found 7"):
+        ModelConfig(kind="ca2st", depth=4, audio_spatial=AudioVisualConfig(layers=(2, 7)))
+
+
+@pytest.mark.parametrize("fusion", ["late_add", "late_concat", "independent"])
+def test_late_fusion_has_no_bridges(fusion):
+    assert not bridges_of_layer(ModelConfig(kind="cast", fusion=fusion), 11)
+
+
+def test_independent_experts_are_those_of_cast():
+    with pytest.raises(UserInputError, match=r"fusion independent: expected kind cast .* found ca2st"):
+        ModelConfig(kind="ca2st", fusion="independent")

@@ -6,7 +6,7 @@ import torch
 from ca2st.model.positions import LearnedPositions, sinusoid_table
 from ca2st.model.tokens import TokenGrid
 
-GRID = TokenGrid(num_sequences=3, num_prefix=1, num_frames=3, num_patches=4)
+GRID = TokenGrid(num_sequences=3, num_prefix=1, num_frames=3, num_patches=4, dim=8)
 
 
 def test_the_fixed_table_has_sines_at_even_and_cosines_at_odd_columns():
@@ -44,7 +44,7 @@ def test_learned_codes_are_added_by_frame_and_by_patch():
 
 
 def test_learned_tables_start_with_the_published_deviation():
-    big = TokenGrid(num_sequences=1, num_prefix=0, num_frames=500, num_patches=4)
+    big = TokenGrid(num_sequences=1, num_prefix=0, num_frames=500, num_patches=4, dim=8)
     table = LearnedPositions(big, 384, 12, window="time").time_table
     assert table.std().item() == pytest.approx((384 / 12) ** -0.5, rel=0.02)
 
@@ -52,8 +52,8 @@ def test_learned_tables_start_with_the_published_deviation():
 def test_a_grid_that_is_split_and_joined_gives_the_same_tokens():
     grids = (
         GRID,
-        TokenGrid(num_sequences=1, num_prefix=0, num_frames=3, num_patches=4),
-        TokenGrid(num_sequences=1, num_prefix=2, num_frames=1, num_patches=7),
+        TokenGrid(num_sequences=1, num_prefix=0, num_frames=3, num_patches=4, dim=5),
+        TokenGrid(num_sequences=1, num_prefix=2, num_frames=1, num_patches=7, dim=5),
     )
     for grid in grids:
         tokens = torch.randn(2, grid.num_sequences, grid.num_tokens, 5)

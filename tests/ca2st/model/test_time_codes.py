@@ -2,11 +2,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from ca2st.model.config import SpatialTemporalConfig
 from ca2st.model.time_codes import TimeEncoder, cut_interval, part_of_column, parts_of_tokens
 from ca2st.model.tokens import audio_patches
 from ca2st.spec import ClipSpec
-from support.models import TINY_CLIP, inputs_for, tiny_config
+from support.models import TINY_CLIP, inputs_for, tiny_config, tiny_model, wake
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,19 @@ def test_codes_are_the_two_networks_outputs_for_each_tokens_own_interval(layout)
 
 def test_the_networks_are_three_linears_with_relu_after_each_and_a_norm_of_torchs_epsilon():
     encoder = TimeEncoder(tiny_config("cava"), TINY_CLIP)
-    kinds = [type(module).__name__ for module in encoder.audio]
-    assert kinds == ["Linear", "ReLU", "Linear", "ReLU", "Linear", "ReLU", "LayerNorm"]
+    kinds = [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.LayerNorm]
+    assert all(isinstance(module, kind) for module, kind in zip(encoder.audio, kinds, strict=True))
     assert encoder.audio[6].eps == 1e-5
+
+
+def test_space_and_time_may_exchange_time_codes_too_without_an_audio_part():
+    coded = SpatialTemporalConfig(positions="time_codes")
+    model = tiny_model("cast", spatial_temporal=coded)
+    assert model.time_codes is not None
+    assert model.time_codes.audio is None
+    for layer in model.layers:
+        wake(layer)
+    video, mel, intervals = inputs_for()
+    features = model(video, mel, intervals).features
+    later = model(video, mel, intervals + 3).features
+    assert not torch.allclose(features["spatial"], later["spatial"])

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from ca2st.spec import ClipSpec
 from ca2st.weights import WeightsMismatchError, expert_state, load_expert
 from support.models import expert_inputs, tiny_model, wake
 
@@ -43,9 +42,9 @@ def test_the_weights_of_another_expert_or_size_are_refused():
     audio = expert_state(tiny_model("audio"), "audio")
     with pytest.raises(WeightsMismatchError, match=r"spatial expert: .*missing: norm_pre.bias"):
         load_expert(tiny_model("cast"), "spatial", audio)
-    longer = expert_state(tiny_model("audio", clip=ClipSpec(num_frames=4, crop_size=32, mel_rows=96)), "audio")
-    with pytest.raises(WeightsMismatchError, match=r"store: .*positions expected \[50, 32\], found \[110, 32\]"):
-        load_expert(tiny_model("cava"), "audio", longer, where="store")
+    wider = expert_state(tiny_model("audio", dim=64), "audio")
+    with pytest.raises(WeightsMismatchError, match=r"store: .*class_token expected \[32\], found \[64\]"):
+        load_expert(tiny_model("cava"), "audio", wider, where="store")
 
 
 def test_the_temporal_expert_without_its_query_bias_is_refused():

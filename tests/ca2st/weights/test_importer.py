@@ -18,9 +18,9 @@ from ca2st.weights import (
     import_weights,
     load_expert,
 )
-from ca2st.weights.importer import EXPERT_KEY, checksum
+from ca2st.weights.expert_file import EXPERT_KEY
 from ca2st.weights.sizes import UnwrittenSizes
-from ca2st.weights.tensor_file import read_tensor_file
+from ca2st.weights.tensor_file import checksum, read_tensor_file
 from support.foreign import (
     ast_state,
     awake_expert,

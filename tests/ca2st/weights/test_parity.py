@@ -1,13 +1,17 @@
-"""Hugging Face models with random weights, saved to a file, imported, and compared feature by feature."""
+"""Hugging Face models with random weights, saved to a file, imported, and compared feature by feature.
+
+Small ones, and one through its file at the published size; `test_parity_full_size.py` has all three at that size.
+"""
 
 import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import layer_norm
 
 from ca2st.model.config import ModelConfig
-from ca2st.model.experts import EXPERT_TYPES, ClipInputs
+from ca2st.model.experts import ClipInputs, build_expert
 from ca2st.spec import ClipSpec
 from ca2st.weights import ImportOptions, import_weights
 from ca2st.weights.sizes import UnwrittenSizes
@@ -76,7 +80,7 @@ def _imported(path, tmp_path, kind, sizes, **options):
         num_heads=sizes["num_attention_heads"],
         adapters=False,
     )
-    expert = EXPERT_TYPES[name](config, _clip(sizes))
+    expert = build_expert(name, config, _clip(sizes))
     load_strictly(expert, read_tensor_file(out).tensors, where=str(out))
     return expert.eval(), report
 
@@ -113,9 +117,23 @@ def test_a_pickled_hugging_face_file_and_a_two_tower_file_give_the_same_expert(t
     assert _imported(_saved(alone, tmp_path), tmp_path, "clip", TINY)[1].checksums == whole.checksums
 
 
-@pytest.mark.parametrize("sizes", SIZES)
 @torch.no_grad()
-def test_videomae_features_are_those_of_transformers(transformers, tmp_path, sizes):
+def test_clip_as_timm_keeps_it_gives_timms_features(tmp_path):
+    import timm
+
+    sizes = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 8}
+    theirs = _random(timm.create_model("vit_base_patch16_clip_quickgelu_224", pretrained=False, **sizes))
+    save_file(theirs.state_dict(), tmp_path / "timm.safetensors")
+    ours, report = _imported(tmp_path / "timm.safetensors", tmp_path, "clip", TINY)
+    video = expert_inputs(_clip(TINY), batch=1).video
+    still = ClipInputs(video[:, :, 1:2].expand_as(video), torch.zeros(1, _clip(TINY).mel_rows, 128))
+    _agree(ours(still), theirs.forward_head(theirs.forward_features(video[:, :, 1]), pre_logits=True))
+    assert (report.layout, report.unexpected) == ("timm's CLIP", ("head.bias", "head.weight"))
+
+
+@torch.no_grad()
+def test_videomae_features_are_those_of_transformers(transformers, tmp_path):
+    sizes = TINY
     config = _config(transformers.VideoMAEConfig, sizes, use_mean_pooling=True)
     theirs = _random(transformers.VideoMAEForVideoClassification(config))
     theirs.classifier = torch.nn.Identity()  # what is left is the pooled feature after its final norm
@@ -149,9 +167,9 @@ def test_a_pretrained_videomae_brings_its_encoder_norm_and_leaves_its_decoder(tr
     assert any(name.startswith("decoder.") for name in report.unexpected)
 
 
-@pytest.mark.parametrize("sizes", SIZES)
 @torch.no_grad()
-def test_ast_features_are_those_of_transformers(transformers, tmp_path, sizes):
+def test_ast_features_are_those_of_transformers(transformers, tmp_path):
+    sizes = TINY
     theirs = _random(transformers.ASTModel(_config(transformers.ASTConfig, sizes)))
     mel = expert_inputs(_clip(sizes), batch=1).mel
     expected = theirs(input_values=mel).pooler_output

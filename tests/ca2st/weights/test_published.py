@@ -11,7 +11,7 @@ from ca2st.weights import WeightsMismatchError, load_published, published_names,
 from ca2st.weights.golden import golden_model, golden_output
 from ca2st.weights.published_tables import NEVER_USED
 from ca2st.weights.tensor_file import read_tensor_file
-from support.models import ONE_TARGET, VERB_NOUN, tiny_config, tiny_model, wake
+from support.models import ONE_TARGET, TINY_CLIP, VERB_NOUN, tiny_config, tiny_model, wake
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 FILES = sorted(GOLDEN.glob("*.safetensors"))
@@ -135,6 +135,39 @@ def test_separate_bottlenecks_filled_from_shared_ones_give_the_same_output(name)
 def test_a_configuration_that_was_never_published_says_so(changes):
     with pytest.raises(UserInputError, match="this configuration was never published; it differs in"):
         to_published(tiny_model("ca2st", **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"fusion": "lateral"},
+            "expected fusion cross_attention, found fusion lateral: no such model was ever released",
+        ),
+        ({"fusion": "late_add"}, "expected fusion cross_attention, found fusion late_add"),
+        ({"temporal_encoder": "clip"}, "expected temporal_encoder videomae, found temporal_encoder clip"),
+        ({"spatial_encoder": "resnet50", "depth": 4}, "expected spatial_encoder clip, found spatial_encoder resnet50"),
+        ({"spatial_temporal": SpatialTemporalConfig(positions="time_codes")}, "this configuration was never published"),
+    ],
+)
+def test_encoders_and_fusions_that_were_never_released_have_no_published_names(changes, message):
+    clip = replace(TINY_CLIP, crop_size=64)
+    with pytest.raises(UserInputError, match=message):
+        to_published(tiny_model("cast", clip=clip, **changes))
+
+
+def test_an_interpolated_table_of_videomae_is_not_written_under_published_names():
+    with pytest.raises(UserInputError, match=r"found one interpolated from \(8, 2, 2\), which released code does not"):
+        to_published(tiny_model("cast", pretrained_num_frames=16))
+    assert to_published(tiny_model("cast", pretrained_num_frames=4, pretrained_crop_size=32))
+    assert to_published(tiny_model("cava", pretrained_crop_size=48))
+
+
+def test_exact_layers_have_the_published_names_of_the_layers_they_are():
+    config = tiny_config("cast", spatial_temporal=SpatialTemporalConfig(layers=(1,)))
+    names = published_names(config, ONE_TARGET)
+    assert "blocks.0.cross_s_down.weight" in names
+    assert "blocks.1.cross_s_down.weight" not in names
 
 
 def test_kinds_and_targets_without_published_names_say_so():

@@ -49,6 +49,18 @@ def test_a_split_is_ordinary_files_with_their_annotations(tmp_path: Path) -> Non
     assert sorted(path.suffix for path in (tmp_path / "train").iterdir()) == [".csv", ".json", *[".mp4"] * 6]
 
 
+def test_a_binding_split_is_labelled_with_the_keeper_and_with_every_rhythm(tmp_path: Path) -> None:
+    source = read(tmp_path, task="binding")
+    assert [space.name for space in source.label_spaces] == [
+        "binding", "audio", "rhythm", "disc_rhythm", "square_rhythm",
+    ]  # fmt: skip
+    assert source.num_classes == {"binding": 2}
+    rows = list(csv.DictReader((tmp_path / "train" / "annotations.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row[f"{row['binding']}_rhythm"] for row in rows] == [row["rhythm"] for row in rows]
+    with pytest.raises(UserInputError, match=r"other settings \(binding: True there, None now"):
+        read(tmp_path, task="space")
+
+
 def test_every_clip_decodes_to_what_was_drawn_and_sounded(tmp_path: Path) -> None:
     config = SyntheticConfig(num_samples=8, workers=1)
     for index, sample in enumerate(read(tmp_path, config).samples):
@@ -74,7 +86,8 @@ def test_the_same_sample_is_the_same_bytes_and_another_is_not() -> None:
 
 def test_any_number_of_workers_makes_the_same_files(tmp_path: Path) -> None:
     for workers in (1, 2):
-        read(tmp_path / str(workers), SyntheticConfig(num_samples=36, frame_size=32, max_frames=16, workers=workers))
+        config = SyntheticConfig(num_samples=36, frame_size=32, max_frames=16, workers=workers, difficulty="hard")
+        read(tmp_path / str(workers), config, task="binding")
     made = hashes(tmp_path / "1" / "train")
     assert len(made) == 38
     assert made == hashes(tmp_path / "2" / "train")
@@ -167,12 +180,14 @@ def test_two_generations_in_one_folder_are_refused(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-@pytest.mark.parametrize("task", ["binding", "spaces", ""])
+@pytest.mark.parametrize("task", ["bindings", "spaces", ""])
 def test_an_unknown_task_is_answered_with_the_known_ones(task: str) -> None:
     if not task:
         assert read(None, check_media=False, task=task).targets == ("holistic",)
         return
-    with pytest.raises(UserInputError, match=rf"--task '{task}': expected one of space, time, audio, holistic"):
+    with pytest.raises(
+        UserInputError, match=rf"--task '{task}': expected one of space, time, audio, holistic, binding"
+    ):
         read(None, check_media=False, task=task)
 
 

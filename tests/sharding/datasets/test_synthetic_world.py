@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from ca2st.errors import UserInputError
 from sharding.synthetic.config import SyntheticConfig
-from sharding.synthetic.drawing import draw_frames, positions, scene_of
-from sharding.synthetic.factors import MOTIONS, SHAPES, TONES_HZ, factors_of, label_spaces, labels_of
+from sharding.synthetic.drawing import draw_frames
+from sharding.synthetic.factors import MOTIONS, TONES_HZ, factors_of
+from sharding.synthetic.labels import label_spaces, labels_of
+from sharding.synthetic.outlines import SHAPES
+from sharding.synthetic.scenes import scene_of
 from sharding.synthetic.sounding import sound_samples
 
 SMALL = SyntheticConfig(frame_size=32, min_frames=8, max_frames=8)
@@ -51,7 +54,7 @@ def test_the_holistic_class_is_the_combination_of_the_others() -> None:
     spaces = label_spaces(config)
     assert [len(space.classes) for space in spaces] == [3, 5, 2, 30]
     for index in range(30):
-        labels = labels_of(config, factors_of(config, "train", index))
+        labels = labels_of(config, "train", index)
         named = [space.classes[label] for space, label in zip(spaces, labels, strict=True)]
         assert named[3] == " ".join(named[:3])
 
@@ -59,7 +62,8 @@ def test_the_holistic_class_is_the_combination_of_the_others() -> None:
 def test_splits_and_seeds_share_no_order_and_no_draws() -> None:
     worlds = [("train", 0), ("validation", 0), ("train", 1)]
     orders = {tuple(factors_of(SyntheticConfig(seed=seed), split, n) for n in range(64)) for split, seed in worlds}
-    starts = {scene_of(SyntheticConfig(seed=seed), split, n).start for split, seed in worlds for n in range(20)}
+    scenes = [scene_of(SyntheticConfig(seed=seed), split, n) for split, seed in worlds for n in range(20)]
+    starts = {tuple(scene.bodies[0].track[0]) for scene in scenes}
     assert (len(orders), len(starts)) == (3, 60)
 
 
@@ -107,7 +111,7 @@ def test_the_sound_reveals_the_tone() -> None:
 def test_at_every_moment_the_position_is_uniform_whatever_the_motion(motion: int) -> None:
     config = SyntheticConfig(min_frames=16, max_frames=16)
     indices = [n for n in range(2400) if factors_of(config, "train", n).time == motion]
-    places = np.stack([positions(scene_of(config, "train", n), 16) for n in indices])
+    places = np.stack([scene_of(config, "train", n).bodies[0].track for n in indices])
     expected = (np.arange(len(indices)) + 0.5) / len(indices)
     gaps = np.abs(np.sort(places, axis=0) - expected[:, None, None]).max(axis=0)
     assert len(indices) == 600
@@ -134,7 +138,7 @@ def test_every_shape_covers_about_the_same_area_and_looks_different() -> None:
     for n in range(96):
         scene, shape = scene_of(config, "train", n), factors_of(config, "train", n).space
         bright = draw_frames(config, "train", n)[0].mean(axis=-1) > 128
-        areas[shape].append(float(bright.mean()) / scene.radius**2)
+        areas[shape].append(float(bright.mean()) / scene.bodies[0].radius ** 2)
     means = [float(np.mean(values)) for values in areas.values()]
     assert len(means) == len(SHAPES)
     assert max(means) < 1.15 * min(means)
@@ -172,8 +176,10 @@ def test_sound_is_as_long_as_the_video_and_never_clips_flat() -> None:
         ({"min_frames": 30}, r"synthetic\.max_frames: expected at least min_frames \(30\), found 21"),
         ({"sample_rate_hz": 10_000}, r"synthetic\.sample_rate_hz: expected one of 8000, .*, found 10000"),
         ({"workers": 0}, r"synthetic\.workers: expected 1 to 256, found 0"),
+        ({"difficulty": "hrad"}, r"synthetic\.difficulty: expected one of easy, medium, hard, found 'hrad' \(did you"),
+        ({"binding": True, "min_frames": 18}, r"synthetic\.min_frames: binding .* a multiple of 4, found 18"),
     ],
 )
-def test_settings_out_of_range_are_refused(options: dict[str, int], message: str) -> None:
+def test_settings_out_of_range_are_refused(options: dict[str, int | str], message: str) -> None:
     with pytest.raises(UserInputError, match=message):
         SyntheticConfig(**options)

@@ -1,4 +1,4 @@
-"""The audio expert: AST-B (a distilled DeiT with overlapping patches), on the log-mel spectrogram."""
+"""AST: a distilled DeiT with overlapping patches, on the log-mel spectrogram. The audio expert."""
 
 import torch
 from einops import rearrange, repeat
@@ -6,19 +6,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ca2st.model.config import ModelConfig
-from ca2st.model.experts.expert import ClipInputs, Expert, Flavour
+from ca2st.model.experts.expert import ClipInputs, Flavour, TransformerExpert
 from ca2st.model.initial import new_table, start_patch_embedding
-from ca2st.model.tokens import NUM_AUDIO_PREFIX, audio_grid
+from ca2st.model.tokens import NUM_AUDIO_PREFIX, spectrogram_grid
 from ca2st.spec import ClipSpec
 
 _EPS = 1e-6
 
 
-class AudioExpert(Expert):
+class ASTExpert(TransformerExpert):
     """cls and distillation token, then F' x T' patches of 16 x 16 with stride 10, row-major (frequency, then time)."""
 
+    drops_attended = True
+
     def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
-        grid = audio_grid(config, clip)
+        grid = spectrogram_grid(config, clip)
         super().__init__(config, grid, Flavour(activation="gelu", bias="qkv", eps=_EPS))
         self.patch_embed = nn.Conv2d(1, config.dim, kernel_size=config.patch_size, stride=config.audio_stride)
         start_patch_embedding(self.patch_embed)

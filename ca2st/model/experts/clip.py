@@ -1,4 +1,4 @@
-"""The spatial expert: the visual half of CLIP ViT-B/16, on every second frame."""
+"""CLIP: the visual half of its ViT, on every second frame. The published spatial expert."""
 
 import torch
 from einops import rearrange, repeat
@@ -6,20 +6,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ca2st.model.config import ModelConfig
-from ca2st.model.experts.expert import ClipInputs, Expert, Flavour
+from ca2st.model.experts.expert import ClipInputs, Flavour, TransformerExpert
 from ca2st.model.initial import new_table, start_patch_embedding
-from ca2st.model.tokens import spatial_grid
+from ca2st.model.tokens import image_grid
 from ca2st.spec import ClipSpec
 
 _EPS = 1e-5
 _FINAL_EPS_WITH_AUDIO_ONLY = 1e-6
 
 
-class SpatialExpert(Expert):
+class ClipExpert(TransformerExpert):
     """Each of the frames 1, 3, 5, ... (the second of each tubelet) is an image of one cls token and its patches."""
 
     def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
-        grid = spatial_grid(config, clip)
+        grid = image_grid(config, clip)
         super().__init__(config, grid, Flavour(activation="quick_gelu", bias="qkv", eps=_EPS))
         patch = config.patch_size
         self.patch_embed = nn.Conv2d(3, config.dim, kernel_size=patch, stride=patch, bias=False)

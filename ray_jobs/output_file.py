@@ -1,0 +1,19 @@
+"""Where a command writes a file that the user named: checked before any work is done for it."""
+
+from pathlib import Path
+
+from ca2st.errors import UserInputError
+
+
+def require_writable_place(path: Path, option: str) -> None:
+    """Refuse a file that could not get its name at the end.
+
+    Raises:
+        UserInputError: the folder is not there, or `path` is a folder.
+    """
+    if not path.parent.is_dir():
+        raise UserInputError(
+            f"{option}: expected a file in a folder that exists, found no {path.parent}; make it first"
+        )
+    if path.is_dir():
+        raise UserInputError(f"{option}: expected the name of a file, found the folder {path}")

@@ -1,0 +1,230 @@
+"""What to train on somebody's own videos, decided from facts in one pure function, each choice with its reason."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ca2st.model.config import ModelKind
+from ca2st.model.structure import EXPERTS
+from ca2st.spec import MEL_ROW_SECONDS
+from ray_jobs.own_data.expert_sizes import ExpertSizes
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What choices are made from. None: not known before the videos are read."""
+
+    device: Device
+    """What this machine trains on."""
+    classes: tuple[str, ...]
+    """Names of the classes."""
+    num_clips: int
+    """Videos to train on."""
+    num_with_sound: int | None = None
+    """How many of them have sound."""
+    median_seconds: float | None = None
+    """Duration that half of them stay below."""
+    experts: ExpertSizes | None = None
+    """Pretrained experts that were given; None: none were."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """Settings that are chosen together."""
+
+    settings: Mapping[str, Any]
+    """Values by the recipe's keys, ``section.key``; empty for a choice that has to wait for the videos."""
+    reason: str
+    """Why, for the person."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Budget:
+    """How long a default training may be on a device."""
+
+    passes: int
+    """Clips shown in all."""
+    max_epochs: int
+    max_batch: int
+
+
+_FROM_NOTHING: Mapping[Device, _Budget] = {
+    "cpu": _Budget(passes=6_000, max_epochs=60, max_batch=32),
+    "cuda": _Budget(passes=200_000, max_epochs=100, max_batch=64),
+}
+_WITH_EXPERTS: Mapping[Device, _Budget] = {
+    "cpu": _Budget(passes=200, max_epochs=10, max_batch=8),
+    "cuda": _Budget(passes=20_000, max_epochs=50, max_batch=32),
+}
+_LEAST_EPOCHS = 2
+_SHORT_SECONDS = 10.0
+_MEL_ROWS = (96, 400)
+_MEL_ROWS_STEP = 16
+_SIDED = re.compile(r"(?:^|[^a-z])(left|right|leftwards?|rightwards?)(?:$|[^a-z])")
+
+
+def choose(facts: Facts) -> tuple[Choice, ...]:
+    """Every choice for `facts`, in the order in which they are told."""
+    return tuple(part(facts) for part in _PARTS)
+
+
+def settings_of(choices: tuple[Choice, ...]) -> dict[str, Any]:
+    """All chosen settings by key."""
+    return {key: value for choice in choices for key, value in choice.settings.items()}
+
+
+def _kind(facts: Facts) -> Choice:
+    kind = _kind_of(facts)
+    if kind is None:
+        return Choice(
+            settings={}, reason="model.kind: ca2st if half of the videos have sound, else cast; told once they are read"
+        )
+    if facts.experts is not None:
+        return Choice(settings={"model.kind": kind}, reason=f"what the given experts make: {', '.join(EXPERTS[kind])}")
+    told = f"{facts.num_with_sound} of {facts.num_clips} training videos have sound"
+    why = f"{told}: space, time and audio" if kind == "ca2st" else f"{told}, fewer than half: space and time alone"
+    return Choice(settings={"model.kind": kind}, reason=why)
+
+
+def _kind_of(facts: Facts) -> ModelKind | None:
+    if facts.experts is not None:
+        return facts.experts.kind
+    if facts.num_with_sound is None:
+        return None
+    return "ca2st" if 2 * facts.num_with_sound >= facts.num_clips else "cast"
+
+
+def _size(facts: Facts) -> Choice:
+    if facts.experts is not None:
+        return Choice(settings=facts.experts.model_settings, reason="the sizes of the given experts")
+    if facts.device == "cpu":
+        return Choice(
+            settings={"model.dim": 96, "model.depth": 4, "model.num_heads": 4, "model.audio_stride": 16},
+            reason="small enough to learn from nothing on a CPU in minutes",
+        )
+    return Choice(
+        settings={"model.dim": 192, "model.depth": 6, "model.num_heads": 6, "model.audio_stride": 16},
+        reason="small enough to learn from nothing on one GPU",
+    )
+
+
+def _trained(facts: Facts) -> Choice:
+    if facts.experts is None:
+        return Choice(settings={"trainable": "all"}, reason="no pretrained experts are given, so everything is learned")
+    return Choice(settings={"trainable": "added"}, reason="the given experts stay as they are")
+
+
+def _clip(facts: Facts) -> Choice:
+    if facts.experts is not None:
+        return Choice(settings=facts.experts.clip_settings, reason="what the given experts were trained on")
+    if facts.device == "cpu":
+        return Choice(settings={"clip.num_frames": 8, "clip.crop_size": 96}, reason="quick on a CPU")
+    return Choice(settings={"clip.num_frames": 16, "clip.crop_size": 112}, reason="small pictures for a small model")
+
+
+def _mel_rows(facts: Facts) -> Choice:
+    low, high = _MEL_ROWS
+    kind = _kind_of(facts)
+    if kind is not None and "audio" not in EXPERTS[kind]:
+        return Choice(settings={"clip.mel_rows": low}, reason="sound is not used, so little of it is read")
+    if facts.experts is not None:
+        rows = facts.experts.mel_rows
+        return Choice(settings={"clip.mel_rows": rows}, reason="what the given audio expert was trained on")
+    if facts.median_seconds is None:
+        return Choice(settings={}, reason="clip.mel_rows: by the median duration; told once the videos are read")
+    rows = int(facts.median_seconds / MEL_ROW_SECONDS) // _MEL_ROWS_STEP * _MEL_ROWS_STEP
+    rows = min(max(rows, low), high)
+    seconds = f"{rows * MEL_ROW_SECONDS:.1f} s of sound"
+    return Choice(
+        settings={"clip.mel_rows": rows}, reason=f"{seconds}; the median video has {facts.median_seconds:.1f} s"
+    )
+
+
+def _sampling(facts: Facts) -> Choice:
+    seconds = facts.median_seconds
+    if seconds is None:
+        return Choice(settings={}, reason="data.sampling.scheme: by the median duration; told once the videos are read")
+    if seconds <= _SHORT_SECONDS:
+        return Choice(
+            settings={"data.sampling.scheme": "uniform"},
+            reason=f"the median video has {seconds:.1f} s: frames are spread over a whole video",
+        )
+    return Choice(
+        settings={"data.sampling.scheme": "dense", "data.sampling.frame_stride": 8},
+        reason=f"the median video has {seconds:.1f} s: a window of it at a time, so that motion can be seen",
+    )
+
+
+def _augment(facts: Facts) -> Choice:
+    low = 0.5 if facts.experts is None else 0.25
+    sided = [name for name in facts.classes if _SIDED.search(name.lower())]
+    settings = {"data.augment.crop_area": [low, 1.0], "data.augment.flip_probability": 0.0 if sided else 0.5}
+    if sided:
+        return Choice(settings=settings, reason=f"never mirrored: the class {sided[0]!r} names a side")
+    return Choice(settings=settings, reason="mirrored half the time; set 0.0 where left and right tell classes apart")
+
+
+def _length(facts: Facts) -> Choice:
+    budget = _budget(facts)
+    epochs = min(max(budget.passes // facts.num_clips, _LEAST_EPOCHS), budget.max_epochs)
+    shown = f"{epochs * facts.num_clips:,}".replace(",", " ")
+    slow = facts.device == "cpu" and facts.experts is not None
+    where = "experts of this size want a GPU: kept short for a CPU" if slow else "minutes, not hours"
+    if epochs * facts.num_clips > budget.passes:
+        where = "the least that is of use; many videos take longer"
+    return Choice(
+        settings={"training.epochs": epochs, "training.validate_every_epochs": math.ceil(epochs / 5)},
+        reason=f"{facts.num_clips} videos, {shown} showings in all: {where}",
+    )
+
+
+def _batch(facts: Facts) -> Choice:
+    """A power of two that makes some eight steps an epoch or more; the rate follows its root, as AdamW's noise does."""
+    budget = _budget(facts)
+    wanted = max(2, facts.num_clips // 8)
+    batch = min(1 << (wanted.bit_length() - 1), budget.max_batch, facts.num_clips)
+    peak = (1e-3 if facts.experts is None else 5e-4) * math.sqrt(batch / 32)
+    per_device = batch if facts.experts is None else min(batch, 8)
+    return Choice(
+        settings={
+            "training.global_batch_size": batch,
+            "training.per_device_batch_size": per_device,
+            "optim.base_lr": float(f"{peak * 256 / batch:.3g}"),
+            "optim.warmup_epochs": 1.0,
+            "optim.layer_decay": 1.0,
+        },
+        reason=f"so that {facts.num_clips} videos make steps enough; the rate fits the batch",
+    )
+
+
+def _precision(facts: Facts) -> Choice:
+    if facts.device == "cuda":
+        return Choice(settings={"training.precision": "bf16"}, reason="faster on a GPU")
+    return Choice(settings={"training.precision": "fp32"}, reason="what a CPU computes in")
+
+
+def _budget(facts: Facts) -> _Budget:
+    return (_FROM_NOTHING if facts.experts is None else _WITH_EXPERTS)[facts.device]
+
+
+_PARTS: tuple[Callable[[Facts], Choice], ...] = (
+    _kind,
+    _size,
+    _trained,
+    _clip,
+    _mel_rows,
+    _sampling,
+    _augment,
+    _length,
+    _batch,
+    _precision,
+)
+
+
+def short_side(crop_size: int) -> int:
+    """Stored height of the videos in pixels: 8/7 of the crop, as 256 is of the published 224, and even."""
+    return 2 * math.ceil(crop_size * 4 / 7)

@@ -1,0 +1,179 @@
+"""What a person who trains on own videos is told: choices with reasons, what was left out, mistakes, what is next."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ca2st.model.structure import EXPERTS
+from ray_jobs.mlflow_tracker import read_state
+from ray_jobs.own_data.mistakes import Judgement
+from ray_jobs.own_data.shards import LeftOut, OwnShards
+from ray_jobs.own_data.training import OwnOutcome, OwnPlan
+
+_MOST_NAMED = 5
+_MOST_CLASSES = 20
+_FEW_VIDEOS = 20
+_WITHOUT_EXPERTS = (
+    "no pretrained experts are given: this small model learns from nothing and is only a first try. Pretrained ones "
+    "would be far better: `ca2st weights import --kind clip FILE --out clip.safetensors`, videomae and ast alike, then "
+    "this command again with --set experts.spatial=clip.safetensors --set experts.temporal=videomae.safetensors, and "
+    "with experts.audio where there is sound"
+)
+
+
+def found_lines(plan: OwnPlan) -> Iterator[str]:
+    """What lies in the folder: videos by class and split, and what is left aside."""
+    videos = plan.videos
+    train, validation = videos.count("train"), videos.count("validation")
+    how = "as the folder says" if videos.splits_given else "by the hash of their names, the same every time"
+    yield (
+        f"{videos.folder}: {len(videos.train) + len(videos.validation)} videos of {len(videos.classes)} classes; "
+        f"{len(videos.train)} train, {len(videos.validation)} validate, {how}"
+    )
+    for name in videos.classes[:_MOST_CLASSES]:
+        yield f"  {name}: {train[name]} + {validation[name]}"
+    if len(videos.classes) > _MOST_CLASSES:
+        yield f"  and {len(videos.classes) - _MOST_CLASSES} more classes"
+    if videos.only_trained:
+        yield f"only trained on, being single: the videos of {_some(videos.only_trained)}; two or more can be tested"
+    if videos.left_aside:
+        yield f"left aside, no training or validation videos: {_some(videos.left_aside)}"
+
+
+def choice_lines(plan: OwnPlan) -> Iterator[str]:
+    """Every choice in a line with its reason; settings the person made are marked."""
+    for choice in plan.chosen():
+        told = [
+            f"{key} {_text(value)}{' (yours)' if key in choice.own else ''}" for key, value in choice.settings.items()
+        ]
+        yield f"  {', '.join(told)}: {choice.reason}" if told else f"  {choice.reason}"
+    if plan.facts.experts is None:
+        yield _WITHOUT_EXPERTS
+    elif random := [name for name in EXPERTS[plan.recipe.model.kind] if name not in plan.recipe.experts.sources()]:
+        yield f'warning: no weights are given for {_some(random)}: random, and never trained under trainable "added"'
+
+
+def plan_facts(plan: OwnPlan) -> dict[str, Any]:
+    """For ``--dry-run``: what would be done."""
+    training = plan.recipe.training
+    steps_per_epoch = plan.facts.num_clips // training.global_batch_size
+    return {
+        "name": plan.recipe.name,
+        "model": plan.recipe.model.kind,
+        "classes": list(plan.videos.classes),
+        "num_train": len(plan.videos.train),
+        "num_validation": len(plan.videos.validation),
+        "epochs": training.epochs,
+        "steps_per_epoch": steps_per_epoch,
+        "steps": training.total_steps(steps_per_epoch),
+        "global_batch_size": training.global_batch_size,
+        "workers": plan.recipe.launch.workers,
+        "shards": str(plan.shards),
+        "run_dir": str(plan.run_dir),
+        "choices": choice_facts(plan),
+    }
+
+
+def choice_facts(plan: OwnPlan) -> list[dict[str, Any]]:
+    """The choices for ``--json``."""
+    return [
+        {"settings": dict(choice.settings), "reason": choice.reason, "set_by_you": list(choice.own)}
+        for choice in plan.chosen()
+    ]
+
+
+def outcome_facts(done: OwnOutcome) -> dict[str, Any]:
+    """For ``--json``: what every training tells, and what is known of own videos."""
+    plan, outcome, judgement = done.plan, done.outcome, done.judgement
+    return {
+        "run_id": read_state(plan.run_dir).run_id if plan.recipe.tracking.enabled else None,
+        "checkpoint": outcome.checkpoint,
+        "steps": outcome.steps,
+        "top1": outcome.metrics.get(outcome.main_metric),
+        "metrics": outcome.metrics,
+        "run_dir": str(plan.run_dir),
+        "shards": {split: str(folder) for split, folder in done.shards.sets.items()},
+        "choices": choice_facts(plan),
+        "chance": judgement.chance if judgement else None,
+        "mistakes": list(judgement.mistakes) if judgement else [],
+        "left_out": list(done.shards.left_out),
+    }
+
+
+def left_out_lines(left_out: Sequence[LeftOut]) -> Iterator[str]:
+    """The videos that cannot be read."""
+    if left_out:
+        yield f"left out, not readable: {len(left_out)} videos"
+    for video in left_out[:_MOST_NAMED]:
+        yield f"  {video.video}: {video.reason} ({video.what})"
+    if len(left_out) > _MOST_NAMED:
+        yield f"  and {len(left_out) - _MOST_NAMED} more: see rejects.jsonl beside the shards"
+
+
+def outcome_lines(done: OwnOutcome) -> Iterator[str]:
+    """How good it is, what it got wrong, and what to do next."""
+    yield f"trained {done.outcome.steps} steps; checkpoint {done.outcome.checkpoint}"
+    if done.judgement is None:
+        yield "no class has a second video, so nothing was tested; add videos to see how good the model is"
+    else:
+        yield from _judgement_lines(done.judgement)
+    yield "next:"
+    yield from (f"  {command}" for command in next_commands(done))
+
+
+def _judgement_lines(judgement: Judgement) -> Iterator[str]:
+    yield (
+        f"validation: {judgement.num_right} of {judgement.num_videos} right (top-1 {judgement.top1:.0%}); "
+        f"always saying {judgement.commonest!r} would get {judgement.chance:.0%}"
+    )
+    for mistake in judgement.mistakes[:_MOST_NAMED]:
+        yield f"  wrong: {_near(Path(mistake.video))}: taken for {mistake.said!r} ({mistake.probability:.0%})"
+    if len(judgement.mistakes) > _MOST_NAMED:
+        yield f"  and {len(judgement.mistakes) - _MOST_NAMED} more"
+    if judgement.num_videos < _FEW_VIDEOS:
+        yield f"  few videos: each of them counts {1 / judgement.num_videos:.0%}, so take the number as a hint"
+
+
+def next_commands(done: OwnOutcome) -> list[str]:
+    """Commands to go on with, ready for a shell."""
+    plan = done.plan
+    run, video = _quoted(plan.run_dir), _quoted(_near((plan.videos.validation or plan.videos.train)[0].path))
+    commands = [f"ca2st predict {run} {video} --top 3", f"ca2st explain {run} {video} --out explained.html"]
+    if "validation" in done.shards.sets:
+        commands.append(f"ca2st evaluate {run} --data {_quoted(done.shards.sets['validation'])} --views 2x3")
+    own = [override for override in plan.overrides if not override.startswith("training.epochs=")]
+    settings = "".join(f" --set {shlex.quote(setting)}" for setting in own)
+    longer = _quoted(plan.run_dir.with_name(f"{plan.run_dir.name}-longer"))
+    epochs = 3 * plan.recipe.training.epochs
+    again = f"ca2st train --data-folder {_quoted(plan.videos.folder)}{settings}"
+    commands.append(f"{again} --set training.epochs={epochs} --out {longer}")
+    return commands
+
+
+def shards_line(shards: OwnShards) -> str:
+    """Where the shards lie and what they hold."""
+    return (
+        f"shards in {shards.sets['train'].parent}: {shards.num_clips} training videos, {shards.num_with_sound} with "
+        f"sound, median {shards.median_seconds:.1f} s"
+    )
+
+
+def _near(path: Path) -> Path:
+    """Relative to the working folder where it lies inside."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"[{', '.join(map(_text, value))}]" if isinstance(value, list) else str(value)
