@@ -16,6 +16,7 @@ from ca2st.spec import ClipSpec
 from ca2st.weights.expert_file import EXPERT_KEY
 from ca2st.weights.experts import expert_state
 from ca2st.weights.tensor_file import read_tensor_file, write_tensor_file
+from ray_jobs.commands.train import train
 from ray_jobs.config import load_recipe
 from ray_jobs.own_data.choices import Facts, choose, settings_of, short_side
 from ray_jobs.own_data.command import train_own_videos
@@ -297,6 +298,15 @@ def test_a_wrong_setting_is_refused_before_anything_is_made(tmp_path: Path, over
     with pytest.raises(UserInputError, match=message):
         plan(tmp_path, override)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"recipe": "smoke", "data_folder": Path("videos")}, {"data": Path("shards"), "data_folder": Path("videos")}],
+)
+def test_either_a_recipe_or_a_folder_is_asked_for(arguments: dict[str, Any]) -> None:
+    with pytest.raises(UserInputError, match=r"expected either a recipe .* or --data-folder DIR"):
+        train(**arguments)
 
 
 # Whole runs
