@@ -14,6 +14,7 @@ from ca2st.durable import is_environment_error
 from ca2st.errors import CA2STError, EnvironmentFault
 from ray_jobs.commands import bench, demo, evaluate, explain, features, model, predict, shard, track, train, weights
 from ray_jobs.console import show_log
+from ray_jobs.environment import wait_passively
 
 app = typer.Typer(
     name="ca2st",
@@ -53,6 +54,7 @@ def _root(
 def main() -> None:
     """Entry point of ``ca2st``: run the command, end with the exit code of what happened."""
     show_log()
+    wait_passively()
     try:
         app()
     except CA2STError as error:

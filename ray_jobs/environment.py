@@ -30,6 +30,15 @@ def fault_points(*, restart: bool = False) -> FaultPoints:
     return FaultPoints.parse("" if restart else os.environ.get("CA2ST_FAULT", ""))
 
 
+def wait_passively() -> None:
+    """Let torch's threads sleep while they wait for each other, unless ``OMP_WAIT_POLICY`` says otherwise.
+
+    By default they spin. Where another process wants the same cores, and data loading always does, a training step
+    on a CPU then takes many times as long. Only heard before torch is imported; child processes inherit it.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def default_tracking_uri(runs_root: Path) -> str:
     """``MLFLOW_TRACKING_URI``, or an SQLite file under the folder of all runs."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(runs_root / 'mlflow.db').resolve()}"

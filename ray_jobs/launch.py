@@ -29,7 +29,8 @@ from ray_jobs.wiring import TrainingData, preflight
 from ray_jobs.worker import Job, Outcome, read_outcome, run
 
 RECIPE_NAME = "recipe.json"
-_FOLLOWER_GRACE_SECONDS = 10.0
+_FOLLOWER_GRACE_SECONDS = 45.0
+"""Long enough to make the tables of a new SQLite store on a busy machine: half made, they stay useless."""
 
 
 def launch(recipe: Recipe, run_dir: Path, *, faults: FaultPoints, ray_address: str | None = None) -> Outcome:

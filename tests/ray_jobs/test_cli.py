@@ -1,12 +1,14 @@
 """The command line: one-line errors with what to do, stable exit codes, nothing half-written."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from ray_jobs import environment
 from ray_jobs.cli import main
 from support.annotations import EPIC_SOUNDS_HEADER, epic_sounds_row, touch, write_lines
 from support.fake_shards import flip_byte
@@ -57,6 +59,7 @@ def test_help_needs_no_heavy_import() -> None:
         "shard build",
         "shard verify",
         "weights check-golden",
+        "bench model",
         "model info",
         "model presets",
         "train",
@@ -217,3 +220,12 @@ def test_a_dry_run_of_a_training_prints_its_plan_and_makes_nothing(
     code, out, _ = ca2st("train", "smoke", "--dry-run", "--json")
     assert (code, json.loads(out)["steps"]) == (0, 32)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_wait_without_spinning_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    environment.wait_passively()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    environment.wait_passively()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
