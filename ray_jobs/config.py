@@ -28,7 +28,7 @@ from pipelines.draws import AugmentConfig, EvaluationViews
 from pipelines.loader import LoaderConfig
 from pipelines.sampling import SamplingConfig
 from ray_jobs.errors import RecipeError
-from ray_jobs.recipe_mistakes import told
+from ray_jobs.recipe_mistakes import dates_in, place_of, told
 from ray_jobs.toml_lines import key_lines
 from sharding.synthetic.config import SyntheticConfig
 
@@ -213,6 +213,11 @@ class Recipe:
                 f"optim.layer_decay: expected 1 where only the head is trained, found {self.optim.layer_decay}; "
                 "no layer is there to be slowed down"
             )
+        if self.optim.warmup_epochs > self.training.epochs:
+            raise UserInputError(
+                f"optim.warmup_epochs: expected at most training.epochs = {self.training.epochs}, found "
+                f"{self.optim.warmup_epochs}; shorten the warm-up or train longer"
+            )
 
 
 _ADAPTER = TypeAdapter(Recipe)
@@ -232,11 +237,23 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{source}: not valid TOML: {error}") from error
     for override in overrides:
         _apply_override(document, override)
-    _expand_preset(document)
+    lines = key_lines(text)
+    if dates := list(dates_in(document)):
+        raise RecipeError(
+            "\n".join(
+                f"{place_of(key, source=source, lines=lines, overrides=overrides)}: {key}: expected no date or time, "
+                f'found {found}; write text in quotes: "{found}"'
+                for key, found in dates
+            )
+        )
+    try:
+        _expand_preset(document)
+    except UserInputError as error:
+        where = place_of("model.preset", source=source, lines=lines, overrides=overrides)
+        raise RecipeError(f"{where}: model.{error}") from error
     try:
         return recipe_from_document(document)
     except pydantic.ValidationError as error:
-        lines = key_lines(text)
         mistakes = [
             told(mistake, Recipe, source=source, lines=lines, overrides=overrides) for mistake in error.errors()
         ]

@@ -5,6 +5,7 @@ it, so a follower that was killed, or a server that was down, costs nothing but 
 One MLflow run stands for a training run through all its attempts; a step is sent once, whichever attempt made it.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 STATE_NAME = "tracking.json"
+LOCK_NAME = "tracking.lock"
 JOURNAL_NAME = "journal.jsonl"
 _BATCH_VALUES = 500  # MLflow takes at most 1000 metrics a call
 _MAX_PARAM_CHARACTERS = 6000
@@ -51,11 +53,11 @@ class TrackingState:
 
 def open_tracking(run_dir: Path, state: TrackingState) -> TrackingState:
     """Keep `state` beside the journal, or the one that is there already when the run is resumed."""
-    path = run_dir / STATE_NAME
-    if path.exists():
-        kept = read_state(run_dir)
-        state = replace(kept, uri=state.uri, tags={**kept.tags, **state.tags})
-    _write_state(run_dir, state)
+    with _one_at_a_time(run_dir):
+        if (run_dir / STATE_NAME).exists():
+            kept = read_state(run_dir)
+            state = replace(kept, uri=state.uri, tags={**kept.tags, **state.tags})
+        _write_state(run_dir, state)
     return state
 
 
@@ -82,8 +84,9 @@ def sync(run_dir: Path) -> int:
     Raises:
         TrackingUnavailableError: the store cannot be reached; calling again later loses nothing.
     """
-    state = read_state(run_dir)
-    with _reachable(state.uri, f"the journal keeps everything: rerun `ca2st track sync {run_dir}`"):
+    uri = read_state(run_dir).uri
+    with _one_at_a_time(run_dir), _reachable(uri, f"the journal keeps everything: rerun `ca2st track sync {run_dir}`"):
+        state = read_state(run_dir)
         client = _client(state)
         if state.run_id is None:
             state = replace(state, run_id=_create_run(client, state))
@@ -122,6 +125,17 @@ def read_metrics(run_dir: Path, names: Sequence[str]) -> dict[str, float]:
     if missing := sorted(set(names) - known.keys()):
         raise UserInputError(f"{run_dir}: MLflow has no {', '.join(missing)} for this run; test it again")
     return {name: known[name] for name in names}
+
+
+@contextmanager
+def _one_at_a_time(run_dir: Path) -> Iterator[None]:
+    """Wait for whoever is sending this run: the follower of a killed attempt outlives it by a last sync.
+
+    Two of them at once would make two MLflow runs. The kernel releases the lock when its holder ends, however it ends.
+    """
+    with (run_dir / LOCK_NAME).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

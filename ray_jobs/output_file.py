@@ -1,5 +1,6 @@
 """Where a command writes a file that the user named: checked before any work is done for it."""
 
+import os
 from pathlib import Path
 
 from ca2st.errors import UserInputError
@@ -9,7 +10,7 @@ def require_writable_place(path: Path, option: str) -> None:
     """Refuse a file that could not get its name at the end.
 
     Raises:
-        UserInputError: the folder is not there, or `path` is a folder.
+        UserInputError: the folder is not there or cannot be written to, or `path` is a folder.
     """
     if not path.parent.is_dir():
         raise UserInputError(
@@ -17,3 +18,5 @@ def require_writable_place(path: Path, option: str) -> None:
         )
     if path.is_dir():
         raise UserInputError(f"{option}: expected the name of a file, found the folder {path}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserInputError(f"{option}: expected a folder that can be written to, found {path.parent}; name another")

@@ -1,7 +1,8 @@
 """What is wrong with a recipe, told at its line, with the nearest known name."""
 
+import datetime
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -27,9 +28,7 @@ def told(
     message = mistake["msg"].removeprefix("Value error, ")
     if not path:  # sections at odds with each other: the recipe's own check names the key
         path, _, message = message.partition(": ")
-    line = line_of(dict(lines or {}), path)
-    overridden = any(override.startswith(f"{path}=") for override in overrides)
-    where = f"--set {path}" if overridden else f"{source}:{line}" if line else source
+    where = place_of(path, source=source, lines=lines, overrides=overrides)
     kind = mistake["type"]
     if kind == "unexpected_keyword_argument":
         return f"{where}: {path}: unknown key{_MOVED.get(path) or _suggestion(mistake['loc'], recipe_type)}"
@@ -38,6 +37,26 @@ def told(
     if kind == "value_error":
         return f"{where}: {path}: {message}"
     return f"{where}: {path}: {message}, found {mistake['input']!r}"
+
+
+def place_of(path: str, *, source: str, lines: Mapping[str, int] | None = None, overrides: Sequence[str] = ()) -> str:
+    """Where the key `path` was set: ``--set path``, ``file:line``, or the file alone where it is not in it."""
+    if any(override.startswith(f"{path}=") for override in overrides):
+        return f"--set {path}"
+    line = line_of(dict(lines or {}), path)
+    return f"{source}:{line}" if line else source
+
+
+def dates_in(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Key and text of every date or time in a TOML document: values that TOML has and no setting takes."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from dates_in(inner, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from dates_in(inner, path)
+    elif isinstance(value, datetime.date | datetime.time):
+        yield path, value.isoformat()
 
 
 def _suggestion(loc: Sequence[Any], recipe_type: type) -> str:

@@ -11,14 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load
 from torch import Tensor
 
 from ca2st.errors import UserInputError
-from ca2st.model.build import build_model
 from ca2st.model.holistic import HolisticModel
-from ca2st.model.parameters import set_trainable
 from ca2st.training.checkpoint import (
     CHECKPOINTS_NAME,
     MARKER_NAME,
@@ -30,13 +27,13 @@ from ca2st.training.checkpoint import (
 from ca2st.training.errors import CheckpointDamagedError
 from ca2st.training.state import MODEL_FILE
 from ca2st.weights.errors import WeightsMismatchError
-from ca2st.weights.model_file import ModelDescription, read_description
+from ca2st.weights.model_file import ModelDescription, read_description, refuse_published_names
 from ca2st.weights.tensor_file import read_tensor_file
 from ca2st.weights.transfer import transfer_weights
 from ray_jobs.config import Recipe, StartConfig, stored_recipe
 from ray_jobs.frozen_weights import frozen_state, load_frozen
 from ray_jobs.trained import RUN_DOCUMENT, find_checkpoint
-from ray_jobs.wiring import make_model, target_specs
+from ray_jobs.wiring import make_model, outline_model, target_specs
 
 Classes = Mapping[str, Sequence[str]]
 """Class names of each label space."""
@@ -91,11 +88,9 @@ def check_model(recipe: Recipe, classes: Classes, run_dir: Path) -> Mapping[str,
     """Refuse what would fail when the workers make their models, without allocating one; returns the start's note.
 
     Raises:
-        UserInputError: as `begin_model`, or what is to be trained names nothing.
+        UserInputError: as `begin_model`, or what is to be trained names nothing, or an expert's file does not fit.
     """
-    with torch.device("meta"):
-        model = build_model(recipe.model, recipe.clip, target_specs({name: list(c) for name, c in classes.items()}))
-    set_trainable(model, recipe.trainable)
+    model = outline_model(recipe, {name: list(names) for name, names in classes.items()})
     if recipe.start is None:
         return {}
     path = Path(recipe.start.checkpoint)
@@ -118,6 +113,11 @@ def read_start(path: Path) -> StartSource:
             f"start.checkpoint: expected a checkpoint folder, a run folder or a model file, found nothing at {path}; "
             "check the path"
         )
+    if path.suffix != ".safetensors":
+        raise UserInputError(
+            "start.checkpoint: expected a checkpoint folder, a run folder or a model file that ends in .safetensors, "
+            f"found {path}; give the model that `ca2st weights import` or `export` wrote"
+        )
     file = read_tensor_file(path)
     description = read_description(file.metadata, where=str(path))
     if description is None:
@@ -125,6 +125,7 @@ def read_start(path: Path) -> StartSource:
             f"{path}: expected a whole model of `ca2st weights import` or `export`, found tensors alone; "
             "name the file of a single expert under [experts]"
         )
+    refuse_published_names(file.tensors, description, path=path)
     with path.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     return StartSource(where=path, sha256=sha256, state=file.tensors, description=description, classes=None)

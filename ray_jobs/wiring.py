@@ -5,11 +5,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ca2st.errors import UserInputError
 from ca2st.model.build import build_model
 from ca2st.model.config import TargetSpec, check_clip
 from ca2st.model.holistic import HolisticModel
 from ca2st.model.parameters import set_trainable
+from ca2st.model.structure import EXPERTS, ExpertName
 from ca2st.weights.experts import load_expert_file
 from ca2st.weights.hub_names import is_hub_name, resolve_hub_name
 from pipelines.draws import EvaluationViews
@@ -62,18 +65,35 @@ def preflight(recipe: Recipe) -> TrainingData:
     """Everything that can be refused before a folder is made or a process is started; raises as `open_data`.
 
     Raises:
-        UserInputError: also when clip and model do not fit, or an expert's file is not there or its name not known.
+        UserInputError: as `check_settings`.
+    """
+    check_settings(recipe)
+    return open_data(recipe)
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Refuse what the recipe alone shows to be wrong; no data is read and nothing is fetched.
+
+    Raises:
+        UserInputError: clip and model do not fit, the model has no such expert, or an expert's file is not there or its
+            public name not known.
     """
     check_clip(recipe.model, recipe.clip)
+    own = EXPERTS[recipe.model.kind]
     for name, source in recipe.experts.sources().items():
+        if name not in own:
+            raise UserInputError(
+                f"experts.{name}: expected experts of {recipe.model.kind}, which are {', '.join(own)}, found {source}; "
+                "remove the setting or choose another model.kind"
+            )
         if is_hub_name(source):
-            resolve_hub_name(source)
+            with _naming(name):
+                resolve_hub_name(source)
         elif not Path(source).is_file():
             raise UserInputError(
                 f"experts.{name}: expected a safetensors file, found none at {source}; check the path, or give a "
                 "public name (hf-hub:..., open_clip:..., timm:...)"
             )
-    return open_data(recipe)
 
 
 def _require_same(train: Manifest, validation: Manifest, target: str) -> None:
@@ -96,10 +116,37 @@ def target_specs(classes: Mapping[str, list[str]]) -> tuple[TargetSpec, ...]:
 def make_model(recipe: Recipe, classes: Mapping[str, list[str]]) -> HolisticModel:
     """The recipe's model, with the weights of the expert files it names and what is trained marked so."""
     model = build_model(recipe.model, recipe.clip, target_specs(classes), seed=recipe.training.seed)
-    for name, path in recipe.experts.files().items():
-        load_expert_file(model, name, path)
+    _load_experts(model, recipe.experts.files())
     set_trainable(model, recipe.trainable)
     return model
+
+
+def outline_model(recipe: Recipe, classes: Mapping[str, list[str]]) -> HolisticModel:
+    """The model that `make_model` would make, on the meta device: names and shapes alone, refused for the same reasons.
+
+    Expert files are compared by names and shapes; public names, which are no files yet, are left out.
+    """
+    with torch.device("meta"):
+        model = build_model(recipe.model, recipe.clip, target_specs(classes))
+    sources = recipe.experts.sources().items()
+    _load_experts(model, {name: Path(source) for name, source in sources if not is_hub_name(source)})
+    set_trainable(model, recipe.trainable)
+    return model
+
+
+def _load_experts(model: HolisticModel, files: Mapping[ExpertName, Path]) -> None:
+    for name, path in files.items():
+        with _naming(name):
+            load_expert_file(model, name, path)
+
+
+@contextmanager
+def _naming(expert: ExpertName) -> Iterator[None]:
+    """Put the setting of `expert` before what its source is refused for."""
+    try:
+        yield
+    except UserInputError as error:
+        raise UserInputError(f"experts.{expert}: {error}") from error
 
 
 def train_loader(recipe: Recipe, data: TrainingData, *, rank: int, world_size: int) -> TrainLoader:

@@ -213,8 +213,9 @@ def window_tokens(
 def _weights(
     q: Float[Tensor, "batch heads windows queries head_dim"], k: Float[Tensor, "batch heads windows keys head_dim"]
 ) -> Float[Tensor, "batch heads windows queries keys"]:
-    scores: Tensor = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    return scores.softmax(dim=-1)
+    with torch.autocast(q.device.type, enabled=False):  # the model may run under it; the maps stay float32
+        scores: Tensor = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        return scores.softmax(dim=-1)
 
 
 def _chunks(

@@ -15,6 +15,9 @@ def compile_layers(model: HolisticModel) -> None:
     What cannot be compiled, a break in the graph or too many recompilations are errors, never a silent return to eager
     mode. Random draws are eager mode's own, so DropPath drops the same clips. Experts' embeddings, pooling and the head
     stay eager: they take a few per cent of the time.
+
+    Raises dynamo's recompile limit for the whole process and leaves it raised: it is read at every later call, and
+    other compiled functions of the process only get more room.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
     for layer in model.layers:

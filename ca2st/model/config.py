@@ -3,6 +3,7 @@
 Standard library only, so that recipes can be checked without importing torch.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -159,6 +160,8 @@ class ModelConfig:
         for name in ("dim", "depth", "num_heads", "patch_size", "audio_stride"):
             if getattr(self, name) < 1:
                 raise UserInputError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if not (math.isfinite(self.head_init_scale) and self.head_init_scale >= 0):
+            raise UserInputError(f"head_init_scale: expected a finite number >= 0, found {self.head_init_scale}")
         _check_width("dim", self.dim, self.num_heads)
         if not 0 <= self.drop_path_rate < 1:
             raise UserInputError(f"drop_path_rate: expected 0 <= rate < 1, found {self.drop_path_rate}")
@@ -175,10 +178,16 @@ class ModelConfig:
             raise UserInputError(f"pretrained_crop_size: expected a multiple of {self.patch_size}, found {crop}")
 
     def _check_layers_exist(self) -> None:
+        with_stages = {self.depth * stage // 4 for stage in (1, 2, 3, 4)}
         for name in ("spatial_temporal", "audio_spatial", "audio_temporal"):
-            layers = getattr(self, name).layers or ()
+            layers = set(getattr(self, name).layers or ())
             if layers and max(layers) > self.depth:
                 raise UserInputError(f"{name}.layers: expected layers 1..{self.depth}, found {max(layers)}")
+            if self.spatial_encoder == "resnet50" and "spatial" in name and layers - with_stages:
+                raise UserInputError(
+                    f"{name}.layers: expected layers in which a stage of ResNet-50 runs ({sorted(with_stages)}), "
+                    f"found {sorted(layers - with_stages)}"
+                )
 
     def _check_encoders(self) -> None:
         if self.spatial_encoder == "resnet50" and (self.depth % 4 or self.patch_size != 16):

@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError
-from ca2st.weights.hub_config import CONFIG_FILES, activation_of
+from ca2st.weights.hub_config import CONFIG_FILES, activation_of, architecture_of
 from ca2st.weights.hub_names import HubSource, resolve_hub_name
 
 ANSWER_SECONDS = 10.0
@@ -44,6 +44,8 @@ class Origin:
     """The file in the repository."""
     activation: str = ""
     """The activation that the repository names (`quick_gelu`, `gelu`); empty where it names none."""
+    architecture: str = ""
+    """The network in timm's words, by the name that was given or by the repository; empty where neither tells."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,9 +94,17 @@ def fetch(name: str, access: HubAccess) -> FetchedFile:
         )
         configs = [json.loads(Path(bring(config)).read_bytes()) for config in CONFIG_FILES if config in found]
         path = Path(bring(file))
-    activation = next((told for config in configs if (told := activation_of(config))), "")
-    origin = Origin(source=name, repository=source.repository, revision=commit, file=file, activation=activation)
-    return FetchedFile(path=path, origin=origin)
+    origin = Origin(source=name, repository=source.repository, revision=commit, file=file)
+    return FetchedFile(path=path, origin=_with_told(origin, source, configs))
+
+
+def _with_told(origin: Origin, source: HubSource, configs: Sequence[object]) -> Origin:
+    """The origin with what the name and the repository's configs tell; the first that tells counts."""
+    activations = (activation_of(config, repository=source.repository) for config in configs)
+    architectures = (source.architecture, *(architecture_of(config) for config in configs))
+    return replace(
+        origin, activation=next(filter(None, activations), ""), architecture=next(filter(None, architectures), "")
+    )
 
 
 @contextmanager

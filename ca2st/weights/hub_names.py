@@ -17,6 +17,8 @@ _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 _TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _REVISION = re.compile(r"[\w./-]+")
+_STEPS = {"", ".", ".."}
+"""Parts of a path that lead elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +33,8 @@ class HubSource:
     """Branch, tag or commit; None: the repository's main branch."""
     files: tuple[str, ...]
     """The first of these that the repository has is taken."""
+    architecture: str = ""
+    """The network in timm's words; empty where only the repository tells."""
 
 
 def is_hub_name(text: str) -> bool:
@@ -52,7 +56,8 @@ def resolve_hub_name(name: str) -> HubSource:
 
 def _hugging_face(name: str, rest: str) -> HubSource:
     repository, at, revision = rest.partition("@")
-    if not _REPOSITORY.fullmatch(repository) or (at and not _REVISION.fullmatch(revision)):
+    wanders = not _STEPS.isdisjoint(repository.split("/")) or bool(at and not _STEPS.isdisjoint(revision.split("/")))
+    if wanders or not _REPOSITORY.fullmatch(repository) or (at and not _REVISION.fullmatch(revision)):
         raise UserInputError(f"{name}: expected hf-hub:ORGANISATION/NAME or hf-hub:ORGANISATION/NAME@REVISION")
     return HubSource(name=name, repository=repository, revision=revision or None, files=PLAIN_FILES)
 
@@ -89,20 +94,27 @@ def _timm(name: str, rest: str) -> HubSource:
             f"{name}: expected timm:NAME with a pretrained model that timm knows, found {rest!r}{near}"
         )
     settings: Any = get_pretrained_cfg(rest)  # one of the known names has them
-    if not _is_quick_gelu(f"{rest.partition('.')[0]}.{settings.tag}", known):
+    architecture = rest.partition(".")[0]
+    if not is_quick_gelu(f"{architecture}.{settings.tag}"):
         raise UserInputError(_other_activation(name))
     repository, file = _split_file(settings.hf_hub_id or "")
     if not repository:
         raise UserInputError(_no_repository(name, settings.url or ""))
     file = file or settings.hf_hub_filename
-    return HubSource(name=name, repository=repository, revision=None, files=(file,) if file else _TIMM_FILES)
+    files = (file,) if file else _TIMM_FILES
+    return HubSource(name=name, repository=repository, revision=None, files=files, architecture=architecture)
 
 
-def _is_quick_gelu(full_name: str, known: list[str]) -> bool:
-    """Weights of CLIP that were trained with QuickGELU are listed under an architecture of that name too."""
+def is_quick_gelu(full_name: str) -> bool:
+    """Whether timm's `ARCHITECTURE.TAG` is fit for an expert with QuickGELU; what is no CLIP passes.
+
+    Weights of CLIP that were trained with it are listed under an architecture of that name too.
+    """
+    from timm.models import list_pretrained
+
     if "_clip_" not in full_name or "_clip_quickgelu_" in full_name:
         return True
-    return full_name.replace("_clip_", "_clip_quickgelu_") in known
+    return full_name.replace("_clip_", "_clip_quickgelu_") in list_pretrained()
 
 
 _SCHEMES: dict[str, Callable[[str, str], HubSource]] = {

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ca2st.model.build import build_model
 from ca2st.model.config import EncoderName, ModelConfig, ModelKind, check_clip
 from ca2st.model.experts import build_expert
 from ca2st.model.structure import EXPERTS
@@ -19,9 +18,9 @@ from ca2st.weights.errors import WeightsMismatchError
 from ca2st.weights.expert_file import ExpertDescription
 from ca2st.weights.foreign_file import TIMEOUT_SECONDS, ForeignFile, read_foreign_file
 from ca2st.weights.hub import Origin
-from ca2st.weights.hub_config import check_activation
+from ca2st.weights.hub_config import check_activation, check_architecture
 from ca2st.weights.layouts import LAYOUTS_OF_ENCODER, translate
-from ca2st.weights.model_file import ModelDescription, read_description
+from ca2st.weights.model_file import ModelDescription, ModelLoader, build_described, read_description
 from ca2st.weights.published import load_published
 from ca2st.weights.sizes import UnwrittenSizes, expert_sizes, released_sizes
 from ca2st.weights.strict import LoadReport, load_strictly, without_leading_ones
@@ -133,6 +132,8 @@ def _expert_importer(encoder: EncoderName) -> Callable[[ForeignFile, ImportOptio
     def import_expert(file: ForeignFile, options: ImportOptions) -> _Imported:
         where, origin = str(file.path), _origin(file, options)
         check_activation(origin.activation, encoder, where=origin.source)
+        if origin.repository:
+            check_architecture(origin.architecture, encoder, where=origin.source)
         translation = translate(file.tensors, LAYOUTS_OF_ENCODER[encoder], where=where)
         config, clip = expert_sizes(encoder, translation.tensors, options.sizes, where=where)
         check_clip(config, clip)
@@ -173,9 +174,10 @@ def _released_importer(kind: ReleasedKind) -> Callable[[ForeignFile, ImportOptio
         tensors = _without_data_parallel(file.tensors)
         ours = any(name.startswith("experts.") for name in tensors)
         description = _description(kind, file, tensors, options, ours=ours)
-        model = build_model(description.model, description.clip, description.targets)
-        load = load_strictly if ours else load_published
-        report = load(model, tensors, where=where, allow_missing=options.allow_missing)
+        load: ModelLoader = load_strictly if ours else load_published
+        model, report = build_described(
+            description, tensors, where=where, load=load, allow_missing=options.allow_missing
+        )
         return _Imported(
             module=model,
             config=description.model,

@@ -6,7 +6,7 @@ structure are refused with the full list of what differs, settings that no tenso
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 
@@ -125,6 +125,7 @@ def _other_targets(model: HolisticModel, source: ModelDescription) -> bool:
 def _refuse_other_settings(model: HolisticModel, source: ModelDescription, *, where: str) -> None:
     """Compare what no tensor shows; bridges are compared layer by layer, as their settings have many spellings."""
     ours, theirs = model.config, source.model
+    _refuse(_other_experts(ours, theirs), where=where)
     told = [
         f"{name} {getattr(theirs, name)!r} there and {getattr(ours, name)!r} here"
         for name in SHOWN_BY_NO_TENSOR
@@ -136,11 +137,26 @@ def _refuse_other_settings(model: HolisticModel, source: ModelDescription, *, wh
             layers
         )
     told += _other_fixed_tables(model, source)
+    _refuse(told, where=where)
+
+
+def _refuse(told: Sequence[str], *, where: str) -> None:
     if told:
         raise WeightsMismatchError(
             f"{where}: expected a model of the same structure, found {'; '.join(told)}. Change the [model] section, "
             "or train from experts instead"
         )
+
+
+def _other_experts(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+    """Which experts there are and what they are; where these differ all else does too, and is not worth naming."""
+    told = [f"kind {theirs.kind!r} there and {ours.kind!r} here"] * (ours.kind != theirs.kind)
+    shared = [name for name in EXPERTS[ours.kind] if name in EXPERTS[theirs.kind]]
+    return told + [
+        f"the {name} expert {encoder_of(theirs, name)} there and {encoder_of(ours, name)} here"
+        for name in shared
+        if encoder_of(theirs, name) != encoder_of(ours, name)
+    ]
 
 
 def _other_fixed_tables(model: HolisticModel, source: ModelDescription) -> list[str]:

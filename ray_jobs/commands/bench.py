@@ -48,11 +48,11 @@ def model(
     models: Annotated[str, typer.Option(help="Kinds of model, comma between.")] = "cast,cava,ca2st",
     size: Annotated[Size, typer.Option(help="Width and depth of the experts.")] = Size.VIT_B,
     layers: Annotated[
-        int | None, typer.Option(help="Layers of every expert; default: all on a GPU, 2 on a CPU.")
+        int | None, typer.Option(min=1, help="Layers of every expert; default: all on a GPU, 2 on a CPU.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Clips of a pass; default: 6 on a GPU, 1 on a CPU.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Clips of a pass; default: 6 on a GPU, 1 on a CPU.")] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Measured passes of each variant; default: 20 on a GPU, 3 on a CPU.")
+        int | None, typer.Option(min=1, help="Measured passes of each variant; default: 20 on a GPU, 3 on a CPU.")
     ] = None,
     seconds: Annotated[
         float | None, typer.Option(help="Instead of --steps: time for each model's passes of a kind.")
@@ -75,6 +75,7 @@ def model(
     from ca2st.benchmark.config import ModelBenchConfig
     from ca2st.benchmark.model import benchmark_models
     from ray_jobs.console import print_json, progress, result
+    from ray_jobs.output_file import require_writable_place
 
     names = tuple(name.strip() for name in models.split(",") if name.strip())
     config = ModelBenchConfig(
@@ -89,7 +90,8 @@ def model(
         compiled=compiled,
         baseline=baseline,
     )
-    _check_writable(out)
+    if out is not None:
+        require_writable_place(out, "--out")
     with progress("models", len(names)) as update:
         found = benchmark_models(config, update=update)
     facts = _facts(found)
@@ -100,13 +102,6 @@ def model(
         return
     for line in _lines(found):
         result(line)
-
-
-def _check_writable(out: Path | None) -> None:
-    from ca2st.errors import UserInputError
-
-    if out is not None and not out.parent.is_dir():
-        raise UserInputError(f"--out {out}: expected a file in a folder that exists, found no {out.parent}")
 
 
 def _facts(found: "ModelBenchmark") -> dict[str, Any]:

@@ -71,7 +71,9 @@ def info(
 
     encoders = {"spatial_encoder": spatial, "temporal_encoder": temporal}
     changes = {name: encoder.value for name, encoder in encoders.items() if encoder is not None}
-    config = replace(_base(model, preset), **changes, **SIZES[size.value])  # type: ignore[arg-type]  # checked strings
+    base = _base(model, preset)
+    _check_roles(base, spatial, temporal)
+    config = replace(base, **changes, **SIZES[size.value])  # type: ignore[arg-type]  # checked strings
     clip = ClipSpec(num_frames=num_frames, crop_size=crop_size, mel_rows=mel_rows)
     facts = model_info(config, clip, _targets(num_classes, verb_noun=verb_noun))
     if as_json:
@@ -106,6 +108,20 @@ def _base(model: Kind | None, preset: str | None) -> "ModelConfig":
     if (model is None) == (preset is None):
         raise UserInputError("expected either --model KIND or --preset NAME")
     return find_preset(preset).config if preset is not None else ModelConfig(kind=model.value if model else "ca2st")
+
+
+def _check_roles(config: "ModelConfig", spatial: Spatial | None, temporal: Temporal | None) -> None:
+    """Refuse an encoder for an expert that the model has not."""
+    from ca2st.errors import UserInputError
+    from ca2st.model.structure import EXPERTS
+
+    own = EXPERTS[config.kind]
+    for role, encoder in (("spatial", spatial), ("temporal", temporal)):
+        if encoder is not None and role not in own:
+            raise UserInputError(
+                f"--{role} {encoder.value}: expected a model with a {role} expert, found {config.kind}, which has "
+                f"{', '.join(own)}; leave --{role} out"
+            )
 
 
 def _targets(num_classes: int | None, *, verb_noun: bool) -> "tuple[TargetSpec, ...]":

@@ -44,7 +44,9 @@ def train(
     from ray_jobs.environment import fault_points
     from ray_jobs.launch import launch
     from ray_jobs.mlflow_tracker import read_state
-    from ray_jobs.synthetic_data import with_synthetic_shards
+    from ray_jobs.start import check_model
+    from ray_jobs.synthetic_data import synthetic_classes, with_synthetic_shards
+    from ray_jobs.wiring import check_settings
 
     settings = list(overrides or [])
     if data is not None:
@@ -71,6 +73,9 @@ def train(
     if dry_run:
         _print_plan(loaded, run_dir, as_json=as_json)
         return
+    if (classes := synthetic_classes(loaded)) is not None:  # refused before any clip is drawn
+        check_settings(loaded)
+        check_model(loaded, classes, run_dir)
     loaded = with_synthetic_shards(loaded, run_dir.parent)
     outcome = launch(loaded, run_dir, faults=fault_points(), ray_address=ray_address if ray else None)
     run_id = read_state(run_dir).run_id if loaded.tracking.enabled else None
@@ -101,21 +106,17 @@ def _print_plan(recipe: "Recipe", run_dir: Path, *, as_json: bool) -> None:
     from ca2st.model.info import model_info
     from ray_jobs.console import print_json, result, table
     from ray_jobs.start import check_model
-    from ray_jobs.wiring import preflight, target_specs
+    from ray_jobs.wiring import target_specs
 
     facts: dict[str, object] = {"name": recipe.name, "model": recipe.model.kind, "epochs": recipe.training.epochs}
     facts |= {"trains": recipe.trainable, "experts_precision": _held_precision(recipe)}
     if recipe.start is not None:
         facts["start"] = {"checkpoint": recipe.start.checkpoint, "head": recipe.start.head}
-    if recipe.data.train is None and recipe.data.synthetic is not None:
-        num_samples = recipe.data.synthetic.num_train
-    else:
-        data = preflight(recipe)
-        num_samples = data.train.manifest.num_samples
-        info = model_info(recipe.model, recipe.clip, target_specs(data.classes), trainable=recipe.trainable)
-        facts |= {"trainable": info.trainable, "total": info.total, "gmacs": info.gmacs}
-        if start := check_model(recipe, data.classes, run_dir):
-            facts["start"] = dict(start)
+    classes, num_samples = _classes_and_samples(recipe)
+    if start := check_model(recipe, classes, run_dir):
+        facts["start"] = dict(start)
+    info = model_info(recipe.model, recipe.clip, target_specs(classes), trainable=recipe.trainable)
+    facts |= {"trainable": info.trainable, "total": info.total, "gmacs": info.gmacs}
     steps_per_epoch = num_samples // recipe.training.global_batch_size
     facts |= {
         "num_samples": num_samples,
@@ -128,6 +129,19 @@ def _print_plan(recipe: "Recipe", run_dir: Path, *, as_json: bool) -> None:
         print_json(facts)
     else:
         result(table({name: _shown(value) for name, value in facts.items()}))
+
+
+def _classes_and_samples(recipe: "Recipe") -> tuple[dict[str, list[str]], int]:
+    """Class names of each target, and how many clips are trained on: of the shards, or of a world not yet drawn."""
+    from ray_jobs.synthetic_data import synthetic_classes
+    from ray_jobs.wiring import check_settings, preflight
+
+    world = recipe.data.synthetic
+    if world is not None and (classes := synthetic_classes(recipe)) is not None:
+        check_settings(recipe)
+        return classes, world.num_train
+    data = preflight(recipe)
+    return data.classes, data.train.manifest.num_samples
 
 
 def _shown(value: object) -> object:

@@ -12,6 +12,7 @@ import torch
 from ca2st.benchmark import limits, model
 from ca2st.benchmark.case import CaseSpec, LocalCase
 from ca2st.model.presets import SIZES
+from ray_jobs import output_file
 from ray_jobs.cli import main
 
 
@@ -93,9 +94,12 @@ def test_help_has_an_example(bench: Command) -> None:
     [
         (("--models", "cats"), "did you mean 'cast'"),
         (("--models", ","), "models: expected at least one"),
-        (("--layers", 0), "num_layers: expected at least 1"),
+        (("--layers", 0), "Invalid value for '--layers'"),
+        (("--steps", 0), "Invalid value for '--steps'"),
+        (("--batch", 0), "Invalid value for '--batch'"),
         (("--steps", 2, "--seconds", 2), "either a number of steps or a number of seconds"),
         (("--out", "nowhere/report.json"), "found no nowhere"),
+        (("--out", "."), "--out: expected the name of a file, found the folder ."),
     ],
 )
 def test_bad_input_is_told_before_anything_is_measured(
@@ -106,6 +110,15 @@ def test_bad_input_is_told_before_anything_is_measured(
     assert (code, out) == (2, "")
     assert told in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_folder_is_told_before_anything_is_measured(
+    bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_file.os, "access", lambda *_: False)
+    code, out, err = bench(*TINY, "--out", tmp_path / "report.json")
+    assert (code, out) == (2, "")
+    assert "--out: expected a folder that can be written to" in err
 
 
 def test_a_gpu_that_is_not_there_ends_with_4(bench: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,10 @@ REFUSALS = {
     "no class count": (["model", "info", "--model", "cast"], "expected either --num-classes C or --verb-noun"),
     "no model": (["model", "info", "--num-classes", "4"], "expected either --model KIND or --preset NAME"),
     "unknown preset": (["model", "info", "--preset", "cast_late_ad", "--verb-noun"], "did you mean 'cast_late_add'"),
+    "an encoder without its expert": (
+        ["model", "info", "--model", "audio", "--spatial", "resnet50", "--num-classes", "4"],
+        "--spatial resnet50: expected a model with a spatial expert, found audio, which has audio; leave --spatial out",
+    ),
     "a golden file that is not there": (["weights", "check-golden", "nowhere.safetensors"], "nowhere.safetensors"),
     "a run folder that is not there": (["track", "sync", "nowhere"], "expected the folder of a training run"),
 }
@@ -218,7 +222,34 @@ def test_a_dry_run_of_a_training_prints_its_plan_and_makes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, _ = ca2st("train", "smoke", "--dry-run", "--json")
-    assert (code, json.loads(out)["steps"]) == (0, 32)
+    facts = json.loads(out)
+    assert (code, facts["steps"]) == (0, 32)
+    assert 0 < facts["trainable"] < facts["total"]
+    assert facts["gmacs"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+UNFIT = {
+    'trainable=["nothing.*"]': "nothing.*",
+    "start.checkpoint=nowhere": "start.checkpoint: expected a checkpoint folder",
+    "clip.crop_size=65": "crop_size",
+    "experts.spatial=hf-hub:foo": "experts.spatial: hf-hub:foo: expected hf-hub:ORGANISATION/NAME",
+    "experts.spatial=nowhere": "experts.spatial: expected a safetensors file",
+    "model.fusion=independent": "independent",
+    "data.synthetic.task=tempo": "data.synthetic.task: expected one of space, time",
+    'data.targets=["binding"]': "data.targets: expected label spaces of the synthetic world, which are space, time",
+}
+
+
+@pytest.mark.parametrize("more", [("--dry-run",), ()], ids=["dry run", "run"])
+@pytest.mark.parametrize("setting", UNFIT)
+def test_what_does_not_fit_the_model_is_refused_before_a_synthetic_clip_is_drawn(
+    ca2st: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, more: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = ca2st("train", "smoke", "--set", setting, *more)
+    assert (code, out) == (2, ""), err
+    assert UNFIT[setting] in err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -37,6 +37,9 @@ scheme = "uniform"
 [training]
 epochs = 3
 global_batch_size = 8
+
+[optim]
+warmup_epochs = 1.0
 """
 
 
@@ -154,10 +157,14 @@ def test_a_start_may_move_but_not_begin_otherwise(tmp_path: Path) -> None:
     [
         (["trainable=heads"], r"--set trainable: trainable: expected one of added, .*did you mean 'head'\?"),
         (["trainable=[]"], r"trainable: expected at least one pattern"),
-        (["trainable=head"], r"mine\.toml: optim\.layer_decay: expected 1 where only the head is trained, found 0\.75"),
+        (
+            ["trainable=head"],
+            r"mine\.toml:23: optim\.layer_decay: expected 1 where only the head is trained, found 0\.75",
+        ),
         (["start.checkpoint=a", "experts.audio=b"], r"--set start\.checkpoint: .* files for audio under \[experts\]"),
         (["start.checkpoint=a", "start.head=fresh"], r"start\.head: Input should be 'keep' or 'new', found 'fresh'"),
         (["start.head=new"], r"start\.checkpoint: required, but not given"),
+        (["optim.warmup_epochs=4"], r"--set optim\.warmup_epochs: .*at most training\.epochs = 3, found 4\.0; shorten"),
         (["experts.precision=bf16"], r'--set experts\.precision: .*set training\.precision = "bf16", or'),
         (["experts.frozen=true"], r'experts\.frozen: unknown key \(now the top-level key trainable: "added" for true'),
     ],
@@ -195,8 +202,25 @@ def test_a_preset_lies_below_what_the_recipe_says_itself(tmp_path: Path) -> None
 
 def test_an_unknown_preset_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     text = RECIPE.replace('kind = "cast"', 'preset = "cast_late_ad"')
-    with pytest.raises(UserInputError, match="did you mean 'cast_late_add'"):
+    with pytest.raises(
+        RecipeError, match=r"mine\.toml:4: model\.preset 'cast_late_ad': .*did you mean 'cast_late_add'"
+    ):
         load_recipe(recipe_file(tmp_path, text))
+    with pytest.raises(RecipeError, match=r"--set model\.preset: model\.preset 'cast_late_ad': "):
+        load_recipe(recipe_file(tmp_path), ["model.preset=cast_late_ad"])
+
+
+def test_dates_are_told_at_their_keys(tmp_path: Path) -> None:
+    text = RECIPE.replace('"shards/train"', "2024-01-01T10:00:00").replace("epochs = 3", "epochs = [10:00:00]")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_file(tmp_path, text), ["name=2024-01-01"])
+    assert str(caught.value).splitlines() == [
+        '--set name: name: expected no date or time, found 2024-01-01; write text in quotes: "2024-01-01"',
+        f"{tmp_path}/mine.toml:14: data.train: expected no date or time, found 2024-01-01T10:00:00; write text in "
+        'quotes: "2024-01-01T10:00:00"',
+        f"{tmp_path}/mine.toml:20: training.epochs: expected no date or time, found 10:00:00; write text in quotes: "
+        '"10:00:00"',
+    ]
 
 
 def test_exact_layers_are_written_as_a_list(tmp_path: Path) -> None:

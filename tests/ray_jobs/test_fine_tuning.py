@@ -24,6 +24,7 @@ from ray_jobs.start import begin_model, check_label_spaces, read_start
 from ray_jobs.trained import find_checkpoint, load_trained
 from sharding.manifest import LabelSpace
 from support.fake_shards import make_samples, make_shard_set
+from support.models import tiny_model
 from support.tiny_runs import RECIPE, journal, sequence
 
 CLASSES = {
@@ -160,6 +161,17 @@ def test_a_model_file_is_a_start_like_the_checkpoint_it_was_exported_from(root: 
     assert source.description == checkpoint.description
     assert source.state.keys() == checkpoint.state.keys()
     assert all(torch.equal(source.state[name], tensor) for name, tensor in checkpoint.state.items())
+
+
+def test_a_file_under_published_names_or_of_another_kind_is_refused_with_what_to_give(tmp_path: Path) -> None:
+    published = tmp_path / "published.safetensors"
+    export_model(tiny_model("cast"), published, names="published")
+    with pytest.raises(UserInputError, match=rf"published names; run `ca2st weights import --kind cast {published} "):
+        read_start(published)
+    recipe_file = tmp_path / "r.toml"
+    recipe_file.write_text("")
+    with pytest.raises(UserInputError, match=r"start\.checkpoint: .*that ends in \.safetensors, found .*r\.toml; give"):
+        read_start(recipe_file)
 
 
 def test_a_target_of_the_same_classes_keeps_its_classifier_and_a_new_one_starts_anew(root: Path, old: Path) -> None:

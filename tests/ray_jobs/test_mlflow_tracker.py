@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from ca2st.errors import UserInputError
+from ray_jobs import mlflow_tracker
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.mlflow_tracker import TrackingState, open_tracking, read_state, sync, unsent_bytes
 
@@ -147,3 +150,27 @@ def _closed_databases() -> Iterator[None]:
     import gc
 
     gc.collect()
+
+
+def test_a_follower_that_outlives_its_attempt_and_the_next_ones_make_one_run(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is slow to make its run: the second attempt and its follower begin in the meantime."""
+    write(run_dir, {"event": "start", "step": 0}, step(1, 3.0))
+    create, made, begun = mlflow_tracker._create_run, [], threading.Event()
+
+    def slowly(client: MlflowClient, state: TrackingState) -> str:
+        begun.set()
+        time.sleep(0.3)
+        made.append(create(client, state))
+        return str(made[-1])
+
+    monkeypatch.setattr(mlflow_tracker, "_create_run", slowly)
+    first = threading.Thread(target=sync, args=(run_dir,))
+    first.start()
+    assert begun.wait(60)
+    tracked_run(run_dir, read_state(run_dir).uri)
+    sync(run_dir)
+    first.join(60)
+    assert made == [read_state(run_dir).run_id]
+    assert losses(run_dir) == [(1, 3.0)]

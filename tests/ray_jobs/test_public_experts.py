@@ -15,6 +15,7 @@ from ca2st.weights.tensor_file import read_tensor_file
 from ray_jobs.cli import main
 from ray_jobs.config import recipe_from_document
 from ray_jobs.public_experts import with_local_experts
+from ray_jobs.start import check_model
 from ray_jobs.trained import load_trained
 from ray_jobs.wiring import make_model, preflight
 from support.fake_hub import fake_hub
@@ -39,6 +40,8 @@ def _recipe(kind="ca2st", *, more="", **experts):
         mel_rows = 48
         [experts]
         {named}
+        [optim]
+        warmup_epochs = 0.0
         [training]
         global_batch_size = 1
         epochs = 1
@@ -115,6 +118,33 @@ def test_preflight_knows_public_names_from_paths():
         preflight(_recipe(spatial="hf-hub:clip"))
     with pytest.raises(UserInputError, match=r"data\.train: names no shards"):
         preflight(_recipe(spatial="hf-hub:org/clip"))
+
+
+def test_an_expert_that_the_kind_lacks_is_refused_before_anything_is_fetched(hub):
+    with pytest.raises(
+        UserInputError, match=r"experts\.audio: expected experts of cast, which are spatial, temporal, "
+    ):
+        preflight(_recipe("cast", audio="hf-hub:org/ast"))
+    assert hub.requests == []
+
+
+def test_expert_files_are_compared_with_the_model_before_anything_starts(access, tmp_path):
+    good = with_local_experts(_recipe("cast", spatial="hf-hub:org/clip"), tmp_path / "imported", access)
+    check_model(good, {"label": ["a", "b"]}, tmp_path)
+    deeper = replace(good, model=replace(good.model, depth=3))
+    with pytest.raises(UserInputError, match=r"experts\.spatial: .*missing: layers\.2\."):
+        check_model(deeper, {"label": ["a", "b"]}, tmp_path)
+    swapped = replace(good, experts=replace(good.experts, spatial=None, temporal=good.experts.spatial))
+    with pytest.raises(UserInputError, match=r"experts\.temporal: .*unexpected: "):
+        check_model(swapped, {"label": ["a", "b"]}, tmp_path)
+
+
+def test_a_whole_model_is_no_expert_file(tmp_path):
+    recipe = _recipe("cast")
+    path = tmp_path / "whole.safetensors"
+    safetensors.torch.save_file(make_model(recipe, {"label": ["a", "b"]}).state_dict(), path)
+    with pytest.raises(UserInputError, match=r"experts\.spatial: .*whole\.safetensors: .*unexpected: "):
+        check_model(replace(recipe, experts=replace(recipe.experts, spatial=str(path))), {"label": ["a"]}, tmp_path)
 
 
 @pytest.mark.slow

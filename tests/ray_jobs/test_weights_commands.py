@@ -91,6 +91,8 @@ def test_a_recipe_reads_the_imported_expert(ca2st, tmp_path, clip_file):
         crop_size = 32
         [experts]
         spatial = "{out}"
+        [optim]
+        warmup_epochs = 0.0
         [training]
         global_batch_size = 1
         epochs = 1
@@ -167,6 +169,7 @@ def test_a_public_name_is_fetched_and_its_commit_told(ca2st, tmp_path, clip_file
             "revision": COMMIT,
             "file": "model.safetensors",
             "activation": "",
+            "architecture": "",
         }
         code, text, _ = ca2st(*command, *SIZES)
         assert f"model.safetensors of org/clip at {COMMIT}" in text

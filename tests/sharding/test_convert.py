@@ -191,7 +191,9 @@ def test_c2_an_interrupt_ends_the_run_leaves_no_process_and_can_be_resumed(
     reference: Reference, tmp_path: Path
 ) -> None:
     script = (
-        "import os, sys\nfrom pathlib import Path\nfrom support.shards import *\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom support.shards import *\n"
+        # A shell that runs the tests in its background has them ignore SIGINT; a person's terminal does not.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "media, out = Path(sys.argv[1]), Path(sys.argv[2])\n"
         f"source = source_list([sample(media / f'clip_{{n}}.mp4', label=n % 2) for n in range({COUNT})])\n"
         "def progress(step):\n"

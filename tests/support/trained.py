@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ca2st.training.checkpoint import Checkpoint, CheckpointMarker
-from ca2st.training.config import TrainingConfig
+from ca2st.training.config import OptimConfig, TrainingConfig
 from pipelines.loader import LoaderConfig
 from pipelines.sampling import SamplingConfig
 from ray_jobs.config import DataConfig, Recipe
@@ -41,6 +41,7 @@ def trained_model(folder: Path, kind: str = "ca2st", *, audio_policy: str = "opt
             data=DataConfig(
                 sampling=SamplingConfig(scheme="uniform"), loader=LoaderConfig(backend="reference", prefetch_steps=0)
             ),
+            optim=OptimConfig(warmup_epochs=0.0),
             training=TrainingConfig(epochs=1, global_batch_size=4, per_device_batch_size=4),
         ),
         classes=CLASSES,

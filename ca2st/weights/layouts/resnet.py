@@ -1,4 +1,8 @@
-"""Names of ResNet-50 as torchvision and timm write it."""
+"""Names of ResNet-50 as torchvision and timm write it.
+
+Other networks have exactly these names and shapes (timm's resnetaa50 and resnetblur50 filter before each stride): a
+public name tells them apart (`hub_config.check_architecture`), in a plain file it cannot be seen.
+"""
 
 from ca2st.weights.layouts.layout import Layout
 from ca2st.weights.published_tables import Names

@@ -220,6 +220,17 @@ def test_recording_changes_no_bit_of_the_output():
         assert all(torch.equal(output.features[name], feature) for name, feature in before.features.items())
 
 
+def test_maps_of_a_model_that_computes_in_bfloat16_are_float32_and_sum_to_one():
+    model = tiny_model("ca2st").eval()
+    wake(model)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), record_attention(model) as maps:
+        model(*inputs_for())
+    assert maps
+    for found in maps:
+        assert found.given.dtype == found.entropy_bits.dtype == torch.float32
+        torch.testing.assert_close(found.by_time.sum(dim=-1), torch.ones(found.by_time.shape[:2]), atol=1e-5, rtol=0)
+
+
 def test_gradients_do_not_run_through_the_maps():
     model = tiny_model("cava")
     with record_attention(model) as maps:

@@ -172,3 +172,9 @@ def test_late_fusion_has_no_bridges(fusion):
 def test_independent_experts_are_those_of_cast():
     with pytest.raises(UserInputError, match=r"fusion independent: expected kind cast .* found ca2st"):
         ModelConfig(kind="ca2st", fusion="independent")
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0])
+def test_a_scale_of_the_classifiers_that_is_no_finite_number_from_zero_on_is_refused(scale):
+    with pytest.raises(UserInputError, match="head_init_scale: expected a finite number >= 0"):
+        ModelConfig(head_init_scale=scale)

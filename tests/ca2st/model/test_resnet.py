@@ -5,7 +5,7 @@ import torch
 
 from ca2st.errors import UserInputError
 from ca2st.model.build import build_model
-from ca2st.model.config import ModelConfig
+from ca2st.model.config import ModelConfig, SpatialTemporalConfig
 from ca2st.model.experts import ResNetExpert
 from ca2st.model.structure import bridges_of_layer, stage_of_layer
 from ca2st.spec import ClipSpec
@@ -108,6 +108,8 @@ def test_resnet_stands_in_every_kind_that_has_a_spatial_expert(kind, targets):
 def test_sizes_that_the_stages_cannot_cover_are_refused():
     with pytest.raises(UserInputError, match=r"expected a depth that its four stages divide.*found depth 6"):
         ModelConfig(kind="cast", spatial_encoder="resnet50", depth=6)
+    with pytest.raises(UserInputError, match=r"in which a stage of ResNet-50 runs \(\[3, 6, 9, 12\]\), found \[2\]"):
+        ModelConfig(kind="cast", spatial_encoder="resnet50", spatial_temporal=SpatialTemporalConfig(layers=(2, 3)))
     with pytest.raises(UserInputError, match="crop_size: expected a multiple of 32, the coarsest map"):
         build_model(
             tiny_config("cast", spatial_encoder="resnet50", depth=4), ClipSpec(num_frames=4, crop_size=48), ONE_TARGET

@@ -23,7 +23,7 @@ from ca2st.weights import (
 )
 from ca2st.weights.expert_file import EXPERT_KEY
 from ca2st.weights.hub import HubAccess, fetch
-from ca2st.weights.hub_config import ACTIVATIONS
+from ca2st.weights.hub_config import ACTIVATIONS, activation_of
 from ca2st.weights.hub_names import PLAIN_FILES, is_hub_name, resolve_hub_name
 from ca2st.weights.imported import ImportedExperts
 from ca2st.weights.sizes import ALONE, UnwrittenSizes
@@ -74,7 +74,9 @@ def test_a_repository_may_be_named_with_a_revision():
     assert (source.repository, source.revision, source.files) == ("laion/CLIP-x", "refs/pr/1", PLAIN_FILES)
 
 
-@pytest.mark.parametrize("rest", ["", "clip", "a/b/c", "a/b@", "a/../b", "a b/c", "a/b@x y"])
+@pytest.mark.parametrize(
+    "rest", ["", "clip", "a/b/c", "a/b@", "a/../b", "a b/c", "a/b@x y", "../..", "./a", "a/.", "a/b@../x", "a/b@x/.."]
+)
 def test_what_is_no_repository_is_refused(rest):
     with pytest.raises(UserInputError, match="expected hf-hub:ORGANISATION/NAME"):
         resolve_hub_name(f"hf-hub:{rest}")
@@ -181,6 +183,18 @@ def test_open_clips_name_takes_open_clips_file_and_our_importer_reads_it(hub, ac
         ({"open_clip_config.json": {"model_cfg": {"embed_dim": 512, "quick_gelu": True}}}, "quick_gelu"),
         ({"open_clip_config.json": {"model_cfg": {"embed_dim": 512}}}, "gelu"),
         (
+            {"config.json": {"architecture": "vit_base_patch16_clip_224", "pretrained_cfg": {"tag": "openai"}}},
+            "quick_gelu",
+        ),
+        (
+            {"config.json": {"architecture": "vit_base_patch16_clip_224", "pretrained_cfg": {"tag": "laion2b"}}},
+            "gelu",
+        ),
+        ({"config.json": {"architecture": "vit_base_patch16_clip_224"}}, "gelu"),
+        ({"config.json": {"architecture": "vit_base_patch16_clip_quickgelu_224"}}, "quick_gelu"),
+        ({"config.json": []}, ""),
+        ({"config.json": "x", "open_clip_config.json": {"model_cfg": {}}}, "gelu"),
+        (
             {"config.json": {"architecture": "x"}, "open_clip_config.json": {"model_cfg": {"quick_gelu": True}}},
             "quick_gelu",
         ),
@@ -203,6 +217,35 @@ def test_weights_of_another_activation_are_refused_where_the_repository_names_it
         assert not out.parent.exists()
     else:
         import_weights(fetched.path, out, kind="clip", options=options)
+
+
+@pytest.mark.parametrize(("tag", "activation"), [("openai", "quick_gelu"), ("laion2b", "gelu")])
+def test_the_repositorys_name_has_the_tag_where_timms_config_has_none(tag, activation):
+    config = {"architecture": "vit_base_patch16_clip_224"}
+    assert activation_of(config, repository=f"timm/vit_base_patch16_clip_224.{tag}") == activation
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "found"),
+    [
+        ("hf-hub:timm/resnet50.a1_in1k", {"architecture": "resnet50"}, None),
+        ("timm:resnet50.a1_in1k", {}, None),
+        ("hf-hub:timm/resnet50.a1_in1k", {"architecture": "resnetaa50"}, "resnetaa50"),
+        ("timm:resnetblur50.bt_in1k", {"architecture": "resnet50"}, "resnetblur50"),
+        ("hf-hub:timm/resnet50.a1_in1k", [], r"none in its config\.json"),
+    ],
+)
+def test_networks_with_the_tensors_of_resnet50_are_refused_by_their_names(hub, access, tmp_path, name, config, found):
+    files = {"model.safetensors": safetensors.torch.save({"a": torch.ones(1)}), "config.json": json.dumps(config)}
+    hub.repositories["timm/" + name.partition(":")[2].removeprefix("timm/")] = {
+        file: content if isinstance(content, bytes) else content.encode() for file, content in files.items()
+    }
+    fetched = fetch(name, access)
+    message = f"{name}: expected the architecture resnet50, found {found}; other networks have the same tensors"
+    with pytest.raises(WeightsMismatchError, match=message if found else "expected one of the layouts ResNet-50"):
+        import_weights(
+            fetched.path, tmp_path / "o.safetensors", kind="resnet50", options=ImportOptions(origin=fetched.origin)
+        )
 
 
 @pytest.mark.parametrize("encoder", ACTIVATIONS)

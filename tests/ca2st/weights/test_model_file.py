@@ -7,9 +7,10 @@ import pytest
 
 from ca2st.model.config import AudioVisualConfig, ModelConfig, SpatialTemporalConfig, TargetSpec
 from ca2st.spec import ClipSpec
-from ca2st.weights import WeightsDamageError, WeightsMismatchError, read_model_file
+from ca2st.weights import ImportOptions, WeightsDamageError, WeightsMismatchError, import_weights, read_model_file
 from ca2st.weights.exporter import export_model
 from ca2st.weights.model_file import MODEL_KEY, ModelDescription, read_description
+from ca2st.weights.tensor_file import write_tensor_file
 from support.models import TINY_CLIP, tiny_model
 
 CHANGED = ModelConfig(
@@ -102,6 +103,92 @@ def test_a_newer_format_is_named_and_a_broken_one_is_damage():
         read_description(_edited(lambda document: document.update(format=2)), where="here")
     with pytest.raises(WeightsDamageError, match="cannot read the metadata key 'ca2st_model'"):
         read_description(_edited(lambda document: document.pop("clip")), where="here")
+
+
+def _set(*path, to):
+    def edit(document):
+        for name in path[:-1]:
+            document = document[name]
+        document[path[-1]] = to
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (_set("model", to=[]), r"model: .*found \[\]"),
+        (_set("model", "spatial_temporal", to=[]), r"model\.spatial_temporal: .*found \[\]"),
+        (_set("model", "depth", to=1.5), r"model\.depth: Input should be a valid integer, found 1\.5"),
+        (_set("model", "depth", to=float("nan")), r"model\.depth: .*found nan"),
+        (_set("model", "depth", to=True), r"model\.depth: .*found True"),
+        (_set("model", "drop_path_rate", to=float("nan")), r"model\.drop_path_rate: .*a finite number, found nan"),
+        (_set("clip", "num_frames", to="4"), r"clip\.num_frames: .*found '4'"),
+        (_set("clip", "num_frames", to=3), r"clip: num_frames: expected an even number >= 2, found 3, found"),
+        (_set("targets", to={}), r"targets: .*found {}"),
+        (_set("model", "depth", to=1025), r"found depth 1025 \(most: 1024\)"),
+        (_set("model", "dim", to=1572864), r"found dim 1572864 \(most: 65536\)"),
+        (_set("model", "dim", to=10**400), "int too large to convert to float"),
+        (_set("clip", "num_frames", to=2**70), r"found tokens of a clip \* dim \d+"),
+        (_set("clip", "mel_rows", to=2**40), r"found patches of a spectrogram \d+"),
+        (_set("targets", 0, "num_classes", to=2**70), r"found classes \d+ \(most"),
+    ],
+)
+def test_a_description_of_other_types_or_of_sizes_that_no_model_has_is_damage(edit, message):
+    with pytest.raises(WeightsDamageError, match=f"^here: .*(?:{message})") as caught:
+        read_description(_edited(edit), where="here")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "7", "null", "[" * 100_000, '{"format": 1}'])
+def test_what_is_no_description_at_all_is_damage(text):
+    with pytest.raises(WeightsDamageError, match="here: cannot read the metadata key 'ca2st_model'"):
+        read_description({MODEL_KEY: text}, where="here")
+
+
+def _export(path, **changes):
+    """A tiny model whose header tells other sizes."""
+    model = tiny_model("cast")
+    config = replace(model.config, **changes)
+    description = ModelDescription(model=config, clip=model.clip, targets=model.targets)
+    write_tensor_file(path, model.state_dict(), metadata=description.metadata())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": 2**16, "num_heads": 2}, r"of another shape: .* expected \[.*65536"),
+        ({"depth": 1024}, r"expected the tensors of 1024 layers, as described, found \d+ in all"),
+        ({"depth": 3}, r"missing: .*layers\.2\."),
+    ],
+)
+def test_a_header_that_lies_is_one_line_and_nothing_of_its_size_is_allocated(tmp_path, changes, message):
+    path = _export(tmp_path / "lies.safetensors", **changes)
+    with pytest.raises(WeightsMismatchError, match=message):
+        import_weights(path, tmp_path / "o.safetensors", kind="cast")
+    with pytest.raises(WeightsMismatchError, match=message):
+        read_model_file(path)
+
+
+def test_what_may_be_missing_is_not_allocated_at_any_size(tmp_path):
+    model = tiny_model("cast")
+    targets = tuple(replace(target, num_classes=2**24) for target in model.targets)
+    description = ModelDescription(model=model.config, clip=model.clip, targets=targets)
+    path = tmp_path / "lies.safetensors"
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.classifiers.")}
+    write_tensor_file(path, state, metadata=description.metadata())
+    options = ImportOptions(allow_missing=("head.classifiers.*",))
+    with pytest.raises(WeightsDamageError, match=r"expected at most \d+ numbers that the file does not give, found \d"):
+        import_weights(path, tmp_path / "o.safetensors", kind="cast", options=options)
+
+
+def test_a_file_of_published_names_says_how_to_translate_them(tmp_path):
+    path = tmp_path / "published.safetensors"
+    export_model(tiny_model("cast"), path, names="published")
+    message = rf"published names; run `ca2st weights import --kind cast {path} --out OURS\.safetensors` first"
+    with pytest.raises(WeightsMismatchError, match=message):
+        read_model_file(path)
 
 
 @pytest.mark.parametrize(

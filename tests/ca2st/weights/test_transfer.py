@@ -170,6 +170,26 @@ def test_another_structure_is_refused_whatever_the_switches(changes, message):
         _transfer(_trained("ca2st"), model, resize_positions=True, new_head=True)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"kind": "ca2st", "num_heads": 4},
+            r"there: .*, found kind 'cast' there and 'ca2st' here\. Change the \[model\]",
+        ),
+        (
+            {"kind": "cast", "temporal_encoder": "clip"},
+            r"found the temporal expert videomae there and clip here\. Change the \[model\]",
+        ),
+    ],
+)
+def test_other_experts_are_named_and_nothing_that_follows_from_them(changes, message):
+    with torch.device("meta"):
+        model = tiny_model(**changes)
+    with pytest.raises(WeightsMismatchError, match=message):
+        _transfer(tiny_model("cast"), model)
+
+
 def test_every_setting_that_no_tensor_shows_is_a_setting():
     assert set(SHOWN_BY_NO_TENSOR) < set(ModelConfig.__dataclass_fields__)
 
