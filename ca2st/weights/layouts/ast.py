@@ -1,6 +1,6 @@
 """Names of the audio spectrogram transformer."""
 
-from ca2st.weights.layouts.layout import Layout
+from ca2st.weights.layouts.layout import TIMM_LAYER, Layout
 from ca2st.weights.published_tables import Names
 
 _ORIGINAL = Layout(
@@ -12,16 +12,7 @@ _ORIGINAL = Layout(
         tensors={"cls_token": "class_token", "dist_token": "distillation_token", "pos_embed": "positions"},
     ),
     layer_prefix="blocks.",
-    layer=Names(
-        modules={
-            "norm1": "norm1",
-            "attn.qkv": "attention.qkv",
-            "attn.proj": "attention.proj",
-            "norm2": "norm2",
-            "mlp.fc1": "mlp.fc1",
-            "mlp.fc2": "mlp.fc2",
-        }
-    ),
+    layer=TIMM_LAYER,
     ignored=(
         "module.mlp_head.*",
         "mlp_head.*",

@@ -1,6 +1,6 @@
 """Names of CLIP's visual half. Which activation was trained is not written in any of them: ours is QuickGELU."""
 
-from ca2st.weights.layouts.layout import Layout
+from ca2st.weights.layouts.layout import TIMM_LAYER, Layout
 from ca2st.weights.published_tables import Names
 
 _ORIGINAL = Layout(
@@ -92,16 +92,7 @@ _TIMM = Layout(
         tensors={"patch_embed.proj.weight": "patch_embed.weight", "cls_token": "class_token", "pos_embed": "positions"},
     ),
     layer_prefix="blocks.",
-    layer=Names(
-        modules={
-            "norm1": "norm1",
-            "attn.qkv": "attention.qkv",
-            "attn.proj": "attention.proj",
-            "norm2": "norm2",
-            "mlp.fc1": "mlp.fc1",
-            "mlp.fc2": "mlp.fc2",
-        }
-    ),
+    layer=TIMM_LAYER,
     ignored=("head.*",),
 )
 """The visual half as timm keeps it in its repositories; the head is the projection into the joint space."""

@@ -12,6 +12,18 @@ from ca2st.weights.errors import WeightsMismatchError
 from ca2st.weights.published_tables import Names
 from ca2st.weights.strict import refuse_mismatch
 
+TIMM_LAYER = Names(
+    modules={
+        "norm1": "norm1",
+        "attn.qkv": "attention.qkv",
+        "attn.proj": "attention.proj",
+        "norm2": "norm2",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    }
+)
+"""A layer of timm's vision transformers, which AST's own files keep too."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
