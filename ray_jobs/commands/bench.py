@@ -9,18 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ray_jobs.commands.model import Size
+
 if TYPE_CHECKING:
     from ca2st.benchmark.report import ModelBenchmark, ModelReport
 
 app = typer.Typer(no_args_is_help=True)
-
-
-class Size(StrEnum):
-    """Widths and depths of the experts."""
-
-    VIT_S = "vit_s"
-    VIT_B = "vit_b"
-    VIT_L = "vit_l"
 
 
 class Device(StrEnum):
