@@ -12,7 +12,20 @@ import typer
 from ca2st import __version__
 from ca2st.durable import is_environment_error
 from ca2st.errors import CA2STError, EnvironmentFault
-from ray_jobs.commands import bench, demo, evaluate, explain, features, model, predict, shard, track, train, weights
+from ray_jobs.commands import (
+    bench,
+    demo,
+    doctor,
+    evaluate,
+    explain,
+    features,
+    model,
+    predict,
+    shard,
+    track,
+    train,
+    weights,
+)
 from ray_jobs.console import show_log
 from ray_jobs.environment import wait_passively
 
@@ -36,6 +49,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("explain")(explain.explain)
 app.command("features")(features.features)
+app.command("doctor")(doctor.doctor)
 app.add_typer(track.app, name="track", help="MLflow follows the journal of a run.")
 
 

@@ -44,6 +44,11 @@ def default_tracking_uri(runs_root: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(runs_root / 'mlflow.db').resolve()}"
 
 
+def ray_auth_mode() -> str | None:
+    """``RAY_AUTH_MODE``: ``token`` where a cluster started here asks for one."""
+    return os.environ.get("RAY_AUTH_MODE")
+
+
 def hub_access() -> "HubAccess":
     """The hub of public weights: ``HF_ENDPOINT`` and ``HF_HUB_CACHE``, or what huggingface_hub takes without them."""
     from ca2st.weights.hub import HubAccess

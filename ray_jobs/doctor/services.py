@@ -1,0 +1,106 @@
+"""MLflow's store and Ray's ports."""
+
+import os
+import socket
+import sqlite3
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from ray_jobs.doctor.finding import Finding
+
+_ANSWER_SECONDS = 5.0
+_SQLITE = "sqlite:///"
+_LOOPBACK = "127.0.0.1"
+
+
+def check_tracking(uri: str) -> Finding:
+    """The tracking store can be written: an SQLite file, or a server that answers within seconds."""
+    if uri.startswith(_SQLITE):
+        return _check_sqlite(Path(uri.removeprefix(_SQLITE)))
+    if uri.startswith(("http://", "https://")):
+        return _check_server(uri)
+    return Finding(name="mlflow", ok=True, what=f"a {urlsplit(uri).scheme} store: not tried", mend="", needed=False)
+
+
+def _check_sqlite(path: Path) -> Finding:
+    if not path.is_file():
+        folder = next(one for one in path.absolute().parents if one.is_dir())
+        return Finding(
+            name="mlflow",
+            ok=os.access(folder, os.W_OK),
+            what=f"SQLite, not there yet: {path}",
+            mend=f"make {folder} writable, or set MLFLOW_TRACKING_URI",
+        )
+    mend = "another process may hold it for long: end that, or set MLFLOW_TRACKING_URI to another store"
+    try:
+        connection = sqlite3.connect(path, timeout=_ANSWER_SECONDS, isolation_level=None)
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        return Finding(name="mlflow", ok=False, what=f"{path}: {error}", mend=mend)
+    return Finding(name="mlflow", ok=True, what=f"SQLite, writable: {path}")
+
+
+def _check_server(uri: str) -> Finding:
+    shown = urlsplit(uri)
+    where = f"{shown.scheme}://{shown.hostname}" + (f":{shown.port}" if shown.port else "")
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=_ANSWER_SECONDS) as answer:  # noqa: S310 - http or https, by the caller
+            version = answer.read(64).decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        what, mend = f"{where} answers {error.code}", "set MLFLOW_TRACKING_TOKEN, or user and password"
+        return Finding(name="mlflow", ok=False, what=what, mend=mend)
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        mend = "start the server or correct MLFLOW_TRACKING_URI; runs go on without it, `ca2st track sync` sends later"
+        return Finding(name="mlflow", ok=False, what=f"{where}: no answer ({reason})", mend=mend, needed=False)
+    return Finding(name="mlflow", ok=True, what=f"{where} answers, version {version}")
+
+
+def check_loopback() -> Finding:
+    """Processes of this machine can talk to each other: ranks and Ray need it."""
+    with socket.socket() as server:
+        server.bind((_LOOPBACK, 0))
+        server.listen(1)
+        port = server.getsockname()[1]
+        with socket.create_connection((_LOOPBACK, port), timeout=_ANSWER_SECONDS):
+            pass
+    return Finding(name="loopback", ok=True, what="connections within this machine work")
+
+
+def check_ports(ports: dict[str, int]) -> Finding:
+    """Which of the usual ports something already listens on."""
+    taken = [f"{port} ({name})" for name, port in ports.items() if _is_taken(port)]
+    return Finding(
+        name="ports",
+        ok=not taken,
+        what=f"taken: {', '.join(taken)}" if taken else f"free: {', '.join(str(port) for port in ports.values())}",
+        mend="a server of yours may be running already; otherwise start ours on other ports",
+        needed=False,
+    )
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(_ANSWER_SECONDS)
+        return probe.connect_ex((_LOOPBACK, port)) == 0
+
+
+def check_ray(auth_mode: str | None) -> Finding:
+    """Ray is there, and whether a cluster started here asks for a token."""
+    from importlib import metadata
+
+    version = metadata.version("ray")
+    ok = auth_mode == "token"
+    return Finding(
+        name="ray",
+        ok=ok,
+        what=f"Ray {version}, RAY_AUTH_MODE={auth_mode or 'not set'}",
+        mend="export RAY_AUTH_MODE=token before `ray start`: without it anybody who reaches the cluster can run jobs",
+        needed=False,
+    )
