@@ -42,7 +42,7 @@ demo: install
 	@echo "The command ca2st lives in $(VENV): source $(BIN)/activate"
 
 lock:
-	uv pip compile --universal --python-version 3.11 --all-extras --generate-hashes --no-emit-index-url \
+	uv pip compile --universal --python-version 3.11 --extra demo --extra dev --generate-hashes --no-emit-index-url \
 		--no-header --quiet -o requirements.lock pyproject.toml
 
 clean:
