@@ -14,6 +14,7 @@ from ca2st.durable import is_environment_error
 from ca2st.errors import CA2STError, EnvironmentFault
 from ray_jobs.commands import (
     bench,
+    compare,
     demo,
     doctor,
     evaluate,
@@ -47,6 +48,7 @@ app.add_typer(bench.app, name="bench", help="How fast the model is, beside a bas
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
+app.command("compare")(compare.compare)
 app.command("explain")(explain.explain)
 app.command("features")(features.features)
 app.command("doctor")(doctor.doctor)

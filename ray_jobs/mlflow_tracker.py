@@ -85,9 +85,9 @@ def sync(run_dir: Path) -> int:
         TrackingUnavailableError: the store cannot be reached; calling again later loses nothing.
     """
     uri = read_state(run_dir).uri
-    with _one_at_a_time(run_dir), _reachable(uri, f"the journal keeps everything: rerun `ca2st track sync {run_dir}`"):
+    with _one_at_a_time(run_dir), reachable(uri, f"the journal keeps everything: rerun `ca2st track sync {run_dir}`"):
         state = read_state(run_dir)
-        client = _client(state)
+        client = open_client(state.uri)
         if state.run_id is None:
             state = replace(state, run_id=_create_run(client, state))
             _write_state(run_dir, state)
@@ -106,8 +106,8 @@ def log_metrics(run_dir: Path, metrics: Mapping[str, float], *, step: int) -> No
     state = read_state(run_dir)
     assert state.run_id is not None  # sync made it
     now = int(time.time() * 1000)
-    with _reachable(state.uri, f"repeat the test of {run_dir}"):
-        _client(state).log_batch(state.run_id, metrics=[Metric(k, v, now, step) for k, v in metrics.items()])
+    with reachable(state.uri, f"repeat the test of {run_dir}"):
+        open_client(state.uri).log_batch(state.run_id, metrics=[Metric(k, v, now, step) for k, v in metrics.items()])
 
 
 def read_metrics(run_dir: Path, names: Sequence[str]) -> dict[str, float]:
@@ -120,8 +120,8 @@ def read_metrics(run_dir: Path, names: Sequence[str]) -> dict[str, float]:
     state = read_state(run_dir)
     if state.run_id is None:
         raise UserInputError(f"{run_dir}: MLflow has no run of it yet; send it by `ca2st track sync {run_dir}`")
-    with _reachable(state.uri, f"send the run by `ca2st track sync {run_dir}`"):
-        known = _client(state).get_run(state.run_id).data.metrics
+    with reachable(state.uri, f"send the run by `ca2st track sync {run_dir}`"):
+        known = open_client(state.uri).get_run(state.run_id).data.metrics
     if missing := sorted(set(names) - known.keys()):
         raise UserInputError(f"{run_dir}: MLflow has no {', '.join(missing)} for this run; test it again")
     return {name: known[name] for name in names}
@@ -139,7 +139,12 @@ def _one_at_a_time(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _reachable(uri: str, what_to_do: str) -> Iterator[None]:
+def reachable(uri: str, what_to_do: str) -> Iterator[None]:
+    """Turn the errors of a store that does not answer into one that says `what_to_do` when it is back.
+
+    Raises:
+        TrackingUnavailableError: the store cannot be reached.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
@@ -171,15 +176,16 @@ def unsent_bytes(run_dir: Path) -> int:
     return journal.stat().st_size - read_state(run_dir).sent_bytes if journal.exists() else 0
 
 
-def _client(state: TrackingState) -> "MlflowClient":
+def open_client(uri: str) -> "MlflowClient":
+    """A client that gives up on a dead server within seconds; the folder of an SQLite store is made."""
     # A dead server would otherwise be retried for four minutes a call.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     from mlflow import MlflowClient
 
-    if state.uri.startswith("sqlite:///"):
-        Path(state.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=state.uri)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri)
 
 
 def _create_run(client: "MlflowClient", state: TrackingState) -> str:
@@ -240,15 +246,22 @@ def _set_status(client: "MlflowClient", run_id: str, events: list[dict[str, Any]
 
 
 def _values(event: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Finite numbers of an event under MLflow names: ``train/loss``, ``validation/top1``."""
+    """Finite numbers of an event under MLflow names: ``train/loss``, ``stage/decode_seconds``, ``validation/top1``."""
     if event["event"] == "step":
-        prefix, values = "train", event
+        named = {f"train/{name}": value for name, value in event.items() if name not in _NOT_METRICS}
+        for times in ("stages", "loader"):
+            named |= {_stage_name(name): value for name, value in event.get(times, {}).items()}
     else:
-        prefix, values = event["split"], event["metrics"]
-    for name, value in values.items():
+        named = {f"{event['split']}/{name}": value for name, value in event["metrics"].items()}
+    for name, value in named.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if name not in _NOT_METRICS and is_number and math.isfinite(value):
-            yield f"{prefix}/{name}", float(value)
+        if is_number and math.isfinite(value):
+            yield name, float(value)
+
+
+def _stage_name(name: str) -> str:
+    """Times of the step and of the loader's threads side by side; what the loader counts is ``data/bytes_read``."""
+    return f"stage/{name}" if name.endswith("_seconds") else f"data/{name}"
 
 
 def _event_batches(journal: Path, offset: int) -> Iterator[tuple[list[dict[str, Any]], int]]:
@@ -264,7 +277,7 @@ def _event_batches(journal: Path, offset: int) -> Iterator[tuple[list[dict[str, 
                 break
             event = json.loads(line)
             batch.append(event)
-            num_values += len(event) + len(event.get("metrics", ()))
+            num_values += len(event) + sum(len(value) for value in event.values() if isinstance(value, dict))
             offset += len(line)
             if num_values > _BATCH_VALUES:
                 yield batch, offset

@@ -46,9 +46,16 @@ def _check_sqlite(path: Path) -> Finding:
     return Finding(name="mlflow", ok=True, what=f"SQLite, writable: {path}")
 
 
+def without_password(uri: str) -> str:
+    """The address without user and password, to be shown."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
 def _check_server(uri: str) -> Finding:
-    shown = urlsplit(uri)
-    where = f"{shown.scheme}://{shown.hostname}" + (f":{shown.port}" if shown.port else "")
+    where = without_password(uri).rstrip("/")
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=_ANSWER_SECONDS) as answer:  # noqa: S310 - http or https, by the caller
             version = answer.read(64).decode(errors="replace")
