@@ -16,6 +16,45 @@ class BatchContractError(CA2STError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Mixing:
+    """How neighbours are mixed: clips 2k and 2k+1 of the batch are partners; row i is what clip i keeps and takes.
+
+    Small, and always on the CPU: what is to be done is known without asking the device. Mixed on the device by
+    `ca2st.training.mixing`; the pixels and labels of the batch are those of the clips as they were read.
+    """
+
+    video_share: Float[Tensor, " batch"]
+    """Weight of the clip's own frames; 1 - it of the partner's. 1: not blended."""
+    video_box: Int[Tensor, "batch 4"]
+    """(top, left, height, width) in pixels, taken from the partner in every frame; of height 0: none."""
+    mel_share: Float[Tensor, " batch"]
+    """The same for the spectrogram."""
+    mel_box: Int[Tensor, "batch 4"]
+    """(first row, first bin, rows, bins) taken from the partner's spectrogram; of 0 rows: none."""
+    label_share: Float[Tensor, " batch"]
+    """Weight of the clip's own label in the target; 1 - it of the partner's."""
+
+    def __post_init__(self) -> None:
+        rows = self.video_share.shape[0]
+        if rows % 2:
+            raise BatchContractError(
+                f"mixing: expected an even number of clips, as partners are neighbours, found {rows}; "
+                "use an even per_device_batch_size"
+            )
+        for name in MIXING_FIELDS:
+            if getattr(self, name).shape[0] != rows:
+                raise BatchContractError(f"mixing.{name}: expected {rows} rows, found {_describe(getattr(self, name))}")
+
+    def part(self, clips: slice) -> "Mixing":
+        """The mixing of some clips, which must not part a pair."""
+        return Mixing(**{name: getattr(self, name)[clips] for name in MIXING_FIELDS})
+
+
+MIXING_FIELDS = ("video_share", "video_box", "mel_share", "mel_box", "label_share")
+"""Tensors of a `Mixing`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ClipBatch:
     """A rank's share of one step: `batch` views of clips, in the plan's order.
 
@@ -37,6 +76,8 @@ class ClipBatch:
     """False where the source has no audio track."""
     is_padding: Bool[Tensor, " batch"]
     """True for entries that only fill the last batch of an evaluation; they count nowhere."""
+    mixing: Mixing | None = None
+    """How pairs are to be mixed in the training step; None in evaluation, and where nothing is mixed."""
 
     def __post_init__(self) -> None:
         batch, channels, time, _, _ = self.video.shape
@@ -51,6 +92,8 @@ class ClipBatch:
                 raise BatchContractError(f"{name}: expected {batch} rows, found {_describe(getattr(self, name))}")
         if len(self.sample_ids) != batch:
             raise BatchContractError(f"sample_ids: expected {batch} keys, found {len(self.sample_ids)}")
+        if self.mixing is not None and self.mixing.video_share.shape[0] != batch:
+            raise BatchContractError(f"mixing: expected {batch} rows, found {_describe(self.mixing.video_share)}")
 
     @property
     def num_clips(self) -> int:
@@ -64,16 +107,26 @@ class ClipBatch:
         return (self.video.float() / 255 - mean) / std
 
     def to(self, device: torch.device) -> "ClipBatch":
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`; `mixing` stays on the CPU."""
         return ClipBatch(
-            **{name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS}, sample_ids=self.sample_ids
+            **{name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS},
+            sample_ids=self.sample_ids,
+            mixing=self.mixing,
         )
 
     def split(self, num_clips: int) -> Iterator["ClipBatch"]:
-        """Consecutive micro-batches of at most `num_clips` views."""
+        """Consecutive micro-batches of at most `num_clips` views; pairs that are mixed must not be parted.
+
+        Raises:
+            BatchContractError: the batch is mixed and `num_clips` is odd.
+        """
         for start in range(0, self.num_clips, num_clips):
             part = slice(start, start + num_clips)
-            yield ClipBatch(**{name: getattr(self, name)[part] for name in _TENSORS}, sample_ids=self.sample_ids[part])
+            yield ClipBatch(
+                **{name: getattr(self, name)[part] for name in _TENSORS},
+                sample_ids=self.sample_ids[part],
+                mixing=self.mixing.part(part) if self.mixing is not None else None,
+            )
 
 
 _TENSORS = ("video", "mel", "intervals_seconds", "labels", "has_audio", "is_padding")

@@ -2,25 +2,29 @@
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ca2st.batch import ClipBatch
 from ca2st.spec import MEL_ROW_SECONDS, ClipSpec
 from pipelines.draws import ClipFacts, Draws, ViewDraw
 from pipelines.errors import SampleDamageError
-from pipelines.fetch import ByteFetcher, FetchedSample
+from pipelines.fetch import FetchedSample
+from pipelines.fetch_threads import FetchThreads
 from pipelines.mel import mel_view
 from pipelines.plan import PlannedSamples
 from pipelines.preflight import TargetColumn
 from pipelines.rendering import RenderRequest, ViewBackend
 from pipelines.sampling import frames_per_second
-from pipelines.shard_index import SampleEntry, ShardIndexCache
+from pipelines.shard_index import SampleEntry
+from pipelines.shard_sets import SetReaders
+from pipelines.stand_ins import DamageGuard, PlannedCell, cells_of
+from pipelines.stats import StatsRecorder
 from sharding.index import TICKS_PER_SECOND
 
 _FETCH_AHEAD_STEPS = 2
@@ -29,9 +33,26 @@ _FETCH_AHEAD_STEPS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Prepared:
+    cell: PlannedCell
+    """What was read: of a place in quarantine, its stand-in."""
     sample: FetchedSample
+    labels: list[int]
     views: tuple[ViewDraw, ...]
     is_padding: bool
+
+
+StandInsAt = Callable[[int, int], Iterable[PlannedCell]]
+"""Candidates for a place of this rank's share, by step and place."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reading:
+    """One step's places, and what is needed to read them."""
+
+    step: int
+    cells: list[PlannedCell]
+    draws: Draws
+    stand_ins: StandInsAt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,69 +60,122 @@ class BatchAssembler:
     """Turns planned samples into ClipBatches."""
 
     clip: ClipSpec
-    indexes: ShardIndexCache
-    fetcher: ByteFetcher
+    sets: SetReaders
     backend: ViewBackend
-    targets: tuple[TargetColumn, ...]
     views_per_clip: int
     """Consecutive views that read the same frames: the crops of a clip."""
     fetch_threads: int
+    stats: StatsRecorder
+    guard: DamageGuard | None = None
+    """Keeps damaged samples out; None: the first one ends the run."""
 
     def batches(
-        self, steps: Iterable[int], *, planned: Callable[[int], PlannedSamples], draws: Draws
+        self, steps: Iterable[int], *, planned: Callable[[int], PlannedSamples], draws: Draws, stand_ins: StandInsAt
     ) -> Generator[ClipBatch, None, None]:
-        """One batch a step, the bytes of the next steps being read meanwhile; closing it ends its threads."""
-        waiting: deque[list[Future[_Prepared]]] = deque()
-        pool = ThreadPoolExecutor(self.fetch_threads, thread_name_prefix="clip-fetch")
+        """One batch a step, the bytes of the next steps being read meanwhile; closing it ends its threads.
+
+        `stand_ins` gives, for a step and a place in this rank's share, what fills it where `guard` keeps it out.
+        """
+        waiting: deque[tuple[_Reading, list[Future[_Prepared]]]] = deque()
+        pool = FetchThreads(self.fetch_threads)
         try:
             for step in steps:
-                waiting.append(self._submit(pool, planned(step), draws))
+                reading = _Reading(step=step, cells=cells_of(planned(step)), draws=draws, stand_ins=stand_ins)
+                waiting.append((reading, self._submit(pool, reading)))
                 if len(waiting) > _FETCH_AHEAD_STEPS:
-                    yield self._batch(waiting.popleft())
+                    yield self._batch(*waiting.popleft())
             while waiting:
-                yield self._batch(waiting.popleft())
+                yield self._batch(*waiting.popleft())
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.close()
 
-    def _submit(self, pool: ThreadPoolExecutor, planned: PlannedSamples, draws: Draws) -> list[Future[_Prepared]]:
-        columns = (planned.shards.tolist(), planned.rows.tolist(), planned.is_padding.tolist())
-        return [pool.submit(self._prepare, *cells, draws) for cells in zip(*columns, strict=True)]
+    def _submit(self, pool: FetchThreads, reading: _Reading) -> list[Future[_Prepared]]:
+        return [pool.submit(self._prepare_sound, place, reading) for place in range(len(reading.cells))]
 
-    def _prepare(self, shard: int, row: int, is_padding: bool, draws: Draws) -> _Prepared:
-        entry = self.indexes.entry(shard, row)
-        views = draws.views(_facts(entry))
-        sample = self.fetcher.fetch(entry, (index for view in views for index in view.frame_indices))
-        return _Prepared(sample=sample, views=views, is_padding=is_padding)
+    def _prepare_sound(self, place: int, reading: _Reading) -> _Prepared:
+        cell = reading.cells[place]
+        if self.guard is None:
+            return self._prepare(cell, reading.draws)
+        return self.guard.sound(
+            cell,
+            reading.stand_ins(reading.step, place),
+            lambda other: self._prepare(other, reading.draws),
+            step=reading.step,
+        )
 
-    def _batch(self, futures: list[Future[_Prepared]]) -> ClipBatch:
-        prepared = [future.result() for future in futures]
-        requests = [request for one in prepared for request in _requests(one, self.views_per_clip)]
+    def _prepare(self, cell: PlannedCell, draws: Draws) -> _Prepared:
+        reader, own_shard = self.sets.find(cell.shard)
+        with self.stats.timed("index_seconds"):
+            entry = reader.indexes.entry(own_shard, cell.row)
+            views = draws.views(_facts(entry), repeat=cell.repeat)
+        sample = reader.fetch(entry, [index for view in views for index in view.frame_indices])
+        labels = _labels(entry, reader.targets)
+        return _Prepared(cell=cell, sample=sample, labels=labels, views=views, is_padding=cell.is_padding)
+
+    def _batch(self, reading: _Reading, futures: list[Future[_Prepared]]) -> ClipBatch:
+        prepared, video = self._rendered([future.result() for future in futures], reading)
         flat = [(one, view) for one in prepared for view in one.views]
         return ClipBatch(
-            video=self.backend.render(requests),
+            video=video,
             mel=torch.from_numpy(np.stack([self._mel(one.sample, view) for one, view in flat])),
             intervals_seconds=torch.stack([self._intervals(one.sample.entry, view) for one, view in flat]),
-            labels=torch.tensor([self._labels(one.sample.entry) for one, _ in flat], dtype=torch.int64),
+            labels=torch.tensor([one.labels for one, _ in flat], dtype=torch.int64),
             sample_ids=tuple(one.sample.entry.key for one, _ in flat),
             has_audio=torch.tensor([one.sample.entry.has_audio for one, _ in flat]),
             is_padding=torch.tensor([one.is_padding for one, _ in flat]),
+            mixing=reading.draws.mixing(reading.step, [one.sample.entry.has_audio for one, _ in flat]),
         )
 
+    def _rendered(
+        self, prepared: list[_Prepared], reading: _Reading
+    ) -> tuple[list[_Prepared], UInt8[Tensor, "views 3 time height width"]]:
+        """Pixels of a step's samples, those in place of samples that cannot be decoded among them."""
+        while True:
+            try:
+                return prepared, self.backend.render(self._requests(prepared))
+            except SampleDamageError:
+                if self.guard is None:
+                    raise
+                replaced = [self._decodable(place, one, reading) for place, one in enumerate(prepared)]
+                if all(one is other for one, other in zip(prepared, replaced, strict=True)):
+                    raise
+                prepared = replaced
+
+    def _decodable(self, place: int, prepared: _Prepared, reading: _Reading) -> _Prepared:
+        """The sample at `place`, or what stands in for it if its own pictures cannot be decoded."""
+        assert self.guard is not None
+        try:
+            self.backend.render(self._requests([prepared]))
+        except SampleDamageError as error:
+            self.guard.reject(prepared.cell, error, step=reading.step)
+            return self._prepare_sound(place, reading)
+        return prepared
+
+    def _requests(self, prepared: Sequence[_Prepared]) -> list[RenderRequest]:
+        return [request for one in prepared for request in _requests(one, self.views_per_clip)]
+
     def _mel(self, sample: FetchedSample, view: ViewDraw) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-        rows, audio = self.clip.mel_rows, sample.entry.has_audio
-        return mel_view(sample.mel, start_row=view.mel_start_row, num_rows=rows, has_audio=audio)
+        return mel_view(
+            sample.mel,
+            start_row=view.mel_start_row,
+            num_rows=self.clip.mel_rows,
+            has_audio=sample.entry.has_audio,
+            draw=view.spectrogram,
+        )
 
     def _intervals(self, entry: SampleEntry, view: ViewDraw) -> Float[Tensor, "intervals 2"]:
-        return intervals_seconds(entry.frame_ticks[list(view.frame_indices)].tolist(), view.mel_start_row, self.clip)
+        ticks = entry.frame_ticks[list(view.frame_indices)].tolist()
+        return intervals_seconds(ticks, view.mel_start_row - view.spectrogram.roll, self.clip)
 
-    def _labels(self, entry: SampleEntry) -> list[int]:
-        for target in self.targets:
-            if not 0 <= entry.labels[target.column] < target.num_classes:
-                raise SampleDamageError(
-                    f"{entry.where}: expected a {target.name} of 0..{target.num_classes - 1}, found "
-                    f"{entry.labels[target.column]}; convert the set again"
-                )
-        return [entry.labels[target.column] for target in self.targets]
+
+def _labels(entry: SampleEntry, targets: Sequence[TargetColumn]) -> list[int]:
+    for target in targets:
+        if not 0 <= entry.labels[target.column] < target.num_classes:
+            raise SampleDamageError(
+                f"{entry.where}: expected a {target.name} of 0..{target.num_classes - 1}, found "
+                f"{entry.labels[target.column]}; convert the set again"
+            )
+    return [entry.labels[target.column] for target in targets]
 
 
 def intervals_seconds(ticks: Sequence[int], mel_start_row: int, clip: ClipSpec) -> Float[Tensor, "intervals 2"]:
@@ -128,12 +202,14 @@ def _requests(prepared: _Prepared, views_per_clip: int) -> list[RenderRequest]:
     sample, views = prepared.sample, prepared.views
     return [
         RenderRequest(
-            frames=tuple(sample.frames[index] for index in views[first].frame_indices),
+            frames=sample.clip_frames(views[first].frame_indices),
             boxes=tuple(
                 view.crop.box(height=sample.height, width=sample.width)
                 for view in views[first : first + views_per_clip]
             ),
             flip=views[first].flip,
+            augment=views[first].augment,
+            erased=views[first].erased,
             where=sample.entry.where,
         )
         for first in range(0, len(views), views_per_clip)

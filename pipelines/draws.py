@@ -1,47 +1,35 @@
 """The random draws of a view, made ahead of any pixel and handed to the backends as data.
 
-Every draw comes from a stream keyed by (purpose, seed, epoch, sample key): one purpose never disturbs another, and
-neither ranks, threads nor the order of reading matter.
+Every draw comes from a stream keyed by (purpose, seed, epoch, sample key), and by the number of the reading where a
+sample is read again in an epoch: one purpose never disturbs another, and neither ranks, threads nor the order of
+reading matter.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import product
 from typing import Literal, get_args
 
+from ca2st.batch import Mixing
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
 from pipelines import sampling
+from pipelines.augment.config import AugmentConfig
+from pipelines.augment.erasing import ErasedBox
+from pipelines.augment.mixing import MixingDraws
+from pipelines.augment.operations import ImageAugment
+from pipelines.augment.rand_augment import NUMBERS_PER_OPERATION, parse_rand_augment
+from pipelines.augment.spectrogram import UNCHANGED, SpectrogramDraw
 from pipelines.choices import require_one_of
 from pipelines.crops import Crop, RandomCrop, SquareCrop
-from pipelines.keyed_random import uniforms
+from pipelines.keyed_random import Key, uniforms
 from pipelines.sampling import SamplingConfig
 
 Protocol = Literal["validation", "test"]
 
 _CROP_ATTEMPTS = 10
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AugmentConfig:
-    """The training transform: random resized crop and flip, one draw for all frames of a clip."""
-
-    crop_area: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest part of the picture's area."""
-    crop_aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest width / height, drawn evenly on a logarithmic scale."""
-    flip_probability: float = 0.5
-    """Chance of a mirror image; 0 where left and right are the label (Something-Something)."""
-
-    def __post_init__(self) -> None:
-        for name in ("crop_area", "crop_aspect_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise UserInputError(f"augment.{name}: expected 0 < low <= high, found ({low}, {high})")
-        if self.crop_area[1] > 1:
-            raise UserInputError(f"augment.crop_area: expected at most 1, found {self.crop_area[1]}")
-        if not 0 <= self.flip_probability <= 1:
-            raise UserInputError(f"augment.flip_probability: expected 0..1, found {self.flip_probability}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +77,30 @@ class ViewDraw:
     crop: Crop
     flip: bool
     mel_start_row: int
+    augment: ImageAugment | None = None
+    """RandAugment of the frames after the flip."""
+    erased: tuple[ErasedBox, ...] = ()
+    """Boxes painted over after it."""
+    spectrogram: SpectrogramDraw = UNCHANGED
+    """What is done to the spectrogram."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """The random numbers of one reading of a sample, a stream a purpose."""
+
+    seed: int
+    epoch: int
+    sample: str
+    repeat: int
+
+    def key(self, purpose: str) -> Key:
+        key = (purpose, self.seed, self.epoch, self.sample)
+        return (*key, self.repeat) if self.repeat else key
+
+    def uniforms(self, purpose: str, count: int) -> list[float]:
+        numbers: list[float] = uniforms(self.key(purpose), count).tolist()
+        return numbers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,26 +112,59 @@ class TrainDraws:
     augment: AugmentConfig
     seed: int
     epoch: int
+    first_pair: int = 0
+    """Where the rank's share begins in the global batch, in pairs of clips."""
 
-    def views(self, facts: ClipFacts) -> tuple[ViewDraw, ...]:
-        """The single view of the sample in this epoch."""
-        (mel_fraction,) = self._uniforms("mel", facts.key, 1)
-        (flip,) = self._uniforms("flip", facts.key, 1)
+    def mixing(self, step: int, has_audio: Sequence[bool]) -> Mixing | None:
+        """How the pairs of the rank's share of `step` are mixed, by which of its clips have sound; None: not at all."""
+        if self.augment.mixing.probability == 0:
+            return None
+        draws = MixingDraws(
+            config=self.augment.mixing, clip=self.clip, seed=self.seed, epoch=self.epoch, first_pair=self.first_pair
+        )
+        return draws.of_step(step, has_audio)
+
+    def views(self, facts: ClipFacts, *, repeat: int = 0) -> tuple[ViewDraw, ...]:
+        """The single view of the sample in this epoch; `repeat` counts its earlier readings in the same epoch."""
+        stream = _Stream(self.seed, self.epoch, facts.key, repeat)
+        (mel_fraction,) = stream.uniforms("mel", 1)
+        (flip,) = stream.uniforms("flip", 1)
         view = ViewDraw(
-            frame_indices=self._frames(facts),
-            crop=self._crop(facts.key),
+            frame_indices=self._frames(facts, stream),
+            crop=self._crop(stream),
             flip=flip < self.augment.flip_probability,
             mel_start_row=sampling.mel_start(facts.mel_rows, rows_read=self.clip.mel_rows, fraction=mel_fraction),
+            augment=self._rand_augment(stream),
+            erased=self._erased(stream),
+            spectrogram=self._spectrogram(stream),
         )
         return (view,)
 
-    def _uniforms(self, purpose: str, key: str, count: int) -> list[float]:
-        numbers: list[float] = uniforms((purpose, self.seed, self.epoch, key), count).tolist()
-        return numbers
+    def _rand_augment(self, stream: "_Stream") -> ImageAugment | None:
+        if self.augment.rand_augment is None:
+            return None
+        rules = parse_rand_augment(self.augment.rand_augment)
+        return rules.drawn(stream.uniforms("rand_augment", rules.num_operations * NUMBERS_PER_OPERATION))
 
-    def _frames(self, facts: ClipFacts) -> tuple[int, ...]:
+    def _erased(self, stream: "_Stream") -> tuple[ErasedBox, ...]:
+        erasing = self.augment.erasing
+        if erasing.probability == 0:
+            return ()
+        numbers = stream.uniforms("erasing", erasing.num_numbers)
+        return erasing.drawn(numbers, size=self.clip.crop_size, key=stream.key("erasing_noise"))
+
+    def _spectrogram(self, stream: "_Stream") -> SpectrogramDraw:
+        config = self.augment.spectrogram
+        return config.drawn(
+            stream.uniforms("spectrogram", config.num_numbers),
+            num_rows=self.clip.mel_rows,
+            num_bins=self.clip.num_mel_bins,
+            key=stream.key("spectrogram_noise"),
+        )
+
+    def _frames(self, facts: ClipFacts, stream: "_Stream") -> tuple[int, ...]:
         n, num_frames = facts.num_frames, self.clip.num_frames
-        numbers = self._uniforms("frames", facts.key, num_frames)
+        numbers = stream.uniforms("frames", num_frames)
         if self.sampling.scheme == "uniform":
             return sampling.uniform_train(
                 n, num_frames=num_frames, uniforms=numbers, short_clip=self.sampling.short_clip
@@ -127,8 +172,8 @@ class TrainDraws:
         stride = sampling.scaled_stride(self.sampling.frame_stride, facts.frames_per_second)
         return sampling.dense_train(n, num_frames=num_frames, stride=stride, u=numbers[0])
 
-    def _crop(self, key: str) -> RandomCrop:
-        numbers = self._uniforms("crop", key, 2 * _CROP_ATTEMPTS + 2)
+    def _crop(self, stream: "_Stream") -> RandomCrop:
+        numbers = stream.uniforms("crop", 2 * _CROP_ATTEMPTS + 2)
         low, high = self.augment.crop_area
         log_low, log_high = map(math.log, self.augment.crop_aspect_ratio)
         return RandomCrop(
@@ -149,8 +194,11 @@ class EvaluationDraws:
     sampling: SamplingConfig
     view_plan: EvaluationViews
 
-    def views(self, facts: ClipFacts) -> tuple[ViewDraw, ...]:
-        """All views of the sample."""
+    def mixing(self, step: int, has_audio: Sequence[bool]) -> None:
+        """Evaluation never mixes."""
+
+    def views(self, facts: ClipFacts, *, repeat: int = 0) -> tuple[ViewDraw, ...]:  # noqa: ARG002 - as in training
+        """All views of the sample; the same at every reading."""
         plan = self.view_plan
         frames = [self._frames(facts, clip) for clip in range(plan.clips)]
         return tuple(
@@ -164,7 +212,7 @@ class EvaluationDraws:
         )
 
     def _mel_start(self, mel_rows: int, clip: int, crop: int) -> int:
-        plan, fraction = self.view_plan, 0.5
+        plan, fraction = self.view_plan, Fraction(1, 2)
         if plan.protocol == "test":
             fraction = sampling.mel_test_fraction(clip=clip, crop=crop, num_clips=plan.clips, num_crops=plan.crops)
         return sampling.mel_start(mel_rows, rows_read=self.clip.mel_rows, fraction=fraction)

@@ -1,6 +1,6 @@
 """Errors of the data pipeline; exit codes come from `ca2st.errors`."""
 
-from ca2st.errors import CA2STError, DataDamageError, UserInputError
+from ca2st.errors import CA2STError, DataDamageError, EnvironmentFault, UserInputError
 
 
 class PlanError(UserInputError):
@@ -17,3 +17,11 @@ class SampleDamageError(DataDamageError):
 
 class LoaderClosedError(CA2STError):
     """A closed loader was asked for batches: a fault of the calling code."""
+
+
+class LoaderStalledError(EnvironmentFault):
+    """A thread of the loader hangs or is gone: storage or decoder; the message names the stage and the sample."""
+
+
+class QuarantineBudgetError(DataDamageError):
+    """More samples are damaged than the quarantine's budget allows; names some."""

@@ -1,4 +1,8 @@
-"""Bytes of a sample's frames and spectrogram: read by range, compared with the index, sizes read from the headers."""
+"""Bytes of a sample's video and spectrogram: read by range, compared with the index, sizes read from the headers.
+
+Where every frame is a picture of its own just the wanted ones are read; where frames depend on others, the whole
+member. Either way, what is read is what is checked.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +14,8 @@ from numpy.typing import NDArray
 from pipelines.errors import SampleDamageError
 from pipelines.jpeg import jpeg_size
 from pipelines.mel import parse_mel
+from pipelines.mp4 import video_facts
+from pipelines.rendering import ClipFrames, JpegFrames, VideoMember
 from pipelines.shard_files import ShardFiles
 from pipelines.shard_index import SampleEntry
 from pipelines.stats import StatsRecorder
@@ -17,6 +23,8 @@ from sharding.index import frame_checksum, member_checksum
 
 _MOST_GAP_BYTES = 4096
 """Ranges closer than this are read as one: a page more costs less than a call more."""
+MOST_MEMBER_BYTES = 1 << 28
+"""A video that is read whole may be so large: ten minutes at short side 256. Some dozens are in memory at a time."""
 _REMEDY = "the shard was damaged after it was written: restore it from a copy or convert it again"
 
 
@@ -26,12 +34,20 @@ class FetchedSample:
 
     entry: SampleEntry
     frames: dict[int, bytes]
-    """JPEG bytes by frame index, only those asked for."""
+    """JPEG bytes by frame index, only those asked for; empty where there is a `member`."""
     height: int
     """Pixels of every frame."""
     width: int
     mel: NDArray[np.float16]
     """All rows, not normalised."""
+    member: bytes | None = None
+    """The whole video file, for codecs whose frames depend on others."""
+
+    def clip_frames(self, frame_indices: tuple[int, ...]) -> ClipFrames:
+        """The frames of a view, as a backend takes them."""
+        if self.member is None:
+            return JpegFrames(tuple(self.frames[index] for index in frame_indices))
+        return VideoMember(self.member, self.entry.codec.name, frame_indices)
 
 
 class ByteFetcher:
@@ -41,24 +57,39 @@ class ByteFetcher:
         self._files, self._stats, self._num_mel_bins = files, stats, num_mel_bins
 
     def fetch(self, entry: SampleEntry, frame_indices: Iterable[int]) -> FetchedSample:
-        """The named frames and the spectrogram of a sample.
+        """The named frames (or the member that holds them) and the spectrogram of a sample.
 
         Raises:
             ShardSetDamageError: the shard is missing or too short.
-            SampleDamageError: bytes differ from their checksum, or are not JPEGs or spectrograms as the index says.
+            SampleDamageError: bytes differ from their checksum, or are not the pictures, video or spectrogram that the
+                index says.
         """
         wanted = sorted(set(frame_indices))
-        with self._stats.timed("fetch_seconds"):
-            frames = self._read_frames(entry, wanted)
+        with self._stats.timed("fetch_seconds", where=entry.where):
+            frames = self._read_frames(entry, wanted) if entry.codec.has_frame_ranges else {}
+            member = None if entry.codec.has_frame_ranges else self._read_member(entry)
             mel = self._files.read(entry.shard, entry.mel_offset, entry.mel_bytes)
-        with self._stats.timed("checksum_seconds"):
+            self._stats.add("bytes_read", entry.mel_bytes)
+        with self._stats.timed("checksum_seconds", where=entry.where):
             for index, data in frames.items():
                 _require_frame(entry, index, data)
-            _require_mel(entry, mel)
-        height, width = _common_size(entry, frames)
+            if member is not None:
+                _require_member(entry, "mp4", entry.video_offset, member, entry.video_xxh64)
+            _require_member(entry, "mel.npy", entry.mel_offset, mel, entry.mel_xxh64)
+        height, width = _common_size(entry, frames) if member is None else _member_size(entry, member)
         where = f"{entry.where}, mel.npy"
         rows = parse_mel(mel, num_rows=entry.mel_rows, num_bins=self._num_mel_bins, where=where)
-        return FetchedSample(entry=entry, frames=frames, height=height, width=width, mel=rows)
+        return FetchedSample(entry=entry, frames=frames, height=height, width=width, mel=rows, member=member)
+
+    def _read_member(self, entry: SampleEntry) -> bytes:
+        if entry.video_bytes > MOST_MEMBER_BYTES:
+            raise SampleDamageError(
+                f"{entry.where}: expected a video of at most {MOST_MEMBER_BYTES} bytes, found {entry.video_bytes}; "
+                "convert with shorter segments, or with --codec mjpeg, which is read frame by frame"
+            )
+        data = self._files.read(entry.shard, entry.video_offset, entry.video_bytes)
+        self._stats.add("bytes_read", len(data))
+        return data
 
     def _read_frames(self, entry: SampleEntry, wanted: list[int]) -> dict[int, bytes]:
         offsets = entry.frame_offsets
@@ -68,7 +99,6 @@ class ByteFetcher:
             data = self._files.read(entry.shard, first, end - first)
             self._stats.add("bytes_read", len(data))
             frames |= {i: data[int(offsets[i]) - first : int(offsets[i + 1]) - first] for i in group}
-        self._stats.add("bytes_read", entry.mel_bytes)
         return frames
 
 
@@ -92,13 +122,23 @@ def _require_frame(entry: SampleEntry, index: int, data: bytes) -> None:
         )
 
 
-def _require_mel(entry: SampleEntry, data: bytes) -> None:
+def _require_member(entry: SampleEntry, name: str, offset: int, data: bytes, expected: int) -> None:
     found = member_checksum(data)
-    if found != entry.mel_xxh64:
+    if found != expected:
         raise SampleDamageError(
-            f"{entry.where}, mel.npy at byte {entry.mel_offset} ({len(data)} bytes): "
-            f"expected xxh3-64 {entry.mel_xxh64:016x}, found {found:016x}; {_REMEDY}"
+            f"{entry.where}, {name} at byte {offset} ({len(data)} bytes): "
+            f"expected xxh3-64 {expected:016x}, found {found:016x}; {_REMEDY}"
         )
+
+
+def _member_size(entry: SampleEntry, member: bytes) -> tuple[int, int]:
+    facts = video_facts(member, entry.codec, where=entry.where)
+    if facts.num_frames != entry.num_frames:
+        raise SampleDamageError(
+            f"{entry.where}: expected a video of {entry.num_frames} frames, found {facts.num_frames}; "
+            "convert the set again"
+        )
+    return facts.height, facts.width
 
 
 def _common_size(entry: SampleEntry, frames: dict[int, bytes]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import tokenize
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.augment.spectrogram import UNCHANGED, SpectrogramDraw
 from pipelines.errors import SampleDamageError
 
 MEL_MEAN = -4.2677393
@@ -40,8 +41,15 @@ def parse_mel(data: bytes, *, num_rows: int, num_bins: int, where: str) -> NDArr
     return np.frombuffer(data, dtype="<f2", offset=stream.tell()).reshape(num_rows, num_bins)
 
 
-def mel_view(mel: NDArray[np.float16], *, start_row: int, num_rows: int, has_audio: bool) -> NDArray[np.float32]:
-    """`num_rows` rows from `start_row`, zero rows appended where the clip ends, then normalised.
+def mel_view(
+    mel: NDArray[np.float16],
+    *,
+    start_row: int,
+    num_rows: int,
+    has_audio: bool,
+    draw: SpectrogramDraw = UNCHANGED,
+) -> NDArray[np.float32]:
+    """`num_rows` rows from `start_row`, zero rows appended where the clip ends, rolled, normalised, noise and masks.
 
     Without audio all zeros: the mean of what the expert reads, not the value of a padded row.
     """
@@ -50,4 +58,6 @@ def mel_view(mel: NDArray[np.float16], *, start_row: int, num_rows: int, has_aud
         return view
     rows = mel[start_row : start_row + num_rows]
     view[: len(rows)] = rows
-    return (view - np.float32(MEL_MEAN)) / np.float32(MEL_SCALE)
+    if draw.roll:
+        view = np.roll(view, draw.roll, axis=0)
+    return draw.finish((view - np.float32(MEL_MEAN)) / np.float32(MEL_SCALE))

@@ -2,9 +2,12 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from pipelines.stall_watch import StallWatch
 
 T = TypeVar("T")
 
@@ -19,16 +22,22 @@ class _End:
     error: BaseException | None
 
 
-def prefetched(source: Callable[[], Generator[T, None, None]], depth: int) -> Generator[T, None, None]:
+def prefetched(
+    source: Callable[[], Generator[T, None, None]], depth: int, *, watch: StallWatch
+) -> Generator[T, None, None]:
     """The items of `source()`, made by a background thread up to `depth` items ahead; depth 0 makes them inline.
 
     An error of the source is raised here, as it was. When the consumer stops, for whatever reason, the source is
-    closed on its own thread, and the thread has ended before this iterator has.
+    closed on its own thread, and the thread has ended before this iterator has; unless it hangs, when it is left
+    behind. Inline there is nobody to notice a stall.
+
+    Raises:
+        LoaderStalledError: the thread hangs, by `watch`, or has ended without a word.
     """
     if depth == 0:
         yield from source()
         return
-    worker = _Worker(source, depth)
+    worker = _Worker(source, depth, watch)
     try:
         yield from worker.items()
     finally:
@@ -36,8 +45,8 @@ def prefetched(source: Callable[[], Generator[T, None, None]], depth: int) -> Ge
 
 
 class _Worker(Generic[T]):
-    def __init__(self, source: Callable[[], Generator[T, None, None]], depth: int) -> None:
-        self._source = source
+    def __init__(self, source: Callable[[], Generator[T, None, None]], depth: int, watch: StallWatch) -> None:
+        self._source, self._watch = source, watch
         self._room = threading.Semaphore(depth)
         self._stopping = threading.Event()
         self._done: queue.SimpleQueue[_Item[T] | _End] = queue.SimpleQueue()
@@ -46,7 +55,7 @@ class _Worker(Generic[T]):
 
     def items(self) -> Iterator[T]:
         while True:
-            item = self._done.get()
+            item = self._take()
             if isinstance(item, _Item):
                 yield item.value
                 self._room.release()
@@ -58,7 +67,20 @@ class _Worker(Generic[T]):
     def stop(self) -> None:
         self._stopping.set()
         self._room.release()
-        self._thread.join()
+        begin = time.monotonic()
+        while self._thread.is_alive() and not (self._watch.has_tripped or self._watch.is_stalled(begin)):
+            self._thread.join(self._watch.poll_seconds)
+
+    def _take(self) -> "_Item[T] | _End":
+        begin = time.monotonic()
+        while True:
+            was_alive = self._thread.is_alive()
+            try:
+                return self._done.get(timeout=self._watch.poll_seconds)
+            except queue.Empty:
+                if not was_alive:
+                    raise self._watch.stalled("its thread has ended without a word") from None
+                self._watch.check(begin)
 
     def _run(self) -> None:
         error: BaseException | None = None

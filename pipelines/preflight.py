@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
+from sharding.codecs import STORED_CODECS
 from sharding.manifest import ShardSet
 
 
@@ -22,13 +23,21 @@ def check_manifest(shard_set: ShardSet, clip: ClipSpec) -> None:
     """Refuse a set whose codec or spectrograms this loader does not read.
 
     Raises:
-        UserInputError: another codec than mjpeg, or another number of mel bins than the clip's.
+        UserInputError: an unknown codec, colours that no decoder here expects, or another number of mel bins than the
+            clip's.
     """
     manifest = shard_set.manifest
-    if manifest.video.codec != "mjpeg":
+    video = manifest.video
+    if video.codec not in STORED_CODECS:
         raise UserInputError(
-            f"{shard_set.root}: expected codec mjpeg, found {manifest.video.codec}; "
-            "convert with `ca2st shard build --codec mjpeg`"
+            f"{shard_set.root}: expected codec {' or '.join(STORED_CODECS)}, found {video.codec}; "
+            "use a matching release, or convert with `ca2st shard build --codec mjpeg`"
+        )
+    expected = STORED_CODECS[video.codec].colour
+    if video.colour not in (None, expected):
+        raise UserInputError(
+            f"{shard_set.root}: expected colours {expected} for {video.codec}, which is what decoders take them for, "
+            f"found {video.colour}; convert again"
         )
     if manifest.audio.num_mel_bins != clip.num_mel_bins:
         raise UserInputError(

@@ -1,5 +1,7 @@
 """The reference backend: Pillow decodes, NumPy resizes by a formula written out here. The oracle of the others.
 
+RandAugment follows the formulas of pipelines/augment/operations.py, one operation after the other, as they stand there.
+
 Pillow and DALI's CPU decoder agree bit for bit on the frames of our shards (tests hold them to it).
 
 Resizing n source pixels to m: target pixel i has its centre at c = (i + 0.5) * n / m - 0.5 on the source grid. Its
@@ -22,10 +24,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from pipelines.augment.erasing import erase_in_place
+from pipelines.augment.pointwise import augmented
 from pipelines.crops import CropBox
 from pipelines.errors import SampleDamageError
-from pipelines.rendering import RenderRequest
+from pipelines.rendering import JpegFrames, RenderRequest, VideoMember
 from pipelines.stats import StatsRecorder
+from pipelines.video_decode import decode_video
 
 
 class ReferenceBackend:
@@ -47,8 +52,17 @@ class ReferenceBackend:
         with self._stats.timed("decode_seconds"):
             frames = decode_frames(request)
         with self._stats.timed("augment_seconds"):
-            views = [resized_crop(frames, box, size=self._crop_size) for box in request.boxes]
-            return [rearrange(view.flip(-1) if request.flip else view, "t c h w -> c t h w") for view in views]
+            return [self._view(frames, box, request) for box in request.boxes]
+
+    def _view(
+        self, frames: UInt8[Tensor, "time 3 height width"], box: CropBox, request: RenderRequest
+    ) -> UInt8[Tensor, "3 time size size"]:
+        view = rearrange(resized_crop(frames, box, size=self._crop_size), "t c h w -> c t h w")
+        view = (view.flip(-1) if request.flip else view).contiguous()
+        if request.augment is not None:
+            view = augmented(view, request.augment)
+        erase_in_place(view, request.erased)
+        return view
 
 
 def decode_frames(request: RenderRequest) -> UInt8[Tensor, "time 3 height width"]:
@@ -57,8 +71,14 @@ def decode_frames(request: RenderRequest) -> UInt8[Tensor, "time 3 height width"
     Raises:
         SampleDamageError: a frame cannot be decoded.
     """
-    decoded = {data: _decode(data, request.where) for data in dict.fromkeys(request.frames)}
-    pixels = np.stack([decoded[data] for data in request.frames])
+    if isinstance(request.frames, VideoMember):
+        return decode_video(request.frames, where=request.where)
+    return _decode_jpegs(request.frames, request.where)
+
+
+def _decode_jpegs(jpegs: JpegFrames, where: str) -> UInt8[Tensor, "time 3 height width"]:
+    decoded = {data: _decode(data, where) for data in dict.fromkeys(jpegs.frames)}
+    pixels = np.stack([decoded[data] for data in jpegs.frames])
     return torch.from_numpy(rearrange(pixels, "t h w c -> t c h w"))
 
 

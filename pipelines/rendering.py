@@ -7,26 +7,58 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import UInt8
 from torch import Tensor
 
+from pipelines.augment.erasing import ErasedBox
+from pipelines.augment.operations import ImageAugment
 from pipelines.crops import CropBox
+
+
+@dataclass(frozen=True, slots=True)
+class JpegFrames:
+    """A clip as single pictures: only the frames of its views were read."""
+
+    frames: tuple[bytes, ...]
+    """JPEGs in view order; a short clip repeats some."""
+
+
+@dataclass(frozen=True, slots=True)
+class VideoMember:
+    """A clip as a video file: frames depend on others, so the whole member was read."""
+
+    data: bytes
+    """The file."""
+    codec: str
+    """Name of the codec as in the manifest: h264, hevc, vp9."""
+    frame_indices: tuple[int, ...]
+    """Frames of the file in view order; a short clip repeats some."""
+
+
+ClipFrames = JpegFrames | VideoMember
+"""The stored frames of a clip, in one of two forms; one function a form decodes, and what follows knows of neither."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderRequest:
     """One clip to decode once, and the views to cut from it."""
 
-    frames: tuple[bytes, ...]
-    """JPEGs in view order; a short clip repeats some."""
+    frames: ClipFrames
     boxes: tuple[CropBox, ...]
     """One a view, inside the picture."""
     flip: bool
     """Mirror every view."""
     where: str
     """Shard and key, for messages."""
+    augment: ImageAugment | None = None
+    """RandAugment of every view after the flip; None: none."""
+    erased: tuple[ErasedBox, ...] = ()
+    """Boxes of every view that are painted over at last."""
 
 
 @runtime_checkable
 class ViewBackend(Protocol):
-    """Renders views: decode, crop, bilinear resize with antialiasing, flip, in this order, the same for all frames."""
+    """Renders views: decode, crop, bilinear resize with antialiasing, flip, RandAugment, erasing, in this order.
+
+    The same for all frames of a clip.
+    """
 
     name: str
 

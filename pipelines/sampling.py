@@ -6,6 +6,7 @@ of whole numbers are divided with floor, so no result hangs on the rounding of a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, get_args
 
 import numpy as np
@@ -115,11 +116,11 @@ def uniform_test(n: int, *, num_frames: int, clip: int, num_clips: int) -> Frame
     return tuple((i * num_clips + clip) * n // (num_frames * num_clips) for i in range(num_frames))
 
 
-def mel_start(num_rows: int, *, rows_read: int, fraction: float) -> int:
+def mel_start(num_rows: int, *, rows_read: int, fraction: float | Fraction) -> int:
     """First spectrogram row of a view: `fraction` of the room, 0 where the clip is shorter than the view."""
     return int(fraction * max(num_rows - rows_read, 0))
 
 
-def mel_test_fraction(*, clip: int, crop: int, num_clips: int, num_crops: int) -> float:
+def mel_test_fraction(*, clip: int, crop: int, num_clips: int, num_crops: int) -> Fraction:
     """Where the spectrogram of a test view sits: views walk through the middle of the clip."""
-    return (num_crops * clip + crop + 3) / (num_clips * num_crops + 6)
+    return Fraction(num_crops * clip + crop + 3, num_clips * num_crops + 6)

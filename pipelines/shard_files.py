@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -10,53 +9,27 @@ from contextlib import contextmanager
 from typing import Literal
 
 from pipelines.errors import ShardSetDamageError
+from pipelines.shard_store import REMEDY, ShardStore, open_store
 from sharding.manifest import ShardEntry, ShardSet
 
 Verify = Literal["size", "sha256"]
-_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.tar")
-_MOST_NAMED = 5
-_REMEDY = "restore it from a copy or convert it again; `ca2st shard verify` lists all damage"
 
 
 def check_sizes(shard_set: ShardSet) -> None:
-    """Compare the size of every shard and index with the shard table.
-
-    Raises:
-        ShardSetDamageError: some are missing, of another size, or named so that they would lie elsewhere.
-    """
-    problems = [problem for shard in shard_set.shards for problem in _problems(shard_set, shard)]
-    if problems:
-        more = f" (and {len(problems) - _MOST_NAMED} more)" if len(problems) > _MOST_NAMED else ""
-        raise ShardSetDamageError(f"{shard_set.root}: {'; '.join(problems[:_MOST_NAMED])}{more}; {_REMEDY}")
+    """Compare the size of every shard and index with the shard table; raises as `ShardStore.check`."""
+    open_store(shard_set).check()
 
 
-def _problems(shard_set: ShardSet, shard: ShardEntry) -> Iterator[str]:
-    if not _SHARD_NAME.fullmatch(shard.name):
-        yield f"shard name {shard.name!r} is not a plain file name ending in .tar"
-        return
-    for name, expected in ((shard.name, shard.bytes), (shard.index_name, shard.index_bytes)):
-        try:
-            found = (shard_set.root / name).stat().st_size
-        except OSError as error:
-            yield f"{name}: cannot be read ({error.strerror})"
-            continue
-        if found != expected:
-            yield f"{name}: expected {expected} bytes, found {found}"
-
-
-def read_index_bytes(shard_set: ShardSet, shard: ShardEntry) -> bytes:
+def read_index_bytes(shard_set: ShardSet, shard: ShardEntry, *, store: ShardStore | None = None) -> bytes:
     """The bytes of a shard's index, equal to those the shard table vouches for.
 
     Raises:
         ShardSetDamageError: the index is missing or its sha256 differs.
     """
-    path = shard_set.root / shard.index_name
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ShardSetDamageError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from error
+    store = store or open_store(shard_set)
+    data = store.read_index(shard)
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        raise ShardSetDamageError(f"{path}: sha256 differs from the shard table's; {_REMEDY}")
+        raise ShardSetDamageError(f"{store.where(shard.index_name)}: sha256 differs from the shard table's; {REMEDY}")
     return data
 
 
@@ -66,9 +39,18 @@ class ShardFiles:
     With verify ``sha256`` a shard is hashed at its first opening, and again only if the file changed since.
     """
 
-    def __init__(self, shard_set: ShardSet, *, verify: Verify = "size", most_open: int = 128) -> None:
-        self._shard_set, self._verify, self._most_open = shard_set, verify, most_open
-        self._lock = threading.Lock()
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        *,
+        verify: Verify = "size",
+        most_open: int = 128,
+        store: ShardStore | None = None,
+    ) -> None:
+        self.store = store or open_store(shard_set)
+        """Where the shards are opened."""
+        self._verify, self._most_open = verify, most_open
+        self._lock, self._of_thread = threading.Lock(), threading.local()
         self._open: OrderedDict[str, _OpenShard] = OrderedDict()
         self._hashed: set[tuple[str, int, int]] = set()
 
@@ -78,16 +60,16 @@ class ShardFiles:
         Raises:
             ShardSetDamageError: the shard is missing, has another size or hash, or ends before those bytes.
         """
-        path = self._shard_set.root / shard.name
+        path = self.store.where(shard.name)
         with self._opened(shard) as descriptor:
             try:
                 data = _read_fully(descriptor, offset, size)
             except OSError as error:
-                raise ShardSetDamageError(f"{path}: reading at byte {offset}: {error.strerror}; {_REMEDY}") from error
+                raise ShardSetDamageError(f"{path}: reading at byte {offset}: {error.strerror}; {REMEDY}") from error
         if len(data) != size:
             raise ShardSetDamageError(
                 f"{path}: expected {size} bytes at byte {offset}, found {len(data)}: the shard was cut while in use; "
-                f"{_REMEDY}"
+                f"{REMEDY}"
             )
         return data
 
@@ -97,7 +79,27 @@ class ShardFiles:
             self._evict(0)
 
     @contextmanager
+    def holding(self, shard: ShardEntry) -> Iterator[None]:
+        """Keep a shard of a remote set in this machine's cache for all of a thread's reads in the block.
+
+        Raises as `read`.
+        """
+        if self.store.keeps_open or getattr(self._of_thread, "shard", None) == shard.name:
+            yield
+            return
+        with os.fdopen(self._open_checked(shard), "rb", buffering=0) as file:
+            self._of_thread.shard, self._of_thread.descriptor = shard.name, file.fileno()
+            try:
+                yield
+            finally:
+                self._of_thread.shard = None
+
+    @contextmanager
     def _opened(self, shard: ShardEntry) -> Iterator[int]:
+        if not self.store.keeps_open:
+            with self.holding(shard):
+                yield self._of_thread.descriptor
+            return
         with self._lock:
             held = self._open.get(shard.name)
             if held is None:
@@ -112,11 +114,7 @@ class ShardFiles:
                 self._evict(self._most_open)
 
     def _open_checked(self, shard: ShardEntry) -> int:
-        path = self._shard_set.root / shard.name
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ShardSetDamageError(f"{path}: cannot be opened ({error.strerror}); {_REMEDY}") from error
+        descriptor = self.store.open_shard(shard)
         try:
             self._check(shard, descriptor)
         except BaseException:
@@ -125,16 +123,16 @@ class ShardFiles:
         return descriptor
 
     def _check(self, shard: ShardEntry, descriptor: int) -> None:
-        path, state = self._shard_set.root / shard.name, os.fstat(descriptor)
+        path, state = self.store.where(shard.name), os.fstat(descriptor)
         if state.st_size != shard.bytes:
-            raise ShardSetDamageError(f"{path}: expected {shard.bytes} bytes, found {state.st_size}; {_REMEDY}")
+            raise ShardSetDamageError(f"{path}: expected {shard.bytes} bytes, found {state.st_size}; {REMEDY}")
         identity = (shard.name, state.st_ino, state.st_mtime_ns)
         if self._verify == "size" or identity in self._hashed:
             return
         with open(descriptor, "rb", closefd=False) as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != shard.sha256:
-            raise ShardSetDamageError(f"{path}: sha256 differs from the shard table's; {_REMEDY}")
+            raise ShardSetDamageError(f"{path}: sha256 differs from the shard table's; {REMEDY}")
         self._hashed.add(identity)
 
     def _evict(self, most_open: int) -> None:

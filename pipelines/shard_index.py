@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from pipelines.errors import SampleDamageError, ShardSetDamageError
 from pipelines.shard_files import read_index_bytes
+from pipelines.shard_store import ShardStore
+from sharding.codecs import StoredCodec, stored_codec
 from sharding.index import decode_index
 from sharding.manifest import ShardEntry, ShardSet
 
@@ -33,11 +35,16 @@ class SampleEntry:
     mel_offset: int
     mel_bytes: int
     mel_xxh64: int
+    codec: StoredCodec
+    video_offset: int
+    video_bytes: int
+    video_xxh64: int
     frame_offsets: NDArray[np.int64]
-    """Start of every frame in the shard, and the end of the last."""
+    """Start of every frame in the shard, and the end of the last; of no use where frames have no bytes of their own."""
     frame_ticks: NDArray[np.int32]
     """Time of every frame in 1/90000 s from the sample's first moment."""
     frame_xxh32: NDArray[np.uint32]
+    """Empty where frames have no bytes of their own."""
 
     @property
     def num_frames(self) -> int:
@@ -53,13 +60,13 @@ class SampleEntry:
 class ShardIndex:
     """The rows of one shard's index, held as the arrays of its table."""
 
-    def __init__(self, shard: ShardEntry, table: pa.Table, *, num_labels: int) -> None:
+    def __init__(self, shard: ShardEntry, table: pa.Table, *, num_labels: int, codec: StoredCodec) -> None:
         if table.num_rows != shard.num_samples:
             raise ShardSetDamageError(
                 f"{shard.index_name}: expected {shard.num_samples} rows, found {table.num_rows}; convert the set again"
             )
         self.nbytes = int(table.nbytes)
-        self._shard, self._num_labels = shard, num_labels
+        self._shard, self._num_labels, self._codec = shard, num_labels, codec
         self._columns: dict[str, Any] = {name: table.column(name).combine_chunks() for name in table.column_names}
 
     def entry(self, row: int) -> SampleEntry:
@@ -82,6 +89,10 @@ class ShardIndex:
             mel_offset=value["mel_offset"],
             mel_bytes=value["mel_bytes"],
             mel_xxh64=value["mel_xxh64"],
+            codec=self._codec,
+            video_offset=value["video_offset"],
+            video_bytes=value["video_bytes"],
+            video_xxh64=value["video_xxh64"],
             frame_offsets=start + np.concatenate([[0], np.cumsum(sizes)]),
             frame_ticks=arrays["frame_ticks"],
             frame_xxh32=arrays["frame_xxh32"],
@@ -93,20 +104,22 @@ class ShardIndex:
 
     def _check(self, value: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         frames, shard_bytes = arrays["frame_bytes"].astype(np.int64), self._shard.bytes
+        num_ranges = value["num_frames"] if self._codec.has_frame_ranges else 0
         rules = {
             "a key of [a-z0-9_-], 1 to 80 characters": bool(_KEY.fullmatch(value["key"])),
             f"{self._num_labels} labels": len(arrays["labels"]) == self._num_labels,
             "byte ranges of whole numbers >= 0": all(value[name] >= 0 for name in _RANGES),
-            "at least one frame, none empty": len(frames) > 0 and bool((frames > 0).all()),
-            "as many sizes, times and checksums as num_frames": {
+            "at least one frame, none empty": value["num_frames"] > 0 and bool((frames > 0).all()),
+            "as many sizes, times and checksums as num_frames"
+            + ("" if num_ranges else f" (times alone for {self._codec.name})"): (
                 len(frames),
                 len(arrays["frame_ticks"]),
                 len(arrays["frame_xxh32"]),
-            }
-            == {value["num_frames"]},
+            )
+            == (num_ranges, value["num_frames"], num_ranges),
             "frame times >= 0 that never go back": bool((np.diff(arrays["frame_ticks"], prepend=0) >= 0).all()),
             "frames inside the video": value["frame_data_offset"] + int(frames.sum()) <= value["video_bytes"],
-            "a video inside the shard": value["video_offset"] + value["video_bytes"] <= shard_bytes,
+            "a video inside the shard, not empty": 0 < value["video_bytes"] <= shard_bytes - value["video_offset"],
             "a spectrogram, not empty, inside the shard": 0 < value["mel_bytes"] <= shard_bytes - value["mel_offset"],
             "spectrogram rows >= 0, and 0 without audio": value["mel_rows"] >= 0
             and (value["has_audio"] or not value["mel_rows"]),
@@ -121,8 +134,8 @@ class ShardIndex:
 class ShardIndexCache:
     """Indexes read on first use, the least recently used dropped beyond `most_bytes`."""
 
-    def __init__(self, shard_set: ShardSet, *, most_bytes: int) -> None:
-        self._shard_set, self._most_bytes = shard_set, most_bytes
+    def __init__(self, shard_set: ShardSet, *, most_bytes: int, store: ShardStore | None = None) -> None:
+        self._shard_set, self._most_bytes, self._store = shard_set, most_bytes, store
         self._lock = threading.Lock()
         self._held: OrderedDict[int, ShardIndex] = OrderedDict()
         self._bytes = 0
@@ -147,9 +160,11 @@ class ShardIndexCache:
         return index
 
     def _load(self, shard: ShardEntry) -> ShardIndex:
-        data = read_index_bytes(self._shard_set, shard)
+        data = read_index_bytes(self._shard_set, shard, store=self._store)
         try:
             table = decode_index(data)
         except (pa.ArrowException, ValueError) as error:
             raise ShardSetDamageError(f"{shard.index_name}: not an index ({error}); convert the set again") from error
-        return ShardIndex(shard, table, num_labels=len(self._shard_set.manifest.label_spaces))
+        manifest = self._shard_set.manifest
+        codec = stored_codec(manifest.video.codec)
+        return ShardIndex(shard, table, num_labels=len(manifest.label_spaces), codec=codec)

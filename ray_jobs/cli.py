@@ -44,7 +44,9 @@ app.add_typer(
     weights.app, name="weights", help="Weights of published checkpoints, and the proof that the model is right."
 )
 app.add_typer(model.app, name="model", help="Structure, parameters and multiply-adds of a model.")
-app.add_typer(bench.app, name="bench", help="How fast the model is, beside a baseline and the device's limit.")
+app.add_typer(
+    bench.app, name="bench", help="How fast model, loader and converter are, each beside a baseline in the same run."
+)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)

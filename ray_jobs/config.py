@@ -24,12 +24,17 @@ from ca2st.model.structure import ExpertName
 from ca2st.spec import ClipSpec
 from ca2st.training.config import OptimConfig, TrainingConfig
 from ca2st.training.documents import flatten
-from pipelines.draws import AugmentConfig, EvaluationViews
+from pipelines.augment.config import AugmentConfig
+from pipelines.balance import BalanceConfig
+from pipelines.draws import EvaluationViews
 from pipelines.loader import LoaderConfig
+from pipelines.sample_plan import OrderConfig, TrainRemainder
 from pipelines.sampling import SamplingConfig
+from pipelines.selection import SelectionConfig
 from ray_jobs.errors import RecipeError
 from ray_jobs.recipe_mistakes import dates_in, place_of, told
 from ray_jobs.toml_lines import key_lines
+from sharding.location import as_location
 from sharding.synthetic.config import SyntheticConfig
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -83,14 +88,51 @@ class SyntheticData:
         )
 
 
+def check_place(name: str, place: str) -> None:
+    """Refuse a URL that is not read, or that carries a secret; `name` is the setting.
+
+    Raises:
+        UserInputError: as `as_location`; the message holds no secret.
+    """
+    try:
+        as_location(place)
+    except UserInputError as error:
+        raise UserInputError(f"{name}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureSet:
+    """One of several shard sets that are trained on together: a ``[[data.mixture]]`` section."""
+
+    train: str
+    """Folder or URL of its shards. Every set must have the same classes for each target, in the same order."""
+    weight: float | None = None
+    """Its share of the samples, in parts of the sum of all weights; given for every set or for none. None: every sample
+    of every set once an epoch."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Which shards, which labels, and how clips are drawn from them."""
 
     train: str | None = None
-    """Folder of the training split's shards (``--data`` overrides it)."""
+    """Folder or URL (s3, gs, http) of the training split's shards (``--data`` overrides it)."""
+    mixture: tuple[MixtureSet, ...] = ()
+    """Several shard sets in place of `train`."""
+    select: SelectionConfig = field(default_factory=SelectionConfig)
+    """Train on a part of the samples; validation stays whole."""
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    """Read rare classes more often in training; with weights, inside each set."""
+    repeats: int = 1
+    """Readings of each sample in a training batch, each with random views of its own: repeated augmentation. An epoch
+    has as many times the steps; 1 is none. Source: Hoffer et al., "Augment your batch" (CVPR 2020)."""
+    epoch_samples: int | None = None
+    """Samples of an epoch before `repeats`; None: one pass, that is all sets' samples together."""
+    remainder: TrainRemainder = "drop"
+    """The end of an epoch that fills no whole batch: ``drop`` leaves it out, other samples each epoch; ``wrap`` fills
+    the batch with the beginning of one more pass, so that all are read, even where they are fewer than a batch."""
     validation: str | None = None
-    """Folder of the validation split's shards; None: no validation."""
+    """Folder or URL of the validation split's shards; None: no validation."""
     synthetic: SyntheticData | None = None
     """Make this world's shards first, where `train` names none."""
     targets: tuple[str, ...] | None = None
@@ -103,6 +145,33 @@ class DataConfig:
     """Views a sample in validation while training."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """Order, threads, backend."""
+
+    def __post_init__(self) -> None:
+        for name, place in (("train", self.train), ("validation", self.validation)):
+            if place is not None:
+                check_place(name, place)
+        for entry in self.mixture:
+            check_place("mixture", entry.train)
+        if self.mixture and (self.train is not None or self.synthetic is not None):
+            other = "train" if self.train is not None else "synthetic"
+            raise UserInputError(f"mixture: expected no data.{other} beside it; remove one of the two")
+        weighted = [entry.train for entry in self.mixture if entry.weight is not None]
+        if weighted and len(weighted) < len(self.mixture):
+            bare = next(entry.train for entry in self.mixture if entry.weight is None)
+            raise UserInputError(f"mixture: expected a weight for every set or for none, found none for {bare}")
+        self.order()
+
+    def order(self) -> OrderConfig:
+        """What decides which samples a training reads, beside the sets themselves."""
+        weights = tuple(entry.weight for entry in self.mixture if entry.weight is not None)
+        return OrderConfig(
+            weights=weights or None,
+            selection=self.select,
+            balance=self.balance,
+            repeats=self.repeats,
+            epoch_samples=self.epoch_samples,
+            remainder=self.remainder,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,6 +282,8 @@ class Recipe:
                 f"optim.layer_decay: expected 1 where only the head is trained, found {self.optim.layer_decay}; "
                 "no layer is there to be slowed down"
             )
+        for name in ("global_batch_size", "per_device_batch_size"):
+            self.data.augment.mixing.check_even(f"training.{name}", getattr(self.training, name))
         if self.optim.warmup_epochs > self.training.epochs:
             raise UserInputError(
                 f"optim.warmup_epochs: expected at most training.epochs = {self.training.epochs}, found "
@@ -291,12 +362,18 @@ _NOT_IDENTITY = (
     "tracking.",
     "launch.",
     "data.train",
+    "data.mixture",
     "data.validation",
     "data.synthetic",
     "data.loader.fetch_threads",
     "data.loader.decode_threads",
     "data.loader.prefetch_steps",
+    "data.loader.stall_timeout_seconds",
     "data.loader.verify",
+    "data.loader.cache_",
+    "data.loader.retry",
+    "data.loader.on_error",
+    "data.loader.quarantine_",
     "experts.spatial",
     "experts.temporal",
     "experts.audio",
@@ -312,8 +389,9 @@ _NOT_IDENTITY = (
 def identity_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings a resumed run must share: those that change the numbers.
 
-    Left out: paths (data, experts and the checkpoint to start from count by their hashes), tracking, how many processes
-    train, threads, how often checkpoints are kept, and what saves memory or time at equal numbers up to rounding.
+    Left out: paths (data, experts and the checkpoint to start from count by their hashes, a mixture's weights by the
+    loader's record), tracking, how many processes train, threads, how often checkpoints are kept, and what saves memory
+    or time at equal numbers up to rounding.
     """
     flat = flatten(recipe_document(recipe))
     return {name: value for name, value in flat.items() if not name.startswith(_NOT_IDENTITY)}

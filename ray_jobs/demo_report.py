@@ -3,22 +3,9 @@
 import shlex
 from dataclasses import dataclass
 
-from ca2st.model.structure import ExpertName
 from ray_jobs.comparison import ComparisonRow
 from ray_jobs.prediction import VideoPrediction
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PretrainedExpert:
-    """An expert that learned its own factor."""
-
-    expert: ExpertName
-    factor: str
-    """Its label space."""
-    top1: float
-    """Accuracy on the test split, one view a sample."""
-    file: str
-    """Its weights."""
+from ray_jobs.pretraining import PretrainedExpert
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,9 +36,9 @@ class EvaluationReport:
 
 
 def evaluate_checkpoint(
-    path: Path, data: Path, views: EvaluationViews, *, predictions: Path | None = None
+    path: Path, data: str | Path, views: EvaluationViews, *, predictions: Path | None = None
 ) -> EvaluationReport:
-    """Test the model of a checkpoint or run folder on the shards in `data`.
+    """Test the model of a checkpoint or run folder on the shards in `data`, a folder or a URL.
 
     Raises:
         UserInputError: the shards have other classes than the model was trained on.
@@ -47,7 +47,7 @@ def evaluate_checkpoint(
     if predictions is not None:
         require_writable_place(predictions, "--predictions")
     trained = load_trained(path)
-    shard_set = read_shard_set(data)
+    shard_set = read_shard_set(data, storage=trained.recipe.data.loader.storage)
     _require_same_classes(trained, shard_set)
     result = score(trained, shard_set, views)
     folder = trained.checkpoint.folder
@@ -94,7 +94,7 @@ def _require_same_classes(trained: TrainedModel, shard_set: ShardSet) -> None:
         found = list(shard_set.manifest.label_space(name).classes)
         if found != classes:
             raise UserInputError(
-                f"{shard_set.root}: label space {name!r} has {len(found)} classes that are not the {len(classes)} the "
+                f"{shard_set.where}: label space {name!r} has {len(found)} classes that are not the {len(classes)} the "
                 "model was trained on; convert with the same class list"
             )
 

@@ -42,7 +42,7 @@ class FeaturesReport:
 
 def write_features(
     path: Path,
-    data: Path,
+    data: str | Path,
     views: EvaluationViews,
     *,
     experts: Sequence[str] | None = None,
@@ -63,7 +63,7 @@ def write_features(
         require_writable_place(out, "--out")
     trained = load_trained(path)
     chosen = _choose(tuple(trained.model.experts), experts)
-    shard_set = read_shard_set(data)
+    shard_set = read_shard_set(data, storage=trained.recipe.data.loader.storage)
     out = out or _default_path(trained, shard_set, views)
     with writing(out) as file, closing(_tables(trained, shard_set, views, chosen)) as tables:
         first = next(tables)

@@ -95,7 +95,7 @@ def _run_processes(job: Job, num_workers: int, faults: FaultPoints) -> Outcome:
 def _worker_process(rank: int, job: Job, world_size: int, port: int, faults: FaultPoints) -> None:
     from ca2st.errors import CA2STError
 
-    _die_with_parent()
+    die_with_parent()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -114,7 +114,7 @@ def _worker_process(rank: int, job: Job, world_size: int, port: int, faults: Fau
         sys.exit(error.exit_code)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask Linux to kill this process when its parent dies: no orphan goes on training."""
     import ctypes
 

@@ -15,6 +15,7 @@ from ray_jobs.conversion import convert_shown
 from ray_jobs.environment import num_cores
 from ray_jobs.evaluation import score
 from ray_jobs.trained import TrainedModel, load_trained
+from sharding.codecs import DEFAULT_GOP_FRAMES
 from sharding.conversion import ConversionConfig
 from sharding.keys import sample_key
 from sharding.manifest import LabelSpace, ShardSet, read_shard_set
@@ -71,7 +72,11 @@ def shards_of_videos(trained: TrainedModel, videos: Sequence[Path]) -> Iterator[
     Raises:
         RejectBudgetError: a video cannot be decoded; the message says which and why.
     """
+    gop = trained.video.num_gop_frames
     config = ConversionConfig(
+        codec=trained.video.codec,
+        quality=trained.video.quality,
+        num_gop_frames=DEFAULT_GOP_FRAMES if gop is None else gop,
         short_side=trained.video.short_side,
         frames_per_second=trained.video.frames_per_second,
         audio_policy="none" if trained.audio.policy == "none" else "optional",

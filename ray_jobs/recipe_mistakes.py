@@ -69,6 +69,8 @@ def _known_keys(tables: Sequence[str], recipe_type: type) -> list[str]:
     """Field names of the section at `tables`."""
     current: Any = recipe_type
     for table in tables:
+        if table.isdigit():  # a table of an array, whose kind was found under the array's name
+            continue
         kinds = {entry.name: entry.type for entry in fields(current)}
         current = next((kind for kind in _options(kinds.get(table)) if is_dataclass(kind)), None)
         if current is None:

@@ -17,6 +17,9 @@ from ca2st.weights.experts import load_expert_file
 from ca2st.weights.hub_names import is_hub_name, resolve_hub_name
 from pipelines.draws import EvaluationViews
 from pipelines.loader import EvaluationLoader, TrainLoader
+from pipelines.quarantine import FOLDER_NAME as QUARANTINE_FOLDER
+from pipelines.sample_plan import SamplePlan, training_plan
+from pipelines.shard_sets import check_agreement
 from ray_jobs.config import Recipe
 from sharding.manifest import Manifest, ShardSet, read_shard_set
 
@@ -25,15 +28,22 @@ from sharding.manifest import Manifest, ShardSet, read_shard_set
 class TrainingData:
     """The shard sets of a run, opened and found to agree."""
 
-    train: ShardSet
+    train_sets: tuple[ShardSet, ...]
+    """One, or those of a mixture."""
     validation: ShardSet | None
     targets: tuple[str, ...]
     """Label spaces that are learned, in the order of the batches' label columns."""
 
     @property
+    def train(self) -> ShardSet:
+        """The first training set; the others have the same classes of every target and the same sample rate."""
+        return self.train_sets[0]
+
+    @property
     def fingerprints(self) -> dict[str, str]:
         """Hash of each set's manifest, by role."""
-        sets = {"train": self.train, "validation": self.validation}
+        sets: dict[str, ShardSet | None] = {"train": self.train, "validation": self.validation}
+        sets |= {f"train_{number}": one for number, one in enumerate(self.train_sets[1:], start=2)}
         return {role: shard_set.manifest.fingerprint for role, shard_set in sets.items() if shard_set is not None}
 
     @property
@@ -49,37 +59,64 @@ def open_data(recipe: Recipe) -> TrainingData:
         UserInputError: the recipe names no training shards, or the splits have other classes or audio.
         ManifestError, ShardDamageError: a set that cannot be read.
     """
-    if recipe.data.train is None:
+    folders = [recipe.data.train] if recipe.data.train is not None else [one.train for one in recipe.data.mixture]
+    storage = recipe.data.loader.storage
+    train_sets = tuple(read_shard_set(folder, storage=storage) for folder in folders)
+    if not train_sets:
         raise UserInputError("data.train: names no shards; give --data DIR or a [data.synthetic] section")
-    train = read_shard_set(Path(recipe.data.train))
-    validation = read_shard_set(Path(recipe.data.validation)) if recipe.data.validation is not None else None
+    train = train_sets[0]
+    place = recipe.data.validation
+    validation = read_shard_set(place, storage=storage) if place is not None else None
     targets = recipe.data.targets or train.manifest.targets
     for name in targets:
         train.manifest.label_space(name)
         if validation is not None:
             _require_same(train.manifest, validation.manifest, name)
-    return TrainingData(train=train, validation=validation, targets=targets)
+    check_agreement(train_sets, targets)
+    return TrainingData(train_sets=train_sets, validation=validation, targets=targets)
 
 
 def preflight(recipe: Recipe) -> TrainingData:
     """Everything that can be refused before a folder is made or a process is started; raises as `open_data`.
 
     Raises:
-        UserInputError: as `check_settings`.
+        UserInputError: as `check_settings`, or as `sample_plan`.
+        PlanError: fewer samples than the batch or the workers need.
     """
     check_settings(recipe)
-    return open_data(recipe)
+    data = open_data(recipe)
+    sample_plan(recipe, data).require_enough(world_size=recipe.launch.workers)
+    return data
+
+
+def sample_plan(recipe: Recipe, data: TrainingData) -> SamplePlan:
+    """Which samples a training on `data` reads, and in how many steps; raises as `training_plan`."""
+    return training_plan(
+        data.train_sets,
+        data.targets,
+        recipe.data.order(),
+        seed=recipe.training.seed,
+        global_batch_size=recipe.training.global_batch_size,
+        num_lanes=recipe.data.loader.num_lanes,
+        shuffle_block=recipe.data.loader.shuffle_block,
+    )
 
 
 def check_settings(recipe: Recipe) -> None:
     """Refuse what the recipe alone shows to be wrong; no data is read and nothing is fetched.
 
     Raises:
-        UserInputError: clip and model do not fit, the model has no such expert, or an expert's file is not there or its
-            public name not known.
+        UserInputError: clip and model do not fit, pairs are mixed by what the model does not read, it has no such
+            expert, or an expert's file is not there or its public name not known.
     """
     check_clip(recipe.model, recipe.clip)
     own = EXPERTS[recipe.model.kind]
+    mixing = recipe.data.augment.mixing
+    if mixing.probability > 0 and mixing.spectrogram == "cutmix" and "audio" not in own:
+        raise UserInputError(
+            f"data.augment.mixing.spectrogram: expected 'mixup' for {recipe.model.kind}, which does not hear, found "
+            "'cutmix'; the labels would follow a box that the model never sees"
+        )
     for name, source in recipe.experts.sources().items():
         if name not in own:
             raise UserInputError(
@@ -149,10 +186,12 @@ def _naming(expert: ExpertName) -> Iterator[None]:
         raise UserInputError(f"experts.{expert}: {error}") from error
 
 
-def train_loader(recipe: Recipe, data: TrainingData, *, rank: int, world_size: int) -> TrainLoader:
-    """The shuffled, augmented, resumable source of a rank."""
+def train_loader(
+    recipe: Recipe, data: TrainingData, *, rank: int, world_size: int, run_dir: Path | None = None
+) -> TrainLoader:
+    """The shuffled, augmented, resumable source of a rank; damaged samples are kept in `run_dir` where it is given."""
     return TrainLoader(
-        data.train,
+        data.train_sets,
         recipe.clip,
         data.targets,
         sampling=recipe.data.sampling,
@@ -160,6 +199,8 @@ def train_loader(recipe: Recipe, data: TrainingData, *, rank: int, world_size: i
         loader=recipe.data.loader,
         seed=recipe.training.seed,
         global_batch_size=recipe.training.global_batch_size,
+        order=recipe.data.order(),
+        quarantine_folder=None if run_dir is None else run_dir / QUARANTINE_FOLDER,
         rank=rank,
         world_size=world_size,
     )

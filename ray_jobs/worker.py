@@ -80,7 +80,7 @@ def run(job: Job, *, faults: FaultPoints, own_signals: bool = True) -> Outcome:
     rank, world_size = accelerator.process_index, accelerator.num_processes
     with ExitStack() as stack:
         data = wiring.open_data(recipe)
-        loader = stack.enter_context(wiring.train_loader(recipe, data, rank=rank, world_size=world_size))
+        loader = stack.enter_context(wiring.train_loader(recipe, data, rank=rank, world_size=world_size, run_dir=run_dir))
         validation = stack.enter_context(wiring.validation_loader(recipe, data, rank=rank, world_size=world_size))
         begun = begin_model(recipe, data.classes, run_dir)
         frozen = keep_frozen(begun.model, run_dir)
@@ -175,7 +175,9 @@ def _shown(recipe: Recipe, loader: TrainLoader) -> Iterator[Callable[[TrainingPr
     """A progress bar over all steps of the run."""
     with progress(f"Training {recipe.name}", recipe.training.total_steps(loader.steps_per_epoch)) as update:
         yield lambda state: update(
-            state.step, f"epoch {state.epoch}  loss {state.loss:.4f}  {state.clips_per_second:.0f} clips/s"
+            state.step,
+            f"epoch {state.epoch}  loss {state.loss:.4f}  {state.clips_per_second:.0f} clips/s  "
+            f"data wait {state.data_wait_fraction:.0%}",
         )
 
 

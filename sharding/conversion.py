@@ -9,8 +9,8 @@ from typing import Any
 import av
 
 from ca2st.errors import UserInputError
+from sharding.codecs import DEFAULT_GOP_FRAMES, MOST_GOP_FRAMES, StoredCodec, stored_codec
 from sharding.decode_child import ClipJob
-from sharding.encode import check_codec
 from sharding.index import TICKS_PER_SECOND
 from sharding.manifest import AudioParameters, VideoParameters
 from sharding.media import MediaLimits
@@ -22,7 +22,6 @@ AUDIO_POLICIES = {
     "none": "sound is not read at all",
 }
 _TOOLS = ("ca2st", "av", "numpy", "pyarrow", "torch", "torchaudio", "webdataset")
-_FRAME_BYTES = 13_600  # measured: short side 256, quality 5
 _SOURCE_FRAMES_PER_SECOND = 30.0
 _UNKNOWN_SECONDS = 10.0
 
@@ -66,11 +65,13 @@ class ConversionConfig:
     """How sources become shards."""
 
     codec: str = "mjpeg"
-    """Stored video codec, a name of `sharding.encode.CODECS`; mjpeg is read by byte ranges on any machine."""
+    """Stored video codec, a name of `sharding.codecs.STORED_CODECS`; mjpeg is read by byte ranges on any machine."""
     short_side: int = 256
     """Pixels of the shorter side, even; sources that are smaller keep their size. 256 serves crops of 224."""
-    quality: int = 5
-    """MJPEG quantiser, 2 (best) to 31; 5 is visually clean at about 13.6 kB a frame."""
+    quality: int | None = None
+    """On the codec's scale, lower is better; None: its default, mjpeg 5 (visually clean), h264 20, hevc 23, vp9 30."""
+    num_gop_frames: int = DEFAULT_GOP_FRAMES
+    """Frames from one key frame to the next; mjpeg has none but key frames and ignores it."""
     frames_per_second: float | None = None
     """Keep at most this many frames a second, by time; None keeps every frame."""
     shard_bytes: int = 1_000_000_000
@@ -93,11 +94,11 @@ class ConversionConfig:
     """What one source may cost."""
 
     def __post_init__(self) -> None:
-        check_codec(self.codec)
+        stored_codec(self.codec).check_quality(self.video.quality)
         if self.audio_policy not in AUDIO_POLICIES:
             raise UserInputError(f"audio policy {self.audio_policy!r}: expected one of {', '.join(AUDIO_POLICIES)}")
-        if not 2 <= self.quality <= 31:
-            raise UserInputError(f"quality: expected 2 (best) to 31, found {self.quality}")
+        if not 1 <= self.num_gop_frames <= MOST_GOP_FRAMES:
+            raise UserInputError(f"num_gop_frames: expected 1 to {MOST_GOP_FRAMES}, found {self.num_gop_frames}")
         if self.short_side < 16 or self.short_side % 2:
             raise UserInputError(f"short_side: expected an even number of at least 16 pixels, found {self.short_side}")
         if self.frames_per_second is not None and not 0 < self.frames_per_second <= 1000:
@@ -109,13 +110,23 @@ class ConversionConfig:
                 raise UserInputError(f"{name}: expected more than 0, found {getattr(self, name)}")
 
     @property
+    def stored_codec(self) -> StoredCodec:
+        """The facts of `codec`."""
+        return stored_codec(self.codec)
+
+    @property
     def video(self) -> VideoParameters:
         """What the manifest says about the video."""
+        codec = self.stored_codec
+        alone = codec.has_frame_ranges
         return VideoParameters(
-            codec=self.codec,
+            codec=codec.name,
             short_side=self.short_side,
-            quality=self.quality,
+            quality=codec.default_quality if self.quality is None else self.quality,
             frames_per_second=self.frames_per_second,
+            num_gop_frames=None if alone else self.num_gop_frames,
+            pixel_format=None if alone else codec.pixel_format,
+            colour=None if alone else codec.colour,
         )
 
     @property
@@ -127,14 +138,16 @@ class ConversionConfig:
 
     def job(self, sample: SourceSample) -> ClipJob:
         """The decode child's part of converting `sample`."""
+        video = self.video
         return ClipJob(
             path=sample.path,
             start_seconds=sample.start_seconds,
             end_seconds=sample.end_seconds,
-            codec=self.codec,
-            short_side=self.short_side,
-            quality=self.quality,
-            frames_per_second=self.frames_per_second,
+            codec=video.codec,
+            short_side=video.short_side,
+            quality=video.quality,
+            num_gop_frames=video.num_gop_frames,
+            frames_per_second=video.frames_per_second,
             ticks_per_second=TICKS_PER_SECOND,
             audio_policy=self.audio_policy,
             sample_rate_hz=self.sample_rate_hz,
@@ -156,7 +169,7 @@ def conversion_identity(source: SourceList, config: ConversionConfig) -> dict[st
         "dataset": source.dataset,
         "split": source.split,
         "source_list_sha256": source.sha256,
-        "video": asdict(config.video),
+        "video": config.video.as_json(),
         "audio": asdict(config.audio),
         "shard_bytes": config.shard_bytes,
         "limits": asdict(config.limits),
@@ -184,7 +197,7 @@ class StorageEstimate:
 
 
 def estimate_storage(source: SourceList, config: ConversionConfig) -> StorageEstimate:
-    """Expected storage, without opening any media: 30 source frames a second, MJPEG of ordinary content."""
+    """Expected storage, without opening any media: 30 source frames a second of ordinary content."""
     timed = [
         max(0.0, sample.end_seconds - (sample.start_seconds or 0.0))
         for sample in source.samples
@@ -193,8 +206,7 @@ def estimate_storage(source: SourceList, config: ConversionConfig) -> StorageEst
     each = sum(timed) / len(timed) if timed else _UNKNOWN_SECONDS
     seconds = sum(timed) + each * (len(source.samples) - len(timed))
     num_frames = round(seconds * min(config.frames_per_second or _SOURCE_FRAMES_PER_SECOND, _SOURCE_FRAMES_PER_SECOND))
-    frame_bytes = _FRAME_BYTES * (config.short_side / 256) ** 2 * (5 / config.quality) ** 0.55
-    video_bytes = round(num_frames * frame_bytes)
+    video_bytes = round(num_frames * config.stored_codec.expected_frame_bytes(config.short_side, config.video.quality))
     mel_bytes = 0 if config.audio_policy == "none" else round(seconds * 100) * config.num_mel_bins * 2
     return StorageEstimate(
         num_samples=len(source.samples),

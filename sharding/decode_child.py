@@ -19,7 +19,8 @@ from typing import Any
 
 from sharding.audio_cut import EncodedAudio, cut_audio
 from sharding.container_claims import check_container_is_whole
-from sharding.encode import CODECS, EncodedVideo
+from sharding.encode import clip_encoder
+from sharding.encoded_video import EncodedVideo
 from sharding.errors import MediaError
 from sharding.media import MediaLimits, audio_stream, check_unchanged, open_media, source_state, video_stream
 from sharding.video_cut import Segment, VideoCut, thinned
@@ -37,6 +38,7 @@ class ClipJob:
     codec: str
     short_side: int
     quality: int
+    num_gop_frames: int | None
     frames_per_second: float | None
     ticks_per_second: int
     audio_policy: str
@@ -82,8 +84,12 @@ def encode_clip(job: ClipJob) -> EncodedClip:
     with open_media(job.path) as container:
         stream = video_stream(container, job.limits)
         cut = VideoCut(container, stream, segment, limits=job.limits)
-        encoder = CODECS[job.codec](
-            short_side=job.short_side, quality=job.quality, ticks_per_second=job.ticks_per_second
+        encoder = clip_encoder(
+            job.codec,
+            short_side=job.short_side,
+            quality=job.quality,
+            num_gop_frames=job.num_gop_frames,
+            ticks_per_second=job.ticks_per_second,
         )
         for frame in thinned(cut.frames(), job.frames_per_second):
             encoder.add(frame)

@@ -1,7 +1,10 @@
 """The per-shard index (format v1): a Parquet row a sample, with the place and checksum of every byte range.
 
 A reader needs the index alone to fetch single frames of an MJPEG clip: frame i of a sample starts at
-``video_offset + frame_data_offset + sum(frame_bytes[:i])`` of the tar and is ``frame_bytes[i]`` long.
+``video_offset + frame_data_offset + sum(frame_bytes[:i])`` of the tar and is ``frame_bytes[i]`` long. Frames of the
+other codecs depend on each other: ``frame_bytes`` and ``frame_xxh32`` are empty, ``frame_ticks`` has every frame's
+time, and a reader takes the whole member, for which ``video_xxh64`` vouches. Its key frames are every
+``num_gop_frames``-th frame, as the manifest says.
 """
 
 import io

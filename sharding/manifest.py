@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ca2st.durable import NO_FAULTS, FaultPoints, write_bytes
+from ca2st.errors import EnvironmentFault
 from sharding.errors import ManifestError, ShardDamageError
+from sharding.location import RemoteFolder, as_location
 from sharding.parquet import read_parquet
+from sharding.remote import RemoteFileMissingError, RemoteFiles
+from sharding.retry import Retrier
+from sharding.storage import StorageConfig
 
 FORMAT_NAME = "ca2st-shards"
 FORMAT_VERSION = 1
@@ -72,13 +77,26 @@ class VideoParameters:
     """How the videos of a set were encoded."""
 
     codec: str = "mjpeg"
-    """``mjpeg``: every frame a JPEG, readable by byte ranges."""
+    """A name of `sharding.codecs.STORED_CODECS`."""
     short_side: int = 256
     """Pixels of the shorter side; smaller sources keep their size."""
     quality: int = 5
-    """MJPEG quantiser scale, 2 (best) to 31."""
+    """On the codec's own scale: mjpeg's quantiser, 2 (best) to 31; the others' constant rate factor."""
     frames_per_second: float | None = None
     """Thinned to this rate, or None: every frame of the source."""
+    num_gop_frames: int | None = None
+    """Frames 0, n, 2n, ... of every clip are key frames and the groups closed; None: every frame stands alone."""
+    pixel_format: str | None = None
+    """FFmpeg's name; None: mjpeg's yuvj420p."""
+    colour: str | None = None
+    """Matrix and range; None: mjpeg's bt601-full."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields, those that mjpeg leaves out left out: its manifests are as they were before other codecs."""
+        return {name: value for name, value in asdict(self).items() if name not in _NOT_MJPEG or value is not None}
+
+
+_NOT_MJPEG = ("num_gop_frames", "pixel_format", "colour")
 
 
 def index_name(shard: str) -> str:
@@ -148,7 +166,8 @@ class Manifest:
         payload["format"], payload["format_version"] = FORMAT_NAME, FORMAT_VERSION
         payload["label_spaces"] = [asdict(space) | {"sha256": space.sha256} for space in self.label_spaces]
         payload["audio_sha256"] = sha256_of_json(asdict(self.audio))
-        payload["video_sha256"] = sha256_of_json(asdict(self.video))
+        payload["video"] = self.video.as_json()
+        payload["video_sha256"] = sha256_of_json(payload["video"])
         return payload
 
     def to_json(self) -> bytes:
@@ -159,11 +178,21 @@ class Manifest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardSet:
-    """A manifest with its shards, read from a folder."""
+    """A manifest with its shards, read from a folder or a URL."""
 
     root: Path
+    """Folder of the shards; of a remote set its folder in this machine's cache, filled when shards are first needed."""
     manifest: Manifest
     shards: tuple[ShardEntry, ...]
+    origin: RemoteFolder | None = None
+    """Where a remote set comes from."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """How a remote set is kept on this machine."""
+
+    @property
+    def where(self) -> str:
+        """Folder or URL, for messages."""
+        return str(self.origin or self.root)
 
 
 def sha256_of_json(value: object) -> str:
@@ -194,23 +223,66 @@ def write_shard_set(
     return manifest
 
 
-def read_shard_set(root: Path) -> ShardSet:
+def read_shard_set(place: str | Path | RemoteFolder, *, storage: StorageConfig | None = None) -> ShardSet:
     """Read and check ``manifest.json`` and ``shards.parquet``; shards themselves are not opened.
+
+    Args:
+        place: A folder, or the URL of one: s3, gs, http(s).
+        storage: Where the shards of a URL are kept once needed, and how long the URL is tried.
 
     Raises:
         ManifestError: no manifest, not one of ours, or of a newer format.
         ShardDamageError: the manifest or the shard table is not what its hash says.
+        EnvironmentFault: the URL cannot be read, or the cache not be written.
     """
-    manifest = read_manifest(root)
-    path = root / SHARDS_NAME
+    location = as_location(place)
+    if isinstance(location, RemoteFolder):
+        settings = storage or StorageConfig()
+        return _read_remote(RemoteFiles(folder=location, retrier=Retrier(config=settings.retry)), settings)
+    manifest = read_manifest(location)
+    path = location / SHARDS_NAME
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ShardDamageError(f"{path}: named by {MANIFEST_NAME} but not readable ({error.strerror})") from error
+    return ShardSet(root=location, manifest=manifest, shards=_parse_table(data, manifest, where=str(path)))
+
+
+def _read_remote(files: RemoteFiles, storage: StorageConfig) -> ShardSet:
+    """The set behind a URL; its folder in the cache is named by the manifest's hash, so no other set is ever in it."""
+    where = files.folder.file(MANIFEST_NAME)
+    try:
+        text = files.read(MANIFEST_NAME)
+    except RemoteFileMissingError:
+        raise ManifestError(f"{where}: no such file; is it the URL of a shard set, and is its copy complete?") from None
+    manifest = parse_manifest(text, where=where)
+    where = files.folder.file(SHARDS_NAME)
+    try:
+        table = files.read(SHARDS_NAME)
+    except RemoteFileMissingError:
+        raise ShardDamageError(f"{where}: named by {MANIFEST_NAME} but missing; copy the set again") from None
+    shards = _parse_table(table, manifest, where=where)
+    root = storage.folder / manifest.fingerprint[:32]
+    _keep(root, {SHARDS_NAME: table, MANIFEST_NAME: text})
+    return ShardSet(root=root, manifest=manifest, shards=shards, origin=files.folder, storage=storage)
+
+
+def _keep(root: Path, files: Mapping[str, bytes]) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{root}: cannot be made ({error.strerror}); set loader.cache_dir to a folder on a disk of this machine"
+        ) from error
+    for name, data in files.items():
+        if not (root / name).exists() or (root / name).read_bytes() != data:
+            write_bytes(root / name, data)
+
+
+def _parse_table(data: bytes, manifest: Manifest, *, where: str) -> tuple[ShardEntry, ...]:
     if hashlib.sha256(data).hexdigest() != manifest.shards_sha256:
-        raise ShardDamageError(f"{path}: sha256 differs from the manifest's; restore it or convert again")
-    rows = read_parquet(data).to_pylist()
-    return ShardSet(root=root, manifest=manifest, shards=tuple(ShardEntry(**row) for row in rows))
+        raise ShardDamageError(f"{where}: sha256 differs from the manifest's; restore it or convert again")
+    return tuple(ShardEntry(**row) for row in read_parquet(data).to_pylist())
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -223,26 +295,36 @@ def read_manifest(root: Path) -> Manifest:
         raise ManifestError(f"{path}: no such file; {hint}") from None
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read ({error.strerror}); give the folder of a shard set") from error
+    return parse_manifest(text, where=str(path))
+
+
+def parse_manifest(text: bytes, *, where: str) -> Manifest:
+    """The manifest in the bytes of a ``manifest.json``; `where` names it in messages.
+
+    Raises:
+        ManifestError: of another format version.
+        ShardDamageError: not a manifest, or not the one that was written.
+    """
     try:
         payload = json.loads(text)
         if payload["format"] != FORMAT_NAME:
             raise KeyError(payload["format"])
     except (ValueError, KeyError, TypeError) as error:
         raise ShardDamageError(
-            f"{path}: not a {FORMAT_NAME} manifest ({type(error).__name__}: {error}); restore it or convert again"
+            f"{where}: not a {FORMAT_NAME} manifest ({type(error).__name__}: {error}); restore it or convert again"
         ) from error
     if payload.get("format_version") != FORMAT_VERSION:
         raise ManifestError(
-            f"{path}: format version {payload.get('format_version')}, this ca2st reads {FORMAT_VERSION}; "
+            f"{where}: format version {payload.get('format_version')}, this ca2st reads {FORMAT_VERSION}; "
             "use a matching release"
         )
     claimed = payload.pop("self_sha256", None)
     if sha256_of_json(payload) != claimed:
-        raise ShardDamageError(f"{path}: self_sha256 differs from the contents; restore it or convert again")
+        raise ShardDamageError(f"{where}: self_sha256 differs from the contents; restore it or convert again")
     manifest = _manifest_from(payload)
     if manifest.to_json() != text:
         raise ShardDamageError(
-            f"{path}: white space or order changed since it was written; restore it or convert again"
+            f"{where}: white space or order changed since it was written; restore it or convert again"
         )
     return manifest
 

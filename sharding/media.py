@@ -33,6 +33,7 @@ REASONS = {
     "no_audio": "no sound in the segment while --audio is required",
     "bad_spectrogram": "a spectrogram with NaN, infinity or one value everywhere",
     "too_large": "a limit on bytes, duration, frames or pixels",
+    "too_small": "frames smaller than the stored codec takes",
     "segment_outside": "the annotated segment lies behind the end of the media",
     "source_changed": "the file changed while it was read",
     "timeout": "decoding took longer than the clip timeout",

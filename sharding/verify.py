@@ -47,17 +47,22 @@ def verify_shard_set(root: Path, *, progress: Callable[[int, int], None] | None 
         raise ManifestError(f"{root}: expected a folder with {MANIFEST_NAME}, found none; check the path")
     try:
         shard_set = read_shard_set(root)
-    except (ManifestError, ShardDamageError) as error:
-        name = SHARDS_NAME if SHARDS_NAME in str(error) else MANIFEST_NAME
-        return [Problem(shard=name, key="", what=str(error))]
-    except (ValueError, KeyError, TypeError) as error:
-        return [Problem(shard=MANIFEST_NAME, key="", what=f"not a manifest: {error!r}; restore it or convert again")]
+    except (ManifestError, ShardDamageError, ValueError, KeyError, TypeError) as error:
+        return [set_problem(error)]
     problems = list(_folder_problems(shard_set))
     for number, shard in enumerate(shard_set.shards):
-        problems += _shard_problems(root, shard)
+        problems += shard_problems(root, shard)
         if progress:
             progress(number + 1, len(shard_set.shards))
     return problems
+
+
+def set_problem(error: Exception) -> Problem:
+    """What keeps a set from being read at all."""
+    if isinstance(error, ManifestError | ShardDamageError):
+        name = SHARDS_NAME if SHARDS_NAME in str(error) else MANIFEST_NAME
+        return Problem(shard=name, key="", what=str(error))
+    return Problem(shard=MANIFEST_NAME, key="", what=f"not a manifest: {error!r}; restore it or convert again")
 
 
 def _folder_problems(shard_set: ShardSet) -> Iterator[Problem]:
@@ -65,7 +70,7 @@ def _folder_problems(shard_set: ShardSet) -> Iterator[Problem]:
     expected = {MANIFEST_NAME, SHARDS_NAME, LOCK_NAME}  # a converter that was killed at its end leaves its lock
     for shard in shard_set.shards:
         expected |= {shard.name, shard.index_name}
-    rejects = _expected_rejects(shard_set)
+    rejects = expected_rejects(shard_set)
     for path in sorted(shard_set.root.iterdir()):
         if path.name == REJECTS_NAME and rejects is not None:
             if path.read_bytes() != rejects:
@@ -76,7 +81,7 @@ def _folder_problems(shard_set: ShardSet) -> Iterator[Problem]:
         yield Problem(shard=REJECTS_NAME, key="", what="missing: the manifest counts rejects")
 
 
-def _expected_rejects(shard_set: ShardSet) -> bytes | None:
+def expected_rejects(shard_set: ShardSet) -> bytes | None:
     """Contents of ``rejects.jsonl`` by the indexes; None when there are no rejects and so no file."""
     if not shard_set.manifest.rejected:
         return None
@@ -87,7 +92,8 @@ def _expected_rejects(shard_set: ShardSet) -> bytes | None:
     return rejects_file(rejects)
 
 
-def _shard_problems(root: Path, shard: ShardEntry) -> list[Problem]:
+def shard_problems(root: Path, shard: ShardEntry) -> list[Problem]:
+    """What is wrong with a shard and its index in `root`."""
     index_problem = _file_problem(root / shard.index_name, shard.index_bytes, shard.index_sha256)
     tar_problem = _file_problem(root / shard.name, shard.bytes, shard.sha256)
     problems = [index_problem] if index_problem else []
@@ -156,7 +162,7 @@ def _member_damage(file: IO[bytes], row: _Row, member: str) -> Iterator[str]:
     if len(data) < size:
         yield f"{name}: expected {size} bytes from byte {offset}, found {len(data)}"
     elif member_checksum(data) != row[f"{member}_xxh64"]:
-        frames = _damaged_frames(data, row) if member == "video" else ""
+        frames = _damaged_frames(data, row) if member == "video" and row["frame_bytes"] else ""
         yield f"{name}: bytes {offset} to {offset + size} differ{frames}"
     if any(padding):
         yield f"{name}: padding behind byte {offset + size} is not empty"

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ca2st.batch import ClipBatch
-from ca2st.training.errors import IncompleteEvaluationError
+from ca2st.training.errors import IncompleteEvaluationError, SourceContractError
 from ca2st.training.losses import check_label_range, check_targets
 from ca2st.training.metrics import evaluation_metrics, mean_over_views
 from ca2st.training.protocols import EvaluationSource, NamesSamples
@@ -128,6 +128,7 @@ def _score(
     try:
         with torch.no_grad(), accelerator.autocast():
             for batch in source.batches():
+                _check_unmixed(batch)
                 check_label_range(batch.labels, batch.sample_ids, num_classes=targets)
                 parts = batch.split(num_clips)
                 logits = [model_logits(model, part.to(accelerator.device)) for part in parts]
@@ -135,6 +136,11 @@ def _score(
     finally:
         model.train(training)
     return views
+
+
+def _check_unmixed(batch: ClipBatch) -> None:
+    if batch.mixing is not None:
+        raise SourceContractError("evaluation: expected clips as they are, found a batch whose pairs are to be mixed")
 
 
 def _without_padding(batch: ClipBatch, logits: Sequence[Mapping[str, Tensor]], targets: tuple[str, ...]) -> _Views:

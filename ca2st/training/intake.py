@@ -17,6 +17,7 @@ from ca2st.training.losses import check_label_range
 from ca2st.training.protocols import TrainSource
 from ca2st.training.ranks import Ranks
 from ca2st.training.signals import StopRequest
+from ca2st.training.stages import StageClock
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +63,7 @@ class Intake:
         global_batch_size: int,
         stop: StopRequest,
         clock: Callable[[], float] = time.perf_counter,
+        stages: StageClock | None = None,
     ) -> None:
         self._source = source
         self._ranks = ranks
@@ -69,6 +71,7 @@ class Intake:
         self._global_batch_size = global_batch_size
         self._stop = stop
         self._clock = clock
+        self._stages = stages or StageClock()
 
     def epoch(self, epoch: int, *, first_step: int) -> Generator[StepIntake]:
         """Steps `first_step` .. of `epoch`; ends after a stop was asked for.
@@ -94,7 +97,8 @@ class Intake:
             if self._stop.signal_number:
                 return _Facts(stop_signal=self._stop.signal_number)
             begin = self._clock()
-            share = next(batches, None)
+            with self._stages.stage("data_wait"):
+                share = next(batches, None)
             waited = self._clock() - begin
             if share is None:
                 raise SourceContractError(f"{where}: expected a batch, the loader has ended")
@@ -102,7 +106,8 @@ class Intake:
             received.append(share)
             return _Facts(keys=share.sample_ids, wait_seconds=waited)
 
-        facts = self._ranks.together(receive)
+        with self._stages.stage("gather"):
+            facts = self._ranks.together(receive)
         stop_signal = max(fact.stop_signal for fact in facts)
         count = sum(len(fact.keys) for fact in facts)
         if not stop_signal and count != self._global_batch_size:

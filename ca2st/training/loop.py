@@ -26,6 +26,7 @@ from ca2st.training.run import SCHEDULE_FILE, Run, RunParts, loader_position
 from ca2st.training.schedule import LearningRateSchedule, schedule_for
 from ca2st.training.settings import TrainingResult, TrainingSettings
 from ca2st.training.signals import StopRequest
+from ca2st.training.stages import SourceCounts, StageClock
 from ca2st.training.state import TrainedState, put_state, read_state
 from ca2st.training.step import Stepper
 
@@ -84,6 +85,7 @@ def _make_parts(
 ) -> RunParts:
     optimizer = build_optimizer(model, settings.optim, rules=settings.rules)
     schedule = _schedule(settings, source)
+    stages = StageClock(settings.clock)
     intake = Intake(
         source,
         Ranks(accelerator),
@@ -91,14 +93,19 @@ def _make_parts(
         global_batch_size=settings.config.global_batch_size,
         stop=stop,
         clock=settings.clock,
+        stages=stages,
     )
     return RunParts(
         settings=settings,
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
-        stepper=_make_stepper(model, optimizer, accelerator=accelerator, settings=settings, schedule=schedule),
+        stepper=_make_stepper(
+            model, optimizer, accelerator=accelerator, settings=settings, schedule=schedule, stages=stages
+        ),
         intake=intake,
+        stages=stages,
+        counts=SourceCounts(source),
         schedule=schedule,
         steps_per_epoch=source.steps_per_epoch,
         validation=validation,
@@ -114,6 +121,7 @@ def _make_stepper(
     accelerator: Accelerator,
     settings: TrainingSettings,
     schedule: LearningRateSchedule,
+    stages: StageClock,
 ) -> Stepper:
     prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
     return Stepper(
@@ -124,6 +132,7 @@ def _make_stepper(
         optim=settings.optim,
         schedule=schedule,
         targets=tuple(settings.targets),
+        stages=stages,
     )
 
 

@@ -11,8 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from ca2st.batch import Mixing
 from ca2st.errors import UserInputError
 from ca2st.training.errors import LabelRangeError
+from ca2st.training.mixing import mixed_targets
 
 
 def smoothed_targets(
@@ -36,13 +38,17 @@ def loss_per_clip(
     *,
     targets: tuple[str, ...],
     smoothing: float,
+    mixing: Mixing | None = None,
 ) -> Float[Tensor, " clips"]:
-    """Sum over the targets of each clip's smoothed cross-entropy; column i of `labels` belongs to ``targets[i]``."""
+    """Sum over the targets of each clip's smoothed cross-entropy; column i of `labels` belongs to ``targets[i]``.
+
+    With `mixing` every head has its own soft targets: the clip's and its partner's, by the share of the labels.
+    """
     check_targets(logits, targets)
     terms = []
     for column, name in enumerate(targets):
         wanted = smoothed_targets(labels[:, column], logits[name].shape[-1], smoothing=smoothing)
-        terms.append(cross_entropy_per_clip(logits[name], wanted))
+        terms.append(cross_entropy_per_clip(logits[name], mixed_targets(wanted, mixing)))
     return torch.stack(terms).sum(dim=0)
 
 

@@ -53,3 +53,22 @@ class NamesSamples(Protocol):
     def sample_ids(self) -> Sequence[str]:
         """Keys of all samples of the whole set."""
         ...
+
+
+@runtime_checkable
+class StageTotals(Protocol):
+    """Running totals of a source's own work."""
+
+    def totals(self) -> Mapping[str, int | float]:
+        """By name: thread seconds of a background stage (``..._seconds``) and counts (``bytes_read``); none shrinks."""
+        ...
+
+
+@runtime_checkable
+class CountsStages(Protocol):
+    """A source that can also say where its threads' time goes; each step of the journal holds what was added."""
+
+    @property
+    def stats(self) -> StageTotals:
+        """A snapshot."""
+        ...

@@ -27,6 +27,7 @@ from ca2st.training.resume import RunStart
 from ca2st.training.schedule import LearningRateSchedule
 from ca2st.training.settings import TrainingProgress, TrainingSettings
 from ca2st.training.signals import stopped_error
+from ca2st.training.stages import SourceCounts, StageClock, StepTimes
 from ca2st.training.state import collect_state
 from ca2st.training.step import Stepper, StepResult
 
@@ -46,6 +47,10 @@ class RunParts:
     """Not wrapped."""
     stepper: Stepper
     intake: Intake
+    stages: StageClock
+    """Shared by intake and stepper."""
+    counts: SourceCounts
+    """Of this rank's training source."""
     schedule: LearningRateSchedule
     steps_per_epoch: int
     validation: EvaluationSource | None
@@ -68,7 +73,6 @@ class Run:
         )
         self._total_steps = self._config.total_steps(parts.steps_per_epoch)
         self._share: ClipBatch | None = None
-        self._mark = 0.0
         self.step = start.step
         """Updates made."""
         self.checkpoint = start.folder
@@ -83,7 +87,7 @@ class Run:
         """Train to the last step; raises what stops it, after the checkpoint that a stop asks for."""
         if self.step > 0 and self._is_validation_due():
             self._validate()  # a kill between a checkpoint and its validation
-        self._mark = self._settings.clock()
+        self._parts.stages.restart()
         while self.step < self._total_steps:
             epoch, first_step = divmod(self.step, self._parts.steps_per_epoch)
             with contextlib.closing(self._parts.intake.epoch(epoch, first_step=first_step)) as steps:
@@ -126,10 +130,11 @@ class Run:
             self._save(required=last)
         if validate:
             self._validate()
-        self._mark = self._settings.clock()
+        self._parts.stages.restart()
 
     def _report(self, intake: StepIntake, result: StepResult, epoch: int) -> None:
-        seconds = self._settings.clock() - self._mark
+        times = self._parts.stages.times()
+        seconds = times.step_seconds
         progress = TrainingProgress(
             step=self.step,
             total_steps=self._total_steps,
@@ -141,7 +146,8 @@ class Run:
         )
         fields = asdict(progress)
         del fields["total_steps"]
-        self.log("step", **fields, grad_norm=result.grad_norm, sample_ids_hash=intake.sample_ids_hash)
+        fields |= {"grad_norm": result.grad_norm, "sample_ids_hash": intake.sample_ids_hash}
+        self.log("step", **fields, **_seconds_and_counts(times, self._parts.counts))
         if self._settings.progress is not None and self._ranks.is_main:
             self._settings.progress(progress)
 
@@ -227,6 +233,11 @@ class Run:
             experts=record.experts,
             start=record.start,
         )
+
+
+def _seconds_and_counts(times: StepTimes, counts: SourceCounts) -> dict[str, Any]:
+    """Of a step line: the step's wall time, its stages, which add up to it, and what the loader did meanwhile."""
+    return {"step_seconds": times.step_seconds, "stages": times.named(), "loader": counts.since_last()}
 
 
 def loader_position(record: RunRecord, *, step: int, steps_per_epoch: int) -> dict[str, Any]:

@@ -15,10 +15,12 @@ from ca2st.batch import ClipBatch
 from ca2st.training.config import OptimConfig, TrainingConfig
 from ca2st.training.errors import NonFiniteError
 from ca2st.training.losses import loss_per_clip
+from ca2st.training.mixing import mixed_mel, mixed_video
 from ca2st.training.optim import set_learning_rate
 from ca2st.training.protocols import HasLogits
 from ca2st.training.ranks import Ranks
 from ca2st.training.schedule import LearningRateSchedule
+from ca2st.training.stages import StageClock
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +56,7 @@ class Stepper:
         optim: OptimConfig,
         schedule: LearningRateSchedule,
         targets: tuple[str, ...],
+        stages: StageClock | None = None,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
@@ -63,6 +66,7 @@ class Stepper:
         self._optim = optim
         self._schedule = schedule
         self._targets = targets
+        self._stages = stages or StageClock()
         self._trained = {
             name: parameter
             for name, parameter in accelerator.unwrap_model(model).named_parameters()
@@ -79,8 +83,17 @@ class Stepper:
         """
         self._settle(share)
         losses = self._backward(share, step=step)
-        losses_of_rank = self._ranks.gather(losses.tolist())
+        with self._stages.stage("gather"):
+            losses_of_rank = self._ranks.gather(losses.tolist())
         _check_losses(losses_of_rank, keys_of_rank, step)
+        rate = self._schedule.at(step - 1)
+        with self._stages.stage("optimizer"):
+            norm = self._optimize(share, rate=rate, step=step)
+        total = math.fsum(loss for rank_losses in losses_of_rank for loss in rank_losses)
+        return StepResult(loss=total / self._config.global_batch_size, lr=rate, grad_norm=norm)
+
+    def _optimize(self, share: ClipBatch, *, rate: float, step: int) -> float:
+        """Check the gradient, clip it, update; returns its norm before clipping."""
         norm = self._gradient_norm()
         if not math.isfinite(norm):
             self._blame_gradient(share, step)
@@ -88,12 +101,10 @@ class Stepper:
             torch.nn.utils.clip_grads_with_norm_(
                 self._trained.values(), self._optim.clip_grad_norm, torch.tensor(norm, device=self._accelerator.device)
             )
-        rate = self._schedule.at(step - 1)
         set_learning_rate(self._optimizer, rate)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        total = math.fsum(loss for rank_losses in losses_of_rank for loss in rank_losses)
-        return StepResult(loss=total / self._config.global_batch_size, lr=rate, grad_norm=norm)
+        return norm
 
     def _backward(self, share: ClipBatch, *, step: int) -> Float[Tensor, " clips"]:
         parts = list(share.split(self._config.per_device_batch_size))
@@ -107,16 +118,20 @@ class Stepper:
     def _backward_part(self, part: ClipBatch, *, step: int, micro_batch: int) -> Float[Tensor, " clips"]:
         seed = draw_seed(self._config.seed, step=step, rank=self._ranks.rank, micro_batch=micro_batch)
         torch.manual_seed(seed)
-        part = part.to(self._accelerator.device)
-        losses = loss_per_clip(
-            model_logits(self._model, part),
-            part.labels,
-            targets=self._targets,
-            smoothing=self._optim.label_smoothing,
-        )
+        with self._stages.stage("to_device"):
+            part = part.to(self._accelerator.device)
+        with self._stages.stage("forward"):
+            losses = loss_per_clip(
+                model_logits(self._model, part),
+                part.labels,
+                targets=self._targets,
+                smoothing=self._optim.label_smoothing,
+                mixing=part.mixing,
+            )
         # DistributedDataParallel averages over ranks: times world_size makes it the sum over ranks.
         scale = self._ranks.world_size / self._config.global_batch_size
-        self._accelerator.backward(losses.sum() * scale)
+        with self._stages.stage("backward"):
+            self._accelerator.backward(losses.sum() * scale)
         return losses.detach()
 
     def _settle(self, share: ClipBatch) -> None:
@@ -165,8 +180,8 @@ class Stepper:
 
 
 def model_logits(model: nn.Module, batch: ClipBatch) -> Mapping[str, Tensor]:
-    """Run the model on a batch that lies on its device; the logits of each head."""
-    output = model(batch.normalised_video(), batch.mel, batch.intervals_seconds)
+    """Run the model on a batch that lies on its device, its pairs mixed as it says; the logits of each head."""
+    output = model(mixed_video(batch), mixed_mel(batch), batch.intervals_seconds)
     assert isinstance(output, HasLogits)
     return output.logits
 

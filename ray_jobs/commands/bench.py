@@ -1,4 +1,4 @@
-"""``ca2st bench model``."""
+"""``ca2st bench``: here ``model``; ``loader`` and ``convert`` in bench_loader.py."""
 
 import datetime
 import json
@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ray_jobs.commands import bench_fusion, bench_loader
 from ray_jobs.commands.model import Size
 
 if TYPE_CHECKING:
     from ca2st.benchmark.report import ModelBenchmark, ModelReport
 
 app = typer.Typer(no_args_is_help=True)
+app.command(epilog=bench_loader.LOADER_EXAMPLE)(bench_loader.loader)
+app.command(epilog=bench_loader.CONVERT_EXAMPLE)(bench_loader.convert)
+app.command(epilog=bench_fusion.EXAMPLE)(bench_fusion.fusion)
 
 
 class Device(StrEnum):
@@ -30,11 +34,6 @@ class Precision(StrEnum):
 
     FP32 = "fp32"
     BF16 = "bf16"
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps the verbs even while there is only one."""
 
 
 @app.command(epilog="Example: ca2st bench model --json")

@@ -8,7 +8,7 @@ import typer
 
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder for its newest one.")],
-    data: Annotated[Path, typer.Option(help="Shards to test on.")],
+    data: Annotated[str, typer.Option(help="Shards to test on: a folder or a URL.")],
     views: Annotated[str, typer.Option(help="Clips x crops a sample: 2x3 as published, 5x3 for Kinetics-400.")] = "2x3",
     predictions: Annotated[
         Path | None, typer.Option(help="Parquet file for the predictions; default: in the run folder.")

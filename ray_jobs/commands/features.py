@@ -8,7 +8,9 @@ import typer
 
 def features(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder for its newest one.")],
-    data: Annotated[Path, typer.Option(help="Shards to read; their classes need not be the model's.")],
+    data: Annotated[
+        str, typer.Option(help="Shards to read, a folder or a URL; their classes need not be the model's.")
+    ],
     views: Annotated[str, typer.Option(help="Clips x crops a sample; a feature is the mean over them.")] = "1x1",
     experts: Annotated[
         str | None, typer.Option(help="Experts to write, such as spatial,audio; default: all the model has.")

@@ -1,4 +1,4 @@
-"""``ca2st shard build|verify``."""
+"""``ca2st shard build|verify|inspect``."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from pipelines.set_facts import SetFacts
     from sharding.conversion import ConversionConfig
     from sharding.convert import ConversionReport
+    from sharding.manifest import ShardSet
     from sharding.source import SourceList
 
 app = typer.Typer(no_args_is_help=True)
@@ -34,7 +36,13 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
     ] = None,
     media: Annotated[Path | None, typer.Option(help="Folder with the media files.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the shards; rerun with the same one to resume.")] = None,
-    codec: Annotated[str, typer.Option(help="mjpeg: a JPEG a frame, readable by byte ranges.")] = "mjpeg",
+    codec: Annotated[
+        str, typer.Option(help="mjpeg: a JPEG a frame, for CPUs; h264, hevc: for GPUs; vp9: for GPUs, on CPUs by DALI.")
+    ] = "mjpeg",
+    quality: Annotated[
+        int | None, typer.Option(help="Lower is better; default: mjpeg 5 (of 2..31), h264 20, hevc 23, vp9 30.")
+    ] = None,
+    gop: Annotated[int, typer.Option(help="h264, hevc, vp9: frames from one key frame to the next.")] = 8,
     short_side: Annotated[int, typer.Option(help="Pixels of the shorter side; smaller sources keep their size.")] = 256,
     frames_per_second: Annotated[float | None, typer.Option(help="Thin to this rate; default: every frame.")] = None,
     sample_rate: Annotated[int, typer.Option(help="Audio sample rate in Hz before the filter bank.")] = 16_000,
@@ -77,6 +85,8 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
     synthetic = SyntheticConfig(seed=seed, difficulty=difficulty, **given)
     config = ConversionConfig(
         codec=codec,
+        quality=quality,
+        num_gop_frames=gop,
         short_side=short_side,
         frames_per_second=frames_per_second,
         sample_rate_hz=sample_rate,
@@ -162,17 +172,17 @@ def _class_count(num_classes: Mapping[str, int]) -> int | dict[str, int]:
     return next(iter(num_classes.values())) if len(num_classes) == 1 else dict(num_classes)
 
 
-@app.command(epilog="Example: ca2st shard verify shards/train")
+@app.command(epilog="Example: ca2st shard verify shards/train, or: ca2st shard verify s3://bucket/shards/train")
 def verify(
-    shards: Annotated[Path, typer.Argument(help="Folder of a shard set.", metavar="DIR")],
+    shards: Annotated[str, typer.Argument(help="Folder or URL of a shard set.", metavar="DIR_OR_URL")],
     as_json: Json = False,
 ) -> None:
     """Check every byte against the manifest; ends with 3 and the names when something is damaged."""
     from ray_jobs.console import print_json, progress, result
-    from sharding.verify import verify_shard_set
+    from sharding.verify_remote import count_shards, verify_place
 
-    with progress(f"Verifying {shards}", sum(1 for _ in shards.glob("*.tar"))) as update:
-        problems = verify_shard_set(shards, progress=lambda done, _total: update(done, "shards"))
+    with progress(f"Verifying {shards}", count_shards(shards)) as update:
+        problems = verify_place(shards, progress=lambda done, _total: update(done, "shards"))
     if as_json:
         print_json({"ok": not problems, "problems": problems})
     else:
@@ -182,3 +192,63 @@ def verify(
             result(f"{shards}: every byte is what the manifest says")
     if problems:
         raise typer.Exit(3)
+
+
+@app.command(epilog="Example: ca2st shard inspect shards/train --html card.html")
+def inspect(
+    shards: Annotated[str, typer.Argument(help="Folder or URL of a shard set.", metavar="DIR_OR_URL")],
+    html: Annotated[Path | None, typer.Option(help="Write a page with classes, durations and clips.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Counts, classes and durations of a shard set, from its indexes; with --html also stills and spectrograms."""
+    from ray_jobs.console import print_json, result, say, table
+
+    shard_set, facts = _read_facts(shards, html)
+    if html is not None:
+        from ray_jobs.set_card.page import write_set_card
+
+        write_set_card(shard_set, facts, html)
+        say(f"wrote {html}")
+    if as_json:
+        from dataclasses import asdict
+
+        print_json({name: value for name, value in asdict(facts).items() if name != "durations"})
+        return
+    result(table(_in_words(facts)))
+
+
+def _read_facts(place: str, html: Path | None) -> "tuple[ShardSet, SetFacts]":
+    from pipelines.set_facts import set_facts
+    from ray_jobs.output_file import require_writable_place
+    from sharding.manifest import read_shard_set
+
+    if html is not None:
+        require_writable_place(html, "--html")
+    shard_set = read_shard_set(place)
+    return shard_set, set_facts(shard_set)
+
+
+def _in_words(facts: "SetFacts") -> dict[str, object]:
+    from ray_jobs.console import counted
+    from ray_jobs.set_card.page import size_in_words
+
+    seconds, frames = facts.duration_seconds, facts.num_frames
+    words: dict[str, object] = {
+        "dataset": f"{facts.dataset}, {facts.split}",
+        "samples": f"{facts.num_samples} in {_counted_shards(facts)}, {size_in_words(facts.shard_bytes)}",
+        "seconds": f"{seconds.least:.2f} to {seconds.most:.2f}, median {seconds.median:.2f}; all: {seconds.total:.0f}",
+        "frames": f"{frames.least:.0f} to {frames.most:.0f}, {facts.frames_per_second.median:.2f} a second",
+        "codec": f"{facts.codec}, {size_in_words(facts.video_bytes.mean)} a video",
+        "with sound": f"{facts.num_with_audio} of {facts.num_samples}",
+        "rejected": counted(facts.rejected),
+    }
+    for space, counts in facts.classes.items():
+        sizes = sorted(counts.values())
+        target = " (target)" if space in facts.targets else ""
+        empty = sum(not size for size in sizes)
+        words[f"{space}{target}"] = f"{len(sizes)} classes of {sizes[0]} to {sizes[-1]} samples, {empty} without any"
+    return words
+
+
+def _counted_shards(facts: "SetFacts") -> str:
+    return f"{facts.num_shards} shard{'s' if facts.num_shards > 1 else ''}"

@@ -25,7 +25,9 @@ def train(
         Path | None, typer.Option(help="A folder of your own videos, a folder a class, instead of a recipe.")
     ] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Training shards, instead of the recipe's.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Training shards, a folder or a URL, instead of the recipe's.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Training processes; one a GPU where there are GPUs.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/<recipe's name>.")] = None,
     ray: Annotated[bool, typer.Option("--ray", help="Train under Ray Train, which restarts failed workers.")] = False,
@@ -50,7 +52,7 @@ def train(
 
     settings = list(overrides or [])
     if data is not None:
-        settings.append(f"data.train={str(data)!r}")
+        settings.append(f"data.train={data!r}")
     if workers is not None:
         settings.append(f"launch.workers={workers}")
     if data_folder is not None and recipe is None and data is None:
@@ -112,15 +114,14 @@ def _print_plan(recipe: "Recipe", run_dir: Path, *, as_json: bool) -> None:
     facts |= {"trains": recipe.trainable, "experts_precision": _held_precision(recipe)}
     if recipe.start is not None:
         facts["start"] = {"checkpoint": recipe.start.checkpoint, "head": recipe.start.head}
-    classes, num_samples = _classes_and_samples(recipe)
+    classes, read = _classes_and_reading(recipe)
     if start := check_model(recipe, classes, run_dir):
         facts["start"] = dict(start)
     info = model_info(recipe.model, recipe.clip, target_specs(classes), trainable=recipe.trainable)
     facts |= {"trainable": info.trainable, "total": info.total, "gmacs": info.gmacs}
-    steps_per_epoch = num_samples // recipe.training.global_batch_size
+    facts |= read
+    steps_per_epoch = read["steps_per_epoch"]
     facts |= {
-        "num_samples": num_samples,
-        "steps_per_epoch": steps_per_epoch,
         "steps": recipe.training.total_steps(steps_per_epoch),
         "global_batch_size": recipe.training.global_batch_size,
         "workers": recipe.launch.workers,
@@ -131,17 +132,19 @@ def _print_plan(recipe: "Recipe", run_dir: Path, *, as_json: bool) -> None:
         result(table({name: _shown(value) for name, value in facts.items()}))
 
 
-def _classes_and_samples(recipe: "Recipe") -> tuple[dict[str, list[str]], int]:
-    """Class names of each target, and how many clips are trained on: of the shards, or of a world not yet drawn."""
+def _classes_and_reading(recipe: "Recipe") -> tuple[dict[str, list[str]], dict[str, int]]:
+    """Class names of each target, and how much is read: of the shards, or of a world not yet drawn."""
     from ray_jobs.synthetic_data import synthetic_classes
-    from ray_jobs.wiring import check_settings, preflight
+    from ray_jobs.wiring import check_settings, preflight, sample_plan
 
     world = recipe.data.synthetic
     if world is not None and (classes := synthetic_classes(recipe)) is not None:
         check_settings(recipe)
-        return classes, world.num_train
+        steps = world.num_train // recipe.training.global_batch_size
+        return classes, {"num_samples": world.num_train, "steps_per_epoch": steps}
     data = preflight(recipe)
-    return data.classes, data.train.manifest.num_samples
+    plan = sample_plan(recipe, data)
+    return data.classes, {"num_samples": plan.num_samples, "steps_per_epoch": plan.num_steps}
 
 
 def _shown(value: object) -> object:

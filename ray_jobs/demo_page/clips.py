@@ -1,6 +1,5 @@
 """Test clips to look at: stills over time, the sound beneath them, and what each model answered."""
 
-import base64
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,19 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ca2st.spec import MEL_ROW_SECONDS
-from pipelines.fetch import ByteFetcher, FetchedSample
-from pipelines.shard_files import ShardFiles
-from pipelines.shard_index import SampleEntry, ShardIndexCache
-from pipelines.stats import StatsRecorder
 from ray_jobs.demo_page.answers import Answers, Factors
-from ray_jobs.pages.axes import Tick, hertz_ticks, seconds_ticks
-from ray_jobs.pages.pictures import spectrogram_png
-from sharding.index import TICKS_PER_SECOND
-from sharding.manifest import ShardSet, read_shard_set
-
-NUM_STILLS = 8
-_INDEX_BYTES = 1 << 24
+from ray_jobs.pages.clip_pictures import Pictures, read_pictures
+from sharding.manifest import read_shard_set
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,19 +28,6 @@ class Answer:
     parts: list[Part]
     confidence: float
     is_right: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pictures:
-    """What of a stored clip is shown."""
-
-    stills: list[str]
-    """Data URIs, in order."""
-    still_seconds: list[float]
-    spectrogram: str
-    """Data URI, time to the right, low frequencies at the bottom."""
-    seconds: list[Tick]
-    hertz: list[Tick]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,38 +87,4 @@ def _answer(answers: Answers, factors: Factors, sample: int) -> Answer:
         parts=[Part(label=label, is_right=is_right) for label, is_right in zip(labels, right, strict=True)],
         confidence=float(answers.confidence[sample]),
         is_right=all(right),
-    )
-
-
-def read_pictures(shard_set: ShardSet, keys: Sequence[str]) -> list[Pictures]:
-    """The stills, as they are stored, and the spectrogram of each named sample."""
-    audio = shard_set.manifest.audio
-    files = ShardFiles(shard_set)
-    fetcher = ByteFetcher(files, StatsRecorder(), num_mel_bins=audio.num_mel_bins)
-    try:
-        found = []
-        for entry in _entries(shard_set, keys):
-            stills = [int((still + 0.5) * entry.num_frames / NUM_STILLS) for still in range(NUM_STILLS)]
-            fetched = fetcher.fetch(entry, stills)
-            found.append(_pictures(fetched, stills, sample_rate_hz=audio.sample_rate_hz))
-        return found
-    finally:
-        files.close()
-
-
-def _entries(shard_set: ShardSet, keys: Sequence[str]) -> list[SampleEntry]:
-    indexes = ShardIndexCache(shard_set, most_bytes=_INDEX_BYTES)
-    places = [(number, row) for number, shard in enumerate(shard_set.shards) for row in range(shard.num_samples)]
-    place_of = dict(zip(indexes.sample_ids(), places, strict=True))
-    return [indexes.entry(*place_of[key]) for key in keys]
-
-
-def _pictures(sample: FetchedSample, stills: Sequence[int], *, sample_rate_hz: int) -> Pictures:
-    mel = sample.mel.astype(np.float32)
-    return Pictures(
-        stills=[f"data:image/jpeg;base64,{base64.b64encode(sample.frames[still]).decode()}" for still in stills],
-        still_seconds=[float(sample.entry.frame_ticks[still]) / TICKS_PER_SECOND for still in stills],
-        spectrogram=spectrogram_png(mel, len(mel)),
-        seconds=seconds_ticks(0.0, len(mel) * MEL_ROW_SECONDS),
-        hertz=hertz_ticks(sample_rate_hz),
     )

@@ -7,8 +7,11 @@ from hypothesis import strategies as st
 
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
+from pipelines.augment.config import AugmentConfig
+from pipelines.augment.erasing import ErasingConfig
+from pipelines.augment.spectrogram import UNCHANGED, SpectrogramConfig
 from pipelines.crops import CropBox, RandomCrop, SquareCrop
-from pipelines.draws import AugmentConfig, ClipFacts, EvaluationDraws, EvaluationViews, TrainDraws, ViewDraw
+from pipelines.draws import ClipFacts, EvaluationDraws, EvaluationViews, TrainDraws, ViewDraw
 from pipelines.keyed_random import permutation, raw_words, uniforms
 from pipelines.sampling import SamplingConfig
 from support.refusals import forced
@@ -57,6 +60,59 @@ def test_the_draws_of_a_sample_are_pinned() -> None:
     assert view.frame_indices[:3] == (162, 166, 170)
     assert view.crop.box(height=256, width=340) == CropBox(top=42, left=36, height=194, width=203)
     assert (view.flip, view.mel_start_row) == (True, 258)
+
+
+def test_the_draws_of_the_augmentation_are_pinned() -> None:
+    """If they change, `record.ORDER_VERSION` must rise."""
+    view = train_view("clip-2", augment=EVERYTHING)
+    assert view.augment is not None
+    assert [(one.name, round(one.argument, 6)) for one in view.augment.operations] == PINNED_OPERATIONS
+    assert [(one.box, one.colour) for one in view.erased] == PINNED_ERASED
+    assert (view.spectrogram.roll, view.spectrogram.masked_rows, view.spectrogram.masked_bins) == PINNED_SPECTROGRAM
+
+
+EVERYTHING = AugmentConfig(
+    rand_augment="rand-m7-n4-mstd0.5-inc1",
+    erasing=ErasingConfig(probability=1.0),
+    spectrogram=SpectrogramConfig(time_masks=2, frequency_masks=2, roll_rows=10, noise_std=0.1),
+)
+PINNED_OPERATIONS = [("SolarizeIncreasing", 93.0), ("SolarizeAdd", 80.0)]
+PINNED_ERASED = [(CropBox(top=21, left=49, height=98, width=153), (124, 116, 104))]
+PINNED_SPECTROGRAM = (2, ((143, 147), (260, 283)), ((38, 46), (109, 123)))
+
+
+@given(key=st.text("abcdefghij-", min_size=1, max_size=9), epoch=st.integers(0, 99), repeat=st.integers(0, 3))
+def test_a_view_with_everything_on_is_pure_in_seed_epoch_key_and_reading(key: str, epoch: int, repeat: int) -> None:
+    draws = TrainDraws(clip=SPEC, sampling=SamplingConfig(), augment=EVERYTHING, seed=1, epoch=epoch)
+    again = TrainDraws(clip=SPEC, sampling=SamplingConfig(), augment=EVERYTHING, seed=1, epoch=epoch)
+    (view,) = draws.views(facts(key), repeat=repeat)
+    assert again.views(facts(key), repeat=repeat) == (view,)
+    for (other,) in (draws.views(facts(key), repeat=repeat + 1), draws.views(facts(key + "x"), repeat=repeat)):
+        assert other.crop != view.crop
+        assert other.spectrogram.noise != view.spectrogram.noise
+
+
+def test_the_first_reading_draws_what_a_sample_that_is_read_once_does() -> None:
+    draws = TrainDraws(clip=SPEC, sampling=SamplingConfig(), augment=EVERYTHING, seed=0, epoch=0)
+    assert draws.views(facts(), repeat=0) == (train_view(augment=EVERYTHING),)
+
+
+def test_augmentation_leaves_frames_crop_and_flip_as_they_are() -> None:
+    plain, view = train_view(), train_view(augment=EVERYTHING)
+    assert (view.frame_indices, view.crop, view.flip, view.mel_start_row) == (
+        plain.frame_indices,
+        plain.crop,
+        plain.flip,
+        plain.mel_start_row,
+    )
+    assert (plain.augment, plain.erased, plain.spectrogram) == (None, (), UNCHANGED)
+
+
+def test_evaluation_neither_augments_nor_mixes() -> None:
+    draws = EvaluationDraws(clip=SPEC, sampling=SamplingConfig(), view_plan=EvaluationViews())
+    (view,) = draws.views(facts(), repeat=2)
+    assert (view.augment, view.erased, view.spectrogram) == (None, (), UNCHANGED)
+    assert draws.mixing(0, [True, True]) is None
 
 
 def test_frames_crop_and_flip_are_drawn_apart() -> None:
@@ -162,6 +218,7 @@ def test_uniform_training_draws_a_frame_of_each_segment() -> None:
         ({"crop_area": (0.5, 1.5)}, "augment.crop_area: expected at most 1"),
         ({"crop_aspect_ratio": (2.0, 1.0)}, "augment.crop_aspect_ratio: expected 0 < low <= high"),
         ({"flip_probability": 1.5}, "augment.flip_probability: expected 0..1, found 1.5"),
+        ({"rand_augment": "randaug"}, "augment.rand_augment: expected timm's notation"),
     ],
 )
 def test_a_wrong_augmentation_is_refused(values: dict[str, object], message: str) -> None:

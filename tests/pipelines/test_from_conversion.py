@@ -1,6 +1,8 @@
 """Real conversion in front of the loaders: the frames that arrive are those that were filmed, at their own times."""
 
+import logging
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +11,8 @@ import torch
 from ca2st.batch import ClipBatch
 from ca2st.spec import ClipSpec
 from pipelines.backends import BackendName
-from pipelines.draws import EvaluationViews
-from pipelines.loader import EvaluationLoader, LoaderConfig
+from pipelines.draws import AugmentConfig, EvaluationViews
+from pipelines.loader import EvaluationLoader, LoaderConfig, TrainLoader
 from pipelines.sampling import SamplingConfig
 from sharding.conversion import ConversionConfig
 from sharding.convert import convert
@@ -89,3 +91,60 @@ def test_sound_arrives_where_there_is_some_and_zeros_where_there_is_none(
 def test_both_backends_decode_the_converters_jpegs_to_the_same_pixels(converted: ShardSet) -> None:
     ours, oracle = (read(converted, backend)["steady"][0] for backend in ("dali", "reference"))
     assert torch.equal(ours.video, oracle.video)
+
+
+def test_segments_of_one_video_are_samples_of_their_own_and_views_stay_inside_them(tmp_path: Path) -> None:
+    film = make_clip(tmp_path / "film.mp4", seconds=4.0, fps=Fraction(25), size=(64, 64))
+    samples = tuple(
+        SourceSample(
+            sample_id=f"film/{i}", path=film, start_seconds=a, end_seconds=b, labels=(i,), where=f"list.csv:{i}"
+        )
+        for i, (a, b) in enumerate([(0.4, 1.2), (1.0, 3.6)])
+    )
+    space = LabelSpace(name="label", classes=("steady", "uneven"))
+    source = SourceList(dataset="t", split="train", label_spaces=(space,), targets=("label",), samples=samples)
+    convert(source, tmp_path / "set", ConversionConfig(audio_policy="none", short_side=64, workers=1))
+    for name, first, last in (("steady", 10, 30), ("uneven", 25, 90)):
+        batch, row = read(read_shard_set(tmp_path / "set"), "reference")[name]
+        frames = [read_number(picture) for picture in batch.video[row].permute(1, 2, 3, 0).numpy()]
+        n = last - first
+        assert frames == [first + (2 * k + 1) * n // 16 for k in range(8)]
+        times = batch.intervals_seconds[row, 1:].flatten().numpy()
+        assert np.allclose(times, [(frame - first) / 25 for frame in frames], atol=2e-3)
+
+
+def test_clips_at_fifty_frames_a_second_are_told_and_read_with_a_wider_stride(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    film = make_clip(tmp_path / "film.mp4", seconds=2.0, fps=Fraction(50), size=(64, 64))
+    sample = SourceSample(
+        sample_id="film", path=film, start_seconds=None, end_seconds=None, labels=(0,), where="list.csv:1"
+    )
+    space = LabelSpace(name="label", classes=("steady",))
+    source = SourceList(dataset="t", split="train", label_spaces=(space,), targets=("label",), samples=(sample,))
+    convert(source, tmp_path / "set", ConversionConfig(audio_policy="none", short_side=64, workers=1))
+    shard_set = read_shard_set(tmp_path / "set")
+    for scheme in ("dense", "uniform"):
+        config = SamplingConfig(scheme=scheme)
+        with (
+            caplog.at_level(logging.INFO, "pipelines.loader"),
+            TrainLoader(
+                shard_set,
+                CLIP,
+                ("label",),
+                config,
+                AugmentConfig(crop_area=(1.0, 1.0), crop_aspect_ratio=(1.0, 1.0), flip_probability=0.0),
+                LoaderConfig(backend="reference"),
+                seed=0,
+                global_batch_size=1,
+            ) as loader,
+        ):
+            (batch,) = loader.batches(0)
+        lines = [record.getMessage() for record in caplog.records if "frames a second" in record.getMessage()]
+        caplog.clear()
+        assert len(lines) == (scheme == "dense")
+        if scheme == "dense":
+            assert "1 of the first 1 clips run at 50 frames a second" in lines[0]
+            assert "strides of 7 frames in place of 4" in lines[0]
+            frames = [read_number(picture) for picture in batch.video[0].permute(1, 2, 3, 0).numpy()]
+            assert frames[-1] - frames[0] == 8 * 7 - 1

@@ -7,6 +7,12 @@ from collections.abc import Generator
 import pytest
 
 from pipelines.prefetch import prefetched
+from pipelines.stall_watch import StallWatch
+from pipelines.stats import StatsRecorder
+
+
+def watch(seconds: float = 60.0) -> StallWatch:
+    return StallWatch(StatsRecorder(), timeout_seconds=seconds)
 
 
 def wait_for(condition: object, seconds: float = 5.0) -> None:
@@ -19,7 +25,7 @@ def wait_for(condition: object, seconds: float = 5.0) -> None:
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_items_come_in_order_and_the_thread_ends(depth: int) -> None:
     before = threading.active_count()
-    assert list(prefetched(lambda: (i for i in range(20)), depth)) == list(range(20))
+    assert list(prefetched(lambda: (i for i in range(20)), depth, watch=watch())) == list(range(20))
     assert threading.active_count() == before
 
 
@@ -31,7 +37,7 @@ def test_no_more_than_depth_items_are_made_ahead() -> None:
             made.append(i)
             yield i
 
-    items = prefetched(source, 3)
+    items = prefetched(source, 3, watch=watch())
     assert next(items) == 0
     wait_for(lambda: len(made) >= 3)
     time.sleep(0.05)
@@ -49,7 +55,7 @@ def test_an_error_surfaces_as_it_was_after_the_items_before_it(depth: int) -> No
         yield 1
         raise error
 
-    items = prefetched(source, depth)
+    items = prefetched(source, depth, watch=watch())
     assert next(items) == 1
     with pytest.raises(KeyError, match="clip-7") as found:
         next(items)
@@ -68,7 +74,7 @@ def test_closing_early_closes_the_source_and_ends_the_thread(depth: int) -> None
             closed.set()
 
     before = threading.active_count()
-    items = prefetched(source, depth)
+    items = prefetched(source, depth, watch=watch())
     next(items)
     items.close()
     assert closed.is_set()
@@ -79,7 +85,7 @@ def test_an_interrupt_in_the_consumer_ends_the_thread() -> None:
     before = threading.active_count()
 
     def consume() -> None:
-        for _ in prefetched(lambda: (i for i in range(100)), 2):
+        for _ in prefetched(lambda: (i for i in range(100)), 2, watch=watch()):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -89,6 +95,6 @@ def test_an_interrupt_in_the_consumer_ends_the_thread() -> None:
 
 def test_nothing_starts_before_the_first_item_is_asked_for() -> None:
     before = threading.active_count()
-    items = prefetched(lambda: (i for i in range(3)), 2)
+    items = prefetched(lambda: (i for i in range(3)), 2, watch=watch())
     assert threading.active_count() == before
     items.close()

@@ -25,7 +25,7 @@ RECORD = PlanRecord(**VALUES)
         ({"num_lanes": 3}, "num_lanes: expected a divisor of global_batch_size 8, found 3"),
         ({"global_batch_size": 0}, "expected global_batch_size >= 1"),
         ({"shuffle_block": -1}, "shuffle_block >= 0"),
-        ({"remainder": "keep"}, "remainder: expected one of drop, pad, found 'keep'"),
+        ({"remainder": "keep"}, "remainder: expected one of drop, wrap, pad, found 'keep'"),
     ],
 )
 def test_an_impossible_record_is_refused(values: dict[str, Any], message: str) -> None:

@@ -1,5 +1,7 @@
 """The index arithmetic against the published formulas in floating point, at many lengths."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -131,6 +133,94 @@ def test_the_frame_rate_comes_from_stored_times() -> None:
     assert rate([0, 1500, 3000]) == pytest.approx(60)
     assert rate([100, 3103, 6106]) == pytest.approx(29.97, abs=1e-3)
     assert rate([0]) == rate([5, 5]) == 30
+
+
+@pytest.mark.parametrize("rate", [10.0, 12.5, 15.0, 24.0, 25.0, 29.97, 30.0, 48.0, 50.0, 59.94, 60.0, 90.0, 120.0])
+def test_a_dense_window_spans_about_the_same_time_at_every_rate(rate: float) -> None:
+    stride = sampling.scaled_stride(4, rate)
+    n = round(20 * rate)
+    found = sampling.dense_validation(n, num_frames=16, stride=stride)
+    seconds = (found[-1] - found[0]) / rate
+    nominal = 64 / 30
+    # 23.5 to 36 frames a second count as 30; elsewhere the stride is off by at most half a frame.
+    assert seconds == pytest.approx(nominal, rel=0.5 / stride + 0.05 if not 23.5 <= rate <= 36 else 0.3)
+
+
+@pytest.mark.parametrize(("frames", "stride"), [(16, 4), (8, 4), (32, 2), (16, 7), (2, 1)])
+def test_a_dense_window_shows_what_is_on_screen_at_evenly_spaced_moments(frames: int, stride: int) -> None:
+    span = frames * stride
+    for n in range(1, 2 * span + 9):
+        found = sampling.dense_validation(n, num_frames=frames, stride=stride)
+        if n > span:  # moments on the window's time line, its end included; a frame is on screen until the next
+            moments = [(n - span) // 2 + Fraction(i, frames - 1) * span for i in range(frames)]
+            last = (n - span) // 2 + span - 1
+        else:  # so many moments on the clip's, then its last frame
+            moments = [Fraction(i * n, max(n // stride - 1, 1)) for i in range(n // stride)]
+            moments += [Fraction(n)] * (frames - len(moments))
+            last = n - 1
+        shown = [max(frame for frame in range(last + 1) if frame <= moment) for moment in moments]
+        assert list(found) == shown
+
+
+@pytest.mark.parametrize(("frames", "stride"), [(16, 4), (8, 3), (32, 2)])
+def test_dense_test_clips_are_runs_of_the_thinned_clip_whose_ends_are_both_reached(frames: int, stride: int) -> None:
+    for n in range(1, 3 * frames * stride):
+        thinned = [frame for frame in range(n) if frame % stride == 0]
+        while len(thinned) < frames:
+            thinned.append(thinned[-1])
+        runs = [tuple(thinned[start : start + frames]) for start in range(len(thinned) - frames + 1)]
+        for clips in (1, 2, 3, 5):
+            found = [
+                sampling.dense_test(n, num_frames=frames, stride=stride, clip=c, num_clips=clips) for c in range(clips)
+            ]
+            places = [Fraction(c, clips - 1) for c in range(clips)] if clips > 1 else [Fraction(1, 2)]
+            assert found == [runs[int(place * (len(runs) - 1))] for place in places]
+            if clips > 1:
+                assert (found[0], found[-1]) == (runs[0], runs[-1])
+
+
+@pytest.mark.parametrize("frames", [2, 8, 16, 32])
+def test_uniform_frames_lie_where_cutting_the_clip_into_segments_puts_them(frames: int) -> None:
+    for n in range(1, 3 * frames + 2):
+        starts = sampling.uniform_train(n, num_frames=frames, uniforms=[0.0] * frames, short_clip="spread")
+        ends = sampling.uniform_train(n, num_frames=frames, uniforms=[0.999] * frames, short_clip="spread")
+        if n >= frames:  # whole segments of n // frames; what is left over at the end is not drawn from
+            segments = [list(range(n))[i * (n // frames) : (i + 1) * (n // frames)] for i in range(frames)]
+            assert list(starts) == [segment[0] for segment in segments]
+            assert list(ends) == [segment[-1] for segment in segments]
+        else:
+            counts = [starts.count(frame) for frame in range(n)]
+            assert starts == ends
+            assert max(counts) - min(counts) <= 1
+        for clips in (1, 2, 3, 5):
+            for clip in range(clips):
+                moments = [
+                    Fraction(n, frames) * (i + (Fraction(clip, clips) if clips > 1 else Fraction(1, 2)))
+                    for i in range(frames)
+                ]
+                shown = [moment.numerator // moment.denominator for moment in moments]
+                assert list(sampling.uniform_test(n, num_frames=frames, clip=clip, num_clips=clips)) == shown
+        assert sampling.uniform_validation(n, num_frames=frames) == sampling.uniform_test(
+            n, num_frames=frames, clip=0, num_clips=1
+        )
+
+
+@pytest.mark.parametrize(("clips", "crops"), [(1, 1), (2, 3), (5, 3), (3, 2)])
+def test_spectrograms_of_test_views_are_cut_at_the_exact_published_row(clips: int, crops: int) -> None:
+    views = clips * crops
+    for room in range(0, 1300, 7):
+        found = [
+            sampling.mel_start(
+                400 + room,
+                rows_read=400,
+                fraction=sampling.mel_test_fraction(clip=c, crop=k, num_clips=clips, num_crops=crops),
+            )
+            for c in range(clips)
+            for k in range(crops)
+        ]
+        assert found == [(view + 3) * room // (views + 6) for view in range(views)]
+        assert found == sorted(found)
+        assert sampling.mel_start(400 + room, rows_read=400, fraction=0.5) == room // 2
 
 
 @given(rows=st.integers(0, 3000), fraction=fractions)

@@ -14,6 +14,7 @@ from ray_jobs.config import (
     stored_recipe,
 )
 from ray_jobs.errors import RecipeError
+from ray_jobs.wiring import check_settings
 
 RECIPE = """\
 name = "mine"
@@ -138,6 +139,22 @@ def test_only_what_changes_the_numbers_belongs_to_the_identity(tmp_path: Path) -
     assert identity_settings(load_recipe(path, ["trainable=adapters"])) != plain
 
 
+def test_where_shards_are_kept_and_what_damage_does_may_change_when_a_run_resumes(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path)
+    settings = ["cache_dir=/fast", "cache_bytes=1000", "retry.attempts=2", "on_error=quarantine"]
+    settings += ["quarantine_budget=5", "quarantine_percent=1.5"]
+    moved = load_recipe(path, ["data.train=s3://bucket/train", *(f"data.loader.{one}" for one in settings)])
+    assert moved.data.loader.storage.cache_bytes == 1000
+    assert identity_settings(moved) == identity_settings(load_recipe(path))
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.validation"])
+def test_a_url_with_a_secret_is_refused_in_a_recipe_without_showing_it(tmp_path: Path, key: str) -> None:
+    with pytest.raises(RecipeError, match=r"expected https://host/set alone, found a user, password") as found:
+        load_recipe(recipe_file(tmp_path), [f"{key}='https://me:hush@host/set'"])
+    assert "hush" not in str(found.value)
+
+
 def test_what_saves_memory_or_time_may_change_when_a_run_resumes(tmp_path: Path) -> None:
     path = recipe_file(tmp_path)
     savings = ["training.activation_checkpointing=true", "training.compile=true", "experts.precision=fp32"]
@@ -228,3 +245,53 @@ def test_exact_layers_are_written_as_a_list(tmp_path: Path) -> None:
     recipe = load_recipe(recipe_file(tmp_path, text))
     assert recipe.model.spatial_temporal.layers == (1,)
     assert recipe_from_document(recipe_document(recipe)) == recipe
+
+
+AUGMENTED = (
+    RECIPE
+    + """
+[data.augment]
+rand_augment = "rand-m7-n4-mstd0.5-inc1"
+
+[data.augment.erasing]
+mode = "pixel"
+
+[data.augment.spectrogram]
+time_masks = 2
+
+[data.augment.mixing]
+probability = 0.9
+spectrogram = "mixup"
+"""
+)
+
+
+def test_the_whole_augmentation_is_set_in_a_recipe_and_counts_as_its_identity(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path, AUGMENTED), ["training.per_device_batch_size=4"])
+    assert recipe.data.augment.mixing.probability == 0.9
+    assert recipe_from_document(recipe_document(recipe)) == recipe
+    settings = identity_settings(recipe)
+    assert settings["data.augment.rand_augment"] == "rand-m7-n4-mstd0.5-inc1"
+    assert settings["data.augment.spectrogram.time_masks"] == 2
+    check_settings(recipe)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.per_device_batch_size=3", r"training\.per_device_batch_size: expected an even number .* found 3"),
+        ("training.global_batch_size=9", r"training\.global_batch_size: expected an even number .* found 9"),
+        ("data.augment.rand_augment=rand-m7", r"augment\.rand_augment: expected timm's notation"),
+        ("data.augment.mixing.alpha=0.8", r"data\.augment\.mixing\.alpha: unknown key"),
+        ("data.augment.erasing.mode=noise", r"erasing\.mode: Input should be 'const', 'rand' or 'pixel'"),
+    ],
+)
+def test_a_wrong_augmentation_is_refused_with_its_place(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe_file(tmp_path, AUGMENTED), [override])
+
+
+def test_labels_that_follow_a_spectrogram_that_is_never_heard_are_refused(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path, AUGMENTED), ["data.augment.mixing.spectrogram=cutmix"])
+    with pytest.raises(UserInputError, match=r"data.augment.mixing.spectrogram: expected 'mixup' for cast"):
+        check_settings(recipe)

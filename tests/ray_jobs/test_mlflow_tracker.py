@@ -62,6 +62,25 @@ def status(run_dir: Path) -> str:
     return str(MlflowClient(state.uri).get_run(state.run_id).info.status)
 
 
+def test_stage_times_and_counts_of_the_loader_arrive_under_flat_names(run_dir: Path) -> None:
+    stages = {"data_wait_seconds": 0.25, "forward_seconds": 0.5}
+    counts = {"decode_seconds": 1.5, "bytes_read": 4096}
+    write(run_dir, step(1, 2.5) | {"step_seconds": 0.75, "stages": stages, "loader": counts})
+    sync(run_dir)
+    state = read_state(run_dir)
+    found = MlflowClient(state.uri).get_run(state.run_id).data.metrics
+    assert found == {
+        "train/epoch": 0,
+        "train/loss": 2.5,
+        "train/lr": 0.1,
+        "train/step_seconds": 0.75,
+        "stage/data_wait_seconds": 0.25,
+        "stage/forward_seconds": 0.5,
+        "stage/decode_seconds": 1.5,
+        "data/bytes_read": 4096,
+    }
+
+
 def test_a_run_has_its_params_tags_and_every_step(run_dir: Path) -> None:
     write(run_dir, {"event": "start", "step": 0}, step(1, 2.5), step(2, 2.25))
     write(

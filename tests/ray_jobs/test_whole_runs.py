@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 
 from support.fake_shards import flip_byte
 from support.media import Sound, make_clip
+from support.object_store import SECRET_KEY, s3_server
 from support.tiny_runs import ca2st, journal, make_tiny_run, sequence
 
 pytestmark = pytest.mark.slow
@@ -57,6 +58,31 @@ def two_processes(recipe: Path) -> Path:
     done = ca2st("train", recipe, "--out", run_dir, "--workers", 2, *NO_TRACKING)
     assert done.returncode == 0, done.stderr
     return run_dir
+
+
+def test_a_run_from_an_s3_server_through_a_cache_smaller_than_the_data_gives_the_same_numbers(
+    recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    buckets = recipe.parent  # whose folder "shards" is served as a bucket
+    sizes = [path.stat().st_size for path in (buckets / "shards" / "train").glob("ca2st-*")]
+    cache_bytes = sum(sizes) // 2
+    settings = ["data.validation=s3://shards/validation", f"data.loader.cache_dir={tmp_path / 'cache'}"]
+    settings += [f"data.loader.cache_bytes={cache_bytes}"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    with s3_server(buckets) as environment:
+        done = ca2st(
+            *("train", recipe, "--data", "s3://shards/train", "--out", tmp_path / "run", *options, *NO_TRACKING),
+            environment=environment,
+        )
+    assert done.returncode == 0, done.stderr
+    assert sequence(tmp_path / "run") == sequence(undisturbed)
+    assert journal(tmp_path / "run", "eval")[-1]["metrics"] == journal(undisturbed, "eval")[-1]["metrics"]
+    kept = list((tmp_path / "cache").rglob("ca2st-*"))
+    assert 0 < sum(path.stat().st_size for path in kept) <= cache_bytes
+    loader = [line["loader"] for line in journal(tmp_path / "run", "step")]
+    assert sum(counts["cache_misses"] for counts in loader) > len(sizes), "fetched more than once: the cache is small"
+    shown = done.stdout + done.stderr + "".join(path.read_text() for path in (tmp_path / "run").rglob("*.json*"))
+    assert SECRET_KEY not in shown
 
 
 def test_two_processes_see_the_same_samples_and_nearly_the_same_losses(undisturbed: Path, two_processes: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,13 @@ def make_tiny_run(root: Path) -> Path:
     return path
 
 
-def ca2st(*arguments: object, fault: str = "", cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    """Run the command as a user would; `fault` goes into CA2ST_FAULT."""
+def ca2st(
+    *arguments: object, fault: str = "", cwd: Path | None = None, environment: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run the command as a user would; `fault` goes into CA2ST_FAULT, `environment` beside it."""
     return subprocess.run(
         [sys.executable, "-m", "ray_jobs.cli", *map(str, arguments)],
-        env=os.environ | {"CA2ST_FAULT": fault},
+        env=os.environ | {"CA2ST_FAULT": fault} | dict(environment or {}),
         cwd=cwd,
         capture_output=True,
         text=True,

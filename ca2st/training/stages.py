@@ -1,0 +1,97 @@
+"""Where the time of a step goes: one clock that always stands in exactly one stage, so the stages add up to the step.
+
+::
+
+    mark                                                                          mark
+     |-- data_wait --|-- gather --|-- to_device --|-- forward --|-- backward --|...|
+                          all that belongs to no named stage: other
+
+Times are the host's. On a GPU `forward` and `backward` end when their work is queued; nothing waits for the device
+here that did not wait before, so the device's own time shows in the first stage that needs a number from it:
+``gather``, which reads the losses. On a CPU every stage is what it says.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ca2st.training.protocols import CountsStages
+
+Stage = Literal["data_wait", "to_device", "forward", "backward", "optimizer", "gather", "other"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+"""``data_wait``: this rank's loader. ``forward``: with the loss. ``backward``: with the exchange of gradients between
+ranks. ``optimizer``: gradient norm, clipping, update. ``gather``: reading losses and meeting the other ranks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTimes:
+    """One step, from mark to mark, on one rank."""
+
+    seconds: Mapping[Stage, float]
+    """By stage; every stage is there."""
+
+    @property
+    def step_seconds(self) -> float:
+        """Wall time of the step: the sum of its stages."""
+        return sum(self.seconds.values())
+
+    def named(self) -> dict[str, float]:
+        """Seconds by the names that the journal uses: ``forward_seconds``."""
+        return {f"{stage}_seconds": seconds for stage, seconds in self.seconds.items()}
+
+
+class StageClock:
+    """Charges every moment to one stage; for one thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._stage: Stage = "other"
+        self._since = clock()
+        self._seconds: dict[Stage, float] = dict.fromkeys(STAGES, 0.0)
+
+    def restart(self) -> None:
+        """Set the mark at which a step begins."""
+        self._seconds = dict.fromkeys(STAGES, 0.0)
+        self._since = self._clock()
+
+    @contextmanager
+    def stage(self, name: Stage) -> Iterator[None]:
+        """Charge the block to `name`; the stage around it goes on afterwards."""
+        outer = self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def times(self) -> StepTimes:
+        """What has passed since the mark."""
+        self._switch(self._stage)
+        return StepTimes(seconds=dict(self._seconds))
+
+    def _switch(self, name: Stage) -> Stage:
+        now = self._clock()
+        self._seconds[self._stage] += now - self._since
+        outer, self._stage, self._since = self._stage, name, now
+        return outer
+
+
+class SourceCounts:
+    """What a loader's own threads did between two steps, where the loader says so."""
+
+    def __init__(self, source: object) -> None:
+        self._source = source if isinstance(source, CountsStages) else None
+        self._before = self._totals()
+
+    def since_last(self) -> dict[str, int | float]:
+        """Totals now minus totals at the last call; empty where the source does not count.
+
+        Work is counted where it ended: the threads run ahead, so a step's line may hold the decoding of a later batch.
+        """
+        now = self._totals()
+        before, self._before = self._before, now
+        return {name: total - before.get(name, 0) for name, total in now.items()}
+
+    def _totals(self) -> dict[str, int | float]:
+        return {} if self._source is None else dict(self._source.stats.totals())

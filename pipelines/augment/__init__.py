@@ -1,0 +1,1 @@
+"""Augmentation of clips: drawn ahead as data, applied by every backend by the same formulas."""

@@ -1,0 +1,135 @@
+"""Random erasing: boxes of a view painted over, the same boxes in every frame.
+
+Source: Zhong et al., "Random Erasing Data Augmentation" (2017), as in timm's ``RandomErasing``. The published runs of
+CAST, CAVA and CA2ST do not erase.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ca2st.errors import UserInputError
+from ca2st.spec import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.augment.geometry import FILL
+from pipelines.choices import require_one_of
+from pipelines.crops import CropBox
+from pipelines.keyed_random import Key, raw_words
+
+ErasingMode = Literal["const", "rand", "pixel"]
+_ATTEMPTS = 10
+_NUMBERS_PER_BOX = 2 * _ATTEMPTS + 5
+_HEAD = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ErasingConfig:
+    """Random erasing with timm's rules. VideoMAE's recipe, for comparison: probability 0.25, mode ``pixel``."""
+
+    probability: float = 0.0
+    """Chance that a clip is erased at all; 0, as published: never."""
+    area: tuple[float, float] = (0.02, 1 / 3)
+    """Smallest and largest part of the picture, for all boxes together."""
+    aspect_ratio: tuple[float, float] = (0.3, 10 / 3)
+    """Smallest and largest height / width, drawn evenly on a logarithmic scale."""
+    most_boxes: int = 1
+    """Boxes a clip: evenly drawn from 1 to this many."""
+    mode: ErasingMode = "const"
+    """What the box becomes: ``const`` the mean colour, which normalising makes zero; ``rand`` one colour drawn from the
+    normal distribution of normalised pixels; ``pixel`` one such colour a pixel and frame."""
+
+    def __post_init__(self) -> None:
+        require_one_of("augment.erasing.mode", self.mode, get_args(ErasingMode))
+        if not 0 <= self.probability <= 1:
+            raise UserInputError(f"augment.erasing.probability: expected 0..1, found {self.probability}")
+        for name in ("area", "aspect_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise UserInputError(f"augment.erasing.{name}: expected 0 < low <= high, found ({low}, {high})")
+        if self.area[1] > 1 or self.most_boxes < 1:
+            raise UserInputError(
+                f"augment.erasing: expected an area of at most 1 and at least one box, found {self.area[1]} and "
+                f"{self.most_boxes}"
+            )
+
+    @property
+    def num_numbers(self) -> int:
+        """Uniform numbers that `drawn` reads."""
+        return _HEAD + self.most_boxes * _NUMBERS_PER_BOX
+
+    def drawn(self, numbers: Sequence[float], *, size: int, key: Key) -> "tuple[ErasedBox, ...]":
+        """The boxes that `numbers` stand for in a `size` x `size` picture; `key` names the noise inside them."""
+        whether, how_many, *rest = numbers
+        if whether >= self.probability:
+            return ()
+        count = 1 + int(how_many * self.most_boxes)
+        starts = range(0, count * _NUMBERS_PER_BOX, _NUMBERS_PER_BOX)
+        boxes = [self._box(rest[start : start + _NUMBERS_PER_BOX], size, part=1 / count) for start in starts]
+        colours = [rest[start + _NUMBERS_PER_BOX - 3 : start + _NUMBERS_PER_BOX] for start in starts]
+        return tuple(
+            ErasedBox(box=box, colour=self._colour(colour), noise=(*key, index))
+            for index, (box, colour) in enumerate(zip(boxes, colours, strict=True))
+            if box is not None
+        )
+
+    def _box(self, numbers: Sequence[float], size: int, *, part: float) -> CropBox | None:
+        """The first of some candidates that is smaller than the picture, as timm has it; None: none is."""
+        (low, high), (flat, tall) = self.area, map(math.log, self.aspect_ratio)
+        for u, v in zip(numbers[:_ATTEMPTS], numbers[_ATTEMPTS : 2 * _ATTEMPTS], strict=True):
+            area, ratio = (low + u * (high - low)) * part * size * size, math.exp(flat + v * (tall - flat))
+            height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < height < size and 0 < width < size:
+                top = int(numbers[2 * _ATTEMPTS] * (size - height + 1))
+                left = int(numbers[2 * _ATTEMPTS + 1] * (size - width + 1))
+                return CropBox(top=top, left=left, height=height, width=width)
+        return None
+
+    def _colour(self, numbers: Sequence[float]) -> tuple[int, int, int] | None:
+        if self.mode == "const":
+            return FILL
+        if self.mode == "pixel":
+            return None
+        red, green, blue = (row[int(256 * u)] for row, u in zip(_NOISE_LEVELS, numbers, strict=True))
+        return int(red), int(green), int(blue)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErasedBox:
+    """A box that is painted over in every frame of a view."""
+
+    box: CropBox
+    colour: tuple[int, int, int] | None
+    """RGB; None: every pixel of every frame its own, from `noise`."""
+    noise: Key
+    """Names the random bytes of the pixels."""
+
+
+def erase_in_place(frames: UInt8[Tensor, "3 time size size"], boxes: Sequence[ErasedBox]) -> None:
+    """Paint the boxes over; on any device."""
+    for erased in boxes:
+        box = erased.box
+        inside = frames[..., box.top : box.top + box.height, box.left : box.left + box.width]
+        if erased.colour is not None:
+            inside.copy_(torch.tensor(erased.colour, dtype=torch.uint8).view(3, 1, 1, 1))
+            continue
+        noise = raw_words(erased.noise, -(-inside.numel() // 8)).astype("<u8").view(np.uint8)[: inside.numel()]
+        levels = np.take_along_axis(_NOISE_LEVELS, noise.reshape(3, -1), axis=1)
+        inside.copy_(torch.from_numpy(levels).view(inside.shape))
+
+
+def _noise_levels() -> NDArray[np.uint8]:
+    """[3, 256]: normalised pixels that are normally distributed, as bytes of each channel, for an even byte."""
+    quantiles = np.array([NormalDist().inv_cdf((byte + 0.5) / 256) for byte in range(256)])
+    mean, std = np.array(IMAGENET_MEAN)[:, None], np.array(IMAGENET_STD)[:, None]
+    levels: NDArray[np.uint8] = np.floor(255 * (mean + std * quantiles) + 0.5).clip(0, 255).astype(np.uint8)
+    return levels
+
+
+_NOISE_LEVELS = _noise_levels()

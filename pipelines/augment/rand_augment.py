@@ -1,0 +1,138 @@
+"""RandAugment in timm's notation: which operations a clip gets and how strong, from uniform numbers alone.
+
+``rand-m7-n4-mstd0.5-inc1``: n = 4 operations drawn with replacement, each applied with p = 0.5, at a magnitude drawn
+from a normal distribution around m = 7 with standard deviation 0.5, cut to 0..10; inc1 is the set whose effect grows
+with the magnitude.
+
+Source: Cubuk et al., "RandAugment" (2020), as in timm's ``rand_augment_transform``.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from ca2st.errors import UserInputError
+from pipelines.augment.operations import ENHANCEMENTS, ImageAugment, Operation, OperationName
+
+NUMBERS_PER_OPERATION = 4
+"""Uniform numbers that one drawn operation uses: which, whether, how strong, which way."""
+_HIGHEST_LEVEL = 10
+_UNIFORM_ABOVE = 100.0
+_SECTION = re.compile(r"(mstd|inc|m|n|p)(\d+(?:\.\d*)?|\.\d+)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RandAugment:
+    """A parsed notation."""
+
+    magnitude: int
+    """Mean magnitude, 0..10."""
+    num_operations: int
+    """Operations drawn a clip."""
+    probability: float
+    """Chance that a drawn operation is applied."""
+    magnitude_std: float
+    """Standard deviation of the magnitude; 0: always the mean; above 100: evenly spread over 0..mean, as in timm."""
+
+    def drawn(self, numbers: Sequence[float]) -> ImageAugment | None:
+        """The operations that `numbers` in [0, 1) stand for, `NUMBERS_PER_OPERATION` each; None: none is applied."""
+        starts = range(0, self.num_operations * NUMBERS_PER_OPERATION, NUMBERS_PER_OPERATION)
+        drawn = [self._operation(*numbers[start : start + NUMBERS_PER_OPERATION]) for start in starts]
+        applied = tuple(operation for operation in drawn if operation is not None)
+        return ImageAugment(applied) if applied else None
+
+    def _operation(self, which: float, whether: float, strength: float, direction: float) -> Operation | None:
+        if whether >= self.probability:
+            return None
+        name = OPERATION_NAMES[int(which * len(OPERATION_NAMES))]
+        level = self._magnitude(strength) / _HIGHEST_LEVEL
+        return Operation(name, argument_of(name, level=level, negative=direction >= 0.5))
+
+    def _magnitude(self, u: float) -> float:
+        if self.magnitude_std > _UNIFORM_ABOVE:
+            return self.magnitude * u
+        if self.magnitude_std == 0:
+            return float(self.magnitude)
+        drawn = NormalDist(self.magnitude, self.magnitude_std).inv_cdf(max(u, 2.0**-53))
+        return min(max(drawn, 0.0), float(_HIGHEST_LEVEL))
+
+
+def parse_rand_augment(text: str) -> RandAugment:
+    """Read timm's notation; what it leaves out is as in timm: m10, n2, p0.5, mstd0.
+
+    Raises:
+        UserInputError: no such notation, or one of operations that are not built (inc0, sets by name).
+    """
+    first, *sections = text.split("-")
+    found: dict[str, str] = {}
+    for section in sections:
+        match = _SECTION.fullmatch(section)
+        if match is None or match[1] in found:
+            raise _refused(text, f"found section {section!r}")
+        found[match[1]] = match[2]
+    if first != "rand" or found.get("inc") != "1":
+        raise _refused(text, f"found {text!r}")
+    for name in ("m", "n"):
+        if not found.get(name, "0").isdigit():
+            raise _refused(text, f"found {name} = {found[name]}, expected a whole number")
+    parsed = RandAugment(
+        magnitude=int(found.get("m", "10")),
+        num_operations=int(found.get("n", "2")),
+        probability=float(found.get("p", "0.5")),
+        magnitude_std=float(found.get("mstd", "0")),
+    )
+    if parsed.magnitude > _HIGHEST_LEVEL or not 1 <= parsed.num_operations <= 16 or parsed.probability > 1:
+        raise _refused(text, "expected m in 0..10, n in 1..16 and p in 0..1")
+    return parsed
+
+
+def _refused(text: str, why: str) -> UserInputError:
+    return UserInputError(
+        f"augment.rand_augment: expected timm's notation rand-mM-nN-mstdS-inc1 (p optional), each section once, "
+        f"{why} in {text!r}; the published runs use rand-m7-n4-mstd0.5-inc1"
+    )
+
+
+OPERATION_NAMES: tuple[OperationName, ...] = (
+    "AutoContrast",
+    "Equalize",
+    "Invert",
+    "Rotate",
+    "PosterizeIncreasing",
+    "SolarizeIncreasing",
+    "SolarizeAdd",
+    "ColorIncreasing",
+    "ContrastIncreasing",
+    "BrightnessIncreasing",
+    "SharpnessIncreasing",
+    "ShearX",
+    "ShearY",
+    "TranslateXRel",
+    "TranslateYRel",
+)
+"""The increasing set, in timm's order."""
+_TWO_WAYS: dict[str, float] = {
+    "Rotate": 30.0,
+    "ShearX": 0.3,
+    "ShearY": 0.3,
+    "TranslateXRel": 0.45,
+    "TranslateYRel": 0.45,
+}
+"""What level 1 is, to either side: degrees and parts."""
+_ONE_WAY: dict[str, Callable[[float], int]] = {
+    "PosterizeIncreasing": lambda level: 4 - math.floor(4 * level),
+    "SolarizeIncreasing": lambda level: 256 - math.floor(256 * level),
+    "SolarizeAdd": lambda level: math.floor(110 * level),
+}
+
+
+def argument_of(name: OperationName, *, level: float, negative: bool) -> float:
+    """What the operation is given at `level` (magnitude / 10) in 0..1; `negative` turns those that have two ways."""
+    sign = -1 if negative else 1
+    if name in _TWO_WAYS:
+        return sign * _TWO_WAYS[name] * level
+    if name in _ONE_WAY:
+        return float(_ONE_WAY[name](level))
+    return max(0.1, 1.0 + sign * 0.9 * level) if name in ENHANCEMENTS else 0.0

@@ -1,0 +1,128 @@
+"""What happens to a clip's spectrogram: rolled along time, noise added, rows and bins masked, in this order.
+
+Roll comes before normalising, noise and masks after it. A roll by k rows puts row i - k at row i; the k rows that leave
+at one end come in at the other. The spectrogram and the frames share a time base, so the view's interval moves along:
+row i keeps its own time, all but the k rows that went round.
+
+Source: Park et al., "SpecAugment" (2019); noise and roll as in AST's recipes.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from ca2st.errors import UserInputError
+from pipelines.keyed_random import Key, uniforms
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpectrogramConfig:
+    """Augmentation of the spectrogram; nothing by default.
+
+    Published: ``time_masks = 2``, ``time_mask_rows = 70``, ``frequency_masks = 2``, ``frequency_mask_bins = 20``, no
+    roll and no noise.
+    """
+
+    time_masks: int = 0
+    """Stretches of rows that become zero after normalising: the mean of what the audio expert was trained on."""
+    time_mask_rows: int = 70
+    """Longest stretch, in rows of 10 ms; lengths are even over 0 .. this."""
+    frequency_masks: int = 0
+    """Bands of mel bins that become zero."""
+    frequency_mask_bins: int = 20
+    """Widest band, in bins; widths are even over 0 .. this."""
+    roll_rows: int = 0
+    """Farthest circular shift along time, either way, in rows; AST uses 10 for short sounds."""
+    noise_std: float = 0.0
+    """Standard deviation of normal noise, after normalising."""
+    noise_snr_db: float | None = None
+    """Instead of `noise_std`: noise this many decibels below the normalised view's own root mean square."""
+
+    def __post_init__(self) -> None:
+        for name in ("time_masks", "time_mask_rows", "frequency_masks", "frequency_mask_bins", "roll_rows"):
+            if getattr(self, name) < 0:
+                raise UserInputError(f"augment.spectrogram.{name}: expected at least 0, found {getattr(self, name)}")
+        if not (math.isfinite(self.noise_std) and self.noise_std >= 0):
+            raise UserInputError(f"augment.spectrogram.noise_std: expected >= 0, found {self.noise_std}")
+        if self.noise_snr_db is not None and (self.noise_std or not math.isfinite(self.noise_snr_db)):
+            raise UserInputError(
+                f"augment.spectrogram: expected noise_std or a finite noise_snr_db, found {self.noise_std} and "
+                f"{self.noise_snr_db}; remove one of the two"
+            )
+
+    @property
+    def num_numbers(self) -> int:
+        """Uniform numbers that `drawn` reads."""
+        return 1 + 2 * (self.time_masks + self.frequency_masks)
+
+    def drawn(self, numbers: Sequence[float], *, num_rows: int, num_bins: int, key: Key) -> "SpectrogramDraw":
+        """What `numbers` stand for in a view of that size; `key` names the noise."""
+        turn, *masks = numbers
+        stretches = [_stretch(*pair, most=self.time_mask_rows, room=num_rows) for pair in _pairs(masks)]
+        bands = [_stretch(*pair, most=self.frequency_mask_bins, room=num_bins) for pair in _pairs(masks)]
+        has_noise = self.noise_std > 0 or self.noise_snr_db is not None
+        return SpectrogramDraw(
+            roll=int(turn * (2 * self.roll_rows + 1)) - self.roll_rows,
+            masked_rows=tuple(stretches[: self.time_masks]),
+            masked_bins=tuple(bands[self.time_masks :]),
+            noise=key if has_noise else None,
+            noise_std=self.noise_std,
+            noise_snr_db=self.noise_snr_db,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpectrogramDraw:
+    """What is done to one view's spectrogram, fully decided."""
+
+    roll: int = 0
+    """Rows by which it moves towards the end, circularly; negative: towards the beginning."""
+    masked_rows: tuple[tuple[int, int], ...] = ()
+    """(first, end) of the rows that become zero."""
+    masked_bins: tuple[tuple[int, int], ...] = ()
+    """(first, end) of the bins that become zero."""
+    noise: Key | None = None
+    """Names the noise; None: none."""
+    noise_std: float = 0.0
+    noise_snr_db: float | None = None
+
+    def finish(self, view: Float[np.ndarray, "rows bins"]) -> Float[np.ndarray, "rows bins"]:
+        """Noise and masks on a normalised view, which is changed."""
+        if self.noise is not None:
+            view += np.float32(self._deviation(view)) * normal_numbers(self.noise, view.size).reshape(view.shape)
+        for first, end in self.masked_rows:
+            view[first:end] = 0
+        for first, end in self.masked_bins:
+            view[:, first:end] = 0
+        return view
+
+    def _deviation(self, view: NDArray[np.float32]) -> float:
+        if self.noise_snr_db is None:
+            return self.noise_std
+        return math.sqrt(float(np.square(view, dtype=np.float64).mean())) * 10 ** (-self.noise_snr_db / 20)
+
+
+UNCHANGED = SpectrogramDraw()
+"""Nothing is done."""
+
+
+def normal_numbers(key: Key, count: int) -> NDArray[np.float32]:
+    """`count` numbers of the standard normal distribution, by Box and Muller from the stream named by `key`."""
+    pairs = -(-count // 2)
+    numbers = uniforms(key, 2 * pairs)
+    radius, turn = np.sqrt(-2 * np.log1p(-numbers[:pairs])), 2 * math.pi * numbers[pairs:]
+    return np.concatenate([radius * np.cos(turn), radius * np.sin(turn)])[:count].astype(np.float32)
+
+
+def _pairs(numbers: Sequence[float]) -> list[tuple[float, float]]:
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def _stretch(how_long: float, where: float, *, most: int, room: int) -> tuple[int, int]:
+    length = int(how_long * (min(most, room) + 1))
+    first = int(where * (room - length + 1))
+    return first, first + length
