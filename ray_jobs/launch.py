@@ -185,6 +185,7 @@ def _tracking_state(recipe: Recipe, run_dir: Path, data: TrainingData) -> Tracki
     tags |= {f"version.{name}": version for name, version in environment.versions().items()}
     tags |= environment.hardware()
     tags |= {f"data.{role}.fingerprint": fingerprint for role, fingerprint in data.fingerprints.items()}
+    tags |= {f"data.{role}.dataset": name for role, name in data.datasets.items()}
     return TrackingState(
         uri=recipe.tracking.uri or environment.default_tracking_uri(run_dir.parent),
         experiment=recipe.tracking.experiment,

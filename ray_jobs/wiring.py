@@ -47,6 +47,12 @@ class TrainingData:
         return {role: shard_set.manifest.fingerprint for role, shard_set in sets.items() if shard_set is not None}
 
     @property
+    def datasets(self) -> dict[str, str]:
+        """Name of the dataset, by role; those of a mixture joined."""
+        names = {"train": " + ".join(dict.fromkeys(one.manifest.dataset for one in self.train_sets))}
+        return names if self.validation is None else names | {"validation": self.validation.manifest.dataset}
+
+    @property
     def classes(self) -> dict[str, list[str]]:
         """Class names of each target."""
         return {name: list(self.train.manifest.label_space(name).classes) for name in self.targets}

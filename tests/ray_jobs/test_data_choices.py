@@ -72,6 +72,7 @@ def test_a_mixture_of_a_recipe_becomes_the_loaders_order(root: Path, tmp_path: P
     data = preflight(recipe)
     assert [one.root.name for one in data.train_sets] == ["one", "two"]
     assert data.fingerprints.keys() == {"train", "train_2"}
+    assert data.datasets == {"train": "fake"}
     plan = sample_plan(recipe, data)
     assert (plan.num_samples, plan.num_steps) == (12, 6)
     with train_loader(recipe, data, rank=0, world_size=1) as loader:
