@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import nvidia.dali.fn
 import nvidia.dali.pipeline
 import nvidia.dali.types
-import numpy as np
 import torch
 from jaxtyping import UInt8
 from numpy.typing import NDArray

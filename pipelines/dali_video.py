@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.utils.dlpack
 from einops import rearrange
 from jaxtyping import UInt8
 from torch import Tensor
@@ -70,10 +71,12 @@ class VideoGraph:
         }
 
     def views(
-        self, outputs: Sequence[Any], requests: Sequence[RenderRequest]
+        self,
+        outputs: Sequence[Any],
+        requests: Sequence[RenderRequest],  # noqa: ARG002 - the graph flips
     ) -> UInt8[Tensor, "views 3 time height width"]:
         """One copy, in the order of the batch, on the device that the outputs are on."""
-        return in_batch_order([torch.from_dlpack(output.as_tensor()) for output in outputs])
+        return in_batch_order([as_torch(output) for output in outputs])
 
 
 def flip_source() -> Any:
@@ -81,11 +84,18 @@ def flip_source() -> Any:
     return fn.external_source(name="flips", dtype=dali_types.INT32, ndim=0)
 
 
+def as_torch(output: Any) -> UInt8[Tensor, "samples *shape"]:
+    """An output of DALI's as a tensor on its device, in order with the current stream there: the same memory."""
+    tensor: Tensor = torch.utils.dlpack.from_dlpack(output.as_tensor())
+    return tensor
+
+
 def in_batch_order(
     views: Sequence[UInt8[Tensor, "clip time height width 3"]],
 ) -> UInt8[Tensor, "views 3 time height width"]:
     """Clip by clip, a clip's views in order, as contiguous memory of torch's."""
-    return rearrange(torch.stack([*views], dim=1), "clip view t h w c -> (clip view) c t h w").contiguous()
+    of_clip = views[0].unsqueeze(1) if len(views) == 1 else torch.stack([*views], dim=1)
+    return rearrange(of_clip, "clip view t h w c -> (clip view) c t h w").contiguous()
 
 
 def _member(request: RenderRequest) -> VideoMember:

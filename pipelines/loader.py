@@ -20,7 +20,9 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar, get_args
+from typing import Literal, TypeVar, get_args
+
+import torch
 
 from ca2st.batch import ClipBatch
 from ca2st.errors import CA2STError, UserInputError
@@ -48,6 +50,7 @@ from sharding.retry import RetryConfig
 from sharding.storage import StorageConfig
 
 L = TypeVar("L", bound="_Loader")
+DecodeOn = Literal["auto", "cpu"]
 _log = logging.getLogger(__name__)
 
 
@@ -68,6 +71,9 @@ class LoaderConfig:
     """Finished batches kept ready; 0 makes each one when it is asked for, without a thread."""
     backend: BackendName = "auto"
     """``dali``, ``reference`` (slow, the oracle), or ``auto``: dali where it is installed."""
+    decode_on: DecodeOn = "auto"
+    """``auto``: dali runs on the rank's GPU where that decodes the codec of the shards, and on the CPU elsewhere;
+    ``cpu``: always on the CPU, which leaves the GPU's memory and video engines alone."""
     verify: Verify = "size"
     """``size``: file sizes at the start. ``sha256``: also every shard's hash at its first use. Frames and
     spectrograms are compared with their own checksums in any case."""
@@ -100,6 +106,7 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         require_one_of("loader.backend", self.backend, get_args(BackendName))
+        require_one_of("loader.decode_on", self.decode_on, get_args(DecodeOn))
         require_one_of("loader.on_error", self.on_error, get_args(OnError))
         require_one_of("loader.verify", self.verify, get_args(Verify))
         least = {"num_lanes": 1, "shuffle_block": 1, "fetch_threads": 1, "decode_threads": 1, "prefetch_steps": 0}
@@ -128,6 +135,7 @@ class _Loader:
         views_per_clip: int,
         rank: int,
         world_size: int,
+        device: torch.device | None,
         quarantine: Quarantine | None = None,
     ) -> None:
         plan.require_enough(world_size=world_size)
@@ -165,6 +173,8 @@ class _Loader:
                 views_per_clip=views_per_clip,
                 threads=loader.decode_threads or usable_cores(),
                 stats=self._stats,
+                device=device if loader.decode_on == "auto" else None,
+                short_sides=_short_sides(shard_sets),
             ),
             views_per_clip=views_per_clip,
             fetch_threads=loader.fetch_threads,
@@ -205,9 +215,7 @@ class _Loader:
     def _steps(self, epoch: int, draws: Draws, first_step: int) -> Iterator[ClipBatch]:
         if self._closed:
             raise LoaderClosedError("the loader is closed; make a new one for more batches")
-        source = prefetched(
-            lambda: self._batches(epoch, draws, first_step), self._prefetch_steps, watch=self._watch
-        )
+        source = prefetched(lambda: self._batches(epoch, draws, first_step), self._prefetch_steps, watch=self._watch)
         iterator = self._counted(source)
         self._iterators.add(iterator)
         return iterator
@@ -271,12 +279,13 @@ class TrainLoader(_Loader):
         quarantine_folder: Path | None = None,
         rank: int = 0,
         world_size: int = 1,
+        device: torch.device | None = None,
     ) -> None:
         """Check the sets and make the backend; no thread of ours starts before the first batch is asked for.
 
         `order`: weights of several sets, selected samples, class balance, repeats; None: every sample once an epoch.
         `quarantine_folder`: where all ranks and attempts of the run keep what `loader.on_error` leaves out; None: in
-        memory alone.
+        memory alone. `device`: where the batches are wanted; a GPU may decode for itself (`loader.decode_on`).
 
         Raises:
             PlanError: too few samples, or a batch that cannot be spread over the ranks.
@@ -304,6 +313,7 @@ class TrainLoader(_Loader):
             views_per_clip=1,
             rank=rank,
             world_size=world_size,
+            device=device,
             quarantine=_quarantine(loader, quarantine_folder, plan.num_samples),
         )
         lines = [plan.describe(), *self._sets.stride_notes(sets, sampling)]
@@ -352,14 +362,23 @@ class EvaluationLoader(_Loader):
         num_lanes: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        device: torch.device | None = None,
     ) -> None:
-        """`global_batch_size` counts samples, not views; `num_lanes` = 1 gives the set's own order.
+        """`global_batch_size` counts samples, not views; `num_lanes` = 1 gives the set's own order; `device` as there.
 
         Raises as `TrainLoader`.
         """
         plan = evaluation_plan(shard_set, global_batch_size=global_batch_size, num_lanes=num_lanes)
         super().__init__(
-            [shard_set], clip, targets, loader, plan, views_per_clip=views.crops, rank=rank, world_size=world_size
+            [shard_set],
+            clip,
+            targets,
+            loader,
+            plan,
+            views_per_clip=views.crops,
+            rank=rank,
+            world_size=world_size,
+            device=device,
         )
         self._draws = EvaluationDraws(clip=clip, sampling=sampling, view_plan=views)
         self.num_steps = plan.num_steps
@@ -377,10 +396,16 @@ class EvaluationLoader(_Loader):
 def _quarantine(loader: LoaderConfig, folder: Path | None, num_samples: int) -> Quarantine | None:
     if loader.on_error == "fail":
         return None
-    most = quarantine_limit(
-        budget=loader.quarantine_budget, percent=loader.quarantine_percent, num_samples=num_samples
-    )
+    most = quarantine_limit(budget=loader.quarantine_budget, percent=loader.quarantine_percent, num_samples=num_samples)
     return Quarantine(folder, most=most)
+
+
+def _short_sides(shard_sets: Sequence[ShardSet]) -> dict[str, int]:
+    """Pixels of the shorter side of most pictures, by codec: the smallest of the sets."""
+    sides: dict[str, int] = {}
+    for video in (shard_set.manifest.video for shard_set in shard_sets):
+        sides[video.codec] = min(video.short_side, sides.get(video.codec, video.short_side))
+    return sides
 
 
 def usable_cores() -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from time import perf_counter
 
 from ray_jobs.comparison import Contest, run_contest
-from ray_jobs.config import Recipe, load_recipe
+from ray_jobs.config import Recipe
 from ray_jobs.console import say
 from ray_jobs.conversion import convert_shown
 from ray_jobs.demo_page.page import PAGE_NAME, write_demo_page
@@ -17,6 +17,7 @@ from ray_jobs.mlflow_tracker import read_state
 from ray_jobs.prediction import predict_videos
 from ray_jobs.pretraining import Lesson, pretrain
 from ray_jobs.real_clips import real_clips_folder, write_annotations
+from ray_jobs.recipe_file import load_recipe
 from ray_jobs.synthetic_data import make_split
 from sharding.conversion import ConversionConfig
 from sharding.datasets import DatasetRequest, read_dataset

@@ -66,7 +66,9 @@ def score(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) ->
     """Probabilities of every sample of a set, the mean over its views; raises as `place_model`."""
     accelerator = place_model(trained)
     targets = tuple(trained.classes)
-    with evaluation_loader(trained.recipe, shard_set, targets, views=views, rank=0, world_size=1) as loader:
+    with evaluation_loader(
+        trained.recipe, shard_set, targets, views=views, rank=0, world_size=1, device=accelerator.device
+    ) as loader:
         return evaluate(
             accelerator.prepare_model(trained.model, evaluation_mode=True),
             loader,

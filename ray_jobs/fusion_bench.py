@@ -10,10 +10,10 @@ from typing import Any
 
 from ca2st.errors import UserInputError, did_you_mean
 from ray_jobs.comparison import ComparedModel, ComparisonRow, Contest, run_contest
-from ray_jobs.config import load_recipe
 from ray_jobs.environment import num_cores, versions
 from ray_jobs.fusion_tasks import FUSION_TASKS, FusionTask
 from ray_jobs.pretraining import PretrainedExpert, pretrain
+from ray_jobs.recipe_file import load_recipe
 from ray_jobs.synthetic_data import make_split
 
 _PLACES = ("run_dir", "checkpoint", "predictions", "run_id")

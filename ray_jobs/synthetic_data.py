@@ -4,9 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ca2st.errors import UserInputError, did_you_mean
-from ray_jobs.config import Recipe, SyntheticData
+from ray_jobs.config import Recipe
 from ray_jobs.console import progress
 from ray_jobs.conversion import convert_shown
+from ray_jobs.data_config import SyntheticData
 from ray_jobs.environment import num_cores
 from sharding.conversion import ConversionConfig
 from sharding.datasets import DatasetRequest, read_dataset

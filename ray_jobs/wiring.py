@@ -193,9 +193,18 @@ def _naming(expert: ExpertName) -> Iterator[None]:
 
 
 def train_loader(
-    recipe: Recipe, data: TrainingData, *, rank: int, world_size: int, run_dir: Path | None = None
+    recipe: Recipe,
+    data: TrainingData,
+    *,
+    rank: int,
+    world_size: int,
+    run_dir: Path | None = None,
+    device: torch.device | None = None,
 ) -> TrainLoader:
-    """The shuffled, augmented, resumable source of a rank; damaged samples are kept in `run_dir` where it is given."""
+    """The shuffled, augmented, resumable source of a rank; damaged samples are kept in `run_dir` where it is given.
+
+    `device`: the rank's own, which decodes for itself where it can.
+    """
     return TrainLoader(
         data.train_sets,
         recipe.clip,
@@ -209,6 +218,7 @@ def train_loader(
         quarantine_folder=None if run_dir is None else run_dir / QUARANTINE_FOLDER,
         rank=rank,
         world_size=world_size,
+        device=device,
     )
 
 
@@ -221,8 +231,9 @@ def evaluation_loader(
     num_lanes: int | None = None,
     rank: int,
     world_size: int,
+    device: torch.device | None = None,
 ) -> EvaluationLoader:
-    """Every sample of `shard_set` once, in `views` each; with one lane in the set's own order."""
+    """Every sample of `shard_set` once, in `views` each; with one lane in the set's own order. `device` as there."""
     return EvaluationLoader(
         shard_set,
         recipe.clip,
@@ -234,18 +245,25 @@ def evaluation_loader(
         num_lanes=num_lanes,
         rank=rank,
         world_size=world_size,
+        device=device,
     )
 
 
 @contextmanager
 def validation_loader(
-    recipe: Recipe, data: TrainingData, *, rank: int, world_size: int
+    recipe: Recipe, data: TrainingData, *, rank: int, world_size: int, device: torch.device | None = None
 ) -> Iterator[EvaluationLoader | None]:
     """The source of validation while training, or None where the recipe names none."""
     if data.validation is None:
         yield None
         return
     with evaluation_loader(
-        recipe, data.validation, data.targets, views=recipe.data.views, rank=rank, world_size=world_size
+        recipe,
+        data.validation,
+        data.targets,
+        views=recipe.data.views,
+        rank=rank,
+        world_size=world_size,
+        device=device,
     ) as loader:
         yield loader

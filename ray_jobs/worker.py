@@ -77,11 +77,14 @@ def run(job: Job, *, faults: FaultPoints, own_signals: bool = True) -> Outcome:
     """
     recipe, run_dir = recipe_from_document(job.recipe), Path(job.run_dir)
     accelerator = make_accelerator(recipe.training, cpu=_use_cpu_threads(recipe))
-    rank, world_size = accelerator.process_index, accelerator.num_processes
+    rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     with ExitStack() as stack:
         data = wiring.open_data(recipe)
-        loader = stack.enter_context(wiring.train_loader(recipe, data, rank=rank, world_size=world_size, run_dir=run_dir))
-        validation = stack.enter_context(wiring.validation_loader(recipe, data, rank=rank, world_size=world_size))
+        source = wiring.train_loader(recipe, data, rank=rank, world_size=world_size, run_dir=run_dir, device=device)
+        loader = stack.enter_context(source)
+        validation = stack.enter_context(
+            wiring.validation_loader(recipe, data, rank=rank, world_size=world_size, device=device)
+        )
         begun = begin_model(recipe, data.classes, run_dir)
         frozen = keep_frozen(begun.model, run_dir)
         held = _make_ready(begun.model, recipe, device=accelerator.device.type)

@@ -41,11 +41,11 @@ def train(
 
     Example: ca2st train smoke, or: ca2st train --data-folder videos
     """
-    from ray_jobs.config import load_recipe
     from ray_jobs.console import print_json
     from ray_jobs.environment import fault_points
     from ray_jobs.launch import launch
     from ray_jobs.mlflow_tracker import read_state
+    from ray_jobs.recipe_file import load_recipe
     from ray_jobs.start import check_model
     from ray_jobs.synthetic_data import synthetic_classes, with_synthetic_shards
     from ray_jobs.wiring import check_settings

@@ -307,7 +307,7 @@ def test_a_target_the_set_does_not_have_is_refused(intact_set: ShardSet, clip: C
 
 def test_a_codec_without_a_reader_is_refused(fresh_set: ShardSet, clip: ClipSpec) -> None:
     other = rewrite_manifest(fresh_set.root, fresh_set.shards, video=VideoParameters(codec="av1"))
-    with pytest.raises(UserInputError, match="expected codec mjpeg or .*, found av1"):
+    with pytest.raises(UserInputError, match=r"expected codec mjpeg or .*, found av1"):
         evaluation_loader(other, clip)
 
 

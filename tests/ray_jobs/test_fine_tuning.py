@@ -17,9 +17,10 @@ from ca2st.training.errors import ResumeRefusedError
 from ca2st.weights.exporter import export_model
 from pipelines.draws import EvaluationViews
 from ray_jobs.cli import main
-from ray_jobs.config import Recipe, load_recipe
+from ray_jobs.config import Recipe
 from ray_jobs.evaluation import EvaluationReport, evaluate_checkpoint
 from ray_jobs.launch import launch
+from ray_jobs.recipe_file import load_recipe
 from ray_jobs.start import begin_model, check_label_spaces, read_start
 from ray_jobs.trained import find_checkpoint, load_trained
 from sharding.manifest import LabelSpace

@@ -11,7 +11,6 @@ from ca2st.errors import UserInputError
 from ray_jobs import fusion_bench
 from ray_jobs.cli import main
 from ray_jobs.comparison import COMPARED, ComparisonRow, Contest, recipe_of
-from ray_jobs.config import load_recipe
 from ray_jobs.demo import LESSONS
 from ray_jobs.fusion_bench import (
     FusionBenchConfig,
@@ -23,6 +22,7 @@ from ray_jobs.fusion_bench import (
 )
 from ray_jobs.fusion_tasks import ABLATIONS, FUSION_TASKS
 from ray_jobs.pretraining import PretrainedExpert
+from ray_jobs.recipe_file import load_recipe
 from ray_jobs.synthetic_data import synthetic_classes
 from ray_jobs.wiring import outline_model
 from sharding.synthetic.ceilings import SENSE_SETS

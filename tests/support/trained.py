@@ -7,7 +7,8 @@ from ca2st.training.checkpoint import Checkpoint, CheckpointMarker
 from ca2st.training.config import OptimConfig, TrainingConfig
 from pipelines.loader import LoaderConfig
 from pipelines.sampling import SamplingConfig
-from ray_jobs.config import DataConfig, Recipe
+from ray_jobs.config import Recipe
+from ray_jobs.data_config import DataConfig
 from ray_jobs.trained import TrainedModel
 from ray_jobs.wiring import target_specs
 from sharding.manifest import AudioParameters, VideoParameters
