@@ -53,6 +53,11 @@ class BalanceConfig:
         require_one_of("balance.rule", self.rule, get_args(BalanceRule))
         if not 0 < self.threshold <= 1:
             raise UserInputError(f"balance.threshold: expected a part of all samples, 0 to 1, found {self.threshold}")
+        if self.target is not None and self.rule == "none":
+            raise UserInputError(
+                f"balance.target: expected a balance.rule beside it, found {self.target!r} and rule 'none', which "
+                "balances nothing; choose a rule or remove it"
+            )
 
 
 def class_quotas(counts: NDArray[np.int64], config: BalanceConfig) -> NDArray[np.int64]:

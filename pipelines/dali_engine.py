@@ -152,21 +152,32 @@ class GraphBackend:
         return pipeline
 
     def _run(self, requests: Sequence[RenderRequest]) -> UInt8[Tensor, "views 3 time height width"]:
-        fed = self._graph.fed(requests)
         try:
-            for name, arrays in fed.items():
-                self._pipeline.feed_input(name, arrays)
-            outputs = self._place.run(self._pipeline)
+            outputs = self._outputs(requests)
         except RuntimeError as error:
-            # One clip fails the whole run and ends the pipeline: the oracle says which one it was.
+            # One clip fails the whole run and ends the pipeline: the oracle says which one it was, or DALI itself.
             self._pipeline = self._build()
             for request in requests:
                 decode_frames(request)
-            names = ", ".join(request.where for request in requests)
+            culprits = [request for request in requests if len(requests) > 1 and not self._runs_alone(request)]
+            names = ", ".join(request.where for request in culprits or requests)
             raise CA2STError(
                 f"backend {self.name}: DALI failed on clips that {self._graph.oracle} decodes ({names}): {error}"
             ) from error
         return self._graph.views(outputs, requests)
+
+    def _outputs(self, requests: Sequence[RenderRequest]) -> Sequence[Any]:
+        for name, arrays in self._graph.fed(requests).items():
+            self._pipeline.feed_input(name, arrays)
+        return self._place.run(self._pipeline)
+
+    def _runs_alone(self, request: RenderRequest) -> bool:
+        try:
+            self._outputs([request])
+        except RuntimeError:
+            self._pipeline = self._build()
+            return False
+        return True
 
 
 def crops_resized(pictures: Any, boxes: Sequence[Any], crop_size: int) -> list[Any]:

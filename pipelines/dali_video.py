@@ -56,7 +56,8 @@ class VideoGraph:
         videos = fn.external_source(name="videos", dtype=dali_types.UINT8, ndim=1)
         frames = fn.external_source(name="frames", dtype=dali_types.INT32, ndim=1)
         flips = flip_source()
-        decoded = fn.decoders.video(videos, frames=frames, device=self._decoder)
+        # A frame that is not there is an error; by default it would be black.
+        decoded = fn.decoders.video(videos, frames=frames, device=self._decoder, pad_mode="none")
         crops = crops_resized(decoded, box_sources(self._views), self._crop_size)
         return [fn.flip(crop, horizontal=flips, vertical=0) for crop in crops]
 

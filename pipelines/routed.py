@@ -26,7 +26,9 @@ class RoutedBackend:
                 own = [requests[place] for place in places]
                 parts = torch.split(backend.render(own), [len(request.boxes) for request in own])
                 views |= dict(zip(places, parts, strict=True))
-        return torch.cat([views[place] for place in range(len(requests))])
+        # Codecs that the device does not decode come from the CPU.
+        device = next((part.device for part in views.values() if part.device.type != "cpu"), torch.device("cpu"))
+        return torch.cat([views[place].to(device) for place in range(len(requests))])
 
     def close(self) -> None:
         """Close every backend."""

@@ -9,11 +9,12 @@ from pipelines.balance import BalanceConfig
 from pipelines.choices import require_one_of
 from pipelines.index_scan import make_sources
 from pipelines.plan import EpochPlan, epoch_length, mixture_quotas, source_passes
+from pipelines.quotas import block_quotas
 from pipelines.record import PlanRecord, SetShare, default_num_lanes
 from pipelines.selection import SelectionConfig
 from pipelines.shard_sets import check_agreement
 from pipelines.source import SampleSource, SourcePasses, plain_source
-from pipelines.steps import count_steps, require_enough_samples
+from pipelines.steps import count_steps, rank_positions, require_enough_samples
 from sharding.manifest import ShardSet
 
 TrainRemainder = Literal["drop", "wrap"]
@@ -42,6 +43,8 @@ class OrderConfig:
             raise UserInputError(f"repeats: expected at least 1, found {self.repeats}")
         if self.epoch_samples is not None and self.epoch_samples < 1:
             raise UserInputError(f"epoch_samples: expected at least 1, found {self.epoch_samples}")
+        if self.weights is not None:
+            block_quotas(self.weights)  # a weight that cannot be used is told before anything starts
 
 
 class SamplePlan:
@@ -70,12 +73,26 @@ class SamplePlan:
         return count_steps(self.num_clips, self.record.global_batch_size, remainder=self.record.remainder)
 
     def require_enough(self, *, world_size: int) -> None:
-        """Refuse, before anything starts, what cannot feed every rank; raises as `require_enough_samples`."""
+        """Refuse, before anything starts, what cannot feed every rank.
+
+        Raises:
+            PlanError: as `require_enough_samples`, or as `rank_positions`.
+        """
         require_enough_samples(
             num_samples=self.num_clips,
             global_batch_size=self.record.global_batch_size,
             world_size=world_size,
             remainder=self.record.remainder,
+        )
+        self.positions(0, world_size)
+
+    def positions(self, rank: int, world_size: int) -> range:
+        """The positions of every global batch that `rank` reads; raises as `rank_positions`."""
+        return rank_positions(
+            rank,
+            world_size,
+            global_batch_size=self.record.global_batch_size,
+            keep_pairs=self.record.remainder != "pad",
         )
 
     def epoch(self, epoch: int) -> EpochPlan:

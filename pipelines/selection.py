@@ -42,8 +42,16 @@ class SelectionConfig:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise UserInputError(f"select.limit: expected at least 1, found {self.limit}")
-        if self.limit_seed < 0:
-            raise UserInputError(f"select.limit_seed: expected 0 or more, found {self.limit_seed}")
+        if not 0 <= self.limit_seed < 1 << 64:
+            raise UserInputError(f"select.limit_seed: expected 0 or more and below 2**64, found {self.limit_seed}")
+        for field_name in ("classes", "participants", "keys"):
+            if "" in getattr(self, field_name):
+                raise UserInputError(f"select.{field_name}: expected names, found an empty one; remove it")
+        if self.target is not None and not self.classes:
+            raise UserInputError(
+                f"select.target: expected select.classes beside it, whose label space it names, found {self.target!r} "
+                "alone; name the classes or remove it"
+            )
         for name in self.participants:
             if not _PARTICIPANT.fullmatch(name):
                 raise UserInputError(

@@ -6,7 +6,7 @@ from ca2st.errors import UserInputError
 from pipelines.augment.config import AugmentConfig
 from pipelines.balance import BalanceConfig
 from pipelines.draws import EvaluationViews
-from pipelines.loader import LoaderConfig
+from pipelines.loader_config import LoaderConfig
 from pipelines.sample_plan import OrderConfig, TrainRemainder
 from pipelines.sampling import SamplingConfig
 from pipelines.selection import SelectionConfig

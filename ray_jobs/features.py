@@ -144,7 +144,16 @@ def _tables(
     accelerator = place_model(trained)
     total = shard_set.manifest.num_samples
     with (
-        evaluation_loader(trained.recipe, shard_set, targets, views=views, num_lanes=1, rank=0, world_size=1) as loader,
+        evaluation_loader(
+            trained.recipe,
+            shard_set,
+            targets,
+            views=views,
+            num_lanes=1,
+            rank=0,
+            world_size=1,
+            device=accelerator.device,
+        ) as loader,
         progress("Features", total) as update,
     ):
         done = 0

@@ -1,5 +1,6 @@
 """What a recipe's ``[data.augment]`` says."""
 
+import math
 from dataclasses import dataclass, field
 
 from ca2st.errors import UserInputError
@@ -44,8 +45,8 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         for name in ("crop_area", "crop_aspect_ratio"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise UserInputError(f"augment.{name}: expected 0 < low <= high, found ({low}, {high})")
+            if not 0 < low <= high < math.inf:
+                raise UserInputError(f"augment.{name}: expected 0 < low <= high, both finite, found ({low}, {high})")
         if self.crop_area[1] > 1:
             raise UserInputError(f"augment.crop_area: expected at most 1, found {self.crop_area[1]}")
         if not 0 <= self.flip_probability <= 1:

@@ -51,8 +51,10 @@ class ErasingConfig:
             raise UserInputError(f"augment.erasing.probability: expected 0..1, found {self.probability}")
         for name in ("area", "aspect_ratio"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise UserInputError(f"augment.erasing.{name}: expected 0 < low <= high, found ({low}, {high})")
+            if not 0 < low <= high < math.inf:
+                raise UserInputError(
+                    f"augment.erasing.{name}: expected 0 < low <= high, both finite, found ({low}, {high})"
+                )
         if self.area[1] > 1 or self.most_boxes < 1:
             raise UserInputError(
                 f"augment.erasing: expected an area of at most 1 and at least one box, found {self.area[1]} and "

@@ -72,8 +72,10 @@ def parse_rand_augment(text: str) -> RandAugment:
         if match is None or match[1] in found:
             raise _refused(text, f"found section {section!r}")
         found[match[1]] = match[2]
-    if first != "rand" or found.get("inc") != "1":
-        raise _refused(text, f"found {text!r}")
+    if first != "rand":
+        raise _refused(text, f"found {first!r} at its beginning")
+    if found.get("inc") != "1":
+        raise _refused(text, f"found {'inc' + found['inc'] if 'inc' in found else 'no inc1'}")
     for name in ("m", "n"):
         if not found.get(name, "0").isdigit():
             raise _refused(text, f"found {name} = {found[name]}, expected a whole number")

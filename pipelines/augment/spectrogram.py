@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from ca2st.errors import UserInputError
 from pipelines.keyed_random import Key, uniforms
 
+_MOST_DECIBELS = 120
+"""Noise a million times weaker or stronger than the view: what lies beyond is a slip, and far beyond no number."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpectrogramConfig:
@@ -52,6 +55,11 @@ class SpectrogramConfig:
             raise UserInputError(
                 f"augment.spectrogram: expected noise_std or a finite noise_snr_db, found {self.noise_std} and "
                 f"{self.noise_snr_db}; remove one of the two"
+            )
+        if self.noise_snr_db is not None and abs(self.noise_snr_db) > _MOST_DECIBELS:
+            raise UserInputError(
+                f"augment.spectrogram.noise_snr_db: expected -{_MOST_DECIBELS} to {_MOST_DECIBELS}, found "
+                f"{self.noise_snr_db}"
             )
 
     @property

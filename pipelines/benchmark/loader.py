@@ -14,7 +14,8 @@ from pipelines.benchmark.config import LoaderBenchConfig
 from pipelines.benchmark.headspace import NORMALISE, measure_headspace, normalise
 from pipelines.benchmark.report import LoaderBenchmark, SplitReport, Spread, spread
 from pipelines.draws import EvaluationViews
-from pipelines.loader import EvaluationLoader, LoaderConfig, TrainLoader, usable_cores
+from pipelines.loader import EvaluationLoader, TrainLoader, usable_cores
+from pipelines.loader_config import LoaderConfig
 from pipelines.sampling import SamplingConfig
 from sharding.manifest import ShardSet
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ray_jobs.commands import bench_fusion, bench_loader
+from ray_jobs.commands import bench_fusion, bench_gpu, bench_loader
 from ray_jobs.commands.model import Size
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ app = typer.Typer(no_args_is_help=True)
 app.command(epilog=bench_loader.LOADER_EXAMPLE)(bench_loader.loader)
 app.command(epilog=bench_loader.CONVERT_EXAMPLE)(bench_loader.convert)
 app.command(epilog=bench_fusion.EXAMPLE)(bench_fusion.fusion)
+app.command(epilog=bench_gpu.EXAMPLE)(bench_gpu.gpu)
 
 
 class Device(StrEnum):

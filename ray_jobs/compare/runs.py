@@ -4,6 +4,7 @@ import datetime
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ca2st.errors import UserInputError, did_you_mean
@@ -18,6 +19,7 @@ CLIPS_PER_SECOND = "train/clips_per_second"
 _LOSS = "train/loss"
 _ACCURACIES = ("test/top1", "validation/top1", "test/action_top1", "validation/action_top1")
 _PAGE_RUNS = 200
+_SQLITE = "sqlite:///"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,16 +77,18 @@ def read_runs(uri: str, wanted: RunFilter) -> list[TrackedRun]:
     """The runs that `wanted` names, oldest first or in the order of its names.
 
     Raises:
-        UserInputError: nothing matches; says what there is.
+        UserInputError: nothing matches, or there is no such SQLite file, which is not made; says what there is.
         TrackingUnavailableError: the store cannot be reached.
     """
+    if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE).partition("?")[0]).is_file():
+        raise UserInputError(f"{uri}: expected an MLflow store, found no such file; train first, or check the address")
     with reachable(uri, "compare again"):
         client = open_client(uri)
         experiments = _experiments(client, wanted.experiment)
         found = [run for run in _search(client, list(experiments)) if _matches(run, wanted)]
         found = _named(found, wanted.runs) if wanted.runs else found[: wanted.newest][::-1]
         if not found:
-            raise UserInputError(f"no run of {uri} {_asked(wanted)}; `ca2st compare` without filters shows all")
+            raise UserInputError(f"no run of {uri} {_asked(wanted)}")
         return [_tracked(client, run, experiments[run.info.experiment_id]) for run in found]
 
 
@@ -138,7 +142,9 @@ def _asked(wanted: RunFilter) -> str:
     parts = [f"in experiment {wanted.experiment!r}"] if wanted.experiment else []
     parts += [f"of recipe {' or '.join(wanted.recipes)}"] if wanted.recipes else []
     parts += [f"with tag {name}={value}" for name, value in wanted.tags.items()]
-    return " ".join(parts) or "is there yet"
+    if not parts:
+        return "is there yet; train first"
+    return f"{' '.join(parts)}; `ca2st compare` without filters shows all"
 
 
 def _tracked(client: "MlflowClient", run: Any, experiment: str) -> TrackedRun:

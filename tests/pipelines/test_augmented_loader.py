@@ -19,7 +19,8 @@ from pipelines.augment.pointwise import augmented
 from pipelines.augment.spectrogram import SpectrogramConfig
 from pipelines.crops import CropBox
 from pipelines.dali_graph import DaliBackend
-from pipelines.loader import LoaderConfig, TrainLoader
+from pipelines.loader import TrainLoader
+from pipelines.loader_config import LoaderConfig
 from pipelines.reference import ReferenceBackend
 from pipelines.rendering import JpegFrames, RenderRequest, ViewBackend
 from pipelines.sampling import SamplingConfig

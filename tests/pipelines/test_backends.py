@@ -245,6 +245,7 @@ def test_nvidia_is_imported_by_the_graphs_alone_and_these_only_where_one_is_made
     others = {name: text for name, text in sources.items() if not name.startswith("dali_")}
     lines = [line for text in others.values() for line in text.splitlines() if "from pipelines.dali_" in line]
     assert [line.strip() for line in lines] == [
+        "from pipelines.dali_gpu import gpu_backend",
         "from pipelines.dali_graph import DaliBackend",
         "from pipelines.dali_video import DaliVideoBackend",
     ]

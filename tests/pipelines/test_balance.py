@@ -130,6 +130,7 @@ def test_a_balanced_source_keeps_three_bytes_a_sample() -> None:
     [
         ({"rule": "square"}, "balance.rule: expected one of none, sqrt, full, repeat_factor, found 'square'"),
         ({"threshold": 0.0}, "balance.threshold: expected a part of all samples, 0 to 1, found 0.0"),
+        ({"target": "noun"}, "balance.target: expected a balance.rule beside it, found 'noun' and rule 'none'"),
     ],
 )
 def test_a_wrong_balance_is_refused(values: dict[str, object], message: str) -> None:

@@ -18,7 +18,8 @@ from pipelines.draws import EvaluationViews
 from pipelines.errors import SampleDamageError, ShardSetDamageError
 from pipelines.fetch import ByteFetcher, coalesce
 from pipelines.jpeg import jpeg_size
-from pipelines.loader import EvaluationLoader, LoaderConfig
+from pipelines.loader import EvaluationLoader
+from pipelines.loader_config import LoaderConfig
 from pipelines.mel import parse_mel
 from pipelines.sampling import SamplingConfig
 from pipelines.shard_files import ShardFiles, Verify, check_sizes

@@ -1,5 +1,7 @@
 """Draws and crops: keyed by the sample alone, inside the picture, with the asked distribution."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -217,6 +219,7 @@ def test_uniform_training_draws_a_frame_of_each_segment() -> None:
         ({"crop_area": (0.0, 1.0)}, "augment.crop_area: expected 0 < low <= high"),
         ({"crop_area": (0.5, 1.5)}, "augment.crop_area: expected at most 1"),
         ({"crop_aspect_ratio": (2.0, 1.0)}, "augment.crop_aspect_ratio: expected 0 < low <= high"),
+        ({"crop_aspect_ratio": (1.0, math.inf)}, "augment.crop_aspect_ratio: expected 0 < low <= high, both finite"),
         ({"flip_probability": 1.5}, "augment.flip_probability: expected 0..1, found 1.5"),
         ({"rand_augment": "randaug"}, "augment.rand_augment: expected timm's notation"),
     ],

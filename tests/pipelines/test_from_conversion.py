@@ -12,7 +12,8 @@ from ca2st.batch import ClipBatch
 from ca2st.spec import ClipSpec
 from pipelines.backends import BackendName
 from pipelines.draws import AugmentConfig, EvaluationViews
-from pipelines.loader import EvaluationLoader, LoaderConfig, TrainLoader
+from pipelines.loader import EvaluationLoader, TrainLoader
+from pipelines.loader_config import LoaderConfig
 from pipelines.sampling import SamplingConfig
 from sharding.conversion import ConversionConfig
 from sharding.convert import convert

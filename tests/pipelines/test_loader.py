@@ -14,7 +14,8 @@ from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
 from pipelines.draws import AugmentConfig, EvaluationViews
 from pipelines.errors import LoaderClosedError, PlanError
-from pipelines.loader import EvaluationLoader, LoaderConfig, TrainLoader
+from pipelines.loader import EvaluationLoader, TrainLoader
+from pipelines.loader_config import LoaderConfig
 from pipelines.mel import MEL_MEAN, MEL_SCALE
 from pipelines.record import PlanRecord
 from pipelines.sampling import SamplingConfig

@@ -13,7 +13,8 @@ from ca2st.errors import DataDamageError, EnvironmentFault, UserInputError
 from ca2st.spec import ClipSpec
 from pipelines.draws import AugmentConfig, EvaluationViews
 from pipelines.errors import QuarantineBudgetError, SampleDamageError
-from pipelines.loader import EvaluationLoader, LoaderConfig, TrainLoader
+from pipelines.loader import EvaluationLoader, TrainLoader
+from pipelines.loader_config import LoaderConfig
 from pipelines.quarantine import Quarantine, QuarantinedSample, quarantine_limit
 from pipelines.sampling import SamplingConfig
 from pipelines.shard_files import ShardFiles

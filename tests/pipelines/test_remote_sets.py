@@ -15,7 +15,8 @@ from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.spec import ClipSpec
 from pipelines.draws import AugmentConfig, EvaluationViews
 from pipelines.errors import SampleDamageError, ShardSetDamageError
-from pipelines.loader import EvaluationLoader, LoaderConfig, TrainLoader
+from pipelines.loader import EvaluationLoader, TrainLoader
+from pipelines.loader_config import LoaderConfig
 from pipelines.sampling import SamplingConfig
 from pipelines.shard_store import CachedStore
 from pipelines.stats import StageStats, StatsRecorder

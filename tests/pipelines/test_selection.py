@@ -212,7 +212,10 @@ def test_p1_a_damaged_index_is_refused_before_anything_is_planned(tmp_path: Path
     ("values", "message"),
     [
         ({"limit": 0}, "select.limit: expected at least 1, found 0"),
-        ({"limit_seed": -1}, "select.limit_seed: expected 0 or more, found -1"),
+        ({"limit_seed": -1}, r"select.limit_seed: expected 0 or more and below 2\*\*64, found -1"),
+        ({"limit_seed": 1 << 64}, "select.limit_seed: expected 0 or more .*found 18446744073709551616"),
+        ({"keys": ("p01_*", "")}, "select.keys: expected names, found an empty one"),
+        ({"target": "noun"}, "select.target: expected select.classes beside it, .*found 'noun' alone"),
         ({"participants": ("P0*",)}, r"select.participants: expected names of letters and digits.*found 'P0\*'"),
     ],
 )

@@ -15,7 +15,8 @@ from ca2st.training.documents import differences
 from pipelines.balance import BalanceConfig
 from pipelines.draws import AugmentConfig
 from pipelines.errors import PlanError
-from pipelines.loader import LoaderConfig, TrainLoader
+from pipelines.loader import TrainLoader
+from pipelines.loader_config import LoaderConfig
 from pipelines.sample_plan import OrderConfig
 from pipelines.sampling import SamplingConfig
 from pipelines.selection import SelectionConfig

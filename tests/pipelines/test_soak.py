@@ -17,7 +17,8 @@ from pipelines.augment.erasing import ErasingConfig
 from pipelines.augment.mixing import MixingConfig
 from pipelines.augment.spectrogram import SpectrogramConfig
 from pipelines.draws import AugmentConfig
-from pipelines.loader import LoaderConfig, TrainLoader
+from pipelines.loader import TrainLoader
+from pipelines.loader_config import LoaderConfig
 from pipelines.sampling import SamplingConfig
 from sharding.manifest import ShardSet, read_shard_set
 from sharding.storage import StorageConfig

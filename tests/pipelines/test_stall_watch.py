@@ -15,7 +15,8 @@ from pipelines import prefetch
 from pipelines.draws import AugmentConfig
 from pipelines.errors import LoaderStalledError
 from pipelines.fetch_threads import FetchThreads
-from pipelines.loader import LoaderConfig, TrainLoader
+from pipelines.loader import TrainLoader
+from pipelines.loader_config import LoaderConfig
 from pipelines.prefetch import prefetched
 from pipelines.sampling import SamplingConfig
 from pipelines.shard_files import ShardFiles

@@ -26,7 +26,8 @@ from pipelines.dali_video import DaliVideoBackend
 from pipelines.draws import AugmentConfig, EvaluationViews
 from pipelines.errors import LoaderClosedError, SampleDamageError
 from pipelines.fetch import ByteFetcher
-from pipelines.loader import EvaluationLoader, LoaderConfig, TrainLoader
+from pipelines.loader import EvaluationLoader, TrainLoader
+from pipelines.loader_config import LoaderConfig
 from pipelines.mp4 import video_facts
 from pipelines.reference import ReferenceBackend, decode_frames
 from pipelines.rendering import JpegFrames, RenderRequest, VideoMember

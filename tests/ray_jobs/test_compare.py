@@ -118,6 +118,12 @@ def test_a_filter_that_matches_nothing_says_what_there_is(store: str, wanted: Ru
         read_runs(store, wanted)
 
 
+def test_a_store_that_is_not_there_is_refused_and_not_made(tmp_path: Path) -> None:
+    with pytest.raises(UserInputError, match=r"nothing\.db: expected an MLflow store, found no such file; train first"):
+        read_runs(f"sqlite:///{tmp_path}/away/nothing.db", RunFilter())
+    assert not (tmp_path / "away").exists()
+
+
 def test_a_store_that_is_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(TrackingUnavailableError, match="compare again when it is back"):

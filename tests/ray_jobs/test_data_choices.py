@@ -105,6 +105,14 @@ def test_a_recipe_of_several_sets_is_kept_and_read_again(root: Path, tmp_path: P
             '[[data.mixture]]\ntrain = "a"\nweight = 1.0\n[[data.mixture]]\ntrain = "b"\n',
             "mixture: expected a weight for every set or for none, found none for b",
         ),
+        (
+            '[[data.mixture]]\ntrain = "a"\nweight = -1.0\n',
+            "mixed.toml: data: mixture weights: expected numbers > 0, found -1.0",
+        ),
+        (
+            '[[data.mixture]]\ntrain = "a"\nweight = 1.0\n[[data.mixture]]\ntrain = "b"\nweight = 0.0\n',
+            "mixture weights: expected numbers > 0, found 0.0; leave a set out to read none of it",
+        ),
         ("[data]\nrepeats = 0\n", "repeats: expected at least 1, found 0"),
         ('[data]\nremainder = "pad"\n', "mixed.toml:23: data.remainder: "),
         ('[data.balance]\nrule = "sqare"\n', "mixed.toml:23: data.balance.rule: "),
@@ -130,6 +138,9 @@ def test_p6_too_few_samples_are_refused_before_any_worker_starts(root: Path, tmp
     many = recipe_of(tmp_path, f'[data]\ntrain = "{root}/two"\n', "launch.workers=7", "training.global_batch_size=6")
     with pytest.raises(PlanError, match="6 samples, global_batch_size 6, world_size 7"):
         preflight(many)
+    odd = recipe_of(tmp_path, f'[data]\ntrain = "{root}/two"\n', "launch.workers=3")
+    with pytest.raises(PlanError, match=r"global_batch_size 4 on 3 ranks: every rank needs two positions"):
+        preflight(odd)
 
 
 def test_p11_what_is_read_is_part_of_a_runs_identity_and_folders_are_not(root: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 from ca2st.training.evaluate import EvaluationResult
 from ca2st.training.loop import train
 from pipelines.draws import AugmentConfig, EvaluationViews
-from pipelines.loader import LoaderConfig, TrainLoader
+from pipelines.loader import TrainLoader
+from pipelines.loader_config import LoaderConfig
 from pipelines.sampling import SamplingConfig
 from ray_jobs.evaluation import score
 from ray_jobs.prediction import shards_of_videos

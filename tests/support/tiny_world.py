@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ca2st.training.config import OptimConfig, TrainingConfig
-from pipelines.loader import LoaderConfig
+from pipelines.loader_config import LoaderConfig
 from pipelines.sampling import SamplingConfig
 from ray_jobs.config import Recipe, TrackingConfig
 from ray_jobs.data_config import DataConfig, SyntheticData

@@ -5,7 +5,7 @@ from typing import Any
 
 from ca2st.training.checkpoint import Checkpoint, CheckpointMarker
 from ca2st.training.config import OptimConfig, TrainingConfig
-from pipelines.loader import LoaderConfig
+from pipelines.loader_config import LoaderConfig
 from pipelines.sampling import SamplingConfig
 from ray_jobs.config import Recipe
 from ray_jobs.data_config import DataConfig

@@ -1,5 +1,7 @@
 """Random erasing: boxes of the asked areas, the same in every frame, painted as asked."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,7 @@ def test_noise_is_normal_after_normalising() -> None:
         ({"probability": 1.5}, "augment.erasing.probability: expected 0..1, found 1.5"),
         ({"area": (0.5, 0.1)}, "augment.erasing.area: expected 0 < low <= high"),
         ({"aspect_ratio": (0.0, 1.0)}, "augment.erasing.aspect_ratio: expected 0 < low <= high"),
+        ({"aspect_ratio": (0.3, math.inf)}, "augment.erasing.aspect_ratio: expected 0 < low <= high, both finite"),
         ({"area": (0.5, 1.1)}, "an area of at most 1"),
         ({"most_boxes": 0}, "at least one box"),
         ({"mode": "pixels"}, "augment.erasing.mode: expected one of const, rand, pixel, found 'pixels'"),

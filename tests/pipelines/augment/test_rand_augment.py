@@ -110,7 +110,9 @@ def test_geometric_operations_that_follow_each_other_are_one_run() -> None:
     [
         ("rand-m7-n4", "expected timm's notation"),
         ("rand-m7-inc0", "expected timm's notation"),
-        ("augmix-m7-inc1", "expected timm's notation"),
+        ("augmix-m7-inc1", "expected timm's notation.*found 'augmix' at its beginning"),
+        ("rand-m7-n4", "found no inc1 in 'rand-m7-n4'"),
+        ("rand-m7-inc0", "found inc0 in"),
         ("rand-m7-m8-inc1", "found section 'm8'"),
         ("rand-tweights-inc1", "found section 'tweights'"),
         ("rand-m7.5-inc1", "found m = 7.5, expected a whole number"),

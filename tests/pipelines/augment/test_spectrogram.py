@@ -114,6 +114,7 @@ def test_box_and_muller_numbers_are_normal() -> None:
         ({"roll_rows": -3}, "augment.spectrogram.roll_rows: expected at least 0, found -3"),
         ({"noise_std": float("nan")}, "augment.spectrogram.noise_std: expected >= 0"),
         ({"noise_std": 0.1, "noise_snr_db": 10.0}, "noise_std or a finite noise_snr_db, found 0.1 and 10.0"),
+        ({"noise_snr_db": -1e5}, "augment.spectrogram.noise_snr_db: expected -120 to 120, found -100000.0"),
     ],
 )
 def test_a_wrong_setting_is_refused(values: dict[str, object], message: str) -> None:

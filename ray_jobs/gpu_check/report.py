@@ -1,0 +1,210 @@
+"""All parts of `ca2st bench gpu` together: run, written down, and told in a short table."""
+
+import datetime
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ray_jobs.gpu_check.isolation import PartResult, RunPart
+from ray_jobs.gpu_check.settings import BUDGETS, GpuCheckSettings, PartName
+
+MOST_SECONDS = 590.0
+"""Of all parts together: what a part leaves over is not given to another, what is missing the last ones lack."""
+_LEAST_SECONDS = 5.0
+_PACKAGES = ("ca2st", "torch", "nvidia-dali-cuda130", "av", "numpy", "pillow", "webdataset")
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+Update = Callable[[int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Aim:
+    """A rate that a GPU is to reach, and what was found."""
+
+    what: str
+    aim: float
+    """Clips a second."""
+    found: float | None
+    """None: not measured."""
+
+    @property
+    def is_met(self) -> bool:
+        """Whether it was reached."""
+        return self.found is not None and self.found >= self.aim
+
+
+LOADER_AIM = 450.0
+"""Clips a second out of the loader's graphs, augmented, on one H200: what the fastest training there asks for."""
+CAST_AIM = 247.0
+"""Clips a second of CAST's training step with frozen experts on one H200: 45 % of its datasheet."""
+
+
+def run_parts(
+    settings: GpuCheckSettings,
+    run_part: RunPart,
+    *,
+    budgets: Mapping[PartName, float] = BUDGETS,
+    update: Update = lambda _done, _note: None,
+) -> dict[PartName, PartResult]:
+    """Every part, one after the other, whatever became of those before it."""
+    begin, results = time.monotonic(), dict[PartName, PartResult]()
+    for number, (name, budget) in enumerate(budgets.items()):
+        update(number, name)
+        left = MOST_SECONDS - (time.monotonic() - begin)
+        if left < _LEAST_SECONDS:
+            results[name] = PartResult(rows=[], error="no time was left for it", seconds=0.0, budget_seconds=0.0)
+            continue
+        results[name] = run_part(name, settings, min(budget, left))
+    update(len(budgets), "")
+    return results
+
+
+def as_document(results: Mapping[PartName, PartResult], settings: GpuCheckSettings, *, command: str) -> dict[str, Any]:
+    """What is written down; `device` says ``cpu`` of a dry run, whose numbers are those of no GPU."""
+    return {
+        "device": settings.device,
+        "is_dry_run": settings.is_dry,
+        "device_name": _device_name(results, settings),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": command,
+        "versions": _versions(),
+        "settings": asdict(settings),
+        "aims": [asdict(aim) | {"is_met": aim.is_met} for aim in aims(results, settings)],
+        "parts": {name: asdict(result) for name, result in results.items()},
+    }
+
+
+def file_name(document: Mapping[str, Any]) -> str:
+    """Date and device: ``2026-11-30-nvidia-h200-bench-gpu.json``."""
+    device = "cpu-dry-run" if document["is_dry_run"] else document["device_name"]
+    slug = re.sub(r"[^a-z0-9]+", "-", str(device).lower()).strip("-")
+    return f"{document['date'][:10]}-{slug}-bench-gpu.json"
+
+
+def aims(results: Mapping[PartName, PartResult], settings: GpuCheckSettings) -> list[Aim]:
+    """What was aimed at; nothing for a dry run."""
+    if settings.is_dry:
+        return []
+    speed = [row for row in _rows(results, "speed") if row["case"]["rand_augment"] and row["backend"] == "dali-gpu"]
+    steps = [
+        variant["training"]["clips_per_second"]
+        for row in _rows(results, "model")
+        for model in row["models"]
+        if model["model"] == "cast"
+        for name, variant in model["variants"].items()
+        if name != "baseline"
+    ]
+    rates = [row["clips_per_second"] for row in speed]
+    return [
+        Aim(what="clips/s decoded and augmented, best codec", aim=LOADER_AIM, found=max(rates, default=None)),
+        Aim(what="clips/s of CAST's training step", aim=CAST_AIM, found=max(steps, default=None)),
+    ]
+
+
+def lines(document: Mapping[str, Any]) -> list[str]:
+    """The short table."""
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    told = [
+        *(["DRY RUN on the CPU: it tries the program; no number below is a GPU's"] if document["is_dry_run"] else []),
+        f"{document['device_name']}: {versions}",
+    ]
+    for name, part in document["parts"].items():
+        state = "" if part["error"] is None else f"  ENDED EARLY: {part['error']}"
+        told.append(f"{name}: {part['seconds']:.0f} of {part['budget_seconds']:.0f} s{state}")
+        told += [f"  {line}" for row in part["rows"] for line in _LINES[name](row)]
+    for aim in document["aims"]:
+        found = "not measured" if aim["found"] is None else f"{aim['found']:.0f}"
+        told.append(f"aim {aim['aim']:.0f}, found {found}: {aim['what']}{'' if aim['is_met'] else '  NOT MET'}")
+    return told
+
+
+def _limits(row: Mapping[str, Any]) -> list[str]:
+    if "tflops" in row:
+        return [f"{row['tflops']:.4g} TFLOP/s ({row['dtype']}, {row['size']} x {row['size']}, {row['product']})"]
+    names = ("host_to_device", "device_to_host", "device_to_device")
+    return [", ".join(f"{name.replace('_', ' ')} {row[name]:.1f} GB/s" for name in names)]
+
+
+def _parity(row: Mapping[str, Any]) -> list[str]:
+    psnr = "equal" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
+    judged = {None: "", True: "  within", False: "  OUTSIDE the tolerance"}[row["is_within"]]
+    return [
+        f"{row['codec']:<6} {row['stage']:<10} max {row['max_levels']:>3}  mean {row['mean_levels']:.4f}  "
+        f"{psnr:>9}{judged}"
+    ]
+
+
+def _speed(row: Mapping[str, Any]) -> list[str]:
+    case = row["case"]
+    gop = "-" if case["num_gop_frames"] is None else case["num_gop_frames"]
+    return [
+        f"{case['codec']:<6} gop {gop:>3}  threads {case['threads']:>2}  {row['clips_per_second']:8.1f} clips/s  "
+        f"decode {row['decode_ms']:.2f} ms, augment {row['augment_ms']:.2f} ms a clip  {row['backend']}"
+        f"{'  RandAugment' if case['rand_augment'] else ''}"
+    ]
+
+
+def _damage(row: Mapping[str, Any]) -> list[str]:
+    psnr = "" if row["psnr_db"] is None else f" at {row['psnr_db']:.1f} dB"
+    return [f"{row['codec']:<6} {row['damage']:<16} {row['outcome']}{psnr}{'' if row['is_sound'] else '  NOT SOUND'}"]
+
+
+def _model(row: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{model['model']:<6} {variant:<9} {kind:<9} {facts['clips_per_second']:9.2f} clips/s  "
+        f"{facts['peak_memory_bytes'] / 2**30:.2f} GiB"
+        for model in row["models"]
+        for variant, passes in model["variants"].items()
+        for kind, facts in passes.items()
+    ]
+
+
+def _device(row: Mapping[str, Any]) -> list[str]:
+    return [", ".join(f"{name} {value}" for name, value in row.items() if value not in ("", None))]
+
+
+_LINES: dict[str, Callable[[Mapping[str, Any]], Sequence[str]]] = {
+    "device": _device,
+    "limits": _limits,
+    "parity": _parity,
+    "speed": _speed,
+    "damage": _damage,
+    "model": _model,
+}
+
+
+def _rows(results: Mapping[PartName, PartResult], name: PartName) -> list[dict[str, Any]]:
+    return results[name].rows if name in results else []
+
+
+def _device_name(results: Mapping[PartName, PartResult], settings: GpuCheckSettings) -> str:
+    known = [row[key] for row in _rows(results, "device")[:1] for key in ("gpu", "processor") if row.get(key)]
+    return str(known[0]) if known else settings.device
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what decides the numbers; a package that is not there says so."""
+    import torch
+
+    return {name: _version(name) for name in _PACKAGES} | {
+        "cuda": torch.version.cuda or "none",
+        "driver": _driver_version(_DRIVER_FILE),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _driver_version(path: Path) -> str:
+    """The version in the kernel module's own words; the last resort says that nobody knows."""
+    if not path.is_file():
+        return "none"
+    found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", path.read_text())
+    return found.group(1) if found else "unknown"

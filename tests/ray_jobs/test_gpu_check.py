@@ -1,0 +1,218 @@
+"""``ca2st bench gpu`` as far as it can be tried without a GPU: a dry run, parts that fail, what is written down."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ca2st.benchmark.copies import measure_copies
+from ca2st.errors import EnvironmentFault
+from ray_jobs.cli import app
+from ray_jobs.gpu_check import isolation, parts, report
+from ray_jobs.gpu_check.isolation import PartResult, run_here, run_in_process
+from ray_jobs.gpu_check.report import aims, as_document, file_name, lines, run_parts
+from ray_jobs.gpu_check.settings import BUDGETS, GpuCheckSettings, dry_settings, gpu_settings
+
+SMALL = replace(dry_settings(), codecs=("vp9", "mjpeg"), gops=(8,), damages=())
+GPU = GpuCheckSettings()
+
+
+@pytest.fixture(scope="module")
+def dry_results() -> dict[Any, PartResult]:
+    return run_parts(SMALL, run_here)
+
+
+def test_a_dry_run_goes_through_every_part(dry_results: dict[Any, PartResult]) -> None:
+    assert list(dry_results) == list(parts.PARTS) == list(BUDGETS)
+    assert {name: result.error for name, result in dry_results.items()} == dict.fromkeys(BUDGETS)
+    assert {name for name, result in dry_results.items() if not result.rows} == {"damage"}
+    assert [(row["codec"], row["stage"]) for row in dry_results["parity"].rows] == [
+        ("vp9", "decode"),
+        ("vp9", "whole"),
+        ("mjpeg", "decode"),
+        ("mjpeg", "whole"),
+        ("any", "resize"),
+        ("any", "pointwise"),
+        ("any", "warp"),
+    ]
+    assert {row["backend"] for row in dry_results["speed"].rows} == {"dali"}
+
+
+def test_a_dry_run_can_never_be_taken_for_a_gpus(dry_results: dict[Any, PartResult]) -> None:
+    document = json.loads(json.dumps(as_document(dry_results, SMALL, command="ca2st bench gpu --dry-run")))
+    assert (document["device"], document["is_dry_run"], document["aims"]) == ("cpu", True, [])
+    assert file_name(document).endswith("-cpu-dry-run-bench-gpu.json")
+    assert lines(document)[0].startswith("DRY RUN on the CPU")
+    assert document["parts"]["device"]["rows"][0]["device"] == "cpu"
+
+
+def test_what_is_written_names_versions_command_and_date(dry_results: dict[Any, PartResult]) -> None:
+    document = as_document(dry_results, SMALL, command="ca2st bench gpu --dry-run")
+    assert {"torch", "nvidia-dali-cuda130", "cuda", "driver"} <= set(document["versions"])
+    assert document["command"] == "ca2st bench gpu --dry-run"
+    assert document["date"].endswith("Z")
+    told = "\n".join(lines(document))
+    assert all(f"\n{name}: " in told for name in BUDGETS)
+
+
+def result(*rows: dict[str, Any], error: str | None = None) -> PartResult:
+    return PartResult(rows=[*rows], error=error, seconds=1.0, budget_seconds=2.0)
+
+
+def speed(rate: float, *, backend: str = "dali-gpu", rand_augment: bool = True) -> dict[str, Any]:
+    return {"case": {"rand_augment": rand_augment}, "backend": backend, "clips_per_second": rate}
+
+
+def test_aims_are_judged_by_what_trains_on_the_gpu_and_by_nothing_else() -> None:
+    passes = {"training": {"clips_per_second": 240.0}}
+    compiled = {"training": {"clips_per_second": 250.0}}
+    baseline = {"training": {"clips_per_second": 999.0}}
+    models = {"models": [{"model": "cast", "variants": {"ours": passes, "compiled": compiled, "baseline": baseline}}]}
+    rates = [speed(449.0), speed(9999.0, backend="dali"), speed(9999.0, rand_augment=False)]
+    loader, cast = aims({"speed": result(*rates), "model": result(models)}, GPU)
+    assert (loader.found, loader.is_met) == (449.0, False)
+    assert (cast.found, cast.is_met) == (250.0, True)
+    missing = aims({"speed": result(error="its time is up")}, GPU)
+    assert [(aim.found, aim.is_met) for aim in missing] == [(None, False), (None, False)]
+
+
+def test_the_file_is_named_after_date_and_device() -> None:
+    document = as_document({"device": result({"gpu": "NVIDIA H200", "processor": "x"})}, GPU, command="c")
+    assert document["device"] == "cuda"
+    assert file_name(document) == f"{document['date'][:10]}-nvidia-h200-bench-gpu.json"
+
+
+def test_a_part_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: GpuCheckSettings) -> Iterator[dict[str, Any]]:
+        yield {"found": 1}
+        raise ValueError("the device is gone")
+
+    monkeypatch.setitem(parts.PARTS, "limits", broken)
+    for other in ("device", "parity", "speed", "damage", "model"):
+        monkeypatch.setitem(parts.PARTS, other, lambda _: iter([{"other": 2}]))
+    found = run_parts(SMALL, run_here)
+    assert found["limits"].rows == [{"found": 1}]
+    assert "ValueError: the device is gone" in (found["limits"].error or "")
+    assert all(one.error is None and one.rows == [{"other": 2}] for name, one in found.items() if name != "limits")
+
+
+def test_all_parts_fit_into_ten_minutes_and_the_last_lack_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sum(BUDGETS.values()) <= report.MOST_SECONDS < 600
+    monkeypatch.setattr(report, "MOST_SECONDS", 100.0)
+    clock = iter([0.0, 0.0, 30.0, 70.0, 97.0, 97.0, 97.0])
+    monkeypatch.setattr(report.time, "monotonic", lambda: next(clock))
+    given = []
+
+    def run(name: str, _: GpuCheckSettings, seconds: float) -> PartResult:
+        given.append((name, seconds))
+        return result()
+
+    found = run_parts(SMALL, run)
+    assert given == [("device", 40.0), ("limits", 40.0), ("parity", 30.0)]
+    assert found["speed"].error == "no time was left for it"
+
+
+class _Process:
+    """A process of a part, with what it says given beforehand."""
+
+    exitcode = 0
+
+    def __init__(self, target: Any, args: tuple[Any, ...]) -> None:
+        self._connection, self._name, _ = args
+
+    def start(self) -> None:
+        for message in {"device": [("row", {"a": 1}), ("end", None)], "speed": [("row", {"a": 1})]}.get(self._name, []):
+            self._connection.send(message)
+        self._open = self._connection if self._name == "model" else None
+        if self._name == "model":
+            self._connection.send(("error", "ValueError: no"))
+
+    def join(self, _: float | None = None) -> None:
+        """It has ended."""
+
+    def is_alive(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "error"),
+    [
+        ("device", [{"a": 1}], None),
+        ("speed", [{"a": 1}], "its process ended without a word"),
+        ("model", [], "ValueError: no"),
+    ],
+)
+def test_what_a_process_found_before_it_ended_is_kept(
+    monkeypatch: pytest.MonkeyPatch, name: Any, rows: list[dict[str, int]], error: str | None
+) -> None:
+    context = isolation.multiprocessing.get_context("spawn")
+    monkeypatch.setattr(type(context), "Process", staticmethod(lambda **words: _Process(**words)))
+    found = run_in_process(name, SMALL, 5.0)
+    assert (found.rows, found.error) == (rows, error)
+
+
+def test_rows_are_waited_for_no_longer_than_the_budget() -> None:
+    ours, theirs = isolation.multiprocessing.get_context("spawn").Pipe(duplex=False)
+    begin = time.monotonic()
+    with pytest.raises(isolation._EndError, match="its time is up"):
+        list(isolation._received(ours, begin + 0.05))
+    assert time.monotonic() - begin < 5
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.slow
+def test_a_part_in_a_process_of_its_own_gives_its_rows_and_ends_when_its_time_is_up() -> None:
+    found = run_in_process("limits", SMALL, 120.0)
+    assert found.error is None
+    assert len(found.rows) == 2
+    late = run_in_process("parity", SMALL, 0.2)
+    assert (late.rows, late.error) == ([], "its time is up")
+
+
+def test_without_a_gpu_the_program_says_where_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EnvironmentFault, match=r"expected a CUDA device .* --dry-run"):
+        gpu_settings()
+
+
+def test_the_command_writes_its_report_and_fails_where_a_part_did(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in BUDGETS:
+        monkeypatch.setitem(parts.PARTS, name, lambda _: iter([]))
+    done = CliRunner().invoke(app, ["bench", "gpu", "--dry-run", "--json", "--results", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    (written,) = tmp_path.iterdir()
+    assert json.loads(written.read_text())["device"] == "cpu"
+    assert json.loads(done.stdout.splitlines()[-1])["is_dry_run"] is True
+
+    def broken(_: GpuCheckSettings) -> Iterator[dict[str, Any]]:
+        raise ValueError("gone")
+
+    monkeypatch.setitem(parts.PARTS, "speed", broken)
+    failed = CliRunner().invoke(app, ["bench", "gpu", "--dry-run", "--results", str(tmp_path)])
+    assert failed.exit_code != 0
+    assert json.loads(written.read_text())["parts"]["speed"]["error"].startswith("ValueError: gone")
+
+
+def test_copies_are_measured_in_every_direction() -> None:
+    found = measure_copies(torch.device("cpu"), num_bytes=1 << 16)
+    assert min(found.host_to_device, found.device_to_host, found.device_to_device) > 0
+    assert found.num_bytes == 1 << 16
+
+
+def test_the_drivers_version_is_read_from_its_own_words(tmp_path: Path) -> None:
+    words = tmp_path / "version"
+    words.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\nGCC version: 12\n"
+    )
+    assert report._driver_version(words) == "580.65.06"
+    assert report._driver_version(tmp_path / "none") == "none"
+    assert report._version("a-package-of-no-name") == "not installed"
