@@ -126,6 +126,10 @@ class DataConfig:
                 check_place(name, place)
         for entry in self.mixture:
             check_place("mixture", entry.train)
+        if self.targets is not None and not self.targets:
+            raise UserInputError(
+                "targets: expected at least one label space, found none; leave it out for the set's own"
+            )
         if self.mixture and (self.train is not None or self.synthetic is not None):
             other = "train" if self.train is not None else "synthetic"
             raise UserInputError(f"mixture: expected no data.{other} beside it; remove one of the two")

@@ -123,6 +123,11 @@ def check_settings(recipe: Recipe) -> None:
             f"data.augment.mixing.spectrogram: expected 'mixup' for {recipe.model.kind}, which does not hear, found "
             "'cutmix'; the labels would follow a box that the model never sees"
         )
+    if mixing.probability > 0 and mixing.switch_probability > 0 and own == ("audio",):
+        raise UserInputError(
+            "data.augment.mixing.switch_probability: expected 0 for audio, which does not see, found "
+            f"{mixing.switch_probability}; the labels would follow a box that the model never sees"
+        )
     for name, source in recipe.experts.sources().items():
         if name not in own:
             raise UserInputError(

@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from pipelines.augment.config import AugmentConfig
 from pipelines.benchmark.baseline import BaselineConfig
 from pipelines.benchmark.case import BaselineCase, Consumer, LoaderCase, OwnCase, Turn
@@ -43,6 +45,7 @@ def benchmark_loader(
         CA2STError: whatever the loaders refuse.
     """
     load_before, loader = os.getloadavg()[0], _loader_config(config)
+    device = torch.device("cuda") if torch.cuda.is_available() else None
     targets = shard_set.manifest.targets
     with ExitStack() as open_loaders:
         train = open_loaders.enter_context(
@@ -55,6 +58,7 @@ def benchmark_loader(
                 loader,
                 seed=0,
                 global_batch_size=config.batch_size,
+                device=device,
             )
         )
         validation = open_loaders.enter_context(
@@ -66,6 +70,7 @@ def benchmark_loader(
                 EvaluationViews(),
                 loader,
                 global_batch_size=config.batch_size,
+                device=device,
             )
         )
         update(0, "training")

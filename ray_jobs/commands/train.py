@@ -52,7 +52,7 @@ def train(
 
     settings = list(overrides or [])
     if data is not None:
-        settings.append(f"data.train={data!r}")
+        settings += [f"data.train={data!r}", "data.mixture=[]"]
     if workers is not None:
         settings.append(f"launch.workers={workers}")
     if data_folder is not None and recipe is None and data is None:

@@ -130,7 +130,8 @@ def _baseline(runs: Sequence[TrackedRun], name: str | None) -> TrackedRun:
         if run.name == name or run.run_id.startswith(name):
             return run
     names = [run.name for run in runs]
-    raise UserInputError(f"--baseline {name!r}: expected one of {', '.join(names)}{did_you_mean(name, names)}")
+    known = [run.name if names.count(run.name) == 1 else f"{run.name} ({run.run_id[:8]})" for run in runs]
+    raise UserInputError(f"--baseline {name!r}: expected one of {', '.join(known)}{did_you_mean(name, names)}")
 
 
 def _metrics(run: TrackedRun) -> dict[str, float]:

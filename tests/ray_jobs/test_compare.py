@@ -154,6 +154,9 @@ def test_deltas_refer_to_the_baseline_and_cost_to_a_point_of_accuracy() -> None:
     assert (third.accuracy, third.hours_per_point, third.deltas) == (None, None, {})
     with pytest.raises(UserInputError, match="--baseline 'd': expected one of a, b, c"):
         compare(runs, baseline="d")
+    twins = [run("a"), replace(run("a"), run_id="other-id")]
+    with pytest.raises(UserInputError, match=r"expected one of a \(id-a\), a \(other-id\)"):
+        compare(twins, baseline="d")
 
 
 def test_a_model_on_several_datasets_has_the_harmonic_mean_of_the_means_of_its_seeds() -> None:

@@ -1,14 +1,17 @@
 """What a recipe says about which samples are trained on: read strictly, checked before anything starts. P6, P11."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from ca2st.errors import UserInputError
 from ca2st.training.documents import differences
 from ca2st.training.record import RunRecord, identity
 from pipelines.errors import PlanError
+from ray_jobs.cli import app
 from ray_jobs.config import Recipe, identity_settings, recipe_document, recipe_from_document
 from ray_jobs.errors import RecipeError
 from ray_jobs.recipe_file import load_recipe
@@ -192,3 +195,33 @@ def test_the_training_set_is_the_first_of_a_mixture(root: Path, tmp_path: Path) 
     data = open_data(recipe_of(tmp_path, MIXTURE.format(root=root)))
     assert data.train.root == root / "one"
     assert data.classes == {"label": ["red", "green", "blue"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mixing", "message"),
+    [
+        ("cast", 'spectrogram = "cutmix"', "mixing.spectrogram: expected 'mixup' for cast, which does not hear"),
+        ("audio", "switch_probability = 0.5", "switch_probability: expected 0 for audio, which does not see"),
+    ],
+)
+def test_a_box_that_the_model_never_sees_is_refused(
+    kind: str, mixing: str, message: str, root: Path, tmp_path: Path
+) -> None:
+    text = f"[data]\ntrain = '{root}/one'\n[data.augment.mixing]\nprobability = 0.9\n{mixing}\n"
+    recipe = recipe_of(tmp_path, text, f"model.kind={kind}")
+    with pytest.raises(UserInputError, match=message):
+        preflight(recipe)
+
+
+def test_an_empty_list_of_targets_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="targets: expected at least one label space, found none"):
+        recipe_of(tmp_path, "[data]\ntargets = []\n")
+
+
+def test_data_given_on_the_command_line_stands_for_a_mixture(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mixed.toml"
+    path.write_text(HEAD + MIXTURE.format(root=root))
+    for options, num_samples in ([], 16), (["--data", str(root / "two")], 6):
+        done = CliRunner().invoke(app, ["train", str(path), "--dry-run", "--json", *options])
+        assert done.exit_code == 0, done.exception
+        assert json.loads(done.stdout)["num_samples"] == num_samples

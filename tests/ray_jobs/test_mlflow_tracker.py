@@ -81,6 +81,14 @@ def test_stage_times_and_counts_of_the_loader_arrive_under_flat_names(run_dir: P
     }
 
 
+def test_a_training_that_ends_before_its_first_line_leaves_no_run_behind(run_dir: Path) -> None:
+    assert sync(run_dir) == 0
+    assert read_state(run_dir).run_id is None
+    write(run_dir, {"event": "start", "step": 0})
+    sync(run_dir)
+    assert status(run_dir) == "RUNNING"
+
+
 def test_a_run_has_its_params_tags_and_every_step(run_dir: Path) -> None:
     write(run_dir, {"event": "start", "step": 0}, step(1, 2.5), step(2, 2.25))
     write(
