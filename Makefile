@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SLOW := -m "slow and not gpu and not soak"
 
-.PHONY: install check test test-slow demo format lock clean
+.PHONY: install check test test-slow demo gpu test-gpu format lock clean
 
 install: $(STAMP)
 
@@ -40,6 +40,12 @@ test-slow: install
 demo: install
 	$(BIN)/ca2st demo
 	@echo "The command ca2st lives in $(VENV): source $(BIN)/activate"
+
+gpu: install
+	$(BIN)/ca2st bench gpu --results tests/benchmarks/results
+
+test-gpu: install
+	CA2ST_REQUIRE_GPU=1 $(BIN)/python -m pytest -m gpu
 
 lock:
 	uv pip compile --universal --python-version 3.11 --extra demo --extra dev --generate-hashes --no-emit-index-url \
