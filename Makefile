@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PROCESSES ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 SLOW := -m "slow and not gpu and not soak"
 
 .PHONY: install check test test-slow demo gpu test-gpu format lock clean
@@ -32,10 +34,10 @@ format: install
 	$(BIN)/ruff check --fix .
 
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: install
-	$(BIN)/python -m pytest $(SLOW)
+	$(PYTEST) $(SLOW)
 
 demo: install
 	$(BIN)/ca2st demo

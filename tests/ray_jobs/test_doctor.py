@@ -100,8 +100,8 @@ def test_a_tracking_server_is_asked_and_passwords_are_never_shown() -> None:
         refused = services.check_tracking(f"http://{address}/closed")
         server.shutdown()
     silent = services.check_tracking(f"http://someone:secret@{address}")
-    assert (good.ok, good.what) == (True, f"http://{address} answers, version 3.17.0")
-    assert (refused.ok, refused.what) == (False, f"http://{address} answers 401")
+    assert (good.ok, good.what) == (True, f"http://{address}/open answers, version 3.17.0")
+    assert (refused.ok, refused.what) == (False, f"http://{address}/closed answers 401")
     assert not silent.ok
     assert not silent.needed
     assert "secret" not in silent.what + silent.mend
