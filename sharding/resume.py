@@ -44,17 +44,17 @@ def read_done_shard(root: Path, number: int) -> DoneShard | None:
         shard = metadata[b"shard"]
         if (root / name).stat().st_size != shard["bytes"]:
             return None
-        conversion = metadata[b"conversion"]
+        conversion = dict(metadata[b"conversion"])
+        entry = ShardEntry(
+            name=name,
+            bytes=shard["bytes"],
+            sha256=shard["sha256"],
+            index_bytes=len(data),
+            index_sha256=hashlib.sha256(data).hexdigest(),
+            num_samples=table.num_rows,
+        )
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None
-    entry = ShardEntry(
-        name=name,
-        bytes=shard["bytes"],
-        sha256=shard["sha256"],
-        index_bytes=len(data),
-        index_sha256=hashlib.sha256(data).hexdigest(),
-        num_samples=table.num_rows,
-    )
     with_audio = pc.sum(table["has_audio"]).as_py() or 0
     return DoneShard(entry=entry, covers=covers, conversion=conversion, num_with_audio=with_audio)
 

@@ -134,7 +134,7 @@ def test_a_run_is_one_mlflow_run_through_its_attempts(recipe: Path, undisturbed:
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")] == list(range(1, 17))
     assert run.data.params["model.kind"] == "ca2st"
     assert len(run.data.tags["data.train.fingerprint"]) == 64
-    assert run.data.tags["data.train.dataset"] == "synthetic"
+    assert run.data.tags["data.train.dataset"] == "fake"
     experiment = client.get_experiment_by_name("ca2st")
     assert experiment is not None
     assert len(client.search_runs([experiment.experiment_id])) == 1
