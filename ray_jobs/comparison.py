@@ -16,7 +16,7 @@ from pipelines.draws import EvaluationViews
 from ray_jobs.config import Recipe
 from ray_jobs.evaluation import evaluate_checkpoint
 from ray_jobs.launch import launch
-from ray_jobs.mlflow_tracker import log_metrics, read_metrics, read_state
+from ray_jobs.tracking.tracker import log_metrics, read_metrics, read_state
 from ray_jobs.trained import load_trained
 from sharding.synthetic.ceilings import ceilings
 

@@ -23,7 +23,9 @@ from ca2st.training.config import OptimConfig, TrainingConfig
 from ca2st.training.documents import flatten
 from ray_jobs.data_config import DataConfig
 from ray_jobs.errors import RecipeError
+from ray_jobs.launch_config import LaunchConfig
 from ray_jobs.recipe_mistakes import told
+from ray_jobs.tracking_config import TrackingConfig
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -70,35 +72,6 @@ class StartConfig:
     def __post_init__(self) -> None:
         if self.head not in ("keep", "new"):
             raise UserInputError(f"head: expected one of keep, new, found {self.head!r}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrackingConfig:
-    """Where the run is followed in MLflow."""
-
-    uri: str | None = None
-    """MLflow tracking URI; None: the environment's MLFLOW_TRACKING_URI, else ``sqlite:///runs/mlflow.db``."""
-    experiment: str = "ca2st"
-    """MLflow experiment: runs in one experiment are compared."""
-    enabled: bool = True
-    """False: only the journal is written; ``ca2st track sync`` can send it later."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LaunchConfig:
-    """How many processes train, and how Ray restarts them."""
-
-    workers: int = 1
-    """Training processes; one a GPU where there are GPUs."""
-    threads_per_worker: int | None = None
-    """Torch threads of a worker on a CPU; None: the machine's cores shared evenly. Losses are bit-equal only at
-    the same number."""
-    max_failures: int = 3
-    """Restarts of the worker group by Ray before it gives up."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UserInputError(f"workers: expected at least 1, found {self.workers}")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)

@@ -13,12 +13,12 @@ from ray_jobs.demo_page.page import PAGE_NAME, write_demo_page
 from ray_jobs.demo_report import DemoReport
 from ray_jobs.environment import num_cores
 from ray_jobs.fusion_tasks import FUSION_TASKS
-from ray_jobs.mlflow_tracker import read_state
 from ray_jobs.prediction import predict_videos
 from ray_jobs.pretraining import Lesson, pretrain
 from ray_jobs.real_clips import real_clips_folder, write_annotations
 from ray_jobs.recipe_file import load_recipe
 from ray_jobs.synthetic_data import make_split
+from ray_jobs.tracking.tracker import read_state
 from sharding.conversion import ConversionConfig
 from sharding.datasets import DatasetRequest, read_dataset
 from sharding.errors import ShardDamageError
@@ -27,9 +27,9 @@ from sharding.verify import verify_shard_set
 MODELS = ("spatial", "cava", "cast", "ca2st")
 """What the demo compares, the fullest last."""
 LESSONS = (
-    Lesson(expert="spatial", targets=("space",), epochs=20, num_frames=2),
-    Lesson(expert="temporal", targets=("time",), epochs=4),
-    Lesson(expert="audio", targets=("audio",), epochs=3, num_frames=2),
+    Lesson(expert="spatial", targets=("space",), epochs=16, num_frames=2),
+    Lesson(expert="temporal", targets=("time",), epochs=3),
+    Lesson(expert="audio", targets=("audio",), epochs=2, num_frames=2),
 )
 """What its experts learn first, in less time than those of the bench: shapes from single images, tones without a film
 beside them."""

@@ -20,7 +20,8 @@ from ray_jobs.config import Recipe
 from ray_jobs.console import progress
 from ray_jobs.environment import num_cores
 from ray_jobs.evaluation import evaluate_checkpoint
-from ray_jobs.launch import die_with_parent, launch
+from ray_jobs.launch import launch
+from ray_jobs.local_processes import die_with_parent
 from ray_jobs.trained import load_trained
 from ray_jobs.worker import OUTCOME_NAME
 

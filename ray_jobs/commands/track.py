@@ -20,8 +20,8 @@ def sync(
 ) -> None:
     """Send what MLflow does not have yet of a run's journal."""
     from ray_jobs.console import print_json, result
-    from ray_jobs.mlflow_tracker import read_state
-    from ray_jobs.mlflow_tracker import sync as send
+    from ray_jobs.tracking.tracker import read_state
+    from ray_jobs.tracking.tracker import sync as send
 
     sent = send(run_dir)
     run_id = read_state(run_dir).run_id

@@ -44,10 +44,10 @@ def train(
     from ray_jobs.console import print_json
     from ray_jobs.environment import fault_points
     from ray_jobs.launch import launch
-    from ray_jobs.mlflow_tracker import read_state
     from ray_jobs.recipe_file import load_recipe
     from ray_jobs.start import check_model
     from ray_jobs.synthetic_data import synthetic_classes, with_synthetic_shards
+    from ray_jobs.tracking.tracker import read_state
     from ray_jobs.wiring import check_settings
 
     settings = list(overrides or [])

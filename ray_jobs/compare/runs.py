@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ca2st.errors import UserInputError, did_you_mean
-from ray_jobs.mlflow_tracker import open_client, reachable
+from ray_jobs.tracking.tracker import open_client, reachable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

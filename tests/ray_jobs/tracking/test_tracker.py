@@ -12,9 +12,9 @@ import pytest
 from mlflow import MlflowClient
 
 from ca2st.errors import UserInputError
-from ray_jobs import mlflow_tracker
 from ray_jobs.errors import TrackingUnavailableError
-from ray_jobs.mlflow_tracker import TrackingState, open_tracking, read_state, sync, unsent_bytes
+from ray_jobs.tracking import tracker
+from ray_jobs.tracking.tracker import TrackingState, open_tracking, read_state, sync, unsent_bytes
 
 
 def tracked_run(run_dir: Path, uri: str) -> Path:
@@ -184,7 +184,7 @@ def test_a_follower_that_outlives_its_attempt_and_the_next_ones_make_one_run(
 ) -> None:
     """The first is slow to make its run: the second attempt and its follower begin in the meantime."""
     write(run_dir, {"event": "start", "step": 0}, step(1, 3.0))
-    create, made, begun = mlflow_tracker._create_run, [], threading.Event()
+    create, made, begun = tracker._create_run, [], threading.Event()
 
     def slowly(client: MlflowClient, state: TrackingState) -> str:
         begun.set()
@@ -192,7 +192,7 @@ def test_a_follower_that_outlives_its_attempt_and_the_next_ones_make_one_run(
         made.append(create(client, state))
         return str(made[-1])
 
-    monkeypatch.setattr(mlflow_tracker, "_create_run", slowly)
+    monkeypatch.setattr(tracker, "_create_run", slowly)
     first = threading.Thread(target=sync, args=(run_dir,))
     first.start()
     assert begun.wait(60)
