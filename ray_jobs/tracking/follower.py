@@ -1,4 +1,4 @@
-"""A process of its own that sends a run's journal on to MLflow: ``python -m ray_jobs.tracking.follower RUN_DIR PARENT_PID``.
+"""The process that sends a run's journal on to MLflow: ``python -m ray_jobs.tracking.follower RUN_DIR PARENT_PID``.
 
 Training never waits for it and does not notice when it is killed.
 """
