@@ -1,4 +1,4 @@
-"""Templates of a page: those of its own package, and the style that all pages share."""
+"""Templates of a page: those of its own package, and the layout and style that all pages share."""
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
@@ -6,7 +6,7 @@ _FOLDER = "page_files"
 
 
 def page_environment(package: str) -> Environment:
-    """The templates in `page_files` of `package`, beside the shared ``base.css``.
+    """The templates in `page_files` of `package`, beside the shared ``layout.html``, which a page extends.
 
     Whatever is filled in is escaped, and what is not given is an error.
     """
