@@ -31,7 +31,7 @@ class InjectedFault(RuntimeError):  # noqa: N818  # what it is, not an error of 
 class FaultPoints:
     """One fault to happen at the nth arrival at a named point; inert when `point` is empty.
 
-    Parsed at the command line's edge from ``CA2ST_FAULT=point:nth[:kind]`` and passed down as an object.
+    Parsed at the command line's edge from ``CA2ST_FAULT=point:nth[:kind[:rank]]`` and passed down as an object.
     """
 
     point: str = ""
@@ -40,11 +40,13 @@ class FaultPoints:
     """Which arrival at the point, counted from 1, triggers the fault."""
     kind: FaultKind = "kill"
     """``kill`` SIGKILL, ``stop`` SIGSTOP, ``raise`` InjectedFault, ``enospc`` OSError(ENOSPC)."""
+    rank: int | None = None
+    """Of several processes that train together, only this one; None: whichever arrives."""
     _arrivals: Counter[str] = field(default_factory=Counter, repr=False)
 
     @classmethod
     def parse(cls, text: str) -> "FaultPoints":
-        """Read ``point:nth[:kind]``; an empty text gives inert fault points.
+        """Read ``point:nth[:kind[:rank]]``; an empty text gives inert fault points.
 
         Raises:
             UserInputError: the text has another form or names an unknown kind.
@@ -53,11 +55,16 @@ class FaultPoints:
             return cls()
         parts = text.split(":")
         known = get_args(FaultKind)
-        if len(parts) not in (2, 3) or not parts[1].isdigit() or (len(parts) == 3 and parts[2] not in known):
+        point, nth, kind, rank = (*parts, *("", "", "kill", "")[len(parts) :])[:4]
+        if len(parts) not in (2, 3, 4) or not nth.isdigit() or kind not in known or not (rank or "0").isdigit():
             raise UserInputError(
-                f"CA2ST_FAULT: expected point:nth[:kind] with kind one of {', '.join(known)}, found {text!r}"
+                f"CA2ST_FAULT: expected point:nth[:kind[:rank]] with kind one of {', '.join(known)}, found {text!r}"
             )
-        return cls(point=parts[0], nth=int(parts[1]), kind=parts[2] if len(parts) == 3 else "kill")  # type: ignore[arg-type]  # checked above
+        return cls(point=point, nth=int(nth), kind=kind, rank=int(rank) if rank else None)  # type: ignore[arg-type]  # checked above
+
+    def on_rank(self, rank: int) -> "FaultPoints":
+        """These points for the process of `rank`: inert where they are another's."""
+        return self if self.rank in (None, rank) else NO_FAULTS
 
     def reach(self, point: str) -> None:
         """Say that execution arrived at `point`; the configured fault happens here or never."""

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ca2st.batch import ClipBatch
+from ca2st.batch import ClipBatch, Mixing
 from ca2st.spec import MEL_ROW_SECONDS, ClipSpec
+from pipelines.augment.mixing import PairMixing
 from pipelines.draws import ClipFacts, Draws, ViewDraw
 from pipelines.errors import SampleDamageError
 from pipelines.fetch import FetchedSample
@@ -115,6 +116,7 @@ class BatchAssembler:
     def _batch(self, reading: _Reading, futures: list[Future[_Prepared]]) -> ClipBatch:
         prepared, video = self._rendered([future.result() for future in futures], reading)
         flat = [(one, view) for one in prepared for view in one.views]
+        mixed = reading.draws.mixing(reading.step, [one.sample.entry.has_audio for one, _ in flat])
         return ClipBatch(
             video=video,
             mel=torch.from_numpy(np.stack([self._mel(one.sample, view) for one, view in flat])),
@@ -123,7 +125,7 @@ class BatchAssembler:
             sample_ids=tuple(one.sample.entry.key for one, _ in flat),
             has_audio=torch.tensor([one.sample.entry.has_audio for one, _ in flat]),
             is_padding=torch.tensor([one.is_padding for one, _ in flat]),
-            mixing=reading.draws.mixing(reading.step, [one.sample.entry.has_audio for one, _ in flat]),
+            mixing=None if mixed is None else mixing_of(mixed),
         )
 
     def _rendered(
@@ -186,6 +188,17 @@ def intervals_seconds(ticks: Sequence[int], mel_start_row: int, clip: ClipSpec) 
     mel = torch.tensor([[mel_start_row, mel_start_row + clip.mel_rows]], dtype=torch.float64) * MEL_ROW_SECONDS
     frames = torch.tensor(ticks, dtype=torch.float64).view(-1, 2) / TICKS_PER_SECOND
     return torch.cat([mel, frames]).float()
+
+
+def mixing_of(clips: Sequence[PairMixing]) -> Mixing:
+    """How the clips of a batch are mixed, in order, as the batch carries it."""
+    return Mixing(
+        video_share=torch.tensor([clip.video_share for clip in clips]),
+        video_box=torch.tensor([clip.video_box for clip in clips], dtype=torch.int64),
+        mel_share=torch.tensor([clip.mel_share for clip in clips]),
+        mel_box=torch.tensor([clip.mel_box for clip in clips], dtype=torch.int64),
+        label_share=torch.tensor([clip.label_share for clip in clips]),
+    )
 
 
 def _facts(entry: SampleEntry) -> ClipFacts:

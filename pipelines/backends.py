@@ -10,11 +10,11 @@ import torch
 
 from ca2st.errors import EnvironmentFault
 from pipelines.cuda_decoders import CudaDecoders, cuda_decoders
+from pipelines.loader_config import BackendName
 from pipelines.rendering import ViewBackend
 from pipelines.routed import RoutedBackend
 from pipelines.stats import StatsRecorder
 
-BackendName = Literal["auto", "dali", "reference"]
 _log = logging.getLogger(__name__)
 
 DALI_ON_CPU = {"mjpeg": "JPEG frames", "vp9": "VP9 videos"}

@@ -12,13 +12,12 @@ from fractions import Fraction
 from itertools import product
 from typing import Literal, get_args
 
-from ca2st.batch import Mixing
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
 from pipelines import sampling
 from pipelines.augment.config import AugmentConfig
 from pipelines.augment.erasing import ErasedBox
-from pipelines.augment.mixing import MixingDraws
+from pipelines.augment.mixing import MixingDraws, PairMixing
 from pipelines.augment.operations import ImageAugment
 from pipelines.augment.rand_augment import NUMBERS_PER_OPERATION, parse_rand_augment
 from pipelines.augment.spectrogram import UNCHANGED, SpectrogramDraw
@@ -115,8 +114,8 @@ class TrainDraws:
     first_pair: int = 0
     """Where the rank's share begins in the global batch, in pairs of clips."""
 
-    def mixing(self, step: int, has_audio: Sequence[bool]) -> Mixing | None:
-        """How the pairs of the rank's share of `step` are mixed, by which of its clips have sound; None: not at all."""
+    def mixing(self, step: int, has_audio: Sequence[bool]) -> tuple[PairMixing, ...] | None:
+        """How each clip of the rank's share of `step` is mixed, by which of them have sound; None: not at all."""
         if self.augment.mixing.probability == 0:
             return None
         draws = MixingDraws(

@@ -32,10 +32,11 @@ from pipelines.backends import make_backend
 from pipelines.draws import Draws, EvaluationDraws, EvaluationViews, TrainDraws
 from pipelines.errors import LoaderClosedError
 from pipelines.loader_config import LoaderConfig
+from pipelines.order_config import OrderConfig
 from pipelines.plan import PlannedSamples
 from pipelines.prefetch import prefetched
 from pipelines.quarantine import Quarantine, quarantine_limit
-from pipelines.sample_plan import OrderConfig, SamplePlan, evaluation_plan, training_plan
+from pipelines.sample_plan import SamplePlan, evaluation_plan, training_plan
 from pipelines.sampling import SamplingConfig
 from pipelines.shard_sets import SetReaders
 from pipelines.shards_ahead import ShardsAhead

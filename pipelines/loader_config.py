@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from ca2st.errors import UserInputError
-from pipelines.backends import BackendName
 from pipelines.choices import require_one_of
 from pipelines.quarantine import OnError
 from pipelines.shard_files import Verify
 from sharding.retry import RetryConfig
 from sharding.storage import StorageConfig
 
+BackendName = Literal["auto", "dali", "reference"]
 DecodeOn = Literal["auto", "cpu"]
 
 

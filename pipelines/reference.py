@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipelines.augment.erasing import erase_in_place
+from pipelines.augment.erase import erase_in_place
 from pipelines.augment.pointwise import augmented
 from pipelines.crops import CropBox
 from pipelines.errors import SampleDamageError

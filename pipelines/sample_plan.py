@@ -1,50 +1,16 @@
 """What a run reads, from shard sets and settings: the record, the sources, and every epoch's plan."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 from ca2st.errors import UserInputError
-from pipelines.balance import BalanceConfig
-from pipelines.choices import require_one_of
 from pipelines.index_scan import make_sources
+from pipelines.order_config import OrderConfig
 from pipelines.plan import EpochPlan, epoch_length, mixture_quotas, source_passes
-from pipelines.quotas import block_quotas
 from pipelines.record import PlanRecord, SetShare, default_num_lanes
-from pipelines.selection import SelectionConfig
 from pipelines.shard_sets import check_agreement
 from pipelines.source import SampleSource, SourcePasses, plain_source
 from pipelines.steps import count_steps, rank_positions, require_enough_samples
 from sharding.manifest import ShardSet
-
-TrainRemainder = Literal["drop", "wrap"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OrderConfig:
-    """Which samples a training reads, and how often; all of it is part of the order."""
-
-    weights: tuple[float, ...] | None = None
-    """One a shard set: the sets' shares of the samples. None: the sets are read as one, every sample alike."""
-    selection: SelectionConfig = field(default_factory=SelectionConfig)
-    """Which samples of the sets."""
-    balance: BalanceConfig = field(default_factory=BalanceConfig)
-    """How often each class; with weights, inside each set."""
-    repeats: int = 1
-    """Readings of each sample in a batch (repeated augmentation)."""
-    epoch_samples: int | None = None
-    """Samples of an epoch before `repeats`; None: one pass through everything."""
-    remainder: TrainRemainder = "drop"
-    """``drop`` or ``wrap``: see `PlanRecord.remainder`."""
-
-    def __post_init__(self) -> None:
-        require_one_of("remainder", self.remainder, get_args(TrainRemainder))
-        if self.repeats < 1:
-            raise UserInputError(f"repeats: expected at least 1, found {self.repeats}")
-        if self.epoch_samples is not None and self.epoch_samples < 1:
-            raise UserInputError(f"epoch_samples: expected at least 1, found {self.epoch_samples}")
-        if self.weights is not None:
-            block_quotas(self.weights)  # a weight that cannot be used is told before anything starts
 
 
 class SamplePlan:

@@ -23,6 +23,7 @@ from ray_jobs.commands import (
     model,
     predict,
     shard,
+    submit,
     track,
     train,
     weights,
@@ -48,6 +49,7 @@ app.add_typer(
     bench.app, name="bench", help="How fast model, loader and converter are, each beside a baseline in the same run."
 )
 app.command("train")(train.train)
+app.command("submit")(submit.submit)
 app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("compare")(compare.compare)

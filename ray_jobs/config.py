@@ -5,7 +5,7 @@ known name. What a recipe does not say has the default documented beside its fie
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,17 +14,18 @@ import pydantic
 from pydantic import ConfigDict, TypeAdapter
 
 from ca2st.errors import UserInputError
+from ca2st.model.choices import ExpertPrecision, check_expert_precision, check_trainable
 from ca2st.model.config import ModelConfig
-from ca2st.model.parameters import check_trainable
-from ca2st.model.precision import ExpertPrecision, check_expert_precision
 from ca2st.model.structure import ExpertName
 from ca2st.spec import ClipSpec
 from ca2st.training.config import OptimConfig, TrainingConfig
 from ca2st.training.documents import flatten
 from ray_jobs.data_config import DataConfig
-from ray_jobs.errors import RecipeError
+from ray_jobs.errors import ConflictsError, RecipeError
 from ray_jobs.launch_config import LaunchConfig
+from ray_jobs.recipe_limits import beyond_limits
 from ray_jobs.recipe_mistakes import told
+from ray_jobs.redaction import refuse_credentials
 from ray_jobs.tracking_config import TrackingConfig
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -95,27 +96,42 @@ class Recipe:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
-        """What sections ask of each other; a message begins with the key to change."""
-        check_trainable(self.trainable)
-        check_expert_precision(self.experts.precision, training=self.training.precision)
-        sources = self.experts.sources()
-        if self.start is not None and sources:
-            raise UserInputError(
-                f"start.checkpoint: brings its own experts, found files for {', '.join(sources)} under [experts] too; "
-                "remove one of the two"
-            )
-        if self.trainable == "head" and self.optim.layer_decay != 1:
-            raise UserInputError(
-                f"optim.layer_decay: expected 1 where only the head is trained, found {self.optim.layer_decay}; "
-                "no layer is there to be slowed down"
-            )
-        for name in ("global_batch_size", "per_device_batch_size"):
-            self.data.augment.mixing.check_even(f"training.{name}", getattr(self.training, name))
-        if self.optim.warmup_epochs > self.training.epochs:
-            raise UserInputError(
-                f"optim.warmup_epochs: expected at most training.epochs = {self.training.epochs}, found "
-                f"{self.optim.warmup_epochs}; shorten the warm-up or train longer"
-            )
+        """What sections ask of each other; every message begins with the key to change."""
+        if problems := list(_conflicts(self)):
+            raise ConflictsError(problems)
+
+
+def _conflicts(recipe: Recipe) -> Iterator[str]:
+    training, augment = recipe.training, recipe.data.augment
+    checks: list[Callable[[], None]] = [
+        lambda: refuse_credentials(asdict(recipe)),
+        lambda: check_trainable(recipe.trainable),
+        lambda: check_expert_precision(recipe.experts.precision, training=training.precision),
+        lambda: augment.mixing.check_even("training.global_batch_size", training.global_batch_size),
+        lambda: augment.mixing.check_even("training.per_device_batch_size", training.per_device_batch_size),
+        lambda: augment.spectrogram.check_rows("data.augment.spectrogram.roll_rows", recipe.clip.mel_rows),
+    ]
+    for check in checks:
+        try:
+            check()
+        except UserInputError as error:
+            yield str(error)
+    if recipe.start is not None and (sources := recipe.experts.sources()):
+        yield (
+            f"start.checkpoint: brings its own experts, found files for {', '.join(sources)} under [experts] too; "
+            "remove one of the two"
+        )
+    if recipe.trainable == "head" and recipe.optim.layer_decay != 1:
+        yield (
+            f"optim.layer_decay: expected 1 where only the head is trained, found {recipe.optim.layer_decay}; "
+            "no layer is there to be slowed down"
+        )
+    if recipe.optim.warmup_epochs > training.epochs:
+        yield (
+            f"optim.warmup_epochs: expected at most training.epochs = {training.epochs}, found "
+            f"{recipe.optim.warmup_epochs}; shorten the warm-up or train longer"
+        )
+    yield from beyond_limits(flatten(asdict(recipe)))
 
 
 _ADAPTER = TypeAdapter(Recipe)
@@ -135,7 +151,7 @@ def stored_recipe(document: Mapping[str, Any], *, where: str) -> Recipe:
     try:
         return recipe_from_document(document)
     except pydantic.ValidationError as error:
-        mistakes = "\n  ".join(told(mistake, Recipe, source=where) for mistake in error.errors())
+        mistakes = "\n  ".join(line for mistake in error.errors() for _, line in told(mistake, Recipe, source=where))
         raise RecipeError(
             f"{where}: its recipe is none of this version of ca2st; use the version that wrote it:\n  {mistakes}"
         ) from error
@@ -173,6 +189,7 @@ _NOT_IDENTITY = (
     "training.keep_checkpoints",
     "training.activation_checkpointing",
     "training.compile",
+    "training.collective_timeout_seconds",
 )
 
 

@@ -7,7 +7,7 @@ from pipelines.augment.config import AugmentConfig
 from pipelines.balance import BalanceConfig
 from pipelines.draws import EvaluationViews
 from pipelines.loader_config import LoaderConfig
-from pipelines.sample_plan import OrderConfig, TrainRemainder
+from pipelines.order_config import OrderConfig, TrainRemainder
 from pipelines.sampling import SamplingConfig
 from pipelines.selection import SelectionConfig
 from sharding.location import as_location

@@ -3,14 +3,17 @@
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ca2st.durable import FaultPoints
+from ca2st.errors import UserInputError
 
 if TYPE_CHECKING:
     from ca2st.weights.hub import HubAccess
+    from ray_jobs.ray_access import RayAccess
 
 _RECORDED_PACKAGES = (
     "ca2st",
@@ -47,6 +50,49 @@ def default_tracking_uri(runs_root: Path) -> str:
 def ray_auth_mode() -> str | None:
     """``RAY_AUTH_MODE``: ``token`` where a cluster started here asks for one."""
     return os.environ.get("RAY_AUTH_MODE")
+
+
+def ray_access(*, accept_open: bool = False) -> "RayAccess":
+    """Whether this process holds a Ray cluster's token, looked up where Ray looks, and may go without one."""
+    from ray_jobs.ray_access import RayAccess, has_token
+
+    return RayAccess(
+        token_known=has_token(os.environ, Path.home()),
+        mode=(ray_auth_mode() or "").lower() or None,
+        accept_open=accept_open,
+    )
+
+
+def passed_variables(names: Sequence[str]) -> dict[str, str]:
+    """The values of the variables that the user names to be passed on.
+
+    Raises:
+        UserInputError: one is not set, or a value stands where only names may: command lines are seen by everybody.
+    """
+    for name in names:
+        if "=" in name:
+            shown = name.partition("=")[0]
+            raise UserInputError(
+                f"--env {shown}: expected a name alone, found a value too; export {shown} and pass its name"
+            )
+        if name not in os.environ:
+            raise UserInputError(f"--env {name}: expected a variable of this environment, found none; export it first")
+    return {name: os.environ[name] for name in names}
+
+
+def waiting_policy() -> str:
+    """``OMP_WAIT_POLICY`` as `wait_passively` has set or found it."""
+    return os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def tracking_uri() -> str | None:
+    """``MLFLOW_TRACKING_URI``, if it is set."""
+    return os.environ.get("MLFLOW_TRACKING_URI")
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``ca2st`` under ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ca2st"
 
 
 def hub_access() -> "HubAccess":

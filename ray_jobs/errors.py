@@ -1,10 +1,20 @@
 """Errors of the command line, recipes and launching; exit codes come from `ca2st.errors`."""
 
+from collections.abc import Sequence
+
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError
 
 
 class RecipeError(UserInputError):
     """A recipe that cannot be read; the message lists every mistake with file:line."""
+
+
+class ConflictsError(UserInputError):
+    """Sections of a recipe that are at odds with each other; each message begins with the key to change."""
+
+    def __init__(self, messages: Sequence[str]) -> None:
+        super().__init__("\n".join(messages))
+        self.messages = tuple(messages)
 
 
 class WorkerFailedError(CA2STError):

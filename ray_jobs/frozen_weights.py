@@ -31,6 +31,13 @@ def keep_frozen(model: HolisticModel, run_dir: Path) -> dict[str, str]:
     return hashes
 
 
+def frozen_bytes(model: HolisticModel) -> int:
+    """Bytes of the tensors that `keep_frozen` keeps; works on the meta device too."""
+    state, frozen = model.state_dict(), _frozen_names(model)
+    whole = tuple(f"experts.{name}." for name in model.experts if _is_part(name, frozen))
+    return sum(tensor.nbytes for name, tensor in state.items() if name in frozen or name.startswith(whole))
+
+
 def load_frozen(model: HolisticModel, hashes: Mapping[str, str], run_dir: Path) -> None:
     """Put back what `keep_frozen` kept into a model in which the same is marked as frozen.
 

@@ -8,12 +8,11 @@ import json
 from pathlib import Path
 
 from ca2st.durable import FaultPoints, write_bytes
-from ca2st.errors import UserInputError
-from ca2st.training.documents import differences
 from ray_jobs import environment
-from ray_jobs.config import Recipe, identity_settings, recipe_document, stored_recipe
+from ray_jobs.config import Recipe, recipe_document
 from ray_jobs.local_processes import run_processes
 from ray_jobs.public_experts import IMPORTED_FOLDER, with_local_experts
+from ray_jobs.resume_plan import refuse_other_recipe
 from ray_jobs.start import check_model
 from ray_jobs.tracking.following import followed
 from ray_jobs.wiring import preflight
@@ -22,26 +21,38 @@ from ray_jobs.worker import Job, Outcome, run
 RECIPE_NAME = "recipe.json"
 
 
-def launch(recipe: Recipe, run_dir: Path, *, faults: FaultPoints, ray_address: str | None = None) -> Outcome:
+def launch(
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    faults: FaultPoints,
+    ray_address: str | None = None,
+    accept_open_ray: bool = False,
+) -> Outcome:
     """Train `recipe` in `run_dir`, resuming what is there.
 
-    `ray_address`: None trains without Ray; ``local`` starts a Ray of its own; anything else is a cluster's address.
+    `ray_address`: None trains without Ray; ``local`` starts a Ray of its own; anything else is a cluster's address
+    (``auto``: the one this machine is a node of). `accept_open_ray`: join even one that asks for no token.
 
     Raises:
         UserInputError: the folder holds a run of another recipe (the message lists what differs), or what is to be
             trained or to start from does not fit the model; nothing is written then.
         WorkerFailedError: a worker process failed, with its exit code.
+        EnvironmentFault: the cluster cannot train this run; see `ray_jobs.ray_train.driver.joined`.
+        RetriesUsedUpError: under Ray, it failed in every attempt.
     """
     data = preflight(recipe)
     recipe = with_local_experts(recipe, run_dir.parent / IMPORTED_FOLDER, environment.hub_access())
     check_model(recipe, data.classes, run_dir)
     _claim(recipe, run_dir)
+    if ray_address is not None:
+        from ray_jobs.ray_train.driver import joined
+
+        access = environment.ray_access(accept_open=accept_open_ray)
+        with joined(recipe, run_dir, ray_address, access=access) as fleet, followed(recipe, run_dir, data):
+            return fleet.train()
     job = Job(recipe=recipe_document(recipe), run_dir=str(run_dir.resolve()))
     with followed(recipe, run_dir, data):
-        if ray_address is not None:
-            from ray_jobs.ray_train import run_under_ray
-
-            return run_under_ray(job, recipe, ray_address)
         if recipe.launch.workers == 1:
             return run(job, faults=faults)
         return run_processes(job, recipe.launch.workers, faults)
@@ -51,11 +62,6 @@ def _claim(recipe: Recipe, run_dir: Path) -> None:
     """Write the recipe into a new run folder, or refuse a folder of another recipe."""
     path = run_dir / RECIPE_NAME
     if path.exists():
-        kept = identity_settings(stored_recipe(json.loads(path.read_text()), where=str(run_dir)))
-        if changed := differences(kept, identity_settings(recipe)):
-            listed = "\n  ".join(changed)
-            raise UserInputError(
-                f"{run_dir}: holds a run of another recipe; choose another --out or undo the change:\n  {listed}"
-            )
+        refuse_other_recipe(recipe, run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_bytes(path, (json.dumps(recipe_document(recipe), indent=1) + "\n").encode())

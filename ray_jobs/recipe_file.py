@@ -1,8 +1,9 @@
 """A recipe as a TOML file, with its preset expanded and settings of the command line put over it."""
 
 import json
+import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -25,7 +26,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         UserInputError: no such recipe.
         RecipeError: every mistake in it, with file:line.
     """
-    text, source = _read(name_or_path)
+    text, source = read_recipe(name_or_path)
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -49,10 +50,53 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return recipe_from_document(document)
     except pydantic.ValidationError as error:
-        mistakes = [
-            told(mistake, Recipe, source=source, lines=lines, overrides=overrides) for mistake in error.errors()
-        ]
-        raise RecipeError("\n".join(mistakes)) from error
+        mistakes = list(_every_mistake(document, error, source=source, lines=lines, overrides=overrides))
+        raise RecipeError("\n".join(dict.fromkeys(mistakes))) from error
+
+
+def _every_mistake(
+    document: dict[str, Any],
+    error: pydantic.ValidationError,
+    *,
+    source: str,
+    lines: Mapping[str, int],
+    overrides: Sequence[str],
+) -> Iterator[str]:
+    """The mistakes of `error`, and those that hide behind them.
+
+    A section names one value that it refuses at a time, and sections are compared once each of them is right. So what
+    was refused is taken out and the rest is read again, as long as something is taken out. What is then refused and
+    speaks of a key that was taken out may be about its default, and is not told.
+    """
+    removed: set[str] = set()
+    while True:
+        before = frozenset(removed)
+        for mistake in error.errors():
+            for key, line in told(mistake, Recipe, source=source, lines=lines, overrides=overrides):
+                if not before or not before & set(re.findall(r"\w+", line.removeprefix(source))):
+                    yield line
+                if _take_out(document, key):
+                    removed.add(key.rpartition(".")[2])
+        if removed == before:
+            return
+        try:
+            recipe_from_document(document)
+        except pydantic.ValidationError as more:
+            error = more
+        else:
+            return
+
+
+def _take_out(document: dict[str, Any], path: str) -> bool:
+    """Remove the key `path`, never a whole section; False where it is none or not there."""
+    *tables, key = path.split(".")
+    inner: Any = document
+    for table in tables:
+        inner = inner.get(table) if isinstance(inner, dict) else None
+    if not isinstance(inner, dict) or key not in inner or isinstance(inner[key], dict):
+        return False
+    del inner[key]
+    return True
 
 
 def known_recipes() -> list[str]:
@@ -79,7 +123,12 @@ def _below(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _read(name_or_path: str) -> tuple[str, str]:
+def read_recipe(name_or_path: str) -> tuple[str, str]:
+    """A recipe's text as it was written, and where it is from: its path, or its name in the package.
+
+    Raises:
+        UserInputError: no such recipe.
+    """
     path = Path(name_or_path)
     if path.is_file():
         return path.read_text(encoding="utf-8"), str(path)

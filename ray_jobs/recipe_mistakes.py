@@ -2,10 +2,12 @@
 
 import datetime
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from ray_jobs.errors import ConflictsError
 from ray_jobs.toml_lines import line_of
 
 _MOVED = {"experts.frozen": ' (now the top-level key trainable: "added" for true, "all" for false)'}
@@ -18,33 +20,65 @@ def told(
     source: str,
     lines: Mapping[str, int] | None = None,
     overrides: Sequence[str] = (),
-) -> str:
-    """One of pydantic's mistakes as ``file:line: key: what is wrong``.
+) -> list[tuple[str, str]]:
+    """One of pydantic's mistakes as (key to change, ``file:line: key: what is wrong``); more where sections disagree.
 
     `recipe_type` is the dataclass that was read, `lines` where its keys stand in the file `source`; a key that an
     override set is told as such.
     """
     path = ".".join(str(part) for part in mistake["loc"])
-    message = mistake["msg"].removeprefix("Value error, ")
-    if not path:  # sections at odds with each other: the recipe's own check names the key
-        path, _, message = message.partition(": ")
-    where = place_of(path, source=source, lines=lines, overrides=overrides)
-    kind = mistake["type"]
-    if kind == "unexpected_keyword_argument":
-        return f"{where}: {path}: unknown key{_MOVED.get(path) or _suggestion(mistake['loc'], recipe_type)}"
-    if kind in ("missing", "missing_argument"):
-        return f"{where}: {path}: required, but not given"
-    if kind == "value_error":
-        return f"{where}: {path}: {message}"
-    return f"{where}: {path}: {message}, found {mistake['input']!r}"
+    kind, told_lines = mistake["type"], list[tuple[str, str]]()
+    for message in _messages(mistake):
+        key, text = path, message
+        if not path:  # sections at odds with each other: the recipe's own check names the key
+            key, _, text = message.partition(": ")
+        elif kind == "unexpected_keyword_argument":
+            text = f"unknown key{_MOVED.get(path) or _suggestion(mistake['loc'], recipe_type)}"
+        elif kind in ("missing", "missing_argument"):
+            text = "required, but not given"
+        elif kind != "value_error":
+            text = f"{message}, found {mistake['input']!r}"
+        blamed = blamed_key(key, text, recipe_type, overrides) if kind == "value_error" else key
+        place = place_of(blamed, source=source, lines=lines, overrides=overrides)
+        told_lines.append((blamed, f"{place}: {key}: {text}"))
+    return told_lines
+
+
+def blamed_key(path: str, message: str, recipe_type: type, overrides: Sequence[str] = ()) -> str:
+    """The key that a refusal of the section `path` is about.
+
+    It is the one that the message begins with, or one that it names and an override has set; else `path` itself.
+    """
+    known = _known_keys(path.split("."), recipe_type)
+    first = re.split(r"[:, ]", message, maxsplit=1)[0].rpartition(".")[2]
+    words = set(re.findall(r"\w+", message))
+    set_here = [override.partition("=")[0] for override in overrides]
+    named = [key for key in set_here if key.startswith(f"{path}.") and key.rpartition(".")[2] in words]
+    if first in known and f"{path}.{first}" in set_here:
+        return f"{path}.{first}"
+    if named:
+        return named[0]
+    return f"{path}.{first}" if first in known else path
 
 
 def place_of(path: str, *, source: str, lines: Mapping[str, int] | None = None, overrides: Sequence[str] = ()) -> str:
-    """Where the key `path` was set: ``--set path``, ``file:line``, or the file alone where it is not in it."""
-    if any(override.startswith(f"{path}=") for override in overrides):
-        return f"--set {path}"
+    """Where the key `path` was set: ``--set path``, ``file:line``, or the file alone where it is not in it.
+
+    An override of a section around the key has set it too.
+    """
+    for override in reversed(overrides):
+        key = override.partition("=")[0]
+        if path == key or path.startswith(f"{key}."):
+            return f"--set {key}"
     line = line_of(dict(lines or {}), path)
     return f"{source}:{line}" if line else source
+
+
+def _messages(mistake: Any) -> list[str]:
+    error = mistake.get("ctx", {}).get("error")
+    if isinstance(error, ConflictsError):
+        return list(error.messages)
+    return [mistake["msg"].removeprefix("Value error, ")]
 
 
 def dates_in(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

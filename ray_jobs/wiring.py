@@ -9,7 +9,7 @@ import torch
 
 from ca2st.errors import UserInputError
 from ca2st.model.build import build_model
-from ca2st.model.config import TargetSpec, check_clip
+from ca2st.model.config import ModelKind, TargetSpec, check_clip
 from ca2st.model.holistic import HolisticModel
 from ca2st.model.parameters import set_trainable
 from ca2st.model.structure import EXPERTS, ExpertName
@@ -112,36 +112,55 @@ def check_settings(recipe: Recipe) -> None:
     """Refuse what the recipe alone shows to be wrong; no data is read and nothing is fetched.
 
     Raises:
-        UserInputError: clip and model do not fit, pairs are mixed by what the model does not read, it has no such
-            expert, or an expert's file is not there or its public name not known.
+        UserInputError: a line for each of these: clip and model do not fit, pairs are mixed by what the model does not
+            read, it has no such expert, or an expert's file is not there or its public name not known.
     """
-    check_clip(recipe.model, recipe.clip)
+    problems = list(_setting_problems(recipe))
+    if problems:
+        raise UserInputError("\n".join(problems))
+
+
+def _setting_problems(recipe: Recipe) -> Iterator[str]:
     own = EXPERTS[recipe.model.kind]
     mixing = recipe.data.augment.mixing
+    try:
+        check_clip(recipe.model, recipe.clip)
+    except UserInputError as error:
+        yield f"clip.{error}"
     if mixing.probability > 0 and mixing.spectrogram == "cutmix" and "audio" not in own:
-        raise UserInputError(
+        yield (
             f"data.augment.mixing.spectrogram: expected 'mixup' for {recipe.model.kind}, which does not hear, found "
             "'cutmix'; the labels would follow a box that the model never sees"
         )
     if mixing.probability > 0 and mixing.switch_probability > 0 and own == ("audio",):
-        raise UserInputError(
+        yield (
             "data.augment.mixing.switch_probability: expected 0 for audio, which does not see, found "
             f"{mixing.switch_probability}; the labels would follow a box that the model never sees"
         )
     for name, source in recipe.experts.sources().items():
-        if name not in own:
-            raise UserInputError(
-                f"experts.{name}: expected experts of {recipe.model.kind}, which are {', '.join(own)}, found {source}; "
-                "remove the setting or choose another model.kind"
-            )
-        if is_hub_name(source):
-            with _naming(name):
-                resolve_hub_name(source)
-        elif not Path(source).is_file():
-            raise UserInputError(
-                f"experts.{name}: expected a safetensors file, found none at {source}; check the path, or give a "
-                "public name (hf-hub:..., open_clip:..., timm:...)"
-            )
+        if (problem := _source_problem(name, source, kind=recipe.model.kind)) is not None:
+            yield problem
+
+
+def _source_problem(name: ExpertName, source: str, *, kind: ModelKind) -> str | None:
+    """What is wrong with the file or public name of an expert, or None."""
+    own = EXPERTS[kind]
+    if name not in own:
+        return (
+            f"experts.{name}: expected experts of {kind}, which are {', '.join(own)}, found {source}; "
+            "remove the setting or choose another model.kind"
+        )
+    if is_hub_name(source):
+        try:
+            resolve_hub_name(source)
+        except UserInputError as error:
+            return f"experts.{name}: {error}"
+    elif not Path(source).is_file():
+        return (
+            f"experts.{name}: expected a safetensors file, found none at {source}; check the path, or give a "
+            "public name (hf-hub:..., open_clip:..., timm:...)"
+        )
+    return None
 
 
 def _require_same(train: Manifest, validation: Manifest, target: str) -> None:

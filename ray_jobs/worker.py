@@ -12,10 +12,11 @@ import torch
 
 from ca2st.durable import FaultPoints, write_bytes
 from ca2st.errors import CA2STError
+from ca2st.model.choices import HeldPrecision
 from ca2st.model.compiled import compile_layers
 from ca2st.model.holistic import HolisticModel
 from ca2st.model.parameters import layer_index, no_weight_decay
-from ca2st.model.precision import HeldPrecision, held_precision, hold_experts
+from ca2st.model.precision import held_precision, hold_experts
 from ca2st.training.accelerator import make_accelerator
 from ca2st.training.loop import train
 from ca2st.training.metrics import main_metric
@@ -29,6 +30,7 @@ from ray_jobs.config import Recipe, identity_settings, recipe_document, recipe_f
 from ray_jobs.console import progress
 from ray_jobs.frozen_weights import keep_frozen
 from ray_jobs.start import begin_model
+from ray_jobs.tracking.node_metrics import NodeMetrics
 from ray_jobs.trained import RUN_DOCUMENT
 
 OUTCOME_NAME = "outcome.json"
@@ -70,10 +72,10 @@ def read_outcome(run_dir: Path) -> Outcome:
     return Outcome(**json.loads(path.read_text()))
 
 
-def run(job: Job, *, faults: FaultPoints, own_signals: bool = True) -> Outcome:
+def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Outcome:
     """Train on this rank until the run is finished, resuming what the run folder holds.
 
-    `own_signals`: turn SIGTERM and SIGINT into a checkpoint and an orderly end; only in a process's main thread.
+    `stop`: where a request to save and end arrives; None: SIGTERM and SIGINT are one, only in a process's main thread.
     """
     recipe, run_dir = recipe_from_document(job.recipe), Path(job.run_dir)
     accelerator = make_accelerator(recipe.training, cpu=_use_cpu_threads(recipe))
@@ -100,7 +102,10 @@ def run(job: Job, *, faults: FaultPoints, own_signals: bool = True) -> Outcome:
             faults=faults,
             progress=stack.enter_context(_shown(recipe, loader)) if rank == 0 else None,
         )
-        stop = stack.enter_context(_stop_request(recipe, own_signals=own_signals))
+        if accelerator.is_local_main_process and (seconds := recipe.tracking.system_metrics_seconds):
+            stack.enter_context(NodeMetrics(run_dir, every_seconds=seconds))
+        if stop is None:
+            stop = stack.enter_context(stop_on_signals(grace_seconds=recipe.training.grace_seconds))
         result = train(
             begun.model, loader, accelerator=accelerator, settings=settings, validation=validation, stop=stop
         )
@@ -124,8 +129,7 @@ def _use_cpu_threads(recipe: Recipe) -> bool:
     """Whether this machine has no GPU; torch then gets this worker's share of the cores."""
     if torch.cuda.is_available():
         return False
-    share = max(1, environment.num_cores() // recipe.launch.workers)
-    torch.set_num_threads(recipe.launch.threads_per_worker or share)
+    torch.set_num_threads(recipe.launch.torch_threads(environment.num_cores()))
     return True
 
 
@@ -182,12 +186,3 @@ def _shown(recipe: Recipe, loader: TrainLoader) -> Iterator[Callable[[TrainingPr
             f"epoch {state.epoch}  loss {state.loss:.4f}  {state.clips_per_second:.0f} clips/s  "
             f"data wait {state.data_wait_fraction:.0%}",
         )
-
-
-@contextmanager
-def _stop_request(recipe: Recipe, *, own_signals: bool) -> Iterator[StopRequest]:
-    if not own_signals:
-        yield StopRequest()
-        return
-    with stop_on_signals(grace_seconds=recipe.training.grace_seconds) as stop:
-        yield stop

@@ -140,7 +140,7 @@ class ConversionConfig:
         """The decode child's part of converting `sample`."""
         video = self.video
         return ClipJob(
-            path=sample.path,
+            path=sample.path.absolute(),  # a decode worker may run in another folder
             start_seconds=sample.start_seconds,
             end_seconds=sample.end_seconds,
             codec=video.codec,

@@ -6,7 +6,9 @@ tool versions alone: not on the number of workers, an interruption, the hash see
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,11 @@ from sharding.resume import (
     remove_shards_from,
 )
 from sharding.source import SourceList
-from sharding.workers import DecodePool
+from sharding.workers import ClipPool, DecodePool
 from sharding.writer import write_shard
+
+OpenPool = Callable[[], AbstractContextManager[ClipPool]]
+"""Opens a pool for the clips of one conversion; leaving it ends everything that it started."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +75,7 @@ def convert(
     faults: FaultPoints = NO_FAULTS,
     progress: Callable[[ConversionProgress], None] | None = None,
     encode: Callable[[ClipJob], EncodedClip] = encode_clip,
+    pool: OpenPool | None = None,
 ) -> ConversionReport:
     """Convert `source` into a shard set in the folder `out`, or finish a conversion begun there.
 
@@ -80,6 +86,7 @@ def convert(
         faults: Fault points (tests).
         progress: Called after every source.
         encode: What the decode children run; a module-level function.
+        pool: Opened when there is work; None: `config.workers` children of this process that run `encode`.
 
     Raises:
         UserInputError: no samples, or every one of them rejected; nothing is left behind.
@@ -89,10 +96,20 @@ def convert(
         EnvironmentFault: the folder cannot be written.
     """
     check_source(source)
+    pool = pool or partial(_local_pool, config, encode)
     with output_folder(out), folder_lock(out):
         refuse_foreign_files(out)
         sweep_temporaries(out)
-        return _Conversion(source, out, config, faults, progress or (lambda _: None), encode).run()
+        return _Conversion(source, out, config, faults, progress or (lambda _: None), pool).run()
+
+
+def _local_pool(config: ConversionConfig, encode: Callable[[ClipJob], EncodedClip]) -> DecodePool:
+    return DecodePool(
+        encode,
+        num_workers=config.workers,
+        timeout_seconds=config.clip_timeout_seconds,
+        memory_bytes=config.clip_memory_bytes,
+    )
 
 
 class _Conversion:
@@ -105,10 +122,10 @@ class _Conversion:
         config: ConversionConfig,
         faults: FaultPoints,
         progress: Callable[[ConversionProgress], None],
-        encode: Callable[[ClipJob], EncodedClip],
+        pool: OpenPool,
     ) -> None:
         self._source, self._out, self._config = source, out, config
-        self._faults, self._progress, self._encode = faults, progress, encode
+        self._faults, self._progress, self._pool = faults, progress, pool
         self._identity = conversion_identity(source, config)
         self._done: list[DoneShard] = []
         self._num_converted = self._num_rejected = 0
@@ -127,14 +144,6 @@ class _Conversion:
         self._write_manifest(rejects)
         return self._report(count_by_reason(rejects))
 
-    def _pool(self) -> DecodePool:
-        return DecodePool(
-            self._encode,
-            num_workers=self._config.workers,
-            timeout_seconds=self._config.clip_timeout_seconds,
-            memory_bytes=self._config.clip_memory_bytes,
-        )
-
     def _finished_before(self) -> ConversionReport:
         shards = read_shard_set(self._out)
         for number in range(len(shards.shards)):
@@ -149,7 +158,7 @@ class _Conversion:
             self._done.append(shard)
         return self._report(shards.manifest.rejected)
 
-    def _drop_shards_with_other_rejects(self, pool: DecodePool) -> None:
+    def _drop_shards_with_other_rejects(self, pool: ClipPool) -> None:
         """Try the rejects of complete shards again: where a source was repaired, go on from its shard."""
         for number, shard in enumerate(self._done):
             if not shard.covers.rejects:
@@ -165,7 +174,7 @@ class _Conversion:
     def _what(outcome: Outcome) -> tuple[str, str] | None:
         return (outcome.reason, outcome.what) if isinstance(outcome, Reject) else None
 
-    def _convert_rest(self, pool: DecodePool) -> list[Reject]:
+    def _convert_rest(self, pool: ClipPool) -> list[Reject]:
         """Write the shards that are missing; the rejects no shard could take when there is no sample at all."""
         while True:
             first, end = (self._done[-1].covers.end if self._done else 0), len(self._source.samples)
@@ -180,7 +189,7 @@ class _Conversion:
             self._done.pop()
             remove_shards_from(self._out, len(self._done))
 
-    def _outcomes(self, pool: DecodePool, positions: list[int] | range) -> Iterator[tuple[int, Outcome]]:
+    def _outcomes(self, pool: ClipPool, positions: list[int] | range) -> Iterator[tuple[int, Outcome]]:
         samples = [self._source.samples[position] for position in positions]
         clips = pool.map(self._config.job(sample) for sample in samples)
         for position, sample, clip in zip(positions, samples, clips, strict=True):

@@ -1,6 +1,6 @@
 """Errors of conversion and of the shard format; exit codes come from `ca2st.errors`."""
 
-from ca2st.errors import CA2STError, DataDamageError, UserInputError
+from ca2st.errors import CA2STError, DataDamageError, EnvironmentFault, UserInputError
 
 
 class AnnotationError(UserInputError):
@@ -21,6 +21,10 @@ class ShardDamageError(DataDamageError):
 
 class RejectBudgetError(DataDamageError):
     """More samples were rejected than ``--max-rejects`` allows."""
+
+
+class UnlikeNodeError(EnvironmentFault):
+    """A node of the cluster does not see the media as this machine does, or would write other bytes."""
 
 
 class MediaError(CA2STError):

@@ -12,13 +12,20 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from ca2st.errors import EnvironmentFault
 from sharding.decode_child import Rejected, serve
 
 _START_SECONDS = 120.0  # a cold interpreter on a busy machine
 _LOOK_AHEAD = 3  # jobs a child, finished or not, ahead of the one that is awaited
+
+
+class ClipPool(Protocol):
+    """What a conversion runs its clips on: children of this machine, or the workers of a cluster."""
+
+    def map(self, jobs: Iterable[Any]) -> Iterator[Any]:
+        """A result or a `Rejected` for each job, in order; one map at a time."""
 
 
 class _Child:

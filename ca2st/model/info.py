@@ -10,9 +10,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ca2st.model.build import build_model
+from ca2st.model.choices import Trainable
 from ca2st.model.config import ModelConfig, TargetSpec
 from ca2st.model.holistic import HolisticModel
-from ca2st.model.parameters import Trainable, set_trainable
+from ca2st.model.parameters import set_trainable
 from ca2st.spec import ClipSpec
 
 _FLOP_PER_MULTIPLY_ADD = 2

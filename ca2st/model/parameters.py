@@ -8,15 +8,11 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ca2st.errors import UserInputError, did_you_mean
+from ca2st.errors import UserInputError
+from ca2st.model.choices import Trainable, check_trainable
 from ca2st.model.holistic import HolisticModel
 from ca2st.model.structure import all_bridges, stage_of_layer, uses_time_codes
 
-Trainable = str | Sequence[str]
-"""A set of `TRAINABLE_SETS` by its name, or patterns of whole parameter names."""
-TRAINABLE_SETS = ("added", "head", "adapters", "all")
-"""`added`: what the method adds to the experts, the published set; `head`: classifiers and last adapters; `adapters`:
-the layers' adapters and the head; `all`: every parameter."""
 Rules = Mapping[str, Sequence[str]]
 """What a rule is called -> patterns (`*` any characters, dots too), one of which at least must name something."""
 
@@ -39,23 +35,6 @@ class ParameterCount(NamedTuple):
     """Of parameters that get a gradient."""
     total: int
     """Of all parameters."""
-
-
-def check_trainable(which: Trainable) -> None:
-    """Refuse a name that is no set, and an empty list, before there is a model.
-
-    Raises:
-        UserInputError: as said.
-    """
-    if isinstance(which, str):
-        if which not in TRAINABLE_SETS:
-            hint = did_you_mean(which, list(TRAINABLE_SETS))
-            raise UserInputError(
-                f"trainable: expected one of {', '.join(TRAINABLE_SETS)} or a list of patterns of parameter names, "
-                f"found {which!r}{hint}"
-            )
-    elif not which:
-        raise UserInputError("trainable: expected at least one pattern of parameter names, found an empty list")
 
 
 def trainable_rules(model: HolisticModel, which: Trainable) -> Rules:

@@ -6,31 +6,13 @@ without the cast, whose result autograd would also keep for the backward pass. N
 running statistics, and everything that is trained stay float32.
 """
 
-from typing import Literal
-
 import torch
 from torch import nn
 
-from ca2st.errors import UserInputError
+from ca2st.model.choices import ExpertPrecision, HeldPrecision, check_expert_precision
 from ca2st.model.holistic import HolisticModel
 
-HeldPrecision = Literal["fp32", "bf16"]
-ExpertPrecision = Literal["auto", "fp32", "bf16"]
-
 _CAST_BY_AUTOCAST = (nn.Linear, nn.Conv2d, nn.Conv3d)
-
-
-def check_expert_precision(wanted: ExpertPrecision, *, training: HeldPrecision) -> None:
-    """Refuse experts in bfloat16 beside float32 computation, which cannot read them.
-
-    Raises:
-        UserInputError: as said.
-    """
-    if wanted == "bf16" and training == "fp32":
-        raise UserInputError(
-            'experts.precision: "bf16" is read under bfloat16 autocast only, found training.precision = "fp32"; '
-            'set training.precision = "bf16", or experts.precision = "auto"'
-        )
 
 
 def held_precision(wanted: ExpertPrecision, *, training: HeldPrecision, device: str) -> HeldPrecision:

@@ -1,7 +1,9 @@
 """The one way an Accelerator is made, so that nothing is left to its environment variables' defaults."""
 
+from datetime import timedelta
+
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from ca2st.errors import UserInputError
 from ca2st.training.config import TrainingConfig
@@ -14,14 +16,17 @@ def make_accelerator(config: TrainingConfig, *, cpu: bool = False) -> Accelerato
     """An Accelerator for this process; joins the process group that a launcher has described, if any.
 
     Micro-batches, schedules and data belong to the loop, so Accelerate's own are off. Frozen buffers are equal on all
-    ranks by construction and are not broadcast.
+    ranks by construction and are not broadcast. A process group that is there already keeps its own timeout.
     """
     return Accelerator(
         cpu=cpu,
         mixed_precision=MIXED_PRECISION[config.precision],
         gradient_accumulation_steps=1,
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.collective_timeout_seconds)),
+        ],
     )
 
 

@@ -80,6 +80,9 @@ class TrainingConfig:
     CPU it needs a C++ compiler. What cannot be compiled is an error."""
     grace_seconds: float = 25.0
     """Time from SIGTERM to a forced exit; the checkpoint must fit in. Launchers allow about 30 s."""
+    collective_timeout_seconds: float = 600.0
+    """Longest that a rank waits for the others in one exchange; then the run ends and names who is silent. More than a
+    loader's stall, the writing of a checkpoint, and what one rank may take longer than another in a validation."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "global_batch_size", "per_device_batch_size", "checkpoint_every_steps"):
@@ -87,7 +90,8 @@ class TrainingConfig:
         _check("keep_checkpoints", self.keep_checkpoints, lambda x: x >= 1, "an integer >= 1")
         _check("validate_every_epochs", self.validate_every_epochs, _not_negative, "an integer >= 0")
         _check("seed", self.seed, lambda x: 0 <= x < 2**63, "an integer in [0, 2**63)")
-        _check("grace_seconds", self.grace_seconds, _positive, "a finite number > 0")
+        for name in ("grace_seconds", "collective_timeout_seconds"):
+            _check(name, getattr(self, name), _positive, "a finite number > 0")
         if self.max_steps is not None:
             _check("max_steps", self.max_steps, lambda x: x >= 1, "an integer >= 1, or none")
         known = list(get_args(Precision))

@@ -4,7 +4,7 @@
 
     UserInputError        ResumeRefusedError, CheckpointMismatchError, ParameterRuleError, LabelRangeError
     DataDamageError       CheckpointDamagedError
-    EnvironmentFault      RunFolderBusyError, RanksDisagreeError
+    EnvironmentFault      RunFolderBusyError, RanksDisagreeError, OutOfMemoryFault, RanksSilentError
     NumericError          NonFiniteError
     CA2STError            SourceContractError, IncompleteEvaluationError, PeerFailedError,
                           RunStoppedError -> TerminatedError (143), InterruptedRunError (130)
@@ -42,6 +42,14 @@ class RunFolderBusyError(EnvironmentFault):
 
 class RanksDisagreeError(EnvironmentFault):
     """Ranks were started with different data, recipes or versions."""
+
+
+class OutOfMemoryFault(EnvironmentFault):
+    """Memory of a device, the machine or /dev/shm did not suffice; the message has the peak and what lowers it."""
+
+
+class RanksSilentError(EnvironmentFault):
+    """A collective was given up after its timeout; names the ranks that are silent, or where each of them stands."""
 
 
 class NonFiniteError(NumericError):

@@ -14,9 +14,11 @@ from ca2st.training.accelerator import check_accelerator
 from ca2st.training.checkpoint import read_checkpoint
 from ca2st.training.documents import differences
 from ca2st.training.errors import RanksDisagreeError, ResumeRefusedError
+from ca2st.training.heartbeat import Heartbeat
 from ca2st.training.intake import Intake
 from ca2st.training.journal import JOURNAL_NAME, Journal
 from ca2st.training.lock import locked
+from ca2st.training.memory import memory_fault, naming_memory_faults
 from ca2st.training.optim import build_optimizer
 from ca2st.training.protocols import EvaluationSource, TrainSource
 from ca2st.training.ranks import Ranks
@@ -48,11 +50,14 @@ def train(
     Raises:
         ResumeRefusedError: the folder holds another run.
         RunStoppedError: `stop` was requested; the state is saved.
+        OutOfMemoryFault: memory of device, machine or /dev/shm did not suffice.
+        RanksSilentError: other ranks kept this one waiting for longer than the timeout.
         CA2STError: numbers that are not finite, a folder in use, saves that fail; one rank's failure ends all.
     """
     ranks = Ranks(accelerator)
-    _check_setup(ranks, accelerator, settings, source=source)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(naming_memory_faults())
+        _check_setup(ranks, accelerator, settings, source=source)
         start, journal = _open(ranks, accelerator, settings, stack=stack)
         parts = _make_parts(
             model,
@@ -64,13 +69,29 @@ def train(
             journal=journal,
         )
         run = Run(parts, start)
+        _run_watched(run, parts, start, ranks=ranks)
+        return _finish(run, start)
+
+
+def _run_watched(run: Run, parts: RunParts, start: RunStart, *, ranks: Ranks) -> None:
+    """Train to the end; what stops it gets its own name, and leaves its evidence."""
+    heartbeat = Heartbeat(
+        parts.settings.folder,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout_seconds=parts.settings.config.collective_timeout_seconds,
+        where=run.where,
+    )
+    with heartbeat:
         try:
             _begin(run, parts, start)
             run.to_the_end()
         except BaseException as error:
-            run.keep_evidence(error)
+            named = memory_fault(error) or heartbeat.explain(error)
+            run.keep_evidence(named or error)
+            if named is not None:
+                raise named from error
             raise
-        return _finish(run, start)
 
 
 def _make_parts(

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 
 from ca2st.errors import CA2STError
 from ca2st.training.errors import PeerFailedError
+from ca2st.training.memory import memory_fault
 
 T = TypeVar("T")
 
@@ -77,7 +78,8 @@ class Ranks:
     def _attempt(self, action: Callable[[], T]) -> tuple[T | None, Exception | None]:
         try:
             return action(), None
-        except Exception as error:  # noqa: BLE001  # raised again on every rank by gather_outcomes
+        except Exception as caught:  # noqa: BLE001  # raised again on every rank by gather_outcomes
+            error = memory_fault(caught) or caught
             if self.world_size > 1:
                 error.add_note(f"on rank {self.rank}")
             return None, error

@@ -17,6 +17,7 @@ from ca2st.training.documents import canonical_json
 from ca2st.training.errors import NonFiniteError, RunStoppedError
 from ca2st.training.evaluate import evaluate
 from ca2st.training.failing_clips import keep_failing_clips
+from ca2st.training.heartbeat import Whereabouts
 from ca2st.training.intake import Intake, StepIntake
 from ca2st.training.journal import Journal
 from ca2st.training.keeper import MAX_FAILED_SAVES, CheckpointKeeper, SaveOutcome
@@ -83,6 +84,12 @@ class Run:
         self.metrics: Mapping[str, float | None] = dict(last["metrics"]) if last else {}
         """Newest validation metrics."""
 
+    def where(self) -> Whereabouts:
+        """Where this rank stands now; asked from another thread."""
+        stage, seconds = self._parts.stages.standing()
+        share = self._share if stage in ("to_device", "forward", "backward") else None
+        return Whereabouts(step=self.step, stage=stage, seconds=seconds, keys=share.sample_ids if share else ())
+
     def to_the_end(self) -> None:
         """Train to the last step; raises what stops it, after the checkpoint that a stop asks for."""
         if self.step > 0 and self._is_validation_due():
@@ -120,6 +127,7 @@ class Run:
             self._stop(intake.stop_signal)
             return
         self._share = intake.share
+        self._settings.faults.reach("step.received")
         result = self._parts.stepper.update(intake.share, intake.keys_of_rank, step=self.step + 1)
         self.step += 1
         self._settings.faults.reach("step.updated")

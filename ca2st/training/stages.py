@@ -65,6 +65,10 @@ class StageClock:
         finally:
             self._switch(outer)
 
+    def standing(self) -> tuple[Stage, float]:
+        """The stage it stands in now, and for how many seconds; from any thread."""
+        return self._stage, self._clock() - self._since
+
     def times(self) -> StepTimes:
         """What has passed since the mark."""
         self._switch(self._stage)

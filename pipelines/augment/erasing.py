@@ -11,17 +11,14 @@ from statistics import NormalDist
 from typing import Literal, get_args
 
 import numpy as np
-import torch
-from jaxtyping import UInt8
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ca2st.errors import UserInputError
 from ca2st.spec import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.augment.geometry import FILL
+from pipelines.augment.operations import FILL
 from pipelines.choices import require_one_of
 from pipelines.crops import CropBox
-from pipelines.keyed_random import Key, raw_words
+from pipelines.keyed_random import Key
 
 ErasingMode = Literal["const", "rand", "pixel"]
 _ATTEMPTS = 10
@@ -98,7 +95,7 @@ class ErasingConfig:
             return FILL
         if self.mode == "pixel":
             return None
-        red, green, blue = (row[int(256 * u)] for row, u in zip(_NOISE_LEVELS, numbers, strict=True))
+        red, green, blue = (row[int(256 * u)] for row, u in zip(NOISE_LEVELS, numbers, strict=True))
         return int(red), int(green), int(blue)
 
 
@@ -113,19 +110,6 @@ class ErasedBox:
     """Names the random bytes of the pixels."""
 
 
-def erase_in_place(frames: UInt8[Tensor, "3 time size size"], boxes: Sequence[ErasedBox]) -> None:
-    """Paint the boxes over; on any device."""
-    for erased in boxes:
-        box = erased.box
-        inside = frames[..., box.top : box.top + box.height, box.left : box.left + box.width]
-        if erased.colour is not None:
-            inside.copy_(torch.tensor(erased.colour, dtype=torch.uint8).view(3, 1, 1, 1))
-            continue
-        noise = raw_words(erased.noise, -(-inside.numel() // 8)).astype("<u8").view(np.uint8)[: inside.numel()]
-        levels = np.take_along_axis(_NOISE_LEVELS, noise.reshape(3, -1), axis=1)
-        inside.copy_(torch.from_numpy(levels).view(inside.shape))
-
-
 def _noise_levels() -> NDArray[np.uint8]:
     """[3, 256]: normalised pixels that are normally distributed, as bytes of each channel, for an even byte."""
     quantiles = np.array([NormalDist().inv_cdf((byte + 0.5) / 256) for byte in range(256)])
@@ -134,4 +118,5 @@ def _noise_levels() -> NDArray[np.uint8]:
     return levels
 
 
-_NOISE_LEVELS = _noise_levels()
+NOISE_LEVELS = _noise_levels()
+"""[3, 256]: a channel's normally distributed level for an evenly distributed byte."""

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from jaxtyping import UInt8
 from torch import Tensor
 
-from pipelines.augment.erasing import erase_in_place
+from pipelines.augment.erase import erase_in_place
 from pipelines.augment.fused import augment_in_place
 from pipelines.augment.pointwise import augmented
 from pipelines.rendering import RenderRequest

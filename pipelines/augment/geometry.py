@@ -22,12 +22,8 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ca2st.spec import IMAGENET_MEAN
-from pipelines.augment.operations import Operation
+from pipelines.augment.operations import FILL, Operation
 
-_RED, _GREEN, _BLUE = IMAGENET_MEAN
-FILL = (round(255 * _RED), round(255 * _GREEN), round(255 * _BLUE))
-"""The mean colour, which normalising makes zero: what comes in from outside the picture."""
 _PARTS = 128
 """Steps of a pixel that places are rounded to."""
 _Matrix = NDArray[np.float64]

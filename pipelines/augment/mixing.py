@@ -22,9 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
-
-from ca2st.batch import Mixing
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
 from pipelines.choices import require_one_of
@@ -111,18 +108,11 @@ class MixingDraws:
     first_pair: int
     """Number of the share's first pair in the global batch."""
 
-    def of_step(self, step: int, has_audio: Sequence[bool]) -> Mixing:
-        """The mixing of a share whose clips have sound or not, as told in order."""
+    def of_step(self, step: int, has_audio: Sequence[bool]) -> tuple[PairMixing, ...]:
+        """How each clip of a share is mixed, neighbours alike; `has_audio` tells which of them have sound, in order."""
         pairs = zip(has_audio[::2], has_audio[1::2], strict=True)
         drawn = [self.pair(step, self.first_pair + i, heard=one or other) for i, (one, other) in enumerate(pairs)]
-        rows = [pair for pair in drawn for _ in range(2)]
-        return Mixing(
-            video_share=torch.tensor([pair.video_share for pair in rows]),
-            video_box=torch.tensor([pair.video_box for pair in rows], dtype=torch.int64),
-            mel_share=torch.tensor([pair.mel_share for pair in rows]),
-            mel_box=torch.tensor([pair.mel_box for pair in rows], dtype=torch.int64),
-            label_share=torch.tensor([pair.label_share for pair in rows]),
-        )
+        return tuple(pair for pair in drawn for _ in range(2))
 
     def pair(self, step: int, pair: int, *, heard: bool) -> PairMixing:
         """How pair number `pair` of the global batch of `step` is mixed; `heard`: one of its clips has sound."""

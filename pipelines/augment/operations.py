@@ -32,6 +32,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, get_args
 
+from ca2st.spec import IMAGENET_MEAN
+
+_RED, _GREEN, _BLUE = IMAGENET_MEAN
+FILL = (round(255 * _RED), round(255 * _GREEN), round(255 * _BLUE))
+"""The mean colour, which normalising makes zero: what comes in from outside the picture."""
 Geometric = Literal["Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"]
 Pointwise = Literal[
     "AutoContrast",

@@ -62,6 +62,18 @@ class SpectrogramConfig:
                 f"{self.noise_snr_db}"
             )
 
+    def check_rows(self, name: str, num_rows: int) -> None:
+        """Refuse a roll that sends more rows of a view of `num_rows` round than keep their time; `name` is the setting.
+
+        Raises:
+            UserInputError: it is more than half of the rows: the view's interval would not be that of most of them.
+        """
+        if self.roll_rows > num_rows // 2:
+            raise UserInputError(
+                f"{name}: expected at most half of clip.mel_rows = {num_rows}, that is {num_rows // 2}, found "
+                f"{self.roll_rows}; most rows would go round and lose their time"
+            )
+
     @property
     def num_numbers(self) -> int:
         """Uniform numbers that `drawn` reads."""

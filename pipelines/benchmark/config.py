@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
-from pipelines.backends import BackendName
+from pipelines.loader_config import BackendName
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

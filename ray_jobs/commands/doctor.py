@@ -1,5 +1,6 @@
 """``ca2st doctor``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,30 +13,76 @@ if TYPE_CHECKING:
 def doctor(
     out: Annotated[Path, typer.Option(help="Folder that runs are written under.")] = Path("runs"),
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow store; default: as a training takes it.")] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Examine every node of this Ray cluster: auto, or host:port of its head.", metavar="ADDRESS"),
+    ] = None,
+    storage: Annotated[
+        list[Path] | None, typer.Option(help="With --ray-address: a folder that all nodes should share; repeatable.")
+    ] = None,
+    accept_open_ray: Annotated[
+        bool, typer.Option("--i-accept-open-ray", help="Join a cluster that asks nobody for a token.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,
 ) -> None:
     """Try what a training needs on this machine: packages, GPU, codecs, disk, MLflow, Ray; and say how to mend it.
 
-    Ends with 4 where something needed does not work; what is only slower without it is marked optional.
+    With --ray-address on every node of a cluster, and between them: versions, shared storage, connections, clocks;
+    what is the same on all nodes is told once. Ends with 4 where something needed does not work; what is only slower
+    without it is marked optional.
 
-    Example: ca2st doctor
+    Example: ca2st doctor, or: ca2st doctor --ray-address auto --storage /shared/runs
     """
-    from ca2st.errors import EnvironmentFault
-    from ray_jobs.console import print_json, result
+    from ca2st.errors import EnvironmentFault, UserInputError
+    from ray_jobs.console import print_json
+
+    if storage and ray_address is None:
+        raise UserInputError("--storage: expected --ray-address with it; it asks whether a cluster's nodes share it")
+    if ray_address is None:
+        findings = _examine_machine(out, tracking_uri, show=not as_json)
+    else:
+        findings = _examine_cluster(ray_address, storage or [], accept_open_ray, show=not as_json)
+    if as_json:
+        print_json({"checks": findings})
+    if broken := [_name(finding) for finding in findings if not finding.ok and finding.needed]:
+        raise EnvironmentFault(f"needed and not working: {', '.join(broken)}; the mend stands with each")
+
+
+def _examine_machine(out: Path, tracking_uri: str | None, *, show: bool) -> "list[Finding]":
+    from ray_jobs.console import result
     from ray_jobs.doctor.examination import all_checks, examine
 
     findings = []
     for finding in examine(all_checks(out, tracking_uri=tracking_uri)):
         findings.append(finding)
-        if not as_json:
+        if show:
             result(_line(finding))
-    if as_json:
-        print_json({"checks": findings})
-    if broken := [finding.name for finding in findings if not finding.ok and finding.needed]:
-        raise EnvironmentFault(f"needed and not working: {', '.join(broken)}; the mend stands with each")
+    return findings
+
+
+def _examine_cluster(address: str, storage: Sequence[Path], accept_open: bool, *, show: bool) -> "list[Finding]":
+    from ray_jobs.console import result, say
+    from ray_jobs.environment import ray_access
+    from ray_jobs.ray_access import ray_session
+
+    with ray_session(address, access=ray_access(accept_open=accept_open)):
+        from ray_jobs.doctor.cluster import examine_cluster
+        from ray_jobs.doctor.cluster_findings import merged
+
+        say("asking every node; a cold one takes a minute")
+        findings = examine_cluster([str(folder.absolute()) for folder in storage])
+    if show:
+        for finding in merged(findings):
+            result(_line(finding))
+    return findings
+
+
+def _name(finding: "Finding") -> str:
+    return finding.name if finding.node is None else f"{finding.name} on {finding.node}"
 
 
 def _line(finding: "Finding") -> str:
     mark = "ok" if finding.ok else "NOT OK" if finding.needed else "optional"
+    node = f"  [{finding.node}]" if finding.node is not None else ""
     mend = f"\n{'':<25}mend: {finding.mend}" if not finding.ok else ""
-    return f"{mark:<9}{finding.name:<16}{finding.what}{mend}"
+    return f"{mark:<9}{finding.name:<16}{finding.what}{node}{mend}"

@@ -46,7 +46,16 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
     short_side: Annotated[int, typer.Option(help="Pixels of the shorter side; smaller sources keep their size.")] = 256,
     frames_per_second: Annotated[float | None, typer.Option(help="Thin to this rate; default: every frame.")] = None,
     sample_rate: Annotated[int, typer.Option(help="Audio sample rate in Hz before the filter bank.")] = 16_000,
-    workers: Annotated[int | None, typer.Option(help="Decoding processes; default: the machine's cores.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Decoding processes; default: the machine's cores, with --ray the cluster's.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Decode on a Ray cluster: auto, or host:port of its head.", metavar="ADDRESS"),
+    ] = None,
+    accept_open_ray: Annotated[
+        bool, typer.Option("--i-accept-open-ray", help="Join a cluster that asks nobody for a token.")
+    ] = False,
     shard_size: Annotated[str, typer.Option(help="Size of a shard, as 1GB or 256MB.")] = "1GB",
     audio: Annotated[
         AudioPolicy, typer.Option(help="Clips without sound: reject, keep, or no audio at all.")
@@ -114,7 +123,11 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
         _print_plan(source, config, as_json=as_json)
         return
     assert out is not None
-    _print_report(_convert(source, out, config), as_json=as_json)
+    if ray is None:
+        report = _convert(source, out, config)
+    else:
+        report = _convert_on_cluster(source, out, config, ray, workers, accept_open_ray)
+    _print_report(report, as_json=as_json)
 
 
 def _convert(source: "SourceList", out: Path, config: "ConversionConfig") -> "ConversionReport":
@@ -122,6 +135,23 @@ def _convert(source: "SourceList", out: Path, config: "ConversionConfig") -> "Co
     from ray_jobs.environment import fault_points
 
     return convert_shown(source, out, config, faults=fault_points())
+
+
+def _convert_on_cluster(
+    source: "SourceList",
+    out: Path,
+    config: "ConversionConfig",
+    address: str,
+    num_workers: int | None,
+    accept_open: bool,
+) -> "ConversionReport":
+    from ray_jobs.conversion import convert_on_cluster
+    from ray_jobs.environment import fault_points, ray_access
+
+    access = ray_access(accept_open=accept_open)
+    return convert_on_cluster(
+        source, out, config, address=address, access=access, num_workers=num_workers, faults=fault_points()
+    )
 
 
 def _print_plan(source: "SourceList", config: "ConversionConfig", *, as_json: bool) -> None:
@@ -202,6 +232,7 @@ def inspect(
 ) -> None:
     """Counts, classes and durations of a shard set, from its indexes; with --html also stills and spectrograms."""
     from ray_jobs.console import print_json, result, say, table
+    from ray_jobs.set_card.words import facts_in_words
 
     shard_set, facts = _read_facts(shards, html)
     if html is not None:
@@ -214,7 +245,7 @@ def inspect(
 
         print_json({name: value for name, value in asdict(facts).items() if name != "durations"})
         return
-    result(table(_in_words(facts)))
+    result(table(facts_in_words(facts)))
 
 
 def _read_facts(place: str, html: Path | None) -> "tuple[ShardSet, SetFacts]":
@@ -226,29 +257,3 @@ def _read_facts(place: str, html: Path | None) -> "tuple[ShardSet, SetFacts]":
         require_writable_place(html, "--html")
     shard_set = read_shard_set(place)
     return shard_set, set_facts(shard_set)
-
-
-def _in_words(facts: "SetFacts") -> dict[str, object]:
-    from ray_jobs.console import counted
-    from ray_jobs.set_card.page import size_in_words
-
-    seconds, frames = facts.duration_seconds, facts.num_frames
-    words: dict[str, object] = {
-        "dataset": f"{facts.dataset}, {facts.split}",
-        "samples": f"{facts.num_samples} in {_counted_shards(facts)}, {size_in_words(facts.shard_bytes)}",
-        "seconds": f"{seconds.least:.2f} to {seconds.most:.2f}, median {seconds.median:.2f}; all: {seconds.total:.0f}",
-        "frames": f"{frames.least:.0f} to {frames.most:.0f}, {facts.frames_per_second.median:.2f} a second",
-        "codec": f"{facts.codec}, {size_in_words(facts.video_bytes.mean)} a video",
-        "with sound": f"{facts.num_with_audio} of {facts.num_samples}",
-        "rejected": counted(facts.rejected),
-    }
-    for space, counts in facts.classes.items():
-        sizes = sorted(counts.values())
-        target = " (target)" if space in facts.targets else ""
-        empty = sum(not size for size in sizes)
-        words[f"{space}{target}"] = f"{len(sizes)} classes of {sizes[0]} to {sizes[-1]} samples, {empty} without any"
-    return words
-
-
-def _counted_shards(facts: "SetFacts") -> str:
-    return f"{facts.num_shards} shard{'s' if facts.num_shards > 1 else ''}"

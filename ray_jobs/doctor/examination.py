@@ -14,6 +14,19 @@ _PORTS = {"MLflow": 5000, "Ray": 6379, "Ray dashboard": 8265}
 def all_checks(runs: Path, *, tracking_uri: str | None = None) -> dict[str, Check]:
     """What is tried, by name. `runs` is the folder that runs are written under."""
     return {
+        **machine_checks(),
+        "disk runs": partial(machine.check_folder, "disk runs", runs),
+        "mlflow": partial(services.check_tracking, tracking_uri or default_tracking_uri(runs)),
+        "ray": partial(services.check_ray, ray_auth_mode()),
+        "loopback": services.check_loopback,
+        "ports": partial(services.check_ports, _PORTS),
+        "listening": services.check_listening,
+    }
+
+
+def machine_checks() -> dict[str, Check]:
+    """What is tried on every machine that trains."""
+    return {
         "packages": libraries.check_packages,
         "torch": libraries.check_torch_family,
         "gpu": devices.check_gpu,
@@ -24,12 +37,7 @@ def all_checks(runs: Path, *, tracking_uri: str | None = None) -> dict[str, Chec
         "memory": machine.check_memory,
         "shared memory": machine.check_shared_memory,
         "open files": machine.check_open_files,
-        "disk runs": partial(machine.check_folder, "disk runs", runs),
         "c++ compiler": machine.check_compiler,
-        "mlflow": partial(services.check_tracking, tracking_uri or default_tracking_uri(runs)),
-        "ray": partial(services.check_ray, ray_auth_mode()),
-        "loopback": services.check_loopback,
-        "ports": partial(services.check_ports, _PORTS),
     }
 
 

@@ -17,6 +17,8 @@ class Finding:
     """What to do where it is not ok."""
     needed: bool = True
     """False where the project works without it, only slower or with less."""
+    node: str | None = None
+    """The cluster's node it was tried on; None: this machine, or the cluster as a whole."""
 
 
 Check = Callable[[], Finding]

@@ -1,10 +1,12 @@
-"""MLflow's store and Ray's ports."""
+"""MLflow's store, Ray's ports, and who listens."""
 
+import contextlib
 import os
 import socket
 import sqlite3
 import urllib.error
 import urllib.request
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -96,6 +98,21 @@ def _is_taken(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(_ANSWER_SECONDS)
         return probe.connect_ex((_LOOPBACK, port)) == 0
+
+
+def check_listening() -> Finding:
+    """Which processes of ours other machines can talk to: Ray, for one, listens on every interface."""
+    import psutil  # type: ignore[import-untyped]  # it ships no stubs
+
+    ports: dict[str, set[int]] = {}
+    for one in psutil.net_connections("tcp"):
+        if one.status == psutil.CONN_LISTEN and one.pid and not ip_address(one.laddr.ip).is_loopback:
+            with contextlib.suppress(psutil.Error):  # it ended meanwhile
+                ports.setdefault(psutil.Process(one.pid).name(), set()).add(one.laddr.port)
+    listening = "; ".join(f"{name} {', '.join(map(str, sorted(of)))}" for name, of in sorted(ports.items()))
+    return Finding(
+        name="listening", ok=True, what=f"to other machines: {listening}" if listening else "to this machine alone"
+    )
 
 
 def check_ray(auth_mode: str | None) -> Finding:

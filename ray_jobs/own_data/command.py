@@ -25,6 +25,7 @@ def train_own_videos(
     runs_folder: Path,
     out: Path | None,
     ray_address: str | None,
+    accept_open_ray: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -35,7 +36,9 @@ def train_own_videos(
         return
     for line in found_lines(plan):
         say(line)
-    done = train_on_videos(plan, faults=fault_points(), ray_address=ray_address, told=_tell)
+    done = train_on_videos(
+        plan, faults=fault_points(), ray_address=ray_address, accept_open_ray=accept_open_ray, told=_tell
+    )
     if as_json:
         print_json(outcome_facts(done))
         return

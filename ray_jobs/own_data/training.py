@@ -103,7 +103,12 @@ def plan_training(folder: Path, overrides: Sequence[str], *, runs_folder: Path, 
 
 
 def train_on_videos(
-    plan: OwnPlan, *, faults: FaultPoints, ray_address: str | None, told: "Callable[[OwnPlan, OwnShards], None]"
+    plan: OwnPlan,
+    *,
+    faults: FaultPoints,
+    told: "Callable[[OwnPlan, OwnShards], None]",
+    ray_address: str | None = None,
+    accept_open_ray: bool = False,
 ) -> OwnOutcome:
     """Make the shards, choose with what they show, train and judge; what was finished before is kept.
 
@@ -126,7 +131,13 @@ def train_on_videos(
     _refuse_other_videos(plan.run_dir, shards)
     sets = {split: str(folder.resolve()) for split, folder in shards.sets.items()}
     data = replace(plan.recipe.data, train=sets["train"], validation=sets.get("validation"))
-    outcome = launch(replace(plan.recipe, data=data), plan.run_dir, faults=faults, ray_address=ray_address)
+    outcome = launch(
+        replace(plan.recipe, data=data),
+        plan.run_dir,
+        faults=faults,
+        ray_address=ray_address,
+        accept_open_ray=accept_open_ray,
+    )
     judgement = judge(outcome, plan.videos, shards.sets["validation"]) if "validation" in sets else None
     return OwnOutcome(plan=plan, shards=shards, outcome=outcome, judgement=judgement)
 

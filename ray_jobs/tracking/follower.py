@@ -3,10 +3,76 @@
 Training never waits for it and does not notice when it is killed.
 """
 
+import contextlib
+import os
+import signal
+import socket
 import sys
+import threading
+import time
 from pathlib import Path
 
-from ray_jobs.tracking.tracker import follow
+from ray_jobs.errors import TrackingUnavailableError
+from ray_jobs.redaction import redacted
+from ray_jobs.tracking.complaints import StoreError
+from ray_jobs.tracking.orphans import alive, end_orphans, show_ready
+from ray_jobs.tracking.patience import TroubleLog, pause_seconds
+from ray_jobs.tracking.run_record import Say
+from ray_jobs.tracking.sender import Sender
+from ray_jobs.tracking.state import SenderBusyError, read_state
+
+_NICENESS = 10
+"""The processors are the training's."""
+_LAST_WAIT_SECONDS = 5.0
+"""At the end, for a follower of an earlier attempt to be done."""
+
+
+def follow(run_dir: Path, *, parent_pid: int, say: Say, interval_seconds: float = 2.0) -> None:
+    """Send again and again until SIGTERM asks for the last time, or the process that trains is gone."""
+    asked_to_end = threading.Event()
+    signal.signal(signal.SIGTERM, lambda _number, _frame: asked_to_end.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sender, troubles = Sender(run_dir, say), TroubleLog(say=say)
+    pause, is_first = interval_seconds, True
+    while True:
+        is_last = _wait(asked_to_end, parent_pid, pause, interval_seconds)
+        try:
+            with contextlib.suppress(SenderBusyError):  # the follower of an earlier attempt does it for us
+                sender.send(wait_seconds=_LAST_WAIT_SECONDS if is_last else 0.0, is_last=is_last)
+            troubles.succeeded()
+            pause = interval_seconds
+        except StoreError as error:
+            troubles.failed(error)
+            pause = pause_seconds(troubles.failures, interval_seconds=interval_seconds, complaint=error.complaint)
+        if is_last:
+            troubles.close()
+            return
+        if is_first and not troubles.failures and read_state(run_dir).run_id is not None:
+            is_first = False
+            with contextlib.suppress(TrackingUnavailableError):  # the next follower finds them too
+                end_orphans(run_dir, host=socket.gethostname(), say=say)
+
+
+def _wait(asked_to_end: threading.Event, parent_pid: int, pause: float, interval_seconds: float) -> bool:
+    """Wait `pause` seconds; True, at once, when it is time for the last send."""
+    end = time.monotonic() + pause
+    while (left := end - time.monotonic()) > 0:
+        if asked_to_end.wait(min(left, interval_seconds)) or os.getppid() != parent_pid:
+            return True
+    return False
+
+
+def _say(text: str) -> None:
+    """A line of the follower's log."""
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    print(f"{stamp} {redacted(text)}", flush=True)  # noqa: T201  # its standard output is its own log file
+
 
 if __name__ == "__main__":
-    follow(Path(sys.argv[1]), parent_pid=int(sys.argv[2]))
+    os.nice(_NICENESS)
+    folder = Path(sys.argv[1])
+    with alive(folder):
+        import mlflow  # noqa: F401  # takes seconds
+
+        show_ready(folder)
+        follow(folder, parent_pid=int(sys.argv[2]), say=_say)

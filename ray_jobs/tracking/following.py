@@ -1,31 +1,44 @@
 """A process of its own follows a training while it lasts, and is told what the run is called."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ca2st.training.documents import flatten
 from ray_jobs import environment
 from ray_jobs.config import Recipe, recipe_document
 from ray_jobs.console import say
-from ray_jobs.tracking.tracker import TrackingState, open_tracking, unsent_bytes
+from ray_jobs.redaction import redacted_values, without_credentials
+from ray_jobs.tracking.client import is_making_tables
+from ray_jobs.tracking.inputs import keep_inputs
+from ray_jobs.tracking.orphans import FOLDER_TAG, FOLLOWER_LOCK_NAME, HOST_TAG, is_ready
+from ray_jobs.tracking.state import (
+    PROGRESS_NAME,
+    TrackingState,
+    open_tracking,
+    read_state,
+    unsent_bytes,
+)
 from ray_jobs.wiring import TrainingData
 
-_FOLLOWER_GRACE_SECONDS = 45.0
-"""Long enough to make the tables of a new SQLite store on a busy machine: half made, they stay useless."""
+_SILENT_SECONDS = 10.0
+_WORKING_SECONDS = 60.0
+_POLL_SECONDS = 0.1
 
 
 @contextmanager
 def followed(recipe: Recipe, run_dir: Path, data: TrainingData) -> Iterator[None]:
     """Have a process of its own send the journal to MLflow while the block runs."""
-    if not recipe.tracking.enabled:
+    open_tracking(run_dir, _tracking_state(recipe, run_dir, data))
+    keep_inputs(run_dir, data)
+    if not recipe.tracking.enabled:  # `ca2st track sync` can send it later
         yield
         return
-    open_tracking(run_dir, _tracking_state(recipe, run_dir, data))
     with (run_dir / "follower.log").open("ab") as log:
         follower = subprocess.Popen(
             [sys.executable, "-m", "ray_jobs.tracking.follower", str(run_dir.resolve()), str(os.getpid())],
@@ -37,32 +50,66 @@ def followed(recipe: Recipe, run_dir: Path, data: TrainingData) -> Iterator[None
     try:
         yield
     finally:
-        _finish_following(run_dir, follower)
+        finish_following(run_dir, follower)
 
 
-def _finish_following(run_dir: Path, follower: "subprocess.Popen[bytes]") -> None:
-    """Give the follower a few seconds for the rest; what is left then waits for ``ca2st track sync``."""
+def finish_following(run_dir: Path, follower: "subprocess.Popen[bytes]") -> None:
+    """Let the follower send the rest for as long as the store answers; what is left waits for ``ca2st track sync``."""
     follower.terminate()
-    try:
-        follower.wait(_FOLLOWER_GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
+    begin, made_tables = time.monotonic(), False
+    while follower.poll() is None and _idle_seconds(run_dir, begin) < _patience_seconds(run_dir, follower.pid):
+        makes_tables = is_making_tables(read_state(run_dir).uri)
+        if made_tables and not makes_tables:
+            begin = time.monotonic()  # only now can it begin to send
+        made_tables = makes_tables
+        time.sleep(_POLL_SECONDS)
+    if follower.poll() is None:
         follower.kill()
         follower.wait()
-    if num_bytes := unsent_bytes(run_dir):
-        say(f"warning: MLflow lacks {num_bytes} bytes of the journal; send them by `ca2st track sync {run_dir}`")
+    if lacking := missing_words(unsent_bytes(run_dir), read_state(run_dir).progress.pending):
+        say(f"warning: MLflow lacks {lacking} of this run; send it by `ca2st track sync {run_dir}`")
+
+
+def patience_seconds(*, is_starting: bool, is_making_tables: bool, is_journal_sent: bool) -> float:
+    """How long the follower may be without a word from the store at the end of a training.
+
+    Importing MLflow on a busy machine, making tables and sending files may take long; a store that does not answer
+    gets ten seconds.
+    """
+    return _WORKING_SECONDS if is_starting or is_making_tables or is_journal_sent else _SILENT_SECONDS
+
+
+def missing_words(num_bytes: int, extras: tuple[str, ...]) -> str:
+    """What MLflow lacks, in words; empty when it has all."""
+    return ", ".join([*([f"{num_bytes} bytes of the journal"] if num_bytes else []), *extras])
+
+
+def _patience_seconds(run_dir: Path, follower_pid: int) -> float:
+    return patience_seconds(
+        is_starting=not is_ready(run_dir, follower_pid),
+        is_making_tables=is_making_tables(read_state(run_dir).uri),
+        is_journal_sent=unsent_bytes(run_dir) == 0,
+    )
+
+
+def _idle_seconds(run_dir: Path, begin: float) -> float:
+    """Since the follower was ready or the store took something, or since `begin` (monotonic) where that is later."""
+    signs = [path.stat().st_mtime for name in (PROGRESS_NAME, FOLLOWER_LOCK_NAME) if (path := run_dir / name).exists()]
+    return min([time.monotonic() - begin, *(max(0.0, time.time() - sign) for sign in signs)])
 
 
 def _tracking_state(recipe: Recipe, run_dir: Path, data: TrainingData) -> TrackingState:
-    document: dict[str, Any] = recipe_document(recipe)
-    tags = {"ca2st.run_dir": str(run_dir), "ca2st.name": recipe.name, **environment.git_state(Path.cwd())}
+    tags = {FOLDER_TAG: str(run_dir.resolve()), HOST_TAG: socket.gethostname(), "ca2st.name": recipe.name}
+    tags |= environment.git_state(Path.cwd())
     tags |= {f"version.{name}": version for name, version in environment.versions().items()}
     tags |= environment.hardware()
     tags |= {f"data.{role}.fingerprint": fingerprint for role, fingerprint in data.fingerprints.items()}
     tags |= {f"data.{role}.dataset": name for role, name in data.datasets.items()}
+    settings = flatten(recipe_document(recipe))
     return TrackingState(
-        uri=recipe.tracking.uri or environment.default_tracking_uri(run_dir.parent),
+        uri=without_credentials(recipe.tracking.uri or environment.default_tracking_uri(run_dir.parent)),
         experiment=recipe.tracking.experiment,
         run_name=recipe.name,
-        params={name: str(value) for name, value in flatten(document).items() if value is not None},
-        tags=tags,
+        params=redacted_values({name: str(value) for name, value in settings.items() if value is not None}),
+        tags=redacted_values(tags),
     )

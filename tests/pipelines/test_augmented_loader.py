@@ -12,7 +12,8 @@ from ca2st.batch import MIXING_FIELDS, ClipBatch
 from ca2st.errors import UserInputError
 from ca2st.spec import MEL_ROW_SECONDS, ClipSpec
 from pipelines.augment.config import AugmentConfig
-from pipelines.augment.erasing import ErasedBox, ErasingConfig, erase_in_place
+from pipelines.augment.erase import erase_in_place
+from pipelines.augment.erasing import ErasedBox, ErasingConfig
 from pipelines.augment.mixing import MixingConfig
 from pipelines.augment.operations import ImageAugment, Operation
 from pipelines.augment.pointwise import augmented

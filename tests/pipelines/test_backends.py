@@ -17,6 +17,7 @@ from pipelines.backends import make_backend
 from pipelines.crops import CropBox
 from pipelines.dali_graph import DaliBackend
 from pipelines.errors import LoaderClosedError, SampleDamageError
+from pipelines.loader_config import BackendName
 from pipelines.reference import ReferenceBackend, decode_frames, resized_crop, triangle_taps
 from pipelines.rendering import JpegFrames, RenderRequest, ViewBackend
 from pipelines.stats import StatsRecorder
@@ -210,7 +211,7 @@ def test_a_closed_dali_backend_refuses_to_render() -> None:
 # The choice.
 
 
-def made(name: backends.BackendName) -> str:
+def made(name: BackendName) -> str:
     backend = make_backend(name, num_frames=FRAMES, crop_size=SIZE, views_per_clip=1, threads=1, stats=StatsRecorder())
     backend.close()
     return backend.name

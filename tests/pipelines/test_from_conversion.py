@@ -10,10 +10,9 @@ import torch
 
 from ca2st.batch import ClipBatch
 from ca2st.spec import ClipSpec
-from pipelines.backends import BackendName
 from pipelines.draws import AugmentConfig, EvaluationViews
 from pipelines.loader import EvaluationLoader, TrainLoader
-from pipelines.loader_config import LoaderConfig
+from pipelines.loader_config import BackendName, LoaderConfig
 from pipelines.sampling import SamplingConfig
 from sharding.conversion import ConversionConfig
 from sharding.convert import convert

@@ -17,7 +17,7 @@ from pipelines.draws import AugmentConfig
 from pipelines.errors import PlanError
 from pipelines.loader import TrainLoader
 from pipelines.loader_config import LoaderConfig
-from pipelines.sample_plan import OrderConfig
+from pipelines.order_config import OrderConfig
 from pipelines.sampling import SamplingConfig
 from pipelines.selection import SelectionConfig
 from pipelines.steps import rank_positions

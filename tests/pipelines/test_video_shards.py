@@ -20,14 +20,14 @@ from ca2st.spec import ClipSpec
 from pipelines import backends, fetch
 from pipelines.augment.erasing import ErasedBox
 from pipelines.augment.operations import ImageAugment, Operation
-from pipelines.backends import BackendName, choose_backend, make_backend
+from pipelines.backends import choose_backend, make_backend
 from pipelines.crops import CropBox
 from pipelines.dali_video import DaliVideoBackend
 from pipelines.draws import AugmentConfig, EvaluationViews
 from pipelines.errors import LoaderClosedError, SampleDamageError
 from pipelines.fetch import ByteFetcher
 from pipelines.loader import EvaluationLoader, TrainLoader
-from pipelines.loader_config import LoaderConfig
+from pipelines.loader_config import BackendName, LoaderConfig
 from pipelines.mp4 import video_facts
 from pipelines.reference import ReferenceBackend, decode_frames
 from pipelines.rendering import JpegFrames, RenderRequest, VideoMember

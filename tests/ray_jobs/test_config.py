@@ -83,7 +83,7 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
 
 def test_a_value_that_a_component_refuses_is_placed_in_the_file(tmp_path: Path) -> None:
     text = RECIPE.replace("num_frames = 8", "num_frames = 7")
-    with pytest.raises(RecipeError, match=r"mine\.toml:9: clip: num_frames: expected an even number"):
+    with pytest.raises(RecipeError, match=r"mine\.toml:10: clip: num_frames: expected an even number"):
         load_recipe(recipe_file(tmp_path, text))
 
 
@@ -289,3 +289,94 @@ def test_labels_that_follow_a_spectrogram_that_is_never_heard_are_refused(tmp_pa
     recipe = load_recipe(recipe_file(tmp_path, AUGMENTED), ["data.augment.mixing.spectrogram=cutmix"])
     with pytest.raises(UserInputError, match=r"data.augment.mixing.spectrogram: expected 'mixup' for cast"):
         check_settings(recipe)
+
+
+def mistakes(folder: Path, text: str = RECIPE, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_file(folder, text), overrides)
+    return [line.removeprefix(f"{folder}/") for line in str(caught.value).splitlines()]
+
+
+def test_j1_mistakes_of_a_section_and_between_sections_are_told_at_once_each_at_its_line(tmp_path: Path) -> None:
+    text = RECIPE.replace("num_frames = 8", "num_frames = 7").replace("crop_size = 64", "crop_size = 3")
+    text = text.replace("epochs = 3", "epochs = 0").replace("global_batch_size", "global_batch")
+    told = mistakes(tmp_path, text, "experts.precision=bf16", "trainable=heads", "optim.layer_decay=7")
+    assert [line.split(" expected")[0] for line in told] == [
+        "mine.toml:10: clip: num_frames:",
+        "--set optim.layer_decay: optim: layer_decay:",
+        "mine.toml:21: training.global_batch: unknown key (did you mean 'global_batch_size'?)",
+        "mine.toml:11: clip: crop_size:",
+        "mine.toml:20: training: epochs:",
+        "--set trainable: trainable:",
+        '--set experts.precision: experts.precision: "bf16" is read under bfloat16 autocast only, found '
+        'training.precision = "fp32"; set training.precision = "bf16", or experts.precision = "auto"',
+    ]
+
+
+def test_j1_what_hides_behind_a_mistake_is_not_told_where_it_may_be_about_a_default(tmp_path: Path) -> None:
+    told = mistakes(tmp_path, RECIPE, "model.num_heads=0")  # the default 12 does not divide the recipe's dim of 48
+    assert told == ["--set model.num_heads: model: num_heads: expected at least 1, found 0"]
+
+
+INLINE = RECIPE.replace('kind = "cast"', 'kind = "cast"\nspatial_temporal = { layers = [1] }')
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.spatial_temporal.last_layers=1", "--set model.spatial_temporal.last_layers: model.spatial_temporal: "),
+        ("model.spatial_temporal.layerz=1", "--set model.spatial_temporal.layerz: model.spatial_temporal.layerz: un"),
+        ("model.spatial_temporal={layerz=1}", "--set model.spatial_temporal: model.spatial_temporal.layerz: unknown"),
+        ("clip.crop_size=3", "--set clip.crop_size: clip: crop_size: expected at least one"),
+        ("model.depth=0", "--set model.depth: model: depth: expected at least 1, found 0"),
+    ],
+)
+def test_j1_what_an_override_made_wrong_is_told_at_the_override(tmp_path: Path, override: str, told: str) -> None:
+    (found,) = mistakes(tmp_path, INLINE, override)
+    assert found.startswith(told)
+
+
+def test_j1_a_mistake_inside_an_inline_table_is_told_at_the_line_of_the_table(tmp_path: Path) -> None:
+    (found,) = mistakes(tmp_path, INLINE.replace("layers", "layerz"), "model.depth=3")
+    assert found.startswith("mine.toml:5: model.spatial_temporal.layerz: unknown key (did you mean 'layers'?)")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (
+            "data.epoch_samples=100000000000000000000000",
+            r"data\.epoch_samples: expected at most 1,000,000,000, found 1000",
+        ),
+        ("data.augment.spectrogram.time_masks=1000000000000", r"time_masks: expected at most 100, found 1000000000000"),
+        ("training.max_steps=10000000000000", r"max_steps: expected at most 1,000,000,000,000, found 10000000000000"),
+        ("model.depth=100000", r"model\.depth: expected at most 1,000, found 100000"),
+    ],
+)
+def test_j1_a_count_beyond_all_sense_is_refused(tmp_path: Path, override: str, told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(recipe_file(tmp_path), [override])
+
+
+def test_j1_seeds_and_bytes_may_be_large(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path), [f"training.seed={2**63 - 1}", f"data.loader.cache_bytes={10**15}"])
+    assert recipe.training.seed == 2**63 - 1
+
+
+def test_j1_a_roll_of_more_than_half_the_spectrogram_is_refused(tmp_path: Path) -> None:
+    half = load_recipe(recipe_file(tmp_path), ["data.augment.spectrogram.roll_rows=200"])
+    assert half.data.augment.spectrogram.roll_rows == 200
+    (found,) = mistakes(tmp_path, RECIPE, "data.augment.spectrogram.roll_rows=201")
+    assert found.startswith("--set data.augment.spectrogram.roll_rows: ")
+    assert "expected at most half of clip.mel_rows = 400, that is 200, found 201; most rows would go round" in found
+
+
+def test_j1_settings_that_do_not_fit_model_and_files_are_told_together(tmp_path: Path) -> None:
+    wrong = ["clip.crop_size=65", "experts.audio=there", "experts.spatial=nowhere"]
+    with pytest.raises(UserInputError) as caught:
+        check_settings(load_recipe(recipe_file(tmp_path), wrong))
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == [
+        "clip.crop_size",
+        "experts.spatial",
+        "experts.audio",
+    ]

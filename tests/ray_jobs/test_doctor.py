@@ -114,6 +114,15 @@ def test_a_taken_port_is_named() -> None:
     assert (finding.ok, finding.what) == (False, f"taken: {port} (MLflow)")
 
 
+def test_a_port_that_other_machines_can_reach_is_listed_and_one_on_the_loopback_is_not() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as inside, socket.create_server(("0.0.0.0", 0)) as outside:
+        what = services.check_listening().what
+        ports = what.replace(",", "").replace(";", "").split()
+        assert what.startswith("to other machines: ")
+        assert str(outside.getsockname()[1]) in ports
+        assert str(inside.getsockname()[1]) not in ports
+
+
 def test_a_cluster_without_a_token_is_warned_of() -> None:
     assert services.check_ray("token").ok
     assert "RAY_AUTH_MODE=token" in services.check_ray(None).mend

@@ -8,7 +8,8 @@ import torch
 
 from ca2st.errors import UserInputError
 from ca2st.spec import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.augment.erasing import ErasedBox, ErasingConfig, erase_in_place
+from pipelines.augment.erase import erase_in_place
+from pipelines.augment.erasing import ErasedBox, ErasingConfig
 from pipelines.augment.geometry import FILL
 from pipelines.crops import CropBox
 from support.refusals import forced

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from ca2st.batch import MIXING_FIELDS, ClipBatch
 from ca2st.spec import ClipSpec
 from ca2st.training.mixing import mixed_mel, mixed_video
+from pipelines.assembly import mixing_of
 from pipelines.augment.erasing import ErasedBox
 from pipelines.augment.finishing import Finisher
 from pipelines.augment.mixing import MixingConfig, MixingDraws
@@ -60,7 +61,7 @@ def test_pairs_are_mixed_on_a_gpu_as_on_the_cpu_within_rounding() -> None:
     keys = [f"clip-{index}" for index in range(8)]
     plain = batch_of([clip(key) for key in keys], keys)
     fields = {name: getattr(plain, name) for name in ("video", "mel", "intervals_seconds", "labels", "has_audio")}
-    batch = ClipBatch(**fields, sample_ids=plain.sample_ids, is_padding=plain.is_padding, mixing=drawn)
+    batch = ClipBatch(**fields, sample_ids=plain.sample_ids, is_padding=plain.is_padding, mixing=mixing_of(drawn))
     torch.testing.assert_close(mixed_video(batch.to(device)).cpu(), mixed_video(batch), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(mixed_mel(batch.to(device)).cpu(), mixed_mel(batch), rtol=1e-6, atol=1e-6)
     assert all(getattr(batch.to(device).mixing, name).device.type == "cpu" for name in MIXING_FIELDS)

@@ -1,0 +1,128 @@
+"""``failure.json``: the first failure of an attempt, kept in the run folder by whoever saw it.
+
+When one rank fails the others fail after it, with errors that only say so. Whoever wants to know why a run ended, and
+whether starting it again can help, reads this file: it holds the newest attempt's own error, not its echoes.
+"""
+
+import fcntl
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ca2st.durable import write_bytes
+from ca2st.errors import CA2STError, DataDamageError, EnvironmentFault, NumericError, UserInputError
+from ca2st.training.errors import OutOfMemoryFault, PeerFailedError
+
+FAILURE_NAME = "failure.json"
+_LOCK_NAME = "failure.lock"
+_NOT_MENDED = (UserInputError, DataDamageError, NumericError)
+_CUT_CONNECTIONS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FailureRecord:
+    """One failure, with everything that the one who reads of it asks."""
+
+    kind: str
+    """Name of the error's class."""
+    message: str
+    exit_code: int
+    """What a command that ends by this failure ends with."""
+    rank: int
+    """-1: of no rank."""
+    node: str
+    """Where: host name or address."""
+    attempt: int
+    """Of its launch, from 1."""
+    final: bool
+    """True: starting again cannot help."""
+    launch: str = ""
+    """The launch it belongs to: a command that was run once, with all its restarts."""
+    echo: bool = False
+    """True: it only says that another rank failed."""
+
+    def __str__(self) -> str:
+        where = f"rank {self.rank} on {self.node}" if self.rank >= 0 else self.node
+        return f"{where}, attempt {self.attempt}: {self.kind}: {self.message}"
+
+
+def is_final(error: BaseException, *, before: FailureRecord | None = None, launch: str = "") -> bool:
+    """Whether starting the run again cannot help.
+
+    Final: what the user gave, damaged data, numbers that are not finite, on this rank or told by another; and memory
+    that did not suffice, when `before`, the failure that is on record, was the same one in the same `launch`.
+    """
+    if isinstance(error, PeerFailedError):
+        return error.exit_code in {kind.exit_code for kind in _NOT_MENDED}
+    if isinstance(error, OutOfMemoryFault):
+        return before is not None and before.kind == OutOfMemoryFault.__name__ and before.launch == launch
+    return isinstance(error, _NOT_MENDED)
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether `error` only says that another rank failed: told in words, or by a connection that was cut."""
+    if isinstance(error, PeerFailedError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _CUT_CONNECTIONS)
+
+
+def record_of(
+    error: BaseException, *, rank: int, node: str, attempt: int, launch: str = "", before: FailureRecord | None = None
+) -> FailureRecord:
+    """Describe `error`, notes included; `before` is the failure that is on record already."""
+    notes = "".join(f" [{note}]" for note in getattr(error, "__notes__", ()))
+    return FailureRecord(
+        kind=type(error).__name__,
+        message=f"{error}{notes}",
+        exit_code=error.exit_code if isinstance(error, CA2STError) else CA2STError.exit_code,
+        rank=rank,
+        node=node,
+        attempt=attempt,
+        final=is_final(error, before=before, launch=launch),
+        launch=launch,
+        echo=is_echo(error),
+    )
+
+
+def first_of(kept: FailureRecord | None, new: FailureRecord) -> FailureRecord:
+    """Which of two to keep: of one attempt the first that is no echo, else that of the newer attempt or launch."""
+    if kept is None or kept.launch != new.launch or kept.attempt < new.attempt:
+        return new
+    if kept.attempt == new.attempt and kept.echo and not new.echo:
+        return new
+    return kept
+
+
+def read_failure(run_dir: Path) -> FailureRecord | None:
+    """What is on record in `run_dir`; None: nothing, or nothing that can be read just now."""
+    try:
+        return FailureRecord(**json.loads((run_dir / FAILURE_NAME).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None  # none yet, storage that hiccups, or a record of another version
+
+
+def keep_failure(run_dir: Path, new: FailureRecord) -> FailureRecord:
+    """Put `new` on record unless an earlier one of its attempt is there; returns what is on record then.
+
+    A folder that cannot be written (a full disk may be what failed) is told in the log: the failure itself matters
+    more.
+    """
+    try:
+        with (run_dir / _LOCK_NAME).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            kept = first_of(read_failure(run_dir), new)
+            if kept is new:
+                write_bytes(run_dir / FAILURE_NAME, (json.dumps(asdict(new), indent=1) + "\n").encode())
+            return kept
+    except (OSError, EnvironmentFault) as error:
+        _LOGGER.warning("%s: cannot put on record that %s: %s", run_dir, new, error)
+        return new
+
+
+def error_of(record: FailureRecord) -> CA2STError:
+    """The error to end a command with for a failure on record: of its kind, with its exit code."""
+    kinds: tuple[type[CA2STError], ...] = (UserInputError, DataDamageError, EnvironmentFault, NumericError)
+    kind = next((kind for kind in kinds if kind.exit_code == record.exit_code), CA2STError)
+    return kind(str(record))

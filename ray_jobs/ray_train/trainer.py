@@ -1,0 +1,55 @@
+"""Ray Train's trainer, set as a run asks for it."""
+
+from typing import Any
+
+from ray.train.torch import TorchConfig
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from ray_jobs.launch_config import LaunchConfig
+from ray_jobs.ray_train.demand import Demand
+from ray_jobs.ray_train.launch_folder import LaunchFolder
+from ray_jobs.ray_train.lost_workers import LostWorkers
+from ray_jobs.ray_train.worker_life import train_on_worker
+from ray_jobs.worker import Job
+
+
+class OwnRayTrainer(TorchTrainer):
+    """For a Ray that lasts as long as its driver: nothing is left to clean up after it.
+
+    Ray's cleaner of placement groups asks the dashboard, which such a Ray does not have, and complains every second.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        made = super()._create_default_callbacks()
+        return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
+def make_trainer(
+    job: Job, launch: LaunchConfig, demand: Demand, folder: LaunchFolder, *, own_ray: bool
+) -> TorchTrainer:
+    """A trainer that starts the workers of `job`; what Ray itself keeps goes into `folder`.
+
+    `own_ray`: it is a Ray of this machine that ends with the run.
+    """
+    make = OwnRayTrainer if own_ray else TorchTrainer
+    return make(
+        train_on_worker,  # its return value arrives as the result's
+        train_loop_config={"recipe": job.recipe, "run_dir": job.run_dir, "folder": str(folder.path)},
+        scaling_config=ScalingConfig(
+            num_workers=(demand.min_workers, demand.max_workers) if launch.elastic else demand.max_workers,
+            use_gpu=demand.gpus > 0,
+            resources_per_worker=dict(demand.resources),
+            placement_strategy=demand.placement,
+        ),
+        torch_config=TorchConfig(backend="nccl" if demand.gpus else "gloo"),
+        run_config=RunConfig(
+            name=folder.name,
+            storage_path=str(folder.path / "ray"),
+            failure_config=FailureConfig(
+                max_failures=launch.max_failures, max_preemption_failures=launch.max_preemptions
+            ),
+            callbacks=[LostWorkers(folder.path)],
+        ),
+    )

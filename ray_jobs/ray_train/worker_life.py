@@ -1,0 +1,107 @@
+"""What a Ray worker runs, from its start to its end.
+
+Ray starts a worker group again whenever one of its workers raises. So a worker raises what a restart may mend, and
+returns, with the reason on record, where it cannot: then the run is over and no restart is spent on it.
+"""
+
+import logging
+import socket
+from pathlib import Path
+from typing import Any, Literal
+
+from ca2st.errors import CA2STError
+from ca2st.training.errors import RunStoppedError
+from ca2st.training.journal import JOURNAL_NAME
+from ray_jobs import environment
+from ray_jobs.console import say
+from ray_jobs.every_node import this_node
+from ray_jobs.failure_record import keep_failure, read_failure, record_of
+from ray_jobs.ray_train.launch_folder import LaunchFolder
+from ray_jobs.ray_train.stopping import PREEMPTED, hold, preemption_notice, watching
+from ray_jobs.worker import Job, run
+
+Status = Literal["done", "stopped", "failed"]
+_LOGGER = logging.getLogger(__name__)
+
+
+class AttemptFailedError(CA2STError):
+    """What a worker tells Ray of its failure: text alone, since not every error survives the way to the driver."""
+
+
+def train_on_worker(settings: dict[str, Any]) -> dict[str, str]:
+    """A worker's whole life: Ray has set up the process group that Accelerate joins.
+
+    `settings`: ``recipe`` and ``run_dir`` as in `Job`, ``folder`` of the launch. Returns ``status`` (see `Status`) and
+    a ``message``.
+
+    Raises:
+        AttemptFailedError: this attempt failed, another may not.
+    """
+    from ray import train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    job, folder = Job(recipe=settings["recipe"], run_dir=settings["run_dir"]), LaunchFolder(Path(settings["folder"]))
+    rank = train.get_context().get_world_rank()
+    attempt, over = broadcast_from_rank_zero(_begin(folder) if rank == 0 else None)
+    if over is not None:
+        return _ended(over, "")
+    folder.begin(attempt, rank=rank, node=node_name())
+    faults = environment.fault_points(restart=(folder.run_dir / JOURNAL_NAME).exists()).on_rank(rank)
+    try:
+        with watching(lambda: folder.stop_signal() or _notice(rank)) as stop:
+            outcome = run(job, faults=faults, stop=stop)
+    except RunStoppedError as error:
+        if not folder.stop_signal():
+            hold(folder.stop_signal)
+        return _ended("stopped", str(error))
+    except Exception as error:  # noqa: BLE001  # put on record, then raised again or told to the driver
+        return _failed(error, folder, attempt=attempt, rank=rank)
+    train.report({"steps": outcome.steps})
+    return _ended("done", "")
+
+
+def node_name() -> str:
+    """Host name and address of this node."""
+    return f"{socket.gethostname()} ({this_node().address})"
+
+
+def _begin(folder: LaunchFolder) -> tuple[int, Status | None]:
+    """Rank 0 decides for all: the number of this attempt, and whether the launch is over already."""
+    failure = read_failure(folder.run_dir)
+    over: Status | None = None
+    if failure is not None and failure.final and failure.launch == folder.name:
+        over = "failed"
+    elif folder.stop_signal():
+        over = "stopped"
+    return folder.num_attempts() + 1, over
+
+
+def _notice(rank: int) -> int:
+    notice = preemption_notice()
+    if notice is None:
+        return 0
+    if rank == 0:
+        nodes = ", ".join(node_id[:8] for node_id in notice.preempted_node_ids)
+        say(f"node {nodes} will be taken away: saving; Ray then starts the workers again on other nodes")
+    return PREEMPTED
+
+
+def _failed(error: Exception, folder: LaunchFolder, *, attempt: int, rank: int) -> dict[str, str]:
+    own = record_of(
+        error,
+        rank=rank,
+        node=node_name(),
+        attempt=attempt,
+        launch=folder.name,
+        before=read_failure(folder.run_dir),
+    )
+    kept = keep_failure(folder.run_dir, own)
+    if own.final or (kept.final and kept.launch == own.launch and kept.attempt == attempt):
+        if not own.echo:
+            _LOGGER.error("%s", own)
+        return _ended("failed", str(kept))
+    raise AttemptFailedError(str(kept)) from error
+
+
+def _ended(status: Status, message: str) -> dict[str, str]:
+    return {"status": status, "message": message}

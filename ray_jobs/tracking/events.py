@@ -1,0 +1,96 @@
+"""From journal lines to the numbers that MLflow gets: pure, but for reading the files."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ca2st.training.journal import read_events
+
+_BATCH_VALUES = 500  # MLflow takes at most 1000 metrics a call
+_NOT_METRICS = frozenset({"event", "attempt", "step", "time", "sample_ids_hash"})
+
+
+class Value(NamedTuple):
+    """One number of a metric."""
+
+    name: str
+    value: float
+    milliseconds: int
+    """Since 1970."""
+    step: int
+
+
+def step_values(event: Mapping[str, Any]) -> Iterator[Value]:
+    """Finite numbers of a ``step`` or ``eval`` line: ``train/loss``, ``stage/decode_seconds``, ``validation/top1``."""
+    if event["event"] == "step":
+        named = {f"train/{name}": value for name, value in event.items() if name not in _NOT_METRICS}
+        for times in ("stages", "loader"):
+            named |= {_stage_name(name): value for name, value in event.get(times, {}).items()}
+    elif event["event"] == "eval":
+        named = {f"{event['split']}/{name}": value for name, value in event["metrics"].items()}
+    else:
+        return
+    for name, value in named.items():
+        if _is_finite(value):
+            yield Value(name, float(value), milliseconds(event), event["step"])
+
+
+def not_finite(event: Mapping[str, Any]) -> list[str]:
+    """Names of the numbers of a line that are NaN or infinite, which MLflow's charts and comparisons cannot hold."""
+    if event["event"] == "eval":
+        return [f"{event['split']}/{name}" for name in event.get("not_finite", ())]
+    if event["event"] != "step":
+        return []
+    return [f"train/{name}" for name, value in event.items() if isinstance(value, float) and not math.isfinite(value)]
+
+
+def system_values(line: Mapping[str, Any], node: str) -> Iterator[Value]:
+    """Numbers of a line of ``system/<node>.jsonl`` as ``system/<node>/<name>``."""
+    for name, value in line["metrics"].items():
+        if _is_finite(value):
+            yield Value(f"system/{node}/{name}", float(value), milliseconds(line), int(line["step"]))
+
+
+def read_batches(path: Path, offset: int) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """Whole lines behind `offset`, in batches small enough for one call, with the offset behind each."""
+    if not path.exists():
+        return
+    batch: list[dict[str, Any]] = []
+    num_values = 0
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            event = json.loads(line)
+            size = len(event) + sum(len(value) for value in event.values() if isinstance(value, dict))
+            if batch and num_values + size > _BATCH_VALUES:
+                yield batch, offset
+                batch, num_values = [], 0
+            batch.append(event)
+            num_values += size
+            offset += len(line)
+    if batch:
+        yield batch, offset
+
+
+def begin_milliseconds(journal: Path) -> int | None:
+    """When the first line was written, since 1970; None while there is no whole one."""
+    first = next(read_events(journal), None)
+    return None if first is None else milliseconds(first)
+
+
+def milliseconds(line: Mapping[str, Any]) -> int:
+    """When a line was written, since 1970."""
+    return int(float(line["time"]) * 1000)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _stage_name(name: str) -> str:
+    """Times of the step and of the loader's threads side by side; what the loader counts is ``data/bytes_read``."""
+    return f"stage/{name}" if name.endswith("_seconds") else f"data/{name}"

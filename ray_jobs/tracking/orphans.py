@@ -1,0 +1,108 @@
+"""Runs that MLflow believes to be running although everything that trained them was killed.
+
+Whoever follows the next run of the same experiment ends them. Only a run of this machine is touched, whose folder is
+here and belongs to that very run, and in whose folder neither a training nor a follower holds its lock. When such a
+run is resumed it is RUNNING again, in the same MLflow run.
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ca2st.errors import UserInputError
+from ca2st.training.journal import JOURNAL_NAME
+from ca2st.training.lock import LOCK_NAME as RUN_LOCK_NAME
+from ray_jobs.errors import TrackingUnavailableError
+from ray_jobs.tracking.client import open_client, reachable, whole_uri
+from ray_jobs.tracking.run_record import Say
+from ray_jobs.tracking.sender import EXIT_TAG, Sender
+from ray_jobs.tracking.state import one_sender, read_state
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+HOST_TAG, FOLDER_TAG = "ca2st.host", "ca2st.run_dir"
+FOLLOWER_LOCK_NAME = "follower.lock"
+_MOST = 200
+
+
+@contextlib.contextmanager
+def alive(run_dir: Path) -> Iterator[None]:
+    """Show that a follower of this run lives; several may. The kernel takes the sign away however it ends."""
+    with (run_dir / FOLLOWER_LOCK_NAME).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def show_ready(run_dir: Path) -> None:
+    """Leave this follower's process number beside its lock: what it waits for from now on is the store."""
+    (run_dir / FOLLOWER_LOCK_NAME).write_text(str(os.getpid()))
+
+
+def is_ready(run_dir: Path, pid: int) -> bool:
+    """Whether the follower with this process number has called `show_ready`."""
+    path = run_dir / FOLLOWER_LOCK_NAME
+    return path.exists() and path.read_text() == str(pid)
+
+
+def is_alive(run_dir: Path) -> bool:
+    """Whether somebody on this machine trains or follows the run of this folder."""
+    return any(_is_held(run_dir / name) for name in (RUN_LOCK_NAME, FOLLOWER_LOCK_NAME))
+
+
+def end_orphans(run_dir: Path, *, host: str, say: Say) -> list[str]:
+    """Send the rest of each orphan in the experiment of `run_dir`'s run and end it as KILLED; returns their ids.
+
+    Raises:
+        TrackingUnavailableError: the store cannot be reached.
+    """
+    state = read_state(run_dir)
+    if state.run_id is None:
+        return []
+    uri = whole_uri(state.uri, run_dir.parent)
+    with reachable(uri, "start a run"):
+        client = open_client(uri)
+        experiment_id = client.get_run(state.run_id).info.experiment_id
+        running = f"attributes.status = 'RUNNING' and tags.`{HOST_TAG}` = '{host}'"
+        found = client.search_runs([experiment_id], running, max_results=_MOST)
+        others = [run for run in found if run.info.run_id != state.run_id]
+        return [run.info.run_id for run in others if _end(client, run, say)]
+
+
+def _end(client: "MlflowClient", run: "Run", say: Say) -> bool:
+    run_id, folder = run.info.run_id, Path(run.data.tags.get(FOLDER_TAG, ""))
+    try:
+        if not folder.is_absolute() or read_state(folder).run_id != run_id or is_alive(folder):
+            return False
+        with contextlib.suppress(TrackingUnavailableError):  # what cannot be sent stays in its journal
+            Sender(folder, say).send()
+        with one_sender(folder, wait_seconds=0):
+            if is_alive(folder) or client.get_run(run_id).info.status != "RUNNING":
+                return False
+            client.set_tag(run_id, EXIT_TAG, "killed")
+            client.set_terminated(run_id, status="KILLED", end_time=_last_sign(folder))
+    except (UserInputError, TrackingUnavailableError):  # no folder of ours here, or somebody is sending it
+        return False
+    say(f"run {run_id} of {folder} was killed without an end: it is KILLED in MLflow now, until it is resumed")
+    return True
+
+
+def _last_sign(folder: Path) -> int | None:
+    """When the run last wrote a line, in milliseconds since 1970; None: now."""
+    journal = folder / JOURNAL_NAME
+    return int(journal.stat().st_mtime * 1000) if journal.exists() else None
+
+
+def _is_held(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -1,0 +1,217 @@
+"""Sends what MLflow does not have yet: the journal's numbers, the nodes' system metrics, the run's extras.
+
+The journal is the truth; what was sent is remembered beside it, so a follower that was killed, or a server that was
+down, costs nothing but time. One MLflow run stands for a training run through all its attempts; a step is sent once,
+whichever attempt made it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ca2st.training.journal import JOURNAL_NAME
+from ray_jobs.redaction import redacted
+from ray_jobs.tracking.client import knock, open_client, reachable, whole_uri
+from ray_jobs.tracking.complaints import StoreError
+from ray_jobs.tracking.events import (
+    Value,
+    begin_milliseconds,
+    milliseconds,
+    not_finite,
+    read_batches,
+    step_values,
+    system_values,
+)
+from ray_jobs.tracking.extras import AT_BEGIN, AT_END, send_extras
+from ray_jobs.tracking.names import clean_name
+from ray_jobs.tracking.run_record import Say, create_run, is_gone, log_tags, update_params
+from ray_jobs.tracking.state import (
+    Progress,
+    TrackingState,
+    one_sender,
+    read_state,
+    unsent_bytes,
+    write_progress,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SYSTEM_FOLDER = "system"
+EXIT_TAG, ERROR_TAG, ATTEMPT_TAG, NOT_FINITE_TAG = (
+    "ca2st.exit_status",
+    "ca2st.error",
+    "ca2st.attempt",
+    "ca2st.not_finite",
+)
+_STATUSES = {"done": "FINISHED", "stopped": "KILLED"}
+_CALL_VALUES = 1000
+_MAY_BE_GONE = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE"})
+
+
+class Sender:
+    """Sends one run, again and again."""
+
+    def __init__(self, run_dir: Path, say: Say) -> None:
+        self._run_dir = run_dir
+        self._say = say
+        self._is_unwell = False
+        self._tried: set[str] = set()
+        self._metric_names: dict[str, str] = {}
+
+    def send(self, *, wait_seconds: float = 0.0, is_last: bool = True) -> int:
+        """Send what MLflow lacks; returns the number of metric values sent.
+
+        `wait_seconds`: for another sender of this run to end. `is_last`: extras that failed before are tried again.
+
+        Raises:
+            TrackingUnavailableError: the store or another sender stands in the way; sending later loses nothing.
+        """
+        with one_sender(self._run_dir, wait_seconds=wait_seconds):
+            state = read_state(self._run_dir)
+            if not self._has_news(state.progress, is_last=is_last):
+                return 0  # a run that ends before its first line would stay RUNNING for ever
+            uri = whole_uri(state.uri, self._run_dir.parent)
+            what_to_do = f"the journal keeps everything: rerun `ca2st track sync {self._run_dir}`"
+            was_unwell, self._is_unwell = self._is_unwell, True
+            if was_unwell:
+                knock(uri, what_to_do)
+            try:
+                with reachable(uri, what_to_do):
+                    sent = self._send_to(open_client(uri), state, is_last=is_last)
+            except StoreError as error:
+                if error.complaint.kind == "rejected":
+                    knock(uri, what_to_do)  # MLflow's client hides the status of an answer that is not MLflow's own
+                raise
+            self._is_unwell = False
+            return sent
+
+    def _has_news(self, progress: Progress, *, is_last: bool) -> bool:
+        """Whether there is anything to send: a follower mostly waits, and must not ask MLflow for that."""
+        if unsent_bytes(self._run_dir):
+            return True
+        if progress.run_id is None:
+            return False
+        sizes = {path.name: path.stat().st_size for path in self._system_files()}
+        has_system = any(size > progress.system_bytes.get(name, 0) for name, size in sizes.items())
+        return has_system or any(is_last or name not in self._tried for name in progress.pending)
+
+    def _system_files(self) -> list[Path]:
+        return sorted((self._run_dir / SYSTEM_FOLDER).glob("*.jsonl"))
+
+    def _send_to(self, client: "MlflowClient", state: TrackingState, *, is_last: bool) -> int:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._send_all(client, state, is_last=is_last)
+        except MlflowException as error:
+            old = read_state(self._run_dir).run_id
+            if old is None or error.error_code not in _MAY_BE_GONE or not is_gone(client, old):
+                raise
+            self._say(f"MLflow has no run {old} any more: a new run gets the journal from its start")
+            return self._send_all(client, replace(state, progress=Progress(run_id=old)), is_last=is_last, anew=True)
+
+    def _send_all(self, client: "MlflowClient", state: TrackingState, *, is_last: bool, anew: bool = False) -> int:
+        progress, run_id = state.progress, state.run_id
+        if run_id is None or anew:
+            run_id = create_run(client, state, self._say, begun=begin_milliseconds(self._run_dir / JOURNAL_NAME))
+            progress = Progress(run_id=run_id, params=state.params, pending=AT_BEGIN)
+            self._tried.clear()
+            write_progress(self._run_dir, progress)
+        sent, progress = self._send_journal(client, run_id, progress, state)
+        num_system, progress = self._send_system(client, run_id, progress)
+        self._send_extras(client, run_id, progress, is_last=is_last)
+        return sent + num_system
+
+    def _send_journal(
+        self, client: "MlflowClient", run_id: str, progress: Progress, state: TrackingState
+    ) -> tuple[int, Progress]:
+        sent = 0
+        for events, end_offset in read_batches(self._run_dir / JOURNAL_NAME, progress.sent_bytes):
+            progress, values = _new_values(events, progress)
+            self._log(client, run_id, values)
+            self._log_not_finite(client, run_id, events)
+            for event in events:
+                progress = self._follow_event(client, run_id, event, progress, state)
+            progress = replace(progress, sent_bytes=end_offset)
+            write_progress(self._run_dir, progress)
+            sent += len(values)
+        return sent, progress
+
+    def _send_system(self, client: "MlflowClient", run_id: str, progress: Progress) -> tuple[int, Progress]:
+        sent = 0
+        for path in self._system_files():
+            for lines, end_offset in read_batches(path, progress.system_bytes.get(path.name, 0)):
+                values = [value for line in lines for value in system_values(line, path.stem)]
+                self._log(client, run_id, values)
+                progress = replace(progress, system_bytes={**progress.system_bytes, path.name: end_offset})
+                write_progress(self._run_dir, progress)
+                sent += len(values)
+        return sent, progress
+
+    def _send_extras(self, client: "MlflowClient", run_id: str, progress: Progress, *, is_last: bool) -> None:
+        """Each once a process, and again when asked for the last time."""
+        names = [name for name in progress.pending if is_last or name not in self._tried]
+        for name in names:
+            self._tried.add(name)
+            failed = send_extras(client, run_id, self._run_dir, [name], self._say)
+            if not failed:
+                pending = tuple(other for other in progress.pending if other != name)
+                progress = replace(progress, pending=pending)
+                write_progress(self._run_dir, progress)
+
+    def _follow_event(
+        self, client: "MlflowClient", run_id: str, event: Mapping[str, Any], progress: Progress, state: TrackingState
+    ) -> Progress:
+        """Status, tags and extras that an attempt's start and end bring."""
+        if event["event"] == "start":
+            attempt = event["attempt"]
+            client.update_run(run_id, status="RUNNING")
+            tags = {ATTEMPT_TAG: str(attempt), EXIT_TAG: "running"}
+            log_tags(client, run_id, tags if attempt == 1 else {**state.tags, **tags}, self._say)
+            if progress.params != state.params:
+                update_params(client, run_id, progress.params, state.params, attempt=attempt, say=self._say)
+            return replace(progress, params=state.params)
+        if event["event"] == "end":
+            status = event["status"]
+            tags = {EXIT_TAG: status} | ({ERROR_TAG: redacted(event["error"])} if event.get("error") else {})
+            log_tags(client, run_id, tags, self._say)
+            client.set_terminated(run_id, status=_STATUSES.get(status, "FAILED"), end_time=milliseconds(event))
+            if status == "done":
+                self._tried.difference_update(AT_END)
+                return replace(progress, pending=tuple(dict.fromkeys((*progress.pending, *AT_END))))
+        return progress
+
+    def _log_not_finite(self, client: "MlflowClient", run_id: str, events: Sequence[Mapping[str, Any]]) -> None:
+        found = {name: f"at step {event['step']}" for event in events for name in not_finite(event)}
+        if found:
+            log_tags(client, run_id, {f"{NOT_FINITE_TAG}.{name}": when for name, when in found.items()}, self._say)
+
+    def _log(self, client: "MlflowClient", run_id: str, values: Sequence[Value]) -> None:
+        from mlflow.entities import Metric
+
+        for start in range(0, len(values), _CALL_VALUES):
+            part = values[start : start + _CALL_VALUES]
+            client.log_batch(run_id, metrics=[Metric(self._metric_name(v.name), *v[1:]) for v in part])
+
+    def _metric_name(self, name: str) -> str:
+        if name not in self._metric_names:
+            clean = self._metric_names[name] = clean_name(name)
+            if clean != name:
+                self._say(f"metric {name!a} is called {clean}")
+        return self._metric_names[name]
+
+
+def _new_values(events: Sequence[Mapping[str, Any]], progress: Progress) -> tuple[Progress, list[Value]]:
+    """What of `events` MLflow does not have from an earlier attempt, and how far it is then."""
+    values: list[Value] = []
+    last_step, last_evals = progress.last_step, dict(progress.last_evals)
+    for event in events:
+        if event["event"] == "step" and event["step"] > last_step:
+            values += step_values(event)
+            last_step = event["step"]
+        elif event["event"] == "eval" and event["step"] > last_evals.get(event["split"], -1):
+            values += step_values(event)
+            last_evals[event["split"]] = event["step"]
+    return replace(progress, last_step=last_step, last_evals=last_evals), values

@@ -1,0 +1,144 @@
+"""What is kept of tracking in a run folder: what the run is called, and how much of it MLflow has.
+
+Two files with one writer each, so that nobody waits: ``tracking.json`` by who trains, ``tracking_progress.json`` by
+whoever sends and holds the sender's lock.
+"""
+
+import fcntl
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from ca2st.durable import write_bytes
+from ca2st.errors import UserInputError
+from ca2st.training.journal import JOURNAL_NAME
+from ray_jobs.errors import TrackingUnavailableError
+
+STATE_NAME = "tracking.json"
+PROGRESS_NAME = "tracking_progress.json"
+LOCK_NAME = "tracking.lock"
+_POLL_SECONDS = 0.05
+
+
+class SenderBusyError(TrackingUnavailableError):
+    """Another process is sending this run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How much of a run MLflow has."""
+
+    run_id: str | None = None
+    """MLflow's run, made at the first sync."""
+    sent_bytes: int = 0
+    """Length of the journal's prefix that MLflow has."""
+    last_step: int = -1
+    """Highest step sent: a resumed attempt's repeated steps are not sent again."""
+    last_evals: Mapping[str, int] = field(default_factory=dict)
+    """The same of evaluations, by split."""
+    params: Mapping[str, str] = field(default_factory=dict)
+    """Settings as MLflow has them: it takes a param once."""
+    system_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Length sent of each node's file of system metrics."""
+    pending: tuple[str, ...] = ()
+    """Names of the extras (inputs, artefacts, registered model) whose time has come and that MLflow lacks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingState:
+    """What a run is called in MLflow, and how much of it MLflow has."""
+
+    uri: str
+    """MLflow tracking URI without credentials: ``sqlite:///path`` or a server's address."""
+    experiment: str
+    run_name: str
+    params: Mapping[str, str]
+    """Settings of the newest attempt."""
+    tags: Mapping[str, str]
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """A tag of the run in MLflow, by which it is found when the answer to its making was lost."""
+    progress: Progress = Progress()
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's run; None before the first sync."""
+        return self.progress.run_id
+
+
+def open_tracking(run_dir: Path, state: TrackingState) -> TrackingState:
+    """Keep `state` beside the journal; of a run that is resumed the names stay, settings and tags are the new ones."""
+    if (run_dir / STATE_NAME).exists():
+        kept = read_state(run_dir)
+        state = replace(kept, uri=state.uri, params=state.params, tags={**kept.tags, **state.tags})
+    document = asdict(state)
+    del document["progress"]
+    _write(run_dir / STATE_NAME, document)
+    return state
+
+
+def read_state(run_dir: Path) -> TrackingState:
+    """The tracking state of a run folder.
+
+    Raises:
+        UserInputError: the folder has none: no training with tracking was started there.
+    """
+    path = run_dir / STATE_NAME
+    try:
+        return TrackingState(**json.loads(path.read_text()), progress=_read_progress(run_dir))
+    except FileNotFoundError:
+        raise UserInputError(f"{path}: no such file; expected the folder of a training run") from None
+
+
+def write_progress(run_dir: Path, progress: Progress) -> None:
+    """Keep what MLflow has; the caller holds the sender's lock."""
+    _write(run_dir / PROGRESS_NAME, asdict(progress))
+
+
+def unsent_bytes(run_dir: Path) -> int:
+    """Length of the journal's part that MLflow does not have; 0 while there is no journal."""
+    journal = run_dir / JOURNAL_NAME
+    return journal.stat().st_size - _read_progress(run_dir).sent_bytes if journal.exists() else 0
+
+
+@contextmanager
+def one_sender(run_dir: Path, *, wait_seconds: float) -> Iterator[None]:
+    """Hold the sender's lock of a run: two at once would make two MLflow runs.
+
+    The follower of a killed attempt outlives it by a last sync. The kernel releases the lock when its holder ends,
+    however it ends.
+
+    Raises:
+        SenderBusyError: another process still holds it after `wait_seconds`.
+        UserInputError: no training with tracking was started there.
+    """
+    read_state(run_dir)
+    with (run_dir / LOCK_NAME).open("a") as file:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise SenderBusyError(
+                        f"{run_dir}: another process is sending this run to MLflow; wait for it and run "
+                        f"`ca2st track sync {run_dir}` again"
+                    ) from None
+            time.sleep(_POLL_SECONDS)
+        yield
+
+
+def _read_progress(run_dir: Path) -> Progress:
+    path = run_dir / PROGRESS_NAME
+    if not path.exists():
+        return Progress()
+    document = json.loads(path.read_text())
+    return Progress(**{**document, "pending": tuple(document["pending"])})
+
+
+def _write(path: Path, document: Mapping[str, object]) -> None:
+    write_bytes(path, (json.dumps(document, indent=1) + "\n").encode(), point="tracking")

@@ -1,0 +1,103 @@
+"""T3, T4, T12: one of several processes fails, is stopped or killed: all end, and the first failure is told."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from ray_jobs.local_processes import death_of, ended_badly
+from support.tiny_runs import ca2st, journal, make_tiny_run, sequence
+
+
+def end(exit_code: int, after_seconds: float = 0.0) -> None:
+    time.sleep(after_seconds)
+    os._exit(exit_code)
+
+
+def end_by(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(60)
+
+
+def blamed(*works: tuple[object, ...]) -> tuple[int | None, list[int | None]]:
+    """Who is to blame of processes that run `works` (function and arguments), and all exit codes."""
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=work, args=arguments) for work, *arguments in works]  # type: ignore[misc, arg-type]  # a short table
+    for worker in workers:
+        worker.start()
+    return ended_badly(workers), [worker.exitcode for worker in workers]
+
+
+def test_t4_workers_that_end_well_are_waited_for() -> None:
+    assert blamed((end, 0), (end, 0, 0.3)) == (None, [0, 0])
+
+
+def test_t4_who_fails_first_is_blamed_and_the_rest_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray_jobs.local_processes._LAST_WORDS_SECONDS", 1.0)
+    assert blamed((end, 0, 60), (end, 3), (end, 4, 0.3)) == (1, [-signal.SIGKILL, 3, 4])
+
+
+def test_t12_who_is_ended_by_a_signal_is_blamed_for_the_connections_that_broke() -> None:
+    assert blamed((end, 1), (end_by, signal.SIGKILL)) == (1, [1, -signal.SIGKILL])
+
+
+def test_t3_a_stopped_worker_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray_jobs.local_processes._LAST_WORDS_SECONDS", 0.5)
+    assert blamed((end, 4, 0.2), (end_by, signal.SIGSTOP)) == (0, [4, -signal.SIGKILL])
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "words"),
+    [
+        (137, 4, ("rank 1 was killed (SIGKILL)", "2.50 GB", "dmesg", "training.per_device_batch_size")),
+        (135, 4, ("bus error", "/dev/shm is full (12 MB are free now", "ca2st shard verify")),
+        (139, 139, ("rank 1 ended with exit code 139",)),
+        (143, 143, ("rank 1 ended with exit code 143",)),
+    ],
+)
+def test_t12_a_worker_that_ended_without_a_word_is_explained_by_its_exit_code(
+    code: int, exit_code: int, words: tuple[str, ...]
+) -> None:
+    error = death_of(1, code, peak_bytes=2_500_000_000, shared_free_bytes=12_000_000)
+    assert error.exit_code == exit_code
+    for word in words:
+        assert word in str(error)
+
+
+def last_line(stderr: str) -> str:
+    return stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_t4_t12_an_exception_and_then_a_kill_on_one_rank_end_both_and_are_told(tmp_path: Path) -> None:
+    recipe, run_dir = make_tiny_run(tmp_path), tmp_path / "run"
+    command = ("train", recipe, "--workers", 2, "--out", run_dir, "--set", "tracking.enabled=false")
+    raised = ca2st(*command, fault="step.received:5:raise:1")  # rank 0 then waits in the backward pass
+    assert raised.returncode == 1, raised.stderr
+    assert last_line(raised.stderr).startswith("error: first failure, on rank 1: InjectedFault: fault point step.recei")
+    assert raised.stderr.count("Traceback") == 1
+    killed = ca2st(*command, fault="step.updated:5:kill:1")  # rank 0 then waits in the gathering of the next step
+    assert killed.returncode == 4, killed.stderr
+    assert last_line(killed.stderr).startswith("error: rank 1 was killed (SIGKILL) and left no word")
+    assert [line["step"] for line in journal(run_dir, "start")] == [0, 3]
+    assert sequence(run_dir)[-1][0] == 8
+
+
+@pytest.mark.slow
+def test_t3_a_stopped_rank_is_found_named_and_ended_and_the_rerun_goes_on(tmp_path: Path) -> None:
+    recipe, run_dir = make_tiny_run(tmp_path), tmp_path / "run"
+    settings = ("--set", "tracking.enabled=false", "--set", "training.collective_timeout_seconds=20")
+    command = ("train", recipe, "--workers", 2, "--out", run_dir, *settings)
+    stopped = ca2st(*command, fault="step.received:5:stop:1")
+    assert stopped.returncode == 4, stopped.stderr
+    told = last_line(stopped.stderr)
+    assert told.startswith("error: first failure, on rank 0: RanksSilentError: rank 0 waited 20 s for the other ranks")
+    assert "rank 1 is silent, last seen in " in told
+    assert "rank 0 waits for other ranks in backward after step 4" in stopped.stderr
+    assert 'File "' in stopped.stderr.partition("its threads:")[2]
+    assert not (run_dir / "heartbeats").exists() or not list((run_dir / "heartbeats").glob("rank-0*"))
+    assert ca2st(*command).returncode == 0
+    assert [step for step, _, _ in sequence(run_dir)] == list(range(1, 17))

@@ -1,0 +1,102 @@
+"""Which failure a run is told to have ended by, and whether starting it again can help."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ca2st.durable import InjectedFault
+from ca2st.errors import CA2STError, DataDamageError, EnvironmentFault, NumericError, UserInputError
+from ca2st.training.errors import (
+    CheckpointDamagedError,
+    LabelRangeError,
+    NonFiniteError,
+    OutOfMemoryFault,
+    PeerFailedError,
+)
+from ray_jobs.failure_record import (
+    FAILURE_NAME,
+    FailureRecord,
+    error_of,
+    first_of,
+    is_echo,
+    is_final,
+    keep_failure,
+    read_failure,
+    record_of,
+)
+
+RECORD = FailureRecord(
+    kind="RuntimeError", message="boom", exit_code=1, rank=1, node="b", attempt=1, final=False, launch="one"
+)
+ECHO = replace(RECORD, kind="PeerFailedError", rank=0, echo=True)
+
+
+@pytest.mark.parametrize("error", [LabelRangeError("x"), CheckpointDamagedError("x"), NonFiniteError("x")])
+def test_t4_what_no_restart_mends_is_final(error: Exception) -> None:
+    assert is_final(error)
+
+
+@pytest.mark.parametrize("error", [InjectedFault("x"), EnvironmentFault("x"), OSError("x"), CA2STError("x")])
+def test_t4_what_a_restart_may_mend_is_not_final(error: Exception) -> None:
+    assert not is_final(error)
+
+
+@pytest.mark.parametrize(("code", "final"), [(1, False), (2, True), (3, True), (4, False), (5, True), (6, False)])
+def test_t4_a_failure_told_by_another_rank_is_as_final_as_it_is_there(code: int, final: bool) -> None:
+    assert is_final(PeerFailedError("rank 1 failed", exit_code=code)) == final
+
+
+def test_t12_memory_that_did_not_suffice_is_final_at_its_second_time_in_a_launch() -> None:
+    error = OutOfMemoryFault("peak 80 GB")
+    first = record_of(error, rank=0, node="a", attempt=1, launch="one")
+    assert not first.final
+    assert record_of(error, rank=0, node="a", attempt=2, launch="one", before=first).final
+    assert not record_of(error, rank=0, node="a", attempt=1, launch="two", before=first).final
+    assert not record_of(error, rank=0, node="a", attempt=2, launch="one", before=RECORD).final
+
+
+def test_t4_an_error_of_a_cut_connection_is_an_echo_and_a_bug_is_none() -> None:
+    assert is_echo(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4711"))
+    assert is_echo(PeerFailedError("rank 1 failed", exit_code=2))
+    assert not is_echo(RuntimeError("shape mismatch"))
+
+
+def test_t4_an_echo_never_replaces_the_failure_itself_and_is_replaced_by_it(tmp_path: Path) -> None:
+    assert keep_failure(tmp_path, ECHO) == ECHO
+    assert keep_failure(tmp_path, RECORD) == RECORD
+    assert keep_failure(tmp_path, ECHO) == RECORD
+    assert keep_failure(tmp_path, replace(RECORD, rank=2)) == RECORD
+    assert read_failure(tmp_path) == RECORD
+
+
+def test_t13_the_last_attempts_failure_is_kept() -> None:
+    later = replace(RECORD, attempt=2, message="later")
+    assert first_of(RECORD, later) is later
+    assert first_of(later, RECORD) is later
+    rerun = replace(RECORD, launch="two")
+    assert first_of(later, rerun) is rerun
+
+
+def test_a_failure_that_cannot_be_written_is_told_in_the_log_and_not_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert keep_failure(tmp_path / "gone", RECORD) == RECORD
+    assert "boom" in caplog.text
+
+
+def test_a_record_of_another_version_counts_as_none(tmp_path: Path) -> None:
+    (tmp_path / FAILURE_NAME).write_text('{"what": "else"}')
+    assert read_failure(tmp_path) is None
+    assert keep_failure(tmp_path, RECORD) == RECORD
+
+
+@pytest.mark.parametrize("kind", [UserInputError, DataDamageError, EnvironmentFault, NumericError, CA2STError])
+def test_t4_a_command_ends_with_the_exit_code_of_the_failure_and_says_rank_and_node(kind: type[CA2STError]) -> None:
+    error = kind("label 7 of clip-0001")
+    error.add_note("on rank 1")
+    ended = error_of(record_of(error, rank=1, node="b (10.0.0.2)", attempt=2))
+    assert type(ended) is kind
+    assert ended.exit_code == kind.exit_code
+    told = f"rank 1 on b (10.0.0.2), attempt 2: {kind.__name__}: label 7 of clip-0001 [on rank 1]"
+    assert str(ended) == told

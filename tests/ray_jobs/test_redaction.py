@@ -1,0 +1,106 @@
+"""Passwords and tokens reach no file, log or store."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ca2st.errors import UserInputError
+from ca2st.training.documents import flatten
+from ray_jobs.config import Recipe, recipe_document
+from ray_jobs.errors import RecipeError
+from ray_jobs.recipe_file import load_recipe
+from ray_jobs.redaction import (
+    HIDDEN,
+    names_a_secret,
+    redacted,
+    redacted_values,
+    refuse_credentials,
+    without_credentials,
+)
+from ray_jobs.tracking.client import whole_uri
+
+SECRET = "hunter2"
+LEAKS = [
+    f"https://me:{SECRET}@mlflow.example.org/api failed",
+    f"https://{SECRET}@example.org/x",
+    f"postgresql+psycopg://me:{SECRET}@db:5432/mlflow",
+    f"s3://KEY:{SECRET}@bucket/shards",
+    f"https://bucket.example.org/a.tar?X-Amz-Credential=x&X-Amz-Signature={SECRET}&b=1",
+    f"https://example.org/a?token={SECRET}",
+    f"https://example.org/a?AWSAccessKeyId={SECRET}",
+    f"header Authorization: Bearer {SECRET}",
+    f"{{'authorization': 'Basic {SECRET}'}}",
+]
+
+
+@pytest.mark.parametrize("text", LEAKS)
+def test_k8_passwords_and_tokens_in_a_text_are_hidden(text: str) -> None:
+    assert SECRET not in redacted(text)
+    assert HIDDEN in redacted(text)
+    assert redacted(redacted(text)) == redacted(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sqlite:////runs & more/mlflow.db",
+        "hf-hub:ORG/NAME@main",
+        "/data/me@work/shards",
+        "s3://bucket/folder",
+        "http://127.0.0.1:5000/path?page_token_count=3",
+        "a token of thanks",
+    ],
+)
+def test_k8_what_holds_no_secret_stays_as_it_is(text: str) -> None:
+    assert redacted(text) == text
+
+
+@pytest.mark.parametrize("name", ["password", "tracking.token", "aws_secret_access_key", "API-Key", "Authorization"])
+def test_k8_values_with_the_name_of_a_secret_are_hidden(name: str) -> None:
+    assert redacted_values({name: SECRET, "optim.base_lr": "0.1"}) == {name: HIDDEN, "optim.base_lr": "0.1"}
+
+
+def test_k8_no_setting_of_a_recipe_is_taken_for_a_secret() -> None:
+    recipe = load_recipe("smoke", [])
+    assert [name for name in flatten(recipe_document(recipe)) if names_a_secret(name)] == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "match"),
+    [
+        (f"tracking.uri='https://me:{SECRET}@host'", r"tracking\.uri: .*MLFLOW_TRACKING_USERNAME"),
+        (f"data.train='s3://KEY:{SECRET}@bucket/shards'", r"data: train: .*secrets in the environment"),
+        (f"data.validation='https://host/v?sig={SECRET}'", r"data: validation: .*secrets in the environment"),
+        (f"experts.spatial='https://host/x?token={SECRET}'", r"experts\.spatial: .*~/\.netrc"),
+    ],
+)
+def test_k8_a_recipe_with_a_credential_is_refused_without_showing_it(setting: str, match: str) -> None:
+    with pytest.raises(RecipeError, match=match) as caught:
+        load_recipe("smoke", [setting])
+    assert SECRET not in str(caught.value)
+
+
+def test_k8_a_recipe_made_in_python_is_refused_too() -> None:
+    recipe: Recipe = load_recipe("smoke", [])
+    with pytest.raises(ValueError, match="without credentials") as caught:
+        replace(recipe, tracking=replace(recipe.tracking, uri=f"postgresql://me:{SECRET}@host/mlflow"))
+    assert SECRET not in str(caught.value)
+
+
+def test_k8_texts_deep_in_a_document_are_found() -> None:
+    with pytest.raises(UserInputError, match=r"data\.mixture\.1\.shards: expected an address without credentials"):
+        refuse_credentials({"data": {"mixture": [{"shards": "x"}, {"shards": f"s3://a:{SECRET}@b"}]}})
+
+
+def test_k8_an_address_is_kept_without_its_password_and_completed_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = f"https://me:{SECRET}@mlflow.example.org/base"
+    kept = without_credentials(whole)
+    assert kept == "https://mlflow.example.org/base"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", whole)
+    assert whole_uri(kept, tmp_path) == whole
+    assert whole_uri("https://elsewhere.example.org", tmp_path) == "https://elsewhere.example.org"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert whole_uri(kept, tmp_path) == kept

@@ -1,0 +1,131 @@
+"""Training on Ray nodes with addresses of their own: a node is killed, a cable is cut, and the numbers stay."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from support.ray_nodes import Machine, Network, ray_network, why_no_namespaces
+from support.tiny_runs import ca2st, journal, make_tiny_run, sequence
+
+WHY_NOT = why_no_namespaces()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(WHY_NOT is not None, reason=f"network namespaces: {WHY_NOT}"),
+    pytest.mark.timeout(580),
+]
+SETTINGS = ("--set", "tracking.enabled=false", "--set", "training.epochs=8")
+SOON = {
+    # A node is given up after three checks, a second apart, that are not answered within two seconds.
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_run(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def two_processes(recipe: Path) -> Path:
+    run_dir = recipe.parent / "two_processes"
+    done = ca2st("train", recipe, "--out", run_dir, "--workers", 2, *SETTINGS)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    with ray_network(SOON) as network:
+        network.add_machine()
+        yield network
+
+
+def train_and_disturb(
+    network: Network, recipe: Path, run_dir: Path, disturb: Callable[[Path], None], *settings: str
+) -> str:
+    """Train with two workers on two nodes, call `disturb` with the log's path after some steps; returns the log."""
+    log = run_dir.with_suffix(".log")
+    command = [sys.executable, "-m", "ray_jobs.cli", "train", str(recipe), "--out", str(run_dir), "--workers", "2"]
+    command += ["--ray", "--ray-address", network.ray_address, *SETTINGS, *settings]
+    with log.open("wb") as out:
+        driver = network.head.popen(command, stdout=out)
+    try:
+        wait_until(lambda: driver.poll() is not None or num_steps(run_dir) >= 5)
+        assert driver.poll() is None, log.read_text()
+        disturb(log)
+        assert driver.wait(timeout=300) == 0, log.read_text()
+    finally:
+        driver.kill()
+    return log.read_text()
+
+
+def num_steps(run_dir: Path) -> int:
+    path = run_dir / "journal.jsonl"
+    return path.read_text().count('"event":"step"') if path.exists() else 0
+
+
+def wait_until(happened: Callable[[], bool], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def named_as_failed(log: str, machine: Machine) -> bool:
+    return any(line.startswith("failed:") and machine.address in line for line in log.splitlines())
+
+
+def num_workers_by_attempt(run_dir: Path) -> list[int]:
+    return [line["topology"]["world_size"] for line in journal(run_dir, "start")]
+
+
+def test_t2_a_killed_node_is_named_and_replaced_and_the_losses_are_those_of_two_plain_processes(
+    network: Network, recipe: Path, two_processes: Path, tmp_path: Path
+) -> None:
+    victim = network.worker()
+
+    def replace(log: Path) -> None:
+        victim.kill()
+        network.add_machine()
+
+    log = train_and_disturb(network, recipe, tmp_path / "run", replace)
+    assert named_as_failed(log, victim)
+    assert num_workers_by_attempt(tmp_path / "run") == [2, 2]
+    assert sequence(tmp_path / "run") == sequence(two_processes)
+
+
+def test_t3_a_cut_link_is_noticed_and_the_run_goes_on_when_the_node_is_back(
+    network: Network, recipe: Path, two_processes: Path, tmp_path: Path
+) -> None:
+    far = network.worker()
+
+    def cut_for_a_while(log: Path) -> None:
+        far.cut()
+        wait_until(lambda: f"({far.address}) was lost" in log.read_text())
+        far.mend()
+        # The cluster has gone on without the node, which learns of it now and ends; whoever started it starts it again.
+        wait_until(lambda: far.started[-1].poll() is not None)
+        far.kill()
+        far.start_ray("worker", network.ray_address)
+
+    train_and_disturb(network, recipe, tmp_path / "run", cut_for_a_while)
+    assert num_workers_by_attempt(tmp_path / "run") == [2, 2]
+    assert sequence(tmp_path / "run") == sequence(two_processes)
+
+
+def test_t2_an_elastic_run_goes_on_with_the_node_that_is_left_and_sees_the_same_samples(
+    network: Network, recipe: Path, two_processes: Path, tmp_path: Path
+) -> None:
+    victim = network.worker()
+    settings = ("--set", "launch.min_workers=1")
+    log = train_and_disturb(network, recipe, tmp_path / "run", lambda log: victim.kill(), *settings)
+    assert named_as_failed(log, victim)
+    assert num_workers_by_attempt(tmp_path / "run") == [2, 1]
+    ours, theirs = sequence(tmp_path / "run"), sequence(two_processes)
+    assert [hashed for _, hashed, _ in ours] == [hashed for _, hashed, _ in theirs]
+    assert [loss for _, _, loss in ours] == pytest.approx([loss for _, _, loss in theirs], rel=1e-4)

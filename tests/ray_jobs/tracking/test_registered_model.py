@@ -1,0 +1,226 @@
+"""A finished run is a model in MLflow's registry that predicts from the checkpoint where it is."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from ca2st.errors import UserInputError
+from ca2st.training.errors import CheckpointDamagedError
+from pipelines.draws import EvaluationViews
+from ray_jobs.prediction import predict_videos
+from ray_jobs.tracking.registered_model import SHA256_TAG, register, signature_of
+from ray_jobs.tracking_config import TrackingConfig, model_name
+from support.media import Sound, make_clip
+from support.mlflow_runs import new_run
+from support.tiny_runs import ca2st, make_tiny_run
+
+# MLflow warns of its own type hints when it is imported whole.
+pytestmark = pytest.mark.filterwarnings("ignore:.*type hint is inferred as AnyType:UserWarning")
+
+WEIGHTS = b"weights that stay where they are" * 1000
+
+
+@pytest.fixture
+def client(store: str) -> MlflowClient:
+    return MlflowClient(store)
+
+
+@pytest.fixture
+def run_id(client: MlflowClient, tmp_path: Path) -> str:
+    return new_run(client, tmp_path)
+
+
+def checkpoint(run_dir: Path, name: str, *, marker: str = "{}", targets: tuple[str, ...] = ("label",)) -> Path:
+    folder = run_dir / "checkpoints" / name
+    folder.mkdir(parents=True)
+    (folder / "COMPLETE.json").write_text(marker)
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
+    (folder / "run.json").write_text(json.dumps({"classes": {target: ["a", "b"] for target in targets}}))
+    return folder
+
+
+def recipe(run_dir: Path, **tracking: Any) -> None:
+    (run_dir / "recipe.json").write_text(json.dumps({"name": run_dir.name, "tracking": tracking}))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run folder whose name no other test has, with one checkpoint."""
+    folder = tmp_path / re.sub(r"\W+", "-", tmp_path.name)
+    checkpoint(folder, "step-4.attempt-1")
+    recipe(folder)
+    return folder
+
+
+def versions(client: MlflowClient, name: str) -> list[Any]:
+    found = client.search_model_versions(f"name = '{name}'")
+    return sorted(found, key=lambda version: int(version.version))
+
+
+def load(client: MlflowClient, name: str, **settings: Any) -> Any:
+    import mlflow.pyfunc
+
+    return mlflow.pyfunc.load_model(versions(client, name)[-1].source, **settings)
+
+
+def test_a_checkpoint_is_registered_once_with_signature_and_without_its_weights(
+    client: MlflowClient, run_id: str, run_dir: Path
+) -> None:
+    for _ in range(2):
+        register(client, run_id, run_dir)
+    (version,) = versions(client, run_dir.name)
+    files = {path.name: path for path in Path(version.source.removeprefix("file://")).iterdir()}
+    assert {"MLmodel", "checkpoint_model.py"} <= set(files)
+    assert not [name for name in files if name.endswith((".pkl", ".safetensors"))]
+    assert sum(path.stat().st_size for path in files.values()) < len(WEIGHTS)
+    assert version.run_id == run_id
+    assert version.tags["ca2st.checkpoint"] == str(run_dir / "checkpoints" / "step-4.attempt-1")
+
+
+def test_the_runs_page_leads_to_the_registered_version(client: MlflowClient, run_id: str, run_dir: Path) -> None:
+    register(client, run_id, run_dir)
+    (output,) = client.get_run(run_id).outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert str(model.status) == "READY"
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": run_dir.name, "version": 1}]
+
+
+def test_a_later_checkpoint_of_the_run_becomes_the_next_version(
+    client: MlflowClient, run_id: str, run_dir: Path
+) -> None:
+    register(client, run_id, run_dir)
+    checkpoint(run_dir, "step-8.attempt-2", marker='{"step": 8}')
+    register(client, run_id, run_dir)
+    first, second = versions(client, run_dir.name)
+    assert first.tags[SHA256_TAG] != second.tags[SHA256_TAG]
+    assert second.tags["ca2st.checkpoint"].endswith("step-8.attempt-2")
+
+
+def test_what_broke_off_is_finished_and_not_begun_anew(
+    client: MlflowClient, run_id: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException("the registry is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "create_model_version", refuse)
+        with pytest.raises(MlflowException, match="away"):
+            register(client, run_id, run_dir)
+    register(client, run_id, run_dir)
+    assert len(versions(client, run_dir.name)) == 1
+    assert len(client.get_run(run_id).outputs.model_outputs) == 1
+
+
+def test_the_recipe_gives_the_name(client: MlflowClient, run_id: str, run_dir: Path) -> None:
+    recipe(run_dir, registered_model=f"chosen {run_dir.name}")
+    register(client, run_id, run_dir)
+    assert versions(client, run_dir.name) == []
+    assert len(versions(client, f"chosen {run_dir.name}")) == 1
+
+
+def test_the_recipe_may_say_no(client: MlflowClient, run_id: str, run_dir: Path) -> None:
+    recipe(run_dir, register_model=False)
+    register(client, run_id, run_dir)
+    assert versions(client, run_dir.name) == []
+
+
+def test_a_run_without_a_checkpoint_has_no_model(client: MlflowClient, run_id: str, tmp_path: Path) -> None:
+    recipe(tmp_path)
+    register(client, run_id, tmp_path)
+    assert client.get_run(run_id).outputs.model_outputs == []
+
+
+def remove(folder: Path) -> None:
+    folder.rename(folder.with_name("moved"))
+
+
+def change(folder: Path) -> None:
+    (folder / "COMPLETE.json").write_text('{"step": 5}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "says"),
+    [
+        (remove, UserInputError, 'model_config={"checkpoint": "PLACE"}'),
+        (change, CheckpointDamagedError, "it is another checkpoint"),
+    ],
+)
+def test_a_moved_and_a_changed_checkpoint_are_refused_with_what_to_do(
+    client: MlflowClient,
+    run_id: str,
+    run_dir: Path,
+    damage: Callable[[Path], None],
+    error: type[Exception],
+    says: str,
+) -> None:
+    register(client, run_id, run_dir)
+    load(client, run_dir.name)
+    damage(run_dir / "checkpoints" / "step-4.attempt-1")
+    with pytest.raises(error, match=re.escape(says)):
+        load(client, run_dir.name)
+
+
+def test_a_moved_checkpoint_loads_from_where_it_is_told_to_be(client: MlflowClient, run_id: str, run_dir: Path) -> None:
+    register(client, run_id, run_dir)
+    folder = run_dir / "checkpoints" / "step-4.attempt-1"
+    remove(folder)
+    moved = folder.with_name("moved")
+    assert load(client, run_dir.name, model_config={"checkpoint": str(moved)}).model_config["checkpoint"] == str(moved)
+
+
+def test_a_model_of_several_targets_has_columns_of_each() -> None:
+    signature = signature_of(("verb", "noun"))
+    assert signature.inputs.input_names() == ["video"]
+    assert signature.outputs.input_names() == ["verb_label", "verb_probability", "noun_label", "noun_probability"]
+
+
+@pytest.mark.parametrize(
+    ("recipe_name", "chosen", "name"),
+    [("mine", None, "mine"), ("a/b:c", None, "a-b-c"), ("mine", "shared model", "shared model"), (" ", None, "ca2st")],
+)
+def test_a_model_has_the_recipes_name_unless_it_is_given_one(recipe_name: str, chosen: str | None, name: str) -> None:
+    assert model_name(recipe_name, chosen) == name
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "a:b"])
+def test_a_name_that_mlflow_refuses_is_refused_before_training(name: str) -> None:
+    with pytest.raises(UserInputError, match="registered_model: expected a name"):
+        TrackingConfig(registered_model=name)
+
+
+def test_measuring_less_than_never_is_refused() -> None:
+    with pytest.raises(UserInputError, match="system_metrics_seconds: expected 0"):
+        TrackingConfig(system_metrics_seconds=-1.0)
+
+
+@pytest.mark.slow
+def test_a_trained_run_is_loaded_from_mlflow_and_labels_videos(tmp_path: Path, store: str) -> None:
+    import mlflow.pyfunc
+    import pandas
+
+    shutil.copy(store.removeprefix("sqlite:///"), tmp_path / "mlflow.db")
+    run_dir = tmp_path / "runs" / "tiny"
+    for words in (("train", make_tiny_run(tmp_path), "--out", run_dir), ("track", "sync", run_dir)):
+        done = ca2st(*words)
+        assert done.returncode == 0, done.stderr
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (version,) = versions(client, "tiny")
+    run = client.get_run(version.run_id)
+    assert {one.tags[0].value for one in run.inputs.dataset_inputs} == {"training", "validation"}
+    assert "run_card.html" in {file.path for file in client.list_artifacts(version.run_id)}
+    assert [name for name in run.data.metrics if name.endswith("cpu_utilization_percentage")]
+    videos = [make_clip(tmp_path / "a.mp4", sound=Sound()), make_clip(tmp_path / "b.mp4")]
+    model = mlflow.pyfunc.load_model(version.source)
+    found = model.predict(pandas.DataFrame({"video": list(map(str, videos))}), params={"clips": 1, "crops": 1})
+    views = EvaluationViews(protocol="test", clips=1, crops=1)
+    expected = predict_videos(run_dir, videos, top=1, views=views)
+    assert list(found.columns) == ["label", "probability"]
+    assert found["label"].tolist() == [one.predictions[0].label for one in expected]
+    assert found["probability"].tolist() == [one.predictions[0].probability for one in expected]

@@ -1,0 +1,182 @@
+"""The run in MLflow when people delete it, names clash, settings change or everything is killed."""
+
+import fcntl
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from ray_jobs.errors import TrackingUnavailableError
+from ray_jobs.tracking.orphans import FOLDER_TAG, HOST_TAG, alive, end_orphans, is_alive
+from ray_jobs.tracking.state import read_state
+from ray_jobs.tracking.tracker import sync
+from support.tracked_runs import end, losses, run_of, start, step, tracked_run, write
+
+HERE = "this-machine"
+
+
+def client_of(run_dir: Path) -> MlflowClient:
+    return MlflowClient(read_state(run_dir).uri)
+
+
+def test_k3_a_run_deleted_on_the_server_is_replaced_by_one_that_names_it_and_has_everything(run_dir: Path) -> None:
+    write(run_dir, start(), step(1, 3.0), step(2, 2.0))
+    sync(run_dir)
+    old = read_state(run_dir).run_id
+    client_of(run_dir).delete_run(old)
+    write(run_dir, step(3, 1.0))
+    sync(run_dir)
+    run = run_of(run_dir)
+    assert run.info.run_id != old
+    assert run.data.tags["ca2st.replaces"] == old
+    assert run.data.params == {"optim.base_lr": "0.1"}
+    assert losses(run_dir) == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
+def test_k3_a_run_that_goes_to_another_store_is_sent_there_from_its_start(tmp_path: Path, run_dir: Path) -> None:
+    write(run_dir, start(), step(1, 3.0))
+    sync(run_dir)
+    old = read_state(run_dir).run_id
+    progress = run_dir / "tracking_progress.json"
+    progress.write_text(progress.read_text().replace(str(old), "0" * 32))  # an id that this store never gave
+    write(run_dir, step(2, 2.0))
+    sync(run_dir)
+    assert losses(run_dir) == [(1, 3.0), (2, 2.0)]
+
+
+def test_k3_a_deleted_experiment_is_told_with_its_mend_and_nothing_is_lost(run_dir: Path) -> None:
+    write(run_dir, start(), step(1, 3.0))
+    sync(run_dir)
+    old, client = read_state(run_dir).run_id, client_of(run_dir)
+    experiment = run_of(run_dir).info.experiment_id
+    client.delete_experiment(experiment)
+    write(run_dir, step(2, 2.0))
+    mend = rf"was deleted there.*mlflow experiments restore --experiment-id {experiment}.*ca2st track sync"
+    with pytest.raises(TrackingUnavailableError, match=mend):
+        sync(run_dir)
+    client.restore_experiment(experiment)
+    sync(run_dir)
+    assert read_state(run_dir).run_id == old
+    assert losses(run_dir) == [(1, 3.0), (2, 2.0)]
+
+
+def test_k3_an_experiment_that_another_run_makes_at_the_same_moment_is_shared(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, name, find = client_of(run_dir), read_state(run_dir).experiment, MlflowClient.get_experiment_by_name
+    made = client.create_experiment(name)
+    asked: list[str] = []
+
+    def late(self: MlflowClient, wanted: str) -> Any:
+        asked.append(wanted)
+        return None if len(asked) == 1 else find(self, wanted)
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", late)
+    write(run_dir, start())
+    sync(run_dir)
+    assert run_of(run_dir).info.experiment_id == made
+    assert len(asked) == 2
+
+
+def test_k3_runs_of_one_name_are_runs_of_their_own(tmp_path: Path, run_dir: Path, store: str) -> None:
+    other = tracked_run(tmp_path / "elsewhere" / "mine", store, experiment=read_state(run_dir).experiment)
+    for folder, loss in ((run_dir, 3.0), (other, 1.0)):
+        write(folder, start(), step(1, loss))
+        sync(folder)
+    assert run_of(run_dir).info.run_name == run_of(other).info.run_name
+    assert (losses(run_dir), losses(other)) == ([(1, 3.0)], [(1, 1.0)])
+
+
+def test_k3_a_setting_changed_on_resume_is_kept_as_a_tag_and_the_param_stays(run_dir: Path) -> None:
+    write(run_dir, start(), step(1, 3.0))
+    sync(run_dir)
+    changed = {"optim.base_lr": "0.1", "launch.workers": "4", "new": "x"}
+    state = read_state(run_dir)
+    tracked_run(run_dir, state.uri, params=changed, tags={"git.commit": "abc"})
+    write(run_dir, start(1), attempt=2)
+    sync(run_dir)
+    tracked_run(run_dir, state.uri, params={**changed, "launch.workers": "2"})
+    write(run_dir, start(1), attempt=3)
+    sync(run_dir)
+    data = run_of(run_dir).data
+    assert data.params == changed
+    assert data.tags["ca2st.changed.launch.workers"] == "4 -> 2 from attempt 3"
+    assert data.tags["git.commit"] == "abc"
+
+
+def local_run(folder: Path, store: str, experiment: str, *, host: str = HERE) -> Path:
+    """A run that began on `host` and has no end."""
+    run_dir = tracked_run(folder, store, experiment, tags={HOST_TAG: host, FOLDER_TAG: str(folder)})
+    write(run_dir, start(), step(1, 3.0))
+    sync(run_dir)
+    return run_dir
+
+
+@pytest.fixture
+def next_run(tmp_path: Path, store: str) -> Path:
+    return local_run(tmp_path / "runs" / "next", store, tmp_path.name)
+
+
+@pytest.fixture
+def killed_run(tmp_path: Path, store: str) -> Path:
+    return local_run(tmp_path / "runs" / "killed", store, tmp_path.name)
+
+
+def test_k5_the_next_start_marks_an_orphan_killed_and_its_resume_makes_it_run_again(
+    killed_run: Path, next_run: Path
+) -> None:
+    write(killed_run, step(2, 2.0))  # written, never sent
+    told: list[str] = []
+    orphan = read_state(killed_run).run_id
+    assert end_orphans(next_run, host=HERE, say=told.append) == [orphan]
+    run = run_of(killed_run)
+    assert (run.info.status, run.data.tags["ca2st.exit_status"]) == ("KILLED", "killed")
+    assert run.info.end_time is not None
+    assert losses(killed_run) == [(1, 3.0), (2, 2.0)]
+    assert "KILLED in MLflow now, until it is resumed" in told[0]
+    assert run_of(next_run).info.status == "RUNNING"
+    write(killed_run, start(1), step(3, 1.0), attempt=2)
+    sync(killed_run)
+    assert read_state(killed_run).run_id == orphan
+    assert run_of(killed_run).info.status == "RUNNING"
+
+
+def test_k5_an_orphan_whose_end_was_only_not_sent_ends_as_it_did(killed_run: Path, next_run: Path) -> None:
+    write(killed_run, end("done", 1))
+    assert end_orphans(next_run, host=HERE, say=print) == []
+    assert run_of(killed_run).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("lock", ["run.lock", "follower.lock"])
+def test_k5_a_run_that_somebody_trains_or_follows_is_left_alone(killed_run: Path, next_run: Path, lock: str) -> None:
+    with (killed_run / lock).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH if lock == "follower.lock" else fcntl.LOCK_EX)
+        assert is_alive(killed_run)
+        assert end_orphans(next_run, host=HERE, say=print) == []
+    assert run_of(killed_run).info.status == "RUNNING"
+    assert not is_alive(killed_run)
+
+
+def test_k5_a_run_of_another_machine_is_left_alone(tmp_path: Path, store: str, next_run: Path) -> None:
+    there = local_run(tmp_path / "runs" / "there", store, tmp_path.name, host="another-machine")
+    assert end_orphans(next_run, host=HERE, say=print) == []
+    assert run_of(there).info.status == "RUNNING"
+
+
+def test_k5_a_run_whose_folder_is_not_here_or_is_another_runs_is_left_alone(
+    killed_run: Path, next_run: Path, run_dir: Path
+) -> None:
+    kept, run = read_state(killed_run), run_of(killed_run)
+    killed_run.rename(killed_run.with_name("moved"))
+    assert end_orphans(next_run, host=HERE, say=print) == []
+    tracked_run(killed_run, kept.uri, kept.experiment, tags=kept.tags)
+    write(killed_run, start())
+    assert end_orphans(next_run, host=HERE, say=print) == []
+    assert MlflowClient(kept.uri).get_run(run.info.run_id).info.status == "RUNNING"
+
+
+def test_two_followers_of_one_run_may_live_at_once(run_dir: Path) -> None:
+    with alive(run_dir), alive(run_dir):
+        assert is_alive(run_dir)
+    assert not is_alive(run_dir)

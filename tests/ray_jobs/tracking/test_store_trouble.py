@@ -1,0 +1,278 @@
+"""A store that is away, silent or unwilling costs the training nothing, and nothing is lost."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow.exceptions import MlflowException
+
+from ca2st.training.journal import JOURNAL_NAME, run_sequence
+from ray_jobs.errors import TrackingUnavailableError
+from ray_jobs.tracking import following
+from ray_jobs.tracking.client import is_making_tables, knock, reachable
+from ray_jobs.tracking.complaints import Complaint, StoreError, complaint_of_error, complaint_of_status
+from ray_jobs.tracking.follower import follow
+from ray_jobs.tracking.following import finish_following, missing_words, patience_seconds
+from ray_jobs.tracking.orphans import alive, is_alive, is_ready, show_ready
+from ray_jobs.tracking.patience import TroubleLog, pause_seconds
+from ray_jobs.tracking.sender import Sender
+from ray_jobs.tracking.state import read_state
+from ray_jobs.tracking.tracker import sync, unsent_bytes
+from support.fake_mlflow import FakeMlflow, served
+from support.tracked_runs import losses, start, step, tracked_run, write
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeMlflow:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    server = FakeMlflow()
+    with served(server):
+        pass  # it has a port now, at which nobody listens
+    server.released.clear()
+    return server
+
+
+def remote_run(tmp_path: Path, fake: FakeMlflow) -> Path:
+    run_dir = tracked_run(tmp_path / "runs" / "mine", fake.uri)
+    write(run_dir, start(), step(1, 3.0))
+    return run_dir
+
+
+def test_k1_a_server_away_at_the_start_in_the_middle_and_at_the_end_gets_everything_when_it_is_back(
+    tmp_path: Path, fake: FakeMlflow
+) -> None:
+    run_dir = remote_run(tmp_path, fake)
+    follower = Sender(run_dir, print)
+    with pytest.raises(TrackingUnavailableError, match=r"cannot be reached.*Connection refused.*ca2st track sync"):
+        follower.send()
+    with served(fake):
+        follower.send()
+    write(run_dir, step(2, 2.0))
+    with pytest.raises(TrackingUnavailableError, match="cannot be reached"):
+        follower.send()
+    write(run_dir, step(3, 1.0))
+    assert unsent_bytes(run_dir) > 0
+    with served(fake):
+        sync(run_dir)
+    assert fake.losses() == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert len(fake.runs) == 1
+    assert unsent_bytes(run_dir) == 0
+
+
+def test_a_follower_with_nothing_to_send_asks_the_server_nothing(tmp_path: Path, fake: FakeMlflow) -> None:
+    run_dir = remote_run(tmp_path, fake)
+    follower = Sender(run_dir, print)
+    with served(fake):
+        follower.send()
+        asked = fake.num_requests
+        follower.send(is_last=False)
+        assert fake.num_requests == asked
+        write(run_dir, step(2, 2.0))
+        follower.send(is_last=False)
+    assert fake.num_requests > asked
+
+
+def test_k1_an_unreachable_file_costs_nothing_and_gets_everything_later(tmp_path: Path, store: str) -> None:
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where the store's folder should be")
+    run_dir = tracked_run(tmp_path / "run", f"sqlite:///{blocked}/mlflow.db", experiment=tmp_path.name)
+    write(run_dir, step(1, 3.0))
+    with pytest.raises(TrackingUnavailableError, match="ca2st track sync"):
+        sync(run_dir)
+    tracked_run(run_dir, store)
+    assert sync(run_dir) > 0
+    assert losses(run_dir) == [(1, 3.0)]
+
+
+def test_k1_a_follower_that_hangs_at_the_end_is_ended_and_the_person_told_what_to_do(
+    tmp_path: Path, fake: FakeMlflow, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = remote_run(tmp_path, fake)
+    monkeypatch.setattr(following, "_SILENT_SECONDS", 0.3)
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    hanging = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert hanging.stdout is not None
+    with hanging.stdout as ready:
+        ready.readline()
+        (run_dir / "follower.lock").write_text(str(hanging.pid))
+        finish_following(run_dir, hanging)
+    assert hanging.returncode == -signal.SIGKILL
+    assert f"bytes of the journal of this run; send it by `ca2st track sync {run_dir}`" in capsys.readouterr().err
+
+
+def test_k1_ten_seconds_are_given_to_a_store_that_is_silent_and_more_to_one_that_works() -> None:
+    silent = {"is_starting": False, "is_making_tables": False, "is_journal_sent": False}
+    assert patience_seconds(**silent) == 10
+    assert all(patience_seconds(**{**silent, working: True}) > 30 for working in silent)
+    assert missing_words(7, ("artefacts",)) == "7 bytes of the journal, artefacts"
+    assert missing_words(0, ()) == ""
+
+
+def test_a_follower_that_is_still_starting_is_told_from_one_that_waits_for_the_store(tmp_path: Path) -> None:
+    assert not is_ready(tmp_path, os.getpid())
+    with alive(tmp_path):
+        assert not is_ready(tmp_path, os.getpid())
+        show_ready(tmp_path)
+        assert is_alive(tmp_path)
+    assert is_ready(tmp_path, os.getpid())
+    assert not is_ready(tmp_path, os.getpid() + 1)
+
+
+def test_a_store_whose_tables_are_being_made_is_told_from_one_that_is_stuck(tmp_path: Path) -> None:
+    import fcntl
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert not is_making_tables(uri)
+    with (tmp_path / ".mlflow.db.lock").open("a") as file:
+        assert not is_making_tables(uri)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert is_making_tables(uri)
+        (tmp_path / "mlflow.db").touch()
+        assert not is_making_tables(uri)
+    assert not is_making_tables("http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "match"),
+    [
+        (500, "failing", r"fails \(500\).*when it is back"),
+        (503, "failing", r"fails \(503\)"),
+        (401, "refused", r"refuses the credentials \(401\); set MLFLOW_TRACKING_USERNAME"),
+        (403, "refused", r"refuses the credentials \(403\)"),
+        (429, "busy", r"asks to wait \(429\)"),
+    ],
+)
+def test_k2_every_refusal_of_a_server_is_told_for_what_it_is(
+    tmp_path: Path, fake: FakeMlflow, status: int, kind: str, match: str
+) -> None:
+    run_dir = remote_run(tmp_path, fake)
+    fake.status = status
+    with served(fake):
+        with pytest.raises(StoreError, match=match) as caught:
+            sync(run_dir)
+        assert caught.value.complaint.kind == kind
+        assert unsent_bytes(run_dir) > 0
+        fake.status = None
+        sync(run_dir)
+    assert fake.losses() == [(1, 3.0)]
+
+
+def test_k2_a_server_that_accepts_and_never_answers_is_given_up(tmp_path: Path, fake: FakeMlflow) -> None:
+    run_dir = remote_run(tmp_path, fake)
+    fake.is_silent = True
+    follower = Sender(run_dir, print)
+    with served(fake):
+        with pytest.raises(StoreError, match="does not answer") as caught:
+            follower.send()
+        assert caught.value.complaint.kind == "silent"
+        asked = fake.num_requests
+        with pytest.raises(StoreError, match="does not answer"):
+            follower.send()
+        assert fake.num_requests == asked + 1  # one small question, not a batch
+    assert [line["loss"] for line in run_sequence(run_dir / JOURNAL_NAME)] == [3.0]
+
+
+def test_k2_a_database_that_stays_locked_is_told_once_by_its_name() -> None:
+    def refused() -> None:
+        locked = sqlite3.OperationalError("database is locked")
+        raise MlflowException(f"({type(locked).__name__}) {locked}\n[SQL: INSERT INTO metrics ...]") from locked
+
+    with pytest.raises(StoreError, match="is locked by another program") as caught, reachable("sqlite:///x.db", "wait"):
+        refused()
+    assert caught.value.complaint.kind == "locked"
+
+
+def test_k2_a_server_that_asks_to_be_left_alone_is_left_alone_for_as_long(fake: FakeMlflow) -> None:
+    fake.status, fake.headers = 429, {"Retry-After": "120"}
+    with served(fake), pytest.raises(StoreError, match="429, for 120 s") as caught:
+        knock(fake.uri, "wait")
+    assert pause_seconds(1, interval_seconds=2.0, complaint=caught.value.complaint) == 120
+    endless = complaint_of_status(429, retry_after="999999")
+    assert pause_seconds(1, interval_seconds=2.0, complaint=endless) == 600
+    dated = complaint_of_status(429, retry_after="Wed, 21 Oct 2015 07:28:00 GMT")
+    assert dated.retry_after_seconds is None
+
+
+def test_k2_pauses_double_up_to_a_minute_and_end_with_the_trouble() -> None:
+    unreachable = Complaint(kind="unreachable", detail="")
+    pauses = [pause_seconds(n, interval_seconds=2.0, complaint=unreachable) for n in (0, 1, 2, 3, 4, 5, 6, 1000)]
+    assert pauses == [2, 4, 8, 16, 32, 60, 60, 60]
+    assert pause_seconds(1, interval_seconds=2.0, complaint=complaint_of_status(401)) == 60
+
+
+def test_k2_a_trouble_is_told_once_with_its_count_when_it_changes_or_ends() -> None:
+    told: list[str] = []
+    log = TroubleLog(say=told.append)
+    for port in (1, 2, 3):
+        error = OSError(f"connection {port} refused")
+        log.failed(StoreError(f"away {port}", complaint_of_error(error)))
+    log.failed(StoreError("no entry", complaint_of_status(401)))
+    log.succeeded()
+    log.succeeded()
+    assert told == ["away 1", "(the same 2 times more)", "no entry", "MLflow answers again, after 4 tries in vain"]
+    log.failed(StoreError("away again", complaint_of_error(OSError("gone"))))
+    assert told[-1] == "away again"
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_k2_refused_credentials_are_told_once_and_not_asked_again_every_two_seconds(
+    tmp_path: Path, fake: FakeMlflow
+) -> None:
+    run_dir = remote_run(tmp_path, fake)
+    fake.status = 401
+    told: list[str] = []
+
+    def end_soon() -> None:
+        if fake.asked.wait(60):
+            threading.Event().wait(0.5)  # fifty intervals
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    ender = threading.Thread(target=end_soon)
+    with served(fake):
+        ender.start()
+        follow(run_dir, parent_pid=os.getppid(), say=told.append, interval_seconds=0.01)
+        ender.join()
+    assert fake.num_requests == 3  # the first try, the question why, and the last one at the end
+    assert [line for line in told if "refuses the credentials" in line] == told[:1]
+    assert told[1:] == ["(the same 1 times more)"]
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_follower_sends_the_rest_and_ends_when_who_trains_is_gone(tmp_path: Path, fake: FakeMlflow) -> None:
+    run_dir = remote_run(tmp_path, fake)
+    with served(fake):
+        follow(run_dir, parent_pid=-1, say=print, interval_seconds=0.01)
+    assert fake.losses() == [(1, 3.0)]
+
+
+def test_k8_an_error_of_a_store_never_shows_its_password() -> None:
+    uri = "http://me:hunter2@127.0.0.1:9"
+    with pytest.raises(StoreError) as caught, reachable(uri, "wait"):
+        raise MlflowException(f"API request to {uri}/api failed with exception no route to {uri}")
+    assert "hunter2" not in str(caught.value)
+    assert "http://[hidden]@127.0.0.1:9" in str(caught.value)
+
+
+def test_the_run_of_a_making_whose_answer_was_lost_is_found_again(run_dir: Path) -> None:
+    write(run_dir, start(), step(1, 3.0))
+    sync(run_dir)
+    first = read_state(run_dir).run_id
+    (run_dir / "tracking_progress.json").unlink()
+    sync(run_dir)
+    assert read_state(run_dir).run_id == first
+    assert losses(run_dir) == [(1, 3.0)]
