@@ -7,7 +7,7 @@ PROCESSES ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 SLOW := -m "slow and not gpu and not soak"
 
-.PHONY: install check test test-slow demo gpu test-gpu format lock clean
+.PHONY: install check test test-slow test-cluster demo gpu test-gpu format lock clean
 
 install: $(STAMP)
 
@@ -38,6 +38,10 @@ test: install
 
 test-slow: install
 	$(PYTEST) $(SLOW)
+
+# Each starts a Ray that wants the whole machine: one after the other.
+test-cluster: install
+	$(BIN)/python -m pytest -m cluster
 
 demo: install
 	$(BIN)/ca2st demo

@@ -62,7 +62,14 @@ class Fleet:
         """Ray Train's part, from the first worker to the last restart; what rank 0 returned."""
         from ray_jobs.ray_train.trainer import make_trainer
 
-        trainer = make_trainer(self.job, self.recipe.launch, self.demand, self.folder, own_ray=self.own_ray)
+        trainer = make_trainer(
+            self.job,
+            self.recipe.launch,
+            self.demand,
+            self.folder,
+            own_ray=self.own_ray,
+            timeout_seconds=self.recipe.training.collective_timeout_seconds,
+        )
         result: Any = trainer.fit()
         ended: dict[str, str] = result.return_value  # what rank 0 returned
         return ended

@@ -27,11 +27,18 @@ class OwnRayTrainer(TorchTrainer):
 
 
 def make_trainer(
-    job: Job, launch: LaunchConfig, demand: Demand, folder: LaunchFolder, *, own_ray: bool
+    job: Job,
+    launch: LaunchConfig,
+    demand: Demand,
+    folder: LaunchFolder,
+    *,
+    own_ray: bool,
+    timeout_seconds: float,
 ) -> TorchTrainer:
     """A trainer that starts the workers of `job`; what Ray itself keeps goes into `folder`.
 
-    `own_ray`: it is a Ray of this machine that ends with the run.
+    `own_ray`: it is a Ray of this machine that ends with the run. `timeout_seconds`: the longest that a worker waits
+    for the others in one exchange.
     """
     make = OwnRayTrainer if own_ray else TorchTrainer
     return make(
@@ -43,7 +50,7 @@ def make_trainer(
             resources_per_worker=dict(demand.resources),
             placement_strategy=demand.placement,
         ),
-        torch_config=TorchConfig(backend="nccl" if demand.gpus else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if demand.gpus else "gloo", timeout_s=round(timeout_seconds)),
         run_config=RunConfig(
             name=folder.name,
             storage_path=str(folder.path / "ray"),

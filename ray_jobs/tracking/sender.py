@@ -87,6 +87,14 @@ class Sender:
             self._is_unwell = False
             return sent
 
+    def send_again(self, names: Sequence[str], *, wait_seconds: float = 0.0) -> None:
+        """Send extras once more that have changed since, and whatever else is missing; raises as `send`."""
+        with one_sender(self._run_dir, wait_seconds=wait_seconds):
+            progress = read_state(self._run_dir).progress
+            pending = tuple(dict.fromkeys((*progress.pending, *names)))
+            write_progress(self._run_dir, replace(progress, pending=pending))
+        self.send(wait_seconds=wait_seconds)
+
     def _has_news(self, progress: Progress, *, is_last: bool) -> bool:
         """Whether there is anything to send: a follower mostly waits, and must not ask MLflow for that."""
         if unsent_bytes(self._run_dir):

@@ -42,6 +42,8 @@ def sync(run_dir: Path) -> int:
 def log_metrics(run_dir: Path, metrics: Mapping[str, float], *, step: int) -> None:
     """Add numbers that no journal holds, such as those of a test after the training, to the run's record.
 
+    The artefacts are sent again: the test has left its predictions.
+
     Raises:
         TrackingUnavailableError: the store cannot be reached.
     """
@@ -53,6 +55,7 @@ def log_metrics(run_dir: Path, metrics: Mapping[str, float], *, step: int) -> No
     uri, now = whole_uri(state.uri, run_dir.parent), int(time.time() * 1000)
     with reachable(uri, f"repeat the test of {run_dir}"):
         open_client(uri).log_batch(state.run_id, metrics=[Metric(k, v, now, step) for k, v in metrics.items()])
+    Sender(run_dir, say).send_again(("artefacts",), wait_seconds=_WAIT_SECONDS)
 
 
 def read_metrics(run_dir: Path, names: Sequence[str]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Fine-tuning: a new run begins with a trained model, and from its first checkpoint on needs nothing but itself."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -236,5 +237,5 @@ def test_the_plan_tells_what_trains_and_what_it_starts_from(
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit):
         main()
-    assert f"start              sha256 {plan['start']['sha256']}" in capsys.readouterr().out
+    assert re.search(rf"^ +start +sha256 {plan['start']['sha256']}", capsys.readouterr().out, re.MULTILINE)
     assert not (root / "planned").exists()

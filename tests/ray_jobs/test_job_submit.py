@@ -11,7 +11,7 @@ import requests
 from support.ray_head import RayHead, ray_head
 from support.tiny_runs import ca2st, journal, make_tiny_run, sequence
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 NO_TRACKING = ("--set", "tracking.enabled=false")
 UNAUTHORIZED = 401
 

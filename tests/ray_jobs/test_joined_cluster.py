@@ -20,7 +20,7 @@ from support.processes import python_path
 from support.shards import file_hashes, sample, small_config, source_list
 from support.stub_jobs import kill_the_worker_once_at_b
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -319,6 +319,7 @@ def run(folder: Path, *overrides: str, dry_run: bool = False, as_json: bool = Fa
         runs_folder=folder.parent / "runs",
         out=out,
         ray_address=None,
+        accept_open_ray=False,
         dry_run=dry_run,
         as_json=as_json,
     )

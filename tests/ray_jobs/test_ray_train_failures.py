@@ -9,7 +9,7 @@ import pytest
 from support.fake_shards import flip_byte
 from support.tiny_runs import ca2st, journal, make_tiny_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(580)]
 
 
 def test_t4_a_failure_that_no_restart_mends_ends_a_ray_run_at_once_with_its_own_exit_code_and_rank(

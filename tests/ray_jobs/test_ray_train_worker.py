@@ -201,13 +201,16 @@ def test_t2_ray_gets_the_resources_placement_and_restarts_of_the_recipe(
     from ray_jobs.ray_train.trainer import make_trainer
 
     folder, demand = LaunchFolder.make(tmp_path, "run"), demand_of(launch, [])
-    trainer = make_trainer(Job(recipe={}, run_dir=str(tmp_path)), launch, demand, folder, own_ray=True)
+    trainer = make_trainer(
+        Job(recipe={}, run_dir=str(tmp_path)), launch, demand, folder, own_ray=True, timeout_seconds=70.0
+    )
     scaling, run_config = trainer.scaling_config, trainer.run_config
     assert scaling.num_workers == num_workers
     assert scaling.resources_per_worker == resources
     assert scaling.use_gpu == ("GPU" in resources)
     assert scaling.placement_strategy == launch.placement
     assert trainer.backend_config.backend == ("nccl" if scaling.use_gpu else "gloo")
+    assert trainer.backend_config.timeout_s == 70
     assert run_config.failure_config.max_failures == 3
     assert run_config.failure_config.max_preemption_failures == -1
     assert run_config.name == folder.name

@@ -12,7 +12,7 @@ from support.tiny_runs import ca2st, journal, make_tiny_run, sequence
 
 WHY_NOT = why_no_namespaces()
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.cluster,
     pytest.mark.skipif(WHY_NOT is not None, reason=f"network namespaces: {WHY_NOT}"),
     pytest.mark.timeout(580),
 ]

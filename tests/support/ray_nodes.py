@@ -155,7 +155,8 @@ def ray_network(environment: Mapping[str, str] | None = None) -> Iterator[Networ
     _sweep()
     folder = Path(tempfile.gettempdir()) / f"{PREFIX}{os.getpid()}"  # short: a socket's path has at most 107 characters
     folder.mkdir()
-    names = [f"{SUBNET}.{number} machine-{number}" for number in range(1, 10)]
+    # Torch asks for the addresses mapped to IPv6.
+    names = [f"{mapped}{SUBNET}.{number} machine-{number}" for number in range(1, 10) for mapped in ("", "::ffff:")]
     (folder / "hosts").write_text("\n".join([Path("/etc/hosts").read_text(), *names, ""]))
     settings = {
         "RAY_AUTH_MODE": "token",

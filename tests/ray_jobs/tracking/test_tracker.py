@@ -14,7 +14,7 @@ from ray_jobs.tracking import sender
 from ray_jobs.tracking.extras import EXTRAS
 from ray_jobs.tracking.sender import Sender
 from ray_jobs.tracking.state import SenderBusyError, one_sender
-from ray_jobs.tracking.tracker import TrackingState, read_state, sync, unsent_bytes
+from ray_jobs.tracking.tracker import TrackingState, log_metrics, read_state, sync, unsent_bytes
 from support.tracked_runs import end, losses, run_of, start, step, tracked_run, write
 
 
@@ -184,4 +184,15 @@ def test_an_extra_that_fails_costs_no_metric_and_is_tried_again_by_sync(
     monkeypatch.setitem(EXTRAS, "artefacts", works)
     sync(run_dir)
     assert extras[-1] == "artefacts"
+    assert read_state(run_dir).progress.pending == ()
+
+
+def test_numbers_of_a_later_test_are_added_and_the_artefacts_sent_again(run_dir: Path, extras: list[str]) -> None:
+    write(run_dir, start(), step(1, 0.5), end("done", 1))
+    sync(run_dir)
+    assert extras.count("artefacts") == 1
+    log_metrics(run_dir, {"test/top1": 0.75}, step=1)
+    assert run_of(run_dir).data.metrics["test/top1"] == 0.75
+    assert extras.count("artefacts") == 2
+    assert extras.count("registered_model") == 1
     assert read_state(run_dir).progress.pending == ()

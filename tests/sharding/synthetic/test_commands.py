@@ -63,7 +63,7 @@ def test_a_recipe_names_task_difficulty_and_sizes(tmp_path: Path) -> None:
 
 
 def test_a_recipe_is_refused_before_anything_is_made(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"smoke\.toml:\d+: data\.synthetic: .* found 'hrad' \(did you mean 'hard'"):
+    with pytest.raises(RecipeError, match=r"--set data\.synthetic\.difficulty: .* found 'hrad' \(did you mean 'hard'"):
         load_recipe("smoke", ["data.synthetic.difficulty='hrad'"])
     with pytest.raises(UserInputError, match=r"synthetic\.min_frames: binding .* expected a multiple of 4, found 18"):
         SyntheticData(task="binding", min_frames=18)
