@@ -180,8 +180,8 @@ class Sender:
             log_tags(client, run_id, tags if attempt == 1 else {**state.tags, **tags}, self._say)
             if progress.params != state.params:
                 update_params(client, run_id, progress.params, state.params, attempt=attempt, say=self._say)
-            return replace(progress, params=state.params)
-        if event["event"] == "end":
+            return replace(progress, params=state.params, attempt=max(progress.attempt, attempt))
+        if event["event"] == "end" and event["attempt"] >= progress.attempt:  # a lost node may end after its successor
             status = event["status"]
             tags = {EXIT_TAG: status} | ({ERROR_TAG: redacted(event["error"])} if event.get("error") else {})
             log_tags(client, run_id, tags, self._say)

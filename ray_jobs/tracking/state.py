@@ -34,6 +34,8 @@ class Progress:
 
     run_id: str | None = None
     """MLflow's run, made at the first sync."""
+    attempt: int = 0
+    """The newest whose start was sent."""
     sent_bytes: int = 0
     """Length of the journal's prefix that MLflow has."""
     last_step: int = -1

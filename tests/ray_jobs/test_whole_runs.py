@@ -110,16 +110,6 @@ def test_two_processes_train_with_bfloat16_experts_whose_file_stays_float32(
     assert json.loads(done.stdout)["num_samples"] == 5
 
 
-def test_t1_ray_restarts_killed_workers_and_the_losses_are_those_of_two_plain_processes(
-    recipe: Path, two_processes: Path, tmp_path: Path
-) -> None:
-    arguments = ("train", recipe, "--out", tmp_path / "run", "--ray", "--workers", 2, *NO_TRACKING)
-    done = ca2st(*arguments, fault="step.logged:5:kill")
-    assert done.returncode == 0, done.stderr
-    assert [line["attempt"] for line in journal(tmp_path / "run", "start")] == [1, 2]
-    assert sequence(tmp_path / "run") == sequence(two_processes)
-
-
 def test_a_run_is_one_mlflow_run_through_its_attempts(recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     tracking = ("--set", f"tracking.uri='{uri}'")

@@ -196,3 +196,14 @@ def test_numbers_of_a_later_test_are_added_and_the_artefacts_sent_again(run_dir:
     assert extras.count("artefacts") == 2
     assert extras.count("registered_model") == 1
     assert read_state(run_dir).progress.pending == ()
+
+
+def test_the_late_end_of_an_attempt_that_was_given_up_does_not_end_the_run(run_dir: Path) -> None:
+    write(run_dir, start())
+    write(run_dir, start(), attempt=2)
+    write(run_dir, end("failed"), attempt=1)
+    sync(run_dir)
+    assert run_of(run_dir).info.status == "RUNNING"
+    write(run_dir, end("done"), attempt=2)
+    sync(run_dir)
+    assert run_of(run_dir).info.status == "FINISHED"
