@@ -27,9 +27,9 @@ from sharding.verify import verify_shard_set
 MODELS = ("spatial", "cava", "cast", "ca2st")
 """What the demo compares, the fullest last."""
 LESSONS = (
-    Lesson(expert="spatial", targets=("space",), epochs=16, num_frames=2),
-    Lesson(expert="temporal", targets=("time",), epochs=3),
-    Lesson(expert="audio", targets=("audio",), epochs=2, num_frames=2),
+    Lesson(expert="spatial", targets=("space",), epochs=20, num_frames=2),
+    Lesson(expert="temporal", targets=("time",), epochs=4),
+    Lesson(expert="audio", targets=("audio",), epochs=3, num_frames=2),
 )
 """What its experts learn first, in less time than those of the bench: shapes from single images, tones without a film
 beside them."""

@@ -1,5 +1,6 @@
 """The edge: the only module that reads environment variables, and what a run records about its machine."""
 
+import base64
 import os
 import platform
 import subprocess
@@ -88,6 +89,20 @@ def waiting_policy() -> str:
 def tracking_uri() -> str | None:
     """``MLFLOW_TRACKING_URI``, if it is set."""
     return os.environ.get("MLFLOW_TRACKING_URI")
+
+
+def tracking_authorization() -> str | None:
+    """The header by which MLflow's client shows the credentials of the environment, if there are any."""
+    user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD")
+    if user and password:
+        return basic_authorization(user, password)
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    return f"Bearer {token}" if token else None
+
+
+def basic_authorization(user: str, password: str) -> str:
+    """The HTTP header ``Authorization`` of a user with a password."""
+    return f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
 
 
 def cache_folder() -> Path:

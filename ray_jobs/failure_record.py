@@ -73,6 +73,7 @@ def record_of(
 ) -> FailureRecord:
     """Describe `error`, notes included; `before` is the failure that is on record already."""
     notes = "".join(f" [{note}]" for note in getattr(error, "__notes__", ()))
+    earlier = before if before is not None and before.attempt < attempt else None  # not another rank's, just now
     return FailureRecord(
         kind=type(error).__name__,
         message=f"{error}{notes}",
@@ -80,7 +81,7 @@ def record_of(
         rank=rank,
         node=node,
         attempt=attempt,
-        final=is_final(error, before=before, launch=launch),
+        final=is_final(error, before=earlier, launch=launch),
         launch=launch,
         echo=is_echo(error),
     )
@@ -101,6 +102,11 @@ def read_failure(run_dir: Path) -> FailureRecord | None:
         return FailureRecord(**json.loads((run_dir / FAILURE_NAME).read_text()))
     except (OSError, ValueError, TypeError):
         return None  # none yet, storage that hiccups, or a record of another version
+
+
+def forget_failure(run_dir: Path) -> None:
+    """Take what is on record away: the run has come to its end after all, and its journal keeps the faults."""
+    (run_dir / FAILURE_NAME).unlink(missing_ok=True)
 
 
 def keep_failure(run_dir: Path, new: FailureRecord) -> FailureRecord:

@@ -93,7 +93,9 @@ def _exit_code(worker: BaseProcess) -> int:
 
 
 def _failure(run_dir: Path, launch: str, *, rank: int, exit_code: int) -> WorkerFailedError:
-    """What is told of a failed launch: the failure that came first, or what a signal means."""
+    """What is told of a failed launch: that it was stopped, the failure that came first, or what a signal means."""
+    if exit_code in _STOPPED:
+        return WorkerFailedError(f"stopped by signal {exit_code - 128}; rerun to resume", exit_code)
     record = read_failure(run_dir)
     if record is not None and record.launch == launch and not record.echo:
         return WorkerFailedError(

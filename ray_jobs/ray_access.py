@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ca2st.errors import EnvironmentFault, UserInputError
 
@@ -115,7 +116,8 @@ def _own_ray(access: RayAccess, num_cpus: int | None) -> Iterator[None]:
 
     folder = Path(tempfile.mkdtemp(prefix="ca2st-ray-"))
     try:
-        ray.init(include_dashboard=False, num_cpus=num_cpus, _temp_dir=str(folder))
+        # "local" in words: without an address Ray would join the cluster of RAY_ADDRESS.
+        ray.init(address=LOCAL, include_dashboard=False, num_cpus=num_cpus, _temp_dir=str(folder))
         yield
     finally:
         ray.shutdown()
@@ -172,7 +174,7 @@ def is_open(gcs_address: str) -> bool:
     """
     import grpc  # type: ignore[import-untyped]  # it ships no stubs
 
-    with grpc.insecure_channel(gcs_address) as channel:
+    with _tokenless_channel(gcs_address) as channel:
         call = channel.unary_unary(_ALIVE)
         try:
             call(b"", timeout=_ANSWER_SECONDS)
@@ -181,6 +183,20 @@ def is_open(gcs_address: str) -> bool:
                 return False
             raise EnvironmentFault(f"Ray at {gcs_address}: {error.code().name} instead of an answer") from error
     return True
+
+
+def _tokenless_channel(gcs_address: str) -> Any:
+    """A channel as Ray makes them, by TLS where ``RAY_USE_TLS`` says so, but for the token."""
+    import grpc
+    from ray._common.tls_utils import load_certs_from_env
+
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        return grpc.insecure_channel(gcs_address)
+    chain, private_key, authority = load_certs_from_env()  # type: ignore[no-untyped-call]  # Ray has no types there
+    credentials = grpc.ssl_channel_credentials(
+        certificate_chain=chain, private_key=private_key, root_certificates=authority
+    )
+    return grpc.secure_channel(gcs_address, credentials)
 
 
 def first_line(error: BaseException) -> str:

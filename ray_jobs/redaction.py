@@ -12,8 +12,9 @@ from ca2st.errors import UserInputError
 from ca2st.training.documents import flatten
 
 HIDDEN = "[hidden]"
-_USER_INFO = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]*@|(?<=http://)[^/\s@]+@|(?<=https://)[^/\s@]+@")
-"""``user:password@`` of an address; of a web address also a name alone, which is how tokens are given."""
+_USER_INFO = re.compile(r"(?<=://)[^/\s@]*:(?:[^/\s\"'<>]*@|[^/\s@]*@)|(?<=http://)[^/\s@]+@|(?<=https://)[^/\s@]+@")
+"""``user:password@`` of an address, up to the last @ before a slash; of a web address also a name alone, which is how
+tokens are given."""
 _SENSITIVE = (
     r"(?:password|passwd|passphrase|secret|token|credentials?|authorization|api[_-]?key|access[_-]?key(?:[_-]?id)?"
     r"|private[_-]?key|secret[_-]?key|signature|sig)"
@@ -40,7 +41,7 @@ def names_a_secret(name: str) -> bool:
 
 def without_credentials(uri: str) -> str:
     """`uri` with neither user nor password, as it is kept in files."""
-    return re.sub(r"(?<=://)[^/\s@]*@", "", uri)
+    return re.sub(r"(?<=://)[^/\s?#]*@", "", uri)
 
 
 def refuse_credentials(document: Mapping[str, Any]) -> None:

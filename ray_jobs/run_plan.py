@@ -78,7 +78,7 @@ def make_plan(recipe: Recipe, run_dir: Path, *, device: str) -> dict[str, Any]:
         "batches": batch_plan(training, world_size=world_size),
         "learning_rate": rate_plan(recipe, steps_per_epoch=reading.steps_per_epoch, steps=steps),
         "memory": asdict(memory) | {"total": memory.total, "batches_ready": waiting_bytes(recipe)},
-        "disk": disk_plan(recipe, reading.classes, run_dir, steps=steps),
+        "disk": disk_plan(recipe, reading.classes, run_dir, steps=steps, steps_per_epoch=reading.steps_per_epoch),
         "data": data_plan(recipe, reading.data),
         "resume": resume_plan(recipe, run_dir, fingerprints=fingerprints, steps=steps),
     }
@@ -164,7 +164,19 @@ def waiting_bytes(recipe: Recipe) -> int:
     return (recipe.data.loader.prefetch_steps + 1) * share * (frames + 4 * clip.mel_rows * clip.num_mel_bins)
 
 
-def disk_plan(recipe: Recipe, classes: Mapping[str, list[str]], run_dir: Path, *, steps: int) -> dict[str, int]:
+def num_checkpoints(recipe: Recipe, *, steps: int, steps_per_epoch: int) -> int:
+    """How many a run of `steps` writes: at its cadence, before each validation, and at its end."""
+    training, data = recipe.training, recipe.data
+    saved = {steps, *range(training.checkpoint_every_steps, steps, training.checkpoint_every_steps)}
+    validates = data.validation is not None or data.synthetic is not None
+    if validates and (every := training.validate_every_epochs * steps_per_epoch) > 0:
+        saved |= set(range(every, steps, every))
+    return len(saved)
+
+
+def disk_plan(
+    recipe: Recipe, classes: Mapping[str, list[str]], run_dir: Path, *, steps: int, steps_per_epoch: int
+) -> dict[str, int]:
     """Bytes that the run folder grows to, journal and tracking left out, and what is free where it will be.
 
     While a checkpoint is written those it will replace are still there.
@@ -172,7 +184,7 @@ def disk_plan(recipe: Recipe, classes: Mapping[str, list[str]], run_dir: Path, *
     model = outline_model(recipe, {name: list(names) for name, names in classes.items()})
     parameters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     checkpoint = sum(tensor.nbytes for tensor in trained_tensors(model).values()) + _MOMENTS * parameters
-    written = -(-steps // recipe.training.checkpoint_every_steps)
+    written = num_checkpoints(recipe, steps=steps, steps_per_epoch=steps_per_epoch)
     kept, frozen = min(recipe.training.keep_checkpoints, written), frozen_bytes(model)
     return {
         "checkpoint": checkpoint,

@@ -28,6 +28,7 @@ from pipelines.loader import TrainLoader
 from ray_jobs import environment, wiring
 from ray_jobs.config import Recipe, identity_settings, recipe_document, recipe_from_document
 from ray_jobs.console import progress
+from ray_jobs.failure_record import forget_failure
 from ray_jobs.frozen_weights import keep_frozen
 from ray_jobs.start import begin_model
 from ray_jobs.tracking.node_metrics import NodeMetrics
@@ -112,6 +113,7 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
     outcome = _outcome(result, data.targets)
     if rank == 0:
         write_bytes(run_dir / OUTCOME_NAME, (json.dumps(asdict(outcome), indent=1) + "\n").encode())
+        forget_failure(run_dir)
     accelerator.end_training()
     return outcome
 

@@ -183,11 +183,19 @@ class ClusterPool:
             "processors all taken? wait until some are free, and rerun"
         )
 
+    def _idle_beside(self, worker: _Worker) -> list[_Worker]:
+        """Those that wait for a job on its node: if that is gone, the lost job must not be given to them in turn."""
+        return [one for one in self._workers if one.ready and not one.given and one.place == worker.place]
+
+    def _end(self, workers: Sequence[_Worker]) -> None:
+        for worker in dict.fromkeys(workers):
+            self._workers.remove(worker)
+            self._cluster.end(worker.handle)
+
     def _lose(self, worker: _Worker, why: str, book: JobBook) -> None:
         """End a worker that is lost, and put its jobs back."""
         _log.warning("a conversion worker was lost on %s: %s", worker.place, why)
-        self._workers.remove(worker)
-        self._cluster.end(worker.handle)
+        self._end([worker, *(self._idle_beside(worker) if worker.ready else ())])
         self._failed_starts = 0 if worker.ready else self._failed_starts + 1
         if worker.ready and not self._places():
             for other in self._workers:  # they waited for a processor without hurry until now

@@ -79,7 +79,6 @@ class Heartbeat:
 
     def __enter__(self) -> "Heartbeat":
         if self._world_size > 1:
-            self._folder.mkdir(parents=True, exist_ok=True)
             self._beat()
             self._thread.start()
         return self
@@ -140,6 +139,7 @@ class Heartbeat:
         temporary = path.with_suffix(".tmp")
         beat = Beat(count=self._count, where=self._where())
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)  # the last of an earlier group may take it away
             temporary.write_text(json.dumps(asdict(beat)))
             temporary.replace(path)
         except OSError as error:  # a full disk must not end a run that could go on

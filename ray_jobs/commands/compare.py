@@ -46,9 +46,9 @@ def compare(
     comparison = put_side_by_side(read_runs(uri, wanted), baseline=baseline)
     if html is not None:
         from ray_jobs.compare.page import write_comparison_page
-        from ray_jobs.doctor.services import without_password
+        from ray_jobs.redaction import without_credentials
 
-        write_comparison_page(comparison, html, source=without_password(uri))
+        write_comparison_page(comparison, html, source=without_credentials(uri))
         say(f"wrote {html}")
     if as_json:
         print_json(comparison)

@@ -47,7 +47,8 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
     frames_per_second: Annotated[float | None, typer.Option(help="Thin to this rate; default: every frame.")] = None,
     sample_rate: Annotated[int, typer.Option(help="Audio sample rate in Hz before the filter bank.")] = 16_000,
     workers: Annotated[
-        int | None, typer.Option(help="Decoding processes; default: the machine's cores, with --ray the cluster's.")
+        int | None,
+        typer.Option(min=1, help="Decoding processes; default: the machine's cores, with --ray the cluster's."),
     ] = None,
     ray: Annotated[
         str | None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ca2st.errors import UserInputError
+from ray_jobs.commands.train import with_options
 
 if TYPE_CHECKING:
     from ray_jobs.submit.job_server import JobClient
@@ -63,14 +64,13 @@ def submit(
 
     if wheel is not None and not package:
         raise UserInputError("--wheel and --no-package: expected one of the two, found both")
-    settings = list(overrides or [])
-    if data is not None:
-        settings += [f"data.train={data!r}", "data.mixture=[]"]
-    if workers is not None:
-        settings.append(f"launch.workers={workers}")
+    if resubmit and not wait:
+        raise UserInputError(
+            "--resubmit and --no-wait: expected one of the two; nobody would be there to send it again"
+        )
     choices = Choices(
         recipe=recipe,
-        overrides=tuple(settings),
+        overrides=tuple(with_options(overrides, data=data, workers=workers)),
         out=out,
         variables=environment.passed_variables(env or []),
         wheel=wheel,

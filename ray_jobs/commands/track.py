@@ -18,14 +18,18 @@ def sync(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a training run.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,
 ) -> None:
-    """Send what MLflow does not have yet of a run's journal."""
+    """Send what MLflow does not have yet of a run: its journal, system metrics, inputs, artefacts and model."""
     from ray_jobs.console import print_json, result
     from ray_jobs.tracking.tracker import read_state
     from ray_jobs.tracking.tracker import sync as send
 
     sent = send(run_dir)
-    run_id = read_state(run_dir).run_id
+    state = read_state(run_dir)
+    lacking = list(state.progress.pending)
     if as_json:
-        print_json({"sent": sent, "run_id": run_id})
+        print_json({"sent": sent, "run_id": state.run_id, "lacking": lacking})
+    elif state.run_id is None:
+        result(f"{run_dir}: nothing to send yet, the journal has no line")
     else:
-        result(f"{sent} values sent to MLflow run {run_id}")
+        still = f"; it still lacks {', '.join(lacking)}, for the reasons above" if lacking else ""
+        result(f"{sent} values sent to MLflow run {state.run_id}{still}")

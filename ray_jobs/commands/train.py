@@ -40,7 +40,9 @@ def train(
 
     Example: ca2st train smoke, or: ca2st train --data-folder videos
     """
-    settings = _settings(overrides, data=data, workers=workers)
+    if ray_address != "local" and not ray:
+        raise UserInputError(f"--ray-address {ray_address}: expected --ray beside it; without, Ray is not used at all")
+    settings = with_options(overrides, data=data, workers=workers)
     if data_folder is not None and recipe is None and data is None:
         _train_own_videos(
             data_folder,
@@ -62,7 +64,7 @@ def train(
         _train(loaded, run_dir, ray_address if ray else None, accept_open_ray=open_ray, as_json=as_json)
 
 
-def _settings(overrides: list[str] | None, *, data: str | None, workers: int | None) -> list[str]:
+def with_options(overrides: list[str] | None, *, data: str | None, workers: int | None) -> list[str]:
     """All overrides, those that have an option of their own last."""
     settings = list(overrides or [])
     if data is not None:

@@ -4,11 +4,10 @@ import datetime
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ca2st.errors import UserInputError, did_you_mean
-from ray_jobs.tracking.tracker import open_client, reachable
+from ray_jobs.tracking.client import open_client, reachable, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -19,7 +18,6 @@ CLIPS_PER_SECOND = "train/clips_per_second"
 _LOSS = "train/loss"
 _ACCURACIES = ("test/top1", "validation/top1", "test/action_top1", "validation/action_top1")
 _PAGE_RUNS = 200
-_SQLITE = "sqlite:///"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +78,7 @@ def read_runs(uri: str, wanted: RunFilter) -> list[TrackedRun]:
         UserInputError: nothing matches, or there is no such SQLite file, which is not made; says what there is.
         TrackingUnavailableError: the store cannot be reached.
     """
-    if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE).partition("?")[0]).is_file():
+    if (path := sqlite_path(uri)) is not None and not path.is_file():
         raise UserInputError(f"{uri}: expected an MLflow store, found no such file; train first, or check the address")
     with reachable(uri, "compare again"):
         client = open_client(uri)

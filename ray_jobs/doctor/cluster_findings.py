@@ -53,13 +53,14 @@ def judge_versions(here: Mapping[str, str], there: Mapping[str, Mapping[str, str
 
 
 def judge_gpus(given: Mapping[str, int], seen: Mapping[str, int]) -> list[Finding]:
-    """Ray gives out as many GPUs of a node as torch finds there."""
+    """Ray gives out as many GPUs of a node as torch finds there; fewer may be what the user wants."""
     return [
         Finding(
             name="gpus for ray",
             ok=given[node] == num_seen,
             what=f"Ray gives out {given[node]}, torch sees {num_seen}",
             mend="restart the node with `ray start --num-gpus`, or mend its driver",
+            needed=given[node] > num_seen,
             node=node,
         )
         for node, num_seen in seen.items()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ray_jobs.doctor import devices, libraries, machine, media, services
 from ray_jobs.doctor.finding import Check, Finding, tried
-from ray_jobs.environment import default_tracking_uri, ray_auth_mode
+from ray_jobs.environment import default_tracking_uri, ray_auth_mode, tracking_authorization
 
 _PORTS = {"MLflow": 5000, "Ray": 6379, "Ray dashboard": 8265}
 
@@ -16,7 +16,9 @@ def all_checks(runs: Path, *, tracking_uri: str | None = None) -> dict[str, Chec
     return {
         **machine_checks(),
         "disk runs": partial(machine.check_folder, "disk runs", runs),
-        "mlflow": partial(services.check_tracking, tracking_uri or default_tracking_uri(runs)),
+        "mlflow": partial(
+            services.check_tracking, tracking_uri or default_tracking_uri(runs), tracking_authorization()
+        ),
         "ray": partial(services.check_ray, ray_auth_mode()),
         "loopback": services.check_loopback,
         "ports": partial(services.check_ports, _PORTS),

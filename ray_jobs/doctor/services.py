@@ -8,21 +8,26 @@ import urllib.error
 import urllib.request
 from ipaddress import ip_address
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from ray_jobs.doctor.finding import Finding
+from ray_jobs.environment import basic_authorization
+from ray_jobs.redaction import without_credentials
+from ray_jobs.tracking.client import sqlite_path
 
 _ANSWER_SECONDS = 5.0
-_SQLITE = "sqlite:///"
 _LOOPBACK = "127.0.0.1"
 
 
-def check_tracking(uri: str) -> Finding:
-    """The tracking store can be written: an SQLite file, or a server that answers within seconds."""
-    if uri.startswith(_SQLITE):
-        return _check_sqlite(Path(uri.removeprefix(_SQLITE)))
+def check_tracking(uri: str, authorization: str | None = None) -> Finding:
+    """The tracking store can be written: an SQLite file, or a server that answers within seconds.
+
+    `authorization` is the header that a server is shown where the address itself holds no credentials.
+    """
+    if (path := sqlite_path(uri)) is not None:
+        return _check_sqlite(path)
     if uri.startswith(("http://", "https://")):
-        return _check_server(uri)
+        return _check_server(uri, authorization)
     return Finding(name="mlflow", ok=True, what=f"a {urlsplit(uri).scheme} store: not tried", mend="", needed=False)
 
 
@@ -48,18 +53,15 @@ def _check_sqlite(path: Path) -> Finding:
     return Finding(name="mlflow", ok=True, what=f"SQLite, writable: {path}")
 
 
-def without_password(uri: str) -> str:
-    """The address without user and password, to be shown."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-
-
-def _check_server(uri: str) -> Finding:
-    where = without_password(uri).rstrip("/")
+def _check_server(uri: str, authorization: str | None) -> Finding:
+    where, parts = without_credentials(uri).rstrip("/"), urlsplit(uri)
+    if parts.username is not None:  # urllib takes none from an address, and would show them in its errors
+        authorization = basic_authorization(unquote(parts.username), unquote(parts.password or ""))
+    request = urllib.request.Request(f"{where}/version")  # noqa: S310 - http or https, by the caller
+    if authorization:
+        request.add_unredirected_header("Authorization", authorization)
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=_ANSWER_SECONDS) as answer:  # noqa: S310 - http or https, by the caller
+        with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:  # noqa: S310 - as above
             version = answer.read(64).decode(errors="replace")
     except urllib.error.HTTPError as error:
         what, mend = f"{where} answers {error.code}", "set MLFLOW_TRACKING_TOKEN, or user and password"

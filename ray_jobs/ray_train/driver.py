@@ -14,6 +14,7 @@ from ray_jobs import environment
 from ray_jobs.config import Recipe, recipe_document
 from ray_jobs.console import say
 from ray_jobs.every_node import living_nodes, this_node
+from ray_jobs.failure_record import error_of
 from ray_jobs.ray_access import LOCAL, RayAccess, first_line, ray_session
 from ray_jobs.ray_train.absolute import with_absolute_paths
 from ray_jobs.ray_train.demand import Demand, check_demand, demand_of, hosts, most_workers
@@ -83,6 +84,8 @@ class Fleet:
         run_dir, launch = self.job.run_dir, self.recipe.launch
         if isinstance(error, TrainingFailedError):
             failure = supervision.failure()
+            if failure is not None and failure.final:  # a rank that only heard of it was the last to fail
+                return error_of(failure)
             last = failure if failure is not None and isinstance(error, WorkerGroupError) else error
             return RetriesUsedUpError(
                 f"{self.recipe.name}: failed in every attempt ({launch.max_failures} restarts allowed); the last one: "

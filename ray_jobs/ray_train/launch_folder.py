@@ -6,6 +6,7 @@ ask nothing more of the cluster.
 
 import contextlib
 import json
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ class LaunchFolder:
     @classmethod
     def make(cls, run_dir: Path, name: str) -> "LaunchFolder":
         """A new one. No two launches share a name: Ray would go on with its record of an earlier run of that name."""
-        folder = cls(run_dir / _FOLDER / f"{name}-{time.time_ns()}")
+        plain = re.sub(r"[^\w.-]+", "-", name)  # one folder, whatever a run is called
+        folder = cls(run_dir / _FOLDER / f"{plain}-{time.time_ns()}")
         folder.path.mkdir(parents=True)
         return folder
 

@@ -5,12 +5,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train.v2.api.callback import UserCallback
 
 from ca2st.errors import EnvironmentFault
 from ray_jobs.every_node import living_nodes
 from ray_jobs.failure_record import FailureRecord, keep_failure
+from ray_jobs.ray_access import first_line
 from ray_jobs.ray_train.launch_folder import LaunchFolder
 
 _LOGGER = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class LostWorkers(UserCallback):
 def died_of(error: Exception) -> str | None:
     """Ray's words for the death of a worker's process or node; None when the worker raised `error` itself."""
     cause = getattr(error, "health_check_failure", error)
+    if isinstance(cause, OutOfMemoryError):  # killed by Ray; no RayActorError, and its last lines are advice
+        return first_line(cause)
     return str(cause) if isinstance(cause, RayActorError) else None
 
 

@@ -58,5 +58,7 @@ def make_trainer(
                 max_failures=launch.max_failures, max_preemption_failures=launch.max_preemptions
             ),
             callbacks=[LostWorkers(folder.path)],
+            # Ray shows GPUs even to workers that asked for none, and all of them would train on the first.
+            worker_runtime_env={} if demand.gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
         ),
     )

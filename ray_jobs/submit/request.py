@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ca2st.errors import UserInputError
+from ca2st.weights.hub_names import is_hub_name
 from ray_jobs.ray_access import ACCEPT_OPEN
+from ray_jobs.redaction import without_credentials
 
 if TYPE_CHECKING:
     from ray_jobs.config import Recipe
 
 _SECONDS_BEYOND_GRACE = 30
-_PUBLIC_NAME = re.compile(r"^(hf-hub|open_clip|timm):")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +57,8 @@ def environment_of_job(
     """Variables of the job: what the user passes, over what a training on a cluster needs.
 
     `waiting`: how torch's threads wait (``OMP_WAIT_POLICY``); `tracking_uri`: the tracking server's, where it is one
-    that a cluster can reach; `grace_seconds`: what a stopped training may take for its last checkpoint.
+    that a cluster can reach, sent without its password, which only the user passes on; `grace_seconds`: what a stopped
+    training may take for its last checkpoint.
     """
     own = {
         "OMP_WAIT_POLICY": waiting,
@@ -64,7 +66,7 @@ def environment_of_job(
         "RAY_JOB_STOP_WAIT_TIME_S": str(int(grace_seconds) + _SECONDS_BEYOND_GRACE),  # by itself Ray kills after 3 s
     }
     if tracking_uri is not None and is_elsewhere(tracking_uri):
-        own["MLFLOW_TRACKING_URI"] = tracking_uri
+        own["MLFLOW_TRACKING_URI"] = without_credentials(tracking_uri)
     return own | dict(passed)
 
 
@@ -97,7 +99,7 @@ def check_places(recipe: "Recipe") -> None:
     lines = [
         f"{key}: expected a URL or an absolute path that the cluster's nodes see, found {place}"
         for key, place in _places(recipe)
-        if "://" not in place and not _PUBLIC_NAME.match(place) and not PurePosixPath(place).is_absolute()
+        if "://" not in place and not is_hub_name(place) and not PurePosixPath(place).is_absolute()
     ]
     if lines:
         raise UserInputError("\n".join(lines))

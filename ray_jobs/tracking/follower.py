@@ -12,9 +12,10 @@ import threading
 import time
 from pathlib import Path
 
+from ca2st.errors import CA2STError
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.redaction import redacted
-from ray_jobs.tracking.complaints import StoreError
+from ray_jobs.tracking.complaints import StoreError, complaint_of_error
 from ray_jobs.tracking.orphans import alive, end_orphans, show_ready
 from ray_jobs.tracking.patience import TroubleLog, pause_seconds
 from ray_jobs.tracking.run_record import Say
@@ -32,6 +33,7 @@ def follow(run_dir: Path, *, parent_pid: int, say: Say, interval_seconds: float 
     asked_to_end = threading.Event()
     signal.signal(signal.SIGTERM, lambda _number, _frame: asked_to_end.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # who started this process held it back
     sender, troubles = Sender(run_dir, say), TroubleLog(say=say)
     pause, is_first = interval_seconds, True
     while True:
@@ -41,9 +43,10 @@ def follow(run_dir: Path, *, parent_pid: int, say: Say, interval_seconds: float 
                 sender.send(wait_seconds=_LAST_WAIT_SECONDS if is_last else 0.0, is_last=is_last)
             troubles.succeeded()
             pause = interval_seconds
-        except StoreError as error:
-            troubles.failed(error)
-            pause = pause_seconds(troubles.failures, interval_seconds=interval_seconds, complaint=error.complaint)
+        except CA2STError as error:  # a full disk is no end either
+            trouble = error if isinstance(error, StoreError) else StoreError(str(error), complaint_of_error(error))
+            troubles.failed(trouble)
+            pause = pause_seconds(troubles.failures, interval_seconds=interval_seconds, complaint=trouble.complaint)
         if is_last:
             troubles.close()
             return

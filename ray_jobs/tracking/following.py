@@ -1,6 +1,7 @@
 """A process of its own follows a training while it lasts, and is told what the run is called."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from ca2st.training.documents import flatten
 from ray_jobs import environment
@@ -40,17 +42,26 @@ def followed(recipe: Recipe, run_dir: Path, data: TrainingData) -> Iterator[None
         yield
         return
     with (run_dir / "follower.log").open("ab") as log:
-        follower = subprocess.Popen(
+        follower = _start_follower(run_dir, log)
+    try:
+        yield
+    finally:
+        finish_following(run_dir, follower)
+
+
+def _start_follower(run_dir: Path, log: IO[bytes]) -> "subprocess.Popen[bytes]":
+    """Start it with SIGTERM held back until it listens: a training may be over before MLflow is imported."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return subprocess.Popen(
             [sys.executable, "-m", "ray_jobs.tracking.follower", str(run_dir.resolve()), str(os.getpid())],
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-    try:
-        yield
     finally:
-        finish_following(run_dir, follower)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def finish_following(run_dir: Path, follower: "subprocess.Popen[bytes]") -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ca2st.errors import UserInputError
+from ca2st.errors import CA2STError, UserInputError
 from ca2st.training.journal import JOURNAL_NAME
 from ca2st.training.lock import LOCK_NAME as RUN_LOCK_NAME
 from ray_jobs.errors import TrackingUnavailableError
@@ -87,6 +87,15 @@ def _end(client: "MlflowClient", run: "Run", say: Say) -> bool:
             client.set_terminated(run_id, status="KILLED", end_time=_last_sign(folder))
     except (UserInputError, TrackingUnavailableError):  # no folder of ours here, or somebody is sending it
         return False
+    except (
+        CA2STError,
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+    ) as error:  # another version's, damaged, another user's
+        say(f"run {run_id} of {folder} seems to be killed, but is left as it is: {type(error).__name__}: {error}")
+        return False
     say(f"run {run_id} of {folder} was killed without an end: it is KILLED in MLflow now, until it is resumed")
     return True
 
@@ -100,7 +109,7 @@ def _last_sign(folder: Path) -> int | None:
 def _is_held(path: Path) -> bool:
     if not path.exists():
         return False
-    with path.open() as file:
+    with path.open("r+") as file:  # NFS locks for one alone only what is open for writing
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

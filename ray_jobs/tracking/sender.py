@@ -25,6 +25,7 @@ from ray_jobs.tracking.events import (
 )
 from ray_jobs.tracking.extras import AT_BEGIN, AT_END, send_extras
 from ray_jobs.tracking.names import clean_name
+from ray_jobs.tracking.node_metrics import node_files
 from ray_jobs.tracking.run_record import Say, create_run, is_gone, log_tags, update_params
 from ray_jobs.tracking.state import (
     Progress,
@@ -38,7 +39,6 @@ from ray_jobs.tracking.state import (
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-SYSTEM_FOLDER = "system"
 EXIT_TAG, ERROR_TAG, ATTEMPT_TAG, NOT_FINITE_TAG = (
     "ca2st.exit_status",
     "ca2st.error",
@@ -106,7 +106,7 @@ class Sender:
         return has_system or any(is_last or name not in self._tried for name in progress.pending)
 
     def _system_files(self) -> list[Path]:
-        return sorted((self._run_dir / SYSTEM_FOLDER).glob("*.jsonl"))
+        return list(node_files(self._run_dir).values())
 
     def _send_to(self, client: "MlflowClient", state: TrackingState, *, is_last: bool) -> int:
         from mlflow.exceptions import MlflowException

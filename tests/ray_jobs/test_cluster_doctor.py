@@ -74,10 +74,11 @@ def test_j5_a_node_with_other_versions_is_told_with_both() -> None:
 
 
 def test_gpus_that_ray_gives_out_but_torch_does_not_see_are_told() -> None:
-    findings = judge_gpus({A: 8, B: 8}, {A: 8, B: 0})
-    assert [(one.ok, one.what) for one in findings] == [
-        (True, "Ray gives out 8, torch sees 8"),
-        (False, "Ray gives out 8, torch sees 0"),
+    findings = judge_gpus({A: 8, B: 8, C: 4}, {A: 8, B: 0, C: 8})
+    assert [(one.ok, one.needed, one.what) for one in findings] == [
+        (True, False, "Ray gives out 8, torch sees 8"),
+        (False, True, "Ray gives out 8, torch sees 0"),
+        (False, False, "Ray gives out 4, torch sees 8"),
     ]
 
 

@@ -18,6 +18,7 @@ from ray_jobs.cli import app
 from ray_jobs.doctor import libraries, machine, media, services
 from ray_jobs.doctor.examination import all_checks, examine
 from ray_jobs.doctor.finding import Finding, tried
+from ray_jobs.environment import basic_authorization
 
 
 def test_a_healthy_environment_passes_all_that_is_needed(tmp_path: Path) -> None:
@@ -83,7 +84,8 @@ def test_a_held_sqlite_store_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 class _Server(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        allowed = self.path == "/open/version"
+        known = self.headers.get("Authorization") == basic_authorization("someone", "secret")
+        allowed = self.path == "/open/version" or known
         self.send_response(200 if allowed else 401)
         self.end_headers()
         self.wfile.write(b"3.17.0" if allowed else b"")
@@ -98,7 +100,13 @@ def test_a_tracking_server_is_asked_and_passwords_are_never_shown() -> None:
         address = f"127.0.0.1:{server.server_port}"
         good = services.check_tracking(f"http://{address}/open")
         refused = services.check_tracking(f"http://{address}/closed")
+        known = services.check_tracking(f"http://someone:secret@{address}/closed")
+        also_known = services.check_tracking(f"http://{address}/closed", basic_authorization("someone", "secret"))
         server.shutdown()
+    assert known == also_known
+    assert (known.ok, known.what) == (True, f"http://{address}/closed answers, version 3.17.0")
+    without_port = services.check_tracking("http://someone:secret@host.invalid")
+    assert "secret" not in without_port.what + without_port.mend
     silent = services.check_tracking(f"http://someone:secret@{address}")
     assert (good.ok, good.what) == (True, f"http://{address}/open answers, version 3.17.0")
     assert (refused.ok, refused.what) == (False, f"http://{address}/closed answers 401")

@@ -19,6 +19,7 @@ from ray_jobs.failure_record import (
     FailureRecord,
     error_of,
     first_of,
+    forget_failure,
     is_echo,
     is_final,
     keep_failure,
@@ -52,7 +53,8 @@ def test_t12_memory_that_did_not_suffice_is_final_at_its_second_time_in_a_launch
     first = record_of(error, rank=0, node="a", attempt=1, launch="one")
     assert not first.final
     assert record_of(error, rank=0, node="a", attempt=2, launch="one", before=first).final
-    assert not record_of(error, rank=0, node="a", attempt=1, launch="two", before=first).final
+    assert not record_of(error, rank=1, node="a", attempt=1, launch="one", before=first).final, "one time, two ranks"
+    assert not record_of(error, rank=0, node="a", attempt=2, launch="two", before=first).final
     assert not record_of(error, rank=0, node="a", attempt=2, launch="one", before=RECORD).final
 
 
@@ -100,3 +102,10 @@ def test_t4_a_command_ends_with_the_exit_code_of_the_failure_and_says_rank_and_n
     assert ended.exit_code == kind.exit_code
     told = f"rank 1 on b (10.0.0.2), attempt 2: {kind.__name__}: label 7 of clip-0001 [on rank 1]"
     assert str(ended) == told
+
+
+def test_a_run_that_ends_well_after_all_leaves_no_failure_on_record(tmp_path: Path) -> None:
+    keep_failure(tmp_path, RECORD)
+    forget_failure(tmp_path)
+    assert read_failure(tmp_path) is None
+    forget_failure(tmp_path)

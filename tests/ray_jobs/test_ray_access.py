@@ -107,7 +107,7 @@ def test_a_ray_of_our_own_has_a_token_no_dashboard_and_leaves_nothing(
         ((_, options),) = calls
         folder = Path(options.pop("_temp_dir"))
         assert folder.is_dir()
-        assert options == {"include_dashboard": False, "num_cpus": 3}
+        assert options == {"address": "local", "include_dashboard": False, "num_cpus": 3}
         assert len(environment.os.environ["RAY_AUTH_TOKEN"]) == 64
         assert environment.os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0"
     assert calls[-1] == ("shutdown", {})
@@ -198,3 +198,18 @@ def test_a_cluster_is_open_when_it_answers_a_caller_without_a_token() -> None:
         assert not is_open(address)
     with answering(grpc.StatusCode.UNAVAILABLE) as address, pytest.raises(EnvironmentFault, match="UNAVAILABLE"):
         is_open(address)
+
+
+def test_the_question_for_a_token_goes_by_tls_where_the_cluster_speaks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def channel(address: str, _credentials: object) -> grpc.Channel:
+        asked.append(address)
+        return grpc.insecure_channel(address)
+
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    monkeypatch.setattr("ray._common.tls_utils.load_certs_from_env", lambda: (None, None, None))
+    monkeypatch.setattr(grpc, "secure_channel", channel)
+    with answering(grpc.StatusCode.UNAUTHENTICATED) as address:
+        assert not is_open(address)
+    assert asked == [address]

@@ -12,13 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from ca2st.errors import DataDamageError
+from ca2st.errors import DataDamageError, RetriesUsedUpError
 from ca2st.training.errors import InterruptedRunError, TerminatedError
 from ca2st.training.signals import StopRequest
+from ray_jobs.config import Recipe
 from ray_jobs.failure_record import FailureRecord, keep_failure
+from ray_jobs.ray_train.demand import demand_of
+from ray_jobs.ray_train.driver import Fleet
 from ray_jobs.ray_train.launch_folder import LaunchFolder
 from ray_jobs.ray_train.stopping import ended_by_signals, hold, preemption_notice, watching
 from ray_jobs.ray_train.supervision import FINAL_GRACE_SECONDS, Situation, Supervision, next_move
+from ray_jobs.recipe_file import load_recipe
+from ray_jobs.worker import Job
 
 WAITING = Situation(
     ended=False, stop_asked=False, since_passed_on=None, started=True, since_final=None, grace_seconds=25.0
@@ -257,6 +262,12 @@ def test_t15_every_launch_has_a_folder_of_its_own(tmp_path: Path) -> None:
     assert not first.path.exists()
 
 
+def test_a_run_whose_name_is_a_path_has_one_launch_folder_in_its_run_folder(tmp_path: Path) -> None:
+    folder = LaunchFolder.make(tmp_path, "group/it's mine")
+    assert folder.run_dir == tmp_path
+    assert folder.name.startswith("group-it-s-mine-")
+
+
 def test_attempts_and_the_places_of_their_workers_are_known(tmp_path: Path) -> None:
     folder = LaunchFolder.make(tmp_path, "run")
     assert folder.num_attempts() == 0
@@ -267,3 +278,29 @@ def test_attempts_and_the_places_of_their_workers_are_known(tmp_path: Path) -> N
     assert folder.node_of(1, 1) == "b1"
     assert folder.node_of(2, 1) == "b2"
     assert folder.node_of(3, 1) == ""
+
+
+def test_t4_a_final_failure_is_told_as_such_though_a_rank_that_only_heard_of_it_used_up_the_restarts(
+    driver: Driver, tiny_recipe: Recipe
+) -> None:
+    from ray.train import TrainingFailedError
+
+    fleet = Fleet(
+        recipe=tiny_recipe,
+        job=Job(recipe={}, run_dir=str(driver.folder.run_dir)),
+        demand=demand_of(tiny_recipe.launch, []),
+        folder=driver.folder,
+        own_ray=True,
+    )
+    assert isinstance(
+        fleet._ended_by(TrainingFailedError("gone"), driver.supervision), RetriesUsedUpError
+    )  # as `train` asks it
+    driver.fails(final=True)
+    assert isinstance(
+        fleet._ended_by(TrainingFailedError("gone"), driver.supervision), DataDamageError
+    )  # as `train` asks it
+
+
+@pytest.fixture
+def tiny_recipe() -> Recipe:
+    return load_recipe("smoke")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from ca2st.durable import InjectedFault
@@ -133,6 +133,7 @@ def test_t2_a_dead_process_is_told_from_a_worker_that_raised() -> None:
     assert died_of(HEALTH) is not None
     assert died_of(WorkerHealthCheckFailedError("worker failed", HEALTH)) is not None
     assert died_of(RayActorError()) is not None
+    assert died_of(OutOfMemoryError("worker killed\nadvice")) == "worker killed"
     assert died_of(ValueError("raised")) is None
 
 
@@ -211,6 +212,8 @@ def test_t2_ray_gets_the_resources_placement_and_restarts_of_the_recipe(
     assert scaling.placement_strategy == launch.placement
     assert trainer.backend_config.backend == ("nccl" if scaling.use_gpu else "gloo")
     assert trainer.backend_config.timeout_s == 70
+    hidden = run_config.worker_runtime_env.get("env_vars", {}).get("CUDA_VISIBLE_DEVICES")
+    assert hidden == (None if scaling.use_gpu else ""), "workers without a GPU must see none"
     assert run_config.failure_config.max_failures == 3
     assert run_config.failure_config.max_preemption_failures == -1
     assert run_config.name == folder.name

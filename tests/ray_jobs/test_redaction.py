@@ -24,6 +24,8 @@ SECRET = "hunter2"
 LEAKS = [
     f"https://me:{SECRET}@mlflow.example.org/api failed",
     f"https://{SECRET}@example.org/x",
+    f"https://me:p@{SECRET}@example.org/x",
+    f"{{'uri': 'https://me:'{SECRET}@example.org/x'}}",
     f"postgresql+psycopg://me:{SECRET}@db:5432/mlflow",
     f"s3://KEY:{SECRET}@bucket/shards",
     f"https://bucket.example.org/a.tar?X-Amz-Credential=x&X-Amz-Signature={SECRET}&b=1",

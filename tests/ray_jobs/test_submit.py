@@ -76,7 +76,7 @@ def test_variables_are_passed_by_name_over_our_own(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserInputError, match="--env CHOSEN: expected a variable of this environment, found none"):
         environment.passed_variables(["CHOSEN"])
     made = requests_of_jobs.environment_of_job(
-        {"OMP_WAIT_POLICY": "ACTIVE"}, waiting="PASSIVE", tracking_uri="http://server:5000", grace_seconds=20.5
+        {"OMP_WAIT_POLICY": "ACTIVE"}, waiting="PASSIVE", tracking_uri="http://me:pass@server:5000", grace_seconds=20.5
     )
     assert made["OMP_WAIT_POLICY"] == "ACTIVE"
     assert made["MLFLOW_TRACKING_URI"] == "http://server:5000"
@@ -252,3 +252,16 @@ def test_a_wheel_to_send_and_none_to_send_exclude_each_other(recipe: Path, jobs:
     assert isinstance(done.exception, UserInputError)
     assert "expected one of the two, found both" in str(done.exception)
     assert not jobs.sent
+
+
+def test_a_job_that_nobody_follows_cannot_be_sent_again(recipe: Path, jobs: FakeJobs) -> None:
+    done = submitted(recipe, "--no-wait", "--resubmit", "2")
+    assert isinstance(done.exception, UserInputError)
+    assert "--resubmit and --no-wait" in str(done.exception)
+    assert jobs.sent == []
+
+
+def test_a_cluster_that_is_named_without_ray_is_not_passed_over(recipe: Path) -> None:
+    done = CliRunner().invoke(app, ["train", str(recipe), "--ray-address", "head:6379"])
+    assert isinstance(done.exception, UserInputError)
+    assert "--ray-address head:6379: expected --ray beside it" in str(done.exception)

@@ -131,6 +131,14 @@ def test_no_more_jobs_are_read_ahead_than_three_a_worker() -> None:
     assert len(read) <= 3 * 2 + 2
 
 
+def test_a_job_lost_with_its_node_is_not_given_to_the_idle_workers_of_that_node() -> None:
+    cluster = FakeCluster(
+        lambda place, job: Lost("its node died") if (place, job) == ("a", 12) else 2 * job, ("a",) * 5 + ("b",) * 20
+    )
+    assert run(cluster, range(13), num_workers=6) == [2 * job for job in range(13)]
+    assert cluster.given.count(12) == 2
+
+
 def test_a_lost_worker_is_replaced_and_only_the_job_it_worked_on_is_blamed(caplog: pytest.LogCaptureFixture) -> None:
     deaths = [0, 0, 1]  # the third would be one too many for job 1, were it blamed for those of job 0
 

@@ -1,5 +1,6 @@
 """What is written about a run before it is followed."""
 
+import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -7,12 +8,27 @@ from pathlib import Path
 import pytest
 
 from ray_jobs.tracking.following import followed
-from ray_jobs.tracking.state import read_state
+from ray_jobs.tracking.state import read_state, unsent_bytes
 from ray_jobs.wiring import TrainingData
 from support.fake_shards import make_samples, make_shard_set
 from support.tiny_world import tiny_recipe
+from support.tracked_runs import end, start, write
 
 SECRET = "hunter2"
+
+
+def test_a_training_that_is_over_before_its_follower_has_started_is_sent_all_the_same(
+    tmp_path: Path, store: str
+) -> None:
+    shards = make_shard_set(tmp_path / "shards", make_samples(3))
+    data = TrainingData(train_sets=(shards,), validation=None, targets=("label",))
+    recipe, run_dir = tiny_recipe(tmp_path / "shards"), tmp_path / "run"
+    run_dir.mkdir()
+    tracking = replace(recipe.tracking, enabled=True, uri=store, experiment=tmp_path.name)
+    with followed(replace(recipe, tracking=tracking), run_dir, data):
+        write(run_dir, start(), end("failed"))
+    assert unsent_bytes(run_dir) == 0
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_k8_no_file_of_a_run_folder_holds_the_password_of_the_environments_address(

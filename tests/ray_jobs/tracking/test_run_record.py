@@ -1,6 +1,7 @@
 """The run in MLflow when people delete it, names clash, settings change or everything is killed."""
 
 import fcntl
+import json
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,17 @@ def test_k5_a_run_whose_folder_is_not_here_or_is_another_runs_is_left_alone(
     write(killed_run, start())
     assert end_orphans(next_run, host=HERE, say=print) == []
     assert MlflowClient(kept.uri).get_run(run.info.run_id).info.status == "RUNNING"
+
+
+def test_k5_a_folder_of_another_version_is_left_alone_and_hides_no_other_orphan(
+    tmp_path: Path, store: str, killed_run: Path, next_run: Path
+) -> None:
+    strange = local_run(tmp_path / "runs" / "strange", store, tmp_path.name)
+    state = json.loads((strange / "tracking.json").read_text())
+    (strange / "tracking.json").write_text(json.dumps(state | {"of_another_version": 1}))
+    told: list[str] = []
+    assert end_orphans(next_run, host=HERE, say=told.append) == [read_state(killed_run).run_id]
+    assert any("strange seems to be killed, but is left as it is: TypeError" in line for line in told)
 
 
 def test_two_followers_of_one_run_may_live_at_once(run_dir: Path) -> None:
