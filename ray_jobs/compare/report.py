@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ca2st.errors import UserInputError, did_you_mean
 from ca2st.training.metrics import harmonic_mean
 from ray_jobs.compare.runs import CLIPS_PER_SECOND, Curve, TrackedRun
+from ray_jobs.tracking.events import SYSTEM_PREFIX
 
 _NOT_SETTINGS = frozenset({"name"})
 _TAGS_THAT_DIFFER = ("git.commit", "hardware.gpus", "hardware.cpu_count", "version.torch", "version.ca2st")
@@ -135,8 +136,10 @@ def _baseline(runs: Sequence[TrackedRun], name: str | None) -> TrackedRun:
 
 
 def _metrics(run: TrackedRun) -> dict[str, float]:
+    """What the run reached; how busy its nodes were last is none of it."""
     speed = {} if run.median_clips_per_second is None else {CLIPS_PER_SECOND: run.median_clips_per_second}
-    return dict(sorted((dict(run.metrics) | speed).items()))
+    own = {name: value for name, value in run.metrics.items() if not name.startswith(SYSTEM_PREFIX)}
+    return dict(sorted((own | speed).items()))
 
 
 def _compared(run: TrackedRun, base: Mapping[str, float]) -> ComparedRun:

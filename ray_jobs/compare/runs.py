@@ -2,12 +2,14 @@
 
 import datetime
 import statistics
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ca2st.errors import UserInputError, did_you_mean
 from ray_jobs.tracking.client import open_client, reachable, sqlite_path
+from ray_jobs.tracking.events import WORLD_SIZE
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -149,6 +151,7 @@ def _tracked(client: "MlflowClient", run: Any, experiment: str) -> TrackedRun:
     metrics, tags = dict(run.data.metrics), dict(run.data.tags)
     names = [name for name in metrics if name == _LOSS or name.rpartition("/")[2].endswith("top1")]
     speeds = _history(client, run.info.run_id, CLIPS_PER_SECOND) if CLIPS_PER_SECOND in metrics else ()
+    worlds = _history(client, run.info.run_id, WORLD_SIZE) if WORLD_SIZE in metrics else ()
     return TrackedRun(
         run_id=run.info.run_id,
         name=run.info.run_name,
@@ -159,7 +162,7 @@ def _tracked(client: "MlflowClient", run: Any, experiment: str) -> TrackedRun:
         tags=tags,
         metrics=metrics,
         curves={name: _history(client, run.info.run_id, name) for name in sorted(names)},
-        device_hours=_device_hours(speeds, run.data.params),
+        device_hours=_device_hours(speeds, worlds, run.data.params),
         device="GPU" if "hardware.gpus" in tags else "CPU",
         median_clips_per_second=statistics.median(speed for _, speed in speeds) if speeds else None,
     )
@@ -171,9 +174,18 @@ def _history(client: "MlflowClient", run_id: str, name: str) -> Curve:
     return tuple({value.step: value.value for value in values}.items())
 
 
-def _device_hours(speeds: Curve, settings: Mapping[str, str]) -> float | None:
-    """Clips of a step divided by its clips a second are its seconds; a worker holds one device."""
-    batch, workers = settings.get("training.global_batch_size"), settings.get("launch.workers", "1")
+def _device_hours(speeds: Curve, worlds: Curve, settings: Mapping[str, str]) -> float | None:
+    """Clips of a step divided by its clips a second are its seconds; a worker holds one device.
+
+    `worlds`: how many workers there were from behind a step on; empty: always as many as the settings say.
+    """
+    batch, workers = settings.get("training.global_batch_size"), float(settings.get("launch.workers", "1"))
     if batch is None or not speeds:
         return None
-    return sum(float(batch) / speed for _, speed in speeds if speed > 0) * float(workers) / 3600
+    ends = [end for end, _ in worlds]
+    seconds = 0.0
+    for step, speed in speeds:
+        before = bisect_left(ends, step)
+        num_devices = worlds[before - 1][1] if before else workers
+        seconds += num_devices * float(batch) / speed if speed > 0 else 0.0
+    return seconds / 3600

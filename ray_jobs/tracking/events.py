@@ -12,6 +12,12 @@ _BATCH_VALUES = 500  # MLflow takes at most 1000 metrics a call
 _NOT_METRICS = frozenset({"event", "attempt", "step", "time", "sample_ids_hash"})
 
 
+WORLD_SIZE = "train/world_size"
+"""Training processes of the steps that follow: an elastic run has more and fewer."""
+SYSTEM_PREFIX = "system/"
+"""Of what is measured on a node, beside the run and not of it."""
+
+
 class Value(NamedTuple):
     """One number of a metric."""
 
@@ -23,13 +29,15 @@ class Value(NamedTuple):
 
 
 def step_values(event: Mapping[str, Any]) -> Iterator[Value]:
-    """Finite numbers of a ``step`` or ``eval`` line: ``train/loss``, ``stage/decode_seconds``, ``validation/top1``."""
+    """Finite numbers of a line: ``train/loss``, ``stage/decode_seconds``, ``validation/top1``, ``train/world_size``."""
     if event["event"] == "step":
         named = {f"train/{name}": value for name, value in event.items() if name not in _NOT_METRICS}
         for times in ("stages", "loader"):
             named |= {_stage_name(name): value for name, value in event.get(times, {}).items()}
     elif event["event"] == "eval":
         named = {f"{event['split']}/{name}": value for name, value in event["metrics"].items()}
+    elif event["event"] == "start":
+        named = {WORLD_SIZE: event.get("topology", {}).get("world_size")}
     else:
         return
     for name, value in named.items():
@@ -50,7 +58,7 @@ def system_values(line: Mapping[str, Any], node: str) -> Iterator[Value]:
     """Numbers of a line of ``system/<node>.jsonl`` as ``system/<node>/<name>``."""
     for name, value in line["metrics"].items():
         if _is_finite(value):
-            yield Value(f"system/{node}/{name}", float(value), milliseconds(line), int(line["step"]))
+            yield Value(f"{SYSTEM_PREFIX}{node}/{name}", float(value), milliseconds(line), int(line["step"]))
 
 
 def read_batches(path: Path, offset: int) -> Iterator[tuple[list[dict[str, Any]], int]]:

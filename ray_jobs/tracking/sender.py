@@ -219,6 +219,8 @@ def _new_values(events: Sequence[Mapping[str, Any]], progress: Progress) -> tupl
         if event["event"] == "step" and event["step"] > last_step:
             values += step_values(event)
             last_step = event["step"]
+        elif event["event"] == "start":
+            values += step_values(event)
         elif event["event"] == "eval" and event["step"] > last_evals.get(event["split"], -1):
             values += step_values(event)
             last_evals[event["split"]] = event["step"]

@@ -21,7 +21,7 @@ from ray_jobs.cli import app
 from ray_jobs.compare.charts import metric_charts, places, thinned
 from ray_jobs.compare.page import render_comparison_page
 from ray_jobs.compare.report import compare
-from ray_jobs.compare.runs import RunFilter, TrackedRun, read_runs
+from ray_jobs.compare.runs import RunFilter, TrackedRun, _device_hours, read_runs
 from ray_jobs.errors import TrackingUnavailableError
 
 
@@ -233,3 +233,15 @@ def test_the_command_prints_a_table_json_and_a_page(store: str, tmp_path: Path) 
     refused = CliRunner().invoke(app, [*options, "--tag", "team"])
     assert isinstance(refused.exception, UserInputError)
     assert "expected name=value, found 'team'" in str(refused.exception)
+
+
+def test_hours_of_an_elastic_run_count_the_devices_of_each_step() -> None:
+    settings = {"training.global_batch_size": "36", "launch.workers": "4"}
+    speeds = tuple((step, 36.0) for step in range(1, 11))  # a second a step
+    assert _device_hours(speeds, (), settings) == pytest.approx(40 / 3600)
+    assert _device_hours(speeds, ((0, 4.0), (6, 1.0)), settings) == pytest.approx((6 * 4 + 4 * 1) / 3600)
+
+
+def test_how_busy_the_nodes_were_is_not_compared() -> None:
+    busy = run("a", metrics={"test/top1": 0.5, "system/one/cpu_utilization_percentage": 99.0})
+    assert set(compare([busy]).runs[0].metrics) == {"test/top1"}

@@ -207,3 +207,11 @@ def test_the_late_end_of_an_attempt_that_was_given_up_does_not_end_the_run(run_d
     write(run_dir, end("done"), attempt=2)
     sync(run_dir)
     assert run_of(run_dir).info.status == "FINISHED"
+
+
+def test_the_number_of_workers_of_each_attempt_is_a_metric(run_dir: Path) -> None:
+    write(run_dir, start() | {"topology": {"world_size": 2}}, step(1, 3.0))
+    write(run_dir, start(1) | {"topology": {"world_size": 1}}, step(2, 2.0), attempt=2)
+    sync(run_dir)
+    client, run_id = MlflowClient(read_state(run_dir).uri), read_state(run_dir).run_id
+    assert [(one.step, one.value) for one in client.get_metric_history(run_id, "train/world_size")] == [(0, 2), (1, 1)]
