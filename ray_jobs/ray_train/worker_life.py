@@ -45,9 +45,9 @@ def train_on_worker(settings: dict[str, Any]) -> dict[str, str]:
     attempt, over = broadcast_from_rank_zero(_begin(folder) if rank == 0 else None)
     if over is not None:
         return _ended(over, "")
-    folder.begin(attempt, rank=rank, node=node_name())
     faults = environment.fault_points(restart=(folder.run_dir / JOURNAL_NAME).exists()).on_rank(rank)
     try:
+        folder.begin(attempt, rank=rank, node=node_name())  # fails on a node that joined later and shares no storage
         with watching(lambda: folder.stop_signal() or _notice(rank)) as stop:
             outcome = run(job, faults=faults, stop=stop)
     except RunStoppedError as error:
