@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ca2st.errors import CA2STError, EnvironmentFault
+from ray_jobs.ray_access import first_line
 
 NODE_SECONDS = 120.0
 """A cold interpreter that imports torch on a busy node takes most of a minute."""
@@ -141,18 +142,14 @@ def _answer(ticket: Any) -> Any:
     except RayTaskError as error:
         return _raised(error)
     except RayError as error:
-        return NodeFailure(what=f"{type(error).__name__}: {_first_line(error)}")
+        return NodeFailure(what=f"{type(error).__name__}: {first_line(error)}")
 
 
 def _raised(error: Any) -> NodeFailure:
     cause = error.cause
     if isinstance(cause, CA2STError):
         return NodeFailure(what=str(cause), error=cause)
-    what = f"{type(cause).__name__}: {_first_line(cause)}"
+    what = f"{type(cause).__name__}: {first_line(cause)}"
     if isinstance(cause, ImportError) or "No module named" in str(cause):
         what += " (is ca2st installed there as here?)"
     return NodeFailure(what=what, error=cause if isinstance(cause, Exception) else None)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "no message")
