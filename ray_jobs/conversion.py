@@ -97,8 +97,8 @@ def joined_pool(
     `encode` is what the decode children run, a module-level function. Raises as `convert_on_cluster` does.
     """
     from ray_jobs.every_node import living_nodes, on_every_node
-    from sharding.node_facts import node_facts, probe_of, refuse_unlike_nodes
-    from sharding.ray_workers import node_facts_in_ray, ray_pool
+    from sharding.cluster.node_facts import node_facts, probe_of, refuse_unlike_nodes
+    from sharding.cluster.ray_workers import node_facts_in_ray, ray_pool
 
     nodes = [node for node in living_nodes() if node.resources.get("CPU", 0) >= 1]
     config = replace(config, workers=workers_on(nodes, num_workers))

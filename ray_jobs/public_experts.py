@@ -11,7 +11,7 @@ from ca2st.weights.hub import HubAccess
 from ca2st.weights.hub_names import is_hub_name
 from ca2st.weights.imported import ImportedExperts
 from ca2st.weights.sizes import UnwrittenSizes
-from ray_jobs.config import Recipe
+from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import say
 
 IMPORTED_FOLDER = "imported"

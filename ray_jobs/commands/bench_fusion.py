@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ray_jobs.fusion_bench import FusionBenchConfig, FusionReport, FusionSummary
+    from ray_jobs.synthetic.fusion_bench import FusionBenchConfig, FusionReport, FusionSummary
 
 
 EXAMPLE = "Example: ca2st bench fusion --task binding --seeds 3 --models cava,late_add --table binding.json"
@@ -36,8 +36,8 @@ def fusion(
 ) -> None:
     """Ways to join the same frozen experts, each trained with the same budget and several seeds, in one table."""
     from ray_jobs.console import print_json, result
-    from ray_jobs.fusion_bench import FusionBenchConfig, fusion_facts, run_fusion_bench
     from ray_jobs.output_file import require_writable_place
+    from ray_jobs.synthetic.fusion_bench import FusionBenchConfig, fusion_facts, run_fusion_bench
 
     names = tuple(name.strip() for name in (models or "").split(",") if name.strip())
     config = FusionBenchConfig(task=task.value, num_seeds=seeds, models=names, difficulty=difficulty)

@@ -21,7 +21,7 @@ def evaluate(
     """
     from pipelines.draws import EvaluationViews
     from ray_jobs.console import print_json, result, table
-    from ray_jobs.evaluation import evaluate_checkpoint
+    from ray_jobs.inference.evaluation import evaluate_checkpoint
     from ray_jobs.sizes import parse_views
 
     clips, crops = parse_views(views)

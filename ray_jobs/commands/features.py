@@ -24,7 +24,7 @@ def features(
     """
     from pipelines.draws import EvaluationViews
     from ray_jobs.console import print_json, result, table
-    from ray_jobs.features import write_features
+    from ray_jobs.inference.features import write_features
     from ray_jobs.sizes import parse_views
 
     clips, crops = parse_views(views)

@@ -19,7 +19,7 @@ def predict(
     """
     from pipelines.draws import EvaluationViews
     from ray_jobs.console import print_json, result
-    from ray_jobs.prediction import predict_videos
+    from ray_jobs.inference.prediction import predict_videos
     from ray_jobs.sizes import parse_views
 
     clips, crops = parse_views(views)

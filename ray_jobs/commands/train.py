@@ -8,7 +8,7 @@ import typer
 from ca2st.errors import UserInputError
 
 if TYPE_CHECKING:
-    from ray_jobs.config import Recipe
+    from ray_jobs.config.recipe import Recipe
 
 RUNS_FOLDER = Path("runs")
 _ONE_OF_TWO = (
@@ -75,7 +75,7 @@ def with_options(overrides: list[str] | None, *, data: str | None, workers: int 
 
 
 def _load(recipe: str, settings: list[str]) -> "Recipe":
-    from ray_jobs.recipe_file import load_recipe
+    from ray_jobs.config.recipe_file import load_recipe
 
     return load_recipe(recipe, settings)
 
@@ -107,11 +107,11 @@ def _train_own_videos(
 def _train(recipe: "Recipe", run_dir: Path, ray_address: str | None, *, accept_open_ray: bool, as_json: bool) -> None:
     from ray_jobs.console import print_json
     from ray_jobs.environment import fault_points
-    from ray_jobs.launch import launch
-    from ray_jobs.start import check_model
-    from ray_jobs.synthetic_data import synthetic_classes, with_synthetic_shards
+    from ray_jobs.running.launch import launch
+    from ray_jobs.running.start import check_model
+    from ray_jobs.running.wiring import check_settings
+    from ray_jobs.synthetic.data import synthetic_classes, with_synthetic_shards
     from ray_jobs.tracking.tracker import read_state
-    from ray_jobs.wiring import check_settings
 
     if (classes := synthetic_classes(recipe)) is not None:  # refused before any clip is drawn
         check_settings(recipe)
@@ -144,8 +144,8 @@ def _print_plan(recipe: "Recipe", run_dir: Path, *, as_json: bool) -> None:
     import torch
 
     from ray_jobs.console import print_json, result
-    from ray_jobs.plan_lines import plan_lines
-    from ray_jobs.run_plan import make_plan
+    from ray_jobs.planning.plan_lines import plan_lines
+    from ray_jobs.planning.run_plan import make_plan
 
     plan = make_plan(recipe, run_dir, device="cuda" if torch.cuda.is_available() else "cpu")
     if as_json:

@@ -125,7 +125,7 @@ def export_checkpoint(
     from ca2st.weights.exporter import export_model
     from ca2st.weights.tensor_file import check_writable_name
     from ray_jobs.console import print_json, result
-    from ray_jobs.trained import load_trained
+    from ray_jobs.inference.trained import load_trained
 
     check_writable_name(out, source=checkpoint)
     report = export_model(load_trained(checkpoint).model, out, names=names.value)

@@ -6,9 +6,9 @@ from pathlib import Path
 from ca2st.durable import write_bytes
 from ray_jobs.explain.explanation import Explanation, require_attention, run_recorded
 from ray_jobs.explain.page import render_page
+from ray_jobs.inference.prediction import Prediction, require_videos
+from ray_jobs.inference.trained import load_trained
 from ray_jobs.output_file import require_writable_place
-from ray_jobs.prediction import Prediction, require_videos
-from ray_jobs.trained import load_trained
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

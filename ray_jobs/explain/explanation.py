@@ -15,10 +15,10 @@ from ca2st.model.holistic import ModelOutput
 from ca2st.spec import MEL_ROW_SECONDS, ClipSpec
 from pipelines.draws import EvaluationViews
 from pipelines.shard_index import ShardIndexCache
-from ray_jobs.evaluation import place_model
-from ray_jobs.prediction import Prediction, likeliest, shards_of_videos
-from ray_jobs.trained import TrainedModel
-from ray_jobs.wiring import evaluation_loader
+from ray_jobs.inference.evaluation import place_model
+from ray_jobs.inference.prediction import Prediction, likeliest, shards_of_videos
+from ray_jobs.inference.trained import TrainedModel
+from ray_jobs.running.wiring import evaluation_loader
 from sharding.manifest import ShardSet
 
 _TOP = 5

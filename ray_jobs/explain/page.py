@@ -12,10 +12,10 @@ from ray_jobs.explain.explanation import Explanation, Sound
 from ray_jobs.explain.pictures import LESS, MORE
 from ray_jobs.explain.places import AudioBox, Places
 from ray_jobs.explain.views import direction_views
+from ray_jobs.inference.prediction import Prediction
 from ray_jobs.pages.axes import Tick, hertz_ticks, seconds_ticks
 from ray_jobs.pages.pictures import frame_jpeg, spectrogram_png
 from ray_jobs.pages.templates import page_environment
-from ray_jobs.prediction import Prediction
 
 MODEL_NAMES = {"cast": "CAST", "cava": "CAVA", "ca2st": "CA\N{SUPERSCRIPT TWO}ST"}
 EXPERT_SENSES = {

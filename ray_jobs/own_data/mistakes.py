@@ -4,10 +4,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_jobs.evaluation import score
+from ray_jobs.inference.evaluation import score
+from ray_jobs.inference.trained import load_trained
 from ray_jobs.own_data.listing import OwnVideos
-from ray_jobs.trained import load_trained
-from ray_jobs.worker import Outcome
+from ray_jobs.running.worker import Outcome
 from sharding.keys import sample_key
 from sharding.manifest import read_shard_set
 

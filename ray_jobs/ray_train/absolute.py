@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ca2st.weights.hub_names import is_hub_name
-from ray_jobs.config import Recipe
+from ray_jobs.config.recipe import Recipe
 
 Place = TypeVar("Place", str, str | None)
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ca2st.errors import EnvironmentFault
+from ray_jobs.config.launch import LaunchConfig, Placement
 from ray_jobs.every_node import Node
-from ray_jobs.launch_config import LaunchConfig, Placement
 
 _SHARE_OF_TYPE = 0.001
 """Of the resource ``accelerator_type:...``, which is there once a node; what Ray itself asks of it."""

@@ -11,10 +11,9 @@ from typing import Any
 from ca2st.errors import CA2STError, EnvironmentFault, RetriesUsedUpError
 from ca2st.training.signals import stop_on_signals
 from ray_jobs import environment
-from ray_jobs.config import Recipe, recipe_document
+from ray_jobs.config.recipe import Recipe, recipe_document
 from ray_jobs.console import say
 from ray_jobs.every_node import living_nodes, this_node
-from ray_jobs.failure_record import error_of
 from ray_jobs.ray_access import LOCAL, RayAccess, first_line, ray_session
 from ray_jobs.ray_train.absolute import with_absolute_paths
 from ray_jobs.ray_train.demand import Demand, check_demand, demand_of, hosts, most_workers
@@ -22,7 +21,8 @@ from ray_jobs.ray_train.launch_folder import LaunchFolder
 from ray_jobs.ray_train.node_check import check_nodes, look_at_data
 from ray_jobs.ray_train.stopping import ended_by_signals
 from ray_jobs.ray_train.supervision import Supervision
-from ray_jobs.worker import Job, Outcome, read_outcome
+from ray_jobs.running.failure_record import error_of
+from ray_jobs.running.worker import Job, Outcome, read_outcome
 
 _LAST_RESORT_SECONDS = 30.0
 """After the workers' grace, for the driver to let go of the cluster by itself."""

@@ -10,9 +10,9 @@ from ray.train.v2.api.callback import UserCallback
 
 from ca2st.errors import EnvironmentFault
 from ray_jobs.every_node import living_nodes
-from ray_jobs.failure_record import FailureRecord, keep_failure
 from ray_jobs.ray_access import first_line
 from ray_jobs.ray_train.launch_folder import LaunchFolder
+from ray_jobs.running.failure_record import FailureRecord, keep_failure
 
 _LOGGER = logging.getLogger(__name__)
 

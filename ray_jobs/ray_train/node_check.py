@@ -74,8 +74,8 @@ def look_around(recipe: Mapping[str, Any], tokens: str, token: str) -> NodeRepor
 def look_at_data(recipe: Mapping[str, Any], *, node: str) -> NodeReport:
     """Versions and data as this process has them."""
     from ray_jobs import environment
-    from ray_jobs.config import recipe_from_document
-    from ray_jobs.wiring import preflight
+    from ray_jobs.config.recipe import recipe_from_document
+    from ray_jobs.running.wiring import preflight
 
     report = NodeReport(node=node, versions=environment.versions(), fingerprints={})
     try:

@@ -9,8 +9,8 @@ from typing import Literal
 from ca2st.errors import CA2STError
 from ca2st.training.signals import StopRequest, stopped_error
 from ray_jobs.console import say
-from ray_jobs.failure_record import FailureRecord, error_of, read_failure
 from ray_jobs.ray_train.launch_folder import LaunchFolder
+from ray_jobs.running.failure_record import FailureRecord, error_of, read_failure
 
 Move = Literal["wait", "finish", "pass stop on", "end stopped", "end failed"]
 FINAL_GRACE_SECONDS = 8.0

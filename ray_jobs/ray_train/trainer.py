@@ -7,12 +7,12 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from ray_jobs.launch_config import LaunchConfig
+from ray_jobs.config.launch import LaunchConfig
 from ray_jobs.ray_train.demand import Demand
 from ray_jobs.ray_train.launch_folder import LaunchFolder
 from ray_jobs.ray_train.lost_workers import LostWorkers
 from ray_jobs.ray_train.worker_life import train_on_worker
-from ray_jobs.worker import Job
+from ray_jobs.running.worker import Job
 
 
 class OwnRayTrainer(TorchTrainer):

@@ -15,10 +15,10 @@ from ca2st.training.journal import JOURNAL_NAME
 from ray_jobs import environment
 from ray_jobs.console import say
 from ray_jobs.every_node import this_node
-from ray_jobs.failure_record import keep_failure, read_failure, record_of
 from ray_jobs.ray_train.launch_folder import LaunchFolder
 from ray_jobs.ray_train.stopping import PREEMPTED, hold, preemption_notice, watching
-from ray_jobs.worker import Job, run
+from ray_jobs.running.failure_record import keep_failure, read_failure, record_of
+from ray_jobs.running.worker import Job, run
 
 Status = Literal["done", "stopped", "failed"]
 _LOGGER = logging.getLogger(__name__)

@@ -9,8 +9,9 @@ from pathlib import Path
 from ca2st import __version__
 from ca2st.weights.hub_names import is_hub_name
 from ray_jobs import environment
-from ray_jobs.config import ExpertsConfig, Recipe
-from ray_jobs.recipe_file import load_recipe, read_recipe
+from ray_jobs.config.recipe import ExpertsConfig, Recipe
+from ray_jobs.config.recipe_file import load_recipe, read_recipe
+from ray_jobs.running.wiring import check_settings
 from ray_jobs.submit.payload import payload, read_wheel, recipe_place
 from ray_jobs.submit.request import (
     JobRequest,
@@ -22,7 +23,6 @@ from ray_jobs.submit.request import (
     submission_id,
 )
 from ray_jobs.submit.wheel import project_wheel
-from ray_jobs.wiring import check_settings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from ray_jobs.ray_access import ACCEPT_OPEN
 from ray_jobs.redaction import without_credentials
 
 if TYPE_CHECKING:
-    from ray_jobs.config import Recipe
+    from ray_jobs.config.recipe import Recipe
 
 _SECONDS_BEYOND_GRACE = 30
 

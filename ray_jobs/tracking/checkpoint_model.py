@@ -48,7 +48,7 @@ class CheckpointModel(PythonModel):
             DataDamageError: the checkpoint is not what was written.
         """
         from pipelines.draws import EvaluationViews
-        from ray_jobs.prediction import predict_videos
+        from ray_jobs.inference.prediction import predict_videos
 
         require_checkpoint(self._checkpoint, self._sha256)
         asked = _VIEWS | (params or {})

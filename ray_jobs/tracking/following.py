@@ -13,9 +13,10 @@ from typing import IO
 
 from ca2st.training.documents import flatten
 from ray_jobs import environment
-from ray_jobs.config import Recipe, recipe_document
+from ray_jobs.config.recipe import Recipe, recipe_document
 from ray_jobs.console import say
 from ray_jobs.redaction import redacted_values, without_credentials
+from ray_jobs.running.wiring import TrainingData
 from ray_jobs.tracking.client import is_making_tables
 from ray_jobs.tracking.inputs import keep_inputs
 from ray_jobs.tracking.orphans import FOLDER_TAG, FOLLOWER_LOCK_NAME, HOST_TAG, is_ready
@@ -26,7 +27,6 @@ from ray_jobs.tracking.state import (
     read_state,
     unsent_bytes,
 )
-from ray_jobs.wiring import TrainingData
 
 _SILENT_SECONDS = 10.0
 _WORKING_SECONDS = 60.0

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlflow.data.dataset_source import DatasetSource
     from mlflow.entities import DatasetInput
 
-    from ray_jobs.wiring import TrainingData
+    from ray_jobs.running.wiring import TrainingData
     from sharding.manifest import Manifest, ShardSet
 
 INPUTS_NAME = "inputs.json"

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ca2st import __version__
 from ca2st.training.checkpoint import MARKER_NAME
+from ray_jobs.config.tracking import model_name
 from ray_jobs.tracking.run_facts import class_names, newest_checkpoint, read_recipe
-from ray_jobs.tracking_config import model_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from ca2st import __version__
 from ca2st.training.documents import flatten
+from ray_jobs.config.tracking import model_name
 from ray_jobs.pages.templates import page_environment
 from ray_jobs.redaction import redacted
 from ray_jobs.tracking.run_facts import RunFacts
-from ray_jobs.tracking_config import model_name
 
 if TYPE_CHECKING:
     from jinja2 import Environment

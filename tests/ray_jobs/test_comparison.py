@@ -11,7 +11,8 @@ from ca2st.errors import UserInputError
 from ca2st.model.parameters import count_parameters
 from ca2st.training.journal import read_events
 from pipelines.draws import EvaluationViews
-from ray_jobs.comparison import (
+from ray_jobs.inference.trained import load_trained
+from ray_jobs.synthetic.comparison import (
     CEILING,
     CLIPS_PER_SECOND,
     COMPARED,
@@ -22,7 +23,6 @@ from ray_jobs.comparison import (
     recipe_of,
     run_contest,
 )
-from ray_jobs.trained import load_trained
 from sharding.synthetic.ceilings import SENSE_SETS, ceilings
 from support.tiny_world import WORLD, make_world_set, tiny_recipe
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from ca2st.errors import UserInputError
-from ray_jobs.config import identity_settings, recipe_document, recipe_from_document, stored_recipe
+from ray_jobs.config.recipe import identity_settings, recipe_document, recipe_from_document, stored_recipe
+from ray_jobs.config.recipe_file import known_recipes, load_recipe
 from ray_jobs.errors import RecipeError
-from ray_jobs.recipe_file import known_recipes, load_recipe
-from ray_jobs.wiring import check_settings
+from ray_jobs.running.wiring import check_settings
 
 RECIPE = """\
 name = "mine"

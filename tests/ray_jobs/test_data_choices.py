@@ -12,11 +12,11 @@ from ca2st.training.documents import differences
 from ca2st.training.record import RunRecord, identity
 from pipelines.errors import PlanError
 from ray_jobs.cli import app
-from ray_jobs.config import Recipe, identity_settings, recipe_document, recipe_from_document
+from ray_jobs.config.recipe import Recipe, identity_settings, recipe_document, recipe_from_document
+from ray_jobs.config.recipe_file import load_recipe
+from ray_jobs.config.toml_lines import key_lines
 from ray_jobs.errors import RecipeError
-from ray_jobs.recipe_file import load_recipe
-from ray_jobs.toml_lines import key_lines
-from ray_jobs.wiring import open_data, preflight, sample_plan, train_loader
+from ray_jobs.running.wiring import open_data, preflight, sample_plan, train_loader
 from sharding.manifest import LabelSpace
 from support.fake_shards import make_samples, make_shard_set
 

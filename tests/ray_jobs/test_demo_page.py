@@ -22,18 +22,18 @@ from ca2st.errors import DataDamageError
 from ca2st.training.losses import smoothed_targets
 from ca2st.training.metrics import confusion_matrix
 from ray_jobs.commands.demo import _print_report
-from ray_jobs.comparison import COMPARED, ComparisonRow
-from ray_jobs.config import recipe_document
-from ray_jobs.demo_page.answers import Answers, Factors, factors_of_set, read_all_answers, shown
-from ray_jobs.demo_page.clips import choose_clips
-from ray_jobs.demo_page.confusion import confusion_chart
-from ray_jobs.demo_page.curves import least_loss, loss_chart, smoothed
-from ray_jobs.demo_page.page import render_demo_page, write_demo_page
-from ray_jobs.demo_page.tables import MODEL_NAMES, model_results
-from ray_jobs.demo_report import DemoReport, next_steps
+from ray_jobs.config.recipe import recipe_document
+from ray_jobs.inference.prediction import Prediction, VideoPrediction
 from ray_jobs.pages.clip_pictures import read_pictures
-from ray_jobs.prediction import Prediction, VideoPrediction
-from ray_jobs.pretraining import PretrainedExpert
+from ray_jobs.synthetic.comparison import COMPARED, ComparisonRow
+from ray_jobs.synthetic.demo_page.answers import Answers, Factors, factors_of_set, read_all_answers, shown
+from ray_jobs.synthetic.demo_page.clips import choose_clips
+from ray_jobs.synthetic.demo_page.confusion import confusion_chart
+from ray_jobs.synthetic.demo_page.curves import least_loss, loss_chart, smoothed
+from ray_jobs.synthetic.demo_page.page import render_demo_page, write_demo_page
+from ray_jobs.synthetic.demo_page.tables import MODEL_NAMES, model_results
+from ray_jobs.synthetic.demo_report import DemoReport, next_steps
+from ray_jobs.synthetic.pretraining import PretrainedExpert
 from sharding.manifest import read_manifest, read_shard_set
 from sharding.synthetic.labels import labels_of
 from support.tiny_world import WORLD, make_world_set, tiny_recipe, world_key

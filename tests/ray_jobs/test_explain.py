@@ -31,7 +31,7 @@ from ray_jobs.explain.places import Places
 from ray_jobs.explain.views import direction_views
 from ray_jobs.pages.axes import hertz_of_bin, hertz_ticks, seconds_ticks
 from ray_jobs.pages.pictures import spectrogram_png
-from ray_jobs.wiring import evaluation_loader
+from ray_jobs.running.wiring import evaluation_loader
 from sharding.manifest import ShardSet
 from support.fake_shards import make_samples, make_shard_set
 from support.media import Sound, make_clip

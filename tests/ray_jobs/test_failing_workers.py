@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_jobs.local_processes import death_of, ended_badly
+from ray_jobs.running.local_processes import death_of, ended_badly
 from support.tiny_runs import ca2st, journal, make_tiny_run, sequence
 
 
@@ -36,7 +36,7 @@ def test_t4_workers_that_end_well_are_waited_for() -> None:
 
 
 def test_t4_who_fails_first_is_blamed_and_the_rest_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray_jobs.local_processes._LAST_WORDS_SECONDS", 1.0)
+    monkeypatch.setattr("ray_jobs.running.local_processes._LAST_WORDS_SECONDS", 1.0)
     assert blamed((end, 0, 60), (end, 3), (end, 4, 0.3)) == (1, [-signal.SIGKILL, 3, 4])
 
 
@@ -45,7 +45,7 @@ def test_t12_who_is_ended_by_a_signal_is_blamed_for_the_connections_that_broke()
 
 
 def test_t3_a_stopped_worker_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray_jobs.local_processes._LAST_WORDS_SECONDS", 0.5)
+    monkeypatch.setattr("ray_jobs.running.local_processes._LAST_WORDS_SECONDS", 0.5)
     assert blamed((end, 4, 0.2), (end_by, signal.SIGSTOP)) == (0, [4, -signal.SIGKILL])
 
 

@@ -14,7 +14,7 @@ from ca2st.training.errors import (
     OutOfMemoryFault,
     PeerFailedError,
 )
-from ray_jobs.failure_record import (
+from ray_jobs.running.failure_record import (
     FAILURE_NAME,
     FailureRecord,
     error_of,

@@ -10,9 +10,10 @@ import torch
 
 from ca2st.errors import DataDamageError, UserInputError
 from pipelines.draws import EvaluationViews
-from ray_jobs import cli, features
-from ray_jobs.features import METADATA_KEY, write_features
-from ray_jobs.wiring import evaluation_loader
+from ray_jobs import cli
+from ray_jobs.inference import features
+from ray_jobs.inference.features import METADATA_KEY, write_features
+from ray_jobs.running.wiring import evaluation_loader
 from sharding.manifest import LabelSpace, ShardSet
 from support.fake_shards import flip_byte, make_samples, make_shard_set, members_of
 from support.trained import trained_model

@@ -18,12 +18,12 @@ from ca2st.training.errors import ResumeRefusedError
 from ca2st.weights.exporter import export_model
 from pipelines.draws import EvaluationViews
 from ray_jobs.cli import main
-from ray_jobs.config import Recipe
-from ray_jobs.evaluation import EvaluationReport, evaluate_checkpoint
-from ray_jobs.launch import launch
-from ray_jobs.recipe_file import load_recipe
-from ray_jobs.start import begin_model, check_label_spaces, read_start
-from ray_jobs.trained import find_checkpoint, load_trained
+from ray_jobs.config.recipe import Recipe
+from ray_jobs.config.recipe_file import load_recipe
+from ray_jobs.inference.evaluation import EvaluationReport, evaluate_checkpoint
+from ray_jobs.inference.trained import find_checkpoint, load_trained
+from ray_jobs.running.launch import launch
+from ray_jobs.running.start import begin_model, check_label_spaces, read_start
 from sharding.manifest import LabelSpace
 from support.fake_shards import make_samples, make_shard_set
 from support.models import tiny_model

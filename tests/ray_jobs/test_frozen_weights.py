@@ -8,7 +8,7 @@ import torch
 from ca2st.model.parameters import set_trainable
 from ca2st.training.state import trained_tensors
 from ca2st.weights.errors import WeightsDamageError, WeightsMismatchError
-from ray_jobs.frozen_weights import ADDED, EXPERTS_FOLDER, frozen_state, keep_frozen, load_frozen
+from ray_jobs.running.frozen_weights import ADDED, EXPERTS_FOLDER, frozen_state, keep_frozen, load_frozen
 from support.models import tiny_model, wake
 
 

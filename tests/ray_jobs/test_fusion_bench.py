@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from ca2st.errors import UserInputError
-from ray_jobs import fusion_bench
 from ray_jobs.cli import main
-from ray_jobs.comparison import COMPARED, ComparisonRow, Contest, recipe_of
-from ray_jobs.demo import LESSONS
-from ray_jobs.fusion_bench import (
+from ray_jobs.config.recipe_file import load_recipe
+from ray_jobs.running.wiring import outline_model
+from ray_jobs.synthetic import fusion_bench
+from ray_jobs.synthetic.comparison import COMPARED, ComparisonRow, Contest, recipe_of
+from ray_jobs.synthetic.data import synthetic_classes
+from ray_jobs.synthetic.demo import LESSONS
+from ray_jobs.synthetic.fusion_bench import (
     FusionBenchConfig,
     FusionReport,
     fusion_facts,
@@ -20,11 +23,8 @@ from ray_jobs.fusion_bench import (
     separated,
     summarise,
 )
-from ray_jobs.fusion_tasks import ABLATIONS, FUSION_TASKS
-from ray_jobs.pretraining import PretrainedExpert
-from ray_jobs.recipe_file import load_recipe
-from ray_jobs.synthetic_data import synthetic_classes
-from ray_jobs.wiring import outline_model
+from ray_jobs.synthetic.pretraining import PretrainedExpert
+from ray_jobs.synthetic.tasks import ABLATIONS, FUSION_TASKS
 from sharding.synthetic.ceilings import SENSE_SETS
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ca2st.errors import UserInputError
-from ray_jobs.launch_config import LaunchConfig
+from ray_jobs.config.launch import LaunchConfig
 
 
 @pytest.mark.parametrize(

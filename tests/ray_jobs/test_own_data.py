@@ -17,13 +17,13 @@ from ca2st.weights.expert_file import EXPERT_KEY
 from ca2st.weights.experts import expert_state
 from ca2st.weights.tensor_file import read_tensor_file, write_tensor_file
 from ray_jobs.commands.train import train
+from ray_jobs.config.recipe_file import load_recipe
+from ray_jobs.inference.trained import load_trained
 from ray_jobs.own_data.choices import Facts, choose, settings_of, short_side
 from ray_jobs.own_data.command import train_own_videos
 from ray_jobs.own_data.expert_sizes import ExpertSizes, published_sizes, read_expert_sizes
 from ray_jobs.own_data.listing import OwnVideos, list_videos, validation_names
 from ray_jobs.own_data.training import plan_training
-from ray_jobs.recipe_file import load_recipe
-from ray_jobs.trained import load_trained
 from sharding.errors import AnnotationError, RejectBudgetError
 from support.annotations import touch
 from support.media import Sound, make_clip

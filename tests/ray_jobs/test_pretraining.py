@@ -11,12 +11,12 @@ from ca2st.errors import EnvironmentFault
 from ca2st.model.build import build_model
 from ca2st.training.journal import read_events
 from ca2st.weights.experts import load_expert_file
-from ray_jobs import pretraining
-from ray_jobs.config import Recipe
+from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import say
-from ray_jobs.pretraining import Lesson, PretrainedExpert, _recipe_of, _Run, _views_of, pretrain
-from ray_jobs.trained import load_trained
-from ray_jobs.worker import OUTCOME_NAME
+from ray_jobs.inference.trained import load_trained
+from ray_jobs.running.worker import OUTCOME_NAME
+from ray_jobs.synthetic import pretraining
+from ray_jobs.synthetic.pretraining import Lesson, PretrainedExpert, _recipe_of, _Run, _views_of, pretrain
 from support.tiny_world import make_world_set, tiny_recipe
 
 DONE = PretrainedExpert(expert="audio", factor="audio", top1=0.5, file="f")

@@ -13,11 +13,11 @@ from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.weights.hub import HubAccess
 from ca2st.weights.tensor_file import read_tensor_file
 from ray_jobs.cli import main
-from ray_jobs.config import recipe_from_document
+from ray_jobs.config.recipe import recipe_from_document
+from ray_jobs.inference.trained import load_trained
 from ray_jobs.public_experts import with_local_experts
-from ray_jobs.start import check_model
-from ray_jobs.trained import load_trained
-from ray_jobs.wiring import make_model, preflight
+from ray_jobs.running.start import check_model
+from ray_jobs.running.wiring import make_model, preflight
 from support.fake_hub import fake_hub
 from support.foreign import ast_state, awake_expert, clip_state, videomae_state
 from support.tiny_runs import make_tiny_run

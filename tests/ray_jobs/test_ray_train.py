@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 
 from ca2st.errors import EnvironmentFault
-from ray_jobs.config import ExpertsConfig, StartConfig, recipe_document
-from ray_jobs.data_config import MixtureSet
+from ray_jobs.config.data import MixtureSet
+from ray_jobs.config.launch import LaunchConfig
+from ray_jobs.config.recipe import ExpertsConfig, StartConfig, recipe_document
+from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.every_node import Node, NodeFailure
-from ray_jobs.launch_config import LaunchConfig
 from ray_jobs.ray_train import node_check
 from ray_jobs.ray_train.absolute import with_absolute_paths
 from ray_jobs.ray_train.demand import check_demand, demand_of, hosts, most_workers
 from ray_jobs.ray_train.launch_folder import LaunchFolder
 from ray_jobs.ray_train.node_check import NodeReport, judge, sees
-from ray_jobs.recipe_file import load_recipe
 
 HEAD = Node(address="10.0.0.1", node_id="a" * 56, resources={"CPU": 4.0, "memory": 1e9})
 BIG = Node(address="10.0.0.2", node_id="b" * 56, resources={"CPU": 8.0, "GPU": 4.0, "accelerator_type:H100": 1.0})

@@ -15,15 +15,15 @@ import pytest
 from ca2st.errors import DataDamageError, RetriesUsedUpError
 from ca2st.training.errors import InterruptedRunError, TerminatedError
 from ca2st.training.signals import StopRequest
-from ray_jobs.config import Recipe
-from ray_jobs.failure_record import FailureRecord, keep_failure
+from ray_jobs.config.recipe import Recipe
+from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.ray_train.demand import demand_of
 from ray_jobs.ray_train.driver import Fleet
 from ray_jobs.ray_train.launch_folder import LaunchFolder
 from ray_jobs.ray_train.stopping import ended_by_signals, hold, preemption_notice, watching
 from ray_jobs.ray_train.supervision import FINAL_GRACE_SECONDS, Situation, Supervision, next_move
-from ray_jobs.recipe_file import load_recipe
-from ray_jobs.worker import Job
+from ray_jobs.running.failure_record import FailureRecord, keep_failure
+from ray_jobs.running.worker import Job
 
 WAITING = Situation(
     ended=False, stop_asked=False, since_passed_on=None, started=True, since_final=None, grace_seconds=25.0

@@ -12,14 +12,14 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ca2st.durable import InjectedFault
 from ca2st.errors import DataDamageError
 from ca2st.training.errors import PeerFailedError, TerminatedError
+from ray_jobs.config.launch import LaunchConfig
 from ray_jobs.every_node import Node
-from ray_jobs.failure_record import read_failure
-from ray_jobs.launch_config import LaunchConfig
 from ray_jobs.ray_train import lost_workers, worker_life
 from ray_jobs.ray_train.demand import demand_of
 from ray_jobs.ray_train.launch_folder import LaunchFolder
 from ray_jobs.ray_train.lost_workers import LostWorkers, death_record, died_of
-from ray_jobs.worker import Job, Outcome
+from ray_jobs.running.failure_record import read_failure
+from ray_jobs.running.worker import Job, Outcome
 
 OUTCOME = Outcome(checkpoint="c", steps=16, metrics={}, main_metric="top1")
 

@@ -7,9 +7,9 @@ import pytest
 
 from ca2st.errors import UserInputError
 from ca2st.training.documents import flatten
-from ray_jobs.config import Recipe, recipe_document
+from ray_jobs.config.recipe import Recipe, recipe_document
+from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.errors import RecipeError
-from ray_jobs.recipe_file import load_recipe
 from ray_jobs.redaction import (
     HIDDEN,
     names_a_secret,

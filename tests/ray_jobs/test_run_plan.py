@@ -17,15 +17,15 @@ from ca2st.training.optim import build_optimizer
 from ca2st.training.state import MODEL_FILE, OPTIMIZER_FILE, collect_state
 from pipelines.errors import PlanError
 from ray_jobs.cli import main
-from ray_jobs.config import Recipe, recipe_document
-from ray_jobs.frozen_weights import keep_frozen
-from ray_jobs.plan_lines import plan_lines, readable_bytes
-from ray_jobs.recipe_file import load_recipe
-from ray_jobs.resume_plan import resume_plan
-from ray_jobs.run_plan import batch_plan, disk_plan, make_plan, read_without_traces
-from ray_jobs.step_memory import LiveBytes, StepMemory, guess_step_memory
-from ray_jobs.wiring import make_model, open_data
-from ray_jobs.worker import _parameter_rules
+from ray_jobs.config.recipe import Recipe, recipe_document
+from ray_jobs.config.recipe_file import load_recipe
+from ray_jobs.planning.plan_lines import plan_lines, readable_bytes
+from ray_jobs.planning.resume_plan import resume_plan
+from ray_jobs.planning.run_plan import batch_plan, disk_plan, make_plan, read_without_traces
+from ray_jobs.planning.step_memory import LiveBytes, StepMemory, guess_step_memory
+from ray_jobs.running.frozen_weights import keep_frozen
+from ray_jobs.running.wiring import make_model, open_data
+from ray_jobs.running.worker import _parameter_rules
 from support.tiny_runs import make_tiny_run
 
 CLASSES = {"a": ["x", "y", "z"]}

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from ca2st.errors import EnvironmentFault, UserInputError
 from ray_jobs import environment
 from ray_jobs.cli import app
+from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.errors import RecipeError
 from ray_jobs.ray_access import RayAccess
-from ray_jobs.recipe_file import load_recipe
 from ray_jobs.submit import request as requests_of_jobs
 from ray_jobs.submit.follow import JobFailedError
 from ray_jobs.submit.job_server import connect

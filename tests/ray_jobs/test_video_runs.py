@@ -12,8 +12,8 @@ from pipelines.draws import AugmentConfig, EvaluationViews
 from pipelines.loader import TrainLoader
 from pipelines.loader_config import LoaderConfig
 from pipelines.sampling import SamplingConfig
-from ray_jobs.evaluation import score
-from ray_jobs.prediction import shards_of_videos
+from ray_jobs.inference.evaluation import score
+from ray_jobs.inference.prediction import shards_of_videos
 from sharding.conversion import ConversionConfig
 from sharding.manifest import ShardSet
 from support.media import make_clip

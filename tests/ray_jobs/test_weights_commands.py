@@ -15,9 +15,9 @@ from ca2st.weights import read_model_file
 from ca2st.weights.tensor_file import read_tensor_file
 from ray_jobs.cli import main
 from ray_jobs.commands.weights import Kind
-from ray_jobs.config import recipe_from_document
-from ray_jobs.trained import load_trained
-from ray_jobs.wiring import make_model
+from ray_jobs.config.recipe import recipe_from_document
+from ray_jobs.inference.trained import load_trained
+from ray_jobs.running.wiring import make_model
 from support.fake_hub import COMMIT, fake_hub
 from support.foreign import awake_expert, clip_state, videomae_state
 from support.tiny_runs import make_tiny_run

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ca2st.errors import EnvironmentFault
-from sharding import cluster_pool
 from sharding.audio_cut import EncodedAudio
-from sharding.cluster_pool import ClusterPool, Lost
+from sharding.cluster import pool as cluster_pool
+from sharding.cluster.pool import ClusterPool, Lost
 from sharding.decode_child import EncodedClip, Rejected
 from sharding.encoded_video import EncodedVideo
 from sharding.errors import UnlikeNodeError

@@ -6,8 +6,8 @@ from typing import Any
 from ca2st.training.config import OptimConfig, TrainingConfig
 from pipelines.loader_config import LoaderConfig
 from pipelines.sampling import SamplingConfig
-from ray_jobs.config import Recipe, TrackingConfig
-from ray_jobs.data_config import DataConfig, SyntheticData
+from ray_jobs.config.data import DataConfig, SyntheticData
+from ray_jobs.config.recipe import Recipe, TrackingConfig
 from sharding.keys import sample_key
 from sharding.manifest import ShardSet
 from sharding.synthetic.labels import label_spaces, labels_of

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ray_jobs.running.wiring import TrainingData
 from ray_jobs.tracking.following import followed
 from ray_jobs.tracking.state import read_state, unsent_bytes
-from ray_jobs.wiring import TrainingData
 from support.fake_shards import make_samples, make_shard_set
 from support.tiny_world import tiny_recipe
 from support.tracked_runs import end, start, write

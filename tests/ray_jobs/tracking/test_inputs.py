@@ -8,8 +8,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.data import get_source
 
+from ray_jobs.running.wiring import TrainingData
 from ray_jobs.tracking.inputs import INPUTS_NAME, keep_inputs, log_inputs, read_inputs
-from ray_jobs.wiring import TrainingData
 from sharding.location import RemoteFolder
 from sharding.manifest import ShardSet
 from support.fake_shards import make_samples, make_shard_set

@@ -8,10 +8,10 @@ import pytest
 
 from ca2st.errors import UserInputError
 from ray_jobs.cli import main
-from ray_jobs.data_config import SyntheticData
+from ray_jobs.config.data import SyntheticData
+from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.errors import RecipeError
-from ray_jobs.recipe_file import load_recipe
-from ray_jobs.synthetic_data import make_split
+from ray_jobs.synthetic.data import make_split
 from sharding.manifest import read_manifest
 
 

@@ -1,0 +1,158 @@
+"""A recipe as a TOML file, with its preset expanded and settings of the command line put over it."""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from ca2st.errors import UserInputError
+from ca2st.model.presets import find_preset
+from ray_jobs.config.mistakes import dates_in, place_of, told
+from ray_jobs.config.recipe import Recipe, recipe_from_document
+from ray_jobs.config.toml_lines import key_lines
+from ray_jobs.errors import RecipeError
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or one that ships with the package by its name, with ``a.b=value`` overrides.
+
+    Raises:
+        UserInputError: no such recipe.
+        RecipeError: every mistake in it, with file:line.
+    """
+    text, source = read_recipe(name_or_path)
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{source}: not valid TOML: {error}") from error
+    for override in overrides:
+        _apply_override(document, override)
+    lines = key_lines(text)
+    if dates := list(dates_in(document)):
+        raise RecipeError(
+            "\n".join(
+                f"{place_of(key, source=source, lines=lines, overrides=overrides)}: {key}: expected no date or time, "
+                f'found {found}; write text in quotes: "{found}"'
+                for key, found in dates
+            )
+        )
+    try:
+        _expand_preset(document)
+    except UserInputError as error:
+        where = place_of("model.preset", source=source, lines=lines, overrides=overrides)
+        raise RecipeError(f"{where}: model.{error}") from error
+    try:
+        return recipe_from_document(document)
+    except pydantic.ValidationError as error:
+        mistakes = list(_every_mistake(document, error, source=source, lines=lines, overrides=overrides))
+        raise RecipeError("\n".join(dict.fromkeys(mistakes))) from error
+
+
+def _every_mistake(
+    document: dict[str, Any],
+    error: pydantic.ValidationError,
+    *,
+    source: str,
+    lines: Mapping[str, int],
+    overrides: Sequence[str],
+) -> Iterator[str]:
+    """The mistakes of `error`, and those that hide behind them.
+
+    A section names one value that it refuses at a time, and sections are compared once each of them is right. So what
+    was refused is taken out and the rest is read again, as long as something is taken out. What is then refused and
+    speaks of a key that was taken out may be about its default, and is not told.
+    """
+    removed: set[str] = set()
+    while True:
+        before = frozenset(removed)
+        for mistake in error.errors():
+            for key, line in told(mistake, Recipe, source=source, lines=lines, overrides=overrides):
+                if not before or not before & set(re.findall(r"\w+", line.removeprefix(source))):
+                    yield line
+                if _take_out(document, key):
+                    removed.add(key.rpartition(".")[2])
+        if removed == before:
+            return
+        try:
+            recipe_from_document(document)
+        except pydantic.ValidationError as more:
+            error = more
+        else:
+            return
+
+
+def _take_out(document: dict[str, Any], path: str) -> bool:
+    """Remove the key `path`, never a whole section; False where it is none or not there."""
+    *tables, key = path.split(".")
+    inner: Any = document
+    for table in tables:
+        inner = inner.get(table) if isinstance(inner, dict) else None
+    if not isinstance(inner, dict) or key not in inner or isinstance(inner[key], dict):
+        return False
+    del inner[key]
+    return True
+
+
+def known_recipes() -> list[str]:
+    """File names of the recipes that ship with the package."""
+    folder = resources.files("ray_jobs") / "recipes"
+    return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def _expand_preset(document: dict[str, Any]) -> None:
+    """Put the settings of `[model] preset` below those that the recipe gives itself."""
+    model = document.get("model")
+    if not isinstance(model, dict) or "preset" not in model:
+        return
+    own = {key: value for key, value in model.items() if key != "preset"}
+    document["model"] = _below(json.loads(json.dumps(asdict(find_preset(str(model["preset"])).config))), own)
+
+
+def _below(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`own` over `base`, table by table."""
+    merged = dict(base)
+    for key, value in own.items():
+        inner = merged.get(key)
+        merged[key] = _below(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def read_recipe(name_or_path: str) -> tuple[str, str]:
+    """A recipe's text as it was written, and where it is from: its path, or its name in the package.
+
+    Raises:
+        UserInputError: no such recipe.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path.read_text(encoding="utf-8"), str(path)
+    name = name_or_path if name_or_path.endswith(".toml") else f"{name_or_path}.toml"
+    known = known_recipes()
+    if name in known:
+        return (resources.files("ray_jobs") / "recipes" / name).read_text(encoding="utf-8"), name
+    raise UserInputError(
+        f"recipe {name_or_path}: no such file, nor a recipe of the package; those are {', '.join(known)}"
+    )
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"--set: expected section.key=value, found {override!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *tables, key = path.split(".")
+    for table in tables:
+        inner = document.setdefault(table, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {override}: {table} is a value, not a section")
+        document = inner
+    document[key] = value

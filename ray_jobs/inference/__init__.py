@@ -1,0 +1,1 @@
+"""A trained run used: evaluated, asked for predictions, its features written."""

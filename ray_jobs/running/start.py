@@ -1,0 +1,207 @@
+"""Fine-tuning: how a new run begins with the weights of a trained model.
+
+The start is read when a run begins; from its first checkpoint on the run has everything it needs in its own folder, so
+the model it began with may be gone when it resumes. As long as it is there it must be the same one.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load
+from torch import Tensor
+
+from ca2st.errors import UserInputError
+from ca2st.model.holistic import HolisticModel
+from ca2st.training.checkpoint import (
+    CHECKPOINTS_NAME,
+    MARKER_NAME,
+    CheckpointMarker,
+    list_checkpoints,
+    read_checkpoint,
+    read_marker,
+)
+from ca2st.training.errors import CheckpointDamagedError
+from ca2st.training.state import MODEL_FILE
+from ca2st.weights.errors import WeightsMismatchError
+from ca2st.weights.model_file import ModelDescription, read_description, refuse_published_names
+from ca2st.weights.tensor_file import read_tensor_file
+from ca2st.weights.transfer import transfer_weights
+from ray_jobs.config.recipe import Recipe, StartConfig, stored_recipe
+from ray_jobs.inference.trained import RUN_DOCUMENT, find_checkpoint
+from ray_jobs.running.frozen_weights import frozen_state, load_frozen
+from ray_jobs.running.wiring import make_model, outline_model, target_specs
+
+Classes = Mapping[str, Sequence[str]]
+"""Class names of each label space."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BegunModel:
+    """The model of a run before its first step, or before what it resumes is put in."""
+
+    model: HolisticModel
+    identity: Mapping[str, str] = field(default_factory=dict)
+    """What it began with: ``sha256`` of a checkpoint's COMPLETE.json or of a model file; empty for no start."""
+    note: Mapping[str, Any] = field(default_factory=dict)
+    """For the journal: the same, its name, and which tensors were kept (how many), resized and fresh (their names)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartSource:
+    """A trained model as it was found."""
+
+    where: Path
+    """Checkpoint folder or model file."""
+    sha256: str
+    """Of the checkpoint's COMPLETE.json, which names every byte of it, or of the file."""
+    state: Mapping[str, Tensor]
+    """All its tensors, by the names of its whole model."""
+    description: ModelDescription
+    """What it is made of."""
+    classes: Classes | None
+    """Class names of its targets; None where only their numbers are known."""
+
+
+def begin_model(recipe: Recipe, classes: Classes, run_dir: Path) -> BegunModel:
+    """The recipe's model with the weights it begins with.
+
+    Raises:
+        UserInputError: the start is not there, or does not fit; see `read_start` and `check_label_spaces`.
+        WeightsMismatchError: its tensors do not fit the model.
+        DataDamageError: its bytes are not those that were written.
+    """
+    model = make_model(recipe, {name: list(names) for name, names in classes.items()})
+    if recipe.start is None:
+        return BegunModel(model=model)
+    path = Path(recipe.start.checkpoint)
+    if not path.exists() and (own := _own_marker(run_dir)) is not None:
+        load_frozen(model, own.experts, run_dir)
+        return BegunModel(model=model, identity=own.start, note={**own.start, "checkpoint": None})
+    return _transferred(model, read_start(path), recipe.start, classes)
+
+
+def check_model(recipe: Recipe, classes: Classes, run_dir: Path) -> Mapping[str, Any]:
+    """Refuse what would fail when the workers make their models, without allocating one; returns the start's note.
+
+    Raises:
+        UserInputError: as `begin_model`, or what is to be trained names nothing, or an expert's file does not fit.
+    """
+    model = outline_model(recipe, {name: list(names) for name, names in classes.items()})
+    if recipe.start is None:
+        return {}
+    path = Path(recipe.start.checkpoint)
+    if not path.exists() and (own := _own_marker(run_dir)) is not None:
+        return {**own.start, "checkpoint": None}
+    return _transferred(model, read_start(path), recipe.start, classes).note
+
+
+def read_start(path: Path) -> StartSource:
+    """Read a checkpoint or run folder, or a model file, and verify every byte that can be.
+
+    Raises:
+        UserInputError: neither is there, or the file holds no whole model of ours.
+        DataDamageError: bytes are not those that were written.
+    """
+    if path.is_dir():
+        return _checkpoint_source(find_checkpoint(path))
+    if not path.is_file():
+        raise UserInputError(
+            f"start.checkpoint: expected a checkpoint folder, a run folder or a model file, found nothing at {path}; "
+            "check the path"
+        )
+    if path.suffix != ".safetensors":
+        raise UserInputError(
+            "start.checkpoint: expected a checkpoint folder, a run folder or a model file that ends in .safetensors, "
+            f"found {path}; give the model that `ca2st weights import` or `export` wrote"
+        )
+    file = read_tensor_file(path)
+    description = read_description(file.metadata, where=str(path))
+    if description is None:
+        raise WeightsMismatchError(
+            f"{path}: expected a whole model of `ca2st weights import` or `export`, found tensors alone; "
+            "name the file of a single expert under [experts]"
+        )
+    refuse_published_names(file.tensors, description, path=path)
+    with path.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return StartSource(where=path, sha256=sha256, state=file.tensors, description=description, classes=None)
+
+
+def check_label_spaces(source: StartSource, classes: Classes) -> None:
+    """Refuse to keep the head of a model whose classes are others.
+
+    Raises:
+        UserInputError: a label space of the same name has other classes, or none has the same name.
+    """
+    old: dict[str, int] = {target.name: target.num_classes for target in source.description.targets}
+    shared = [name for name in classes if name in old]
+    if not shared:
+        raise UserInputError(
+            f'start.head: "keep" needs a label space in common, found {", ".join(classes)} here and {", ".join(old)} '
+            f'in {source.where}; set start.head = "new"'
+        )
+    for name in shared:
+        names = None if source.classes is None else list(source.classes[name])
+        if old[name] != len(classes[name]) or (names is not None and names != list(classes[name])):
+            raise UserInputError(
+                f'start.head: "keep" needs the same classes, found label space {name!r} with '
+                f"{_told(list(classes[name]), names)} here and {old[name]} classes in {source.where}; "
+                'set start.head = "new", or convert with one class list'
+            )
+
+
+def _told(here: list[str], there: list[str] | None) -> str:
+    if there is None or len(here) != len(there):
+        return f"{len(here)} classes"
+    first = next(index for index, (new, old) in enumerate(zip(here, there, strict=True)) if new != old)
+    return f"{len(here)} classes (class {first} is {here[first]!r}, there {there[first]!r})"
+
+
+def _transferred(model: HolisticModel, source: StartSource, start: StartConfig, classes: Classes) -> BegunModel:
+    if start.head == "keep":
+        check_label_spaces(source, classes)
+    report = transfer_weights(
+        model,
+        source.state,
+        source=source.description,
+        where=str(source.where),
+        resize_positions=start.resize_positions,
+        new_head=start.head == "new",
+    )
+    identity = {"sha256": source.sha256}
+    note = {
+        **identity,
+        "checkpoint": str(source.where),
+        "kept": len(report.kept),
+        "resized": list(report.resized),
+        "fresh": list(report.fresh),
+    }
+    return BegunModel(model=model, identity=identity, note=note)
+
+
+def _checkpoint_source(folder: Path) -> StartSource:
+    checkpoint = read_checkpoint(folder)
+    document = json.loads(checkpoint.files[f"{RUN_DOCUMENT}.json"])
+    recipe, classes = stored_recipe(document["recipe"], where=str(folder)), document["classes"]
+    frozen = frozen_state(checkpoint.marker.experts, folder.parent.parent)
+    return StartSource(
+        where=folder,
+        sha256=hashlib.sha256((folder / MARKER_NAME).read_bytes()).hexdigest(),
+        state=frozen | load(checkpoint.files[MODEL_FILE]),
+        description=ModelDescription(model=recipe.model, clip=recipe.clip, targets=target_specs(classes)),
+        classes=classes,
+    )
+
+
+def _own_marker(run_dir: Path) -> CheckpointMarker | None:
+    """The newest readable marker of the run's own checkpoints; which of them is sound is decided at resume."""
+    for folder in list_checkpoints(run_dir / CHECKPOINTS_NAME):
+        try:
+            return read_marker(folder)
+        except CheckpointDamagedError:
+            continue
+    return None

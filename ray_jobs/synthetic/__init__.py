@@ -1,0 +1,1 @@
+"""The proof of learning on the synthetic world: experts, comparison, benches, demo."""

@@ -1,0 +1,1 @@
+"""Conversion on the nodes of a Ray cluster."""
