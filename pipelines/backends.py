@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -94,7 +95,7 @@ def make_backend(
     """The backend for shards of `codecs`; every choice is explained in one log line, a slow one in a warning.
 
     `device`: the rank's own, used where it is a GPU that decodes the codec; `short_sides`: pixels of the shorter
-    side, by codec.
+    side, by codec. Where one of several backends cannot be made, those made before it are closed.
 
     Raises:
         EnvironmentFault: as `choose_backend`.
@@ -109,7 +110,12 @@ def make_backend(
         level = logging.WARNING if choice.is_slow else logging.INFO
         _log.log(level, "backend %s: %s", choice.backend, choice.reason)
     sizes = _Sizes(num_frames, crop_size, views_per_clip, threads)
-    backends = {codec: _made(choice, codec, sizes, stats, device) for codec, choice in choices.items()}
+    backends: dict[str, ViewBackend] = {}
+    with ExitStack() as on_error:
+        for codec, choice in choices.items():
+            backends[codec] = _made(choice, codec, sizes, stats, device)
+            on_error.callback(backends[codec].close)
+        on_error.pop_all()
     return RoutedBackend(backends) if len(backends) > 1 else next(iter(backends.values()))
 
 

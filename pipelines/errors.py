@@ -2,6 +2,9 @@
 
 from ca2st.errors import CA2STError, DataDamageError, EnvironmentFault, UserInputError
 
+REMEDY = "restore it from a copy or convert it again; `ca2st shard verify` lists all damage"
+"""What to do about a `ShardSetDamageError`."""
+
 
 class PlanError(UserInputError):
     """No order can be made of these samples, batch, lanes and ranks; the message holds the numbers."""

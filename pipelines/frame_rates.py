@@ -10,7 +10,7 @@ from pipelines.errors import SampleDamageError
 from pipelines.sampling import SamplingConfig, frames_per_second, scaled_stride
 from pipelines.shard_index import ShardIndexCache
 from sharding.index import TICKS_PER_SECOND
-from sharding.manifest import ShardSet
+from sharding.shard_set import ShardSet
 
 _MOST_CLIPS = 32
 

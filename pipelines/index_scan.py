@@ -20,7 +20,8 @@ from pipelines.selection import SampleSelector, SelectionConfig, key_ranks, smal
 from pipelines.shard_files import read_index_bytes
 from pipelines.shard_store import ShardStore, open_store
 from pipelines.source import SampleSource
-from sharding.manifest import LabelSpace, ShardEntry, ShardSet
+from sharding.manifest import LabelSpace
+from sharding.shard_set import ShardEntry, ShardSet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,17 +6,49 @@ they never change, while it may change the methods built on them (`integers`, `p
 """
 
 import hashlib
+import threading
 
 import numpy as np
 from numpy.typing import NDArray
 
 Key = tuple[str | int, ...]
+_COUNTER_ZERO = np.zeros(4, dtype=np.uint64)
+_USED_UP = 4
+"""Words of a Philox block: none of the buffered ones is left."""
+
+_FEW = 32
+"""Up to so many words are read one by one: NumPy gives the interpreter away before it fills an array, and to have it
+back from another thread takes far longer than the words."""
+
+
+class _Generator(threading.local):
+    """One generator a thread, set to another key for every stream: a new one would ask the system for entropy first."""
+
+    def __init__(self) -> None:
+        self.philox = np.random.Philox(key=0)
+
+    def set_key(self, key: NDArray[np.uint64]) -> None:
+        """Begin the stream of `key`, two words, at counter zero."""
+        self.philox.state = {
+            "bit_generator": "Philox",
+            "state": {"counter": _COUNTER_ZERO, "key": key},
+            "buffer": _COUNTER_ZERO,
+            "buffer_pos": _USED_UP,
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+
+
+_GENERATOR = _Generator()
 
 
 def raw_words(key: Key, count: int) -> NDArray[np.uint64]:
     """The first `count` 64-bit words of the stream named by `key`."""
     digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=16).digest()
-    words: NDArray[np.uint64] = np.random.Philox(key=np.frombuffer(digest, "<u8")).random_raw(count)
+    _GENERATOR.set_key(np.frombuffer(digest, "<u8"))
+    next_word = _GENERATOR.philox.random_raw
+    words: NDArray[np.uint64]
+    words = next_word(count) if count > _FEW else np.array([next_word() for _ in range(count)], dtype=np.uint64)
     return words
 
 

@@ -13,178 +13,29 @@ it is ready. So `batches(epoch, first_step=k)` is exactly the rest of `batches(e
 """
 
 import logging
-import os
-import weakref
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import TypeVar
 
 import torch
 
 from ca2st.batch import ClipBatch
-from ca2st.errors import CA2STError, UserInputError
+from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
-from pipelines.assembly import BatchAssembler
 from pipelines.augment.config import AugmentConfig
-from pipelines.backends import make_backend
-from pipelines.draws import Draws, EvaluationDraws, EvaluationViews, TrainDraws
-from pipelines.errors import LoaderClosedError
+from pipelines.draws import EvaluationDraws, EvaluationViews, TrainDraws
 from pipelines.loader_config import LoaderConfig
 from pipelines.order_config import OrderConfig
-from pipelines.plan import PlannedSamples
-from pipelines.prefetch import prefetched
 from pipelines.quarantine import Quarantine, quarantine_limit
-from pipelines.sample_plan import SamplePlan, evaluation_plan, training_plan
+from pipelines.rank_loader import RankLoader
+from pipelines.sample_plan import evaluation_plan, training_plan
 from pipelines.sampling import SamplingConfig
-from pipelines.shard_sets import SetReaders
-from pipelines.shards_ahead import ShardsAhead
-from pipelines.stall_watch import StallWatch
-from pipelines.stand_ins import DamageGuard, StandIns
-from pipelines.stats import StageStats, StatsRecorder
-from sharding.manifest import ShardSet
+from sharding.shard_set import ShardSet
 
-L = TypeVar("L", bound="_Loader")
 _log = logging.getLogger(__name__)
 
 
-class _Loader:
-    """What training and evaluation share: the rank's part of a planned shard set, made into batches."""
-
-    def __init__(
-        self,
-        shard_sets: Sequence[ShardSet],
-        clip: ClipSpec,
-        targets: Sequence[str],
-        loader: LoaderConfig,
-        plan: SamplePlan,
-        *,
-        views_per_clip: int,
-        rank: int,
-        world_size: int,
-        device: torch.device | None,
-        quarantine: Quarantine | None = None,
-    ) -> None:
-        plan.require_enough(world_size=world_size)
-        self._plan, self._rank, self._world_size = plan, rank, world_size
-        self.record = plan.record
-        """What the order depends on: kept with every checkpoint, where a resume compares it field by field."""
-        self._positions = plan.positions(rank, world_size)
-        self.num_samples = plan.num_samples
-        """Different samples that are read."""
-        self._prefetch_steps, self._closed = loader.prefetch_steps, False
-        self._stats = StatsRecorder()
-        self._watch = StallWatch(self._stats, timeout_seconds=loader.stall_timeout_seconds)
-        self._iterators: weakref.WeakSet[Generator[ClipBatch, None, None]] = weakref.WeakSet()
-        self._sets = SetReaders(
-            shard_sets,
-            clip,
-            targets,
-            verify=loader.verify,
-            index_cache_bytes=loader.index_cache_bytes,
-            stats=self._stats,
-        )
-        self._assembler = BatchAssembler(
-            clip=clip,
-            sets=self._sets,
-            backend=make_backend(
-                loader.backend,
-                codecs=sorted({shard_set.manifest.video.codec for shard_set in shard_sets}),
-                num_frames=clip.num_frames,
-                crop_size=clip.crop_size,
-                views_per_clip=views_per_clip,
-                threads=loader.decode_threads or usable_cores(),
-                stats=self._stats,
-                device=device if loader.decode_on == "auto" else None,
-                short_sides=_short_sides(shard_sets),
-            ),
-            views_per_clip=views_per_clip,
-            fetch_threads=loader.fetch_threads,
-            stats=self._stats,
-            guard=None
-            if quarantine is None
-            else DamageGuard(quarantine=quarantine, sets=self._sets, stats=self._stats, rank=rank),
-        )
-
-    @property
-    def backend_name(self) -> str:
-        """The backend in use, ``auto`` resolved."""
-        return self._assembler.backend.name
-
-    @property
-    def stats(self) -> StageStats:
-        """Totals so far; subtract two snapshots for a stretch."""
-        return self._stats.snapshot()
-
-    def close(self) -> None:
-        """End the iterators still open, then close the backend and the files."""
-        self._closed = True
-        for iterator in list(self._iterators):
-            iterator.close()
-        if self._watch.has_tripped:
-            return  # a thread that hangs may hold their locks: they end with the process
-        self._assembler.backend.close()
-        self._sets.close()
-
-    def __enter__(self: L) -> L:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _steps(self, epoch: int, draws: Draws, first_step: int) -> Iterator[ClipBatch]:
-        if self._closed:
-            raise LoaderClosedError("the loader is closed; make a new one for more batches")
-        source = prefetched(lambda: self._batches(epoch, draws, first_step), self._prefetch_steps, watch=self._watch)
-        iterator = self._counted(source)
-        self._iterators.add(iterator)
-        return iterator
-
-    def _batches(self, epoch: int, draws: Draws, first_step: int) -> Generator[ClipBatch, None, None]:
-        plan, later = self._plan.epoch(epoch), self._plan.epoch(epoch)
-        stand_ins = StandIns(self._plan.epoch(epoch), global_batch_size=self.record.global_batch_size)
-        steps = range(first_step, plan.num_steps)
-
-        def shards_of(step: int) -> set[int]:
-            return set(later.samples(step, self._positions).shards.tolist())
-
-        lanes = -(-len(self._positions) * self.record.num_lanes // self.record.global_batch_size)
-        with ShardsAhead(self._sets, shards_of, steps, most_waiting=lanes) as ahead:
-
-            def planned(step: int) -> PlannedSamples:
-                ahead.reached(step)
-                return plan.samples(step, self._positions)
-
-            yield from self._assembler.batches(
-                steps,
-                planned=planned,
-                draws=draws,
-                stand_ins=lambda step, place: stand_ins.of(step, self._positions[place]),
-            )
-
-    def _counted(self, source: Generator[ClipBatch, None, None]) -> Generator[ClipBatch, None, None]:
-        with closing(source):
-            while True:
-                with self._stats.timed("wait_seconds"):
-                    batch = self._next(source)
-                if batch is None:
-                    return
-                self._stats.add("steps", 1)
-                self._stats.add("views", batch.num_clips)
-                yield batch
-
-    def _next(self, source: Iterator[ClipBatch]) -> ClipBatch | None:
-        try:
-            return next(source, None)
-        except CA2STError as error:
-            error.add_note(f"raised by the loader of rank {self._rank} of {self._world_size}")
-            raise
-
-
-class TrainLoader(_Loader):
+class TrainLoader(RankLoader):
     """Shuffled, augmented batches of one rank, equal in number on every rank, resumable at any (epoch, step)."""
 
     def __init__(
@@ -214,7 +65,9 @@ class TrainLoader(_Loader):
             PlanError: too few samples, or a batch that cannot be spread over the ranks.
             UserInputError: a target, codec or mel size that a set does not have, sets that do not agree, or a
                 selection that matches nothing.
-            ShardSetDamageError: files of a set are missing or of another size.
+            ShardSetDamageError: files of a set are missing or of another size, or an index that is read already now.
+            QuarantineBudgetError: earlier attempts found more damage than the budget allows.
+            EnvironmentFault: the backend asked for is not here, or the cache or quarantine cannot be used.
         """
         augment.mixing.check_even("training.global_batch_size", global_batch_size)
         sets = [shard_sets] if isinstance(shard_sets, ShardSet) else [*shard_sets]
@@ -239,10 +92,12 @@ class TrainLoader(_Loader):
             device=device,
             quarantine=_quarantine(loader, quarantine_folder, plan.num_samples),
         )
-        lines = [plan.describe(), *self._sets.stride_notes(sets, sampling)]
-        if rank == 0:
-            for line in lines:
-                _log.info("%s", line)
+        with ExitStack() as on_error:
+            on_error.callback(self.close)
+            lines = [plan.describe(), *self._sets.stride_notes(sets, sampling)]
+            on_error.pop_all()
+        for line in lines if rank == 0 else []:
+            _log.info("%s", line)
         self._clip, self._sampling, self._augment = clip, sampling, augment
         self.steps_per_epoch = plan.num_steps
         """Batches of an epoch; the same on every rank."""
@@ -269,7 +124,7 @@ class TrainLoader(_Loader):
         return self._steps(epoch, draws, first_step)
 
 
-class EvaluationLoader(_Loader):
+class EvaluationLoader(RankLoader):
     """Every sample exactly once over all ranks, each lane in stored order; `views.num_views` consecutive views each."""
 
     def __init__(
@@ -287,9 +142,9 @@ class EvaluationLoader(_Loader):
         world_size: int = 1,
         device: torch.device | None = None,
     ) -> None:
-        """`global_batch_size` counts samples, not views; `num_lanes` = 1 gives the set's own order; `device` as there.
+        """`global_batch_size` counts samples, not views; `num_lanes` = 1 gives the set's own order.
 
-        Raises as `TrainLoader`.
+        `device` as for `TrainLoader`, and raises as that does.
         """
         plan = evaluation_plan(shard_set, global_batch_size=global_batch_size, num_lanes=num_lanes)
         super().__init__(
@@ -321,16 +176,3 @@ def _quarantine(loader: LoaderConfig, folder: Path | None, num_samples: int) -> 
         return None
     most = quarantine_limit(budget=loader.quarantine_budget, percent=loader.quarantine_percent, num_samples=num_samples)
     return Quarantine(folder, most=most)
-
-
-def _short_sides(shard_sets: Sequence[ShardSet]) -> dict[str, int]:
-    """Pixels of the shorter side of most pictures, by codec: the smallest of the sets."""
-    sides: dict[str, int] = {}
-    for video in (shard_set.manifest.video for shard_set in shard_sets):
-        sides[video.codec] = min(video.short_side, sides.get(video.codec, video.short_side))
-    return sides
-
-
-def usable_cores() -> int:
-    """Processor cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
 from sharding.codecs import STORED_CODECS
-from sharding.manifest import ShardSet
+from sharding.shard_set import ShardSet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from pipelines.record import PlanRecord, SetShare, default_num_lanes
 from pipelines.shard_sets import check_agreement
 from pipelines.source import SampleSource, SourcePasses, plain_source
 from pipelines.steps import count_steps, rank_positions, require_enough_samples
-from sharding.manifest import ShardSet
+from sharding.shard_set import ShardSet
 
 
 class SamplePlan:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from pipelines.errors import ShardSetDamageError
 from pipelines.shard_files import read_index_bytes
 from pipelines.shard_store import open_store
-from sharding.manifest import LabelSpace, ShardEntry, ShardSet
+from sharding.manifest import LabelSpace
+from sharding.shard_set import ShardEntry, ShardSet
 
 _COLUMNS = ("labels", "num_frames", "duration_seconds", "has_audio", "mel_rows", "video_bytes", "mel_bytes")
 

@@ -12,22 +12,18 @@ use is the file's access time, set at every opening. A part file takes its full 
 of sizes is what the cache holds, fetches under way included.
 """
 
-import errno
 import fcntl
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from ca2st.durable import fsync_folder, is_environment_error
 from ca2st.errors import EnvironmentFault, UserInputError
+from pipelines.cache_files import CachedFile, cached_file, evict, filled, is_at, naming_place, open_held, part_of
 
 _LOCK_NAME = "cache.lock"
-_PART = ".part"
-_KEPT_SUFFIXES = (".tar", ".index.parquet", _PART)
 _POLL_SECONDS = 0.02
 _OLDEST = 0
 """Access time, in ns, of a file that its readers have finished with."""
@@ -35,17 +31,6 @@ _OLDEST = 0
 
 class NoRoomError(Exception):
     """Nothing may be evicted for a file that is not needed yet."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    path: Path
-    num_bytes: int
-    last_used_ns: int
-
-    @property
-    def is_part(self) -> bool:
-        return self.path.name.endswith(_PART)
 
 
 class ShardCache:
@@ -66,7 +51,7 @@ class ShardCache:
             EnvironmentFault: the folder cannot be made.
         """
         self._folder, self._patience_seconds, self._sleep, self._clock = folder, patience_seconds, sleep, clock
-        with _naming(folder):
+        with naming_place(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self.most_bytes = most_bytes or (shutil.disk_usage(folder).free + self.held_bytes()) // 2
             """Most bytes of files, those being fetched included."""
@@ -112,13 +97,13 @@ class ShardCache:
         self.require_room_for(num_bytes, path.name)
         start = self._clock()
         while True:
-            with _naming(path):
-                held = _open_held(path, num_bytes)
+            with naming_place(path):
+                held = open_held(path, num_bytes)
                 if held is not None:
                     return held
                 part = self._claimed(path, num_bytes, ahead=ahead)
             if part is not None:
-                return _filled(part, path, fill)
+                return filled(part, path, fill)
             if self._clock() - start > self._patience_seconds:
                 raise EnvironmentFault(
                     f"{path}: no room for {num_bytes} bytes within {self._patience_seconds:.0f} s: all of the "
@@ -139,7 +124,7 @@ class ShardCache:
 
     def _claimed(self, path: Path, num_bytes: int, *, ahead: bool) -> int | None:
         """The locked part file of `path`, at its full size; None while another fetches it or room is in use."""
-        part_path = path.with_name(path.name + _PART)
+        part_path = part_of(path)
         with self._locked():
             if path.exists():
                 return None
@@ -147,8 +132,8 @@ class ShardCache:
             part = os.open(part_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.exists() or not _is_at(part_path, part):  # who fetched it ended between our look and our lock
-                    if _is_at(part_path, part):
+                if path.exists() or not is_at(part_path, part):  # who fetched it ended between our look and our lock
+                    if is_at(part_path, part):
                         part_path.unlink()
                     os.close(part)
                     return None
@@ -174,15 +159,15 @@ class ShardCache:
         for one in kept:
             if not one.is_part and (held + num_bytes <= self.most_bytes or (ahead and one.last_used_ns > _OLDEST)):
                 break
-            if one.num_bytes and _evict(one.path):
+            if one.num_bytes and evict(one.path):
                 held -= one.num_bytes
         return held + num_bytes <= self.most_bytes
 
-    def _kept(self) -> list[_Kept]:
+    def _kept(self) -> list[CachedFile]:
         kept = []
         for folder in self._folder.iterdir():
             if folder.is_dir():
-                kept += [one for path in folder.iterdir() if (one := _kept(path)) is not None]
+                kept += [one for path in folder.iterdir() if (one := cached_file(path)) is not None]
         return kept
 
     @contextmanager
@@ -193,86 +178,3 @@ class ShardCache:
             yield
         finally:
             os.close(descriptor)
-
-
-def _kept(path: Path) -> _Kept | None:
-    if not path.name.endswith(_KEPT_SUFFIXES):
-        return None
-    try:
-        state = path.stat()
-    except FileNotFoundError:
-        return None
-    return _Kept(path, state.st_size, state.st_atime_ns)
-
-
-def _open_held(path: Path, num_bytes: int) -> int | None:
-    """A descriptor with a shared lock on a complete file; None where there is none."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
-    state = os.fstat(descriptor)
-    if state.st_nlink and state.st_size == num_bytes:
-        os.utime(descriptor, ns=(time.time_ns(), state.st_mtime_ns))
-        return descriptor
-    os.close(descriptor)
-    if state.st_nlink:
-        path.unlink(missing_ok=True)  # cut or grown since it was fetched
-    return None
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-def _evict(path: Path) -> bool:
-    """Remove a file that nobody holds; a part file that nobody holds was left by a dead process."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
-
-
-def _filled(part: int, path: Path, fill: Callable[[int], None]) -> int:
-    part_path = path.with_name(path.name + _PART)
-    try:
-        with _naming(path):
-            fill(part)
-            os.fsync(part)
-            part_path.rename(path)
-            fsync_folder(path.parent)
-            fcntl.flock(part, fcntl.LOCK_SH)
-            os.utime(part, ns=(time.time_ns(), os.fstat(part).st_mtime_ns))
-    except BaseException:
-        part_path.unlink(missing_ok=True)
-        os.close(part)
-        raise
-    return part
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into an error that names the place."""
-    try:
-        yield
-    except OSError as error:
-        if not is_environment_error(error):
-            raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free space, lower loader.cache_bytes" if full else "check the folder's permissions"
-        raise EnvironmentFault(
-            f"{path}: cannot write the cache of shards ({error.strerror}); {remedy}, or set loader.cache_dir to "
-            "another disk"
-        ) from error

@@ -8,16 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from pipelines.errors import ShardSetDamageError
-from pipelines.shard_store import REMEDY, ShardStore, open_store
-from sharding.manifest import ShardEntry, ShardSet
+from pipelines.errors import REMEDY, ShardSetDamageError
+from pipelines.shard_store import ShardStore, open_store
+from sharding.shard_set import ShardEntry, ShardSet
 
 Verify = Literal["size", "sha256"]
-
-
-def check_sizes(shard_set: ShardSet) -> None:
-    """Compare the size of every shard and index with the shard table; raises as `ShardStore.check`."""
-    open_store(shard_set).check()
 
 
 def read_index_bytes(shard_set: ShardSet, shard: ShardEntry, *, store: ShardStore | None = None) -> bytes:

@@ -15,7 +15,7 @@ from pipelines.shard_files import read_index_bytes
 from pipelines.shard_store import ShardStore
 from sharding.codecs import StoredCodec, stored_codec
 from sharding.index import decode_index
-from sharding.manifest import ShardEntry, ShardSet
+from sharding.shard_set import ShardEntry, ShardSet
 
 _KEY = re.compile(r"[a-z0-9_-]{1,80}")
 _LISTS = ("labels", "frame_bytes", "frame_ticks", "frame_xxh32")
@@ -76,7 +76,7 @@ class ShardIndex:
             SampleDamageError: the row contradicts itself, the manifest or the shard's size.
         """
         value = {name: column[row].as_py() for name, column in self._columns.items() if name not in _LISTS}
-        arrays = {name: self._columns[name][row].values.to_numpy(zero_copy_only=False) for name in _LISTS}
+        arrays = {name: self._numbers(name, row) for name in _LISTS}
         self._check(value, arrays)
         sizes = arrays["frame_bytes"].astype(np.int64)
         start = value["video_offset"] + value["frame_data_offset"]
@@ -101,6 +101,16 @@ class ShardIndex:
     def sample_ids(self) -> list[str]:
         """Keys of all rows, in stored order."""
         return list(self._columns["key"].to_pylist())
+
+    def _numbers(self, name: str, row: int) -> NDArray[Any]:
+        """A list of the index without a copy; by DLPack, as pyarrow's `to_numpy` would import pandas first."""
+        values = self._columns[name][row].values
+        if values.null_count:
+            raise SampleDamageError(
+                f"{self._shard.index_name}, row {row}: {name}: expected numbers, found {values.null_count} empty "
+                "places; convert the set again"
+            )
+        return np.from_dlpack(values)
 
     def _check(self, value: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         frames, shard_bytes = arrays["frame_bytes"].astype(np.int64), self._shard.bytes

@@ -1,9 +1,9 @@
 """Several shard sets behind one table of shards: set after set, each shard read through its own set's files."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from itertools import accumulate
 
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
@@ -16,7 +16,7 @@ from pipelines.shard_files import ShardFiles, Verify
 from pipelines.shard_index import SampleEntry, ShardIndexCache
 from pipelines.shard_store import open_store
 from pipelines.stats import StatsRecorder
-from sharding.manifest import ShardEntry, ShardSet
+from sharding.shard_set import ShardEntry, ShardSet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +71,12 @@ class SetReaders:
             _reader(shard_set, clip, targets, verify, index_cache_bytes // len(shard_sets), stats)
             for shard_set in shard_sets
         ]
-        self._ends = np.cumsum([len(shard_set.shards) for shard_set in shard_sets])
+        self._ends = [*accumulate(len(shard_set.shards) for shard_set in shard_sets)]
 
     def find(self, shard: int) -> tuple[SetReader, int]:
         """The reader of a shard, and the shard's place in its own set's table."""
-        number = int(np.searchsorted(self._ends, shard, side="right"))
-        return self._readers[number], shard - int(self._ends[number - 1] if number else 0)
+        number = bisect_right(self._ends, shard)
+        return self._readers[number], shard - (self._ends[number - 1] if number else 0)
 
     def stride_notes(self, shard_sets: Sequence[ShardSet], sampling: SamplingConfig) -> list[str]:
         """See `stride_note`: one line for each of the sets whose clips run at other rates."""

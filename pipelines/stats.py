@@ -4,7 +4,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 _OWN_TO_CONSUMER = ("steps", "wait_seconds")
 """What the consumer does or waits for itself, as opposed to the loader's threads."""
@@ -76,14 +77,14 @@ class StatsRecorder:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._totals = StageStats()
+        self._totals: dict[str, Any] = asdict(StageStats())
         self._active: dict[int, ActiveStage] = {}
         self._last_change = time.monotonic()
 
     def add(self, name: str, amount: float | int) -> None:
         """Add to the total of that name."""
         with self._lock:
-            self._totals = replace(self._totals, **{name: getattr(self._totals, name) + amount})
+            self._totals[name] += amount
             self._last_change = time.monotonic()
 
     @contextmanager
@@ -101,7 +102,7 @@ class StatsRecorder:
     def snapshot(self) -> StageStats:
         """The totals so far."""
         with self._lock:
-            return self._totals
+            return StageStats(**self._totals)
 
     @property
     def last_change(self) -> float:

@@ -11,8 +11,9 @@ from ca2st.durable import NO_FAULTS, FaultPoints
 from ca2st.errors import UserInputError
 from ray_jobs.console import progress, say
 from ray_jobs.ray_access import LOCAL, RayAccess, ray_session
+from sharding.completion import ConversionReport
 from sharding.conversion import ConversionConfig
-from sharding.convert import ConversionProgress, ConversionReport, OpenPool, convert
+from sharding.convert import ConversionProgress, OpenPool, convert
 from sharding.decode_child import ClipJob, EncodedClip, encode_clip
 from sharding.source import SourceList
 from sharding.workers import ClipPool

@@ -3,8 +3,9 @@
 import base64
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from ca2st.weights.hub import HubAccess
     from ray_jobs.ray_access import RayAccess
 
-_RECORDED_PACKAGES = (
+RECORDED_PACKAGES = (
     "ca2st",
     "torch",
     "torchaudio",
@@ -27,6 +28,9 @@ _RECORDED_PACKAGES = (
     "ray",
     "webdataset",
 )
+"""Packages that can change a run's numbers."""
+_GIT_VARIABLE = "CA2ST_GIT"
+_GIT_FACTS = ("git.commit", "git.dirty")
 
 
 def fault_points(*, restart: bool = False) -> FaultPoints:
@@ -120,15 +124,39 @@ def hub_access() -> "HubAccess":
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a run's numbers."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in _RECORDED_PACKAGES}
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in RECORDED_PACKAGES}
 
 
 def git_state(folder: Path) -> dict[str, str]:
-    """Commit and cleanliness of the checkout `folder` stands in; empty outside one."""
+    """``git.commit`` and ``git.dirty`` of the checkout `folder` stands in; outside one, of ``CA2ST_GIT``; else empty.
+
+    Cleanliness is left out where git does not tell it.
+
+    Raises:
+        UserInputError: ``CA2ST_GIT`` is not what `git_variable` makes.
+    """
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
+        return _told_git_state(os.environ.get(_GIT_VARIABLE))
+    changes = _git(folder, "status", "--porcelain")
+    return {"git.commit": commit} | ({} if changes is None else {"git.dirty": str(bool(changes)).lower()})
+
+
+def git_variable(state: Mapping[str, str]) -> dict[str, str]:
+    """``CA2ST_GIT``, by which a job without a checkout knows the `git_state` it was sent from."""
+    words = [state[name] for name in _GIT_FACTS if name in state]
+    return {_GIT_VARIABLE: " ".join(words)} if words else {}
+
+
+def _told_git_state(told: str | None) -> dict[str, str]:
+    if not told:
         return {}
-    return {"git.commit": commit, "git.dirty": str(bool(_git(folder, "status", "--porcelain"))).lower()}
+    if re.fullmatch(r"[0-9a-f]{40,64}( true| false)?", told) is None:
+        raise UserInputError(
+            f"{_GIT_VARIABLE}: expected a commit and true or false (changed since), as `ca2st submit` sets it, found "
+            "something else; unset it"
+        )
+    return dict(zip(_GIT_FACTS, told.split(" "), strict=False))
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -4,9 +4,11 @@ A recipe is copied into run folders, checkpoints and MLflow. One with a password
 read; what comes from elsewhere (an address in the environment, an error message) is cleaned before it is kept.
 """
 
+import io
 import re
+import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from ca2st.errors import UserInputError
 from ca2st.training.documents import flatten
@@ -29,6 +31,40 @@ def redacted(text: str) -> str:
     return _HEADER.sub(rf"\1 {HIDDEN}", _clean_addresses(text))
 
 
+class RedactedStream(io.TextIOBase):
+    """A text stream that passes on what is written line by line, redacted: half a line may be half a secret.
+
+    It stands in for a process's standard streams, so that warnings, logs and tracebacks of any library are covered.
+    The last line, if it has no end, is passed on by `close`.
+    """
+
+    encoding = "utf-8"
+
+    def __init__(self, stream: TextIO) -> None:
+        """`stream` gets the lines, and stays open."""
+        self._stream = stream
+        self._rest = ""
+        self._lock = threading.RLock()  # a signal may come in the middle of a line
+
+    def write(self, text: str, /) -> int:
+        """Take any piece of text."""
+        with self._lock:
+            *lines, self._rest = (self._rest + text).split("\n")
+            for line in lines:
+                self._stream.write(f"{redacted(line)}\n")
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the whole lines."""
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Pass on the rest."""
+        if not self.closed:
+            self._stream.write(redacted(self._rest))
+            super().close()
+
+
 def redacted_values(values: Mapping[str, str]) -> dict[str, str]:
     """`values` redacted; those with the name of a secret (``api_key``, ``db.password``) hidden altogether."""
     return {name: HIDDEN if names_a_secret(name) else redacted(value) for name, value in values.items()}
@@ -40,8 +76,15 @@ def names_a_secret(name: str) -> bool:
 
 
 def without_credentials(uri: str) -> str:
-    """`uri` with neither user nor password, as it is kept in files."""
-    return re.sub(r"(?<=://)[^/\s?#]*@", "", uri)
+    """`uri` with neither user nor password nor a secret behind its ``?``, as it is kept in files."""
+    place, _, query = re.sub(r"(?<=://)[^/\s?#]*@", "", uri).partition("?")
+    kept = "&".join(part for part in query.split("&") if _QUERY.match(f"?{part}") is None)
+    return f"{place}?{kept}" if kept else place
+
+
+def holds_credentials(text: str) -> bool:
+    """Whether an address in `text` has a password or a token in it."""
+    return _clean_addresses(text) != text
 
 
 def refuse_credentials(document: Mapping[str, Any]) -> None:
@@ -51,7 +94,7 @@ def refuse_credentials(document: Mapping[str, Any]) -> None:
         UserInputError: one does; names the setting, never the secret, and where a credential belongs.
     """
     for path, value in flatten(document).items():
-        if isinstance(value, str) and _clean_addresses(value) != value:
+        if isinstance(value, str) and holds_credentials(value):
             raise UserInputError(
                 f"{path}: expected an address without credentials, found one that holds a password or token; recipes "
                 f"are copied into run folders, checkpoints and MLflow. Take it out and {_where_it_belongs(path)}"

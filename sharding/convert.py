@@ -10,18 +10,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from ca2st.durable import NO_FAULTS, FaultPoints, sweep_temporaries, write_bytes
-from ca2st.errors import UserInputError
+from ca2st.durable import NO_FAULTS, FaultPoints, sweep_temporaries
 from sharding.assembly import Outcome, ShardCutter, assemble
+from sharding.completion import ConversionReport, require_within_budget, write_manifest
 from sharding.conversion import ConversionConfig, conversion_identity
 from sharding.decode_child import ClipJob, EncodedClip, encode_clip
-from sharding.errors import RejectBudgetError, ShardDamageError
+from sharding.errors import ShardDamageError
 from sharding.folder_lock import folder_lock
-from sharding.manifest import MANIFEST_NAME, read_shard_set, write_shard_set
+from sharding.manifest import MANIFEST_NAME
 from sharding.preflight import check_source, output_folder
-from sharding.rejects import REJECTS_NAME, Reject, count_by_reason, rejects_file, rejects_in_words
+from sharding.rejects import Reject, count_by_reason
 from sharding.resume import (
     DoneShard,
     done_shards,
@@ -30,9 +29,10 @@ from sharding.resume import (
     refuse_foreign_files,
     remove_shards_from,
 )
+from sharding.shard_set import read_shard_set
 from sharding.source import SourceList
 from sharding.workers import ClipPool, DecodePool
-from sharding.writer import write_shard
+from sharding.writer import StoredSample, write_shard
 
 OpenPool = Callable[[], AbstractContextManager[ClipPool]]
 """Opens a pool for the clips of one conversion; leaving it ends everything that it started."""
@@ -49,22 +49,6 @@ class ConversionProgress:
     num_shards: int
     clips_per_second: float
     """Of this run."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ConversionReport:
-    """What a finished conversion made."""
-
-    manifest_path: Path
-    num_classes: Mapping[str, int]
-    """Classes by target."""
-    num_samples: int
-    num_shards: int
-    num_with_audio: int
-    rejected: Mapping[str, int]
-    """Rejected sources by reason."""
-    clips_per_second: float
-    """Clips converted in this run by its wall time; 0 when there was nothing left to do."""
 
 
 def convert(
@@ -100,7 +84,7 @@ def convert(
     with output_folder(out), folder_lock(out):
         refuse_foreign_files(out)
         sweep_temporaries(out)
-        return _Conversion(source, out, config, faults, progress or (lambda _: None), pool).run()
+        return _Conversion(source, out, config, faults=faults, progress=progress or (lambda _: None), pool=pool).run()
 
 
 def _local_pool(config: ConversionConfig, encode: Callable[[ClipJob], EncodedClip]) -> DecodePool:
@@ -120,6 +104,7 @@ class _Conversion:
         source: SourceList,
         out: Path,
         config: ConversionConfig,
+        *,
         faults: FaultPoints,
         progress: Callable[[ConversionProgress], None],
         pool: OpenPool,
@@ -140,8 +125,16 @@ class _Conversion:
             remove_shards_from(self._out, len(self._done))
             leftover = self._convert_rest(pool)
         rejects = [Reject(**reject) for shard in self._done for reject in shard.covers.rejects] + leftover
-        self._judge(rejects)
-        self._write_manifest(rejects)
+        require_within_budget(rejects, self._source, budget=self._config.max_rejects, out=self._out)
+        write_manifest(
+            self._out,
+            self._done,
+            rejects,
+            source=self._source,
+            config=self._config,
+            tool_versions=self._identity["tool_versions"],
+            faults=self._faults,
+        )
         return self._report(count_by_reason(rejects))
 
     def _finished_before(self) -> ConversionReport:
@@ -164,15 +157,10 @@ class _Conversion:
             if not shard.covers.rejects:
                 continue
             positions = [reject["position"] for reject in shard.covers.rejects]
-            if [self._what(outcome) for _, outcome in self._outcomes(pool, positions)] != [
-                (reject["reason"], reject["what"]) for reject in shard.covers.rejects
-            ]:
+            before = [(reject["reason"], reject["what"]) for reject in shard.covers.rejects]
+            if [_fault(outcome) for _, outcome in self._outcomes(pool, positions)] != before:
                 del self._done[number:]
                 return
-
-    @staticmethod
-    def _what(outcome: Outcome) -> tuple[str, str] | None:
-        return (outcome.reason, outcome.what) if isinstance(outcome, Reject) else None
 
     def _convert_rest(self, pool: ClipPool) -> list[Reject]:
         """Write the shards that are missing; the rejects no shard could take when there is no sample at all."""
@@ -214,7 +202,7 @@ class _Conversion:
     def _write_shard(self, cutter: ShardCutter) -> None:
         num_with_audio = 0
 
-        def counted() -> Iterator[Any]:
+        def counted() -> Iterator[StoredSample]:
             nonlocal num_with_audio
             for sample in cutter.samples():
                 num_with_audio += sample.has_audio
@@ -231,40 +219,6 @@ class _Conversion:
         done = DoneShard(entry=entry, covers=cutter.covers(), conversion=self._identity, num_with_audio=num_with_audio)
         self._done.append(done)
 
-    def _judge(self, rejects: list[Reject]) -> None:
-        """Raise unless the rejects are within the budget."""
-        total = len(self._source.samples)
-        if len(rejects) == total:
-            (self._out / REJECTS_NAME).unlink(missing_ok=True)
-            raise UserInputError(
-                f"all {total} samples were rejected, nothing was written: {rejects_in_words(rejects, self._source)}"
-            )
-        if not self._config.max_rejects.allows(len(rejects), total):
-            write_bytes(self._out / REJECTS_NAME, rejects_file(rejects))
-            raise RejectBudgetError(
-                f"{len(rejects)} of {total} samples rejected, --max-rejects allows {self._config.max_rejects}: "
-                f"{rejects_in_words(rejects, self._source)}; all are listed in {self._out / REJECTS_NAME}; "
-                "repair them and rerun (finished shards are kept), or raise --max-rejects"
-            )
-
-    def _write_manifest(self, rejects: list[Reject]) -> None:
-        if rejects:
-            write_bytes(self._out / REJECTS_NAME, rejects_file(rejects))
-        else:
-            (self._out / REJECTS_NAME).unlink(missing_ok=True)
-        fields = {
-            "dataset": self._source.dataset,
-            "split": self._source.split,
-            "label_spaces": self._source.label_spaces,
-            "targets": self._source.targets,
-            "audio": self._config.audio,
-            "video": self._config.video,
-            "tool_versions": self._identity["tool_versions"],
-            "source_list_sha256": self._source.sha256,
-            "rejected": count_by_reason(rejects),
-        }
-        write_shard_set(self._out, fields, tuple(shard.entry for shard in self._done), faults=self._faults)
-
     def _report(self, rejected: Mapping[str, int]) -> ConversionReport:
         return ConversionReport(
             manifest_path=self._out / MANIFEST_NAME,
@@ -278,3 +232,8 @@ class _Conversion:
 
     def _clips_per_second(self) -> float:
         return self._num_converted / max(time.monotonic() - self._started, 1e-9)
+
+
+def _fault(outcome: Outcome) -> tuple[str, str] | None:
+    """Why a source gave no sample; None where it gave one."""
+    return (outcome.reason, outcome.what) if isinstance(outcome, Reject) else None

@@ -5,40 +5,17 @@ one file vouches for every byte. Trainers take the manifest, never a glob.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from ca2st.durable import NO_FAULTS, FaultPoints, write_bytes
-from ca2st.errors import EnvironmentFault
 from sharding.errors import ManifestError, ShardDamageError
-from sharding.location import RemoteFolder, as_location
-from sharding.parquet import read_parquet
-from sharding.remote import RemoteFileMissingError, RemoteFiles
-from sharding.retry import Retrier
-from sharding.storage import StorageConfig
 
 FORMAT_NAME = "ca2st-shards"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-SHARDS_NAME = "shards.parquet"
-
-_SHARDS_SCHEMA = pa.schema(
-    [
-        ("name", pa.string()),
-        ("bytes", pa.int64()),
-        ("sha256", pa.string()),
-        ("index_bytes", pa.int64()),
-        ("index_sha256", pa.string()),
-        ("num_samples", pa.int64()),
-    ]
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,29 +76,6 @@ class VideoParameters:
 _NOT_MJPEG = ("num_gop_frames", "pixel_format", "colour")
 
 
-def index_name(shard: str) -> str:
-    """File name of the index of the shard with this file name."""
-    return shard.removesuffix(".tar") + ".index.parquet"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardEntry:
-    """One shard and its index, as named in ``shards.parquet``."""
-
-    name: str
-    """File name of the tar, ``ca2st-000000.tar``."""
-    bytes: int
-    sha256: str
-    index_bytes: int
-    index_sha256: str
-    num_samples: int
-
-    @property
-    def index_name(self) -> str:
-        """File name of the shard's index."""
-        return index_name(self.name)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """Contents of ``manifest.json``."""
@@ -176,117 +130,19 @@ class Manifest:
         return (json.dumps(payload, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardSet:
-    """A manifest with its shards, read from a folder or a URL."""
-
-    root: Path
-    """Folder of the shards; of a remote set its folder in this machine's cache, filled when shards are first needed."""
-    manifest: Manifest
-    shards: tuple[ShardEntry, ...]
-    origin: RemoteFolder | None = None
-    """Where a remote set comes from."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """How a remote set is kept on this machine."""
-
-    @property
-    def where(self) -> str:
-        """Folder or URL, for messages."""
-        return str(self.origin or self.root)
-
-
 def sha256_of_json(value: object) -> str:
     """Hash of the canonical JSON of `value`: sorted keys, no spaces, UTF-8."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_shard_set(
-    root: Path, manifest_fields: Mapping[str, Any], shards: tuple[ShardEntry, ...], *, faults: FaultPoints = NO_FAULTS
-) -> Manifest:
-    """Write ``shards.parquet`` and then, last, ``manifest.json``.
-
-    `manifest_fields` are Manifest's fields except `num_samples`, `num_shards` and `shards_sha256`, which follow
-    from `shards`.
-    """
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([asdict(shard) for shard in shards], schema=_SHARDS_SCHEMA), sink)
-    data = sink.getvalue()
-    manifest = Manifest(
-        **manifest_fields,
-        num_samples=sum(shard.num_samples for shard in shards),
-        num_shards=len(shards),
-        shards_sha256=hashlib.sha256(data).hexdigest(),
-    )
-    write_bytes(root / SHARDS_NAME, data, faults=faults, point="shards_table")
-    write_bytes(root / MANIFEST_NAME, manifest.to_json(), faults=faults, point="manifest")
-    return manifest
-
-
-def read_shard_set(place: str | Path | RemoteFolder, *, storage: StorageConfig | None = None) -> ShardSet:
-    """Read and check ``manifest.json`` and ``shards.parquet``; shards themselves are not opened.
-
-    Args:
-        place: A folder, or the URL of one: s3, gs, http(s).
-        storage: Where the shards of a URL are kept once needed, and how long the URL is tried.
+def read_manifest(root: Path) -> Manifest:
+    """Read and check the ``manifest.json`` of a folder.
 
     Raises:
-        ManifestError: no manifest, not one of ours, or of a newer format.
-        ShardDamageError: the manifest or the shard table is not what its hash says.
-        EnvironmentFault: the URL cannot be read, or the cache not be written.
+        ManifestError: there is none, it cannot be read, or is of another format version.
+        ShardDamageError: as `parse_manifest`.
     """
-    location = as_location(place)
-    if isinstance(location, RemoteFolder):
-        settings = storage or StorageConfig()
-        return _read_remote(RemoteFiles(folder=location, retrier=Retrier(config=settings.retry)), settings)
-    manifest = read_manifest(location)
-    path = location / SHARDS_NAME
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ShardDamageError(f"{path}: named by {MANIFEST_NAME} but not readable ({error.strerror})") from error
-    return ShardSet(root=location, manifest=manifest, shards=_parse_table(data, manifest, where=str(path)))
-
-
-def _read_remote(files: RemoteFiles, storage: StorageConfig) -> ShardSet:
-    """The set behind a URL; its folder in the cache is named by the manifest's hash, so no other set is ever in it."""
-    where = files.folder.file(MANIFEST_NAME)
-    try:
-        text = files.read(MANIFEST_NAME)
-    except RemoteFileMissingError:
-        raise ManifestError(f"{where}: no such file; is it the URL of a shard set, and is its copy complete?") from None
-    manifest = parse_manifest(text, where=where)
-    where = files.folder.file(SHARDS_NAME)
-    try:
-        table = files.read(SHARDS_NAME)
-    except RemoteFileMissingError:
-        raise ShardDamageError(f"{where}: named by {MANIFEST_NAME} but missing; copy the set again") from None
-    shards = _parse_table(table, manifest, where=where)
-    root = storage.folder / manifest.fingerprint[:32]
-    _keep(root, {SHARDS_NAME: table, MANIFEST_NAME: text})
-    return ShardSet(root=root, manifest=manifest, shards=shards, origin=files.folder, storage=storage)
-
-
-def _keep(root: Path, files: Mapping[str, bytes]) -> None:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EnvironmentFault(
-            f"{root}: cannot be made ({error.strerror}); set loader.cache_dir to a folder on a disk of this machine"
-        ) from error
-    for name, data in files.items():
-        if not (root / name).exists() or (root / name).read_bytes() != data:
-            write_bytes(root / name, data)
-
-
-def _parse_table(data: bytes, manifest: Manifest, *, where: str) -> tuple[ShardEntry, ...]:
-    if hashlib.sha256(data).hexdigest() != manifest.shards_sha256:
-        raise ShardDamageError(f"{where}: sha256 differs from the manifest's; restore it or convert again")
-    return tuple(ShardEntry(**row) for row in read_parquet(data).to_pylist())
-
-
-def read_manifest(root: Path) -> Manifest:
-    """Read and check ``manifest.json`` alone; raises as `read_shard_set`."""
     path = root / MANIFEST_NAME
     try:
         text = path.read_bytes()

@@ -15,8 +15,9 @@ from ca2st.durable import fsync_folder
 from sharding.errors import ConversionRefusedError
 from sharding.folder_lock import LOCK_NAME
 from sharding.index import decode_index
-from sharding.manifest import MANIFEST_NAME, SHARDS_NAME, ShardEntry, index_name
+from sharding.manifest import MANIFEST_NAME
 from sharding.rejects import REJECTS_NAME
+from sharding.shard_set import SHARDS_NAME, ShardEntry, index_name
 from sharding.writer import ShardRange, shard_name
 
 _OURS = re.compile(r"ca2st-\d{6}\.(tar|index\.parquet)")

@@ -12,9 +12,10 @@ import pyarrow as pa
 from sharding.errors import ManifestError, ShardDamageError
 from sharding.folder_lock import LOCK_NAME
 from sharding.index import MEMBER_SUFFIXES, MEMBERS, decode_index, frame_checksum, member_checksum
-from sharding.manifest import MANIFEST_NAME, SHARDS_NAME, ShardEntry, ShardSet, read_shard_set
+from sharding.manifest import MANIFEST_NAME
 from sharding.rejects import REJECTS_NAME, Reject, rejects_file
 from sharding.resume import read_done_shard
+from sharding.shard_set import SHARDS_NAME, ShardEntry, ShardSet, read_shard_set
 from sharding.writer import member_header, padded
 
 _CHUNK_BYTES = 8 * 2**20

@@ -11,9 +11,10 @@ from ca2st.durable import is_environment_error
 from ca2st.errors import EnvironmentFault
 from sharding.errors import ManifestError, ShardDamageError
 from sharding.location import as_location
-from sharding.manifest import MANIFEST_NAME, SHARDS_NAME, ShardEntry, ShardSet, parse_manifest, read_shard_set
+from sharding.manifest import MANIFEST_NAME, parse_manifest
 from sharding.rejects import REJECTS_NAME
 from sharding.remote import RemoteFileMissingError, RemoteFiles
+from sharding.shard_set import SHARDS_NAME, ShardEntry, ShardSet, read_shard_set
 from sharding.verify import Problem, expected_rejects, set_problem, shard_problems, verify_shard_set
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

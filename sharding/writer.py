@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from ca2st.durable import NO_FAULTS, FaultPoints, write_bytes, writing
 from sharding.index import MEMBER_SUFFIXES, MEMBERS, encode_index, frame_checksum, member_checksum
-from sharding.manifest import ShardEntry, index_name
+from sharding.shard_set import ShardEntry, index_name
 
 _OWNER = "ca2st"
 _MODE = 0o444

@@ -4,7 +4,8 @@
 
     UserInputError        ResumeRefusedError, CheckpointMismatchError, ParameterRuleError, LabelRangeError
     DataDamageError       CheckpointDamagedError
-    EnvironmentFault      RunFolderBusyError, RanksDisagreeError, OutOfMemoryFault, RanksSilentError
+    EnvironmentFault      RunFolderBusyError, RanksDisagreeError, OutOfMemoryFault, RanksSilentError,
+                          StopNotSavedError
     NumericError          NonFiniteError
     CA2STError            SourceContractError, IncompleteEvaluationError, PeerFailedError,
                           RunStoppedError -> TerminatedError (143), InterruptedRunError (130)
@@ -50,6 +51,18 @@ class OutOfMemoryFault(EnvironmentFault):
 
 class RanksSilentError(EnvironmentFault):
     """A collective was given up after its timeout; names the ranks that are silent, or where each of them stands."""
+
+
+class StopNotSavedError(EnvironmentFault):
+    """The run was asked to stop, and ends, but its newest state could not be saved: a rerun goes on from an older one.
+
+    Not a `RunStoppedError`: who starts runs again by themselves takes those exit codes for a clean stop.
+    """
+
+    def __init__(self, message: str, *, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+        """What asked it to stop."""
 
 
 class NonFiniteError(NumericError):

@@ -75,6 +75,7 @@ def evaluate(
     accelerator: Accelerator,
     targets: Mapping[str, int],
     per_device_batch_size: int,
+    ranks: Ranks | None = None,
 ) -> EvaluationResult:
     """Score every sample of `source` with `model` on all ranks.
 
@@ -84,6 +85,7 @@ def evaluate(
         accelerator: Gives device, autocast and the other ranks.
         targets: Classes of each target, in the order of the label columns.
         per_device_batch_size: Views of one forward pass.
+        ranks: How this rank meets the others; None: without a clock for it.
 
     Raises:
         IncompleteEvaluationError: the scored samples are not the set's, each by all its views.
@@ -91,7 +93,7 @@ def evaluate(
         PeerFailedError: another rank failed.
     """
     own = accelerator.unwrap_model(model)
-    batches_of_rank = Ranks(accelerator).together(
+    batches_of_rank = (ranks or Ranks(accelerator)).together(
         lambda: _score(own, source, accelerator=accelerator, targets=targets, num_clips=per_device_batch_size)
     )
     views = [batch for step in itertools.zip_longest(*batches_of_rank) for batch in step if batch is not None]

@@ -32,7 +32,7 @@ class Whereabouts:
     step: int
     """Updates made."""
     stage: str
-    """A stage of `stages.StageClock`."""
+    """What `stages.StageClock` stands in."""
     seconds: float
     """How long it has been in it."""
     keys: tuple[str, ...] = ()
@@ -55,8 +55,9 @@ class Beat:
 class Heartbeat:
     """Beats while the block runs, and watches its own rank: a context manager, inert for a rank alone.
 
-    When this rank has stood in one exchange for four fifths of the timeout, the stacks of its threads are dumped on
-    stderr with who is silent, while there still is somebody to tell.
+    When this rank has waited in one exchange for four fifths of the timeout, the stacks of its threads are dumped on
+    stderr with who is silent, while there still is somebody to tell. A rank that others wait for so long, and that
+    lives, dumps its own: they show what it hangs in, be it a step, a validation or the writing of a checkpoint.
     """
 
     def __init__(
@@ -118,17 +119,30 @@ class Heartbeat:
             self._beat()
             where = self._where()
             standing = (where.step, where.stage)
-            if where.stage in _EXCHANGES and where.seconds > 0.8 * self._timeout and dumped != standing:
+            if dumped == standing:
+                continue
+            if self._waits_long(where):
                 dumped = standing
-                self._dump(where)
+                self._dump(f"waits for other ranks {where}: {self._who_is_silent()}")
+            elif where.seconds > self._timeout / 2 and (waiting := self._who_waits_long()):
+                dumped = standing
+                self._dump(f"is waited for by rank {', '.join(map(str, waiting))} and stands {where}")
 
-    def _dump(self, where: Whereabouts) -> None:
+    def _waits_long(self, where: Whereabouts) -> bool:
+        return where.stage in _EXCHANGES and where.seconds > 0.8 * self._timeout
+
+    def _who_waits_long(self) -> list[int]:
+        return [rank for rank, beat in self._others().items() if self._waits_long(beat.where)]
+
+    def _who_is_silent(self) -> str:
         before = self._others()
         for _ in range(3):
             self._ended.wait(self.interval_seconds)
             self._beat()
-        others = describe(before, self._others(), ranks=[r for r in range(self._world_size) if r != self._rank])
-        sys.stderr.write(f"rank {self._rank} waits for other ranks {where}: {others}; its threads:\n")
+        return describe(before, self._others(), ranks=[r for r in range(self._world_size) if r != self._rank])
+
+    def _dump(self, what: str) -> None:
+        sys.stderr.write(f"rank {self._rank} {what}; its threads:\n")
         sys.stderr.flush()
         with suppress(OSError, ValueError):  # a stderr without a file descriptor
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)

@@ -18,7 +18,8 @@ _POLL_SECONDS = 0.2
 def locked(folder: Path, *, wait_seconds: float = 5.0) -> Iterator[None]:
     """Hold the folder's lock; the kernel releases it when the process ends, however it ends.
 
-    `wait_seconds` lets a killed predecessor finish dying before its successor gives up.
+    `wait_seconds` lets a killed predecessor finish dying, and whoever only looks whether the lock is held let go of it,
+    before this one gives up.
 
     Raises:
         RunFolderBusyError: another process holds it, named by host and process id.

@@ -2,35 +2,32 @@
 
 import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ca2st.errors import UserInputError
+from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.training.accelerator import check_accelerator
 from ca2st.training.checkpoint import read_checkpoint
 from ca2st.training.documents import differences
 from ca2st.training.errors import RanksDisagreeError, ResumeRefusedError
 from ca2st.training.heartbeat import Heartbeat
-from ca2st.training.intake import Intake
 from ca2st.training.journal import JOURNAL_NAME, Journal
 from ca2st.training.lock import locked
 from ca2st.training.memory import memory_fault, naming_memory_faults
-from ca2st.training.optim import build_optimizer
+from ca2st.training.parts import RunParts, make_parts, schedule_of, topology_of
 from ca2st.training.protocols import EvaluationSource, TrainSource
 from ca2st.training.ranks import Ranks
 from ca2st.training.record import LOADER_FILE, identity
 from ca2st.training.resume import RunStart, open_run
-from ca2st.training.run import SCHEDULE_FILE, Run, RunParts, loader_position
-from ca2st.training.schedule import LearningRateSchedule, schedule_for
+from ca2st.training.run import Run
+from ca2st.training.saving import SCHEDULE_FILE, loader_position
 from ca2st.training.settings import TrainingResult, TrainingSettings
 from ca2st.training.signals import StopRequest
-from ca2st.training.stages import SourceCounts, StageClock
 from ca2st.training.state import TrainedState, put_state, read_state
-from ca2st.training.step import Stepper
 
 
 def train(
@@ -50,6 +47,7 @@ def train(
     Raises:
         ResumeRefusedError: the folder holds another run.
         RunStoppedError: `stop` was requested; the state is saved.
+        StopNotSavedError: `stop` was requested, and the state could not be saved.
         OutOfMemoryFault: memory of device, machine or /dev/shm did not suffice.
         RanksSilentError: other ranks kept this one waiting for longer than the timeout.
         CA2STError: numbers that are not finite, a folder in use, saves that fail; one rank's failure ends all.
@@ -59,7 +57,7 @@ def train(
         stack.enter_context(naming_memory_faults())
         _check_setup(ranks, accelerator, settings, source=source)
         start, journal = _open(ranks, accelerator, settings, stack=stack)
-        parts = _make_parts(
+        parts = make_parts(
             model,
             source,
             validation,
@@ -70,7 +68,7 @@ def train(
         )
         run = Run(parts, start)
         _run_watched(run, parts, start, ranks=ranks)
-        return _finish(run, start)
+        return _finish(run, parts, start)
 
 
 def _run_watched(run: Run, parts: RunParts, start: RunStart, *, ranks: Ranks) -> None:
@@ -84,7 +82,7 @@ def _run_watched(run: Run, parts: RunParts, start: RunStart, *, ranks: Ranks) ->
     )
     with heartbeat:
         try:
-            _begin(run, parts, start)
+            _begin(parts, start)
             run.to_the_end()
         except BaseException as error:
             named = memory_fault(error) or heartbeat.explain(error)
@@ -94,74 +92,11 @@ def _run_watched(run: Run, parts: RunParts, start: RunStart, *, ranks: Ranks) ->
             raise
 
 
-def _make_parts(
-    model: nn.Module,
-    source: TrainSource,
-    validation: EvaluationSource | None,
-    *,
-    accelerator: Accelerator,
-    settings: TrainingSettings,
-    stop: StopRequest,
-    journal: Journal | None,
-) -> RunParts:
-    optimizer = build_optimizer(model, settings.optim, rules=settings.rules)
-    schedule = _schedule(settings, source)
-    stages = StageClock(settings.clock)
-    intake = Intake(
-        source,
-        Ranks(accelerator),
-        targets=settings.targets,
-        global_batch_size=settings.config.global_batch_size,
-        stop=stop,
-        clock=settings.clock,
-        stages=stages,
-    )
-    return RunParts(
-        settings=settings,
-        accelerator=accelerator,
-        model=model,
-        optimizer=optimizer,
-        stepper=_make_stepper(
-            model, optimizer, accelerator=accelerator, settings=settings, schedule=schedule, stages=stages
-        ),
-        intake=intake,
-        stages=stages,
-        counts=SourceCounts(source),
-        schedule=schedule,
-        steps_per_epoch=source.steps_per_epoch,
-        validation=validation,
-        topology=_topology(accelerator, settings),
-        journal=journal,
-    )
-
-
-def _make_stepper(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    accelerator: Accelerator,
-    settings: TrainingSettings,
-    schedule: LearningRateSchedule,
-    stages: StageClock,
-) -> Stepper:
-    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
-    return Stepper(
-        prepared,
-        prepared_optimizer,
-        accelerator=accelerator,
-        config=settings.config,
-        optim=settings.optim,
-        schedule=schedule,
-        targets=tuple(settings.targets),
-        stages=stages,
-    )
-
-
-def _begin(run: Run, parts: RunParts, start: RunStart) -> None:
+def _begin(parts: RunParts, start: RunStart) -> None:
     """Put the checkpoint's state in place and say in the journal how the attempt begins."""
     _restore(parts, start)
     settings = parts.settings
-    run.log(
+    parts.log(
         "start",
         step=start.step,
         resumed_from=start.folder.name if start.folder else None,
@@ -177,7 +112,7 @@ def _begin(run: Run, parts: RunParts, start: RunStart) -> None:
         cut_bytes=start.cut_bytes,
     )
     for problem in start.damaged:
-        run.log("fault", kind="damaged_checkpoint", step=start.step, error=problem)
+        parts.log("fault", kind="damaged_checkpoint", step=start.step, error=problem)
     parts.model.train()
 
 
@@ -196,12 +131,12 @@ def _restore(parts: RunParts, start: RunStart) -> None:
                 raise ResumeRefusedError(f"{folder / name}: saved by another run: {'; '.join(changed)}")
         states.append(read_state(parts.model, parts.optimizer, files=checkpoint.files))
 
-    Ranks(parts.accelerator).together(read)
+    parts.ranks().together(read)
     put_state(parts.model, parts.optimizer, state=states[0])
 
 
-def _finish(run: Run, start: RunStart) -> TrainingResult:
-    run.log("end", status="done", step=run.step)
+def _finish(run: Run, parts: RunParts, start: RunStart) -> TrainingResult:
+    parts.log("end", status="done", step=run.step)
     assert run.checkpoint is not None  # the last step's save is required
     return TrainingResult(
         steps=run.step,
@@ -225,16 +160,30 @@ def _open(
             settings.folder,
             wanted=_identity(settings),
             versions=settings.record.versions,
-            topology=_topology(accelerator, settings),
+            topology=topology_of(accelerator, settings),
             strict=settings.strict_resume,
         )
         path = settings.folder / JOURNAL_NAME
         journals.append(Journal(path, attempt=start.attempt, wall_clock=settings.wall_clock))
-        stack.callback(journals[0].close)
+        stack.enter_context(_closed_at_the_end(journals[0]))
         return start
 
     start = ranks.on_main(open_on_main)
     return start, journals[0] if journals else None
+
+
+@contextlib.contextmanager
+def _closed_at_the_end(journal: Journal) -> Iterator[None]:
+    """Close the journal after the block; lines that are lost are a failure, but hide no other one."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            journal.close()
+        except EnvironmentFault as lost:
+            error.add_note(str(lost))
+        raise
+    journal.close()
 
 
 def _identity(settings: TrainingSettings) -> dict[str, Any]:
@@ -242,35 +191,12 @@ def _identity(settings: TrainingSettings) -> dict[str, Any]:
     return identity(settings.record, seed=config.seed, global_batch_size=config.global_batch_size)
 
 
-def _topology(accelerator: Accelerator, settings: TrainingSettings) -> dict[str, Any]:
-    """What the last bits of a sum depend on; threads too, since they cut sums on a CPU."""
-    on_cpu = accelerator.device.type == "cpu"
-    return {
-        "world_size": accelerator.num_processes,
-        "device": accelerator.device.type,
-        "per_device_batch_size": settings.config.per_device_batch_size,
-        "precision": settings.config.precision,
-        "cpu_threads": torch.get_num_threads() if on_cpu else None,
-        "compile": settings.config.compile,
-        **settings.topology,
-    }
-
-
-def _schedule(settings: TrainingSettings, source: TrainSource) -> LearningRateSchedule:
-    return schedule_for(
-        settings.optim,
-        global_batch_size=settings.config.global_batch_size,
-        epochs=settings.config.epochs,
-        steps_per_epoch=source.steps_per_epoch,
-    )
-
-
 def _check_setup(ranks: Ranks, accelerator: Accelerator, settings: TrainingSettings, *, source: TrainSource) -> None:
     """Refuse what cannot work before anything is made, and ranks that were told different things."""
     check_accelerator(accelerator, settings.config)
     if source.steps_per_epoch < 1:
         raise UserInputError(f"steps_per_epoch: expected at least 1, found {source.steps_per_epoch}; add samples")
-    _schedule(settings, source)
+    schedule_of(settings, source)
     own = {**_identity(settings), "versions": dict(settings.record.versions), "steps_per_epoch": source.steps_per_epoch}
     first, *others = ranks.gather(own)
     for rank, other in enumerate(others, start=1):

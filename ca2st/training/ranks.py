@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from ca2st.errors import CA2STError
 from ca2st.training.errors import PeerFailedError
 from ca2st.training.memory import memory_fault
+from ca2st.training.stages import StageClock
 
 T = TypeVar("T")
 
@@ -35,11 +36,12 @@ class _Outcome:
 
 
 class Ranks:
-    """This process among those that train together."""
+    """This process among those that train together; `stages` is told while it waits for them."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, *, stages: StageClock | None = None) -> None:
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
+        self._stages = stages or StageClock()
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +50,8 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in rank order, on every rank."""
-        gathered: list[T] = gather_object([value])
+        with self._stages.stage("gather"):
+            gathered: list[T] = gather_object([value])
         return gathered
 
     def together(self, action: Callable[[], T]) -> list[T]:

@@ -1,63 +1,26 @@
 """The steps of one attempt: update, journal, checkpoint, validate, until the end or a request to stop."""
 
 import contextlib
-import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
-
-import torch
-from accelerate import Accelerator
-from torch import nn
 
 from ca2st.batch import ClipBatch
 from ca2st.errors import EnvironmentFault
-from ca2st.training.checkpoint import CHECKPOINTS_NAME, CheckpointMarker
-from ca2st.training.documents import canonical_json
-from ca2st.training.errors import NonFiniteError, RunStoppedError
+from ca2st.training.errors import NonFiniteError, RunStoppedError, StopNotSavedError
 from ca2st.training.evaluate import evaluate
 from ca2st.training.failing_clips import keep_failing_clips
 from ca2st.training.heartbeat import Whereabouts
-from ca2st.training.intake import Intake, StepIntake
-from ca2st.training.journal import Journal
-from ca2st.training.keeper import MAX_FAILED_SAVES, CheckpointKeeper, SaveOutcome
-from ca2st.training.protocols import EvaluationSource
-from ca2st.training.ranks import Ranks
-from ca2st.training.record import LOADER_FILE, RunRecord
+from ca2st.training.intake import StepIntake
+from ca2st.training.keeper import MAX_FAILED_SAVES
+from ca2st.training.parts import RunParts
 from ca2st.training.resume import RunStart
-from ca2st.training.schedule import LearningRateSchedule
-from ca2st.training.settings import TrainingProgress, TrainingSettings
+from ca2st.training.saving import StateSaver
+from ca2st.training.settings import TrainingProgress
 from ca2st.training.signals import stopped_error
-from ca2st.training.stages import SourceCounts, StageClock, StepTimes
-from ca2st.training.state import collect_state
-from ca2st.training.step import Stepper, StepResult
-
-SCHEDULE_FILE = "schedule.json"
-_LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunParts:
-    """What an attempt works with; made by `loop.train`."""
-
-    settings: TrainingSettings
-    accelerator: Accelerator
-    model: nn.Module
-    """Not wrapped."""
-    optimizer: torch.optim.Optimizer
-    """Not wrapped."""
-    stepper: Stepper
-    intake: Intake
-    stages: StageClock
-    """Shared by intake and stepper."""
-    counts: SourceCounts
-    """Of this rank's training source."""
-    schedule: LearningRateSchedule
-    steps_per_epoch: int
-    validation: EvaluationSource | None
-    topology: Mapping[str, Any]
-    journal: Journal | None
-    """On the main rank."""
+from ca2st.training.stages import SourceCounts, StepTimes
+from ca2st.training.step import StepResult
 
 
 class Run:
@@ -68,21 +31,21 @@ class Run:
         self._settings = parts.settings
         self._config = parts.settings.config
         self._start = start
-        self._ranks = Ranks(parts.accelerator)
-        self._keeper = CheckpointKeeper(
-            parts.settings.folder / CHECKPOINTS_NAME, keep=self._config.keep_checkpoints, faults=parts.settings.faults
-        )
+        self._ranks = parts.ranks()
+        self._saver = StateSaver(parts, start)
         self._total_steps = self._config.total_steps(parts.steps_per_epoch)
         self._share: ClipBatch | None = None
         self.step = start.step
         """Updates made."""
-        self.checkpoint = start.folder
-        """Newest checkpoint of the run."""
-        self._saved_step = start.step if start.folder else 0
         last = start.last_eval
         self._evaluated_step = int(last["step"]) if last else -1
         self.metrics: Mapping[str, float | None] = dict(last["metrics"]) if last else {}
         """Newest validation metrics."""
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Newest checkpoint of the run."""
+        return self._saver.newest
 
     def where(self) -> Whereabouts:
         """Where this rank stands now; asked from another thread."""
@@ -110,17 +73,12 @@ class Run:
             with contextlib.suppress(EnvironmentFault, OSError):
                 keep_failing_clips(self._settings.folder, self._share, error.keys, name=name)
         if isinstance(error, RunStoppedError):
-            self.log("end", status="stopped", step=self.step, error=str(error))
+            self._parts.log("end", status="stopped", step=self.step, error=str(error))
             return
         facts = {"keys": error.keys, "parameters": error.parameters} if isinstance(error, NonFiniteError) else {}
         notes = getattr(error, "__notes__", [])
-        self.log("fault", kind=type(error).__name__, step=self.step, error=str(error), notes=notes, **facts)
-        self.log("end", status="failed", step=self.step, error=str(error))
-
-    def log(self, event: str, **fields: Any) -> None:
-        """Write a journal line, on the main rank."""
-        if self._parts.journal is not None:
-            self._parts.journal.write(event, **fields)
+        self._parts.log("fault", kind=type(error).__name__, step=self.step, error=str(error), notes=notes, **facts)
+        self._parts.log("end", status="failed", step=self.step, error=str(error))
 
     def _advance(self, intake: StepIntake, epoch: int) -> None:
         if intake.share is None:
@@ -155,7 +113,7 @@ class Run:
         fields = asdict(progress)
         del fields["total_steps"]
         fields |= {"grad_norm": result.grad_norm, "sample_ids_hash": intake.sample_ids_hash}
-        self.log("step", **fields, **_seconds_and_counts(times, self._parts.counts))
+        self._parts.log("step", **fields, **_seconds_and_counts(times, self._parts.counts))
         if self._settings.progress is not None and self._ranks.is_main:
             self._settings.progress(progress)
 
@@ -168,13 +126,16 @@ class Run:
     def _validate(self) -> None:
         assert self._parts.validation is not None
         begin = self._settings.clock()
-        result = evaluate(
-            self._parts.model,
-            self._parts.validation,
-            accelerator=self._parts.accelerator,
-            targets=self._settings.targets,
-            per_device_batch_size=self._config.per_device_batch_size,
-        )
+        with self._parts.stages.stage("validation"):
+            self._settings.faults.reach("validation.begun")
+            result = evaluate(
+                self._parts.model,
+                self._parts.validation,
+                accelerator=self._parts.accelerator,
+                targets=self._settings.targets,
+                per_device_batch_size=self._config.per_device_batch_size,
+                ranks=self._ranks,
+            )
         self.metrics, self._evaluated_step = result.metrics, self.step
         if self._parts.journal is not None:
             self._parts.journal.write_metrics(
@@ -187,73 +148,38 @@ class Run:
                 seconds=self._settings.clock() - begin,
             )
 
-    def _stop(self, signal_number: int) -> None:
-        self.log("fault", kind="signal", step=self.step, signal=signal_number)
-        if self.step > self._saved_step:
-            self._save(required=False)
-        kept = (
-            f"its state is in {self.checkpoint}"
-            if self._saved_step == self.step and self.step
-            else "nothing new to save"
-        )
-        raise stopped_error(
-            signal_number, f"stopped by signal {signal_number} after step {self.step}; {kept}; rerun to resume"
-        )
-
     def _save(self, *, required: bool) -> None:
-        begin = self._settings.clock()
-        outcome = self._ranks.on_main(self._write_checkpoint)
-        for problem in outcome.problems:
-            _LOGGER.warning("checkpoint at step %d: %s", self.step, problem)
-            self.log("fault", kind="checkpoint", step=self.step, error=problem, num_failed=outcome.num_failed)
-        if outcome.folder is not None:
-            self.checkpoint, self._saved_step = outcome.folder, self.step
-            self.log("checkpoint", step=self.step, name=outcome.folder.name, seconds=self._settings.clock() - begin)
-        elif required or outcome.num_failed >= MAX_FAILED_SAVES:
+        outcome = self._saver.save(self.step)
+        if outcome.folder is None and (required or outcome.num_failed >= MAX_FAILED_SAVES):
             raise EnvironmentFault(
                 f"cannot save at step {self.step} ({outcome.num_failed} failures in a row): {outcome.problems[0]}; "
                 f"the newest checkpoint is {self.checkpoint or 'none'}"
             )
 
-    def _write_checkpoint(self) -> SaveOutcome:
-        record = self._settings.record
-        position = loader_position(record, step=self.step, steps_per_epoch=self._parts.steps_per_epoch)
-        files = {
-            **record.files(),
-            **collect_state(self._parts.model, self._parts.optimizer),
-            LOADER_FILE: canonical_json(position),
-            SCHEDULE_FILE: canonical_json(asdict(self._parts.schedule)),
-        }
-        assert self._parts.journal is not None
-        return self._keeper.save(files, self._marker(), before=self._parts.journal.sync)
+    def _stop(self, signal_number: int) -> None:
+        """Save what is not saved and end: a stop without its checkpoint is a failure of the machine's."""
+        self._parts.log("fault", kind="signal", step=self.step, signal=signal_number)
+        stopped = f"stopped by signal {signal_number} after step {self.step}"
+        if self.step > self._saver.step:
+            outcome = self._saver.save(self.step)
+            if outcome.folder is None:
+                raise StopNotSavedError(
+                    f"{stopped}, but its state is NOT saved: {outcome.problems[0]}; {self._what_counts()}",
+                    signal_number=signal_number,
+                )
+        kept = f"its state is in {self.checkpoint}" if self.step else "nothing new to save"
+        raise stopped_error(signal_number, f"{stopped}; {kept}; rerun to resume")
 
-    def _marker(self) -> CheckpointMarker:
-        record = self._settings.record
-        return CheckpointMarker(
-            step=self.step,
-            attempt=self._start.attempt,
-            seed=self._config.seed,
-            global_batch_size=self._config.global_batch_size,
-            manifests=record.manifests,
-            recipe_sha256=record.recipe_sha256,
-            topology=self._parts.topology,
-            versions=record.versions,
-            experts=record.experts,
-            start=record.start,
+    def _what_counts(self) -> str:
+        if self.checkpoint is None:
+            return "there is no checkpoint, so a rerun begins anew"
+        lost = self.step - self._saver.step
+        return (
+            f"the newest checkpoint is {self.checkpoint}: a rerun goes on from step {self._saver.step} and makes "
+            f"{lost} step{'s' if lost > 1 else ''} again"
         )
 
 
 def _seconds_and_counts(times: StepTimes, counts: SourceCounts) -> dict[str, Any]:
     """Of a step line: the step's wall time, its stages, which add up to it, and what the loader did meanwhile."""
     return {"step_seconds": times.step_seconds, "stages": times.named(), "loader": counts.since_last()}
-
-
-def loader_position(record: RunRecord, *, step: int, steps_per_epoch: int) -> dict[str, Any]:
-    """Where the loader stands after `step` updates, and what its order follows from: ``loader.json``."""
-    epoch, step_in_epoch = divmod(step, steps_per_epoch)
-    return {
-        "epoch": epoch,
-        "step_in_epoch": step_in_epoch,
-        "steps_per_epoch": steps_per_epoch,
-        "plan": dict(record.loader),
-    }

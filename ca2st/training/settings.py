@@ -50,7 +50,8 @@ class TrainingSettings:
     lock_wait_seconds: float = 5.0
     """How long to wait for a predecessor in the folder to finish dying."""
     faults: FaultPoints = NO_FAULTS
-    """For tests: the points of `checkpoint`, ``step.received``, ``step.updated`` and ``step.logged``."""
+    """For tests: the points of `checkpoint`, ``step.received``, ``step.updated``, ``step.logged`` and
+    ``validation.begun``."""
     progress: Callable[[TrainingProgress], None] | None = None
     """Called on the main rank after every step."""
     clock: Callable[[], float] = time.perf_counter

@@ -11,12 +11,16 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 from ca2st.training.errors import InterruptedRunError, RunStoppedError, TerminatedError
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
+_ONE_REQUEST_SECONDS = 0.5
+"""One request may come as several signals: a terminal's Ctrl-C, timeout(1) and Slurm reach every process of a group,
+and the parent of a group passes on to its workers what they have got already."""
 
 
 class StopRequest:
@@ -46,8 +50,8 @@ def stop_on_signals(*, grace_seconds: float) -> Iterator[StopRequest]:
     """Turn SIGTERM and SIGINT into a `StopRequest` while the block runs.
 
     A second signal, or `grace_seconds` after the first, ends the process at once with the same exit code and the
-    stacks of its threads on stderr: even when the main thread is stuck in a collective that will never end.
-    Main thread only.
+    stacks of its threads on stderr: even when the main thread is stuck in a collective that will never end. Signals
+    within half a second of the first are the same request. Main thread only.
     """
     stop = StopRequest()
 
@@ -76,12 +80,21 @@ def _watch(reader: socket.socket, grace_seconds: float) -> None:
     first = _next_signal(reader, None)
     if first is None:
         return
-    second = _next_signal(reader, grace_seconds)
+    second = _second_request(reader, grace_seconds)
     if second is None:
         return
     sys.stderr.write(f"stopping at once: {'second signal' if second else f'no exit within {grace_seconds:g} s'}\n")
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
     os._exit(128 + first)
+
+
+def _second_request(reader: socket.socket, grace_seconds: float) -> int | None:
+    """As `_next_signal`, but for signals that belong to the first one."""
+    begin = time.monotonic()
+    while True:
+        number = _next_signal(reader, max(0.0, begin + grace_seconds - time.monotonic()))
+        if not number or time.monotonic() - begin >= _ONE_REQUEST_SECONDS:
+            return number
 
 
 def _next_signal(reader: socket.socket, timeout: float | None) -> int | None:

@@ -20,9 +20,14 @@ from typing import Literal, get_args
 from ca2st.training.protocols import CountsStages
 
 Stage = Literal["data_wait", "to_device", "forward", "backward", "optimizer", "gather", "other"]
+Standing = Stage | Literal["checkpoint", "validation"]
+"""A stage of a step, or what is done between two steps: there the clock stands in it, and charges it to ``other``."""
 STAGES: tuple[Stage, ...] = get_args(Stage)
 """``data_wait``: this rank's loader. ``forward``: with the loss. ``backward``: with the exchange of gradients between
 ranks. ``optimizer``: gradient norm, clipping, update. ``gather``: reading losses and meeting the other ranks."""
+
+_OF_A_STEP: Mapping[Standing, Stage] = {stage: stage for stage in STAGES}
+_CHARGED: Mapping[Standing, Stage] = {**_OF_A_STEP, "checkpoint": "other", "validation": "other"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +52,7 @@ class StageClock:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._stage: Stage = "other"
+        self._stage: Standing = "other"
         self._since = clock()
         self._seconds: dict[Stage, float] = dict.fromkeys(STAGES, 0.0)
 
@@ -57,7 +62,7 @@ class StageClock:
         self._since = self._clock()
 
     @contextmanager
-    def stage(self, name: Stage) -> Iterator[None]:
+    def stage(self, name: Standing) -> Iterator[None]:
         """Charge the block to `name`; the stage around it goes on afterwards."""
         outer = self._switch(name)
         try:
@@ -65,7 +70,7 @@ class StageClock:
         finally:
             self._switch(outer)
 
-    def standing(self) -> tuple[Stage, float]:
+    def standing(self) -> tuple[Standing, float]:
         """The stage it stands in now, and for how many seconds; from any thread."""
         return self._stage, self._clock() - self._since
 
@@ -74,9 +79,9 @@ class StageClock:
         self._switch(self._stage)
         return StepTimes(seconds=dict(self._seconds))
 
-    def _switch(self, name: Stage) -> Stage:
+    def _switch(self, name: Standing) -> Standing:
         now = self._clock()
-        self._seconds[self._stage] += now - self._since
+        self._seconds[_CHARGED[self._stage]] += now - self._since
         outer, self._stage, self._since = self._stage, name, now
         return outer
 

@@ -12,7 +12,7 @@ from pipelines.benchmark.report import ConversionBenchmark, spread
 from pipelines.benchmark.sources import source_list
 from sharding.conversion import ConversionConfig
 from sharding.convert import convert
-from sharding.manifest import read_shard_set
+from sharding.shard_set import read_shard_set
 
 Update = Callable[[int, str], None]
 _VARIANTS = ("all cores", "one worker", "baseline")

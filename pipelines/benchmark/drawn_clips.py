@@ -7,7 +7,6 @@ with cuts anywhere; the camera pans over a picture larger than the frame, and tw
 own.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from ca2st.errors import EnvironmentFault, UserInputError
+from pipelines.usable_cores import usable_cores
 
 _MOST_SCENES = 3
 _SLOPE = 1.3
@@ -58,7 +58,7 @@ def draw_clips(
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{wanted.width}x{wanted.height}-{wanted.frames_per_second}fps-{wanted.num_frames}"
     paths = tuple(folder / f"drawn-{name}-{number:04d}.mp4" for number in range(wanted.count))
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         for done, _ in enumerate(pool.map(lambda item: _write_missing(wanted, *item), enumerate(paths)), start=1):
             update(done)
     return paths

@@ -16,10 +16,11 @@ from pipelines.benchmark.config import LoaderBenchConfig
 from pipelines.benchmark.headspace import NORMALISE, measure_headspace, normalise
 from pipelines.benchmark.report import LoaderBenchmark, SplitReport, Spread, spread
 from pipelines.draws import EvaluationViews
-from pipelines.loader import EvaluationLoader, TrainLoader, usable_cores
+from pipelines.loader import EvaluationLoader, TrainLoader
 from pipelines.loader_config import LoaderConfig
 from pipelines.sampling import SamplingConfig
-from sharding.manifest import ShardSet
+from pipelines.usable_cores import usable_cores
+from sharding.shard_set import ShardSet
 
 Variant = Literal["ours", "baseline"]
 Update = Callable[[int, str], None]

@@ -82,7 +82,7 @@ def loader(
     from ray_jobs.bench_sources import bench_sources
     from ray_jobs.console import progress
     from ray_jobs.output_file import require_writable_place
-    from sharding.manifest import read_shard_set
+    from sharding.shard_set import read_shard_set
 
     config = LoaderBenchConfig(
         seconds=seconds,

@@ -1,17 +1,18 @@
 """``ca2st shard build|verify|inspect``."""
 
-from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ray_jobs.commands.partner_options import gop_frames, refuse_without_ray, synthetic_config
+
 if TYPE_CHECKING:
     from pipelines.set_facts import SetFacts
+    from sharding.completion import ConversionReport
     from sharding.conversion import ConversionConfig
-    from sharding.convert import ConversionReport
-    from sharding.manifest import ShardSet
+    from sharding.shard_set import ShardSet
     from sharding.source import SourceList
 
 app = typer.Typer(no_args_is_help=True)
@@ -42,7 +43,9 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
     quality: Annotated[
         int | None, typer.Option(help="Lower is better; default: mjpeg 5 (of 2..31), h264 20, hevc 23, vp9 30.")
     ] = None,
-    gop: Annotated[int, typer.Option(help="h264, hevc, vp9: frames from one key frame to the next.")] = 8,
+    gop: Annotated[
+        int | None, typer.Option(help="h264, hevc, vp9: frames from one key frame to the next; default 8.")
+    ] = None,
     short_side: Annotated[int, typer.Option(help="Pixels of the shorter side; smaller sources keep their size.")] = 256,
     frames_per_second: Annotated[float | None, typer.Option(help="Thin to this rate; default: every frame.")] = None,
     sample_rate: Annotated[int, typer.Option(help="Audio sample rate in Hz before the filter bank.")] = 16_000,
@@ -66,8 +69,8 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
     classes: Annotated[Path | None, typer.Option(help="csv: class names in label order, one a line.")] = None,
     task: Annotated[str | None, typer.Option(help="synthetic: space, time, audio, holistic or binding.")] = None,
     num_samples: Annotated[int | None, typer.Option(help="synthetic: how many clips.")] = None,
-    seed: Annotated[int, typer.Option(help="synthetic: seed of the world.")] = 0,
-    difficulty: Annotated[str, typer.Option(help="synthetic: easy, medium or hard.")] = "easy",
+    seed: Annotated[int | None, typer.Option(help="synthetic: seed of the world; default 0.")] = None,
+    difficulty: Annotated[str | None, typer.Option(help="synthetic: easy (default), medium or hard.")] = None,
     frame_size: Annotated[int | None, typer.Option(help="synthetic: width and height in pixels; default 64.")] = None,
     frame_rate: Annotated[int | None, typer.Option(help="synthetic: frames a second it draws; default 16.")] = None,
     min_frames: Annotated[int | None, typer.Option(help="synthetic: frames of the shortest clip; default 16.")] = None,
@@ -79,24 +82,26 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
 ) -> None:
     """Convert one split of a dataset into shards; rerun the same command to resume."""
     from ca2st.errors import UserInputError
+    from ray_jobs.commands.conversion_facts import print_plan, print_report
     from ray_jobs.environment import num_cores
     from ray_jobs.sizes import parse_bytes
     from sharding.conversion import ConversionConfig, RejectBudget
-    from sharding.datasets import DatasetRequest, SyntheticConfig, read_dataset
+    from sharding.datasets import DatasetRequest, read_dataset
 
-    sizes = {
+    refuse_without_ray(accept_open_ray=accept_open_ray, ray=ray is not None)
+    world = {
         "num_samples": num_samples,
+        "seed": seed,
+        "difficulty": difficulty,
         "frame_size": frame_size,
-        "frames_per_second": frame_rate,
+        "frame_rate": frame_rate,
         "min_frames": min_frames,
         "max_frames": max_frames,
     }
-    given: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
-    synthetic = SyntheticConfig(seed=seed, difficulty=difficulty, **given)
     config = ConversionConfig(
         codec=codec,
         quality=quality,
-        num_gop_frames=gop,
+        num_gop_frames=gop_frames(gop, codec=codec),
         short_side=short_side,
         frames_per_second=frames_per_second,
         sample_rate_hz=sample_rate,
@@ -117,18 +122,18 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
             check_media=not dry_run,
             classes=classes,
             task=task,
-            synthetic=synthetic,
+            synthetic=synthetic_config(world, dataset=dataset),
         ),
     )
     if dry_run:
-        _print_plan(source, config, as_json=as_json)
+        print_plan(source, config, as_json=as_json)
         return
     assert out is not None
     if ray is None:
         report = _convert(source, out, config)
     else:
         report = _convert_on_cluster(source, out, config, ray, workers, accept_open_ray)
-    _print_report(report, as_json=as_json)
+    print_report(report, as_json=as_json)
 
 
 def _convert(source: "SourceList", out: Path, config: "ConversionConfig") -> "ConversionReport":
@@ -153,54 +158,6 @@ def _convert_on_cluster(
     return convert_on_cluster(
         source, out, config, address=address, access=access, num_workers=num_workers, faults=fault_points()
     )
-
-
-def _print_plan(source: "SourceList", config: "ConversionConfig", *, as_json: bool) -> None:
-    from ray_jobs.console import counted, print_json, result, table
-    from sharding.conversion import estimate_storage
-    from sharding.datasets.label_spaces import label_histogram
-
-    estimate = estimate_storage(source, config)
-    facts: dict[str, object] = {
-        "dataset": source.dataset,
-        "split": source.split,
-        "manifest": None,
-        "num_samples": len(source.samples),
-        "num_classes": _class_count(source.num_classes),
-        "num_shards": estimate.num_shards,
-        "estimated_bytes": estimate.total_bytes,
-        "rejected": {},
-        "clips_per_second": None,
-    }
-    histogram = label_histogram(source)
-    if as_json:
-        print_json(facts | {"samples_per_class": histogram})
-        return
-    empty = {space: sum(count == 0 for count in counts.values()) for space, counts in histogram.items()}
-    facts["classes without samples"] = counted(empty)
-    result(table({name: value for name, value in facts.items() if value is not None}))
-
-
-def _print_report(report: "ConversionReport", *, as_json: bool) -> None:
-    from ray_jobs.console import counted, print_json, result, table
-
-    facts = {
-        "manifest": str(report.manifest_path),
-        "num_samples": report.num_samples,
-        "num_classes": _class_count(report.num_classes),
-        "num_shards": report.num_shards,
-        "rejected": dict(report.rejected),
-        "clips_per_second": round(report.clips_per_second, 2),
-    }
-    if as_json:
-        print_json(facts)
-        return
-    result(table(facts | {"rejected": counted(report.rejected)}))
-
-
-def _class_count(num_classes: Mapping[str, int]) -> int | dict[str, int]:
-    """One number where one label is learned, a number a target otherwise."""
-    return next(iter(num_classes.values())) if len(num_classes) == 1 else dict(num_classes)
 
 
 @app.command(epilog="Example: ca2st shard verify shards/train, or: ca2st shard verify s3://bucket/shards/train")
@@ -252,7 +209,7 @@ def inspect(
 def _read_facts(place: str, html: Path | None) -> "tuple[ShardSet, SetFacts]":
     from pipelines.set_facts import set_facts
     from ray_jobs.output_file import require_writable_place
-    from sharding.manifest import read_shard_set
+    from sharding.shard_set import read_shard_set
 
     if html is not None:
         require_writable_place(html, "--html")

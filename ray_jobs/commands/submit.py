@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ca2st.errors import UserInputError
+from ray_jobs.commands.partner_options import refuse_unused_ca_file
 from ray_jobs.commands.train import with_options
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def submit(
     from ray_jobs.submit.preparation import Choices, prepared
     from ray_jobs.submit.submission import send
 
+    refuse_unused_ca_file(ca_file, address)
     if wheel is not None and not package:
         raise UserInputError("--wheel and --no-package: expected one of the two, found both")
     if resubmit and not wait:
@@ -83,7 +85,11 @@ def submit(
     if wait:
         _follow(client, job, address, num_resubmits=resubmit, as_json=as_json)
         return
-    send(client, job.request, job.archive)
+    try:
+        send(client, job.request, job.archive)
+    except KeyboardInterrupt:  # it was taken
+        _tell_how_to_go_on(job.request.submission_id, address)
+        raise typer.Exit(_INTERRUPTED) from None
     _tell(_facts(job.request.submission_id, job, address), as_json=as_json)
     _tell_how_to_go_on(job.request.submission_id, address)
 

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ca2st.errors import EnvironmentFault
+
 app = typer.Typer(no_args_is_help=True)
 
 
@@ -18,9 +20,12 @@ def sync(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a training run.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,
 ) -> None:
-    """Send what MLflow does not have yet of a run: its journal, system metrics, inputs, artefacts and model."""
+    """Send what MLflow does not have yet of a run: its journal, system metrics, inputs, artefacts and model.
+
+    Ends with 4 while something is lacking: the store cannot be reached, or did not take all.
+    """
     from ray_jobs.console import print_json, result
-    from ray_jobs.tracking.tracker import read_state
+    from ray_jobs.tracking.state import read_state
     from ray_jobs.tracking.tracker import sync as send
 
     sent = send(run_dir)
@@ -33,3 +38,5 @@ def sync(
     else:
         still = f"; it still lacks {', '.join(lacking)}, for the reasons above" if lacking else ""
         result(f"{sent} values sent to MLflow run {state.run_id}{still}")
+    if lacking:
+        raise typer.Exit(EnvironmentFault.exit_code)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ca2st.errors import UserInputError
+from ray_jobs.commands.partner_options import refuse_without_ray
 
 if TYPE_CHECKING:
     from ray_jobs.config.recipe import Recipe
 
-RUNS_FOLDER = Path("runs")
 _ONE_OF_TWO = (
     "expected either a recipe (with --data where it names no shards) or --data-folder DIR, a folder of videos; "
     "for example: ca2st train smoke, or: ca2st train --data-folder videos"
@@ -29,7 +29,7 @@ def train(
         str | None, typer.Option(help="Training shards, a folder or a URL, instead of the recipe's.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Training processes; one a GPU where there are GPUs.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/<recipe's name>.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: launch.runs_folder/<recipe's name>.")] = None,
     ray: Annotated[bool, typer.Option("--ray", help="Train under Ray Train, which restarts failed workers.")] = False,
     ray_address: Annotated[str, typer.Option(help="Ray cluster to use with --ray; default: one of our own.")] = "local",
     open_ray: Annotated[bool, typer.Option("--i-accept-open-ray", help="Join a cluster without a token.")] = False,
@@ -42,6 +42,7 @@ def train(
     """
     if ray_address != "local" and not ray:
         raise UserInputError(f"--ray-address {ray_address}: expected --ray beside it; without, Ray is not used at all")
+    refuse_without_ray(accept_open_ray=open_ray, ray=ray)
     settings = with_options(overrides, data=data, workers=workers)
     if data_folder is not None and recipe is None and data is None:
         _train_own_videos(
@@ -95,7 +96,6 @@ def _train_own_videos(
     train_own_videos(
         folder,
         settings,
-        runs_folder=RUNS_FOLDER,
         out=out,
         ray_address=ray_address,
         accept_open_ray=accept_open_ray,
@@ -108,10 +108,10 @@ def _train(recipe: "Recipe", run_dir: Path, ray_address: str | None, *, accept_o
     from ray_jobs.console import print_json
     from ray_jobs.environment import fault_points
     from ray_jobs.running.launch import launch
+    from ray_jobs.running.preflight import check_settings
     from ray_jobs.running.start import check_model
-    from ray_jobs.running.wiring import check_settings
     from ray_jobs.synthetic.data import synthetic_classes, with_synthetic_shards
-    from ray_jobs.tracking.tracker import read_state
+    from ray_jobs.tracking.state import read_state
 
     if (classes := synthetic_classes(recipe)) is not None:  # refused before any clip is drawn
         check_settings(recipe)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ca2st.errors import UserInputError, did_you_mean
+from ray_jobs.redaction import without_credentials
 from ray_jobs.tracking.client import open_client, reachable, sqlite_path
 from ray_jobs.tracking.events import WORLD_SIZE
 
@@ -88,7 +89,7 @@ def read_runs(uri: str, wanted: RunFilter) -> list[TrackedRun]:
         found = [run for run in _search(client, list(experiments)) if _matches(run, wanted)]
         found = _named(found, wanted.runs) if wanted.runs else found[: wanted.newest][::-1]
         if not found:
-            raise UserInputError(f"no run of {uri} {_asked(wanted)}")
+            raise UserInputError(f"no run of {without_credentials(uri)} {_asked(wanted)}")
         return [_tracked(client, run, experiments[run.info.experiment_id]) for run in found]
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from ray_jobs.doctor import cluster_findings as judged
 from ray_jobs.doctor.finding import Finding
+from ray_jobs.doctor.libraries import installed_versions
 from ray_jobs.doctor.node_examination import Door, examine_node, remove_token, unseen_tokens, write_token
-from ray_jobs.environment import versions
+from ray_jobs.environment import RECORDED_PACKAGES
 from ray_jobs.every_node import Node, NodeFailure, ask_every_node, gathered, living_nodes
 from ray_jobs.ray_access import is_open
 
@@ -25,10 +26,12 @@ def examine_cluster(storage: Sequence[str] = ()) -> list[Finding]:
     """
     nodes = living_nodes()
     findings = _whole(nodes)
-    reports, silent = _split(ask_every_node(examine_node, nodes=nodes, timeout_seconds=_EXAMINATION_SECONDS))
+    answers = ask_every_node(examine_node, RECORDED_PACKAGES, nodes=nodes, timeout_seconds=_EXAMINATION_SECONDS)
+    reports, silent = _split(answers)
     findings += _silence(silent)
     findings += [finding for report in reports.values() for finding in report.findings]
-    findings += judged.judge_versions(versions(), {node.name: one.versions for node, one in reports.items()})
+    here = installed_versions(RECORDED_PACKAGES)
+    findings += judged.judge_versions(here, {node.name: one.versions for node, one in reports.items()})
     findings += judged.judge_gpus(
         {node.name: int(node.resources.get("GPU", 0)) for node in reports},
         {node.name: report.num_gpus for node, report in reports.items()},

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ca2st.benchmark.machine import machine
 from ray_jobs.doctor.finding import Finding
 from ray_jobs.environment import num_cores
 
@@ -20,6 +19,8 @@ _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory
 
 def check_processor() -> Finding:
     """Cores this process may use."""
+    from ca2st.benchmark.machine import machine
+
     return Finding(name="processor", ok=True, what=f"{num_cores()} cores, {machine('cpu').processor}")
 
 

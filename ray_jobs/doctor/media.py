@@ -1,12 +1,16 @@
-"""Which codecs are read and written here, tried on a few frames."""
+"""Which codecs are read and written here, tried on a few frames.
+
+Libraries are imported inside the checks: one that is missing is a finding of its own check, not the end of all.
+"""
 
 import io
 from fractions import Fraction
-
-import av
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ray_jobs.doctor.finding import Check, Finding
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _ENCODERS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9", "mjpeg": "mjpeg"}
 _QUIET = {"libx265": {"x265-params": "log-level=none"}}
@@ -21,6 +25,9 @@ def video_checks() -> dict[str, Check]:
 
 def check_video(codec: str) -> Finding:
     """Encode a few frames, decode them again, compare."""
+    import av
+    import numpy as np
+
     name, encoder = f"video {codec}", _ENCODERS[codec]
     if encoder not in av.codecs_available:
         return Finding(name=name, ok=False, what=f"no encoder {encoder}", mend=_MEND, needed=codec == "mjpeg")
@@ -38,6 +45,9 @@ def check_video(codec: str) -> Finding:
 
 def check_audio() -> Finding:
     """Encode a second of AAC and decode it."""
+    import av
+    import numpy as np
+
     sink, rate = io.BytesIO(), 16_000
     tone = np.sin(np.arange(rate, dtype=np.float32) * (2 * np.pi * 440 / rate))[None]
     with av.open(sink, "w", format="mp4") as container:
@@ -89,12 +99,16 @@ def check_dali() -> Finding:
     )
 
 
-def _frames() -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def _frames() -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+    import numpy as np
+
     y, x = np.mgrid[:_SIZE, :_SIZE]
     return np.stack([np.stack([x * 3 + 4 * i, y * 3, x + y], axis=-1) for i in range(_NUM_FRAMES)]).astype(np.uint8)
 
 
-def _encoded(encoder: str, frames: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> bytes:
+def _encoded(encoder: str, frames: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]") -> bytes:
+    import av
+
     sink = io.BytesIO()
     with av.open(sink, "w", format="mp4") as container:
         stream = container.add_stream(encoder, rate=25, options=_QUIET.get(encoder, {}))

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ca2st.durable import write_bytes
@@ -24,26 +25,38 @@ class NodeReport:
 
     findings: tuple[Finding, ...]
     versions: Mapping[str, str]
+    """Of Python and the packages that were asked for, as far as they are installed."""
     num_gpus: int
-    """CUDA devices that torch sees."""
+    """CUDA devices that torch sees; 0 where it cannot be imported."""
 
 
-def examine_node() -> NodeReport:
-    """Try all that a training needs of the machine this is called on."""
-    import torch
+def examine_node(packages: Sequence[str]) -> NodeReport:
+    """Try all that a training needs of the machine this is called on; what is missing there is a finding.
 
+    `packages`: whose versions are asked.
+    """
     from ray_jobs.doctor.examination import examine, machine_checks
+    from ray_jobs.doctor.libraries import installed_versions
     from ray_jobs.doctor.machine import check_folder
-    from ray_jobs.environment import versions
     from ray_jobs.every_node import this_node
 
     node = this_node().name
-    findings = [*examine(machine_checks()), check_folder("disk temporary", Path(tempfile.gettempdir()))]
+    folder = partial(check_folder, "disk temporary", Path(tempfile.gettempdir()))
+    findings = examine({**machine_checks(), "disk temporary": folder})
     return NodeReport(
         findings=tuple(replace(finding, node=node) for finding in findings),
-        versions=versions(),
-        num_gpus=torch.cuda.device_count(),
+        versions=installed_versions(packages),
+        num_gpus=_num_gpus(),
     )
+
+
+def _num_gpus() -> int:
+    try:
+        import torch
+
+        return torch.cuda.device_count()
+    except Exception:  # noqa: BLE001 - a broken torch may raise anything; its own check tells what
+        return 0
 
 
 def write_token(folder: str, token: str) -> str:

@@ -18,8 +18,8 @@ from pipelines.shard_index import ShardIndexCache
 from ray_jobs.inference.evaluation import place_model
 from ray_jobs.inference.prediction import Prediction, likeliest, shards_of_videos
 from ray_jobs.inference.trained import TrainedModel
-from ray_jobs.running.wiring import evaluation_loader
-from sharding.manifest import ShardSet
+from ray_jobs.running.loaders import evaluation_loader
+from sharding.shard_set import ShardSet
 
 _TOP = 5
 _INDEX_BYTES = 1 << 20

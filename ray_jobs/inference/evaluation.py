@@ -18,8 +18,8 @@ from ca2st.training.metrics import main_metric
 from pipelines.draws import EvaluationViews
 from ray_jobs.inference.trained import TrainedModel, load_trained
 from ray_jobs.output_file import require_writable_place
-from ray_jobs.running.wiring import evaluation_loader
-from sharding.manifest import ShardSet, read_shard_set
+from ray_jobs.running.loaders import evaluation_loader
+from sharding.shard_set import ShardSet, read_shard_set
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,8 +21,8 @@ from ray_jobs.console import progress
 from ray_jobs.inference.evaluation import place_model
 from ray_jobs.inference.trained import TrainedModel, load_trained
 from ray_jobs.output_file import require_writable_place
-from ray_jobs.running.wiring import evaluation_loader
-from sharding.manifest import ShardSet, read_shard_set
+from ray_jobs.running.loaders import evaluation_loader
+from sharding.shard_set import ShardSet, read_shard_set
 
 METADATA_KEY = b"ca2st"
 """Key of the file's metadata that holds one JSON object: where the features come from."""

@@ -18,7 +18,8 @@ from ray_jobs.inference.trained import TrainedModel, load_trained
 from sharding.codecs import DEFAULT_GOP_FRAMES
 from sharding.conversion import ConversionConfig
 from sharding.keys import sample_key
-from sharding.manifest import LabelSpace, ShardSet, read_shard_set
+from sharding.manifest import LabelSpace
+from sharding.shard_set import ShardSet, read_shard_set
 from sharding.source import SourceList, SourceSample
 
 

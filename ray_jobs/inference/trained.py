@@ -12,7 +12,7 @@ from ca2st.training.checkpoint import CHECKPOINTS_NAME, Checkpoint, list_checkpo
 from ca2st.training.state import MODEL_FILE, put_model_tensors, read_model_tensors
 from ray_jobs.config.recipe import Recipe, stored_recipe
 from ray_jobs.running.frozen_weights import load_frozen
-from ray_jobs.running.wiring import target_specs
+from ray_jobs.running.recipe_model import target_specs
 from sharding.manifest import AudioParameters, VideoParameters
 
 RUN_DOCUMENT = "run"

@@ -22,7 +22,6 @@ def train_own_videos(
     folder: Path,
     overrides: Sequence[str],
     *,
-    runs_folder: Path,
     out: Path | None,
     ray_address: str | None,
     accept_open_ray: bool,
@@ -30,7 +29,7 @@ def train_own_videos(
     as_json: bool,
 ) -> None:
     """Train on a folder of videos, or with `dry_run` only say how; raises as `plan_training` and `train_on_videos`."""
-    plan = plan_training(folder, overrides, runs_folder=runs_folder, out=out)
+    plan = plan_training(folder, overrides, out=out)
     if dry_run:
         _print_plan(plan, as_json=as_json)
         return

@@ -9,7 +9,7 @@ from ray_jobs.inference.trained import load_trained
 from ray_jobs.own_data.listing import OwnVideos
 from ray_jobs.running.worker import Outcome
 from sharding.keys import sample_key
-from sharding.manifest import read_shard_set
+from sharding.shard_set import read_shard_set
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ from ca2st.model.structure import EXPERTS
 from ray_jobs.own_data.mistakes import Judgement
 from ray_jobs.own_data.shards import LeftOut, OwnShards
 from ray_jobs.own_data.training import OwnOutcome, OwnPlan
-from ray_jobs.tracking.tracker import read_state
+from ray_jobs.tracking.state import read_state
 
 _MOST_NAMED = 5
 _MOST_CLASSES = 20

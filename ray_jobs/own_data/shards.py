@@ -14,8 +14,9 @@ from ray_jobs.own_data.listing import OwnVideos
 from sharding.conversion import ConversionConfig, RejectBudget, conversion_identity
 from sharding.errors import RejectBudgetError
 from sharding.index import decode_index
-from sharding.manifest import read_shard_set, sha256_of_json
+from sharding.manifest import sha256_of_json
 from sharding.rejects import REJECTS_NAME
+from sharding.shard_set import read_shard_set
 from sharding.source import SourceList, SourceSample
 
 DATA_FOLDER = "data"

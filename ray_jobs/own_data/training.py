@@ -29,7 +29,6 @@ from sharding.manifest import MANIFEST_NAME, read_manifest
 
 RECIPE = "own_data"
 """The recipe of the package that choices are put over."""
-_SHARDS_KEYS = ("data.train", "data.validation", "data.synthetic", "data.targets")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,15 +49,16 @@ class OwnPlan:
     def chosen(self) -> list["ChosenSettings"]:
         """The choices with the values that are used, the person's own among them."""
         used = recipe_document(self.recipe)
-        own = {override.partition("=")[0] for override in self.overrides}
-        return [
-            ChosenSettings(
-                settings={key: _at(used, key) for key in choice.settings},
-                reason="set by you" if choice.settings and own.issuperset(choice.settings) else choice.reason,
-                own=tuple(sorted(own.intersection(choice.settings))),
-            )
-            for choice in self.choices
-        ]
+        return [self._chosen(choice, used) for choice in self.choices]
+
+    def _chosen(self, choice: Choice, used: Mapping[str, Any]) -> "ChosenSettings":
+        own = tuple(sorted(key for key in choice.settings if _is_set(key, self.overrides)))
+        all_own = choice.settings and len(own) == len(choice.settings)
+        return ChosenSettings(
+            settings={key: _at(used, key) for key in choice.settings},
+            reason="set by you" if all_own else choice.reason,
+            own=own,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,15 +83,16 @@ class OwnOutcome:
     """None without validation."""
 
 
-def plan_training(folder: Path, overrides: Sequence[str], *, runs_folder: Path, out: Path | None) -> OwnPlan:
+def plan_training(folder: Path, overrides: Sequence[str], *, out: Path | None) -> OwnPlan:
     """List the folder and choose as far as names tell; nothing is opened but the given expert files, nothing written.
+
+    `out`: the run's folder; None: a folder of the run's name in ``launch.runs_folder``.
 
     Raises:
         UserInputError: the folder is of another form (see `list_videos`), or settings or experts are not usable.
     """
-    if taken := [key for override in overrides for key in _SHARDS_KEYS if override.startswith(key)]:
-        raise UserInputError(f"--set {taken[0]}: --data-folder makes the shards; leave one of the two out")
     given = load_recipe(RECIPE, overrides)
+    _refuse_ignored(given, overrides)
     videos = list_videos(folder)
     facts = Facts(
         device="cuda" if torch.cuda.is_available() else "cpu",
@@ -99,7 +100,7 @@ def plan_training(folder: Path, overrides: Sequence[str], *, runs_folder: Path, 
         num_clips=len(videos.train),
         experts=_expert_sizes(given, overrides),
     )
-    return _decided(videos, facts, tuple(overrides), runs_folder=runs_folder, out=out)
+    return _decided(videos, facts, tuple(overrides), out=out)
 
 
 def train_on_videos(
@@ -126,7 +127,7 @@ def train_on_videos(
         num_with_sound=shards.num_with_sound,
         median_seconds=shards.median_seconds,
     )
-    plan = _decided(plan.videos, facts, plan.overrides, runs_folder=plan.run_dir.parent, out=plan.run_dir)
+    plan = _decided(plan.videos, facts, plan.overrides, out=plan.run_dir)
     told(plan, shards)
     _refuse_other_videos(plan.run_dir, shards)
     sets = {split: str(folder.resolve()) for split, folder in shards.sets.items()}
@@ -142,13 +143,30 @@ def train_on_videos(
     return OwnOutcome(plan=plan, shards=shards, outcome=outcome, judgement=judgement)
 
 
-def _decided(
-    videos: OwnVideos, facts: Facts, overrides: tuple[str, ...], *, runs_folder: Path, out: Path | None
-) -> OwnPlan:
+def _refuse_ignored(given: Recipe, overrides: Sequence[str]) -> None:
+    """Refuse settings of the person that the folder decides."""
+    data = given.data
+    shards = {
+        "data.train": data.train,
+        "data.mixture": data.mixture or None,
+        "data.validation": data.validation,
+        "data.synthetic": data.synthetic,
+        "data.targets": data.targets,
+    }
+    if taken := [key for key, value in shards.items() if value is not None]:
+        raise UserInputError(f"--set {taken[0]}: --data-folder makes the shards; leave one of the two out")
+    if "model.preset" in _keys(overrides):
+        raise UserInputError(
+            "--set model.preset: --data-folder chooses kind and sizes of the model, and a preset would stand below "
+            "that; set the keys themselves (`ca2st model presets` lists them), as model.fusion, or train by a recipe"
+        )
+
+
+def _decided(videos: OwnVideos, facts: Facts, overrides: tuple[str, ...], *, out: Path | None) -> OwnPlan:
     choices = choose(facts)
     chosen = {"name": run_name(videos.folder), **settings_of(choices)}
     recipe = load_recipe(RECIPE, [*_as_overrides(chosen), *overrides])
-    run_dir = out or runs_folder / recipe.name
+    run_dir = out or Path(recipe.launch.runs_folder) / recipe.name
     return OwnPlan(
         videos=videos,
         facts=facts,
@@ -158,6 +176,15 @@ def _decided(
         run_dir=run_dir,
         shards=shards_folder(videos, _conversion(recipe), run_dir.parent),
     )
+
+
+def _keys(overrides: Sequence[str]) -> set[str]:
+    return {override.partition("=")[0] for override in overrides}
+
+
+def _is_set(key: str, overrides: Sequence[str]) -> bool:
+    """Whether the person set `key`, itself or with its whole section."""
+    return any(key == own or key.startswith(f"{own}.") for own in _keys(overrides))
 
 
 def _at(document: Mapping[str, Any], key: str) -> Any:
@@ -181,7 +208,7 @@ def _expert_sizes(given: Recipe, overrides: Sequence[str]) -> ExpertSizes | None
         return None
     if any(map(is_hub_name, sources.values())):
         return published_sizes(sources)
-    says_heads = any(override.startswith("model.num_heads=") for override in overrides)
+    says_heads = _is_set("model.num_heads", overrides)
     return read_expert_sizes(given.experts.files(), num_heads=given.model.num_heads if says_heads else None)
 
 
@@ -194,7 +221,7 @@ def _with_fetched_experts(plan: OwnPlan) -> OwnPlan:
     files = with_local_experts(plan.recipe, folder, environment.hub_access()).experts.files()
     overrides = plan.overrides + tuple(_as_overrides({f"experts.{name}": str(path) for name, path in files.items()}))
     facts = replace(plan.facts, experts=_expert_sizes(load_recipe(RECIPE, overrides), overrides))
-    return _decided(plan.videos, facts, overrides, runs_folder=plan.run_dir.parent, out=plan.run_dir)
+    return _decided(plan.videos, facts, overrides, out=plan.run_dir)
 
 
 def _refuse_other_videos(run_dir: Path, shards: OwnShards) -> None:

@@ -18,7 +18,7 @@ from pipelines.stats import StatsRecorder
 from ray_jobs.pages.axes import Tick, hertz_ticks, seconds_ticks
 from ray_jobs.pages.pictures import frame_jpeg, spectrogram_png
 from sharding.index import TICKS_PER_SECOND
-from sharding.manifest import ShardSet
+from sharding.shard_set import ShardSet
 
 NUM_STILLS = 8
 _INDEX_BYTES = 1 << 24

@@ -18,9 +18,11 @@ from pipelines.steps import count_steps, rank_positions, require_enough_samples
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.planning.resume_plan import resume_plan
 from ray_jobs.running.frozen_weights import frozen_bytes
-from ray_jobs.running.wiring import TrainingData, check_settings, outline_model, preflight, sample_plan, target_specs
+from ray_jobs.running.preflight import check_settings, preflight
+from ray_jobs.running.recipe_model import outline_model, target_specs
+from ray_jobs.running.training_data import TrainingData, sample_plan
 from sharding.location import RemoteFolder, as_location
-from sharding.manifest import ShardSet
+from sharding.shard_set import ShardSet
 
 _MOMENTS = 2
 """AdamW keeps two numbers a trained parameter, in checkpoints too."""
@@ -88,7 +90,7 @@ def read_without_traces(recipe: Recipe) -> Reading:
     """Read manifests (and indexes, where samples are chosen by them) without leaving a copy of those behind URLs.
 
     Raises:
-        UserInputError, DataDamageError: as `wiring.preflight`, or as `synthetic_classes`.
+        UserInputError, DataDamageError: as `preflight`, or as `synthetic_classes`.
     """
     from ray_jobs.synthetic.data import synthetic_classes
 

@@ -25,7 +25,7 @@ from ca2st.spec import ClipSpec
 from ca2st.training.losses import loss_per_clip
 from ca2st.training.step import model_logits
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.running.wiring import target_specs
+from ray_jobs.running.recipe_model import target_specs
 
 _ADAM_MOMENTS = 2
 

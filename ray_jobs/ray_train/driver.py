@@ -79,13 +79,18 @@ class Fleet:
         """What to end with when Ray gave up, or was lost."""
         from ray.exceptions import RayError
         from ray.train import TrainingFailedError
-        from ray.train.v2.api.exceptions import WorkerGroupError
+        from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 
         run_dir, launch = self.job.run_dir, self.recipe.launch
         if isinstance(error, TrainingFailedError):
             failure = supervision.failure()
             if failure is not None and failure.final:  # a rank that only heard of it was the last to fail
                 return error_of(failure)
+            if isinstance(error, PreemptionError) or (failure is not None and failure.preempted):
+                return RetriesUsedUpError(
+                    f"{self.recipe.name}: its nodes were taken away more often than launch.max_preemptions "
+                    f"({launch.max_preemptions}) allows; {run_dir} keeps what was reached: rerun to resume"
+                )
             last = failure if failure is not None and isinstance(error, WorkerGroupError) else error
             return RetriesUsedUpError(
                 f"{self.recipe.name}: failed in every attempt ({launch.max_failures} restarts allowed); the last one: "

@@ -43,22 +43,44 @@ class LostWorkers(UserCallback):
             living={node.address for node in living_nodes()},
             attempt=attempt,
             launch=self._folder.name,
+            preempted=any(is_preempted(error) for error in died.values()),
         )
         keep_failure(self._folder.run_dir, record)
 
 
 def died_of(error: Exception) -> str | None:
     """Ray's words for the death of a worker's process or node; None when the worker raised `error` itself."""
-    cause = getattr(error, "health_check_failure", error)
+    cause = _cause_of(error)
     if isinstance(cause, OutOfMemoryError):  # killed by Ray; no RayActorError, and its last lines are advice
         return first_line(cause)
     return str(cause) if isinstance(cause, RayActorError) else None
 
 
+def is_preempted(error: Exception) -> bool:
+    """Whether a worker died since its node was taken away, as Ray had been told before."""
+    cause = _cause_of(error)
+    return isinstance(cause, RayActorError) and cause.preempted
+
+
+def _cause_of(error: Exception) -> Exception:
+    """What Ray's health check has found, where that is what failed."""
+    cause: Exception = getattr(error, "health_check_failure", error)
+    return cause
+
+
 def death_record(
-    died: Mapping[int, str], places: Mapping[int, str], *, living: Collection[str], attempt: int, launch: str
+    died: Mapping[int, str],
+    places: Mapping[int, str],
+    *,
+    living: Collection[str],
+    attempt: int,
+    launch: str,
+    preempted: bool = False,
 ) -> FailureRecord:
-    """What to put on record for workers that died: Ray's words by rank, and their places as ``host (address)``."""
+    """What to put on record for workers that died: Ray's words by rank, and their places as ``host (address)``.
+
+    `preempted`: one of them with a node that was taken away as announced, which explains the others.
+    """
     rank = min(died)
     by_node: dict[str, list[int]] = {}
     for one in sorted(died):
@@ -73,6 +95,7 @@ def death_record(
         attempt=attempt,
         final=False,
         launch=launch,
+        preempted=preempted,
     )
 
 

@@ -75,7 +75,7 @@ def look_at_data(recipe: Mapping[str, Any], *, node: str) -> NodeReport:
     """Versions and data as this process has them."""
     from ray_jobs import environment
     from ray_jobs.config.recipe import recipe_from_document
-    from ray_jobs.running.wiring import preflight
+    from ray_jobs.running.preflight import preflight
 
     report = NodeReport(node=node, versions=environment.versions(), fingerprints={})
     try:

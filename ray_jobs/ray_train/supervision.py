@@ -101,7 +101,7 @@ class Supervision:
             self._final = self._clock()
         if failure is not None and not failure.echo and not failure.final and failure != self._told:
             self._told = failure
-            say(f"failed: {failure}; the workers are started again as long as restarts are left")
+            say(_told(failure))
         return Situation(
             ended=fit.done(),
             stop_asked=self._stop.signal_number != 0,
@@ -127,3 +127,10 @@ class Supervision:
     def _failed(self, told: str = "") -> Exception:
         failure = self.failure()
         return error_of(failure) if failure is not None else CA2STError(told)
+
+
+def _told(failure: FailureRecord) -> str:
+    """What to say of a failure that starting again may mend."""
+    if failure.preempted:
+        return f"taken away as announced: {failure}; the workers are started again on the nodes there are"
+    return f"failed: {failure}; the workers are started again as long as restarts are left"

@@ -48,10 +48,12 @@ def train_on_worker(settings: dict[str, Any]) -> dict[str, str]:
     faults = environment.fault_points(restart=(folder.run_dir / JOURNAL_NAME).exists()).on_rank(rank)
     try:
         folder.begin(attempt, rank=rank, node=node_name())  # fails on a node that joined later and shares no storage
-        with watching(lambda: folder.stop_signal() or _notice(rank)) as stop:
+        with watching(lambda: folder.stop_signal() or _notice()) as stop:
             outcome = run(job, faults=faults, stop=stop)
     except RunStoppedError as error:
         if not folder.stop_signal():
+            if rank == 0:
+                say(f"{_announced()}: the state is saved; Ray starts the workers again when the notice has run out")
             hold(folder.stop_signal)
         return _ended("stopped", str(error))
     except Exception as error:  # noqa: BLE001  # put on record, then raised again or told to the driver
@@ -76,14 +78,15 @@ def _begin(folder: LaunchFolder) -> tuple[int, Status | None]:
     return folder.num_attempts() + 1, over
 
 
-def _notice(rank: int) -> int:
+def _notice() -> int:
+    return 0 if preemption_notice() is None else PREEMPTED
+
+
+def _announced() -> str:
     notice = preemption_notice()
-    if notice is None:
-        return 0
-    if rank == 0:
-        nodes = ", ".join(node_id[:8] for node_id in notice.preempted_node_ids)
-        say(f"node {nodes} will be taken away: saving; Ray then starts the workers again on other nodes")
-    return PREEMPTED
+    if notice is None:  # another rank has heard of it first
+        return "a node will be taken away"
+    return f"node {', '.join(node_id[:8] for node_id in notice.preempted_node_ids)} will be taken away"
 
 
 def _failed(error: Exception, folder: LaunchFolder, *, attempt: int, rank: int) -> dict[str, str]:

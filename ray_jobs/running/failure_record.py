@@ -7,16 +7,18 @@ whether starting it again can help, reads this file: it holds the newest attempt
 import fcntl
 import json
 import logging
+import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ca2st.durable import write_bytes
 from ca2st.errors import CA2STError, DataDamageError, EnvironmentFault, NumericError, UserInputError
-from ca2st.training.errors import OutOfMemoryFault, PeerFailedError
+from ca2st.training.errors import OutOfMemoryFault, PeerFailedError, StopNotSavedError
 
 FAILURE_NAME = "failure.json"
 _LOCK_NAME = "failure.lock"
 _NOT_MENDED = (UserInputError, DataDamageError, NumericError)
+_OF_A_PERSON = (signal.SIGINT, signal.SIGTERM)
 _CUT_CONNECTIONS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 _LOGGER = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ class FailureRecord:
     """The launch it belongs to: a command that was run once, with all its restarts."""
     echo: bool = False
     """True: it only says that another rank failed."""
+    preempted: bool = False
+    """True: its node was taken away, as had been announced; counted apart from failures."""
 
     def __str__(self) -> str:
         where = f"rank {self.rank} on {self.node}" if self.rank >= 0 else self.node
@@ -52,8 +56,11 @@ def is_final(error: BaseException, *, before: FailureRecord | None = None, launc
     """Whether starting the run again cannot help.
 
     Final: what the user gave, damaged data, numbers that are not finite, on this rank or told by another; and memory
-    that did not suffice, when `before`, the failure that is on record, was the same one in the same `launch`.
+    that did not suffice, when `before`, the failure that is on record, was the same one in the same `launch`. And that
+    a person asked to stop, though the state could not be saved.
     """
+    if isinstance(error, StopNotSavedError):
+        return error.signal_number in _OF_A_PERSON
     if isinstance(error, PeerFailedError):
         return error.exit_code in {kind.exit_code for kind in _NOT_MENDED}
     if isinstance(error, OutOfMemoryFault):
@@ -68,15 +75,19 @@ def is_echo(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _CUT_CONNECTIONS)
 
 
+def message_of(error: BaseException) -> str:
+    """What `error` says, with the notes that were added on its way."""
+    return f"{error}{''.join(f' [{note}]' for note in getattr(error, '__notes__', ()))}"
+
+
 def record_of(
     error: BaseException, *, rank: int, node: str, attempt: int, launch: str = "", before: FailureRecord | None = None
 ) -> FailureRecord:
     """Describe `error`, notes included; `before` is the failure that is on record already."""
-    notes = "".join(f" [{note}]" for note in getattr(error, "__notes__", ()))
     earlier = before if before is not None and before.attempt < attempt else None  # not another rank's, just now
     return FailureRecord(
         kind=type(error).__name__,
-        message=f"{error}{notes}",
+        message=message_of(error),
         exit_code=error.exit_code if isinstance(error, CA2STError) else CA2STError.exit_code,
         rank=rank,
         node=node,

@@ -13,8 +13,8 @@ from ray_jobs.config.recipe import Recipe, recipe_document
 from ray_jobs.planning.resume_plan import refuse_other_recipe
 from ray_jobs.public_experts import IMPORTED_FOLDER, with_local_experts
 from ray_jobs.running.local_processes import run_processes
+from ray_jobs.running.preflight import preflight
 from ray_jobs.running.start import check_model
-from ray_jobs.running.wiring import preflight
 from ray_jobs.running.worker import Job, Outcome, run
 from ray_jobs.tracking.following import followed
 

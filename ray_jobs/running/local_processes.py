@@ -4,28 +4,31 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import resource
-import shutil
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import MutableSequence, Sequence
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NoReturn
 
 from ca2st.durable import FaultPoints
 from ray_jobs.console import say, show_log
 from ray_jobs.errors import WorkerFailedError
-from ray_jobs.running.failure_record import is_echo, keep_failure, read_failure, record_of
+from ray_jobs.running.failure_record import is_echo, keep_failure, message_of, read_failure, record_of
 from ray_jobs.running.worker import Job, Outcome, read_outcome, run
+from ray_jobs.running.worker_death import death_of, shared_memory_free
+from ray_jobs.running.worker_signals import STOPPING, signals_held, signals_to, take_signals
 
 _LAST_WORDS_SECONDS = 5.0
 """What the others get to end by themselves once a worker has failed: they may be stuck waiting for it for ever."""
 _SAVING_SECONDS = 30.0
 """The same once one has ended because the run was asked to stop."""
-_STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+_STOPPED = tuple(128 + number for number in STOPPING)
 
 
 def run_processes(job: Job, num_workers: int, faults: FaultPoints) -> Outcome:
@@ -38,18 +41,30 @@ def run_processes(job: Job, num_workers: int, faults: FaultPoints) -> Outcome:
     """
     launch, port = f"local-{os.getpid()}-{time.time_ns()}", _free_port()
     context = multiprocessing.get_context("spawn")
+    stop_told, tell_stop = context.Pipe(duplex=False)
+    begun = context.RawArray("b", num_workers)
     workers: list[BaseProcess] = [
         context.Process(
-            target=_worker_process, args=(rank, job, num_workers, port, faults, launch), name=f"rank {rank}"
+            target=_worker_process,
+            args=(rank, job, num_workers, port, faults, launch),
+            kwargs={"begun": begun, "tell_stop": tell_stop if rank == 0 else None},
+            name=f"rank {rank}",
         )
         for rank in range(num_workers)
     ]
-    for worker in workers:
-        worker.start()
-    with _signals_to([worker.pid for worker in workers if worker.pid is not None]):
+    with ExitStack() as stack:
+        with signals_held():
+            for worker in workers:
+                worker.start()
+            ended_unbegun = stack.enter_context(signals_to(workers, begun))
+        tell_stop.close()
         failed = ended_badly(workers)
+    if ended_unbegun:
+        number = ended_unbegun[0]
+        raise WorkerFailedError(f"stopped by signal {number} before it had begun; rerun to resume", 128 + number)
     if failed is not None:
-        raise _failure(Path(job.run_dir), launch, rank=failed, exit_code=_exit_code(workers[failed]))
+        code = _exit_code(workers[failed])
+        raise how_it_stopped(stop_told, code) or _failure(Path(job.run_dir), launch, rank=failed, exit_code=code)
     return read_outcome(Path(job.run_dir))
 
 
@@ -92,58 +107,48 @@ def _exit_code(worker: BaseProcess) -> int:
     return worker.exitcode if worker.exitcode >= 0 else 128 - worker.exitcode
 
 
+def how_it_stopped(told: Connection, exit_code: int) -> WorkerFailedError | None:
+    """What rank 0 said when a request to stop ended it with `exit_code`; None where it said nothing or another code."""
+    try:
+        message, code = told.recv() if told.poll() else ("", None)
+    except (EOFError, OSError):  # it ended without a word
+        return None
+    return WorkerFailedError(message, exit_code) if code == exit_code else None
+
+
 def _failure(run_dir: Path, launch: str, *, rank: int, exit_code: int) -> WorkerFailedError:
     """What is told of a failed launch: that it was stopped, the failure that came first, or what a signal means."""
     if exit_code in _STOPPED:
-        return WorkerFailedError(f"stopped by signal {exit_code - 128}; rerun to resume", exit_code)
+        return WorkerFailedError(
+            f"stopped by signal {exit_code - 128} before it had saved; the newest checkpoint counts; rerun to resume",
+            exit_code,
+        )
     record = read_failure(run_dir)
     if record is not None and record.launch == launch and not record.echo:
         return WorkerFailedError(
             f"first failure, on rank {record.rank}: {record.kind}: {record.message}", record.exit_code
         )
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return death_of(rank, exit_code, peak_bytes=peak, shared_free_bytes=_shared_memory_free())
+    return death_of(rank, exit_code, peak_bytes=peak, shared_free_bytes=shared_memory_free())
 
 
-def death_of(rank: int, exit_code: int, *, peak_bytes: int, shared_free_bytes: int) -> WorkerFailedError:
-    """The error for a worker that ended without a word: what its exit code tells, and what to do.
-
-    `peak_bytes`: the most that any worker held; `shared_free_bytes`: what is free in /dev/shm.
-    """
-    from ca2st.errors import EnvironmentFault
-    from ca2st.training.memory import KNOBS, SHARED_MEMORY
-
-    if exit_code == 128 + signal.SIGKILL:
-        return WorkerFailedError(
-            f"rank {rank} was killed (SIGKILL) and left no word: most likely by the kernel, for want of memory (look "
-            f"with `dmesg | grep -i oom`, in a container at its memory limit); the largest worker held "
-            f"{peak_bytes / 1e9:.2f} GB; {KNOBS}; rerun to resume",
-            EnvironmentFault.exit_code,
-        )
-    if exit_code == 128 + signal.SIGBUS:
-        return WorkerFailedError(
-            f"rank {rank} ended by a bus error (SIGBUS): {SHARED_MEMORY} is full ({shared_free_bytes / 1e6:.0f} MB are "
-            "free now; enlarge it, docker run --shm-size=8g), or a shard or weights file was cut short while it was "
-            "read (`ca2st shard verify` tells); then rerun to resume",
-            EnvironmentFault.exit_code,
-        )
-    return WorkerFailedError(f"rank {rank} ended with exit code {exit_code}", exit_code)
-
-
-def _shared_memory_free() -> int:
-    from ca2st.training.memory import SHARED_MEMORY
-
-    try:
-        return shutil.disk_usage(SHARED_MEMORY).free
-    except OSError:
-        return 0
-
-
-def _worker_process(rank: int, job: Job, world_size: int, port: int, faults: FaultPoints, launch: str) -> None:
+def _worker_process(
+    rank: int,
+    job: Job,
+    world_size: int,
+    port: int,
+    faults: FaultPoints,
+    launch: str,
+    *,
+    begun: MutableSequence[int],
+    tell_stop: Connection | None,
+) -> None:
     from ca2st.errors import CA2STError
-    from ca2st.training.errors import RunStoppedError
+    from ca2st.training.errors import RunStoppedError, StopNotSavedError
 
     die_with_parent()
+    take_signals()
+    begun[rank] = 1
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -157,8 +162,10 @@ def _worker_process(rank: int, job: Job, world_size: int, port: int, faults: Fau
         show_log()
     try:
         run(job, faults=faults.on_rank(rank))
-    except RunStoppedError as error:
-        _leave(rank, error, error.exit_code)
+    except (RunStoppedError, StopNotSavedError) as error:  # the same on every rank: the parent says it once
+        if tell_stop is not None:
+            tell_stop.send((message_of(error), error.exit_code))
+        _end_at_once(error.exit_code)
     except CA2STError as error:
         _record(rank, error, job, launch)
         _leave(rank, error, error.exit_code)
@@ -173,10 +180,14 @@ def _record(rank: int, error: Exception, job: Job, launch: str) -> None:
     keep_failure(Path(job.run_dir), record_of(error, rank=rank, node=socket.gethostname(), attempt=1, launch=launch))
 
 
-def _leave(rank: int, error: Exception, exit_code: int) -> None:
+def _leave(rank: int, error: Exception, exit_code: int) -> NoReturn:
     """End at once, without the shutdown of libraries that may wait for the other ranks."""
     if not is_echo(error):
         say(f"error (rank {rank}): {type(error).__name__}: {error}")
+    _end_at_once(exit_code)
+
+
+def _end_at_once(exit_code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
@@ -195,20 +206,3 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-@contextmanager
-def _signals_to(pids: list[int]) -> Iterator[None]:
-    """Pass SIGINT and SIGTERM on to the workers, which checkpoint and end; this process waits for them."""
-
-    def forward(number: int, _frame: object) -> None:
-        for pid in pids:
-            with suppress(ProcessLookupError):  # ended already
-                os.kill(pid, number)
-
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

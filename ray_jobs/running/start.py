@@ -33,7 +33,7 @@ from ca2st.weights.transfer import transfer_weights
 from ray_jobs.config.recipe import Recipe, StartConfig, stored_recipe
 from ray_jobs.inference.trained import RUN_DOCUMENT, find_checkpoint
 from ray_jobs.running.frozen_weights import frozen_state, load_frozen
-from ray_jobs.running.wiring import make_model, outline_model, target_specs
+from ray_jobs.running.recipe_model import make_model, outline_model, target_specs
 
 Classes = Mapping[str, Sequence[str]]
 """Class names of each label space."""

@@ -29,10 +29,11 @@ from ray_jobs import environment
 from ray_jobs.config.recipe import Recipe, identity_settings, recipe_document, recipe_from_document
 from ray_jobs.console import progress
 from ray_jobs.inference.trained import RUN_DOCUMENT
-from ray_jobs.running import wiring
 from ray_jobs.running.failure_record import forget_failure
 from ray_jobs.running.frozen_weights import keep_frozen
+from ray_jobs.running.loaders import train_loader, validation_loader
 from ray_jobs.running.start import begin_model
+from ray_jobs.running.training_data import TrainingData, open_data
 from ray_jobs.tracking.node_metrics import NodeMetrics
 
 OUTCOME_NAME = "outcome.json"
@@ -83,11 +84,11 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
     accelerator = make_accelerator(recipe.training, cpu=_use_cpu_threads(recipe))
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     with ExitStack() as stack:
-        data = wiring.open_data(recipe)
-        source = wiring.train_loader(recipe, data, rank=rank, world_size=world_size, run_dir=run_dir, device=device)
+        data = open_data(recipe)
+        source = train_loader(recipe, data, rank=rank, world_size=world_size, run_dir=run_dir, device=device)
         loader = stack.enter_context(source)
         validation = stack.enter_context(
-            wiring.validation_loader(recipe, data, rank=rank, world_size=world_size, device=device)
+            validation_loader(recipe, data, rank=rank, world_size=world_size, device=device)
         )
         begun = begin_model(recipe, data.classes, run_dir)
         frozen = keep_frozen(begun.model, run_dir)
@@ -156,7 +157,7 @@ def _parameter_rules(model: HolisticModel) -> ParameterRules:
 
 def _record(
     recipe: Recipe,
-    data: wiring.TrainingData,
+    data: TrainingData,
     loader: TrainLoader,
     *,
     frozen: Mapping[str, str],

@@ -11,7 +11,7 @@ from ca2st.durable import write_bytes
 from pipelines.set_facts import SetFacts
 from ray_jobs.pages.clip_pictures import StoredClip, read_spread_clips
 from ray_jobs.pages.templates import page_environment
-from sharding.manifest import ShardSet
+from sharding.shard_set import ShardSet
 
 NUM_CLIPS = 12
 _MOST_CLASSES = 30

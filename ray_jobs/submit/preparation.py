@@ -11,7 +11,7 @@ from ca2st.weights.hub_names import is_hub_name
 from ray_jobs import environment
 from ray_jobs.config.recipe import ExpertsConfig, Recipe
 from ray_jobs.config.recipe_file import load_recipe, read_recipe
-from ray_jobs.running.wiring import check_settings
+from ray_jobs.running.preflight import check_settings
 from ray_jobs.submit.payload import payload, read_wheel, recipe_place
 from ray_jobs.submit.request import (
     JobRequest,
@@ -75,6 +75,7 @@ def prepared(choices: Choices) -> PreparedJob:
     run_dir = run_folder(recipe, choices.out)
     check_settings(_without_expert_files(recipe))
     text, _ = read_recipe(choices.recipe)
+    git = environment.git_state(Path.cwd())
     place = recipe_place(choices.recipe)
     request = JobRequest(
         submission_id=_new_id(recipe.name),
@@ -90,8 +91,9 @@ def prepared(choices: Choices) -> PreparedJob:
             waiting=environment.waiting_policy(),
             tracking_uri=environment.tracking_uri(),
             grace_seconds=recipe.training.grace_seconds,
+            git=environment.git_variable(git) if _sends_own_sources(choices) else {},
         ),
-        metadata={"recipe": recipe.name, "ca2st": __version__, "run_dir": run_dir} | environment.git_state(Path.cwd()),
+        metadata={"recipe": recipe.name, "ca2st": __version__, "run_dir": run_dir} | git,
         run_dir=run_dir,
     )
     archive = payload(recipe_place=place, recipe_text=text, wheel=_wheel(choices))
@@ -108,6 +110,11 @@ def _without_expert_files(recipe: Recipe) -> Recipe:
         precision=recipe.experts.precision,
     )
     return replace(recipe, experts=experts)
+
+
+def _sends_own_sources(choices: Choices) -> bool:
+    """Whether the job runs the ca2st that runs here, not one of whose commit nothing is known."""
+    return choices.package and choices.wheel is None
 
 
 def _wheel(choices: Choices) -> bytes | None:

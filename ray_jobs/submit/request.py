@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from ca2st.errors import UserInputError
 from ca2st.weights.hub_names import is_hub_name
 from ray_jobs.ray_access import ACCEPT_OPEN
-from ray_jobs.redaction import without_credentials
+from ray_jobs.redaction import holds_credentials, without_credentials
 
 if TYPE_CHECKING:
     from ray_jobs.config.recipe import Recipe
@@ -52,13 +52,18 @@ def entrypoint(
 
 
 def environment_of_job(
-    passed: Mapping[str, str], *, waiting: str, tracking_uri: str | None, grace_seconds: float
+    passed: Mapping[str, str],
+    *,
+    waiting: str,
+    tracking_uri: str | None,
+    grace_seconds: float,
+    git: Mapping[str, str],
 ) -> dict[str, str]:
     """Variables of the job: what the user passes, over what a training on a cluster needs.
 
     `waiting`: how torch's threads wait (``OMP_WAIT_POLICY``); `tracking_uri`: the tracking server's, where it is one
     that a cluster can reach, sent without its password, which only the user passes on; `grace_seconds`: what a stopped
-    training may take for its last checkpoint.
+    training may take for its last checkpoint; `git`: the variable that tells what is sent.
     """
     own = {
         "OMP_WAIT_POLICY": waiting,
@@ -67,7 +72,7 @@ def environment_of_job(
     }
     if tracking_uri is not None and is_elsewhere(tracking_uri):
         own["MLFLOW_TRACKING_URI"] = without_credentials(tracking_uri)
-    return own | dict(passed)
+    return own | dict(git) | dict(passed)
 
 
 def is_elsewhere(tracking_uri: str) -> bool:
@@ -120,14 +125,14 @@ def _places(recipe: "Recipe") -> Iterator[tuple[str, str]]:
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Refuse a password in what the job's log and Ray's dashboard show.
+    """Refuse a user, password or token in what the job's log and Ray's dashboard show.
 
     Raises:
         UserInputError: an override with a URL that holds one; the message does not.
     """
     for override in overrides:
         key, _, value = override.partition("=")
-        if re.search(r"://[^/@\s]+@", value):
+        if holds_credentials(value) or without_credentials(value) != value:
             raise UserInputError(
                 f"--set {key}: expected no user or password in what the job's log shows, found a URL with one; pass it "
                 "by --env, for example --env MLFLOW_TRACKING_URI"

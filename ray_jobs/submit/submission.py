@@ -1,14 +1,27 @@
 """Send a training to a cluster, follow it, and send it again where that helps."""
 
+import signal
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ca2st.errors import CA2STError
 from ray_jobs.console import say
+from ray_jobs.ray_access import first_line
 from ray_jobs.submit.follow import Patience, Show, exit_code, failure, follow, was_lost
 from ray_jobs.submit.job_server import JobClient, JobDetails, runtime_env, told_refusals
 from ray_jobs.submit.request import JobRequest
+
+_ASK_AFTER_SECONDS = (0.0, 1.0)
+_NOT_FOUND = "status code 404"
+
+
+class SendingInterruptedError(CA2STError):
+    """Ctrl-C while a job was being sent; the message says what became of it."""
+
+    exit_code = 128 + signal.SIGINT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,16 +43,45 @@ def send(client: JobClient, request: JobRequest, archive: bytes) -> None:
     Raises:
         UserInputError: the token is refused.
         EnvironmentFault: the server does not answer, or refuses.
+        SendingInterruptedError: Ctrl-C before the server took it, or nobody knows whether it did.
+        KeyboardInterrupt: Ctrl-C after it did.
     """
-    with tempfile.TemporaryDirectory() as folder, told_refusals(client.get_address()):
-        path = Path(folder) / "job.zip"
-        path.write_bytes(archive)
-        client.submit_job(
-            entrypoint=request.entrypoint,
-            submission_id=request.submission_id,
-            runtime_env=runtime_env(request.env_vars, working_dir=path),
-            metadata=dict(request.metadata),
-        )
+    try:
+        with tempfile.TemporaryDirectory() as folder, told_refusals(client.get_address()):
+            path = Path(folder) / "job.zip"
+            path.write_bytes(archive)
+            client.submit_job(
+                entrypoint=request.entrypoint,
+                submission_id=request.submission_id,
+                runtime_env=runtime_env(request.env_vars, working_dir=path),
+                metadata=dict(request.metadata),
+            )
+    except KeyboardInterrupt:
+        _tell_if_not_taken(client, request.submission_id)
+        raise
+
+
+def _tell_if_not_taken(client: JobClient, job_id: str) -> None:
+    """Return where the server knows the job; a request that was on its way then gets some time to arrive."""
+    for pause_seconds in _ASK_AFTER_SECONDS:
+        time.sleep(pause_seconds)
+        try:
+            client.get_job_info(job_id)
+        except RuntimeError as error:
+            if _NOT_FOUND not in str(error):
+                raise _not_known(client, job_id, error) from None
+        except OSError as error:
+            raise _not_known(client, job_id, error) from None
+        else:
+            return
+    raise SendingInterruptedError("interrupted; nothing was submitted")
+
+
+def _not_known(client: JobClient, job_id: str, error: Exception) -> SendingInterruptedError:
+    return SendingInterruptedError(
+        f"interrupted; whether job {job_id} was taken is not known ({first_line(error)}): "
+        f"ray job status --address {client.get_address()} {job_id} tells"
+    )
 
 
 def send_and_follow(
@@ -57,6 +99,7 @@ def send_and_follow(
     Raises:
         JobFailedError: it did not succeed; carries the driver's exit code.
         EnvironmentFault: the server does not take it, or stays away later (JobUnreachableError).
+        SendingInterruptedError: see `send`; of a job that is sent again, that one.
     """
     remaining = num_resubmits
     while True:

@@ -17,7 +17,8 @@ from ray_jobs.config.recipe import Recipe
 from ray_jobs.inference.evaluation import evaluate_checkpoint
 from ray_jobs.inference.trained import load_trained
 from ray_jobs.running.launch import launch
-from ray_jobs.tracking.tracker import log_metrics, read_metrics, read_state
+from ray_jobs.tracking.state import read_state
+from ray_jobs.tracking.tracker import log_metrics, read_metrics
 from sharding.synthetic.ceilings import ceilings
 
 TOP1, CEILING, TRAINABLE, CLIPS_PER_SECOND = (

@@ -18,7 +18,7 @@ from ray_jobs.synthetic.demo_page.page import PAGE_NAME, write_demo_page
 from ray_jobs.synthetic.demo_report import DemoReport
 from ray_jobs.synthetic.pretraining import Lesson, pretrain
 from ray_jobs.synthetic.tasks import FUSION_TASKS
-from ray_jobs.tracking.tracker import read_state
+from ray_jobs.tracking.state import read_state
 from sharding.conversion import ConversionConfig
 from sharding.datasets import DatasetRequest, read_dataset
 from sharding.errors import ShardDamageError

@@ -13,17 +13,19 @@ from ca2st.durable import NO_FAULTS
 from ca2st.errors import EnvironmentFault
 from ca2st.model.config import ModelKind
 from ca2st.model.structure import ExpertName
+from ca2st.training.metrics import main_metric
 from ca2st.weights.experts import expert_state
 from ca2st.weights.store import ExpertStore
 from pipelines.draws import EvaluationViews
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import progress
 from ray_jobs.environment import num_cores
-from ray_jobs.inference.evaluation import evaluate_checkpoint
+from ray_jobs.inference.evaluation import score
 from ray_jobs.inference.trained import load_trained
 from ray_jobs.running.launch import launch
 from ray_jobs.running.local_processes import die_with_parent
 from ray_jobs.running.worker import OUTCOME_NAME
+from sharding.shard_set import read_shard_set
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,15 +114,15 @@ def _views_of(lesson: Lesson, recipe: Recipe) -> EvaluationViews:
 
 
 def _learn(run: _Run) -> PretrainedExpert:
-    """Train an expert, test it and take it out of its run."""
+    """Train an expert, take it out of its run and test it."""
     lesson = run.lesson
     outcome = launch(run.recipe, run.out / run.recipe.name, faults=NO_FAULTS)
-    checkpoint = Path(outcome.checkpoint)
-    report = evaluate_checkpoint(checkpoint, run.test, run.views)
+    trained = load_trained(Path(outcome.checkpoint))
     store = ExpertStore(run.out / "experts")
-    file = store.path(store.put(expert_state(load_trained(checkpoint).model, lesson.expert)))
+    file = store.path(store.put(expert_state(trained.model, lesson.expert)))
+    metrics = score(trained, read_shard_set(run.test), run.views).metrics
     several = len(lesson.targets) > 1
-    scores = [report.metrics[f"{name}_top1" if several else report.main_metric] for name in lesson.targets]
+    scores = [metrics[f"{name}_top1" if several else main_metric(lesson.targets)] for name in lesson.targets]
     return PretrainedExpert(
         expert=lesson.expert, factor="+".join(lesson.targets), top1=sum(scores) / len(scores), file=str(file)
     )

@@ -38,6 +38,12 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix(SQLITE).partition("?")[0]) if uri.startswith(SQLITE) else None
 
 
+def anchored(uri: str) -> str:
+    """`uri`; of an SQLite store with its whole path, by which it is found from any folder."""
+    path = sqlite_path(uri)
+    return uri if path is None else uri.replace(f"{SQLITE}{path}", f"{SQLITE}{path.absolute()}", 1)
+
+
 def artifact_location(uri: str) -> str | None:
     """Where artefacts of a new experiment go: beside an SQLite store; None: a server decides for itself."""
     path = sqlite_path(uri)
@@ -94,10 +100,11 @@ def reachable(uri: str, what_to_do: str) -> Iterator[None]:
         StoreError: a TrackingUnavailableError that says what kind of trouble it is.
     """
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:  # a store that cannot be opened fails in SQLAlchemy
         complaint = complaint_of_error(error)
         raise StoreError(complaint.told(uri, what_to_do), complaint) from error
 

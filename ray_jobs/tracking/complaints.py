@@ -89,6 +89,8 @@ def complaint_of_error(error: Exception) -> Complaint:
     if isinstance(error, OSError) or "failed with exception" in text or "OperationalError" in text:
         cause = _CAUSE.search(first_line)
         return Complaint(kind="unreachable", detail=_short(cause.group(2) if cause else first_line))
+    if "DatabaseError" in text:
+        return Complaint(kind="failing", detail=_short(first_line))
     return Complaint(kind="rejected", detail=_short(first_line))
 
 

@@ -10,8 +10,6 @@ from ca2st.training.journal import read_events
 
 _BATCH_VALUES = 500  # MLflow takes at most 1000 metrics a call
 _NOT_METRICS = frozenset({"event", "attempt", "step", "time", "sample_ids_hash"})
-
-
 WORLD_SIZE = "train/world_size"
 """Training processes of the steps that follow: an elastic run has more and fewer."""
 SYSTEM_PREFIX = "system/"
@@ -29,35 +27,30 @@ class Value(NamedTuple):
 
 
 def step_values(event: Mapping[str, Any]) -> Iterator[Value]:
-    """Finite numbers of a line: ``train/loss``, ``stage/decode_seconds``, ``validation/top1``, ``train/world_size``."""
+    """Numbers of a line: ``train/loss``, ``stage/decode_seconds``, ``validation/top1``, ``train/world_size``.
+
+    A metric of an evaluation that was not finite, which the journal holds by name only, is NaN.
+    """
     if event["event"] == "step":
         named = {f"train/{name}": value for name, value in event.items() if name not in _NOT_METRICS}
         for times in ("stages", "loader"):
             named |= {_stage_name(name): value for name, value in event.get(times, {}).items()}
     elif event["event"] == "eval":
-        named = {f"{event['split']}/{name}": value for name, value in event["metrics"].items()}
+        metrics = event["metrics"] | dict.fromkeys(event.get("not_finite", ()), math.nan)
+        named = {f"{event['split']}/{name}": value for name, value in metrics.items()}
     elif event["event"] == "start":
         named = {WORLD_SIZE: event.get("topology", {}).get("world_size")}
     else:
         return
     for name, value in named.items():
-        if _is_finite(value):
+        if _is_number(value):
             yield Value(name, float(value), milliseconds(event), event["step"])
-
-
-def not_finite(event: Mapping[str, Any]) -> list[str]:
-    """Names of the numbers of a line that are NaN or infinite, which MLflow's charts and comparisons cannot hold."""
-    if event["event"] == "eval":
-        return [f"{event['split']}/{name}" for name in event.get("not_finite", ())]
-    if event["event"] != "step":
-        return []
-    return [f"train/{name}" for name, value in event.items() if isinstance(value, float) and not math.isfinite(value)]
 
 
 def system_values(line: Mapping[str, Any], node: str) -> Iterator[Value]:
     """Numbers of a line of ``system/<node>.jsonl`` as ``system/<node>/<name>``."""
     for name, value in line["metrics"].items():
-        if _is_finite(value):
+        if _is_number(value):
             yield Value(f"{SYSTEM_PREFIX}{node}/{name}", float(value), milliseconds(line), int(line["step"]))
 
 
@@ -95,8 +88,8 @@ def milliseconds(line: Mapping[str, Any]) -> int:
     return int(float(line["time"]) * 1000)
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _stage_name(name: str) -> str:

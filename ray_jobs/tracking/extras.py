@@ -1,10 +1,11 @@
 """What a run has in MLflow beside its numbers: inputs, artefacts, the registered model; each fails alone."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_jobs.redaction import redacted
+from ray_jobs.tracking.run_record import Say
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -15,18 +16,14 @@ AT_END = ("artefacts", "registered_model")
 """Sent when the training is done."""
 
 
-def send_extras(
-    client: "MlflowClient", run_id: str, run_dir: Path, names: Collection[str], say: Callable[[str], None]
-) -> tuple[str, ...]:
-    """Send what `names` asks for; returns the names of those that failed, after telling why."""
-    failed = []
-    for name in names:
-        try:
-            EXTRAS[name](client, run_id, run_dir)
-        except Exception as error:  # noqa: BLE001  # whatever it is, it must not cost the run its metrics
-            say(f"{name}: not sent ({type(error).__name__}: {redacted(str(error))}); `ca2st track sync` tries again")
-            failed.append(name)
-    return tuple(failed)
+def send_extra(name: str, *, client: "MlflowClient", run_id: str, run_dir: Path, say: Say) -> bool:
+    """Send the extra `name`; returns whether it was sent, after telling why not."""
+    try:
+        EXTRAS[name](client, run_id, run_dir)
+    except Exception as error:  # noqa: BLE001  # whatever it is, it must not cost the run its metrics
+        say(f"{name}: not sent ({type(error).__name__}: {redacted(str(error))}); `ca2st track sync` tries again")
+        return False
+    return True
 
 
 def _inputs(client: "MlflowClient", run_id: str, run_dir: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ca2st.errors import CA2STError
 from ray_jobs.errors import TrackingUnavailableError
-from ray_jobs.redaction import redacted
+from ray_jobs.redaction import RedactedStream
 from ray_jobs.tracking.complaints import StoreError, complaint_of_error
 from ray_jobs.tracking.orphans import alive, end_orphans, show_ready
 from ray_jobs.tracking.patience import TroubleLog, pause_seconds
@@ -68,10 +68,11 @@ def _wait(asked_to_end: threading.Event, parent_pid: int, pause: float, interval
 def _say(text: str) -> None:
     """A line of the follower's log."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    print(f"{stamp} {redacted(text)}", flush=True)  # noqa: T201  # its standard output is its own log file
+    print(f"{stamp} {text}", flush=True)  # noqa: T201  # its standard output is its own log file
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stderr = RedactedStream(sys.stderr)  # both are the log file
     os.nice(_NICENESS)
     folder = Path(sys.argv[1])
     with alive(folder):

@@ -16,8 +16,8 @@ from ray_jobs import environment
 from ray_jobs.config.recipe import Recipe, recipe_document
 from ray_jobs.console import say
 from ray_jobs.redaction import redacted_values, without_credentials
-from ray_jobs.running.wiring import TrainingData
-from ray_jobs.tracking.client import is_making_tables
+from ray_jobs.running.training_data import TrainingData
+from ray_jobs.tracking.client import anchored, is_making_tables
 from ray_jobs.tracking.inputs import keep_inputs
 from ray_jobs.tracking.orphans import FOLDER_TAG, FOLLOWER_LOCK_NAME, HOST_TAG, is_ready
 from ray_jobs.tracking.state import (
@@ -118,7 +118,7 @@ def _tracking_state(recipe: Recipe, run_dir: Path, data: TrainingData) -> Tracki
     tags |= {f"data.{role}.dataset": name for role, name in data.datasets.items()}
     settings = flatten(recipe_document(recipe))
     return TrackingState(
-        uri=without_credentials(recipe.tracking.uri or environment.default_tracking_uri(run_dir.parent)),
+        uri=without_credentials(anchored(recipe.tracking.uri or environment.default_tracking_uri(run_dir.parent))),
         experiment=recipe.tracking.experiment,
         run_name=recipe.name,
         params=redacted_values({name: str(value) for name, value in settings.items() if value is not None}),

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from mlflow.data.dataset_source import DatasetSource
     from mlflow.entities import DatasetInput
 
-    from ray_jobs.running.wiring import TrainingData
-    from sharding.manifest import Manifest, ShardSet
+    from ray_jobs.running.training_data import TrainingData
+    from sharding.manifest import Manifest
+    from sharding.shard_set import ShardSet
 
 INPUTS_NAME = "inputs.json"
 _DIGEST_CHARACTERS = 36
@@ -133,7 +134,7 @@ def _duration_seconds(folder: Path, facts: Mapping[str, Any]) -> float | None:
     import pyarrow.parquet as pq
 
     from ca2st.errors import CA2STError
-    from sharding.manifest import read_shard_set
+    from sharding.shard_set import read_shard_set
 
     if facts["num_shards"] > _MOST_INDEXES:
         return None

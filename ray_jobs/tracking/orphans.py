@@ -8,6 +8,7 @@ run is resumed it is RUNNING again, in the same MLflow run.
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 HOST_TAG, FOLDER_TAG = "ca2st.host", "ca2st.run_dir"
 FOLLOWER_LOCK_NAME = "follower.lock"
 _MOST = 200
+_LOOK_AGAIN_SECONDS = (0.0, 0.05, 0.1)
 
 
 @contextlib.contextmanager
@@ -51,7 +53,7 @@ def is_ready(run_dir: Path, pid: int) -> bool:
 
 def is_alive(run_dir: Path) -> bool:
     """Whether somebody on this machine trains or follows the run of this folder."""
-    return any(_is_held(run_dir / name) for name in (RUN_LOCK_NAME, FOLLOWER_LOCK_NAME))
+    return _is_held(run_dir / RUN_LOCK_NAME, fcntl.LOCK_SH) or _is_held(run_dir / FOLLOWER_LOCK_NAME, fcntl.LOCK_EX)
 
 
 def end_orphans(run_dir: Path, *, host: str, say: Say) -> list[str]:
@@ -106,12 +108,18 @@ def _last_sign(folder: Path) -> int | None:
     return int(journal.stat().st_mtime * 1000) if journal.exists() else None
 
 
-def _is_held(path: Path) -> bool:
+def _is_held(path: Path, kind: int) -> bool:
+    """Whether a lock of `kind` is refused for a while.
+
+    Looking takes the lock for an instant. A training that begins just then tries again for seconds (`locked`), and
+    who looks at the same time, for as long as it takes here; a holder keeps its lock for as long as it lives.
+    """
     if not path.exists():
         return False
     with path.open("r+") as file:  # NFS locks for one alone only what is open for writing
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        for pause_seconds in _LOOK_AGAIN_SECONDS:
+            time.sleep(pause_seconds)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+                return False
+    return True

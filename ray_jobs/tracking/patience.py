@@ -1,9 +1,9 @@
 """How long a store in trouble is left alone, and how often its trouble is told."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ray_jobs.tracking.complaints import Complaint, StoreError
+from ray_jobs.tracking.run_record import Say
 
 _LONGEST_SECONDS = 60.0
 _REFUSED_SECONDS = 60.0
@@ -31,7 +31,7 @@ def pause_seconds(failures: int, *, interval_seconds: float, complaint: Complain
 class TroubleLog:
     """Tells a trouble once, how often it came back when it changes, and its end."""
 
-    say: Callable[[str], None]
+    say: Say
     _signature: tuple[str, str] | None = None
     failures: int = 0
     """In a row, of whatever kind."""

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ca2st import __version__
 from ca2st.training.checkpoint import MARKER_NAME
-from ray_jobs.config.tracking import model_name
-from ray_jobs.tracking.run_facts import class_names, newest_checkpoint, read_recipe
+from ray_jobs.tracking.run_facts import class_names, newest_checkpoint, read_recipe, registered_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -54,12 +53,9 @@ def register(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
         FileNotFoundError: no training was started there.
         MlflowException: the store cannot be reached; repeating goes on where it stopped.
     """
-    recipe = read_recipe(run_dir)
-    tracking = recipe.get("tracking", {})
-    reference = _reference(run_dir)
-    if reference is None or not tracking.get("register_model", True):
+    name, reference = registered_name(read_recipe(run_dir)), _reference(run_dir)
+    if name is None or reference is None:
         return
-    name = model_name(str(recipe["name"]), tracking.get("registered_model"))
     versions = client.search_model_versions(f"run_id = '{run_id}'")
     if any(one.name == name and one.tags.get(SHA256_TAG) == reference.sha256 for one in versions):
         return

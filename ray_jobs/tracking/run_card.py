@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 from ca2st import __version__
 from ca2st.training.documents import flatten
-from ray_jobs.config.tracking import model_name
 from ray_jobs.pages.templates import page_environment
 from ray_jobs.redaction import redacted
-from ray_jobs.tracking.run_facts import RunFacts
+from ray_jobs.tracking.run_facts import RunFacts, registered_name
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -58,7 +57,6 @@ def chart_svg(chart: "Chart") -> str:
 def render_run_card(run: RunFacts, *, charts: "Sequence[Chart]", large: Sequence[LargeFile]) -> str:
     """The whole page."""
     settings = flatten(run.recipe)
-    tracking = run.recipe.get("tracking", {})
     page = _environment().get_template("run_card.html")
     return page.render(
         version=__version__,
@@ -68,7 +66,7 @@ def render_run_card(run: RunFacts, *, charts: "Sequence[Chart]", large: Sequence
         large=large,
         settings={name: _shown(settings[name]) for name in _SHOWN_SETTINGS if settings.get(name) is not None},
         classes={name: (len(names), names[:_MOST_CLASSES]) for name, names in run.classes.items()},
-        model=model_name(run.name, tracking.get("registered_model")) if tracking.get("register_model") else None,
+        model=registered_name(run.recipe),
         environment=_surroundings(run),
     )
 

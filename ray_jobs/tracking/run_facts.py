@@ -8,6 +8,7 @@ from typing import Any
 
 from ca2st.training.checkpoint import CHECKPOINTS_NAME, list_checkpoints
 from ca2st.training.journal import JOURNAL_NAME, read_events
+from ray_jobs.config.tracking import model_name
 from ray_jobs.tracking.inputs import read_inputs
 from ray_jobs.tracking.state import STATE_NAME
 
@@ -109,6 +110,14 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
 def read_recipe(folder: Path) -> dict[str, Any]:
     """The resolved recipe of a run folder; raises as `read_run`."""
     return dict(json.loads((folder / RECIPE_NAME).read_text()))
+
+
+def registered_name(recipe: Mapping[str, Any]) -> str | None:
+    """The name in MLflow's registry that a resolved recipe asks for; None where its model is not to be registered."""
+    tracking = recipe.get("tracking", {})
+    if not tracking.get("register_model", True):
+        return None
+    return model_name(str(recipe["name"]), tracking.get("registered_model"))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

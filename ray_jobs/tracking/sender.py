@@ -18,13 +18,12 @@ from ray_jobs.tracking.events import (
     Value,
     begin_milliseconds,
     milliseconds,
-    not_finite,
     read_batches,
     step_values,
     system_values,
 )
-from ray_jobs.tracking.extras import AT_BEGIN, AT_END, send_extras
-from ray_jobs.tracking.names import clean_name
+from ray_jobs.tracking.extras import AT_BEGIN, AT_END, send_extra
+from ray_jobs.tracking.metrics import MetricWriter
 from ray_jobs.tracking.node_metrics import node_files
 from ray_jobs.tracking.run_record import Say, create_run, is_gone, log_tags, update_params
 from ray_jobs.tracking.state import (
@@ -39,14 +38,8 @@ from ray_jobs.tracking.state import (
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-EXIT_TAG, ERROR_TAG, ATTEMPT_TAG, NOT_FINITE_TAG = (
-    "ca2st.exit_status",
-    "ca2st.error",
-    "ca2st.attempt",
-    "ca2st.not_finite",
-)
+EXIT_TAG, ERROR_TAG, ATTEMPT_TAG = "ca2st.exit_status", "ca2st.error", "ca2st.attempt"
 _STATUSES = {"done": "FINISHED", "stopped": "KILLED"}
-_CALL_VALUES = 1000
 _MAY_BE_GONE = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE"})
 
 
@@ -58,19 +51,21 @@ class Sender:
         self._say = say
         self._is_unwell = False
         self._tried: set[str] = set()
-        self._metric_names: dict[str, str] = {}
+        self._metrics = MetricWriter(say)
 
-    def send(self, *, wait_seconds: float = 0.0, is_last: bool = True) -> int:
+    def send(self, *, wait_seconds: float = 0.0, is_last: bool = True, look: bool = False) -> int:
         """Send what MLflow lacks; returns the number of metric values sent.
 
         `wait_seconds`: for another sender of this run to end. `is_last`: extras that failed before are tried again.
+        `look`: even without news make sure that MLflow still has the run, which somebody may have deleted.
 
         Raises:
             TrackingUnavailableError: the store or another sender stands in the way; sending later loses nothing.
         """
         with one_sender(self._run_dir, wait_seconds=wait_seconds):
             state = read_state(self._run_dir)
-            if not self._has_news(state.progress, is_last=is_last):
+            looks = look and state.run_id is not None
+            if not looks and not self._has_news(state.progress, is_last=is_last):
                 return 0  # a run that ends before its first line would stay RUNNING for ever
             uri = whole_uri(state.uri, self._run_dir.parent)
             what_to_do = f"the journal keeps everything: rerun `ca2st track sync {self._run_dir}`"
@@ -79,7 +74,7 @@ class Sender:
                 knock(uri, what_to_do)
             try:
                 with reachable(uri, what_to_do):
-                    sent = self._send_to(open_client(uri), state, is_last=is_last)
+                    sent = self._send_to(open_client(uri), state, is_last=is_last, looks=looks)
             except StoreError as error:
                 if error.complaint.kind == "rejected":
                     knock(uri, what_to_do)  # MLflow's client hides the status of an answer that is not MLflow's own
@@ -108,17 +103,19 @@ class Sender:
     def _system_files(self) -> list[Path]:
         return list(node_files(self._run_dir).values())
 
-    def _send_to(self, client: "MlflowClient", state: TrackingState, *, is_last: bool) -> int:
+    def _send_to(self, client: "MlflowClient", state: TrackingState, *, is_last: bool, looks: bool) -> int:
         from mlflow.exceptions import MlflowException
 
-        try:
-            return self._send_all(client, state, is_last=is_last)
-        except MlflowException as error:
-            old = read_state(self._run_dir).run_id
-            if old is None or error.error_code not in _MAY_BE_GONE or not is_gone(client, old):
-                raise
-            self._say(f"MLflow has no run {old} any more: a new run gets the journal from its start")
-            return self._send_all(client, replace(state, progress=Progress(run_id=old)), is_last=is_last, anew=True)
+        old = state.run_id
+        if not (looks and old is not None and is_gone(client, old)):
+            try:
+                return self._send_all(client, state, is_last=is_last)
+            except MlflowException as error:
+                old = read_state(self._run_dir).run_id
+                if old is None or error.error_code not in _MAY_BE_GONE or not is_gone(client, old):
+                    raise
+        self._say(f"MLflow has no run {old} any more: a new run gets the journal from its start")
+        return self._send_all(client, replace(state, progress=Progress(run_id=old)), is_last=is_last, anew=True)
 
     def _send_all(self, client: "MlflowClient", state: TrackingState, *, is_last: bool, anew: bool = False) -> int:
         progress, run_id = state.progress, state.run_id
@@ -138,13 +135,11 @@ class Sender:
         sent = 0
         for events, end_offset in read_batches(self._run_dir / JOURNAL_NAME, progress.sent_bytes):
             progress, values = _new_values(events, progress)
-            self._log(client, run_id, values)
-            self._log_not_finite(client, run_id, events)
+            sent += self._metrics.write(client, run_id, values)
             for event in events:
                 progress = self._follow_event(client, run_id, event, progress, state)
             progress = replace(progress, sent_bytes=end_offset)
             write_progress(self._run_dir, progress)
-            sent += len(values)
         return sent, progress
 
     def _send_system(self, client: "MlflowClient", run_id: str, progress: Progress) -> tuple[int, Progress]:
@@ -152,10 +147,9 @@ class Sender:
         for path in self._system_files():
             for lines, end_offset in read_batches(path, progress.system_bytes.get(path.name, 0)):
                 values = [value for line in lines for value in system_values(line, path.stem)]
-                self._log(client, run_id, values)
+                sent += self._metrics.write(client, run_id, values)
                 progress = replace(progress, system_bytes={**progress.system_bytes, path.name: end_offset})
                 write_progress(self._run_dir, progress)
-                sent += len(values)
         return sent, progress
 
     def _send_extras(self, client: "MlflowClient", run_id: str, progress: Progress, *, is_last: bool) -> None:
@@ -163,8 +157,7 @@ class Sender:
         names = [name for name in progress.pending if is_last or name not in self._tried]
         for name in names:
             self._tried.add(name)
-            failed = send_extras(client, run_id, self._run_dir, [name], self._say)
-            if not failed:
+            if send_extra(name, client=client, run_id=run_id, run_dir=self._run_dir, say=self._say):
                 pending = tuple(other for other in progress.pending if other != name)
                 progress = replace(progress, pending=pending)
                 write_progress(self._run_dir, progress)
@@ -190,25 +183,6 @@ class Sender:
                 self._tried.difference_update(AT_END)
                 return replace(progress, pending=tuple(dict.fromkeys((*progress.pending, *AT_END))))
         return progress
-
-    def _log_not_finite(self, client: "MlflowClient", run_id: str, events: Sequence[Mapping[str, Any]]) -> None:
-        found = {name: f"at step {event['step']}" for event in events for name in not_finite(event)}
-        if found:
-            log_tags(client, run_id, {f"{NOT_FINITE_TAG}.{name}": when for name, when in found.items()}, self._say)
-
-    def _log(self, client: "MlflowClient", run_id: str, values: Sequence[Value]) -> None:
-        from mlflow.entities import Metric
-
-        for start in range(0, len(values), _CALL_VALUES):
-            part = values[start : start + _CALL_VALUES]
-            client.log_batch(run_id, metrics=[Metric(self._metric_name(v.name), *v[1:]) for v in part])
-
-    def _metric_name(self, name: str) -> str:
-        if name not in self._metric_names:
-            clean = self._metric_names[name] = clean_name(name)
-            if clean != name:
-                self._say(f"metric {name!a} is called {clean}")
-        return self._metric_names[name]
 
 
 def _new_values(events: Sequence[Mapping[str, Any]], progress: Progress) -> tuple[Progress, list[Value]]:

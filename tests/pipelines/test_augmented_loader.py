@@ -26,7 +26,7 @@ from pipelines.reference import ReferenceBackend
 from pipelines.rendering import JpegFrames, RenderRequest, ViewBackend
 from pipelines.sampling import SamplingConfig
 from pipelines.stats import StatsRecorder
-from sharding.manifest import ShardSet
+from sharding.shard_set import ShardSet
 from support.fake_shards import FakeSample, make_samples, make_shard_set
 
 CLIP = ClipSpec(num_frames=8, crop_size=32, mel_rows=64)

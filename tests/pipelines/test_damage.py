@@ -22,10 +22,11 @@ from pipelines.loader import EvaluationLoader
 from pipelines.loader_config import LoaderConfig
 from pipelines.mel import parse_mel
 from pipelines.sampling import SamplingConfig
-from pipelines.shard_files import ShardFiles, Verify, check_sizes
+from pipelines.shard_files import ShardFiles, Verify
 from pipelines.shard_index import ShardIndexCache
+from pipelines.shard_store import open_store
 from pipelines.stats import StatsRecorder
-from sharding.manifest import ShardSet
+from sharding.shard_set import ShardSet
 from support.fake_shards import FakeSample, flip_byte, make_samples, make_shard_set, members_of, rewrite_manifest
 
 FIRST, SECOND = "ca2st-000000.tar", "ca2st-000001.tar"
@@ -190,7 +191,7 @@ def test_only_the_first_problems_are_listed_and_the_rest_counted(tmp_path: Path)
     for shard in shard_set.shards:
         (tmp_path / shard.name).write_bytes(b"")
     with pytest.raises(ShardSetDamageError, match=r"ca2st-000004.tar.*and 3 more"):
-        check_sizes(shard_set)
+        open_store(shard_set).check()
 
 
 # P3: indexes that are not the shard's.

@@ -16,7 +16,8 @@ from pipelines.loader_config import BackendName, LoaderConfig
 from pipelines.sampling import SamplingConfig
 from sharding.conversion import ConversionConfig
 from sharding.convert import convert
-from sharding.manifest import LabelSpace, ShardSet, read_shard_set
+from sharding.manifest import LabelSpace
+from sharding.shard_set import ShardSet, read_shard_set
 from sharding.source import SourceList, SourceSample
 from support.media import Sound, make_clip, read_number
 

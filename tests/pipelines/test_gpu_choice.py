@@ -10,7 +10,7 @@ import torch
 
 from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.spec import ClipSpec
-from pipelines import backends, cuda_decoders, dali_gpu, loader
+from pipelines import backends, cuda_decoders, dali_gpu, rank_loader
 from pipelines.backends import choose_backend, make_backend
 from pipelines.cuda_decoders import CudaDecoders, VideoDecoder, asked
 from pipelines.draws import EvaluationViews
@@ -20,7 +20,7 @@ from pipelines.reference import ReferenceBackend
 from pipelines.sampling import SamplingConfig
 from pipelines.stats import StatsRecorder
 from sharding.codecs import STORED_CODECS
-from sharding.manifest import ShardSet
+from sharding.shard_set import ShardSet
 from support.gpu import require_gpu
 from support.refusals import forced
 
@@ -176,7 +176,7 @@ def test_a_place_to_decode_that_is_not_known_is_refused() -> None:
 
 
 def test_the_smallest_side_of_several_sets_counts(intact_set: ShardSet) -> None:
-    assert loader._short_sides([intact_set, intact_set]) == {"mjpeg": intact_set.manifest.video.short_side}
+    assert rank_loader._short_sides([intact_set, intact_set]) == {"mjpeg": intact_set.manifest.video.short_side}
 
 
 @pytest.mark.parametrize("promised", [None, "0", "1"])

@@ -21,7 +21,8 @@ from pipelines.record import PlanRecord
 from pipelines.sampling import SamplingConfig
 from sharding.errors import ManifestError
 from sharding.index import TICKS_PER_SECOND
-from sharding.manifest import LabelSpace, ShardSet, VideoParameters
+from sharding.manifest import LabelSpace, VideoParameters
+from sharding.shard_set import ShardSet
 from support.fake_shards import make_samples, make_shard_set, rewrite_manifest
 from support.refusals import forced
 

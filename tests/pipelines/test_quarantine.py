@@ -18,7 +18,7 @@ from pipelines.loader_config import LoaderConfig
 from pipelines.quarantine import Quarantine, QuarantinedSample, quarantine_limit
 from pipelines.sampling import SamplingConfig
 from pipelines.shard_files import ShardFiles
-from sharding.manifest import ShardEntry, ShardSet
+from sharding.shard_set import ShardEntry, ShardSet
 from support.fake_shards import FakeSample, flip_byte, make_samples, make_shard_set, members_of
 
 TINY: dict[str, Any] = {"num_frames": 3, "height": 24, "width": 32}

@@ -13,18 +13,18 @@ import torch
 
 from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.spec import ClipSpec
+from pipelines.cached_store import CachedStore
 from pipelines.draws import AugmentConfig, EvaluationViews
 from pipelines.errors import SampleDamageError, ShardSetDamageError
 from pipelines.loader import EvaluationLoader, TrainLoader
 from pipelines.loader_config import LoaderConfig
 from pipelines.sampling import SamplingConfig
-from pipelines.shard_store import CachedStore
 from pipelines.stats import StageStats, StatsRecorder
 from sharding.errors import ManifestError, ShardDamageError
 from sharding.location import RemoteFolder
-from sharding.manifest import ShardSet, read_shard_set
 from sharding.remote import RemoteFiles
 from sharding.retry import Retrier, RetryConfig
+from sharding.shard_set import ShardSet, read_shard_set
 from sharding.storage import StorageConfig
 from sharding.verify_remote import count_shards, verify_place
 from support.fake_shards import flip_byte, make_samples, make_shard_set, members_of

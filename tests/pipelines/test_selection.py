@@ -18,7 +18,8 @@ from pipelines.index_scan import make_sources
 from pipelines.plan import EpochPlan
 from pipelines.selection import SelectionConfig, key_ranks, smallest
 from pipelines.source import SampleSource
-from sharding.manifest import LabelSpace, ShardSet
+from sharding.manifest import LabelSpace
+from sharding.shard_set import ShardSet
 from support.fake_shards import FakeSample, make_shard_set
 from support.plans import counts_of, make_record, whole_epoch
 from support.refusals import forced

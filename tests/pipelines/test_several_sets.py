@@ -21,7 +21,8 @@ from pipelines.order_config import OrderConfig
 from pipelines.sampling import SamplingConfig
 from pipelines.selection import SelectionConfig
 from pipelines.steps import rank_positions
-from sharding.manifest import AudioParameters, LabelSpace, ShardSet
+from sharding.manifest import AudioParameters, LabelSpace
+from sharding.shard_set import ShardSet
 from support.fake_shards import FakeSample, make_shard_set
 from support.refusals import forced
 

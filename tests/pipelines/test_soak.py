@@ -20,7 +20,7 @@ from pipelines.draws import AugmentConfig
 from pipelines.loader import TrainLoader
 from pipelines.loader_config import LoaderConfig
 from pipelines.sampling import SamplingConfig
-from sharding.manifest import ShardSet, read_shard_set
+from sharding.shard_set import ShardSet, read_shard_set
 from sharding.storage import StorageConfig
 from support.fake_shards import make_samples, make_shard_set
 from support.flaky_storage import put_in_memory

@@ -22,7 +22,7 @@ from pipelines.sampling import SamplingConfig
 from pipelines.shard_files import ShardFiles
 from pipelines.stall_watch import StallWatch
 from pipelines.stats import StatsRecorder
-from sharding.manifest import ShardEntry, ShardSet
+from sharding.shard_set import ShardEntry, ShardSet
 
 
 @pytest.fixture

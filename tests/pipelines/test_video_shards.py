@@ -38,7 +38,8 @@ from pipelines.shard_index import SampleEntry, ShardIndexCache
 from pipelines.stats import StatsRecorder
 from pipelines.video_decode import decode_video, packets_to_decode
 from sharding.codecs import STORED_CODECS
-from sharding.manifest import ShardSet, VideoParameters
+from sharding.manifest import VideoParameters
+from sharding.shard_set import ShardSet
 from support.fake_shards import flip_byte, rewrite_manifest
 from support.media import make_clip, read_number
 from support.video_shards import encoded, video_shard_set

@@ -139,6 +139,22 @@ REFUSALS = {
         ["shard", "build", "--dataset", "epic_sound", "--media", ".", "--out", "set"],
         "did you mean 'epic_sounds'",
     ),
+    "an open Ray without Ray": (
+        ["shard", "build", "--dataset", "folder", "--media", ".", "--out", "set", "--i-accept-open-ray"],
+        "--i-accept-open-ray: expected --ray beside it",
+    ),
+    "groups of pictures of a codec without them": (
+        ["shard", "build", "--dataset", "folder", "--media", ".", "--out", "set", "--gop", "8"],
+        "--gop 8: --codec mjpeg has none but key frames",
+    ),
+    "a synthetic seed for videos": (
+        ["shard", "build", "--dataset", "folder", "--media", ".", "--out", "set", "--seed", "0"],
+        "--seed: --dataset folder does not use it; leave it out",
+    ),
+    "a synthetic frame rate for videos": (
+        ["shard", "build", "--dataset", "csv", "--media", ".", "--out", "set", "--frame-rate", "8"],
+        "--frame-rate: --dataset csv does not use it",
+    ),
     "an unknown codec": (
         ["shard", "build", "--dataset", "folder", "--media", ".", "--out", "set", "--codec", "mjepg"],
         "mjpeg",

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -167,9 +169,34 @@ def test_a_node_examines_itself_and_signs_what_it_found(monkeypatch: pytest.Monk
     monkeypatch.setattr(every_node, "this_node", lambda: Node(address="10.0.0.1", node_id="aabbccddeeff"))
     one = Finding(name="memory", ok=True, what="1 GiB usable")
     monkeypatch.setattr("ray_jobs.doctor.examination.machine_checks", lambda: {"memory": lambda: one})
-    report = node_examination.examine_node()
+    report = node_examination.examine_node(("ca2st", "no-such-package"))
     assert [(found.name, found.node) for found in report.findings] == [
         ("memory", "10.0.0.1 (aabbccdd)"),
         ("disk temporary", "10.0.0.1 (aabbccdd)"),
     ]
-    assert report.versions["python"]
+    assert set(report.versions) == {"python", "ca2st"}
+
+
+def test_a_node_without_some_packages_still_tells_everything_else() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('torch', 'av', 'packaging'))\n"
+        "from ray_jobs import every_node\n"
+        "every_node.this_node = lambda: every_node.Node(address='x', node_id='aabbccddeeff')\n"
+        "from ray_jobs.doctor.node_examination import examine_node\n"
+        "report = examine_node(('ca2st', 'no-such-package'))\n"
+        "findings = (f'{one.name}: {one.ok}' for one in report.findings)\n"
+        "print(report.num_gpus, sorted(report.versions), *findings, sep=';')\n"
+        "print(*(one.what for one in report.findings if one.name in ('torch', 'audio aac')), sep='|')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    facts, why = done.stdout.splitlines()
+    num_gpus, versions, *findings = facts.split(";")
+    assert (num_gpus, versions) == ("0", "['ca2st', 'python']")
+    assert {"packages: False", "torch: False", "video h264: False", "audio aac: False"} < set(findings)
+    assert {"memory: True", "open files: True", "disk temporary: True"} < set(findings)
+    assert [one.partition(" halted")[0] for one in why.split("|")] == [
+        "ModuleNotFoundError: import of torch",
+        "ModuleNotFoundError: import of av",
+    ]

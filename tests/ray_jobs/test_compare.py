@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from ca2st.errors import UserInputError
 from ray_jobs.cli import app
+from ray_jobs.compare import runs
 from ray_jobs.compare.charts import metric_charts, places, thinned
 from ray_jobs.compare.page import render_comparison_page
 from ray_jobs.compare.report import compare
@@ -122,6 +123,14 @@ def test_a_store_that_is_not_there_is_refused_and_not_made(tmp_path: Path) -> No
     with pytest.raises(UserInputError, match=r"nothing\.db: expected an MLflow store, found no such file; train first"):
         read_runs(f"sqlite:///{tmp_path}/away/nothing.db", RunFilter())
     assert not (tmp_path / "away").exists()
+
+
+def test_k8_a_store_without_such_a_run_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "_experiments", lambda *_: {})
+    monkeypatch.setattr(runs, "_search", lambda *_: [])
+    with pytest.raises(UserInputError, match=r"no run of https://mlflow\.example\.org ") as refusal:
+        read_runs("https://me:hunter2@mlflow.example.org", RunFilter())
+    assert "hunter2" not in str(refusal.value)
 
 
 def test_a_store_that_is_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

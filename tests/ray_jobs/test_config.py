@@ -8,7 +8,7 @@ from ca2st.errors import UserInputError
 from ray_jobs.config.recipe import identity_settings, recipe_document, recipe_from_document, stored_recipe
 from ray_jobs.config.recipe_file import known_recipes, load_recipe
 from ray_jobs.errors import RecipeError
-from ray_jobs.running.wiring import check_settings
+from ray_jobs.running.preflight import check_settings
 
 RECIPE = """\
 name = "mine"

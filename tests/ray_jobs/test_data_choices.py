@@ -16,7 +16,9 @@ from ray_jobs.config.recipe import Recipe, identity_settings, recipe_document, r
 from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.config.toml_lines import key_lines
 from ray_jobs.errors import RecipeError
-from ray_jobs.running.wiring import open_data, preflight, sample_plan, train_loader
+from ray_jobs.running.loaders import train_loader
+from ray_jobs.running.preflight import preflight
+from ray_jobs.running.training_data import open_data, sample_plan
 from sharding.manifest import LabelSpace
 from support.fake_shards import make_samples, make_shard_set
 

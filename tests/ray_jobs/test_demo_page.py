@@ -34,7 +34,8 @@ from ray_jobs.synthetic.demo_page.page import render_demo_page, write_demo_page
 from ray_jobs.synthetic.demo_page.tables import MODEL_NAMES, model_results
 from ray_jobs.synthetic.demo_report import DemoReport, next_steps
 from ray_jobs.synthetic.pretraining import PretrainedExpert
-from sharding.manifest import read_manifest, read_shard_set
+from sharding.manifest import read_manifest
+from sharding.shard_set import read_shard_set
 from sharding.synthetic.labels import labels_of
 from support.tiny_world import WORLD, make_world_set, tiny_recipe, world_key
 
@@ -387,7 +388,7 @@ def test_smoothing_keeps_ends_and_bounds(values: list[float], reach: int) -> Non
 
 
 def test_every_compared_model_has_a_name_on_the_page_and_a_colour() -> None:
-    style = (Path(__file__).parents[2] / "ray_jobs/demo_page/page_files/page.css").read_text()
+    style = (Path(__file__).parents[2] / "ray_jobs/synthetic/demo_page/page_files/page.css").read_text()
     assert MODEL_NAMES.keys() == COMPARED.keys()
     for name in COMPARED:
         assert style.count(f"--m-{name}: #") == 2, "light and dark"

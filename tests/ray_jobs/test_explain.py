@@ -31,8 +31,8 @@ from ray_jobs.explain.places import Places
 from ray_jobs.explain.views import direction_views
 from ray_jobs.pages.axes import hertz_of_bin, hertz_ticks, seconds_ticks
 from ray_jobs.pages.pictures import spectrogram_png
-from ray_jobs.running.wiring import evaluation_loader
-from sharding.manifest import ShardSet
+from ray_jobs.running.loaders import evaluation_loader
+from sharding.shard_set import ShardSet
 from support.fake_shards import make_samples, make_shard_set
 from support.media import Sound, make_clip
 from support.trained import trained_model

@@ -3,12 +3,16 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from ray_jobs.running.local_processes import death_of, ended_badly
+from ca2st.training.journal import read_events
+from ray_jobs.running.local_processes import death_of, ended_badly, how_it_stopped
 from support.tiny_runs import ca2st, journal, make_tiny_run, sequence
 
 
@@ -67,6 +71,89 @@ def test_t12_a_worker_that_ended_without_a_word_is_explained_by_its_exit_code(
         assert word in str(error)
 
 
+@pytest.mark.parametrize(
+    ("sent", "exit_code", "told"),
+    [
+        (("stopped after step 3", 143), 143, "stopped after step 3"),
+        (("its state is NOT saved", 4), 4, "its state is NOT saved"),
+        (("stopped after step 3", 143), 139, None),
+        (None, 143, None),
+    ],
+)
+def test_t14_what_rank_0_said_of_a_stop_is_told_where_it_ended_the_launch(
+    sent: tuple[str, int] | None, exit_code: int, told: str | None
+) -> None:
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    assert how_it_stopped(reader, exit_code) is None
+    if sent is not None:
+        writer.send(sent)
+    writer.close()
+    error = how_it_stopped(reader, exit_code)
+    assert (None if error is None else (str(error), error.exit_code)) == (None if told is None else (told, exit_code))
+
+
+def stopped_by_its_terminal(
+    recipe: Path, run_dir: Path, *settings: str, fault: str = "", steps: int = 4
+) -> tuple[int, str]:
+    """Exit code and stderr of two processes that get a Ctrl-C after `steps` steps; 0: as soon as both are started."""
+    options = ["tracking.enabled=false", "training.epochs=4000", *settings]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ray_jobs.cli", "train", recipe, "--workers", "2", "--out", run_dir]
+        + [part for option in options for part in ("--set", option)],
+        env=os.environ | {"CA2ST_FAULT": fault},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while (
+        len(psutil.Process(process.pid).children()) < 3  # one is multiprocessing's own
+        or sum(1 for _ in read_events(run_dir / "journal.jsonl", event="step")) < steps
+    ):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # to every process of the group, as a terminal does
+    stderr = process.communicate(timeout=60)[1]
+    return process.returncode, stderr
+
+
+def told_of_the_end(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if "stopped by" in line or "error" in line or "interrupted" in line]
+
+
+@pytest.mark.slow
+def test_t14_ctrl_c_in_a_terminal_saves_and_is_told_in_one_line_and_a_full_disk_is_a_failure(tmp_path: Path) -> None:
+    recipe, run_dir = make_tiny_run(tmp_path), tmp_path / "run"
+    code, stderr = stopped_by_its_terminal(recipe, run_dir)
+    step = sequence(run_dir)[-1][0]
+    checkpoint = f"{run_dir}/checkpoints/step-{step}.attempt-1"
+    assert (code, told_of_the_end(stderr)) == (
+        130,
+        [f"error: stopped by signal 2 after step {step}; its state is in {checkpoint}; rerun to resume"],
+    )
+    rarely = ("training.checkpoint_every_steps=1000000", "training.validate_every_epochs=0")
+    fault = "checkpoint.model.safetensors.written:1:enospc"
+    code, stderr = stopped_by_its_terminal(recipe, tmp_path / "full", *rarely, fault=fault)
+    (told,) = (line for line in told_of_the_end(stderr) if line.startswith("error"))
+    assert code == 4
+    assert "but its state is NOT saved: cannot write " in told
+    assert told.endswith("there is no checkpoint, so a rerun begins anew")
+
+
+@pytest.mark.slow
+def test_j6_ctrl_c_while_the_workers_start_is_told_in_one_line_and_ends_at_once(tmp_path: Path) -> None:
+    recipe = make_tiny_run(tmp_path)
+    begin = time.monotonic()
+    code, stderr = stopped_by_its_terminal(recipe, tmp_path / "run", steps=0)
+    assert (code, told_of_the_end(stderr)) == (
+        130,
+        ["error: stopped by signal 2 before it had begun; rerun to resume"],
+    )
+    assert "Traceback" not in stderr
+    assert time.monotonic() - begin < 60
+
+
 def last_line(stderr: str) -> str:
     return stderr.strip().splitlines()[-1]
 
@@ -101,3 +188,23 @@ def test_t3_a_stopped_rank_is_found_named_and_ended_and_the_rerun_goes_on(tmp_pa
     assert not (run_dir / "heartbeats").exists() or not list((run_dir / "heartbeats").glob("rank-0*"))
     assert ca2st(*command).returncode == 0
     assert [step for step, _, _ in sequence(run_dir)] == list(range(1, 17))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "waits", "silent", "step"),
+    [("validation.begun:1:stop:1", 0, 1, 8), ("checkpoint.model.safetensors.written:1:stop:0", 1, 0, 3)],
+    ids=["in a validation", "in a save"],
+)
+def test_t3_a_rank_that_is_stopped_between_two_steps_is_named_with_the_stacks_of_who_waits(
+    tmp_path: Path, fault: str, waits: int, silent: int, step: int
+) -> None:
+    recipe, run_dir = make_tiny_run(tmp_path), tmp_path / "run"
+    settings = ("--set", "tracking.enabled=false", "--set", "training.collective_timeout_seconds=15")
+    stopped = ca2st("train", recipe, "--workers", 2, "--out", run_dir, *settings, fault=fault)
+    assert stopped.returncode == 4, stopped.stderr
+    told = last_line(stopped.stderr)
+    assert told.startswith(f"error: first failure, on rank {waits}: RanksSilentError: rank {waits} waited 15 s for the")
+    assert f"after step {step}: rank {silent} is silent, last seen in " in told
+    assert f"rank {waits} waits for other ranks in gather after step {step}" in stopped.stderr
+    assert 'File "' in stopped.stderr.partition("its threads:")[2]

@@ -1,5 +1,6 @@
 """Which failure a run is told to have ended by, and whether starting it again can help."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ca2st.training.errors import (
     NonFiniteError,
     OutOfMemoryFault,
     PeerFailedError,
+    StopNotSavedError,
 )
 from ray_jobs.running.failure_record import (
     FAILURE_NAME,
@@ -41,6 +43,14 @@ def test_t4_what_no_restart_mends_is_final(error: Exception) -> None:
 @pytest.mark.parametrize("error", [InjectedFault("x"), EnvironmentFault("x"), OSError("x"), CA2STError("x")])
 def test_t4_what_a_restart_may_mend_is_not_final(error: Exception) -> None:
     assert not is_final(error)
+
+
+@pytest.mark.parametrize(("number", "final"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGHUP, False)])
+def test_t14_a_stop_that_could_not_save_is_final_unless_it_was_a_node_that_is_taken_away(
+    number: int, final: bool
+) -> None:
+    record = record_of(StopNotSavedError("x", signal_number=number), rank=0, node="a", attempt=1)
+    assert (record.final, record.exit_code) == (final, 4)
 
 
 @pytest.mark.parametrize(("code", "final"), [(1, False), (2, True), (3, True), (4, False), (5, True), (6, False)])

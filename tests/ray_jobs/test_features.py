@@ -13,8 +13,9 @@ from pipelines.draws import EvaluationViews
 from ray_jobs import cli
 from ray_jobs.inference import features
 from ray_jobs.inference.features import METADATA_KEY, write_features
-from ray_jobs.running.wiring import evaluation_loader
-from sharding.manifest import LabelSpace, ShardSet
+from ray_jobs.running.loaders import evaluation_loader
+from sharding.manifest import LabelSpace
+from sharding.shard_set import ShardSet
 from support.fake_shards import flip_byte, make_samples, make_shard_set, members_of
 from support.trained import trained_model
 

@@ -10,7 +10,7 @@ import pytest
 from ca2st.errors import UserInputError
 from ray_jobs.cli import main
 from ray_jobs.config.recipe_file import load_recipe
-from ray_jobs.running.wiring import outline_model
+from ray_jobs.running.recipe_model import outline_model
 from ray_jobs.synthetic import fusion_bench
 from ray_jobs.synthetic.comparison import COMPARED, ComparisonRow, Contest, recipe_of
 from ray_jobs.synthetic.data import synthetic_classes

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import requests
 
+from ray_jobs.environment import git_state
+from ray_jobs.tracking.state import read_state
 from support.ray_head import RayHead, ray_head
 from support.tiny_runs import ca2st, journal, make_tiny_run, sequence
 
@@ -34,6 +36,8 @@ def test_t1_a_job_whose_worker_is_killed_ends_with_the_losses_of_two_plain_proce
     assert facts["run_dir"] == str(tmp_path / "job")
     assert facts["job_id"].startswith("ca2st-tiny-")
     assert [line["attempt"] for line in journal(tmp_path / "job", "start")] == [1, 2]
+
+    assert read_state(tmp_path / "job").tags.items() >= git_state(Path.cwd()).items(), "no checkout is there"
 
     plain = ca2st("train", recipe, "--out", tmp_path / "plain", "--workers", 2, *NO_TRACKING)
     assert plain.returncode == 0, plain.stderr

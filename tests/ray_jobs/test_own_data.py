@@ -41,7 +41,7 @@ def names(videos: OwnVideos, split: str) -> set[str]:
 
 
 def plan(folder: Path, *overrides: str) -> Any:
-    return plan_training(folder, overrides, runs_folder=folder / "runs", out=None)
+    return plan_training(folder, (f"launch.runs_folder={folder / 'runs'}", *overrides), out=None)
 
 
 # Listing and splits
@@ -275,6 +275,32 @@ def test_a_set_value_wins_over_the_choice_and_is_marked(tmp_path: Path) -> None:
     assert marked == {"training.epochs", "clip.crop_size"}
 
 
+def test_a_section_that_is_set_as_a_whole_is_marked_and_wins(tmp_path: Path) -> None:
+    touch(tmp_path, *videos_of_classes(a=5, b=5))
+    found = plan(tmp_path, "clip={num_frames=4, crop_size=64}")
+    assert (found.recipe.clip.num_frames, found.recipe.clip.crop_size) == (4, 64)
+    clip = next(choice for choice in found.chosen() if "clip.crop_size" in choice.settings)
+    assert (clip.reason, clip.own) == ("set by you", ("clip.crop_size", "clip.num_frames"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "out", "run_dir"),
+    [
+        ((), None, "runs/own"),
+        (("launch.runs_folder=elsewhere",), None, "elsewhere/own"),
+        (("launch.runs_folder=elsewhere", "name=mine"), None, "elsewhere/mine"),
+        (("launch.runs_folder=elsewhere",), Path("here/first"), "here/first"),
+    ],
+)
+def test_the_runs_folder_and_the_name_that_are_set_say_where_run_and_shards_lie(
+    tmp_path: Path, settings: tuple[str, ...], out: Path | None, run_dir: str
+) -> None:
+    touch(tmp_path, *(f"own/{name}" for name in videos_of_classes(a=2, b=2)))
+    found = plan_training(tmp_path / "own", settings, out=out)
+    assert found.run_dir == Path(run_dir)
+    assert found.shards.parent == Path(run_dir).parent / "data"
+
+
 def test_shards_are_kept_by_what_the_folder_holds_and_the_size_they_are_stored_in(tmp_path: Path) -> None:
     touch(tmp_path, *videos_of_classes(a=2, b=2))
     before = plan(tmp_path).shards
@@ -288,6 +314,10 @@ def test_shards_are_kept_by_what_the_folder_holds_and_the_size_they_are_stored_i
     ("override", "message"),
     [
         ("data.train=shards", "--set data.train: --data-folder makes the shards"),
+        ("data={validation='shards'}", "--set data.validation: --data-folder makes the shards"),
+        ("data.mixture=[{train='a'}, {train='b'}]", "--set data.mixture: --data-folder makes the shards"),
+        ("data.synthetic={task='space'}", "--set data.synthetic: --data-folder makes the shards"),
+        ("model.preset=cast_late_add", "--set model.preset: --data-folder chooses kind and sizes of the model"),
         ("training.epoch=3", "did you mean 'epochs'"),
         ("model.dim=98", "expected a multiple of num_heads"),
         ("experts.spatial=nowhere.safetensors", "expected a safetensors file, found none at nowhere"),
@@ -315,8 +345,7 @@ def test_either_a_recipe_or_a_folder_is_asked_for(arguments: dict[str, Any]) -> 
 def run(folder: Path, *overrides: str, dry_run: bool = False, as_json: bool = False, out: Path | None = None) -> None:
     train_own_videos(
         folder,
-        ["tracking.enabled=false", *overrides],
-        runs_folder=folder.parent / "runs",
+        ["tracking.enabled=false", f"launch.runs_folder={folder.parent / 'runs'}", *overrides],
         out=out,
         ray_address=None,
         accept_open_ray=False,

@@ -16,8 +16,9 @@ from ray_jobs.cli import main
 from ray_jobs.config.recipe import recipe_from_document
 from ray_jobs.inference.trained import load_trained
 from ray_jobs.public_experts import with_local_experts
+from ray_jobs.running.preflight import preflight
+from ray_jobs.running.recipe_model import make_model
 from ray_jobs.running.start import check_model
-from ray_jobs.running.wiring import make_model, preflight
 from support.fake_hub import fake_hub
 from support.foreign import ast_state, awake_expert, clip_state, videomae_state
 from support.tiny_runs import make_tiny_run

@@ -70,7 +70,7 @@ class Driver:
     def ends(self, status: str, message: str = "") -> None:
         self.fit.set_result({"status": status, "message": message})
 
-    def fails(self, *, final: bool, attempt: int = 1) -> None:
+    def fails(self, *, final: bool, attempt: int = 1, preempted: bool = False) -> None:
         keep_failure(
             self.folder.run_dir,
             FailureRecord(
@@ -82,6 +82,7 @@ class Driver:
                 attempt=attempt,
                 final=final,
                 launch=self.folder.name,
+                preempted=preempted,
             ),
         )
 
@@ -151,6 +152,17 @@ def test_t13_each_failed_attempt_is_told_once(driver: Driver, capsys: pytest.Cap
     driver.watch()
     told = capsys.readouterr().err
     assert told.count("attempt 1: ") == told.count("attempt 2: ") == 1
+
+
+def test_t14_a_node_taken_away_as_announced_is_not_told_as_a_failure(
+    driver: Driver, capsys: pytest.CaptureFixture[str]
+) -> None:
+    driver.at[1.0] = lambda: driver.fails(final=False, preempted=True)
+    driver.at[9.0] = lambda: driver.ends("done")
+    driver.watch()
+    told = capsys.readouterr().err
+    assert "taken away as announced: rank 1 on b, attempt 1" in told
+    assert "failed:" not in told
 
 
 def test_a_failure_of_an_earlier_launch_counts_for_nothing(driver: Driver) -> None:
@@ -285,20 +297,39 @@ def test_t4_a_final_failure_is_told_as_such_though_a_rank_that_only_heard_of_it_
 ) -> None:
     from ray.train import TrainingFailedError
 
-    fleet = Fleet(
-        recipe=tiny_recipe,
+    fleet = fleet_of(driver, tiny_recipe)
+    # As `train` asks it.
+    assert isinstance(fleet._ended_by(TrainingFailedError("gone"), driver.supervision), RetriesUsedUpError)
+    driver.fails(final=True)
+    assert isinstance(fleet._ended_by(TrainingFailedError("gone"), driver.supervision), DataDamageError)
+
+
+def test_t14_nodes_taken_away_too_often_end_the_run_by_the_setting_that_allows_more(
+    driver: Driver, tiny_recipe: Recipe
+) -> None:
+    from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+    from ray.train.v2.api.preemption import PreemptionInfo
+
+    fleet = fleet_of(driver, tiny_recipe)
+    info = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a" * 56: [1]})
+    used_up = fleet._ended_by(PreemptionError(info, drain_timed_out=True), driver.supervision)  # as `train` asks it
+    assert isinstance(used_up, RetriesUsedUpError)
+    assert "launch.max_preemptions (-1)" in str(used_up)
+    driver.fails(final=False)
+    died = WorkerGroupError("a worker died", {1: RuntimeError("died")})
+    assert "max_preemptions" not in str(fleet._ended_by(died, driver.supervision))
+    driver.fails(final=False, attempt=2, preempted=True)
+    assert "max_preemptions" in str(fleet._ended_by(died, driver.supervision))
+
+
+def fleet_of(driver: Driver, recipe: Recipe) -> Fleet:
+    return Fleet(
+        recipe=recipe,
         job=Job(recipe={}, run_dir=str(driver.folder.run_dir)),
-        demand=demand_of(tiny_recipe.launch, []),
+        demand=demand_of(recipe.launch, []),
         folder=driver.folder,
         own_ray=True,
     )
-    assert isinstance(
-        fleet._ended_by(TrainingFailedError("gone"), driver.supervision), RetriesUsedUpError
-    )  # as `train` asks it
-    driver.fails(final=True)
-    assert isinstance(
-        fleet._ended_by(TrainingFailedError("gone"), driver.supervision), DataDamageError
-    )  # as `train` asks it
 
 
 @pytest.fixture

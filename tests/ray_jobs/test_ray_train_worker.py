@@ -110,7 +110,7 @@ def test_t14_a_worker_that_was_asked_to_stop_returns_and_is_not_started_again(gr
 
 
 def test_t14_after_a_preemption_a_worker_holds_its_place_until_ray_takes_it_down(
-    group: Group, monkeypatch: pytest.MonkeyPatch
+    group: Group, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class TakenDownError(BaseException):
         """Stands for the end of the process."""
@@ -120,8 +120,9 @@ def test_t14_after_a_preemption_a_worker_holds_its_place_until_ray_takes_it_down
 
     monkeypatch.setattr(worker_life, "hold", take_down)
     with pytest.raises(TakenDownError):
-        group.worker(raising(TerminatedError("stopped by signal 1")))
+        group.worker(raising(TerminatedError("stopped by signal 1 after step 6")))
     assert read_failure(group.folder.run_dir) is None
+    assert "a node will be taken away: the state is saved; Ray starts the workers again" in capsys.readouterr().err
 
 
 # --- T2: workers that died
@@ -170,6 +171,22 @@ def test_t2_a_death_counts_for_more_than_what_the_others_say_of_a_cut_connection
     assert failure is not None
     assert (failure.kind, failure.rank) == ("WorkerDiedError", 1)
     assert "node host1 (10.0.0.1) was lost" in failure.message
+
+
+def test_t14_a_death_that_had_been_announced_is_put_on_record_as_such(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lost_workers, "living_nodes", lambda: [Node(address="10.0.0.0", node_id="a")])
+    for rank in (0, 1):
+        group.folder.begin(1, rank=rank, node=f"host{rank} (10.0.0.{rank})")
+    announced = ActorDiedError()
+    announced._preempted = True
+    told = LostWorkers(group.folder.path)
+    told.after_exception(None, {0: HEALTH, 1: WorkerHealthCheckFailedError("worker failed", announced)})
+    failure = read_failure(group.folder.run_dir)
+    assert failure is not None
+    assert failure.preempted
+    assert "node host1 (10.0.0.1) was lost with the worker of rank 1" in failure.message
 
 
 def test_t2_a_cluster_that_does_not_answer_ends_no_run_that_can_go_on(

@@ -1,5 +1,6 @@
 """Passwords and tokens reach no file, log or store."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.errors import RecipeError
 from ray_jobs.redaction import (
     HIDDEN,
+    RedactedStream,
     names_a_secret,
     redacted,
     redacted_values,
@@ -41,6 +43,17 @@ def test_k8_passwords_and_tokens_in_a_text_are_hidden(text: str) -> None:
     assert SECRET not in redacted(text)
     assert HIDDEN in redacted(text)
     assert redacted(redacted(text)) == redacted(text)
+
+
+@pytest.mark.parametrize("text", LEAKS)
+def test_k8_a_stream_hides_secrets_however_its_text_is_cut(text: str) -> None:
+    kept = io.StringIO()
+    with RedactedStream(kept) as stream:
+        for letter in f"before\n{text}\nafter\n{text}":
+            stream.write(letter)
+            stream.flush()
+        assert kept.getvalue() == f"before\n{redacted(text)}\nafter\n"
+    assert kept.getvalue() == f"before\n{redacted(text)}\nafter\n{redacted(text)}"
 
 
 @pytest.mark.parametrize(
@@ -93,6 +106,23 @@ def test_k8_a_recipe_made_in_python_is_refused_too() -> None:
 def test_k8_texts_deep_in_a_document_are_found() -> None:
     with pytest.raises(UserInputError, match=r"data\.mixture\.1\.shards: expected an address without credentials"):
         refuse_credentials({"data": {"mixture": [{"shards": "x"}, {"shards": f"s3://a:{SECRET}@b"}]}})
+
+
+@pytest.mark.parametrize(
+    ("whole", "kept"),
+    [
+        (f"postgresql://db/mlflow?user=me&password={SECRET}", "postgresql://db/mlflow?user=me"),
+        (f"https://host/x?token={SECRET}", "https://host/x"),
+        ("mysql://db/mlflow?charset=utf8&ssl=1", "mysql://db/mlflow?charset=utf8&ssl=1"),
+        ("sqlite:////runs/mlflow.db?timeout=5", "sqlite:////runs/mlflow.db?timeout=5"),
+    ],
+)
+def test_k8_an_address_is_kept_without_a_password_among_its_options(
+    whole: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert without_credentials(whole) == kept
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", whole)
+    assert whole_uri(kept, tmp_path) == whole
 
 
 def test_k8_an_address_is_kept_without_its_password_and_completed_from_the_environment(

@@ -24,7 +24,8 @@ from ray_jobs.planning.resume_plan import resume_plan
 from ray_jobs.planning.run_plan import batch_plan, disk_plan, make_plan, read_without_traces
 from ray_jobs.planning.step_memory import LiveBytes, StepMemory, guess_step_memory
 from ray_jobs.running.frozen_weights import keep_frozen
-from ray_jobs.running.wiring import make_model, open_data
+from ray_jobs.running.recipe_model import make_model
+from ray_jobs.running.training_data import open_data
 from ray_jobs.running.worker import _parameter_rules
 from support.tiny_runs import make_tiny_run
 

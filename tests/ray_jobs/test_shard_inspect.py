@@ -14,7 +14,8 @@ from pipelines.set_facts import set_facts
 from ray_jobs.cli import app
 from ray_jobs.pages.clip_pictures import read_spread_clips
 from ray_jobs.set_card.page import class_table, duration_bars, render_set_card, size_in_words
-from sharding.manifest import LabelSpace, ShardSet
+from sharding.manifest import LabelSpace
+from sharding.shard_set import ShardSet
 from support.fake_shards import FakeSample, flip_byte, make_samples, make_shard_set, members_of
 from support.media import make_clip
 from support.video_shards import video_shard_set

@@ -1,6 +1,7 @@
 """What ``ca2st submit`` sends to a cluster, to which server, and what it refuses."""
 
 import json
+import re
 import shlex
 import zipfile
 from collections.abc import Iterator
@@ -76,7 +77,11 @@ def test_variables_are_passed_by_name_over_our_own(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserInputError, match="--env CHOSEN: expected a variable of this environment, found none"):
         environment.passed_variables(["CHOSEN"])
     made = requests_of_jobs.environment_of_job(
-        {"OMP_WAIT_POLICY": "ACTIVE"}, waiting="PASSIVE", tracking_uri="http://me:pass@server:5000", grace_seconds=20.5
+        {"OMP_WAIT_POLICY": "ACTIVE"},
+        waiting="PASSIVE",
+        tracking_uri="http://me:pass@server:5000",
+        grace_seconds=20.5,
+        git={},
     )
     assert made["OMP_WAIT_POLICY"] == "ACTIVE"
     assert made["MLFLOW_TRACKING_URI"] == "http://server:5000"
@@ -85,7 +90,7 @@ def test_variables_are_passed_by_name_over_our_own(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("uri", [None, "sqlite:////home/me/mlflow.db", "file:///home/me/mlruns", "mlruns"])
 def test_a_tracking_file_of_this_machine_is_not_the_clusters(uri: str | None) -> None:
-    made = requests_of_jobs.environment_of_job({}, waiting="PASSIVE", tracking_uri=uri, grace_seconds=1)
+    made = requests_of_jobs.environment_of_job({}, waiting="PASSIVE", tracking_uri=uri, grace_seconds=1, git={})
     assert "MLFLOW_TRACKING_URI" not in made
 
 
@@ -117,9 +122,12 @@ def test_j2_places_that_only_this_machine_knows_are_refused_all_at_once(recipe: 
     prepared(choices(recipe, "data.train=s3://bucket/train", "experts.audio=/shared/audio.safetensors"))
 
 
-def test_k8_a_password_in_an_override_is_refused_and_not_repeated(recipe: Path) -> None:
+@pytest.mark.parametrize(
+    "uri", ["https://me:hidden@server", "postgresql://hidden@server/mlflow", "https://server/api?token=hidden"]
+)
+def test_k8_a_user_password_or_token_in_an_override_is_refused_and_not_repeated(recipe: Path, uri: str) -> None:
     with pytest.raises(UserInputError, match=r"--set tracking\.uri: expected no user or password") as refusal:
-        prepared(choices(recipe, "tracking.uri='https://me:hidden@server'"))
+        prepared(choices(recipe, f"tracking.uri='{uri}'"))
     assert "hidden" not in str(refusal.value)
 
 
@@ -265,3 +273,57 @@ def test_a_cluster_that_is_named_without_ray_is_not_passed_over(recipe: Path) ->
     done = CliRunner().invoke(app, ["train", str(recipe), "--ray-address", "head:6379"])
     assert isinstance(done.exception, UserInputError)
     assert "--ray-address head:6379: expected --ray beside it" in str(done.exception)
+    done = CliRunner().invoke(app, ["train", str(recipe), "--i-accept-open-ray"])
+    assert isinstance(done.exception, UserInputError)
+    assert "--i-accept-open-ray: expected --ray beside it" in str(done.exception)
+
+
+def test_a_certificate_authority_without_tls_is_not_passed_over(recipe: Path, jobs: FakeJobs) -> None:
+    done = submitted(recipe, "--ca-file", "authority.pem")
+    assert isinstance(done.exception, UserInputError)
+    assert "--ca-file authority.pem: expected an https address beside it, found http://head:8265" in str(done.exception)
+    assert jobs.sent == []
+
+
+def test_ctrl_c_while_a_job_is_sent_tells_whether_it_was_taken(recipe: Path, jobs: FakeJobs) -> None:
+    class Interrupted(FakeJobs):
+        def submit_job(self, **request: Any) -> str:
+            if self.answers:  # it was taken, and only the answer did not come
+                super().submit_job(**request)
+            raise KeyboardInterrupt
+
+        def get_job_info(self, job_id: str, /) -> FakeDetails:
+            if not self.answers:
+                raise RuntimeError(f"Request failed with status code 404: Job {job_id} does not exist.")
+            return super().get_job_info(job_id)
+
+    jobs.__class__ = Interrupted
+    for options in ((), ("--no-wait",)):
+        done = submitted(recipe, *options)
+        assert (done.exception.exit_code, str(done.exception)) == (130, "interrupted; nothing was submitted")
+        assert "the job goes on" not in done.stderr
+    jobs.answers = [details("RUNNING")]
+    done = submitted(recipe, "--no-wait")
+    assert done.exit_code == 130
+    assert "the job goes on without this command" in done.stderr
+    assert f"ray job stop --address http://head:8265 {jobs.sent[0]['submission_id']}" in done.stderr
+
+
+def test_ctrl_c_while_a_job_is_sent_to_a_server_that_no_longer_answers_says_how_to_ask(
+    recipe: Path, jobs: FakeJobs
+) -> None:
+    class Gone(FakeJobs):
+        def submit_job(self, **request: Any) -> str:
+            raise KeyboardInterrupt
+
+        def get_job_info(self, job_id: str, /) -> FakeDetails:
+            raise ConnectionError("no route to host")
+
+    jobs.__class__ = Gone
+    done = submitted(recipe)
+    assert done.exception.exit_code == 130
+    told = (
+        r"interrupted; whether job (ca2st-\S+) was taken is not known \(no route to host\): ray job status --address "
+    )
+    found = re.fullmatch(told + r"http://head:8265 \1 tells", str(done.exception))
+    assert found is not None

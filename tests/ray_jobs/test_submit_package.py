@@ -36,9 +36,11 @@ def test_the_wheel_holds_the_packages_with_their_data_and_nothing_else(wheel: by
         f"ca2st-{metadata.version('ca2st')}.dist-info",
     }
     checkout = Path(__file__).parents[2]
-    for folder in ("recipes", "compare/page_files", "demo_page/page_files", "explain/page_files", "pages/page_files"):
-        shipped = {path.name for path in (checkout / "ray_jobs" / folder).iterdir() if path.is_file()}
-        assert shipped <= {name.rsplit("/", 1)[1] for name in files if name.startswith(f"ray_jobs/{folder}/")}
+    folders = [checkout / "ray_jobs" / name for name in ("recipes", "cluster")]
+    folders += sorted((checkout / "ray_jobs").rglob("page_files"))
+    assert len(folders) > 6
+    shipped = {str(path.relative_to(checkout)) for folder in folders for path in folder.iterdir() if path.is_file()}
+    assert shipped <= set(files)
     assert not [name for name in files if "test" in name or name.endswith(".pyc")]
 
 

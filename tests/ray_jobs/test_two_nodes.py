@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.ray_nodes import Machine, Network, ray_network, why_no_namespaces
+from support.ray_nodes import Network, ray_network, why_no_namespaces
 from support.tiny_runs import ca2st, journal, make_tiny_run, sequence
 
 WHY_NOT = why_no_namespaces()
@@ -22,7 +22,10 @@ SOON = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
+    # Whether a node will be taken away is asked every second.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
+NOTICE_SECONDS = 12
 
 
 @pytest.fixture(scope="module")
@@ -76,27 +79,46 @@ def wait_until(happened: Callable[[], bool], seconds: float = 300) -> None:
         time.sleep(0.02)
 
 
-def named_as_failed(log: str, machine: Machine) -> bool:
-    return any(line.startswith("failed:") and machine.address in line for line in log.splitlines())
+def named_as_failed(log: str, address: str) -> bool:
+    return any(line.startswith("failed:") and f"({address})" in line for line in log.splitlines())
 
 
 def num_workers_by_attempt(run_dir: Path) -> list[int]:
     return [line["topology"]["world_size"] for line in journal(run_dir, "start")]
 
 
-def test_t2_a_killed_node_is_named_and_replaced_and_the_losses_are_those_of_two_plain_processes(
+def test_t14_t2_an_announced_end_costs_no_step_and_a_killed_node_is_named_and_replaced(
     network: Network, recipe: Path, two_processes: Path, tmp_path: Path
 ) -> None:
-    victim = network.worker()
+    for machine in network.machines[1:]:
+        machine.kill()
+    announced = network.add_machine({"CA2ST_FAULT": "step.logged:5:stop"})  # its worker waits there for the notice
+    run_dir, steps_at_its_end = tmp_path / "run", []
 
-    def replace(log: Path) -> None:
-        victim.kill()
+    def take_away_then_kill(log: Path) -> None:
+        wait_until(announced.has_stopped_processes)
+        deadline = time.monotonic() + NOTICE_SECONDS
+        network.announce_end(announced, seconds=NOTICE_SECONDS)
+        announced.continue_stopped_processes()
+        wait_until(lambda: "will be taken away" in log.read_text())
+        replacement = network.add_machine()
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        announced.kill()
+        steps_at_its_end.append(num_steps(run_dir))
+        wait_until(lambda: num_steps(run_dir) >= 10)
+        replacement.kill()
         network.add_machine()
 
-    log = train_and_disturb(network, recipe, tmp_path / "run", replace)
-    assert named_as_failed(log, victim)
-    assert num_workers_by_attempt(tmp_path / "run") == [2, 2]
-    assert sequence(tmp_path / "run") == sequence(two_processes)
+    # One restart is allowed, and the killed node needs it: the announced end must not be counted.
+    log = train_and_disturb(network, recipe, run_dir, take_away_then_kill, "--set", "launch.max_failures=1")
+    assert 5 <= steps_at_its_end[0] < 10, "the workers wait, their state saved, for the node's end"
+    steps = [line["step"] for line in journal(run_dir, "step")]
+    assert steps[:10] == list(range(1, 11)), "none was done twice for the notice"
+    announced_address, killed_address = (machine.address for machine in network.machines[-3:-1])
+    assert named_as_failed(log, killed_address)
+    assert not named_as_failed(log, announced_address)
+    assert num_workers_by_attempt(run_dir) == [2, 2, 2]
+    assert sequence(run_dir) == sequence(two_processes)
 
 
 def test_t3_a_cut_link_is_noticed_and_the_run_goes_on_when_the_node_is_back(
@@ -124,7 +146,7 @@ def test_t2_an_elastic_run_goes_on_with_the_node_that_is_left_and_sees_the_same_
     victim = network.worker()
     settings = ("--set", "launch.min_workers=1")
     log = train_and_disturb(network, recipe, tmp_path / "run", lambda log: victim.kill(), *settings)
-    assert named_as_failed(log, victim)
+    assert named_as_failed(log, victim.address)
     assert num_workers_by_attempt(tmp_path / "run") == [2, 1]
     ours, theirs = sequence(tmp_path / "run"), sequence(two_processes)
     assert [hashed for _, hashed, _ in ours] == [hashed for _, hashed, _ in theirs]

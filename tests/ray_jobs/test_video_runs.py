@@ -15,7 +15,7 @@ from pipelines.sampling import SamplingConfig
 from ray_jobs.inference.evaluation import score
 from ray_jobs.inference.prediction import shards_of_videos
 from sharding.conversion import ConversionConfig
-from sharding.manifest import ShardSet
+from sharding.shard_set import ShardSet
 from support.media import make_clip
 from support.models import TINY_CLIP
 from support.tiny_training import TinyModel, fresh_accelerator, tiny_settings

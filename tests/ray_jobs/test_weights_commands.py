@@ -17,7 +17,7 @@ from ray_jobs.cli import main
 from ray_jobs.commands.weights import Kind
 from ray_jobs.config.recipe import recipe_from_document
 from ray_jobs.inference.trained import load_trained
-from ray_jobs.running.wiring import make_model
+from ray_jobs.running.recipe_model import make_model
 from support.fake_hub import COMMIT, fake_hub
 from support.foreign import awake_expert, clip_state, videomae_state
 from support.tiny_runs import make_tiny_run

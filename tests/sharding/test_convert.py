@@ -19,7 +19,7 @@ from ca2st.errors import EnvironmentFault
 from sharding.convert import ConversionProgress, convert
 from sharding.index import decode_index
 from sharding.keys import sample_key
-from sharding.manifest import read_shard_set
+from sharding.shard_set import read_shard_set
 from sharding.verify import verify_shard_set
 from support.media import Sound, make_clip
 from support.shards import COUNT, Reference, file_hashes, sample, small_clips, small_config, source_list

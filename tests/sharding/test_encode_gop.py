@@ -20,7 +20,8 @@ from sharding.encode_gop import GOP_ENCODINGS
 from sharding.encoded_video import EncodedVideo
 from sharding.errors import MediaError
 from sharding.index import decode_index
-from sharding.manifest import VideoParameters, read_shard_set, write_shard_set
+from sharding.manifest import VideoParameters
+from sharding.shard_set import read_shard_set, write_shard_set
 from sharding.verify import verify_shard_set
 from support.media import make_clip, read_number
 from support.noise import encoded_noise, hashes_of_noise, noise_frames

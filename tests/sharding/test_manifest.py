@@ -10,17 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sharding.errors import ManifestError, ShardDamageError
-from sharding.manifest import (
-    MANIFEST_NAME,
-    SHARDS_NAME,
-    AudioParameters,
-    LabelSpace,
-    ShardEntry,
-    VideoParameters,
-    read_manifest,
-    read_shard_set,
-    write_shard_set,
-)
+from sharding.manifest import MANIFEST_NAME, AudioParameters, LabelSpace, VideoParameters, read_manifest
+from sharding.shard_set import SHARDS_NAME, ShardEntry, read_shard_set, write_shard_set
 
 SHARDS = (
     ShardEntry(name="ca2st-000000.tar", bytes=10, sha256="a" * 64, index_bytes=3, index_sha256="b" * 64, num_samples=2),
@@ -96,7 +87,7 @@ def test_reading_a_set_starts_no_native_thread(tmp_path: Path) -> None:
     """Arrow's pools, once started, can abort a finished process at its exit."""
     written(tmp_path)
     script = (
-        "import os, sys, pathlib; from sharding.manifest import read_shard_set;"
+        "import os, sys, pathlib; from sharding.shard_set import read_shard_set;"
         "before = len(os.listdir('/proc/self/task')); read_shard_set(pathlib.Path(sys.argv[1]));"
         "print(len(os.listdir('/proc/self/task')) - before)"
     )

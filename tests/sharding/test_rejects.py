@@ -16,7 +16,7 @@ from sharding.convert import convert
 from sharding.errors import AnnotationError, ConversionRefusedError, RejectBudgetError, ShardDamageError
 from sharding.folder_lock import LOCK_NAME, folder_lock
 from sharding.index import decode_index, encode_index
-from sharding.manifest import read_shard_set
+from sharding.shard_set import read_shard_set
 from sharding.source import SourceList
 from sharding.verify import verify_shard_set
 from support.media import damage, make_clip

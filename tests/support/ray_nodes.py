@@ -27,6 +27,17 @@ PREFIX = "ca2st-"
 WITH_HOSTS = 'mount --bind "$0" /etc/hosts && exec "$@"'
 """Names for the addresses, seen on the machine alone: torch asks for them, and would wait for a name server."""
 
+ANNOUNCE = """
+import sys, ray
+from ray.scripts.scripts import cli
+cluster, address, seconds = sys.argv[1:]
+ray.init(cluster)
+(node,) = (node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] == address)
+cli(["drain-node", "--address", cluster, "--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
+     "--reason-message", "taken back", "--deadline-remaining-seconds", seconds])
+"""
+"""Run on the head with the cluster's address, the node's address and the seconds it has left."""
+
 
 def why_no_namespaces() -> str | None:
     """Why this machine cannot have network namespaces of ours; None where it can."""
@@ -102,6 +113,15 @@ class Machine:
         """Put the cable back."""
         _ip("-n", self.switch, "link", "set", self.port_name, "master", "br0")
 
+    def has_stopped_processes(self) -> bool:
+        """Whether a process on the machine stands still, as by SIGSTOP."""
+        return any(_stands_still(pid) for pid in _pids_in(self.name))
+
+    def continue_stopped_processes(self) -> None:
+        """Let every process that stands still go on."""
+        for pid in filter(_stands_still, _pids_in(self.name)):
+            os.kill(pid, signal.SIGCONT)
+
 
 @dataclass
 class Network:
@@ -120,18 +140,34 @@ class Network:
     def ray_address(self) -> str:
         return f"{self.head.address}:{PORT}"
 
+    def announce_end(self, machine: Machine, *, seconds: int) -> None:
+        """Tell the cluster that `machine` will be taken away, as clouds do with machines that they lend cheaply."""
+        log = self.folder / "drain.log"
+        command = [sys.executable, "-c", ANNOUNCE, self.ray_address, machine.address, str(seconds)]
+        with log.open("wb") as out:
+            if self.head.popen(command, stdout=out).wait(timeout=90) != 0:
+                raise RuntimeError(log.read_text())
+
     def worker(self) -> Machine:
         """The newest machine beside the head if its node lives, else one more."""
         newest = self.machines[-1]
         lives = newest is not self.head and newest.started[-1].poll() is None
         return newest if lives else self.add_machine()
 
-    def add_machine(self) -> Machine:
-        """Connect one more machine; the first one is the cluster's head and starts a Ray cluster."""
+    def add_machine(self, environment: Mapping[str, str] | None = None) -> Machine:
+        """Connect one more machine; the first one is the cluster's head and starts a Ray cluster.
+
+        `environment`: for this machine alone.
+        """
         number = len(self.machines) + 1
         name, port_name = f"{self.switch}-{number}", f"port{number}"
         machine = Machine(
-            name, f"{SUBNET}.{number}", port_name, self.switch, self.folder / str(number), self.environment
+            name,
+            f"{SUBNET}.{number}",
+            port_name,
+            self.switch,
+            self.folder / str(number),
+            {**self.environment, **(environment or {})},
         )
         _ip("netns", "add", name)
         self.machines.append(machine)
@@ -191,11 +227,23 @@ def _sweep() -> None:
 
 
 def _kill_all_in(namespace: str) -> None:
-    while pids := [int(pid) for pid in _ip("netns", "pids", namespace).split()]:
+    while pids := _pids_in(namespace):
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
+
+
+def _pids_in(namespace: str) -> list[int]:
+    return [int(pid) for pid in _ip("netns", "pids", namespace).split()]
+
+
+def _stands_still(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2]
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # ended meanwhile
+    return state.startswith("T")
 
 
 def _ip(*arguments: str) -> str:

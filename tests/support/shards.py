@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sharding.completion import ConversionReport
 from sharding.conversion import ConversionConfig
-from sharding.convert import ConversionReport, convert
+from sharding.convert import convert
 from sharding.manifest import LabelSpace
 from sharding.source import SourceList, SourceSample
 from support.media import Sound, make_clip

@@ -9,7 +9,7 @@ from pipelines.sampling import SamplingConfig
 from ray_jobs.config.data import DataConfig, SyntheticData
 from ray_jobs.config.recipe import Recipe, TrackingConfig
 from sharding.keys import sample_key
-from sharding.manifest import ShardSet
+from sharding.shard_set import ShardSet
 from sharding.synthetic.labels import label_spaces, labels_of
 from support.fake_shards import FakeSample, make_shard_set
 from support.models import TINY_CLIP, tiny_config

@@ -10,7 +10,7 @@ from pipelines.sampling import SamplingConfig
 from ray_jobs.config.data import DataConfig
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.inference.trained import TrainedModel
-from ray_jobs.running.wiring import target_specs
+from ray_jobs.running.recipe_model import target_specs
 from sharding.manifest import AudioParameters, VideoParameters
 from support.models import TINY_CLIP, tiny_config, tiny_model, wake
 

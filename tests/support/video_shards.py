@@ -6,7 +6,7 @@ from typing import Any
 from sharding.assembly import assemble
 from sharding.conversion import ConversionConfig, conversion_identity
 from sharding.decode_child import EncodedClip, encode_clip
-from sharding.manifest import ShardSet, read_shard_set, write_shard_set
+from sharding.shard_set import ShardSet, read_shard_set, write_shard_set
 from sharding.source import SourceList
 from sharding.writer import ShardRange, StoredSample, write_shard
 from support.shards import sample, small_config, source_list

@@ -10,8 +10,6 @@ from typing import cast
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck, ResNet
-from torchvision.ops import FrozenBatchNorm2d
 
 from ca2st.model.config import ModelConfig
 from ca2st.model.experts.expert import ClipInputs, Expert
@@ -60,6 +58,10 @@ class ResNetExpert(Expert):
     adaptable = False
 
     def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
+        # Imported here: it takes seconds, and no other expert needs it.
+        from torchvision.models.resnet import Bottleneck, ResNet
+        from torchvision.ops import FrozenBatchNorm2d
+
         super().__init__()
         network = ResNet(Bottleneck, list(_BLOCKS_OF_STAGE), norm_layer=FrozenBatchNorm2d)
         self.stem = Stem(network.conv1, network.bn1)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ray_jobs.pages.clip_pictures import Pictures, read_pictures
 from ray_jobs.synthetic.demo_page.answers import Answers, Factors
-from sharding.manifest import read_shard_set
+from sharding.shard_set import read_shard_set
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,10 +30,10 @@ def heart(
     return Heartbeat(folder, rank=0, world_size=world_size, timeout_seconds=timeout_seconds, where=lambda: where)
 
 
-def stands_still(folder: Path) -> None:
+def stands_still(folder: Path, *, stage: str = "forward", seconds: float = 0.1) -> None:
     """Rank 1 wrote once and never again."""
     (folder / "heartbeats").mkdir(exist_ok=True)
-    document = {"count": 3, "where": {"step": 7, "stage": "forward", "seconds": 0.1, "keys": ["x"]}}
+    document = {"count": 3, "where": {"step": 7, "stage": stage, "seconds": seconds, "keys": ["x"]}}
     (folder / "heartbeats" / "rank-1.json").write_text(json.dumps(document))
 
 
@@ -81,6 +81,32 @@ def test_t3_the_stacks_are_dumped_before_the_timeout_ends_the_run(
             told += capfd.readouterr().err
             threading.Event().wait(0.05)
     assert "rank 0 waits for other ranks in gather after step 7, for 40 s: rank 1 is silent, last seen" in told
+
+
+@pytest.mark.parametrize("stage", ["forward", "validation", "checkpoint"])
+def test_t3_a_rank_that_hangs_and_lives_dumps_its_own_stacks_once_others_wait_for_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], stage: str
+) -> None:
+    stands_still(tmp_path, stage="gather", seconds=1.7)
+    told = ""
+    with heart(tmp_path, where=Whereabouts(step=7, stage=stage, seconds=1.9)):
+        while "most recent call first" not in told:
+            told += capfd.readouterr().err
+            threading.Event().wait(0.05)
+    assert f"rank 0 is waited for by rank 1 and stands in {stage} after step 7, for 2 s; its threads:" in told
+    assert "test_t3_a_rank_that_hangs" in told + capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("stage", "seconds"), [("gather", 0.1), ("validation", 60.0)])
+def test_t3_a_long_validation_that_nobody_waits_for_dumps_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], stage: str, seconds: float
+) -> None:
+    stands_still(tmp_path, stage=stage, seconds=seconds)
+    path = tmp_path / "heartbeats" / "rank-0.json"
+    with heart(tmp_path, where=Whereabouts(step=7, stage="validation", seconds=60.0)):
+        while (found := read_beat(path)) is None or found.count < 6:
+            threading.Event().wait(0.02)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_file_that_is_none_of_ours_is_no_beat(tmp_path: Path) -> None:

@@ -22,10 +22,11 @@ from ca2st.training.errors import (
     NonFiniteError,
     ResumeRefusedError,
     RunFolderBusyError,
+    StopNotSavedError,
     TerminatedError,
 )
 from ca2st.training.intake import hash_of_keys
-from ca2st.training.journal import read_events, run_sequence
+from ca2st.training.journal import Journal, read_events, run_sequence
 from ca2st.training.lock import locked
 from ca2st.training.loop import train
 from ca2st.training.settings import TrainingProgress, TrainingResult, TrainingSettings
@@ -329,6 +330,58 @@ def test_t14_a_stop_before_the_first_step_saves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TerminatedError, match="after step 0; nothing new to save"):
         run(tiny_settings(tmp_path), stop=stop)
     assert list_checkpoints(tmp_path / "checkpoints") == []
+
+
+def stopping_after(step: int) -> tuple[StopRequest, Callable[[TrainingProgress], None]]:
+    """A request to stop, and what makes it after a step."""
+    stop = StopRequest()
+
+    def ask(state: TrainingProgress) -> None:
+        if state.step == step:
+            stop.request(signal.SIGTERM)
+
+    return stop, ask
+
+
+@pytest.mark.parametrize(
+    ("full_at", "told", "resumed"),
+    [
+        ({2}, r"the newest checkpoint is .*step-3\.attempt-1: a rerun goes on from step 3 and makes 2 steps again", 3),
+        ({1, 2}, "there is no checkpoint, so a rerun begins anew", 0),
+    ],
+)
+def test_t7_t14_a_stop_whose_state_cannot_be_saved_is_a_failure_and_tells_which_checkpoint_counts(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: set[int], told: str, resumed: int
+) -> None:
+    monkeypatch.setattr(FullDisk, "full_at", frozenset(full_at))
+    monkeypatch.setattr(FullDisk, "arrivals", 0)
+    stop, ask = stopping_after(5)
+    settings = tiny_settings(tmp_path, faults=FullDisk(), progress=ask, validate_every_epochs=0)
+    with pytest.raises(StopNotSavedError, match=told) as caught:
+        run(settings, stop=stop)
+    assert str(caught.value).startswith("stopped by signal 15 after step 5, but its state is NOT saved: cannot write ")
+    assert "No space left on device; free space" in str(caught.value)
+    assert (caught.value.exit_code, caught.value.signal_number) == (4, 15)
+    assert [line["status"] for line in events(tmp_path, "end")] == ["failed"]
+    rerun = run(tiny_settings(tmp_path, validate_every_epochs=0))
+    assert rerun.resumed_step == resumed
+    assert sequence(tmp_path) == sequence(undisturbed)
+
+
+def test_t14_a_journal_that_cannot_be_ended_does_not_hide_that_a_stop_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, ask = stopping_after(5)
+
+    def full(_: Journal) -> None:
+        raise EnvironmentFault("cannot write the journal: No space left on device")
+
+    monkeypatch.setattr(Journal, "close", full)
+    with pytest.raises(TerminatedError, match=r"its state is in .*step-5\.attempt-1; rerun to resume") as caught:
+        run(tiny_settings(tmp_path, progress=ask), stop=stop)
+    assert caught.value.__notes__ == ["cannot write the journal: No space left on device"]
+    with pytest.raises(EnvironmentFault, match="cannot write the journal"):
+        run(tiny_settings(tmp_path))  # a run that ends well is not done without its journal
 
 
 class FullDisk(FaultPoints):

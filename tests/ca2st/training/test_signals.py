@@ -51,8 +51,19 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     done = run(
         "with stop_on_signals(grace_seconds=30):\n"
         "    signal.raise_signal(signal.SIGINT)\n"
+        "    time.sleep(0.8)\n"
         "    signal.raise_signal(signal.SIGINT)\n"
         "    time.sleep(30)\n"
     )
     assert done.returncode == 130
     assert "second signal" in done.stderr
+
+
+def test_signals_that_come_together_are_one_request_and_the_grace_is_counted_from_the_first() -> None:
+    together = "    for _ in range(3):\n        signal.raise_signal(signal.SIGINT)\n        time.sleep(0.05)\n"
+    done = run(
+        f"with stop_on_signals(grace_seconds=30) as stop:\n{together}    time.sleep(0.8)\nprint(stop.signal_number)\n"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2\n", "")
+    done = run(f"with stop_on_signals(grace_seconds=0.4):\n{together}    time.sleep(30)\n")
+    assert (done.returncode, "no exit within 0.4 s" in done.stderr) == (130, True)

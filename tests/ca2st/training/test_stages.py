@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,6 +66,19 @@ def test_every_moment_belongs_to_one_stage_and_the_inner_one_wins() -> None:
         "other": 1.25,
     }
     assert times.step_seconds == 6.75
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "validation"])
+def test_what_is_done_between_steps_is_stood_in_and_charged_to_other(name: Any) -> None:
+    clock = FakeClock()
+    stages = StageClock(clock)
+    with stages.stage(name):
+        clock.now = 2.0
+        assert stages.standing() == (name, 2.0)
+        with stages.stage("gather"):
+            clock.now = 3.0
+            assert stages.standing() == ("gather", 1.0)
+    assert dict(stages.times().seconds) == {**dict.fromkeys(STAGES, 0.0), "other": 2.0, "gather": 1.0}
 
 
 def test_a_stage_that_fails_ends_all_the_same() -> None:

@@ -18,7 +18,7 @@ from pipelines.benchmark.loader import benchmark_loader, take_turns
 from pipelines.benchmark.report import LoaderBenchmark
 from pipelines.benchmark.sources import source_list, video_files
 from sharding.conversion import ConversionConfig
-from sharding.manifest import ShardSet
+from sharding.shard_set import ShardSet
 from support.media import Sound, make_clip
 
 SMALL = LoaderBenchConfig(

@@ -1,5 +1,6 @@
 """A finished run has its small files in MLflow: recipe, journal, card, plots, class names, predictions."""
 
+import html
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from ray_jobs.tracking import artefacts
 from ray_jobs.tracking.artefacts import collect, log_artefacts, newest_predictions
 from ray_jobs.tracking.inputs import INPUTS_NAME
 from ray_jobs.tracking.run_card import duration_in_words
-from ray_jobs.tracking.run_facts import read_run
+from ray_jobs.tracking.run_facts import read_run, registered_name
 from support.http_artefacts import http_store
 from support.mlflow_runs import new_run
 
@@ -171,6 +172,24 @@ def test_the_card_tells_what_was_trained_on_what_and_how_to_use_it(run_dir: Path
     assert '<tr data-metric="validation/top1"><th scope="row">validation/top1</th><td>0.5</td></tr>' in card
     assert "4 min 0 s in steps" in card
     assert "2 attempts" in card
+
+
+@pytest.mark.parametrize(
+    ("tracking", "name"),
+    [
+        ({}, "mine & yours"),
+        ({"register_model": True, "registered_model": "ours"}, "ours"),
+        ({"register_model": False, "registered_model": "ours"}, None),
+    ],
+)
+def test_the_card_names_the_model_under_which_it_is_registered(
+    run_dir: Path, tracking: dict[str, object], name: str | None
+) -> None:
+    recipe = {**RECIPE, "tracking": tracking}
+    (run_dir / "recipe.json").write_text(json.dumps(recipe))
+    assert registered_name(recipe) == name
+    card = html.unescape(collect(run_dir).files["run_card.html"].decode())
+    assert re.findall(r"models:/(.*?)/1", card)[:1] == ([] if name is None else [name])
 
 
 def test_the_card_asks_nothing_of_any_network(run_dir: Path) -> None:

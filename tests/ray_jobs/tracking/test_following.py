@@ -1,16 +1,22 @@
-"""What is written about a run before it is followed."""
+"""What is written about a run before it is followed, and by the process that follows it."""
 
+import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ray_jobs.running.wiring import TrainingData
+from ray_jobs.running.training_data import TrainingData
 from ray_jobs.tracking.following import followed
+from ray_jobs.tracking.run_facts import RECIPE_NAME, read_run
 from ray_jobs.tracking.state import read_state, unsent_bytes
 from support.fake_shards import make_samples, make_shard_set
+from support.processes import python_path
 from support.tiny_world import tiny_recipe
 from support.tracked_runs import end, start, write
 
@@ -50,3 +56,37 @@ def test_k8_no_file_of_a_run_folder_holds_the_password_of_the_environments_addre
     kept = [path.read_bytes() for path in run_dir.rglob("*") if path.is_file()]
     assert kept
     assert not any(SECRET.encode() in content for content in kept)
+
+
+def test_a_submitted_job_is_recorded_with_the_commit_it_was_sent_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CA2ST_GIT", f"{'a' * 40} false")
+    shards = make_shard_set(tmp_path / "shards", make_samples(3))
+    data = TrainingData(train_sets=(shards,), validation=None, targets=("label",))
+    recipe, run_dir = tiny_recipe(tmp_path / "shards"), tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / RECIPE_NAME).write_text("{}")
+    with followed(recipe, run_dir, data):
+        pass
+    told = {"git.commit": "a" * 40, "git.dirty": "false"}
+    assert read_state(run_dir).tags.items() >= told.items()
+    assert read_run(run_dir).tags.items() >= told.items()
+
+
+def test_k8_a_follower_that_fails_leaves_its_traceback_in_its_log_without_secrets(run_dir: Path) -> None:
+    write(run_dir, start())
+    (run_dir / "system").mkdir()
+    damaged = {"time": 1.7e9, "step": f"https://me:{SECRET}@host", "metrics": {"cpu": 5}}
+    (run_dir / "system" / "alpha.jsonl").write_text(json.dumps(damaged) + "\n")
+    command = [sys.executable, "-m", "ray_jobs.tracking.follower", str(run_dir), str(os.getpid())]
+    with (run_dir / "follower.log").open("wb") as log:
+        failed = subprocess.run(
+            command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": python_path()}, check=False
+        )
+    assert failed.returncode == 1
+    told = (run_dir / "follower.log").read_text()
+    assert "Traceback (most recent call last)" in told
+    assert "ValueError: invalid literal for int() with base 10: 'https://[hidden]@host'" in told
+    assert SECRET not in told

@@ -2,16 +2,20 @@
 
 import fcntl
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
+from ca2st.training.errors import RunFolderBusyError
+from ca2st.training.lock import locked
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.tracking.orphans import FOLDER_TAG, HOST_TAG, alive, end_orphans, is_alive
+from ray_jobs.tracking.sender import Sender
 from ray_jobs.tracking.state import read_state
-from ray_jobs.tracking.tracker import sync
+from ray_jobs.tracking.tracker import log_metrics, sync
 from support.tracked_runs import end, losses, run_of, start, step, tracked_run, write
 
 HERE = "this-machine"
@@ -33,6 +37,22 @@ def test_k3_a_run_deleted_on_the_server_is_replaced_by_one_that_names_it_and_has
     assert run.data.tags["ca2st.replaces"] == old
     assert run.data.params == {"optim.base_lr": "0.1"}
     assert losses(run_dir) == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
+def test_k3_a_run_deleted_after_its_end_is_sent_again_when_somebody_asks_for_it(run_dir: Path) -> None:
+    write(run_dir, start(), step(1, 3.0), end("done", 1))
+    sync(run_dir)
+    old = read_state(run_dir).run_id
+    assert sync(run_dir) == 0
+    assert read_state(run_dir).run_id == old
+    client_of(run_dir).delete_run(old)
+    assert Sender(run_dir, print).send() == 0  # a follower asks nothing where nothing is new
+    log_metrics(run_dir, {"test/top1": 0.75}, step=1)
+    run = run_of(run_dir)
+    assert (run.info.lifecycle_stage, run.info.status) == ("active", "FINISHED")
+    assert run.data.tags["ca2st.replaces"] == old
+    assert losses(run_dir) == [(1, 3.0)]
+    assert run.data.metrics["test/top1"] == 0.75
 
 
 def test_k3_a_run_that_goes_to_another_store_is_sent_there_from_its_start(tmp_path: Path, run_dir: Path) -> None:
@@ -157,6 +177,33 @@ def test_k5_a_run_that_somebody_trains_or_follows_is_left_alone(killed_run: Path
         assert end_orphans(next_run, host=HERE, say=print) == []
     assert run_of(killed_run).info.status == "RUNNING"
     assert not is_alive(killed_run)
+
+
+def held_for_a_moment(path: Path, kind: int, *, seconds: float) -> threading.Timer:
+    """Hold a lock as somebody who looks does, and let go of it after `seconds`."""
+    file = path.open("a+")
+    fcntl.flock(file, kind)
+    letting_go = threading.Timer(seconds, file.close)
+    letting_go.start()
+    return letting_go
+
+
+@pytest.mark.parametrize("kind", [fcntl.LOCK_SH, fcntl.LOCK_EX])
+def test_k5_a_training_that_starts_while_somebody_looks_at_its_folder_begins(tmp_path: Path, kind: int) -> None:
+    letting_go = held_for_a_moment(tmp_path / "run.lock", kind, seconds=0.3)
+    with pytest.raises(RunFolderBusyError), locked(tmp_path, wait_seconds=0.0):
+        pass
+    with locked(tmp_path):  # for as long as a training waits by default
+        assert is_alive(tmp_path)
+    letting_go.join()
+
+
+@pytest.mark.parametrize("lock", ["run.lock", "follower.lock"])
+def test_k5_who_looks_at_the_same_moment_is_not_taken_for_somebody_who_trains(tmp_path: Path, lock: str) -> None:
+    kind = fcntl.LOCK_SH if lock == "run.lock" else fcntl.LOCK_EX
+    letting_go = held_for_a_moment(tmp_path / lock, kind, seconds=0.02)
+    assert not is_alive(tmp_path)
+    letting_go.join()
 
 
 def test_k5_a_run_of_another_machine_is_left_alone(tmp_path: Path, store: str, next_run: Path) -> None:

@@ -15,15 +15,15 @@ from mlflow.exceptions import MlflowException
 from ca2st.training.journal import JOURNAL_NAME, run_sequence
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.tracking import following
-from ray_jobs.tracking.client import is_making_tables, knock, reachable
+from ray_jobs.tracking.client import anchored, is_making_tables, knock, reachable
 from ray_jobs.tracking.complaints import Complaint, StoreError, complaint_of_error, complaint_of_status
 from ray_jobs.tracking.follower import follow
 from ray_jobs.tracking.following import finish_following, missing_words, patience_seconds
 from ray_jobs.tracking.orphans import alive, is_alive, is_ready, show_ready
 from ray_jobs.tracking.patience import TroubleLog, pause_seconds
 from ray_jobs.tracking.sender import Sender
-from ray_jobs.tracking.state import read_state
-from ray_jobs.tracking.tracker import sync, unsent_bytes
+from ray_jobs.tracking.state import read_state, unsent_bytes
+from ray_jobs.tracking.tracker import sync
 from support.fake_mlflow import FakeMlflow, served
 from support.tracked_runs import losses, start, step, tracked_run, write
 
@@ -88,6 +88,31 @@ def test_k1_an_unreachable_file_costs_nothing_and_gets_everything_later(tmp_path
         sync(run_dir)
     tracked_run(run_dir, store)
     assert sync(run_dir) > 0
+    assert losses(run_dir) == [(1, 3.0)]
+
+
+@pytest.mark.parametrize("uri", ["sqlite:////runs/mlflow.db?timeout=5", "http://host:5000/a", "postgresql://db/mlflow"])
+def test_an_address_that_is_the_same_from_everywhere_stays_as_it_is(uri: str) -> None:
+    assert anchored(uri) == uri
+
+
+def test_an_sqlite_file_named_from_here_is_found_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert anchored("sqlite:///runs/mlflow.db?timeout=5") == f"sqlite:///{tmp_path}/runs/mlflow.db?timeout=5"
+
+
+def test_k1_a_damaged_store_is_told_and_gets_everything_once_it_is_restored(tmp_path: Path, store: str) -> None:
+    damaged = tmp_path / "mlflow.db"
+    damaged.write_bytes(b"SQLite format 3\0" + bytes(200))
+    run_dir = tracked_run(tmp_path / "run", f"sqlite:///{damaged}", experiment=tmp_path.name)
+    write(run_dir, step(1, 3.0))
+    with pytest.raises(StoreError, match=r"fails \(.*file is not a database\).*ca2st track sync") as caught:
+        sync(run_dir)
+    assert caught.value.complaint.kind == "failing"
+    tracked_run(run_dir, store)
+    sync(run_dir)
     assert losses(run_dir) == [(1, 3.0)]
 
 

@@ -12,9 +12,10 @@ from mlflow import MlflowClient
 from ca2st.errors import UserInputError
 from ray_jobs.tracking import sender
 from ray_jobs.tracking.extras import EXTRAS
+from ray_jobs.tracking.names import clean_name
 from ray_jobs.tracking.sender import Sender
-from ray_jobs.tracking.state import SenderBusyError, one_sender
-from ray_jobs.tracking.tracker import TrackingState, log_metrics, read_state, sync, unsent_bytes
+from ray_jobs.tracking.state import SenderBusyError, TrackingState, one_sender, read_state, unsent_bytes
+from ray_jobs.tracking.tracker import log_metrics, read_metrics, sync
 from support.tracked_runs import end, losses, run_of, start, step, tracked_run, write
 
 
@@ -196,6 +197,31 @@ def test_numbers_of_a_later_test_are_added_and_the_artefacts_sent_again(run_dir:
     assert extras.count("artefacts") == 2
     assert extras.count("registered_model") == 1
     assert read_state(run_dir).progress.pending == ()
+
+
+def test_k7_numbers_of_a_later_test_are_cleaned_as_the_journals_are_and_read_back_by_their_own_names(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(run_dir, start(), step(1, 0.5), end("done", 1))
+    added = {"test/top#1": 0.75, "test/top5": float("nan"), "test/loss": float("inf")}
+    log_metrics(run_dir, added, step=1)
+    data = run_of(run_dir).data
+    assert data.metrics[clean_name("test/top#1")] == 0.75
+    assert not {"test/top5", "test/loss"} & data.metrics.keys()
+    assert {data.tags[f"ca2st.not_finite.{name}"] for name in ("test/top5", "test/loss")} == {"at step 1"}
+    assert "metric 'test/top#1' is called test/top_1-" in capsys.readouterr().err
+    assert read_metrics(run_dir, ["test/top#1"]) == {"test/top#1": 0.75}
+    with pytest.raises(UserInputError, match="MLflow has no test/top5 for this run"):
+        read_metrics(run_dir, ["test/top#1", "test/top5"])
+
+
+def test_a_system_metric_that_is_not_finite_is_named_instead_of_sent(run_dir: Path) -> None:
+    write(run_dir, start())
+    (run_dir / "system").mkdir()
+    line = '{"time":1.7e9,"step":3,"metrics":{"gpu_0_power_usage_watts":NaN,"cpu_utilization_percentage":5}}\n'
+    (run_dir / "system" / "alpha.jsonl").write_text(line)
+    assert sync(run_dir) == 1
+    assert run_of(run_dir).data.tags["ca2st.not_finite.system/alpha/gpu_0_power_usage_watts"] == "at step 3"
 
 
 def test_the_late_end_of_an_attempt_that_was_given_up_does_not_end_the_run(run_dir: Path) -> None:

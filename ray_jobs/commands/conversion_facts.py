@@ -1,0 +1,53 @@
+"""What ``ca2st shard build`` tells: before a conversion in a dry run, or after it."""
+
+from collections.abc import Mapping
+
+from ray_jobs.console import counted, print_json, result, table
+from sharding.completion import ConversionReport
+from sharding.conversion import ConversionConfig, estimate_storage
+from sharding.datasets.label_spaces import label_histogram
+from sharding.source import SourceList
+
+
+def print_plan(source: SourceList, config: ConversionConfig, *, as_json: bool) -> None:
+    """What a dry run tells: the samples, classes and bytes to expect."""
+    estimate = estimate_storage(source, config)
+    facts: dict[str, object] = {
+        "dataset": source.dataset,
+        "split": source.split,
+        "manifest": None,
+        "num_samples": len(source.samples),
+        "num_classes": _class_count(source.num_classes),
+        "num_shards": estimate.num_shards,
+        "estimated_bytes": estimate.total_bytes,
+        "rejected": {},
+        "clips_per_second": None,
+    }
+    histogram = label_histogram(source)
+    if as_json:
+        print_json(facts | {"samples_per_class": histogram})
+        return
+    empty = {space: sum(count == 0 for count in counts.values()) for space, counts in histogram.items()}
+    facts["classes without samples"] = counted(empty)
+    result(table({name: value for name, value in facts.items() if value is not None}))
+
+
+def print_report(report: ConversionReport, *, as_json: bool) -> None:
+    """What a finished conversion made, and what it left out."""
+    facts = {
+        "manifest": str(report.manifest_path),
+        "num_samples": report.num_samples,
+        "num_classes": _class_count(report.num_classes),
+        "num_shards": report.num_shards,
+        "rejected": dict(report.rejected),
+        "clips_per_second": round(report.clips_per_second, 2),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    result(table(facts | {"rejected": counted(report.rejected)}))
+
+
+def _class_count(num_classes: Mapping[str, int]) -> int | dict[str, int]:
+    """One number where one label is learned, a number a target otherwise."""
+    return next(iter(num_classes.values())) if len(num_classes) == 1 else dict(num_classes)

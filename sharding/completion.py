@@ -1,0 +1,81 @@
+"""The end of a conversion: rejects held against the budget, the manifest, written last, and the report."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ca2st.durable import FaultPoints, write_bytes
+from ca2st.errors import UserInputError
+from sharding.conversion import ConversionConfig, RejectBudget
+from sharding.errors import RejectBudgetError
+from sharding.rejects import REJECTS_NAME, Reject, count_by_reason, rejects_file, rejects_in_words
+from sharding.resume import DoneShard
+from sharding.shard_set import write_shard_set
+from sharding.source import SourceList
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionReport:
+    """What a finished conversion made."""
+
+    manifest_path: Path
+    num_classes: Mapping[str, int]
+    """Classes by target."""
+    num_samples: int
+    num_shards: int
+    num_with_audio: int
+    rejected: Mapping[str, int]
+    """Rejected sources by reason."""
+    clips_per_second: float
+    """Clips converted in this run by its wall time; 0 when there was nothing left to do."""
+
+
+def require_within_budget(rejects: Sequence[Reject], source: SourceList, *, budget: RejectBudget, out: Path) -> None:
+    """Refuse a set with too many rejects, and list them in ``rejects.jsonl``.
+
+    Raises:
+        UserInputError: there is nothing but rejects.
+        RejectBudgetError: there are more than `budget` allows.
+    """
+    total = len(source.samples)
+    if len(rejects) == total:
+        (out / REJECTS_NAME).unlink(missing_ok=True)
+        raise UserInputError(
+            f"all {total} samples were rejected, nothing was written: {rejects_in_words(rejects, source)}"
+        )
+    if not budget.allows(len(rejects), total):
+        write_bytes(out / REJECTS_NAME, rejects_file(rejects))
+        raise RejectBudgetError(
+            f"{len(rejects)} of {total} samples rejected, --max-rejects allows {budget}: "
+            f"{rejects_in_words(rejects, source)}; all are listed in {out / REJECTS_NAME}; "
+            "repair them and rerun (finished shards are kept), or raise --max-rejects"
+        )
+
+
+def write_manifest(
+    out: Path,
+    shards: Sequence[DoneShard],
+    rejects: Sequence[Reject],
+    *,
+    source: SourceList,
+    config: ConversionConfig,
+    tool_versions: Mapping[str, str],
+    faults: FaultPoints,
+) -> None:
+    """Write ``rejects.jsonl`` where there are rejects, the shard table and the manifest."""
+    if rejects:
+        write_bytes(out / REJECTS_NAME, rejects_file(rejects))
+    else:
+        (out / REJECTS_NAME).unlink(missing_ok=True)
+    fields = {
+        "dataset": source.dataset,
+        "split": source.split,
+        "label_spaces": source.label_spaces,
+        "targets": source.targets,
+        "audio": config.audio,
+        "video": config.video,
+        "tool_versions": tool_versions,
+        "source_list_sha256": source.sha256,
+        "rejected": count_by_reason(rejects),
+    }
+    write_shard_set(out, fields, tuple(shard.entry for shard in shards), faults=faults)
