@@ -199,6 +199,13 @@ def _tokenless_channel(gcs_address: str) -> Any:
     return grpc.secure_channel(gcs_address, credentials)
 
 
+def has_dashboard() -> bool:
+    """Whether the cluster that is joined serves Ray's dashboard."""
+    from ray._private.worker import get_dashboard_url
+
+    return bool(get_dashboard_url())  # type: ignore[no-untyped-call]  # Ray has no types there
+
+
 def first_line(error: BaseException) -> str:
     """The first line with words of an error's message."""
     lines: Sequence[str] = [line.strip() for line in str(error).splitlines()]

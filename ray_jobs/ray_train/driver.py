@@ -14,7 +14,7 @@ from ray_jobs import environment
 from ray_jobs.config.recipe import Recipe, recipe_document
 from ray_jobs.console import say
 from ray_jobs.every_node import living_nodes, this_node
-from ray_jobs.ray_access import LOCAL, RayAccess, first_line, ray_session
+from ray_jobs.ray_access import LOCAL, RayAccess, first_line, has_dashboard, ray_session
 from ray_jobs.ray_train.absolute import with_absolute_paths
 from ray_jobs.ray_train.demand import Demand, check_demand, demand_of, hosts, most_workers
 from ray_jobs.ray_train.launch_folder import LaunchFolder
@@ -36,8 +36,8 @@ class Fleet:
     job: Job
     demand: Demand
     folder: LaunchFolder
-    own_ray: bool
-    """Whether it is a Ray of this machine that ends with the run."""
+    has_dashboard: bool
+    """Whether the cluster serves Ray's dashboard, which some parts of Ray ask."""
 
     def train(self) -> Outcome:
         """Train until the run is done; call it in the main thread, which hears the signals.
@@ -68,7 +68,7 @@ class Fleet:
             self.recipe.launch,
             self.demand,
             self.folder,
-            own_ray=self.own_ray,
+            has_dashboard=self.has_dashboard,
             timeout_seconds=self.recipe.training.collective_timeout_seconds,
         )
         result: Any = trainer.fit()
@@ -125,7 +125,7 @@ def joined(recipe: Recipe, run_dir: Path, address: str, *, access: RayAccess) ->
             session.enter_context(ray_session(address, access=access, num_cpus=width))
             demand = _checked_demand(recipe)
             _check_other_nodes(job, demand, folder)
-        yield Fleet(recipe=recipe, job=job, demand=demand, folder=folder, own_ray=address == LOCAL)
+        yield Fleet(recipe=recipe, job=job, demand=demand, folder=folder, has_dashboard=has_dashboard())
 
 
 def _checked_demand(recipe: Recipe) -> Demand:

@@ -15,11 +15,8 @@ from ray_jobs.ray_train.worker_life import train_on_worker
 from ray_jobs.running.worker import Job
 
 
-class OwnRayTrainer(TorchTrainer):
-    """For a Ray that lasts as long as its driver: nothing is left to clean up after it.
-
-    Ray's cleaner of placement groups asks the dashboard, which such a Ray does not have, and complains every second.
-    """
+class UncleanedTrainer(TorchTrainer):
+    """For a Ray without a dashboard: Ray's cleaner of placement groups would ask it, and complain every second."""
 
     def _create_default_callbacks(self) -> list[Any]:
         made = super()._create_default_callbacks()
@@ -32,15 +29,14 @@ def make_trainer(
     demand: Demand,
     folder: LaunchFolder,
     *,
-    own_ray: bool,
+    has_dashboard: bool,
     timeout_seconds: float,
 ) -> TorchTrainer:
     """A trainer that starts the workers of `job`; what Ray itself keeps goes into `folder`.
 
-    `own_ray`: it is a Ray of this machine that ends with the run. `timeout_seconds`: the longest that a worker waits
-    for the others in one exchange.
+    `has_dashboard`: of the cluster. `timeout_seconds`: the longest that a worker waits for the others in one exchange.
     """
-    make = OwnRayTrainer if own_ray else TorchTrainer
+    make = TorchTrainer if has_dashboard else UncleanedTrainer
     return make(
         train_on_worker,  # its return value arrives as the result's
         train_loop_config={"recipe": job.recipe, "run_dir": job.run_dir, "folder": str(folder.path)},

@@ -12,7 +12,7 @@ from ca2st.errors import EnvironmentFault, UserInputError
 from ray_jobs.conversion import joined_pool
 from ray_jobs.doctor.cluster import examine_cluster
 from ray_jobs.every_node import NodeFailure, ask_every_node, living_nodes, on_every_node, this_node
-from ray_jobs.ray_access import LOCAL, RayAccess, ray_session
+from ray_jobs.ray_access import LOCAL, RayAccess, has_dashboard, ray_session
 from sharding.conversion import RejectBudget
 from sharding.convert import convert
 from support.media import Sound, make_clip
@@ -72,6 +72,7 @@ def test_every_node_is_asked_and_one_that_fails_is_named() -> None:
     assert on_every_node(os.path.basename, "/a/b") == {node: "b"}
     with pytest.raises(EnvironmentFault, match=rf"1 of 1 nodes .* node {node.address} \({node.node_id[:8]}\): FileNot"):
         on_every_node(os.stat, "/no/such/file")
+    assert not has_dashboard()
     late = ask_every_node(time.sleep, 60.0, timeout_seconds=2)
     assert late == {node: NodeFailure(what="no answer within 2 s")}
 

@@ -328,7 +328,7 @@ def fleet_of(driver: Driver, recipe: Recipe) -> Fleet:
         job=Job(recipe={}, run_dir=str(driver.folder.run_dir)),
         demand=demand_of(recipe.launch, []),
         folder=driver.folder,
-        own_ray=True,
+        has_dashboard=False,
     )
 
 

@@ -220,7 +220,7 @@ def test_t2_ray_gets_the_resources_placement_and_restarts_of_the_recipe(
 
     folder, demand = LaunchFolder.make(tmp_path, "run"), demand_of(launch, [])
     trainer = make_trainer(
-        Job(recipe={}, run_dir=str(tmp_path)), launch, demand, folder, own_ray=True, timeout_seconds=70.0
+        Job(recipe={}, run_dir=str(tmp_path)), launch, demand, folder, has_dashboard=False, timeout_seconds=70.0
     )
     scaling, run_config = trainer.scaling_config, trainer.run_config
     assert scaling.num_workers == num_workers
