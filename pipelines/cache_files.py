@@ -127,8 +127,8 @@ def naming_place(path: Path) -> Iterator[None]:
         if not is_environment_error(error):
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free space, lower loader.cache_bytes" if full else "check the folder's permissions"
+        remedy = "free space, lower data.loader.cache_bytes" if full else "check the folder's permissions"
         raise EnvironmentFault(
-            f"{path}: cannot write the cache of shards ({error.strerror}); {remedy}, or set loader.cache_dir to "
+            f"{path}: cannot write the cache of shards ({error.strerror}); {remedy}, or set data.loader.cache_dir to "
             "another disk"
         ) from error

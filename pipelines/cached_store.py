@@ -93,19 +93,22 @@ class CachedStore:
 
     def read_index(self, shard: ShardEntry) -> bytes:
         """See `ShardStore.read_index`."""
-        data = self._read(_index(shard))
-        if hashlib.sha256(data).hexdigest() != shard.index_sha256:  # the disk's damage, not the server's
-            self._cache.remove(self._shard_set.root / shard.index_name)
-            data = self._read(_index(shard))
-        return data
+        with os.fdopen(self._open(_index(shard)), "rb") as file:
+            data = file.read()
+            if hashlib.sha256(data).hexdigest() == shard.index_sha256:
+                return data
+            self._cache.remove(self._shard_set.root / shard.index_name, file.fileno())  # damaged by the disk
+        with os.fdopen(self._open(_index(shard)), "rb") as file:
+            return file.read()
 
-    def distrust(self, shard: ShardEntry) -> bool:
+    def distrust(self, shard: ShardEntry, descriptor: int) -> bool:
         """See `ShardStore.distrust`: the cached copy goes if its hash is no longer the shard table's."""
-        with os.fdopen(self.open_shard(shard), "rb") as file:
-            intact = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
-        if not intact:
-            self._cache.remove(self._shard_set.root / shard.name)
-        return not intact
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        with open(descriptor, "rb", closefd=False) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256:
+                return False
+        self._cache.remove(self._shard_set.root / shard.name, descriptor)
+        return True
 
     def fetch_ahead(self, shard: ShardEntry, *, is_abandoned: Callable[[], bool]) -> bool:
         """See `ShardStore.fetch_ahead`."""
@@ -120,10 +123,6 @@ class CachedStore:
     def finish_with(self, shard: ShardEntry) -> None:
         """See `ShardStore.finish_with`."""
         self._cache.finish_with(self._shard_set.root / shard.name)
-
-    def _read(self, file: _File) -> bytes:
-        with os.fdopen(self._open(file), "rb") as opened:
-            return opened.read()
 
     def _open(self, file: _File, *, is_abandoned: Callable[[], bool] | None = None) -> int:
         """A descriptor at the file's start; with `is_abandoned` the file is one that is not needed yet."""

@@ -68,8 +68,11 @@ class _Worker(Generic[T]):
         self._stopping.set()
         self._room.release()
         begin = time.monotonic()
-        while self._thread.is_alive() and not (self._watch.has_tripped or self._watch.is_stalled(begin)):
-            self._thread.join(self._watch.poll_seconds)
+        while self._thread.is_alive() and not self._watch.has_tripped:
+            if self._watch.is_stalled(begin):
+                self._watch.has_tripped = True
+            else:
+                self._thread.join(self._watch.poll_seconds)
 
     def _take(self) -> "_Item[T] | _End":
         begin = time.monotonic()

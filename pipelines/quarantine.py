@@ -108,9 +108,10 @@ class Quarantine:
     def _require_budget(self) -> None:
         if len(self._samples) > self._most:
             raise QuarantineBudgetError(
-                f"{len(self._samples)} samples are damaged, more than the {self._most} that loader.quarantine_budget "
-                f"and loader.quarantine_percent allow: {_named(self._samples.values())}; repair the data (`ca2st shard "
-                "verify` lists all damage), or raise the budget"
+                f"{len(self._samples)} samples are damaged, more than the {self._most} that "
+                "data.loader.quarantine_budget and data.loader.quarantine_percent allow: "
+                f"{_named(self._samples.values())}; repair the data (`ca2st shard verify` lists all damage), or raise "
+                "the budget"
             )
 
 

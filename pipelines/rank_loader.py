@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from ca2st.batch import ClipBatch
+from ca2st.cores import num_cores
 from ca2st.errors import CA2STError
 from ca2st.spec import ClipSpec
 from pipelines.assembly import BatchAssembler
@@ -26,7 +27,6 @@ from pipelines.shards_ahead import ShardsAhead
 from pipelines.stall_watch import StallWatch
 from pipelines.stand_ins import DamageGuard, StandIns
 from pipelines.stats import StageStats, StatsRecorder
-from pipelines.usable_cores import usable_cores
 from sharding.shard_set import ShardSet
 
 L = TypeVar("L", bound="RankLoader")
@@ -200,7 +200,7 @@ def _backend(
         num_frames=clip.num_frames,
         crop_size=clip.crop_size,
         views_per_clip=views_per_clip,
-        threads=loader.decode_threads or usable_cores(),
+        threads=loader.decode_threads or num_cores(),
         stats=stats,
         device=device if loader.decode_on == "auto" else None,
         short_sides=_short_sides(shard_sets),

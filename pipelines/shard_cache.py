@@ -68,8 +68,8 @@ class ShardCache:
         """
         if num_bytes > self.most_bytes:
             raise UserInputError(
-                f"loader.cache_bytes: expected at least {num_bytes} bytes for {what}, found {self.most_bytes} in "
-                f"{self._folder}; raise it, or set loader.cache_dir to a larger disk"
+                f"data.loader.cache_bytes: expected at least {num_bytes} bytes for {what}, found {self.most_bytes} in "
+                f"{self._folder}; raise it, or set data.loader.cache_dir to a larger disk"
             )
 
     def open(
@@ -108,7 +108,7 @@ class ShardCache:
                 raise EnvironmentFault(
                     f"{path}: no room for {num_bytes} bytes within {self._patience_seconds:.0f} s: all of the "
                     f"{self.held_bytes()} bytes in {self._folder} (most {self.most_bytes}) are in use or being "
-                    "fetched; raise loader.cache_bytes"
+                    "fetched; raise data.loader.cache_bytes"
                 )
             on_wait()
             self._sleep(_POLL_SECONDS)
@@ -118,9 +118,13 @@ class ShardCache:
         with suppress(OSError):
             os.utime(path, ns=(_OLDEST, path.stat().st_mtime_ns))
 
-    def remove(self, path: Path) -> None:
-        """Take a file out whose bytes are no longer those that were fetched; who reads it goes on reading."""
-        path.unlink(missing_ok=True)
+    def remove(self, path: Path, descriptor: int) -> None:
+        """Take an open file out whose bytes are no longer those that were fetched; who reads it goes on reading.
+
+        Where another has been fetched in its place already, that one stays.
+        """
+        if is_at(path, descriptor):
+            path.unlink(missing_ok=True)
 
     def _claimed(self, path: Path, num_bytes: int, *, ahead: bool) -> int | None:
         """The locked part file of `path`, at its full size; None while another fetches it or room is in use."""

@@ -5,7 +5,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 from pipelines.errors import REMEDY, ShardSetDamageError
@@ -89,6 +89,11 @@ class ShardFiles:
             finally:
                 self._of_thread.shard = None
 
+    def distrust(self, shard: ShardEntry) -> bool:
+        """See `ShardStore.distrust`; within `holding`, of the copy that the thread holds."""
+        with self._opened(shard) as descriptor:
+            return self.store.distrust(shard, descriptor)
+
     @contextmanager
     def _opened(self, shard: ShardEntry) -> Iterator[int]:
         if not self.store.keeps_open:
@@ -108,14 +113,19 @@ class ShardFiles:
                 held.readers -= 1
                 self._evict(self._most_open)
 
-    def _open_checked(self, shard: ShardEntry) -> int:
-        descriptor = self.store.open_shard(shard)
-        try:
-            self._check(shard, descriptor)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
+    def _open_checked(self, shard: ShardEntry, *, is_second: bool = False) -> int:
+        with ExitStack() as on_error:
+            descriptor = self.store.open_shard(shard)
+            on_error.callback(os.close, descriptor)
+            try:
+                self._check(shard, descriptor)
+            except ShardSetDamageError:
+                if is_second or not self.store.distrust(shard, descriptor):
+                    raise
+            else:
+                on_error.pop_all()
+                return descriptor
+        return self._open_checked(shard, is_second=True)
 
     def _check(self, shard: ShardEntry, descriptor: int) -> None:
         path, state = self.store.where(shard.name), os.fstat(descriptor)

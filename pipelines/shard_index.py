@@ -3,6 +3,7 @@
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from sharding.shard_set import ShardEntry, ShardSet
 _KEY = re.compile(r"[a-z0-9_-]{1,80}")
 _LISTS = ("labels", "frame_bytes", "frame_ticks", "frame_xxh32")
 _RANGES = ("video_offset", "video_bytes", "frame_data_offset", "mel_offset", "mel_bytes")
+_NUMBERS = (*_RANGES, "num_frames", "mel_rows", "mel_xxh64", "video_xxh64")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +63,24 @@ class ShardIndex:
     """The rows of one shard's index, held as the arrays of its table."""
 
     def __init__(self, shard: ShardEntry, table: pa.Table, *, num_labels: int, codec: StoredCodec) -> None:
+        """Take the columns as NumPy arrays; by DLPack, as pyarrow's `to_numpy` would import pandas first.
+
+        Raises:
+            ShardSetDamageError: it has another number of rows, or places with nothing in them.
+        """
         if table.num_rows != shard.num_samples:
             raise ShardSetDamageError(
                 f"{shard.index_name}: expected {shard.num_samples} rows, found {table.num_rows}; convert the set again"
             )
         self.nbytes = int(table.nbytes)
         self._shard, self._num_labels, self._codec = shard, num_labels, codec
-        self._columns: dict[str, Any] = {name: table.column(name).combine_chunks() for name in table.column_names}
+        columns: dict[str, Any] = {name: table.column(name).combine_chunks() for name in table.column_names}
+        _refuse_empty_places(shard, columns)
+        self._keys, self._has_audio = columns["key"], columns["has_audio"]
+        self._numbers = {name: np.from_dlpack(columns[name]) for name in _NUMBERS}
+        self._lists: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {
+            name: (np.from_dlpack(columns[name].offsets), np.from_dlpack(columns[name].values)) for name in _LISTS
+        }
 
     def entry(self, row: int) -> SampleEntry:
         """The sample of that row.
@@ -75,11 +88,11 @@ class ShardIndex:
         Raises:
             SampleDamageError: the row contradicts itself, the manifest or the shard's size.
         """
-        value = {name: column[row].as_py() for name, column in self._columns.items() if name not in _LISTS}
-        arrays = {name: self._numbers(name, row) for name in _LISTS}
+        value: dict[str, Any] = {name: column.item(row) for name, column in self._numbers.items()}
+        value |= {"key": self._keys[row].as_py(), "has_audio": self._has_audio[row].as_py()}
+        arrays = {name: values[offsets[row] : offsets[row + 1]] for name, (offsets, values) in self._lists.items()}
         self._check(value, arrays)
-        sizes = arrays["frame_bytes"].astype(np.int64)
-        start = value["video_offset"] + value["frame_data_offset"]
+        offsets_in_data = np.concatenate([[0], np.cumsum(arrays["frame_bytes"], dtype=np.int64)])
         return SampleEntry(
             shard=self._shard,
             key=value["key"],
@@ -93,27 +106,17 @@ class ShardIndex:
             video_offset=value["video_offset"],
             video_bytes=value["video_bytes"],
             video_xxh64=value["video_xxh64"],
-            frame_offsets=start + np.concatenate([[0], np.cumsum(sizes)]),
+            frame_offsets=value["video_offset"] + value["frame_data_offset"] + offsets_in_data,
             frame_ticks=arrays["frame_ticks"],
             frame_xxh32=arrays["frame_xxh32"],
         )
 
     def sample_ids(self) -> list[str]:
         """Keys of all rows, in stored order."""
-        return list(self._columns["key"].to_pylist())
-
-    def _numbers(self, name: str, row: int) -> NDArray[Any]:
-        """A list of the index without a copy; by DLPack, as pyarrow's `to_numpy` would import pandas first."""
-        values = self._columns[name][row].values
-        if values.null_count:
-            raise SampleDamageError(
-                f"{self._shard.index_name}, row {row}: {name}: expected numbers, found {values.null_count} empty "
-                "places; convert the set again"
-            )
-        return np.from_dlpack(values)
+        return list(self._keys.to_pylist())
 
     def _check(self, value: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
-        frames, shard_bytes = arrays["frame_bytes"].astype(np.int64), self._shard.bytes
+        frames, ticks, shard_bytes = arrays["frame_bytes"], arrays["frame_ticks"], self._shard.bytes
         num_ranges = value["num_frames"] if self._codec.has_frame_ranges else 0
         rules = {
             "a key of [a-z0-9_-], 1 to 80 characters": bool(_KEY.fullmatch(value["key"])),
@@ -123,12 +126,13 @@ class ShardIndex:
             "as many sizes, times and checksums as num_frames"
             + ("" if num_ranges else f" (times alone for {self._codec.name})"): (
                 len(frames),
-                len(arrays["frame_ticks"]),
+                len(ticks),
                 len(arrays["frame_xxh32"]),
             )
             == (num_ranges, value["num_frames"], num_ranges),
-            "frame times >= 0 that never go back": bool((np.diff(arrays["frame_ticks"], prepend=0) >= 0).all()),
-            "frames inside the video": value["frame_data_offset"] + int(frames.sum()) <= value["video_bytes"],
+            "frame times >= 0 that never go back": bool((ticks[:1] >= 0).all() and (ticks[1:] >= ticks[:-1]).all()),
+            "frames inside the video": value["frame_data_offset"] + int(frames.sum(dtype=np.int64))
+            <= value["video_bytes"],
             "a video inside the shard, not empty": 0 < value["video_bytes"] <= shard_bytes - value["video_offset"],
             "a spectrogram, not empty, inside the shard": 0 < value["mel_bytes"] <= shard_bytes - value["mel_offset"],
             "spectrogram rows >= 0, and 0 without audio": value["mel_rows"] >= 0
@@ -137,6 +141,15 @@ class ShardIndex:
         if broken := [rule for rule, holds in rules.items() if not holds]:
             raise SampleDamageError(
                 f"{self._shard.index_name}, sample {value['key']!r}: expected {'; '.join(broken)}; "
+                "convert the set again"
+            )
+
+
+def _refuse_empty_places(shard: ShardEntry, columns: Mapping[str, Any]) -> None:
+    for name, column in columns.items():
+        if empty := column.null_count or (column.values.null_count if name in _LISTS else 0):
+            raise ShardSetDamageError(
+                f"{shard.index_name}: {name}: expected a value in every row, found {empty} empty places; "
                 "convert the set again"
             )
 

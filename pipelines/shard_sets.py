@@ -34,14 +34,12 @@ class SetReader:
 
     def fetch(self, entry: SampleEntry, frame_indices: Sequence[int]) -> FetchedSample:
         """See `ByteFetcher.fetch`; a damaged copy of a remote shard in this machine's cache is fetched again, once."""
-        try:
-            return self._fetch(entry, frame_indices)
-        except SampleDamageError:
-            if not self.files.store.distrust(entry.shard):
-                raise
-        return self._fetch(entry, frame_indices)
-
-    def _fetch(self, entry: SampleEntry, frame_indices: Sequence[int]) -> FetchedSample:
+        with self.files.holding(entry.shard):
+            try:
+                return self.fetcher.fetch(entry, frame_indices)
+            except SampleDamageError:
+                if not self.files.distrust(entry.shard):
+                    raise
         with self.files.holding(entry.shard):
             return self.fetcher.fetch(entry, frame_indices)
 

@@ -42,8 +42,11 @@ class ShardStore(Protocol):
         """The bytes of a shard's index, not yet compared with their hash; raises as `open_shard`."""
         ...
 
-    def distrust(self, shard: ShardEntry) -> bool:
-        """Take out a copy of a shard whose bytes proved damaged; False where there is only this one."""
+    def distrust(self, shard: ShardEntry, descriptor: int) -> bool:
+        """Whether the open copy of a shard, some of whose bytes proved damaged, can be had anew; it is taken out then.
+
+        False where there is only this one, or where it is as it was written.
+        """
         ...
 
     def fetch_ahead(self, shard: ShardEntry, *, is_abandoned: Callable[[], bool]) -> bool:
@@ -89,7 +92,7 @@ class LocalStore:
                 f"{self.where(shard.index_name)}: cannot be read ({error.strerror}); {REMEDY}"
             ) from error
 
-    def distrust(self, shard: ShardEntry) -> bool:  # noqa: ARG002 - the only copy
+    def distrust(self, shard: ShardEntry, descriptor: int) -> bool:  # noqa: ARG002 - the only copy
         """See `ShardStore.distrust`."""
         return False
 

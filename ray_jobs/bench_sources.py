@@ -5,12 +5,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from ca2st.cores import num_cores
 from ca2st.errors import UserInputError
 from pipelines.benchmark.drawn_clips import DrawnClips, draw_clips
 from pipelines.benchmark.sources import BenchSources, source_list, video_files
 from ray_jobs.console import progress
 from ray_jobs.conversion import convert_shown
-from ray_jobs.environment import num_cores
 from sharding.conversion import ConversionConfig
 
 

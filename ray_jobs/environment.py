@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ca2st.cores import num_cores
 from ca2st.durable import FaultPoints
 from ca2st.errors import UserInputError
 
@@ -177,8 +178,3 @@ def hardware() -> dict[str, str]:
     if torch.cuda.is_available():
         facts["hardware.gpus"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     return facts
-
-
-def num_cores() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0))

@@ -116,12 +116,23 @@ def _own_ray(access: RayAccess, num_cpus: int | None) -> Iterator[None]:
 
     folder = Path(tempfile.mkdtemp(prefix="ca2st-ray-"))
     try:
-        # "local" in words: without an address Ray would join the cluster of RAY_ADDRESS.
-        ray.init(address=LOCAL, include_dashboard=False, num_cpus=num_cpus, _temp_dir=str(folder))
+        _start_own(folder, num_cpus)
         yield
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_own(folder: Path, num_cpus: int | None) -> None:
+    import ray
+
+    try:
+        # "local" in words: without an address Ray would join the cluster of RAY_ADDRESS.
+        ray.init(address=LOCAL, include_dashboard=False, num_cpus=num_cpus, _temp_dir=str(folder))
+    except Exception as error:  # Ray tells of a start that took too long by no class of its own
+        raise EnvironmentFault(
+            f"Ray did not start on this machine: {first_line(error)}; run again when it is less busy"
+        ) from error
 
 
 @contextmanager

@@ -77,9 +77,9 @@ def names_a_secret(name: str) -> bool:
 
 def without_credentials(uri: str) -> str:
     """`uri` with neither user nor password nor a secret behind its ``?``, as it is kept in files."""
-    place, _, query = re.sub(r"(?<=://)[^/\s?#]*@", "", uri).partition("?")
+    place, mark, query = re.sub(r"(?<=://)[^/\s?#]*@", "", uri).partition("?")
     kept = "&".join(part for part in query.split("&") if _QUERY.match(f"?{part}") is None)
-    return f"{place}?{kept}" if kept else place
+    return f"{place}{mark}{kept}" if kept or not query else place
 
 
 def holds_credentials(text: str) -> bool:

@@ -158,7 +158,7 @@ def parse_manifest(text: bytes, *, where: str) -> Manifest:
     """The manifest in the bytes of a ``manifest.json``; `where` names it in messages.
 
     Raises:
-        ManifestError: of another format version.
+        ManifestError: of another format version, or with other fields.
         ShardDamageError: not a manifest, or not the one that was written.
     """
     try:
@@ -177,7 +177,12 @@ def parse_manifest(text: bytes, *, where: str) -> Manifest:
     claimed = payload.pop("self_sha256", None)
     if sha256_of_json(payload) != claimed:
         raise ShardDamageError(f"{where}: self_sha256 differs from the contents; restore it or convert again")
-    manifest = _manifest_from(payload)
+    try:
+        manifest = _manifest_from(payload)
+    except (KeyError, TypeError) as error:
+        raise ManifestError(
+            f"{where}: expected the fields that this ca2st knows, found others ({error}); use a matching release"
+        ) from error
     if manifest.to_json() != text:
         raise ShardDamageError(
             f"{where}: white space or order changed since it was written; restore it or convert again"

@@ -1,11 +1,12 @@
 """What a measurement ran on, in words that name no host."""
 
-import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from ca2st.cores import num_cores
 
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -32,7 +33,7 @@ def machine(device: str) -> Machine:
         device=device,
         gpu=torch.cuda.get_device_name() if device == "cuda" else None,
         processor=_processor(),
-        num_cores=len(os.sched_getaffinity(0)),
+        num_cores=num_cores(),
         num_threads=torch.get_num_threads(),
     )
 

@@ -18,7 +18,7 @@ from types import FrameType
 from ca2st.training.errors import InterruptedRunError, RunStoppedError, TerminatedError
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
-_ONE_REQUEST_SECONDS = 0.5
+ONE_REQUEST_SECONDS = 0.5
 """One request may come as several signals: a terminal's Ctrl-C, timeout(1) and Slurm reach every process of a group,
 and the parent of a group passes on to its workers what they have got already."""
 
@@ -93,7 +93,7 @@ def _second_request(reader: socket.socket, grace_seconds: float) -> int | None:
     begin = time.monotonic()
     while True:
         number = _next_signal(reader, max(0.0, begin + grace_seconds - time.monotonic()))
-        if not number or time.monotonic() - begin >= _ONE_REQUEST_SECONDS:
+        if not number or time.monotonic() - begin >= ONE_REQUEST_SECONDS:
             return number
 
 

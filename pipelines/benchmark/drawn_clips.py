@@ -17,8 +17,8 @@ import av
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from ca2st.cores import num_cores
 from ca2st.errors import EnvironmentFault, UserInputError
-from pipelines.usable_cores import usable_cores
 
 _MOST_SCENES = 3
 _SLOPE = 1.3
@@ -58,7 +58,7 @@ def draw_clips(
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{wanted.width}x{wanted.height}-{wanted.frames_per_second}fps-{wanted.num_frames}"
     paths = tuple(folder / f"drawn-{name}-{number:04d}.mp4" for number in range(wanted.count))
-    with ThreadPoolExecutor(usable_cores()) as pool:
+    with ThreadPoolExecutor(num_cores()) as pool:
         for done, _ in enumerate(pool.map(lambda item: _write_missing(wanted, *item), enumerate(paths)), start=1):
             update(done)
     return paths

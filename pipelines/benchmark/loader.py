@@ -3,12 +3,12 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from ca2st.cores import num_cores
 from pipelines.augment.config import AugmentConfig
 from pipelines.benchmark.baseline import BaselineConfig
 from pipelines.benchmark.case import BaselineCase, Consumer, LoaderCase, OwnCase, Turn
@@ -19,7 +19,6 @@ from pipelines.draws import EvaluationViews
 from pipelines.loader import EvaluationLoader, TrainLoader
 from pipelines.loader_config import LoaderConfig
 from pipelines.sampling import SamplingConfig
-from pipelines.usable_cores import usable_cores
 from sharding.shard_set import ShardSet
 
 Variant = Literal["ours", "baseline"]
@@ -45,35 +44,9 @@ def benchmark_loader(
         UserInputError: fewer samples than a batch, or a file without a video.
         CA2STError: whatever the loaders refuse.
     """
-    load_before, loader = os.getloadavg()[0], _loader_config(config)
+    load_before = os.getloadavg()[0]
     device = torch.device("cuda") if torch.cuda.is_available() else None
-    targets = shard_set.manifest.targets
-    with ExitStack() as open_loaders:
-        train = open_loaders.enter_context(
-            TrainLoader(
-                shard_set,
-                config.clip,
-                targets,
-                SamplingConfig(),
-                augment_config(config.rand_augment),
-                loader,
-                seed=0,
-                global_batch_size=config.batch_size,
-                device=device,
-            )
-        )
-        validation = open_loaders.enter_context(
-            EvaluationLoader(
-                shard_set,
-                config.clip,
-                targets,
-                SamplingConfig(),
-                EvaluationViews(),
-                loader,
-                global_batch_size=config.batch_size,
-                device=device,
-            )
-        )
+    with _train_loader(config, shard_set, device) as train, _evaluation_loader(config, shard_set, device) as validation:
         update(0, "training")
         train_report = _split_report(config, OwnCase(train), files, training=True)
         update(1, "validation")
@@ -87,18 +60,18 @@ def benchmark_loader(
             seconds=config.seconds / config.rounds,
         )
         update(NUM_STEPS, "")
-        return LoaderBenchmark(
-            train=train_report,
-            validation=validation_report,
-            headspace=headspace,
-            backend=train.backend_name,
-            threads=_threads(config),
-            num_clips=shard_set.manifest.num_samples,
-            codec=shard_set.manifest.video.codec,
-            source_bytes_per_clip=sum(file.stat().st_size for file in files) / max(1, len(files)),
-            shard_bytes_per_clip=sum(shard.bytes for shard in shard_set.shards) / shard_set.manifest.num_samples,
-            load_before=load_before,
-        )
+    return LoaderBenchmark(
+        train=train_report,
+        validation=validation_report,
+        headspace=headspace,
+        backend=train.backend_name,
+        threads=_threads(config),
+        num_clips=shard_set.manifest.num_samples,
+        codec=shard_set.manifest.video.codec,
+        source_bytes_per_clip=sum(file.stat().st_size for file in files) / max(1, len(files)),
+        shard_bytes_per_clip=sum(shard.bytes for shard in shard_set.shards) / shard_set.manifest.num_samples,
+        load_before=load_before,
+    )
 
 
 def augment_config(rand_augment: bool) -> AugmentConfig:
@@ -106,12 +79,39 @@ def augment_config(rand_augment: bool) -> AugmentConfig:
     return AugmentConfig(rand_augment="rand-m7-n4-mstd0.5-inc1") if rand_augment else AugmentConfig()
 
 
+def _train_loader(config: LoaderBenchConfig, shard_set: ShardSet, device: torch.device | None) -> TrainLoader:
+    return TrainLoader(
+        shard_set,
+        config.clip,
+        shard_set.manifest.targets,
+        SamplingConfig(),
+        augment_config(config.rand_augment),
+        _loader_config(config),
+        seed=0,
+        global_batch_size=config.batch_size,
+        device=device,
+    )
+
+
+def _evaluation_loader(config: LoaderBenchConfig, shard_set: ShardSet, device: torch.device | None) -> EvaluationLoader:
+    return EvaluationLoader(
+        shard_set,
+        config.clip,
+        shard_set.manifest.targets,
+        SamplingConfig(),
+        EvaluationViews(),
+        _loader_config(config),
+        global_batch_size=config.batch_size,
+        device=device,
+    )
+
+
 def _loader_config(config: LoaderBenchConfig) -> LoaderConfig:
     return LoaderConfig(backend=config.backend, decode_threads=_threads(config))
 
 
 def _threads(config: LoaderBenchConfig) -> int:
-    return config.threads or usable_cores()
+    return config.threads or num_cores()
 
 
 def _split_report(config: LoaderBenchConfig, ours: LoaderCase, files: Sequence[Path], *, training: bool) -> SplitReport:

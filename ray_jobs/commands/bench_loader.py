@@ -126,10 +126,10 @@ def convert(
 
     The baseline is one process: PyAV, Pillow, torchaudio, webdataset's ShardWriter, without a check of anything.
     """
+    from ca2st.cores import num_cores
     from pipelines.benchmark.conversion import benchmark_conversion, num_conversions
     from ray_jobs.bench_sources import source_files, work_folder
     from ray_jobs.console import progress
-    from ray_jobs.environment import num_cores
     from ray_jobs.output_file import require_writable_place
     from sharding.conversion import ConversionConfig
 

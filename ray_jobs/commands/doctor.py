@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ray_jobs.commands.partner_options import refuse_other_examination
+
 if TYPE_CHECKING:
     from ray_jobs.doctor.finding import Finding
 
+_RUNS_FOLDER = "runs"
+
 
 def doctor(
-    out: Annotated[Path, typer.Option(help="Folder that runs are written under.")] = Path("runs"),
+    out: Annotated[Path | None, typer.Option(help="Folder that runs are written under; default: runs.")] = None,
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow store; default: as a training takes it.")] = None,
     ray_address: Annotated[
         str | None,
@@ -33,13 +37,16 @@ def doctor(
 
     Example: ca2st doctor, or: ca2st doctor --ray-address auto --storage /shared/runs
     """
-    from ca2st.errors import EnvironmentFault, UserInputError
+    from ca2st.errors import EnvironmentFault
     from ray_jobs.console import print_json
 
-    if storage and ray_address is None:
-        raise UserInputError("--storage: expected --ray-address with it; it asks whether a cluster's nodes share it")
+    refuse_other_examination(
+        ray_address=ray_address,
+        of_machine={"--out": out, "--tracking-uri": tracking_uri},
+        of_cluster={"--storage": storage, "--i-accept-open-ray": accept_open_ray},
+    )
     if ray_address is None:
-        findings = _examine_machine(out, tracking_uri, show=not as_json)
+        findings = _examine_machine(out or Path(_RUNS_FOLDER), tracking_uri, show=not as_json)
     else:
         findings = _examine_cluster(ray_address, storage or [], accept_open_ray, show=not as_json)
     if as_json:

@@ -26,6 +26,27 @@ def refuse_without_ray(*, accept_open_ray: bool, ray: bool) -> None:
         )
 
 
+def refuse_other_examination(
+    *, ray_address: str | None, of_machine: Mapping[str, object], of_cluster: Mapping[str, object]
+) -> None:
+    """Refuse the options of ``doctor`` that belong to its other half: one machine, or a cluster.
+
+    Raises:
+        UserInputError: one of `of_machine` was given beside ``--ray-address``, or one of `of_cluster` without.
+    """
+    if ray_address is None:
+        if given := [flag for flag, value in of_cluster.items() if value]:
+            raise UserInputError(
+                f"{given[0]}: expected --ray-address beside it; without, only this machine is examined, and no Ray is "
+                "joined: leave it out, or add --ray-address"
+            )
+    elif given := [flag for flag, value in of_machine.items() if value is not None]:
+        raise UserInputError(
+            f"{given[0]}: expected no --ray-address beside it; of a cluster the nodes are examined, and with --storage "
+            "what they share: leave one of the two out"
+        )
+
+
 def gop_frames(gop: int | None, *, codec: str) -> int:
     """Frames from one key frame to the next: ``--gop``, or the default where it was not given.
 

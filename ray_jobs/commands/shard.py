@@ -81,9 +81,9 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
     as_json: Json = False,
 ) -> None:
     """Convert one split of a dataset into shards; rerun the same command to resume."""
+    from ca2st.cores import num_cores
     from ca2st.errors import UserInputError
     from ray_jobs.commands.conversion_facts import print_plan, print_report
-    from ray_jobs.environment import num_cores
     from ray_jobs.sizes import parse_bytes
     from sharding.conversion import ConversionConfig, RejectBudget
     from sharding.datasets import DatasetRequest, read_dataset

@@ -1,5 +1,6 @@
 """``ca2st train``."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,7 +70,7 @@ def with_options(overrides: list[str] | None, *, data: str | None, workers: int 
     """All overrides, those that have an option of their own last."""
     settings = list(overrides or [])
     if data is not None:
-        settings += [f"data.train={data!r}", "data.mixture=[]"]
+        settings += [f"data.train={json.dumps(data, ensure_ascii=False)}", "data.mixture=[]"]
     if workers is not None:
         settings.append(f"launch.workers={workers}")
     return settings

@@ -6,8 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from ca2st.cores import num_cores
 from ray_jobs.doctor.finding import Finding
-from ray_jobs.environment import num_cores
 
 _GIB = 2**30
 _LEAST_DISK_BYTES = 5 * _GIB

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ca2st.cores import num_cores
 from ca2st.errors import UserInputError
 from pipelines.draws import EvaluationViews
 from ray_jobs.conversion import convert_shown
-from ray_jobs.environment import num_cores
 from ray_jobs.inference.evaluation import score
 from ray_jobs.inference.trained import TrainedModel, load_trained
 from sharding.codecs import DEFAULT_GOP_FRAMES

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ca2st.cores import num_cores
 from ca2st.errors import UserInputError
 from ray_jobs.conversion import convert_shown
-from ray_jobs.environment import num_cores
 from ray_jobs.own_data.listing import OwnVideos
 from sharding.conversion import ConversionConfig, RejectBudget, conversion_identity
 from sharding.errors import RejectBudgetError

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ca2st.cores import num_cores
 from ca2st.errors import CA2STError, EnvironmentFault, RetriesUsedUpError
 from ca2st.training.signals import stop_on_signals
-from ray_jobs import environment
 from ray_jobs.config.recipe import Recipe, recipe_document
 from ray_jobs.console import say
 from ray_jobs.every_node import living_nodes, this_node
@@ -81,12 +81,15 @@ class Fleet:
         from ray.train import TrainingFailedError
         from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 
+        from ray_jobs.ray_train.lost_workers import is_preempted
+
         run_dir, launch = self.job.run_dir, self.recipe.launch
         if isinstance(error, TrainingFailedError):
             failure = supervision.failure()
             if failure is not None and failure.final:  # a rank that only heard of it was the last to fail
                 return error_of(failure)
-            if isinstance(error, PreemptionError) or (failure is not None and failure.preempted):
+            lost = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+            if isinstance(error, PreemptionError) or any(map(is_preempted, lost)):  # as Ray itself counts
                 return RetriesUsedUpError(
                     f"{self.recipe.name}: its nodes were taken away more often than launch.max_preemptions "
                     f"({launch.max_preemptions}) allows; {run_dir} keeps what was reached: rerun to resume"
@@ -121,7 +124,7 @@ def joined(recipe: Recipe, run_dir: Path, address: str, *, access: RayAccess) ->
     with ExitStack() as session:
         session.callback(folder.remove)
         with ended_by_signals("stopped before any worker had begun; rerun to resume"):
-            width = max(environment.num_cores(), recipe.launch.workers) if address == LOCAL else None
+            width = max(num_cores(), recipe.launch.workers) if address == LOCAL else None
             session.enter_context(ray_session(address, access=access, num_cpus=width))
             demand = _checked_demand(recipe)
             _check_other_nodes(job, demand, folder)

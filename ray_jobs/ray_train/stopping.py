@@ -10,9 +10,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ca2st.training.signals import StopRequest, stopped_error
+from ca2st.training.signals import ONE_REQUEST_SECONDS, StopRequest, stop_on_signals, stopped_error
 
 if TYPE_CHECKING:
     from ray.train.v2.api.preemption import PreemptionInfo
@@ -21,6 +21,9 @@ PREEMPTED = int(signal.SIGHUP)
 """How a notice is told to the training loop. Ranks take the highest number any of them saw: a person's SIGINT or
 SIGTERM at the same time counts for more."""
 _POLL_SECONDS = 0.5
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_CLEANING_SECONDS = 30.0
+"""For the way out, after a signal came while there was nothing to save."""
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -30,19 +33,11 @@ def watching(ask: Callable[[], int], *, poll_seconds: float = _POLL_SECONDS) -> 
 
     An `ask` that fails (storage that does not answer) is told once in the log and asked again.
     """
-    stop, ended = StopRequest(), threading.Event()
+    stop, ended, ask = StopRequest(), threading.Event(), patient(ask)
 
     def watch() -> None:
-        troubled = False
         while not ended.wait(poll_seconds):
-            try:
-                number = ask()
-            except (OSError, ValueError) as error:
-                if not troubled:
-                    _LOGGER.warning("cannot see whether to stop, trying again: %s", error)
-                troubled = True
-                continue
-            if number:
+            if number := ask():
                 stop.request(number)
                 return
 
@@ -53,6 +48,23 @@ def watching(ask: Callable[[], int], *, poll_seconds: float = _POLL_SECONDS) -> 
     finally:
         ended.set()
         watcher.join()
+
+
+def patient(ask: Callable[[], int]) -> Callable[[], int]:
+    """`ask`, with 0 for an answer while it fails (storage that does not answer); the log tells of the first time."""
+    troubled = False
+
+    def answer() -> int:
+        nonlocal troubled
+        try:
+            return ask()
+        except (OSError, ValueError) as error:
+            if not troubled:
+                _LOGGER.warning("cannot see whether to stop, trying again: %s", error)
+            troubled = True
+            return 0
+
+    return answer
 
 
 def preemption_notice() -> "PreemptionInfo | None":
@@ -87,23 +99,43 @@ class _SignalledError(BaseException):
 def ended_by_signals(message: str) -> Iterator[None]:
     """Let the first SIGINT or SIGTERM end the block, wherever the main thread is just then; a second one the process.
 
-    For the time in which there is nothing to save: the way out cleans up. Main thread only.
+    For the time in which there is nothing to save: the way out cleans up, for 30 s at most. Signals within half a
+    second of the first are the same request (see `ca2st.training.signals`). Main thread only.
 
     Raises:
         RunStoppedError: with `message`, for the signal that came.
     """
-    stopping = (signal.SIGINT, signal.SIGTERM)
+    came: list[tuple[int, float]] = []
 
     def end(number: int, _frame: object) -> None:
-        for one in stopping:
-            signal.signal(one, signal.SIG_DFL)
-        raise _SignalledError(number)
+        if not came:
+            came.append((number, time.monotonic()))
+            raise _SignalledError(number)
 
-    previous = {number: signal.signal(number, end) for number in stopping}
+    with stop_on_signals(grace_seconds=_CLEANING_SECONDS), _only_handler(end):
+        with contextlib.suppress(_SignalledError):
+            yield
+        if came:
+            number, moment = came[0]
+            time.sleep(max(0.0, moment + ONE_REQUEST_SECONDS - time.monotonic()))  # the rest of this request
+            raise stopped_error(number, message) from None
+
+
+@contextlib.contextmanager
+def _only_handler(handle: Callable[[int, object], None]) -> Iterator[None]:
+    """Let `handle` hear SIGINT and SIGTERM, whoever else asks for them in the block; the caller puts handlers back.
+
+    `ray.init` asks for SIGTERM, without being told to, and would end the process with code 15.
+    """
+    install = signal.signal
+    for number in _STOPPING:
+        install(number, handle)
+
+    def refusing(number: int, handler: Any) -> Any:
+        return signal.getsignal(number) if number in _STOPPING else install(number, handler)
+
+    signal.signal = refusing  # type: ignore[assignment]  # as Ray itself does to defer a SIGINT
     try:
         yield
-    except _SignalledError as error:
-        raise stopped_error(error.number, message) from None
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        signal.signal = install

@@ -1,21 +1,21 @@
 """The driver while the workers train: it passes a stop on to them, and ends what no restart can mend."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
 
-from ca2st.errors import CA2STError
 from ca2st.training.signals import StopRequest, stopped_error
 from ray_jobs.console import say
 from ray_jobs.ray_train.launch_folder import LaunchFolder
-from ray_jobs.running.failure_record import FailureRecord, error_of, read_failure
+from ray_jobs.running.failure_record import FailureRecord, error_of, error_told, read_failure
 
 Move = Literal["wait", "finish", "pass stop on", "end stopped", "end failed"]
 FINAL_GRACE_SECONDS = 8.0
 """How long ranks may take to end after one of them failed for good: the others may wait in a collective for ever."""
 _POLL_SECONDS = 0.5
+_NOT_TRAINING = "stopped before its workers trained again; the newest checkpoint counts; rerun to resume"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ def next_move(now: Situation) -> Move:
     if now.stop_asked and now.since_passed_on is None:
         return "pass stop on"
     if now.since_passed_on is not None and (not now.started or now.since_passed_on >= now.grace_seconds):
-        return "end stopped"
+        return "end stopped" if now.since_final is None else "end failed"
     if now.since_final is not None and now.since_final >= FINAL_GRACE_SECONDS:
         return "end failed"
     return "wait"
@@ -86,7 +86,7 @@ class Supervision:
             elif move == "end stopped":
                 raise self._stopped("its workers had not ended; the newest checkpoint counts; rerun to resume")
             elif move == "end failed":
-                raise self._failed()
+                raise self._failed({})
             else:
                 self._sleep(_POLL_SECONDS)
 
@@ -117,16 +117,19 @@ class Supervision:
 
     def _finish(self, ended: dict[str, str]) -> None:
         if ended["status"] == "stopped":
-            raise self._stopped(ended["message"] or "rerun to resume")
+            raise self._stopped(ended["message"] or _NOT_TRAINING)
         if ended["status"] == "failed":
-            raise self._failed(ended["message"])
+            raise self._failed(ended)
 
     def _stopped(self, message: str) -> Exception:
         return stopped_error(self._stop.signal_number, message)
 
-    def _failed(self, told: str = "") -> Exception:
+    def _failed(self, ended: Mapping[str, str]) -> Exception:
+        """What no restart mends, from the record or, where it could not be written, as rank 0 told it."""
         failure = self.failure()
-        return error_of(failure) if failure is not None else CA2STError(told)
+        if ended.get("message") and (failure is None or not failure.final):
+            return error_told(ended["message"], int(ended["exit_code"]))
+        return error_of(failure) if failure is not None else error_told("failed; see the log of its workers", 1)
 
 
 def _told(failure: FailureRecord) -> str:

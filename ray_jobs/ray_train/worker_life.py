@@ -16,7 +16,7 @@ from ray_jobs import environment
 from ray_jobs.console import say
 from ray_jobs.every_node import this_node
 from ray_jobs.ray_train.launch_folder import LaunchFolder
-from ray_jobs.ray_train.stopping import PREEMPTED, hold, preemption_notice, watching
+from ray_jobs.ray_train.stopping import PREEMPTED, hold, patient, preemption_notice, watching
 from ray_jobs.running.failure_record import keep_failure, read_failure, record_of
 from ray_jobs.running.worker import Job, run
 
@@ -32,7 +32,7 @@ def train_on_worker(settings: dict[str, Any]) -> dict[str, str]:
     """A worker's whole life: Ray has set up the process group that Accelerate joins.
 
     `settings`: ``recipe`` and ``run_dir`` as in `Job`, ``folder`` of the launch. Returns ``status`` (see `Status`) and
-    a ``message``.
+    a ``message``, and the ``exit_code`` of a failure: a full disk keeps no record of it.
 
     Raises:
         AttemptFailedError: this attempt failed, another may not.
@@ -51,10 +51,11 @@ def train_on_worker(settings: dict[str, Any]) -> dict[str, str]:
         with watching(lambda: folder.stop_signal() or _notice()) as stop:
             outcome = run(job, faults=faults, stop=stop)
     except RunStoppedError as error:
-        if not folder.stop_signal():
+        asked = patient(folder.stop_signal)  # a worker that fails here is a failure to Ray, and ends all too early
+        if not asked():
             if rank == 0:
                 say(f"{_announced()}: the state is saved; Ray starts the workers again when the notice has run out")
-            hold(folder.stop_signal)
+            hold(asked)
         return _ended("stopped", str(error))
     except Exception as error:  # noqa: BLE001  # put on record, then raised again or told to the driver
         return _failed(error, folder, attempt=attempt, rank=rank)
@@ -102,7 +103,7 @@ def _failed(error: Exception, folder: LaunchFolder, *, attempt: int, rank: int) 
     if own.final or (kept.final and kept.launch == own.launch and kept.attempt == attempt):
         if not own.echo:
             _LOGGER.error("%s", own)
-        return _ended("failed", str(kept))
+        return _ended("failed", str(kept)) | {"exit_code": str(kept.exit_code)}
     raise AttemptFailedError(str(kept)) from error
 
 

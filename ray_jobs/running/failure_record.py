@@ -140,6 +140,11 @@ def keep_failure(run_dir: Path, new: FailureRecord) -> FailureRecord:
 
 def error_of(record: FailureRecord) -> CA2STError:
     """The error to end a command with for a failure on record: of its kind, with its exit code."""
+    return error_told(str(record), record.exit_code)
+
+
+def error_told(message: str, exit_code: int) -> CA2STError:
+    """The error to end a command with for a failure that is only told of."""
     kinds: tuple[type[CA2STError], ...] = (UserInputError, DataDamageError, EnvironmentFault, NumericError)
-    kind = next((kind for kind in kinds if kind.exit_code == record.exit_code), CA2STError)
-    return kind(str(record))
+    kind = next((kind for kind in kinds if kind.exit_code == exit_code), CA2STError)
+    return kind(message)

@@ -53,10 +53,10 @@ def run_processes(job: Job, num_workers: int, faults: FaultPoints) -> Outcome:
         for rank in range(num_workers)
     ]
     with ExitStack() as stack:
+        ended_unbegun = stack.enter_context(signals_to(workers, begun))
         with signals_held():
             for worker in workers:
                 worker.start()
-            ended_unbegun = stack.enter_context(signals_to(workers, begun))
         tell_stop.close()
         failed = ended_badly(workers)
     if ended_unbegun:
@@ -199,6 +199,9 @@ def die_with_parent() -> None:
 
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():  # it died before it could be asked for
+        os._exit(128 + signal.SIGKILL)
 
 
 def _free_port() -> int:

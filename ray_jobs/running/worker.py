@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ca2st.cores import num_cores
 from ca2st.durable import FaultPoints, write_bytes
 from ca2st.errors import CA2STError
 from ca2st.model.choices import HeldPrecision
@@ -133,7 +134,7 @@ def _use_cpu_threads(recipe: Recipe) -> bool:
     """Whether this machine has no GPU; torch then gets this worker's share of the cores."""
     if torch.cuda.is_available():
         return False
-    torch.set_num_threads(recipe.launch.torch_threads(environment.num_cores()))
+    torch.set_num_threads(recipe.launch.torch_threads(num_cores()))
     return True
 
 

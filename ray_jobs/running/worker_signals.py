@@ -12,13 +12,22 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait, here and in processes that are started meanwhile, until somebody can answer them."""
+    """Let SIGINT and SIGTERM wait, here and in processes that are started meanwhile, until somebody can answer them.
+
+    Here a mask is not enough: the kernel gives a signal to any thread that does not mask it, as those of a library.
+    """
     resource_tracker.ensure_running()  # when first needed it would let them through
+    came: list[int] = []
+    handlers = {number: signal.signal(number, lambda number, _frame: came.append(number)) for number in STOPPING}
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for one in came:
+            signal.raise_signal(one)
 
 
 def take_signals() -> None:

@@ -64,20 +64,20 @@ def send(client: JobClient, request: JobRequest, archive: bytes) -> None:
 def _tell_if_not_taken(client: JobClient, job_id: str) -> None:
     """Return where the server knows the job; a request that was on its way then gets some time to arrive."""
     for pause_seconds in _ASK_AFTER_SECONDS:
-        time.sleep(pause_seconds)
         try:
+            time.sleep(pause_seconds)
             client.get_job_info(job_id)
         except RuntimeError as error:
             if _NOT_FOUND not in str(error):
                 raise _not_known(client, job_id, error) from None
-        except OSError as error:
+        except (OSError, KeyboardInterrupt) as error:  # impatient: Ctrl-C once more
             raise _not_known(client, job_id, error) from None
         else:
             return
     raise SendingInterruptedError("interrupted; nothing was submitted")
 
 
-def _not_known(client: JobClient, job_id: str, error: Exception) -> SendingInterruptedError:
+def _not_known(client: JobClient, job_id: str, error: BaseException) -> SendingInterruptedError:
     return SendingInterruptedError(
         f"interrupted; whether job {job_id} was taken is not known ({first_line(error)}): "
         f"ray job status --address {client.get_address()} {job_id} tells"

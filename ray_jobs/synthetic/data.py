@@ -3,12 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+from ca2st.cores import num_cores
 from ca2st.errors import UserInputError, did_you_mean
 from ray_jobs.config.data import SyntheticData
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import progress
 from ray_jobs.conversion import convert_shown
-from ray_jobs.environment import num_cores
 from sharding.conversion import ConversionConfig
 from sharding.datasets import DatasetRequest, read_dataset
 from sharding.datasets.synthetic import TASKS

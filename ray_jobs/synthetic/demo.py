@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
+from ca2st.cores import num_cores
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.console import say
 from ray_jobs.conversion import convert_shown
-from ray_jobs.environment import num_cores
 from ray_jobs.inference.prediction import predict_videos
 from ray_jobs.real_clips import real_clips_folder, write_annotations
 from ray_jobs.synthetic.comparison import Contest, run_contest

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ca2st.cores import num_cores
 from ca2st.errors import UserInputError, did_you_mean
 from ray_jobs.config.recipe_file import load_recipe
-from ray_jobs.environment import num_cores, versions
+from ray_jobs.environment import versions
 from ray_jobs.synthetic.comparison import ComparedModel, ComparisonRow, Contest, run_contest
 from ray_jobs.synthetic.data import make_split
 from ray_jobs.synthetic.pretraining import PretrainedExpert, pretrain

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, cast
 
+from ca2st.cores import num_cores
 from ca2st.durable import NO_FAULTS
 from ca2st.errors import EnvironmentFault
 from ca2st.model.config import ModelKind
@@ -19,7 +20,6 @@ from ca2st.weights.store import ExpertStore
 from pipelines.draws import EvaluationViews
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import progress
-from ray_jobs.environment import num_cores
 from ray_jobs.inference.evaluation import score
 from ray_jobs.inference.trained import load_trained
 from ray_jobs.running.launch import launch

@@ -1,8 +1,9 @@
 """Reaching an MLflow store: a client that gives up within seconds, and errors that say what to do."""
 
+import contextlib
 import fcntl
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ def open_client(uri: str) -> "MlflowClient":
             setting.set(value)  # type: ignore[no-untyped-call]  # MLflow's
     if (path := sqlite_path(uri)) is not None:
         _make_tables(path)
+        _check_opens(path)
     return MlflowClient(tracking_uri=uri)
 
 
@@ -41,7 +43,10 @@ def sqlite_path(uri: str) -> Path | None:
 def anchored(uri: str) -> str:
     """`uri`; of an SQLite store with its whole path, by which it is found from any folder."""
     path = sqlite_path(uri)
-    return uri if path is None else uri.replace(f"{SQLITE}{path}", f"{SQLITE}{path.absolute()}", 1)
+    if path is None:
+        return uri
+    _, mark, options = uri.partition("?")
+    return f"{SQLITE}{path.absolute()}{mark}{options}"
 
 
 def artifact_location(uri: str) -> str | None:
@@ -92,7 +97,7 @@ def knock(uri: str, what_to_do: str) -> None:
         raise StoreError(complaint.told(uri, what_to_do), complaint)
 
 
-@contextmanager
+@contextlib.contextmanager
 def reachable(uri: str, what_to_do: str) -> Iterator[None]:
     """Turn the errors of a store that does not do what is asked into one that says `what_to_do`.
 
@@ -125,6 +130,22 @@ def _make_tables(path: Path) -> None:
         store = SqlAlchemyStore(f"{SQLITE}{temporary}", str(path.parent / ARTIFACT_FOLDER))  # type: ignore[no-untyped-call]  # MLflow's
         store.engine.dispose()
         temporary.replace(path)
+
+
+def _check_opens(path: Path) -> None:
+    """Fail at once where SQLite cannot open the file: MLflow would try for a hundred seconds.
+
+    One that is locked, or is no database, MLflow itself tells soon.
+    """
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=0)
+        ) as database:
+            database.execute("PRAGMA schema_version")
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError) and "locked" not in str(error):
+            reason = "it is a folder" if path.is_dir() else "see its permissions and its disk"
+            raise OSError(f"{error}: {reason}") from error
 
 
 def _lock_path(path: Path) -> Path:

@@ -10,12 +10,13 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 from ca2st.errors import CA2STError
 from ray_jobs.errors import TrackingUnavailableError
-from ray_jobs.redaction import RedactedStream
-from ray_jobs.tracking.complaints import StoreError, complaint_of_error
+from ray_jobs.redaction import RedactedStream, redacted
+from ray_jobs.tracking.complaints import Complaint, StoreError, complaint_of_error
 from ray_jobs.tracking.orphans import alive, end_orphans, show_ready
 from ray_jobs.tracking.patience import TroubleLog, pause_seconds
 from ray_jobs.tracking.run_record import Say
@@ -43,17 +44,27 @@ def follow(run_dir: Path, *, parent_pid: int, say: Say, interval_seconds: float 
                 sender.send(wait_seconds=_LAST_WAIT_SECONDS if is_last else 0.0, is_last=is_last)
             troubles.succeeded()
             pause = interval_seconds
-        except CA2STError as error:  # a full disk is no end either
-            trouble = error if isinstance(error, StoreError) else StoreError(str(error), complaint_of_error(error))
+            if is_first and not is_last and read_state(run_dir).run_id is not None:
+                is_first = False
+                with contextlib.suppress(TrackingUnavailableError):  # the next follower finds them too
+                    end_orphans(run_dir, host=socket.gethostname(), say=say, is_asked_to_end=asked_to_end.is_set)
+        except Exception as error:  # noqa: BLE001  # a full disk, or an answer nobody expected, may pass in a long training
+            trouble = _trouble(error)
             troubles.failed(trouble)
             pause = pause_seconds(troubles.failures, interval_seconds=interval_seconds, complaint=trouble.complaint)
         if is_last:
             troubles.close()
             return
-        if is_first and not troubles.failures and read_state(run_dir).run_id is not None:
-            is_first = False
-            with contextlib.suppress(TrackingUnavailableError):  # the next follower finds them too
-                end_orphans(run_dir, host=socket.gethostname(), say=say)
+
+
+def _trouble(error: Exception) -> StoreError:
+    """What is told of `error`; of one that nobody expected the whole traceback."""
+    if isinstance(error, StoreError):
+        return error
+    if isinstance(error, CA2STError):
+        return StoreError(str(error), complaint_of_error(error))
+    words = redacted("".join(traceback.format_exception(error)).rstrip())
+    return StoreError(words, Complaint(kind="failing", detail=words.splitlines()[-1]))
 
 
 def _wait(asked_to_end: threading.Event, parent_pid: int, pause: float, interval_seconds: float) -> bool:

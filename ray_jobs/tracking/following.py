@@ -67,13 +67,11 @@ def _start_follower(run_dir: Path, log: IO[bytes]) -> "subprocess.Popen[bytes]":
 def finish_following(run_dir: Path, follower: "subprocess.Popen[bytes]") -> None:
     """Let the follower send the rest for as long as the store answers; what is left waits for ``ca2st track sync``."""
     follower.terminate()
-    begin, made_tables = time.monotonic(), False
-    while follower.poll() is None and _idle_seconds(run_dir, begin) < _patience_seconds(run_dir, follower.pid):
-        makes_tables = is_making_tables(read_state(run_dir).uri)
-        if made_tables and not makes_tables:
-            begin = time.monotonic()  # only now can it begin to send
-        made_tables = makes_tables
+    begin, before = time.monotonic(), _signs_of_work(run_dir)
+    while follower.poll() is None and time.monotonic() - begin < _patience_seconds(run_dir, follower.pid):
         time.sleep(_POLL_SECONDS)
+        if (now := _signs_of_work(run_dir)) != before:
+            begin, before = time.monotonic(), now
     if follower.poll() is None:
         follower.kill()
         follower.wait()
@@ -103,10 +101,14 @@ def _patience_seconds(run_dir: Path, follower_pid: int) -> float:
     )
 
 
-def _idle_seconds(run_dir: Path, begin: float) -> float:
-    """Since the follower was ready or the store took something, or since `begin` (monotonic) where that is later."""
-    signs = [path.stat().st_mtime for name in (PROGRESS_NAME, FOLLOWER_LOCK_NAME) if (path := run_dir / name).exists()]
-    return min([time.monotonic() - begin, *(max(0.0, time.time() - sign) for sign in signs)])
+def _signs_of_work(run_dir: Path) -> tuple[object, ...]:
+    """Differs once the follower is ready, the store took something, or its tables are made.
+
+    Only compared: the times of files are those of their server, whose clock may be another.
+    """
+    files = [run_dir / name for name in (PROGRESS_NAME, FOLLOWER_LOCK_NAME)]
+    times = (path.stat().st_mtime_ns if path.exists() else None for path in files)
+    return (is_making_tables(read_state(run_dir).uri), *times)
 
 
 def _tracking_state(recipe: Recipe, run_dir: Path, data: TrainingData) -> TrackingState:

@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,8 +56,12 @@ def is_alive(run_dir: Path) -> bool:
     return _is_held(run_dir / RUN_LOCK_NAME, fcntl.LOCK_SH) or _is_held(run_dir / FOLLOWER_LOCK_NAME, fcntl.LOCK_EX)
 
 
-def end_orphans(run_dir: Path, *, host: str, say: Say) -> list[str]:
+def end_orphans(
+    run_dir: Path, *, host: str, say: Say, is_asked_to_end: Callable[[], bool] = lambda: False
+) -> list[str]:
     """Send the rest of each orphan in the experiment of `run_dir`'s run and end it as KILLED; returns their ids.
+
+    Once `is_asked_to_end` is true the others, and the one in work, are left for the next start.
 
     Raises:
         TrackingUnavailableError: the store cannot be reached.
@@ -72,16 +76,18 @@ def end_orphans(run_dir: Path, *, host: str, say: Say) -> list[str]:
         running = f"attributes.status = 'RUNNING' and tags.`{HOST_TAG}` = '{host}'"
         found = client.search_runs([experiment_id], running, max_results=_MOST)
         others = [run for run in found if run.info.run_id != state.run_id]
-        return [run.info.run_id for run in others if _end(client, run, say)]
+        return [run.info.run_id for run in others if not is_asked_to_end() and _end(client, run, say, is_asked_to_end)]
 
 
-def _end(client: "MlflowClient", run: "Run", say: Say) -> bool:
+def _end(client: "MlflowClient", run: "Run", say: Say, is_asked_to_end: Callable[[], bool]) -> bool:
     run_id, folder = run.info.run_id, Path(run.data.tags.get(FOLDER_TAG, ""))
     try:
         if not folder.is_absolute() or read_state(folder).run_id != run_id or is_alive(folder):
             return False
         with contextlib.suppress(TrackingUnavailableError):  # what cannot be sent stays in its journal
-            Sender(folder, say).send()
+            Sender(folder, say, is_asked_to_end=is_asked_to_end).send()
+        if is_asked_to_end():  # a part may be missing still
+            return False
         with one_sender(folder, wait_seconds=0):
             if is_alive(folder) or client.get_run(run_id).info.status != "RUNNING":
                 return False

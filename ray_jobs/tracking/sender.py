@@ -5,7 +5,7 @@ down, costs nothing but time. One MLflow run stands for a training run through a
 whichever attempt made it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,9 +46,11 @@ _MAY_BE_GONE = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", 
 class Sender:
     """Sends one run, again and again."""
 
-    def __init__(self, run_dir: Path, say: Say) -> None:
+    def __init__(self, run_dir: Path, say: Say, *, is_asked_to_end: Callable[[], bool] = lambda: False) -> None:
+        """`is_asked_to_end`: asked between the pieces; once it is true the rest stays for another time."""
         self._run_dir = run_dir
         self._say = say
+        self._is_asked_to_end = is_asked_to_end
         self._is_unwell = False
         self._tried: set[str] = set()
         self._metrics = MetricWriter(say)
@@ -140,6 +142,8 @@ class Sender:
                 progress = self._follow_event(client, run_id, event, progress, state)
             progress = replace(progress, sent_bytes=end_offset)
             write_progress(self._run_dir, progress)
+            if self._is_asked_to_end():
+                break
         return sent, progress
 
     def _send_system(self, client: "MlflowClient", run_id: str, progress: Progress) -> tuple[int, Progress]:
@@ -150,12 +154,16 @@ class Sender:
                 sent += self._metrics.write(client, run_id, values)
                 progress = replace(progress, system_bytes={**progress.system_bytes, path.name: end_offset})
                 write_progress(self._run_dir, progress)
+                if self._is_asked_to_end():
+                    return sent, progress
         return sent, progress
 
     def _send_extras(self, client: "MlflowClient", run_id: str, progress: Progress, *, is_last: bool) -> None:
         """Each once a process, and again when asked for the last time."""
         names = [name for name in progress.pending if is_last or name not in self._tried]
         for name in names:
+            if self._is_asked_to_end():
+                return
             self._tried.add(name)
             if send_extra(name, client=client, run_id=run_id, run_dir=self._run_dir, say=self._say):
                 pending = tuple(other for other in progress.pending if other != name)

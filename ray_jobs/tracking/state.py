@@ -6,6 +6,7 @@ whoever sends and holds the sender's lock.
 
 import fcntl
 import json
+import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ STATE_NAME = "tracking.json"
 PROGRESS_NAME = "tracking_progress.json"
 LOCK_NAME = "tracking.lock"
 _POLL_SECONDS = 0.05
+_BLOCK_BYTES = 65_536
 
 
 class SenderBusyError(TrackingUnavailableError):
@@ -101,9 +103,24 @@ def write_progress(run_dir: Path, progress: Progress) -> None:
 
 
 def unsent_bytes(run_dir: Path) -> int:
-    """Length of the journal's part that MLflow does not have; 0 while there is no journal."""
+    """Length of the journal's whole lines that MLflow does not have; 0 while there is no journal.
+
+    A torn last line, left by a killed writer, is none of them: nobody sends it, and the next start cuts it off.
+    """
     journal = run_dir / JOURNAL_NAME
-    return journal.stat().st_size - _read_progress(run_dir).sent_bytes if journal.exists() else 0
+    if not journal.exists():
+        return 0
+    sent = _read_progress(run_dir).sent_bytes
+    with journal.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > sent:
+            begin = max(sent, end - _BLOCK_BYTES)
+            file.seek(begin)
+            newline = file.read(end - begin).rfind(b"\n")
+            if newline >= 0:
+                return begin + newline + 1 - sent
+            end = begin
+    return 0
 
 
 @contextmanager

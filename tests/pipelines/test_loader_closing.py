@@ -94,6 +94,21 @@ def test_a_loader_without_a_backend_closes_its_files(
     assert len(closed) == 1
 
 
+def test_a_loader_closes_its_backend_before_its_files_and_neither_twice(
+    intact_set: ShardSet, clip: ClipSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    backend = OpenBackend()
+    monkeypatch.setattr(backend, "close", lambda: closed.append("backend"))
+    monkeypatch.setattr(SetReaders, "close", lambda _: closed.append("files"))
+    monkeypatch.setattr(rank_loader, "make_backend", lambda *_, **__: backend)
+    with EvaluationLoader(
+        intact_set, clip, ("label",), SamplingConfig(), EvaluationViews(), LoaderConfig(), global_batch_size=4
+    ) as loader:
+        loader.close()
+    assert closed == ["backend", "files"]
+
+
 def test_a_training_loader_whose_first_index_is_damaged_closes_its_backend(
     fresh_set: ShardSet, clip: ClipSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,7 +82,7 @@ def test_a_file_in_use_is_never_evicted_and_counts(folder: Path) -> None:
     assert names(folder) == [0, 2]
     second = cache.open(path_of(folder, 2), SIZE, forbidden)
     with pytest.raises(
-        EnvironmentFault, match=r"no room for 1000 bytes.*2000 bytes in .* in use.*raise loader.cache_b"
+        EnvironmentFault, match=r"no room for 1000 bytes.*2000 bytes in .* in use.*raise data.loader.cache_b"
     ):
         use(cache, path_of(folder, 3))
     assert os.pread(held, SIZE, 0) == b"x" * SIZE
@@ -196,7 +196,7 @@ def test_a_full_disk_is_named_with_what_to_do(folder: Path, monkeypatch: pytest.
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(EnvironmentFault, match=r"000000.tar: cannot write.*No space left.*lower loader.cache_bytes"):
+    with pytest.raises(EnvironmentFault, match=r"000000.tar: cannot write.*No space left.*lower data\.loader.cache"):
         use(ShardCache(folder, most_bytes=SIZE), path_of(folder, 0))
     assert list(folder.rglob("*.part")) == []
 

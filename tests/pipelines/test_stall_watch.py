@@ -20,9 +20,11 @@ from pipelines.loader_config import LoaderConfig
 from pipelines.prefetch import prefetched
 from pipelines.sampling import SamplingConfig
 from pipelines.shard_files import ShardFiles
+from pipelines.shard_store import LocalStore
 from pipelines.stall_watch import StallWatch
 from pipelines.stats import StatsRecorder
 from sharding.shard_set import ShardEntry, ShardSet
+from support.fake_shards import make_samples, make_shard_set
 
 
 @pytest.fixture
@@ -86,6 +88,29 @@ def test_p8_a_decoder_that_hangs_is_named_and_closing_does_not_wait_for_it(
     began = time.monotonic()
     loader.close()
     assert time.monotonic() - began < 1
+
+
+def test_p8_closing_a_loader_early_does_not_wait_for_a_file_whose_opening_hangs(
+    tmp_path: Path, clip: ClipSpec, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_shard, calls, hangs = LocalStore.open_shard, iter(range(1000)), threading.Event()
+
+    def open_then_hang(self: LocalStore, shard: ShardEntry) -> int:
+        if next(calls) >= 4:
+            hangs.set()
+            gate.wait()
+        return open_shard(self, shard)
+
+    monkeypatch.setattr(LocalStore, "open_shard", open_then_hang)
+    shard_set = make_shard_set(tmp_path, make_samples(12, num_frames=4), samples_per_shard=1)
+    loader = make_loader(shard_set, clip, stall_timeout_seconds=0.5, prefetch_steps=1)
+    batches = loader.batches(0)
+    next(batches)
+    assert hangs.wait(5)
+    closing = threading.Thread(target=loader.close, daemon=True)
+    closing.start()
+    closing.join(5)
+    assert not closing.is_alive()
 
 
 def test_p8_a_thread_that_ends_without_a_word_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

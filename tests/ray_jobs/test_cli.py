@@ -10,6 +10,8 @@ import pytest
 
 from ray_jobs import environment
 from ray_jobs.cli import main
+from ray_jobs.commands.train import with_options
+from ray_jobs.config.recipe_file import load_recipe
 from support.annotations import EPIC_SOUNDS_HEADER, epic_sounds_row, touch, write_lines
 from support.fake_shards import flip_byte
 from support.media import make_clip
@@ -276,3 +278,8 @@ def test_threads_wait_without_spinning_unless_the_user_says_otherwise(monkeypatc
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     environment.wait_passively()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+@pytest.mark.parametrize("place", ['/data/it\'s "mine"', "/data/back\\slash", "/data/ü", "s3://bucket/set"])
+def test_data_names_its_shards_to_the_letter(place: str) -> None:
+    assert load_recipe("smoke", with_options(None, data=place, workers=None)).data.train == place

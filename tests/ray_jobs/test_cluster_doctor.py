@@ -160,9 +160,19 @@ def test_the_command_tells_the_cluster_and_ends_with_4_naming_check_and_node(mon
     assert f"memory on {B}" in str(shown.exception)
 
 
-def test_storage_without_a_cluster_is_refused() -> None:
-    done = CliRunner().invoke(app, ["doctor", "--storage", "/runs"])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--storage", "/runs"], "--storage: expected --ray-address beside it"),
+        (["--i-accept-open-ray"], "--i-accept-open-ray: expected --ray-address beside it"),
+        (["--ray-address", "auto", "--out", "runs"], "--out: expected no --ray-address beside it"),
+        (["--ray-address", "auto", "--tracking-uri", "runs"], "--tracking-uri: expected no --ray-address beside it"),
+    ],
+)
+def test_options_of_the_other_examination_are_refused(options: list[str], told: str) -> None:
+    done = CliRunner().invoke(app, ["doctor", *options])
     assert isinstance(done.exception, UserInputError)
+    assert str(done.exception).startswith(told)
 
 
 def test_a_node_examines_itself_and_signs_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,19 @@ def test_a_ray_of_our_own_has_a_token_no_dashboard_and_leaves_nothing(
     assert not folder.exists()
 
 
+def test_a_ray_of_our_own_that_does_not_start_is_a_fault_of_the_machine(
+    calls: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(**options: Any) -> None:
+        raise Exception("The current node timed out during startup.\nMore words.")
+
+    monkeypatch.setattr(ray, "init", late)
+    told = r"Ray did not start on this machine: The current node timed out during startup\.; run again"
+    with pytest.raises(EnvironmentFault, match=told), ray_session("local", access=UNKNOWN):
+        pytest.fail("started")
+    assert calls == [("shutdown", {})]
+
+
 def test_a_cluster_is_left_when_the_block_fails(calls: list[tuple[str, dict[str, Any]]]) -> None:
     with pytest.raises(ZeroDivisionError), ray_session("auto", access=KNOWN):
         raise ZeroDivisionError

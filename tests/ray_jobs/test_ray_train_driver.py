@@ -1,10 +1,6 @@
 """The driver while the workers train, and how they hear of each other: with a clock and workers made up."""
 
-import contextlib
-import os
 import signal
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -12,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ca2st.errors import DataDamageError, RetriesUsedUpError
+from ca2st.errors import DataDamageError, EnvironmentFault, RetriesUsedUpError
 from ca2st.training.errors import InterruptedRunError, TerminatedError
 from ca2st.training.signals import StopRequest
 from ray_jobs.config.recipe import Recipe
@@ -20,7 +16,6 @@ from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.ray_train.demand import demand_of
 from ray_jobs.ray_train.driver import Fleet
 from ray_jobs.ray_train.launch_folder import LaunchFolder
-from ray_jobs.ray_train.stopping import ended_by_signals, hold, preemption_notice, watching
 from ray_jobs.ray_train.supervision import FINAL_GRACE_SECONDS, Situation, Supervision, next_move
 from ray_jobs.running.failure_record import FailureRecord, keep_failure
 from ray_jobs.running.worker import Job
@@ -42,6 +37,7 @@ WAITING = Situation(
         ({"since_final": FINAL_GRACE_SECONDS - 1}, "wait"),
         ({"since_final": FINAL_GRACE_SECONDS}, "end failed"),
         ({"since_final": FINAL_GRACE_SECONDS, "ended": True}, "finish"),
+        ({"stop_asked": True, "since_passed_on": 25.0, "since_final": 1.0}, "end failed"),
     ],
 )
 def test_t14_the_driver_waits_as_long_as_workers_may_need_and_no_longer(changes: dict[str, object], move: str) -> None:
@@ -145,6 +141,25 @@ def test_t4_ranks_that_wait_for_the_failed_one_for_ever_are_ended_within_ten_sec
     assert driver.now - 1.0 < 10.0
 
 
+@pytest.mark.parametrize("attempt", [None, 1])
+def test_t14_a_failure_that_a_full_disk_left_off_the_record_still_ends_by_its_own_exit_code(
+    driver: Driver, attempt: int | None
+) -> None:
+    if attempt is not None:
+        driver.fails(final=False, attempt=attempt)
+    told = {"status": "failed", "message": "rank 0: its state is NOT saved", "exit_code": "4"}
+    driver.at[1.0] = lambda: driver.fit.set_result(told)
+    with pytest.raises(EnvironmentFault, match="its state is NOT saved"):
+        driver.watch()
+
+
+def test_t14_a_stop_that_finds_no_worker_training_does_not_say_that_one_saved(driver: Driver) -> None:
+    driver.at[1.0] = driver.stop.request
+    driver.at[2.0] = lambda: driver.ends("stopped")
+    with pytest.raises(TerminatedError, match="the newest checkpoint counts; rerun to resume"):
+        driver.watch()
+
+
 def test_t13_each_failed_attempt_is_told_once(driver: Driver, capsys: pytest.CaptureFixture[str]) -> None:
     driver.at[1.0] = lambda: driver.fails(final=False, attempt=1)
     driver.at[5.0] = lambda: driver.fails(final=False, attempt=2)
@@ -177,88 +192,6 @@ def test_what_ray_raises_passes_through(driver: Driver) -> None:
     driver.fit.set_exception(RuntimeError("controller died"))
     with pytest.raises(RuntimeError, match="controller died"):
         driver.watch()
-
-
-@pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, TerminatedError), (signal.SIGINT, InterruptedRunError)])
-def test_j6_a_signal_while_nothing_is_to_be_saved_ends_through_the_cleaning_up(
-    number: int, kind: type[Exception]
-) -> None:
-    before, cleaned = signal.getsignal(number), list[object]()
-
-    def connect() -> None:
-        try:
-            with contextlib.suppress(Exception):  # as a library might, that tries again
-                os.kill(os.getpid(), number)
-                time.sleep(10)
-        finally:
-            cleaned.append(signal.getsignal(number))
-
-    with pytest.raises(kind, match="rerun to resume"), ended_by_signals("rerun to resume"):
-        connect()
-    assert cleaned == [signal.SIG_DFL], "a second signal ends at once"
-    assert signal.getsignal(number) == before
-
-
-# --- how a worker learns of a stop
-
-
-def test_t14_a_worker_hears_of_the_stop_file_in_a_thread_of_its_own(tmp_path: Path) -> None:
-    folder = LaunchFolder.make(tmp_path, "run")
-    with watching(folder.stop_signal, poll_seconds=0.01) as stop:
-        time.sleep(0.05)
-        assert stop.signal_number == 0
-        folder.ask_stop(signal.SIGINT)
-        _until(lambda: stop.signal_number == signal.SIGINT)
-
-
-def test_t14_storage_that_does_not_answer_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
-    answers = iter([OSError("stale file handle"), OSError("stale file handle"), ValueError("half a file")])
-
-    def ask() -> int:
-        error = next(answers, None)
-        if error is not None:
-            raise error
-        return int(signal.SIGTERM)
-
-    with watching(ask, poll_seconds=0.01) as stop:
-        _until(lambda: stop.signal_number == signal.SIGTERM)
-    assert caplog.text.count("stale file handle") == 1
-    assert "half a file" not in caplog.text
-
-
-def test_t14_after_a_notice_a_worker_holds_until_somebody_stops_the_run(tmp_path: Path) -> None:
-    folder = LaunchFolder.make(tmp_path, "run")
-    holding = threading.Thread(target=hold, args=(folder.stop_signal,), kwargs={"poll_seconds": 0.01})
-    holding.start()
-    holding.join(0.05)
-    assert holding.is_alive()
-    folder.ask_stop(signal.SIGTERM)
-    holding.join(10)
-    assert not holding.is_alive()
-
-
-def test_t14_rays_notice_is_read_where_ray_keeps_it() -> None:
-    from ray.train.v2._internal.execution import context
-    from ray.train.v2._internal.execution.preemption import PreemptionContext
-    from ray.train.v2.api.preemption import PreemptionInfo
-
-    class Context:
-        preemption_context = PreemptionContext()
-
-    info = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a" * 56: [1]})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(context, "_train_context", Context)
-        assert preemption_notice() is None
-        Context.preemption_context.preemption_info = info
-        assert preemption_notice() is info
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        time.sleep(0.01)
-    pytest.fail("never happened")
 
 
 # --- the files between driver and workers
@@ -307,7 +240,8 @@ def test_t4_a_final_failure_is_told_as_such_though_a_rank_that_only_heard_of_it_
 def test_t14_nodes_taken_away_too_often_end_the_run_by_the_setting_that_allows_more(
     driver: Driver, tiny_recipe: Recipe
 ) -> None:
-    from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+    from ray.exceptions import ActorDiedError
+    from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
     from ray.train.v2.api.preemption import PreemptionInfo
 
     fleet = fleet_of(driver, tiny_recipe)
@@ -315,11 +249,16 @@ def test_t14_nodes_taken_away_too_often_end_the_run_by_the_setting_that_allows_m
     used_up = fleet._ended_by(PreemptionError(info, drain_timed_out=True), driver.supervision)  # as `train` asks it
     assert isinstance(used_up, RetriesUsedUpError)
     assert "launch.max_preemptions (-1)" in str(used_up)
-    driver.fails(final=False)
+    announced = ActorDiedError()
+    announced._preempted = True
+    driver.fails(final=False)  # on record is who spoke first; what is counted is what Ray found
+    taken = WorkerGroupError("a worker died", {0: RuntimeError("cut"), 1: announced})
+    assert "max_preemptions" in str(fleet._ended_by(taken, driver.supervision))
     died = WorkerGroupError("a worker died", {1: RuntimeError("died")})
     assert "max_preemptions" not in str(fleet._ended_by(died, driver.supervision))
     driver.fails(final=False, attempt=2, preempted=True)
-    assert "max_preemptions" in str(fleet._ended_by(died, driver.supervision))
+    unable = ControllerError(RuntimeError("cannot place the workers"))
+    assert "cannot place the workers" in str(fleet._ended_by(unable, driver.supervision))
 
 
 def fleet_of(driver: Driver, recipe: Recipe) -> Fleet:

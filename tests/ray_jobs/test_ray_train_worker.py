@@ -1,7 +1,9 @@
 """A Ray worker's life, and what is told of one that died: Ray's part played by the test."""
 
+import contextlib
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,10 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from ca2st.durable import InjectedFault
 from ca2st.errors import DataDamageError
-from ca2st.training.errors import PeerFailedError, TerminatedError
+from ca2st.training.errors import PeerFailedError, StopNotSavedError, TerminatedError
 from ray_jobs.config.launch import LaunchConfig
 from ray_jobs.every_node import Node
-from ray_jobs.ray_train import lost_workers, worker_life
+from ray_jobs.ray_train import lost_workers, stopping, worker_life
 from ray_jobs.ray_train.demand import demand_of
 from ray_jobs.ray_train.launch_folder import LaunchFolder
 from ray_jobs.ray_train.lost_workers import LostWorkers, death_record, died_of
@@ -123,6 +125,32 @@ def test_t14_after_a_preemption_a_worker_holds_its_place_until_ray_takes_it_down
         group.worker(raising(TerminatedError("stopped by signal 1 after step 6")))
     assert read_failure(group.folder.run_dir) is None
     assert "a node will be taken away: the state is saved; Ray starts the workers again" in capsys.readouterr().err
+
+
+def test_t14_a_worker_that_holds_its_place_outlives_storage_that_does_not_answer(
+    group: Group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers: list[int | OSError] = [0, OSError("stale"), OSError("stale"), 0, OSError("stale"), signal.SIGTERM]
+
+    def stop_signal(_folder: LaunchFolder) -> int:
+        if isinstance(answer := answers.pop(0), OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(LaunchFolder, "stop_signal", stop_signal)
+    monkeypatch.setattr(worker_life, "hold", partial(stopping.hold, poll_seconds=0.0))
+    monkeypatch.setattr(worker_life, "watching", lambda _ask: contextlib.nullcontext())
+    assert group.worker(raising(TerminatedError("stopped by signal 1 after step 6")))["status"] == "stopped"
+    assert (answers, caplog.text.count("stale")) == ([], 1)
+
+
+def test_t14_what_a_full_disk_keeps_off_the_record_the_driver_is_told_with_its_exit_code(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_life, "keep_failure", lambda _folder, new: new)
+    ended = group.worker(raising(StopNotSavedError("its state is NOT saved", signal_number=signal.SIGTERM)))
+    assert (ended["status"], ended["exit_code"]) == ("failed", "4")
+    assert ended["message"].endswith("its state is NOT saved")
 
 
 # --- T2: workers that died

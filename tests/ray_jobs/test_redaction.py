@@ -65,10 +65,12 @@ def test_k8_a_stream_hides_secrets_however_its_text_is_cut(text: str) -> None:
         "s3://bucket/folder",
         "http://127.0.0.1:5000/path?page_token_count=3",
         "a token of thanks",
+        "p0?",
     ],
 )
 def test_k8_what_holds_no_secret_stays_as_it_is(text: str) -> None:
     assert redacted(text) == text
+    assert without_credentials(text) == text
 
 
 @pytest.mark.parametrize("name", ["password", "tracking.token", "aws_secret_access_key", "API-Key", "Authorization"])

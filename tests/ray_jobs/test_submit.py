@@ -309,6 +309,21 @@ def test_ctrl_c_while_a_job_is_sent_tells_whether_it_was_taken(recipe: Path, job
     assert f"ray job stop --address http://head:8265 {jobs.sent[0]['submission_id']}" in done.stderr
 
 
+def test_a_second_ctrl_c_does_not_claim_that_the_job_was_taken(recipe: Path, jobs: FakeJobs) -> None:
+    class Impatient(FakeJobs):
+        def submit_job(self, **request: Any) -> str:
+            raise KeyboardInterrupt
+
+        def get_job_info(self, job_id: str, /) -> FakeDetails:
+            raise KeyboardInterrupt
+
+    jobs.__class__ = Impatient
+    done = submitted(recipe, "--no-wait")
+    assert done.exception.exit_code == 130
+    assert "was taken is not known (KeyboardInterrupt)" in str(done.exception)
+    assert "the job goes on" not in done.stderr
+
+
 def test_ctrl_c_while_a_job_is_sent_to_a_server_that_no_longer_answers_says_how_to_ask(
     recipe: Path, jobs: FakeJobs
 ) -> None:

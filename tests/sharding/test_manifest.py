@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sharding.errors import ManifestError, ShardDamageError
-from sharding.manifest import MANIFEST_NAME, AudioParameters, LabelSpace, VideoParameters, read_manifest
+from sharding.manifest import MANIFEST_NAME, AudioParameters, LabelSpace, VideoParameters, read_manifest, sha256_of_json
 from sharding.shard_set import SHARDS_NAME, ShardEntry, read_shard_set, write_shard_set
 
 SHARDS = (
@@ -75,6 +75,16 @@ def test_c18_a_newer_format_version_is_refused_clearly(tmp_path: Path) -> None:
     payload = json.loads((written(tmp_path) / MANIFEST_NAME).read_text())
     (tmp_path / MANIFEST_NAME).write_text(json.dumps(payload | {"format_version": 2}))
     with pytest.raises(ManifestError, match="format version 2, this ca2st reads 1"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"tiles": 4}, {"video": {"tiles": 4}}, {"label_spaces": [3]}])
+def test_c18_fields_of_another_release_are_refused_clearly(tmp_path: Path, change: dict[str, object]) -> None:
+    payload = json.loads((written(tmp_path) / MANIFEST_NAME).read_text()) | change
+    del payload["self_sha256"]
+    text = json.dumps(payload | {"self_sha256": sha256_of_json(payload)})
+    (tmp_path / MANIFEST_NAME).write_text(text)
+    with pytest.raises(ManifestError, match=r"expected the fields that this ca2st knows, found others .*release"):
         read_manifest(tmp_path)
 
 

@@ -17,6 +17,13 @@ def tracked_run(run_dir: Path, uri: str, experiment: str = "tests", **fields: An
     return run_dir
 
 
+def remote_run(run_dir: Path, uri: str) -> Path:
+    """A run at a server's address with two lines to send."""
+    tracked_run(run_dir, uri)
+    write(run_dir, start(), step(1, 3.0))
+    return run_dir
+
+
 def write(run_dir: Path, *events: dict[str, Any], attempt: int = 1) -> None:
     with (run_dir / "journal.jsonl").open("a") as file:
         for event in events:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ray_jobs.tracking.client import open_client
+from support.fake_mlflow import FakeMlflow, served
 from support.tracked_runs import tracked_run
 
 
@@ -34,3 +35,15 @@ def extras(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in EXTRAS:
         monkeypatch.setitem(EXTRAS, name, lambda client, run_id, folder, name=name: called.append(name))
     return called
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeMlflow:
+    """A server that is away until it is served, and a client that soon gives up."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    server = FakeMlflow()
+    with served(server):
+        pass  # it has a port now, at which nobody listens
+    server.released.clear()
+    return server

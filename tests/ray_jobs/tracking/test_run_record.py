@@ -14,7 +14,7 @@ from ca2st.training.lock import locked
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.tracking.orphans import FOLDER_TAG, HOST_TAG, alive, end_orphans, is_alive
 from ray_jobs.tracking.sender import Sender
-from ray_jobs.tracking.state import read_state
+from ray_jobs.tracking.state import read_state, unsent_bytes
 from ray_jobs.tracking.tracker import log_metrics, sync
 from support.tracked_runs import end, losses, run_of, start, step, tracked_run, write
 
@@ -167,6 +167,20 @@ def test_k5_an_orphan_whose_end_was_only_not_sent_ends_as_it_did(killed_run: Pat
     write(killed_run, end("done", 1))
     assert end_orphans(next_run, host=HERE, say=print) == []
     assert run_of(killed_run).info.status == "FINISHED"
+
+
+def test_k5_an_orphan_half_sent_when_its_sender_must_end_is_left_for_the_next(killed_run: Path, next_run: Path) -> None:
+    write(killed_run, *(step(number, 1 / number) for number in range(2, 401)))
+    before = read_state(killed_run).progress.sent_bytes
+
+    def is_asked_to_end() -> bool:
+        return read_state(killed_run).progress.sent_bytes > before
+
+    assert end_orphans(next_run, host=HERE, say=print, is_asked_to_end=is_asked_to_end) == []
+    assert unsent_bytes(killed_run) > 0
+    assert run_of(killed_run).info.status == "RUNNING"
+    assert end_orphans(next_run, host=HERE, say=print) == [read_state(killed_run).run_id]
+    assert len(losses(killed_run)) == 400
 
 
 @pytest.mark.parametrize("lock", ["run.lock", "follower.lock"])

@@ -1,12 +1,13 @@
 """A store that is away, silent or unwilling costs the training nothing, and nothing is lost."""
 
+import contextlib
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.tracking import following
 from ray_jobs.tracking.client import anchored, is_making_tables, knock, reachable
 from ray_jobs.tracking.complaints import Complaint, StoreError, complaint_of_error, complaint_of_status
-from ray_jobs.tracking.follower import follow
 from ray_jobs.tracking.following import finish_following, missing_words, patience_seconds
 from ray_jobs.tracking.orphans import alive, is_alive, is_ready, show_ready
 from ray_jobs.tracking.patience import TroubleLog, pause_seconds
@@ -25,30 +25,13 @@ from ray_jobs.tracking.sender import Sender
 from ray_jobs.tracking.state import read_state, unsent_bytes
 from ray_jobs.tracking.tracker import sync
 from support.fake_mlflow import FakeMlflow, served
-from support.tracked_runs import losses, start, step, tracked_run, write
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeMlflow:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    server = FakeMlflow()
-    with served(server):
-        pass  # it has a port now, at which nobody listens
-    server.released.clear()
-    return server
-
-
-def remote_run(tmp_path: Path, fake: FakeMlflow) -> Path:
-    run_dir = tracked_run(tmp_path / "runs" / "mine", fake.uri)
-    write(run_dir, start(), step(1, 3.0))
-    return run_dir
+from support.tracked_runs import losses, remote_run, start, step, tracked_run, write
 
 
 def test_k1_a_server_away_at_the_start_in_the_middle_and_at_the_end_gets_everything_when_it_is_back(
     tmp_path: Path, fake: FakeMlflow
 ) -> None:
-    run_dir = remote_run(tmp_path, fake)
+    run_dir = remote_run(tmp_path / "runs" / "mine", fake.uri)
     follower = Sender(run_dir, print)
     with pytest.raises(TrackingUnavailableError, match=r"cannot be reached.*Connection refused.*ca2st track sync"):
         follower.send()
@@ -67,7 +50,7 @@ def test_k1_a_server_away_at_the_start_in_the_middle_and_at_the_end_gets_everyth
 
 
 def test_a_follower_with_nothing_to_send_asks_the_server_nothing(tmp_path: Path, fake: FakeMlflow) -> None:
-    run_dir = remote_run(tmp_path, fake)
+    run_dir = remote_run(tmp_path / "runs" / "mine", fake.uri)
     follower = Sender(run_dir, print)
     with served(fake):
         follower.send()
@@ -100,7 +83,8 @@ def test_an_sqlite_file_named_from_here_is_found_from_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert anchored("sqlite:///runs/mlflow.db?timeout=5") == f"sqlite:///{tmp_path}/runs/mlflow.db?timeout=5"
+    for written in ("runs/mlflow.db", "./runs/mlflow.db", "runs//mlflow.db"):
+        assert anchored(f"sqlite:///{written}?timeout=5") == f"sqlite:///{tmp_path}/runs/mlflow.db?timeout=5"
 
 
 def test_k1_a_damaged_store_is_told_and_gets_everything_once_it_is_restored(tmp_path: Path, store: str) -> None:
@@ -116,10 +100,34 @@ def test_k1_a_damaged_store_is_told_and_gets_everything_once_it_is_restored(tmp_
     assert losses(run_dir) == [(1, 3.0)]
 
 
+def test_k1_an_sqlite_file_that_cannot_be_opened_is_told_at_once(tmp_path: Path, store: str) -> None:
+    (tmp_path / "mlflow.db").mkdir()
+    run_dir = tracked_run(tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db", experiment=tmp_path.name)
+    write(run_dir, step(1, 3.0))
+    begin = time.monotonic()
+    with pytest.raises(StoreError, match=r"unable to open database file: it is a folder.*ca2st track sync"):
+        sync(run_dir)
+    assert time.monotonic() - begin < 30  # MLflow tries for a hundred seconds
+    tracked_run(run_dir, store)
+    sync(run_dir)
+    assert losses(run_dir) == [(1, 3.0)]
+
+
+def test_a_store_that_is_locked_for_a_moment_is_waited_for(store: str, run_dir: Path) -> None:
+    write(run_dir, start(), step(1, 3.0))
+    with contextlib.closing(sqlite3.connect(store.removeprefix("sqlite:///"), check_same_thread=False)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        letting_go = threading.Timer(0.5, other.rollback)
+        letting_go.start()
+        sync(run_dir)
+        letting_go.join()
+    assert losses(run_dir) == [(1, 3.0)]
+
+
 def test_k1_a_follower_that_hangs_at_the_end_is_ended_and_the_person_told_what_to_do(
     tmp_path: Path, fake: FakeMlflow, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_dir = remote_run(tmp_path, fake)
+    run_dir = remote_run(tmp_path / "runs" / "mine", fake.uri)
     monkeypatch.setattr(following, "_SILENT_SECONDS", 0.3)
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
     hanging = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
@@ -127,6 +135,8 @@ def test_k1_a_follower_that_hangs_at_the_end_is_ended_and_the_person_told_what_t
     with hanging.stdout as ready:
         ready.readline()
         (run_dir / "follower.lock").write_text(str(hanging.pid))
+        an_hour_ahead = time.time() + 3600  # the clock of the folder's server
+        os.utime(run_dir / "follower.lock", (an_hour_ahead, an_hour_ahead))
         finish_following(run_dir, hanging)
     assert hanging.returncode == -signal.SIGKILL
     assert f"bytes of the journal of this run; send it by `ca2st track sync {run_dir}`" in capsys.readouterr().err
@@ -177,7 +187,7 @@ def test_a_store_whose_tables_are_being_made_is_told_from_one_that_is_stuck(tmp_
 def test_k2_every_refusal_of_a_server_is_told_for_what_it_is(
     tmp_path: Path, fake: FakeMlflow, status: int, kind: str, match: str
 ) -> None:
-    run_dir = remote_run(tmp_path, fake)
+    run_dir = remote_run(tmp_path / "runs" / "mine", fake.uri)
     fake.status = status
     with served(fake):
         with pytest.raises(StoreError, match=match) as caught:
@@ -190,7 +200,7 @@ def test_k2_every_refusal_of_a_server_is_told_for_what_it_is(
 
 
 def test_k2_a_server_that_accepts_and_never_answers_is_given_up(tmp_path: Path, fake: FakeMlflow) -> None:
-    run_dir = remote_run(tmp_path, fake)
+    run_dir = remote_run(tmp_path / "runs" / "mine", fake.uri)
     fake.is_silent = True
     follower = Sender(run_dir, print)
     with served(fake):
@@ -244,45 +254,6 @@ def test_k2_a_trouble_is_told_once_with_its_count_when_it_changes_or_ends() -> N
     assert told == ["away 1", "(the same 2 times more)", "no entry", "MLflow answers again, after 4 tries in vain"]
     log.failed(StoreError("away again", complaint_of_error(OSError("gone"))))
     assert told[-1] == "away again"
-
-
-@pytest.fixture
-def own_signals() -> Iterator[None]:
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("own_signals")
-def test_k2_refused_credentials_are_told_once_and_not_asked_again_every_two_seconds(
-    tmp_path: Path, fake: FakeMlflow
-) -> None:
-    run_dir = remote_run(tmp_path, fake)
-    fake.status = 401
-    told: list[str] = []
-
-    def end_soon() -> None:
-        if fake.asked.wait(60):
-            threading.Event().wait(0.5)  # fifty intervals
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    ender = threading.Thread(target=end_soon)
-    with served(fake):
-        ender.start()
-        follow(run_dir, parent_pid=os.getppid(), say=told.append, interval_seconds=0.01)
-        ender.join()
-    assert fake.num_requests == 3  # the first try, the question why, and the last one at the end
-    assert [line for line in told if "refuses the credentials" in line] == told[:1]
-    assert told[1:] == ["(the same 1 times more)"]
-
-
-@pytest.mark.usefixtures("own_signals")
-def test_a_follower_sends_the_rest_and_ends_when_who_trains_is_gone(tmp_path: Path, fake: FakeMlflow) -> None:
-    run_dir = remote_run(tmp_path, fake)
-    with served(fake):
-        follow(run_dir, parent_pid=-1, say=print, interval_seconds=0.01)
-    assert fake.losses() == [(1, 3.0)]
 
 
 def test_k8_an_error_of_a_store_never_shows_its_password() -> None:

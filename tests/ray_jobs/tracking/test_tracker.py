@@ -81,7 +81,18 @@ def test_a_torn_last_line_waits_for_its_end(run_dir: Path) -> None:
         file.write('{"event":"step","st')
     sync(run_dir)
     assert losses(run_dir) == [(1, 3.0)]
+    assert unsent_bytes(run_dir) == 0  # nobody can send it: no warning asks for that
+    with (run_dir / "journal.jsonl").open("a") as file:
+        file.write('ep":2,"attempt":1,"time":1700000001,"epoch":0,"loss":2.0,"lr":0.1}\n{"event":"st')
     assert unsent_bytes(run_dir) > 0
+    sync(run_dir)
+    assert losses(run_dir) == [(1, 3.0), (2, 2.0)]
+
+
+def test_a_journal_that_is_one_torn_line_makes_no_run(run_dir: Path) -> None:
+    (run_dir / "journal.jsonl").write_text('{"event":"start"' + " " * 200_000)
+    assert sync(run_dir) == 0
+    assert read_state(run_dir).run_id is None
 
 
 def test_hundreds_of_steps_go_in_batches_and_all_arrive(run_dir: Path) -> None:

@@ -1,8 +1,8 @@
-"""How many threads a machine has room for."""
+"""How many threads this process has room for."""
 
 import os
 
 
-def usable_cores() -> int:
+def num_cores() -> int:
     """Processor cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
