@@ -332,7 +332,7 @@ def test_a_wrong_setting_is_refused_before_anything_is_made(tmp_path: Path, over
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"recipe": "smoke", "data_folder": Path("videos")}, {"data": Path("shards"), "data_folder": Path("videos")}],
+    [{}, {"recipe": "smoke", "data_folder": Path("videos")}, {"data": "shards", "data_folder": Path("videos")}],
 )
 def test_either_a_recipe_or_a_folder_is_asked_for(arguments: dict[str, Any]) -> None:
     with pytest.raises(UserInputError, match=r"expected either a recipe .* or --data-folder DIR"):
