@@ -15,7 +15,6 @@ Key = tuple[str | int, ...]
 _COUNTER_ZERO = np.zeros(4, dtype=np.uint64)
 _USED_UP = 4
 """Words of a Philox block: none of the buffered ones is left."""
-
 _FEW = 32
 """Up to so many words are read one by one: NumPy gives the interpreter away before it fills an array, and to have it
 back from another thread takes far longer than the words."""

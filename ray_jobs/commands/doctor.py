@@ -11,8 +11,6 @@ from ray_jobs.commands.partner_options import refuse_other_examination
 if TYPE_CHECKING:
     from ray_jobs.doctor.finding import Finding
 
-_RUNS_FOLDER = "runs"
-
 
 def doctor(
     out: Annotated[Path | None, typer.Option(help="Folder that runs are written under; default: runs.")] = None,
@@ -38,6 +36,7 @@ def doctor(
     Example: ca2st doctor, or: ca2st doctor --ray-address auto --storage /shared/runs
     """
     from ca2st.errors import EnvironmentFault
+    from ray_jobs.config.launch import LaunchConfig
     from ray_jobs.console import print_json
 
     refuse_other_examination(
@@ -46,7 +45,7 @@ def doctor(
         of_cluster={"--storage": storage, "--i-accept-open-ray": accept_open_ray},
     )
     if ray_address is None:
-        findings = _examine_machine(out or Path(_RUNS_FOLDER), tracking_uri, show=not as_json)
+        findings = _examine_machine(out or Path(LaunchConfig().runs_folder), tracking_uri, show=not as_json)
     else:
         findings = _examine_cluster(ray_address, storage or [], accept_open_ray, show=not as_json)
     if as_json:

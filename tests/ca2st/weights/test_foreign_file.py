@@ -150,6 +150,18 @@ def test_5_1_a_truncated_archive_is_damage(tmp_path, out, share, kind):
         read(path, out)
 
 
+@pytest.mark.parametrize(("place", "value", "found"), [(6, 255, "zip file version 25.5"), (8, 0x20, "patched data")])
+def test_5_1_a_zip_header_that_asks_for_what_no_reader_has_is_damage(tmp_path, out, place, value, found):
+    path = _saved(tmp_path, STATE)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + place] = value  # the first entry of the directory: version needed, flags
+    path.write_bytes(data)
+    with pytest.raises(
+        WeightsDamageError, match=f"expected a whole zip archive, found: .*{found}.*fetch the file again"
+    ):
+        read(path, out)
+
+
 def test_5_1_a_truncated_old_pickle_is_damage(tmp_path, out):
     path = _saved(tmp_path, STATE, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes()[:-10])
