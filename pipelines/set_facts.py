@@ -55,6 +55,8 @@ class SetFacts:
     """All shards and indexes."""
     rejected: Mapping[str, int]
     """By reason, as the conversion counted them."""
+    notes: Mapping[str, int]
+    """What was unusual about the sources and accepted, by kind."""
     classes: Mapping[str, Mapping[str, int]]
     """Samples of each class, by label space."""
     duration_seconds: Spread
@@ -94,6 +96,7 @@ def set_facts(shard_set: ShardSet) -> SetFacts:
         num_shards=manifest.num_shards,
         shard_bytes=sum(shard.bytes + shard.index_bytes for shard in shard_set.shards),
         rejected=dict(manifest.rejected),
+        notes=dict(manifest.notes),
         classes={space.name: _named(space, found) for space, found in zip(manifest.label_spaces, counts, strict=True)},
         duration_seconds=Spread.of(durations),
         num_frames=Spread.of(values["num_frames"]),

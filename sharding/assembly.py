@@ -46,6 +46,7 @@ def assemble(
         frame_data_offset=clip.video.frame_data_offset,
         frame_bytes=clip.video.frame_bytes,
         frame_ticks=clip.video.frame_ticks,
+        notes=clip.notes,
     )
 
 
@@ -53,7 +54,7 @@ def sample_record(
     key: str, sample: SourceSample, clip: EncodedClip, spaces: tuple[LabelSpace, ...], config: ConversionConfig
 ) -> dict[str, Any]:
     """Contents of a sample's ``.json``."""
-    return {
+    record = {
         "key": key,
         "sample_id": sample.sample_id,
         "source": sample.path.name,
@@ -77,6 +78,7 @@ def sample_record(
         },
         "audio": _audio_record(clip, config),
     }
+    return record | ({"changes": dict(clip.changes)} if clip.changes else {})
 
 
 def _audio_record(clip: EncodedClip, config: ConversionConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The end of a conversion: rejects held against the budget, the manifest, written last, and the report."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ class ConversionReport:
     num_with_audio: int
     rejected: Mapping[str, int]
     """Rejected sources by reason."""
+    notes: Mapping[str, int]
+    """What was unusual about the sources and accepted, by kind: of their list and of the clips."""
     clips_per_second: float
     """Clips converted in this run by its wall time; 0 when there was nothing left to do."""
 
@@ -50,6 +53,14 @@ def require_within_budget(rejects: Sequence[Reject], source: SourceList, *, budg
             f"{rejects_in_words(rejects, source)}; all are listed in {out / REJECTS_NAME}; "
             "repair them and rerun (finished shards are kept), or raise --max-rejects"
         )
+
+
+def count_notes(source: SourceList, shards: Sequence[DoneShard]) -> dict[str, int]:
+    """Return how often each kind of note was made about the source list and the clips."""
+    counts = Counter({kind: len(places) for kind, places in source.notes.items()})
+    for shard in shards:
+        counts.update(shard.notes)
+    return dict(sorted(counts.items()))
 
 
 def write_manifest(
@@ -77,5 +88,6 @@ def write_manifest(
         "tool_versions": tool_versions,
         "source_list_sha256": source.sha256,
         "rejected": count_by_reason(rejects),
+        "notes": count_notes(source, shards),
     }
     write_shard_set(out, fields, tuple(shard.entry for shard in shards), faults=faults)

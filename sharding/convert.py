@@ -5,6 +5,7 @@ tool versions alone: not on the number of workers, an interruption, the hash see
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from ca2st.durable import NO_FAULTS, FaultPoints, sweep_temporaries
 from sharding.assembly import Outcome, ShardCutter, assemble
-from sharding.completion import ConversionReport, require_within_budget, write_manifest
+from sharding.completion import ConversionReport, count_notes, require_within_budget, write_manifest
 from sharding.conversion import ConversionConfig, conversion_identity
 from sharding.decode_child import ClipJob, EncodedClip, encode_clip
 from sharding.errors import ShardDamageError
@@ -201,11 +202,13 @@ class _Conversion:
 
     def _write_shard(self, cutter: ShardCutter) -> None:
         num_with_audio = 0
+        notes: Counter[str] = Counter()
 
         def counted() -> Iterator[StoredSample]:
             nonlocal num_with_audio
             for sample in cutter.samples():
                 num_with_audio += sample.has_audio
+                notes.update(sample.notes)
                 yield sample
 
         entry = write_shard(
@@ -216,7 +219,13 @@ class _Conversion:
             conversion=self._identity,
             faults=self._faults,
         )
-        done = DoneShard(entry=entry, covers=cutter.covers(), conversion=self._identity, num_with_audio=num_with_audio)
+        done = DoneShard(
+            entry=entry,
+            covers=cutter.covers(),
+            conversion=self._identity,
+            num_with_audio=num_with_audio,
+            notes=notes,
+        )
         self._done.append(done)
 
     def _report(self, rejected: Mapping[str, int]) -> ConversionReport:
@@ -227,6 +236,7 @@ class _Conversion:
             num_shards=len(self._done),
             num_with_audio=sum(shard.num_with_audio for shard in self._done),
             rejected=rejected,
+            notes=count_notes(self._source, self._done),
             clips_per_second=self._clips_per_second(),
         )
 

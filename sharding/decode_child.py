@@ -10,8 +10,8 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -58,6 +58,10 @@ class EncodedClip:
     source_size: tuple[int, int]
     source_bytes: int
     source_codec: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """What was done to the source on the way (turned, scaled to square pixels, a track chosen), in JSON's types."""
+    notes: tuple[str, ...] = ()
+    """Kinds of what a user should know about this clip, counted over the set: ``tone-mapped``, ``silent sound``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ one file vouches for every byte. Trainers take the manifest, never a glob.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,8 @@ class Manifest:
     num_shards: int
     shards_sha256: str
     """Hash of ``shards.parquet``."""
+    notes: Mapping[str, int] = field(default_factory=dict)
+    """What was unusual about the sources and accepted, by kind; a set without any leaves the field out."""
 
     @property
     def fingerprint(self) -> str:
@@ -117,6 +119,8 @@ class Manifest:
 
     def _payload(self) -> dict[str, Any]:
         payload = asdict(self)
+        if not self.notes:
+            del payload["notes"]
         payload["format"], payload["format_version"] = FORMAT_NAME, FORMAT_VERSION
         payload["label_spaces"] = [asdict(space) | {"sha256": space.sha256} for space in self.label_spaces]
         payload["audio_sha256"] = sha256_of_json(asdict(self.audio))

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class DoneShard:
     covers: ShardRange
     conversion: Mapping[str, Any]
     num_with_audio: int
+    notes: Mapping[str, int] = field(default_factory=dict)
+    """Samples by the kinds of their notes."""
 
 
 def read_done_shard(root: Path, number: int) -> DoneShard | None:
@@ -46,6 +48,7 @@ def read_done_shard(root: Path, number: int) -> DoneShard | None:
         if (root / name).stat().st_size != shard["bytes"]:
             return None
         conversion = dict(metadata[b"conversion"])
+        notes = dict(metadata.get(b"notes", {}))
         entry = ShardEntry(
             name=name,
             bytes=shard["bytes"],
@@ -57,7 +60,7 @@ def read_done_shard(root: Path, number: int) -> DoneShard | None:
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None
     with_audio = pc.sum(table["has_audio"]).as_py() or 0
-    return DoneShard(entry=entry, covers=covers, conversion=conversion, num_with_audio=with_audio)
+    return DoneShard(entry=entry, covers=covers, conversion=conversion, num_with_audio=with_audio, notes=notes)
 
 
 def done_shards(root: Path, identity: Mapping[str, Any]) -> list[DoneShard]:

@@ -1,6 +1,7 @@
 """What a dataset reader hands to the converter: a list of annotated segments of media files."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sharding.manifest import LabelSpace, sha256_of_json
@@ -34,6 +35,8 @@ class SourceList:
     targets: tuple[str, ...]
     """Label spaces that a training reads by default."""
     samples: tuple[SourceSample, ...]
+    notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """What a user should know about the list and was accepted: kind to the places or names concerned."""
 
     @property
     def sha256(self) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ class StoredSample:
     frame_data_offset: int
     frame_bytes: tuple[int, ...]
     frame_ticks: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+    """Kinds of what was unusual about the source; the index counts them."""
 
     @property
     def tar_bytes(self) -> int:
@@ -89,7 +92,8 @@ def write_shard(
     name = shard_name(number)
     with writing(root / name, faults=faults, point="shard") as file:
         sink = _HashingSink(file)
-        rows = _write_members(sink, samples)
+        notes: Counter[str] = Counter()
+        rows = _write_members(sink, _noted(samples, notes))
         file.flush()
         _check_headers(Path(file.name), rows)
         metadata = {
@@ -97,6 +101,8 @@ def write_shard(
             "range": _canonical(asdict(covers())),
             "shard": _canonical({"bytes": sink.num_bytes, "sha256": sink.sha256.hexdigest()}),
         }
+        if notes:
+            metadata["notes"] = _canonical(notes)
         index = encode_index(rows, metadata)
         write_bytes(root / index_name(name), index, faults=faults, point="index")
     return ShardEntry(
@@ -132,6 +138,12 @@ def _tar_writer(sink: "_HashingSink") -> Iterator[Any]:
         tar.close()
     finally:
         sink.closed_for_good = True  # a tar stream that is collected later must not write behind an error
+
+
+def _noted(samples: Iterable[StoredSample], counts: Counter[str]) -> Iterator[StoredSample]:
+    for sample in samples:
+        counts.update(sample.notes)
+        yield sample
 
 
 def _index_row(sample: StoredSample, offsets: Mapping[str, int]) -> dict[str, Any]:

@@ -40,12 +40,13 @@ def print_report(report: ConversionReport, *, as_json: bool) -> None:
         "num_classes": _class_count(report.num_classes),
         "num_shards": report.num_shards,
         "rejected": dict(report.rejected),
+        "notes": dict(report.notes),
         "clips_per_second": round(report.clips_per_second, 2),
     }
     if as_json:
         print_json(facts)
         return
-    result(table(facts | {"rejected": counted(report.rejected)}))
+    result(table(facts | {"rejected": counted(report.rejected), "notes": counted(report.notes)}))
 
 
 def _class_count(num_classes: Mapping[str, int]) -> int | dict[str, int]:

@@ -16,6 +16,7 @@ def facts_in_words(facts: SetFacts) -> dict[str, object]:
         "codec": f"{facts.codec}, {size_in_words(facts.video_bytes.mean)} a video",
         "with sound": f"{facts.num_with_audio} of {facts.num_samples}",
         "rejected": counted(facts.rejected),
+        "notes": counted(facts.notes),
     }
     for space, counts in facts.classes.items():
         sizes = sorted(counts.values())

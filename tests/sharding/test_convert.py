@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import webdataset
 from ca2st.durable import FaultPoints, InjectedFault
 from ca2st.errors import EnvironmentFault
 from sharding.convert import ConversionProgress, convert
+from sharding.decode_child import ClipJob, EncodedClip, encode_clip
 from sharding.index import decode_index
 from sharding.keys import sample_key
 from sharding.shard_set import read_shard_set
@@ -49,6 +51,24 @@ def test_the_report_and_the_manifest_say_what_was_made(reference: Reference) -> 
     assert shard_set.manifest.tool_versions.keys() >= {"av", "libavcodec", "numpy", "torch", "webdataset"}
     assert sum(shard.num_samples for shard in shard_set.shards) == 5
     assert verify_shard_set(reference.root) == []
+
+
+def encode_with_note(job: ClipJob) -> EncodedClip:
+    return replace(encode_clip(job), notes=("odd",), changes={"rotation": 90})
+
+
+def test_notes_are_counted_over_clips_and_list_in_report_and_manifest_also_when_run_again(tmp_path: Path) -> None:
+    source = replace(small_clips(tmp_path / "media", 5), notes={"labels that look alike": ("dot", "Dot")})
+    expected = {"labels that look alike": 2, "odd": 5}
+    reports = [convert(source, tmp_path / "set", small_config(), encode=encode_with_note) for _ in range(2)]
+    assert [dict(report.notes) for report in reports] == [expected, expected]
+    shard_set = read_shard_set(tmp_path / "set")
+    assert shard_set.manifest.notes == expected
+    with tarfile.open(tmp_path / "set" / shard_set.shards[0].name) as tar:
+        record = tar.extractfile(next(member for member in tar if member.name.endswith(".json")))
+        assert record is not None
+        assert json.load(record)["changes"] == {"rotation": 90}
+    assert verify_shard_set(tmp_path / "set") == []
 
 
 def test_the_index_names_every_sample_in_source_order(reference: Reference) -> None:
