@@ -90,8 +90,10 @@ def main() -> None:
 
 def _end(error: Exception, exit_code: int) -> NoReturn:
     """One line for the person, the notes that were added on the way (rank, file), and the exit code."""
+    from ray_jobs.redaction import redacted
+
     notes = "".join(f" [{note}]" for note in getattr(error, "__notes__", ()))
-    sys.stderr.write(f"error: {error}{notes}\n")
+    sys.stderr.write(redacted(f"error: {error}{notes}\n"))
     sys.exit(exit_code)
 
 

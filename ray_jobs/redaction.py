@@ -17,18 +17,62 @@ HIDDEN = "[hidden]"
 _USER_INFO = re.compile(r"(?<=://)[^/\s@]*:(?:[^/\s\"'<>]*@|[^/\s@]*@)|(?<=http://)[^/\s@]+@|(?<=https://)[^/\s@]+@")
 """``user:password@`` of an address, up to the last @ before a slash; of a web address also a name alone, which is how
 tokens are given."""
-_SENSITIVE = (
-    r"(?:password|passwd|passphrase|secret|token|credentials?|authorization|api[_-]?key|access[_-]?key(?:[_-]?id)?"
-    r"|private[_-]?key|secret[_-]?key|signature|sig)"
+_WORDS = (
+    r"(?:password|passwd|pwd|passphrase|passcode|secret|token|credentials?|authorization|signature"
+    r"|api[_-]?key|access[_-]?key(?:[_-]?id)?|account[_-]?key|private[_-]?key|secret[_-]?key)"
 )
-_QUERY = re.compile(rf"(?i)([?&](?:[\w.\-]*[_\-.])?(?:aws)?{_SENSITIVE}=)[^&\s'\"#]+")
-_HEADER = re.compile(r"(?i)\b(authorization['\"]?\s*[:=]\s*['\"]?(?:basic|bearer)?|bearer)\s+[^\s'\",]+")
-_NAME = re.compile(rf"(?i)(?:^|[_\-./ ]){_SENSITIVE}$")
+"""Ends of names whose values are secret, whatever stands before: ``sslpassword``, ``HF_TOKEN``, ``clientSecret``."""
+_SENSITIVE = rf"(?:[\w.\-]*{_WORDS}|(?:[\w.\-]*[_\-.])?(?:sig|pass|auth|jwt))"
+_START = r"(?<![\w.\-])"
+_NO_VALUE = r"(?!(?:none|null|true|false|expected)\b)"
+"""What programs write where there is no secret, and our own messages after a setting's name."""
+_BARE = r"[^\s'\"]+(?:['\"][^\s'\",;)\]}]+)*"
+"""A value without quotation marks around it; one inside is of it where it goes on behind."""
+_QUOTED = r"(?P<mark>\\*['\"]).*?(?:(?<!\\)(?P=mark)|$)"
+"""A value between quotation marks, which have backslashes before them inside of another text."""
+_QUERY = re.compile(rf"(?i)([?&#;]{_SENSITIVE}=)[^&#\s'\"<>]+")
+_FIELD = re.compile(
+    rf"(?im)(?P<name>(?P<around>\\*['\"])(?:[\w.\- ]*{_WORDS}|pass|auth)(?P=around)\s*:\s*)b?"
+    rf"(?:{_QUOTED}|-?\d[\w.+\-]*)"
+)
+"""A member of a JSON object or of a Python dict."""
+_ASSIGNED = re.compile(rf"(?im)(?P<name>(?<![\w.\-?&#;])[\w.\-]*{_WORDS})(?:\s*=\s*{_QUOTED}|={_NO_VALUE}{_BARE})")
+_OPTION = re.compile(rf"(?i)(?<![\w\-])(--?(?:[\w\-]*-)?{_WORDS}\s+)(?![\-\[])[^\s'\"]+")
+_PART = r"(?:\w+=\\*\"[^\"]*\"|[^\s'\",]+)"
+_HEADER = re.compile(
+    rf"(?i){_START}((?:proxy-)?authorization\s*[:=]\s*){_NO_VALUE}(?!\[hidden\])"
+    rf"{_PART}(?:[ \t]+{_PART})?(?:,\s*{_PART})*"
+)
+_NAMED = re.compile(
+    rf"(?i){_START}((?:[\w\-]+-{_WORDS}|password|passwd|pwd|passphrase|api[_-]?key|secret[_-]?key)\s*:[ \t]+)"
+    rf"{_NO_VALUE}{_BARE}"
+)
+"""Other headers, and settings as YAML has them."""
+_COOKIE = re.compile(r"(?i)(?<![\w\-])((?:set-)?cookie\s*:\s*)[^\r\n'\"]+")
+_BEARER = re.compile(r"\b([Bb]earer|BEARER)\s+(?![a-z]+\b)[^\s'\",]+")
+_KNOWN = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_(?=[A-Za-z]*[A-Z0-9])[A-Za-z0-9]{10,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}"
+    r"|glpat-[\w\-]{16,}|sk-(?=[\w\-]*\d)[\w\-]{16,}|xox[abeoprs]-[\w\-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{16}"
+    r"|AIza[\w\-]{30,}|ya29\.[\w\-]{16,}|dapi[0-9a-f]{32}|npm_[A-Za-z0-9]{30,}|pypi-[\w\-]{30,}"
+    r"|eyJ[\w\-]{8,}\.[\w\-]{8,}\.[\w\-]+)"
+    r"|(?s:-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z))"
+)
+"""Tokens that are known by how they begin, and private keys."""
+_NAME = re.compile(rf"(?i)(?:{_WORDS}|(?:^|[_\-./ ])(?:sig|pass|auth|jwt))$")
 
 
 def redacted(text: str) -> str:
-    """`text` with passwords and tokens of the addresses and headers in it replaced by ``[hidden]``."""
-    return _HEADER.sub(rf"\1 {HIDDEN}", _clean_addresses(text))
+    """`text` with the passwords and tokens in it replaced by ``[hidden]``.
+
+    Found are those of addresses (before the host, in the query, in the fragment), of headers, of assignments and
+    options (``HF_TOKEN=...``, ``--password ...``), of members of JSON objects, and tokens that are known by how they
+    begin.
+    """
+    text = _FIELD.sub(rf"\g<name>\g<around>{HIDDEN}\g<around>", _clean_addresses(text))
+    text = _ASSIGNED.sub(rf"\g<name>=\g<mark>{HIDDEN}\g<mark>", text)
+    for named in (_OPTION, _HEADER, _NAMED, _COOKIE):
+        text = named.sub(rf"\g<1>{HIDDEN}", text)
+    return _BEARER.sub(rf"\g<1> {HIDDEN}", text)
 
 
 class RedactedStream(io.TextIOBase):
@@ -76,10 +120,12 @@ def names_a_secret(name: str) -> bool:
 
 
 def without_credentials(uri: str) -> str:
-    """`uri` with neither user nor password nor a secret behind its ``?``, as it is kept in files."""
-    place, mark, query = re.sub(r"(?<=://)[^/\s?#]*@", "", uri).partition("?")
-    kept = "&".join(part for part in query.split("&") if _QUERY.match(f"?{part}") is None)
-    return f"{place}{mark}{kept}" if kept or not query else place
+    """`uri` with neither user nor password nor a secret behind its ``?`` or ``#``, as it is kept in files."""
+    place, *parts = re.split(r"([?#])", re.sub(r"(?<=://)[^/\s?#]*@", "", uri))
+    for mark, part in zip(parts[::2], parts[1::2], strict=True):
+        kept = "&".join(one for one in part.split("&") if _QUERY.match(f"?{one}") is None)
+        place += f"{mark}{kept}" if kept or not part else ""
+    return place
 
 
 def holds_credentials(text: str) -> bool:
@@ -102,7 +148,7 @@ def refuse_credentials(document: Mapping[str, Any]) -> None:
 
 
 def _clean_addresses(text: str) -> str:
-    return _QUERY.sub(rf"\1{HIDDEN}", _USER_INFO.sub(f"{HIDDEN}@", text))
+    return _KNOWN.sub(HIDDEN, _QUERY.sub(rf"\1{HIDDEN}", _USER_INFO.sub(f"{HIDDEN}@", text)))
 
 
 def _where_it_belongs(path: str) -> str:

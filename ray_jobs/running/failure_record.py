@@ -14,6 +14,7 @@ from pathlib import Path
 from ca2st.durable import write_bytes
 from ca2st.errors import CA2STError, DataDamageError, EnvironmentFault, NumericError, UserInputError
 from ca2st.training.errors import OutOfMemoryFault, PeerFailedError, StopNotSavedError
+from ray_jobs.redaction import redacted
 
 FAILURE_NAME = "failure.json"
 _LOCK_NAME = "failure.lock"
@@ -76,8 +77,8 @@ def is_echo(error: BaseException) -> bool:
 
 
 def message_of(error: BaseException) -> str:
-    """What `error` says, with the notes that were added on its way."""
-    return f"{error}{''.join(f' [{note}]' for note in getattr(error, '__notes__', ()))}"
+    """What `error` says, with the notes that were added on its way and without secrets."""
+    return redacted(f"{error}{''.join(f' [{note}]' for note in getattr(error, '__notes__', ()))}")
 
 
 def record_of(
