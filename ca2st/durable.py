@@ -1,7 +1,8 @@
 """The one write protocol of the project, and the fault points that prove it.
 
-Temporary name in the same folder, flush, fsync, rename, fsync of the folder: after a crash a file is either
-complete under its final name or not there. Sets of files (shards, checkpoints) are written in any order with
+Temporary name in the same folder that nobody can foresee and that must be new, flush, fsync, rename, fsync of the
+folder: after a crash a file is either complete under its final name or not there, and no symbolic link is written
+through. Sets of files (shards, checkpoints) are written in any order with
 their marker (manifest, COMPLETE.json) last.
 
 Standard library only: `sharding` and `pipelines` use it too.
@@ -10,6 +11,7 @@ Standard library only: `sharding` and `pipelines` use it too.
 import contextlib
 import errno
 import os
+import secrets
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from ca2st.errors import EnvironmentFault, UserInputError
 
 FaultKind = Literal["kill", "raise", "stop", "enospc"]
 _TEMPORARY_SUFFIX = ".tmp"
+_NAME_CHARACTERS = 50  # of the final name in a temporary one, which must not be longer than 255 bytes
 
 
 class InjectedFault(RuntimeError):  # noqa: N818  # what it is, not an error of ours
@@ -91,10 +94,14 @@ def writing(path: Path, *, faults: FaultPoints = NO_FAULTS, point: str = "file")
 
     Raises:
         EnvironmentFault: the file cannot be written (no space, no permission, read-only), naming the path.
+        UserInputError: a folder has that name, or a file that of its folder.
+        FileNotFoundError: there is no such folder.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY_SUFFIX}")
+    temporary = path.with_name(f".{path.name[:_NAME_CHARACTERS]}.{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}")
+    opened = False
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:  # x: it must be new, so no link of another's is followed
+            opened = True
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -102,21 +109,58 @@ def writing(path: Path, *, faults: FaultPoints = NO_FAULTS, point: str = "file")
         temporary.replace(path)
         fsync_folder(path.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if is_environment_error(error):
-            raise EnvironmentFault(
-                f"cannot write {path}: {error.strerror}; free space or choose another folder"
-            ) from error
+        if opened:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and (named := _named(error, path, temporary)) is not error:
+            raise named from error
         raise
     faults.reach(f"{point}.renamed")
 
 
-_ENVIRONMENT_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
+_ENVIRONMENT_ERRNOS = {
+    errno.ENOSPC: "free space there, or choose another folder",
+    errno.EDQUOT: "free space within the quota, or choose another folder",
+    errno.EFBIG: "raise the limit for the size of a file (ulimit -f), or choose another folder",
+    errno.EROFS: "make its file system writable, or choose another folder",
+    errno.EACCES: "give this user the right to write into its folder, or choose another folder",
+    errno.EPERM: "give this user the right to write into its folder, or choose another folder",
+    errno.EIO: "check the disk, or choose another folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+"""What the machine refuses, and what is needed then."""
 
 
 def is_environment_error(error: BaseException) -> TypeGuard[OSError]:
     """Whether the machine refused: no space, no permission, a read-only or failing disk."""
     return isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNOS
+
+
+def what_is_needed(error: OSError) -> str:
+    """What a user can do about what the machine refused."""
+    return _ENVIRONMENT_ERRNOS.get(error.errno or 0, "choose another folder")
+
+
+def unwritable(path: Path, error: OSError) -> EnvironmentFault:
+    """The fault to raise where the machine refuses to write `path`: what, why, and what is needed."""
+    found = error.strerror
+    if error.errno == errno.ENOSPC:
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(path.parent)
+            found = f"{found} ({disk.f_bavail * disk.f_frsize} bytes are free there)"
+    return EnvironmentFault(f"cannot write {path}: {found}; {what_is_needed(error)}")
+
+
+def _named(error: OSError, path: Path, temporary: Path) -> Exception:
+    """The error of a write as one that names the file, and not its temporary name."""
+    if is_environment_error(error):
+        return unwritable(path, error)
+    if error.errno in (errno.EISDIR, errno.ENOTDIR) and error.filename == str(temporary):
+        return UserInputError(f"cannot write {path}: {error.strerror}; choose another name")
+    if error.errno == errno.ENOENT and error.filename == str(temporary):
+        if path.parent.is_dir():
+            return EnvironmentFault(f"cannot write {path}: no file can be made in its folder; choose another folder")
+        return FileNotFoundError(error.errno, error.strerror, str(path))
+    return error
 
 
 def write_bytes(path: Path, data: bytes, *, faults: FaultPoints = NO_FAULTS, point: str = "file") -> None:
@@ -125,9 +169,29 @@ def write_bytes(path: Path, data: bytes, *, faults: FaultPoints = NO_FAULTS, poi
         file.write(data)
 
 
+def append_bytes(path: Path, data: bytes) -> None:
+    """Add `data` to the end of a file, made where there is none, and make it durable; a kill can leave a part of it.
+
+    Raises:
+        EnvironmentFault: the file cannot be written, or is a symbolic link.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise EnvironmentFault(f"cannot write {path}: expected a file, found a symbolic link; remove it") from error
+        if is_environment_error(error):
+            raise unwritable(path, error) from error
+        raise
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames and removals inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:

@@ -10,7 +10,7 @@ from typing import NoReturn
 import typer
 
 from ca2st import __version__
-from ca2st.durable import is_environment_error
+from ca2st.durable import is_environment_error, what_is_needed
 from ca2st.errors import CA2STError, EnvironmentFault
 from ray_jobs.commands import (
     bench,
@@ -82,7 +82,8 @@ def main() -> None:
     except OSError as error:
         if not is_environment_error(error):
             raise
-        _end(error, EnvironmentFault.exit_code)
+        place = f"{error.filename}: " if error.filename else ""
+        _end(EnvironmentFault(f"{place}{error.strerror}; {what_is_needed(error)}"), EnvironmentFault.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; rerun the same command to go on where it stopped\n")
         sys.exit(130)

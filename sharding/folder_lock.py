@@ -1,17 +1,26 @@
 """One converter an output folder: an advisory lock that the kernel releases when its holder dies."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypedDict
 
-from ca2st.errors import EnvironmentFault
+from ca2st.checked_json import read_json
+from ca2st.durable import is_environment_error, unwritable
+from ca2st.errors import CA2STError, EnvironmentFault
 from sharding.errors import ConversionRefusedError
 
 LOCK_NAME = ".conversion.lock"
+
+
+class _Holder(TypedDict):
+    pid: int
+    host: str
 
 
 @contextlib.contextmanager
@@ -43,6 +52,12 @@ def _acquire(path: Path) -> int:
                 "wait for it, stop it, or choose another --out"
             ) from None
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise EnvironmentFault(
+                    f"cannot lock {path}: expected a file of a conversion, found a symbolic link; remove it"
+                ) from error
+            if is_environment_error(error):
+                raise unwritable(path.parent, error) from error
             raise EnvironmentFault(f"cannot lock {path}: {error.strerror}; choose another folder") from error
         if _is_at(path, descriptor):
             return descriptor
@@ -50,7 +65,7 @@ def _acquire(path: Path) -> int:
 
 
 def _opened_and_locked(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -68,7 +83,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 def _holder(path: Path) -> str:
     try:
-        holder = json.loads(path.read_text())
-        return f"process {holder['pid']} on {holder['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
+        holder = read_json(path, _Holder)
+    except (OSError, CA2STError):
         return "an unnamed process"
+    return f"process {holder['pid']} on {holder['host']}"

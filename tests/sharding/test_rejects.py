@@ -218,6 +218,16 @@ def test_c14_a_second_converter_is_refused_and_told_the_holder(reference: Refere
     assert not (tmp_path / LOCK_NAME).exists()
 
 
+def test_a_lock_that_is_a_symbolic_link_is_refused_and_its_target_untouched(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / LOCK_NAME).symlink_to(tmp_path / "theirs")
+    with pytest.raises(EnvironmentFault, match=r"cannot lock .*expected a file of a conversion, found a symbolic link"):
+        with folder_lock(tmp_path / "out"):
+            pass
+    assert (tmp_path / "theirs").read_text() == "theirs"
+
+
 def test_a_lock_that_cannot_be_made_is_a_fault_of_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
