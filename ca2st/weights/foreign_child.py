@@ -31,6 +31,7 @@ from ca2st.weights.torchscript_zip import is_torchscript, read_torchscript
 
 WRAPPERS = ("model", "module", "state_dict", "model_state_dict")
 """Keys under which training programs keep the weights, in the order they are looked for."""
+_MOST_WRAPPERS = 4
 
 _FORBIDDEN_EVENTS = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "ctypes.dlopen")
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -56,7 +57,7 @@ class ReadFacts:
     container: str
     """`TorchScript archive`, `torch.save zip` or `torch.save pickle`."""
     wrapper: str
-    """The key that the weights were under, or empty."""
+    """The key that the weights were under, keys within keys joined by dots; or empty."""
 
 
 def serve(connection: Connection, job: ReadJob) -> None:
@@ -169,10 +170,10 @@ def _safe_globals() -> list[Any]:
 
 
 def _unwrap(found: object) -> tuple[str, dict[str, Tensor]]:
-    wrapper = ""
-    if isinstance(found, Mapping):
-        wrapper = next((key for key in WRAPPERS if isinstance(found.get(key), Mapping)), "")
-        found = found[wrapper] if wrapper else found
+    keys: list[str] = []
+    while isinstance(found, Mapping) and len(keys) < _MOST_WRAPPERS and (key := _wrapper(found)):
+        keys.append(key)
+        found = found[key]
     if not isinstance(found, Mapping) or not found:
         raise ForeignFileRefusedError(
             f"expected a dict of tensors, or one under {', '.join(WRAPPERS)}, found {type(found).__name__}"
@@ -181,7 +182,26 @@ def _unwrap(found: object) -> tuple[str, dict[str, Tensor]]:
     if others:
         shown = json.dumps(others[:8])
         raise ForeignFileRefusedError(f"expected tensors only among the weights, found other values under {shown}")
-    return wrapper, dict(found)
+    return ".".join(keys), dict(found)
+
+
+def _wrapper(found: Mapping[Any, object]) -> str:
+    """The key of the weights: a known one, or the only one that holds nothing but named tensors; empty: no such key."""
+    if known := next((key for key in WRAPPERS if isinstance(found.get(key), Mapping)), ""):
+        return known
+    states = [name for name, value in found.items() if isinstance(name, str) and _is_state(value)]
+    if len(states) > 1:
+        raise ForeignFileRefusedError(
+            f"expected one set of weights, found several, under {', '.join(map(repr, states[:8]))}; save the one that "
+            "is wanted alone"
+        )
+    return states[0] if states else ""
+
+
+def _is_state(value: object) -> bool:
+    if not isinstance(value, Mapping) or not value:
+        return False
+    return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
 
 
 def _check_tensors(tensors: Mapping[str, Tensor]) -> None:

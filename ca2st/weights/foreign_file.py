@@ -3,8 +3,10 @@
 import hashlib
 import json
 import multiprocessing
+import re
 import signal
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +15,15 @@ from torch import Tensor
 from ca2st.errors import EnvironmentFault
 from ca2st.weights.errors import ForeignFileRefusedError, WeightsDamageError
 from ca2st.weights.foreign_child import ReadFacts, ReadJob, serve
+from ca2st.weights.hub import read_json
 from ca2st.weights.tensor_file import read_tensor_file
 
 MAX_FILE_BYTES = 16 * 2**30
 TIMEOUT_SECONDS = 600.0
 """Wall time of reading one file, the start of the child included."""
 _MAX_ANSWER_BYTES = 2**20
+_INDEX_ENDING = ".safetensors.index.json"
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,11 +33,11 @@ class ForeignFile:
     path: Path
     """Where it was read."""
     sha256: str
-    """Of the file's bytes, to compare with what its author published."""
+    """Of the file's bytes, to compare with what its author published; of parts: of the lines ``sha256  name``."""
     container: str
-    """`safetensors`, `TorchScript archive`, `torch.save zip` or `torch.save pickle`."""
+    """`safetensors`, `safetensors in parts`, `TorchScript archive`, `torch.save zip` or `torch.save pickle`."""
     wrapper: str
-    """The key of the outer dict that the weights were under, or empty."""
+    """The key that the weights were under, keys within keys joined by dots; or empty."""
     tensors: dict[str, Tensor]
     """Tensors by the file's own names, on the CPU."""
     metadata: dict[str, str]
@@ -42,20 +47,26 @@ class ForeignFile:
 def read_foreign_file(path: Path, *, timeout_seconds: float = TIMEOUT_SECONDS) -> ForeignFile:
     """Read the tensors of a checkpoint in whatever container, without running anything in it.
 
+    A folder stands for the safetensors in it: one file, or parts with their index (``*.safetensors.index.json``).
+
     Raises:
         ForeignFileRefusedError: no such file, no checkpoint, or one that asks for code, time or memory.
         WeightsDamageError: the file is not whole.
         EnvironmentFault: the file may not be read.
     """
+    path = _in_folder(path) if path.is_dir() else path
     if not path.is_file():
         raise ForeignFileRefusedError(f"expected a checkpoint, found no file at {path}; check the path")
-    if (size := path.stat().st_size) > MAX_FILE_BYTES:
-        raise ForeignFileRefusedError(f"{path}: expected at most {MAX_FILE_BYTES} bytes, found {size}")
-    try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise EnvironmentFault(f"cannot read {path}: {error.strerror}; check its permissions") from error
+    if path.name.endswith(_INDEX_ENDING):
+        return _read_parts(path)
+    if part := _PART.fullmatch(path.name):
+        index = path.with_name(f"{part[1]}{_INDEX_ENDING}")
+        raise ForeignFileRefusedError(
+            f"{path}: expected a whole checkpoint, found part {int(part[2])} of {int(part[3])}; give {index} or the "
+            "folder, with all parts in it"
+        )
+    _require_size([path])
+    sha256 = _sha256(path)
     if _is_safetensors(path):
         plain = read_tensor_file(path)
         facts = ReadFacts(container="safetensors", wrapper="")
@@ -71,6 +82,69 @@ def read_foreign_file(path: Path, *, timeout_seconds: float = TIMEOUT_SECONDS) -
         tensors=tensors,
         metadata=metadata,
     )
+
+
+def _in_folder(folder: Path) -> Path:
+    """The one checkpoint in safetensors of a folder: an index of parts, or a single file."""
+    found = sorted(folder.glob(f"*{_INDEX_ENDING}")) or sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found[:6]) or "none"
+        raise ForeignFileRefusedError(
+            f"{folder}: expected one .safetensors file, or parts with one *{_INDEX_ENDING}, found {names}; give the "
+            "file itself"
+        )
+    return found[0]
+
+
+def _read_parts(index: Path) -> ForeignFile:
+    """All parts that an index names; each tensor must lie in the part that the index says, and in no other."""
+    document = read_json(index)
+    places = document.get("weight_map") if isinstance(document, Mapping) else None
+    if not isinstance(places, Mapping) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise WeightsDamageError(f"{index}: expected a weight_map of tensors to files, found none; fetch it again")
+    names = sorted(set(places.values()))
+    if unsafe := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+        raise ForeignFileRefusedError(
+            f"{index}: expected names of .safetensors files beside it, found {unsafe[0]!r}; do not trust this file"
+        )
+    parts = [index.with_name(name) for name in names]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise WeightsDamageError(
+            f"{index}: expected {len(parts)} parts beside it, found no {', '.join(missing[:6])}; fetch the others too"
+        )
+    _require_size(parts)
+    tensors: dict[str, Tensor] = {}
+    for part in parts:
+        held = read_tensor_file(part).tensors
+        told = {tensor for tensor, place in places.items() if place == part.name}
+        if other := sorted(told ^ held.keys()):
+            raise WeightsDamageError(
+                f"{part}: expected the {len(told)} tensors that {index.name} names, found {len(held)}; the first that "
+                f"differs is {other[0]}; fetch the parts of one version"
+            )
+        tensors |= held
+    lines = "".join(f"{_sha256(file)}  {file.name}\n" for file in (index, *parts))
+    return ForeignFile(
+        path=index,
+        sha256=hashlib.sha256(lines.encode()).hexdigest(),
+        container="safetensors in parts",
+        wrapper="",
+        tensors=tensors,
+        metadata={},
+    )
+
+
+def _require_size(files: Sequence[Path]) -> None:
+    if (size := sum(file.stat().st_size for file in files)) > MAX_FILE_BYTES:
+        raise ForeignFileRefusedError(f"{files[0]}: expected at most {MAX_FILE_BYTES} bytes, found {size}")
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise EnvironmentFault(f"cannot read {path}: {error.strerror}; check its permissions") from error
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError
+from ca2st.weights.errors import WeightsDamageError
 from ca2st.weights.hub_config import CONFIG_FILES, activation_of, architecture_of
 from ca2st.weights.hub_names import HubSource, resolve_hub_name
 
 ANSWER_SECONDS = 10.0
 """Longest wait for a hub's answer. Nothing is asked twice, so a command ends at once where there is no network; only a
 file whose transfer breaks off is gone on with, five times, some seconds in all."""
+_MAX_JSON_BYTES = 2**26
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -95,13 +97,40 @@ def fetch(name: str, access: HubAccess) -> FetchedFile:
         configs = [json.loads(Path(bring(config)).read_bytes()) for config in CONFIG_FILES if config in found]
         path = Path(bring(file))
     origin = Origin(source=name, repository=source.repository, revision=commit, file=file)
-    return FetchedFile(path=path, origin=_with_told(origin, source, configs))
+    return FetchedFile(path=path, origin=with_told(replace(origin, architecture=source.architecture), configs))
 
 
-def _with_told(origin: Origin, source: HubSource, configs: Sequence[object]) -> Origin:
-    """The origin with what the name and the repository's configs tell; the first that tells counts."""
-    activations = (activation_of(config, repository=source.repository) for config in configs)
-    architectures = (source.architecture, *(architecture_of(config) for config in configs))
+def configs_beside(file: Path) -> list[object]:
+    """The configurations that lie in the folder of a checkpoint, as a repository's does.
+
+    Raises:
+        WeightsDamageError: one of them is no JSON.
+    """
+    paths = [file.parent / name for name in CONFIG_FILES]
+    return [read_json(path) for path in paths if path.is_file()]
+
+
+def read_json(path: Path) -> object:
+    """A JSON file beside weights, of at most 64 MiB.
+
+    Raises:
+        WeightsDamageError: no JSON, or not readable.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes")
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsDamageError(
+            f"{path}: expected JSON that tells about the weights beside it, found: {error}; fetch it again, or move it "
+            "away"
+        ) from error
+
+
+def with_told(origin: Origin, configs: Sequence[object]) -> Origin:
+    """The origin with what its name (already there) and the configs beside the weights tell; the first counts."""
+    activations = (activation_of(config, repository=origin.repository) for config in configs)
+    architectures = (origin.architecture, *(architecture_of(config) for config in configs))
     return replace(
         origin, activation=next(filter(None, activations), ""), architecture=next(filter(None, architectures), "")
     )

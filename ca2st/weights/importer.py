@@ -1,7 +1,7 @@
 """`ca2st weights import`: a checkpoint that others wrote becomes a file of ours, whole and checked, or nothing does."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,9 +17,9 @@ from ca2st.weights.audio_positions import fit_audio_positions
 from ca2st.weights.errors import WeightsMismatchError
 from ca2st.weights.expert_file import ExpertDescription
 from ca2st.weights.foreign_file import TIMEOUT_SECONDS, ForeignFile, read_foreign_file
-from ca2st.weights.hub import Origin
+from ca2st.weights.hub import Origin, configs_beside, with_told
 from ca2st.weights.hub_config import check_activation, check_architecture
-from ca2st.weights.layouts import LAYOUTS_OF_ENCODER, translate
+from ca2st.weights.layouts import COUNTERS, LAYOUTS_OF_ENCODER, bare_names, common_prefix, translate
 from ca2st.weights.model_file import ModelDescription, ModelLoader, build_described, read_description
 from ca2st.weights.published import load_published
 from ca2st.weights.sizes import UnwrittenSizes, expert_sizes, released_sizes
@@ -55,7 +55,7 @@ class ImportReport:
     container: str
     """What kind of file it was."""
     wrapper: str
-    """The key of the outer dict that the weights were under, or empty."""
+    """The key that the weights were under, keys within keys joined by dots; or empty."""
     model: dict[str, int]
     """Width, depth, heads, patch size, and the sizes of the clip that tables depend on."""
     loaded: tuple[str, ...]
@@ -125,14 +125,15 @@ def import_weights(path: Path, out: Path, *, kind: ImportKind, options: ImportOp
 
 
 def _origin(file: ForeignFile, options: ImportOptions) -> Origin:
-    return options.origin or Origin(source=file.path.name)
+    """As given, or the file's name with what the configuration beside it tells."""
+    return options.origin or with_told(Origin(source=file.path.name), configs_beside(file.path))
 
 
 def _expert_importer(encoder: EncoderName) -> Callable[[ForeignFile, ImportOptions], _Imported]:
     def import_expert(file: ForeignFile, options: ImportOptions) -> _Imported:
         where, origin = str(file.path), _origin(file, options)
         check_activation(origin.activation, encoder, where=origin.source)
-        if origin.repository:
+        if origin.repository or origin.architecture:
             check_architecture(origin.architecture, encoder, where=origin.source)
         translation = translate(file.tensors, LAYOUTS_OF_ENCODER[encoder], where=where)
         config, clip = expert_sizes(encoder, translation.tensors, options.sizes, where=where)
@@ -171,7 +172,7 @@ def _expert_importer(encoder: EncoderName) -> Callable[[ForeignFile, ImportOptio
 def _released_importer(kind: ReleasedKind) -> Callable[[ForeignFile, ImportOptions], _Imported]:
     def import_released(file: ForeignFile, options: ImportOptions) -> _Imported:
         where = str(file.path)
-        tensors = _without_data_parallel(file.tensors)
+        tensors, counters = _without_wrappers(file.tensors, where=where)
         ours = any(name.startswith("experts.") for name in tensors)
         description = _description(kind, file, tensors, options, ours=ours)
         load: ModelLoader = load_strictly if ours else load_published
@@ -183,7 +184,7 @@ def _released_importer(kind: ReleasedKind) -> Callable[[ForeignFile, ImportOptio
             config=description.model,
             clip=description.clip,
             layout="ca2st" if ours else f"released {kind.upper()}",
-            report=report,
+            report=replace(report, unexpected=(*report.unexpected, *counters)),
             metadata=description.metadata(),
         )
 
@@ -217,9 +218,12 @@ def _description(
     return written
 
 
-def _without_data_parallel(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "module." if tensors and all(name.startswith("module.") for name in tensors) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+def _without_wrappers(tensors: Mapping[str, Tensor], *, where: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors without what wrappers put before or into all their names, and the counters beside the model."""
+    bare = bare_names(tensors, where=where)
+    prefix = common_prefix(bare)
+    named = {name.removeprefix(prefix): tensors[theirs] for name, theirs in bare.items() if name not in COUNTERS}
+    return named, [name for name in bare if name in COUNTERS]
 
 
 _IMPORTERS: dict[ImportKind, Callable[[ForeignFile, ImportOptions], _Imported]] = {

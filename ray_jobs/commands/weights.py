@@ -39,7 +39,8 @@ def import_file(
     file: Annotated[
         str,
         typer.Argument(
-            help="A checkpoint: .safetensors, .pt, .pth, .bin; its layout is detected. Or a public name: "
+            help="A checkpoint: .safetensors (one file, or a folder of parts with their index), .pt, .pth, .bin; its "
+            "layout is detected. Or a public name: "
             "hf-hub:ORG/NAME, hf-hub:ORG/NAME@REVISION, open_clip:MODEL/TAG, timm:NAME."
         ),
     ],
@@ -105,6 +106,8 @@ def _print_report(report: "ImportReport") -> None:
     result(f"{report.layout} ({report.container}{below}): {len(report.loaded)} tensors loaded into {report.out}")
     if report.origin.repository:
         result(f"  {report.origin.file} of {report.origin.repository} at {report.origin.revision}")
+    if report.kind == "clip" and not report.origin.activation and report.container != "TorchScript archive":
+        result("  the file does not say which activation it was trained with: taken for QuickGELU, as OpenAI's CLIPs")
     if report.model:
         result("  " + ", ".join(f"{name} {size}" for name, size in report.model.items()))
     for what, names in (("missing, left as a new model starts", report.missing), ("left aside", report.unexpected)):

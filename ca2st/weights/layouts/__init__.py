@@ -3,7 +3,7 @@
 from ca2st.model.config import EncoderName
 from ca2st.weights.layouts.ast import AST_LAYOUTS
 from ca2st.weights.layouts.clip import CLIP_LAYOUTS
-from ca2st.weights.layouts.layout import Layout, Translation, translate
+from ca2st.weights.layouts.layout import COUNTERS, Layout, Translation, bare_names, common_prefix, translate
 from ca2st.weights.layouts.resnet import RESNET50_LAYOUTS
 from ca2st.weights.layouts.videomae import VIDEOMAE_LAYOUTS
 
@@ -14,4 +14,4 @@ LAYOUTS_OF_ENCODER: dict[EncoderName, tuple[Layout, ...]] = {
     "resnet50": RESNET50_LAYOUTS,
 }
 
-__all__ = ["LAYOUTS_OF_ENCODER", "Layout", "Translation", "translate"]
+__all__ = ["COUNTERS", "LAYOUTS_OF_ENCODER", "Layout", "Translation", "bare_names", "common_prefix", "translate"]

@@ -1,7 +1,7 @@
 """What a layout of foreign names is, and the translation into ours: by tables, nothing is guessed."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -23,6 +23,10 @@ TIMM_LAYER = Names(
     }
 )
 """A layer of timm's vision transformers, which AST's own files keep too."""
+COUNTERS = ("n_averaged",)
+"""Names that a wrapper of a model (an average of weights) adds beside those of the model."""
+_WRAPPING = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+"""Parts of a name that torch.compile, FSDP, checkpointing and DeepSpeed put in, at any place; no model has them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,13 +70,20 @@ class Translation:
 def translate(state: Mapping[str, Tensor], layouts: Sequence[Layout], *, where: str) -> Translation:
     """Find the layout of `state` by its names and give the tensors our names.
 
+    What wrappers put before or into the names (``_orig_mod.``, ``model.`` and the like) is passed over.
+
     Raises:
         WeightsMismatchError: no layout fits, a name is unknown, or two names claim the same tensor.
     """
-    layout, prefix = _detect(state, layouts, where=where)
-    targets = _targets(state, layout, prefix)
-    unknown = sorted(name for name in state if name not in targets and not _is_ignored(name, layout))
+    bare = bare_names(state, where=where)
+    layout, prefix, outer = _detect(bare, layouts, where=where)
+    outside = sorted(bare[name] for name in bare if not name.startswith(outer) and name not in COUNTERS)
+    refuse_mismatch({f"beside those that begin with {outer!r}": outside}, where=where)
+    written = {name.removeprefix(outer): theirs for name, theirs in bare.items() if name not in COUNTERS}
+    found = _targets(written, layout, prefix)
+    unknown = sorted(written[name] for name in written if name not in found and not _is_ignored(name, layout))
     refuse_mismatch({f"unexpected in the layout {layout.name!r}": unknown}, where=where)
+    targets = {written[name]: target for name, target in found.items()}
     tensors: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     for theirs, (ours, index) in targets.items():
@@ -87,17 +98,53 @@ def translate(state: Mapping[str, Tensor], layouts: Sequence[Layout], *, where: 
     return Translation(layout=layout, tensors=tensors, used=tuple(sorted(targets)), ignored=ignored)
 
 
-def _detect(state: Mapping[str, Tensor], layouts: Sequence[Layout], *, where: str) -> tuple[Layout, str]:
-    for layout in layouts:
-        for prefix in layout.prefixes:
-            if f"{prefix}{layout.marker}" in state:
-                return layout, prefix
+def bare_names(names: Iterable[str], *, where: str) -> dict[str, str]:
+    """The names of a file by what is left of them without the parts that wrappers put in.
+
+    Raises:
+        WeightsMismatchError: nothing but such parts tells two names apart.
+    """
+    bare: dict[str, str] = {}
+    for name in names:
+        left = ".".join(part for part in name.split(".") if part not in _WRAPPING)
+        if left in bare:
+            raise WeightsMismatchError(f"{where}: {name} and {bare[left]} both stand for {left}; expected one of them")
+        bare[left] = name
+    return bare
+
+
+def common_prefix(names: Iterable[str]) -> str:
+    """What all names begin with, up to and with a dot; counters beside the model do not count."""
+    folders = [name.split(".")[:-1] for name in names if name not in COUNTERS]
+    common: list[str] = []
+    for parts in zip(*folders, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return "".join(f"{part}." for part in common)
+
+
+def _detect(names: Iterable[str], layouts: Sequence[Layout], *, where: str) -> tuple[Layout, str, str]:
+    """The layout, its prefix, and what a wrapper put before both: empty, or a name that ends with a dot."""
+    state = frozenset(names)
+    marks = [(layout, prefix, f"{prefix}{layout.marker}") for layout in layouts for prefix in layout.prefixes]
+    for layout, prefix, mark in marks:
+        if mark in state:
+            return layout, prefix, ""
+    for layout, prefix, mark in marks:
+        outer = sorted(name.removesuffix(mark) for name in state if name.endswith(f".{mark}"))
+        if len(outer) > 1:
+            raise WeightsMismatchError(
+                f"{where}: expected one {layout.name}, found several, below {', '.join(outer)}; save one of them alone"
+            )
+        if outer:
+            return layout, prefix, outer[0]
     known = "; ".join(f"{layout.name} (has {layout.marker})" for layout in layouts)
     found = ", ".join(sorted(state)[:6])
     raise WeightsMismatchError(f"{where}: expected one of the layouts {known}; found names {found}; check --kind")
 
 
-def _targets(names: Mapping[str, Tensor], layout: Layout, prefix: str) -> dict[str, tuple[str, int]]:
+def _targets(names: Iterable[str], layout: Layout, prefix: str) -> dict[str, tuple[str, int]]:
     """The file's name -> our name and its place among the joined parts."""
     once, layer, outside = layout.once.pairs(), layout.layer.pairs(), layout.outside.pairs()
     joined = {theirs: (ours, place) for ours, parts in layout.joined.items() for place, theirs in enumerate(parts)}
