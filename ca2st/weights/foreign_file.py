@@ -6,22 +6,24 @@ import multiprocessing
 import re
 import signal
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from torch import Tensor
 
+from ca2st.checked_json import DocumentError, read_json
 from ca2st.errors import EnvironmentFault
 from ca2st.weights.errors import ForeignFileRefusedError, WeightsDamageError
 from ca2st.weights.foreign_child import ReadFacts, ReadJob, serve
-from ca2st.weights.hub import read_json
 from ca2st.weights.tensor_file import read_tensor_file
 
 MAX_FILE_BYTES = 16 * 2**30
 TIMEOUT_SECONDS = 600.0
 """Wall time of reading one file, the start of the child included."""
 _MAX_ANSWER_BYTES = 2**20
+_MAX_INDEX_BYTES = 2**26
 _INDEX_ENDING = ".safetensors.index.json"
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -42,6 +44,12 @@ class ForeignFile:
     """Tensors by the file's own names, on the CPU."""
     metadata: dict[str, str]
     """Free text fields of a safetensors file."""
+
+
+class _Index(TypedDict):
+    """What is read of the index of a checkpoint in parts."""
+
+    weight_map: dict[str, str]
 
 
 def read_foreign_file(path: Path, *, timeout_seconds: float = TIMEOUT_SECONDS) -> ForeignFile:
@@ -98,10 +106,10 @@ def _in_folder(folder: Path) -> Path:
 
 def _read_parts(index: Path) -> ForeignFile:
     """All parts that an index names; each tensor must lie in the part that the index says, and in no other."""
-    document = read_json(index)
-    places = document.get("weight_map") if isinstance(document, Mapping) else None
-    if not isinstance(places, Mapping) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise WeightsDamageError(f"{index}: expected a weight_map of tensors to files, found none; fetch it again")
+    try:
+        places = read_json(index, _Index, most_bytes=_MAX_INDEX_BYTES)["weight_map"]
+    except DocumentError as error:
+        raise WeightsDamageError(f"{error}; fetch it again") from error
     names = sorted(set(places.values()))
     if unsafe := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
         raise ForeignFileRefusedError(

@@ -7,16 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from ca2st.checked_json import read_json
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError
-from ca2st.weights.errors import WeightsDamageError
 from ca2st.weights.hub_config import CONFIG_FILES, activation_of, architecture_of
 from ca2st.weights.hub_names import HubSource, resolve_hub_name
 
 ANSWER_SECONDS = 10.0
 """Longest wait for a hub's answer. Nothing is asked twice, so a command ends at once where there is no network; only a
 file whose transfer breaks off is gone on with, five times, some seconds in all."""
-_MAX_JSON_BYTES = 2**26
+_MAX_CONFIG_BYTES = 2**24
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -100,31 +101,14 @@ def fetch(name: str, access: HubAccess) -> FetchedFile:
     return FetchedFile(path=path, origin=with_told(replace(origin, architecture=source.architecture), configs))
 
 
-def configs_beside(file: Path) -> list[object]:
+def configs_beside(file: Path) -> list[dict[str, Any]]:
     """The configurations that lie in the folder of a checkpoint, as a repository's does.
 
     Raises:
-        WeightsDamageError: one of them is no JSON.
+        DocumentError: one of them is no JSON object.
     """
     paths = [file.parent / name for name in CONFIG_FILES]
-    return [read_json(path) for path in paths if path.is_file()]
-
-
-def read_json(path: Path) -> object:
-    """A JSON file beside weights, of at most 64 MiB.
-
-    Raises:
-        WeightsDamageError: no JSON, or not readable.
-    """
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"{path.stat().st_size} bytes")
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsDamageError(
-            f"{path}: expected JSON that tells about the weights beside it, found: {error}; fetch it again, or move it "
-            "away"
-        ) from error
+    return [read_json(path, dict[str, Any], most_bytes=_MAX_CONFIG_BYTES) for path in paths if path.is_file()]
 
 
 def with_told(origin: Origin, configs: Sequence[object]) -> Origin:

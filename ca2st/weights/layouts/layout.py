@@ -80,10 +80,10 @@ def translate(state: Mapping[str, Tensor], layouts: Sequence[Layout], *, where: 
     outside = sorted(bare[name] for name in bare if not name.startswith(outer) and name not in COUNTERS)
     refuse_mismatch({f"beside those that begin with {outer!r}": outside}, where=where)
     written = {name.removeprefix(outer): theirs for name, theirs in bare.items() if name not in COUNTERS}
-    found = _targets(written, layout, prefix)
-    unknown = sorted(written[name] for name in written if name not in found and not _is_ignored(name, layout))
+    claimed = _targets(written, layout, prefix)
+    unknown = sorted(written[name] for name in written if name not in claimed and not _is_ignored(name, layout))
     refuse_mismatch({f"unexpected in the layout {layout.name!r}": unknown}, where=where)
-    targets = {written[name]: target for name, target in found.items()}
+    targets = {written[name]: target for name, target in claimed.items()}
     tensors: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     for theirs, (ours, index) in targets.items():

@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from ca2st.checked_json import DocumentError
 from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.spec import ClipSpec
 from ca2st.weights import (
@@ -296,3 +297,204 @@ def test_a_missing_file_and_a_truncated_safetensors_file_are_named(tmp_path, out
     path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
     with pytest.raises(WeightsDamageError, match="expected a whole safetensors file"):
         import_weights(path, out, kind="clip")
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"model.{name}",
+        lambda name: f"state_dict.my_net.{name}",
+        lambda name: ".".join((name.split(".")[0], "_fsdp_wrapped_module", *name.split(".")[1:])),
+        lambda name: name.replace("blocks.0.", "blocks.0._orig_mod._checkpoint_wrapped_module."),
+    ],
+)
+def test_what_wrappers_put_into_every_name_is_passed_over(tmp_path, out, kind, wrap):
+    expert = awake_expert(EXPERTS[kind])
+    state = {wrap(name): tensor for name, tensor in STATES[kind](expert.state_dict()).items()}
+    report = import_weights(_safetensors(tmp_path, state), out, kind=kind, options=TINY)
+    assert _same(out, expert)
+    assert set(report.loaded) | set(report.unexpected) == set(state)
+
+
+def test_an_average_of_weights_is_read_without_its_counter(tmp_path, out):
+    expert = awake_expert("temporal")
+    state = {f"module.{name}": tensor for name, tensor in videomae_state(expert.state_dict()).items()}
+    report = import_weights(
+        _safetensors(tmp_path, state | {"n_averaged": torch.tensor(3)}), out, kind="videomae", options=TINY
+    )
+    assert _same(out, expert)
+    assert "n_averaged" not in report.loaded
+
+
+def test_a_name_beside_the_wrapped_ones_is_refused_by_name(tmp_path, out):
+    state = {f"model.{name}": tensor for name, tensor in videomae_state(awake_expert("temporal").state_dict()).items()}
+    path = _safetensors(tmp_path, state | {"criterion.weight": torch.ones(3)})
+    with pytest.raises(WeightsMismatchError, match=r"1 beside those that begin with 'model\.': criterion\.weight"):
+        import_weights(path, out, kind="videomae", options=TINY)
+
+
+def test_two_models_in_one_file_are_refused(tmp_path, out):
+    state = videomae_state(awake_expert("temporal").state_dict())
+    both = {f"{who}.{name}": tensor for who in ("student", "teacher") for name, tensor in state.items()}
+    with pytest.raises(
+        WeightsMismatchError, match=r"found several, below student\., teacher\.; save one of them alone"
+    ):
+        import_weights(_safetensors(tmp_path, both), out, kind="videomae", options=TINY)
+
+
+def test_two_names_that_only_wrapping_tells_apart_are_refused(tmp_path, out):
+    state = videomae_state(awake_expert("temporal").state_dict())
+    state["blocks.0._orig_mod.attn.proj.weight"] = torch.ones(1)
+    with pytest.raises(WeightsMismatchError, match=r"both stand for blocks\.0\.attn\.proj\.weight; expected"):
+        import_weights(_safetensors(tmp_path, state), out, kind="videomae", options=TINY)
+
+
+def test_a_checkpoint_of_lightning_is_read(tmp_path, out):
+    expert = awake_expert("temporal")
+    state = {f"net.{name}": tensor for name, tensor in videomae_state(expert.state_dict()).items()}
+    document = {
+        "epoch": 3,
+        "global_step": 12,
+        "pytorch-lightning_version": "2.4.0",
+        "state_dict": state,
+        "loops": {"fit_loop": {"state_dict": {}}},
+        "callbacks": {},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]}],
+        "lr_schedulers": [],
+        "hyper_parameters": {"lr": 1e-3},
+    }
+    torch.save(document, tmp_path / "last.ckpt")
+    report = import_weights(tmp_path / "last.ckpt", out, kind="videomae", options=TINY)
+    assert _same(out, expert)
+    assert report.wrapper == "state_dict"
+
+
+@pytest.mark.parametrize("keys", [("ema",), ("state_dict", "model")])
+def test_weights_below_keys_of_any_name_are_read_where_there_is_one_set_of_them(tmp_path, out, keys):
+    expert = awake_expert("temporal")
+    document = videomae_state(expert.state_dict())
+    for key in reversed(keys):
+        document = {key: document, "epoch": 1}
+    torch.save(document, tmp_path / "any.pt")
+    assert import_weights(tmp_path / "any.pt", out, kind="videomae", options=TINY).wrapper == ".".join(keys)
+    assert _same(out, expert)
+
+
+def test_two_sets_of_weights_below_keys_are_refused(tmp_path, out):
+    state = videomae_state(awake_expert("temporal").state_dict())
+    torch.save({"student": state, "teacher": state}, tmp_path / "dino.pt")
+    with pytest.raises(
+        ForeignFileRefusedError, match="expected one set of weights, found several, under 'student', 't"
+    ):
+        import_weights(tmp_path / "dino.pt", out, kind="videomae", options=TINY)
+
+
+def _parts(folder, state):
+    """As transformers saves a large model: an index and parts."""
+    names = sorted(state)
+    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, held in halves.items():
+        safetensors.torch.save_file({name: state[name].clone() for name in held}, folder / file)
+    places = {name: file for file, held in halves.items() for name in held}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return index
+
+
+@pytest.mark.parametrize("given", ["index", "folder"])
+def test_a_checkpoint_in_parts_is_read_by_its_index(tmp_path, out, given):
+    expert = awake_expert("temporal")
+    index = _parts(tmp_path, videomae_state(expert.state_dict()))
+    path = index if given == "index" else tmp_path
+    report = import_weights(path, out, kind="videomae", options=TINY)
+    assert _same(out, expert)
+    files = (index, *sorted(tmp_path.glob("model-*.safetensors")))
+    lines = "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)
+    assert report.source_sha256 == hashlib.sha256(lines.encode()).hexdigest()
+    assert report.container == "safetensors in parts"
+
+
+def _one_part(folder, index):
+    return folder / "model-00002-of-00002.safetensors"
+
+
+def _without_a_part(folder, index):
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    return index
+
+
+def _of_another_version(folder, index):
+    safetensors.torch.save_file({"x": torch.ones(1)}, folder / "model-00002-of-00002.safetensors")
+    return index
+
+
+def _reaching_out(folder, index):
+    index.write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
+    return index
+
+
+def _no_map(folder, index):
+    index.write_text("{}")
+    return index
+
+
+def _two_files(folder, index):
+    index.unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (_one_part, ForeignFileRefusedError, "found part 2 of 2; give .*model.safetensors.index.json or the folder"),
+        (_without_a_part, WeightsDamageError, "expected 2 parts beside it, found no model-00002-of-00002"),
+        (
+            _of_another_version,
+            WeightsDamageError,
+            "00002.safetensors: expected the .* tensors that .*fetch the parts of",
+        ),
+        (_reaching_out, ForeignFileRefusedError, r"found '\.\./model\.safetensors'; do not trust this file"),
+        (_no_map, WeightsDamageError, "expected the field 'weight_map', found none; fetch it again"),
+        (
+            _two_files,
+            ForeignFileRefusedError,
+            "expected one .safetensors file, or parts with one .* give the file itself",
+        ),
+    ],
+)
+def test_parts_that_are_no_whole_checkpoint_are_refused(tmp_path, out, damage, error, message):
+    index = _parts(tmp_path, videomae_state(awake_expert("temporal").state_dict()))
+    with pytest.raises(error, match=message):
+        import_weights(damage(tmp_path, index), out, kind="videomae", options=TINY)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"vision_config": {"hidden_act": "gelu"}}, "gelu"),
+        ({"model_cfg": {"embed_dim": 512}}, "gelu"),
+        ({"hidden_act": "quick_gelu"}, ""),
+        ({"vision_config": {}}, ""),
+    ],
+)
+def test_a_config_beside_a_clip_tells_its_activation_and_another_one_is_refused(tmp_path, out, config, found):
+    path = _safetensors(tmp_path, clip_state(awake_expert("spatial").state_dict()))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if not found:
+        import_weights(path, out, kind="clip", options=TINY)
+        return
+    with pytest.raises(WeightsMismatchError, match=r"trained with quick_gelu, as our clip computes, found gelu"):
+        import_weights(path, out, kind="clip", options=TINY)
+    assert not out.exists()
+
+
+def test_a_config_beside_a_file_that_is_no_json_is_refused(tmp_path, out):
+    path = _safetensors(tmp_path, clip_state(awake_expert("spatial").state_dict()))
+    (tmp_path / "config.json").write_text("<html>")
+    with pytest.raises(DocumentError, match=r"config\.json: expected a JSON document"):
+        import_weights(path, out, kind="clip", options=TINY)

@@ -83,6 +83,18 @@ def test_what_is_exported_and_imported_is_the_same_model(tmp_path, kind, targets
     assert exported.num_tensors == len(read_tensor_file(exported.out).tensors)
 
 
+@pytest.mark.parametrize("prefix", ["model.", "_orig_mod.", "module._orig_mod."])
+def test_a_whole_model_is_read_without_what_was_wrapped_around_it(tmp_path, prefix):
+    model = _awake("cast", targets=ONE_TARGET)
+    exported = export_model(model, tmp_path / "exported.safetensors", names="published")
+    file = read_tensor_file(exported.out)
+    wrapped = {f"{prefix}{name}": tensor for name, tensor in file.tensors.items()} | {"n_averaged": torch.tensor(2)}
+    safetensors.torch.save_file(wrapped, tmp_path / "wrapped.safetensors", metadata=file.metadata)
+    report = import_weights(tmp_path / "wrapped.safetensors", tmp_path / "back.safetensors", kind="cast")
+    assert _equal(read_model_file(tmp_path / "back.safetensors"), model)
+    assert report.unexpected == ("n_averaged",)
+
+
 @pytest.mark.parametrize("kind", JOINED_KINDS)
 def test_a_file_without_a_description_is_understood_by_its_shapes(tmp_path, kind):
     model = _awake(kind)
