@@ -78,7 +78,8 @@ def sample_record(
         },
         "audio": _audio_record(clip, config),
     }
-    return record | ({"changes": dict(clip.changes)} if clip.changes else {})
+    said = {"changes": dict(clip.changes), "notes": list(clip.notes)}
+    return record | {name: value for name, value in said.items() if value}
 
 
 def _audio_record(clip: EncodedClip, config: ConversionConfig) -> dict[str, Any]:

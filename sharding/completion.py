@@ -9,6 +9,7 @@ from ca2st.durable import FaultPoints, write_bytes
 from ca2st.errors import UserInputError
 from sharding.conversion import ConversionConfig, RejectBudget
 from sharding.errors import RejectBudgetError
+from sharding.notes import refuse_doubtful
 from sharding.rejects import REJECTS_NAME, Reject, count_by_reason, rejects_file, rejects_in_words
 from sharding.resume import DoneShard
 from sharding.shard_set import write_shard_set
@@ -61,6 +62,23 @@ def count_notes(source: SourceList, shards: Sequence[DoneShard]) -> dict[str, in
     for shard in shards:
         counts.update(shard.notes)
     return dict(sorted(counts.items()))
+
+
+def check_notes(
+    source: SourceList,
+    config: ConversionConfig,
+    shards: Sequence[DoneShard] = (),
+    examples: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Refuse notes that question the data where `config.strict`: of the source list, and of the clips in `shards`.
+
+    Raises:
+        UserInputError: naming kinds, counts and examples; `examples` are ids of clips by kind.
+    """
+    if config.strict:
+        kept = " (finished shards are kept, and a rerun goes on from them)" if shards else ""
+        rest = f"correct or remove them, or leave --strict out{kept}"
+        refuse_doubtful(count_notes(source, shards), {**(examples or {}), **source.notes}, rest=rest)
 
 
 def write_manifest(

@@ -86,6 +86,8 @@ class ConversionConfig:
     """Mel bins of the spectrogram; the audio expert's patch grid expects 128."""
     max_rejects: RejectBudget = field(default_factory=RejectBudget)
     """More rejects than this and no manifest is written."""
+    strict: bool = False
+    """Refuse notes that question the data (see `sharding.notes`): no manifest is written."""
     clip_timeout_seconds: float = 300.0
     """Wall time for one clip before it counts as a ``timeout`` reject."""
     clip_memory_bytes: int = 4 * 2**30

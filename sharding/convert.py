@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ca2st.durable import NO_FAULTS, FaultPoints, sweep_temporaries
 from sharding.assembly import Outcome, ShardCutter, assemble
-from sharding.completion import ConversionReport, count_notes, require_within_budget, write_manifest
+from sharding.completion import ConversionReport, check_notes, count_notes, require_within_budget, write_manifest
 from sharding.conversion import ConversionConfig, conversion_identity
 from sharding.decode_child import ClipJob, EncodedClip, encode_clip
 from sharding.errors import ShardDamageError
@@ -74,13 +74,15 @@ def convert(
         pool: Opened when there is work; None: `config.workers` children of this process that run `encode`.
 
     Raises:
-        UserInputError: no samples, or every one of them rejected; nothing is left behind.
+        UserInputError: no samples, or every one of them rejected, and nothing is left behind; or `config.strict`, and
+            notes question the data.
         ConversionRefusedError: `out` holds something else, or another process converts into it.
         RejectBudgetError: more rejects than `config.max_rejects`; they are listed in ``rejects.jsonl``, no manifest.
         ShardDamageError: `out` holds a finished set that is damaged.
         EnvironmentFault: the folder cannot be written.
     """
     check_source(source)
+    check_notes(source, config)
     pool = pool or partial(_local_pool, config, encode)
     with output_folder(out), folder_lock(out):
         refuse_foreign_files(out)
@@ -114,6 +116,7 @@ class _Conversion:
         self._faults, self._progress, self._pool = faults, progress, pool
         self._identity = conversion_identity(source, config)
         self._done: list[DoneShard] = []
+        self._noted: dict[str, dict[str, None]] = {}  # ids by kind of note, of this run, each once
         self._num_converted = self._num_rejected = 0
         self._started = time.monotonic()
 
@@ -127,6 +130,7 @@ class _Conversion:
             leftover = self._convert_rest(pool)
         rejects = [Reject(**reject) for shard in self._done for reject in shard.covers.rejects] + leftover
         require_within_budget(rejects, self._source, budget=self._config.max_rejects, out=self._out)
+        check_notes(self._source, self._config, self._done, {kind: tuple(ids) for kind, ids in self._noted.items()})
         write_manifest(
             self._out,
             self._done,
@@ -150,6 +154,7 @@ class _Conversion:
                 )
             refuse_another_conversion(self._out, shard.conversion, self._identity)
             self._done.append(shard)
+        check_notes(self._source, self._config, self._done)
         return self._report(shards.manifest.rejected)
 
     def _drop_shards_with_other_rejects(self, pool: ClipPool) -> None:
@@ -182,7 +187,10 @@ class _Conversion:
         samples = [self._source.samples[position] for position in positions]
         clips = pool.map(self._config.job(sample) for sample in samples)
         for position, sample, clip in zip(positions, samples, clips, strict=True):
-            yield position, assemble(position, sample, clip, self._source, self._config)
+            outcome = assemble(position, sample, clip, self._source, self._config)
+            for kind in outcome.notes if isinstance(outcome, StoredSample) else ():
+                self._noted.setdefault(kind, {})[sample.sample_id] = None
+            yield position, outcome
 
     def _reported(self, outcomes: Iterator[tuple[int, Outcome]], num_done: int) -> Iterator[tuple[int, Outcome]]:
         for position, outcome in outcomes:

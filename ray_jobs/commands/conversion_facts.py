@@ -21,6 +21,7 @@ def print_plan(source: SourceList, config: ConversionConfig, *, as_json: bool) -
         "num_shards": estimate.num_shards,
         "estimated_bytes": estimate.total_bytes,
         "rejected": {},
+        "notes": {kind: len(places) for kind, places in source.notes.items()},
         "clips_per_second": None,
     }
     histogram = label_histogram(source)
@@ -28,6 +29,7 @@ def print_plan(source: SourceList, config: ConversionConfig, *, as_json: bool) -
         print_json(facts | {"samples_per_class": histogram})
         return
     empty = {space: sum(count == 0 for count in counts.values()) for space, counts in histogram.items()}
+    facts["notes"] = counted({kind: len(places) for kind, places in source.notes.items()})
     facts["classes without samples"] = counted(empty)
     result(table({name: value for name, value in facts.items() if value is not None}))
 

@@ -66,7 +66,21 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
     ] = AudioPolicy.REQUIRED,
     max_rejects: Annotated[str, typer.Option(help="Samples that may be rejected: a number or a share like 2%.")] = "0",
     limit: Annotated[int | None, typer.Option(help="Only the first N samples.")] = None,
-    classes: Annotated[Path | None, typer.Option(help="csv: class names in label order, one a line.")] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Refuse what questions the data and is only noted otherwise: labels that look alike or may be "
+            "several, files left aside, clips shorter than annotated, silent sound, ...",
+        ),
+    ] = False,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="csv, folder: class names in label order, one a line; some may have no samples."),
+    ] = None,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="csv, folder: links may lead outside --media.")
+    ] = False,
     task: Annotated[str | None, typer.Option(help="synthetic: space, time, audio, holistic or binding.")] = None,
     num_samples: Annotated[int | None, typer.Option(help="synthetic: how many clips.")] = None,
     seed: Annotated[int | None, typer.Option(help="synthetic: seed of the world; default 0.")] = None,
@@ -84,9 +98,12 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
     from ca2st.cores import num_cores
     from ca2st.errors import UserInputError
     from ray_jobs.commands.conversion_facts import print_plan, print_report
+    from ray_jobs.console import say
     from ray_jobs.sizes import parse_bytes
+    from sharding.completion import check_notes
     from sharding.conversion import ConversionConfig, RejectBudget
     from sharding.datasets import DatasetRequest, read_dataset
+    from sharding.notes import note_lines
 
     refuse_without_ray(accept_open_ray=accept_open_ray, ray=ray is not None)
     world = {
@@ -109,6 +126,7 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
         shard_bytes=parse_bytes(shard_size),
         audio_policy=audio.value,
         max_rejects=RejectBudget.parse(max_rejects),
+        strict=strict,
     )
     if out is None and not dry_run:
         raise UserInputError("--out: required unless --dry-run is given; name a folder for the shards")
@@ -121,11 +139,15 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
             limit=limit,
             check_media=not dry_run,
             classes=classes,
+            follow_links=follow_links,
             task=task,
             synthetic=synthetic_config(world, dataset=dataset),
         ),
     )
+    for line in note_lines(source.notes):
+        say(line)
     if dry_run:
+        check_notes(source, config)
         print_plan(source, config, as_json=as_json)
         return
     assert out is not None

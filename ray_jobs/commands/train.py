@@ -25,6 +25,9 @@ def train(
     data_folder: Annotated[
         Path | None, typer.Option(help="A folder of your own videos, a folder a class, instead of a recipe.")
     ] = None,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="--data-folder: links in it may lead outside.")
+    ] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value.")] = None,
     data: Annotated[
         str | None, typer.Option(help="Training shards, a folder or a URL, instead of the recipe's.")
@@ -51,6 +54,7 @@ def train(
             settings,
             out,
             ray_address if ray else None,
+            follow_links=follow_links,
             accept_open_ray=open_ray,
             dry_run=dry_run,
             as_json=as_json,
@@ -58,6 +62,8 @@ def train(
         return
     if recipe is None or data_folder is not None:
         raise UserInputError(_ONE_OF_TWO)
+    if follow_links:
+        raise UserInputError("--follow-links: expected --data-folder beside it, found a recipe; leave it out")
     loaded = _load(recipe, settings)
     run_dir = out or Path(loaded.launch.runs_folder) / loaded.name
     if dry_run:
@@ -88,6 +94,7 @@ def _train_own_videos(
     out: Path | None,
     ray_address: str | None,
     *,
+    follow_links: bool,
     accept_open_ray: bool,
     dry_run: bool,
     as_json: bool,
@@ -98,6 +105,7 @@ def _train_own_videos(
         folder,
         settings,
         out=out,
+        follow_links=follow_links,
         ray_address=ray_address,
         accept_open_ray=accept_open_ray,
         dry_run=dry_run,

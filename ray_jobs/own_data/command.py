@@ -23,13 +23,14 @@ def train_own_videos(
     overrides: Sequence[str],
     *,
     out: Path | None,
+    follow_links: bool = False,
     ray_address: str | None,
     accept_open_ray: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Train on a folder of videos, or with `dry_run` only say how; raises as `plan_training` and `train_on_videos`."""
-    plan = plan_training(folder, overrides, out=out)
+    plan = plan_training(folder, overrides, out=out, follow_links=follow_links)
     if dry_run:
         _print_plan(plan, as_json=as_json)
         return

@@ -10,6 +10,7 @@ from ray_jobs.own_data.mistakes import Judgement
 from ray_jobs.own_data.shards import LeftOut, OwnShards
 from ray_jobs.own_data.training import OwnOutcome, OwnPlan
 from ray_jobs.tracking.state import read_state
+from sharding.notes import note_lines
 
 _MOST_NAMED = 5
 _MOST_CLASSES = 20
@@ -35,10 +36,13 @@ def found_lines(plan: OwnPlan) -> Iterator[str]:
         yield f"  {name}: {train[name]} + {validation[name]}"
     if len(videos.classes) > _MOST_CLASSES:
         yield f"  and {len(videos.classes) - _MOST_CLASSES} more classes"
-    if videos.only_trained:
+    if videos.only_trained and videos.splits_given:
+        yield f"only trained on, having no validation videos: {_some(videos.only_trained)}"
+    elif videos.only_trained:
         yield f"only trained on, being single: the videos of {_some(videos.only_trained)}; two or more can be tested"
     if videos.left_aside:
         yield f"left aside, no training or validation videos: {_some(videos.left_aside)}"
+    yield from note_lines(videos.source("train").notes)
 
 
 def choice_lines(plan: OwnPlan) -> Iterator[str]:
@@ -146,7 +150,8 @@ def next_commands(done: OwnOutcome) -> list[str]:
     settings = "".join(f" --set {shlex.quote(setting)}" for setting in own)
     longer = _quoted(plan.run_dir.with_name(f"{plan.run_dir.name}-longer"))
     epochs = 3 * plan.recipe.training.epochs
-    again = f"ca2st train --data-folder {_quoted(plan.videos.folder)}{settings}"
+    links = " --follow-links" if plan.videos.follow_links else ""
+    again = f"ca2st train --data-folder {_quoted(plan.videos.folder)}{links}{settings}"
     commands.append(f"{again} --set training.epochs={epochs} --out {longer}")
     return commands
 

@@ -83,17 +83,18 @@ class OwnOutcome:
     """None without validation."""
 
 
-def plan_training(folder: Path, overrides: Sequence[str], *, out: Path | None) -> OwnPlan:
+def plan_training(folder: Path, overrides: Sequence[str], *, out: Path | None, follow_links: bool = False) -> OwnPlan:
     """List the folder and choose as far as names tell; nothing is opened but the given expert files, nothing written.
 
-    `out`: the run's folder; None: a folder of the run's name in ``launch.runs_folder``.
+    `out`: the run's folder; None: a folder of the run's name in ``launch.runs_folder``. `follow_links`: links in the
+    folder may lead outside.
 
     Raises:
         UserInputError: the folder is of another form (see `list_videos`), or settings or experts are not usable.
     """
     given = load_recipe(RECIPE, overrides)
     _refuse_ignored(given, overrides)
-    videos = list_videos(folder)
+    videos = list_videos(folder, follow_links=follow_links)
     facts = Facts(
         device="cuda" if torch.cuda.is_available() else "cpu",
         classes=videos.classes,

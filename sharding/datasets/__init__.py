@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from ca2st.errors import UserInputError, did_you_mean
 from sharding.datasets import csv, epic_sounds, folder, synthetic
+from sharding.datasets.label_spaces import with_label_notes
 from sharding.datasets.request import DatasetRequest
 from sharding.source import SourceList
 from sharding.synthetic.config import SyntheticConfig
@@ -26,7 +27,7 @@ DATASETS: dict[str, Reader] = {
 
 
 def read_dataset(name: str, request: DatasetRequest) -> SourceList:
-    """The samples of one split of a dataset.
+    """The samples of one split of a dataset, with notes about its class names.
 
     Raises:
         UserInputError: an unknown dataset, or whatever its reader refuses.
@@ -34,4 +35,5 @@ def read_dataset(name: str, request: DatasetRequest) -> SourceList:
     if name not in DATASETS:
         known = ", ".join(DATASETS)
         raise UserInputError(f"--dataset {name!r}: expected one of {known}{did_you_mean(name, list(DATASETS))}")
-    return DATASETS[name](request)
+    source = DATASETS[name](request)
+    return with_label_notes(source)

@@ -11,6 +11,7 @@ from sharding.datasets.segments import read_segment
 from sharding.datasets.table import Row, Table, read_cell, read_table
 from sharding.datasets.timestamps import seconds_or_clock_time
 from sharding.manifest import LabelSpace
+from sharding.notes import UNUSED_CLASSES
 from sharding.source import SourceList, SourceSample
 
 _Segment = tuple[float | None, float | None]
@@ -32,7 +33,8 @@ def read(request: DatasetRequest) -> SourceList:
         annotations, required=("path", "label"), optional=("start", "end"), others=False, problems=problems
     )
     classes, labels = label_column(table.rows, "label", request.classes, problems=problems)
-    samples = _samples(table, labels, MediaRoot(request.media or Path(), check=request.check_media), problems=problems)
+    root = MediaRoot(request.media or Path(), check=request.check_media, follow_links=request.follow_links)
+    samples = _samples(table, labels, root, problems=problems)
     problems.refuse_any()
     return SourceList(
         dataset="csv",
@@ -40,7 +42,13 @@ def read(request: DatasetRequest) -> SourceList:
         label_spaces=(LabelSpace(name="label", classes=classes),),
         targets=("label",),
         samples=tuple(request.first(samples)),
+        notes={UNUSED_CLASSES: unused} if request.classes and (unused := _unused(classes, samples)) else {},
     )
+
+
+def _unused(classes: tuple[str, ...], samples: Sequence[SourceSample]) -> tuple[str, ...]:
+    used = {sample.labels[0] for sample in samples}
+    return tuple(name for label, name in enumerate(classes) if label not in used)
 
 
 def _samples(table: Table, labels: Sequence[int | None], root: MediaRoot, *, problems: Problems) -> list[SourceSample]:

@@ -24,7 +24,7 @@ def read(request: DatasetRequest) -> SourceList:
         UserInputError: an option this dataset does not use, a missing one, or no media at all.
         AnnotationError: a wrong file or rows, or media found in two places.
     """
-    refuse_unused(request, "epic_sounds", "classes", "task")
+    refuse_unused(request, "epic_sounds", "classes", "task", "follow_links")
     annotations = needed_annotations(request, "epic_sounds", what="EPIC_Sounds_train.csv or EPIC_Sounds_validation.csv")
     what = "the folder with <video_id>.MP4, <participant_id>/videos/<video_id>.MP4 or <annotation_id>.mp4"
     media = needed_media(request, "epic_sounds", what=what) if request.check_media else request.media or Path()

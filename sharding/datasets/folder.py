@@ -1,15 +1,50 @@
 """``folder``: a folder a class, videos inside; the names of the folders, sorted, are the classes."""
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from ca2st.errors import did_you_mean
+from sharding.datasets.label_spaces import check_class_name, read_classes
 from sharding.datasets.media_root import VIDEO_SUFFIXES, MediaRoot
 from sharding.datasets.problems import Problems
 from sharding.datasets.request import DatasetRequest, needed_media, refuse_unused
 from sharding.datasets.table import CellError
 from sharding.errors import AnnotationError
 from sharding.manifest import LabelSpace
+from sharding.notes import EMPTY_FOLDERS, LEFT_ASIDE, UNUSED_CLASSES
 from sharding.source import SourceList, SourceSample
+
+_LITTER = frozenset({"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "system volume information", "@eadir"})
+"""What operating systems leave in folders, in lower case; passed over as hidden files are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassFolders:
+    """What lies in a folder of class folders."""
+
+    videos: Mapping[str, tuple[SourceSample, ...]]
+    """By class in label order; a class may have none."""
+    left_aside: tuple[str, ...]
+    """Files that are no videos, beside the class folders and in them; relative to the folder."""
+    empty_folders: tuple[str, ...]
+    """Class folders without a video."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes in label order."""
+        return tuple(self.videos)
+
+    @property
+    def samples(self) -> tuple[SourceSample, ...]:
+        """All videos, by class and then by name."""
+        return tuple(sample for of_class in self.videos.values() for sample in of_class)
+
+    @property
+    def empty(self) -> tuple[str, ...]:
+        """Classes without a video, with or without a folder."""
+        return tuple(name for name, of_class in self.videos.items() if not of_class)
 
 
 def read(request: DatasetRequest) -> SourceList:
@@ -19,81 +54,127 @@ def read(request: DatasetRequest) -> SourceList:
 
     Raises:
         UserInputError: an option this dataset does not use, or no folder.
-        AnnotationError: no classes, an empty class, or files that are no videos of a class.
+        AnnotationError: as `list_class_folders`.
     """
-    refuse_unused(request, "folder", "annotations", "classes", "task")
+    refuse_unused(request, "folder", "annotations", "task")
     media = needed_media(request, "folder", what="the folder that holds a folder a class")
-    problems = Problems(media, advice="move, rename or remove it and run again")
-    classes = _class_folders(media, problems)
-    root = MediaRoot(media, check=True)
-    samples = [
-        sample
-        for label, folder in enumerate(classes)
-        for sample in _samples_of(folder, label, root=root, problems=problems)
-    ]
-    problems.refuse_any()
+    classes = None if request.classes is None else read_classes(request.classes)
+    found = list_class_folders(media, classes=classes, follow_links=request.follow_links)
+    unused = set(found.empty) - set(found.empty_folders)
+    notes = {
+        LEFT_ASIDE: found.left_aside,
+        EMPTY_FOLDERS: found.empty_folders,
+        UNUSED_CLASSES: tuple(name for name in found.empty if name in unused),
+    }
     return SourceList(
         dataset="folder",
         split=request.split,
-        label_spaces=(LabelSpace(name="label", classes=tuple(folder.name for folder in classes)),),
+        label_spaces=(LabelSpace(name="label", classes=found.classes),),
         targets=("label",),
-        samples=tuple(request.first(samples)),
+        samples=tuple(request.first(found.samples)),
+        notes={kind: places for kind, places in notes.items() if places},
     )
 
 
-def _class_folders(media: Path, problems: Problems) -> list[Path]:
-    entries = _visible(media)
-    for entry in entries:
-        if not entry.is_dir():
-            problems.add("file beside the classes", f"{entry}: expected only class folders here, found a file")
-    folders = [entry for entry in entries if entry.is_dir()]
+def list_class_folders(
+    folder: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    follow_links: bool = False,
+    option: str = "--media",
+    form: str = "a folder a class with videos inside",
+) -> ClassFolders:
+    """List the videos of class folders; hidden files and those of operating systems are passed over.
+
+    Args:
+        folder: Holds the class folders.
+        classes: The class names in label order, of which some folders may be missing; None: the names of the folders.
+        follow_links: Whether links may lead outside `folder`.
+        option: The option that names the folder, for messages.
+        form: What is expected, for messages.
+
+    Raises:
+        AnnotationError: no class folders or no video at all, fewer than two classes, a folder that is none of
+            `classes`, a folder inside a class, a name that cannot be one, or a link that leads outside.
+    """
+    problems = Problems(folder, advice="change it and run again")
+    entries = visible_entries(folder)
+    folders = {entry.name: entry for entry in entries if entry.is_dir()}
+    aside = [entry.name for entry in entries if not entry.is_dir()]
     if not folders:
-        found = f"{len(entries)} files" if entries else "an empty folder"
-        raise AnnotationError(f"{media}: expected a folder a class with videos inside, found {found}")
-    if len(folders) == 1:
-        problems.add("one class", f"{media}: expected at least two class folders, found one, {folders[0].name!r}")
-    return folders
+        found = f"{len(aside)} files and no folder" if aside else "an empty folder"
+        raise AnnotationError(f"{folder}: expected {form}, found {found}")
+    _check_names(folders, classes, problems)
+    names = tuple(folders) if classes is None else tuple(classes)
+    if len(names) == 1:
+        problems.add("one class", f"{folder}: expected at least two classes, found one, {names[0]!r}")
+    root = MediaRoot(folder, check=True, follow_links=follow_links, option=option)
+    videos = {
+        name: tuple(_videos_of(folders[name], label, root=root, problems=problems, aside=aside))
+        for label, name in enumerate(names)
+        if name in folders
+    }
+    problems.refuse_any()
+    if not any(videos.values()):
+        endings = " ".join(sorted(VIDEO_SUFFIXES))
+        raise AnnotationError(f"{folder}: expected {form} (endings: {endings}), found no video in any of its folders")
+    return ClassFolders(
+        videos={name: videos.get(name, ()) for name in names},
+        left_aside=tuple(aside),
+        empty_folders=tuple(name for name, of_class in videos.items() if not of_class),
+    )
 
 
-def _samples_of(folder: Path, label: int, *, root: MediaRoot, problems: Problems) -> list[SourceSample]:
-    entries = _visible(folder)
-    if not entries:
-        problems.add("empty class", f"{folder}: expected videos of the class {folder.name!r}, found none")
+def _check_names(folders: Mapping[str, Path], classes: Sequence[str] | None, problems: Problems) -> None:
+    for name, folder in folders.items():
+        try:
+            check_class_name(name)
+        except CellError as error:
+            problems.add(error.kind, f"{ascii(str(folder))[1:-1]}: expected {error.expected} as the folder's name")
+            continue
+        if classes is not None and name not in classes:
+            near = did_you_mean(name, list(classes))
+            problems.add(
+                "unknown class", f"{folder}: expected one of the {len(classes)} class names{near}, found {name!r}"
+            )
+
+
+def _videos_of(
+    folder: Path, label: int, *, root: MediaRoot, problems: Problems, aside: list[str]
+) -> list[SourceSample]:
+    """The videos of one class; what is none goes to `aside`, what cannot be used to `problems`."""
     samples = []
-    for entry in entries:
+    for entry in visible_entries(folder):
+        name = f"{folder.name}/{entry.name}"
         if entry.is_dir():
-            hint = f" (is {folder} a split? then pass --media {folder})"
+            hint = f" (is {folder} a split? then give {folder})"
             problems.add(
                 "folder in a class", f"{entry}: expected videos directly in a class folder, found a folder{hint}"
             )
         elif entry.suffix.lower() not in VIDEO_SUFFIXES:
-            expected = " ".join(sorted(VIDEO_SUFFIXES))
-            problems.add(
-                "no known video", f"{entry}: expected a video ({expected}), found {entry.suffix or 'no suffix'!r}"
-            )
+            aside.append(name)
         else:
-            samples += _sample(entry, label, root=root, problems=problems)
+            try:
+                path = root.resolve(f"./{name}")
+            except CellError as error:
+                problems.add(error.kind, f"{ascii(str(entry))[1:-1]}: expected {error.expected}")
+                continue
+            samples.append(
+                SourceSample(
+                    sample_id=name, path=path, start_seconds=None, end_seconds=None, labels=(label,), where=str(entry)
+                )
+            )
     return samples
 
 
-def _sample(path: Path, label: int, *, root: MediaRoot, problems: Problems) -> list[SourceSample]:
-    name = f"{path.parent.name}/{path.name}"
-    try:
-        resolved = root.resolve(f"./{name}")
-    except CellError as error:
-        problems.add(error.kind, f"{ascii(str(path))[1:-1]}: expected {error.expected}")
-        return []
-    return [
-        SourceSample(
-            sample_id=name, path=resolved, start_seconds=None, end_seconds=None, labels=(label,), where=str(path)
-        )
-    ]
+def visible_entries(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted by name, without hidden files and what operating systems leave.
 
-
-def _visible(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted by name, without hidden files."""
+    Raises:
+        AnnotationError: the folder cannot be listed.
+    """
     try:
         names = os.listdir(folder)  # noqa: PTH208  # names only; a Path a file is built once, below
     except OSError as error:
         raise AnnotationError(f"{folder}: expected a readable folder, found: {error.strerror}") from error
-    return [folder / name for name in sorted(names) if not name.startswith(".")]
+    return [folder / name for name in sorted(names) if not name.startswith(".") and name.lower() not in _LITTER]

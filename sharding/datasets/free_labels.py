@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from sharding.datasets.label_spaces import class_index, class_name, is_whole_number, read_classes
+from sharding.datasets.label_spaces import check_class_name, class_index, class_name, is_whole_number, read_classes
 from sharding.datasets.problems import Problems
 from sharding.datasets.table import CellError, Row, read_cell
 
@@ -38,6 +38,7 @@ def _name(text: str) -> str:
         raise CellError("empty label", "a class name")
     if _DECIMAL.fullmatch(text):
         raise CellError("label not a whole number", "a class name or a whole number from 0")
+    check_class_name(text)
     return text
 
 

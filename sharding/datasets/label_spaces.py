@@ -1,7 +1,10 @@
 """Class names: those of the public datasets, shipped as facts, and those in a file of the user's."""
 
 import functools
-from collections.abc import Callable
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ca2st.errors import did_you_mean
@@ -9,6 +12,7 @@ from sharding.datasets.problems import Problems
 from sharding.datasets.table import CellError, read_text, split_lines
 from sharding.errors import AnnotationError
 from sharding.manifest import LabelSpace
+from sharding.notes import INVISIBLE, LOOK_ALIKE, SEVERAL_LABELS
 from sharding.source import SourceList
 
 NUM_CLASSES: dict[str, int] = {
@@ -25,6 +29,9 @@ NUM_CLASSES: dict[str, int] = {
 
 _MAX_HINTS = 20  # the search for a near name takes milliseconds
 _FOLDER = Path(__file__).parent / "classes"
+_MOST_CHARACTERS = 500
+_APART = re.compile(r"[|;]")
+_PERHAPS_APART = re.compile(r"[,/+&]")
 
 
 def published_classes(name: str) -> tuple[str, ...]:
@@ -55,9 +62,80 @@ def read_classes(path: Path) -> tuple[str, ...]:
             problems.add(
                 "class twice", f"{path}:{line}:1: expected every class once, found {name!r} as on line {first[name]}"
             )
+        else:
+            try:
+                check_class_name(name)
+            except CellError as error:
+                problems.add(error.kind, f"{path}:{line}:1: expected {error.expected}, found {name[:80]!a}")
         first.setdefault(name, line)
     problems.refuse_any()
     return tuple(names)
+
+
+def check_class_name(name: str) -> None:
+    """Refuse what cannot be a line of a class list: it would break terminals, tables and the list itself.
+
+    Raises:
+        CellError: control characters, line or paragraph separators, no text, or a text of any length.
+    """
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+        raise CellError("unsafe label", "a class name without control or unwritable characters")
+    if len(name) > _MOST_CHARACTERS:
+        raise CellError("unsafe label", f"a class name of at most {_MOST_CHARACTERS} characters")
+
+
+def label_notes(classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """What a user should know about class names: nothing is merged or split, whatever they look like.
+
+    Noted are names that look alike (Unicode normalisation, case, white space, dashes and invisible characters aside),
+    one that seems to be several labels (``a|b``; ``a, b`` where a and b are classes too), and invisible characters.
+    """
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault(_look(name), []).append(name)
+    known = frozenset(classes)
+    found = {
+        LOOK_ALIKE: [" = ".join(map(written, names)) for names in alike.values() if len(names) > 1],
+        SEVERAL_LABELS: [written(name) for name in classes if _is_several(name, known)],
+        INVISIBLE: [written(name) for name in classes if _visible(name) != name],
+    }
+    return {kind: tuple(places) for kind, places in found.items() if places}
+
+
+def with_label_notes(source: SourceList) -> SourceList:
+    """The list with the notes about its class names behind its own."""
+    notes = dict(source.notes)
+    for space in source.label_spaces:
+        for kind, places in label_notes(space.classes).items():
+            notes[kind] = (*notes.get(kind, ()), *places)
+    return replace(source, notes=notes)
+
+
+def written(name: str) -> str:
+    """A name between quotes; what is not ASCII is also given by its code points, which tell likenesses apart."""
+    return repr(name) if repr(name) == ascii(name) else f"{name!r} {name!a}"
+
+
+def _look(name: str) -> str:
+    """What is left of a name when one only glances at it."""
+    dashes = "".join(" " if unicodedata.category(c) in ("Pd", "Pc") else c for c in unicodedata.normalize("NFKC", name))
+    return " ".join(_visible(dashes).casefold().split())
+
+
+def _visible(name: str) -> str:
+    """Without format characters (zero width, direction) and with plain spaces only."""
+    kept = (" " if unicodedata.category(c) == "Zs" else c for c in name if unicodedata.category(c) != "Cf")
+    return "".join(kept)
+
+
+def _is_several(name: str, known: frozenset[str]) -> bool:
+    parts = [part.strip() for part in _APART.split(name)]
+    if len(parts) > 1 and all(parts):
+        return True
+    if re.fullmatch(r"[\[{(].*[\]})]", name) and "," in name:
+        return True
+    parts = [part.strip() for part in _PERHAPS_APART.split(name)]
+    return len(parts) > 1 and all(part in known for part in parts)
 
 
 def class_index(num_classes: int) -> Callable[[str], int]:

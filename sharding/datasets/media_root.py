@@ -22,10 +22,13 @@ class MediaRoot:
     Args:
         folder: The folder of ``--media``.
         check: Whether to look at the files: they must exist and, links followed, lie inside.
+        follow_links: Whether links may lead outside; None: there is no such option to name.
+        option: The option that names the folder, for messages.
     """
 
-    def __init__(self, folder: Path, *, check: bool) -> None:
-        self._folder, self._check = folder, check
+    def __init__(self, folder: Path, *, check: bool, follow_links: bool | None = None, option: str = "--media") -> None:
+        self._folder, self._check = f"{option} {folder}", check
+        self._follow_links = follow_links
         self._root, self._real_root = Path(os.path.abspath(folder)), folder.resolve()  # noqa: PTH100  # keeps links
 
     def resolve(self, text: str) -> Path:
@@ -53,12 +56,13 @@ class MediaRoot:
         except (OSError, RuntimeError):  # a name too long for the file system, or a circle of links
             is_file = False
         if not is_file:
-            raise CellError("missing file", f"an existing file inside --media {self._folder}")
-        if not target.is_relative_to(self._real_root):
-            raise self._outside()
+            raise CellError("missing file", f"an existing file inside {self._folder}")
+        if not self._follow_links and not target.is_relative_to(self._real_root):
+            hint = "" if self._follow_links is None else " (a link leads outside: with --follow-links it may)"
+            raise CellError("outside the media folder", f"a file inside {self._folder}, links followed{hint}")
 
     def _outside(self) -> CellError:
-        return CellError("outside the media folder", f"a file inside --media {self._folder}, links followed")
+        return CellError("outside the media folder", f"a file inside {self._folder}, links followed")
 
 
 def check_name(text: str) -> None:

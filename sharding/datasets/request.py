@@ -28,7 +28,9 @@ class DatasetRequest:
     check_media: bool = True
     """False (``--dry-run``): the annotations are read and checked, no media file is looked at."""
     classes: Path | None = None
-    """``csv`` only: the class names in label order, one a line. Without it they follow from the labels."""
+    """``csv`` and ``folder``: the class names in label order, one a line. Without it they follow from the labels."""
+    follow_links: bool = False
+    """``csv`` and ``folder``: whether links may lead outside `media`."""
     task: str | None = None
     """``synthetic`` only: the label space to learn."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
@@ -79,5 +81,5 @@ def refuse_unused(request: DatasetRequest, dataset: str, *names: str) -> None:
         UserInputError: one of `names` (fields of the request) was given.
     """
     for name in names:
-        if getattr(request, name) is not None:
-            raise UserInputError(f"--{name}: --dataset {dataset} does not use it; leave it out")
+        if getattr(request, name) not in (None, False):
+            raise UserInputError(f"--{name.replace('_', '-')}: --dataset {dataset} does not use it; leave it out")

@@ -23,7 +23,7 @@ def read(request: DatasetRequest) -> SourceList:
             another synthetic set.
         EnvironmentFault: a clip cannot be written.
     """
-    refuse_unused(request, "synthetic", "annotations", "classes")
+    refuse_unused(request, "synthetic", "annotations", "classes", "follow_links")
     task = _known_task(request.task or "holistic")
     config = replace(request.synthetic, binding=task == "binding")
     folder = (request.media or Path()) / request.split

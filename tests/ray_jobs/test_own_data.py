@@ -103,18 +103,18 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_videos_are_left_aside_by_name(tmp_path: Path) -> None:
-    touch(tmp_path, "notes.txt", ".DS_Store", *videos_of_classes(a=2, b=2), "a/thumbs.db")
-    assert list_videos(tmp_path).left_aside == ("notes.txt", "a/thumbs.db")
+    touch(tmp_path, "notes.txt", ".DS_Store", *videos_of_classes(a=2, b=2), "a/Thumbs.db", "a/x.srt", "__MACOSX/a/x")
+    assert list_videos(tmp_path).left_aside == ("notes.txt", "a/x.srt")
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "expected a folder a class, found an empty folder"),
-        (["1.mp4", "2.mp4"], "expected a folder a class, found 2 files and no folder; the form is DIR/<class>"),
+        ([], "expected a folder a class, in the form DIR/<class>.*, found an empty folder"),
+        (["1.mp4", "2.mp4"], "expected a folder a class, in the form DIR/<class>.*, found 2 files and no folder"),
         (["a/1.mp4"], "expected at least two classes, found one, 'a'"),
-        (["a/1.mp4", "b/1.txt"], "expected videos .* of the class 'b', found none"),
-        (["a/1.mp4", "b/c/1.mp4"], "c: expected videos directly in a class, found a folder"),
+        (["a/1.mp4", "b/1.txt"], "expected videos .* of every class to train on, found none of the class 'b'"),
+        (["a/1.mp4", "b/c/1.mp4"], "c: expected videos directly in a class folder, found a folder"),
         (["val/a/1.mp4", "val/b/1.mp4"], "expected a folder train beside val, found none"),
         (
             ["train/a/1.mp4", "train/b/1.mp4", "raw/x/1.mp4"],
@@ -126,7 +126,7 @@ def test_files_that_are_no_videos_are_left_aside_by_name(tmp_path: Path) -> None
         ),
         (
             ["train/a/1.mp4", "train/b/1.mp4", "val/a/1.mp4", "val/c/1.mp4"],
-            "expected the same classes in train and validation, found b only in train; c only in validation",
+            "expected no class in val that is not in train, found 'c'; nothing would be trained to name them",
         ),
     ],
 )
@@ -139,8 +139,29 @@ def test_a_folder_of_another_form_is_refused(tmp_path: Path, files: list[str], m
 def test_a_link_that_leads_outside_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "secret.mp4", *(f"videos/{name}" for name in videos_of_classes(a=1, b=1)))
     (tmp_path / "videos" / "a" / "link.mp4").symlink_to(tmp_path / "secret.mp4")
-    with pytest.raises(AnnotationError, match=r"link\.mp4: expected a file inside --media"):
+    with pytest.raises(AnnotationError, match=r"link\.mp4: expected a file inside --data-folder .*with --follow-links"):
         list_videos(tmp_path / "videos")
+    videos = list_videos(tmp_path / "videos", follow_links=True)
+    assert names(videos, "train") | names(videos, "validation") == {"a/000.mp4", "a/link.mp4", "b/000.mp4"}
+
+
+def test_class_folders_that_are_links_are_read_with_follow_links(tmp_path: Path) -> None:
+    touch(tmp_path / "disk", *videos_of_classes(a=2, b=2))
+    (tmp_path / "videos").mkdir()
+    for name in "ab":
+        (tmp_path / "videos" / name).symlink_to(tmp_path / "disk" / name)
+    with pytest.raises(AnnotationError, match=r"4 problems \(outside the media folder 4\)"):
+        list_videos(tmp_path / "videos")
+    found = plan_training(tmp_path / "videos", (), out=None, follow_links=True)
+    assert len(found.videos.train) + len(found.videos.validation) == 4
+
+
+def test_a_class_without_validation_videos_is_only_trained_on(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a/1.mp4", "train/b/1.mp4", "train/c/1.mp4", "val/c/2.mp4", "val/b/notes.txt")
+    videos = list_videos(tmp_path)
+    assert (videos.classes, videos.only_trained) == (("a", "b", "c"), ("a", "b"))
+    assert [sample.labels for sample in videos.validation] == [(2,)]
+    assert videos.left_aside == ("b/notes.txt",)
 
 
 def test_no_folder_is_refused(tmp_path: Path) -> None:

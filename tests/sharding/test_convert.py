@@ -16,7 +16,7 @@ import pytest
 import webdataset
 
 from ca2st.durable import FaultPoints, InjectedFault
-from ca2st.errors import EnvironmentFault
+from ca2st.errors import EnvironmentFault, UserInputError
 from sharding.convert import ConversionProgress, convert
 from sharding.decode_child import ClipJob, EncodedClip, encode_clip
 from sharding.index import decode_index
@@ -57,6 +57,10 @@ def encode_with_note(job: ClipJob) -> EncodedClip:
     return replace(encode_clip(job), notes=("odd",), changes={"rotation": 90})
 
 
+def mirrored(job: ClipJob) -> EncodedClip:
+    return replace(encode_clip(job), notes=("mirrored",))
+
+
 def test_notes_are_counted_over_clips_and_list_in_report_and_manifest_also_when_run_again(tmp_path: Path) -> None:
     source = replace(small_clips(tmp_path / "media", 5), notes={"labels that look alike": ("dot", "Dot")})
     expected = {"labels that look alike": 2, "odd": 5}
@@ -67,8 +71,25 @@ def test_notes_are_counted_over_clips_and_list_in_report_and_manifest_also_when_
     with tarfile.open(tmp_path / "set" / shard_set.shards[0].name) as tar:
         record = tar.extractfile(next(member for member in tar if member.name.endswith(".json")))
         assert record is not None
-        assert json.load(record)["changes"] == {"rotation": 90}
+        stored = json.load(record)
+    assert (stored["changes"], stored["notes"]) == ({"rotation": 90}, ["odd"])
     assert verify_shard_set(tmp_path / "set") == []
+
+
+def test_strict_refuses_notes_of_clips_by_name_and_keeps_the_shards(tmp_path: Path) -> None:
+    source = small_clips(tmp_path / "media", 5)
+    message = r"--strict: .*found 5 odd \(clip_0, clip_1, clip_2, clip_3, clip_4\); .*finished shards are kept"
+    with pytest.raises(UserInputError, match=message):
+        convert(source, tmp_path / "set", small_config(strict=True), encode=encode_with_note)
+    report = convert(source, tmp_path / "set", small_config(), encode=encode_with_note)
+    assert (report.num_samples, report.clips_per_second) == (5, 0)
+    with pytest.raises(UserInputError, match=r"--strict: .*found 5 odd; correct or remove them"):
+        convert(source, tmp_path / "set", small_config(strict=True), encode=encode_with_note)
+
+
+def test_strict_accepts_what_was_only_converted(tmp_path: Path) -> None:
+    report = convert(small_clips(tmp_path / "media", 2), tmp_path / "set", small_config(strict=True), encode=mirrored)
+    assert dict(report.notes) == {"mirrored": 2}
 
 
 def test_the_index_names_every_sample_in_source_order(reference: Reference) -> None:
