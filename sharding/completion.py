@@ -106,6 +106,7 @@ def write_manifest(
         "tool_versions": tool_versions,
         "source_list_sha256": source.sha256,
         "rejected": count_by_reason(rejects),
+        "clock": config.clock,
         "notes": count_notes(source, shards),
     }
     write_shard_set(out, fields, tuple(shard.entry for shard in shards), faults=faults)

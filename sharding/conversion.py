@@ -15,6 +15,7 @@ from sharding.index import TICKS_PER_SECOND
 from sharding.manifest import AudioParameters, VideoParameters
 from sharding.media import MediaLimits
 from sharding.source import SourceList, SourceSample
+from sharding.video_cut import CLOCKS
 
 AUDIO_POLICIES = {
     "required": "a segment without sound is a reject",
@@ -84,6 +85,8 @@ class ConversionConfig:
     """Rate the sound is resampled to; 16 000 as in the audio expert's pre-training, 24 000 in the EPIC recipes."""
     num_mel_bins: int = 128
     """Mel bins of the spectrogram; the audio expert's patch grid expects 128."""
+    clock: str = "file"
+    """Where the seconds of annotations count from, a name of `sharding.video_cut.CLOCKS`."""
     max_rejects: RejectBudget = field(default_factory=RejectBudget)
     """More rejects than this and no manifest is written."""
     strict: bool = False
@@ -99,6 +102,8 @@ class ConversionConfig:
         stored_codec(self.codec).check_quality(self.video.quality)
         if self.audio_policy not in AUDIO_POLICIES:
             raise UserInputError(f"audio policy {self.audio_policy!r}: expected one of {', '.join(AUDIO_POLICIES)}")
+        if self.clock not in CLOCKS:
+            raise UserInputError(f"clock {self.clock!r}: expected one of {', '.join(CLOCKS)}")
         if not 1 <= self.num_gop_frames <= MOST_GOP_FRAMES:
             raise UserInputError(f"num_gop_frames: expected 1 to {MOST_GOP_FRAMES}, found {self.num_gop_frames}")
         if self.short_side < 16 or self.short_side % 2:
@@ -154,6 +159,7 @@ class ConversionConfig:
             audio_policy=self.audio_policy,
             sample_rate_hz=self.sample_rate_hz,
             limits=self.limits,
+            clock=self.clock,
         )
 
 
@@ -176,6 +182,7 @@ def conversion_identity(source: SourceList, config: ConversionConfig) -> dict[st
         "shard_bytes": config.shard_bytes,
         "limits": asdict(config.limits),
         "tool_versions": tool_versions(),
+        "clock": config.clock,
     }
 
 

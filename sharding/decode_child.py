@@ -45,6 +45,13 @@ class ClipJob:
     """``required``, ``optional`` or ``none``."""
     sample_rate_hz: int
     limits: MediaLimits
+    clock: str = "file"
+    """Where the seconds count from, a name of `sharding.video_cut.CLOCKS`."""
+
+    @property
+    def clock_of_cut(self) -> str:
+        """The clock, or that of a whole file, which starts at its first frame."""
+        return "first-frame" if self.start_seconds is None and self.end_seconds is None else self.clock
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +94,7 @@ def encode_clip(job: ClipJob) -> EncodedClip:
     segment = Segment.of(job.start_seconds, job.end_seconds)
     with open_media(job.path) as container:
         stream = video_stream(container, job.limits)
-        cut = VideoCut(container, stream, segment, limits=job.limits)
+        cut = VideoCut(container, stream, segment, limits=job.limits, clock=job.clock_of_cut)
         encoder = clip_encoder(
             job.codec,
             short_side=job.short_side,
@@ -105,6 +112,8 @@ def encode_clip(job: ClipJob) -> EncodedClip:
             source_size=(stream.width, stream.height),
             source_bytes=before.num_bytes,
             source_codec=stream.codec_context.name,
+            changes=dict(cut.changes),
+            notes=tuple(cut.notes),
         )
     check_unchanged(job.path, before)
     return clip

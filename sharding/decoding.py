@@ -5,6 +5,7 @@ Strictly: a damaged packet or frame is an error, never a grey patch.
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, cast
 
@@ -17,7 +18,16 @@ from sharding.errors import MediaError
 
 _SECONDS_BACK = (0, 2, 8, 32, 128)  # of a seek, from the wanted moment; behind them only the beginning is left
 _WRONG_TIMES_AFTER_SEEK = ("mpeg",)  # a program stream dates few of its frames: the others are counted from there
+_BEGIN_ANYWHERE = ("mpegts", "mpeg", "flv", "matroska,webm")  # broadcast and live formats; their key flags are right
+_WITHOUT_PRESENTATION_TIMES = ("avi",)  # it stores none; FFmpeg 8 makes up some that are wrong with B-frames
 _Frame = av.VideoFrame | av.AudioFrame
+
+
+@dataclass(slots=True)
+class LeadIn:
+    """What was left out in front of the first key frame of a file that begins inside a group of pictures."""
+
+    num_packets: int = 0
 
 
 def frame_seconds(frame: _Frame) -> Fraction:
@@ -33,39 +43,44 @@ def frame_seconds(frame: _Frame) -> Fraction:
 
 
 def video_frames(
-    container: InputContainer, stream: VideoStream, *, seek: Fraction | None = None
+    container: InputContainer, stream: VideoStream, *, seek: Fraction | None = None, lead_in: LeadIn | None = None
 ) -> Iterator[av.VideoFrame]:
     """Frames in display order; with `seek`, from a key frame at or before that moment of the container's clock.
+
+    Their `pts` are FFmpeg's best-effort times. Packets in front of the first key frame are left out and counted in
+    `lead_in`.
 
     Raises:
         MediaError: ``decode_error`` at the first packet or frame that is damaged.
     """
-    yield from _frames(container, stream, seek)
+    yield from _frames(container, stream, seek, lead_in or LeadIn())
 
 
 def audio_frames(
     container: InputContainer, stream: AudioStream, *, seek: Fraction | None = None
 ) -> Iterator[av.AudioFrame]:
     """As `video_frames`, for sound."""
-    yield from _frames(container, stream, seek)
+    yield from _frames(container, stream, seek, LeadIn())
 
 
-def _frames(container: InputContainer, stream: VideoStream | AudioStream, seek: Fraction | None) -> Iterator[Any]:
+def _frames(
+    container: InputContainer, stream: VideoStream | AudioStream, seek: Fraction | None, lead_in: LeadIn
+) -> Iterator[Any]:
     if seek is None or container.format.name in _WRONG_TIMES_AFTER_SEEK:
-        yield from _decode(container, stream)
+        yield from _decode(container, stream, lead_in)
         return
     beginning = (stream.start_time or 0) * _time_base(stream)
     for seconds_back in _SECONDS_BACK:
         if seek - seconds_back > beginning:
             _seek(container, stream, seek - seconds_back)
-            frames = _decode(container, stream)
+            frames = _decode(container, stream, LeadIn())
             first = _first_after_seek(frames)
             if first is not None and frame_seconds(first) <= seek:
                 yield first
                 yield from frames
                 return
     _seek(container, stream, beginning)
-    yield from _decode(container, stream)
+    yield from _decode(container, stream, lead_in)
 
 
 def _first_after_seek(frames: Iterator[Any]) -> Any:
@@ -93,13 +108,16 @@ def _time_base(stream: VideoStream | AudioStream) -> Fraction:
     return stream.time_base
 
 
-def _decode(container: InputContainer, stream: VideoStream | AudioStream) -> Iterator[Any]:
+def _decode(container: InputContainer, stream: VideoStream | AudioStream, lead_in: LeadIn) -> Iterator[Any]:
     moment: Fraction | None = None
+    times = _BestTimes(container, stream) if isinstance(stream, VideoStream) else None
     try:
-        for packet in container.demux(stream):
+        for packet in _from_key_frame(container, stream, lead_in):
             if packet.is_corrupt:
                 raise MediaError("decode_error", f"expected whole packets, found a cut one in the {stream.type} stream")
-            for frame in cast(list[_Frame], packet.decode()):
+            for frame in _decoded(packet, lead_in if moment is None else LeadIn()):
+                if times is not None:
+                    times.correct(frame)
                 moment = frame_seconds(frame)
                 if frame.is_corrupt:
                     raise MediaError(
@@ -110,6 +128,76 @@ def _decode(container: InputContainer, stream: VideoStream | AudioStream) -> Ite
         raise
     except av.error.FFmpegError as error:
         raise _decode_error(stream, error, moment) from error
+
+
+def _decoded(packet: "av.Packet[Any]", lead_in: LeadIn) -> list[_Frame]:
+    """The packet's frames; in a file that began in the middle it may come before the decoder's parameters."""
+    try:
+        return cast(list[_Frame], packet.decode())
+    except av.error.InvalidDataError:
+        if not lead_in.num_packets:
+            raise
+        lead_in.num_packets += 1
+        return []
+
+
+def _from_key_frame(
+    container: InputContainer, stream: VideoStream | AudioStream, lead_in: LeadIn
+) -> "Iterator[av.Packet[Any]]":
+    """The stream's packets; of video those that need a picture from before the first key frame are left out."""
+    packets = container.demux(stream)
+    if stream.type != "video" or container.format.name not in _BEGIN_ANYWHERE:
+        yield from packets
+        return
+    key_time: int | None = None
+    is_begun = False
+    for packet in packets:
+        is_begun = is_begun or packet.is_keyframe or not packet.size  # the empty packet at the end flushes the decoder
+        if packet.is_keyframe and key_time is None:
+            key_time = packet.pts
+        is_leading = lead_in.num_packets > 0 and None not in (packet.pts, key_time) and packet.pts < key_time
+        if is_begun and not is_leading:
+            yield packet
+        else:
+            lead_in.num_packets += 1
+
+
+class _BestTimes:
+    """Presentation times as FFmpeg's `best_effort_timestamp` has them, which PyAV does not pass on.
+
+    The stored time as long as these increase more often than the decoding times do, else the decoding time of the
+    packet that made the frame come out; where there is neither, one frame behind the last.
+    """
+
+    def __init__(self, container: InputContainer, stream: VideoStream) -> None:
+        self._has_pts = container.format.name not in _WITHOUT_PRESENTATION_TIMES
+        self._interval = max(1, round(1 / (frame_rate(stream) * _time_base(stream))))
+        self._last: int | None = None
+        self._last_pts = self._last_dts = -(2**63)
+        self._num_faulty_pts = self._num_faulty_dts = 0
+
+    def correct(self, frame: _Frame) -> None:
+        """Set the frame's `pts`."""
+        pts, dts = frame.pts if self._has_pts else None, frame.dts
+        if dts is not None:
+            self._num_faulty_dts += dts <= self._last_dts
+            self._last_dts = dts
+        elif pts is not None:
+            self._last_dts = pts
+        if pts is not None:
+            self._num_faulty_pts += pts <= self._last_pts
+            self._last_pts = pts
+        elif dts is not None:
+            self._last_pts = dts
+        best = pts if pts is not None and (dts is None or self._num_faulty_pts <= self._num_faulty_dts) else dts
+        if best is None and self._last is not None:
+            best = self._last + (frame.duration or self._interval)
+        self._last = frame.pts = best
+
+
+def frame_rate(stream: VideoStream) -> Fraction:
+    """Frames per second as the file says; 30 where it says nothing."""
+    return Fraction(stream.average_rate or stream.guessed_rate or 30)
 
 
 def _decode_error(

@@ -97,6 +97,9 @@ class Manifest:
     num_shards: int
     shards_sha256: str
     """Hash of ``shards.parquet``."""
+    clock: str = "first-frame"
+    """Where seconds count from, a name of `sharding.video_cut.CLOCKS`; sets from before there was a choice leave it
+    out."""
     notes: Mapping[str, int] = field(default_factory=dict)
     """What was unusual about the sources and accepted, by kind; a set without any leaves the field out."""
 
@@ -121,6 +124,8 @@ class Manifest:
         payload = asdict(self)
         if not self.notes:
             del payload["notes"]
+        if self.clock == "first-frame":
+            del payload["clock"]
         payload["format"], payload["format_version"] = FORMAT_NAME, FORMAT_VERSION
         payload["label_spaces"] = [asdict(space) | {"sha256": space.sha256} for space in self.label_spaces]
         payload["audio_sha256"] = sha256_of_json(asdict(self.audio))

@@ -80,7 +80,7 @@ def done_shards(root: Path, identity: Mapping[str, Any]) -> list[DoneShard]:
 
 def refuse_another_conversion(root: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise ConversionRefusedError with every field that differs, if any does."""
-    before, now = _flat(theirs), _flat(json.loads(json.dumps(ours)))
+    before, now = (_flat({"clock": "first-frame"} | dict(one)) for one in (theirs, json.loads(json.dumps(ours))))
     differences = [
         f"{name}: there {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

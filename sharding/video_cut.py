@@ -1,24 +1,36 @@
 """Cut a segment out of a video by presentation time.
 
-The media's clock starts at its first displayed frame, whatever its timestamp (it may be negative or late). A segment
-keeps the frames with start <= time < end. A segment that falls between two frames keeps the one on display.
+`clock_zero` is the one place that says where the clock of picture and sound starts. Seconds of annotations count from
+the start of the file, its earliest stream, as players and FFmpeg's ``-ss`` count. A whole file starts at its first
+displayed frame, whatever its timestamp: sound from before it is no part of the clip. A segment keeps the frames with
+start <= time < end. A segment that falls between two frames keeps the one on display.
 """
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from sharding.decoding import frame_seconds, video_frames
+from sharding.decoding import LeadIn, frame_rate, frame_seconds, video_frames
 from sharding.errors import MediaError
 from sharding.media import MediaLimits
 
 _SEEK_FROM = Fraction(2)  # nearer starts are reached by decoding on from the first frame
+_LATE = Fraction(1, 10)  # behind the start of the file: more than the delay of B-frames or the lead of a sound codec
+_ENOUGH = Fraction(19, 20)  # of an annotated segment
 _JITTER = Fraction(1, 4)  # of the shorter frame interval, the source's or the wanted one: thinning forgives it
+
+
+CLOCKS = {
+    "file": "from the start of the file, its earliest stream, as players and FFmpeg's -ss count",
+    "first-frame": "from the first displayed picture",
+}
+"""Where seconds of annotations may count from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +53,26 @@ def _decimal(seconds: float) -> Fraction:
     return Fraction(seconds).limit_denominator(1_000_000)
 
 
+def clock_zero(container: InputContainer, first_picture: Fraction, clock: str) -> Fraction:
+    """Zero of the media's clock on the container's clock, in seconds.
+
+    Args:
+        container: The opened file.
+        first_picture: Time of its first displayed frame on the container's clock.
+        clock: A name of CLOCKS.
+    """
+    if clock == "first-frame" or container.start_time is None:
+        return first_picture
+    rounded = Fraction(container.start_time, av.time_base)
+    starts = [
+        stream.start_time * stream.time_base
+        for stream in container.streams
+        if stream.start_time is not None and stream.time_base is not None
+    ]
+    exact = [start for start in starts if abs(start - rounded) < Fraction(1, av.time_base)]
+    return min([first_picture, *(exact or [rounded])])
+
+
 @dataclass(frozen=True, slots=True)
 class TimedFrame:
     """A decoded frame with its times relative to the segment's start."""
@@ -51,17 +83,30 @@ class TimedFrame:
 
 
 class VideoCut:
-    """The frames of one segment; `zero` and `duration` are known once `frames` is used up."""
+    """The frames of one segment; `zero`, `duration`, `changes` and `notes` are known once `frames` is used up."""
 
     def __init__(
-        self, container: InputContainer, stream: VideoStream, segment: Segment, *, limits: MediaLimits
+        self,
+        container: InputContainer,
+        stream: VideoStream,
+        segment: Segment,
+        *,
+        limits: MediaLimits,
+        clock: str = "file",
     ) -> None:
         self.zero = Fraction(0)
         """The media clock's zero on the container's clock."""
         self.duration = Fraction(0)
         """Seconds from the segment's start to its end, or to the media's end if that comes first."""
+        self.changes: dict[str, Any] = {}
+        """What was done to frames and times, in JSON's types."""
+        self.notes: list[str] = []
+        """Kinds of what was unusual, as of `EncodedClip.notes`."""
         self._container, self._stream, self._segment, self._limits = container, stream, segment, limits
-        self._interval = 1 / Fraction(stream.average_rate or stream.guessed_rate or 30)
+        self._clock = clock
+        self._interval = 1 / frame_rate(stream)
+        self._lead_in = LeadIn()
+        self._num_replaced = 0
 
     def frames(self) -> Iterator[TimedFrame]:
         """Yield the segment's frames in order.
@@ -89,30 +134,52 @@ class VideoCut:
             self.duration = media_end
         if num_kept == 0:
             yield self._on_display(before, media_end)
+        self._note_what_was_unusual()
 
     def _checked_frames(self) -> Iterator[TimedFrame]:
-        decoded_pixels, last = 0, None
+        """All frames with their times; of several at one time the last, which players leave on display."""
+        decoded_pixels = 0
+        held: TimedFrame | None = None
         for picture in self._pictures():
             decoded_pixels += picture.width * picture.height
             self._check_pixels(picture, decoded_pixels)
             seconds = frame_seconds(picture) - self.zero - self._segment.start
-            if last is not None and seconds <= last:
-                raise MediaError(
-                    "bad_timestamps", f"expected frame times that increase, found {float(seconds):.4f} twice"
-                )
-            last = seconds
+            if held is not None and seconds < held.seconds:
+                found = f"{float(seconds):.4f} s behind {float(held.seconds):.4f} s"
+                raise MediaError("bad_timestamps", f"expected frame times that increase, found {found}")
+            if held is not None and seconds > held.seconds:
+                yield held
+            else:
+                self._num_replaced += held is not None
             base = picture.time_base or Fraction(0)
-            yield TimedFrame(picture, seconds, picture.duration * base or self._interval)
+            held = TimedFrame(picture, seconds, picture.duration * base or self._interval)
+        if held is not None:
+            yield held
 
     def _pictures(self) -> Iterator[av.VideoFrame]:
-        frames = video_frames(self._container, self._stream)
+        frames = video_frames(self._container, self._stream, lead_in=self._lead_in)
         first = next(frames, None)
         if first is None:
             raise MediaError("decode_error", "expected at least one frame, found none")
-        self.zero = frame_seconds(first)
+        self.zero = clock_zero(self._container, frame_seconds(first), self._clock)
+        late = frame_seconds(first) - clock_zero(self._container, frame_seconds(first), "file")
+        if late > _LATE:
+            self.notes.append("picture starts late")
+            self.changes["picture_starts_seconds"] = float(late)
         if self._segment.start < _SEEK_FROM:
             return itertools.chain([first], frames)
         return video_frames(self._container, self._stream, seek=self.zero + self._segment.start)
+
+    def _note_what_was_unusual(self) -> None:
+        start, end = self._segment.start, self._segment.end
+        if end is not None and self.duration < min((end - start) * _ENOUGH, end - start - self._interval):
+            self.notes.append("shorter than annotated")
+        if self._lead_in.num_packets:
+            self.notes.append("began inside a group of pictures")
+            self.changes["skipped_packets_before_key_frame"] = self._lead_in.num_packets
+        if self._num_replaced:
+            self.notes.append("frames at the same time")
+            self.changes["replaced_frames_at_the_same_time"] = self._num_replaced
 
     def _check_pixels(self, picture: av.VideoFrame, decoded: int) -> None:
         if picture.width * picture.height > self._limits.max_frame_pixels:

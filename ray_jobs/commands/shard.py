@@ -20,6 +20,13 @@ app = typer.Typer(no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")]
 
 
+class Clock(StrEnum):
+    """Where the seconds of annotations count from."""
+
+    FILE = "file"
+    FIRST_FRAME = "first-frame"
+
+
 class AudioPolicy(StrEnum):
     """What happens to clips without an audio track."""
 
@@ -64,6 +71,13 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
     audio: Annotated[
         AudioPolicy, typer.Option(help="Clips without sound: reject, keep, or no audio at all.")
     ] = AudioPolicy.REQUIRED,
+    clock: Annotated[
+        Clock,
+        typer.Option(
+            help="What seconds of annotations count from: the start of the file, its earliest stream, as players and "
+            "ffmpeg -ss do, or the first picture."
+        ),
+    ] = Clock.FILE,
     max_rejects: Annotated[str, typer.Option(help="Samples that may be rejected: a number or a share like 2%.")] = "0",
     limit: Annotated[int | None, typer.Option(help="Only the first N samples.")] = None,
     strict: Annotated[
@@ -125,6 +139,7 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
         workers=workers or num_cores(),
         shard_bytes=parse_bytes(shard_size),
         audio_policy=audio.value,
+        clock=clock.value,
         max_rejects=RejectBudget.parse(max_rejects),
         strict=strict,
     )

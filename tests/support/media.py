@@ -75,7 +75,8 @@ def make_clip(
         video.pix_fmt = pixel_format
         video.gop_size = gop
         video.thread_count = 1
-        video.time_base = video.codec_context.time_base = _time_base(codec, rate)
+        base = 1 / rate if path.suffix == ".avi" else _time_base(codec, rate)  # AVI counts frames
+        video.time_base = video.codec_context.time_base = base
         if colour:
             video.codec_context.colorspace, video.codec_context.color_range = colour
         if rotation:
