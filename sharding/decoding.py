@@ -149,13 +149,11 @@ def _from_key_frame(
     if stream.type != "video" or container.format.name not in _BEGIN_ANYWHERE:
         yield from packets
         return
-    key_time: int | None = None
-    is_begun = False
+    is_begun, begins_at = False, 0
     for packet in packets:
-        is_begun = is_begun or packet.is_keyframe or not packet.size  # the empty packet at the end flushes the decoder
-        if packet.is_keyframe and key_time is None:
-            key_time = packet.pts
-        is_leading = lead_in.num_packets > 0 and None not in (packet.pts, key_time) and packet.pts < key_time
+        if not is_begun and (packet.is_keyframe or not packet.size):  # the empty packet at the end flushes the decoder
+            is_begun, begins_at = True, packet.pts or 0
+        is_leading = lead_in.num_packets > 0 and packet.pts is not None and packet.pts < begins_at
         if is_begun and not is_leading:
             yield packet
         else:
