@@ -28,7 +28,7 @@ from ray_jobs.commands import (
     train,
     weights,
 )
-from ray_jobs.console import show_log
+from ray_jobs.console import keep_stdout_for_results, show_log
 from ray_jobs.environment import wait_passively
 
 app = typer.Typer(
@@ -75,6 +75,8 @@ def main() -> None:
     """Entry point of ``ca2st``: run the command, end with the exit code of what happened."""
     show_log()
     wait_passively()
+    if "--json" in sys.argv and not {"-h", "--help"}.intersection(sys.argv):
+        keep_stdout_for_results()
     try:
         app()
     except CA2STError as error:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,8 @@ Update = Callable[[int, str], None]
 """``update(done, note)``: how many are done, and a few words behind the bar."""
 
 _PLAIN_INTERVAL_SECONDS = 5.0
+_stdout: list[int] = []
+"""Where results go once `keep_stdout_for_results` was called."""
 
 
 def show_log() -> None:
@@ -40,17 +43,32 @@ class _Once(logging.Filter):
 
 def say(text: str) -> None:
     """A line for the person, on stderr: stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{text}\n")  # in its workers Ray Train replaces print by one that says all twice
+    sys.stderr.flush()
 
 
 def result(text: str) -> None:
     """A line of the command's result, on stdout."""
-    print(text, flush=True)
+    if not _stdout:
+        print(text, flush=True)
+        return
+    with open(_stdout[-1], "w", encoding="utf-8", closefd=False) as stream:
+        stream.write(f"{text}\n")
 
 
 def print_json(facts: object) -> None:
     """One JSON object on stdout."""
-    print(json.dumps(facts, default=_plain), flush=True)
+    result(json.dumps(facts, default=_plain))
+
+
+def keep_stdout_for_results() -> None:
+    """Let only `result` and `print_json` reach stdout from now on.
+
+    What libraries print, their C code and child processes too, goes to stderr.
+    """
+    sys.stdout.flush()
+    _stdout.append(os.dup(1))
+    os.dup2(2, 1)
 
 
 def _plain(value: object) -> object:

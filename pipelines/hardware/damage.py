@@ -70,7 +70,7 @@ def try_damages(
         bad = folder / f"{clip.codec}-{damage}.mp4"
         bad.write_bytes(DAMAGES[damage](clip.video.mp4))
         arguments = [device, clip.codec, str(good), str(bad), str(spec.num_frames), str(spec.crop_size)]
-        return run_child(clip.codec, damage, [sys.executable, "-m", CHILD, *arguments], seconds=seconds)
+        return run_child(clip.codec, damage, [sys.executable, "-P", "-m", CHILD, *arguments], seconds=seconds)
 
     with ThreadPoolExecutor(at_once) as pool:
         return list(pool.map(one, damages))

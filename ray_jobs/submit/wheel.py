@@ -97,7 +97,7 @@ def _build(sources: Mapping[str, Path]) -> bytes:
             shutil.copyfile(source, copy / path)
         out.mkdir()
         done = subprocess.run(
-            [sys.executable, "-c", _BUILD, str(out)], cwd=copy, capture_output=True, text=True, check=False
+            [sys.executable, "-P", "-c", _BUILD, str(out)], cwd=copy, capture_output=True, text=True, check=False
         )
         wheels = list(out.glob("*.whl"))
         if done.returncode != 0 or len(wheels) != 1:

@@ -54,7 +54,8 @@ def _start_follower(run_dir: Path, log: IO[bytes]) -> "subprocess.Popen[bytes]":
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", "ray_jobs.tracking.follower", str(run_dir.resolve()), str(os.getpid())],
+            # -P: no folder of the working directory is taken for a package of ours or of MLflow's.
+            [sys.executable, "-P", "-m", "ray_jobs.tracking.follower", str(run_dir.resolve()), str(os.getpid())],
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import ray_jobs
 from ray_jobs.running.training_data import TrainingData
-from ray_jobs.tracking.following import followed
+from ray_jobs.tracking.following import _start_follower, followed
 from ray_jobs.tracking.run_facts import RECIPE_NAME, read_run
 from ray_jobs.tracking.state import read_state, unsent_bytes
 from support.fake_shards import make_samples, make_shard_set
@@ -73,6 +75,28 @@ def test_a_submitted_job_is_recorded_with_the_commit_it_was_sent_from(
     told = {"git.commit": "a" * 40, "git.dirty": "false"}
     assert read_state(run_dir).tags.items() >= told.items()
     assert read_run(run_dir).tags.items() >= told.items()
+
+
+def test_a_follower_takes_no_folder_of_the_working_directory_for_a_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sharding", "ray_jobs", "ca2st", "mlflow"):
+        (tmp_path / "work" / name).mkdir(parents=True)
+        (tmp_path / "work" / name / "__init__.py").write_text(f"raise SystemExit('imported the {name} of a user')")
+    monkeypatch.chdir(tmp_path / "work")
+    with (tmp_path / "log").open("wb") as log:
+        _start_follower(tmp_path / "no such run", log).wait()
+    told = (tmp_path / "log").read_text()
+    assert "of a user" not in told
+    assert "no such run/follower.lock" in told, "it got as far as its run folder"
+
+
+def test_every_python_that_is_started_by_hand_keeps_the_working_directory_off_its_path() -> None:
+    root = Path(ray_jobs.__file__).parents[1]
+    sources = [path for name in ("ca2st", "sharding", "pipelines", "ray_jobs") for path in (root / name).rglob("*.py")]
+    commands = [command for path in sources for command in re.findall(r"\[sys\.executable,[^\]]*", path.read_text())]
+    assert len(commands) >= 3
+    assert [command for command in commands if '"-P"' not in command] == []
 
 
 def test_k8_a_follower_that_fails_leaves_its_traceback_in_its_log_without_secrets(run_dir: Path) -> None:

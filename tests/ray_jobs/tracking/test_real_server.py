@@ -1,5 +1,6 @@
 """A real MLflow server, away when a training starts and ends, and killed while a follower sends."""
 
+import json
 import os
 import signal
 import socket
@@ -85,8 +86,9 @@ def test_k1_a_training_and_a_follower_outlive_a_real_server(tmp_path: Path, port
     assert len(sequence(run_dir)) == 16
     (tmp_path / "store").mkdir()
     with server(tmp_path / "store", port):
-        synced = ca2st("track", "sync", run_dir)
+        synced = ca2st("track", "sync", run_dir, "--json")
         assert synced.returncode == 0, synced.stderr
+        assert json.loads(synced.stdout)["lacking"] == [], "one object alone"
         assert steps_in_mlflow(run_dir) == list(range(1, 17))
         followed = tracked_run(tmp_path / "followed", f"http://127.0.0.1:{port}")
         write(followed, start(), step(1, 3.0))

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 from ray_jobs.cli import app
 from ray_jobs.tracking.extras import EXTRAS
 from ray_jobs.tracking.state import read_state
-from support.tracked_runs import end, start, step, write
+from support.fake_mlflow import FakeMlflow, served
+from support.tiny_runs import ca2st
+from support.tracked_runs import end, start, step, tracked_run, write
 
 SOMETHING_LACKING = 4
 
@@ -60,3 +62,12 @@ def test_a_run_without_a_line_yet_has_nothing_to_send_and_ends_with_0(run_dir: P
     assert done.exit_code == 0
     assert "nothing to send yet" in done.stdout
     assert json.loads(synced(run_dir, "--json").stdout) == {"sent": 0, "run_id": None, "lacking": []}
+
+
+def test_what_mlflow_itself_prints_does_not_get_into_the_json_object(tmp_path: Path, fake: FakeMlflow) -> None:
+    with served(fake):
+        run_dir = tracked_run(tmp_path / "run", fake.uri)
+        write(run_dir, start(), step(1, 0.5), end("done", 1))
+        done = ca2st("track", "sync", run_dir, "--json")
+    assert "View run" in done.stderr, done.stderr
+    assert json.loads(done.stdout)["sent"] == 3
