@@ -60,10 +60,10 @@ def ray_auth_mode() -> str | None:
 
 def ray_access(*, accept_open: bool = False) -> "RayAccess":
     """Whether this process holds a Ray cluster's token, looked up where Ray looks, and may go without one."""
-    from ray_jobs.ray_access import RayAccess, has_token
+    from ray_jobs.ray_access import RayAccess, find_token
 
     return RayAccess(
-        token_known=has_token(os.environ, Path.home()),
+        token=find_token(os.environ, Path.home()),
         mode=(ray_auth_mode() or "").lower() or None,
         accept_open=accept_open,
     )

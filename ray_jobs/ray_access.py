@@ -7,34 +7,40 @@ says so. A token travels in clear text: over networks of others it needs a tunne
 import os
 import secrets
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ca2st.errors import EnvironmentFault, UserInputError
+from ray_jobs.ray_probe import PORTS, PROBE_SECONDS, host_and_port, who_listens
 
 LOCAL = "local"
 ACCEPT_OPEN = "--i-accept-open-ray"
-_ANSWER_SECONDS = 10.0
 _JOIN_FIRST = "this machine must be a node of it: `ray start --address=HEAD:6379`"
-_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+_FOUND = {
+    "web server": "a web server, as its dashboard is",
+    "another part of Ray": "another port of Ray's, of its client server or of a single node",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RayAccess:
     """What this process may show a Ray cluster, as found at the edge (`environment.ray_access`)."""
 
-    token_known: bool
-    """A token is there: ``RAY_AUTH_TOKEN``, the file of ``RAY_AUTH_TOKEN_PATH`` or ``~/.ray/auth_token``."""
+    token: str = field(default="", repr=False)
+    """Of ``RAY_AUTH_TOKEN``, the file of ``RAY_AUTH_TOKEN_PATH`` or ``~/.ray/auth_token``; empty: there is none."""
     mode: str | None = None
     """``RAY_AUTH_MODE``; None where it is not set, and a token that is there is then used."""
     accept_open: bool = False
     """The user accepts a cluster that runs everybody's code."""
+
+    @property
+    def shown_token(self) -> str:
+        """The token that Ray would show; empty where it shows none."""
+        return self.token if self.mode in (None, "token") else ""
 
     def check(self, address: str) -> None:
         """Refuse to go to the cluster at `address` without a token.
@@ -42,7 +48,7 @@ class RayAccess:
         Raises:
             UserInputError: no token, or ``RAY_AUTH_MODE`` says not to use it, and open clusters are not accepted.
         """
-        if self.accept_open or (self.token_known and self.mode in (None, "token")):
+        if self.accept_open or self.shown_token:
             return
         found = "no token" if self.mode in (None, "token") else f"RAY_AUTH_MODE={self.mode}"
         raise UserInputError(f"Ray at {address}: expected a cluster's token, found {found}; {HOW_TO_GET_A_TOKEN}")
@@ -55,26 +61,26 @@ HOW_TO_GET_A_TOKEN = (
 )
 
 
-def has_token(variables: Mapping[str, str], home: Path) -> bool:
-    """Whether Ray would find a token, looked up in Ray's order.
+def find_token(variables: Mapping[str, str], home: Path) -> str:
+    """The token that Ray would find, looked up in Ray's order; empty where there is none.
 
     Raises:
         UserInputError: ``RAY_AUTH_TOKEN_PATH`` names no readable file or an empty one; Ray itself would abort.
     """
-    if variables.get("RAY_AUTH_TOKEN", "").strip():
-        return True
+    if token := variables.get("RAY_AUTH_TOKEN", "").strip():
+        return token
     if named := variables.get("RAY_AUTH_TOKEN_PATH", ""):
-        if not _holds_text(Path(named)):
-            raise UserInputError(f"RAY_AUTH_TOKEN_PATH={named}: expected a file with a token, found none or no text")
-        return True
-    return _holds_text(home / ".ray" / "auth_token")
+        if token := _text_of(Path(named)):
+            return token
+        raise UserInputError(f"RAY_AUTH_TOKEN_PATH={named}: expected a file with a token, found none or no text")
+    return _text_of(home / ".ray" / "auth_token")
 
 
-def _holds_text(path: Path) -> bool:
+def _text_of(path: Path) -> str:
     try:
-        return bool(path.read_text(encoding="utf-8").strip())
+        return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
-        return False
+        return ""
 
 
 @contextmanager
@@ -137,13 +143,10 @@ def _start_own(folder: Path, num_cpus: int | None) -> None:
 
 @contextmanager
 def _joined(address: str, access: RayAccess) -> Iterator[None]:
-    if "://" in address:
-        raise UserInputError(
-            f"Ray address {address}: expected auto or host:port of a cluster this machine is a node of; to send a "
-            "job to a cluster from outside: ca2st submit RECIPE --address http://HOST:8265"
-        )
+    if address != "auto":
+        _checked_form(address, "")
     access.check(address)
-    _check_answers(address)
+    found = check_cluster(address, access)
     import ray
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.exceptions import AuthenticationError
@@ -151,7 +154,7 @@ def _joined(address: str, access: RayAccess) -> Iterator[None]:
     # Ray does this itself for "auto" only.
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
-        ray.init(address=address)
+        ray.init(address=found)
     except AuthenticationError as error:
         raise UserInputError(
             f"Ray at {address}: refuses our token ({first_line(error)}); {HOW_TO_GET_A_TOKEN}"
@@ -159,55 +162,59 @@ def _joined(address: str, access: RayAccess) -> Iterator[None]:
     except (ConnectionError, RuntimeError) as error:
         raise EnvironmentFault(f"Ray at {address}: no cluster answers ({first_line(error)}); {_JOIN_FIRST}") from error
     try:
-        if not access.accept_open and is_open(ray.get_runtime_context().gcs_address):
-            raise UserInputError(f"Ray at {address}: takes orders without a token; {HOW_TO_GET_A_TOKEN}")
         yield
     finally:
         ray.shutdown()
 
 
-def _check_answers(address: str) -> None:
-    """Something listens at ``host:port``: Ray itself would wait for minutes."""
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
-    except OSError as error:
-        raise EnvironmentFault(f"Ray at {address}: no cluster answers ({error}); {_JOIN_FIRST}") from error
-
-
-def is_open(gcs_address: str) -> bool:
-    """Whether the cluster answers a caller who shows no token.
+def check_cluster(address: str, access: RayAccess) -> str:
+    """Make sure within seconds that a cluster answers at `address` and takes our token; returns its ``host:port``.
 
     Raises:
-        EnvironmentFault: it answers nothing at all.
+        UserInputError: another port of Ray's, a web server, another token, or a cluster that asks for none.
+        EnvironmentFault: nobody answers.
     """
-    import grpc  # type: ignore[import-untyped]  # it ships no stubs
+    found = _address_of_auto() if address == "auto" else address
+    where = address if found == address else f"auto ({found})"
+    host, port = _checked_form(found, " of RAY_ADDRESS" if address == "auto" else "")
+    try:
+        listener = who_listens(host, port, token=access.shown_token)
+    except OSError as error:
+        raise EnvironmentFault(f"Ray at {where}: no cluster answers ({error}); {_JOIN_FIRST}; {PORTS}") from error
+    if listener == "silent":
+        raise EnvironmentFault(
+            f"Ray at {where}: something listens there, but within {PROBE_SECONDS:g} s it does not answer as a cluster "
+            f"does; look whether the cluster's head is well; {PORTS}"
+        )
+    if listener in ("web server", "another part of Ray"):
+        raise UserInputError(f"Ray at {where}: expected the cluster's own port, found {_FOUND[listener]}; {PORTS}")
+    if listener == "another token":
+        refusal = "refuses our token" if access.shown_token else "asks for a token, and there is none here"
+        raise UserInputError(f"Ray at {where}: {refusal}; {HOW_TO_GET_A_TOKEN}")
+    if listener == "open cluster" and not access.accept_open:
+        raise UserInputError(f"Ray at {where}: takes orders without a token; {HOW_TO_GET_A_TOKEN}")
+    return found
 
-    with _tokenless_channel(gcs_address) as channel:
-        call = channel.unary_unary(_ALIVE)
-        try:
-            call(b"", timeout=_ANSWER_SECONDS)
-        except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-                return False
-            raise EnvironmentFault(f"Ray at {gcs_address}: {error.code().name} instead of an answer") from error
-    return True
+
+def _checked_form(address: str, whose: str) -> tuple[str, int]:
+    """Host and port of an address that has such a form; `whose`: where it is from, for the refusal."""
+    if (parts := host_and_port(address)) is None:
+        raise UserInputError(
+            f"Ray address {address}{whose}: expected auto or host:port of a cluster this machine is a node of; to send "
+            f"a job to a cluster from outside: ca2st submit RECIPE --address http://HOST:8265; {PORTS}"
+        )
+    return parts
 
 
-def _tokenless_channel(gcs_address: str) -> Any:
-    """A channel as Ray makes them, by TLS where ``RAY_USE_TLS`` says so, but for the token."""
-    import grpc
-    from ray._common.tls_utils import load_certs_from_env
+def _address_of_auto() -> str:
+    """What Ray takes for ``auto``: RAY_ADDRESS, a cluster that runs here, or the one that was joined here last."""
+    from ray._private import services
 
-    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
-        return grpc.insecure_channel(gcs_address)
-    chain, private_key, authority = load_certs_from_env()  # type: ignore[no-untyped-call]  # Ray has no types there
-    credentials = grpc.ssl_channel_credentials(
-        certificate_chain=chain, private_key=private_key, root_certificates=authority
-    )
-    return grpc.secure_channel(gcs_address, credentials)
+    services.find_gcs_addresses.cache_clear()  # type: ignore[attr-defined]  # lru_cache, which Ray does not type
+    try:
+        return str(services.get_ray_address_from_environment("auto", None))
+    except ConnectionError as error:
+        raise EnvironmentFault(f"Ray at auto: no cluster answers ({first_line(error)}); {_JOIN_FIRST}") from error
 
 
 def has_dashboard() -> bool:

@@ -12,7 +12,7 @@ from ray_jobs.doctor.libraries import installed_versions
 from ray_jobs.doctor.node_examination import Door, examine_node, remove_token, unseen_tokens, write_token
 from ray_jobs.environment import RECORDED_PACKAGES
 from ray_jobs.every_node import Node, NodeFailure, ask_every_node, gathered, living_nodes
-from ray_jobs.ray_access import is_open
+from ray_jobs.ray_probe import who_listens
 
 _EXAMINATION_SECONDS = 300.0  # imports torch and DALI on a cold node, and tries every codec
 _ANSWER_SECONDS = 60.0
@@ -52,7 +52,8 @@ def _whole(nodes: Sequence[Node]) -> list[Finding]:
         f"{total['CPU']:g} CPUs ({free.get('CPU', 0):g} free), {total['GPU']:g} GPUs ({free.get('GPU', 0):g} free), "
         f"{total['memory'] / _GIB:.0f} GiB memory"
     )
-    is_closed = not is_open(ray.get_runtime_context().gcs_address)
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    is_closed = who_listens(host.strip("[]"), int(port), token="") != "open cluster"
     return [
         Finding(name="ray cluster", ok=True, what=what),
         Finding(

@@ -7,11 +7,14 @@ from urllib.parse import urlsplit
 
 from ca2st.errors import EnvironmentFault, UserInputError
 from ray_jobs.ray_access import HOW_TO_GET_A_TOKEN, RayAccess, first_line
+from ray_jobs.ray_probe import PORTS, who_listens
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-_ANSWER_SECONDS = 30.0
+_ANSWER_SECONDS = 2.2
+_REFUSALS = (401, 403)
+_REFUSED_TO_CONNECT = "NewConnectionError"
 
 
 class JobDetails(Protocol):
@@ -65,8 +68,7 @@ def connect(address: str, *, access: RayAccess, ca_file: "Path | None" = None) -
         )
     access.check(address)
     verify: bool | str = True if ca_file is None else str(ca_file)
-    if not access.accept_open:
-        refuse_open(address, verify=verify)
+    check_server(address, access, verify=verify)
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.job_submission import JobSubmissionClient
 
@@ -81,19 +83,47 @@ def connect(address: str, *, access: RayAccess, ca_file: "Path | None" = None) -
     return client
 
 
-def refuse_open(address: str, *, verify: bool | str) -> None:
-    """Make sure that the job server answers nobody without a token.
+def check_server(address: str, access: RayAccess, *, verify: bool | str) -> None:
+    """Make sure within seconds that a job server answers at `address`, takes our token, and nobody without one.
 
     Raises:
-        UserInputError: it does.
+        UserInputError: it takes jobs from anybody and that is not accepted, or refuses our token, or is no job server.
         EnvironmentFault: no answer.
     """
     import requests
 
+    place = address.rstrip("/")
     with told_refusals(address):
-        answer = requests.get(f"{address.rstrip('/')}/api/jobs/", timeout=_ANSWER_SECONDS, verify=verify)
-    if answer.status_code == requests.codes.ok:
-        raise UserInputError(f"Ray at {address}: takes jobs from anybody; {HOW_TO_GET_A_TOKEN}")
+        try:
+            answer = requests.get(f"{place}/api/jobs/", timeout=_ANSWER_SECONDS, verify=verify)
+            if answer.status_code in _REFUSALS:
+                shown = {"Authorization": f"Bearer {access.shown_token}"}
+                version = f"{place}/api/version"
+                answer = requests.get(version, timeout=_ANSWER_SECONDS, verify=verify, headers=shown)
+            elif answer.ok and not access.accept_open:
+                raise UserInputError(f"Ray at {address}: takes jobs from anybody; {HOW_TO_GET_A_TOKEN}")
+        except requests.ConnectionError as error:
+            if _REFUSED_TO_CONNECT not in type(getattr(error.args[0], "reason", None)).__name__:
+                _tell_cluster_port(address, access)
+            raise
+    if answer.status_code in _REFUSALS:
+        raise UserInputError(f"Ray at {address}: refuses our token ({answer.status_code}); {HOW_TO_GET_A_TOKEN}")
+    if not answer.ok:
+        raise UserInputError(
+            f"Ray at {address}: expected the cluster's dashboard, found a web server that answers "
+            f"{answer.status_code}; {PORTS}"
+        )
+
+
+def _tell_cluster_port(address: str, access: RayAccess) -> None:
+    """Refuse an address that is the cluster's own port, or another of Ray's, which do not speak HTTP."""
+    parts = urlsplit(address)
+    try:
+        listener = who_listens(parts.hostname or "", parts.port or 80, token=access.shown_token)
+    except OSError:
+        return
+    if listener not in ("web server", "silent"):
+        raise UserInputError(f"Ray at {address}: expected the cluster's dashboard, found another of its ports; {PORTS}")
 
 
 @contextmanager

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.cluster
 def _session() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", python_path())
-        with ray_session(LOCAL, access=RayAccess(token_known=False), num_cpus=2):
+        with ray_session(LOCAL, access=RayAccess(), num_cpus=2):
             yield
 
 

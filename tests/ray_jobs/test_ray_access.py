@@ -1,11 +1,13 @@
 """Open Ray clusters are neither started nor joined unless the user says so."""
 
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import SimpleNamespace
+from threading import Thread
 from typing import Any
 
 import grpc
@@ -14,11 +16,12 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from ca2st.errors import EnvironmentFault, UserInputError
-from ray_jobs import environment, ray_access
-from ray_jobs.ray_access import RayAccess, has_token, is_open, ray_session
+from ray_jobs import environment
+from ray_jobs.ray_access import RayAccess, find_token, ray_session
+from ray_jobs.ray_probe import host_and_port, who_listens
 
-KNOWN = RayAccess(token_known=True)
-UNKNOWN = RayAccess(token_known=False)
+KNOWN = RayAccess(token="known")
+UNKNOWN = RayAccess()
 
 
 def token_file(home: Path, text: str) -> None:
@@ -27,14 +30,14 @@ def token_file(home: Path, text: str) -> None:
 
 
 def test_a_token_is_looked_up_where_ray_looks(tmp_path: Path) -> None:
-    assert not has_token({}, tmp_path)
-    assert has_token({"RAY_AUTH_TOKEN": "secret"}, tmp_path)
+    assert not find_token({}, tmp_path)
+    assert find_token({"RAY_AUTH_TOKEN": " secret\n"}, tmp_path) == "secret"
     (tmp_path / "named").write_text("secret\n")
-    assert has_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "named")}, tmp_path)
+    assert find_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "named")}, tmp_path) == "secret"
     token_file(tmp_path, " \n")
-    assert not has_token({"RAY_AUTH_TOKEN": ""}, tmp_path)
+    assert not find_token({"RAY_AUTH_TOKEN": ""}, tmp_path)
     (tmp_path / ".ray" / "auth_token").write_text("secret")
-    assert has_token({}, tmp_path)
+    assert find_token({}, tmp_path) == "secret"
 
 
 @pytest.mark.parametrize("text", [None, "", " \n"])
@@ -44,7 +47,7 @@ def test_a_token_file_that_is_named_and_holds_none_is_refused(tmp_path: Path, te
     if text is not None:
         named.write_text(text)
     with pytest.raises(UserInputError, match=r"RAY_AUTH_TOKEN_PATH=.*named: expected a file with a token"):
-        has_token({"RAY_AUTH_TOKEN_PATH": str(named)}, tmp_path)
+        find_token({"RAY_AUTH_TOKEN_PATH": str(named)}, tmp_path)
 
 
 def test_the_edge_finds_the_token_and_the_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +57,7 @@ def test_the_edge_finds_the_token_and_the_mode(tmp_path: Path, monkeypatch: pyte
     assert environment.ray_access() == UNKNOWN
     token_file(tmp_path, "secret")
     monkeypatch.setenv("RAY_AUTH_MODE", "Token")
-    assert environment.ray_access(accept_open=True) == RayAccess(token_known=True, mode="token", accept_open=True)
+    assert environment.ray_access(accept_open=True) == RayAccess(token="secret", mode="token", accept_open=True)
 
 
 def test_no_cluster_is_joined_without_a_token() -> None:
@@ -63,7 +66,7 @@ def test_no_cluster_is_joined_without_a_token() -> None:
         ray_session("auto", access=UNKNOWN),
     ):
         pytest.fail("joined")
-    switched_off = RayAccess(token_known=True, mode="disabled")
+    switched_off = RayAccess(token="known", mode="disabled")
     with pytest.raises(UserInputError, match="found RAY_AUTH_MODE=disabled"):
         switched_off.check("auto")
 
@@ -71,12 +74,12 @@ def test_no_cluster_is_joined_without_a_token() -> None:
 def test_no_open_ray_is_started_on_this_machine() -> None:
     with (
         pytest.raises(UserInputError, match="RAY_AUTH_MODE=disabled: expected token"),
-        ray_session("local", access=RayAccess(token_known=True, mode="disabled")),
+        ray_session("local", access=RayAccess(token="known", mode="disabled")),
     ):
         pytest.fail("started")
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001"])
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "head", "head:99999"])
 def test_the_address_of_a_job_server_is_no_cluster_to_join(address: str) -> None:
     with (
         pytest.raises(UserInputError, match=r"expected auto or host:port.*ca2st submit"),
@@ -95,8 +98,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setattr(ray, "init", lambda **options: made.append(("init", options)))
     monkeypatch.setattr(ray, "shutdown", lambda: made.append(("shutdown", {})))
-    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:1"))
-    monkeypatch.setattr(ray_access, "is_open", lambda _: False)
+    monkeypatch.setenv("RAY_ADDRESS", "kept")
+    monkeypatch.delenv("RAY_ADDRESS")
     return made
 
 
@@ -128,23 +131,10 @@ def test_a_ray_of_our_own_that_does_not_start_is_a_fault_of_the_machine(
 
 
 def test_a_cluster_is_left_when_the_block_fails(calls: list[tuple[str, dict[str, Any]]]) -> None:
-    with pytest.raises(ZeroDivisionError), ray_session("auto", access=KNOWN):
-        raise ZeroDivisionError
-    assert calls == [("init", {"address": "auto"}), ("shutdown", {})]
-
-
-def test_an_open_cluster_is_left_at_once_unless_it_is_accepted(
-    calls: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ray_access, "is_open", lambda _: True)
-    with (
-        pytest.raises(UserInputError, match="takes orders without a token"),
-        ray_session("auto", access=KNOWN),
-    ):
-        pytest.fail("joined")
-    assert calls == [("init", {"address": "auto"}), ("shutdown", {})]
-    with ray_session("auto", access=RayAccess(token_known=False, accept_open=True)):
-        pass
+    with answering(closed_cluster) as address:
+        with pytest.raises(ZeroDivisionError), ray_session(address, access=KNOWN):
+            raise ZeroDivisionError
+        assert calls == [("init", {"address": address}), ("shutdown", {})]
 
 
 @pytest.mark.parametrize(
@@ -165,34 +155,32 @@ def test_why_a_cluster_cannot_be_joined_is_told(
         raise error
 
     monkeypatch.setattr(ray, "init", fail)
-    with pytest.raises(kind, match=f"Ray at auto: {told}"), ray_session("auto", access=KNOWN):
+    with (
+        answering(closed_cluster) as address,
+        pytest.raises(kind, match=f"Ray at {address}: {told}"),
+        ray_session(address, access=KNOWN),
+    ):
         pytest.fail("joined")
 
 
-def test_ray_is_not_asked_to_wait_where_nothing_listens(calls: list[tuple[str, dict[str, Any]]]) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{unused.getsockname()[1]}"
-        with (
-            pytest.raises(EnvironmentFault, match=r"no cluster answers \(.*refused.*ray start --address"),
-            ray_session(address, access=KNOWN),
-        ):
-            pytest.fail("joined")
-    assert calls == []
+Call = tuple[str, str]
 
 
 @contextmanager
-def answering(code: grpc.StatusCode | None) -> Iterator[str]:
-    """A server that answers every call: with `code`, or well; gives its address."""
-
-    def answer(_: bytes, context: grpc.ServicerContext) -> bytes:
-        if code is not None:
-            context.abort(code, "by a test")
-        return b""
+def answering(answer: Callable[[str, str], grpc.StatusCode | None]) -> Iterator[str]:
+    """A gRPC server that answers (method, authorization) with a status, or well; gives its address."""
 
     class Everything(grpc.GenericRpcHandler):
         def service(self, details: Any) -> Any:
-            return grpc.unary_unary_rpc_method_handler(answer)
+            shown = dict(details.invocation_metadata).get("authorization", "")
+            code = answer(details.method, shown)
+
+            def respond(_: bytes, context: grpc.ServicerContext) -> bytes:
+                if code is not None:
+                    context.abort(code, "by a test")
+                return b""
+
+            return grpc.unary_unary_rpc_method_handler(respond)
 
     server = grpc.server(ThreadPoolExecutor(1))
     server.add_generic_rpc_handlers((Everything(),))
@@ -204,25 +192,141 @@ def answering(code: grpc.StatusCode | None) -> Iterator[str]:
         server.stop(None)
 
 
-def test_a_cluster_is_open_when_it_answers_a_caller_without_a_token() -> None:
-    with answering(None) as address:
-        assert is_open(address)
-    with answering(grpc.StatusCode.UNAUTHENTICATED) as address:
-        assert not is_open(address)
-    with answering(grpc.StatusCode.UNAVAILABLE) as address, pytest.raises(EnvironmentFault, match="UNAVAILABLE"):
-        is_open(address)
+def closed_cluster(_method: str, shown: str) -> grpc.StatusCode | None:
+    return None if shown == "Bearer known" else grpc.StatusCode.UNAUTHENTICATED
+
+
+@contextmanager
+def web_server() -> Iterator[str]:
+    class Answer(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@contextmanager
+def silent_socket() -> Iterator[str]:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(8)
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+@contextmanager
+def nobody() -> Iterator[str]:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{unused.getsockname()[1]}"
+
+
+WRONG = RayAccess(token="of another cluster")
+SERVERS = [
+    (nobody, KNOWN, EnvironmentFault, r"no cluster answers \(.*refused.*ray start --address.*6379.*8265.*10001"),
+    (silent_socket, KNOWN, EnvironmentFault, r"something listens there, but within 4\.5 s"),
+    (web_server, KNOWN, UserInputError, r"expected the cluster's own port, found a web server, as its dashboard.*6379"),
+    (lambda: answering(closed_cluster), WRONG, UserInputError, "refuses our token; start the cluster with RAY_AUTH"),
+    (
+        lambda: answering(closed_cluster),
+        RayAccess(accept_open=True),
+        UserInputError,
+        "asks for a token, and there is none here",
+    ),
+    (lambda: answering(lambda *_: None), KNOWN, UserInputError, "takes orders without a token"),
+    (
+        lambda: answering(lambda *_: grpc.StatusCode.UNIMPLEMENTED),
+        KNOWN,
+        UserInputError,
+        "found another port of Ray's, of its client server or of a single node",
+    ),
+]
+
+
+@pytest.mark.parametrize("as_auto", [False, True])
+@pytest.mark.parametrize(("server", "access", "kind", "told"), SERVERS)
+def test_what_is_no_cluster_for_us_is_told_within_five_seconds_and_before_ray_is_asked(
+    calls: list[tuple[str, dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+    as_auto: bool,
+    server: Callable[[], AbstractContextManager[str]],
+    access: RayAccess,
+    kind: type[Exception],
+    told: str,
+) -> None:
+    with server() as address:
+        if as_auto:
+            monkeypatch.setenv("RAY_ADDRESS", address)
+        begin = time.monotonic()
+        with (
+            pytest.raises(kind, match=told) as refusal,
+            ray_session("auto" if as_auto else address, access=access),
+        ):
+            pytest.fail("joined")
+        assert time.monotonic() - begin < 5
+    assert str(refusal.value).startswith(f"Ray at {f'auto ({address})' if as_auto else address}: ")
+    assert calls == []
+
+
+def test_a_cluster_that_takes_our_token_is_joined_and_one_that_asks_for_none_where_it_is_accepted(
+    calls: list[tuple[str, dict[str, Any]]],
+) -> None:
+    with answering(closed_cluster) as address, ray_session(address, access=KNOWN):
+        assert calls == [("init", {"address": address})]
+    calls.clear()
+    with answering(lambda *_: None) as address, ray_session(address, access=RayAccess(accept_open=True)):
+        assert calls == [("init", {"address": address})]
+
+
+def test_a_cluster_is_asked_by_its_own_question() -> None:
+    asked: list[Call] = []
+
+    def answer(method: str, shown: str) -> grpc.StatusCode | None:
+        asked.append((method, shown))
+        return closed_cluster(method, shown)
+
+    with answering(answer) as address:
+        host, _, port = address.partition(":")
+        assert who_listens(host, int(port), token="known") == "cluster"
+    assert [method for method, _ in asked] == ["/ray.rpc.NodeInfoGcsService/CheckAlive"] * 2
+    assert [shown for _, shown in asked] == ["", "Bearer known"]
+
+
+@pytest.mark.parametrize(
+    ("address", "found"),
+    [
+        ("head:6379", ("head", 6379)),
+        ("[::1]:6379", ("::1", 6379)),
+        ("::1:6379", None),
+        ("head", None),
+        ("head:", None),
+        (":6379", None),
+        ("head:0", None),
+        ("head:65536", None),
+        ("head:" + "9" * 5000, None),
+        ("head:٣", None),
+        ("http://head:8265", None),
+    ],
+)
+def test_an_address_is_a_host_and_a_port(address: str, found: tuple[str, int] | None) -> None:
+    assert host_and_port(address) == found
 
 
 def test_the_question_for_a_token_goes_by_tls_where_the_cluster_speaks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def channel(address: str, _credentials: object) -> grpc.Channel:
+    def channel(address: str, _credentials: object, _options: object) -> grpc.Channel:
         asked.append(address)
         return grpc.insecure_channel(address)
 
     monkeypatch.setenv("RAY_USE_TLS", "1")
     monkeypatch.setattr("ray._common.tls_utils.load_certs_from_env", lambda: (None, None, None))
     monkeypatch.setattr(grpc, "secure_channel", channel)
-    with answering(grpc.StatusCode.UNAUTHENTICATED) as address:
-        assert not is_open(address)
+    with answering(lambda *_: grpc.StatusCode.UNAUTHENTICATED) as address:
+        host, _, port = address.partition(":")
+        assert who_listens(host, int(port), token="") == "another token"
     assert asked == [address]

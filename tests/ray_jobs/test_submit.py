@@ -3,8 +3,11 @@
 import json
 import re
 import shlex
+import socket
+import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
@@ -12,6 +15,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import grpc
 import pytest
 from typer.testing import CliRunner
 
@@ -28,7 +32,7 @@ from ray_jobs.submit.preparation import Choices, prepared
 from support.fake_jobs import FakeDetails, FakeJobs, details
 from support.tiny_runs import RECIPE
 
-KNOWN = RayAccess(token_known=True, mode="token")
+KNOWN = RayAccess(token="known", mode="token")
 
 
 @pytest.fixture
@@ -132,12 +136,12 @@ def test_k8_a_user_password_or_token_in_an_override_is_refused_and_not_repeated(
 
 
 @contextmanager
-def job_server(*, open_to_all: bool) -> Iterator[str]:
-    """A job server's answers: to everybody, or 401 without a token and 403 with another one."""
+def job_server(*, open_to_all: bool, elsewhere: int = 200) -> Iterator[str]:
+    """A job server's answers: to everybody (`elsewhere`), or 401 without a token and 403 with another one."""
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            code = 200 if open_to_all else 403 if "authorization" in self.headers else 401
+            code = elsewhere if open_to_all else 403 if "authorization" in self.headers else 401
             body = b'{"ray_version": "2.60.0", "version": "4"}'
             self.send_response(code)
             self.send_header("Content-Length", str(len(body)))
@@ -170,7 +174,7 @@ def test_no_job_is_sent_to_an_open_cluster_unless_it_is_accepted(monkeypatch: py
     with job_server(open_to_all=True) as address:
         with pytest.raises(UserInputError, match=r"takes jobs from anybody; .*--i-accept-open-ray"):
             connect(address, access=KNOWN)
-        accepted = RayAccess(token_known=False, accept_open=True)
+        accepted = RayAccess(accept_open=True)
         assert connect(address, access=accepted).get_address() == address
         monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
         with pytest.raises(EnvironmentFault, match="no answer"):
@@ -195,7 +199,38 @@ def test_an_address_that_is_no_job_server_is_refused(address: str) -> None:
 
 def test_no_job_goes_out_without_a_token() -> None:
     with pytest.raises(UserInputError, match="expected a cluster's token, found no token"):
-        connect("http://head:8265", access=RayAccess(token_known=False))
+        connect("http://head:8265", access=RayAccess())
+
+
+@pytest.mark.usefixtures("token_mode")
+def test_a_web_server_that_is_no_dashboard_is_refused() -> None:
+    with job_server(open_to_all=True, elsewhere=404) as address:
+        with pytest.raises(UserInputError, match=r"expected the cluster's dashboard, found a web server.* 404.*8265"):
+            connect(address, access=KNOWN)
+
+
+def test_the_clusters_own_port_is_no_dashboard() -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    begin = time.monotonic()
+    try:
+        told = r"expected the cluster's dashboard, found another of its ports; .*6379.*8265"
+        with pytest.raises(UserInputError, match=told):
+            connect(f"http://127.0.0.1:{port}", access=KNOWN)
+        assert time.monotonic() - begin < 5
+    finally:
+        server.stop(None)
+
+
+def test_a_server_that_never_answers_is_told_within_five_seconds() -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(8)
+        begin = time.monotonic()
+        with pytest.raises(EnvironmentFault, match="no answer"):
+            connect(f"http://127.0.0.1:{listening.getsockname()[1]}", access=KNOWN)
+        assert time.monotonic() - begin < 5
 
 
 def test_a_server_that_is_not_there_is_told() -> None:
