@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a fault of ours, 2 user input, 3 damaged data, 4 environme
 130 and 143 interrupted and terminated.
 """
 
+import contextlib
 import sys
 from typing import NoReturn
 
@@ -28,7 +29,7 @@ from ray_jobs.commands import (
     train,
     weights,
 )
-from ray_jobs.console import keep_stdout_for_results, show_log
+from ray_jobs.console import show_log, stdout_for_results
 from ray_jobs.environment import wait_passively
 
 app = typer.Typer(
@@ -75,10 +76,10 @@ def main() -> None:
     """Entry point of ``ca2st``: run the command, end with the exit code of what happened."""
     show_log()
     wait_passively()
-    if "--json" in sys.argv and not {"-h", "--help"}.intersection(sys.argv):
-        keep_stdout_for_results()
+    is_for_a_program = "--json" in sys.argv and not {"-h", "--help"}.intersection(sys.argv)
     try:
-        app()
+        with stdout_for_results() if is_for_a_program else contextlib.nullcontext():
+            app()
     except CA2STError as error:
         _end(error, error.exit_code)
     except OSError as error:

@@ -8,14 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import Any, TextIO
 
 Update = Callable[[int, str], None]
 """``update(done, note)``: how many are done, and a few words behind the bar."""
 
 _PLAIN_INTERVAL_SECONDS = 5.0
-_stdout: list[int] = []
-"""Where results go once `keep_stdout_for_results` was called."""
+_results: list[TextIO] = []
+"""Where results go inside of `stdout_for_results`."""
 
 
 def show_log() -> None:
@@ -49,11 +49,9 @@ def say(text: str) -> None:
 
 def result(text: str) -> None:
     """A line of the command's result, on stdout."""
-    if not _stdout:
-        print(text, flush=True)
-        return
-    with open(_stdout[-1], "w", encoding="utf-8", closefd=False) as stream:
-        stream.write(f"{text}\n")
+    stream = _results[-1] if _results else sys.stdout
+    stream.write(f"{text}\n")
+    stream.flush()
 
 
 def print_json(facts: object) -> None:
@@ -61,14 +59,33 @@ def print_json(facts: object) -> None:
     result(json.dumps(facts, default=_plain))
 
 
-def keep_stdout_for_results() -> None:
-    """Let only `result` and `print_json` reach stdout from now on.
+@contextlib.contextmanager
+def stdout_for_results() -> Iterator[None]:
+    """Let only `result` and `print_json` write to stdout in the block.
 
     What libraries print, their C code and child processes too, goes to stderr.
     """
-    sys.stdout.flush()
-    _stdout.append(os.dup(1))
-    os.dup2(2, 1)
+    own = sys.stdout
+    try:
+        number = own.fileno()
+    except (OSError, ValueError):  # replaced by something that is no file
+        _results.append(own)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                yield
+        finally:
+            _results.pop()
+        return
+    own.flush()
+    with os.fdopen(os.dup(number), "w", encoding="utf-8") as results:
+        os.dup2(sys.stderr.fileno(), number)
+        _results.append(results)
+        try:
+            yield
+        finally:
+            _results.pop()
+            own.flush()
+            os.dup2(results.fileno(), number)
 
 
 def _plain(value: object) -> object:
