@@ -1,20 +1,42 @@
-"""What a media file's own outermost structure claims, compared with the bytes that are there.
+"""What a media file itself claims, compared with the bytes that are there and the frames that came out.
 
-A file cut short often decodes without an error up to the cut. MP4, Matroska and AVI say how long their outermost
-parts are, so a few reads tell a whole file from the front of one. Other containers make no claim.
+A file cut short often decodes without an error up to the cut. MP4, Matroska, AVI and ASF say how long their outermost
+parts are, so a few reads tell a whole file from the front of one. Where the decoder met the end of a file, that is
+held against the duration which the file claims, so zeros in place of what never arrived are noticed too. AVI has no
+checksums: its index says where every chunk lies. A live recording makes no claim.
 """
 
+import contextlib
+import mmap
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from sharding.decoding import frame_rate
 from sharding.errors import MediaError
+from sharding.media import open_media
 
 _MP4_BOXES = frozenset(
     {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"uuid", b"sidx", b"styp", b"mfra"}
 )
 _EBML_MAGIC = b"\x1a\x45\xdf\xa3"
+_ASF_HEADER = bytes.fromhex("3026b2758e66cf11")
+_ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _SEGMENT_ID = b"\x18\x53\x80\x67"
+_STREAM_CLAIMS = ("mov,mp4,m4a,3gp,3g2,mj2", "avi")  # a length of every stream
+_FILE_CLAIMS = ("matroska,webm", "flv", "asf")  # the length of the longest
+_SLACK = Fraction(1, 4)  # durations are rounded, and last frames last differently long
+_MOST_ZEROS = 64 * 1024  # at the end of a stream of packets, none of which is zeros
+_OGG_PAGE_BYTES = 27 + 255 + 255 * 255
+_AVI_ENTRY = np.dtype([("kind", "S4"), ("flags", "<u4"), ("offset", "<u4"), ("bytes", "<u4")])
+_AVI_LIST_FLAG = 1
 
 
 def check_container_is_whole(path: Path) -> None:
@@ -32,6 +54,8 @@ def check_container_is_whole(path: Path) -> None:
             _check_matroska(file, length)
         elif head[:4] == b"RIFF":
             _check_end("RIFF chunk", 8 + int.from_bytes(head[4:8], "little"), length)
+        elif head[:8] == _ASF_HEADER:
+            _check_asf(file, length)
 
 
 def _check_end(part: str, end: int, length: int) -> None:
@@ -64,6 +88,15 @@ def _mp4_boxes(file: IO[bytes], length: int) -> Iterator[tuple[bytes, int]]:
         at = end
 
 
+def _check_asf(file: IO[bytes], length: int) -> None:
+    file.seek(0)
+    header = file.read(64 * 1024)
+    at = header.find(_ASF_FILE_PROPERTIES)
+    is_live = at < 0 or int.from_bytes(header[at + 88 : at + 92], "little") & 1
+    if not is_live:
+        _check_end("header", int.from_bytes(header[at + 40 : at + 48], "little"), length)
+
+
 def _check_matroska(file: IO[bytes], length: int) -> None:
     file.seek(4)
     header_bytes = _read_vint(file)
@@ -85,3 +118,130 @@ def _read_vint(file: IO[bytes]) -> int | None:
     extra = 8 - first[0].bit_length()
     value = int.from_bytes(bytes([first[0] & (0x7F >> extra)]) + file.read(extra), "big")
     return None if value == (1 << 7 * (extra + 1)) - 1 else value
+
+
+def check_ends_as_claimed(
+    container: InputContainer, stream: VideoStream, *, found: Fraction, needed: Fraction | None
+) -> None:
+    """Hold the end of what was decoded against what the file claims; its packets are used up.
+
+    Args:
+        container: The file, read to its end.
+        stream: The picture.
+        found: End of the last frame on the container's clock.
+        needed: End of the segment on that clock: what lies behind it is not asked for. None: everything is.
+
+    Raises:
+        MediaError: ``truncated``.
+    """
+    slack = max(3 / frame_rate(stream), _SLACK)
+    if needed is not None and found >= needed - slack:
+        return
+    kind, path = container.format.name, Path(container.name.removeprefix("file:"))
+    if kind in _STREAM_CLAIMS and stream.duration and stream.time_base:
+        claimed = ((stream.start_time or 0) + stream.duration) * stream.time_base
+    elif kind in _FILE_CLAIMS and container.duration:
+        claimed = Fraction(container.duration, av.time_base)  # from the clock's zero on, or from the first frame: less
+    else:
+        _check_tail(path, kind)
+        return
+    wanted = (claimed if needed is None else min(claimed, needed)) - slack
+    if found < wanted and kind in _FILE_CLAIMS:
+        found = max(found, _end_of_all_streams(path))
+    if found < wanted:
+        raise MediaError(
+            "truncated",
+            f"expected frames to {float(claimed):.3f} s as the file says, found them to {float(found):.3f} s; "
+            "fetch the file again",
+        )
+
+
+def _end_of_all_streams(path: Path) -> Fraction:
+    """Where the last packet of any stream ends; sound may be longer than the picture."""
+    last = Fraction(0)
+    with open_media(path) as container, contextlib.suppress(av.error.FFmpegError):
+        for packet in container.demux():
+            if packet.pts is not None and packet.time_base is not None:
+                last = max(last, (packet.pts + (packet.duration or 0)) * packet.time_base)
+    return last
+
+
+def _check_tail(path: Path, kind: str) -> None:
+    """Ogg's last page ends a stream, and the packets of the MPEG streams are never zeros."""
+    with path.open("rb") as file:
+        length = path.stat().st_size
+        num_bytes = min(length, _MOST_ZEROS if kind != "ogg" else 2 * _OGG_PAGE_BYTES)
+        file.seek(length - num_bytes)
+        tail = file.read()
+    if kind == "ogg":
+        _check_last_page(tail)
+    elif kind in ("mpegts", "mpeg") and not any(tail[num_bytes // 2 :]):
+        raise MediaError("truncated", "expected packets up to the end of the file, found zeros; fetch the file again")
+
+
+def _check_last_page(tail: bytes) -> None:
+    at = tail.rfind(b"OggS")
+    header = tail[at : at + 27]
+    lacing = tail[at + 27 : at + 27 + header[26]] if len(header) == 27 else b""
+    is_last = at >= 0 and len(header) == 27 and header[5] & 4
+    if not is_last or at + 27 + len(lacing) + sum(lacing) != len(tail):
+        raise MediaError(
+            "truncated", "expected a last page that ends its stream at the end of the file, found none; fetch it again"
+        )
+
+
+def check_avi_chunks(path: Path, stream: VideoStream, end: Fraction | None) -> None:
+    """Compare the chunks of an AVI with its index: a lost one would put everything behind it too early.
+
+    Args:
+        path: A file; one that is no AVI, or has no index, passes.
+        stream: Its picture.
+        end: Seconds from its start that are needed; None: everything.
+
+    Raises:
+        MediaError: ``decode_error`` where a chunk of the index is not there.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:4] != b"RIFF" or data[8:12] != b"AVI ":
+            return
+        lists = dict(_avi_lists(data))
+        if b"movi" not in lists or b"idx1" not in lists:
+            return
+        movi, (at, num_bytes) = lists[b"movi"][0], lists[b"idx1"]
+        entries = np.frombuffer(data[at : at + num_bytes // 16 * 16], _AVI_ENTRY)
+        if end is not None:
+            entries = entries[: _num_needed(entries, stream, end)]
+        entries = entries[(entries["bytes"] > 0) & (entries["flags"] & _AVI_LIST_FLAG == 0)]
+        there = max((_are_there(data, entries, base) for base in (movi, 0)), key=np.count_nonzero)
+    if np.count_nonzero(there) * 2 <= len(there):  # an index of another file, or none: it proves nothing
+        return
+    for lost in np.flatnonzero(~there)[:1]:
+        kind = entries["kind"][lost].decode("latin-1")
+        raise MediaError(
+            "decode_error", f"expected chunk {lost} ({kind!r}) where the index says, found other bytes; fetch it again"
+        )
+
+
+def _avi_lists(data: mmap.mmap) -> Iterator[tuple[bytes, tuple[int, int]]]:
+    """Place and length of the contents of the outermost chunks, lists by their type."""
+    at = 12
+    while at + 12 <= len(data):
+        kind, num_bytes = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        yield (data[at + 8 : at + 12] if kind == b"LIST" else kind), (at + 8, num_bytes)
+        at += 8 + num_bytes + num_bytes % 2
+
+
+def _num_needed(entries: NDArray[Any], stream: VideoStream, end: Fraction) -> int:
+    """Entries up to a second behind the moment `end`, by the chunks of the picture, one a frame."""
+    is_picture = np.char.startswith(entries["kind"], b"%02d" % stream.index)
+    behind = np.flatnonzero(np.cumsum(is_picture) > int((end + 1) * frame_rate(stream)))
+    return int(behind[0]) if len(behind) else len(entries)
+
+
+def _are_there(data: mmap.mmap, entries: NDArray[Any], base: int) -> NDArray[np.bool_]:
+    """Whether each entry's chunk, kind and size, is at its offset from `base`."""
+    places = (entries["offset"].astype(np.int64) + base).tolist()
+    headers = b"".join(data[place : place + 8].ljust(8, b"\0") for place in places)
+    found = np.frombuffer(headers, np.dtype([("kind", "S4"), ("bytes", "<u4")]))
+    there: NDArray[np.bool_] = (found["kind"] == entries["kind"]) & (found["bytes"] == entries["bytes"])
+    return there

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sharding.audio_cut import EncodedAudio, cut_audio
-from sharding.container_claims import check_container_is_whole
+from sharding.container_claims import check_avi_chunks, check_container_is_whole
 from sharding.encode import clip_encoder
 from sharding.encoded_video import EncodedVideo
 from sharding.errors import MediaError
@@ -104,6 +104,7 @@ def encode_clip(job: ClipJob) -> EncodedClip:
         )
         for frame in thinned(cut.frames(), job.frames_per_second):
             encoder.add(frame)
+        check_avi_chunks(job.path, stream, segment.end)
         clip = EncodedClip(
             video=encoder.finish(),
             audio=_audio(job, segment, cut.zero),

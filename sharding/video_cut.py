@@ -16,6 +16,7 @@ import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
+from sharding.container_claims import check_ends_as_claimed
 from sharding.decoding import LeadIn, frame_rate, frame_seconds, video_frames
 from sharding.errors import MediaError
 from sharding.media import MediaLimits
@@ -130,7 +131,9 @@ class VideoCut:
             self._check_extent(num_kept, media_end)
             yield frame
         else:
-            self._check_end(media_end + start)
+            needed = None if end is None else self.zero + end
+            found = self.zero + start + media_end
+            check_ends_as_claimed(self._container, self._stream, found=found, needed=needed)
             self.duration = media_end
         if num_kept == 0:
             yield self._on_display(before, media_end)
@@ -202,17 +205,6 @@ class VideoCut:
         claimed = (self._container.duration or 0) / av.time_base - float(self._segment.start)
         if self._segment.end is None:
             self._check_extent(0, Fraction(claimed))
-
-    def _check_end(self, found: Fraction) -> None:
-        """MP4 says how long a stream is: less is a file whose last frames are not where its index says."""
-        stream = self._stream
-        if "mp4" not in self._container.format.name or stream.duration is None or stream.time_base is None:
-            return
-        claimed = ((stream.start_time or 0) + stream.duration) * stream.time_base - self.zero
-        if found < claimed - max(3 * self._interval, Fraction(1, 4)):
-            raise MediaError(
-                "truncated", f"expected frames to {float(claimed):.3f} s, found them to {float(found):.3f} s"
-            )
 
     def _on_display(self, before: TimedFrame | None, media_end: Fraction) -> TimedFrame:
         is_followed = self.duration > 0  # by a frame behind the segment: until then `before` stays on display
