@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ca2st.durable import FaultPoints, write_bytes
-from ca2st.errors import UserInputError
 from sharding.conversion import ConversionConfig, RejectBudget
-from sharding.errors import RejectBudgetError
+from sharding.errors import AllRejectedError, RejectBudgetError
 from sharding.notes import refuse_doubtful
 from sharding.rejects import REJECTS_NAME, Reject, count_by_reason, rejects_file, rejects_in_words
 from sharding.resume import DoneShard
@@ -38,14 +37,15 @@ def require_within_budget(rejects: Sequence[Reject], source: SourceList, *, budg
     """Refuse a set with too many rejects, and list them in ``rejects.jsonl``.
 
     Raises:
-        UserInputError: there is nothing but rejects.
+        AllRejectedError: there is nothing but rejects.
         RejectBudgetError: there are more than `budget` allows.
     """
     total = len(source.samples)
     if len(rejects) == total:
         (out / REJECTS_NAME).unlink(missing_ok=True)
-        raise UserInputError(
-            f"all {total} samples were rejected, nothing was written: {rejects_in_words(rejects, source)}"
+        raise AllRejectedError(
+            f"all {total} samples were rejected, nothing was written: {rejects_in_words(rejects, source)}",
+            rejects=tuple(rejects),
         )
     if not budget.allows(len(rejects), total):
         write_bytes(out / REJECTS_NAME, rejects_file(rejects))

@@ -1,6 +1,11 @@
 """Errors of conversion and of the shard format; exit codes come from `ca2st.errors`."""
 
+from typing import TYPE_CHECKING
+
 from ca2st.errors import CA2STError, DataDamageError, EnvironmentFault, UserInputError
+
+if TYPE_CHECKING:
+    from sharding.rejects import Reject
 
 
 class AnnotationError(UserInputError):
@@ -21,6 +26,14 @@ class ShardDamageError(DataDamageError):
 
 class RejectBudgetError(DataDamageError):
     """More samples were rejected than ``--max-rejects`` allows."""
+
+
+class AllRejectedError(UserInputError):
+    """Not one source gave a sample; `rejects` (of `sharding.rejects`) say why each did not."""
+
+    def __init__(self, message: str, *, rejects: "tuple[Reject, ...]") -> None:
+        super().__init__(message)
+        self.rejects = rejects
 
 
 class UnlikeNodeError(EnvironmentFault):

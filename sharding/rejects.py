@@ -4,7 +4,9 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+from ca2st.checked_json import parse_json
 from sharding.source import SourceList
 
 REJECTS_NAME = "rejects.jsonl"
@@ -32,6 +34,17 @@ def count_by_reason(rejects: Sequence[Reject]) -> dict[str, int]:
 def rejects_file(rejects: Sequence[Reject]) -> bytes:
     """Contents of ``rejects.jsonl``: an object a line, in source order."""
     return "".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects).encode()
+
+
+def read_rejects(root: Path) -> list[Reject]:
+    """The rejects of a shard set, or of an unfinished conversion; none where there is no such file.
+
+    Raises:
+        DocumentError: it is not what was written.
+    """
+    path = root / REJECTS_NAME
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [parse_json(line, Reject, where=f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
 def rejects_in_words(rejects: Sequence[Reject], source: SourceList) -> str:

@@ -19,6 +19,7 @@ from pipelines.draws import EvaluationViews
 from ray_jobs.inference.trained import TrainedModel, load_trained
 from ray_jobs.output_file import require_writable_place
 from ray_jobs.running.loaders import evaluation_loader
+from sharding.datasets.label_spaces import classes_that_differ
 from sharding.shard_set import ShardSet, read_shard_set
 
 
@@ -95,9 +96,10 @@ def _require_same_classes(trained: TrainedModel, shard_set: ShardSet) -> None:
     for name, classes in trained.classes.items():
         found = list(shard_set.manifest.label_space(name).classes)
         if found != classes:
+            differing = classes_that_differ(classes, found, where=("in the model", "in the set"))
             raise UserInputError(
                 f"{shard_set.where}: label space {name!r} has {len(found)} classes that are not the {len(classes)} the "
-                "model was trained on; convert with the same class list"
+                f"model was trained on: {differing}; convert with the same class list (--classes)"
             )
 
 

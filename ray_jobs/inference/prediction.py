@@ -1,5 +1,7 @@
 """Classify anybody's video files: they become a small shard set in a temporary folder, read like any other."""
 
+import glob
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +18,12 @@ from ray_jobs.conversion import convert_shown
 from ray_jobs.inference.evaluation import score
 from ray_jobs.inference.trained import TrainedModel, load_trained
 from sharding.codecs import DEFAULT_GOP_FRAMES
-from sharding.conversion import ConversionConfig
+from sharding.conversion import ConversionConfig, RejectBudget
+from sharding.datasets.media_root import VIDEO_SUFFIXES
+from sharding.errors import AllRejectedError, RejectBudgetError
 from sharding.keys import sample_key
 from sharding.manifest import LabelSpace
+from sharding.rejects import Reject, read_rejects
 from sharding.shard_set import ShardSet, read_shard_set
 from sharding.source import SourceList, SourceSample
 
@@ -42,6 +47,27 @@ class VideoPrediction:
     """By target, the likeliest first."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DamagedVideo:
+    """A file that could not be read as a video."""
+
+    video: str
+    reason: str
+    """A key of `sharding.media.REASONS`."""
+    what: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictionReport:
+    """What was said about the videos that can be read, and which cannot."""
+
+    videos: list[VideoPrediction]
+    """In the order given."""
+    damaged: list[DamagedVideo]
+    notes: dict[str, int]
+    """What was unusual about the videos and accepted, by kind (see `sharding.notes`)."""
+
+
 def predict_videos(
     checkpoint: Path, videos: Sequence[Path], *, top: int, views: EvaluationViews
 ) -> list[VideoPrediction]:
@@ -53,17 +79,32 @@ def predict_videos(
         UserInputError: a video is not there or given twice, or `checkpoint` is none.
         RejectBudgetError: a video cannot be decoded; the message says which and why.
     """
+    report = predict_readable(checkpoint, videos, top=top, views=views)
+    _refuse_damaged(report.damaged)
+    return report.videos
+
+
+def predict_readable(checkpoint: Path, videos: Sequence[Path], *, top: int, views: EvaluationViews) -> PredictionReport:
+    """As `predict_videos`, but a video that cannot be decoded is listed with the reason, and the others are predicted.
+
+    Raises:
+        UserInputError: a video is not there or given twice, or `checkpoint` is none.
+    """
     require_videos(videos)
     trained = load_trained(checkpoint)
-    with shards_of_videos(trained, videos) as shard_set:
-        result = score(trained, shard_set, views)
+    with _converted(trained, videos) as (shard_set, damaged):
+        result = None if shard_set is None else score(trained, shard_set, views)
+        notes = {} if shard_set is None else dict(shard_set.manifest.notes)
+    if result is None:
+        return PredictionReport(videos=[], damaged=damaged, notes=notes)
     rows = {key: index for index, key in enumerate(result.sample_ids)}
     found = []
     for video in map(str, videos):
-        row = rows[sample_key(video)]
-        of_video = {target: values[row] for target, values in result.probabilities.items()}
-        found.append(VideoPrediction(video=video, predictions=likeliest(trained.classes, of_video, top=top)))
-    return found
+        row = rows.get(sample_key(video))
+        if row is not None:
+            of_video = {target: values[row] for target, values in result.probabilities.items()}
+            found.append(VideoPrediction(video=video, predictions=likeliest(trained.classes, of_video, top=top)))
+    return PredictionReport(videos=found, damaged=damaged, notes=notes)
 
 
 @contextmanager
@@ -73,6 +114,21 @@ def shards_of_videos(trained: TrainedModel, videos: Sequence[Path]) -> Iterator[
     Raises:
         RejectBudgetError: a video cannot be decoded; the message says which and why.
     """
+    with _converted(trained, videos) as (shard_set, damaged):
+        _refuse_damaged(damaged)
+        assert shard_set is not None
+        yield shard_set
+
+
+def _refuse_damaged(damaged: Sequence[DamagedVideo]) -> None:
+    if damaged:
+        told = "; ".join(f"{one.video}: {one.reason} ({one.what})" for one in damaged)
+        raise RejectBudgetError(f"expected videos that can be read, found {told}; repair or replace them")
+
+
+@contextmanager
+def _converted(trained: TrainedModel, videos: Sequence[Path]) -> Iterator[tuple[ShardSet | None, list[DamagedVideo]]]:
+    """The readable videos as a shard set in a temporary folder (None: not one is), and the others."""
     gop = trained.video.num_gop_frames
     config = ConversionConfig(
         codec=trained.video.codec,
@@ -84,10 +140,61 @@ def shards_of_videos(trained: TrainedModel, videos: Sequence[Path]) -> Iterator[
         sample_rate_hz=trained.audio.sample_rate_hz,
         num_mel_bins=trained.audio.num_mel_bins,
         workers=min(num_cores(), len(videos)),
+        max_rejects=RejectBudget(count=len(videos)),
     )
     with tempfile.TemporaryDirectory(prefix="ca2st-videos-") as folder:
-        convert_shown(_source_list(trained, videos), Path(folder) / "shards", config)
-        yield read_shard_set(Path(folder) / "shards")
+        root = Path(folder) / "shards"
+        try:
+            convert_shown(_source_list(trained, videos), root, config)
+        except AllRejectedError as error:
+            yield None, _damaged(error.rejects)
+            return
+        yield read_shard_set(root), _damaged(read_rejects(root))
+
+
+def _damaged(rejects: Sequence[Reject]) -> list[DamagedVideo]:
+    return [DamagedVideo(video=one.sample_id, reason=one.reason, what=one.what) for one in rejects]
+
+
+def find_videos(arguments: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The videos that arguments name, and the files in folders that are none: left aside.
+
+    A file stands for itself, a folder for all videos in it and in its folders, and a pattern such as ``*/*.mp4`` for
+    the videos that it matches (a shell puts their names in its place; between quotes it arrives here).
+
+    Raises:
+        UserInputError: a folder without a video, or a pattern that matches none.
+    """
+    found: list[Path] = []
+    aside: list[Path] = []
+    for argument in arguments:
+        is_pattern = not argument.exists() and glob.has_magic(str(argument))
+        if not (is_pattern or argument.is_dir()):
+            found.append(argument)
+            continue
+        pattern = str(argument)
+        files = (
+            glob.iglob(pattern, recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
+            if is_pattern
+            else _files_below(argument)
+        )
+        paths = [path for path in map(Path, sorted(files)) if path.is_file()]
+        videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
+        if not videos:
+            what = "a pattern of videos" if is_pattern else "a folder with videos in it"
+            raise UserInputError(
+                f"{argument}: expected {what} (endings: {' '.join(sorted(VIDEO_SUFFIXES))}), found {len(paths)} files, "
+                "none of them a video"
+            )
+        found += videos
+        aside += [path for path in paths if path.suffix.lower() not in VIDEO_SUFFIXES]
+    return found, aside
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    for at, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (str(Path(at) / name) for name in names if not name.startswith("."))
 
 
 def require_videos(videos: Sequence[Path]) -> None:

@@ -1,6 +1,5 @@
 """Shards of somebody's own videos: made once beside the runs, kept by what the folder holds, and read for facts."""
 
-import json
 import re
 import statistics
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from sharding.conversion import ConversionConfig, RejectBudget, conversion_ident
 from sharding.errors import RejectBudgetError
 from sharding.index import decode_index
 from sharding.manifest import sha256_of_json
-from sharding.rejects import REJECTS_NAME
+from sharding.rejects import REJECTS_NAME, read_rejects
 from sharding.shard_set import read_shard_set
 from sharding.source import SourceList, SourceSample
 
@@ -124,10 +123,7 @@ def _facts(videos: OwnVideos, sets: Mapping[str, Path]) -> OwnShards:
 
 
 def _left_out(root: Path) -> list[LeftOut]:
-    path = root / REJECTS_NAME
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rejects = map(json.loads, lines)
-    return [LeftOut(video=one["sample_id"], reason=one["reason"], what=one["what"]) for one in rejects]
+    return [LeftOut(video=one.sample_id, reason=one.reason, what=one.what) for one in read_rejects(root)]
 
 
 def _splits(videos: OwnVideos) -> tuple[str, ...]:

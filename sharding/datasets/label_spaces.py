@@ -30,6 +30,7 @@ NUM_CLASSES: dict[str, int] = {
 _MAX_HINTS = 20  # the search for a near name takes milliseconds
 _FOLDER = Path(__file__).parent / "classes"
 _MOST_CHARACTERS = 500
+_MOST_NAMED = 8
 _APART = re.compile(r"[|;]")
 _PERHAPS_APART = re.compile(r"[,/+&]")
 
@@ -114,6 +115,23 @@ def with_label_notes(source: SourceList) -> SourceList:
 def written(name: str) -> str:
     """A name between quotes; what is not ASCII is also given by its code points, which tell likenesses apart."""
     return repr(name) if repr(name) == ascii(name) else f"{name!r} {name!a}"
+
+
+def classes_that_differ(here: Sequence[str], there: Sequence[str], *, where: tuple[str, str]) -> str:
+    """Say which of two unequal lists of classes has what alone, or where the order begins to differ.
+
+    `where` are words for the two lists: ``("in the model", "in the set")``.
+    """
+    alone = [sorted(set(here) - set(there)), sorted(set(there) - set(here))]
+    if not any(alone):
+        at = next(at for at, names in enumerate(zip(here, there, strict=True)) if names[0] != names[1])
+        found = f"{written(here[at])} {where[0]} and {written(there[at])} {where[1]}"
+        return f"the same names in another order (class {at} is {found})"
+    told = []
+    for place, names in zip(where, alone, strict=True):
+        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+        told += [f"only {place} {', '.join(map(written, names[:_MOST_NAMED]))}{more}"] if names else []
+    return "; ".join(told)
 
 
 def _look(name: str) -> str:

@@ -172,12 +172,30 @@ def test_a_checkpoint_can_be_looked_into(recipe: Path, undisturbed: Path, tmp_pa
     assert json.loads(done.stdout)["num_samples"] == pq.ParquetFile(tmp_path / "features.parquet").metadata.num_rows
 
 
-def test_a_video_that_cannot_be_read_is_named_by_predict(undisturbed: Path, tmp_path: Path) -> None:
+def test_predict_says_what_it_can_and_names_what_it_cannot_read(undisturbed: Path, tmp_path: Path) -> None:
+    for name in ("a/good.mp4", "b/good.MP4"):
+        (tmp_path / name).parent.mkdir()
+        make_clip(tmp_path / name, seconds=0.2)
+    (tmp_path / "b" / "bad.mp4").write_text("no video")
+    (tmp_path / "b" / "notes.txt").write_text("no video either")
+    done = ca2st("predict", undisturbed, tmp_path, "--views", "1x1", "--json")
+    assert done.returncode == 3, done.stderr
+    facts = json.loads(done.stdout)
+    assert [one["video"] for one in facts["videos"]] == [str(tmp_path / "a/good.mp4"), str(tmp_path / "b/good.MP4")]
+    assert [(one["video"], one["reason"]) for one in facts["damaged"]] == [(str(tmp_path / "b/bad.mp4"), "not_a_video")]
+    assert "2 of 3 videos predicted, 1 cannot be read" in done.stderr
+    assert "notes.txt" in done.stderr
+    assert not any(word in done.stderr for word in ("Traceback", "rejects.jsonl", "--max-rejects", "ca2st-videos-"))
+    done = ca2st("predict", undisturbed, tmp_path / "b" / "bad.mp4")
+    assert done.returncode == 3
+    assert (done.stdout, f"cannot be read: {tmp_path / 'b/bad.mp4'}: not_a_video" in done.stderr) == ("", True)
+
+
+def test_explain_names_a_video_that_cannot_be_read(undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.mp4").write_text("no video")
-    done = ca2st("predict", undisturbed, tmp_path / "bad.mp4")
-    assert done.returncode in (2, 3)
-    assert "bad.mp4" in done.stderr
-    assert "Traceback" not in done.stderr
+    done = ca2st("explain", undisturbed, tmp_path / "bad.mp4", "--out", tmp_path / "page.html")
+    assert done.returncode == 3
+    assert "bad.mp4: not_a_video" in done.stderr
 
 
 def test_p1_a_damaged_frame_stops_the_training_before_it_is_used(recipe: Path, tmp_path: Path) -> None:
