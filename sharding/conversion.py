@@ -15,6 +15,8 @@ from sharding.index import TICKS_PER_SECOND
 from sharding.manifest import AudioParameters, VideoParameters
 from sharding.media import MediaLimits
 from sharding.source import SourceList, SourceSample
+from sharding.standard_colour import HDR_POLICIES
+from sharding.stored_picture import INTERLACED_POLICIES
 from sharding.video_cut import CLOCKS
 
 AUDIO_POLICIES = {
@@ -75,6 +77,10 @@ class ConversionConfig:
     """Frames from one key frame to the next; mjpeg has none but key frames and ignores it."""
     frames_per_second: float | None = None
     """Keep at most this many frames a second, by time; None keeps every frame."""
+    hdr: str = "tone-map"
+    """A name of HDR_POLICIES; sources of a high dynamic range look pale and dark when they are stored as they are."""
+    interlaced: str = "deinterlace"
+    """A name of INTERLACED_POLICIES; fields a moment apart make combs that no progressive source has."""
     shard_bytes: int = 1_000_000_000
     """A shard is closed before it would grow beyond this; a single larger sample gets a shard of its own."""
     workers: int = 1
@@ -104,6 +110,10 @@ class ConversionConfig:
             raise UserInputError(f"audio policy {self.audio_policy!r}: expected one of {', '.join(AUDIO_POLICIES)}")
         if self.clock not in CLOCKS:
             raise UserInputError(f"clock {self.clock!r}: expected one of {', '.join(CLOCKS)}")
+        if self.hdr not in HDR_POLICIES:
+            raise UserInputError(f"hdr {self.hdr!r}: expected one of {', '.join(HDR_POLICIES)}")
+        if self.interlaced not in INTERLACED_POLICIES:
+            raise UserInputError(f"interlaced {self.interlaced!r}: expected one of {', '.join(INTERLACED_POLICIES)}")
         if not 1 <= self.num_gop_frames <= MOST_GOP_FRAMES:
             raise UserInputError(f"num_gop_frames: expected 1 to {MOST_GOP_FRAMES}, found {self.num_gop_frames}")
         if self.short_side < 16 or self.short_side % 2:
@@ -134,6 +144,8 @@ class ConversionConfig:
             num_gop_frames=None if alone else self.num_gop_frames,
             pixel_format=None if alone else codec.pixel_format,
             colour=None if alone else codec.colour,
+            hdr=self.hdr,
+            interlaced=self.interlaced,
         )
 
     @property
@@ -155,6 +167,8 @@ class ConversionConfig:
             quality=video.quality,
             num_gop_frames=video.num_gop_frames,
             frames_per_second=video.frames_per_second,
+            hdr=self.hdr,
+            interlaced=self.interlaced,
             ticks_per_second=TICKS_PER_SECOND,
             audio_policy=self.audio_policy,
             sample_rate_hz=self.sample_rate_hz,

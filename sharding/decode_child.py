@@ -23,6 +23,7 @@ from sharding.encode import clip_encoder
 from sharding.encoded_video import EncodedVideo
 from sharding.errors import MediaError
 from sharding.media import MediaLimits, audio_stream, check_unchanged, open_media, source_state, video_stream
+from sharding.stored_picture import PictureMaker, pixel_aspect_of
 from sharding.video_cut import Segment, VideoCut, thinned
 
 _PR_SET_PDEATHSIG = 1
@@ -40,6 +41,10 @@ class ClipJob:
     quality: int
     num_gop_frames: int | None
     frames_per_second: float | None
+    hdr: str
+    """A name of `sharding.standard_colour.HDR_POLICIES`."""
+    interlaced: str
+    """A name of `sharding.stored_picture.INTERLACED_POLICIES`."""
     ticks_per_second: int
     audio_policy: str
     """``required``, ``optional`` or ``none``."""
@@ -95,14 +100,21 @@ def encode_clip(job: ClipJob) -> EncodedClip:
     with open_media(job.path) as container:
         stream = video_stream(container, job.limits)
         cut = VideoCut(container, stream, segment, limits=job.limits, clock=job.clock_of_cut)
-        encoder = clip_encoder(
+        pictures = PictureMaker(
             job.codec,
             short_side=job.short_side,
+            hdr=job.hdr,
+            interlaced=job.interlaced,
+            pixel_aspect=pixel_aspect_of(stream),
+        )
+        encoder = clip_encoder(
+            job.codec,
+            pictures=pictures,
             quality=job.quality,
             num_gop_frames=job.num_gop_frames,
             ticks_per_second=job.ticks_per_second,
         )
-        for frame in thinned(cut.frames(), job.frames_per_second):
+        for frame in thinned(pictures.prepared(cut.frames()), job.frames_per_second):
             encoder.add(frame)
         check_avi_chunks(job.path, stream, segment.end)
         clip = EncodedClip(
@@ -113,8 +125,8 @@ def encode_clip(job: ClipJob) -> EncodedClip:
             source_size=(stream.width, stream.height),
             source_bytes=before.num_bytes,
             source_codec=stream.codec_context.name,
-            changes=dict(cut.changes),
-            notes=tuple(cut.notes),
+            changes={**cut.changes, **pictures.changes},
+            notes=(*cut.notes, *pictures.notes),
         )
     check_unchanged(job.path, before)
     return clip

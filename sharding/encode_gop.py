@@ -71,21 +71,21 @@ class GopEncoder:
     """`ClipEncoder` of the codecs of GOP_ENCODINGS."""
 
     def __init__(
-        self, codec: str, *, short_side: int, quality: int, num_gop_frames: int, ticks_per_second: int
+        self, codec: str, *, pictures: PictureMaker, quality: int, num_gop_frames: int, ticks_per_second: int
     ) -> None:
         self._codec, self._num_gop_frames = codec, num_gop_frames
         self._options = {
             name: value.format(gop=num_gop_frames, quality=quality)
             for name, value in GOP_ENCODINGS[codec].options.items()
         }
-        self._pictures = PictureMaker(short_side=short_side, form=LIMITED_RANGE)
+        self._pictures = pictures
         self._file = ClipFile(ticks_per_second)
         self._stream: av.VideoStream | None = None
         self._num_checked = 0
 
     def add(self, frame: TimedFrame) -> None:
-        """Rotate, scale and encode one frame."""
-        picture = _pixels_alone(self._pictures.upright(frame.picture))
+        """Make the frame ready and encode it."""
+        picture = _pixels_alone(self._pictures.upright(frame))
         self._file.stamp(picture, frame)
         if self._stream is None:
             self._stream = self._open_stream(picture)

@@ -15,15 +15,15 @@ from sharding.video_cut import TimedFrame
 class MjpegEncoder:
     """`ClipEncoder` of codec ``mjpeg``."""
 
-    def __init__(self, *, short_side: int, quality: int, ticks_per_second: int) -> None:
-        self._pictures = PictureMaker(short_side=short_side, form=FULL_RANGE)
+    def __init__(self, *, pictures: PictureMaker, quality: int, ticks_per_second: int) -> None:
+        self._pictures = pictures
         self._options = {"qmin": str(quality), "qmax": str(quality)}
         self._file = ClipFile(ticks_per_second)
         self._stream: av.VideoStream | None = None
 
     def add(self, frame: TimedFrame) -> None:
-        """Rotate, scale and encode one frame."""
-        picture = self._pictures.upright(frame.picture)
+        """Make the frame ready and encode it."""
+        picture = self._pictures.upright(frame)
         self._file.stamp(picture, frame)
         if self._stream is None:
             self._stream = self._open_stream(picture)

@@ -68,12 +68,18 @@ class VideoParameters:
     colour: str | None = None
     """Matrix and range; None: mjpeg's bt601-full."""
 
+    hdr: str | None = None
+    """A name of `sharding.standard_colour.HDR_POLICIES`; None: a set from before it, sources stored as they were."""
+    interlaced: str | None = None
+    """A name of `sharding.stored_picture.INTERLACED_POLICIES`; None: a set from before it, fields and the pixels'
+    shape stored as they were."""
+
     def as_json(self) -> dict[str, Any]:
-        """The fields, those that mjpeg leaves out left out: its manifests are as they were before other codecs."""
-        return {name: value for name, value in asdict(self).items() if name not in _NOT_MJPEG or value is not None}
+        """The fields; what a codec or an older set does not have is left out, so that their hashes stay."""
+        return {name: value for name, value in asdict(self).items() if name not in _OPTIONAL or value is not None}
 
 
-_NOT_MJPEG = ("num_gop_frames", "pixel_format", "colour")
+_OPTIONAL = ("num_gop_frames", "pixel_format", "colour", "hdr", "interlaced")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,6 +30,7 @@ REASONS = {
     "truncated": "the container claims more than the file holds",
     "decode_error": "a packet or frame that does not decode cleanly",
     "bad_timestamps": "frame times that are missing or do not increase",
+    "hdr": "a high dynamic range (PQ, HLG) while --hdr refuse",
     "no_audio": "no sound in the segment while --audio is required",
     "bad_spectrogram": "a spectrogram with NaN, infinity or one value everywhere",
     "too_large": "a limit on bytes, duration, frames or pixels",

@@ -8,12 +8,13 @@ start <= time < end. A segment that falls between two frames keeps the one on di
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import av
 from av.container import InputContainer
+from av.sidedata.sidedata import SideData
 from av.video.stream import VideoStream
 
 from sharding.container_claims import check_ends_as_claimed
@@ -81,6 +82,14 @@ class TimedFrame:
     picture: av.VideoFrame
     seconds: Fraction
     duration: Fraction
+    display_matrix: bytes | None = None
+    """How it is laid on the screen, as `sharding.stored_picture.orientation_of` reads it; None: as it is."""
+
+
+def display_matrix(picture: av.VideoFrame) -> bytes | None:
+    """The display matrix that comes with this frame, of its container or of a message inside the stream."""
+    found = picture.side_data.get("DISPLAYMATRIX")
+    return bytes(found) if isinstance(found, SideData) else None
 
 
 class VideoCut:
@@ -108,6 +117,7 @@ class VideoCut:
         self._interval = 1 / frame_rate(stream)
         self._lead_in = LeadIn()
         self._num_replaced = 0
+        self._matrix: bytes | None = None
 
     def frames(self) -> Iterator[TimedFrame]:
         """Yield the segment's frames in order.
@@ -155,7 +165,10 @@ class VideoCut:
             else:
                 self._num_replaced += held is not None
             base = picture.time_base or Fraction(0)
-            held = TimedFrame(picture, seconds, picture.duration * base or self._interval)
+            self._matrix = (
+                display_matrix(picture) or self._matrix
+            )  # a message inside the stream holds for all that follow
+            held = TimedFrame(picture, seconds, picture.duration * base or self._interval, self._matrix)
         if held is not None:
             yield held
 
@@ -165,6 +178,7 @@ class VideoCut:
         if first is None:
             raise MediaError("decode_error", "expected at least one frame, found none")
         self.zero = clock_zero(self._container, frame_seconds(first), self._clock)
+        self._matrix = display_matrix(first)
         late = frame_seconds(first) - clock_zero(self._container, frame_seconds(first), "file")
         if late > _LATE:
             self.notes.append("picture starts late")
@@ -211,7 +225,7 @@ class VideoCut:
         if before is None or (media_end <= 0 and not is_followed):
             length = float(media_end + self._segment.start)
             raise MediaError("segment_outside", f"expected the segment inside the media, found {length:.3f} s of media")
-        return TimedFrame(before.picture, Fraction(0), self.duration or self._interval)
+        return replace(before, seconds=Fraction(0), duration=self.duration or self._interval)
 
 
 def thinned(frames: Iterator[TimedFrame], frames_per_second: float | None) -> Iterator[TimedFrame]:

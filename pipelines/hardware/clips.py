@@ -21,6 +21,7 @@ from sharding.codecs import stored_codec
 from sharding.encode import clip_encoder
 from sharding.encoded_video import EncodedVideo
 from sharding.index import TICKS_PER_SECOND
+from sharding.stored_picture import PictureMaker
 from sharding.video_cut import TimedFrame
 
 RAND_AUGMENT = "rand-m7-n4-mstd0.5-inc1"
@@ -59,7 +60,7 @@ def stored_clips(codec: str, drawn: DrawnClips, *, num_gop_frames: int | None, t
 def _encoded(codec: str, drawn: DrawnClips, seed: int, gop: int | None) -> EncodedVideo:
     encoder = clip_encoder(
         codec,
-        short_side=min(drawn.width, drawn.height),
+        pictures=PictureMaker(codec, short_side=min(drawn.width, drawn.height)),
         quality=stored_codec(codec).default_quality,
         num_gop_frames=gop,
         ticks_per_second=TICKS_PER_SECOND,

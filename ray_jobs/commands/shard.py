@@ -35,6 +35,20 @@ class AudioPolicy(StrEnum):
     NONE = "none"
 
 
+class HdrPolicy(StrEnum):
+    """What happens to clips of a high dynamic range."""
+
+    TONE_MAP = "tone-map"
+    REFUSE = "refuse"
+
+
+class InterlacedPolicy(StrEnum):
+    """What happens to interlaced frames."""
+
+    DEINTERLACE = "deinterlace"
+    KEEP = "keep"
+
+
 @app.command(epilog="Example: ca2st shard build --dataset folder --media videos --split train --out shards/train")
 def build(  # noqa: PLR0913, RUF100  # the options are the contract
     dataset: Annotated[str, typer.Option(help="folder, csv, epic_sounds or synthetic.")],
@@ -55,6 +69,12 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
     ] = None,
     short_side: Annotated[int, typer.Option(help="Pixels of the shorter side; smaller sources keep their size.")] = 256,
     frames_per_second: Annotated[float | None, typer.Option(help="Thin to this rate; default: every frame.")] = None,
+    hdr: Annotated[
+        HdrPolicy, typer.Option(help="PQ and HLG clips: convert to BT.709, or reject.")
+    ] = HdrPolicy.TONE_MAP,
+    interlaced: Annotated[
+        InterlacedPolicy, typer.Option(help="Interlaced frames: deinterlace (yadif), or keep both fields as they are.")
+    ] = InterlacedPolicy.DEINTERLACE,
     sample_rate: Annotated[int, typer.Option(help="Audio sample rate in Hz before the filter bank.")] = 16_000,
     workers: Annotated[
         int | None,
@@ -135,6 +155,8 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
         num_gop_frames=gop_frames(gop, codec=codec),
         short_side=short_side,
         frames_per_second=frames_per_second,
+        hdr=hdr.value,
+        interlaced=interlaced.value,
         sample_rate_hz=sample_rate,
         workers=workers or num_cores(),
         shard_bytes=parse_bytes(shard_size),

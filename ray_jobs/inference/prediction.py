@@ -136,6 +136,7 @@ def _converted(trained: TrainedModel, videos: Sequence[Path]) -> Iterator[tuple[
         num_gop_frames=DEFAULT_GOP_FRAMES if gop is None else gop,
         short_side=trained.video.short_side,
         frames_per_second=trained.video.frames_per_second,
+        interlaced=trained.video.interlaced or "deinterlace",
         audio_policy="none" if trained.audio.policy == "none" else "optional",
         sample_rate_hz=trained.audio.sample_rate_hz,
         num_mel_bins=trained.audio.num_mel_bins,

@@ -21,7 +21,7 @@ from sharding.encode import clip_encoder
 from sharding.encoded_video import ClipEncoder, EncodedVideo
 from sharding.errors import MediaError
 from sharding.source import SourceSample
-from sharding.stored_picture import output_size
+from sharding.stored_picture import PictureMaker, output_size
 from sharding.video_cut import TimedFrame, thinned
 from support.media import make_clip, numbered_frame, read_number
 
@@ -292,7 +292,13 @@ def test_an_unknown_codec_lists_the_known_ones() -> None:
 def new_encoder(name: str) -> ClipEncoder:
     codec = STORED_CODECS[name]
     gop = None if codec.has_frame_ranges else 8
-    return clip_encoder(name, short_side=32, quality=codec.default_quality, num_gop_frames=gop, ticks_per_second=TICK)
+    return clip_encoder(
+        name,
+        pictures=PictureMaker(name, short_side=32),
+        quality=codec.default_quality,
+        num_gop_frames=gop,
+        ticks_per_second=TICK,
+    )
 
 
 @pytest.mark.parametrize("name", STORED_CODECS)

@@ -18,9 +18,10 @@ from sharding.conversion import ConversionConfig, conversion_identity, estimate_
 from sharding.convert import convert
 from sharding.encode_gop import GOP_ENCODINGS
 from sharding.encoded_video import EncodedVideo
-from sharding.errors import MediaError
+from sharding.errors import ConversionRefusedError, MediaError
 from sharding.index import decode_index
 from sharding.manifest import VideoParameters
+from sharding.resume import refuse_another_conversion
 from sharding.shard_set import read_shard_set, write_shard_set
 from sharding.verify import verify_shard_set
 from support.media import make_clip, read_number
@@ -242,17 +243,17 @@ def test_every_codec_expects_storage_of_its_own(codec: str) -> None:
 
 
 OLD_VIDEO = {"codec": "mjpeg", "frames_per_second": None, "quality": 5, "short_side": 256}
-"""What manifests said of the video when mjpeg was the only codec."""
+"""What manifests said of the video when mjpeg was the only codec and pictures were stored as they were."""
 
 
-def test_manifests_and_unfinished_conversions_from_before_other_codecs_are_read_and_resumed(tmp_path: Path) -> None:
+def test_manifests_from_before_other_codecs_and_treated_pictures_are_read_and_not_added_to(tmp_path: Path) -> None:
     fields = {
         "dataset": "t",
         "split": "train",
         "label_spaces": (SPACE,),
         "targets": ("label",),
         "audio": ConversionConfig().audio,
-        "video": ConversionConfig().video,
+        "video": VideoParameters(**OLD_VIDEO),
         "tool_versions": {},
         "source_list_sha256": "0" * 64,
         "rejected": {},
@@ -261,8 +262,11 @@ def test_manifests_and_unfinished_conversions_from_before_other_codecs_are_read_
     written = json.loads((tmp_path / "manifest.json").read_bytes())
     assert written["video"] == OLD_VIDEO
     assert written["video_sha256"] == "04746ea91c481e73daba28b2fb71b5270dfa98528a23b13480b2f55372140303"
-    assert read_shard_set(tmp_path).manifest.video == ConversionConfig().video
-    assert conversion_identity(source_list([]), ConversionConfig())["video"] == OLD_VIDEO
+    assert read_shard_set(tmp_path).manifest.video == VideoParameters(**OLD_VIDEO)
+    now = conversion_identity(source_list([]), ConversionConfig())
+    assert now["video"] == OLD_VIDEO | {"hdr": "tone-map", "interlaced": "deinterlace"}
+    with pytest.raises(ConversionRefusedError, match=r"video\.hdr: there None, now 'tone-map'; video\.interl"):
+        refuse_another_conversion(tmp_path, now | {"video": OLD_VIDEO}, now)
 
 
 def test_the_manifest_of_another_codec_says_how_its_video_is_decoded() -> None:

@@ -60,6 +60,7 @@ def make_clip(
     times: Sequence[float] | None = None,
     draw: Callable[[int, int, int], np.ndarray] = numbered_frame,
     colour: tuple[int, int] | None = None,
+    pixel_aspect: Fraction | None = None,
     codec_options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
     title: str = "",
@@ -79,6 +80,8 @@ def make_clip(
         video.time_base = video.codec_context.time_base = base
         if colour:
             video.codec_context.colorspace, video.codec_context.color_range = colour
+        if pixel_aspect:
+            video.codec_context.sample_aspect_ratio = pixel_aspect
         if rotation:
             video.set_display_rotation(rotation)
         audio = container.add_stream(sound.codec, rate=sound.rate, layout=sound.layout) if sound else None

@@ -10,6 +10,7 @@ import numpy as np
 
 from sharding.codecs import STORED_CODECS
 from sharding.encode_gop import GOP_ENCODINGS, GopEncoder
+from sharding.stored_picture import PictureMaker
 from sharding.video_cut import TimedFrame
 
 SIZES = ((32, 16, 20), (64, 48, 20), (130, 98, 12))
@@ -29,7 +30,8 @@ def noise_frames(width: int, height: int, count: int) -> list[TimedFrame]:
 def encoded_noise(codec: str, frames: Sequence[TimedFrame], *, quality: int | None = None) -> bytes:
     """The MP4 of the frames; quality None: the codec's default."""
     quality = STORED_CODECS[codec].default_quality if quality is None else quality
-    encoder = GopEncoder(codec, short_side=256, quality=quality, num_gop_frames=8, ticks_per_second=90_000)
+    pictures = PictureMaker(codec, short_side=256)
+    encoder = GopEncoder(codec, pictures=pictures, quality=quality, num_gop_frames=8, ticks_per_second=90_000)
     for frame in frames:
         encoder.add(frame)
     return encoder.finish().mp4
