@@ -1,15 +1,22 @@
 """Turn one source segment into a stored clip. Runs in a child process that holds nothing but PyAV and NumPy.
 
 A hostile or damaged video can crash, hang or starve this process only; the converter counts a reject and starts
-another child. `sharding.workers` starts children by spawn and calls `serve` in them.
+another child. `sharding.workers` starts children and calls `serve` in them.
+
+What a child may do is limited before it opens a file: memory, processor time a clip, open files; no file grows, and no
+privilege is gained by a program that it would start. Linux with Landlock (5.13, TCP 6.7) also takes away making,
+writing and removing files, starting programs and TCP; a process with CAP_SYS_ADMIN gets a network namespace without
+any interface. Where the system offers the last two to nobody, as in some containers, the others hold alone.
 """
 
 import contextlib
 import ctypes
+import math
 import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -17,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from ca2st.child_processes import die_with_parent
 from sharding.audio_cut import EncodedAudio, cut_audio
 from sharding.container_claims import check_avi_chunks, check_container_is_whole
 from sharding.encode import clip_encoder
@@ -26,7 +34,15 @@ from sharding.media import MediaLimits, audio_stream, check_unchanged, open_medi
 from sharding.stored_picture import PictureMaker, pixel_aspect_of
 from sharding.video_cut import Segment, VideoCut, thinned
 
-_PR_SET_PDEATHSIG = 1
+_MAX_OPEN_FILES = 64
+_LONGEST_SECONDS = 1e9  # what a limit of the system can express on every machine
+_PR_SET_NO_NEW_PRIVS = 38
+_CLONE_NEWNET = 0x40000000
+_LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446  # the same numbers on every processor
+_LANDLOCK_VERSION = 1
+_READS = 1 << 2 | 1 << 3  # of files, of folders
+_FILE_ACTS = {1: 13, 2: 14, 3: 15}  # bits that each version of Landlock knows, the newest of these for all later ones
+_BIND_OR_CONNECT_TCP, _NET_VERSION = 0b11, 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,16 +162,21 @@ def _audio(job: ClipJob, segment: Segment, zero: Fraction) -> EncodedAudio | Non
     return audio
 
 
-def serve(connection: Connection, job_function: Callable[[Any], Any], memory_bytes: int, parent: int) -> None:
+def serve(
+    connection: Connection, job_function: Callable[[Any], Any], memory_bytes: int, timeout_seconds: float
+) -> None:
     """Answer jobs from `connection` until it closes; the body of a child process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _die_with_parent(parent)
+    die_with_parent()
     _limit_resources(memory_bytes)
+    _give_up_privileges()
     with contextlib.suppress(EOFError, ConnectionError):
         connection.send("ready")
         while True:
-            connection.send(_answer(job_function, connection.recv()))
+            job = connection.recv()
+            _limit_processor_time(timeout_seconds)
+            connection.send(_answer(job_function, job))
 
 
 def _answer(job_function: Callable[[Any], Any], job: Any) -> Any:
@@ -171,16 +192,43 @@ def _answer(job_function: Callable[[Any], Any], job: Any) -> Any:
         return Rejected("internal_error", f"{type(error).__name__}: {error}")
 
 
-def _die_with_parent(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the request above
-        os._exit(1)
-
-
 def _limit_resources(memory_bytes: int) -> None:
-    """No core files, and `memory_bytes` of address space more than the process has now."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    """`memory_bytes` of address space more than the process has now, no core files, few open files and no writing."""
+    _lower(resource.RLIMIT_CORE, 0)
+    _lower(resource.RLIMIT_FSIZE, 0)  # a write fails; pipes have no size
+    _lower(resource.RLIMIT_NOFILE, _MAX_OPEN_FILES)
     if sys.platform == "linux":
         now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (now + memory_bytes, now + memory_bytes))
+        _lower(resource.RLIMIT_AS, now + memory_bytes)
+
+
+def _lower(limit: int, value: int) -> None:
+    """For good; a limit from outside that is lower stays."""
+    _, hard = resource.getrlimit(limit)
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(limit, (value, value))
+
+
+def _limit_processor_time(seconds: float) -> None:
+    """SIGXCPU ends a process that computes for as long as the clip may take, should nobody watch it any more."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    soft = math.ceil(time.process_time() + min(seconds, _LONGEST_SECONDS)) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+
+def _give_up_privileges() -> None:
+    """As much of the file system and the network as this system lets a process give up; see the module's text."""
+    if sys.platform != "linux":
+        return
+    linux = ctypes.CDLL(None)
+    linux.unshare(_CLONE_NEWNET)  # refused to most: no harm
+    linux.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    version = linux.syscall(_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_VERSION)
+    if version < 1:  # not in this kernel, or switched off
+        return
+    acts = ((1 << _FILE_ACTS[min(version, max(_FILE_ACTS))]) - 1) & ~_READS
+    rules = (ctypes.c_uint64 * 2)(acts, _BIND_OR_CONNECT_TCP if version >= _NET_VERSION else 0)
+    ruleset = linux.syscall(_LANDLOCK_CREATE_RULESET, rules, ctypes.sizeof(rules), 0)
+    if ruleset >= 0:
+        linux.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0)
+        os.close(ruleset)

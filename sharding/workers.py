@@ -4,21 +4,21 @@ One thread of the parent moves everything: it hands jobs to idle children, waits
 clip takes too long, and replaces the one that died. Closing the pool ends every child at once.
 """
 
-import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from ca2st.child_processes import SPAWN
 from ca2st.errors import EnvironmentFault
 from sharding.decode_child import Rejected, serve
 
 _START_SECONDS = 120.0  # a cold interpreter on a busy machine
 _LOOK_AHEAD = 3  # jobs a child, finished or not, ahead of the one that is awaited
+_LATE = Rejected("timeout", "expected the clip within the clip timeout, found it unfinished")
 
 
 class ClipPool(Protocol):
@@ -31,12 +31,11 @@ class ClipPool(Protocol):
 class _Child:
     """One process, its pipe, and the job it is working on."""
 
-    def __init__(self, job_function: Callable[[Any], Any], memory_bytes: int) -> None:
-        context = multiprocessing.get_context("spawn")  # forking after PyAV or torch work hangs
-        ours, theirs = context.Pipe()
+    def __init__(self, job_function: Callable[[Any], Any], memory_bytes: int, timeout_seconds: float) -> None:
+        ours, theirs = SPAWN.Pipe()  # spawned: forking after PyAV or torch work hangs
         self.connection: Connection = ours
-        self.process: SpawnProcess = context.Process(
-            target=serve, args=(theirs, job_function, memory_bytes, os.getpid()), daemon=True
+        self.process: BaseProcess = SPAWN.Process(
+            target=serve, args=(theirs, job_function, memory_bytes, timeout_seconds), daemon=True
         )
         self.process.start()
         theirs.close()
@@ -68,9 +67,10 @@ class DecodePool:
     """Runs `job_function` in `num_workers` children.
 
     Args:
-        job_function: A module-level function of one picklable argument; it may raise MediaError.
+        job_function: A function of one picklable argument at the top of a module that children can import, so not of
+            the main script; it may raise MediaError.
         num_workers: Children at a time.
-        timeout_seconds: Wall time of one job.
+        timeout_seconds: Wall time of one job, and processor time of its child.
         memory_bytes: Address space a child may add to what it starts with.
     """
 
@@ -135,7 +135,7 @@ class DecodePool:
                 continue
             return True
         if len(self._children) < self._num_workers:
-            self._children.append(_Child(self._job_function, self._memory_bytes))
+            self._children.append(_Child(self._job_function, self._memory_bytes, self._timeout_seconds))
         return False
 
     def _collect(self, done: dict[int, Any]) -> None:
@@ -168,7 +168,9 @@ class DecodePool:
         code = self._drop(child, dying=True)
         if not ready:
             raise EnvironmentFault(f"a decode child ended while starting (exit code {code}); is memory short?")
-        if index is not None:
+        if index is not None and code == -signal.SIGXCPU:
+            done[index] = _LATE
+        elif index is not None:
             done[index] = Rejected("decoder_crash", f"the decoding process died: {_described(code)}")
 
     def _give_up_on(self, child: _Child, done: dict[int, Any]) -> None:
@@ -179,7 +181,7 @@ class DecodePool:
                 f"a decode child did not start within {_START_SECONDS:g} s; is the machine overloaded?"
             )
         if index is not None:
-            done[index] = Rejected("timeout", "expected the clip within the clip timeout, found it unfinished")
+            done[index] = _LATE
 
     def _drop(self, child: _Child, *, dying: bool = False) -> int | None:
         self._children.remove(child)

@@ -1,7 +1,6 @@
 """A case in a process of its own, so that its memory is its own and nobody's leftovers slow it down."""
 
 import contextlib
-import multiprocessing
 import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -9,6 +8,7 @@ from typing import Any, cast
 
 from ca2st.benchmark.case import Case, CaseSpec, LocalCase, PassKind
 from ca2st.benchmark.limits import Limit
+from ca2st.child_processes import SPAWN
 from ca2st.errors import CA2STError, EnvironmentFault
 
 _END = "end"
@@ -67,9 +67,8 @@ def case_in_process(spec: CaseSpec) -> Iterator[Case]:
         EnvironmentFault: in any of the case's methods, when the process ended or ran out of the device's memory.
         CA2STError: anything else that went wrong there, with its traceback.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, spec), daemon=False)
+    ours, theirs = SPAWN.Pipe()
+    process = SPAWN.Process(target=_serve, args=(theirs, spec), daemon=False)
     process.start()
     theirs.close()
     try:

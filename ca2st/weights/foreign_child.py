@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ca2st.child_processes import die_with_parent
 from ca2st.errors import CA2STError
 from ca2st.weights.errors import ForeignFileRefusedError, WeightsDamageError
 from ca2st.weights.torchscript_zip import is_torchscript, read_torchscript
@@ -66,6 +67,7 @@ def serve(connection: Connection, job: ReadJob) -> None:
     The answer is not pickled: the parent trusts a child that touched a foreign file no more than the file.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    die_with_parent()
     _limit(job)
     sys.addaudithook(_refuse_reaching_out)
     connection.send_bytes(json.dumps(answer(job.path, job.out)).encode())

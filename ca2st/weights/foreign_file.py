@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import re
 import signal
 import tempfile
@@ -14,6 +13,7 @@ from typing import TypedDict
 from torch import Tensor
 
 from ca2st.checked_json import DocumentError, read_json
+from ca2st.child_processes import SPAWN
 from ca2st.errors import EnvironmentFault
 from ca2st.weights.errors import ForeignFileRefusedError, WeightsDamageError
 from ca2st.weights.foreign_child import ReadFacts, ReadJob, serve
@@ -175,9 +175,8 @@ def _read_in_child(path: Path, timeout_seconds: float) -> tuple[ReadFacts, dict[
 
 
 def _ask_child(job: ReadJob, timeout_seconds: float) -> dict[str, str]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=serve, args=(theirs, job), daemon=True)
+    ours, theirs = SPAWN.Pipe(duplex=False)
+    child = SPAWN.Process(target=serve, args=(theirs, job), daemon=True)
     child.start()
     theirs.close()
     try:

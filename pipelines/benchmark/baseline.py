@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ca2st.child_processes import SPAWN
 from ca2st.errors import UserInputError
 from ca2st.spec import IMAGENET_MEAN, IMAGENET_STD, ClipSpec
 from pipelines.sampling import dense_train, dense_validation
@@ -181,7 +182,7 @@ class RunningBatches(Sampler[list[int]]):
 
 def make_dataloader(files: Sequence[Path], config: BaselineConfig) -> "DataLoader[tuple[Tensor, Tensor]]":
     """A DataLoader whose workers live on between passes; started by spawn, since forking after decoding hangs."""
-    several: dict[str, Any] = {"persistent_workers": True, "multiprocessing_context": "spawn"}
+    several: dict[str, Any] = {"persistent_workers": True, "multiprocessing_context": SPAWN}
     return DataLoader(
         VideoClips(files, config),
         batch_sampler=RunningBatches(config),

@@ -1,6 +1,5 @@
 """A part in a process of its own: a crash, a hang or a lost device costs that part its remaining rows, no more."""
 
-import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from ca2st.child_processes import SPAWN
 from ray_jobs.gpu_check.settings import GpuCheckSettings, PartName
 
 Row = dict[str, Any]
@@ -33,9 +33,8 @@ RunPart = Callable[[PartName, GpuCheckSettings, float], PartResult]
 def run_in_process(name: PartName, settings: GpuCheckSettings, seconds: float) -> PartResult:
     """Run a part in a process of its own, which is ended when its time is up."""
     begin, rows, error = time.monotonic(), list[Row](), None
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(theirs, name, settings))
+    ours, theirs = SPAWN.Pipe(duplex=False)
+    process = SPAWN.Process(target=_serve, args=(theirs, name, settings))
     process.start()
     theirs.close()
     try:

@@ -1,10 +1,8 @@
 """Train in several processes of this machine that talk over the loopback interface."""
 
-import multiprocessing
 import multiprocessing.connection
 import os
 import resource
-import signal
 import socket
 import sys
 import time
@@ -16,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NoReturn
 
+from ca2st.child_processes import SPAWN, die_with_parent
 from ca2st.durable import FaultPoints
 from ray_jobs.console import say, show_log
 from ray_jobs.errors import WorkerFailedError
@@ -40,11 +39,10 @@ def run_processes(job: Job, num_workers: int, faults: FaultPoints) -> Outcome:
         WorkerFailedError: a worker process failed, with its exit code.
     """
     launch, port = f"local-{os.getpid()}-{time.time_ns()}", _free_port()
-    context = multiprocessing.get_context("spawn")
-    stop_told, tell_stop = context.Pipe(duplex=False)
-    begun = context.RawArray("b", num_workers)
+    stop_told, tell_stop = SPAWN.Pipe(duplex=False)
+    begun = SPAWN.RawArray("b", num_workers)
     workers: list[BaseProcess] = [
-        context.Process(
+        SPAWN.Process(
             target=_worker_process,
             args=(rank, job, num_workers, port, faults, launch),
             kwargs={"begun": begun, "tell_stop": tell_stop if rank == 0 else None},
@@ -191,17 +189,6 @@ def _end_at_once(exit_code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies: no orphan goes on training."""
-    import ctypes
-
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid != os.getppid():  # it died before it could be asked for
-        os._exit(128 + signal.SIGKILL)
 
 
 def _free_port() -> int:

@@ -1,6 +1,5 @@
 """Experts that learn what is theirs of a synthetic world, each alone and all at the same time, to be frozen then."""
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -9,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, cast
 
+from ca2st.child_processes import SPAWN, die_with_parent
 from ca2st.cores import num_cores
 from ca2st.durable import NO_FAULTS
 from ca2st.errors import EnvironmentFault
@@ -23,7 +23,6 @@ from ray_jobs.console import progress
 from ray_jobs.inference.evaluation import score
 from ray_jobs.inference.trained import load_trained
 from ray_jobs.running.launch import launch
-from ray_jobs.running.local_processes import die_with_parent
 from ray_jobs.running.worker import OUTCOME_NAME
 from sharding.shard_set import read_shard_set
 
@@ -141,7 +140,7 @@ def _processes(num_runs: int) -> Iterator[ProcessPoolExecutor]:
     """None is started before the first task. Spawned, never forked: a fork after torch has run hangs."""
     pool = ProcessPoolExecutor(
         max(1, min(num_runs, num_cores())),
-        mp_context=multiprocessing.get_context("spawn"),
+        mp_context=SPAWN,
         initializer=die_with_parent,
     )
     try:

@@ -5,7 +5,6 @@ they are. The caller opens the Ray session, and has looked at the nodes in `vett
 """
 
 import math
-import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
@@ -112,7 +111,6 @@ class _DecodeWorker:
     """What runs in an actor's process."""
 
     def __init__(self, encode: Callable[[ClipJob], EncodedClip], timeout_seconds: float, memory_bytes: int) -> None:
-        _hide_ray_from_children()
         self._pool = DecodePool(encode, num_workers=1, timeout_seconds=timeout_seconds, memory_bytes=memory_bytes)
 
     def introduce(self, compared: tuple[Probe, NodeFacts], vetted: Collection[str]) -> str:
@@ -131,11 +129,6 @@ class _DecodeWorker:
         """The job's clip, or its `Rejected`."""
         (result,) = self._pool.map([job])
         return result
-
-
-def _hide_ray_from_children() -> None:
-    """Let decode children start without Ray: spawn would run the script of this process in each of them first."""
-    vars(sys.modules["__main__"]).pop("__file__", None)
 
 
 def _in_own_memory(answer: Any) -> Any:

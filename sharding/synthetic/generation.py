@@ -11,15 +11,12 @@ import concurrent.futures
 import csv
 import io
 import json
-import multiprocessing
-import multiprocessing.connection
-import os
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ca2st.child_processes import SPAWN, die_with_parent
 from ca2st.durable import sweep_temporaries, write_bytes
 from ca2st.errors import EnvironmentFault, UserInputError
 from sharding.folder_lock import folder_lock
@@ -127,9 +124,7 @@ def _run_tasks(folder: Path, split: str, config: SyntheticConfig, tasks: list[li
             yield _make_task(folder, split, config, task)
         return
     # Spawned, never forked: a fork after PyAV has started its threads hangs.
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
-    )
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=SPAWN, initializer=die_with_parent)
     try:
         futures = [pool.submit(_make_task, folder, split, config, task) for task in tasks]
         for future in concurrent.futures.as_completed(futures):
@@ -147,18 +142,6 @@ def _make_task(folder: Path, split: str, config: SyntheticConfig, indices: list[
     for index in indices:
         write_bytes(folder / clip_file(config, split, index).name, make_clip(config, split, index))
     return len(indices)
-
-
-def _end_with_parent() -> None:
-    """In a worker: end when the parent is gone, even if it was killed; the pool alone would wait for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_wait_and_exit, args=(parent.sentinel,), daemon=True).start()
-
-
-def _wait_and_exit(sentinel: int) -> None:
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
 
 
 def _annotations(config: SyntheticConfig, split: str, num_clips: int) -> bytes:

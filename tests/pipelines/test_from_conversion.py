@@ -1,6 +1,9 @@
 """Real conversion in front of the loaders: the frames that arrive are those that were filmed, at their own times."""
 
 import logging
+import os
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from sharding.manifest import LabelSpace
 from sharding.shard_set import ShardSet, read_shard_set
 from sharding.source import SourceList, SourceSample
 from support.media import Sound, make_clip, read_number
+from support.processes import python_path
 
 CLIP = ClipSpec(num_frames=8, crop_size=64, mel_rows=48)
 UNEVEN = [0.0, 0.02, 0.1, 0.13, 0.3, 0.31, 0.4, 0.55, 0.6, 0.7, 0.9, 1.0, 1.01, 1.2, 1.3, 1.4]
@@ -149,3 +153,57 @@ def test_clips_at_fifty_frames_a_second_are_told_and_read_with_a_wider_stride(
             assert "strides of 7 frames in place of 4" in lines[0]
             frames = [read_number(picture) for picture in batch.video[0].permute(1, 2, 3, 0).numpy()]
             assert frames[-1] - frames[0] == 8 * 7 - 1
+
+
+UNGUARDED = """\
+import sys
+from pathlib import Path
+from ca2st.spec import ClipSpec
+from pipelines.loader import TrainLoader
+from pipelines.loader_config import LoaderConfig
+from pipelines.sampling import SamplingConfig
+from pipelines.draws import AugmentConfig
+from sharding.conversion import ConversionConfig
+from sharding.convert import convert
+from sharding.manifest import LabelSpace
+from sharding.shard_set import read_shard_set
+from sharding.source import SourceList, SourceSample
+from sharding.synthetic.config import SyntheticConfig
+from sharding.synthetic.generation import generate_split
+
+print("started")
+root = Path(sys.argv[1])
+media = generate_split(root / "media", "train", SyntheticConfig(num_samples=32, workers=2))
+samples = tuple(
+    SourceSample(sample_id=path.stem, path=path, start_seconds=None, end_seconds=None, labels=(0,), where="here")
+    for path in sorted(media.glob("*.mp4"))[:4]
+)
+space = LabelSpace(name="label", classes=("clip",))
+source = SourceList(dataset="t", split="train", label_spaces=(space,), targets=("label",), samples=samples)
+convert(source, root / "set", ConversionConfig(audio_policy="optional", short_side=64, workers=2))
+clip = ClipSpec(num_frames=4, crop_size=32, mel_rows=48)
+sampling = SamplingConfig(scheme="uniform")
+loader = TrainLoader(
+    read_shard_set(root / "set"), clip, ("label",), sampling, AugmentConfig(), LoaderConfig(backend=sys.argv[2]),
+    seed=0, global_batch_size=2,
+)
+with loader:
+    print(sum(len(batch.video) for batch in loader.batches(0)))
+"""
+
+
+@pytest.mark.parametrize("how", ["a script", "stdin"])
+def test_a_script_without_a_guard_makes_shards_and_reads_them(tmp_path: Path, how: str) -> None:
+    (tmp_path / "unguarded.py").write_text(UNGUARDED)
+    name, backend = ("-", "dali") if how == "stdin" else ("unguarded.py", "reference")
+    done = subprocess.run(
+        [sys.executable, name, "made", backend],
+        input=UNGUARDED,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": python_path()},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "started\n4\n"), done.stderr

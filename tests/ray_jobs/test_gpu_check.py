@@ -151,14 +151,13 @@ class _Process:
 def test_what_a_process_found_before_it_ended_is_kept(
     monkeypatch: pytest.MonkeyPatch, name: Any, rows: list[dict[str, int]], error: str | None
 ) -> None:
-    context = isolation.multiprocessing.get_context("spawn")
-    monkeypatch.setattr(type(context), "Process", staticmethod(lambda **words: _Process(**words)))
+    monkeypatch.setattr(type(isolation.SPAWN), "Process", staticmethod(lambda **words: _Process(**words)))
     found = run_in_process(name, SMALL, 5.0)
     assert (found.rows, found.error) == (rows, error)
 
 
 def test_rows_are_waited_for_no_longer_than_the_budget() -> None:
-    ours, theirs = isolation.multiprocessing.get_context("spawn").Pipe(duplex=False)
+    ours, theirs = isolation.SPAWN.Pipe(duplex=False)
     begin = time.monotonic()
     with pytest.raises(isolation._EndError, match="its time is up"):
         list(isolation._received(ours, begin + 0.05))

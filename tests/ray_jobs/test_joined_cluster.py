@@ -18,7 +18,7 @@ from sharding.convert import convert
 from support.media import Sound, make_clip
 from support.processes import python_path
 from support.shards import file_hashes, sample, small_config, source_list
-from support.stub_jobs import kill_the_worker_once_at_b
+from support.stub_jobs import WAS_KILLED, kill_the_worker_once_at_b
 
 pytestmark = pytest.mark.cluster
 
@@ -34,7 +34,7 @@ def _session() -> Iterator[None]:
 def test_conversion_by_ray_gives_the_bytes_of_a_local_one_though_a_worker_is_killed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "media").mkdir()
+    (tmp_path / "media").mkdir(mode=0o755)
     samples = []
     for number, name in enumerate(["a0", "a1", "b2", "a3", "c4", "c5", "c6"]):
         path = tmp_path / "media" / f"{name}.mp4"
@@ -48,7 +48,7 @@ def test_conversion_by_ray_gives_the_bytes_of_a_local_one_though_a_worker_is_kil
     convert(source, tmp_path / "here", config)
     pool = partial(joined_pool, source, config, 2, encode=kill_the_worker_once_at_b)
     report = convert(source, tmp_path / "there", config, pool=pool)
-    assert (tmp_path / "media" / "killed").exists()
+    assert (tmp_path / "media").stat().st_mode & 0o777 == WAS_KILLED
     assert "a conversion worker was lost on " in caplog.text
     assert (report.num_with_audio, dict(report.rejected)) == (1, {"not_a_video": 1})
     assert file_hashes(tmp_path / "there") == file_hashes(tmp_path / "here")

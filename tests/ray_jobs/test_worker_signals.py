@@ -36,7 +36,7 @@ def test_j6_a_signal_that_another_thread_would_take_waits_until_somebody_can_ans
 _MASKED = "import signal\nprint(*sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ()))))"
 _LAUNCHER = """
 import multiprocessing, time
-from ray_jobs.running.local_processes import die_with_parent
+from ca2st.child_processes import die_with_parent
 
 def work():
     time.sleep(1.5)

@@ -1,7 +1,10 @@
 """The decode pool: order, and what happens when a child misbehaves (C5)."""
 
+import ctypes
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from ca2st.child_processes import SPAWN
 from ca2st.errors import EnvironmentFault
+from sharding import decode_child
 from sharding.decode_child import Rejected
 from sharding.workers import DecodePool
 from support.stub_jobs import act
@@ -78,6 +83,50 @@ def test_a_child_that_dies_in_the_middle_of_its_answer_is_one_reject() -> None:
     assert second == 1
 
 
+def test_c5_memory_is_limited_to_what_the_pool_says() -> None:
+    with DecodePool(act, num_workers=1, timeout_seconds=30, memory_bytes=256 * 2**20) as pool:
+        little, much = pool.map([("eat", 100 * 2**20), ("eat", 400 * 2**20)])
+    assert little == 100 * 2**20
+    assert much == Rejected("out_of_memory", "decoding needed more memory than a child may have")
+
+
+def test_c5_processor_time_is_limited_anew_for_each_clip() -> None:
+    asked = ("limits", [resource.RLIMIT_CPU])
+    with DecodePool(act, num_workers=1, timeout_seconds=30) as pool:
+        (first,), _, (later,) = pool.map([asked, ("spin", 3.5), asked])
+    assert 31 <= first <= 34
+    assert first + 1 <= later <= 36
+
+
+def test_c5_a_child_that_nobody_watches_computes_no_longer_than_a_clip_may_take() -> None:
+    child = SPAWN.Process(target=_spin_under_the_limit, daemon=True)
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGXCPU
+    with DecodePool(act, num_workers=1, timeout_seconds=30) as pool:
+        (late,) = pool.map([("signal", signal.SIGXCPU)])
+    assert late == Rejected("timeout", "expected the clip within the clip timeout, found it unfinished")
+
+
+def _spin_under_the_limit() -> None:
+    decode_child._limit_processor_time(0.1)
+    act(("spin", 60))
+
+
+def test_a_child_can_neither_write_nor_start_programs_nor_connect(tmp_path: Path) -> None:
+    """What a kernel without Landlock leaves is that no file grows and few are open."""
+    (tmp_path / "old").write_bytes(b"x")
+    with socket.create_server(("127.0.0.1", 0)) as server, DecodePool(act, num_workers=1, timeout_seconds=30) as pool:
+        (refused,) = pool.map([("reach out", (tmp_path, server.getsockname()[1]))])
+    version = ctypes.CDLL(None).syscall(444, None, 0, 1)
+    every = ["make a file", "make a folder", "make a link", "rename", "remove", "start a program"]
+    assert {"grow a file", "open many files"} <= set(refused)
+    assert set(every if version >= 1 else []) <= set(refused)
+    assert version < 3 or "empty a file" in refused
+    assert version < 4 or "connect" in refused
+    assert version < 3 or [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
 def test_a_refusal_and_an_unexpected_exception_carry_their_words() -> None:
     with DecodePool(act, num_workers=1, timeout_seconds=30) as pool:
         refusal, bug = pool.map([("refuse", "grey frame"), ("bug", "nowhere")])
@@ -117,10 +166,9 @@ def test_closing_after_an_exception_leaves_no_child() -> None:
 def test_children_of_a_killed_parent_die_with_it_even_when_they_hang() -> None:
     script = (
         "from sharding.workers import DecodePool\nfrom support.stub_jobs import act\n"
-        "if __name__ == '__main__':\n"
-        "    pool = DecodePool(act, num_workers=1, timeout_seconds=600)\n"
-        "    for pid in pool.map([('pid', 0), ('hang', 0)]):\n"
-        "        print(pid, flush=True)\n"
+        "pool = DecodePool(act, num_workers=1, timeout_seconds=600)\n"
+        "for pid in pool.map([('pid', 0), ('hang', 0)]):\n"
+        "    print(pid, flush=True)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)

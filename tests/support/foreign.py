@@ -1,7 +1,10 @@
 """Checkpoints as others write them, made from the weights of a tiny expert of ours, name by name."""
 
 import argparse
+import os
+import time
 import warnings
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ from torch import Tensor, nn
 
 from ca2st.model.experts import Expert
 from ca2st.spec import ClipSpec
+from ca2st.weights import foreign_child
+from ca2st.weights.foreign_child import ReadJob
 from support.models import TINY_CLIP, tiny_model, wake
 
 DEPTH = 2
@@ -155,3 +160,15 @@ def torchscript_archive(path: Path, state: dict[str, Tensor]) -> Path:
         warnings.simplefilter("ignore", DeprecationWarning)  # old files are still written so
         torch.jit.script(root).save(str(path))
     return path
+
+
+def say_and_sleep(connection: Connection, job: ReadJob) -> None:
+    """The whole life of the child that reads a foreign file, but that reading prints its number and never ends."""
+
+    def answer(_path: Path, _out: Path) -> dict[str, str]:
+        print(os.getpid(), flush=True)
+        time.sleep(600)
+        return {}
+
+    foreign_child.answer = answer
+    foreign_child.serve(connection, job)

@@ -3,13 +3,16 @@
 import io
 import os
 import pickle
+import resource
 import signal
 import struct
+import subprocess
 import sys
 import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -18,6 +21,7 @@ from ca2st.weights import ForeignFileRefusedError, ImportOptions, WeightsDamageE
 from ca2st.weights.foreign_child import read
 from ca2st.weights.foreign_file import read_foreign_file
 from support.foreign import torchscript_archive, training_checkpoint
+from support.processes import python_path
 
 ROOT = Path(__file__).parents[3]
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
@@ -208,6 +212,16 @@ def test_5_1_5_5_members_that_claim_more_than_the_file_holds_are_refused(tmp_pat
         read(path, out)
 
 
+def test_5_1_5_5_a_member_that_claims_more_than_the_file_holds_is_refused_before_it_is_read(tmp_path, out):
+    path = _saved(tmp_path, {"weight": torch.ones(1000)})
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\x01\x02")
+    struct.pack_into("<II", data, entry + 20, 2**30, 2**30)  # its packed and its whole size
+    path.write_bytes(data)
+    with pytest.raises(ForeignFileRefusedError, match=r"members that fit into the file's \d+ bytes, found \d+ of 107"):
+        read(path, out)
+
+
 def test_5_1_5_5_a_tensor_of_many_values_over_few_bytes_is_refused(tmp_path, out):
     path = _saved(tmp_path, {"weight": torch.ones(1).expand(10**9, 10**3)})
     with pytest.raises(ForeignFileRefusedError, match="found 4 bytes that claim to be as many"):
@@ -284,12 +298,15 @@ def _die(_connection, _job):
 
 
 def _try_things(connection, job):
-    import json
+    """The child's whole life, but that it tries this instead of reading the file."""
+    foreign_child.answer = _tried
+    foreign_child.serve(connection, job)
+
+
+def _tried(_path, _out):
     import socket
     import subprocess
 
-    foreign_child._limit(job)
-    sys.addaudithook(foreign_child._refuse_reaching_out)
     told = []
     try:
         bytearray(8 * 2**30)
@@ -304,7 +321,32 @@ def _try_things(connection, job):
             act()
         except ForeignFileRefusedError as error:
             told.append(f"{name} refused" if name in str(error) else str(error))
-    connection.send_bytes(json.dumps({"kind": "refused", "message": ", ".join(told)}).encode())
+    told += [name for name in ("CPU", "FSIZE", "CORE") if _is_unlimited(f"RLIMIT_{name}")]
+    return {"kind": "refused", "message": ", ".join(told)}
+
+
+def _is_unlimited(name):
+    return resource.getrlimit(getattr(resource, name))[1] == resource.RLIM_INFINITY
+
+
+def test_a_child_ends_with_the_import_that_is_killed(tmp_path):
+    script = tmp_path / "import.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\n"
+        "import ca2st.weights.foreign_file as foreign_file\n"
+        "from support.foreign import say_and_sleep\n"
+        "foreign_file.serve = say_and_sleep\n"
+        "foreign_file.read_foreign_file(Path(sys.argv[1]))\n"
+    )
+    command = [sys.executable, str(script), str(_saved(tmp_path, STATE))]
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the child outlived its parent"
+        time.sleep(0.02)
 
 
 def test_5_1_the_project_unpickles_in_one_place_and_never_without_the_check():

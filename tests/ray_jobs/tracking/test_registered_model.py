@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,6 +202,21 @@ def test_measuring_less_than_never_is_refused() -> None:
         TrackingConfig(system_metrics_seconds=-1.0)
 
 
+def labels_by_a_script(source: str, videos: list[Path]) -> list[str]:
+    """What the lines of the README give when they are all of a program."""
+    names = [str(video) for video in videos]
+    script = f"""\
+import mlflow, pandas
+model = mlflow.pyfunc.load_model({source!r})
+found = model.predict(pandas.DataFrame({{"video": {names!r}}}), params=dict(clips=1, crops=1))
+print(*found["label"], sep="\\n")
+"""
+    command = [sys.executable, "-"]
+    done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 @pytest.mark.slow
 def test_a_trained_run_is_loaded_from_mlflow_and_labels_videos(tmp_path: Path, store: str) -> None:
     import mlflow.pyfunc
@@ -219,6 +236,7 @@ def test_a_trained_run_is_loaded_from_mlflow_and_labels_videos(tmp_path: Path, s
     videos = [make_clip(tmp_path / "a.mp4", sound=Sound()), make_clip(tmp_path / "b.mp4")]
     model = mlflow.pyfunc.load_model(version.source)
     found = model.predict(pandas.DataFrame({"video": list(map(str, videos))}), params={"clips": 1, "crops": 1})
+    assert labels_by_a_script(version.source, videos) == found["label"].tolist()
     views = EvaluationViews(protocol="test", clips=1, crops=1)
     expected = predict_videos(run_dir, videos, top=1, views=views)
     assert list(found.columns) == ["label", "probability"]
