@@ -51,7 +51,7 @@ def video_frames(
     `lead_in`.
 
     Raises:
-        MediaError: ``decode_error`` at the first packet or frame that is damaged.
+        MediaError: ``decode_error`` at the first packet or frame that is damaged, ``encrypted`` at one under DRM.
     """
     yield from _frames(container, stream, seek, lead_in or LeadIn())
 
@@ -113,6 +113,8 @@ def _decode(container: InputContainer, stream: VideoStream | AudioStream, lead_i
     times = _BestTimes(container, stream) if isinstance(stream, VideoStream) else None
     try:
         for packet in _from_key_frame(container, stream, lead_in):
+            if packet.has_sidedata("encryption_info"):
+                raise MediaError("encrypted", f"expected a {stream.type} stream in the clear, found one under DRM")
             if packet.is_corrupt:
                 raise MediaError("decode_error", f"expected whole packets, found a cut one in the {stream.type} stream")
             for frame in _decoded(packet, lead_in if moment is None else LeadIn()):

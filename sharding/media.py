@@ -31,6 +31,7 @@ REASONS = {
     "decode_error": "a packet or frame that does not decode cleanly",
     "bad_timestamps": "frame times that are missing or do not increase",
     "hdr": "a high dynamic range (PQ, HLG) while --hdr refuse",
+    "encrypted": "a stream under DRM, which nobody without its key can decode",
     "no_audio": "no sound in the segment while --audio is required",
     "bad_spectrogram": "a spectrogram with NaN, infinity or one value everywhere",
     "too_large": "a limit on bytes, duration, frames or pixels",
@@ -43,6 +44,7 @@ REASONS = {
     "internal_error": "a fault of this program on this file; please report it",
 }
 """Every reason a source can be rejected for, with its meaning."""
+_ENCRYPTED_TAG = "drms"  # sound of a shop; what the standard encrypts is marked packet by packet
 _STRICT = {"err_detect": "crccheck+explode"}
 
 
@@ -149,7 +151,7 @@ def audio_stream(container: InputContainer) -> AudioStream | None:
     """The first audio stream, set up for strict decoding, or None.
 
     Raises:
-        MediaError: ``decode_error`` without a decoder.
+        MediaError: ``decode_error`` without a decoder; ``encrypted``.
     """
     if not container.streams.audio:
         return None
@@ -161,5 +163,7 @@ def audio_stream(container: InputContainer) -> AudioStream | None:
 def _be_strict(stream: VideoStream | AudioStream) -> None:
     if stream.codec_context is None:
         raise MediaError("decode_error", f"expected a {stream.type} codec that PyAV decodes, found an unknown one")
+    if stream.codec_context.codec_tag == _ENCRYPTED_TAG:
+        raise MediaError("encrypted", f"expected a {stream.type} stream in the clear, found one under DRM")
     stream.codec_context.thread_count = 1
     stream.codec_context.options = dict(_STRICT)

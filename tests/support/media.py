@@ -171,6 +171,23 @@ def _bad_stco(data: bytes) -> bytes:
     return bytes(damaged)
 
 
+def _bad_stsz(data: bytes) -> bytes:
+    at = data.index(b"stsz")
+    damaged = bytearray(data)
+    for entry in range(int.from_bytes(data[at + 12 : at + 16], "big")):
+        place = at + 16 + 4 * entry
+        value = int.from_bytes(damaged[place : place + 4], "big") // 2
+        damaged[place : place + 4] = value.to_bytes(4, "big")
+    return bytes(damaged)
+
+
+def _picture_file(_: bytes) -> bytes:
+    """A PNG of one pixel under the name of a video."""
+    packed = "789c6360000002000154a24f9f0000000049454e44ae426082"
+    head = "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154"
+    return bytes.fromhex(head + packed)
+
+
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "zero_byte": _zero_byte,
     "text": _text,
@@ -179,6 +196,8 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "bit_flips": _bit_flips,
     "zeroed_mdat": _zeroed_mdat,
     "bad_stco": _bad_stco,
+    "bad_stsz": _bad_stsz,
+    "picture_file": _picture_file,
 }
 
 
