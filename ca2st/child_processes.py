@@ -29,6 +29,9 @@ def die_with_parent() -> None:
 class _Popen(popen_spawn_posix.Popen):
     """Python's, but for the main script and for files of the working directory named like modules (``-P``)."""
 
+    _fds: list[int]
+    """What the child inherits; Python's own list."""
+
     def _launch(self, process_obj: BaseProcess) -> None:
         tracker_fd = resource_tracker.getfd()
         self._fds.append(tracker_fd)
@@ -45,7 +48,7 @@ class _Popen(popen_spawn_posix.Popen):
         # The child reads the message from one pipe; its end of the other closes when it dies.
         child_reads, parent_writes = os.pipe()
         self.sentinel, child_holds = os.pipe()
-        self.finalizer = util.Finalize(self, util.close_fds, (self.sentinel, parent_writes))
+        self.finalizer = util.Finalize(self, _close, (self.sentinel, parent_writes))
         try:
             executable, *options = spawn.get_command_line(tracker_fd=tracker_fd, pipe_handle=child_reads)
             self._fds += [child_reads, child_holds]
@@ -55,6 +58,11 @@ class _Popen(popen_spawn_posix.Popen):
             os.close(child_holds)
         with open(parent_writes, "wb", closefd=False) as pipe:
             pipe.write(message.getbuffer())
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 class _Process(SpawnProcess):

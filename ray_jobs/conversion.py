@@ -99,7 +99,7 @@ def joined_pool(
     """
     from ray_jobs.every_node import living_nodes, on_every_node
     from sharding.cluster.node_facts import node_facts, probe_of, refuse_unlike_nodes
-    from sharding.cluster.ray_workers import node_facts_in_ray, ray_pool
+    from sharding.cluster.ray_workers import ray_pool
 
     nodes = [node for node in living_nodes() if node.resources.get("CPU", 0) >= 1]
     config = replace(config, workers=workers_on(nodes, num_workers))
@@ -107,7 +107,7 @@ def joined_pool(
     say(f"{config.workers} workers on {len(nodes)} nodes, each of which tries {len(probe.jobs)} clips first")
     seconds = _LEAST_PREFLIGHT_SECONDS + len(probe.jobs) * config.clip_timeout_seconds
     here = node_facts(probe)
-    there = on_every_node(node_facts_in_ray, probe, nodes=nodes, timeout_seconds=seconds)
+    there = on_every_node(node_facts, probe, nodes=nodes, timeout_seconds=seconds)
     refuse_unlike_nodes(here, {node.name: facts for node, facts in there.items()}, probe)
     vetted = [node.node_id for node in nodes]
     with ray_pool(config, probe=probe, here=here, vetted=vetted, encode=encode) as pool:

@@ -38,12 +38,6 @@ def ray_pool(
     return ClusterPool(cluster, num_workers=config.workers, timeout_seconds=config.clip_timeout_seconds)
 
 
-def node_facts_in_ray(probe: Probe) -> NodeFacts:
-    """`node_facts`, called in a process that Ray started."""
-    _hide_ray_from_children()
-    return node_facts(probe)
-
-
 class RayCluster:
     """A `sharding.cluster.pool.Cluster` of Ray actors; a ticket is an object reference."""
 
