@@ -7,7 +7,7 @@ PROCESSES ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 SLOW := -m "slow and not gpu and not soak"
 
-.PHONY: install check test test-slow test-cluster demo gpu test-gpu format lock clean
+.PHONY: install check test test-slow test-cluster mutations demo gpu test-gpu format lock clean
 
 install: $(STAMP)
 
@@ -42,6 +42,10 @@ test-slow: install
 # Each starts a Ray that wants the whole machine: one after the other.
 test-cluster: install
 	$(BIN)/python -m pytest -m cluster
+
+# The product broken on purpose, one place at a time: a test must notice.
+mutations: install
+	$(BIN)/python tests/mutations.py
 
 demo: install
 	$(BIN)/ca2st demo

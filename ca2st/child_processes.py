@@ -34,6 +34,7 @@ class _Popen(popen_spawn_posix.Popen):
 
     def _launch(self, process_obj: BaseProcess) -> None:
         tracker_fd = resource_tracker.getfd()
+        assert tracker_fd is not None  # it runs now
         self._fds.append(tracker_fd)
         preparation = spawn.get_preparation_data(process_obj.name)
         for main in ("init_main_from_name", "init_main_from_path"):
