@@ -11,9 +11,13 @@ from ca2st.errors import UserInputError
 LOOK_ALIKE = "labels that look alike"
 SEVERAL_LABELS = "labels that may be several"
 INVISIBLE = "labels with invisible characters"
+MISSING_LABELS = "labels that may be missing values"
+ONE_CLASS = "class alone"
 LEFT_ASIDE = "files left aside"
 EMPTY_FOLDERS = "class folders without videos"
 UNUSED_CLASSES = "classes without samples"
+SILENT_SOUND = "silent sound"
+"""A clip whose sound is digital silence: it counts as one without sound."""
 HARMLESS = frozenset(
     {UNUSED_CLASSES, "deinterlaced", "interlaced, kept", "mirrored", "tone-mapped", "wide gamut converted"}
 )

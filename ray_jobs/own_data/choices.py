@@ -25,7 +25,9 @@ class Facts:
     num_clips: int
     """Videos to train on."""
     num_with_sound: int | None = None
-    """How many of them have sound."""
+    """How many of them have sound that is not silent."""
+    num_silent: int = 0
+    """How many have digital silence for sound."""
     median_seconds: float | None = None
     """Duration that half of them stay below."""
     experts: ExpertSizes | None = None
@@ -85,7 +87,8 @@ def _kind(facts: Facts) -> Choice:
         )
     if facts.experts is not None:
         return Choice(settings={"model.kind": kind}, reason=f"what the given experts make: {', '.join(EXPERTS[kind])}")
-    told = f"{facts.num_with_sound} of {facts.num_clips} training videos have sound"
+    silent = f" ({facts.num_silent} more have nothing but silence)" if facts.num_silent else ""
+    told = f"{facts.num_with_sound} of {facts.num_clips} training videos have sound{silent}"
     why = f"{told}: space, time and audio" if kind == "ca2st" else f"{told}, fewer than half: space and time alone"
     return Choice(settings={"model.kind": kind}, reason=why)
 

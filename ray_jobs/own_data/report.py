@@ -158,9 +158,10 @@ def next_commands(done: OwnOutcome) -> list[str]:
 
 def shards_line(shards: OwnShards) -> str:
     """Where the shards lie and what they hold."""
+    silent = f" and {shards.num_silent} with silence alone" if shards.num_silent else ""
     return (
         f"shards in {shards.sets['train'].parent}: {shards.num_clips} training videos, {shards.num_with_sound} with "
-        f"sound, median {shards.median_seconds:.1f} s"
+        f"sound{silent}, median {shards.median_seconds:.1f} s"
     )
 
 

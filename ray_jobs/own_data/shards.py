@@ -14,6 +14,7 @@ from sharding.conversion import ConversionConfig, RejectBudget, conversion_ident
 from sharding.errors import RejectBudgetError
 from sharding.index import decode_index
 from sharding.manifest import sha256_of_json
+from sharding.notes import SILENT_SOUND
 from sharding.rejects import REJECTS_NAME, read_rejects
 from sharding.shard_set import read_shard_set
 from sharding.source import SourceList, SourceSample
@@ -44,7 +45,9 @@ class OwnShards:
     num_clips: int
     """Training clips."""
     num_with_sound: int
-    """How many of them have sound."""
+    """How many of them have sound that is not silent."""
+    num_silent: int
+    """How many have digital silence for sound."""
     median_seconds: float
     """Median duration of the training clips."""
     left_out: tuple[LeftOut, ...]
@@ -117,6 +120,7 @@ def _facts(videos: OwnVideos, sets: Mapping[str, Path]) -> OwnShards:
         sets=sets,
         num_clips=len(sounds),
         num_with_sound=sum(sounds),
+        num_silent=shard_set.manifest.notes.get(SILENT_SOUND, 0),
         median_seconds=statistics.median(durations),
         left_out=tuple(reject for root in sets.values() for reject in _left_out(root)),
     )

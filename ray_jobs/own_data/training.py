@@ -126,6 +126,7 @@ def train_on_videos(
         plan.facts,
         num_clips=shards.num_clips,
         num_with_sound=shards.num_with_sound,
+        num_silent=shards.num_silent,
         median_seconds=shards.median_seconds,
     )
     plan = _decided(plan.videos, facts, plan.overrides, out=plan.run_dir)

@@ -3,6 +3,7 @@
 from pipelines.set_facts import SetFacts
 from ray_jobs.console import counted
 from ray_jobs.set_card.page import size_in_words
+from sharding.notes import SILENT_SOUND
 
 
 def facts_in_words(facts: SetFacts) -> dict[str, object]:
@@ -14,7 +15,7 @@ def facts_in_words(facts: SetFacts) -> dict[str, object]:
         "seconds": f"{seconds.least:.2f} to {seconds.most:.2f}, median {seconds.median:.2f}; all: {seconds.total:.0f}",
         "frames": f"{frames.least:.0f} to {frames.most:.0f}, {facts.frames_per_second.median:.2f} a second",
         "codec": f"{facts.codec}, {size_in_words(facts.video_bytes.mean)} a video",
-        "with sound": f"{facts.num_with_audio} of {facts.num_samples}",
+        "with sound": f"{facts.num_with_audio} of {facts.num_samples}{_silent(facts)}",
         "rejected": counted(facts.rejected),
         "notes": counted(facts.notes),
     }
@@ -24,6 +25,11 @@ def facts_in_words(facts: SetFacts) -> dict[str, object]:
         empty = sum(not size for size in sizes)
         words[f"{space}{target}"] = f"{len(sizes)} classes of {sizes[0]} to {sizes[-1]} samples, {empty} without any"
     return words
+
+
+def _silent(facts: SetFacts) -> str:
+    count = facts.notes.get(SILENT_SOUND, 0)
+    return f", {count} with silence alone" if count else ""
 
 
 def _counted_shards(facts: SetFacts) -> str:

@@ -101,6 +101,9 @@ def list_class_folders(
     entries = visible_entries(folder)
     folders = {entry.name: entry for entry in entries if entry.is_dir()}
     aside = [entry.name for entry in entries if not entry.is_dir()]
+    for entry in entries:
+        if not entry.exists():
+            problems.add("broken link", f"{entry}: expected a class folder or a file, found a link to nothing")
     if not folders:
         found = f"{len(aside)} files and no folder" if aside else "an empty folder"
         raise AnnotationError(f"{folder}: expected {form}, found {found}")

@@ -12,7 +12,7 @@ from sharding.datasets.problems import Problems
 from sharding.datasets.table import CellError, read_text, split_lines
 from sharding.errors import AnnotationError
 from sharding.manifest import LabelSpace
-from sharding.notes import INVISIBLE, LOOK_ALIKE, SEVERAL_LABELS
+from sharding.notes import INVISIBLE, LOOK_ALIKE, MISSING_LABELS, ONE_CLASS, SEVERAL_LABELS
 from sharding.source import SourceList
 
 NUM_CLASSES: dict[str, int] = {
@@ -32,6 +32,7 @@ _FOLDER = Path(__file__).parent / "classes"
 _MOST_CHARACTERS = 500
 _MOST_NAMED = 8
 _APART = re.compile(r"[|;]")
+_MISSING = re.compile(r"(?i:nan|null|n/a|#n/a|#value!|undefined)|None")
 _PERHAPS_APART = re.compile(r"[,/+&]")
 
 
@@ -89,7 +90,8 @@ def label_notes(classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """What a user should know about class names: nothing is merged or split, whatever they look like.
 
     Noted are names that look alike (Unicode normalisation, case, white space, dashes and invisible characters aside),
-    one that seems to be several labels (``a|b``; ``a, b`` where a and b are classes too), and invisible characters.
+    one that seems to be several labels (``a|b``; ``a, b`` where a and b are classes too), what programs write where a
+    value is missing (``NaN``), invisible characters, and a class that is alone.
     """
     alike: dict[str, list[str]] = {}
     for name in classes:
@@ -99,6 +101,8 @@ def label_notes(classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
         LOOK_ALIKE: [" = ".join(map(written, names)) for names in alike.values() if len(names) > 1],
         SEVERAL_LABELS: [written(name) for name in classes if _is_several(name, known)],
         INVISIBLE: [written(name) for name in classes if _visible(name) != name],
+        MISSING_LABELS: [written(name) for name in classes if _MISSING.fullmatch(name)],
+        ONE_CLASS: [written(name) for name in classes] if len(classes) == 1 else [],
     }
     return {kind: tuple(places) for kind, places in found.items() if places}
 

@@ -56,7 +56,8 @@ class MediaRoot:
         except (OSError, RuntimeError):  # a name too long for the file system, or a circle of links
             is_file = False
         if not is_file:
-            raise CellError("missing file", f"an existing file inside {self._folder}")
+            hint = " (folders are separated by /)" if "\\" in path.name else ""
+            raise CellError("missing file", f"an existing file inside {self._folder}{hint}")
         if not self._follow_links and not target.is_relative_to(self._real_root):
             hint = "" if self._follow_links is None else " (a link leads outside: with --follow-links it may)"
             raise CellError("outside the media folder", f"a file inside {self._folder}, links followed{hint}")

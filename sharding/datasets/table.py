@@ -187,7 +187,12 @@ def _refuse_other_delimiter(where: str, line: str, required: Sequence[str]) -> N
 def _row(path: Path, number: int, line: str, columns: tuple[str, ...], problems: Problems) -> Row | None:
     cells = _cells(line)
     where = f"{path}:{number}"
-    if cells is None:
+    if cells is None and len(line) > csv.field_size_limit():
+        problems.add(
+            "line too long",
+            f"{where}:1: expected a line of at most {csv.field_size_limit()} characters, found {len(line)}",
+        )
+    elif cells is None:
         start = line.rfind('"') + 1
         problems.add(
             "broken quotes", f"{where}:{start}: expected quotes closed on the same line, found {_shortened(line)}"

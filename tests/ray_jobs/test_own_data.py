@@ -322,6 +322,12 @@ def test_the_runs_folder_and_the_name_that_are_set_say_where_run_and_shards_lie(
     assert found.shards.parent == Path(run_dir).parent / "data"
 
 
+def test_the_reason_tells_how_many_videos_have_nothing_but_silence() -> None:
+    (kind, *_) = choose(replace(FACTS, num_with_sound=20, num_silent=75))
+    assert kind.settings == {"model.kind": "cast"}
+    assert kind.reason.startswith("20 of 100 training videos have sound (75 more have nothing but silence), fewer")
+
+
 def test_shards_are_kept_by_what_the_folder_holds_and_the_size_they_are_stored_in(tmp_path: Path) -> None:
     touch(tmp_path, *videos_of_classes(a=2, b=2))
     before = plan(tmp_path).shards

@@ -14,6 +14,7 @@ from pipelines.set_facts import set_facts
 from ray_jobs.cli import app
 from ray_jobs.pages.clip_pictures import read_spread_clips
 from ray_jobs.set_card.page import class_table, duration_bars, render_set_card, size_in_words
+from ray_jobs.set_card.words import facts_in_words
 from sharding.manifest import LabelSpace
 from sharding.shard_set import ShardSet
 from support.fake_shards import FakeSample, flip_byte, make_samples, make_shard_set, members_of
@@ -118,3 +119,10 @@ def test_a_damaged_clip_is_named_before_a_page_is_written(tmp_path: Path) -> Non
     assert isinstance(done.exception, DataDamageError)
     assert "clip-0000" in str(done.exception)
     assert not (tmp_path / "card.html").exists()
+
+
+def test_silence_is_told_apart_from_no_sound(tmp_path: Path) -> None:
+    facts = set_facts(make_shard_set(tmp_path, make_samples(4), notes={"silent sound": 3}))
+    assert facts_in_words(facts)["with sound"] == f"{facts.num_with_audio} of 4, 3 with silence alone"
+    facts = set_facts(make_shard_set(tmp_path / "other", make_samples(4)))
+    assert facts_in_words(facts)["with sound"] == f"{facts.num_with_audio} of 4"

@@ -141,6 +141,12 @@ def test_c9_a_file_that_is_not_there_is_named_with_its_row(tmp_path: Path, name:
         read(tmp_path, [f"{name},x"], check_media=True)
 
 
+def test_a_path_with_backslashes_is_told_how_folders_are_separated(tmp_path: Path) -> None:
+    touch(tmp_path / "media", "x/a.mp4")
+    with pytest.raises(AnnotationError, match=r"expected an existing file .* \(folders are separated by /\), found 'x"):
+        read(tmp_path, ["x\\a.mp4,x"], check_media=True)
+
+
 def test_a_dry_run_looks_at_no_media(tmp_path: Path) -> None:
     assert not (tmp_path / "media").exists()
     assert len(read(tmp_path, ["missing.mp4,x"]).samples) == 1

@@ -70,6 +70,13 @@ def test_links_to_nothing_and_in_circles_are_refused_with_follow_links_too(tmp_p
         read(media, follow_links=True)
 
 
+def test_a_class_folder_that_is_a_link_to_nothing_is_no_class_that_vanishes(tmp_path: Path) -> None:
+    media = touch(tmp_path, "a/x.mp4", "b/y.mp4")
+    (media / "c").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(AnnotationError, match=r"c: expected a class folder or a file, found a link to nothing"):
+        read(media, follow_links=True)
+
+
 def test_what_is_no_video_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
     media = touch(tmp_path, "a/x.mp4", "b/Y.MP4", "b/notes.txt", "b/noname", "readme.md", "a/Thumbs.db", "a/.DS_Store")
     source = read(media)

@@ -81,6 +81,17 @@ def test_a_character_that_cannot_be_seen_is_noted_in_a_single_label_too(name: st
     assert set(label_notes((name, "cat"))) == {"labels with invisible characters"}
 
 
+def test_what_programs_write_for_a_missing_value_is_noted() -> None:
+    found = label_notes(("dog", "nan", "None", "null", "N/A", "none", "nano"))
+    assert found == {"labels that may be missing values": ("'nan'", "'None'", "'null'", "'N/A'")} | {
+        "labels that look alike": ("'None' = 'none'",)
+    }
+
+
+def test_a_class_alone_is_noted(tmp_path: Path) -> None:
+    assert from_csv(tmp_path, ["dog", "dog"]).notes == {"class alone": ("'dog'",)}
+
+
 @pytest.mark.parametrize("name", NUM_CLASSES)
 def test_the_published_classes_need_no_note(name: str) -> None:
     assert label_notes(published_classes(name)) == {}

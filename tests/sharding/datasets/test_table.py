@@ -110,6 +110,7 @@ def test_c10_a_wrong_header_is_refused_with_what_was_expected(tmp_path: Path, he
         ("a.mp4,cat,dog", r":3:11: expected 2 cells \(path,label\), found 3; quote cells that hold commas"),
         ('a.mp4,"cat', r":3:7: expected quotes closed on the same line, found 'a\.mp4,"),
         ('a.mp4,"two\nlines"', r":3:7: expected quotes closed on the same line"),
+        (f'a.mp4,"{"x" * 200_000}"', r":3:1: expected a line of at most 131072 characters, found 200008"),
     ],
 )
 def test_c10_a_row_of_a_wrong_form_is_named(tmp_path: Path, row: str, message: str) -> None:
