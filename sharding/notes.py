@@ -19,7 +19,18 @@ UNUSED_CLASSES = "classes without samples"
 SILENT_SOUND = "silent sound"
 """A clip whose sound is digital silence: it counts as one without sound."""
 HARMLESS = frozenset(
-    {UNUSED_CLASSES, "deinterlaced", "interlaced, kept", "mirrored", "tone-mapped", "wide gamut converted"}
+    {
+        UNUSED_CLASSES,
+        "deinterlaced",
+        "interlaced, kept",
+        "large picture without a colour matrix, taken for BT.601",
+        "mirrored",
+        "one of several pictures",
+        "one of several sound tracks",
+        "picture starts late",
+        "tone-mapped",
+        "wide gamut converted",
+    }
 )
 """Kinds that question nothing; a kind that is not named here does."""
 _MOST_NAMED = 5
