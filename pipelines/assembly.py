@@ -21,7 +21,7 @@ from pipelines.mel import mel_view
 from pipelines.plan import PlannedSamples
 from pipelines.preflight import TargetColumn
 from pipelines.rendering import RenderRequest, ViewBackend
-from pipelines.sampling import frames_per_second
+from pipelines.sampling import VaryingRate, frames_per_second
 from pipelines.shard_index import SampleEntry
 from pipelines.shard_sets import SetReaders
 from pipelines.stand_ins import DamageGuard, PlannedCell, cells_of
@@ -207,6 +207,7 @@ def _facts(entry: SampleEntry) -> ClipFacts:
         num_frames=entry.num_frames,
         frames_per_second=frames_per_second(entry.frame_ticks, ticks_per_second=TICKS_PER_SECOND),
         mel_rows=entry.mel_rows,
+        varying_rate=VaryingRate.of(entry.frame_ticks, ticks_per_second=TICKS_PER_SECOND),
     )
 
 

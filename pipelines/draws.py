@@ -24,7 +24,7 @@ from pipelines.augment.spectrogram import UNCHANGED, SpectrogramDraw
 from pipelines.choices import require_one_of
 from pipelines.crops import Crop, RandomCrop, SquareCrop
 from pipelines.keyed_random import Key, uniforms
-from pipelines.sampling import SamplingConfig
+from pipelines.sampling import SamplingConfig, VaryingRate
 
 Protocol = Literal["validation", "test"]
 
@@ -65,6 +65,18 @@ class ClipFacts:
     num_frames: int
     frames_per_second: float
     mel_rows: int
+    varying_rate: VaryingRate | None = None
+    """Times of the frames, where these are not evenly spaced: views are then chosen by time."""
+
+    def clock(self, config: SamplingConfig) -> tuple[int, int]:
+        """Length of the clip and stride of a dense window: in frames, or in ticks where the rate varies."""
+        if self.varying_rate is None:
+            return self.num_frames, sampling.scaled_stride(config.frame_stride, self.frames_per_second)
+        return self.varying_rate.num_ticks, self.varying_rate.stride(config.frame_stride)
+
+    def frames_at(self, chosen: sampling.Frames) -> sampling.Frames:
+        """The frames at what was chosen on the scale of `clock`."""
+        return chosen if self.varying_rate is None else self.varying_rate.frames_at(chosen)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,14 +174,15 @@ class TrainDraws:
         )
 
     def _frames(self, facts: ClipFacts, stream: "_Stream") -> tuple[int, ...]:
-        n, num_frames = facts.num_frames, self.clip.num_frames
-        numbers = stream.uniforms("frames", num_frames)
-        if self.sampling.scheme == "uniform":
-            return sampling.uniform_train(
-                n, num_frames=num_frames, uniforms=numbers, short_clip=self.sampling.short_clip
-            )
-        stride = sampling.scaled_stride(self.sampling.frame_stride, facts.frames_per_second)
-        return sampling.dense_train(n, num_frames=num_frames, stride=stride, u=numbers[0])
+        (n, stride), num_frames = facts.clock(self.sampling), self.clip.num_frames
+        numbers, short_clip = stream.uniforms("frames", num_frames), self.sampling.short_clip
+        if self.sampling.scheme == "dense":
+            return facts.frames_at(sampling.dense_train(n, num_frames=num_frames, stride=stride, u=numbers[0]))
+        if facts.num_frames < num_frames and short_clip == "reference":
+            return (0,) * num_frames
+        return facts.frames_at(
+            sampling.uniform_train(n, num_frames=num_frames, uniforms=numbers, short_clip=short_clip)
+        )
 
     def _crop(self, stream: "_Stream") -> RandomCrop:
         numbers = stream.uniforms("crop", 2 * _CROP_ATTEMPTS + 2)
@@ -217,16 +230,19 @@ class EvaluationDraws:
         return sampling.mel_start(mel_rows, rows_read=self.clip.mel_rows, fraction=fraction)
 
     def _frames(self, facts: ClipFacts, clip: int) -> tuple[int, ...]:
-        n, num_frames, plan = facts.num_frames, self.clip.num_frames, self.view_plan
-        is_test = plan.protocol == "test"
-        if self.sampling.scheme == "uniform":
-            if is_test:
-                return sampling.uniform_test(n, num_frames=num_frames, clip=clip, num_clips=plan.clips)
-            return sampling.uniform_validation(n, num_frames=num_frames)
-        stride = sampling.scaled_stride(self.sampling.frame_stride, facts.frames_per_second)
-        if is_test:
-            return sampling.dense_test(n, num_frames=num_frames, stride=stride, clip=clip, num_clips=plan.clips)
-        return sampling.dense_validation(n, num_frames=num_frames, stride=stride)
+        n, stride = facts.clock(self.sampling)
+        num_frames, num_clips, is_dense = self.clip.num_frames, self.view_plan.clips, self.sampling.scheme == "dense"
+        if self.view_plan.protocol == "test":
+            chosen = (
+                sampling.dense_test(n, num_frames=num_frames, stride=stride, clip=clip, num_clips=num_clips)
+                if is_dense
+                else sampling.uniform_test(n, num_frames=num_frames, clip=clip, num_clips=num_clips)
+            )
+        elif is_dense:
+            chosen = sampling.dense_validation(n, num_frames=num_frames, stride=stride)
+        else:
+            chosen = sampling.uniform_validation(n, num_frames=num_frames)
+        return facts.frames_at(chosen)
 
 
 Draws = TrainDraws | EvaluationDraws

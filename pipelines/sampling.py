@@ -2,6 +2,9 @@
 
 n = frames of the stored clip, T = `num_frames` of a view. Random numbers come in as arguments in [0, 1). Products
 of whole numbers are divided with floor, so no result hangs on the rounding of a float.
+
+Where a clip's rate varies the same formulas choose moments in place of frames: n = its ticks, strides in ticks, and the
+view takes the frames on display at these moments (`VaryingRate`).
 """
 
 from collections.abc import Sequence
@@ -41,6 +44,39 @@ class SamplingConfig:
         require_one_of("sampling.short_clip", self.short_clip, get_args(ShortClip))
         if self.frame_stride < 1:
             raise UserInputError(f"sampling.frame_stride: expected at least 1, found {self.frame_stride}")
+
+
+@dataclass(frozen=True, slots=True)
+class VaryingRate:
+    """The times of a clip whose frames are not evenly spaced, counted from its first frame."""
+
+    ticks: NDArray[np.int32]
+    """Presentation time of every frame, never going back."""
+    ticks_per_second: int
+
+    @classmethod
+    def of(cls, ticks: NDArray[np.int32], *, ticks_per_second: int) -> "VaryingRate | None":
+        """None for a constant rate: no frame is more than half an interval off its place on an even grid.
+
+        The grid goes from the first frame to the last; rounded or jittering times of a constant rate stay on it.
+        """
+        times, last = ticks.astype(np.int64) - int(ticks[0]), len(ticks) - 1
+        if last < 2 or 2 * int(np.abs(times * last - np.arange(last + 1) * times[-1]).max()) <= times[-1]:
+            return None
+        return cls(ticks - ticks[0], ticks_per_second)
+
+    @property
+    def num_ticks(self) -> int:
+        """Length of the clip; its last frame lasts as long as frames do in the middle of their lengths."""
+        return int(self.ticks[-1]) + max(1, int(np.median(np.diff(self.ticks))))
+
+    def stride(self, frame_stride: int) -> int:
+        """Ticks of `frame_stride` frames at the nominal rate."""
+        return round(frame_stride * self.ticks_per_second / _NOMINAL_RATE)
+
+    def frames_at(self, moments: Frames) -> Frames:
+        """The frames on display at these ticks."""
+        return tuple((np.searchsorted(self.ticks, np.array(moments), side="right") - 1).tolist())
 
 
 def scaled_stride(frame_stride: int, frames_per_second: float) -> int:

@@ -1,6 +1,7 @@
 """Draws and crops: keyed by the sample alone, inside the picture, with the asked distribution."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from pipelines.augment.config import AugmentConfig
 from pipelines.augment.erasing import ErasingConfig
 from pipelines.augment.spectrogram import UNCHANGED, SpectrogramConfig
 from pipelines.crops import CropBox, RandomCrop, SquareCrop
-from pipelines.draws import ClipFacts, EvaluationDraws, EvaluationViews, TrainDraws, ViewDraw
+from pipelines.draws import ClipFacts, EvaluationDraws, EvaluationViews, Protocol, TrainDraws, ViewDraw
 from pipelines.keyed_random import permutation, raw_words, uniforms
-from pipelines.sampling import SamplingConfig
+from pipelines.sampling import SamplingConfig, Scheme, VaryingRate
 from support.refusals import forced
 
 SPEC = ClipSpec(num_frames=16, crop_size=224, mel_rows=400)
@@ -205,6 +206,95 @@ def test_validation_is_one_centred_view(scheme: str) -> None:
     assert view.mel_start_row == 300
     assert view.crop == SquareCrop(fraction=0.5)
     assert abs((view.frame_indices[0] + view.frame_indices[-1]) / 2 - 149.5) <= 1
+
+
+VARYING = np.array([*range(0, 90_000, 9000), *range(90_000, 900_000, 90_000)], np.int32)
+"""Ten frames in the first second, then one a second up to 9 s: 19 frames; with a last one of 0.1 s they last 9.1 s."""
+
+
+def varying_facts(ticks: np.ndarray = VARYING) -> ClipFacts:
+    rate = VaryingRate.of(ticks, ticks_per_second=90_000)
+    return ClipFacts(key="clip-1", num_frames=len(ticks), frames_per_second=2.0, mel_rows=0, varying_rate=rate)
+
+
+def evaluated(scheme: Scheme, *, clips: int = 1, num_frames: int = 16) -> list[list[int]]:
+    protocol: Protocol = "test" if clips > 1 else "validation"
+    draws = EvaluationDraws(
+        clip=replace(SPEC, num_frames=num_frames),
+        sampling=SamplingConfig(scheme=scheme),
+        view_plan=EvaluationViews(protocol=protocol, clips=clips),
+    )
+    return [list(view.frame_indices) for view in draws.views(varying_facts())]
+
+
+def test_uniform_frames_of_a_varying_rate_are_those_on_display_at_the_centres_in_time() -> None:
+    """Four parts of 2.275 s have their centres at 1.1375, 3.4125, 5.6875 and 7.9625 s."""
+    assert evaluated("uniform", num_frames=4) == [[10, 12, 14, 16]]
+
+
+def test_two_uniform_test_clips_of_a_varying_rate_are_starts_and_middles_in_time() -> None:
+    """Four parts of 2.275 s start at 0, 2.275, 4.55 and 6.825 s."""
+    assert evaluated("uniform", clips=2, num_frames=4) == [[0, 11, 13, 15], [10, 12, 14, 16]]
+
+
+def test_a_dense_window_of_a_varying_rate_spans_the_time_of_64_frames_at_30_a_second() -> None:
+    """2.1333 s in the centre of 9.1 s: from 3.4833 s on, a frame every 0.1422 s; the 5th is at 4 s, the 12th at 5 s."""
+    assert evaluated("dense") == [[12] * 4 + [13] * 7 + [14] * 5]
+
+
+def test_dense_test_clips_of_a_varying_rate_begin_equally_far_apart_in_time() -> None:
+    """A frame every 4 / 30 s makes 69 moments; runs of 16 begin at the first and at the 54th, 7.0667 s."""
+    first, last = evaluated("dense", clips=2)
+    assert first == [0, 1, 2, 4, 5, 6, 8, 9] + [10] * 7 + [11]
+    assert last == [16] * 7 + [17] * 8 + [18]
+
+
+@pytest.mark.parametrize("scheme", ["uniform", "dense"])
+def test_training_on_a_varying_rate_draws_by_time(scheme: Scheme) -> None:
+    ends = [*VARYING[1:].tolist(), 819_000]
+    for seed in range(20):
+        draws = TrainDraws(
+            clip=SPEC, sampling=SamplingConfig(scheme=scheme), augment=AugmentConfig(), seed=seed, epoch=0
+        )
+        (view,) = draws.views(varying_facts())
+        found = view.frame_indices
+        if scheme == "uniform":
+            parts = [(819_000 // 16 * part, 819_000 // 16 * (part + 1)) for part in range(16)]
+            assert all(VARYING[i] < end and ends[i] > start for i, (start, end) in zip(found, parts, strict=True))
+        else:
+            assert ends[found[-1]] - int(VARYING[found[0]]) >= 12_800 * 14
+            assert int(VARYING[found[-1]]) - ends[found[0]] <= 192_000
+
+
+def test_short_clips_of_a_varying_rate_repeat_the_first_frame_only_where_that_is_asked_for() -> None:
+    few = varying_facts(np.array([0, 9000, 90_000, 99_000], np.int32))
+    for short_clip, expected in (("reference", (0,) * 16), ("spread", None)):
+        config = SamplingConfig(scheme="uniform", short_clip=short_clip)
+        draws = TrainDraws(clip=SPEC, sampling=config, augment=AugmentConfig(), seed=0, epoch=0)
+        (view,) = draws.views(few)
+        assert view.frame_indices == expected if expected else set(view.frame_indices) >= {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "varies"),
+    [
+        (np.arange(300) / 30, False),
+        (np.arange(300) * 1001 / 30_000 + 0.5, False),
+        (np.round(np.arange(300) / 30, 3), False),
+        (np.arange(300) / 30 + np.resize([0, 0.007, -0.007], 300), False),
+        (np.concatenate([np.arange(150) / 30, 5 + np.arange(150) / 15]), True),
+        (np.concatenate([np.arange(150) / 30, 6 + np.arange(150) / 30]), True),
+        (np.array([0.0, 1.0, 1.1]), True),
+        (np.array([0.0, 1.0]), False),
+        (np.array([0.0]), False),
+    ],
+    ids=["even", "ntsc_late", "milliseconds", "jitter", "two_rates", "a_freeze", "three", "two", "one"],
+)
+def test_a_rate_varies_where_a_frame_is_over_half_an_interval_off_an_even_grid(
+    seconds: np.ndarray, varies: bool
+) -> None:
+    ticks = np.round((seconds - seconds.min()) * 90_000).astype(np.int32)
+    assert (VaryingRate.of(ticks, ticks_per_second=90_000) is not None) == varies
 
 
 def test_uniform_training_draws_a_frame_of_each_segment() -> None:
