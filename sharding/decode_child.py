@@ -115,6 +115,7 @@ def encode_clip(job: ClipJob) -> EncodedClip:
     segment = Segment.of(job.start_seconds, job.end_seconds)
     with open_media(job.path) as container:
         stream = video_stream(container, job.limits)
+        source_size = stream.width, stream.height  # later ones may differ
         cut = VideoCut(container, stream, segment, limits=job.limits, clock=job.clock_of_cut)
         pictures = PictureMaker(
             job.codec,
@@ -138,7 +139,7 @@ def encode_clip(job: ClipJob) -> EncodedClip:
             audio=_audio(job, segment, cut.zero),
             duration_seconds=float(cut.duration),
             source_frames_per_second=float(stream.average_rate or stream.guessed_rate or 0),
-            source_size=(stream.width, stream.height),
+            source_size=source_size,
             source_bytes=before.num_bytes,
             source_codec=stream.codec_context.name,
             changes={**cut.changes, **pictures.changes},

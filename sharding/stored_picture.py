@@ -34,7 +34,8 @@ _SAME_SHAPE = 0.02  # of an aspect ratio; even sizes and rounded pixel aspects d
 _COSINE_OF_A_DEGREE = math.cos(math.radians(1))
 _UNSPECIFIED_MATRICES = (2, 3)  # H.273's numbers: unspecified, reserved
 _DERIVED_MATRIX = 12  # of H.273: the primaries say which
-_MATRIX_OF_PRIMARIES = {1: Colorspace.ITU709, 9: Colorspace.BT2020}
+_BT2020 = 9  # of its primaries
+_MATRIX_OF_PRIMARIES = {1: Colorspace.ITU709, _BT2020: Colorspace.BT2020}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,18 +173,18 @@ class PictureMaker:
         """
         chain: _FilterChain | None = None
         for frame in frames:
-            is_interlaced = frame.picture.interlaced_frame
-            if is_interlaced:
-                self._count_interlaced()
-            deinterlace = is_interlaced and self._interlaced == "deinterlace"
+            deinterlace = False
+            if frame.picture.interlaced_frame:
+                large_enough = min(frame.picture.width, frame.picture.height) >= 3  # for yadif
+                deinterlace = self._interlaced == "deinterlace" and large_enough
+                self._count_interlaced(is_kept=not deinterlace)
             if chain is None or not chain.takes(frame.picture, deinterlace=deinterlace):
                 yield from chain.add(None) if chain else ()
                 chain = _FilterChain(frame.picture, deinterlace=deinterlace)
             yield from chain.add(frame)
         yield from chain.add(None) if chain else ()
 
-    def _count_interlaced(self) -> None:
-        is_kept = self._interlaced == "keep"
+    def _count_interlaced(self, *, is_kept: bool) -> None:
         self._counts["interlaced_frames_kept" if is_kept else "deinterlaced_frames"] += 1
         self._notes.add("interlaced, kept" if is_kept else "deinterlaced")
 
@@ -293,6 +294,8 @@ class PictureMaker:
             return _MATRIX_OF_PRIMARIES.get(picture.color_primaries, Colorspace.ITU601)
         if picture.colorspace not in _UNSPECIFIED_MATRICES:
             return None
+        if picture.color_trc in HDR_TRANSFERS or picture.color_primaries == _BT2020:
+            return Colorspace.BT2020
         if picture.width >= 1280 or picture.height > 576:
             self._notes.add("large picture without a colour matrix, taken for BT.601")
         return Colorspace.ITU601

@@ -424,7 +424,7 @@ def test_a_large_picture_without_a_colour_matrix_is_taken_for_bt601_as_ffmpeg_do
     assert convert_one(tagged).notes == ()
 
 
-@pytest.mark.parametrize(("matrix", "primaries", "like"), [(12, 1, 1), (12, 9, 9), (12, 6, 5), (3, 1, 5)])
+@pytest.mark.parametrize(("matrix", "primaries", "like"), [(12, 1, 1), (12, 9, 9), (12, 6, 5), (3, 1, 5), (2, 9, 9)])
 def test_derived_and_reserved_matrices_are_read_as_what_they_stand_for(matrix: int, primaries: int, like: int) -> None:
     image = np.repeat(np.repeat(BARS[None], 32, axis=0), 16, axis=1)
     picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(
