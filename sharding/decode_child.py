@@ -24,6 +24,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import av
+
 from ca2st.child_processes import die_with_parent
 from sharding.audio_cut import EncodedAudio, cut_audio
 from sharding.container_claims import check_avi_chunks, check_container_is_whole
@@ -187,6 +189,8 @@ def _answer(job_function: Callable[[Any], Any], job: Any) -> Any:
         return Rejected(error.reason, str(error))
     except MemoryError:
         return Rejected("out_of_memory", "decoding needed more memory than a child may have")
+    except av.error.FFmpegError as error:  # some are OSErrors, too
+        return Rejected("decode_error", f"FFmpeg: {error.strerror}")
     except OSError as error:
         return Rejected("missing_file", f"expected a readable file, found: {error.strerror}")
     except Exception as error:  # noqa: BLE001  a fault on one file is counted with its name, not the end of a conversion

@@ -129,8 +129,9 @@ def test_a_child_can_neither_write_nor_start_programs_nor_connect(tmp_path: Path
 
 def test_a_refusal_and_an_unexpected_exception_carry_their_words() -> None:
     with DecodePool(act, num_workers=1, timeout_seconds=30) as pool:
-        refusal, bug = pool.map([("refuse", "grey frame"), ("bug", "nowhere")])
+        refusal, ffmpeg, bug = pool.map([("refuse", "grey frame"), ("ffmpeg", "not supported"), ("bug", "nowhere")])
     assert refusal == Rejected("decode_error", "grey frame")
+    assert ffmpeg == Rejected("decode_error", "FFmpeg: not supported")
     assert bug == Rejected("internal_error", "KeyError: 'nowhere'")
 
 

@@ -31,6 +31,10 @@ def act(job: tuple[str, Any]) -> Any:
         return len(bytearray(value))
     if kind == "refuse":
         raise MediaError("decode_error", value)
+    if kind == "ffmpeg":
+        import av
+
+        raise av.error.OSError(95, value)
     if kind == "bug":
         raise KeyError(value)
     if kind == "sleep":
