@@ -12,7 +12,7 @@ from sharding.keys import sample_key
 from sharding.manifest import LabelSpace
 from sharding.rejects import Reject
 from sharding.source import SourceList, SourceSample
-from sharding.spectrogram import is_silent, log_mel, no_spectrogram, npy_bytes
+from sharding.spectrogram import log_mel, no_spectrogram, npy_bytes
 from sharding.writer import ShardRange, StoredSample
 
 _TRAILER_BYTES = 10_240  # a tar ends with zeros up to a multiple of this
@@ -28,7 +28,7 @@ def assemble(
     if isinstance(clip, Rejected):
         return Reject(position=position, sample_id=sample.sample_id, reason=clip.reason, what=clip.what)
     try:
-        mel = no_spectrogram(config.audio) if clip.audio is None else log_mel(clip.audio.pcm, config.audio)
+        mel = log_mel(clip.audio.pcm, config.audio) if clip.audio and clip.has_audio else no_spectrogram(config.audio)
     except MediaError as error:
         return Reject(position=position, sample_id=sample.sample_id, reason=error.reason, what=str(error))
     key = sample_key(sample.sample_id)
@@ -41,7 +41,7 @@ def assemble(
         json=json.dumps(record, sort_keys=True, ensure_ascii=False).encode(),
         num_frames=len(clip.video.frame_ticks),
         duration_seconds=clip.duration_seconds,
-        has_audio=clip.audio is not None,
+        has_audio=clip.has_audio,
         mel_rows=len(mel),
         frame_data_offset=clip.video.frame_data_offset,
         frame_bytes=clip.video.frame_bytes,
@@ -86,8 +86,8 @@ def _audio_record(clip: EncodedClip, config: ConversionConfig) -> dict[str, Any]
     if clip.audio is None:
         return {"has_audio": False}
     return {
-        "has_audio": True,
-        "is_silent": is_silent(clip.audio.pcm),
+        "has_audio": clip.has_audio,
+        "is_silent": clip.audio.is_silent,
         "sample_rate_hz": config.sample_rate_hz,
         "num_samples": len(clip.audio.pcm),
         "source_sample_rate_hz": clip.audio.source_rate_hz,

@@ -1,12 +1,16 @@
 """Cut a segment's sound out of a media file, as mono samples at one rate, on the video's time base.
 
 Sample 0 is the segment's first moment: sound that starts later is preceded by silence, sound that starts earlier is
-cut. The end is where the sound ends (or the segment), never padded. Gaps inside the track stay gaps of silence.
+cut. The end is where the sound or the clip ends, never padded. Samples follow the timestamps of their frames: gaps
+inside the track are silence, overlaps are trimmed, a slow clock is followed in steps. Timestamps that only jitter
+(rounded to milliseconds, dated by their packet) do not tear the sound apart.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 
 import av
 import numpy as np
@@ -21,7 +25,11 @@ from sharding.video_cut import Segment
 
 _PREROLL = Fraction(1)  # a codec that overlaps its blocks, and the resampler, are right again well within this
 _SEEK_FROM = Fraction(3)
-_GAP = Fraction(1, 20)  # timestamps rounded to milliseconds jitter less; a missing packet makes more
+_MOST_OFF = 0.005  # half a row: what counted samples and timestamps may differ by
+_LOOK = 0.5  # seconds on both sides over which an offset must last to be a gap and not jitter
+_BEHIND = Fraction(3, 5)  # decoded behind the end: the look, and the resampler's filter
+_WINDOW = Fraction(25, 1000)  # of the spectrogram: the last row of a whole clip hears its last frame
+_LEAST_STEP = 2.0**-15  # of 16-bit samples
 _MIX_DOWN = {"rematrix_maxval": "1"}  # weights that sum to one: as loud as the source, no overflow from 5.1
 
 Samples = npt.NDArray[np.float32]
@@ -35,25 +43,62 @@ class EncodedAudio:
     """float32 [num_samples], mono, about -1..1; sample 0 is the segment's first moment."""
     source_rate_hz: int
     source_channels: int
+    notes: tuple[str, ...] = ()
+    """Kinds of what is unusual about its place."""
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether there is nothing to hear."""
+        return is_silent(self.pcm)
+
+
+def is_silent(pcm: Samples) -> bool:
+    """Whether a waveform is digital silence: all samples within one step of 16-bit sound."""
+    return bool(pcm.size == 0 or pcm.max() - pcm.min() < _LEAST_STEP)
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """A frame, its place by counted samples, and how far its timestamp lies behind that, in seconds."""
+
+    frame: av.AudioFrame
+    counted: float
+    offset: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Gapless samples and where the first of them lies in the segment."""
+
+    first: int
+    samples: Samples
+    is_moved: bool
+    """Whether its timestamps leave a gap behind the piece before it, or overlap it."""
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.samples)
 
 
 class _Run:
     """Gapless frames of one format through one resampler."""
 
-    def __init__(self, first: av.AudioFrame, rate_hz: int) -> None:
-        self.start = frame_seconds(first)
-        self._format = _format_of(first)
+    def __init__(self, first: _Timed, offset: float, rate_hz: int, before: "_Run | None") -> None:
+        self.start = first.counted + offset
+        self.is_moved = before is not None and not before.keeps_time(offset)
+        self._offset = offset
+        self._format = _format_of(first.frame)
         self._resampler = av.AudioResampler(format="flt", layout="mono", rate=rate_hz, options=dict(_MIX_DOWN))
-        self._num_source_samples = 0
         self._blocks: list[Samples] = []
 
-    def continues_with(self, frame: av.AudioFrame) -> bool:
-        """Whether the frame has the same format and starts where the last one ended."""
-        expected = self.start + Fraction(self._num_source_samples, self._format[0])
-        return _format_of(frame) == self._format and abs(frame_seconds(frame) - expected) <= _GAP
+    def continues_with(self, frame: av.AudioFrame, offset: float) -> bool:
+        """Whether the frame has the same format and lies where counting from the run's start puts it."""
+        return _format_of(frame) == self._format and self.keeps_time(offset)
+
+    def keeps_time(self, offset: float) -> bool:
+        return abs(offset - self._offset) <= _MOST_OFF
 
     def add(self, frame: av.AudioFrame) -> None:
-        self._num_source_samples += frame.samples
         frame.pts = None  # placed by `start` and counted from there: jitter must not stretch anything
         self._resample(frame)
 
@@ -85,6 +130,7 @@ def cut_audio(
     segment: Segment,
     *,
     zero: Fraction,
+    duration: Fraction,
     rate_hz: int,
     limits: MediaLimits,
 ) -> EncodedAudio | None:
@@ -95,6 +141,7 @@ def cut_audio(
         stream: Its audio stream.
         segment: Span on the media's clock.
         zero: The media clock's zero on the container's clock, from the video.
+        duration: Seconds of picture in the segment; longer sound is cut one spectrogram window behind them.
         rate_hz: Rate of the result.
         limits: Guards.
 
@@ -102,49 +149,108 @@ def cut_audio(
         MediaError: ``decode_error``, ``bad_timestamps``, ``too_large``.
     """
     start = zero + segment.start
-    end = None if segment.end is None else zero + segment.end
+    wanted = None if segment.end is None else segment.end - segment.start
+    seconds = duration + _WINDOW if wanted is None else min(wanted, duration + _WINDOW)
     seek = start - _PREROLL if segment.start >= _SEEK_FROM else None
-    most = int((limits.max_duration_seconds + 1) * rate_hz)
-    last = start + int(limits.max_duration_seconds)
-    runs = _runs(audio_frames(container, stream, seek=seek), end, rate_hz, last)
-    pieces = [(round((run.start - start) * rate_hz), run.finish()) for run in runs]
-    length = None if end is None else round((end - start) * rate_hz)
-    pcm = _placed(pieces, length, most)
+    frames = _between(audio_frames(container, stream, seek=seek), start - _PREROLL, start + seconds + _BEHIND)
+    pieces = [
+        _Piece(round((run.start - float(start)) * rate_hz), run.finish(), run.is_moved)
+        for run in _runs(_timed(frames, limits), rate_hz)
+    ]
+    pcm = _placed(pieces, round(seconds * rate_hz))
     if pcm is None:
         return None
-    return EncodedAudio(pcm=pcm, source_rate_hz=stream.sample_rate, source_channels=stream.channels)
+    num_wanted = round(duration * rate_hz)
+    is_to_end = wanted is None or wanted > duration
+    return EncodedAudio(
+        pcm=pcm,
+        source_rate_hz=stream.sample_rate,
+        source_channels=stream.channels,
+        notes=_notes(
+            pieces,
+            num_wanted,
+            few=rate_hz // 2,  # half a second
+            is_to_end=is_to_end,
+        ),
+    )
 
 
-def _runs(frames: Iterator[av.AudioFrame], end: Fraction | None, rate_hz: int, last: Fraction) -> Iterator[_Run]:
-    run: _Run | None = None
+def _between(frames: Iterator[av.AudioFrame], start: Fraction, end: Fraction) -> Iterator[av.AudioFrame]:
     for frame in frames:
         moment = frame_seconds(frame)
-        if end is not None and moment >= end + _GAP:  # a little more, for the resampler's filter
-            break
-        if moment > last + 1:
+        if moment >= end:
+            return
+        if frame.samples and moment + Fraction(frame.samples, frame.sample_rate) > start:
+            yield frame
+
+
+def _timed(frames: Iterator[av.AudioFrame], limits: MediaLimits) -> Iterator[_Timed]:
+    counted = Fraction(0)
+    for frame in frames:
+        yield _Timed(frame, float(counted), float(frame_seconds(frame) - counted))
+        counted += Fraction(frame.samples, frame.sample_rate)
+        if counted > limits.max_duration_seconds + 10:  # the same moment again and again
             raise MediaError("too_large", "expected sound no longer than the limit on duration, found more")
-        if run is not None and not run.continues_with(frame):
-            yield run
-            run = None
-        run = run or _Run(frame, rate_hz)
-        run.add(frame)
+
+
+def _runs(frames: Iterator[_Timed], rate_hz: int) -> Iterator[_Run]:
+    run: _Run | None = None
+    for one, offset in _steadied(frames):
+        if run is None or not run.continues_with(one.frame, offset):
+            if run is not None:
+                yield run
+            run = _Run(one, offset, rate_hz, run)
+        run.add(one.frame)
     if run is not None:
         yield run
 
 
-def _placed(pieces: list[tuple[int, Samples]], length: int | None, most: int) -> Samples | None:
-    """Lay pieces (first index, samples) on silence; None when no sample lies in the segment."""
-    ends = [at + len(samples) for at, samples in pieces if len(samples)]
-    total = max(ends, default=0)
-    total = total if length is None else min(total, length)
-    inside = any(at < total and at + len(samples) > 0 for at, samples in pieces)
-    if total <= 0 or not inside:
+def _steadied(frames: Iterator[_Timed]) -> Iterator[tuple[_Timed, float]]:
+    """Each frame with the median offset of its neighbours, as many before it as behind it.
+
+    Steps of the clock stay where they are (the median of a monotone sequence is its middle), jitter goes.
+    """
+    before: deque[_Timed] = deque()
+    ahead: deque[_Timed] = deque()
+
+    def first_of_ahead() -> tuple[_Timed, float]:
+        middle = ahead.popleft()
+        while before and middle.counted - before[0].counted > _LOOK:
+            before.popleft()
+        num_ahead = sum(one.counted - middle.counted <= _LOOK for one in ahead)
+        reach = min(len(before), num_ahead)
+        near = [*islice(before, len(before) - reach, None), middle, *islice(ahead, reach)]
+        before.append(middle)
+        return middle, sorted(one.offset for one in near)[reach]
+
+    for one in frames:
+        ahead.append(one)
+        while one.counted - ahead[0].counted > _LOOK:
+            yield first_of_ahead()
+    while ahead:
+        yield first_of_ahead()
+
+
+def _placed(pieces: list[_Piece], length: int) -> Samples | None:
+    """Lay the pieces on silence; None when no sample lies in the segment."""
+    total = min(max((piece.end for piece in pieces if len(piece.samples)), default=0), length)
+    if total <= 0 or not any(piece.first < total and piece.end > 0 for piece in pieces):
         return None
-    if total > most:
-        raise MediaError("too_large", "expected sound no longer than the limit on duration, found more")
     canvas = np.zeros(total, np.float32)
-    for at, samples in pieces:
-        first, last = max(at, 0), min(at + len(samples), total)
+    for piece in pieces:
+        first, last = max(piece.first, 0), min(piece.end, total)
         if last > first:
-            canvas[first:last] = samples[first - at : last - at]
+            canvas[first:last] = piece.samples[first - piece.first : last - piece.first]
     return canvas
+
+
+def _notes(pieces: list[_Piece], num_wanted: int, *, few: int, is_to_end: bool) -> tuple[str, ...]:
+    """What is worth counting about the place of sound beside `num_wanted` samples of picture; `few` are not."""
+    first, last = min(piece.first for piece in pieces), max(piece.end for piece in pieces)
+    found = {
+        "sound starts late": first > few,
+        "sound ends early": last < num_wanted - few,
+        "sound goes on behind the picture": is_to_end and last > num_wanted + few,
+        "gaps or overlaps in the sound": any(piece.is_moved and 0 < piece.first < num_wanted for piece in pieces),
+    }
+    return tuple(kind for kind, is_so in found.items() if is_so)

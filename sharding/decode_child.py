@@ -17,12 +17,14 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from av.audio.stream import AudioStream
+from av.video.stream import VideoStream
 
 import av
 
@@ -32,7 +34,16 @@ from sharding.container_claims import check_avi_chunks, check_container_is_whole
 from sharding.encode import clip_encoder
 from sharding.encoded_video import EncodedVideo
 from sharding.errors import MediaError
-from sharding.media import MediaLimits, audio_stream, check_unchanged, open_media, source_state, video_stream
+from sharding.media import (
+    MediaLimits,
+    audio_candidates,
+    be_strict,
+    check_unchanged,
+    moving_pictures,
+    open_media,
+    source_state,
+    video_stream,
+)
 from sharding.stored_picture import PictureMaker, pixel_aspect_of
 from sharding.video_cut import Segment, VideoCut, thinned
 
@@ -45,6 +56,7 @@ _LANDLOCK_VERSION = 1
 _READS = 1 << 2 | 1 << 3  # of files, of folders
 _FILE_ACTS = {1: 13, 2: 14, 3: 15}  # bits that each version of Landlock knows, the newest of these for all later ones
 _BIND_OR_CONNECT_TCP, _NET_VERSION = 0b11, 4
+_TRACKS = {"video_track": "pictures", "audio_track": "sound tracks"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +105,11 @@ class EncodedClip:
     notes: tuple[str, ...] = ()
     """Kinds of what a user should know about this clip, counted over the set: ``tone-mapped``, ``silent sound``."""
 
+    @property
+    def has_audio(self) -> bool:
+        """Whether there is something to hear; digital silence counts as no sound."""
+        return self.audio is not None and not self.audio.is_silent
+
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
@@ -136,33 +153,69 @@ def encode_clip(job: ClipJob) -> EncodedClip:
         for frame in thinned(pictures.prepared(cut.frames()), job.frames_per_second):
             encoder.add(frame)
         check_avi_chunks(job.path, stream, segment.end)
+        candidates = [] if job.audio_policy == "none" else audio_candidates(container, stream)
+        audio, tracks = _audio(job, segment, cut, candidates)
+        tracks |= _of_several(stream, moving_pictures(container))
         clip = EncodedClip(
             video=encoder.finish(),
-            audio=_audio(job, segment, cut.zero),
+            audio=audio,
             duration_seconds=float(cut.duration),
             source_frames_per_second=float(stream.average_rate or stream.guessed_rate or 0),
             source_size=source_size,
             source_bytes=before.num_bytes,
             source_codec=stream.codec_context.name,
-            changes={**cut.changes, **pictures.changes},
-            notes=(*cut.notes, *pictures.notes),
+            changes={**cut.changes, **pictures.changes, **tracks},
+            notes=(*cut.notes, *pictures.notes, *_notes(audio, tracks)),
         )
     check_unchanged(job.path, before)
     return clip
 
 
-def _audio(job: ClipJob, segment: Segment, zero: Fraction) -> EncodedAudio | None:
-    if job.audio_policy == "none":
-        return None
-    with open_media(job.path) as container:
-        stream = audio_stream(container)
-        audio = None
-        if stream is not None:
-            audio = cut_audio(container, stream, segment, zero=zero, rate_hz=job.sample_rate_hz, limits=job.limits)
-    if audio is None and job.audio_policy == "required":
-        found = "no audio stream" if stream is None else "an audio stream without samples there"
-        raise MediaError("no_audio", f"expected sound in the segment, found {found}; --audio optional accepts it")
-    return audio
+def _audio(
+    job: ClipJob, segment: Segment, cut: VideoCut, candidates: Sequence[AudioStream]
+) -> tuple[EncodedAudio | None, dict[str, Any]]:
+    """The first sound track that is not silent in the segment, and which one it is where there is a choice."""
+    audio, tracks = None, dict[str, Any]()
+    for candidate in candidates:
+        with open_media(job.path) as container:
+            stream = cast(AudioStream, container.streams[candidate.index])
+            be_strict(stream)
+            heard = cut_audio(
+                container,
+                stream,
+                segment,
+                zero=cut.zero,
+                duration=cut.duration,
+                rate_hz=job.sample_rate_hz,
+                limits=job.limits,
+            )
+            if candidate is candidates[0] or (heard is not None and (audio is None or not heard.is_silent)):
+                audio, tracks = heard, _of_several(stream, container.streams.audio)
+        if audio is not None and not audio.is_silent:
+            break
+    if job.audio_policy == "required":
+        _require_sound(audio, has_stream=bool(candidates))
+    return audio, tracks
+
+
+def _require_sound(audio: EncodedAudio | None, *, has_stream: bool) -> None:
+    if audio is not None and not audio.is_silent:
+        return
+    found = "digital silence" if audio else "an audio stream without samples there" if has_stream else "no audio stream"
+    raise MediaError("no_audio", f"expected sound in the segment, found {found}; --audio optional accepts it")
+
+
+def _of_several(stream: VideoStream | AudioStream, tracks: Sequence[object]) -> dict[str, Any]:
+    """Which track was taken where a file has several of a kind: its index in the container and its language."""
+    if len(tracks) < 2:
+        return {}
+    language = {"language": stream.language} if stream.language else {}
+    return {f"{stream.type}_track": {"index": stream.index, "of": len(tracks)} | language}
+
+
+def _notes(audio: EncodedAudio | None, tracks: Mapping[str, Any]) -> tuple[str, ...]:
+    of_audio = () if audio is None else ("silent sound",) if audio.is_silent else audio.notes
+    return (*of_audio, *(f"one of several {_TRACKS[kind]}" for kind in tracks))
 
 
 def serve(

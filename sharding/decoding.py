@@ -73,7 +73,7 @@ def _frames(
     for seconds_back in _SECONDS_BACK:
         if seek - seconds_back > beginning:
             _seek(container, stream, seek - seconds_back)
-            frames = _decode(container, stream, LeadIn())
+            frames = _decode(container, stream, LeadIn(), is_sought=True)
             first = _first_after_seek(frames)
             if first is not None and frame_seconds(first) <= seek:
                 yield first
@@ -108,9 +108,13 @@ def _time_base(stream: VideoStream | AudioStream) -> Fraction:
     return stream.time_base
 
 
-def _decode(container: InputContainer, stream: VideoStream | AudioStream, lead_in: LeadIn) -> Iterator[Any]:
+def _decode(
+    container: InputContainer, stream: VideoStream | AudioStream, lead_in: LeadIn, *, is_sought: bool = False
+) -> Iterator[Any]:
     moment: Fraction | None = None
-    times = _BestTimes(container, stream) if isinstance(stream, VideoStream) else None
+    times = _BestTimes(container, stream) if isinstance(stream, VideoStream) else _SoundTimes()
+    if isinstance(times, _SoundTimes) and stream.start_time is not None and not is_sought:
+        times.follows = stream.start_time * _time_base(stream)
     try:
         for packet in _from_key_frame(container, stream, lead_in):
             if packet.has_sidedata("encryption_info"):
@@ -118,8 +122,9 @@ def _decode(container: InputContainer, stream: VideoStream | AudioStream, lead_i
             if packet.is_corrupt:
                 raise MediaError("decode_error", f"expected whole packets, found a cut one in the {stream.type} stream")
             for frame in _decoded(packet, lead_in if moment is None else LeadIn()):
-                if times is not None:
-                    times.correct(frame)
+                times.correct(frame)
+                if is_sought and moment is None and frame.pts is None:
+                    continue  # nobody knows where it lies: the first one with a time begins
                 moment = frame_seconds(frame)
                 if frame.is_corrupt:
                     raise MediaError(
@@ -193,6 +198,27 @@ class _BestTimes:
         if best is None and self._last is not None:
             best = self._last + (frame.duration or self._interval)
         self._last = frame.pts = best
+
+
+class _SoundTimes:
+    """Times of sound: a frame without one lies where the frame before it ends.
+
+    Some decoders give back such frames, Windows Media Audio its last one.
+    """
+
+    def __init__(self) -> None:
+        self.follows: Fraction | None = None
+
+    def correct(self, frame: _Frame) -> None:
+        """Set the frame's `pts` where it lacks."""
+        if not isinstance(frame, av.AudioFrame):
+            return
+        if frame.pts is None:
+            frame.pts = frame.dts
+        if frame.pts is None and self.follows is not None:
+            frame.pts, frame.time_base = round(self.follows * frame.sample_rate), Fraction(1, frame.sample_rate)
+        if frame.pts is not None:
+            self.follows = frame_seconds(frame) + Fraction(frame.samples, frame.sample_rate)
 
 
 def frame_rate(stream: VideoStream) -> Fraction:

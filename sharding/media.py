@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import av
 from av.audio.stream import AudioStream
@@ -46,6 +47,19 @@ REASONS = {
 """Every reason a source can be rejected for, with its meaning."""
 _ENCRYPTED_TAG = "drms"  # sound of a shop; what the standard encrypts is marked packet by packet
 _STRICT = {"err_detect": "crccheck+explode"}
+_STILLS = Disposition.attached_pic | Disposition.timed_thumbnails
+_Stream = TypeVar("_Stream", VideoStream, AudioStream)
+_ASIDE = (
+    Disposition.comment
+    | Disposition.dub
+    | Disposition.karaoke
+    | Disposition.hearing_impaired
+    | Disposition.visual_impaired
+    | Disposition.clean_effects
+    | Disposition.non_diegetic
+    | Disposition.descriptions
+    | Disposition.dependent
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,38 +143,60 @@ def _whitelist() -> str:
 
 
 def video_stream(container: InputContainer, limits: MediaLimits) -> VideoStream:
-    """The first video stream that is no cover picture, set up for strict decoding on one thread.
+    """The stream players show, set up for strict decoding on one thread: the default one, else the largest picture.
+
+    Cover pictures and thumbnails are never taken.
 
     Raises:
         MediaError: ``no_video_stream``; ``decode_error`` without a decoder; ``too_large`` by its frame size.
     """
-    for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:
-            _be_strict(stream)
-            pixels = stream.width * stream.height
-            if pixels > limits.max_frame_pixels:
-                found = f"{stream.width}x{stream.height}"
-                raise MediaError(
-                    "too_large", f"expected at most {limits.max_frame_pixels} pixels a frame, found {found}"
-                )
-            return stream
-    raise MediaError("no_video_stream", f"expected a video stream, found {len(container.streams)} streams without one")
+    streams = moving_pictures(container)
+    if not streams:
+        found = len(container.streams)
+        raise MediaError("no_video_stream", f"expected a video stream, found {found} streams without one")
+    stream = max(_default_or_all(streams), key=_num_pixels)  # the first of equals
+    be_strict(stream)
+    if _num_pixels(stream) > limits.max_frame_pixels:
+        found_size = f"{stream.width}x{stream.height}"
+        raise MediaError("too_large", f"expected at most {limits.max_frame_pixels} pixels a frame, found {found_size}")
+    return stream
 
 
-def audio_stream(container: InputContainer) -> AudioStream | None:
-    """The first audio stream, set up for strict decoding, or None.
+def moving_pictures(container: InputContainer) -> list[VideoStream]:
+    """The video streams that are neither cover pictures nor thumbnails."""
+    return [stream for stream in container.streams.video if not stream.disposition & _STILLS]
+
+
+def audio_candidates(container: InputContainer, video: VideoStream) -> list[AudioStream]:
+    """The audio streams that may be a clip's sound, the likeliest first: the first that is not silent is taken.
+
+    The container's one default stream has no rival. Of several, the one with the most channels comes first, as in
+    FFmpeg; without any, they keep their order. In a broadcast with several programs, sound of the picture's own.
+    """
+    streams = list(container.streams.audio)
+    own = [stream for stream in streams if container.streams.best("video", stream) == video]
+    chosen = _default_or_all(own or streams)
+    is_default = bool(chosen) and bool(chosen[0].disposition & Disposition.default)
+    return sorted(chosen, key=lambda stream: -stream.channels) if is_default else chosen
+
+
+def _default_or_all(streams: list[_Stream]) -> list[_Stream]:
+    """The decodable streams that are flagged as default, else all of them; a commentary only if there is no other."""
+    decodable = [stream for stream in streams if stream.codec_context is not None] or streams
+    main = [stream for stream in decodable if not stream.disposition & _ASIDE] or decodable
+    return [stream for stream in main if stream.disposition & Disposition.default] or main
+
+
+def _num_pixels(stream: VideoStream) -> int:
+    return 0 if stream.codec_context is None else stream.width * stream.height
+
+
+def be_strict(stream: VideoStream | AudioStream) -> None:
+    """Set a stream up for strict decoding on one thread.
 
     Raises:
         MediaError: ``decode_error`` without a decoder; ``encrypted``.
     """
-    if not container.streams.audio:
-        return None
-    stream = container.streams.audio[0]
-    _be_strict(stream)
-    return stream
-
-
-def _be_strict(stream: VideoStream | AudioStream) -> None:
     if stream.codec_context is None:
         raise MediaError("decode_error", f"expected a {stream.type} codec that PyAV decodes, found an unknown one")
     if stream.codec_context.codec_tag == _ENCRYPTED_TAG:

@@ -21,11 +21,6 @@ _AUDIBLE = 1e-3  # peak of a waveform that cannot give a spectrogram of nothing 
 Spectrogram = npt.NDArray[np.float16]
 
 
-def is_silent(pcm: npt.NDArray[np.float32]) -> bool:
-    """Whether a waveform has no sound at all: the same value everywhere."""
-    return bool(pcm.size == 0 or pcm.max() == pcm.min())
-
-
 def log_mel(pcm: npt.NDArray[np.float32], parameters: AudioParameters) -> Spectrogram:
     """float16 [rows, num_mel_bins] of mono samples; sound shorter than a window is padded to one.
 

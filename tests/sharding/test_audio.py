@@ -10,12 +10,13 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sharding.audio_cut import is_silent
 from sharding.conversion import ConversionConfig
 from sharding.decode_child import EncodedClip, encode_clip
 from sharding.errors import MediaError
 from sharding.manifest import AudioParameters
 from sharding.source import SourceSample
-from sharding.spectrogram import check_spectrogram, is_silent, log_mel, no_spectrogram, npy_bytes
+from sharding.spectrogram import check_spectrogram, log_mel, no_spectrogram, npy_bytes
 from support.media import Sound, make_clip
 
 RATE = 16_000
