@@ -177,7 +177,7 @@ def audio_candidates(container: InputContainer, video: VideoStream) -> list[Audi
     own = [stream for stream in streams if container.streams.best("video", stream) == video]
     chosen = _default_or_all(own or streams)
     is_default = bool(chosen) and bool(chosen[0].disposition & Disposition.default)
-    return sorted(chosen, key=lambda stream: -stream.channels) if is_default else chosen
+    return sorted(chosen, key=_num_channels, reverse=True) if is_default else chosen
 
 
 def _default_or_all(streams: list[_Stream]) -> list[_Stream]:
@@ -185,6 +185,10 @@ def _default_or_all(streams: list[_Stream]) -> list[_Stream]:
     decodable = [stream for stream in streams if stream.codec_context is not None] or streams
     main = [stream for stream in decodable if not stream.disposition & _ASIDE] or decodable
     return [stream for stream in main if stream.disposition & Disposition.default] or main
+
+
+def _num_channels(stream: AudioStream) -> int:
+    return 0 if stream.codec_context is None else stream.channels
 
 
 def _num_pixels(stream: VideoStream) -> int:
@@ -198,7 +202,9 @@ def be_strict(stream: VideoStream | AudioStream) -> None:
         MediaError: ``decode_error`` without a decoder; ``encrypted``.
     """
     if stream.codec_context is None:
-        raise MediaError("decode_error", f"expected a {stream.type} codec that PyAV decodes, found an unknown one")
+        raise MediaError(
+            "decode_error", f"expected the {stream.type} in a codec that PyAV decodes, found an unknown one"
+        )
     if stream.codec_context.codec_tag == _ENCRYPTED_TAG:
         raise MediaError("encrypted", f"expected a {stream.type} stream in the clear, found one under DRM")
     stream.codec_context.thread_count = 1

@@ -11,35 +11,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sharding.audio_cut import is_silent
-from sharding.conversion import ConversionConfig
-from sharding.decode_child import EncodedClip, encode_clip
 from sharding.errors import MediaError
 from sharding.manifest import AudioParameters
-from sharding.source import SourceSample
 from sharding.spectrogram import check_spectrogram, log_mel, no_spectrogram, npy_bytes
-from support.media import Sound, make_clip
+from support.media import Sound, make_clip, remux
+from support.sound import RATE, convert_one, pcm_of, sounding
 
-RATE = 16_000
 PARAMETERS = AudioParameters(policy="required")
-
-
-def convert_one(path: Path, start: float | None = None, end: float | None = None, **options: object) -> EncodedClip:
-    sample = SourceSample(
-        sample_id=path.stem, path=path, start_seconds=start, end_seconds=end, labels=(0,), where="list.csv:1"
-    )
-    return encode_clip(ConversionConfig(**({"audio_policy": "required"} | options)).job(sample))  # type: ignore[arg-type]  # test options
-
-
-def pcm_of(path: Path, start: float | None = None, end: float | None = None, **options: object) -> np.ndarray:
-    audio = convert_one(path, start, end, **options).audio
-    assert audio is not None
-    return audio.pcm
-
-
-def sounding(pcm: np.ndarray) -> tuple[float, float]:
-    """First and last moment, in seconds, at which there is sound."""
-    loud = np.flatnonzero(np.abs(pcm) > 0.1)
-    return loud[0] / RATE, loud[-1] / RATE
 
 
 def loudest_hz(pcm: np.ndarray) -> float:
@@ -130,18 +108,8 @@ def test_damaged_sound_is_rejected_unless_sound_is_not_read(tmp_path: Path) -> N
 
 
 def test_a_gap_in_the_track_stays_a_gap_of_silence(tmp_path: Path) -> None:
-    import av
-
     whole = make_clip(tmp_path / "a.mkv", seconds=2, sound=Sound(seconds=2, codec="flac"))
-    holed = tmp_path / "b.mkv"
-    with av.open(str(whole)) as source, av.open(str(holed), "w") as target:
-        streams = {stream.index: target.add_stream_from_template(stream) for stream in source.streams}
-        for packet in source.demux():
-            is_sound = packet.stream.type == "audio"
-            if packet.dts is None or (is_sound and 0.5 <= packet.pts * packet.time_base < 1.0):
-                continue
-            packet.stream = streams[packet.stream.index]
-            target.mux(packet)
+    holed = remux(whole, tmp_path / "b.mkv", lambda kind, at: None if kind == "audio" and 0.5 <= at < 1.0 else at)
     pcm = pcm_of(holed)
     assert len(pcm) == pytest.approx(2 * RATE, abs=32)
     assert not pcm[round(0.65 * RATE) : round(0.95 * RATE)].any()
@@ -204,6 +172,10 @@ def test_silence_is_a_floor_and_is_known_to_be_silence() -> None:
         assert is_silent(pcm)
         assert np.unique(log_mel(pcm, PARAMETERS)).size == 1
     assert not is_silent(speech_like(1, RATE))
+    one_step = np.zeros(RATE, np.float32)
+    one_step[5] = 1 / 32768
+    assert not is_silent(one_step), "one step of 16-bit sound is something to hear"
+    assert is_silent(one_step / 2)
 
 
 @pytest.mark.parametrize("place", [0, RATE - 1, RATE - 30])

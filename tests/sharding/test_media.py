@@ -261,7 +261,7 @@ def test_a_title_in_another_encoding_than_utf_8_does_not_matter(tmp_path: Path, 
 def test_a_codec_without_a_decoder_is_named(clip: Path, tmp_path: Path) -> None:
     (tmp_path / "x.mp4").write_bytes(clip.read_bytes().replace(b"avc1", b"zz99"))
     assert reason_of(tmp_path / "x.mp4") == "decode_error"
-    with pytest.raises(MediaError, match="expected a video codec that PyAV decodes, found an unknown one"):
+    with pytest.raises(MediaError, match="expected the video in a codec that PyAV decodes, found an unknown one"):
         convert_one(tmp_path / "x.mp4")
 
 

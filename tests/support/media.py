@@ -7,6 +7,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 TIME_BASE = Fraction(1, 90_000)
 CODE_BITS = 8
@@ -24,6 +25,8 @@ class Sound:
     layout: str = "stereo"
     codec: str = "aac"
     amplitude: float = 0.5
+    beeps: Sequence[float] = ()
+    """Where given, the tone sounds only for 80 ms from each of these seconds of the track."""
 
 
 def numbered_frame(number: int, width: int, height: int) -> np.ndarray:
@@ -85,6 +88,8 @@ def make_clip(
         if rotation:
             video.set_display_rotation(rotation)
         audio = container.add_stream(sound.codec, rate=sound.rate, layout=sound.layout) if sound else None
+        if audio and sound and sound.codec == "wmav2":
+            audio.bit_rate = 128_000  # it has no default
         for number, moment in enumerate(moments):
             picture = av.VideoFrame.from_ndarray(draw(number, *size), format="rgb24")
             if colour:
@@ -104,21 +109,96 @@ def _time_base(codec: str, rate: Fraction) -> Fraction:
     return {"mpeg4": Fraction(1, 60_000), "mpeg2video": 1 / rate}.get(codec, TIME_BASE)
 
 
+def joined(target: Path, parts: Sequence[Path], *, seconds_each: float) -> Path:
+    """The packets of all parts in the streams of the first one, one part behind the other."""
+    with av.open(str(parts[0])) as first, av.open(str(target), "w") as write:
+        streams = {stream.index: write.add_stream_from_template(stream) for stream in first.streams}
+        for number, part in enumerate(parts):
+            with av.open(str(part)) as read:
+                for packet in read.demux():
+                    if packet.pts is None or packet.dts is None:
+                        continue
+                    shift = round(number * seconds_each / packet.time_base)
+                    packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                    packet.stream = streams[packet.stream.index]
+                    write.mux(packet)
+    return target
+
+
 def _add_sound(container: av.container.OutputContainer, stream: av.AudioStream, sound: Sound) -> None:
     times = np.arange(round(sound.seconds * sound.rate)) / sound.rate
     wave = (sound.amplitude * np.sin(2 * np.pi * sound.hz * times)).astype(np.float32)
+    if sound.beeps:
+        wave *= np.any([(times >= beep) & (times < beep + 0.08) for beep in sound.beeps], axis=0)
     channels = len(av.AudioLayout(sound.layout).channels)
     step = stream.codec_context.frame_size or 1024
     for first in range(0, len(wave), step):
         block = np.repeat(wave[None, first : first + step], channels, axis=0)
         if stream.format.is_packed:
-            block = (block.T.reshape(1, -1) * 32767).astype(np.int16)
+            block = block.T.reshape(1, -1)
+        if stream.format.name.startswith(("s16", "s32")):
+            kind = np.int16 if stream.format.name.startswith("s16") else np.int32
+            block = (block.astype(np.float64) * np.iinfo(kind).max).astype(kind)
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), stream.format.name, sound.layout)
         frame.sample_rate = sound.rate
         frame.pts = first + round(sound.delay_seconds * sound.rate)
         frame.time_base = Fraction(1, sound.rate)
         container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
+
+
+def remux(source: Path, target: Path, change: Callable[[str, float], float | None]) -> Path:
+    """Copy the packets; `change` gives each (kind of stream, seconds) its new seconds, or None to drop it."""
+    with av.open(str(source)) as read, av.open(str(target), "w") as write:
+        streams = {stream.index: write.add_stream_from_template(stream) for stream in read.streams}
+        for packet in read.demux():
+            if packet.pts is None or packet.dts is None:
+                continue
+            seconds = float(packet.pts * packet.time_base)
+            moved = change(packet.stream.type, seconds)
+            if moved is None:
+                continue
+            shift = round((moved - seconds) / packet.time_base)
+            packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+            packet.stream = streams[packet.stream.index]
+            write.mux(packet)
+    return target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Track:
+    """A stream of `with_tracks`: the picture or the sound of a file, and what the container says about it."""
+
+    source: Path
+    kind: str = "audio"
+    disposition: Disposition = Disposition(0)  # noqa: RUF009  a flag, immutable
+    language: str | None = None
+
+
+def with_tracks(target: Path, tracks: Sequence[Track]) -> Path:
+    """Copy the first stream of each kind asked for into one file, in order."""
+    with av.open(str(target), "w") as write:
+        opened = []
+        for track in tracks:
+            read = av.open(str(track.source))
+            stream = read.streams.get(**{track.kind: 0})[0]
+            copy = write.add_stream_from_template(stream)
+            copy.disposition = track.disposition
+            if track.language:
+                copy.metadata["language"] = track.language
+            opened.append((read, stream, copy))
+        packets = [
+            (float(packet.dts * packet.time_base), packet, copy)
+            for read, stream, copy in opened
+            for packet in read.demux(stream)
+            if packet.dts is not None
+        ]
+        for _, packet, copy in sorted(packets, key=lambda one: one[0]):
+            packet.stream = copy
+            write.mux(packet)
+        for read, _, _ in opened:
+            read.close()
+    return target
 
 
 def boxes(data: bytes) -> list[tuple[str, int, int]]:
