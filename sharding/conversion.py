@@ -20,8 +20,8 @@ from sharding.stored_picture import INTERLACED_POLICIES
 from sharding.video_cut import CLOCKS
 
 AUDIO_POLICIES = {
-    "required": "a segment without sound is a reject",
-    "optional": "a segment without sound is kept, with an empty spectrogram",
+    "required": "a segment without sound, or of digital silence, is a reject",
+    "optional": "a segment without sound, or of digital silence, is kept, with an empty spectrogram",
     "none": "sound is not read at all",
 }
 _TOOLS = ("ca2st", "av", "numpy", "pyarrow", "torch", "torchaudio", "webdataset")

@@ -33,7 +33,7 @@ REASONS = {
     "bad_timestamps": "frame times that are missing or do not increase",
     "hdr": "a high dynamic range (PQ, HLG) while --hdr refuse",
     "encrypted": "a stream under DRM, which nobody without its key can decode",
-    "no_audio": "no sound in the segment while --audio is required",
+    "no_audio": "no sound in the segment, or digital silence, while --audio is required",
     "bad_spectrogram": "a spectrogram with NaN, infinity or one value everywhere",
     "too_large": "a limit on bytes, duration, frames or pixels",
     "too_small": "frames smaller than the stored codec takes",

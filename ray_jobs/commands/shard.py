@@ -89,7 +89,7 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
     ] = False,
     shard_size: Annotated[str, typer.Option(help="Size of a shard, as 1GB or 256MB.")] = "1GB",
     audio: Annotated[
-        AudioPolicy, typer.Option(help="Clips without sound: reject, keep, or no audio at all.")
+        AudioPolicy, typer.Option(help="Clips without sound, or of digital silence: reject, keep, or no audio at all.")
     ] = AudioPolicy.REQUIRED,
     clock: Annotated[
         Clock,
