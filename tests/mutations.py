@@ -253,7 +253,7 @@ def run_tests(row: Mutation, copy: Path) -> int:
     file.write_text(before.replace(row.source, row.replacement))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", _MARKS, *row.tests]
     # The copy comes before the installed tree, in the tests' own child processes too.
-    environment = {"PYTHONPATH": os.pathsep.join((str(copy), str(copy / "tests"))), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {"PYTHONPATH": os.pathsep.join((str(copy), str(copy / "tests")))}
     try:
         done = subprocess.run(
             command,
