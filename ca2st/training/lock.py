@@ -11,12 +11,15 @@ from pathlib import Path
 from ca2st.training.errors import RunFolderBusyError
 
 LOCK_NAME = "run.lock"
+"""Held by the rank that writes."""
+LAUNCH_LOCK_NAME = "launch.lock"
+"""Held by the command that starts the ranks, for as long as it starts them again."""
 _POLL_SECONDS = 0.2
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, wait_seconds: float = 5.0) -> Iterator[None]:
-    """Hold the folder's lock; the kernel releases it when the process ends, however it ends.
+def locked(folder: Path, *, name: str = LOCK_NAME, wait_seconds: float = 5.0) -> Iterator[None]:
+    """Hold one of the folder's locks; the kernel releases it when the process ends, however it ends.
 
     `wait_seconds` lets a killed predecessor finish dying, and whoever only looks whether the lock is held let go of it,
     before this one gives up.
@@ -25,7 +28,7 @@ def locked(folder: Path, *, wait_seconds: float = 5.0) -> Iterator[None]:
         RunFolderBusyError: another process holds it, named by host and process id.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_NAME).open("a+") as file:
+    with (folder / name).open("a+") as file:
         deadline = time.monotonic() + wait_seconds
         while not _try_lock(file.fileno()):
             if time.monotonic() >= deadline:

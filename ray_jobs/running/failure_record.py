@@ -7,6 +7,7 @@ whether starting it again can help, reads this file: it holds the newest attempt
 import fcntl
 import json
 import logging
+import re
 import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,12 @@ FAILURE_NAME = "failure.json"
 _LOCK_NAME = "failure.lock"
 _NOT_MENDED = (UserInputError, DataDamageError, NumericError)
 _OF_A_PERSON = (signal.SIGINT, signal.SIGTERM)
-_CUT_CONNECTIONS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_LOST_PEER = re.compile(
+    r"(?is)\bgloo\b.*(connection (closed|reset) by peer|broken pipe|caused pair closure|timed out waiting)"
+    r"|remote process exit|closed by remote peer|communicator was aborted|collective operation timeout"
+    r"|failed to recv, got 0 bytes|connection was likely closed"
+)
+"""What gloo, NCCL and their store say when another rank went away; their other errors are a rank's own."""
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -70,10 +76,10 @@ def is_final(error: BaseException, *, before: FailureRecord | None = None, launc
 
 
 def is_echo(error: BaseException) -> bool:
-    """Whether `error` only says that another rank failed: told in words, or by a connection that was cut."""
+    """Whether `error` only says that another rank failed: told in words, or by a connection to it that was cut."""
     if isinstance(error, PeerFailedError):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _CUT_CONNECTIONS)
+    return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
 
 
 def message_of(error: BaseException) -> str:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from ca2st.durable import FaultPoints, write_bytes
+from ca2st.training.lock import LAUNCH_LOCK_NAME, locked
 from ray_jobs import environment
 from ray_jobs.config.recipe import Recipe, recipe_document
 from ray_jobs.planning.resume_plan import refuse_other_recipe
@@ -37,6 +38,7 @@ def launch(
     Raises:
         UserInputError: the folder holds a run of another recipe (the message lists what differs), or what is to be
             trained or to start from does not fit the model; nothing is written then.
+        RunFolderBusyError: another launch trains in the folder, on this machine or another one.
         WorkerFailedError: a worker process failed, with its exit code.
         EnvironmentFault: the cluster cannot train this run; see `ray_jobs.ray_train.driver.joined`.
         RetriesUsedUpError: under Ray, it failed in every attempt.
@@ -44,24 +46,18 @@ def launch(
     data = preflight(recipe)
     recipe = with_local_experts(recipe, run_dir.parent / IMPORTED_FOLDER, environment.hub_access())
     check_model(recipe, data.classes, run_dir)
-    _claim(recipe, run_dir)
-    if ray_address is not None:
-        from ray_jobs.ray_train.driver import joined
-
-        access = environment.ray_access(accept_open=accept_open_ray)
-        with joined(recipe, run_dir, ray_address, access=access) as fleet, followed(recipe, run_dir, data):
-            return fleet.train()
-    job = Job(recipe=recipe_document(recipe), run_dir=str(run_dir.resolve()))
-    with followed(recipe, run_dir, data):
-        if recipe.launch.workers == 1:
-            return run(job, faults=faults)
-        return run_processes(job, recipe.launch.workers, faults)
-
-
-def _claim(recipe: Recipe, run_dir: Path) -> None:
-    """Write the recipe into a new run folder, or refuse a folder of another recipe."""
-    path = run_dir / RECIPE_NAME
-    if path.exists():
+    if (run_dir / RECIPE_NAME).exists():
         refuse_other_recipe(recipe, run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, (json.dumps(recipe_document(recipe), indent=1) + "\n").encode())
+    with locked(run_dir, name=LAUNCH_LOCK_NAME):
+        write_bytes(run_dir / RECIPE_NAME, (json.dumps(recipe_document(recipe), indent=1) + "\n").encode())
+        if ray_address is not None:
+            from ray_jobs.ray_train.driver import joined
+
+            access = environment.ray_access(accept_open=accept_open_ray)
+            with joined(recipe, run_dir, ray_address, access=access) as fleet, followed(recipe, run_dir, data):
+                return fleet.train()
+        job = Job(recipe=recipe_document(recipe), run_dir=str(run_dir.resolve()))
+        with followed(recipe, run_dir, data):
+            if recipe.launch.workers == 1:
+                return run(job, faults=faults)
+            return run_processes(job, recipe.launch.workers, faults)

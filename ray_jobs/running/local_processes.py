@@ -122,12 +122,15 @@ def _failure(run_dir: Path, launch: str, *, rank: int, exit_code: int) -> Worker
             exit_code,
         )
     record = read_failure(run_dir)
-    if record is not None and record.launch == launch and not record.echo:
+    record = record if record is not None and record.launch == launch else None
+    if record is not None and (not record.echo or exit_code < 128):  # nobody died, and nobody knows more than the first
         return WorkerFailedError(
             f"first failure, on rank {record.rank}: {record.kind}: {record.message}", record.exit_code
         )
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return death_of(rank, exit_code, peak_bytes=peak, shared_free_bytes=shared_memory_free())
+    death = death_of(rank, exit_code, peak_bytes=peak, shared_free_bytes=shared_memory_free())
+    _record(rank, death, run_dir, launch)
+    return death
 
 
 def _worker_process(
@@ -165,17 +168,17 @@ def _worker_process(
             tell_stop.send((message_of(error), error.exit_code))
         _end_at_once(error.exit_code)
     except CA2STError as error:
-        _record(rank, error, job, launch)
+        _record(rank, error, Path(job.run_dir), launch)
         _leave(rank, error, error.exit_code)
     except Exception as error:  # noqa: BLE001  # told with its stack, on record for the parent
-        _record(rank, error, job, launch)
+        _record(rank, error, Path(job.run_dir), launch)
         if not is_echo(error):
             traceback.print_exc()
         _leave(rank, error, CA2STError.exit_code)
 
 
-def _record(rank: int, error: Exception, job: Job, launch: str) -> None:
-    keep_failure(Path(job.run_dir), record_of(error, rank=rank, node=socket.gethostname(), attempt=1, launch=launch))
+def _record(rank: int, error: Exception, run_dir: Path, launch: str) -> None:
+    keep_failure(run_dir, record_of(error, rank=rank, node=socket.gethostname(), attempt=1, launch=launch))
 
 
 def _leave(rank: int, error: Exception, exit_code: int) -> NoReturn:

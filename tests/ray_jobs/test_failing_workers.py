@@ -11,8 +11,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ca2st.durable import FaultPoints
+from ca2st.training.errors import RunFolderBusyError
 from ca2st.training.journal import read_events
-from ray_jobs.running.local_processes import death_of, ended_badly, how_it_stopped
+from ca2st.training.lock import LAUNCH_LOCK_NAME, locked
+from ray_jobs.config.recipe_file import load_recipe
+from ray_jobs.running.failure_record import read_failure
+from ray_jobs.running.launch import launch
+from ray_jobs.running.local_processes import _failure, _record, death_of, ended_badly, how_it_stopped
 from support.tiny_runs import ca2st, journal, make_tiny_run, sequence
 
 
@@ -69,6 +75,38 @@ def test_t12_a_worker_that_ended_without_a_word_is_explained_by_its_exit_code(
     assert error.exit_code == exit_code
     for word in words:
         assert word in str(error)
+
+
+@pytest.mark.parametrize("ray_address", [None, "local"])
+def test_t17_a_second_launch_in_a_busy_folder_is_refused_before_a_worker_starts(
+    tmp_path: Path, ray_address: str | None
+) -> None:
+    recipe, run_dir = load_recipe(str(make_tiny_run(tmp_path)), ["launch.workers=2"]), tmp_path / "run"
+    with (
+        locked(run_dir, name=LAUNCH_LOCK_NAME),
+        pytest.raises(RunFolderBusyError, match=f"process {os.getpid()} on .* is training in this run folder"),
+    ):
+        launch(recipe, run_dir, faults=FaultPoints.parse(""), ray_address=ray_address)
+    assert [path.name for path in run_dir.iterdir()] == [LAUNCH_LOCK_NAME]
+
+
+ECHO = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
+
+
+def test_t4_the_record_names_the_rank_that_was_killed_and_not_the_one_that_lost_it(tmp_path: Path) -> None:
+    _record(0, ECHO, tmp_path, "launch")
+    error = _failure(tmp_path, "launch", rank=1, exit_code=128 + signal.SIGKILL)
+    assert "rank 1 was killed (SIGKILL)" in str(error)
+    record = read_failure(tmp_path)
+    assert record is not None
+    assert (record.rank, record.echo, record.exit_code, record.message) == (1, False, 4, str(error))
+
+
+def test_t4_where_every_rank_only_lost_another_the_first_is_told(tmp_path: Path) -> None:
+    _record(1, ECHO, tmp_path, "launch")
+    _record(0, ECHO, tmp_path, "launch")
+    error = _failure(tmp_path, "launch", rank=0, exit_code=1)
+    assert str(error).startswith("first failure, on rank 1: RuntimeError: [gloo/transport/tcp/pair.cc:534] Connection")
 
 
 @pytest.mark.parametrize(

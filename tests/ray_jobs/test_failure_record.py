@@ -68,10 +68,45 @@ def test_t12_memory_that_did_not_suffice_is_final_at_its_second_time_in_a_launch
     assert not record_of(error, rank=0, node="a", attempt=2, launch="one", before=RECORD).final
 
 
-def test_t4_an_error_of_a_cut_connection_is_an_echo_and_a_bug_is_none() -> None:
-    assert is_echo(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4711"))
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4711",
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Read error [10.0.0.2]:4711: Connection reset by peer",
+        "[../third_party/gloo/gloo/transport/tcp/buffer.cc:72] Application timeout caused pair closure",
+        "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 600000ms for recv operation",
+        "NCCL error in: NCCLUtils.hpp, remote process exited or there was a network error, NCCL version 2.27",
+        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+        "NCCL communicator was aborted on rank 0.",
+        "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)",
+        "socketProgress: Connection closed by remote peer node-1<4711>",
+        "[../torch/csrc/distributed/c10d/socket.cpp] failed to recv, got 0 bytes. Connection was likely closed.",
+    ],
+)
+def test_t4_an_error_of_a_cut_connection_is_an_echo(words: str) -> None:
+    assert is_echo(RuntimeError(words))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shape mismatch"),
+        RuntimeError(
+            "NCCL error in: ncclUnhandledCudaError: Call to CUDA function failed. Last error: invalid argument"
+        ),
+        RuntimeError("ncclInvalidUsage: Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1b000"),
+        RuntimeError("NCCL is not available"),
+        RuntimeError("makeDeviceForInterface(): unsupported gloo device"),
+        RuntimeError("s3: Connection reset by peer"),
+        OSError("[gloo] Connection closed by peer"),
+    ],
+)
+def test_t4_another_error_is_a_ranks_own_also_when_it_is_of_nccl_or_gloo(error: Exception) -> None:
+    assert not is_echo(error)
+
+
+def test_t4_what_another_rank_told_is_an_echo() -> None:
     assert is_echo(PeerFailedError("rank 1 failed", exit_code=2))
-    assert not is_echo(RuntimeError("shape mismatch"))
 
 
 def test_t4_an_echo_never_replaces_the_failure_itself_and_is_replaced_by_it(tmp_path: Path) -> None:
