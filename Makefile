@@ -7,7 +7,7 @@ PROCESSES ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 SLOW := -m "slow and not gpu and not soak"
 
-.PHONY: install check test test-slow test-cluster mutations demo gpu test-gpu format lock clean
+.PHONY: install check audit test test-slow test-cluster mutations demo gpu test-gpu format lock clean
 
 install: $(STAMP)
 
@@ -28,6 +28,9 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: install
+	.ci/audit
 
 format: install
 	$(BIN)/ruff format .

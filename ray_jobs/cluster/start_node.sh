@@ -54,6 +54,13 @@ if [[ -z ${NODE_IP:-} ]]; then
   [[ -n $NODE_IP ]] || fail "found no address of this node; set NODE_IP"
 fi
 
+case "$NODE_IP" in
+  127.* | localhost)
+    echo "start_node.sh: NODE_IP=$NODE_IP: Ray takes the address by which this machine reaches others instead, and its" \
+      "ports are open there; what asks for the node needs that address, which \`ray start\` prints as local node IP" >&2
+    ;;
+esac
+
 # Where a host's name stands for a loopback address, as on Debian, gloo would look for its peers on this machine only.
 interface=$(ip -4 -o addr show to "$NODE_IP" | head -n 1 | sed 's/^[0-9]*: *\([^ @]*\).*/\1/')
 [[ -n $interface ]] || fail "NODE_IP=$NODE_IP: no interface of this machine has this address"

@@ -50,6 +50,9 @@ def submit(
     accept_open_ray: Annotated[
         bool, typer.Option("--i-accept-open-ray", help="Use a cluster that takes jobs from anybody.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be sent; ask the cluster nothing and send nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,
 ) -> None:
     """Train on a Ray cluster: send ca2st and a recipe as a job, follow its log, end with its exit code.
@@ -59,7 +62,7 @@ def submit(
     Example: ca2st submit recipe.toml --address http://head:8265 --out /shared/runs/first
     """
     from ray_jobs import environment
-    from ray_jobs.submit.job_server import connect
+    from ray_jobs.submit.job_server import check_address, connect
     from ray_jobs.submit.preparation import Choices, prepared
     from ray_jobs.submit.submission import send
 
@@ -81,6 +84,10 @@ def submit(
         accept_open=accept_open_ray,
     )
     job = prepared(choices)
+    if dry_run:
+        check_address(address)
+        _tell(_plan(job, address), as_json=as_json)
+        return
     client = connect(address, access=environment.ray_access(accept_open=accept_open_ray), ca_file=ca_file)
     if wait:
         _follow(client, job, address, num_resubmits=resubmit, as_json=as_json)
@@ -126,6 +133,18 @@ def _follow(client: "JobClient", job: "PreparedJob", address: str, *, num_resubm
 
 def _facts(job_id: str, job: "PreparedJob", address: str) -> dict[str, object]:
     return {"job_id": job_id, "address": address, "run_dir": job.request.run_dir}
+
+
+def _plan(job: "PreparedJob", address: str) -> dict[str, object]:
+    """What would be sent; of the variables the names alone."""
+    return {
+        "address": address,
+        "run_dir": job.request.run_dir,
+        "entrypoint": job.request.entrypoint,
+        "variables": sorted(job.request.env_vars),
+        "metadata": dict(job.request.metadata),
+        "archive_bytes": len(job.archive),
+    }
 
 
 def _show(text: str) -> None:

@@ -35,7 +35,9 @@ def train(
     workers: Annotated[int | None, typer.Option(help="Training processes; one a GPU where there are GPUs.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: launch.runs_folder/<recipe's name>.")] = None,
     ray: Annotated[bool, typer.Option("--ray", help="Train under Ray Train, which restarts failed workers.")] = False,
-    ray_address: Annotated[str, typer.Option(help="Ray cluster to use with --ray; default: one of our own.")] = "local",
+    ray_address: Annotated[
+        str, typer.Option(help="With --ray: auto, or HEAD:6379; default: a Ray of our own.")
+    ] = "local",
     open_ray: Annotated[bool, typer.Option("--i-accept-open-ray", help="Join a cluster without a token.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan; train and make nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,

@@ -108,13 +108,19 @@ def check_listening() -> Finding:
 
     ports: dict[str, set[int]] = {}
     for one in psutil.net_connections("tcp"):
-        if one.status == psutil.CONN_LISTEN and one.pid and not ip_address(one.laddr.ip).is_loopback:
+        if one.status == psutil.CONN_LISTEN and one.pid and not _is_loopback(one.laddr.ip):
             with contextlib.suppress(psutil.Error):  # it ended meanwhile
                 ports.setdefault(psutil.Process(one.pid).name(), set()).add(one.laddr.port)
     listening = "; ".join(f"{name} {', '.join(map(str, sorted(of)))}" for name, of in sorted(ports.items()))
     return Finding(
         name="listening", ok=True, what=f"to other machines: {listening}" if listening else "to this machine alone"
     )
+
+
+def _is_loopback(address: str) -> bool:
+    """Also of an IPv4 address as IPv6 sockets write it: ``::ffff:127.0.0.1``."""
+    found = ip_address(address)
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 def check_ray(auth_mode: str | None) -> Finding:

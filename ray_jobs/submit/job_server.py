@@ -62,10 +62,7 @@ def connect(address: str, *, access: RayAccess, ca_file: "Path | None" = None) -
         UserInputError: no such address, no or another token, or a server that asks for none.
         EnvironmentFault: no answer.
     """
-    if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
-        raise UserInputError(
-            f"--address {address}: expected the address of the cluster's dashboard, for example http://HEAD:8265"
-        )
+    check_address(address)
     access.check(address)
     verify: bool | str = True if ca_file is None else str(ca_file)
     check_server(address, access, verify=verify)
@@ -81,6 +78,23 @@ def connect(address: str, *, access: RayAccess, ca_file: "Path | None" = None) -
             f"{client.get_address()}; unset it or give that address"
         )
     return client
+
+
+def check_address(address: str) -> None:
+    """Refuse what has not the form of a job server's address.
+
+    Raises:
+        UserInputError: it has not.
+    """
+    try:
+        parts = urlsplit(address)
+        fits = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+    except ValueError:  # brackets or a port that are none
+        fits = False
+    if not fits:
+        raise UserInputError(
+            f"--address {address}: expected the address of the cluster's dashboard, for example http://HEAD:8265"
+        )
 
 
 def check_server(address: str, access: RayAccess, *, verify: bool | str) -> None:

@@ -19,8 +19,10 @@ from ray_jobs.redaction import redacted_values, without_credentials
 from ray_jobs.running.training_data import TrainingData
 from ray_jobs.tracking.client import anchored, is_making_tables
 from ray_jobs.tracking.inputs import keep_inputs
-from ray_jobs.tracking.orphans import FOLDER_TAG, FOLLOWER_LOCK_NAME, HOST_TAG, is_ready
+from ray_jobs.tracking.orphans import FOLLOWER_LOCK_NAME, HOST_TAG, is_ready
 from ray_jobs.tracking.state import (
+    COPY_TAG,
+    FOLDER_TAG,
     PROGRESS_NAME,
     TrackingState,
     open_tracking,
@@ -36,7 +38,9 @@ _POLL_SECONDS = 0.1
 @contextmanager
 def followed(recipe: Recipe, run_dir: Path, data: TrainingData) -> Iterator[None]:
     """Have a process of its own send the journal to MLflow while the block runs."""
-    open_tracking(run_dir, _tracking_state(recipe, run_dir, data))
+    state = open_tracking(run_dir, _tracking_state(recipe, run_dir, data))
+    if state.run_id is None and (origin := state.tags.get(COPY_TAG)) is not None:
+        say(f"{run_dir} was copied from {origin}: in MLflow it is a run of its own")
     keep_inputs(run_dir, data)
     if not recipe.tracking.enabled:  # `ca2st track sync` can send it later
         yield

@@ -20,13 +20,13 @@ from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.tracking.client import open_client, reachable, whole_uri
 from ray_jobs.tracking.run_record import Say
 from ray_jobs.tracking.sender import EXIT_TAG, Sender
-from ray_jobs.tracking.state import one_sender, read_state
+from ray_jobs.tracking.state import FOLDER_TAG, one_sender, read_state
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-HOST_TAG, FOLDER_TAG = "ca2st.host", "ca2st.run_dir"
+HOST_TAG = "ca2st.host"
 FOLLOWER_LOCK_NAME = "follower.lock"
 _MOST = 200
 _LOOK_AGAIN_SECONDS = (0.0, 0.05, 0.1)

@@ -31,6 +31,7 @@ from ray_jobs.tracking.state import (
     TrackingState,
     one_sender,
     read_state,
+    separate_copy,
     unsent_bytes,
     write_progress,
 )
@@ -65,6 +66,8 @@ class Sender:
             TrackingUnavailableError: the store or another sender stands in the way; sending later loses nothing.
         """
         with one_sender(self._run_dir, wait_seconds=wait_seconds):
+            if (origin := separate_copy(self._run_dir)) is not None:
+                self._say(f"{self._run_dir} was copied from {origin}: in MLflow it is a run of its own")
             state = read_state(self._run_dir)
             looks = look and state.run_id is not None
             if not looks and not self._has_news(state.progress, is_last=is_last):

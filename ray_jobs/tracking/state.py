@@ -22,6 +22,8 @@ from ray_jobs.errors import TrackingUnavailableError
 STATE_NAME = "tracking.json"
 PROGRESS_NAME = "tracking_progress.json"
 LOCK_NAME = "tracking.lock"
+FOLDER_TAG, COPY_TAG = "ca2st.run_dir", "ca2st.copied_from"
+"""Where the run lives; and, of a run whose folder was copied, where the folder was that it is a copy of."""
 _POLL_SECONDS = 0.05
 _BLOCK_BYTES = 65_536
 
@@ -76,12 +78,40 @@ class TrackingState:
 def open_tracking(run_dir: Path, state: TrackingState) -> TrackingState:
     """Keep `state` beside the journal; of a run that is resumed the names stay, settings and tags are the new ones."""
     if (run_dir / STATE_NAME).exists():
+        separate_copy(run_dir)
         kept = read_state(run_dir)
         state = replace(kept, uri=state.uri, params=state.params, tags={**kept.tags, **state.tags})
     document = asdict(state)
     del document["progress"]
     _write(run_dir / STATE_NAME, document)
     return state
+
+
+def separate_copy(run_dir: Path) -> Path | None:
+    """Give a run folder that was copied a run of its own in MLflow, which gets the journal from its start.
+
+    A copy is known by the folder that its run lives in, while that is there and still has the same run; a folder that
+    was moved keeps its run.
+
+    Returns:
+        The folder it was copied from; None where it is no copy.
+    """
+    kept = read_state(run_dir)
+    origin = Path(kept.tags.get(FOLDER_TAG, run_dir))
+    try:
+        is_copy = not origin.samefile(run_dir) and read_state(origin).key == kept.key
+    except (OSError, UserInputError):  # moved, or of another machine
+        return None
+    if not is_copy:
+        return None
+    write_progress(run_dir, Progress())  # before the new key: killed in between it is still seen to be a copy
+    document = asdict(kept) | {
+        "key": uuid.uuid4().hex,
+        "tags": {**kept.tags, FOLDER_TAG: str(run_dir.resolve()), COPY_TAG: str(origin)},
+    }
+    del document["progress"]
+    _write(run_dir / STATE_NAME, document)
+    return origin
 
 
 def read_state(run_dir: Path) -> TrackingState:

@@ -16,9 +16,10 @@ from pydantic import ValidationError
 
 from ray_jobs.cli import app
 from support.kuberay import KINDS, PodSpec, RayJob
+from support.ray_nodes import NEEDED
 
 CLUSTER = Path(__file__).parents[2] / "ray_jobs" / "cluster"
-needs_ip = pytest.mark.skipif(shutil.which("ip") is None, reason="no `ip` on PATH; install iproute2")
+needs_ip = pytest.mark.skipif(shutil.which("ip") is None and not NEEDED, reason="no `ip` on PATH; install iproute2")
 
 
 def objects() -> dict[str, Any]:
@@ -115,6 +116,7 @@ def test_the_head_makes_a_token_of_its_own_and_workers_join_with_it(tmp_path: Pa
     environment = stand_ins(tmp_path / "bin", ray=RAY) | {"NODE_IP": "127.0.0.1", "NUM_CPUS": "3"}
     head = start_node(environment, "head")
     assert head.returncode == 0, head.stderr
+    assert "NODE_IP=127.0.0.1: Ray takes the address by which this machine reaches others instead" in head.stderr
     token = tmp_path / ".ray" / "auth_token"
     assert token.stat().st_mode & 0o777 == 0o600
     assert len(token.read_text()) == 64

@@ -131,6 +131,19 @@ def test_a_port_that_other_machines_can_reach_is_listed_and_one_on_the_loopback_
         assert str(inside.getsockname()[1]) not in ports
 
 
+@pytest.mark.parametrize(
+    ("host", "is_inside"), [("::ffff:127.0.0.1", True), ("::1", True), ("::ffff:0.0.0.0", False), ("::", False)]
+)
+def test_an_ipv6_socket_on_the_loopback_is_no_port_for_other_machines(host: str, is_inside: bool) -> None:
+    try:
+        server = socket.create_server((host, 0), family=socket.AF_INET6)
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with server:
+        ports = services.check_listening().what.replace(",", "").replace(";", "").split()
+        assert (str(server.getsockname()[1]) not in ports) == is_inside
+
+
 def test_a_cluster_without_a_token_is_warned_of() -> None:
     assert services.check_ray("token").ok
     assert "RAY_AUTH_MODE=token" in services.check_ray(None).mend

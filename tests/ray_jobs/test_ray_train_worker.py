@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.logging.patch_print import redirected_print
 
 from ca2st.durable import InjectedFault
 from ca2st.errors import DataDamageError
 from ca2st.training.errors import PeerFailedError, StopNotSavedError, TerminatedError
 from ray_jobs.config.launch import LaunchConfig
+from ray_jobs.console import say
 from ray_jobs.every_node import Node
 from ray_jobs.ray_train import lost_workers, stopping, worker_life
 from ray_jobs.ray_train.demand import demand_of
@@ -263,3 +265,13 @@ def test_t2_ray_gets_the_resources_placement_and_restarts_of_the_recipe(
     assert run_config.failure_config.max_preemption_failures == -1
     assert run_config.name == folder.name
     assert not any("PlacementGroupCleaner" in type(one).__name__ for one in trainer._create_default_callbacks())
+
+
+def test_a_line_for_the_person_is_written_once_where_ray_replaces_print(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("builtins.print", redirected_print)
+    caplog.set_level("INFO")
+    say("step 1 of 2")
+    assert capsys.readouterr().err == "step 1 of 2\n"
+    assert caplog.messages == []

@@ -191,7 +191,9 @@ def test_a_cluster_that_refuses_our_token_is_told() -> None:
         connect(address, access=KNOWN)
 
 
-@pytest.mark.parametrize("address", ["auto", "head:8265", "ray://head:10001", "http://"])
+@pytest.mark.parametrize(
+    "address", ["auto", "head:8265", "ray://head:10001", "http://", "http://head:99999", "http://[head"]
+)
 def test_an_address_that_is_no_job_server_is_refused(address: str) -> None:
     with pytest.raises(UserInputError, match="expected the address of the cluster's dashboard"):
         connect(address, access=KNOWN)
@@ -267,6 +269,22 @@ def test_a_job_is_left_to_itself_when_asked(recipe: Path, jobs: FakeJobs, monkey
     assert "launch.workers=2" in sent["entrypoint"]
     assert "concealed" not in done.output + sent["entrypoint"] + str(sent["metadata"])
     assert "hidden" not in done.output + str(sent)
+
+
+def test_j7_a_dry_run_prints_what_would_be_sent_and_asks_the_cluster_nothing(
+    recipe: Path, jobs: FakeJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHOSEN", "concealed")
+    monkeypatch.setattr("ray_jobs.submit.job_server.connect", lambda *_, **__: pytest.fail("asked"))
+    done = submitted(recipe, "--dry-run", "--json", "--env", "CHOSEN", "--workers", "2")
+    assert done.exit_code == 0, done.output
+    plan = json.loads(done.stdout)
+    assert plan["run_dir"] == "/shared/run"
+    assert "launch.workers=2" in plan["entrypoint"]
+    assert {"CHOSEN", "OMP_WAIT_POLICY"} <= set(plan["variables"])
+    assert plan["archive_bytes"] > 0
+    assert "concealed" not in done.output
+    assert jobs.sent == []
 
 
 def test_the_log_is_shown_and_the_drivers_exit_code_is_the_commands(recipe: Path, jobs: FakeJobs) -> None:

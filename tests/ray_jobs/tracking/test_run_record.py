@@ -2,7 +2,9 @@
 
 import fcntl
 import json
+import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ from mlflow import MlflowClient
 from ca2st.training.errors import RunFolderBusyError
 from ca2st.training.lock import locked
 from ray_jobs.errors import TrackingUnavailableError
-from ray_jobs.tracking.orphans import FOLDER_TAG, HOST_TAG, alive, end_orphans, is_alive
+from ray_jobs.tracking.orphans import HOST_TAG, alive, end_orphans, is_alive
 from ray_jobs.tracking.sender import Sender
-from ray_jobs.tracking.state import read_state, unsent_bytes
+from ray_jobs.tracking.state import FOLDER_TAG, open_tracking, read_state, separate_copy, unsent_bytes
 from ray_jobs.tracking.tracker import log_metrics, sync
 from support.tracked_runs import end, losses, run_of, start, step, tracked_run, write
 
@@ -23,6 +25,59 @@ HERE = "this-machine"
 
 def client_of(run_dir: Path) -> MlflowClient:
     return MlflowClient(read_state(run_dir).uri)
+
+
+def resumed(run_dir: Path, like: Path) -> None:
+    """Open the tracking of `run_dir` anew, as a training does that resumes there."""
+    state = read_state(like)
+    open_tracking(run_dir, replace(state, tags={"a": "b", FOLDER_TAG: str(run_dir.resolve())}))
+
+
+def test_k4_a_copied_run_folder_that_is_resumed_is_a_run_of_its_own(run_dir: Path, tmp_path: Path) -> None:
+    resumed(run_dir, run_dir)
+    write(run_dir, start(), step(1, 3.0), step(2, 2.0))
+    sync(run_dir)
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    resumed(copy, run_dir)
+    write(copy, step(3, 7.0), attempt=2)
+    write(run_dir, step(3, 1.0), attempt=2)
+    sync(copy)
+    sync(run_dir)
+    assert losses(run_dir) == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert losses(copy) == [(1, 3.0), (2, 2.0), (3, 7.0)]
+    assert run_of(copy).data.tags["ca2st.copied_from"] == str(run_dir)
+    assert "ca2st.copied_from" not in run_of(run_dir).data.tags
+    own = read_state(copy).run_id
+    resumed(copy, copy)
+    assert read_state(copy).run_id == own, "a copy is separated once"
+
+
+def test_k4_a_copy_that_is_only_sent_is_a_run_of_its_own_too_and_says_so(run_dir: Path, tmp_path: Path) -> None:
+    resumed(run_dir, run_dir)
+    write(run_dir, start(), step(1, 3.0))
+    copy, told = tmp_path / "copy", []
+    shutil.copytree(run_dir, copy)
+    sync(run_dir)
+    Sender(copy, told.append).send()
+    assert read_state(copy).run_id != read_state(run_dir).run_id
+    assert told[0] == f"{copy} was copied from {run_dir}: in MLflow it is a run of its own"
+
+
+def test_k4_a_run_folder_that_was_moved_or_has_another_name_keeps_its_run(run_dir: Path, tmp_path: Path) -> None:
+    resumed(run_dir, run_dir)
+    write(run_dir, start(), step(1, 3.0))
+    sync(run_dir)
+    run_id = read_state(run_dir).run_id
+    link = tmp_path / "link"
+    link.symlink_to(run_dir)
+    assert separate_copy(link) is None
+    moved = run_dir.rename(tmp_path / "moved")
+    resumed(moved, moved)
+    write(moved, step(2, 2.0))
+    sync(moved)
+    assert read_state(moved).run_id == run_id
+    assert losses(moved) == [(1, 3.0), (2, 2.0)]
 
 
 def test_k3_a_run_deleted_on_the_server_is_replaced_by_one_that_names_it_and_has_everything(run_dir: Path) -> None:
