@@ -18,6 +18,7 @@ from sharding.errors import MediaError
 
 _SECONDS_BACK = (0, 2, 8, 32, 128)  # of a seek, from the wanted moment; behind them only the beginning is left
 _WRONG_TIMES_AFTER_SEEK = ("mpeg",)  # a program stream dates few of its frames: the others are counted from there
+_WRAP_SECONDS = 2**33 / 90_000
 _BEGIN_ANYWHERE = ("mpegts", "mpeg", "flv", "matroska,webm")  # broadcast and live formats; their key flags are right
 _WITHOUT_PRESENTATION_TIMES = ("avi",)  # it stores none; FFmpeg 8 makes up some that are wrong with B-frames
 _Frame = av.VideoFrame | av.AudioFrame
@@ -66,7 +67,7 @@ def audio_frames(
 def _frames(
     container: InputContainer, stream: VideoStream | AudioStream, seek: Fraction | None, lead_in: LeadIn
 ) -> Iterator[Any]:
-    if seek is None or container.format.name in _WRONG_TIMES_AFTER_SEEK:
+    if seek is None or not can_seek(container, stream):
         yield from _decode(container, stream, lead_in)
         return
     beginning = (stream.start_time or 0) * _time_base(stream)
@@ -81,6 +82,16 @@ def _frames(
                 return
     _seek(container, stream, beginning)
     yield from _decode(container, stream, lead_in)
+
+
+def can_seek(container: InputContainer, stream: VideoStream | AudioStream) -> bool:
+    """Whether frames have right times behind a seek.
+
+    Not in a program stream, nor where a transport stream's clock of 33 bits starts over: what lies behind is missed.
+    """
+    start, length = (float((ticks or 0) * _time_base(stream)) for ticks in (stream.start_time, stream.duration))
+    starts_over = container.format.name == "mpegts" and (start < 0 or start + length >= _WRAP_SECONDS)
+    return not starts_over and container.format.name not in _WRONG_TIMES_AFTER_SEEK
 
 
 def _first_after_seek(frames: Iterator[Any]) -> Any:

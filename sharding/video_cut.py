@@ -18,7 +18,7 @@ from av.sidedata.sidedata import SideData
 from av.video.stream import VideoStream
 
 from sharding.container_claims import check_ends_as_claimed
-from sharding.decoding import LeadIn, frame_rate, frame_seconds, video_frames
+from sharding.decoding import LeadIn, can_seek, frame_rate, frame_seconds, video_frames
 from sharding.errors import MediaError
 from sharding.media import MediaLimits
 
@@ -183,7 +183,7 @@ class VideoCut:
         if late > _LATE:
             self.notes.append("picture starts late")
             self.changes["picture_starts_seconds"] = float(late)
-        if self._segment.start < _SEEK_FROM:
+        if self._segment.start < _SEEK_FROM or not can_seek(self._container, self._stream):
             return itertools.chain([first], frames)
         return video_frames(self._container, self._stream, seek=self.zero + self._segment.start)
 

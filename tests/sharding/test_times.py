@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -10,12 +11,19 @@ import numpy as np
 import pytest
 
 from ca2st.errors import UserInputError
+from ca2st.spec import ClipSpec
+from pipelines.draws import EvaluationViews
+from pipelines.loader import EvaluationLoader
+from pipelines.loader_config import LoaderConfig
+from pipelines.sampling import SamplingConfig
 from sharding.conversion import ConversionConfig, conversion_identity
 from sharding.convert import convert
 from sharding.decode_child import EncodedClip, encode_clip
 from sharding.encoded_video import EncodedVideo
 from sharding.errors import ConversionRefusedError, MediaError
+from sharding.index import decode_index
 from sharding.manifest import MANIFEST_NAME, read_manifest
+from sharding.shard_set import read_shard_set
 from sharding.source import SourceSample
 from support.media import Sound, make_clip, read_number
 from support.shards import sample, source_list
@@ -241,3 +249,110 @@ def test_the_clock_is_part_of_the_conversion_and_of_the_manifest(tmp_path: Path,
 def test_an_unknown_clock_lists_the_known_ones() -> None:
     with pytest.raises(UserInputError, match="clock 'wall': expected one of file, first-frame"):
         ConversionConfig(clock="wall")
+
+
+@pytest.mark.parametrize("first", [95_440.5, 95_443.0])
+def test_a_transport_stream_whose_clock_of_33_bits_starts_over_keeps_its_times(
+    loud: Path, tmp_path: Path, first: float
+) -> None:
+    stream = remuxed(loud, tmp_path / "a.ts", later={"video": first, "audio": first})
+    whole = convert_one(stream, audio_policy="required")
+    assert numbers(whole.video) == list(range(100))
+    assert whole.video.frame_ticks == tuple(3600 * number for number in range(100))
+    for start in (0.5, 2.5, 3.3):
+        found = numbers(convert_one(stream, start, start + 0.4).video)
+        assert abs(found[0] - start * 25) <= 1
+        assert found == list(range(found[0], found[0] + 10))
+
+
+def test_a_late_segment_of_a_program_stream_with_one_key_frame_is_reached(tmp_path: Path) -> None:
+    path = make_clip(tmp_path / "a.mpg", seconds=4, codec="mpeg2video", gop=200)
+    assert numbers(convert_one(path, 2.5, 2.7).video) == [75, 76, 77, 78, 79, 80]
+
+
+def test_times_that_jump_ahead_are_a_freeze_and_times_that_go_back_are_refused(tmp_path: Path) -> None:
+    ahead = make_clip(tmp_path / "ahead.flv", times=[*(n / 30 for n in range(30)), *(5 + n / 30 for n in range(30))])
+    assert numbers(convert_one(ahead, 2.5, 3.0).video) == [29]
+    assert numbers(convert_one(ahead, 5.0, 5.1).video) == [30, 31, 32]
+    data = bytearray(ahead.read_bytes())
+    with av.open(str(ahead)) as container:
+        places = [packet.pos for packet in container.demux(video=0) if packet.pos]
+    for place in places[30:]:  # the time of a tag: three bytes and a fourth for the highest
+        data[place + 4 : place + 8] = (100).to_bytes(3, "big") + b"\0"
+    (tmp_path / "back.flv").write_bytes(data)
+    with pytest.raises(MediaError, match=r"expected frame times that increase, found .* s behind") as caught:
+        convert_one(tmp_path / "back.flv")
+    assert caught.value.reason == "bad_timestamps"
+
+
+FORMS = {
+    "ntsc_film": {"fps": "24000/1001"},
+    "50": {"fps": "50"},
+    "59.94": {"fps": "60000/1001"},
+    "90": {"fps": "90"},
+    "vfr": {"times": [0, 0.04, 0.1, 0.5, 0.52, 0.9, 1.0, 1.03, 1.1, 1.2, 1.3, 1.35, 1.7, 1.75, 2.0]},
+    "b_frames": {"fps": "30", "b_frames": 3},
+    "odd_size": {"fps": "30", "size": (175, 143), "pixel_format": "yuv444p"},
+    "yuv444": {"fps": "30", "pixel_format": "yuv444p"},
+    "10_bit": {"fps": "30", "pixel_format": "yuv420p10le"},
+    "rotated": {"fps": "30", "rotation": 180},
+    "edit_list": {"fps": "30", "later": 0.35},
+}
+"""What row C7 of the list of failures asks for."""
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_c7_a_clip_is_within_half_a_frame_of_the_truth_by_presentation_time(
+    tmp_path: Path, name: str, form: str
+) -> None:
+    options = {key: value for key, value in FORMS[form].items() if key not in ("later", "fps", "times")}
+    rate = Fraction(str(FORMS[form].get("fps", 30)))
+    times = FORMS[form].get("times", [float(number / rate) for number in range(int(2 * rate))])
+    if "rotation" in options and name == "a.mkv":
+        pytest.skip("PyAV writes no orientation into Matroska")
+    path = make_clip(tmp_path / name, fps=rate, times=times, **options)  # type: ignore[arg-type]  # test options
+    if "later" in FORMS[form]:
+        path = remuxed(path, tmp_path / f"late_{name}", later={"video": 0.35})
+    start, end = 0.51, 1.32
+    truth = {number: time for number, time in enumerate(times) if start <= time < end}  # type: ignore[arg-type, operator]
+    video = convert_one(path, start, end).video
+    with av.open(io.BytesIO(video.mp4)) as container:
+        images = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    if "rotation" in options:
+        images = [np.rot90(image, 2) for image in images]
+    assert [read_number(image) for image in images] == list(truth)
+    half_a_frame = 0.5 / float(rate)
+    for tick, time in zip(video.frame_ticks, truth.values(), strict=True):
+        assert abs(tick / TICK - (time - start)) < half_a_frame
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", "vp9"])
+@pytest.mark.parametrize("num_frames", [1, 5])
+def test_c8_a_clip_shorter_than_a_view_is_padded_with_its_own_frames_and_its_real_length_is_stored(
+    tmp_path: Path, num_frames: int, codec: str
+) -> None:
+    path = make_clip(tmp_path / "a.mp4", seconds=num_frames / 30, size=(64, 64))
+    config = ConversionConfig(audio_policy="none", codec=codec, workers=1)
+    convert(source_list([sample(path)]), tmp_path / "set", config)
+    shard_set = read_shard_set(tmp_path / "set")
+    table = decode_index((tmp_path / "set" / shard_set.shards[0].index_name).read_bytes())
+    assert table["num_frames"].to_pylist() == [num_frames]
+    for scheme in ("uniform", "dense"):
+        with EvaluationLoader(
+            shard_set,
+            ClipSpec(num_frames=8, crop_size=64, mel_rows=16),
+            ("label",),
+            SamplingConfig(scheme=scheme),  # type: ignore[arg-type]  # both schemes
+            EvaluationViews(),
+            LoaderConfig(backend="reference", verify="sha256"),
+            global_batch_size=1,
+        ) as loader:
+            (batch,) = loader.batches()
+        pictures = batch.video[0].permute(1, 2, 3, 0).numpy()
+        found = [read_number(picture) for picture in pictures]
+        assert len(found) == 8
+        assert set(found) <= set(range(num_frames))
+        assert found == sorted(found)
+        assert found[-1] == num_frames - 1
+        assert min(picture[40:].mean() for picture in pictures) > 100, "the ramp below the number, never black"
