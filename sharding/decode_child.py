@@ -23,10 +23,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
+import av
 from av.audio.stream import AudioStream
 from av.video.stream import VideoStream
-
-import av
 
 from ca2st.child_processes import die_with_parent
 from sharding.audio_cut import EncodedAudio, cut_audio
@@ -44,6 +43,7 @@ from sharding.media import (
     source_state,
     video_stream,
 )
+from sharding.notes import SILENT_SOUND
 from sharding.stored_picture import PictureMaker, pixel_aspect_of
 from sharding.video_cut import Segment, VideoCut, thinned
 
@@ -214,7 +214,7 @@ def _of_several(stream: VideoStream | AudioStream, tracks: Sequence[object]) -> 
 
 
 def _notes(audio: EncodedAudio | None, tracks: Mapping[str, Any]) -> tuple[str, ...]:
-    of_audio = () if audio is None else ("silent sound",) if audio.is_silent else audio.notes
+    of_audio = () if audio is None else (SILENT_SOUND,) if audio.is_silent else audio.notes
     return (*of_audio, *(f"one of several {_TRACKS[kind]}" for kind in tracks))
 
 
