@@ -92,16 +92,16 @@ def test_c5_memory_is_limited_to_what_the_pool_says() -> None:
 
 def test_c5_processor_time_is_limited_anew_for_each_clip() -> None:
     asked = ("limits", [resource.RLIMIT_CPU])
-    with DecodePool(act, num_workers=1, timeout_seconds=30) as pool:
+    with DecodePool(act, num_workers=1, timeout_seconds=600) as pool:
         (first,), _, (later,) = pool.map([asked, ("spin", 3.5), asked])
-    assert 31 <= first <= 34
-    assert first + 1 <= later <= 36
+    assert 601 <= first <= 604
+    assert first + 1 <= later <= 606
 
 
 def test_c5_a_child_that_nobody_watches_computes_no_longer_than_a_clip_may_take() -> None:
     child = SPAWN.Process(target=_spin_under_the_limit, daemon=True)
     child.start()
-    child.join(60)
+    child.join(240)
     assert child.exitcode == -signal.SIGXCPU
     with DecodePool(act, num_workers=1, timeout_seconds=30) as pool:
         (late,) = pool.map([("signal", signal.SIGXCPU)])
