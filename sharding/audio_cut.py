@@ -175,19 +175,22 @@ def cut_audio(
     )
 
 
-def _between(frames: Iterator[av.AudioFrame], start: Fraction, end: Fraction) -> Iterator[av.AudioFrame]:
+def _between(
+    frames: Iterator[av.AudioFrame], start: Fraction, end: Fraction
+) -> Iterator[tuple[av.AudioFrame, Fraction]]:
+    """The frames that lie at least in part between the moments, each with its own."""
     for frame in frames:
         moment = frame_seconds(frame)
         if moment >= end:
             return
-        if frame.samples and moment + Fraction(frame.samples, frame.sample_rate) > start:
-            yield frame
+        if frame.samples and (moment > start or moment + Fraction(frame.samples, frame.sample_rate) > start):
+            yield frame, moment
 
 
-def _timed(frames: Iterator[av.AudioFrame], limits: MediaLimits) -> Iterator[_Timed]:
+def _timed(frames: Iterator[tuple[av.AudioFrame, Fraction]], limits: MediaLimits) -> Iterator[_Timed]:
     counted = Fraction(0)
-    for frame in frames:
-        yield _Timed(frame, float(counted), float(frame_seconds(frame) - counted))
+    for frame, moment in frames:
+        yield _Timed(frame, float(counted), float(moment - counted))
         counted += Fraction(frame.samples, frame.sample_rate)
         if counted > limits.max_duration_seconds + 10:  # the same moment again and again
             raise MediaError("too_large", "expected sound no longer than the limit on duration, found more")
