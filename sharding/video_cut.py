@@ -128,7 +128,7 @@ class VideoCut:
         self._check_claim()
         start, end = self._segment.start, self._segment.end
         before: TimedFrame | None = None
-        num_kept, media_end = 0, Fraction(0)
+        num_kept, media_end = 0, -start  # until a frame is found none of the media is
         for frame in self._checked_frames():
             if end is not None and frame.seconds >= end - start:
                 self.duration = end - start
@@ -224,7 +224,8 @@ class VideoCut:
         is_followed = self.duration > 0  # by a frame behind the segment: until then `before` stays on display
         if before is None or (media_end <= 0 and not is_followed):
             length = float(media_end + self._segment.start)
-            raise MediaError("segment_outside", f"expected the segment inside the media, found {length:.3f} s of media")
+            found = f"{length:.3f} s of media" if length > 0 else "no frame there"
+            raise MediaError("segment_outside", f"expected the segment inside the media, found {found}")
         return replace(before, seconds=Fraction(0), duration=self.duration or self._interval)
 
 

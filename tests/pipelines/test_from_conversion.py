@@ -14,9 +14,11 @@ import torch
 from ca2st.batch import ClipBatch
 from ca2st.spec import ClipSpec
 from pipelines.draws import AugmentConfig, EvaluationViews
+from pipelines.frame_rates import stride_note
 from pipelines.loader import EvaluationLoader, TrainLoader
 from pipelines.loader_config import BackendName, LoaderConfig
 from pipelines.sampling import SamplingConfig
+from pipelines.shard_index import ShardIndexCache
 from sharding.conversion import ConversionConfig
 from sharding.convert import convert
 from sharding.manifest import LabelSpace
@@ -155,6 +157,16 @@ def test_clips_at_fifty_frames_a_second_are_told_and_read_with_a_wider_stride(
             assert "strides of 7 frames in place of 4" in lines[0]
             frames = [read_number(picture) for picture in batch.video[0].permute(1, 2, 3, 0).numpy()]
             assert frames[-1] - frames[0] == 8 * 7 - 1
+
+
+def test_clips_whose_rate_varies_are_told_where_dense_windows_read_them(converted: ShardSet) -> None:
+    indexes = ShardIndexCache(converted, most_bytes=10**6)
+    told = stride_note(converted, indexes, SamplingConfig(scheme="dense"))
+    assert told is not None
+    assert told.endswith(
+        "1 of the first 2 clips vary in their frame rate; their dense windows take a frame every 4/30 s"
+    )
+    assert stride_note(converted, indexes, SamplingConfig(scheme="uniform")) is None
 
 
 UNGUARDED = """\

@@ -113,7 +113,7 @@ def test_a_file_whose_streams_start_together_is_cut_alike_by_both_clocks(loud: P
 
 def test_a_segment_in_front_of_a_late_picture_is_outside(loud: Path, tmp_path: Path) -> None:
     late = remuxed(loud, tmp_path / "late.mp4", later={"video": 0.5})
-    with pytest.raises(MediaError, match="expected the segment inside the media") as caught:
+    with pytest.raises(MediaError, match="expected the segment inside the media, found no frame there") as caught:
         convert_one(late, 0.1, 0.4)
     assert caught.value.reason == "segment_outside"
     result = convert_one(late, 0.3, 0.6)
