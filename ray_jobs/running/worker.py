@@ -170,7 +170,10 @@ def _record(
         loader=asdict(loader.record),
         experts=frozen,
         start=start,
-        versions=library_versions() | environment.versions() | {"backend": loader.backend_name},
+        # Older runs chose frames of a varying rate by number: they go on with a warning, for those clips differ.
+        versions=library_versions()
+        | environment.versions()
+        | {"backend": loader.backend_name, "frames_of_varying_rates": "by time"},
         documents={
             RUN_DOCUMENT: {
                 "recipe": recipe_document(recipe),
