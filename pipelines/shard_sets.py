@@ -10,7 +10,7 @@ from ca2st.spec import ClipSpec
 from pipelines.errors import SampleDamageError
 from pipelines.fetch import ByteFetcher, FetchedSample
 from pipelines.frame_rates import stride_note
-from pipelines.preflight import TargetColumn, check_manifest, target_columns
+from pipelines.preflight import TargetColumn, check_manifest, check_sound, target_columns
 from pipelines.sampling import SamplingConfig
 from pipelines.shard_files import ShardFiles, Verify
 from pipelines.shard_index import SampleEntry, ShardIndexCache
@@ -127,8 +127,8 @@ def check_agreement(shard_sets: Sequence[ShardSet], targets: Sequence[str]) -> N
     """Refuse sets that cannot be trained on together.
 
     Raises:
-        UserInputError: no set or target, one set twice, or sets whose targets have other classes or whose sound has
-            another sample rate; names the sets.
+        UserInputError: no set or target, one set twice, or sets whose targets have other classes or whose
+            spectrograms were made otherwise; names the sets.
     """
     if not shard_sets:
         raise UserInputError("shard sets: expected at least one, found none")
@@ -144,12 +144,8 @@ def check_agreement(shard_sets: Sequence[ShardSet], targets: Sequence[str]) -> N
         places[fingerprint] = shard_set.where
         for name in targets:
             _require_same_classes(first, shard_set, name)
-        rates = [one.manifest.audio.sample_rate_hz for one in (first, shard_set)]
-        if rates[0] != rates[1]:
-            raise UserInputError(
-                f"audio: {first.where} has {rates[0]} Hz and {shard_set.where} {rates[1]} Hz; "
-                "convert both with one --sample-rate"
-            )
+        if "none" not in (first.manifest.audio.policy, shard_set.manifest.audio.policy):
+            check_sound(shard_set, first.manifest.audio, whose=first.where)
 
 
 def _require_same_classes(first: ShardSet, other: ShardSet, target: str) -> None:

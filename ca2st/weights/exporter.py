@@ -1,5 +1,6 @@
 """`ca2st weights export`: a whole model in one safetensors file, under our names or the published ones."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,13 +27,15 @@ class ExportReport:
     """Of the file."""
 
 
-def export_model(model: HolisticModel, out: Path, *, names: NameScheme = "ours") -> ExportReport:
-    """Write every tensor of `model`, its experts included, and in the header what the model is made of.
+def export_model(
+    model: HolisticModel, out: Path, *, names: NameScheme = "ours", notes: Mapping[str, str] | None = None
+) -> ExportReport:
+    """Write every tensor of `model`, its experts included, and in the header what the model is made of, with `notes`.
 
     Raises:
         UserInputError: a configuration that has no published names.
         EnvironmentFault: the file cannot be written.
     """
     tensors = to_published(model) if names == "published" else model.state_dict()
-    sha256 = write_tensor_file(out, tensors, metadata=ModelDescription.of(model).metadata())
+    sha256 = write_tensor_file(out, tensors, metadata=ModelDescription.of(model).metadata() | dict(notes or {}))
     return ExportReport(out=out, names=names, num_tensors=len(tensors), sha256=sha256)

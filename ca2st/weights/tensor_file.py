@@ -46,6 +46,17 @@ def read_tensor_file(path: Path) -> TensorFile:
         ) from error
 
 
+def read_tensor_metadata(path: Path) -> dict[str, str]:
+    """The header's free text fields alone; raises as `read_tensor_file`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise WeightsDamageError(
+            f"{path}: expected a whole safetensors file, found: {error}; copy or convert it again"
+        ) from error
+
+
 def check_writable_name(out: Path, *, source: Path) -> None:
     """Refuse a place that tensors cannot be written to, before any work is done.
 

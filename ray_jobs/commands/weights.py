@@ -128,10 +128,11 @@ def export_checkpoint(
     from ca2st.weights.exporter import export_model
     from ca2st.weights.tensor_file import check_writable_name
     from ray_jobs.console import print_json, result
-    from ray_jobs.inference.trained import load_trained
+    from ray_jobs.inference.trained import load_trained, sound_metadata
 
     check_writable_name(out, source=checkpoint)
-    report = export_model(load_trained(checkpoint).model, out, names=names.value)
+    trained = load_trained(checkpoint)
+    report = export_model(trained.model, out, names=names.value, notes=sound_metadata(trained.audio))
     if as_json:
         print_json(report)
         return

@@ -17,8 +17,7 @@ from pipelines.draws import EvaluationViews
 from pipelines.shard_index import ShardIndexCache
 from ray_jobs.inference.evaluation import place_model
 from ray_jobs.inference.prediction import Prediction, likeliest, shards_of_videos
-from ray_jobs.inference.trained import TrainedModel
-from ray_jobs.running.loaders import evaluation_loader
+from ray_jobs.inference.trained import TrainedModel, trained_loader
 from sharding.shard_set import ShardSet
 
 _TOP = 5
@@ -120,7 +119,7 @@ def _check_finite(trained: TrainedModel, output: ModelOutput, maps: list[Attenti
 def _centred_view(trained: TrainedModel, shard_set: ShardSet) -> ClipBatch:
     """The single view of the single video, without the entries that fill its batch."""
     views, targets = EvaluationViews(), tuple(trained.classes)
-    with evaluation_loader(trained.recipe, shard_set, targets, views=views, rank=0, world_size=1) as loader:
+    with trained_loader(trained, shard_set, targets, views=views) as loader:
         return next(batch for whole in loader.batches() for batch in whole.split(1) if not batch.is_padding[0])
 
 

@@ -16,9 +16,8 @@ from ca2st.training.accelerator import make_accelerator
 from ca2st.training.evaluate import EvaluationResult, evaluate
 from ca2st.training.metrics import main_metric
 from pipelines.draws import EvaluationViews
-from ray_jobs.inference.trained import TrainedModel, load_trained
+from ray_jobs.inference.trained import TrainedModel, load_trained, trained_loader
 from ray_jobs.output_file import require_writable_place
-from ray_jobs.running.loaders import evaluation_loader
 from sharding.datasets.label_spaces import classes_that_differ
 from sharding.shard_set import ShardSet, read_shard_set
 
@@ -67,9 +66,7 @@ def score(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) ->
     """Probabilities of every sample of a set, the mean over its views; raises as `place_model`."""
     accelerator = place_model(trained)
     targets = tuple(trained.classes)
-    with evaluation_loader(
-        trained.recipe, shard_set, targets, views=views, rank=0, world_size=1, device=accelerator.device
-    ) as loader:
+    with trained_loader(trained, shard_set, targets, views=views, device=accelerator.device) as loader:
         return evaluate(
             accelerator.prepare_model(trained.model, evaluation_mode=True),
             loader,

@@ -19,9 +19,8 @@ from ca2st.errors import DataDamageError, UserInputError, did_you_mean
 from pipelines.draws import EvaluationViews
 from ray_jobs.console import progress
 from ray_jobs.inference.evaluation import place_model
-from ray_jobs.inference.trained import TrainedModel, load_trained
+from ray_jobs.inference.trained import TrainedModel, load_trained, trained_loader
 from ray_jobs.output_file import require_writable_place
-from ray_jobs.running.loaders import evaluation_loader
 from sharding.shard_set import ShardSet, read_shard_set
 
 METADATA_KEY = b"ca2st"
@@ -144,16 +143,7 @@ def _tables(
     accelerator = place_model(trained)
     total = shard_set.manifest.num_samples
     with (
-        evaluation_loader(
-            trained.recipe,
-            shard_set,
-            targets,
-            views=views,
-            num_lanes=1,
-            rank=0,
-            world_size=1,
-            device=accelerator.device,
-        ) as loader,
+        trained_loader(trained, shard_set, targets, views=views, num_lanes=1, device=accelerator.device) as loader,
         progress("Features", total) as update,
     ):
         done = 0

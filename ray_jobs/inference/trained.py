@@ -1,22 +1,50 @@
 """A trained model back from a checkpoint folder: what evaluation and prediction start from."""
 
 import json
-from dataclasses import dataclass
+import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ca2st.errors import UserInputError
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from ca2st.errors import CA2STError, UserInputError
 from ca2st.model.build import build_model
 from ca2st.model.holistic import HolisticModel
 from ca2st.model.parameters import set_trainable
 from ca2st.training.checkpoint import CHECKPOINTS_NAME, Checkpoint, list_checkpoints, read_checkpoint
+from ca2st.training.errors import CheckpointDamagedError
 from ca2st.training.state import MODEL_FILE, put_model_tensors, read_model_tensors
+from ca2st.weights.errors import WeightsDamageError
+from pipelines.draws import EvaluationViews
+from pipelines.loader import EvaluationLoader
+from pipelines.preflight import check_sound, picture_notes, require_sound
 from ray_jobs.config.recipe import Recipe, stored_recipe
 from ray_jobs.running.frozen_weights import load_frozen
+from ray_jobs.running.loaders import evaluation_loader
 from ray_jobs.running.recipe_model import target_specs
 from sharding.manifest import AudioParameters, VideoParameters
+from sharding.shard_set import ShardSet
 
+_LOGGER = logging.getLogger(__name__)
 RUN_DOCUMENT = "run"
 """Name of the JSON document in a checkpoint that holds the whole recipe and the class names."""
+SOUND_KEY = "ca2st_audio"
+"""Metadata key of an exported model: how the spectrograms that it was trained on were made."""
+_SOUND = TypeAdapter(AudioParameters)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunDocument:
+    """Contents of the document `RUN_DOCUMENT`."""
+
+    recipe: Recipe
+    classes: dict[str, list[str]]
+    """Class names of each target."""
+    audio: AudioParameters
+    """How the spectrograms of the training shards were made, of a mixture's first set."""
+    video: VideoParameters
+    """How their videos were encoded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +62,45 @@ class TrainedModel:
     checkpoint: Checkpoint
 
 
+def read_run_document(data: bytes, *, where: str) -> RunDocument:
+    """What a checkpoint says of its run; `where` names the checkpoint.
+
+    Raises:
+        CheckpointDamagedError: it is no such document.
+    """
+    try:
+        document = json.loads(data)
+        return RunDocument(
+            recipe=stored_recipe(document["recipe"], where=where),
+            classes=document["classes"],
+            audio=AudioParameters(**document["audio"]),
+            video=VideoParameters(**document["video"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, CA2STError):
+            raise
+        raise CheckpointDamagedError(
+            f"{where}: expected recipe, classes, audio and video in {RUN_DOCUMENT}.json, found {error!r}; restore it"
+        ) from error
+
+
+def sound_metadata(audio: AudioParameters) -> dict[str, str]:
+    """For the header of a model's file: how the spectrograms it was trained on were made."""
+    return {SOUND_KEY: json.dumps(asdict(audio), sort_keys=True)}
+
+
+def parse_sound(text: str, *, where: str) -> AudioParameters:
+    """What `sound_metadata` wrote.
+
+    Raises:
+        WeightsDamageError: it is something else.
+    """
+    try:
+        return _SOUND.validate_json(text, strict=True)
+    except ValidationError as error:
+        raise WeightsDamageError(f"{where}: cannot read the metadata key {SOUND_KEY!r}: {error}") from error
+
+
 def find_checkpoint(path: Path) -> Path:
     """A checkpoint folder itself, or the newest complete one of a run folder.
 
@@ -48,6 +115,41 @@ def find_checkpoint(path: Path) -> Path:
     return found[0]
 
 
+def trained_loader(
+    trained: TrainedModel,
+    shard_set: ShardSet,
+    targets: tuple[str, ...],
+    *,
+    views: EvaluationViews,
+    num_lanes: int | None = None,
+    device: torch.device | None = None,
+) -> EvaluationLoader:
+    """Every sample of a set once, for a model that was trained on sets like it.
+
+    Raises:
+        UserInputError: the model hears, and the set has no sound or spectrograms that were made otherwise.
+    """
+    name = str(trained.checkpoint.folder)
+    notes = picture_notes(shard_set, trained.video, whose=name)
+    if "audio" in trained.model.experts and trained.audio.policy != "none":
+        require_sound(shard_set, whose=name)
+        check_sound(shard_set, trained.audio, whose=name)
+    elif "audio" in trained.model.experts and shard_set.manifest.audio.policy != "none":
+        notes.append(f"{shard_set.where}: has sound, and {name} was trained without any: results mean little")
+    for note in notes:
+        _LOGGER.warning("%s", note)
+    return evaluation_loader(
+        trained.recipe,
+        shard_set,
+        targets,
+        views=views,
+        num_lanes=num_lanes,
+        rank=0,
+        world_size=1,
+        device=device,
+    )
+
+
 def load_trained(path: Path) -> TrainedModel:
     """Verify every byte of a checkpoint, then build its model, float32 throughout.
 
@@ -56,8 +158,8 @@ def load_trained(path: Path) -> TrainedModel:
         DataDamageError: bytes are not those that were written.
     """
     checkpoint = read_checkpoint(find_checkpoint(path))
-    document = json.loads(checkpoint.files[f"{RUN_DOCUMENT}.json"])
-    recipe, classes = stored_recipe(document["recipe"], where=str(checkpoint.folder)), document["classes"]
+    run = read_run_document(checkpoint.files[f"{RUN_DOCUMENT}.json"], where=str(checkpoint.folder))
+    recipe, classes = run.recipe, run.classes
     model = build_model(recipe.model, recipe.clip, target_specs(classes), seed=recipe.training.seed)
     set_trainable(model, recipe.trainable)
     load_frozen(model, checkpoint.marker.experts, checkpoint.folder.parent.parent)
@@ -66,7 +168,7 @@ def load_trained(path: Path) -> TrainedModel:
         model=model.eval(),
         recipe=recipe,
         classes=classes,
-        audio=AudioParameters(**document["audio"]),
-        video=VideoParameters(**document["video"]),
+        audio=run.audio,
+        video=run.video,
         checkpoint=checkpoint,
     )

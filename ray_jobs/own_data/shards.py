@@ -13,7 +13,7 @@ from ray_jobs.own_data.listing import OwnVideos
 from sharding.conversion import ConversionConfig, RejectBudget, conversion_identity
 from sharding.errors import RejectBudgetError
 from sharding.index import decode_index
-from sharding.manifest import sha256_of_json
+from sharding.manifest import AudioParameters, sha256_of_json
 from sharding.notes import SILENT_SOUND
 from sharding.rejects import REJECTS_NAME, read_rejects
 from sharding.shard_set import read_shard_set
@@ -54,9 +54,13 @@ class OwnShards:
     """Of both splits."""
 
 
-def conversion_config(*, short_side: int, num_mel_bins: int) -> ConversionConfig:
-    """How the videos are stored; sound is kept wherever there is some, so that every kind of model can read them."""
-    return ConversionConfig(short_side=short_side, num_mel_bins=num_mel_bins, audio_policy="optional")
+def conversion_config(*, short_side: int, num_mel_bins: int, heard: AudioParameters | None = None) -> ConversionConfig:
+    """How the videos are stored; sound is kept wherever there is some, so that every kind of model can read them.
+
+    `heard`: what the model to start from was trained on, which decides the sample rate; None: the usual one.
+    """
+    config = ConversionConfig(short_side=short_side, num_mel_bins=num_mel_bins, audio_policy="optional")
+    return config if heard is None else replace(config, sample_rate_hz=heard.sample_rate_hz)
 
 
 def shards_folder(videos: OwnVideos, config: ConversionConfig, runs_root: Path) -> Path:

@@ -23,6 +23,7 @@ from ray_jobs.own_data.mistakes import Judgement, judge
 from ray_jobs.own_data.shards import OwnShards, conversion_config, make_shards, run_name, shards_folder
 from ray_jobs.public_experts import IMPORTED_FOLDER, with_local_experts
 from ray_jobs.running.launch import RECIPE_NAME, launch
+from ray_jobs.running.start import start_sound
 from ray_jobs.running.worker import Outcome
 from sharding.conversion import ConversionConfig
 from sharding.manifest import MANIFEST_NAME, read_manifest
@@ -200,7 +201,11 @@ def _as_overrides(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _conversion(recipe: Recipe) -> ConversionConfig:
-    return conversion_config(short_side=short_side(recipe.clip.crop_size), num_mel_bins=recipe.clip.num_mel_bins)
+    return conversion_config(
+        short_side=short_side(recipe.clip.crop_size),
+        num_mel_bins=recipe.clip.num_mel_bins,
+        heard=None if recipe.start is None else start_sound(Path(recipe.start.checkpoint)),
+    )
 
 
 def _expert_sizes(given: Recipe, overrides: Sequence[str]) -> ExpertSizes | None:

@@ -7,7 +7,9 @@ from ca2st.errors import UserInputError
 from ca2st.model.config import ModelKind, check_clip
 from ca2st.model.structure import EXPERTS, ExpertName
 from ca2st.weights.hub_names import is_hub_name, resolve_hub_name
+from pipelines.preflight import check_sound
 from ray_jobs.config.recipe import Recipe
+from ray_jobs.running.start import start_sound
 from ray_jobs.running.training_data import TrainingData, open_data, sample_plan
 
 
@@ -15,13 +17,23 @@ def preflight(recipe: Recipe) -> TrainingData:
     """Everything that can be refused before a folder is made or a process is started; raises as `open_data`.
 
     Raises:
-        UserInputError: as `check_settings`, or as `sample_plan`.
+        UserInputError: as `check_settings`, or as `sample_plan`, or the model hears and starts from one whose
+            spectrograms were made otherwise.
         PlanError: fewer samples than the batch or the workers need.
     """
     check_settings(recipe)
     data = open_data(recipe)
+    _check_start_sound(recipe, data)
     sample_plan(recipe, data).require_enough(world_size=recipe.launch.workers)
     return data
+
+
+def _check_start_sound(recipe: Recipe, data: TrainingData) -> None:
+    if recipe.start is None or "audio" not in EXPERTS[recipe.model.kind]:
+        return
+    where = Path(recipe.start.checkpoint)
+    if (sound := start_sound(where)) is not None:
+        check_sound(data.train, sound, whose=f"start.checkpoint {where}")
 
 
 def check_settings(recipe: Recipe) -> None:

@@ -5,7 +5,6 @@ the model it began with may be gone when it resumes. As long as it is there it m
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ca2st.errors import UserInputError
 from ca2st.model.holistic import HolisticModel
+from ca2st.model.structure import EXPERTS
 from ca2st.training.checkpoint import (
     CHECKPOINTS_NAME,
     MARKER_NAME,
@@ -28,12 +28,13 @@ from ca2st.training.errors import CheckpointDamagedError
 from ca2st.training.state import MODEL_FILE
 from ca2st.weights.errors import WeightsMismatchError
 from ca2st.weights.model_file import ModelDescription, read_description, refuse_published_names
-from ca2st.weights.tensor_file import read_tensor_file
+from ca2st.weights.tensor_file import read_tensor_file, read_tensor_metadata
 from ca2st.weights.transfer import transfer_weights
-from ray_jobs.config.recipe import Recipe, StartConfig, stored_recipe
-from ray_jobs.inference.trained import RUN_DOCUMENT, find_checkpoint
+from ray_jobs.config.recipe import Recipe, StartConfig
+from ray_jobs.inference.trained import RUN_DOCUMENT, SOUND_KEY, find_checkpoint, parse_sound, read_run_document
 from ray_jobs.running.frozen_weights import frozen_state, load_frozen
 from ray_jobs.running.recipe_model import make_model, outline_model, target_specs
+from sharding.manifest import AudioParameters
 
 Classes = Mapping[str, Sequence[str]]
 """Class names of each label space."""
@@ -131,6 +132,29 @@ def read_start(path: Path) -> StartSource:
     return StartSource(where=path, sha256=sha256, state=file.tensors, description=description, classes=None)
 
 
+def start_sound(path: Path) -> AudioParameters | None:
+    """How the spectrograms were made that a model to start from was trained on; nothing else of it is read.
+
+    None where it is not told (a file of `ca2st weights import`), the model does not hear, or nothing is at `path`.
+
+    Raises:
+        DataDamageError: what should tell it cannot be read.
+    """
+    if path.is_dir():
+        folder = find_checkpoint(path)
+        if not (folder / MARKER_NAME).exists():
+            return None
+        run = read_run_document((folder / f"{RUN_DOCUMENT}.json").read_bytes(), where=str(folder))
+        return run.audio if "audio" in EXPERTS[run.recipe.model.kind] else None
+    if not path.is_file() or path.suffix != ".safetensors":
+        return None
+    metadata = read_tensor_metadata(path)
+    description = read_description(metadata, where=str(path))
+    if description is None or "audio" not in EXPERTS[description.model.kind] or SOUND_KEY not in metadata:
+        return None
+    return parse_sound(metadata[SOUND_KEY], where=str(path))
+
+
 def check_label_spaces(source: StartSource, classes: Classes) -> None:
     """Refuse to keep the head of a model whose classes are others.
 
@@ -185,8 +209,8 @@ def _transferred(model: HolisticModel, source: StartSource, start: StartConfig, 
 
 def _checkpoint_source(folder: Path) -> StartSource:
     checkpoint = read_checkpoint(folder)
-    document = json.loads(checkpoint.files[f"{RUN_DOCUMENT}.json"])
-    recipe, classes = stored_recipe(document["recipe"], where=str(folder)), document["classes"]
+    run = read_run_document(checkpoint.files[f"{RUN_DOCUMENT}.json"], where=str(folder))
+    recipe, classes = run.recipe, run.classes
     frozen = frozen_state(checkpoint.marker.experts, folder.parent.parent)
     return StartSource(
         where=folder,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from ca2st.errors import UserInputError
+from ca2st.model.structure import EXPERTS
+from pipelines.preflight import check_manifest, check_sound, require_sound
 from pipelines.sample_plan import SamplePlan, training_plan
 from pipelines.shard_sets import check_agreement
 from ray_jobs.config.recipe import Recipe
@@ -48,7 +50,8 @@ def open_data(recipe: Recipe) -> TrainingData:
     """Read the manifests a recipe names.
 
     Raises:
-        UserInputError: the recipe names no training shards, or the splits have other classes or audio.
+        UserInputError: the recipe names no training shards, the splits have other classes or audio, or
+            the model hears and a set is without sound.
         ManifestError, ShardDamageError: a set that cannot be read.
     """
     folders = [recipe.data.train] if recipe.data.train is not None else [one.train for one in recipe.data.mixture]
@@ -63,21 +66,30 @@ def open_data(recipe: Recipe) -> TrainingData:
     for name in targets:
         train.manifest.label_space(name)
         if validation is not None:
-            _require_same(train.manifest, validation.manifest, name)
+            _require_same_classes(train.manifest, validation.manifest, name)
     check_agreement(train_sets, targets)
-    return TrainingData(train_sets=train_sets, validation=validation, targets=targets)
+    data = TrainingData(train_sets=train_sets, validation=validation, targets=targets)
+    _check_sounds(recipe, data)
+    return data
 
 
-def _require_same(train: Manifest, validation: Manifest, target: str) -> None:
+def _require_same_classes(train: Manifest, validation: Manifest, target: str) -> None:
     if train.label_space(target).sha256 != validation.label_space(target).sha256:
         raise UserInputError(
             f"label space {target!r}: validation and training have other classes; convert both with one class list"
         )
-    if train.audio.sample_rate_hz != validation.audio.sample_rate_hz:
-        raise UserInputError(
-            f"audio: trained at {train.audio.sample_rate_hz} Hz, validated at {validation.audio.sample_rate_hz} Hz; "
-            "convert both with one --sample-rate"
-        )
+
+
+def _check_sounds(recipe: Recipe, data: TrainingData) -> None:
+    """Refuse spectrograms of another width, and what a model that hears cannot hear or would hear otherwise."""
+    sets = [*data.train_sets, *([] if data.validation is None else [data.validation])]
+    for shard_set in sets:
+        check_manifest(shard_set, recipe.clip)
+    if "audio" not in EXPERTS[recipe.model.kind]:
+        return
+    for shard_set in sets:
+        require_sound(shard_set, whose=f"model.kind {recipe.model.kind!r}")
+        check_sound(shard_set, data.train.manifest.audio, whose=data.train.where)
 
 
 def sample_plan(recipe: Recipe, data: TrainingData) -> SamplePlan:
