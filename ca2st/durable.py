@@ -126,6 +126,7 @@ _ENVIRONMENT_ERRNOS = {
     errno.EPERM: "give this user the right to write into its folder, or choose another folder",
     errno.EIO: "check the disk, or choose another folder",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "remove the symbolic link, which is not followed, or choose another folder",
 }
 """What the machine refuses, and what is needed then."""
 
@@ -176,14 +177,29 @@ def append_bytes(path: Path, data: bytes) -> None:
         EnvironmentFault: the file cannot be written, or is a symbolic link.
     """
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        with os.fdopen(descriptor, "wb") as file:
+        with open_itself(path, "ab") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise EnvironmentFault(f"cannot write {path}: expected a file, found a symbolic link; remove it") from error
+        if is_environment_error(error):
+            raise unwritable(path, error) from error
+        raise
+
+
+def open_itself(path: Path, mode: str) -> IO[bytes]:
+    """Open a binary file under its final name, as a log or a lock is; never through a symbolic link.
+
+    Raises:
+        EnvironmentFault: it cannot be opened, or is a symbolic link.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+    try:
+        return open(path, mode, opener=opener)  # Path.open takes no opener
+    except OSError as error:
         if is_environment_error(error):
             raise unwritable(path, error) from error
         raise

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ca2st.checked_json import DocumentError, checked
 from ca2st.durable import NO_FAULTS, FaultPoints, fsync_folder, write_bytes
 from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.training.documents import open_sealed_json, sealed_json
@@ -49,7 +50,7 @@ class CheckpointMarker:
     start: Mapping[str, str] = field(default_factory=dict)
     """sha256 of the trained model that the run began with; empty for none."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Size and sha256 of every other file in the folder."""
+    """``size`` and ``sha256`` of every other file in the folder."""
     format_version: int = FORMAT_VERSION
     """Version of this layout."""
 
@@ -141,18 +142,29 @@ def read_marker(folder: Path) -> CheckpointMarker:
     path = folder / MARKER_NAME
     try:
         data = path.read_bytes()
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserInputError(
-            f"{folder}: expected a checkpoint folder with {MARKER_NAME}, which cannot be read ({error.strerror}); "
+            f"{folder}: expected a checkpoint folder with {MARKER_NAME}, found none ({error.strerror}); "
             "name a folder step-N.attempt-A"
         ) from error
+    except OSError as error:
+        raise CheckpointDamagedError(f"{path}: cannot be read ({error.strerror})") from error
     document = open_sealed_json(data, str(path))
     if document.get("format_version") != FORMAT_VERSION:
         raise UserInputError(
             f"{path}: checkpoint format {document.get('format_version')}, this ca2st reads {FORMAT_VERSION}; "
             "use a matching release"
         )
-    return CheckpointMarker(**document)
+    try:
+        return checked(document, CheckpointMarker, where=str(path))
+    except DocumentError as error:
+        raise CheckpointDamagedError(str(error)) from error
+
+
+def read_checkpoint_file(folder: Path, name: str) -> bytes | None:
+    """One file of a checkpoint, verified; None where the checkpoint has none of that name; raises as `verify`."""
+    facts = read_marker(folder).files.get(name)
+    return None if facts is None else _verified(folder / name, facts)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

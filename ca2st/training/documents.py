@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ca2st.checked_json import DocumentError, parse_json
 from ca2st.training.errors import CheckpointDamagedError
 
 
@@ -31,10 +32,10 @@ def open_sealed_json(data: bytes, where: str) -> dict[str, Any]:
         CheckpointDamagedError: any byte differs from what was written, white space included.
     """
     try:
-        document = json.loads(data)
-        claimed = document.pop("self_sha256")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointDamagedError(f"{where}: expected a sealed JSON document, found {error!r}") from error
+        document = parse_json(data, dict[str, Any], where=where)
+    except DocumentError as error:
+        raise CheckpointDamagedError(str(error)) from error
+    claimed = document.pop("self_sha256", None)
     if claimed != sha256_of_document(document) or sealed_json(document) != data:
         raise CheckpointDamagedError(f"{where}: its bytes are not those its self_sha256 names")
     return dict(document)

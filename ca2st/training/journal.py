@@ -6,16 +6,21 @@ A run's sequence is the last line of each step: an attempt that starts from an o
 again.
 """
 
+import functools
 import json
+import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
+from ca2st.checked_json import DocumentError, checked, parse_json
+from ca2st.durable import open_itself
 from ca2st.errors import EnvironmentFault
 
+_LOGGER = logging.getLogger(__name__)
 JOURNAL_NAME = "journal.jsonl"
 _TAIL_BYTES = 1 << 20
 """Where the torn end is looked for: far longer than any line."""
@@ -35,7 +40,8 @@ class Journal:
         self._pending = b""
         self._failure: str | None = None
         try:
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            with open_itself(path, "ab") as file:
+                self._descriptor = os.dup(file.fileno())
         except OSError as error:
             raise EnvironmentFault(f"cannot write {path}: {error.strerror}; choose another run folder") from error
 
@@ -88,7 +94,7 @@ def cut_torn_end(path: Path) -> int:
     """Cut what a killed writer left after the last whole line; returns the bytes cut."""
     if not path.exists():
         return 0
-    with path.open("r+b") as file:
+    with open_itself(path, "r+b") as file:
         start = max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES)
         file.seek(start)
         data = file.read()
@@ -101,19 +107,69 @@ def cut_torn_end(path: Path) -> int:
     return len(data) - end
 
 
-def read_events(path: Path, *, event: str | None = None) -> Iterator[dict[str, Any]]:
-    """Lines of a journal in order, all or those of one event; a torn last line is left out."""
+def read_events(path: Path, *, event: str | None = None, kind: type | None = None) -> Iterator[dict[str, Any]]:
+    """Lines of a journal in order, all or those of one event; a torn last line is left out.
+
+    A line that is not what was written is left out too, and a warning names it: the others are as good as before.
+    `kind` as for `parse_event`.
+    """
     if not path.exists():
         return
     marker = None if event is None else f'"event":"{event}"'.encode()
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
             if marker is None or marker in line:
-                document = json.loads(line)
-                if event is None or document["event"] == event:
+                document = parse_event(line, where=f"{path}:{number}", kind=kind)
+                if document is not None and (event is None or document["event"] == event):
                     yield document
+
+
+def parse_event(line: bytes, *, where: str, kind: type | None = None) -> dict[str, Any] | None:
+    """One line of a journal; None, and a warning with `where`, for one that is not what was written.
+
+    `kind`: a TypedDict of another file's lines; None: the journal's.
+    """
+    try:
+        document = parse_json(line, dict[str, Any], where=where)
+        checked(document, kind or _LINES.get(str(document.get("event")), _Line), where=where)
+    except DocumentError as error:
+        _warn_once(f"{error}; the line is left out, every other one counts")
+        return None
+    return document
+
+
+class _Line(TypedDict):
+    event: str
+    attempt: int
+    time: float
+
+
+class _StartLine(_Line):
+    step: NotRequired[int]
+
+
+class _StepLine(_Line):
+    step: int
+
+
+class _EvalLine(_StepLine):
+    split: NotRequired[str]
+    metrics: dict[str, float | None]
+
+
+class _EndLine(_Line):
+    status: str
+
+
+_LINES: dict[str, type] = {"start": _StartLine, "step": _StepLine, "eval": _EvalLine, "end": _EndLine}
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """The journal is read several times at a start."""
+    _LOGGER.warning("DAMAGED JOURNAL %s", text)
 
 
 def run_sequence(path: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ca2st.durable import open_itself
 from ca2st.training.errors import RunFolderBusyError
 
 LOCK_NAME = "run.lock"
@@ -15,6 +16,7 @@ LOCK_NAME = "run.lock"
 LAUNCH_LOCK_NAME = "launch.lock"
 """Held by the command that starts the ranks, for as long as it starts them again."""
 _POLL_SECONDS = 0.2
+_MOST_BYTES = 500
 
 
 @contextlib.contextmanager
@@ -28,18 +30,18 @@ def locked(folder: Path, *, name: str = LOCK_NAME, wait_seconds: float = 5.0) ->
         RunFolderBusyError: another process holds it, named by host and process id.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / name).open("a+") as file:
+    with open_itself(folder / name, "a+b") as file:
         deadline = time.monotonic() + wait_seconds
         while not _try_lock(file.fileno()):
             if time.monotonic() >= deadline:
                 file.seek(0)
-                holder = file.read().strip() or "another process"
+                holder = file.read(_MOST_BYTES).decode(errors="replace").strip() or "another process"
                 raise RunFolderBusyError(
                     f"{folder}: {holder} is training in this run folder; wait for it, stop it, or choose another folder"
                 )
             time.sleep(_POLL_SECONDS)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         file.flush()
         yield
 

@@ -16,7 +16,7 @@ from ca2st.training.accelerator import make_accelerator
 from ca2st.training.evaluate import EvaluationResult, evaluate
 from ca2st.training.metrics import main_metric
 from pipelines.draws import EvaluationViews
-from ray_jobs.inference.trained import TrainedModel, load_trained, trained_loader
+from ray_jobs.inference.trained import TrainedModel, load_trained, output_of_set, trained_loader
 from ray_jobs.output_file import require_writable_place
 from sharding.datasets.label_spaces import classes_that_differ
 from sharding.shard_set import ShardSet, read_shard_set
@@ -51,7 +51,7 @@ def evaluate_checkpoint(
     _require_same_classes(trained, shard_set)
     result = score(trained, shard_set, views)
     folder = trained.checkpoint.folder
-    out = predictions or folder.parent.parent / f"predictions.{folder.name}.{views.clips}x{views.crops}.parquet"
+    out = predictions or output_of_set(trained, shard_set, views, what="predictions")
     write_bytes(out, _predictions_parquet(result))
     return EvaluationReport(
         metrics=dict(result.metrics),

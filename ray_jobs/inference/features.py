@@ -19,7 +19,7 @@ from ca2st.errors import DataDamageError, UserInputError, did_you_mean
 from pipelines.draws import EvaluationViews
 from ray_jobs.console import progress
 from ray_jobs.inference.evaluation import place_model
-from ray_jobs.inference.trained import TrainedModel, load_trained, trained_loader
+from ray_jobs.inference.trained import TrainedModel, load_trained, output_of_set, trained_loader
 from ray_jobs.output_file import require_writable_place
 from sharding.shard_set import ShardSet, read_shard_set
 
@@ -63,7 +63,7 @@ def write_features(
     trained = load_trained(path)
     chosen = _choose(tuple(trained.model.experts), experts)
     shard_set = read_shard_set(data, storage=trained.recipe.data.loader.storage)
-    out = out or _default_path(trained, shard_set, views)
+    out = out or output_of_set(trained, shard_set, views, what="features")
     with writing(out) as file, closing(_tables(trained, shard_set, views, chosen)) as tables:
         first = next(tables)
         about = _describe(trained, shard_set, views)
@@ -90,12 +90,6 @@ def _choose(known: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[str, 
                 f"--experts: expected some of {', '.join(known)}, found {name!r}{did_you_mean(name, list(known))}"
             )
     return tuple(name for name in known if wanted is None or name in wanted)
-
-
-def _default_path(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) -> Path:
-    folder = trained.checkpoint.folder
-    split = f"{shard_set.manifest.dataset}-{shard_set.manifest.split}"
-    return folder.parent.parent / f"features.{folder.name}.{split}.{views.clips}x{views.crops}.parquet"
 
 
 def _describe(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) -> dict[str, object]:

@@ -2,20 +2,20 @@
 
 import json
 import logging
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
-from ca2st.errors import CA2STError, UserInputError
+from ca2st.checked_json import parse_json
+from ca2st.errors import UserInputError
 from ca2st.model.build import build_model
 from ca2st.model.holistic import HolisticModel
 from ca2st.model.parameters import set_trainable
 from ca2st.training.checkpoint import CHECKPOINTS_NAME, Checkpoint, list_checkpoints, read_checkpoint
-from ca2st.training.errors import CheckpointDamagedError
 from ca2st.training.state import MODEL_FILE, put_model_tensors, read_model_tensors
-from ca2st.weights.errors import WeightsDamageError
 from pipelines.draws import EvaluationViews
 from pipelines.loader import EvaluationLoader
 from pipelines.preflight import check_sound, picture_notes, require_sound
@@ -31,7 +31,14 @@ RUN_DOCUMENT = "run"
 """Name of the JSON document in a checkpoint that holds the whole recipe and the class names."""
 SOUND_KEY = "ca2st_audio"
 """Metadata key of an exported model: how the spectrograms that it was trained on were made."""
-_SOUND = TypeAdapter(AudioParameters)
+_MOST_NAME, _FINGERPRINT_CHARACTERS = 60, 8
+
+
+class _StoredDocument(TypedDict):
+    recipe: dict[str, Any]
+    classes: dict[str, list[str]]
+    audio: AudioParameters
+    video: VideoParameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,22 +73,15 @@ def read_run_document(data: bytes, *, where: str) -> RunDocument:
     """What a checkpoint says of its run; `where` names the checkpoint.
 
     Raises:
-        CheckpointDamagedError: it is no such document.
+        DocumentError: it is no such document.
     """
-    try:
-        document = json.loads(data)
-        return RunDocument(
-            recipe=stored_recipe(document["recipe"], where=where),
-            classes=document["classes"],
-            audio=AudioParameters(**document["audio"]),
-            video=VideoParameters(**document["video"]),
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, CA2STError):
-            raise
-        raise CheckpointDamagedError(
-            f"{where}: expected recipe, classes, audio and video in {RUN_DOCUMENT}.json, found {error!r}; restore it"
-        ) from error
+    document = parse_json(data, _StoredDocument, where=f"{where}/{RUN_DOCUMENT}.json")
+    return RunDocument(
+        recipe=stored_recipe(document["recipe"], where=where),
+        classes=document["classes"],
+        audio=document["audio"],
+        video=document["video"],
+    )
 
 
 def sound_metadata(audio: AudioParameters) -> dict[str, str]:
@@ -93,12 +93,9 @@ def parse_sound(text: str, *, where: str) -> AudioParameters:
     """What `sound_metadata` wrote.
 
     Raises:
-        WeightsDamageError: it is something else.
+        DocumentError: it is something else.
     """
-    try:
-        return _SOUND.validate_json(text, strict=True)
-    except ValidationError as error:
-        raise WeightsDamageError(f"{where}: cannot read the metadata key {SOUND_KEY!r}: {error}") from error
+    return parse_json(text, AudioParameters, where=f"{where}: metadata key {SOUND_KEY!r}")
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -148,6 +145,14 @@ def trained_loader(
         world_size=1,
         device=device,
     )
+
+
+def output_of_set(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews, *, what: str) -> Path:
+    """The file in the run folder for what a checkpoint says of a set: another one for every set and choice of views."""
+    folder, manifest = trained.checkpoint.folder, shard_set.manifest
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", f"{manifest.dataset}-{manifest.split}")[:_MOST_NAME]
+    fingerprint = manifest.fingerprint[:_FINGERPRINT_CHARACTERS]
+    return folder.parent.parent / (f"{what}.{folder.name}.{name}-{fingerprint}.{views.clips}x{views.crops}.parquet")
 
 
 def load_trained(path: Path) -> TrainedModel:

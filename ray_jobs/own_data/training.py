@@ -21,8 +21,9 @@ from ray_jobs.own_data.expert_sizes import ExpertSizes, published_sizes, read_ex
 from ray_jobs.own_data.listing import OwnVideos, list_videos
 from ray_jobs.own_data.mistakes import Judgement, judge
 from ray_jobs.own_data.shards import OwnShards, conversion_config, make_shards, run_name, shards_folder
+from ray_jobs.planning.resume_plan import kept_recipe
 from ray_jobs.public_experts import IMPORTED_FOLDER, with_local_experts
-from ray_jobs.running.launch import RECIPE_NAME, launch
+from ray_jobs.running.launch import launch
 from ray_jobs.running.start import start_sound
 from ray_jobs.running.worker import Outcome
 from sharding.conversion import ConversionConfig
@@ -236,8 +237,8 @@ def _refuse_other_videos(run_dir: Path, shards: OwnShards) -> None:
 
     A folder whose shards are gone is left to the run's own record, which knows their hashes.
     """
-    path = run_dir / RECIPE_NAME
-    began = json.loads(path.read_text())["data"]["train"] if path.exists() else None
+    kept = kept_recipe(run_dir)
+    began = None if kept is None else kept.data.train
     if began is None or not (Path(began) / MANIFEST_NAME).exists():
         return
     before, now = read_manifest(Path(began)), read_manifest(shards.sets["train"])

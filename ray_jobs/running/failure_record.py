@@ -12,7 +12,8 @@ import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ca2st.durable import write_bytes
+from ca2st.checked_json import DocumentError, read_json
+from ca2st.durable import open_itself, write_bytes
 from ca2st.errors import CA2STError, DataDamageError, EnvironmentFault, NumericError, UserInputError
 from ca2st.training.errors import OutOfMemoryFault, PeerFailedError, StopNotSavedError
 from ray_jobs.redaction import redacted
@@ -117,9 +118,9 @@ def first_of(kept: FailureRecord | None, new: FailureRecord) -> FailureRecord:
 def read_failure(run_dir: Path) -> FailureRecord | None:
     """What is on record in `run_dir`; None: nothing, or nothing that can be read just now."""
     try:
-        return FailureRecord(**json.loads((run_dir / FAILURE_NAME).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None  # none yet, storage that hiccups, or a record of another version
+        return read_json(run_dir / FAILURE_NAME, FailureRecord)
+    except (OSError, EnvironmentFault, DocumentError):
+        return None  # none yet, storage that hiccups, or a record that is damaged or of another version
 
 
 def forget_failure(run_dir: Path) -> None:
@@ -134,7 +135,7 @@ def keep_failure(run_dir: Path, new: FailureRecord) -> FailureRecord:
     more.
     """
     try:
-        with (run_dir / _LOCK_NAME).open("a") as lock:
+        with open_itself(run_dir / _LOCK_NAME, "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             kept = first_of(read_failure(run_dir), new)
             if kept is new:

@@ -46,8 +46,7 @@ def launch(
     data = preflight(recipe)
     recipe = with_local_experts(recipe, run_dir.parent / IMPORTED_FOLDER, environment.hub_access())
     check_model(recipe, data.classes, run_dir)
-    if (run_dir / RECIPE_NAME).exists():
-        refuse_other_recipe(recipe, run_dir)
+    refuse_other_recipe(recipe, run_dir)
     with locked(run_dir, name=LAUNCH_LOCK_NAME):
         write_bytes(run_dir / RECIPE_NAME, (json.dumps(recipe_document(recipe), indent=1) + "\n").encode())
         if ray_address is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ca2st.checked_json import read_json
 from ca2st.cores import num_cores
 from ca2st.durable import FaultPoints, write_bytes
 from ca2st.errors import CA2STError
@@ -73,7 +74,7 @@ def read_outcome(run_dir: Path) -> Outcome:
     path = run_dir / OUTCOME_NAME
     if not path.exists():
         raise CA2STError(f"{path}: expected after a finished training, found nothing; see {run_dir}/journal.jsonl")
-    return Outcome(**json.loads(path.read_text()))
+    return read_json(path, Outcome)
 
 
 def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Outcome:

@@ -1,12 +1,11 @@
 """From journal lines to the numbers that MLflow gets: pure, but for reading the files."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
-from ca2st.training.journal import read_events
+from ca2st.training.journal import parse_event, read_events
 
 _BATCH_VALUES = 500  # MLflow takes at most 1000 metrics a call
 _NOT_METRICS = frozenset({"event", "attempt", "step", "time", "sample_ids_hash"})
@@ -24,6 +23,14 @@ class Value(NamedTuple):
     milliseconds: int
     """Since 1970."""
     step: int
+
+
+class SystemLine(TypedDict):
+    """A line of ``system/<node>.jsonl``."""
+
+    time: float
+    step: int
+    metrics: dict[str, float | None]
 
 
 def step_values(event: Mapping[str, Any]) -> Iterator[Value]:
@@ -54,26 +61,32 @@ def system_values(line: Mapping[str, Any], node: str) -> Iterator[Value]:
             yield Value(f"{SYSTEM_PREFIX}{node}/{name}", float(value), milliseconds(line), int(line["step"]))
 
 
-def read_batches(path: Path, offset: int) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """Whole lines behind `offset`, in batches small enough for one call, with the offset behind each."""
+def read_batches(path: Path, offset: int, *, kind: type | None = None) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """Whole lines behind `offset`, in batches small enough for one call, with the offset behind each.
+
+    Damaged lines are left out with a warning; `kind` as for `parse_event`.
+    """
     if not path.exists():
         return
     batch: list[dict[str, Any]] = []
-    num_values = 0
+    num_values, begin = 0, offset
     with path.open("rb") as file:
         file.seek(offset)
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            event = json.loads(line)
+            event = parse_event(line, where=f"{path}: line at byte {offset}", kind=kind)
+            if event is None:
+                offset += len(line)
+                continue
             size = len(event) + sum(len(value) for value in event.values() if isinstance(value, dict))
             if batch and num_values + size > _BATCH_VALUES:
                 yield batch, offset
-                batch, num_values = [], 0
+                batch, num_values, begin = [], 0, offset
             batch.append(event)
             num_values += size
             offset += len(line)
-    if batch:
+    if batch or offset > begin:
         yield batch, offset
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from ca2st.durable import open_itself
 from ca2st.training.documents import flatten
 from ray_jobs import environment
 from ray_jobs.config.recipe import Recipe, recipe_document
@@ -45,7 +46,7 @@ def followed(recipe: Recipe, run_dir: Path, data: TrainingData) -> Iterator[None
     if not recipe.tracking.enabled:  # `ca2st track sync` can send it later
         yield
         return
-    with (run_dir / "follower.log").open("ab") as log:
+    with open_itself(run_dir / "follower.log", "ab") as log:
         follower = _start_follower(run_dir, log)
     try:
         yield

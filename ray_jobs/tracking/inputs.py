@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ca2st.checked_json import read_json
 from ca2st.durable import write_bytes
 from ray_jobs.redaction import without_credentials
 
@@ -43,7 +44,7 @@ def keep_inputs(run_dir: Path, data: "TrainingData") -> None:
 def read_inputs(run_dir: Path) -> list[dict[str, Any]]:
     """What `keep_inputs` wrote, a set an entry; none in a folder of a version that kept nothing."""
     path = run_dir / INPUTS_NAME
-    return json.loads(path.read_text()) if path.exists() else []
+    return read_json(path, list[dict[str, Any]]) if path.exists() else []
 
 
 def log_inputs(client: "MlflowClient", run_id: str, run_dir: Path) -> None:

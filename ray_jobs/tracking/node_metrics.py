@@ -19,7 +19,9 @@ from typing import Any, Self
 
 import psutil  # type: ignore[import-untyped]  # has none
 
+from ca2st.durable import open_itself
 from ca2st.training.journal import cut_torn_end, read_events
+from ray_jobs.tracking.events import SystemLine
 
 SYSTEM_FOLDER = "system"
 _MEGABYTE = 1e6
@@ -67,7 +69,7 @@ class NodeMetrics:
 
     def _write_lines(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
+        with open_itself(self.path, "ab") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -170,7 +172,7 @@ def node_files(run_dir: Path) -> dict[str, Path]:
 
 def _next_number(path: Path) -> int:
     """Measurements count on over the attempts of a run."""
-    return max((int(line["step"]) for line in read_events(path)), default=-1) + 1
+    return max((int(line["step"]) for line in read_events(path, kind=SystemLine)), default=-1) + 1
 
 
 def _line(number: int, metrics: Mapping[str, float]) -> bytes:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ca2st.durable import open_itself
 from ca2st.errors import CA2STError, UserInputError
 from ca2st.training.journal import JOURNAL_NAME
 from ca2st.training.lock import LOCK_NAME as RUN_LOCK_NAME
@@ -35,7 +36,7 @@ _LOOK_AGAIN_SECONDS = (0.0, 0.05, 0.1)
 @contextlib.contextmanager
 def alive(run_dir: Path) -> Iterator[None]:
     """Show that a follower of this run lives; several may. The kernel takes the sign away however it ends."""
-    with (run_dir / FOLLOWER_LOCK_NAME).open("a") as file:
+    with open_itself(run_dir / FOLLOWER_LOCK_NAME, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
 

@@ -1,11 +1,11 @@
 """What a run folder tells of its training, read without torch: by whoever sends the run to MLflow."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from ca2st.checked_json import read_json
 from ca2st.training.checkpoint import CHECKPOINTS_NAME, list_checkpoints
 from ca2st.training.journal import JOURNAL_NAME, read_events
 from ray_jobs.config.tracking import model_name
@@ -109,7 +109,7 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
 
 def read_recipe(folder: Path) -> dict[str, Any]:
     """The resolved recipe of a run folder; raises as `read_run`."""
-    return dict(json.loads((folder / RECIPE_NAME).read_text()))
+    return read_json(folder / RECIPE_NAME, dict[str, Any])
 
 
 def registered_name(recipe: Mapping[str, Any]) -> str | None:
@@ -128,9 +128,17 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def class_names(checkpoint: Path) -> dict[str, list[str]]:
     """Class names of each target; empty where the checkpoint keeps none."""
     path = checkpoint / _CLASSES_DOCUMENT
-    return dict(json.loads(path.read_text())["classes"]) if path.exists() else {}
+    return read_json(path, _Classes)["classes"] if path.exists() else {}
+
+
+class _Classes(TypedDict):
+    classes: dict[str, list[str]]
 
 
 def _tags(folder: Path) -> dict[str, str]:
     path = folder / STATE_NAME
-    return dict(json.loads(path.read_text())["tags"]) if path.exists() else {}
+    return read_json(path, _Tags)["tags"] if path.exists() else {}
+
+
+class _Tags(TypedDict):
+    tags: dict[str, str]

@@ -15,6 +15,7 @@ from ray_jobs.redaction import redacted
 from ray_jobs.tracking.client import knock, open_client, reachable, whole_uri
 from ray_jobs.tracking.complaints import StoreError
 from ray_jobs.tracking.events import (
+    SystemLine,
     Value,
     begin_milliseconds,
     milliseconds,
@@ -152,7 +153,7 @@ class Sender:
     def _send_system(self, client: "MlflowClient", run_id: str, progress: Progress) -> tuple[int, Progress]:
         sent = 0
         for path in self._system_files():
-            for lines, end_offset in read_batches(path, progress.system_bytes.get(path.name, 0)):
+            for lines, end_offset in read_batches(path, progress.system_bytes.get(path.name, 0), kind=SystemLine):
                 values = [value for line in lines for value in system_values(line, path.stem)]
                 sent += self._metrics.write(client, run_id, values)
                 progress = replace(progress, system_bytes={**progress.system_bytes, path.name: end_offset})

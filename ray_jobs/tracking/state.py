@@ -6,19 +6,22 @@ whoever sends and holds the sender's lock.
 
 import fcntl
 import json
+import logging
 import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from ca2st.durable import write_bytes
+from ca2st.checked_json import DocumentError, read_json
+from ca2st.durable import open_itself, write_bytes
 from ca2st.errors import UserInputError
 from ca2st.training.journal import JOURNAL_NAME
 from ray_jobs.errors import TrackingUnavailableError
 
+_LOGGER = logging.getLogger(__name__)
 STATE_NAME = "tracking.json"
 PROGRESS_NAME = "tracking_progress.json"
 LOCK_NAME = "tracking.lock"
@@ -77,9 +80,14 @@ class TrackingState:
 
 def open_tracking(run_dir: Path, state: TrackingState) -> TrackingState:
     """Keep `state` beside the journal; of a run that is resumed the names stay, settings and tags are the new ones."""
-    if (run_dir / STATE_NAME).exists():
-        separate_copy(run_dir)
-        kept = read_state(run_dir)
+    kept = None
+    try:
+        if (run_dir / STATE_NAME).exists():
+            separate_copy(run_dir)
+            kept = read_state(run_dir)
+    except DocumentError as error:
+        _LOGGER.warning("DAMAGED %s; it is written anew, and MLflow may get a new run", error)
+    if kept is not None:
         state = replace(kept, uri=state.uri, params=state.params, tags={**kept.tags, **state.tags})
     document = asdict(state)
     del document["progress"]
@@ -100,7 +108,7 @@ def separate_copy(run_dir: Path) -> Path | None:
     origin = Path(kept.tags.get(FOLDER_TAG, run_dir))
     try:
         is_copy = not origin.samefile(run_dir) and read_state(origin).key == kept.key
-    except (OSError, UserInputError):  # moved, or of another machine
+    except (OSError, UserInputError, DocumentError):  # moved, or of another machine
         return None
     if not is_copy:
         return None
@@ -119,12 +127,15 @@ def read_state(run_dir: Path) -> TrackingState:
 
     Raises:
         UserInputError: the folder has none: no training with tracking was started there.
+        DocumentError: it is not what was written; the next start in the folder writes it anew.
     """
     path = run_dir / STATE_NAME
     try:
-        return TrackingState(**json.loads(path.read_text()), progress=_read_progress(run_dir))
+        return replace(read_json(path, TrackingState), progress=_read_progress(run_dir))
     except FileNotFoundError:
         raise UserInputError(f"{path}: no such file; expected the folder of a training run") from None
+    except DocumentError as error:
+        raise DocumentError(f"{error}; rerun the training's command, which writes the file anew") from error
 
 
 def write_progress(run_dir: Path, progress: Progress) -> None:
@@ -165,7 +176,7 @@ def one_sender(run_dir: Path, *, wait_seconds: float) -> Iterator[None]:
         UserInputError: no training with tracking was started there.
     """
     read_state(run_dir)
-    with (run_dir / LOCK_NAME).open("a") as file:
+    with open_itself(run_dir / LOCK_NAME, "ab") as file:
         deadline = time.monotonic() + wait_seconds
         while True:
             try:
@@ -182,11 +193,17 @@ def one_sender(run_dir: Path, *, wait_seconds: float) -> Iterator[None]:
 
 
 def _read_progress(run_dir: Path) -> Progress:
+    """How far it is; of a damaged file nothing, since what is sent twice MLflow keeps once."""
     path = run_dir / PROGRESS_NAME
-    if not path.exists():
+    try:
+        return read_json(path, Progress)
+    except FileNotFoundError:
         return Progress()
-    document = json.loads(path.read_text())
-    return Progress(**{**document, "pending": tuple(document["pending"])})
+    except DocumentError as error:
+        _LOGGER.warning("DAMAGED %s; it is set aside, and all of the journal is sent to MLflow again", error)
+        with suppress(OSError):
+            path.replace(path.with_name(f"{PROGRESS_NAME}.damaged"))
+        return Progress()
 
 
 def _write(path: Path, document: Mapping[str, object]) -> None:

@@ -121,7 +121,9 @@ def make_row(root: Path, model: str) -> ComparisonRow:
     recipe = tiny_recipe(root / "train")
     document = recipe_document(replace(recipe, model=replace(recipe.model, **COMPARED[model].changes)))
     (folder / "recipe.json").write_text(json.dumps(document))
-    steps = [{"event": "step", "step": step, "loss": 4.2 - step / 10} for step in range(1, 11)]
+    steps = [
+        {"event": "step", "attempt": 1, "time": 1.0, "step": step, "loss": 4.2 - step / 10} for step in range(1, 11)
+    ]
     (folder / "journal.jsonl").write_text("".join(json.dumps(step, separators=(",", ":")) + "\n" for step in steps))
     write_predictions(folder / "predictions.parquet", model)
     return ComparisonRow(

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from ca2st.checked_json import DocumentError
 from ca2st.durable import NO_FAULTS
 from ca2st.errors import UserInputError
-from ca2st.weights.errors import WeightsDamageError
 from ca2st.weights.exporter import export_model
 from pipelines.draws import EvaluationViews
 from ray_jobs.config.data import MixtureSet
@@ -173,7 +173,7 @@ def test_a_start_says_nothing_of_sounds_where_it_does_not_hear_or_does_not_tell(
     export_model(tiny_model("audio"), tmp_path / "wrong.safetensors", notes={SOUND_KEY: '{"policy": 3}'})
     found = {name: start_sound(tmp_path / f"{name}.safetensors") for name in ("deaf", "mute", "told", "gone")}
     assert found == {"deaf": None, "mute": None, "told": audio, "gone": None}
-    with pytest.raises(WeightsDamageError, match=f"cannot read the metadata key '{SOUND_KEY}'"):
+    with pytest.raises(DocumentError, match=f"metadata key '{SOUND_KEY}': policy: expected a text, found 3"):
         start_sound(tmp_path / "wrong.safetensors")
 
 
