@@ -5,14 +5,17 @@ Exit codes: 0 done, 1 a fault of ours, 2 user input, 3 damaged data, 4 environme
 """
 
 import contextlib
+import errno
 import sys
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import typer
+import typer.core
 
 from ca2st import __version__
 from ca2st.durable import is_environment_error, what_is_needed
-from ca2st.errors import CA2STError, EnvironmentFault
+from ca2st.errors import CA2STError, EnvironmentFault, UserInputError
 from ray_jobs.commands import (
     bench,
     compare,
@@ -29,11 +32,29 @@ from ray_jobs.commands import (
     train,
     weights,
 )
-from ray_jobs.console import show_log, stdout_for_results
+from ray_jobs.console import say, show_log, stdout_for_results
 from ray_jobs.environment import wait_passively
+
+_INTERRUPTED = 130
+_OF_A_NAME = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""What is wrong with a name, not with the machine."""
+
+
+class _Commands(typer.core.TyperGroup):
+    """Says what Ctrl-C leaves; typer alone would end without a word."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # typer's own name for click's context
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say("interrupted; rerun the same command to go on where it stopped")
+            raise typer.Exit(_INTERRUPTED) from None
+
 
 app = typer.Typer(
     name="ca2st",
+    cls=_Commands,
     help="Holistic video recognition: videos and annotations in, a trained, tracked, resumable model out.",
     no_args_is_help=True,
     add_completion=False,
@@ -83,13 +104,21 @@ def main() -> None:
     except CA2STError as error:
         _end(error, error.exit_code)
     except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        if error.errno in _OF_A_NAME and _is_given(error.filename, sys.argv[1:]):
+            told = UserInputError(f"{place}{error.strerror}; check the name that was given")
+            _end(told, told.exit_code)
         if not is_environment_error(error):
             raise
-        place = f"{error.filename}: " if error.filename else ""
         _end(EnvironmentFault(f"{place}{error.strerror}; {what_is_needed(error)}"), EnvironmentFault.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; rerun the same command to go on where it stopped\n")
-        sys.exit(130)
+    except KeyboardInterrupt:  # before or after the command itself
+        sys.exit(_INTERRUPTED)
+
+
+def _is_given(filename: object, arguments: Sequence[str]) -> bool:
+    """Whether a name lies below, or is, one that stands on the command line."""
+    names = [name for argument in arguments for name in (argument, argument.rpartition("=")[2]) if len(name) > 1]
+    return isinstance(filename, str) and any(name.strip("'\"") in filename for name in names)
 
 
 def _end(error: Exception, exit_code: int) -> NoReturn:

@@ -1,6 +1,7 @@
 """What a command shows: progress bars on a terminal, plain lines otherwise, facts as JSON on stdout."""
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -20,6 +21,9 @@ _results: list[TextIO] = []
 
 def show_log() -> None:
     """Print our packages' log lines and everybody's warnings on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding has no letters for
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger().handlers[0].addFilter(_Once())
     for package in ("ca2st", "pipelines", "ray_jobs", "sharding"):
@@ -43,15 +47,12 @@ class _Once(logging.Filter):
 
 def say(text: str) -> None:
     """A line for the person, on stderr: stdout is for results."""
-    sys.stderr.write(f"{text}\n")  # in its workers Ray Train replaces print by one that says all twice
-    sys.stderr.flush()
+    _write(text, sys.stderr)
 
 
 def result(text: str) -> None:
     """A line of the command's result, on stdout."""
-    stream = _results[-1] if _results else sys.stdout
-    stream.write(f"{text}\n")
-    stream.flush()
+    _write(text, _results[-1] if _results else sys.stdout)
 
 
 def print_json(facts: object) -> None:
@@ -77,7 +78,7 @@ def stdout_for_results() -> Iterator[None]:
             _results.pop()
         return
     own.flush()
-    with os.fdopen(os.dup(number), "w", encoding="utf-8") as results:
+    with os.fdopen(os.dup(number), "w", encoding="utf-8", errors="backslashreplace") as results:
         os.dup2(sys.stderr.fileno(), number)
         _results.append(results)
         try:
@@ -86,6 +87,17 @@ def stdout_for_results() -> Iterator[None]:
             _results.pop()
             own.flush()
             os.dup2(results.fileno(), number)
+
+
+def _write(text: str, stream: TextIO) -> None:
+    """A line; where nobody reads any more (``| head``) the command goes on and ends with its own exit code."""
+    try:
+        stream.write(f"{text}\n")  # in its workers Ray Train replaces print by one that says all twice
+        stream.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # what is written later, at the end too, fails no more
+        os.close(nowhere)
 
 
 def _plain(value: object) -> object:

@@ -6,6 +6,21 @@ from pathlib import Path
 from ca2st.errors import UserInputError
 
 
+def require_folder_place(path: Path, option: str) -> None:
+    """Refuse a folder that cannot be one: a file has its name, or that of a folder above it.
+
+    Raises:
+        UserInputError: as said, or the name is longer than any may be.
+    """
+    for place in (path, *path.parents):
+        try:
+            found = place.exists()
+        except OSError as error:
+            raise UserInputError(f"{option}: expected the name of a folder, found {path}: {error.strerror}") from error
+        if found and not place.is_dir():
+            raise UserInputError(f"{option}: expected a folder, found the file {place}; choose another name")
+
+
 def require_writable_place(path: Path, option: str) -> None:
     """Refuse a file that could not get its name at the end.
 

@@ -49,7 +49,7 @@ class RejectBudget:
         Raises:
             UserInputError: neither.
         """
-        if re.fullmatch(r"\d+", text):
+        if re.fullmatch(r"\d{1,18}", text):
             return cls(count=int(text))
         if re.fullmatch(r"\d+(\.\d+)?%", text):
             return cls(fraction=float(text[:-1]) / 100)

@@ -8,6 +8,7 @@ import typer
 
 from ca2st.errors import UserInputError
 from ray_jobs.commands.partner_options import refuse_without_ray
+from ray_jobs.output_file import require_folder_place
 
 if TYPE_CHECKING:
     from ray_jobs.config.recipe import Recipe
@@ -49,6 +50,8 @@ def train(
     if ray_address != "local" and not ray:
         raise UserInputError(f"--ray-address {ray_address}: expected --ray beside it; without, Ray is not used at all")
     refuse_without_ray(accept_open_ray=open_ray, ray=ray)
+    if out is not None:
+        require_folder_place(out, "--out")
     settings = with_options(overrides, data=data, workers=workers)
     if data_folder is not None and recipe is None and data is None:
         _train_own_videos(

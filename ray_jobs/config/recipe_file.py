@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import pydantic
@@ -17,6 +18,10 @@ from ray_jobs.config.mistakes import dates_in, place_of, told
 from ray_jobs.config.recipe import Recipe, recipe_from_document
 from ray_jobs.config.toml_lines import key_lines
 from ray_jobs.errors import RecipeError
+
+_MOST_NESTED = 20
+_MOST_NAME_BYTES = 200
+_NOT_IN_NAMES = re.compile(r"[/\x00-\x1f\x7f]")
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -29,11 +34,16 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     text, source = read_recipe(name_or_path)
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise RecipeError(f"{source}: expected sections in sections at most {_MOST_NESTED} deep, found more") from None
+    except ValueError as error:  # TOMLDecodeError is one; a number of thousands of digits gives another
         raise RecipeError(f"{source}: not valid TOML: {error}") from error
     for override in overrides:
         _apply_override(document, override)
+    if _is_deeper(document, _MOST_NESTED):
+        raise RecipeError(f"{source}: expected sections in sections at most {_MOST_NESTED} deep, found more")
     lines = key_lines(text)
+    _check_name(document.get("name"), place_of("name", source=source, lines=lines, overrides=overrides))
     if dates := list(dates_in(document)):
         raise RecipeError(
             "\n".join(
@@ -52,6 +62,28 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     except pydantic.ValidationError as error:
         mistakes = list(_every_mistake(document, error, source=source, lines=lines, overrides=overrides))
         raise RecipeError("\n".join(dict.fromkeys(mistakes))) from error
+
+
+def _check_name(name: object, where: str) -> None:
+    """Refuse a name that is no name of a folder: it would lead out of the runs' folder, or could not be made."""
+    if not isinstance(name, str):
+        return  # told with the other mistakes
+    if not name or name in (".", "..") or len(name.encode()) > _MOST_NAME_BYTES or _NOT_IN_NAMES.search(name):
+        raise RecipeError(
+            f"{where}: name: expected a name for the run's folder, without / and of at most {_MOST_NAME_BYTES} bytes, "
+            f"found {shortened(name)}"
+        )
+
+
+def _is_deeper(document: Any, most: int) -> bool:
+    """Whether tables and lists lie in each other more than `most` deep; without recursion."""
+    level = [document]
+    for _ in range(most + 1):
+        inner = [value for one in level for value in (one.values() if isinstance(one, dict) else one)]
+        level = [value for value in inner if isinstance(value, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _every_mistake(
@@ -131,7 +163,12 @@ def read_recipe(name_or_path: str) -> tuple[str, str]:
     """
     path = Path(name_or_path)
     if path.is_file():
-        return path.read_text(encoding="utf-8"), str(path)
+        try:
+            return path.read_text(encoding="utf-8-sig"), str(path)  # some editors of Windows begin with a mark
+        except UnicodeDecodeError as error:
+            raise RecipeError(
+                f"{path}: expected UTF-8 text, found other bytes at byte {error.start}; save it as UTF-8"
+            ) from error
     name = name_or_path if name_or_path.endswith(".toml") else f"{name_or_path}.toml"
     known = known_recipes()
     if name in known:
@@ -144,12 +181,18 @@ def read_recipe(name_or_path: str) -> tuple[str, str]:
 def _apply_override(document: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise RecipeError(f"--set: expected section.key=value, found {override!r}")
+        raise RecipeError(f"--set: expected section.key=value, found {shortened(override)}")
+    *tables, key = path.split(".")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
-    *tables, key = path.split(".")
+    except (ValueError, RecursionError):
+        raise RecipeError(
+            f"--set {shortened(override)}: expected a value of a recipe, found no such number or list"
+        ) from None
+    if len(tables) > _MOST_NESTED:
+        raise RecipeError(f"--set {shortened(override)}: expected at most {_MOST_NESTED} sections in sections")
     for table in tables:
         inner = document.setdefault(table, {})
         if not isinstance(inner, dict):

@@ -130,8 +130,11 @@ def read_state(run_dir: Path) -> TrackingState:
         DocumentError: it is not what was written; the next start in the folder writes it anew.
     """
     path = run_dir / STATE_NAME
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserInputError(f"{run_dir}: expected the folder of a training run, found a file")
+    progress = _read_progress(run_dir)
     try:
-        return replace(read_json(path, TrackingState), progress=_read_progress(run_dir))
+        return replace(read_json(path, TrackingState), progress=progress)
     except FileNotFoundError:
         raise UserInputError(f"{path}: no such file; expected the folder of a training run") from None
     except DocumentError as error:

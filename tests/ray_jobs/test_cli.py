@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,35 @@ REFUSALS = {
         "--spatial resnet50: expected a model with a spatial expert, found audio, which has audio; leave --spatial out",
     ),
     "a golden file that is not there": (["weights", "check-golden", "nowhere.safetensors"], "nowhere.safetensors"),
+    "a run folder that is another's file": (
+        ["train", "smoke", "--out", "/dev/null"],
+        "--out: expected a folder, found",
+    ),
+    "a run folder below a file": (["train", "smoke", "--out", "/dev/null/x"], "expected a folder, found the file"),
+    "a file for a run folder": (["track", "sync", "/dev/null"], "expected the folder of a training run, found a file"),
+    "a name that is too long": (["train", "smoke", "--out", "x" * 300], "File name too long"),
+    "a recipe that is too long a name": (["train", "x" * 300], "File name too long; check the name"),
+    "a video that is too long a name": (["predict", "nowhere", "x" * 300], "File name too long; check the name"),
+    "a number of thousands of digits": (
+        ["train", "smoke", "--set", f"training.seed={'9' * 5000}"],
+        "expected a value of a recipe",
+    ),
+    "sections in thousands of sections": (["train", "smoke", "--set", "a." * 3000 + "b=1"], "at most 20 sections"),
+    "lists in thousands of lists": (["train", "smoke", "--set", f"a={'[' * 3000}"], "expected a value of a recipe"),
+    "a run that would lie elsewhere": (
+        ["train", "smoke", "--set", 'name="../../x"'],
+        "expected a name for the run's folder, without /",
+    ),
+    "a run without a name": (["train", "smoke", "--set", 'name=""'], "expected a name for the run's folder"),
+    "more views than fit": (["predict", "x", "y", "--views", "100x100"], "expected at most 100 views a sample"),
+    "a size of thousands of digits": (
+        ["shard", "build", "--dataset", "folder", "--media", ".", "--out", "set", "--shard-size", "9" * 5000],
+        "expected a number with a unit",
+    ),
+    "rejects of thousands of digits": (
+        ["shard", "build", "--dataset", "folder", "--media", ".", "--out", "set", "--max-rejects", "9" * 5000],
+        "expected",
+    ),
     "a run folder that is not there": (["track", "sync", "nowhere"], "expected the folder of a training run"),
 }
 
@@ -194,6 +224,51 @@ def test_bad_input_is_told_in_a_line_and_leaves_nothing(
     assert "Traceback" not in err
     assert told in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'\xff\xfename = "a"', "expected UTF-8 text, found other bytes at byte 0; save it as UTF-8"),
+        (b"a = " + b"[" * 5000, "at most 20 deep, found more"),
+        (b"[" + b"a." * 3000 + b"b]\nc = 1", "at most 20 deep, found more"),
+        (b"seed = " + b"9" * 5000, "not valid TOML"),
+        (b'\xef\xbb\xbfname = "a"', "training: required, but not given"),
+    ],
+)
+def test_a_recipe_that_is_none_is_told_in_a_line(ca2st: Command, tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "r.toml").write_bytes(text)
+    code, out, err = ca2st("train", tmp_path / "r.toml", "--dry-run")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_goes_away_changes_no_exit_code() -> None:
+    command = f"{sys.executable} -m ray_jobs.cli model presets --json | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "annotations.csv")  # whoever opens it waits for a writer
+    arguments = [
+        "shard",
+        "build",
+        "--dataset",
+        "csv",
+        "--annotations",
+        tmp_path / "annotations.csv",
+        "--media",
+        tmp_path,
+    ]
+    command = [sys.executable, "-m", "ray_jobs.cli", *map(str, arguments), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        writer = os.open(tmp_path / "annotations.csv", os.O_WRONLY)  # returns once the command reads
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        os.close(writer)
+    assert (process.returncode, err) == (130, "interrupted; rerun the same command to go on where it stopped\n")
 
 
 def test_a_wrong_csv_row_is_told_with_file_line_and_column(ca2st: Command, tmp_path: Path) -> None:
