@@ -4,13 +4,11 @@ Kept afterwards: four bytes a selected sample where some are left out, and two (
 classes are balanced. While it runs, a limit takes eight more.
 """
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ca2st.errors import UserInputError
@@ -21,6 +19,7 @@ from pipelines.shard_files import read_index_bytes
 from pipelines.shard_store import ShardStore, open_store
 from pipelines.source import SampleSource
 from sharding.manifest import LabelSpace
+from sharding.parquet import read_parquet
 from sharding.shard_set import ShardEntry, ShardSet
 
 
@@ -140,11 +139,11 @@ def _columns(
 ) -> tuple[list[str] | None, NDArray[np.int64]]:
     wanted = ["key", "labels"] if with_keys else ["labels"]
     try:
-        file = pq.ParquetFile(io.BytesIO(read_index_bytes(shard_set, shard, store=store)), pre_buffer=False)
-        table = file.read(columns=wanted, use_threads=False)
+        data = read_index_bytes(shard_set, shard, store=store)
+        table = read_parquet(data, columns=wanted, num_rows=shard.num_samples)
         flat = table.column("labels").combine_chunks().flatten().to_numpy(zero_copy_only=False)
         labels = flat.astype(np.int64).reshape(shard.num_samples, len(shard_set.manifest.label_spaces))
-    except (pa.ArrowException, ValueError, KeyError) as error:
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise ShardSetDamageError(
             f"{shard.index_name}: not this shard's index ({error}); convert the set again"
         ) from error

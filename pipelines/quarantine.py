@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from ca2st.checked_json import DocumentError, read_json
 from ca2st.durable import write_bytes
 from ca2st.errors import EnvironmentFault
 from pipelines.errors import QuarantineBudgetError
@@ -122,8 +123,8 @@ def quarantine_limit(*, budget: int, percent: float, num_samples: int) -> int:
 
 def _read(path: Path) -> QuarantinedSample:
     try:
-        return QuarantinedSample(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
+        return read_json(path, QuarantinedSample)
+    except (OSError, EnvironmentFault, DocumentError) as error:
         raise EnvironmentFault(f"{path}: not a quarantined sample ({error}); remove it") from error
 
 

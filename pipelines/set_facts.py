@@ -1,19 +1,18 @@
 """What a shard set holds, in numbers: read from its indexes alone, no video is opened."""
 
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.errors import ShardSetDamageError
 from pipelines.shard_files import read_index_bytes
 from pipelines.shard_store import open_store
 from sharding.manifest import LabelSpace
+from sharding.parquet import read_parquet
 from sharding.shard_set import ShardEntry, ShardSet
 
 _COLUMNS = ("labels", "num_frames", "duration_seconds", "has_audio", "mel_rows", "video_bytes", "mel_bytes")
@@ -114,8 +113,8 @@ def _tables(shard_set: ShardSet) -> Iterator[tuple[ShardEntry, pa.Table]]:
     for shard in shard_set.shards:
         data = read_index_bytes(shard_set, shard, store=store)
         try:
-            yield shard, pq.read_table(io.BytesIO(data), columns=list(_COLUMNS), use_threads=False)
-        except (pa.ArrowException, ValueError, KeyError) as error:
+            yield shard, read_parquet(data, columns=_COLUMNS, num_rows=shard.num_samples)
+        except (pa.ArrowException, ValueError, OSError) as error:
             raise ShardSetDamageError(f"{shard.index_name}: not an index ({error}); convert the set again") from error
 
 

@@ -137,6 +137,11 @@ class ShardCutter:
         return ShardRange(first=self._first, end=self._end, rejects=rejects)
 
     @property
+    def depends_end(self) -> int:
+        """Position behind the last source on which the shard last cut depends: the sample that no longer fitted."""
+        return self._last_end if self._next is None else self._next[0] + 1
+
+    @property
     def rejects_without_shard(self) -> list[Reject]:
         """Rejects behind the last sample that no shard has taken."""
         return list(self._before_next)

@@ -97,6 +97,8 @@ class ConversionConfig:
     """More rejects than this and no manifest is written."""
     strict: bool = False
     """Refuse notes that question the data (see `sharding.notes`): no manifest is written."""
+    update: bool = False
+    """Convert again what changed since a set was finished; otherwise such a set is refused and stays as it is."""
     clip_timeout_seconds: float = 300.0
     """Wall time for one clip before it counts as a ``timeout`` reject."""
     clip_memory_bytes: int = 4 * 2**30

@@ -4,6 +4,10 @@ Rerunning resumes at the first shard that is not complete. The bytes depend on t
 tool versions alone: not on the number of workers, an interruption, the hash seed or the date.
 """
 
+import errno
+import functools
+import logging
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -13,11 +17,12 @@ from functools import partial
 from pathlib import Path
 
 from ca2st.durable import NO_FAULTS, FaultPoints, sweep_temporaries
+from ca2st.errors import EnvironmentFault
 from sharding.assembly import Outcome, ShardCutter, assemble
 from sharding.completion import ConversionReport, check_notes, count_notes, require_within_budget, write_manifest
-from sharding.conversion import ConversionConfig, conversion_identity
+from sharding.conversion import ConversionConfig, conversion_identity, estimate_storage
 from sharding.decode_child import ClipJob, EncodedClip, encode_clip
-from sharding.errors import ShardDamageError
+from sharding.errors import ConversionRefusedError, ShardDamageError
 from sharding.folder_lock import folder_lock
 from sharding.manifest import MANIFEST_NAME
 from sharding.preflight import check_source, output_folder
@@ -32,9 +37,22 @@ from sharding.resume import (
 )
 from sharding.shard_set import read_shard_set
 from sharding.source import SourceList
+from sharding.source_states import (
+    SOURCES_NAME,
+    ShardSources,
+    State,
+    append_sources,
+    changed_sources,
+    changes_in_words,
+    read_sources,
+    state_of,
+    write_sources,
+)
+from sharding.verify import shard_problems
 from sharding.workers import ClipPool, DecodePool
 from sharding.writer import StoredSample, write_shard
 
+_log = logging.getLogger(__name__)
 OpenPool = Callable[[], AbstractContextManager[ClipPool]]
 """Opens a pool for the clips of one conversion; leaving it ends everything that it started."""
 
@@ -76,7 +94,8 @@ def convert(
     Raises:
         UserInputError: no samples, or every one of them rejected, and nothing is left behind; or `config.strict`, and
             notes question the data.
-        ConversionRefusedError: `out` holds something else, or another process converts into it.
+        ConversionRefusedError: `out` holds something else, another process converts into it, or it holds a finished
+            set and sources changed since (`config.update` converts them again).
         RejectBudgetError: more rejects than `config.max_rejects`; they are listed in ``rejects.jsonl``, no manifest.
         ShardDamageError: `out` holds a finished set that is damaged.
         EnvironmentFault: the folder cannot be written.
@@ -116,21 +135,37 @@ class _Conversion:
         self._faults, self._progress, self._pool = faults, progress, pool
         self._identity = conversion_identity(source, config)
         self._done: list[DoneShard] = []
+        self._known: dict[str, ShardSources] = {}
+        self._states: dict[int, State] = {}  # of the sources of shards that are not written yet
         self._noted: dict[str, dict[str, None]] = {}  # ids by kind of note, of this run, each once
         self._num_converted = self._num_rejected = 0
         self._started = time.monotonic()
 
     def run(self) -> ConversionReport:
+        self._known = read_sources(self._out)
         if (self._out / MANIFEST_NAME).exists():
-            return self._finished_before()
-        self._done = done_shards(self._out, self._identity)
+            report = self._finished_before()
+            if not self._sources_changed():
+                return report
+            (self._out / MANIFEST_NAME).unlink()
+        else:
+            self._done = done_shards(self._out, self._identity, self._source, is_whole=self._is_whole)
+            self._sources_changed()
         with self._pool() as pool:
             self._drop_shards_with_other_rejects(pool)
             remove_shards_from(self._out, len(self._done))
-            leftover = self._convert_rest(pool)
+            write_sources(self._out, self._known_of_done())
+            self._warn_of_space()
+            try:
+                leftover = self._convert_rest(pool)
+            except EnvironmentFault as fault:
+                if getattr(fault.__cause__, "errno", None) == errno.ENOSPC:
+                    fault.add_note(f"about {self._bytes_to_come() / 1e6:.0f} MB are still to come; rerun to go on")
+                raise
         rejects = [Reject(**reject) for shard in self._done for reject in shard.covers.rejects] + leftover
         require_within_budget(rejects, self._source, budget=self._config.max_rejects, out=self._out)
         check_notes(self._source, self._config, self._done, {kind: tuple(ids) for kind, ids in self._noted.items()})
+        write_sources(self._out, self._known_of_done())
         write_manifest(
             self._out,
             self._done,
@@ -157,6 +192,55 @@ class _Conversion:
         check_notes(self._source, self._config, self._done)
         return self._report(shards.manifest.rejected)
 
+    def _is_whole(self, shard: DoneShard) -> bool:
+        """Whether a shard is as it was written: by the hash of its index kept beside it, else by every byte of it."""
+        known = self._known.get(shard.entry.name)
+        if known is not None:
+            return known.index_sha256 == shard.entry.index_sha256 and known.first == shard.covers.first
+        return not shard_problems(self._out, shard.entry, self._source.label_spaces)
+
+    def _sources_changed(self) -> bool:
+        """Whether sources are other files than when the shards were made; from the first of these shards on all go.
+
+        Raises:
+            ConversionRefusedError: the set is finished, and `config.update` is not given.
+        """
+        state = functools.cache(state_of)
+        for number, shard in enumerate(self._done):
+            known = self._known.get(shard.entry.name)
+            if known is None or not changed_sources(known, self._source, state):
+                continue
+            words = changes_in_words(self._known_of_done(), self._source, state)
+            if (self._out / MANIFEST_NAME).exists() and not self._config.update:
+                raise ConversionRefusedError(
+                    f"{self._out}: holds a finished set, but {words} changed since; to convert again from "  # noqa: S608  # words, no SQL
+                    f"{shard.entry.name} on give --update (runs begun on this set will not resume on the new one), or "
+                    f"choose another --out; if only times changed, remove {self._out / SOURCES_NAME} to keep the set"
+                )
+            _log.warning("%s changed since they were converted: converting again from %s", words, shard.entry.name)
+            del self._done[number:]
+            return True
+        return False
+
+    def _known_of_done(self) -> list[ShardSources]:
+        return [self._known[shard.entry.name] for shard in self._done if shard.entry.name in self._known]
+
+    def _bytes_to_come(self) -> float:
+        """Estimated size of what is not converted yet."""
+        total = len(self._source.samples)
+        num_done = self._done[-1].covers.end if self._done else 0
+        return estimate_storage(self._source, self._config).total_bytes * (total - num_done) / total
+
+    def _warn_of_space(self) -> None:
+        needed, free = self._bytes_to_come(), shutil.disk_usage(self._out).free
+        if needed > free:
+            _log.warning(
+                "%s: about %.0f MB are to be written (an estimate), and %.0f MB are free there",
+                self._out,
+                needed / 1e6,
+                free / 1e6,
+            )
+
     def _drop_shards_with_other_rejects(self, pool: ClipPool) -> None:
         """Try the rejects of complete shards again: where a source was repaired, go on from its shard."""
         for number, shard in enumerate(self._done):
@@ -164,8 +248,12 @@ class _Conversion:
                 continue
             positions = [reject["position"] for reject in shard.covers.rejects]
             before = [(reject["reason"], reject["what"]) for reject in shard.covers.rejects]
-            if [_fault(outcome) for _, outcome in self._outcomes(pool, positions)] != before:
-                del self._done[number:]
+            now = [_fault(outcome) for _, outcome in self._outcomes(pool, positions)]
+            changed = [at for at, fault in enumerate(now) if fault != before[at]]
+            if changed:
+                # A source before the first sample of its shard might have fitted into the one before.
+                leads = positions[changed[0]] == shard.covers.first + changed[0]
+                del self._done[max(0, number - leads) :]
                 return
 
     def _convert_rest(self, pool: ClipPool) -> list[Reject]:
@@ -185,18 +273,24 @@ class _Conversion:
 
     def _outcomes(self, pool: ClipPool, positions: list[int] | range) -> Iterator[tuple[int, Outcome]]:
         samples = [self._source.samples[position] for position in positions]
-        clips = pool.map(self._config.job(sample) for sample in samples)
+        clips = pool.map(self._job(position) for position in positions)
         for position, sample, clip in zip(positions, samples, clips, strict=True):
             outcome = assemble(position, sample, clip, self._source, self._config)
             for kind in outcome.notes if isinstance(outcome, StoredSample) else ():
                 self._noted.setdefault(kind, {})[sample.sample_id] = None
             yield position, outcome
 
+    def _job(self, position: int) -> ClipJob:
+        sample = self._source.samples[position]
+        self._states[position] = state_of(sample.path)
+        return self._config.job(sample)
+
     def _reported(self, outcomes: Iterator[tuple[int, Outcome]], num_done: int) -> Iterator[tuple[int, Outcome]]:
         for position, outcome in outcomes:
             num_done += 1
             self._num_converted += 1
             self._num_rejected += isinstance(outcome, Reject)
+            self._faults.reach("sample")
             self._progress(
                 ConversionProgress(
                     num_done=num_done,
@@ -235,6 +329,13 @@ class _Conversion:
             notes=notes,
         )
         self._done.append(done)
+        first = done.covers.first
+        states = tuple(self._states[position] for position in range(first, cutter.depends_end))
+        known = ShardSources(shard=entry.name, index_sha256=entry.index_sha256, first=first, states=states)
+        append_sources(self._out, known)
+        self._known[entry.name] = known
+        for position in range(first, done.covers.end):
+            del self._states[position]
 
     def _report(self, rejected: Mapping[str, int]) -> ConversionReport:
         return ConversionReport(

@@ -73,14 +73,12 @@ def encode_index(rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, str])
     return sink.getvalue()
 
 
-def decode_index(data: bytes) -> pa.Table:
-    """The table of an index file's bytes, checked to have this format's schema.
+def decode_index(data: bytes, *, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table of an index file's bytes, checked to have this format's schema; `columns` alone, or all.
 
     Raises:
         pa.ArrowException: the bytes are not Parquet.
-        ValueError: another schema.
+        ValueError: another schema, or more than an index holds.
+        OSError: its pages are damaged.
     """
-    table = read_parquet(data)
-    if not table.schema.equals(INDEX_SCHEMA):
-        raise ValueError(f"expected the columns {INDEX_SCHEMA.names}, found {table.schema.names}")
-    return table
+    return read_parquet(data, schema=INDEX_SCHEMA, columns=columns)

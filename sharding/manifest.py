@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ca2st.checked_json import DocumentError, checked, parse_json
 from sharding.errors import ManifestError, ShardDamageError
 
 FORMAT_NAME = "ca2st-shards"
@@ -177,13 +178,11 @@ def parse_manifest(text: bytes, *, where: str) -> Manifest:
         ShardDamageError: not a manifest, or not the one that was written.
     """
     try:
-        payload = json.loads(text)
-        if payload["format"] != FORMAT_NAME:
-            raise KeyError(payload["format"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardDamageError(
-            f"{where}: not a {FORMAT_NAME} manifest ({type(error).__name__}: {error}); restore it or convert again"
-        ) from error
+        payload = parse_json(text, dict[str, Any], where=where)
+    except DocumentError as error:
+        raise ShardDamageError(f"{error}; restore it or convert again") from error
+    if payload.get("format") != FORMAT_NAME:
+        raise ShardDamageError(f"{where}: not a {FORMAT_NAME} manifest; restore it or convert again")
     if payload.get("format_version") != FORMAT_VERSION:
         raise ManifestError(
             f"{where}: format version {payload.get('format_version')}, this ca2st reads {FORMAT_VERSION}; "
@@ -193,8 +192,8 @@ def parse_manifest(text: bytes, *, where: str) -> Manifest:
     if sha256_of_json(payload) != claimed:
         raise ShardDamageError(f"{where}: self_sha256 differs from the contents; restore it or convert again")
     try:
-        manifest = _manifest_from(payload)
-    except (KeyError, TypeError) as error:
+        manifest = _manifest_from(payload, where)
+    except DocumentError as error:
         raise ManifestError(
             f"{where}: expected the fields that this ca2st knows, found others ({error}); use a matching release"
         ) from error
@@ -205,13 +204,9 @@ def parse_manifest(text: bytes, *, where: str) -> Manifest:
     return manifest
 
 
-def _manifest_from(payload: dict[str, Any]) -> Manifest:
+def _manifest_from(payload: dict[str, Any], where: str) -> Manifest:
     derived = ("format", "format_version", "audio_sha256", "video_sha256")
     fields = {name: value for name, value in payload.items() if name not in derived}
-    fields["label_spaces"] = tuple(
-        LabelSpace(name=space["name"], classes=tuple(space["classes"])) for space in payload["label_spaces"]
-    )
-    fields["targets"] = tuple(payload["targets"])
-    fields["audio"] = AudioParameters(**payload["audio"])
-    fields["video"] = VideoParameters(**payload["video"])
-    return Manifest(**fields)
+    spaces = checked(payload.get("label_spaces"), list[dict[str, Any]], where=f"{where}: label_spaces")
+    fields["label_spaces"] = [{name: value for name, value in space.items() if name != "sha256"} for space in spaces]
+    return checked(fields, Manifest, where=where)

@@ -157,4 +157,15 @@ def _keep(root: Path, files: Mapping[str, bytes]) -> None:
 def _parse_table(data: bytes, manifest: Manifest, *, where: str) -> tuple[ShardEntry, ...]:
     if hashlib.sha256(data).hexdigest() != manifest.shards_sha256:
         raise ShardDamageError(f"{where}: sha256 differs from the manifest's; restore it or convert again")
-    return tuple(ShardEntry(**row) for row in read_parquet(data).to_pylist())
+    try:
+        table = read_parquet(data, schema=_SHARDS_SCHEMA, num_rows=manifest.num_shards)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise ShardDamageError(f"{where}: not the shard table of this manifest ({error}); convert again") from error
+    if any(column.null_count for column in table.columns):
+        raise ShardDamageError(f"{where}: expected a value in every place, found none in some; convert again")
+    shards = tuple(ShardEntry(**row) for row in table.to_pylist())
+    if (found := sum(shard.num_samples for shard in shards)) != manifest.num_samples:
+        raise ShardDamageError(
+            f"{where}: expected the manifest's {manifest.num_samples} samples, found {found}; convert again"
+        )
+    return shards

@@ -1,26 +1,54 @@
 """Check every byte of a shard set against its manifest, and say which file, sample and frame is damaged."""
 
+import contextlib
 import hashlib
+import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NotRequired, TypedDict
 
 import pyarrow as pa
 
+from ca2st.checked_json import DocumentError, parse_json
 from sharding.errors import ManifestError, ShardDamageError
 from sharding.folder_lock import LOCK_NAME
 from sharding.index import MEMBER_SUFFIXES, MEMBERS, decode_index, frame_checksum, member_checksum
-from sharding.manifest import MANIFEST_NAME
+from sharding.manifest import MANIFEST_NAME, LabelSpace, Manifest
 from sharding.rejects import REJECTS_NAME, Reject, rejects_file
-from sharding.resume import read_done_shard
+from sharding.resume import UnnamedConversionError, open_done_shard
 from sharding.shard_set import SHARDS_NAME, ShardEntry, ShardSet, read_shard_set
+from sharding.source_states import SOURCES_NAME, sources_damage
 from sharding.writer import member_header, padded
 
 _CHUNK_BYTES = 8 * 2**20
 _MOST_PER_SHARD = 20
+_SAID_TWICE = ("key", "labels", "duration_seconds", "num_frames", "has_audio", "json_offset", "json_bytes")
 _Row = Mapping[str, Any]
+
+
+class _SaidLabel(TypedDict):
+    index: int
+    name: str
+
+
+class _SaidVideo(TypedDict):
+    num_frames: int
+
+
+class _SaidAudio(TypedDict):
+    has_audio: bool
+
+
+class _Said(TypedDict):
+    """What of a sample's JSON the index says too; a writer other than ours may leave it out."""
+
+    key: NotRequired[str]
+    labels: NotRequired[dict[str, _SaidLabel]]
+    duration_seconds: NotRequired[float]
+    video: NotRequired[_SaidVideo]
+    audio: NotRequired[_SaidAudio]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,11 +76,11 @@ def verify_shard_set(root: Path, *, progress: Callable[[int, int], None] | None 
         raise ManifestError(f"{root}: expected a folder with {MANIFEST_NAME}, found none; check the path")
     try:
         shard_set = read_shard_set(root)
-    except (ManifestError, ShardDamageError, ValueError, KeyError, TypeError) as error:
+    except (ManifestError, ShardDamageError) as error:
         return [set_problem(error)]
-    problems = list(_folder_problems(shard_set))
+    problems = [*_folder_problems(shard_set), *index_problems(shard_set)]
     for number, shard in enumerate(shard_set.shards):
-        problems += shard_problems(root, shard)
+        problems += shard_problems(root, shard, shard_set.manifest.label_spaces)
         if progress:
             progress(number + 1, len(shard_set.shards))
     return problems
@@ -60,10 +88,7 @@ def verify_shard_set(root: Path, *, progress: Callable[[int, int], None] | None 
 
 def set_problem(error: Exception) -> Problem:
     """What keeps a set from being read at all."""
-    if isinstance(error, ManifestError | ShardDamageError):
-        name = SHARDS_NAME if SHARDS_NAME in str(error) else MANIFEST_NAME
-        return Problem(shard=name, key="", what=str(error))
-    return Problem(shard=MANIFEST_NAME, key="", what=f"not a manifest: {error!r}; restore it or convert again")
+    return Problem(shard=SHARDS_NAME if SHARDS_NAME in str(error) else MANIFEST_NAME, key="", what=str(error))
 
 
 def _folder_problems(shard_set: ShardSet) -> Iterator[Problem]:
@@ -74,12 +99,22 @@ def _folder_problems(shard_set: ShardSet) -> Iterator[Problem]:
     rejects = expected_rejects(shard_set)
     for path in sorted(shard_set.root.iterdir()):
         if path.name == REJECTS_NAME and rejects is not None:
-            if path.read_bytes() != rejects:
+            if _bytes_of(path) != rejects:
                 yield Problem(shard=REJECTS_NAME, key="", what="differs from what the shards' indexes say; remove it")
+        elif path.name == SOURCES_NAME:
+            if what := sources_damage(_bytes_of(path), shard_set.shards):
+                yield Problem(shard=SOURCES_NAME, key="", what=what)
         elif path.name not in expected:
             yield Problem(shard=path.name, key="", what="not named by the manifest; remove it")
     if rejects is not None and not (shard_set.root / REJECTS_NAME).exists():
         yield Problem(shard=REJECTS_NAME, key="", what="missing: the manifest counts rejects")
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def expected_rejects(shard_set: ShardSet) -> bytes | None:
@@ -87,21 +122,104 @@ def expected_rejects(shard_set: ShardSet) -> bytes | None:
     if not shard_set.manifest.rejected:
         return None
     rejects = []
-    for number in range(len(shard_set.shards)):
-        shard = read_done_shard(shard_set.root, number)
-        rejects += [Reject(**reject) for reject in shard.covers.rejects] if shard else []
+    for number, entry in enumerate(shard_set.shards):
+        if not _has_bytes_of(shard_set.root, entry):
+            continue
+        with contextlib.suppress(ShardDamageError):  # named by `index_problems`
+            shard = open_done_shard(shard_set.root, number, with_tar=False)
+            rejects += [Reject(**reject) for reject in shard.covers.rejects]
     return rejects_file(rejects)
 
 
-def shard_problems(root: Path, shard: ShardEntry) -> list[Problem]:
-    """What is wrong with a shard and its index in `root`."""
+def index_problems(shard_set: ShardSet) -> Iterator[Problem]:
+    """What the indexes say of their conversion otherwise than the manifest and than each other."""
+    end = 0
+    expected = _conversion_of(shard_set.manifest)
+    for number, entry in enumerate(shard_set.shards):
+        if not _has_bytes_of(shard_set.root, entry):
+            return  # named by the check of its bytes
+        try:
+            shard = open_done_shard(shard_set.root, number, with_tar=False)
+        except UnnamedConversionError:
+            return  # not a conversion of ours: nothing is said twice
+        except ShardDamageError as error:
+            yield Problem(shard=entry.index_name, key="", what=f"{error}; restore it or convert again")
+            return
+        for what, found, wanted in (
+            ("first source", shard.covers.first, end),
+            ("bytes of the shard", shard.entry.bytes, entry.bytes),
+            ("sha256 of the shard", shard.entry.sha256, entry.sha256),
+            *((name, shard.conversion.get(name, value), value) for name, value in expected.items()),
+        ):
+            if found != wanted:
+                told = f"{what}: expected {wanted!r:.99}, found {found!r:.99}; convert again"
+                yield Problem(shard=entry.index_name, key="", what=told)
+        end = shard.covers.end
+
+
+def _has_bytes_of(root: Path, entry: ShardEntry) -> bool:
+    """Whether the index is the one that the shard table names: no other is read, for its claims could be any."""
+    return hashlib.sha256(_bytes_of(root / entry.index_name)).hexdigest() == entry.index_sha256
+
+
+def _conversion_of(manifest: Manifest) -> dict[str, Any]:
+    """What of a conversion's identity the manifest says too."""
+    said = json.loads(manifest.to_json())
+    return {name: said[name] for name in ("dataset", "split", "source_list_sha256", "video", "audio", "tool_versions")}
+
+
+def shard_problems(root: Path, shard: ShardEntry, spaces: Sequence[LabelSpace]) -> list[Problem]:
+    """What is wrong with a shard and its index in `root`, and where the two contradict each other."""
     index_problem = _file_problem(root / shard.index_name, shard.index_bytes, shard.index_sha256)
     tar_problem = _file_problem(root / shard.name, shard.bytes, shard.sha256)
     problems = [index_problem] if index_problem else []
     if tar_problem is None:
-        return problems
+        return problems or [*_contradictions(root, shard, spaces)][:_MOST_PER_SHARD]
     found = _localised(root, shard) if (root / shard.name).is_file() else []
     return problems + (found or [tar_problem])
+
+
+def _contradictions(root: Path, shard: ShardEntry, spaces: Sequence[LabelSpace]) -> Iterator[Problem]:
+    """What a shard's samples say about themselves in their JSON and its index says otherwise."""
+    try:
+        table = decode_index((root / shard.index_name).read_bytes(), columns=_SAID_TWICE)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        yield Problem(shard=shard.index_name, key="", what=f"not an index ({error}); convert again")
+        return
+    if table.num_rows != shard.num_samples:
+        what = f"expected the shard table's {shard.num_samples} rows, found {table.num_rows}; convert again"
+        yield Problem(shard=shard.index_name, key="", what=what)
+    with (root / shard.name).open("rb") as file:
+        for row in table.to_pylist():
+            file.seek(row["json_offset"])
+            where = f"{row['key']}.{MEMBER_SUFFIXES['json']}"
+            try:
+                said = parse_json(file.read(row["json_bytes"]), _Said, where=where)
+            except DocumentError as error:
+                yield Problem(shard=shard.name, key=row["key"], what=f"{error}; convert again")
+                continue
+            for name, here, there in _twice(row, said, spaces):
+                if here != there:
+                    what = f"{name}: {there!r} in the sample's JSON, {here!r} in the index; convert again"
+                    yield Problem(shard=shard.index_name, key=row["key"], what=what)
+
+
+def _twice(row: _Row, said: "_Said", spaces: Sequence[LabelSpace]) -> Iterator[tuple[str, Any, Any]]:
+    """What is said twice: its name, what the index says, what the JSON says."""
+    labels = said.get("labels", {})
+    named = {space.name: label for space, label in zip(spaces, row["labels"], strict=False)}
+    if "labels" in said:
+        yield "labels", named, {name: label["index"] for name, label in labels.items()}
+    for space in spaces:
+        label = labels.get(space.name)
+        if label is not None and 0 <= label["index"] < len(space.classes):
+            yield f"class of {space.name}", space.classes[label["index"]], label["name"]
+    if "video" in said:
+        yield "num_frames", row["num_frames"], said["video"]["num_frames"]
+    if "audio" in said:
+        yield "has_audio", row["has_audio"], said["audio"]["has_audio"]
+    yield "key", row["key"], said.get("key", row["key"])
+    yield "duration_seconds", row["duration_seconds"], said.get("duration_seconds", row["duration_seconds"])
 
 
 def _file_problem(path: Path, num_bytes: int, sha256: str) -> Problem | None:

@@ -1,7 +1,6 @@
 """Check every byte of a shard set behind a URL: shard after shard through a temporary folder, one at a time."""
 
 import hashlib
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -15,9 +14,8 @@ from sharding.manifest import MANIFEST_NAME, parse_manifest
 from sharding.rejects import REJECTS_NAME
 from sharding.remote import RemoteFileMissingError, RemoteFiles
 from sharding.shard_set import SHARDS_NAME, ShardEntry, ShardSet, read_shard_set
-from sharding.verify import Problem, expected_rejects, set_problem, shard_problems, verify_shard_set
-
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+from sharding.source_states import SOURCES_NAME, sources_damage
+from sharding.verify import Problem, expected_rejects, index_problems, set_problem, shard_problems, verify_shard_set
 
 
 def verify_place(place: str, *, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
@@ -59,20 +57,19 @@ def verify_remote_set(files: RemoteFiles, *, progress: Callable[[int, int], None
             _fetch_small(files, name, root)
         try:
             shard_set = read_shard_set(root)
-        except (ManifestError, ShardDamageError, ValueError, KeyError, TypeError) as error:
+        except (ManifestError, ShardDamageError) as error:
             problem = set_problem(error)
             return [replace(problem, what=problem.what.replace(str(root), files.folder.url))]
         sizes, problems = files.sizes() or {}, list[Problem]()
         for number, shard in enumerate(shard_set.shards):
-            problems += _checked(files, shard, root, listed=sizes.get(shard.name, shard.bytes))
+            problems += _checked(files, shard_set, shard, listed=sizes.get(shard.name, shard.bytes))
             if progress:
                 progress(number + 1, len(shard_set.shards))
-        return [*_folder_problems(files, shard_set, sizes), *problems]
+        return [*_folder_problems(files, shard_set, sizes), *index_problems(shard_set), *problems]
 
 
-def _checked(files: RemoteFiles, shard: ShardEntry, root: Path, *, listed: int) -> list[Problem]:
-    if not _PLAIN_NAME.fullmatch(shard.name):
-        return [Problem(shard=shard.name, key="", what="not a plain file name; convert again")]
+def _checked(files: RemoteFiles, shard_set: ShardSet, shard: ShardEntry, *, listed: int) -> list[Problem]:
+    root = shard_set.root
     if listed != shard.bytes:
         what = f"expected {shard.bytes} bytes, found {listed}; copy it again"
         return [Problem(shard=shard.name, key="", what=what)]
@@ -91,7 +88,7 @@ def _checked(files: RemoteFiles, shard: ShardEntry, root: Path, *, listed: int) 
         if not is_environment_error(error):
             raise
         raise EnvironmentFault(f"{path}: {error.strerror}; set TMPDIR to a folder with room for a shard") from error
-    problems = shard_problems(root, shard)
+    problems = shard_problems(root, shard, shard_set.manifest.label_spaces)
     path.unlink(missing_ok=True)
     return problems
 
@@ -105,11 +102,16 @@ def _fetch_small(files: RemoteFiles, name: str, root: Path) -> None:
 
 def _folder_problems(files: RemoteFiles, shard_set: ShardSet, sizes: Mapping[str, int]) -> Iterator[Problem]:
     """Files that the manifest does not account for, as far as the server lists them, and other rejects."""
-    expected = {MANIFEST_NAME, SHARDS_NAME, REJECTS_NAME}
+    expected = {MANIFEST_NAME, SHARDS_NAME, REJECTS_NAME, SOURCES_NAME}
     for shard in shard_set.shards:
         expected |= {shard.name, shard.index_name}
     for name in sorted(set(sizes) - expected):
         yield Problem(shard=name, key="", what="not named by the manifest; remove it")
+    try:
+        if what := sources_damage(files.read(SOURCES_NAME), shard_set.shards):
+            yield Problem(shard=SOURCES_NAME, key="", what=what)
+    except (RemoteFileMissingError, EnvironmentFault):
+        pass  # not a part of the set
     rejects = expected_rejects(shard_set)
     if rejects is None:
         return

@@ -99,6 +99,10 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
         ),
     ] = Clock.FILE,
     max_rejects: Annotated[str, typer.Option(help="Samples that may be rejected: a number or a share like 2%.")] = "0",
+    update: Annotated[
+        bool,
+        typer.Option("--update", help="In a finished set, convert again from the first shard whose sources changed."),
+    ] = False,
     limit: Annotated[int | None, typer.Option(help="Only the first N samples.")] = None,
     strict: Annotated[
         bool,
@@ -163,6 +167,7 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
         audio_policy=audio.value,
         clock=clock.value,
         max_rejects=RejectBudget.parse(max_rejects),
+        update=update,
         strict=strict,
     )
     if out is None and not dry_run:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
+
+from sharding.parquet import parquet_batches, parquet_columns
 
 _BATCH_ROWS = 4096
 
@@ -17,19 +18,19 @@ def confusion_tables(predictions: Path, classes: Mapping[str, list[str]]) -> dic
 
     Pairs that never occurred are left out. Of two classes that are equally likely the lower one was answered.
     """
-    file = pq.ParquetFile(predictions)
+    columns = parquet_columns(predictions)
     return {
-        target: _table(_counts(file, target), names)
+        target: _table(_counts(predictions, target), names)
         for target, names in classes.items()
-        if f"{target}_probabilities" in file.schema_arrow.names
+        if f"{target}_probabilities" in columns
     }
 
 
-def _counts(file: pq.ParquetFile, target: str) -> Counter[tuple[int, int]]:
+def _counts(predictions: Path, target: str) -> Counter[tuple[int, int]]:
     """Samples by (true, answered) class."""
     found: Counter[tuple[int, int]] = Counter()
     columns = [f"{target}_label", f"{target}_probabilities"]
-    for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+    for batch in parquet_batches(predictions, columns=columns, batch_rows=_BATCH_ROWS):
         values = np.asarray(batch.column(1).flatten()).reshape(batch.num_rows, -1)
         found.update(zip(batch.column(0).to_pylist(), values.argmax(axis=1).tolist(), strict=True))
     return found

@@ -132,9 +132,9 @@ def _duration_seconds(folder: Path, facts: Mapping[str, Any]) -> float | None:
     """All samples of a set on a disk together; None where this process does not see that very set."""
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     from ca2st.errors import CA2STError
+    from sharding.parquet import read_parquet
     from sharding.shard_set import read_shard_set
 
     if facts["num_shards"] > _MOST_INDEXES:
@@ -144,9 +144,9 @@ def _duration_seconds(folder: Path, facts: Mapping[str, Any]) -> float | None:
         if shard_set.manifest.fingerprint != facts["fingerprint"]:
             return None
         columns = [
-            pq.read_table(folder / shard.index_name, columns=["duration_seconds"]).column(0)
+            read_parquet(folder / shard.index_name, columns=["duration_seconds"]).column(0)
             for shard in shard_set.shards
         ]
-    except (CA2STError, OSError, pa.ArrowException):
+    except (CA2STError, OSError, ValueError, pa.ArrowException):
         return None
     return float(sum(pc.sum(column).as_py() for column in columns))

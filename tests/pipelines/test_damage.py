@@ -369,6 +369,16 @@ def test_frames_that_lie_together_are_read_together() -> None:
     assert coalesce([4], offsets) == [[4]]
 
 
+def test_a_shard_that_grew_or_shrank_since_the_start_is_refused_at_its_opening(fresh_set: ShardSet) -> None:
+    shard, path = fresh_set.shards[0], fresh_set.root / fresh_set.shards[0].name
+    for change in (lambda data: data + bytes(512), lambda data: data[:-512]):
+        whole = path.read_bytes()
+        overwrite(path, change)
+        with pytest.raises(ShardSetDamageError, match=rf"expected {shard.bytes} bytes, found {path.stat().st_size}"):
+            ShardFiles(fresh_set).read(shard, 0, 512)
+        path.write_bytes(whole)
+
+
 def test_only_the_wanted_frames_are_read(fresh_set: ShardSet) -> None:
     files, stats = ShardFiles(fresh_set), StatsRecorder()
     entry = ShardIndexCache(fresh_set, most_bytes=1 << 20).entry(0, 0)

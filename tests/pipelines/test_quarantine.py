@@ -276,6 +276,13 @@ def sample(row: int, **values: Any) -> QuarantinedSample:
     return QuarantinedSample(**(fields | values))
 
 
+def test_p7_what_other_ranks_found_counts_against_the_budget_at_once(tmp_path: Path) -> None:
+    first, second = (Quarantine(tmp_path / "q", most=1) for _ in range(2))
+    first.add(sample(3, rank=0))
+    with pytest.raises(QuarantineBudgetError, match="2 samples are damaged, more than the 1"):
+        second.add(sample(4, rank=1))
+
+
 def test_p7_the_same_sample_found_twice_counts_once(tmp_path: Path) -> None:
     ranks = [Quarantine(tmp_path / "q", most=1) for _ in range(2)]
     for rank, quarantine in enumerate(ranks):

@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,16 @@ def test_numbers_are_those_of_the_samples(shard_set: ShardSet) -> None:
     assert facts.mel_rows.least == 0
     assert facts.shard_bytes == sum(path.stat().st_size for path in shard_set.root.glob("ca2st-*"))
     assert facts.rejected == {"no_audio": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_command_ends_well_thirty_times_in_a_row(shard_set: ShardSet) -> None:
+    """Arrow's thread pools, once started, aborted one process in five to eight at its very end."""
+    command = [sys.executable, "-m", "ray_jobs.cli", "shard", "inspect", str(shard_set.root), "--json"]
+    done = [subprocess.run(command, capture_output=True, text=True, check=False) for _ in range(30)]
+    assert [one.returncode for one in done] == [0] * 30, done[-1].stderr
+    assert {json.loads(one.stdout)["num_samples"] for one in done} == {11}
 
 
 def test_a_label_outside_the_classes_and_a_damaged_index_are_named(tmp_path: Path) -> None:

@@ -88,6 +88,14 @@ def test_c18_fields_of_another_release_are_refused_clearly(tmp_path: Path, chang
         read_manifest(tmp_path)
 
 
+def test_a_changed_manifest_is_damage_by_its_own_hash_whatever_field_changed(tmp_path: Path) -> None:
+    payload = json.loads((written(tmp_path) / MANIFEST_NAME).read_text())
+    for change in ({"num_samples": 6}, {"num_samples": "6"}, {"tiles": 4}):
+        (tmp_path / MANIFEST_NAME).write_text(json.dumps(payload | change))
+        with pytest.raises(ShardDamageError, match=r"self_sha256 differs from the contents; restore it"):
+            read_manifest(tmp_path)
+
+
 def test_an_unknown_label_space_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="'verb': not in this set; it has label"):
         read_manifest(written(tmp_path)).label_space("verb")

@@ -155,6 +155,14 @@ def test_p9_the_total_time_bounds_the_tries_too() -> None:
         reader.read("a")
 
 
+def test_p9_no_try_begins_after_the_total_time_its_pause_included() -> None:
+    time = FakeTime()
+    storage = FlakyStorage({}, fail=lambda _: TimeoutError(), on_read=lambda: time.pass_by(49.7))
+    reader, _ = remote(storage, time, config=RetryConfig(attempts=100, total_seconds=100))
+    with pytest.raises(EnvironmentFault, match="2 tries in 100 s"):
+        reader.read("a")
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [

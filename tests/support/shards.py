@@ -10,6 +10,7 @@ from sharding.conversion import ConversionConfig
 from sharding.convert import convert
 from sharding.manifest import LabelSpace
 from sharding.source import SourceList, SourceSample
+from sharding.source_states import SOURCES_NAME
 from support.media import Sound, make_clip
 
 COUNT = 5
@@ -59,8 +60,9 @@ def small_set(root: Path, media: Path, *, count: int = 5, **options: Any) -> tup
 
 
 def file_hashes(root: Path) -> dict[str, str]:
-    """sha256 of every file of a folder by name."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(root.iterdir())}
+    """sha256 of every file of a set by name; not of what is kept about the times of its sources."""
+    files = sorted(path for path in root.iterdir() if path.name != SOURCES_NAME)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 class Reference:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ca2st.errors import DataDamageError
 from ray_jobs.synthetic.comparison import ComparisonRow
 from sharding.manifest import Manifest
+from sharding.parquet import read_parquet
 
 FACTORS = ("space", "time", "audio")
 """Label spaces whose combination is ``holistic``, in the order of its class names."""
@@ -81,7 +81,8 @@ class Answers:
 
 def read_answers(row: ComparisonRow) -> Answers:
     """The predictions that a run's test wrote, in the order of their keys."""
-    table = pq.read_table(row.predictions).sort_by("key")
+    table = read_parquet(Path(row.predictions))
+    table = table.take(np.argsort(table["key"].to_numpy(zero_copy_only=False), kind="stable"))  # sort_by starts threads
     values = np.array(table[f"{row.target}_probabilities"].to_pylist(), dtype=np.float64)
     return Answers(
         model=row.model,
