@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -232,6 +233,36 @@ def test_a_full_disk_names_the_file_keeps_finished_shards_and_leaves_no_partial_
     ]  # fmt: skip
     convert(reference.source, tmp_path / "out", small_config())
     assert file_hashes(tmp_path / "out") == reference.hashes
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """A real file system of 64 KiB, and how to make it larger; only root can make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    yield disk, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True) and None
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_c3_a_disk_that_is_full_names_file_and_need_keeps_finished_shards_and_goes_on_once_there_is_room(
+    reference: Reference, small_disk: tuple[Path, Callable[[str], None]], caplog: pytest.LogCaptureFixture
+) -> None:
+    disk, resize = small_disk
+    with pytest.raises(
+        EnvironmentFault, match=r"cannot write .*ca2st-00000\d\.\w+.*: No space left on device"
+    ) as caught:
+        convert(reference.source, disk / "out", small_config())
+    assert "are still to come; rerun to go on" in caught.value.__notes__[0]
+    assert "MB are to be written (an estimate)" in caplog.text, "said before the first clip"
+    assert not list((disk / "out").glob(".*.tmp"))
+    done = {path.name: path.stat().st_mtime_ns for path in (disk / "out").glob("*.tar")}
+    assert done
+    resize("4m")
+    convert(reference.source, disk / "out", small_config())
+    assert file_hashes(disk / "out") == reference.hashes
+    assert {name: (disk / "out" / name).stat().st_mtime_ns for name in done} == done
 
 
 def test_c2_an_interrupt_ends_the_run_leaves_no_process_and_can_be_resumed(
