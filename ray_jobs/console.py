@@ -15,6 +15,7 @@ Update = Callable[[int, str], None]
 """``update(done, note)``: how many are done, and a few words behind the bar."""
 
 _PLAIN_INTERVAL_SECONDS = 5.0
+_BAR_CELLS = 20
 _results: list[TextIO] = []
 """Where results go inside of `stdout_for_results`."""
 
@@ -123,32 +124,45 @@ def progress(title: str, total: int) -> Iterator[Update]:
 def _bar(title: str, total: int) -> Iterator[Update]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+    columns = (  # on a narrow terminal the note is cut, not the bar or the time that is left
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, max_width=24, overflow="ellipsis")),
+        BarColumn(bar_width=_BAR_CELLS, table_column=Column(no_wrap=True, min_width=_BAR_CELLS)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1, overflow="ellipsis")),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True), expand=True) as bar:
         task = bar.add_task(title, total=total, note="")
         yield lambda done, note: bar.update(task, completed=done, note=note)
 
 
 @contextlib.contextmanager
 def _lines(title: str, total: int) -> Iterator[Update]:
-    last_shown = time.monotonic()
+    last_shown = begun = time.monotonic()
+    first: int | None = None
 
     def update(done: int, note: str) -> None:
-        nonlocal last_shown
+        nonlocal last_shown, begun, first
         now = time.monotonic()
+        if first is None:  # a run that is resumed does not begin at 0; nothing is known of its pace yet
+            first, begun = done, now
         if done < total and now - last_shown < _PLAIN_INTERVAL_SECONDS:
             return
         last_shown = now
-        say(f"{title}: {done}/{total} {note}".rstrip())
+        left = (now - begun) / (done - first) * (total - done) if done > first else None
+        told = "" if left is None or done >= total else f"  {duration(left)} left"
+        say(f"{time.strftime('%H:%M:%S')} {title}: {done}/{total}{told}  {note}".rstrip())
 
     yield update
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03``, or ``2:03`` of less than an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def counted(counts: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -28,6 +29,8 @@ from ca2st.training.saving import SCHEDULE_FILE, loader_position
 from ca2st.training.settings import TrainingResult, TrainingSettings
 from ca2st.training.signals import StopRequest
 from ca2st.training.state import TrainedState, put_state, read_state
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def train(
@@ -111,6 +114,10 @@ def _begin(parts: RunParts, start: RunStart) -> None:
         swept=start.swept,
         cut_bytes=start.cut_bytes,
     )
+    if start.folder is not None and parts.ranks().is_main:
+        total = settings.config.total_steps(parts.steps_per_epoch)
+        what = "already finished, nothing to train:" if start.step >= total else "resuming"
+        _LOGGER.info("%s step %d of %d from %s", what, start.step, total, start.folder)
     for problem in start.damaged:
         parts.log("fault", kind="damaged_checkpoint", step=start.step, error=problem)
     parts.model.train()

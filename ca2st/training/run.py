@@ -1,6 +1,7 @@
 """The steps of one attempt: update, journal, checkpoint, validate, until the end or a request to stop."""
 
 import contextlib
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,8 @@ from ca2st.training.settings import TrainingProgress
 from ca2st.training.signals import stopped_error
 from ca2st.training.stages import SourceCounts, StepTimes
 from ca2st.training.step import StepResult
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Run:
@@ -137,6 +140,9 @@ class Run:
                 ranks=self._ranks,
             )
         self.metrics, self._evaluated_step = result.metrics, self.step
+        if self._ranks.is_main:
+            told = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+            _LOGGER.info("validation after step %d of %d: %s", self.step, self._total_steps, told)
         if self._parts.journal is not None:
             self._parts.journal.write_metrics(
                 "eval",

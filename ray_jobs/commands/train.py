@@ -12,6 +12,7 @@ from ray_jobs.output_file import require_folder_place
 
 if TYPE_CHECKING:
     from ray_jobs.config.recipe import Recipe
+    from ray_jobs.running.worker import Outcome
 
 _ONE_OF_TWO = (
     "expected either a recipe (with --data where it names no shards) or --data-folder DIR, a folder of videos; "
@@ -143,15 +144,41 @@ def _train(recipe: "Recipe", run_dir: Path, ray_address: str | None, *, accept_o
     if as_json:
         print_json(facts)
     else:
-        _print_facts(facts, recipe)
+        _print_facts({**facts, **_how_it_went(recipe, outcome, run_dir)}, recipe)
+
+
+def _how_it_went(recipe: "Recipe", outcome: "Outcome", run_dir: Path) -> dict[str, object]:
+    """Best and last validation beside chance, how long it took in all attempts, and where MLflow shows it."""
+    from ca2st.training.journal import JOURNAL_NAME, read_events, run_sequence
+    from ray_jobs.console import duration
+    from ray_jobs.inference.trained import find_checkpoint, run_document_of
+    from ray_jobs.tracking.state import read_state
+
+    journal, name = run_dir / JOURNAL_NAME, outcome.main_metric
+    tests = {line["step"]: line["metrics"].get(name) for line in read_events(journal, event="eval")}
+    scores = {step: value for step, value in tests.items() if value is not None}
+    told: dict[str, object] = {}
+    if scores:
+        best = max(scores, key=lambda step: scores[step])
+        chance = 1.0
+        for classes in run_document_of(find_checkpoint(run_dir)).classes.values():
+            chance /= len(classes)
+        told["top1"] = f"{scores[max(scores)]:.4f} at the last step, best {scores[best]:.4f} at step {best}"
+        told["chance"] = f"{chance:.4f}"
+    seconds = sum(line.get("step_seconds", 0.0) for line in run_sequence(journal))
+    told["training_time"] = duration(seconds)
+    if recipe.tracking.enabled:
+        told["mlflow"] = read_state(run_dir).uri
+    return told
 
 
 def _print_facts(facts: dict[str, object], recipe: "Recipe") -> None:
     from ray_jobs.console import result, table
 
     result(table({name: value for name, value in facts.items() if value is not None and name != "metrics"}))
+    result(f"\nnext: ca2st predict {facts['run_dir']} VIDEO")
     if recipe.data.validation is not None:
-        result(f"\nnext: ca2st evaluate {facts['run_dir']} --data {recipe.data.validation} --views 2x3")
+        result(f"next: ca2st evaluate {facts['run_dir']} --data {recipe.data.validation} --views 2x3")
 
 
 def _print_plan(recipe: "Recipe", run_dir: Path, *, as_json: bool) -> None:

@@ -1,6 +1,7 @@
 """Multi-view test of a checkpoint: metrics, and one Parquet row a sample."""
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 
+from ca2st.batch import ClipBatch
 from ca2st.durable import write_bytes
 from ca2st.errors import UserInputError
 from ca2st.model.precision import held_precision, hold_experts
@@ -16,6 +18,8 @@ from ca2st.training.accelerator import make_accelerator
 from ca2st.training.evaluate import EvaluationResult, evaluate
 from ca2st.training.metrics import main_metric
 from pipelines.draws import EvaluationViews
+from pipelines.loader import EvaluationLoader
+from ray_jobs.console import Update, progress
 from ray_jobs.inference.trained import TrainedModel, load_trained, output_of_set, trained_loader
 from ray_jobs.output_file import require_writable_place
 from sharding.datasets.label_spaces import classes_that_differ
@@ -66,14 +70,37 @@ def score(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) ->
     """Probabilities of every sample of a set, the mean over its views; raises as `place_model`."""
     accelerator = place_model(trained)
     targets = tuple(trained.classes)
-    with trained_loader(trained, shard_set, targets, views=views, device=accelerator.device) as loader:
+    with (
+        trained_loader(trained, shard_set, targets, views=views, device=accelerator.device) as loader,
+        progress("Scoring", loader.num_samples) as update,
+    ):
         return evaluate(
             accelerator.prepare_model(trained.model, evaluation_mode=True),
-            loader,
+            _Shown(loader, views.num_views, update),
             accelerator=accelerator,
             targets={name: len(classes) for name, classes in trained.classes.items()},
             per_device_batch_size=trained.recipe.training.per_device_batch_size,
         )
+
+
+class _Shown:
+    """A loader whose batches are told as they come."""
+
+    def __init__(self, loader: EvaluationLoader, num_views: int, update: Update) -> None:
+        self._loader, self._num_views, self._update = loader, num_views, update
+        self.num_samples = loader.num_samples
+
+    def sample_ids(self) -> list[str]:
+        """As the loader's."""
+        return self._loader.sample_ids()
+
+    def batches(self) -> Iterator[ClipBatch]:
+        """As the loader's."""
+        done = 0
+        for batch in self._loader.batches():
+            yield batch
+            done += int((~batch.is_padding).sum()) // self._num_views
+            self._update(done, "samples")
 
 
 def place_model(trained: TrainedModel) -> Accelerator:

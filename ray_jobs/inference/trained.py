@@ -14,7 +14,13 @@ from ca2st.errors import UserInputError
 from ca2st.model.build import build_model
 from ca2st.model.holistic import HolisticModel
 from ca2st.model.parameters import set_trainable
-from ca2st.training.checkpoint import CHECKPOINTS_NAME, Checkpoint, list_checkpoints, read_checkpoint
+from ca2st.training.checkpoint import (
+    CHECKPOINTS_NAME,
+    Checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    read_checkpoint_file,
+)
 from ca2st.training.state import MODEL_FILE, put_model_tensors, read_model_tensors
 from pipelines.draws import EvaluationViews
 from pipelines.loader import EvaluationLoader
@@ -82,6 +88,19 @@ def read_run_document(data: bytes, *, where: str) -> RunDocument:
         audio=document["audio"],
         video=document["video"],
     )
+
+
+def run_document_of(folder: Path) -> RunDocument:
+    """The document of a checkpoint; nothing else of it is read.
+
+    Raises:
+        UserInputError: `folder` is no checkpoint, or keeps no such document.
+        DataDamageError: it is not what was written.
+    """
+    data = read_checkpoint_file(folder, f"{RUN_DOCUMENT}.json")
+    if data is None:
+        raise UserInputError(f"{folder}: expected a checkpoint of `ca2st train`, found one without {RUN_DOCUMENT}.json")
+    return read_run_document(data, where=str(folder))
 
 
 def sound_metadata(audio: AudioParameters) -> dict[str, str]:

@@ -127,6 +127,13 @@ def test_frames_crop_and_flip_are_drawn_apart() -> None:
     assert mirrored.frame_indices == straight.frame_indices
 
 
+def test_the_flip_says_nothing_of_the_spectrogram_crop() -> None:
+    views = [train_view(f"clip-{i}") for i in range(2000)]
+    middle = sorted(view.mel_start_row for view in views)[1000]
+    early = [view.flip for view in views if view.mel_start_row < middle]
+    assert 0.45 < sum(early) / len(early) < 0.55
+
+
 def test_half_of_the_samples_are_flipped() -> None:
     flips = sum(train_view(f"clip-{i}").flip for i in range(400))
     assert 160 < flips < 240

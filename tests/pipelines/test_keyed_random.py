@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipelines.keyed_random import Key, raw_words
+from pipelines.keyed_random import Key, raw_words, uniforms
 
 COUNTS = (0, 1, 3, 4, 5, 31, 32, 33, 100)
 """Round Philox's block of 4 words, and round the number up to which words are read one by one."""
@@ -61,3 +61,9 @@ def test_a_forked_process_reads_the_streams_of_its_parent() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", _FORKS], cwd=root, capture_output=True, text=True, timeout=60)
     assert [json.loads(line) for line in done.stdout.splitlines()] == 2 * [fresh_words(("x", 1), 6).tolist()]
+
+
+def test_uniform_numbers_have_all_53_bits_of_their_words() -> None:
+    words = fresh_words(("bits",), 64).tolist()
+    assert [number * 2**53 for number in uniforms(("bits",), 64).tolist()] == [word >> 11 for word in words]
+    assert {word >> 11 & 1 for word in words} == {0, 1}

@@ -1,6 +1,7 @@
 """A real Ray whose workers find damaged data: the run ends as that, not as restarts used up."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -33,3 +34,15 @@ def test_t4_a_failure_that_no_restart_mends_ends_a_ray_run_at_once_with_its_own_
     assert [line["attempt"] for line in journal(run_dir, "start")] == [1]
     assert journal(run_dir, "end")[-1]["status"] == "failed"
     assert not (run_dir / "launches").exists()
+
+
+def test_a_run_that_fails_in_every_attempt_ends_with_6(tmp_path: Path) -> None:
+    recipe, run_dir = make_tiny_run(tmp_path), tmp_path / "run"
+    options = ("--out", run_dir, "--set", "tracking.enabled=false", "--set", "launch.max_failures=0")
+    done = ca2st("train", recipe, *options, "--ray", "--workers", 1, fault="step.received:2:raise")
+    assert done.returncode == 6, done.stderr
+    last = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert re.search(
+        r"failed in every attempt \(0 restarts allowed\); the last one: .*fault point step\.received", last
+    )
+    assert [line["attempt"] for line in journal(run_dir, "start")] == [1]
