@@ -3,11 +3,14 @@
 A file cut short often decodes without an error up to the cut. MP4, Matroska, AVI and ASF say how long their outermost
 parts are, so a few reads tell a whole file from the front of one. Where the decoder met the end of a file, that is
 held against the duration which the file claims, so zeros in place of what never arrived are noticed too. AVI has no
-checksums: its index says where every chunk lies. A live recording makes no claim.
+checksums: its index says where every chunk lies. Ogg numbers its pages, packets of ASF have one length, and elements of
+Matroska lie side by side: FFmpeg passes over lost ones without a word. A live recording makes no claim.
 """
 
 import contextlib
 import mmap
+import sys
+import zlib
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -29,12 +32,20 @@ _MP4_BOXES = frozenset(
 _EBML_MAGIC = b"\x1a\x45\xdf\xa3"
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11")
 _ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
-_SEGMENT_ID = b"\x18\x53\x80\x67"
+_ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
+_ASF_DATA_HEADER_BYTES = 50
+_ASF_PACKET_MARK = 0x80  # the first bit of a packet: it begins with error correction data
+_SEGMENT_ID, _CLUSTER_ID = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
+_LEAST_EBML_ID = 0x10  # its first byte: at most four bytes long
+_SECONDS_AROUND = 10  # of a segment: the picture it is decoded from may lie that far in front
 _STREAM_CLAIMS = ("mov,mp4,m4a,3gp,3g2,mj2", "avi")  # a length of every stream
 _FILE_CLAIMS = ("matroska,webm", "flv", "asf")  # the length of the longest
 _SLACK = Fraction(1, 4)  # durations are rounded, and last frames last differently long
 _MOST_ZEROS = 64 * 1024  # at the end of a stream of packets, none of which is zeros
-_OGG_PAGE_BYTES = 27 + 255 + 255 * 255
+_OGG_HEADER_BYTES = 27
+_MIRRORED_BYTES = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+_OGG_BEGINS = 2  # flag of a stream's first page
+_OGG_PAGE_BYTES = _OGG_HEADER_BYTES + 255 + 255 * 255
 _AVI_ENTRY = np.dtype([("kind", "S4"), ("flags", "<u4"), ("offset", "<u4"), ("bytes", "<u4")])
 _AVI_LIST_FLAG = 1
 
@@ -110,7 +121,7 @@ def _check_matroska(file: IO[bytes], length: int) -> None:
         _check_end("Segment element", file.tell() + segment_bytes, length)
 
 
-def _read_vint(file: IO[bytes]) -> int | None:
+def _read_vint(file: IO[bytes] | mmap.mmap) -> int | None:
     """The EBML size at the file's position, or None for an unknown one (a live recording) or none at all."""
     first = file.read(1)
     if not first or first[0] == 0:
@@ -168,15 +179,21 @@ def _end_of_all_streams(path: Path) -> Fraction:
 
 def _check_tail(path: Path, kind: str) -> None:
     """Ogg's last page ends a stream, and the packets of the MPEG streams are never zeros."""
-    with path.open("rb") as file:
-        length = path.stat().st_size
-        num_bytes = min(length, _MOST_ZEROS if kind != "ogg" else 2 * _OGG_PAGE_BYTES)
-        file.seek(length - num_bytes)
-        tail = file.read()
     if kind == "ogg":
-        _check_last_page(tail)
-    elif kind in ("mpegts", "mpeg") and not any(tail[num_bytes // 2 :]):
-        raise MediaError("truncated", "expected packets up to the end of the file, found zeros; fetch the file again")
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 2 * _OGG_PAGE_BYTES))
+            _check_last_page(file.read())
+    elif kind in ("mpegts", "mpeg"):
+        check_no_zeros_at_end(path)
+
+
+def check_no_zeros_at_end(path: Path) -> None:
+    """Raise MediaError ``truncated`` where a download wrote zeros for what never arrived."""
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(length - min(length // 2, _MOST_ZEROS // 2))
+        if not any(file.read()):
+            raise MediaError("truncated", "expected media up to the end of the file, found zeros; fetch the file again")
 
 
 def _check_last_page(tail: bytes) -> None:
@@ -190,29 +207,126 @@ def _check_last_page(tail: bytes) -> None:
         )
 
 
-def check_avi_chunks(path: Path, stream: VideoStream, end: Fraction | None) -> None:
-    """Compare the chunks of an AVI with its index: a lost one would put everything behind it too early.
+def check_chunks(path: Path, stream: VideoStream, start: Fraction, end: Fraction | None) -> None:
+    """Find lost parts inside an AVI, Matroska, Ogg or ASF, behind which FFmpeg goes on.
 
     Args:
-        path: A file; one that is no AVI, or has no index, passes.
+        path: A file; one of another kind passes.
         stream: Its picture.
-        end: Seconds from its start that are needed; None: everything.
+        start: Seconds from its start from where it is needed.
+        end: Seconds up to where it is needed; None: everything.
 
     Raises:
-        MediaError: ``decode_error`` where a chunk of the index is not there.
+        MediaError: ``decode_error`` where something is not there.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data[:4] != b"RIFF" or data[8:12] != b"AVI ":
-            return
-        lists = dict(_avi_lists(data))
-        if b"movi" not in lists or b"idx1" not in lists:
-            return
-        movi, (at, num_bytes) = lists[b"movi"][0], lists[b"idx1"]
-        entries = np.frombuffer(data[at : at + num_bytes // 16 * 16], _AVI_ENTRY)
-        if end is not None:
-            entries = entries[: _num_needed(entries, stream, end)]
-        entries = entries[(entries["bytes"] > 0) & (entries["flags"] & _AVI_LIST_FLAG == 0)]
-        there = max((_are_there(data, entries, base) for base in (movi, 0)), key=np.count_nonzero)
+        if data[:4] == b"RIFF" and data[8:12] == b"AVI ":
+            _check_avi_chunks(data, stream, end)
+        elif data[:4] == b"OggS":
+            _check_ogg_pages(data, _bytes_needed(path, stream, end))
+        elif data[:8] == _ASF_HEADER:
+            _check_asf_packets(data, _bytes_needed(path, stream, end))
+        elif data[:4] == _EBML_MAGIC:
+            num_bytes = _bytes_needed(path, stream, end)
+            is_far = start > _SECONDS_AROUND
+            _check_elements(data, _place_of(path, stream, start - _SECONDS_AROUND) if is_far else 0, num_bytes)
+
+
+def _bytes_needed(path: Path, stream: VideoStream, end: Fraction | None) -> int:
+    """Up to a second behind the moment `end`."""
+    return path.stat().st_size if end is None else _place_of(path, stream, end + 1)
+
+
+def _place_of(path: Path, stream: VideoStream, moment: Fraction) -> int:
+    """The byte where the first packet of the picture behind a moment lies, else the file's length."""
+    if stream.time_base is None:
+        return path.stat().st_size
+    ticks = (stream.start_time or 0) + int(moment / stream.time_base)
+    with open_media(path) as container, contextlib.suppress(av.error.FFmpegError):
+        found = container.streams[stream.index]
+        container.seek(ticks, stream=found)
+        for packet in container.demux(found):
+            if packet.pts is not None and packet.pts > ticks and packet.pos is not None:
+                return packet.pos
+    return path.stat().st_size
+
+
+def _check_elements(data: mmap.mmap, first: int, last: int) -> None:
+    """From cluster to cluster of a Matroska, and from block to block in those behind `first`, nothing is left out."""
+    at, segment_end = _element(data, 0)[1], len(data)
+    while at < last:
+        contents, end = _element(data, at)
+        kind = data[at : at + 4]
+        is_cut = end > len(data) and segment_end <= len(data) and kind not in (_SEGMENT_ID, _CLUSTER_ID)
+        if contents == at or is_cut:  # a live recording ends anywhere
+            raise MediaError(
+                "decode_error", f"expected an EBML element at byte {at}, found other bytes; fetch it again"
+            )
+        if kind == _SEGMENT_ID:
+            last, segment_end = min(last, end), end
+        at = contents if kind == _SEGMENT_ID or (kind == _CLUSTER_ID and end > first) else end
+
+
+def _element(data: mmap.mmap, at: int) -> tuple[int, int]:
+    """Where an EBML element's contents start and end, far behind the file if nothing says; no element: `at`."""
+    if at >= len(data) or data[at] < _LEAST_EBML_ID:
+        return at, at
+    data.seek(at + 9 - data[at].bit_length())
+    num_bytes = _read_vint(data)
+    return data.tell(), sys.maxsize if num_bytes is None else data.tell() + num_bytes
+
+
+def _check_ogg_pages(data: mmap.mmap, num_bytes: int) -> None:
+    """Pages follow each other without a gap; those of a stream are counted, and each has a checksum."""
+    at, numbers = 0, dict[bytes, int]()
+    while at < num_bytes:
+        header = data[at : at + _OGG_HEADER_BYTES]
+        stream, number = header[14:18], int.from_bytes(header[18:22], "little")
+        is_next = number == numbers.get(stream, number) or (len(header) > 5 and header[5] & _OGG_BEGINS)
+        if header[:4] != b"OggS" or not is_next:
+            raise MediaError("decode_error", f"expected the next Ogg page at byte {at}, found another; fetch it again")
+        numbers[stream] = (number + 1) % 2**32
+        contents = at + _OGG_HEADER_BYTES + header[26]
+        end = contents + sum(data[contents - header[26] : contents])
+        if int.from_bytes(header[22:26], "little") != _ogg_checksum(header[:22] + bytes(4) + data[at + 26 : end]):
+            raise MediaError(
+                "decode_error", f"expected an Ogg page's checksum at byte {at}, found another; fetch it again"
+            )
+        at = end
+
+
+def _ogg_checksum(page: bytes) -> int:
+    """The CRC-32 of zlib's polynomial with the bits in the other order, from 0."""
+    reflected = zlib.crc32(page.translate(_MIRRORED_BYTES), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int(f"{reflected:032b}"[::-1], 2)
+
+
+def _check_asf_packets(data: mmap.mmap, num_bytes: int) -> None:
+    """Every packet begins with the same mark."""
+    at, properties = data.find(_ASF_DATA), data.find(_ASF_FILE_PROPERTIES)
+    if at < 0 or properties < 0:
+        return
+    length = int.from_bytes(data[properties + 92 : properties + 96], "little")
+    first, total = at + _ASF_DATA_HEADER_BYTES, int.from_bytes(data[at + 40 : at + 48], "little")
+    last = min(num_bytes, first + total * length if total else num_bytes)
+    marks = np.frombuffer(data[first:last:length] if length else b"", np.uint8) & _ASF_PACKET_MARK
+    if np.count_nonzero(marks) * 2 <= len(marks):  # packets without it
+        return
+    for lost in np.flatnonzero(marks == 0)[:1]:
+        raise MediaError("decode_error", f"expected an ASF packet at byte {first + lost * length}, found other bytes")
+
+
+def _check_avi_chunks(data: mmap.mmap, stream: VideoStream, end: Fraction | None) -> None:
+    """Compare the chunks with the index, if there is one: a lost chunk would put everything behind it too early."""
+    lists = dict(_avi_lists(data))
+    if b"movi" not in lists or b"idx1" not in lists:
+        return
+    movi, (at, num_bytes) = lists[b"movi"][0], lists[b"idx1"]
+    entries = np.frombuffer(data[at : at + num_bytes // 16 * 16], _AVI_ENTRY)
+    if end is not None:
+        entries = entries[: _num_needed(entries, stream, end)]
+    entries = entries[(entries["bytes"] > 0) & (entries["flags"] & _AVI_LIST_FLAG == 0)]
+    there = max((_are_there(data, entries, base) for base in (movi, 0)), key=np.count_nonzero)
     if np.count_nonzero(there) * 2 <= len(there):  # an index of another file, or none: it proves nothing
         return
     for lost in np.flatnonzero(~there)[:1]:

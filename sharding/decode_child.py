@@ -29,7 +29,7 @@ from av.video.stream import VideoStream
 
 from ca2st.child_processes import die_with_parent
 from sharding.audio_cut import EncodedAudio, cut_audio
-from sharding.container_claims import check_avi_chunks, check_container_is_whole
+from sharding.container_claims import check_chunks, check_container_is_whole, check_no_zeros_at_end
 from sharding.encode import clip_encoder
 from sharding.encoded_video import EncodedVideo
 from sharding.errors import MediaError
@@ -131,6 +131,17 @@ def encode_clip(job: ClipJob) -> EncodedClip:
     if before.num_bytes > job.limits.max_file_bytes:
         raise MediaError("too_large", f"expected at most {job.limits.max_file_bytes} bytes, found {before.num_bytes}")
     check_container_is_whole(job.path)
+    try:
+        clip = _encoded(job, before.num_bytes)
+    except MediaError as error:
+        if error.reason == "decode_error":
+            check_no_zeros_at_end(job.path)  # the better reason
+        raise
+    check_unchanged(job.path, before)
+    return clip
+
+
+def _encoded(job: ClipJob, source_bytes: int) -> EncodedClip:
     segment = Segment.of(job.start_seconds, job.end_seconds)
     with open_media(job.path) as container:
         stream = video_stream(container, job.limits)
@@ -152,23 +163,21 @@ def encode_clip(job: ClipJob) -> EncodedClip:
         )
         for frame in thinned(pictures.prepared(cut.frames()), job.frames_per_second):
             encoder.add(frame)
-        check_avi_chunks(job.path, stream, segment.end)
+        check_chunks(job.path, stream, segment.start, segment.end)
         candidates = [] if job.audio_policy == "none" else audio_candidates(container, stream)
         audio, tracks = _audio(job, segment, cut, candidates)
         tracks |= _of_several(stream, moving_pictures(container))
-        clip = EncodedClip(
+        return EncodedClip(
             video=encoder.finish(),
             audio=audio,
             duration_seconds=float(cut.duration),
             source_frames_per_second=float(stream.average_rate or stream.guessed_rate or 0),
             source_size=source_size,
-            source_bytes=before.num_bytes,
+            source_bytes=source_bytes,
             source_codec=stream.codec_context.name,
             changes={**cut.changes, **pictures.changes, **tracks},
             notes=(*cut.notes, *pictures.notes, *_notes(audio, tracks)),
         )
-    check_unchanged(job.path, before)
-    return clip
 
 
 def _audio(

@@ -1,5 +1,6 @@
 """What a container claims against what came out of it: half-arrived files, lost chunks, honest oddities (C4)."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +91,42 @@ def test_a_segment_that_arrived_is_cut_and_one_that_did_not_is_truncated_not_out
     assert reason_of(half, 2.6, 2.7) in ("truncated", "decode_error"), "though a seek finds nothing there"
     assert reason_of(half, 0.5, 9.0) in ("truncated", "decode_error")
     assert reason_of(whole, 4.0, 5.0) == "segment_outside"
+
+
+def a_hole_inside(data: bytes) -> bytes:
+    """One part of a download in several never came; where it lies a multiple of nothing in the file."""
+    at, num_bytes = len(data) * 2 // 5, len(data) // 4
+    return data[:at] + bytes(num_bytes) + data[at + num_bytes :]
+
+
+@pytest.mark.parametrize("name", ["a.webm", "a.mkv", "a.flv", "a.avi", "a.ogv", "a.wmv"])
+def test_a_hole_inside_a_file_is_noticed_and_what_lies_in_front_of_it_is_cut(tmp_path: Path, name: str) -> None:
+    whole = whole_file(tmp_path / name)
+    holed = tmp_path / f"hole_{name}"
+    holed.write_bytes(a_hole_inside(whole.read_bytes()))
+    assert reason_of(holed) in ("truncated", "decode_error")
+    assert reason_of(holed, 0.1, 2.9) in ("truncated", "decode_error")
+    if name != "a.avi":  # its sound is checked a second ahead
+        assert len(convert_one(holed, 0.0, 0.1, audio_policy="none").video.frame_ticks) == 3
+
+
+def test_a_lost_page_of_ogg_is_named_by_its_place(tmp_path: Path) -> None:
+    data = whole_file(tmp_path / "a.ogv").read_bytes()
+    pages = [at.start() for at in re.finditer(b"OggS", data)]
+    middle = len(pages) // 2
+    (tmp_path / "lost.ogv").write_bytes(data[: pages[middle]] + data[pages[middle + 1] :])
+    with pytest.raises(MediaError, match=r"expected the next Ogg page at byte \d+") as caught:
+        convert_one(tmp_path / "lost.ogv", audio_policy="none")
+    assert caught.value.reason == "decode_error"
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.avi", "a.ogv"])
+def test_zeros_for_what_never_arrived_are_truncated_whatever_the_decoder_stumbles_over(
+    tmp_path: Path, name: str
+) -> None:
+    half = tmp_path / f"half_{name}"
+    half.write_bytes(zeros_behind(whole_file(tmp_path / name).read_bytes()))
+    assert reason_of(half) == "truncated"
 
 
 @pytest.mark.parametrize("name", ["a.ts", "a.mpg"])
