@@ -20,7 +20,7 @@ class Mixing:
     """How neighbours are mixed: clips 2k and 2k+1 of the batch are partners; row i is what clip i keeps and takes.
 
     Small, and always on the CPU: what is to be done is known without asking the device. Mixed on the device by
-    `ca2st.training.mixing`; the pixels and labels of the batch are those of the clips as they were read.
+    `ca2st.training.losses`; the pixels and labels of the batch are those of the clips as they were read.
     """
 
     video_share: Float[Tensor, " batch"]

@@ -1,9 +1,20 @@
-"""One rank's share of a step: fetched on threads, rendered by the backend, put together as a ClipBatch."""
+"""One rank's share of a step: prefetched, fetched on threads, rendered, put together as a ClipBatch.
 
+Tells a loader that stands still from one that is slow.
+
+Work ahead of the consumer on one background thread that always ends with its iterator.
+
+One rank's share of a step: fetched on threads, rendered by the backend, put together as a ClipBatch.
+"""
+
+import queue
+import threading
+import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -13,20 +24,167 @@ from torch import Tensor
 from ca2st.batch import ClipBatch, Mixing
 from ca2st.spec import MEL_ROW_SECONDS, ClipSpec
 from pipelines.augment.mixing import PairMixing
-from pipelines.draws import ClipFacts, Draws, ViewDraw
-from pipelines.errors import SampleDamageError
-from pipelines.fetch import FetchedSample
-from pipelines.fetch_threads import FetchThreads
-from pipelines.mel import mel_view
-from pipelines.plan import PlannedSamples
-from pipelines.preflight import TargetColumn
+from pipelines.errors import LoaderStalledError, SampleDamageError
+from pipelines.order.plan import PlannedSamples
+from pipelines.quarantine import DamageGuard, PlannedCell, cells_of
 from pipelines.rendering import RenderRequest, ViewBackend
-from pipelines.sampling import VaryingRate, frames_per_second
-from pipelines.shard_index import SampleEntry
-from pipelines.shard_sets import SetReaders
-from pipelines.stand_ins import DamageGuard, PlannedCell, cells_of
 from pipelines.stats import StatsRecorder
-from sharding.index import TICKS_PER_SECOND
+from pipelines.storage.fetch import FetchedSample, FetchThreads
+from pipelines.storage.headers import mel_view
+from pipelines.storage.index import SampleEntry
+from pipelines.storage.shard_sets import SetReaders, TargetColumn
+from pipelines.views.draws import ClipFacts, Draws, ViewDraw
+from pipelines.views.sampling import VaryingRate, frames_per_second
+from sharding.format.index import TICKS_PER_SECOND
+
+_MOST_NAMED = 4
+
+
+class StallWatch:
+    """Raises when, while the consumer waits, no stage of any thread has begun or ended for too long.
+
+    Slow storage with a stage that ends now and then is slow, not stalled, however long a batch takes.
+    """
+
+    def __init__(self, stats: StatsRecorder, *, timeout_seconds: float) -> None:
+        self._stats, self._timeout = stats, timeout_seconds
+        self.poll_seconds = min(1.0, timeout_seconds / 4)
+        """How often to look."""
+        self.has_tripped = False
+        """Whether a stall was found: its thread may hold locks for ever, so nothing may wait for it any more."""
+
+    def is_stalled(self, waiting_since: float) -> bool:
+        """Whether nothing has moved since `waiting_since` (on `time.monotonic`) for longer than the timeout."""
+        return time.monotonic() - max(waiting_since, self._stats.last_change) > self._timeout
+
+    def check(self, waiting_since: float) -> None:
+        """Look once.
+
+        Raises:
+            LoaderStalledError: a stall; names the stages that threads stand in, and on what.
+        """
+        if self.is_stalled(waiting_since):
+            raise self.stalled(f"no batch, and no stage begun or ended, for {self._timeout:g} s")
+
+    def stalled(self, what: str) -> LoaderStalledError:
+        """The error of a loader that will give no more batches."""
+        self.has_tripped = True
+        return LoaderStalledError(
+            f"the loader stands still: {what}; {self._where()}; look at that storage or file, or raise "
+            "data.loader.stall_timeout_seconds where it is only slow, and rerun to resume"
+        )
+
+    def _where(self) -> str:
+        now = time.monotonic()
+        stages = [stage for stage in self._stats.active() if stage.stage != "wait"]
+        told = [
+            f"{stage.stage} for {now - stage.since:.1f} s{f' ({stage.where})' if stage.where else ''} in {stage.thread}"
+            for stage in stages[:_MOST_NAMED]
+        ]
+        more = f" and {len(stages) - _MOST_NAMED} more" if len(stages) > _MOST_NAMED else ""
+        return f"it stands in: {', '.join(told)}{more}" if told else "none of its threads is in a stage that is timed"
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Item(Generic[T]):
+    value: T
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    error: BaseException | None
+
+
+def prefetched(
+    source: Callable[[], Generator[T, None, None]], depth: int, *, watch: StallWatch
+) -> Generator[T, None, None]:
+    """The items of `source()`, made by a background thread up to `depth` items ahead; depth 0 makes them inline.
+
+    An error of the source is raised here, as it was. When the consumer stops, for whatever reason, the source is
+    closed on its own thread, and the thread has ended before this iterator has; unless it hangs, when it is left
+    behind. Inline there is nobody to notice a stall.
+
+    Raises:
+        LoaderStalledError: the thread hangs, by `watch`, or has ended without a word.
+    """
+    if depth == 0:
+        yield from source()
+        return
+    worker = _Worker(source, depth, watch)
+    try:
+        yield from worker.items()
+    finally:
+        worker.stop()
+
+
+class _Worker(Generic[T]):
+    def __init__(self, source: Callable[[], Generator[T, None, None]], depth: int, watch: StallWatch) -> None:
+        self._source, self._watch = source, watch
+        self._room = threading.Semaphore(depth)
+        self._stopping = threading.Event()
+        self._done: queue.SimpleQueue[_Item[T] | _End] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="clip-prefetch", daemon=True)
+        self._thread.start()
+
+    def items(self) -> Iterator[T]:
+        while True:
+            item = self._take()
+            if isinstance(item, _Item):
+                yield item.value
+                self._room.release()
+            elif item.error is not None:
+                raise item.error
+            else:
+                return
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._room.release()
+        begin = time.monotonic()
+        while self._thread.is_alive() and not self._watch.has_tripped:
+            if self._watch.is_stalled(begin):
+                self._watch.has_tripped = True
+            else:
+                self._thread.join(self._watch.poll_seconds)
+
+    def _take(self) -> "_Item[T] | _End":
+        begin = time.monotonic()
+        while True:
+            was_alive = self._thread.is_alive()
+            try:
+                return self._done.get(timeout=self._watch.poll_seconds)
+            except queue.Empty:
+                if not was_alive:
+                    raise self._watch.stalled("its thread has ended without a word") from None
+                self._watch.check(begin)
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            self._produce()
+        except BaseException as raised:  # noqa: BLE001 - carried to the consumer's thread and raised there
+            error = raised
+        self._done.put(_End(error))
+
+    def _produce(self) -> None:
+        items = self._source()
+        try:
+            while True:
+                self._room.acquire()
+                if self._stopping.is_set():
+                    return
+                try:
+                    value = next(items)
+                except StopIteration:
+                    return
+                self._done.put(_Item(value))
+                del value
+        finally:
+            items.close()
+
 
 _FETCH_AHEAD_STEPS = 2
 """Steps whose bytes are read while an earlier one is rendered."""

@@ -7,9 +7,9 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import UInt8
 from torch import Tensor
 
+from pipelines.augment.crops import CropBox
 from pipelines.augment.erasing import ErasedBox
-from pipelines.augment.operations import ImageAugment
-from pipelines.crops import CropBox
+from pipelines.augment.rand_augment import ImageAugment
 
 
 @dataclass(frozen=True, slots=True)

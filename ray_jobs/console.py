@@ -1,15 +1,91 @@
-"""What a command shows: progress bars on a terminal, plain lines otherwise, facts as JSON on stdout."""
+"""What commands print: lines, tables, bars, sizes, files.
+
+Sizes and views as people write them: ``1GB``, ``256MB``, ``2x3``.
+
+Where a command writes a file that the user named: checked before any work is done for it.
+
+What a command shows: progress bars on a terminal, plain lines otherwise, facts as JSON on stdout.
+"""
 
 import contextlib
 import io
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, TextIO
+
+from ca2st.errors import UserInputError
+
+_MOST_VIEWS = 100
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """Number of bytes in ``1GB``, ``256 MB`` or ``1048576``.
+
+    Raises:
+        UserInputError: another form.
+    """
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise UserInputError(f"size: expected a number with a unit such as 1GB or 256MB, found {shortened(text)}")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_views(text: str) -> tuple[int, int]:
+    """(clips, crops) of ``2x3``.
+
+    Raises:
+        UserInputError: another form, a zero, or more views than fit: all of a sample are in memory at once.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text)
+    if match is None:
+        raise UserInputError(f"--views: expected CLIPSxCROPS such as 2x3, found {shortened(text)}")
+    clips, crops = int(match[1]), int(match[2])
+    if clips * crops > _MOST_VIEWS:
+        raise UserInputError(
+            f"--views: expected at most {_MOST_VIEWS} views a sample, found {text}; published are 2x3 and 5x3"
+        )
+    return clips, crops
+
+
+def require_folder_place(path: Path, option: str) -> None:
+    """Refuse a folder that cannot be one: a file has its name, or that of a folder above it.
+
+    Raises:
+        UserInputError: as said, or the name is longer than any may be.
+    """
+    for place in (path, *path.parents):
+        try:
+            found = place.exists()
+        except OSError as error:
+            raise UserInputError(f"{option}: expected the name of a folder, found {path}: {error.strerror}") from error
+        if found and not place.is_dir():
+            raise UserInputError(f"{option}: expected a folder, found the file {place}; choose another name")
+
+
+def require_writable_place(path: Path, option: str) -> None:
+    """Refuse a file that could not get its name at the end.
+
+    Raises:
+        UserInputError: the folder is not there or cannot be written to, or `path` is a folder.
+    """
+    if not path.parent.is_dir():
+        raise UserInputError(
+            f"{option}: expected a file in a folder that exists, found no {path.parent}; make it first"
+        )
+    if path.is_dir():
+        raise UserInputError(f"{option}: expected the name of a file, found the folder {path}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserInputError(f"{option}: expected a folder that can be written to, found {path.parent}; name another")
+
 
 Update = Callable[[int, str], None]
 """``update(done, note)``: how many are done, and a few words behind the bar."""

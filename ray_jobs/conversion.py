@@ -1,27 +1,23 @@
-"""A conversion with its progress shown, on this machine or by the workers of a Ray cluster."""
+"""A conversion as the commands run and show it, and what they print of it.
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+A conversion with its progress shown, on this machine or by the workers of a Ray cluster.
+
+What ``ca2st shard build`` tells: before a conversion in a dry run, or after it.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ca2st.durable import NO_FAULTS, FaultPoints
-from ca2st.errors import UserInputError
-from ray_jobs.console import progress, say
-from ray_jobs.ray_access import LOCAL, RayAccess, ray_session
-from sharding.completion import ConversionReport
-from sharding.conversion import ConversionConfig
-from sharding.convert import ConversionProgress, OpenPool, convert
-from sharding.decode_child import ClipJob, EncodedClip, encode_clip
+from ray_jobs.console import counted, print_json, progress, result, table
+from sharding.convert import ConversionProgress, ConversionReport, OpenPool, convert
+from sharding.datasets.label_spaces import label_histogram
+from sharding.settings import ConversionConfig, estimate_storage
 from sharding.source import SourceList
-from sharding.workers import ClipPool
 
 if TYPE_CHECKING:
-    from ray_jobs.every_node import Node
-
-_LEAST_PREFLIGHT_SECONDS = 120.0  # a cold interpreter on a busy node
+    pass
 
 
 def convert_shown(
@@ -44,93 +40,53 @@ def convert_shown(
         )
 
 
-def convert_on_cluster(
-    source: SourceList,
-    out: Path,
-    config: ConversionConfig,
-    *,
-    address: str,
-    access: RayAccess,
-    num_workers: int | None,
-    faults: FaultPoints = NO_FAULTS,
-) -> ConversionReport:
-    """As `convert_shown`, the clips converted by Ray actors; this process writes the shards, to the same bytes.
-
-    The nodes need the media under the same paths, and nothing else of this machine's folders.
-
-    Args:
-        source: The samples.
-        out: A folder of this machine.
-        config: Parameters; `workers` is replaced by `num_workers`.
-        address: ``local`` (a Ray of this machine alone), ``auto`` or ``host:port``.
-        access: The cluster's token, or the word that it needs none.
-        num_workers: Actors, one CPU each; None: all CPUs of the cluster.
-        faults: Fault points (tests).
-
-    Raises:
-        UserInputError: more workers than the cluster has CPUs, or no token.
-        UnlikeNodeError: a node does not see the media, or would write other bytes.
-        EnvironmentFault: no cluster answers, or its workers are lost again and again.
-    """
-    pool = partial(_pool_on_cluster, source, config, address=address, access=access, num_workers=num_workers)
-    return convert_shown(source, out, config, faults=faults, pool=pool)
-
-
-@contextmanager
-def _pool_on_cluster(
-    source: SourceList, config: ConversionConfig, *, address: str, access: RayAccess, num_workers: int | None
-) -> Iterator[ClipPool]:
-    num_cpus = num_workers if address == LOCAL else None
-    with ray_session(address, access=access, num_cpus=num_cpus), joined_pool(source, config, num_workers) as pool:
-        yield pool
-
-
-@contextmanager
-def joined_pool(
-    source: SourceList,
-    config: ConversionConfig,
-    num_workers: int | None,
-    *,
-    encode: Callable[[ClipJob], EncodedClip] = encode_clip,
-) -> Iterator[ClipPool]:
-    """The pool of a cluster that is joined already, once its nodes were compared with this machine.
-
-    `encode` is what the decode children run, a module-level function. Raises as `convert_on_cluster` does.
-    """
-    from ray_jobs.every_node import living_nodes, on_every_node
-    from sharding.cluster.node_facts import node_facts, probe_of, refuse_unlike_nodes
-    from sharding.cluster.ray_workers import ray_pool
-
-    nodes = [node for node in living_nodes() if node.resources.get("CPU", 0) >= 1]
-    config = replace(config, workers=workers_on(nodes, num_workers))
-    probe = probe_of(source, config)
-    say(f"{config.workers} workers on {len(nodes)} nodes, each of which tries {len(probe.jobs)} clips first")
-    seconds = _LEAST_PREFLIGHT_SECONDS + len(probe.jobs) * config.clip_timeout_seconds
-    here = node_facts(probe)
-    there = on_every_node(node_facts, probe, nodes=nodes, timeout_seconds=seconds)
-    refuse_unlike_nodes(here, {node.name: facts for node, facts in there.items()}, probe)
-    vetted = [node.node_id for node in nodes]
-    with ray_pool(config, probe=probe, here=here, vetted=vetted, encode=encode) as pool:
-        yield pool
-
-
-def workers_on(nodes: "list[Node]", asked: int | None) -> int:
-    """How many conversion workers to start: as asked for, or one a CPU.
-
-    Raises:
-        UserInputError: the nodes have no CPU, or fewer than asked for.
-    """
-    num_cpus = sum(int(node.resources["CPU"]) for node in nodes)
-    if num_cpus == 0:
-        raise UserInputError("expected a node with CPUs in the cluster, found none; start one with `ray start`")
-    if asked is not None and asked > num_cpus:
-        sizes = ", ".join(f"{node.name}: {node.resources['CPU']:g}" for node in nodes)
-        raise UserInputError(
-            f"--workers {asked}: expected at most the cluster's {num_cpus} CPUs ({sizes}); ask for fewer, or add nodes"
-        )
-    return asked or num_cpus
-
-
 def _note(state: ConversionProgress) -> str:
     rejected = f"  {state.num_rejected} rejected" if state.num_rejected else ""
     return f"{state.clips_per_second:.1f} clips/s{rejected}"
+
+
+def print_plan(source: SourceList, config: ConversionConfig, *, as_json: bool) -> None:
+    """What a dry run tells: the samples, classes and bytes to expect."""
+    estimate = estimate_storage(source, config)
+    facts: dict[str, object] = {
+        "dataset": source.dataset,
+        "split": source.split,
+        "manifest": None,
+        "num_samples": len(source.samples),
+        "num_classes": _class_count(source.num_classes),
+        "num_shards": estimate.num_shards,
+        "estimated_bytes": estimate.total_bytes,
+        "rejected": {},
+        "notes": {kind: len(places) for kind, places in source.notes.items()},
+        "clips_per_second": None,
+    }
+    histogram = label_histogram(source)
+    if as_json:
+        print_json(facts | {"samples_per_class": histogram})
+        return
+    empty = {space: sum(count == 0 for count in counts.values()) for space, counts in histogram.items()}
+    facts["notes"] = counted({kind: len(places) for kind, places in source.notes.items()})
+    facts["classes without samples"] = counted(empty)
+    result(table({name: value for name, value in facts.items() if value is not None}))
+
+
+def print_report(report: ConversionReport, *, as_json: bool) -> None:
+    """What a finished conversion made, and what it left out."""
+    facts = {
+        "manifest": str(report.manifest_path),
+        "num_samples": report.num_samples,
+        "num_classes": _class_count(report.num_classes),
+        "num_shards": report.num_shards,
+        "rejected": dict(report.rejected),
+        "notes": dict(report.notes),
+        "clips_per_second": round(report.clips_per_second, 2),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    result(table(facts | {"rejected": counted(report.rejected), "notes": counted(report.notes)}))
+
+
+def _class_count(num_classes: Mapping[str, int]) -> int | dict[str, int]:
+    """One number where one label is learned, a number a target otherwise."""
+    return next(iter(num_classes.values())) if len(num_classes) == 1 else dict(num_classes)

@@ -10,13 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ca2st.cores import num_cores
 from ca2st.durable import FaultPoints
 from ca2st.errors import UserInputError
+from ca2st.processes import num_cores
 
 if TYPE_CHECKING:
     from ca2st.weights.hub import HubAccess
-    from ray_jobs.ray_access import RayAccess
 
 RECORDED_PACKAGES = (
     "ca2st",
@@ -56,17 +55,6 @@ def default_tracking_uri(runs_root: Path) -> str:
 def ray_auth_mode() -> str | None:
     """``RAY_AUTH_MODE``: ``token`` where a cluster started here asks for one."""
     return os.environ.get("RAY_AUTH_MODE")
-
-
-def ray_access(*, accept_open: bool = False) -> "RayAccess":
-    """Whether this process holds a Ray cluster's token, looked up where Ray looks, and may go without one."""
-    from ray_jobs.ray_access import RayAccess, find_token
-
-    return RayAccess(
-        token=find_token(os.environ, Path.home()),
-        mode=(ray_auth_mode() or "").lower() or None,
-        accept_open=accept_open,
-    )
 
 
 def passed_variables(names: Sequence[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from ca2st.errors import UserInputError
-from ca2st.training.documents import flatten
+from ca2st.training.journal import flatten
 
 HIDDEN = "[hidden]"
 _USER_INFO = re.compile(r"(?<=://)[^/\s@]*:(?:[^/\s\"'<>]*@|[^/\s@]*@)|(?<=http://)[^/\s@]+@|(?<=https://)[^/\s@]+@")

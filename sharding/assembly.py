@@ -5,15 +5,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from sharding.conversion import ConversionConfig
-from sharding.decode_child import EncodedClip, Rejected
 from sharding.errors import MediaError
-from sharding.keys import sample_key
-from sharding.manifest import LabelSpace
-from sharding.rejects import Reject
+from sharding.folder import Reject
+from sharding.format.index import sample_key
+from sharding.format.shard_set import LabelSpace
+from sharding.format.writer import ShardRange, StoredSample
+from sharding.media.decode_child import EncodedClip, Rejected
+from sharding.media.spectrogram import log_mel, no_spectrogram, npy_bytes
+from sharding.settings import ConversionConfig
 from sharding.source import SourceList, SourceSample
-from sharding.spectrogram import log_mel, no_spectrogram, npy_bytes
-from sharding.writer import ShardRange, StoredSample
 
 _TRAILER_BYTES = 10_240  # a tar ends with zeros up to a multiple of this
 

@@ -1,42 +1,52 @@
 """Convert a list of sources into a shard set: decode in children, write shards in order, the manifest last.
 
-Rerunning resumes at the first shard that is not complete. The bytes depend on the sources, the parameters and the
-tool versions alone: not on the number of workers, an interruption, the hash seed or the date.
+The end of a conversion: rejects held against the budget, the manifest, written last, and the report.
+
+What can be refused before anything is decoded or written.
 """
 
+import contextlib
 import errno
 import functools
 import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ca2st.durable import NO_FAULTS, FaultPoints, sweep_temporaries
-from ca2st.errors import EnvironmentFault
+from ca2st.durable import NO_FAULTS, FaultPoints, sweep_temporaries, write_bytes
+from ca2st.errors import EnvironmentFault, UserInputError
 from sharding.assembly import Outcome, ShardCutter, assemble
-from sharding.completion import ConversionReport, check_notes, count_notes, require_within_budget, write_manifest
-from sharding.conversion import ConversionConfig, conversion_identity, estimate_storage
-from sharding.decode_child import ClipJob, EncodedClip, encode_clip
-from sharding.errors import ConversionRefusedError, ShardDamageError
-from sharding.folder_lock import folder_lock
-from sharding.manifest import MANIFEST_NAME
-from sharding.preflight import check_source, output_folder
-from sharding.rejects import Reject, count_by_reason
-from sharding.resume import (
+from sharding.errors import (
+    AllRejectedError,
+    AnnotationError,
+    ConversionRefusedError,
+    RejectBudgetError,
+    ShardDamageError,
+)
+from sharding.folder import (
+    REJECTS_NAME,
     DoneShard,
+    Reject,
+    count_by_reason,
     done_shards,
+    folder_lock,
     read_done_shard,
     refuse_another_conversion,
     refuse_foreign_files,
+    rejects_file,
+    rejects_in_words,
     remove_shards_from,
 )
-from sharding.shard_set import read_shard_set
-from sharding.source import SourceList
+from sharding.format.shard_set import MANIFEST_NAME, read_shard_set, write_shard_set
+from sharding.format.writer import StoredSample, write_shard
+from sharding.media.decode_child import ClipJob, EncodedClip, encode_clip
+from sharding.settings import ConversionConfig, RejectBudget, conversion_identity, estimate_storage
+from sharding.source import SourceList, SourceSample, refuse_doubtful
 from sharding.source_states import (
     SOURCES_NAME,
     ShardSources,
@@ -50,7 +60,159 @@ from sharding.source_states import (
 )
 from sharding.verify import shard_problems
 from sharding.workers import ClipPool, DecodePool
-from sharding.writer import StoredSample, write_shard
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionReport:
+    """What a finished conversion made."""
+
+    manifest_path: Path
+    num_classes: Mapping[str, int]
+    """Classes by target."""
+    num_samples: int
+    num_shards: int
+    num_with_audio: int
+    rejected: Mapping[str, int]
+    """Rejected sources by reason."""
+    notes: Mapping[str, int]
+    """What was unusual about the sources and accepted, by kind: of their list and of the clips."""
+    clips_per_second: float
+    """Clips converted in this run by its wall time; 0 when there was nothing left to do."""
+
+
+def require_within_budget(rejects: Sequence[Reject], source: SourceList, *, budget: RejectBudget, out: Path) -> None:
+    """Refuse a set with too many rejects, and list them in ``rejects.jsonl``.
+
+    Raises:
+        AllRejectedError: there is nothing but rejects.
+        RejectBudgetError: there are more than `budget` allows.
+    """
+    total = len(source.samples)
+    if len(rejects) == total:
+        (out / REJECTS_NAME).unlink(missing_ok=True)
+        raise AllRejectedError(
+            f"all {total} samples were rejected, nothing was written: {rejects_in_words(rejects, source)}",
+            rejects=tuple(rejects),
+        )
+    if not budget.allows(len(rejects), total):
+        write_bytes(out / REJECTS_NAME, rejects_file(rejects))
+        raise RejectBudgetError(
+            f"{len(rejects)} of {total} samples rejected, --max-rejects allows {budget}: "
+            f"{rejects_in_words(rejects, source)}; all are listed in {out / REJECTS_NAME}; "
+            "repair them and rerun (finished shards are kept), or raise --max-rejects"
+        )
+
+
+def count_notes(source: SourceList, shards: Sequence[DoneShard]) -> dict[str, int]:
+    """Return how often each kind of note was made about the source list and the clips."""
+    counts = Counter({kind: len(places) for kind, places in source.notes.items()})
+    for shard in shards:
+        counts.update(shard.notes)
+    return dict(sorted(counts.items()))
+
+
+def check_notes(
+    source: SourceList,
+    config: ConversionConfig,
+    shards: Sequence[DoneShard] = (),
+    examples: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Refuse notes that question the data where `config.strict`: of the source list, and of the clips in `shards`.
+
+    Raises:
+        UserInputError: naming kinds, counts and examples; `examples` are ids of clips by kind.
+    """
+    if config.strict:
+        kept = " (finished shards are kept, and a rerun goes on from them)" if shards else ""
+        rest = f"correct or remove them, or leave --strict out{kept}"
+        refuse_doubtful(count_notes(source, shards), {**(examples or {}), **source.notes}, rest=rest)
+
+
+def write_manifest(
+    out: Path,
+    shards: Sequence[DoneShard],
+    rejects: Sequence[Reject],
+    *,
+    source: SourceList,
+    config: ConversionConfig,
+    tool_versions: Mapping[str, str],
+    faults: FaultPoints,
+) -> None:
+    """Write ``rejects.jsonl`` where there are rejects, the shard table and the manifest."""
+    if rejects:
+        write_bytes(out / REJECTS_NAME, rejects_file(rejects))
+    else:
+        (out / REJECTS_NAME).unlink(missing_ok=True)
+    fields = {
+        "dataset": source.dataset,
+        "split": source.split,
+        "label_spaces": source.label_spaces,
+        "targets": source.targets,
+        "audio": config.audio,
+        "video": config.video,
+        "tool_versions": tool_versions,
+        "source_list_sha256": source.sha256,
+        "rejected": count_by_reason(rejects),
+        "clock": config.clock,
+        "notes": count_notes(source, shards),
+    }
+    write_shard_set(out, fields, tuple(shard.entry for shard in shards), faults=faults)
+
+
+def check_source(source: SourceList) -> None:
+    """Refuse an empty list, ids that are no text or not unique, labels outside their space, no media file at all."""
+    if not source.samples:
+        raise UserInputError(f"{source.dataset} {source.split}: expected at least one sample, found none")
+    seen: dict[str, str] = {}
+    for sample in source.samples:
+        if sample.sample_id in seen:
+            raise AnnotationError(
+                f"{sample.where}: sample id {sample.sample_id!r} is there already, at {seen[sample.sample_id]}; "
+                "give each segment its own id"
+            )
+        seen[sample.sample_id] = sample.where
+        _check_is_text(sample)
+        sizes = [len(space.classes) for space in source.label_spaces]
+        if len(sample.labels) != len(sizes) or any(
+            not 0 <= at < size for at, size in zip(sample.labels, sizes, strict=True)
+        ):
+            raise AnnotationError(f"{sample.where}: expected a label in each of {sizes} classes, found {sample.labels}")
+    if not any(sample.path.is_file() for sample in source.samples):
+        first = source.samples[0]
+        raise UserInputError(
+            f"none of the {len(source.samples)} media files exists; "
+            f"the first is {first.path} ({first.where}); check --media"
+        )
+
+
+def _check_is_text(sample: SourceSample) -> None:
+    """Ids and file names go into the samples' JSON: names in bytes that are no UTF-8 cannot."""
+    for name in (sample.sample_id, sample.path.name):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise AnnotationError(
+                f"{sample.where}: expected a name that UTF-8 can write, found {name!a}; rename the file"
+            ) from None
+
+
+@contextlib.contextmanager
+def output_folder(out: Path) -> Iterator[None]:
+    """`out` as an existing folder; removed again if it was made here and stays empty."""
+    existed = out.exists()
+    if existed and not out.is_dir():
+        raise UserInputError(f"{out}: expected a folder, found a file; choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot make {out}: {error.strerror}; choose another --out") from error
+    try:
+        yield
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):
+                out.rmdir()
+
 
 _log = logging.getLogger(__name__)
 OpenPool = Callable[[], AbstractContextManager[ClipPool]]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ca2st.errors import CA2STError, DataDamageError, EnvironmentFault, UserInputError
 
 if TYPE_CHECKING:
-    from sharding.rejects import Reject
+    from sharding.folder import Reject
 
 
 class AnnotationError(UserInputError):
@@ -29,7 +29,7 @@ class RejectBudgetError(DataDamageError):
 
 
 class AllRejectedError(UserInputError):
-    """Not one source gave a sample; `rejects` (of `sharding.rejects`) say why each did not."""
+    """Not one source gave a sample; `rejects` (of `sharding.folder`) say why each did not."""
 
     def __init__(self, message: str, *, rejects: "tuple[Reject, ...]") -> None:
         super().__init__(message)

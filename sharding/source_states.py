@@ -13,9 +13,8 @@ from typing import Any
 from ca2st.checked_json import DocumentError, checked, parse_json
 from ca2st.durable import append_bytes, write_bytes
 from sharding.errors import MediaError
-from sharding.manifest import sha256_of_json
-from sharding.media import source_state
-from sharding.shard_set import ShardEntry
+from sharding.format.shard_set import ShardEntry, sha256_of_json
+from sharding.media.probe import source_state
 from sharding.source import SourceList
 
 SOURCES_NAME = "sources.jsonl"

@@ -12,9 +12,9 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from ca2st.child_processes import SPAWN
 from ca2st.errors import EnvironmentFault
-from sharding.decode_child import Rejected, serve
+from ca2st.processes import SPAWN
+from sharding.media.decode_child import Rejected, serve
 
 _START_SECONDS = 120.0  # a cold interpreter on a busy machine
 _LOOK_AHEAD = 3  # jobs a child, finished or not, ahead of the one that is awaited

@@ -1,23 +1,244 @@
-"""Rounds: every one runs each variant once, so that a busy moment of the machine falls on all of them."""
+"""A model measured beside a plain formulation.
 
+What a benchmark of the model says.
+
+A case in a process of its own, so that its memory is its own and nobody's leftovers slow it down.
+
+Rounds: every one runs each variant once, so that a busy moment of the machine falls on all of them.
+"""
+
+import contextlib
 import os
 import statistics
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, cast
 
 import torch
 
-from ca2st.benchmark.case import TARGETS, Case, CaseSpec, PassKind, Variant
-from ca2st.benchmark.config import ModelBenchConfig, model_config
-from ca2st.benchmark.limits import Limit
-from ca2st.benchmark.process import case_in_process
-from ca2st.benchmark.report import ModelBenchmark, ModelReport, PassReport, Plan, spread
-from ca2st.errors import EnvironmentFault
-from ca2st.model.info import ModelInfo, model_info
+from ca2st.benchmark.case import TARGETS, Case, CaseSpec, LocalCase, ModelBenchConfig, PassKind, Variant, model_config
+from ca2st.benchmark.measure import Limit
+from ca2st.errors import CA2STError, EnvironmentFault
+from ca2st.model.inspect import ModelInfo, model_info
 from ca2st.model.structure import bridges_of_layer
+from ca2st.processes import SPAWN
+from ca2st.training.config import Precision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A configuration with everything decided that depends on the device."""
+
+    models: tuple[str, ...]
+    """Kinds of model."""
+    size: str
+    """Name of the size."""
+    num_layers: int | None
+    """Layers of every expert; None: all."""
+    per_device_batch_size: int
+    """Clips of a pass."""
+    rounds: int
+    """Measured passes of each variant, where `seconds` does not say otherwise."""
+    seconds: float | None
+    """Time for each model's forward pass, and again for its training step."""
+    device: str
+    """`cpu` or `cuda`."""
+    precision: Precision
+    """Of the passes and of the limit."""
+    variants: tuple[Variant, ...]
+    """Ours first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """Several measurements of one thing."""
+
+    median: float
+    """The number that is reported."""
+    lowest: float
+    """Smallest of them."""
+    highest: float
+    """Largest of them; far from the median on a busy machine."""
+    count: int
+    """How many."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassReport:
+    """One kind of pass of one variant."""
+
+    clips_per_second: float
+    """From the median time."""
+    seconds: Spread
+    """Of a pass."""
+    peak_memory_bytes: int
+    """Highest memory, weights included: of the CUDA allocator, or (CPU) of the process since before the model."""
+    tflops: float | None
+    """10^12 floating-point operations a second, from the model's multiply-adds; known for the forward pass."""
+    share_of_limit: float | None
+    """`tflops` over the device's limit, measured in the same run."""
+    speedup: Spread | None
+    """Baseline's time over this one's, round by round; None without a baseline and for itself."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelReport:
+    """One model."""
+
+    model: str
+    """Its kind."""
+    num_layers: int
+    """Layers of every expert that were measured."""
+    all_layers: int
+    """Layers it has at this size."""
+    bridges: dict[str, int]
+    """How many of the layers carry each bottleneck cross-attention."""
+    gmacs: float
+    """10^9 multiply-adds of one view with these layers."""
+    trainable: int
+    """Trained parameters."""
+    total: int
+    """Parameters."""
+    variants: dict[Variant, dict[PassKind, PassReport]]
+    """`ours`, and `baseline` and `compiled` where they were asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelBenchmark:
+    """All models, with the headline of the first."""
+
+    clips_per_second: float
+    """Training step of the first model, ours."""
+    baseline_clips_per_second: float | None
+    """The same by the plain formulation; None without a baseline."""
+    plan: Plan
+    """What was measured, how."""
+    limit: Limit
+    """The highest rate of a large matrix product that any of the measuring processes saw."""
+    load_before: float
+    """The machine's load average over the minute before: well below one a core, or others were computing too, and the
+    rates are too low. Ratios suffer less, since variants take turns."""
+    models: tuple[ModelReport, ...]
+    """In the order they were asked for."""
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and range of at least one value."""
+    return Spread(median=statistics.median(values), lowest=min(values), highest=max(values), count=len(values))
+
+
+_END = "end"
+_PATIENCE_SECONDS = 10.0
+
+
+class RemoteCase:
+    """Asks the process for what a `Case` can do."""
+
+    def __init__(self, connection: Connection, process: Any, spec: CaseSpec) -> None:
+        self._connection = connection
+        self._process = process
+        self._spec = spec
+
+    def seconds(self, kind: PassKind) -> float:
+        """Run one pass there; how long it took."""
+        return cast("float", self._ask("seconds", kind))
+
+    def peak_bytes(self) -> int:
+        """Highest memory since the last `reset_peak`, weights included."""
+        return cast("int", self._ask("peak_bytes"))
+
+    def reset_peak(self) -> None:
+        """Forget earlier peaks."""
+        self._ask("reset_peak")
+
+    def limit(self) -> Limit:
+        """The device's limit, in the precision of the case."""
+        return cast("Limit", self._ask("limit"))
+
+    def _ask(self, *request: str) -> object:
+        try:
+            self._connection.send(request)
+            answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise EnvironmentFault(self._death()) from error
+        if isinstance(answer, CA2STError):
+            raise answer
+        return answer
+
+    def _death(self) -> str:
+        self._process.join(_PATIENCE_SECONDS)
+        spec = self._spec
+        return (
+            f"{spec.config.kind}, {spec.variant}: expected the measuring process to answer, found it ended with exit "
+            f"code {self._process.exitcode} (-9: the system had no memory left); take fewer clips (--batch) or layers "
+            "(--layers)"
+        )
+
+
+@contextlib.contextmanager
+def case_in_process(spec: CaseSpec) -> Iterator[Case]:
+    """Start a process with the case in it; ends it with the block.
+
+    Raises:
+        EnvironmentFault: in any of the case's methods, when the process ended or ran out of the device's memory.
+        CA2STError: anything else that went wrong there, with its traceback.
+    """
+    ours, theirs = SPAWN.Pipe()
+    process = SPAWN.Process(target=_serve, args=(theirs, spec), daemon=False)
+    process.start()
+    theirs.close()
+    try:
+        yield RemoteCase(ours, process, spec)
+    finally:
+        _end(ours, process)
+
+
+def _end(connection: Connection, process: Any) -> None:
+    with connection:
+        with contextlib.suppress(OSError):  # it has ended already
+            connection.send((_END,))
+    process.join(_PATIENCE_SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+def _serve(connection: Connection, spec: CaseSpec) -> None:
+    """Answer requests until told to end; a fault is an answer too."""
+    case: LocalCase | None = None
+    while (request := _next(connection))[0] != _END:
+        try:
+            case = case or LocalCase(spec)
+            connection.send(getattr(case, request[0])(*request[1:]))
+        except Exception as error:  # noqa: BLE001  # whatever it is, the parent tells it
+            connection.send(_told(error, spec))
+
+
+def _next(connection: Connection) -> tuple[str, ...]:
+    try:
+        return cast("tuple[str, ...]", connection.recv())
+    except EOFError:
+        return (_END,)
+
+
+def _told(error: Exception, spec: CaseSpec) -> CA2STError:
+    from torch.cuda import OutOfMemoryError
+
+    where = f"{spec.config.kind}, {spec.variant}"
+    if isinstance(error, CA2STError):
+        return error
+    if isinstance(error, OutOfMemoryError):
+        return EnvironmentFault(
+            f"{where}: expected {spec.per_device_batch_size} clips to fit on the GPU, found its memory used up; "
+            "take fewer (--batch)"
+        )
+    return CA2STError(f"{where}: " + "".join(traceback.format_exception(error)))
+
 
 StartCase = Callable[[CaseSpec], AbstractContextManager[Case]]
 Update = Callable[[int, str], None]

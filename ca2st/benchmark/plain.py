@@ -5,7 +5,7 @@ It shares no speed-up with ours. In place of ours it has
 - attention of the experts and of B-CA: the product of scaled queries and keys, ``softmax`` over it, the product with
   the values, three operations one after the other, so that the scores and their softmax exist as tensors
   `[windows, heads, queries, keys]` (and the softmax is kept for the backward pass);
-- ``torch.nn.Linear`` where ours goes through `ca2st.model.token_linear`;
+- ``torch.nn.Linear`` where ours goes through `ca2st.model.attention`;
 - QuickGELU as ``x * sigmoid(1.702 * x)``.
 
 Everything else is ours as it stands: the order of the layers, the bottleneck's ``down`` (once an expert and bridge,
@@ -27,11 +27,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ca2st.errors import CA2STError
-from ca2st.model.adapter import QuickGELU
-from ca2st.model.attention import CrossAttention, SelfAttention
-from ca2st.model.holistic import HolisticModel
-from ca2st.model.token_linear import TokenLinear
-from ca2st.model.windows import into_windows, out_of_windows
+from ca2st.model.attention import CrossAttention, SelfAttention, TokenLinear, into_windows, out_of_windows
+from ca2st.model.experts import QuickGELU
+from ca2st.model.network import HolisticModel
 
 
 def softmax_attention(

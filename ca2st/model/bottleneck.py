@@ -15,14 +15,11 @@ from typing import cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ca2st.model.attention import CrossAttention
+from ca2st.model.attention import CrossAttention, Grouping, new_linear, zero_linear
 from ca2st.model.config import ModelConfig, Positions
-from ca2st.model.initial import new_linear, zero_linear
-from ca2st.model.positions import LearnedPositions
+from ca2st.model.positions import LearnedPositions, TimeCodes
 from ca2st.model.structure import Bridge, Direction, ExpertName, encoder_of
-from ca2st.model.time_codes import TimeCodes
 from ca2st.model.tokens import TokenGrid
-from ca2st.model.windows import Grouping
 
 _EPS = 1e-6
 

@@ -22,9 +22,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ca2st.errors import UserInputError
-from ca2st.model.adapter import Adapter
+from ca2st.model.attention import new_linear
 from ca2st.model.config import ModelConfig, ModelKind, TargetSpec
-from ca2st.model.initial import new_linear
+from ca2st.model.experts import Adapter
 from ca2st.model.structure import EXPERTS, ExpertName
 
 AdapterKind = Literal["plain", "skip", "query", "project", "none"]

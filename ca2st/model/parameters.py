@@ -1,4 +1,16 @@
-"""Which parameters are trained, which layer they belong to, and which are spared weight decay."""
+"""Which parameters are trained, in which precision the others lie, and how a model is built.
+
+In which type frozen experts are held: float32 as they were read, or bfloat16 where autocast would cast them anyway.
+
+Under bfloat16 autocast every Linear and convolution casts its weights on every use. A frozen weight never changes, so
+holding it in bfloat16 gives the same products (bit for bit where the same kernel makes them), in half the memory and
+without the cast, whose result autograd would also keep for the backward pass. Norms, tables of positions and tokens,
+running statistics, and everything that is trained stay float32.
+
+Which parameters are trained, which layer they belong to, and which are spared weight decay.
+
+From a configuration to a model.
+"""
 
 import difflib
 import re
@@ -6,12 +18,55 @@ from collections.abc import Mapping, Sequence
 from fnmatch import translate
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from ca2st.errors import UserInputError
-from ca2st.model.choices import Trainable, check_trainable
-from ca2st.model.holistic import HolisticModel
+from ca2st.model.config import (
+    ExpertPrecision,
+    HeldPrecision,
+    ModelConfig,
+    TargetSpec,
+    Trainable,
+    check_clip,
+    check_expert_precision,
+    check_targets,
+    check_trainable,
+)
+from ca2st.model.network import HolisticModel
 from ca2st.model.structure import all_bridges, stage_of_layer, uses_time_codes
+from ca2st.spec import ClipSpec
+
+_CAST_BY_AUTOCAST = (nn.Linear, nn.Conv2d, nn.Conv3d)
+
+
+def held_precision(wanted: ExpertPrecision, *, training: HeldPrecision, device: str) -> HeldPrecision:
+    """What `auto` means here: bfloat16 on a GPU that computes in it, float32 otherwise.
+
+    `training` is the precision of the computation, `device` torch's word for the kind of device. Raises as
+    `check_expert_precision`.
+    """
+    check_expert_precision(wanted, training=training)
+    if wanted != "auto":
+        return wanted
+    return "bf16" if device == "cuda" and training == "bf16" else "fp32"
+
+
+def hold_experts(model: HolisticModel, precision: HeldPrecision) -> None:
+    """Hold the experts' frozen weights and biases of Linears and convolutions in `precision`, in place.
+
+    Call it after weights are loaded, kept and marked as trained or frozen. Once in bfloat16 the model computes under
+    bfloat16 autocast only, and `fp32` does not bring the lost bits back: it leaves the model as it is.
+    """
+    if precision == "fp32":
+        return
+    for expert in model.experts.values():
+        for module in expert.modules():
+            if isinstance(module, _CAST_BY_AUTOCAST):
+                for parameter in module.parameters(recurse=False):
+                    if not parameter.requires_grad:
+                        parameter.data = parameter.data.to(torch.bfloat16)
+
 
 Rules = Mapping[str, Sequence[str]]
 """What a rule is called -> patterns (`*` any characters, dots too), one of which at least must name something."""
@@ -131,3 +186,20 @@ def _idle_rule(rule: str, patterns: Sequence[str], names: Sequence[str]) -> str:
     shown = rule if tuple(patterns) == (rule,) else f"{rule} ({', '.join(patterns)})"
     near = difflib.get_close_matches(patterns[0], names, n=3, cutoff=0.0)
     return f"{shown} (nearest names: {', '.join(near)})"
+
+
+def build_model(config: ModelConfig, clip: ClipSpec, targets: Sequence[TargetSpec], *, seed: int = 0) -> HolisticModel:
+    """Build a model with random weights drawn from `seed` alone, its experts frozen (`set_trainable` changes that).
+
+    Torch's own generator is left as it was. Inside `torch.device("meta")` nothing is allocated.
+
+    Raises:
+        UserInputError: sizes of clip and model do not fit, or the targets are not usable.
+    """
+    check_clip(config, clip)
+    check_targets(targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = HolisticModel(config, clip, targets)
+    set_trainable(model, "added")
+    return model

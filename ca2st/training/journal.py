@@ -1,4 +1,10 @@
-"""The run's journal: append-only JSON lines that hold every metric first, whatever happens to a tracker.
+"""The journal of a run, its documents and its lock.
+
+One training at a time in a run folder.
+
+JSON documents whose every byte is accounted for: canonical form, own hash, differences by field.
+
+The run's journal: append-only JSON lines that hold every metric first, whatever happens to a tracker.
 
 Events: ``start``, ``step``, ``eval``, ``checkpoint``, ``fault``, ``end``. Numbers are written by repr, so a line
 gives back the exact float. A process killed in mid-line leaves a torn last line, which the next start cuts off.
@@ -6,11 +12,15 @@ A run's sequence is the last line of each step: an attempt that starts from an o
 again.
 """
 
+import contextlib
+import fcntl
 import functools
+import hashlib
 import json
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +29,111 @@ from typing import Any, NotRequired, TypedDict
 from ca2st.checked_json import DocumentError, checked, parse_json
 from ca2st.durable import open_itself
 from ca2st.errors import EnvironmentFault
+from ca2st.training.errors import CheckpointDamagedError, RunFolderBusyError
+
+LOCK_NAME = "run.lock"
+"""Held by the rank that writes."""
+LAUNCH_LOCK_NAME = "launch.lock"
+"""Held by the command that starts the ranks, for as long as it starts them again."""
+_POLL_SECONDS = 0.2
+_MOST_BYTES = 500
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, name: str = LOCK_NAME, wait_seconds: float = 5.0) -> Iterator[None]:
+    """Hold one of the folder's locks; the kernel releases it when the process ends, however it ends.
+
+    `wait_seconds` lets a killed predecessor finish dying, and whoever only looks whether the lock is held let go of it,
+    before this one gives up.
+
+    Raises:
+        RunFolderBusyError: another process holds it, named by host and process id.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_itself(folder / name, "a+b") as file:
+        deadline = time.monotonic() + wait_seconds
+        while not _try_lock(file.fileno()):
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                holder = file.read(_MOST_BYTES).decode(errors="replace").strip() or "another process"
+                raise RunFolderBusyError(
+                    f"{folder}: {holder} is training in this run folder; wait for it, stop it, or choose another folder"
+                )
+            time.sleep(_POLL_SECONDS)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        file.flush()
+        yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def canonical_json(document: Mapping[str, Any]) -> bytes:
+    """Indented UTF-8 JSON with sorted keys: equal documents give equal bytes. Floats are written by repr, exactly."""
+    text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def sha256_of_document(document: Mapping[str, Any]) -> str:
+    """Hash of the canonical JSON of `document`."""
+    return hashlib.sha256(canonical_json(document)).hexdigest()
+
+
+def sealed_json(document: Mapping[str, Any]) -> bytes:
+    """Canonical JSON of `document` with ``self_sha256``, the hash of the rest."""
+    return canonical_json({**document, "self_sha256": sha256_of_document(document)})
+
+
+def open_sealed_json(data: bytes, where: str) -> dict[str, Any]:
+    """The document inside `sealed_json` bytes, without its hash.
+
+    Raises:
+        CheckpointDamagedError: any byte differs from what was written, white space included.
+    """
+    try:
+        document = parse_json(data, dict[str, Any], where=where)
+    except DocumentError as error:
+        raise CheckpointDamagedError(str(error)) from error
+    claimed = document.pop("self_sha256", None)
+    if claimed != sha256_of_document(document) or sealed_json(document) != data:
+        raise CheckpointDamagedError(f"{where}: its bytes are not those its self_sha256 names")
+    return dict(document)
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Fields that differ, as ``path.of.field: was -> is``, sorted by path."""
+    before, after = flatten(was), flatten(now)
+    return [
+        f"{path}: {_shown(before, path)} -> {_shown(after, path)}"
+        for path in sorted(before.keys() | after.keys())
+        if _shown(before, path) != _shown(after, path)
+    ]
+
+
+def flatten(document: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of a document by dotted path; list items are numbered, empty containers are leaves."""
+    items: list[tuple[str, Any]] = []
+    if isinstance(document, Mapping):
+        items = [(str(key), value) for key, value in document.items()]
+    elif isinstance(document, list | tuple):
+        items = [(str(index), value) for index, value in enumerate(document)]
+    if not items:
+        return {prefix: document}
+    leaves: dict[str, Any] = {}
+    for key, value in items:
+        leaves |= flatten(value, f"{prefix}.{key}" if prefix else key)
+    return leaves
+
+
+def _shown(leaves: Mapping[str, Any], path: str) -> str:
+    return json.dumps(leaves[path], sort_keys=True, ensure_ascii=False) if path in leaves else "(absent)"
+
 
 _LOGGER = logging.getLogger(__name__)
 JOURNAL_NAME = "journal.jsonl"

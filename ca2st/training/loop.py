@@ -11,24 +11,20 @@ from accelerate import Accelerator
 from torch import nn
 
 from ca2st.errors import EnvironmentFault, UserInputError
-from ca2st.training.accelerator import check_accelerator
 from ca2st.training.checkpoint import read_checkpoint
-from ca2st.training.documents import differences
 from ca2st.training.errors import RanksDisagreeError, ResumeRefusedError
 from ca2st.training.heartbeat import Heartbeat
-from ca2st.training.journal import JOURNAL_NAME, Journal
-from ca2st.training.lock import locked
+from ca2st.training.journal import JOURNAL_NAME, Journal, differences, locked
 from ca2st.training.memory import memory_fault, naming_memory_faults
 from ca2st.training.parts import RunParts, make_parts, schedule_of, topology_of
-from ca2st.training.protocols import EvaluationSource, TrainSource
 from ca2st.training.ranks import Ranks
-from ca2st.training.record import LOADER_FILE, identity
-from ca2st.training.resume import RunStart, open_run
-from ca2st.training.run import Run
-from ca2st.training.saving import SCHEDULE_FILE, loader_position
+from ca2st.training.resume import LOADER_FILE, RunStart, identity, open_run
+from ca2st.training.run import SCHEDULE_FILE, Run, loader_position
 from ca2st.training.settings import TrainingResult, TrainingSettings
 from ca2st.training.signals import StopRequest
+from ca2st.training.stages import EvaluationSource, TrainSource
 from ca2st.training.state import TrainedState, put_state, read_state
+from ca2st.training.step import check_accelerator
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 from ca2st.durable import NO_FAULTS, FaultPoints
 from ca2st.training.config import OptimConfig, TrainingConfig
 from ca2st.training.optim import ParameterRules
-from ca2st.training.record import RunRecord
+from ca2st.training.resume import RunRecord
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

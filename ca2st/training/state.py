@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ca2st.training.documents import canonical_json, differences
 from ca2st.training.errors import CheckpointMismatchError
+from ca2st.training.journal import canonical_json, differences
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"

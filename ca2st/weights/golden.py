@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ca2st.errors import UserInputError
-from ca2st.model.build import build_model
 from ca2st.model.config import ModelConfig, TargetSpec
-from ca2st.model.holistic import HolisticModel, ModelOutput
+from ca2st.model.network import HolisticModel, ModelOutput
+from ca2st.model.parameters import build_model
 from ca2st.spec import ClipSpec
 from ca2st.weights.errors import WeightsDamageError
 from ca2st.weights.published import load_published
-from ca2st.weights.tensor_file import TensorFile, read_tensor_file
+from ca2st.weights.tensor_files import TensorFile, read_tensor_file
 
 TOLERANCE = 2e-5
 """Largest absolute difference allowed on any expected tensor, in float32."""

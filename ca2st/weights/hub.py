@@ -1,8 +1,20 @@
-"""Fetching a public checkpoint. What comes is a foreign file like any other: the importer reads it, no hub does."""
+"""Public names of experts: hub names, configurations, downloads.
+
+Names of public checkpoints: `hf-hub:ORG/NAME[@REVISION]`, `open_clip:MODEL/TAG`, `timm:NAME`.
+
+Only names are worked out here, by the tables of open_clip and timm: nothing is fetched, and neither package is ever
+asked to load a file.
+
+What no tensor shows and a repository tells: the activation that weights were trained with, and their network.
+
+The wrong one loads, and gives wrong features.
+
+Fetching a public checkpoint. What comes is a foreign file like any other: the importer reads it, no hub does.
+"""
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,9 +22,207 @@ from pathlib import Path
 from typing import Any
 
 from ca2st.checked_json import read_json
-from ca2st.errors import CA2STError, EnvironmentFault, UserInputError
-from ca2st.weights.hub_config import CONFIG_FILES, activation_of, architecture_of
-from ca2st.weights.hub_names import HubSource, resolve_hub_name
+from ca2st.errors import CA2STError, EnvironmentFault, UserInputError, did_you_mean
+from ca2st.model.config import EncoderName
+from ca2st.weights.errors import WeightsMismatchError
+
+PLAIN_FILES = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
+"""Files that are looked for in a repository, in this order."""
+_OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors")
+_TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REVISION = re.compile(r"[\w./-]+")
+_STEPS = {"", ".", ".."}
+"""Parts of a path that lead elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HubSource:
+    """A repository of a hub, and which of its files may be the weights."""
+
+    name: str
+    """As it was given."""
+    repository: str
+    """ORG/NAME."""
+    revision: str | None
+    """Branch, tag or commit; None: the repository's main branch."""
+    files: tuple[str, ...]
+    """The first of these that the repository has is taken."""
+    architecture: str = ""
+    """The network in timm's words; empty where only the repository tells."""
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether `text` names a public checkpoint rather than a file."""
+    return text.partition(":")[0] in _SCHEMES and ":" in text
+
+
+def resolve_hub_name(name: str) -> HubSource:
+    """The repository that a name stands for.
+
+    Raises:
+        UserInputError: the name is unknown, has no repository, or its weights are of another network than ours.
+    """
+    scheme, _, rest = name.partition(":")
+    if scheme not in _SCHEMES:
+        raise UserInputError(f"{name}: expected {', '.join(f'{known}:...' for known in _SCHEMES)}, or a file's path")
+    return _SCHEMES[scheme](name, rest)
+
+
+def _hugging_face(name: str, rest: str) -> HubSource:
+    repository, at, revision = rest.partition("@")
+    wanders = not _STEPS.isdisjoint(repository.split("/")) or bool(at and not _STEPS.isdisjoint(revision.split("/")))
+    if wanders or not _REPOSITORY.fullmatch(repository) or (at and not _REVISION.fullmatch(revision)):
+        raise UserInputError(f"{name}: expected hf-hub:ORGANISATION/NAME or hf-hub:ORGANISATION/NAME@REVISION")
+    return HubSource(name=name, repository=repository, revision=revision or None, files=PLAIN_FILES)
+
+
+def _open_clip(name: str, rest: str) -> HubSource:
+    from open_clip import pretrained  # type: ignore[import-untyped]  # it ships no types
+
+    model, slash, tag = rest.rpartition("/")
+    models = [known for known, _ in pretrained.list_pretrained()]
+    if not slash or model not in models:
+        raise UserInputError(
+            f"{name}: expected open_clip:MODEL/TAG with a model that open_clip knows, found {model or rest!r}"
+            f"{did_you_mean(model or rest, models)}"
+        )
+    settings: dict[str, Any] = pretrained.get_pretrained_cfg(model, tag)
+    if not settings:
+        tags = pretrained.list_pretrained_tags_by_model(model)
+        raise UserInputError(f"{name}: expected one of the tags {', '.join(tags)}, found {tag!r}")
+    if not settings.get("quick_gelu", False):
+        raise UserInputError(_other_activation(name))
+    repository, file = _split_file(settings.get("hf_hub", ""))
+    if not repository:
+        raise UserInputError(_no_repository(name, settings.get("url", "")))
+    return HubSource(name=name, repository=repository, revision=None, files=(file,) if file else _OPEN_CLIP_FILES)
+
+
+def _timm(name: str, rest: str) -> HubSource:
+    from timm.models import get_pretrained_cfg, list_pretrained
+
+    known = list_pretrained()
+    if not any(rest in (full, full.partition(".")[0]) for full in known):
+        near = did_you_mean(rest, known)
+        raise UserInputError(
+            f"{name}: expected timm:NAME with a pretrained model that timm knows, found {rest!r}{near}"
+        )
+    settings: Any = get_pretrained_cfg(rest)  # one of the known names has them
+    architecture = rest.partition(".")[0]
+    if not is_quick_gelu(f"{architecture}.{settings.tag}"):
+        raise UserInputError(_other_activation(name))
+    repository, file = _split_file(settings.hf_hub_id or "")
+    if not repository:
+        raise UserInputError(_no_repository(name, settings.url or ""))
+    file = file or settings.hf_hub_filename
+    files = (file,) if file else _TIMM_FILES
+    return HubSource(name=name, repository=repository, revision=None, files=files, architecture=architecture)
+
+
+def is_quick_gelu(full_name: str) -> bool:
+    """Whether timm's `ARCHITECTURE.TAG` is fit for an expert with QuickGELU; what is no CLIP passes.
+
+    Weights of CLIP that were trained with it are listed under an architecture of that name too.
+    """
+    from timm.models import list_pretrained
+
+    if "_clip_" not in full_name or "_clip_quickgelu_" in full_name:
+        return True
+    return full_name.replace("_clip_", "_clip_quickgelu_") in list_pretrained()
+
+
+_SCHEMES: dict[str, Callable[[str, str], HubSource]] = {
+    "hf-hub": _hugging_face,
+    "open_clip": _open_clip,
+    "timm": _timm,
+}
+
+
+def _split_file(text: str) -> tuple[str, str]:
+    """`ORG/NAME/` or `ORG/NAME/FILE` as the registries write it."""
+    parts = text.strip("/").split("/", 2)
+    return "/".join(parts[:2]), parts[2] if len(parts) > 2 else ""
+
+
+def _other_activation(name: str) -> str:
+    return (
+        f"{name}: expected weights that were trained with QuickGELU, as the spatial expert has it, found GELU; "
+        "take those of openai, metaclip_400m or dfn2b"
+    )
+
+
+def _no_repository(name: str, url: str) -> str:
+    told = f"; fetch {url} and give the file's path" if url else ""
+    return f"{name}: expected weights in a repository of the hub, found none{told}"
+
+
+CONFIG_FILES = ("config.json", "open_clip_config.json")
+"""Where repositories say it, in the order they are asked."""
+ACTIVATIONS: dict[EncoderName, str] = {"clip": "quick_gelu", "videomae": "gelu", "ast": "gelu"}
+"""What our experts compute, in transformers' words."""
+_ARCHITECTURES: dict[EncoderName, str] = {"resnet50": "resnet50"}
+"""In timm's words, where other networks have the same tensors: ResNets with a blur before each stride, for one."""
+
+
+def architecture_of(config: object) -> str:
+    """The network that one of `CONFIG_FILES` names in timm's words; empty where it names none."""
+    named = config.get("architecture") if isinstance(config, Mapping) else None
+    return named if isinstance(named, str) else ""
+
+
+def activation_of(config: object, *, repository: str) -> str:
+    """The activation that one of `CONFIG_FILES` names, in transformers' words; empty where it names none.
+
+    transformers writes `hidden_act`, of CLIP's visual half below `vision_config`; open_clip writes `quick_gelu`, and
+    leaves it out where it is false; timm's CLIPs have it in their `architecture`, or by their tag in timm's list. The
+    tag is below `pretrained_cfg`, or at the end of the name of `repository`.
+    """
+    if not isinstance(config, Mapping):
+        return ""
+    if "_clip_" in (architecture := architecture_of(config)):
+        pretrained = config.get("pretrained_cfg")
+        tag = pretrained.get("tag") if isinstance(pretrained, Mapping) else None
+        tag = tag or repository.partition("/")[2].partition(".")[2]
+        return "quick_gelu" if is_quick_gelu(f"{architecture}.{tag}") else "gelu"
+    model = config.get("model_cfg")
+    if isinstance(model, Mapping):
+        return "quick_gelu" if model.get("quick_gelu") else "gelu"
+    vision = config.get("vision_config")
+    named = vision.get("hidden_act") if isinstance(vision, Mapping) else config.get("hidden_act")
+    return named if isinstance(named, str) else ""
+
+
+def check_activation(found: str, encoder: EncoderName, *, where: str) -> None:
+    """Refuse weights that were trained with another activation; an empty `found` is not known and passes.
+
+    Raises:
+        WeightsMismatchError: as said.
+    """
+    expected = ACTIVATIONS.get(encoder, "")
+    if found and expected and found != expected:
+        raise WeightsMismatchError(
+            f"{where}: expected weights trained with {expected}, as our {encoder} computes, found {found}; "
+            "they would load and give wrong features: take others"
+        )
+
+
+def check_architecture(found: str, encoder: EncoderName, *, where: str) -> None:
+    """Refuse a public checkpoint of another network whose tensors have our expert's names and shapes.
+
+    An empty `found` is refused too where there are such networks.
+
+    Raises:
+        WeightsMismatchError: as said.
+    """
+    expected = _ARCHITECTURES.get(encoder)
+    if expected and found != expected:
+        raise WeightsMismatchError(
+            f"{where}: expected the architecture {expected}, found {found or 'none in its config.json'}; "
+            "other networks have the same tensors and give other features: take another, or give the path of a file "
+            "that you know"
+        )
+
 
 ANSWER_SECONDS = 10.0
 """Longest wait for a hub's answer. Nothing is asked twice, so a command ends at once where there is no network; only a

@@ -1,4 +1,9 @@
-"""A whole model in one safetensors file: its tensors under our or published names, and what it is made of."""
+"""A whole model as one file.
+
+A whole model in one safetensors file: its tensors under our or published names, and what it is made of.
+
+`ca2st weights export`: a whole model in one safetensors file, under our names or the published ones.
+"""
 
 import json
 import math
@@ -6,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
@@ -14,14 +19,14 @@ from pydantic_core import from_json
 from torch import Tensor
 
 from ca2st.errors import CA2STError
-from ca2st.model.build import build_model
 from ca2st.model.config import ModelConfig, TargetSpec
-from ca2st.model.holistic import HolisticModel
+from ca2st.model.network import HolisticModel
+from ca2st.model.parameters import build_model
 from ca2st.model.tokens import audio_patches, clip_grid, pretrained_grid
 from ca2st.spec import ClipSpec
 from ca2st.weights.errors import WeightsDamageError, WeightsMismatchError
-from ca2st.weights.strict import LoadReport, load_strictly
-from ca2st.weights.tensor_file import read_tensor_file
+from ca2st.weights.published import to_published
+from ca2st.weights.tensor_files import LoadReport, load_strictly, read_tensor_file, write_tensor_file
 
 MODEL_KEY = "ca2st_model"
 """Metadata key of the description."""
@@ -201,3 +206,34 @@ def read_model_file(path: Path) -> HolisticModel:
     refuse_published_names(file.tensors, description, path=path)
     model, _ = build_described(description, file.tensors, where=str(path))
     return model.eval()
+
+
+NameScheme = Literal["ours", "published"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportReport:
+    """What was written."""
+
+    out: Path
+    """The file."""
+    names: NameScheme
+    """Whose names the tensors have."""
+    num_tensors: int
+    """How many; published names give shared tensors twice."""
+    sha256: str
+    """Of the file."""
+
+
+def export_model(
+    model: HolisticModel, out: Path, *, names: NameScheme = "ours", notes: Mapping[str, str] | None = None
+) -> ExportReport:
+    """Write every tensor of `model`, its experts included, and in the header what the model is made of, with `notes`.
+
+    Raises:
+        UserInputError: a configuration that has no published names.
+        EnvironmentFault: the file cannot be written.
+    """
+    tensors = to_published(model) if names == "published" else model.state_dict()
+    sha256 = write_tensor_file(out, tensors, metadata=ModelDescription.of(model).metadata() | dict(notes or {}))
+    return ExportReport(out=out, names=names, num_tensors=len(tensors), sha256=sha256)

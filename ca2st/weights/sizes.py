@@ -11,9 +11,9 @@ from ca2st.model.config import EncoderName, ModelConfig, ModelKind, TargetSpec
 from ca2st.model.structure import EXPERTS, BridgeName, bridges_of_layer
 from ca2st.model.tokens import NUM_AUDIO_PREFIX, audio_patches
 from ca2st.spec import ClipSpec
-from ca2st.weights.audio_positions import least_mel_rows
 from ca2st.weights.errors import WeightsMismatchError
 from ca2st.weights.model_file import ModelDescription
+from ca2st.weights.positions import least_mel_rows
 
 HEAD_DIM = 64
 """Features of an attention head in every ViT that was published: 12 heads of 64 at ViT-B."""

@@ -13,12 +13,12 @@ from glob import escape
 from torch import Tensor
 
 from ca2st.model.config import ModelConfig
-from ca2st.model.holistic import HolisticModel
+from ca2st.model.network import HolisticModel
 from ca2st.model.structure import EXPERTS, bridges_of_layer, encoder_of
 from ca2st.weights.errors import WeightsMismatchError
 from ca2st.weights.model_file import ModelDescription
-from ca2st.weights.strict import load_strictly
-from ca2st.weights.transfer_positions import PositionFitter, is_position_table
+from ca2st.weights.positions import PositionFitter, is_position_table
+from ca2st.weights.tensor_files import load_strictly
 
 SHOWN_BY_NO_TENSOR = (
     "num_heads",

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from ca2st.errors import UserInputError
 from ca2st.spec import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.augment.operations import FILL
-from pipelines.choices import require_one_of
-from pipelines.crops import CropBox
+from pipelines.augment.crops import CropBox
+from pipelines.augment.rand_augment import FILL
+from pipelines.errors import require_one_of
 from pipelines.keyed_random import Key
 
 ErasingMode = Literal["const", "rand", "pixel"]

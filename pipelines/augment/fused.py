@@ -14,8 +14,8 @@ import torch
 from jaxtyping import UInt8
 from numpy.typing import NDArray
 
-from pipelines.augment.geometry import WarpPlan, warp_plan
-from pipelines.augment.operations import FILL, ImageAugment, Operation, OperationName, gain_of
+from pipelines.augment.formulas import WarpPlan, warp_plan
+from pipelines.augment.rand_augment import FILL, ImageAugment, Operation, OperationName, gain_of
 
 _Bytes = NDArray[np.uint8]
 _BLOCK_PIXELS = 1024

@@ -24,7 +24,7 @@ from typing import Literal, get_args
 
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
-from pipelines.choices import require_one_of
+from pipelines.errors import require_one_of
 from pipelines.keyed_random import uniforms
 
 SpectrogramMixing = Literal["cutmix", "mixup"]

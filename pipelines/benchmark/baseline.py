@@ -22,10 +22,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ca2st.child_processes import SPAWN
 from ca2st.errors import UserInputError
+from ca2st.processes import SPAWN
 from ca2st.spec import IMAGENET_MEAN, IMAGENET_STD, ClipSpec
-from pipelines.sampling import dense_train, dense_validation
+from pipelines.views.sampling import dense_train, dense_validation
 
 STAGES = ("decode", "augment", "transform")
 """``augment``: RandAugment; ``transform``: crop, resize, flip, to tensor, normalise."""

@@ -1,25 +1,199 @@
-"""Rounds: in every one ours and the baseline take a turn, so that a busy moment of the machine falls on both."""
+"""The loader measured beside a torch DataLoader, in turns.
+
+What a benchmark of the loaders measures.
+
+A loader as something that runs for a while and says how many clips it gave: ours, or the baseline.
+
+Is it data or compute? The loader alone, the consumer alone on one batch again and again, and both together.
+
+Rounds: in every one ours and the baseline take a turn, so that a busy moment of the machine falls on both.
+"""
 
 import os
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
-from ca2st.cores import num_cores
+from ca2st.batch import ClipBatch
+from ca2st.errors import UserInputError
+from ca2st.processes import num_cores
+from ca2st.spec import ClipSpec
 from pipelines.augment.config import AugmentConfig
-from pipelines.benchmark.baseline import BaselineConfig
-from pipelines.benchmark.case import BaselineCase, Consumer, LoaderCase, OwnCase, Turn
-from pipelines.benchmark.config import LoaderBenchConfig
-from pipelines.benchmark.headspace import NORMALISE, measure_headspace, normalise
-from pipelines.benchmark.report import LoaderBenchmark, SplitReport, Spread, spread
-from pipelines.draws import EvaluationViews
+from pipelines.benchmark.baseline import PROCESSOR, STAGES, BaselineConfig, make_dataloader
+from pipelines.benchmark.report import Headspace, LoaderBenchmark, SplitReport, Spread, spread
+from pipelines.config import BackendName, LoaderConfig
 from pipelines.loader import EvaluationLoader, TrainLoader
-from pipelines.loader_config import LoaderConfig
-from pipelines.sampling import SamplingConfig
-from sharding.shard_set import ShardSet
+from pipelines.views.draws import EvaluationViews
+from pipelines.views.sampling import SamplingConfig
+from sharding.format.shard_set import ShardSet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoaderBenchConfig:
+    """A benchmark of the training and the validation loader."""
+
+    seconds: float = 20.0
+    """Measured time of each variant in training, and again in validation."""
+    rounds: int = 3
+    """Turns that this time is cut into: the variants take them in turn, and the median round counts."""
+    batch_size: int = 8
+    """Clips of a batch."""
+    threads: int | None = None
+    """Threads that decode, and workers of the baseline. None: the cores this process may use."""
+    backend: BackendName = "auto"
+    """As in a recipe."""
+    rand_augment: bool = True
+    """Train with RandAugment (rand-m7-n4-mstd0.5-inc1), ours and the baseline alike."""
+    baseline: bool = True
+    """Measure the baseline too."""
+    clip: ClipSpec = field(default_factory=ClipSpec)
+    """Sizes of a view. Default: 16 frames of 224 pixels, 4 s of sound."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds < float("inf"):
+            raise UserInputError(f"seconds: expected a finite number > 0, found {self.seconds}")
+        for name in ("rounds", "batch_size", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserInputError(f"{name}: expected at least 1, found {value}")
+
+
+Consumer = Callable[[ClipBatch], None]
+"""What is done with a batch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """What one stretch of running gave."""
+
+    clips: int
+    seconds: float
+    """Wall time."""
+    processor_seconds: float
+    """Processor time of all threads and workers: what counts where others use the machine too."""
+    stage_seconds: Mapping[str, float]
+    """By stage, added up over threads or workers."""
+    bytes_read: int = 0
+
+    @property
+    def clips_per_second(self) -> float:
+        """The rate."""
+        return self.clips / self.seconds
+
+    def stages_ms(self) -> dict[str, float]:
+        """Milliseconds a clip, by stage: ``decode_ms``."""
+        return {f"{name}_ms": 1000 * seconds / self.clips for name, seconds in self.stage_seconds.items()}
+
+
+@runtime_checkable
+class LoaderCase(Protocol):
+    """Ours or the baseline."""
+
+    def turn(self, seconds: float) -> Turn:
+        """Go on for at least that long; whole passes only, so nothing runs on behind it."""
+        ...
+
+
+class OwnCase:
+    """A loader of ours, pass after pass."""
+
+    def __init__(self, loader: TrainLoader | EvaluationLoader, *, consumer: Consumer | None = None) -> None:
+        self._loader, self._consumer, self._epoch = loader, consumer, 0
+
+    def turn(self, seconds: float) -> Turn:
+        """See `LoaderCase`; clips of padding are not counted."""
+        before, begin, processor, clips = self._loader.stats, time.perf_counter(), time.process_time(), 0
+        while time.perf_counter() - begin < seconds or not clips:
+            for batch in self._pass():
+                clips += int((~batch.is_padding).sum())
+                if self._consumer is not None:
+                    self._consumer(batch)
+        passed, counted = time.perf_counter() - begin, self._loader.stats - before
+        stages = {name: value for name, value in counted.totals().items() if name.endswith("_seconds")}
+        stages["wait_seconds"] = counted.wait_seconds
+        return Turn(
+            clips=clips,
+            seconds=passed,
+            processor_seconds=time.process_time() - processor,
+            stage_seconds={name.removesuffix("_seconds"): value for name, value in stages.items()},
+            bytes_read=counted.bytes_read,
+        )
+
+    def _pass(self) -> Iterator[ClipBatch]:
+        if isinstance(self._loader, EvaluationLoader):
+            return self._loader.batches()
+        self._epoch += 1
+        return self._loader.batches(self._epoch - 1)
+
+
+class BaselineCase:
+    """The baseline, a batch a worker at a time: when a turn ends no worker has anything left to do."""
+
+    def __init__(self, files: Sequence[Path], config: BaselineConfig) -> None:
+        self._dataloader = make_dataloader(files, config)
+
+    def turn(self, seconds: float) -> Turn:
+        """See `LoaderCase`."""
+        begin, processor, clips, spent = time.perf_counter(), time.process_time(), 0, Counter[str]()
+        while time.perf_counter() - begin < seconds or not clips:
+            for video, seconds_of_clip in self._dataloader:
+                clips += len(video)
+                spent.update(dict(zip((*STAGES, PROCESSOR), seconds_of_clip.sum(dim=0).tolist(), strict=True)))
+        workers = spent.pop(PROCESSOR) if self._dataloader.num_workers else 0.0  # without workers it is this process's
+        return Turn(
+            clips=clips,
+            seconds=time.perf_counter() - begin,
+            processor_seconds=time.process_time() - processor + workers,
+            stage_seconds={stage: spent[stage] for stage in STAGES},
+        )
+
+
+NORMALISE = "normalise: to the device, as the normalised float frames that the experts read"
+
+
+def normalise(batch: ClipBatch) -> None:
+    """What every step does with a batch first, on the GPU where there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch.to(device).normalised_video()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure_headspace(
+    loader: TrainLoader, consumer: Consumer, *, name: str, loader_clips_per_second: float, seconds: float
+) -> Headspace:
+    """Measure the consumer alone and behind the loader, each for about `seconds`.
+
+    `loader_clips_per_second` is the loader's rate with nobody behind it, measured already.
+    """
+    alone = _alone(loader, consumer, seconds)
+    together = OwnCase(loader, consumer=consumer).turn(seconds)
+    return Headspace(
+        consumer=name,
+        loader_clips_per_second=loader_clips_per_second,
+        consumer_clips_per_second=alone,
+        together_clips_per_second=together.clips_per_second,
+        data_wait_fraction=together.stage_seconds["wait"] / together.seconds,
+        limited_by="data" if loader_clips_per_second < alone else "compute",
+    )
+
+
+def _alone(loader: TrainLoader, consumer: Consumer, seconds: float) -> float:
+    batches = loader.batches(0)
+    batch = next(batches)
+    batches.close()  # type: ignore[attr-defined]  # a generator: its threads must not run beside what is measured
+    consumer(batch)  # the first one warms up
+    begin, clips = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds or not clips:
+        consumer(batch)
+        clips += batch.num_clips
+    return clips / (time.perf_counter() - begin)
+
 
 Variant = Literal["ours", "baseline"]
 Update = Callable[[int, str], None]

@@ -12,14 +12,13 @@ import torch
 
 from ca2st.errors import CA2STError
 from ca2st.spec import ClipSpec
-from pipelines.crops import CropBox
-from pipelines.hardware.clips import backend_on
-from pipelines.hardware.parity import compare
-from pipelines.mp4 import video_facts
-from pipelines.reference import ReferenceBackend
+from pipelines.augment.crops import CropBox
+from pipelines.decode.reference import ReferenceBackend
+from pipelines.hardware.parity import backend_on, compare
 from pipelines.rendering import RenderRequest, VideoMember
 from pipelines.stats import StatsRecorder
-from sharding.codecs import stored_codec
+from pipelines.storage.headers import video_facts
+from sharding.media.codecs import stored_codec
 
 
 def tried(device: torch.device, codec: str, good: bytes, bad: bytes, spec: ClipSpec) -> dict[str, Any]:

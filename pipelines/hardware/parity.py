@@ -1,30 +1,143 @@
-"""The graphs of a device against the reference, stage by stage: how far pixels lie apart, and how far they may.
+"""Parity and speed of the GPU graphs.
+
+Drawn clips in memory, stored as the converter stores them.
+
+The graphs of a device against the reference, stage by stage: how far pixels lie apart, and how far they may.
 
 decode    a box of the crop's own size, so that nothing is resized
 resize    pictures that are decoded already, through the graph's resize alone: no decoder's differences in it
 pointwise, warp    the reference's views, augmented on the device
 whole     everything together
+
+Clips a second of a device's graphs, from bytes in memory: by codec, distance of key frames, and threads.
 """
 
 import math
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
+import av
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
 from ca2st.spec import ClipSpec
-from pipelines.augment.finishing import finish_view
-from pipelines.augment.operations import GEOMETRIC, ImageAugment, Operation
-from pipelines.augment.pointwise import augmented
-from pipelines.crops import CropBox
-from pipelines.hardware.clips import StoredClip, backend_on, training_requests
-from pipelines.reference import ReferenceBackend, decode_frames, resized_crop
-from pipelines.rendering import RenderRequest
+from pipelines.augment.config import AugmentConfig
+from pipelines.augment.crops import CropBox
+from pipelines.augment.formulas import augmented
+from pipelines.augment.rand_augment import GEOMETRIC, ImageAugment, Operation
+from pipelines.benchmark.clips import DrawnClips, drawn_frames
+from pipelines.decode.backends import make_backend
+from pipelines.decode.dali_engine import finish_view
+from pipelines.decode.reference import ReferenceBackend, decode_frames, resized_crop
+from pipelines.rendering import ClipFrames, JpegFrames, RenderRequest, VideoMember, ViewBackend
 from pipelines.stats import StatsRecorder
+from pipelines.views.draws import ClipFacts, TrainDraws
+from pipelines.views.sampling import SamplingConfig
+from sharding.format.index import TICKS_PER_SECOND
+from sharding.media.codecs import stored_codec
+from sharding.media.encode import EncodedVideo, clip_encoder
+from sharding.media.picture import PictureMaker
+from sharding.media.video import TimedFrame
+
+RAND_AUGMENT = "rand-m7-n4-mstd0.5-inc1"
+"""As published."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredClip:
+    """A clip as a shard holds it."""
+
+    key: str
+    codec: str
+    num_gop_frames: int | None
+    video: EncodedVideo
+
+    def frames(self, indices: tuple[int, ...]) -> ClipFrames:
+        """What a reader gets for these frames."""
+        if not stored_codec(self.codec).has_frame_ranges:
+            return VideoMember(self.video.mp4, self.codec, indices)
+        edges = list(accumulate(self.video.frame_bytes, initial=self.video.frame_data_offset))
+        jpegs = [self.video.mp4[begin:end] for begin, end in pairwise(edges)]
+        return JpegFrames(tuple(jpegs[index] for index in indices))
+
+
+def stored_clips(codec: str, drawn: DrawnClips, *, num_gop_frames: int | None, threads: int) -> list[StoredClip]:
+    """Drawn clips in a codec at its default quality; encoders work on `threads` threads, a clip each."""
+    gop = None if stored_codec(codec).has_frame_ranges else num_gop_frames
+
+    def one(seed: int) -> StoredClip:
+        return StoredClip(key=f"drawn-{seed}", codec=codec, num_gop_frames=gop, video=_encoded(codec, drawn, seed, gop))
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(one, range(drawn.count)))
+
+
+def _encoded(codec: str, drawn: DrawnClips, seed: int, gop: int | None) -> EncodedVideo:
+    encoder = clip_encoder(
+        codec,
+        pictures=PictureMaker(codec, short_side=min(drawn.width, drawn.height)),
+        quality=stored_codec(codec).default_quality,
+        num_gop_frames=gop,
+        ticks_per_second=TICKS_PER_SECOND,
+    )
+    step = Fraction(1, drawn.frames_per_second)
+    for number, frame in enumerate(drawn_frames(drawn, seed=seed)):
+        picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+        encoder.add(TimedFrame(picture=picture, seconds=number * step, duration=step))
+    return encoder.finish()
+
+
+def training_requests(
+    clips: Sequence[StoredClip], spec: ClipSpec, *, count: int, rand_augment: bool
+) -> list[RenderRequest]:
+    """`count` training views of the clips, taking turns: random crop and flip, and RandAugment as published."""
+    augment = AugmentConfig(rand_augment=RAND_AUGMENT if rand_augment else None)
+    draws = TrainDraws(clip=spec, sampling=SamplingConfig(), augment=augment, seed=0, epoch=0)
+    requests = []
+    for number in range(count):
+        clip = clips[number % len(clips)]
+        ticks = clip.video.frame_ticks
+        facts = ClipFacts(key=clip.key, num_frames=len(ticks), frames_per_second=30.0, mel_rows=spec.mel_rows)
+        (view,) = draws.views(facts, repeat=number // len(clips))
+        requests.append(
+            RenderRequest(
+                frames=clip.frames(view.frame_indices),
+                boxes=(view.crop.box(height=clip.video.height, width=clip.video.width),),
+                flip=view.flip,
+                augment=view.augment,
+                where=f"drawn clip {clip.key} in {clip.codec}",
+            )
+        )
+    return requests
+
+
+def plain(request: RenderRequest) -> RenderRequest:
+    """The same clip without flip, RandAugment and erasing."""
+    return replace(request, flip=False, augment=None, erased=())
+
+
+def backend_on(
+    device: torch.device, codec: str, spec: ClipSpec, *, threads: int, stats: StatsRecorder | None = None
+) -> ViewBackend:
+    """What a loader would take for `codec` on `device`."""
+    return make_backend(
+        "auto",
+        codecs=(codec,),
+        num_frames=spec.num_frames,
+        crop_size=spec.crop_size,
+        views_per_clip=1,
+        threads=threads,
+        stats=stats or StatsRecorder(),
+        device=device,
+    )
+
 
 Stage = Literal["decode", "resize", "pointwise", "warp", "whole"]
 
@@ -153,8 +266,8 @@ def resize_parity(clips: Sequence[StoredClip], spec: ClipSpec, device: torch.dev
 def _dali_resized(
     clips: Sequence[np.ndarray[Any, np.dtype[np.uint8]]], boxes: Sequence[CropBox], size: int, device: torch.device
 ) -> UInt8[Tensor, "clip time 3 size size"]:
-    from pipelines import dali_engine
-    from pipelines.dali_video import as_torch
+    from pipelines.decode import dali_engine
+    from pipelines.decode.dali_cpu import as_torch
 
     on_gpu = device.type == "cuda"
     pipeline = dali_engine.Pipeline(
@@ -171,3 +284,77 @@ def _dali_resized(
     pipeline.feed_input("boxes_0", corners)
     (output,) = pipeline.run()
     return as_torch(output).cpu().clone().permute(0, 1, 4, 2, 3)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeedCase:
+    """What is measured."""
+
+    codec: str
+    num_gop_frames: int | None
+    """Frames from key frame to key frame; None: every frame stands alone."""
+    threads: int
+    """Threads that feed the decoders: of a GPU's video engines one each, others wait."""
+    rand_augment: bool
+    """With RandAugment as published, or crop, resize and flip alone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeedReport:
+    """What it gave."""
+
+    case: SpeedCase
+    backend: str
+    """Name of the backend that was measured."""
+    clips_per_second: float
+    """By wall time, without reading of shards."""
+    decode_ms: float
+    """Milliseconds a clip until the last run's pixels are asked for: decoding, and what goes on beside it."""
+    augment_ms: float
+    """Milliseconds a clip until the views are finished, behind that."""
+    num_clips: int
+    """Clips that were rendered."""
+
+
+def measure_speed(
+    case: SpeedCase, clips: Sequence[StoredClip], spec: ClipSpec, device: torch.device, *, batch: int, seconds: float
+) -> SpeedReport:
+    """Render batches of `batch` clips for at least `seconds`, after one that warms up and is not counted."""
+    stats = StatsRecorder()
+    requests = training_requests(clips, spec, count=batch, rand_augment=case.rand_augment)
+    backend = backend_on(device, case.codec, spec, threads=case.threads, stats=stats)
+    try:
+        backend.render(requests)
+        before, begin, done = stats.snapshot(), time.perf_counter(), 0
+        while time.perf_counter() - begin < seconds or not done:
+            backend.render(requests)
+            done += len(requests)
+        passed, spent = time.perf_counter() - begin, stats.snapshot() - before
+    finally:
+        backend.close()
+    return SpeedReport(
+        case=case,
+        backend=backend.name,
+        clips_per_second=done / passed,
+        decode_ms=1000 * spent.decode_seconds / done,
+        augment_ms=1000 * spent.augment_seconds / done,
+        num_clips=done,
+    )
+
+
+def speed_cases(
+    codecs: Sequence[str], *, gops: Sequence[int], threads: Sequence[int], usual_gop: int, usual_threads: int
+) -> list[SpeedCase]:
+    """Every codec at each distance of key frames and at each number of threads, the other as usual; then augmented."""
+    cases = []
+    for codec in codecs:
+        has_gops = not stored_codec(codec).has_frame_ranges
+        of_codec: list[int | None] = [*gops] if has_gops else [None]
+        usual = usual_gop if has_gops else None
+        pairs = [(gop, usual_threads) for gop in of_codec] + [(usual, count) for count in threads]
+        cases += [
+            SpeedCase(codec=codec, num_gop_frames=gop, threads=count, rand_augment=False)
+            for gop, count in dict.fromkeys(pairs)
+        ]
+        cases.append(SpeedCase(codec=codec, num_gop_frames=usual, threads=usual_threads, rand_augment=True))
+    return cases

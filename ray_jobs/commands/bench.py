@@ -1,4 +1,11 @@
-"""``ca2st bench``: here ``model``; ``loader`` and ``convert`` in bench_loader.py."""
+"""``ca2st bench``.
+
+``ca2st bench fusion``.
+
+``ca2st bench gpu``: everything that only a GPU can show, in under ten minutes.
+
+``ca2st bench``: here ``model``; ``loader`` and ``convert`` in bench_loader.py.
+"""
 
 import datetime
 import json
@@ -9,17 +16,140 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ray_jobs.commands import bench_fusion, bench_gpu, bench_loader
+from ray_jobs.commands import bench_loader
 from ray_jobs.commands.model import Size
 
 if TYPE_CHECKING:
-    from ca2st.benchmark.report import ModelBenchmark, ModelReport
+    from ca2st.benchmark.model import ModelBenchmark, ModelReport
+    from ray_jobs.demo.fusion_bench import FusionBenchConfig, FusionReport, FusionSummary
+
+
+FUSION_EXAMPLE = "Example: ca2st bench fusion --task binding --seeds 3 --models cava,late_add --table binding.json"
+
+
+class Task(StrEnum):
+    """What is asked of the models."""
+
+    HOLISTIC = "holistic"
+    BINDING = "binding"
+
+
+def fusion(
+    task: Annotated[
+        Task, typer.Option(help="holistic: three factors at once; binding: who keeps time with the sound.")
+    ],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every model; ablations have one.")] = 5,
+    models: Annotated[str | None, typer.Option(help="Names, comma between; default: all of the task.")] = None,
+    difficulty: Annotated[
+        str | None, typer.Option(help="easy, medium or hard; default: as the task's recipe says.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of everything made; rerun to go on.")] = None,
+    table: Annotated[Path | None, typer.Option(help="File for the table with every row, as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,
+) -> None:
+    """Ways to join the same frozen experts, each trained with the same budget and several seeds, in one table."""
+    from ray_jobs.console import print_json, require_writable_place, result
+    from ray_jobs.demo.fusion_bench import FusionBenchConfig, fusion_facts, run_fusion_bench
+
+    names = tuple(name.strip() for name in (models or "").split(",") if name.strip())
+    config = FusionBenchConfig(task=task.value, num_seeds=seeds, models=names, difficulty=difficulty)
+    if table is not None:
+        require_writable_place(table, "--table")
+    report = run_fusion_bench(config, out or Path("runs") / f"fusion-{task.value}")
+    facts = fusion_facts(report, command=_command(config))
+    if table is not None:
+        table.write_text(json.dumps(facts, indent=1) + "\n")
+    if as_json:
+        print_json(facts)
+        return
+    for line in _lines(report):
+        result(line)
+
+
+def _command(config: "FusionBenchConfig") -> str:
+    """The command that makes the same table elsewhere: without the folders and files of this machine."""
+    told = ["ca2st", "bench", "fusion", "--task", config.task, "--seeds", str(config.num_seeds)]
+    if config.models:
+        told += ["--models", ",".join(config.models)]
+    if config.difficulty is not None:
+        told += ["--difficulty", config.difficulty]
+    return " ".join(told)
+
+
+def _lines(report: "FusionReport") -> list[str]:
+    first = report.summaries[0]
+    seeds = max(len(summary.seeds) for summary in report.summaries)
+    lines = [
+        f"{report.task}, {report.difficulty}: top-1 over {seeds} seed(s), chance {first.chance:.1%}",
+        f"{'model':<20} {'mean':>7} {'lowest':>7} {'highest':>7} {'ceiling':>8} {'trained':>9} {'clips/s':>8}  what",
+        *map(_line, report.summaries),
+        "The ceiling is the best that anybody could reach with what a model is given.",
+        "Experts alone: " + ", ".join(f"{one.expert} {one.top1:.1%} on {one.factor}" for one in report.experts),
+    ]
+    if seeds > 1:
+        lines += ["Better in the worst seed than the other in its best:", *_apart(report)]
+    return lines
+
+
+def _line(summary: "FusionSummary") -> str:
+    top1 = summary.top1
+    return (
+        f"{summary.model:<20} {top1.mean:>7.1%} {top1.lowest:>7.1%} {top1.highest:>7.1%} {summary.ceiling:>8.1%} "
+        f"{summary.trainable:>9,} {summary.clips_per_second.mean:>8.0f}  {summary.says}"
+    )
+
+
+def _apart(report: "FusionReport") -> list[str]:
+    worse = {summary.model: [b for a, b in report.separated if a == summary.model] for summary in report.summaries}
+    return [f"  {model} > {', '.join(others)}" for model, others in worse.items() if others] or ["  no model"]
+
+
+GPU_EXAMPLE = "Example: ca2st bench gpu --results tests/benchmarks/results"
+
+
+def gpu(
+    results: Annotated[
+        Path | None, typer.Option(help="Folder for the report, under a name with date and device; default: none.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Try the program on the CPU with tiny sizes; measures no GPU.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,
+) -> None:
+    """Limits, parity, decoding rates, damaged clips and models on this machine's GPU.
+
+    Each part has a process and a time budget of its own; one that fails is named, and the others go on. The clips are
+    drawn and encoded here.
+    """
+    from ca2st.errors import CA2STError
+    from ray_jobs.console import print_json, progress, require_writable_place, result, say
+    from ray_jobs.gpu_check.parts import BUDGETS, dry_settings, gpu_settings, run_here, run_in_process
+    from ray_jobs.gpu_check.report import as_document, file_name, lines, run_parts
+
+    settings = dry_settings() if dry_run else gpu_settings()
+    if results is not None:
+        require_writable_place(results / "report.json", "--results")
+    with progress("Trying the GPU", len(BUDGETS)) as update:
+        found = run_parts(settings, run_here if dry_run else run_in_process, update=update)
+    document = as_document(found, settings, command=" ".join(("ca2st", *sys.argv[1:])))
+    if results is not None:
+        place = results / file_name(document)
+        place.write_text(json.dumps(document, indent=1) + "\n")
+        say(f"wrote {place}")
+    if as_json:
+        print_json(document)
+    else:
+        for line in lines(document):
+            result(line)
+    if failed := [name for name, part in found.items() if part.error is not None]:
+        raise CA2STError(f"bench gpu: parts that ended early: {', '.join(failed)}; the report says why")
+
 
 app = typer.Typer(no_args_is_help=True)
 app.command(epilog=bench_loader.LOADER_EXAMPLE)(bench_loader.loader)
 app.command(epilog=bench_loader.CONVERT_EXAMPLE)(bench_loader.convert)
-app.command(epilog=bench_fusion.EXAMPLE)(bench_fusion.fusion)
-app.command(epilog=bench_gpu.EXAMPLE)(bench_gpu.gpu)
+app.command(epilog=FUSION_EXAMPLE)(fusion)
+app.command(epilog=GPU_EXAMPLE)(gpu)
 
 
 class Device(StrEnum):
@@ -66,10 +196,9 @@ def model(
     For each model: the forward pass, and the training step with frozen experts (loss, backward, AdamW). The variants
     take turns, pass by pass; medians and ranges are reported. The headline is the first model's training step.
     """
-    from ca2st.benchmark.config import ModelBenchConfig
+    from ca2st.benchmark.case import ModelBenchConfig
     from ca2st.benchmark.model import benchmark_models
-    from ray_jobs.console import print_json, progress, result
-    from ray_jobs.output_file import require_writable_place
+    from ray_jobs.console import print_json, progress, require_writable_place, result
 
     names = tuple(name.strip() for name in models.split(",") if name.strip())
     config = ModelBenchConfig(
@@ -94,14 +223,14 @@ def model(
     if as_json:
         print_json(facts)
         return
-    for line in _lines(found):
+    for line in _lines_of_bench(found):
         result(line)
 
 
 def _facts(found: "ModelBenchmark") -> dict[str, Any]:
     from dataclasses import asdict
 
-    from ca2st.benchmark.machine import machine
+    from ca2st.benchmark.measure import machine
     from ray_jobs.environment import versions
 
     return {
@@ -113,7 +242,7 @@ def _facts(found: "ModelBenchmark") -> dict[str, Any]:
     }
 
 
-def _lines(found: "ModelBenchmark") -> list[str]:
+def _lines_of_bench(found: "ModelBenchmark") -> list[str]:
     plan, limit = found.plan, found.limit
     lines = [
         f"{plan.size} on {plan.device}, {plan.precision}, {plan.per_device_batch_size} clip(s) a pass; limit "

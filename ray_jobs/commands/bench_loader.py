@@ -13,8 +13,9 @@ from ray_jobs.commands.model import Size
 
 if TYPE_CHECKING:
     from ca2st.spec import ClipSpec
-    from pipelines.benchmark.case import Consumer
+    from pipelines.benchmark.loader import Consumer
     from pipelines.benchmark.report import ConversionBenchmark, LoaderBenchmark, SplitReport
+
 
 LOADER_EXAMPLE = "Example: ca2st bench loader --json"
 CONVERT_EXAMPLE = "Example: ca2st bench convert --clips 8 --json"
@@ -77,12 +78,10 @@ def loader(
     frame, timm's RandAugment on Pillow frames, torchvision. The variants take turns; medians are reported.
     """
     from ca2st.spec import ClipSpec
-    from pipelines.benchmark.config import LoaderBenchConfig
-    from pipelines.benchmark.loader import NUM_STEPS, benchmark_loader
-    from ray_jobs.bench_sources import bench_sources
-    from ray_jobs.console import progress
-    from ray_jobs.output_file import require_writable_place
-    from sharding.shard_set import read_shard_set
+    from pipelines.benchmark.loader import NUM_STEPS, LoaderBenchConfig, benchmark_loader
+    from ray_jobs.console import progress, require_writable_place
+    from ray_jobs.runs.bench_data import bench_sources
+    from sharding.format.shard_set import read_shard_set
 
     config = LoaderBenchConfig(
         seconds=seconds,
@@ -126,12 +125,11 @@ def convert(
 
     The baseline is one process: PyAV, Pillow, torchaudio, webdataset's ShardWriter, without a check of anything.
     """
-    from ca2st.cores import num_cores
+    from ca2st.processes import num_cores
     from pipelines.benchmark.conversion import benchmark_conversion, num_conversions
-    from ray_jobs.bench_sources import source_files, work_folder
-    from ray_jobs.console import progress
-    from ray_jobs.output_file import require_writable_place
-    from sharding.conversion import ConversionConfig
+    from ray_jobs.console import progress, require_writable_place
+    from ray_jobs.runs.bench_data import source_files, work_folder
+    from sharding.settings import ConversionConfig
 
     config = ConversionConfig(codec=codec, workers=workers or num_cores(), audio_policy="optional")
     if out is not None:
@@ -145,10 +143,10 @@ def convert(
 
 def _consumer(kind: ConsumerKind, size: str, layers: int | None, clip: "ClipSpec") -> "tuple[Consumer, str]":
     if kind is ConsumerKind.NORMALISE:
-        from pipelines.benchmark.headspace import NORMALISE, normalise
+        from pipelines.benchmark.loader import NORMALISE, normalise
 
         return normalise, NORMALISE
-    from ray_jobs.loader_consumer import training_consumer
+    from ray_jobs.runs.bench_data import training_consumer
 
     return training_consumer(kind.value, size, num_layers=layers, clip=clip)
 
@@ -172,7 +170,7 @@ def _facts(found: "LoaderBenchmark | ConversionBenchmark") -> dict[str, Any]:
 
     import torch
 
-    from ca2st.benchmark.machine import machine
+    from ca2st.benchmark.measure import machine
     from ray_jobs.environment import versions
 
     return {

@@ -8,6 +8,7 @@ import typer
 if TYPE_CHECKING:
     from ray_jobs.compare.report import Comparison
 
+
 _MOST_SHOWN_SETTINGS = 40
 _MOST_SHOWN_CHARACTERS = 32
 
@@ -28,11 +29,10 @@ def compare(
     Example: ca2st compare --experiment ca2st --html compare.html
     """
     from ca2st.errors import UserInputError
+    from ray_jobs.compare.report import RunFilter, read_runs
     from ray_jobs.compare.report import compare as put_side_by_side
-    from ray_jobs.compare.runs import RunFilter, read_runs
-    from ray_jobs.console import print_json, result, say
+    from ray_jobs.console import print_json, require_writable_place, result, say
     from ray_jobs.environment import default_tracking_uri
-    from ray_jobs.output_file import require_writable_place
 
     if html is not None:
         require_writable_place(html, "--html")

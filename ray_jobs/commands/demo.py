@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ray_jobs.synthetic.demo_report import DemoReport
+    from ray_jobs.demo.answers import DemoReport
 
 
 def demo(
@@ -18,7 +18,7 @@ def demo(
     Example: ca2st demo --out demo
     """
     from ray_jobs.console import print_json
-    from ray_jobs.synthetic.demo import run_demo
+    from ray_jobs.demo.demo import run_demo
 
     report = run_demo(out)
     if as_json:
@@ -29,7 +29,7 @@ def demo(
 
 def _print_report(report: "DemoReport") -> None:
     from ray_jobs.console import result
-    from ray_jobs.synthetic.demo_report import next_steps
+    from ray_jobs.demo.answers import next_steps
 
     result(f"\n{'model':<10} {'trainable':>10} {'top-1':>7} {'ceiling':>8} {'clips/s':>8}  MLflow run")
     for run in report.runs:

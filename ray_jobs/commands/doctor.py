@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ray_jobs.commands.partner_options import refuse_other_examination
+from ray_jobs.commands.options import refuse_other_examination
 
 if TYPE_CHECKING:
-    from ray_jobs.doctor.finding import Finding
+    from ray_jobs.doctor.machine import Finding
 
 
 def doctor(
@@ -36,7 +36,7 @@ def doctor(
     Example: ca2st doctor, or: ca2st doctor --ray-address auto --storage /shared/runs
     """
     from ca2st.errors import EnvironmentFault
-    from ray_jobs.config.launch import LaunchConfig
+    from ray_jobs.config.sections import LaunchConfig
     from ray_jobs.console import print_json
 
     refuse_other_examination(
@@ -67,13 +67,11 @@ def _examine_machine(out: Path, tracking_uri: str | None, *, show: bool) -> "lis
 
 
 def _examine_cluster(address: str, storage: Sequence[Path], accept_open: bool, *, show: bool) -> "list[Finding]":
+    from ray_jobs.cluster.ray_access import found_access, ray_session
     from ray_jobs.console import result, say
-    from ray_jobs.environment import ray_access
-    from ray_jobs.ray_access import ray_session
 
-    with ray_session(address, access=ray_access(accept_open=accept_open)):
-        from ray_jobs.doctor.cluster import examine_cluster
-        from ray_jobs.doctor.cluster_findings import merged
+    with ray_session(address, access=found_access(accept_open=accept_open)):
+        from ray_jobs.doctor.cluster import examine_cluster, merged
 
         say("asking every node; a cold one takes a minute")
         findings = examine_cluster([str(folder.absolute()) for folder in storage])

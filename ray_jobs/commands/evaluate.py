@@ -19,10 +19,9 @@ def evaluate(
 
     Example: ca2st evaluate runs/smoke --data shards/validation --views 2x3
     """
-    from pipelines.draws import EvaluationViews
-    from ray_jobs.console import print_json, result, table
-    from ray_jobs.inference.evaluation import evaluate_checkpoint
-    from ray_jobs.sizes import parse_views
+    from pipelines.views.draws import EvaluationViews
+    from ray_jobs.console import parse_views, print_json, result, table
+    from ray_jobs.runs.inference import evaluate_checkpoint
 
     clips, crops = parse_views(views)
     report = evaluate_checkpoint(

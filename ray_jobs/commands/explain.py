@@ -17,7 +17,7 @@ def explain(
     Example: ca2st explain runs/smoke holiday.mp4 --out holiday.html
     """
     from ray_jobs.console import print_json, result, table
-    from ray_jobs.explain.explaining import explain_video
+    from ray_jobs.explain.page import explain_video
 
     report = explain_video(checkpoint, video, out=out)
     if as_json:

@@ -22,10 +22,9 @@ def features(
 
     Example: ca2st features runs/smoke --data shards/validation --views 2x3 --experts spatial,audio
     """
-    from pipelines.draws import EvaluationViews
-    from ray_jobs.console import print_json, result, table
-    from ray_jobs.inference.features import write_features
-    from ray_jobs.sizes import parse_views
+    from pipelines.views.draws import EvaluationViews
+    from ray_jobs.console import parse_views, print_json, result, table
+    from ray_jobs.runs.features import write_features
 
     clips, crops = parse_views(views)
     report = write_features(

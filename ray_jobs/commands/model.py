@@ -9,6 +9,7 @@ import typer
 if TYPE_CHECKING:
     from ca2st.model.config import ModelConfig, TargetSpec
 
+
 app = typer.Typer(no_args_is_help=True)
 
 
@@ -64,7 +65,7 @@ def info(
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Structure, parameters and multiply-adds of a model, without building its weights."""
-    from ca2st.model.info import model_info
+    from ca2st.model.inspect import model_info
     from ca2st.model.presets import SIZES
     from ca2st.spec import ClipSpec
     from ray_jobs.console import print_json, result

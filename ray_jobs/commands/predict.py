@@ -20,10 +20,9 @@ def predict(
 
     Example: ca2st predict runs/smoke holiday.mp4 --top 3
     """
-    from pipelines.draws import EvaluationViews
-    from ray_jobs.console import counted, print_json, result, say
-    from ray_jobs.inference.prediction import find_videos, predict_readable
-    from ray_jobs.sizes import parse_views
+    from pipelines.views.draws import EvaluationViews
+    from ray_jobs.console import counted, parse_views, print_json, result, say
+    from ray_jobs.runs.prediction import find_videos, predict_readable
 
     clips, crops = parse_views(views)
     files, aside = find_videos(videos)

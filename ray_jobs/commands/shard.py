@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ray_jobs.commands.partner_options import gop_frames, refuse_without_ray, synthetic_config
+from ray_jobs.commands.options import gop_frames, refuse_without_ray, synthetic_config
 
 if TYPE_CHECKING:
-    from pipelines.set_facts import SetFacts
-    from sharding.completion import ConversionReport
-    from sharding.conversion import ConversionConfig
-    from sharding.shard_set import ShardSet
+    from pipelines.storage.set_facts import SetFacts
+    from sharding.convert import ConversionReport
+    from sharding.format.shard_set import ShardSet
+    from sharding.settings import ConversionConfig
     from sharding.source import SourceList
+
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -133,15 +134,14 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
     as_json: Json = False,
 ) -> None:
     """Convert one split of a dataset into shards; rerun the same command to resume."""
-    from ca2st.cores import num_cores
     from ca2st.errors import UserInputError
-    from ray_jobs.commands.conversion_facts import print_plan, print_report
-    from ray_jobs.console import say
-    from ray_jobs.sizes import parse_bytes
-    from sharding.completion import check_notes
-    from sharding.conversion import ConversionConfig, RejectBudget
+    from ca2st.processes import num_cores
+    from ray_jobs.console import parse_bytes, say
+    from ray_jobs.conversion import print_plan, print_report
+    from sharding.convert import check_notes
     from sharding.datasets import DatasetRequest, read_dataset
-    from sharding.notes import note_lines
+    from sharding.settings import ConversionConfig, RejectBudget
+    from sharding.source import note_lines
 
     refuse_without_ray(accept_open_ray=accept_open_ray, ray=ray is not None)
     world = {
@@ -215,10 +215,11 @@ def _convert_on_cluster(
     num_workers: int | None,
     accept_open: bool,
 ) -> "ConversionReport":
-    from ray_jobs.conversion import convert_on_cluster
-    from ray_jobs.environment import fault_points, ray_access
+    from ray_jobs.cluster.conversion import convert_on_cluster
+    from ray_jobs.cluster.ray_access import found_access
+    from ray_jobs.environment import fault_points
 
-    access = ray_access(accept_open=accept_open)
+    access = found_access(accept_open=accept_open)
     return convert_on_cluster(
         source, out, config, address=address, access=access, num_workers=num_workers, faults=fault_points()
     )
@@ -231,7 +232,7 @@ def verify(
 ) -> None:
     """Check every byte against the manifest; ends with 3 and the names when something is damaged."""
     from ray_jobs.console import print_json, progress, result
-    from sharding.verify_remote import count_shards, verify_place
+    from sharding.verify import count_shards, verify_place
 
     with progress(f"Verifying {shards}", count_shards(shards)) as update:
         problems = verify_place(shards, progress=lambda done, _total: update(done, "shards"))
@@ -254,7 +255,7 @@ def inspect(
 ) -> None:
     """Counts, classes and durations of a shard set, from its indexes; with --html also stills and spectrograms."""
     from ray_jobs.console import print_json, result, say, table
-    from ray_jobs.set_card.words import facts_in_words
+    from ray_jobs.set_card.page import facts_in_words
 
     shard_set, facts = _read_facts(shards, html)
     if html is not None:
@@ -271,9 +272,9 @@ def inspect(
 
 
 def _read_facts(place: str, html: Path | None) -> "tuple[ShardSet, SetFacts]":
-    from pipelines.set_facts import set_facts
-    from ray_jobs.output_file import require_writable_place
-    from sharding.shard_set import read_shard_set
+    from pipelines.storage.set_facts import set_facts
+    from ray_jobs.console import require_writable_place
+    from sharding.format.shard_set import read_shard_set
 
     if html is not None:
         require_writable_place(html, "--html")

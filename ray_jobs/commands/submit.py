@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ca2st.errors import UserInputError
-from ray_jobs.commands.partner_options import refuse_unused_ca_file
+from ray_jobs.commands.options import refuse_unused_ca_file
 from ray_jobs.commands.train import with_options
 
 if TYPE_CHECKING:
-    from ray_jobs.submit.job_server import JobClient
-    from ray_jobs.submit.preparation import PreparedJob
+    from ray_jobs.cluster.job_server import JobClient
+    from ray_jobs.cluster.submission import PreparedJob
+
 
 _INTERRUPTED = 130
 
@@ -62,9 +63,8 @@ def submit(
     Example: ca2st submit recipe.toml --address http://head:8265 --out /shared/runs/first
     """
     from ray_jobs import environment
-    from ray_jobs.submit.job_server import check_address, connect
-    from ray_jobs.submit.preparation import Choices, prepared
-    from ray_jobs.submit.submission import send
+    from ray_jobs.cluster.job_server import check_address, connect
+    from ray_jobs.cluster.submission import Choices, prepared, send
 
     refuse_unused_ca_file(ca_file, address)
     if wheel is not None and not package:
@@ -88,7 +88,9 @@ def submit(
         check_address(address)
         _tell(_plan(job, address), as_json=as_json)
         return
-    client = connect(address, access=environment.ray_access(accept_open=accept_open_ray), ca_file=ca_file)
+    from ray_jobs.cluster.ray_access import found_access
+
+    client = connect(address, access=found_access(accept_open=accept_open_ray), ca_file=ca_file)
     if wait:
         _follow(client, job, address, num_resubmits=resubmit, as_json=as_json)
         return
@@ -103,9 +105,9 @@ def submit(
 
 def _follow(client: "JobClient", job: "PreparedJob", address: str, *, num_resubmits: int, as_json: bool) -> None:
     """Show the log until the job ends; a job that fails ends this command with its driver's exit code."""
+    from ray_jobs.cluster.job_server import JobFailedError, JobUnreachableError
+    from ray_jobs.cluster.submission import send_and_follow
     from ray_jobs.console import say
-    from ray_jobs.submit.follow import JobFailedError, JobUnreachableError
-    from ray_jobs.submit.submission import send_and_follow
 
     sent = [job.request.submission_id]
 

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ca2st.errors import UserInputError
-from ray_jobs.commands.partner_options import refuse_without_ray
-from ray_jobs.output_file import require_folder_place
+from ray_jobs.commands.options import refuse_without_ray
+from ray_jobs.console import require_folder_place
 
 if TYPE_CHECKING:
     from ray_jobs.config.recipe import Recipe
-    from ray_jobs.running.worker import Outcome
+    from ray_jobs.runs.worker import Outcome
+
 
 _ONE_OF_TWO = (
     "expected either a recipe (with --data where it names no shards) or --data-folder DIR, a folder of videos; "
@@ -105,7 +106,7 @@ def _train_own_videos(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    from ray_jobs.own_data.command import train_own_videos
+    from ray_jobs.own_data.report import train_own_videos
 
     train_own_videos(
         folder,
@@ -122,11 +123,10 @@ def _train_own_videos(
 def _train(recipe: "Recipe", run_dir: Path, ray_address: str | None, *, accept_open_ray: bool, as_json: bool) -> None:
     from ray_jobs.console import print_json
     from ray_jobs.environment import fault_points
-    from ray_jobs.running.launch import launch
-    from ray_jobs.running.preflight import check_settings
-    from ray_jobs.running.start import check_model
-    from ray_jobs.synthetic.data import synthetic_classes, with_synthetic_shards
-    from ray_jobs.tracking.state import read_state
+    from ray_jobs.launch import launch
+    from ray_jobs.runs.start import check_model, check_settings
+    from ray_jobs.runs.synthetic import synthetic_classes, with_synthetic_shards
+    from ray_jobs.tracking.events import read_state
 
     if (classes := synthetic_classes(recipe)) is not None:  # refused before any clip is drawn
         check_settings(recipe)
@@ -151,8 +151,8 @@ def _how_it_went(recipe: "Recipe", outcome: "Outcome", run_dir: Path) -> dict[st
     """Best and last validation beside chance, how long it took in all attempts, and where MLflow shows it."""
     from ca2st.training.journal import JOURNAL_NAME, read_events, run_sequence
     from ray_jobs.console import duration
-    from ray_jobs.inference.trained import find_checkpoint, run_document_of
-    from ray_jobs.tracking.state import read_state
+    from ray_jobs.runs.inference import find_checkpoint, run_document_of
+    from ray_jobs.tracking.events import read_state
 
     journal, name = run_dir / JOURNAL_NAME, outcome.main_metric
     tests = {line["step"]: line["metrics"].get(name) for line in read_events(journal, event="eval")}
@@ -185,8 +185,7 @@ def _print_plan(recipe: "Recipe", run_dir: Path, *, as_json: bool) -> None:
     import torch
 
     from ray_jobs.console import print_json, result
-    from ray_jobs.planning.plan_lines import plan_lines
-    from ray_jobs.planning.run_plan import make_plan
+    from ray_jobs.runs.plan import make_plan, plan_lines
 
     plan = make_plan(recipe, run_dir, device="cuda" if torch.cuda.is_available() else "cpu")
     if as_json:

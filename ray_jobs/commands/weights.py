@@ -9,6 +9,7 @@ import typer
 if TYPE_CHECKING:
     from ca2st.weights.importer import ImportReport
 
+
 app = typer.Typer(no_args_is_help=True)
 
 
@@ -74,11 +75,10 @@ def import_file(
     Pickles are read in a limited child process that admits tensors and plain containers; no code in a file is run.
     A file that is fetched by its public name is read in the same way.
     """
-    from ca2st.weights.hub import fetch
-    from ca2st.weights.hub_names import is_hub_name
+    from ca2st.weights.hub import fetch, is_hub_name
     from ca2st.weights.importer import ImportOptions, import_weights
     from ca2st.weights.sizes import UnwrittenSizes
-    from ca2st.weights.tensor_file import check_writable_name
+    from ca2st.weights.tensor_files import check_writable_name
     from ray_jobs.console import print_json
     from ray_jobs.environment import hub_access
 
@@ -125,10 +125,10 @@ def export_checkpoint(
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Write a trained model, its experts included, as one safetensors file."""
-    from ca2st.weights.exporter import export_model
-    from ca2st.weights.tensor_file import check_writable_name
+    from ca2st.weights.model_file import export_model
+    from ca2st.weights.tensor_files import check_writable_name
     from ray_jobs.console import print_json, result
-    from ray_jobs.inference.trained import load_trained, sound_metadata
+    from ray_jobs.runs.inference import load_trained, sound_metadata
 
     check_writable_name(out, source=checkpoint)
     trained = load_trained(checkpoint)

@@ -4,9 +4,8 @@ from pathlib import Path
 
 from ca2st import __version__
 from ca2st.durable import write_bytes
-from ray_jobs.compare.charts import metric_charts
 from ray_jobs.compare.report import Comparison
-from ray_jobs.pages.templates import page_environment
+from ray_jobs.pages.charts import metric_charts, page_environment
 
 NUM_TONES = 8
 """Runs beyond so many share colours; their dashes differ."""

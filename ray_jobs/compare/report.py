@@ -1,13 +1,202 @@
-"""What a comparison says: pure functions of the runs."""
+"""Runs side by side.
 
+The runs of a tracking store, as a comparison needs them.
+
+What a comparison says: pure functions of the runs.
+"""
+
+import datetime
 import statistics
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from ca2st.errors import UserInputError, did_you_mean
 from ca2st.training.metrics import harmonic_mean
-from ray_jobs.compare.runs import CLIPS_PER_SECOND, Curve, TrackedRun
-from ray_jobs.tracking.events import SYSTEM_PREFIX
+from ray_jobs.pages.charts import Curve
+from ray_jobs.redaction import without_credentials
+from ray_jobs.tracking.client import open_client, reachable, sqlite_path
+from ray_jobs.tracking.events import SYSTEM_PREFIX, WORLD_SIZE
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+CLIPS_PER_SECOND = "train/clips_per_second"
+_LOSS = "train/loss"
+_ACCURACIES = ("test/top1", "validation/top1", "test/action_top1", "validation/action_top1")
+_PAGE_RUNS = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFilter:
+    """Which runs are compared: those that meet all that is asked."""
+
+    experiment: str | None = None
+    """Name of the MLflow experiment; None: all of the store."""
+    recipes: tuple[str, ...] = ()
+    """Names of recipes."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """MLflow tags and their values."""
+    runs: tuple[str, ...] = ()
+    """Names of runs, or beginnings of their ids, in the order in which they are shown."""
+    newest: int = 20
+    """At most so many, the newest."""
+
+    def __post_init__(self) -> None:
+        if self.newest < 1:
+            raise UserInputError(f"--newest: expected at least 1, found {self.newest}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackedRun:
+    """One run as MLflow knows it."""
+
+    run_id: str
+    name: str
+    experiment: str
+    status: str
+    """``FINISHED``, ``RUNNING``, ``KILLED``, ``FAILED``."""
+    started: str
+    """UTC, ISO 8601."""
+    settings: Mapping[str, str]
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    """Newest values."""
+    curves: Mapping[str, Curve]
+    """Loss of training and every accuracy of validation and test, by step."""
+    device_hours: float | None
+    """Hours that devices spent in training steps: all attempts together, each step once; None before the first."""
+    device: str
+    """``GPU`` or ``CPU``: what an hour is an hour of (a worker on a CPU)."""
+    median_clips_per_second: float | None
+    """Over the training's steps."""
+
+    @property
+    def accuracy_name(self) -> str | None:
+        """The metric that stands for the run: test before validation, top-1."""
+        known = [*_ACCURACIES, *sorted(name for name in self.metrics if name.endswith("_top1"))]
+        return next((name for name in known if name in self.metrics), None)
+
+
+def read_runs(uri: str, wanted: RunFilter) -> list[TrackedRun]:
+    """The runs that `wanted` names, oldest first or in the order of its names.
+
+    Raises:
+        UserInputError: nothing matches, or there is no such SQLite file, which is not made; says what there is.
+        TrackingUnavailableError: the store cannot be reached.
+    """
+    if (path := sqlite_path(uri)) is not None and not path.is_file():
+        raise UserInputError(f"{uri}: expected an MLflow store, found no such file; train first, or check the address")
+    with reachable(uri, "compare again"):
+        client = open_client(uri)
+        experiments = _experiments(client, wanted.experiment)
+        found = [run for run in _search(client, list(experiments)) if _matches(run, wanted)]
+        found = _named(found, wanted.runs) if wanted.runs else found[: wanted.newest][::-1]
+        if not found:
+            raise UserInputError(f"no run of {without_credentials(uri)} {_asked(wanted)}")
+        return [_tracked(client, run, experiments[run.info.experiment_id]) for run in found]
+
+
+def _experiments(client: "MlflowClient", name: str | None) -> dict[str, str]:
+    known = {one.experiment_id: one.name for one in client.search_experiments()}
+    if name is None:
+        return known
+    chosen = {key: value for key, value in known.items() if value == name}
+    if not chosen:
+        names = sorted(known.values())
+        raise UserInputError(f"experiment {name!r}: expected one of {', '.join(names)}{did_you_mean(name, names)}")
+    return chosen
+
+
+def _search(client: "MlflowClient", experiment_ids: list[str]) -> list[Any]:
+    """All of their runs, newest first."""
+    found: list[Any] = []
+    token = None
+    while True:
+        page = client.search_runs(
+            experiment_ids, max_results=_PAGE_RUNS, order_by=["attributes.start_time DESC"], page_token=token
+        )
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def _matches(run: Any, wanted: RunFilter) -> bool:
+    tags = run.data.tags
+    is_recipe = not wanted.recipes or tags.get("ca2st.name", run.info.run_name) in wanted.recipes
+    return is_recipe and all(tags.get(name) == value for name, value in wanted.tags.items())
+
+
+def _named(runs: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    """The runs of these names or id beginnings; of several with one name the newest, which comes first."""
+    chosen = []
+    for name in names:
+        near = [run for run in runs if run.info.run_name == name or run.info.run_id.startswith(name)]
+        if not near:
+            known = sorted({run.info.run_name for run in runs})
+            raise UserInputError(
+                f"run {name!r}: expected a run's name or the beginning of its id, found none among "
+                f"{', '.join(known) or 'no runs'}{did_you_mean(name, known)}"
+            )
+        chosen.append(near[0])
+    return chosen
+
+
+def _asked(wanted: RunFilter) -> str:
+    parts = [f"in experiment {wanted.experiment!r}"] if wanted.experiment else []
+    parts += [f"of recipe {' or '.join(wanted.recipes)}"] if wanted.recipes else []
+    parts += [f"with tag {name}={value}" for name, value in wanted.tags.items()]
+    if not parts:
+        return "is there yet; train first"
+    return f"{' '.join(parts)}; `ca2st compare` without filters shows all"
+
+
+def _tracked(client: "MlflowClient", run: Any, experiment: str) -> TrackedRun:
+    metrics, tags = dict(run.data.metrics), dict(run.data.tags)
+    names = [name for name in metrics if name == _LOSS or name.rpartition("/")[2].endswith("top1")]
+    speeds = _history(client, run.info.run_id, CLIPS_PER_SECOND) if CLIPS_PER_SECOND in metrics else ()
+    worlds = _history(client, run.info.run_id, WORLD_SIZE) if WORLD_SIZE in metrics else ()
+    return TrackedRun(
+        run_id=run.info.run_id,
+        name=run.info.run_name,
+        experiment=experiment,
+        status=run.info.status,
+        started=datetime.datetime.fromtimestamp(run.info.start_time / 1000, datetime.UTC).isoformat(timespec="seconds"),
+        settings=dict(run.data.params),
+        tags=tags,
+        metrics=metrics,
+        curves={name: _history(client, run.info.run_id, name) for name in sorted(names)},
+        device_hours=_device_hours(speeds, worlds, run.data.params),
+        device="GPU" if "hardware.gpus" in tags else "CPU",
+        median_clips_per_second=statistics.median(speed for _, speed in speeds) if speeds else None,
+    )
+
+
+def _history(client: "MlflowClient", run_id: str, name: str) -> Curve:
+    """The values of a metric by step; of two for one step the later."""
+    values = sorted(client.get_metric_history(run_id, name), key=lambda value: (value.step, value.timestamp))
+    return tuple({value.step: value.value for value in values}.items())
+
+
+def _device_hours(speeds: Curve, worlds: Curve, settings: Mapping[str, str]) -> float | None:
+    """Clips of a step divided by its clips a second are its seconds; a worker holds one device.
+
+    `worlds`: how many workers there were from behind a step on; empty: always as many as the settings say.
+    """
+    batch, workers = settings.get("training.global_batch_size"), float(settings.get("launch.workers", "1"))
+    if batch is None or not speeds:
+        return None
+    ends = [end for end, _ in worlds]
+    seconds = 0.0
+    for step, speed in speeds:
+        before = bisect_left(ends, step)
+        num_devices = worlds[before - 1][1] if before else workers
+        seconds += num_devices * float(batch) / speed if speed > 0 else 0.0
+    return seconds / 3600
+
 
 _NOT_SETTINGS = frozenset({"name"})
 _TAGS_THAT_DIFFER = ("git.commit", "hardware.gpus", "hardware.cpu_count", "version.torch", "version.ca2st")

@@ -14,9 +14,7 @@ import pydantic
 
 from ca2st.errors import UserInputError
 from ca2st.model.presets import find_preset
-from ray_jobs.config.mistakes import dates_in, place_of, told
-from ray_jobs.config.recipe import Recipe, recipe_from_document
-from ray_jobs.config.toml_lines import key_lines
+from ray_jobs.config.recipe import Recipe, dates_in, key_lines, place_of, recipe_from_document, told
 from ray_jobs.errors import RecipeError
 
 _MOST_NESTED = 20

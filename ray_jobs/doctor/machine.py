@@ -1,13 +1,71 @@
-"""Processors, memory, disks and limits of this machine."""
+"""What works on this machine: libraries, devices, media, disk.
 
+What an examination says of one thing.
+
+Processors, memory, disks and limits of this machine.
+
+What the GPUs of this machine can do, tried on each of them.
+
+Are the installed packages those that the project was made for?
+
+Which codecs are read and written here, tried on a few frames.
+
+Libraries are imported inside the checks: one that is missing is a finding of its own check, not the end of all.
+"""
+
+import contextlib
+import io
 import os
+import platform
 import resource
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ca2st.cores import num_cores
-from ray_jobs.doctor.finding import Finding
+from ca2st.processes import num_cores
+
+if TYPE_CHECKING:
+    import numpy as np
+    from packaging.requirements import Requirement
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One thing that was tried."""
+
+    name: str
+    """What: ``python``, ``decode h264``, ``disk runs``."""
+    ok: bool
+    what: str
+    """What was found."""
+    mend: str = ""
+    """What to do where it is not ok."""
+    needed: bool = True
+    """False where the project works without it, only slower or with less."""
+    node: str | None = None
+    """The cluster's node it was tried on; None: this machine, or the cluster as a whole."""
+
+
+Check = Callable[[], Finding]
+
+
+def tried(check: Check, *, name: str) -> Finding:
+    """The finding of `check`; whatever it raises becomes a finding that is not ok."""
+    try:
+        return check()
+    except Exception as error:  # noqa: BLE001 - a broken library may raise anything, and that is what is asked
+        return Finding(
+            name=name,
+            ok=False,
+            what=f"{type(error).__name__}: {error}",
+            mend="install the package again in a fresh environment (make install)",
+        )
+
 
 _GIB = 2**30
 _LEAST_DISK_BYTES = 5 * _GIB
@@ -19,7 +77,7 @@ _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory
 
 def check_processor() -> Finding:
     """Cores this process may use."""
-    from ca2st.benchmark.machine import machine
+    from ca2st.benchmark.measure import machine
 
     return Finding(name="processor", ok=True, what=f"{num_cores()} cores, {machine('cpu').processor}")
 
@@ -95,3 +153,192 @@ def check_compiler() -> Finding:
         mend="apt-get install g++; only training.compile needs it",
         needed=False,
     )
+
+
+def check_gpu() -> Finding:
+    """Torch computes on every CUDA device, in bfloat16 too."""
+    import torch
+
+    name = "gpu"
+    if not torch.cuda.is_available():
+        return Finding(
+            name=name,
+            ok=False,
+            what="torch sees no CUDA device",
+            mend="small models train on the CPU; for ViT-B use a machine with a GPU and a driver for "
+            f"CUDA {torch.version.cuda}",
+            needed=False,
+        )
+    found = []
+    for index in range(torch.cuda.device_count()):
+        with torch.cuda.device(index):
+            ones = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
+            if float((ones @ ones).sum()) != 64**3:
+                mend = "the device gives wrong sums: check its driver and its memory (nvidia-smi -q)"
+                return Finding(name=name, ok=False, what=f"device {index} multiplies wrongly", mend=mend)
+            free, total = torch.cuda.mem_get_info()
+            found.append(f"{torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
+    return Finding(name=name, ok=True, what="; ".join(found))
+
+
+_INSTALL = "make install, or pip install --require-hashes -r requirements.lock"
+
+
+def check_packages() -> Finding:
+    """Every direct dependency is there, in a version that ours asks for."""
+    from packaging.requirements import Requirement
+
+    asked = [Requirement(text) for text in metadata.requires("ca2st") or ()]
+    wanted = [one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
+    wrong = [problem for one in wanted if (problem := _problem(one))]
+    name = "packages"
+    if wrong:
+        return Finding(name=name, ok=False, what="; ".join(wrong), mend=_INSTALL)
+    return Finding(name=name, ok=True, what=f"Python {platform.python_version()}, all of {len(wanted)} as asked for")
+
+
+def _problem(wanted: "Requirement") -> str | None:
+    try:
+        found = metadata.version(wanted.name)
+    except metadata.PackageNotFoundError:
+        return f"{wanted.name}: expected {wanted.specifier or 'any version'}, found none"
+    if wanted.specifier.contains(found, prereleases=True):
+        return None
+    return f"{wanted.name}: expected {wanted.specifier}, found {found}"
+
+
+def check_torch_family() -> Finding:
+    """torch, torchvision and torchaudio import together and were built for one CUDA version."""
+    import torch
+    import torchaudio
+    import torchvision
+
+    found = ", ".join(f"{one.__name__} {one.__version__}" for one in (torch, torchvision, torchaudio))
+    torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)  # fails where the builds do not fit
+    return Finding(name="torch", ok=True, what=f"{found}, CUDA {torch.version.cuda or 'none'}")
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of those of `packages` that are installed."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+_ENCODERS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9", "mjpeg": "mjpeg"}
+_QUIET = {"libx265": {"x265-params": "log-level=none"}}
+_NUM_FRAMES, _SIZE = 4, 64
+_MEND = "install the PyAV wheel of requirements.lock: it carries FFmpeg with all of these"
+
+
+def video_checks() -> dict[str, Check]:
+    """One round trip a codec."""
+    return {f"video {codec}": lambda codec=codec: check_video(codec) for codec in _ENCODERS}  # type: ignore[misc]
+
+
+def check_video(codec: str) -> Finding:
+    """Encode a few frames, decode them again, compare."""
+    import av
+    import numpy as np
+
+    name, encoder = f"video {codec}", _ENCODERS[codec]
+    if encoder not in av.codecs_available:
+        return Finding(name=name, ok=False, what=f"no encoder {encoder}", mend=_MEND, needed=codec == "mjpeg")
+    frames = _frames()
+    with av.open(io.BytesIO(_encoded(encoder, frames)), "r") as container:
+        found = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    if len(found) != len(frames):
+        return Finding(name=name, ok=False, what=f"{len(frames)} frames in, {len(found)} out", mend=_MEND)
+    error = float(np.abs(np.stack(found).astype(float) - frames).mean())
+    ok = error < 16
+    return Finding(
+        name=name, ok=ok, what=f"{encoder} and back: {error:.1f} of 255 off on average", mend="" if ok else _MEND
+    )
+
+
+def check_audio() -> Finding:
+    """Encode a second of AAC and decode it."""
+    import av
+    import numpy as np
+
+    sink, rate = io.BytesIO(), 16_000
+    tone = np.sin(np.arange(rate, dtype=np.float32) * (2 * np.pi * 440 / rate))[None]
+    with av.open(sink, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    sink.seek(0)
+    with av.open(sink, "r") as container:
+        found = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+    ok = len(found) >= rate and float(np.abs(found).max()) > 0.5
+    return Finding(
+        name="audio aac", ok=ok, what=f"{rate} samples in, {len(found)} out", mend="" if ok else _MEND, needed=False
+    )
+
+
+def check_dali() -> Finding:
+    """DALI decodes a JPEG on the CPU, as training does, to the pixels of Pillow."""
+    from pipelines.decode.backends import dali_is_installed
+
+    name, mend = "dali cpu", "pip install nvidia-dali-cuda130==2.4.0; until then the slower reference backend is used"
+    if not dali_is_installed():
+        return Finding(name=name, ok=False, what="nvidia-dali is not installed", mend=mend, needed=False)
+    from importlib import metadata
+
+    from pipelines.augment.crops import CropBox
+    from pipelines.decode.dali_cpu import DaliBackend
+    from pipelines.decode.reference import ReferenceBackend
+    from pipelines.rendering import JpegFrames, RenderRequest
+    from pipelines.stats import StatsRecorder
+
+    request = RenderRequest(
+        frames=JpegFrames(frames=(_jpeg(),) * 2),
+        boxes=(CropBox(top=0, left=0, height=_SIZE, width=_SIZE),),
+        flip=False,
+        where="a picture of the doctor's",
+    )
+    dali = DaliBackend(num_frames=2, crop_size=_SIZE, views_per_clip=1, threads=1, stats=StatsRecorder())
+    try:
+        found = dali.render([request])
+    finally:
+        dali.close()
+    expected = ReferenceBackend(crop_size=_SIZE, stats=StatsRecorder()).render([request])
+    worst = int((found.int() - expected.int()).abs().max())
+    version = metadata.version("nvidia-dali-cuda130")
+    return Finding(
+        name=name, ok=worst <= 1, what=f"DALI {version}: at most {worst} of 255 off Pillow", mend=mend, needed=False
+    )
+
+
+def _frames() -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+    import numpy as np
+
+    y, x = np.mgrid[:_SIZE, :_SIZE]
+    return np.stack([np.stack([x * 3 + 4 * i, y * 3, x + y], axis=-1) for i in range(_NUM_FRAMES)]).astype(np.uint8)
+
+
+def _encoded(encoder: str, frames: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]") -> bytes:
+    import av
+
+    sink = io.BytesIO()
+    with av.open(sink, "w", format="mp4") as container:
+        stream = container.add_stream(encoder, rate=25, options=_QUIET.get(encoder, {}))
+        assert isinstance(stream, av.VideoStream)
+        stream.width = stream.height = _SIZE
+        stream.pix_fmt = "yuvj420p" if encoder == "mjpeg" else "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    return sink.getvalue()
+
+
+def _jpeg() -> bytes:
+    from PIL import Image
+
+    sink = io.BytesIO()
+    Image.fromarray(_frames()[0]).save(sink, format="JPEG", quality=90)
+    return sink.getvalue()

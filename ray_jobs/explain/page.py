@@ -1,21 +1,311 @@
-"""The page: one HTML file with its pictures, style and script inside."""
+"""The page of an explanation.
 
-from collections.abc import Iterable
+Attention as colour: arrays as pictures inside the page.
+
+The entropy of every direction over the layers, drawn as SVG.
+
+What one direction of cross-attention looks like on the page: a colour range, and a panel for every layer.
+
+The page: one HTML file with its pictures, style and script inside.
+
+`ca2st explain`: from a checkpoint and a video to a page, and the facts of it as numbers.
+"""
+
+import base64
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import PurePath
+from pathlib import Path, PurePath
+
+import numpy as np
+from einops import rearrange
+from numpy.typing import NDArray
+from PIL import Image
 
 from ca2st import __version__
+from ca2st.durable import write_bytes
+from ca2st.model.inspect import AttentionMap
+from ca2st.model.structure import Direction
 from ca2st.spec import MEL_ROW_SECONDS
-from ray_jobs.explain.charts import entropy_charts
-from ray_jobs.explain.explanation import Explanation, Sound
-from ray_jobs.explain.pictures import LESS, MORE
-from ray_jobs.explain.places import AudioBox, Places
-from ray_jobs.explain.views import direction_views
-from ray_jobs.inference.prediction import Prediction
-from ray_jobs.pages.axes import Tick, hertz_ticks, seconds_ticks
-from ray_jobs.pages.pictures import frame_jpeg, spectrogram_png
-from ray_jobs.pages.templates import page_environment
+from ray_jobs.console import require_writable_place
+from ray_jobs.explain.explanation import AudioBox, Explanation, Places, Sound, require_attention, run_recorded
+from ray_jobs.pages.charts import Line, Mark, Point, Tick, hertz_ticks, page_environment, seconds_ticks
+from ray_jobs.pages.pictures import data_uri, frame_jpeg, spectrogram_png
+from ray_jobs.runs.inference import load_trained
+from ray_jobs.runs.prediction import Prediction, require_videos
+
+MORE, LESS = (255, 138, 0, 220), (38, 84, 214, 160)
+"""Red, green, blue and the highest opacity of more and of less than the even share. Orange and blue stay apart for
+every kind of colour vision; what was ignored is veiled, not hidden."""
+_EVEN = 127
+_LEAST_RANGE, _MOST_RANGE = math.log2(1.25), 6.0
+
+
+def times_even(share: NDArray[np.float32], *, num_keys: int) -> NDArray[np.float32]:
+    """log2 of share / (1 / num_keys): 0 where a key gets what it would get if all got the same."""
+    return np.log2(np.maximum(share * num_keys, 2.0**-24)).astype(np.float32)
+
+
+def colour_range(values: list[NDArray[np.float32]]) -> float:
+    """The log2 that gets the full colour: nearly the largest of all, within bounds that keep noise pale."""
+    highest = max(float(np.quantile(value, 0.995)) for value in values)
+    return min(max(highest, _LEAST_RANGE), _MOST_RANGE)
+
+
+def levels(log_times: NDArray[np.float32], limit: float) -> NDArray[np.uint8]:
+    """0..254 from -limit to limit; 127 is the even share."""
+    level: NDArray[np.uint8] = np.round(_EVEN + _EVEN * np.clip(log_times / limit, -1, 1)).astype(np.uint8)
+    return level
+
+
+def heat_png(level: NDArray[np.uint8]) -> str:
+    """A data URI of [rows, columns] levels: one pixel a cell, clear at the even share."""
+    signed = (level.astype(np.float32) - _EVEN) / _EVEN
+    rgba = np.where(signed[..., None] > 0, MORE, LESS).astype(np.float32)
+    rgba[..., 3] *= np.abs(signed)
+    return data_uri(Image.fromarray(np.round(rgba).astype(np.uint8)), "PNG")
+
+
+def times(log_times: float) -> str:
+    """``3.1×`` for a log2 of it."""
+    number = 2.0**log_times
+    return f"{number:.0f}×" if number >= 9.95 else f"{number:.2g}×"
+
+
+def to_base64(values: NDArray[np.uint8]) -> str:
+    """Bytes in C order as text."""
+    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
+
+
+WIDTH, HEIGHT = 360, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 12, 14, 40
+_MOST_LAYER_TICKS = 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LineChart:
+    """A drawing of WIDTH x HEIGHT with layers to the right."""
+
+    title: str
+    y_label: str
+    lines: list[Line]
+    x_marks: list[Mark]
+    y_marks: list[Mark]
+    left: float = _LEFT
+    right: float = WIDTH - _RIGHT
+    top: float = _TOP
+    bottom: float = HEIGHT - _BOTTOM
+    width: float = WIDTH
+    height: float = HEIGHT
+
+
+def entropy_charts(maps: Sequence[AttentionMap], *, depth: int) -> tuple[LineChart, LineChart]:
+    """Entropy as a share of its maximum, and in bits."""
+    share = {(found.direction.name, found.layer): float(found.entropy_share[0]) for found in maps}
+    bits = {(found.direction.name, found.layer): float(found.entropy_bits[0]) for found in maps}
+    highest = max(max(bits.values()), 1.0)
+    step = next(step for step in (0.5, 1, 2, 4) if highest / step <= 6 or step == 4)
+    ceiling = step * -(-highest // step)
+    return (
+        _chart("Share of the maximum", "share of maximum entropy", share, depth=depth, top=1.0, step=0.25, unit="%"),
+        _chart("In bits", "entropy in bits", bits, depth=depth, top=ceiling, step=step, unit=" bits"),
+    )
+
+
+def _chart(
+    title: str,
+    y_label: str,
+    values: Mapping[tuple[str, int], float],
+    *,
+    depth: int,
+    top: float,
+    step: float,
+    unit: str,
+) -> LineChart:
+    def x(layer: int) -> float:
+        return _LEFT + (WIDTH - _LEFT - _RIGHT) * ((layer - 0.5) / depth)
+
+    def y(value: float) -> float:
+        return HEIGHT - _BOTTOM - (HEIGHT - _BOTTOM - _TOP) * value / top
+
+    def told(value: float) -> str:
+        return f"{100 * value:.1f} %" if unit == "%" else f"{value:.2f}{unit}"
+
+    names = dict.fromkeys(name for name, _ in values)
+    lines = [
+        Line(
+            name=name,
+            points=[
+                Point(x=x(layer), y=y(value), label=f"{name.upper()}, layer {layer}: {told(value)}")
+                for (of, layer), value in values.items()
+                if of == name
+            ],
+        )
+        for name in names
+    ]
+    every = -(-depth // _MOST_LAYER_TICKS)
+    ticks = [step * number for number in range(round(top / step) + 1)]
+    return LineChart(
+        title=title,
+        y_label=y_label,
+        lines=lines,
+        x_marks=[
+            Mark(at=x(layer), label=str(layer)) for layer in range(1, depth + 1) if layer % every == 0 or every == 1
+        ],
+        y_marks=[Mark(at=y(tick), label=f"{100 * tick:.0f} %" if unit == "%" else f"{tick:g}") for tick in ticks],
+    )
+
+
+_SEES = {
+    (
+        "time",
+        False,
+    ): "A query sees its own place in every frame, so a frame's colours say when its places were looked at.",
+    ("space", False): "A query sees every place of its own frame, so time plays no part here.",
+    ("space_time", False): "A query sees every place of every frame.",
+    ("space_time", True): "A query sees the whole spectrogram.",
+}
+_NEARLY_EVEN = math.log2(1.05)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matrix:
+    """Query times (down) by key times (to the right)."""
+
+    picture: str
+    """Data URI, one pixel a cell."""
+    query_ticks: list[Tick]
+    key_ticks: list[Tick]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerPanel:
+    """One layer of one direction."""
+
+    layer: int
+    bits: float
+    share: float
+    heats: list[str]
+    """Attention received, as data URIs: one a frame for visual keys, one for a spectrogram."""
+    strongest: str
+    """The key with the most attention, in words."""
+    matrix: Matrix | None
+    """None where every query sees its own frame alone."""
+    rows: int
+    """Of a picture of attention."""
+    columns: int
+    levels: str
+    """Base64 of the levels by query time, key picture, row and column, for the page's own script; empty without a
+    matrix to choose a time from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DirectionView:
+    """One direction in all of its layers."""
+
+    direction: Direction
+    panels: list[LayerPanel]
+    sees: str
+    """What a query sees, as a sentence."""
+    most: str
+    """What the fullest colours stand for, such as ``4×``."""
+    least: str
+    matrix_most: str
+    """The same for the matrices of times, which are means over places and so paler."""
+    query_labels: list[str]
+    """The time of each query time."""
+
+    @property
+    def name(self) -> str:
+        """T2S, ..."""
+        return self.direction.name.upper()
+
+    @property
+    def hears(self) -> bool:
+        """Whether the keys are sounds."""
+        return self.direction.keys == "audio"
+
+
+def direction_views(maps: Sequence[AttentionMap], places: Places) -> list[DirectionView]:
+    """A view of each direction, in the order in which the model's last layer computes them."""
+    names = dict.fromkeys(found.direction.name for found in sorted(maps, key=lambda found: -found.layer))
+    return [_view([found for found in maps if found.direction.name == name], places) for name in names]
+
+
+def _view(maps: Sequence[AttentionMap], places: Places) -> DirectionView:
+    direction = maps[0].direction
+    received = [times_even(_share(found), num_keys=_share(found).size) for found in maps]
+    by_time = [times_even(found.by_time[0].numpy(), num_keys=found.by_time.shape[-1]) for found in maps]
+    limit, matrix_limit = colour_range(received), colour_range(by_time)
+    return DirectionView(
+        direction=direction,
+        panels=[
+            _panel(found, places, limit=limit, received=one, matrix=_matrix(found, places, other, limit=matrix_limit))
+            for found, one, other in zip(maps, received, by_time, strict=True)
+        ],
+        sees=_SEES[direction.window, direction.keys == "audio"],
+        most=times(limit),
+        least=times(-limit),
+        matrix_most=times(matrix_limit),
+        query_labels=places.time_labels(direction.queries),
+    )
+
+
+def _share(found: AttentionMap) -> NDArray[np.float32]:
+    share: NDArray[np.float32] = found.received[0].numpy()
+    return share
+
+
+def _panel(
+    found: AttentionMap,
+    places: Places,
+    *,
+    limit: float,
+    received: NDArray[np.float32],
+    matrix: Matrix | None,
+) -> LayerPanel:
+    keys = found.direction.keys
+    given = times_even(found.given[0].numpy(), num_keys=received.size)
+    pictures = pictures_of(received, keys)
+    return LayerPanel(
+        layer=found.layer,
+        bits=float(found.entropy_bits[0]),
+        share=float(found.entropy_share[0]),
+        heats=[heat_png(levels(picture, limit)) for picture in pictures],
+        strongest=_strongest(received, keys, places),
+        matrix=matrix,
+        rows=pictures.shape[1],
+        columns=pictures.shape[2],
+        levels=to_base64(levels(np.stack([pictures_of(one, keys) for one in given]), limit)) if matrix else "",
+    )
+
+
+def _matrix(found: AttentionMap, places: Places, by_time: NDArray[np.float32], *, limit: float) -> Matrix | None:
+    """None where every query sees its own frame alone."""
+    if found.direction.window == "space":
+        return None
+    return Matrix(
+        picture=heat_png(levels(by_time, limit)),
+        query_ticks=places.ticks(found.direction.queries),
+        key_ticks=places.ticks(found.direction.keys),
+    )
+
+
+def pictures_of(cells: NDArray[np.float32], keys: str) -> NDArray[np.float32]:
+    """[key_times, key_places] as [pictures, rows, columns]: a square a frame, or one spectrogram, low tones below."""
+    if keys == "audio":
+        return rearrange(cells, "t f -> 1 f t")[:, ::-1]
+    return rearrange(cells, "t (h w) -> t h w", h=math.isqrt(cells.shape[1]))
+
+
+def _strongest(received: NDArray[np.float32], keys: str, places: Places) -> str:
+    if received.max() < _NEARLY_EVEN:
+        return "no key stands out: each gets about the even share"
+    time, place = np.unravel_index(int(received.argmax()), received.shape)
+    where = places.key_in_words(keys, int(time), int(place), num_places=received.shape[1])
+    return f"{where}: {times(float(received.max()))} the even share"
+
 
 MODEL_NAMES = {"cast": "CAST", "cava": "CAVA", "ca2st": "CA\N{SUPERSCRIPT TWO}ST"}
 EXPERT_SENSES = {
@@ -111,3 +401,58 @@ def _spectrogram(sound: Sound, places: Places) -> Spectrogram:
         heard=100 * sound.num_heard_rows / len(sound.mel),
         box=places.audio_box(),
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EntropyRow:
+    """How widely the attention of one direction was spread in one layer."""
+
+    direction: str
+    """`t2s`, ...: keys from the first expert, queries from the second."""
+    layer: int
+    """Counted from 1."""
+    bits: float
+    """Mean over heads and queries."""
+    share: float
+    """Of the most it could be, log2 of the keys a query sees."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExplainReport:
+    """What was written, in numbers."""
+
+    html: Path
+    predictions: list[Prediction]
+    """By target, the likeliest first."""
+    entropy: list[EntropyRow]
+    """By layer, in the order of computation."""
+
+
+def explain_video(checkpoint: Path, video: Path, *, out: Path | None = None) -> ExplainReport:
+    """Write the page about `video`; by default beside nothing but its name, in the current folder.
+
+    Raises:
+        UserInputError: no such video, `checkpoint` is none, or its model has nothing to explain.
+        RejectBudgetError: the video cannot be decoded; the message says why.
+    """
+    require_videos([video])
+    page = out or Path(f"{video.stem}.explain.html")
+    require_writable_place(page, "--out")
+    trained = load_trained(checkpoint)
+    require_attention(trained)
+    explanation = run_recorded(trained, video)
+    write_bytes(page, render_page(explanation).encode())
+    return ExplainReport(html=page, predictions=explanation.predictions, entropy=entropy_rows(explanation))
+
+
+def entropy_rows(explanation: Explanation) -> list[EntropyRow]:
+    """One row a direction and layer."""
+    return [
+        EntropyRow(
+            direction=found.direction.name,
+            layer=found.layer,
+            bits=float(found.entropy_bits[0]),
+            share=float(found.entropy_share[0]),
+        )
+        for found in explanation.maps
+    ]

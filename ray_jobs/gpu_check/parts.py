@@ -1,29 +1,236 @@
-"""What is measured, part by part; every part gives its rows as it finds them."""
+"""Parts of the GPU check.
+
+How much is measured: everything on a GPU, or as little as possible, to try the program itself.
+
+A part in a process of its own: a crash, a hang or a lost device costs that part its remaining rows, no more.
+
+What is measured, part by part; every part gives its rows as it finds them.
+"""
 
 import contextlib
 import tempfile
+import time
+import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from ca2st.benchmark.case import Case, CaseSpec, LocalCase
-from ca2st.benchmark.config import ModelBenchConfig
-from ca2st.benchmark.copies import measure_copies
-from ca2st.benchmark.limits import Limit, measure_limit
-from ca2st.benchmark.machine import machine
+from ca2st.benchmark.case import Case, CaseSpec, LocalCase, ModelBenchConfig
+from ca2st.benchmark.measure import Limit, machine, measure_copies, measure_limit
 from ca2st.benchmark.model import benchmark_models
-from pipelines.cuda_decoders import cuda_decoders
-from pipelines.hardware.clips import StoredClip, stored_clips
-from pipelines.hardware.damage import try_damages
-from pipelines.hardware.parity import augment_parity, codec_parity, resize_parity
-from pipelines.hardware.speed import measure_speed, speed_cases
-from ray_jobs.gpu_check.settings import GpuCheckSettings, PartName
-from sharding.codecs import stored_codec
+from ca2st.errors import EnvironmentFault
+from ca2st.processes import SPAWN
+from ca2st.spec import ClipSpec
+from pipelines.benchmark.clips import DrawnClips
+from pipelines.decode.backends import cuda_decoders
+from pipelines.hardware.damage import DAMAGES, try_damages
+from pipelines.hardware.parity import (
+    StoredClip,
+    augment_parity,
+    codec_parity,
+    measure_speed,
+    resize_parity,
+    speed_cases,
+    stored_clips,
+)
+from sharding.media.codecs import STORED_CODECS, stored_codec
+
+PartName = Literal["device", "limits", "parity", "speed", "damage", "model"]
+BUDGETS: dict[PartName, float] = {
+    "device": 40.0,
+    "limits": 40.0,
+    "parity": 70.0,
+    "speed": 190.0,
+    "damage": 100.0,
+    "model": 150.0,
+}
+"""Seconds that a part may take, its process's start included; together less than ten minutes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuCheckSettings:
+    """Sizes of a run."""
+
+    device: Literal["cuda", "cpu"] = "cuda"
+    """``cpu``: a dry run, by the backends for the CPU; its numbers say nothing of a GPU."""
+    clip: ClipSpec = field(default_factory=ClipSpec)
+    """A view: 16 frames of 224 pixels."""
+    codecs: tuple[str, ...] = tuple(STORED_CODECS)
+    """Those that are tried."""
+    drawn: DrawnClips = field(default_factory=lambda: DrawnClips(count=8, width=340, height=256, num_frames=96))
+    """Different clips in each codec: the short side that shards have, and more than the engines' smallest pictures."""
+    batch: int = 32
+    """Clips of a step."""
+    seconds_per_case: float = 2.5
+    """Measured time of each case of speed."""
+    gops: tuple[int, ...] = (4, 8, 16, 32)
+    """Frames from key frame to key frame."""
+    threads: tuple[int, ...] = (1, 4, 7, 8)
+    """Threads that feed the decoders: Hopper has 7 video engines."""
+    usual_gop: int = 8
+    """The converter's default."""
+    usual_threads: int = 7
+    encoding_threads: int = 16
+    """Clips that are encoded at once."""
+    copy_bytes: int = 1 << 28
+    product_size: int | None = None
+    """Rows of the matrix product; None: 8192 on a GPU."""
+    damages: tuple[str, ...] = tuple(DAMAGES)
+    damage_seconds: float = 45.0
+    """Time for one damaged clip, with the start of its process; longer is a hang."""
+    damages_at_once: int = 6
+    models: tuple[str, ...] = ("cast", "cava", "ca2st")
+    model_size: str = "vit_b"
+    num_layers: int | None = None
+    """Layers of every expert; None: all."""
+    model_batch: int = 24
+    """Clips of a pass of the model."""
+    model_seconds: float | None = 6.0
+    """For each model's forward pass, and again for its training step; None: two passes."""
+
+    @property
+    def is_dry(self) -> bool:
+        """Whether no GPU is measured."""
+        return self.device == "cpu"
+
+
+def dry_settings() -> GpuCheckSettings:
+    """The smallest sizes that every part still works with."""
+    return GpuCheckSettings(
+        device="cpu",
+        clip=ClipSpec(num_frames=4, crop_size=32, mel_rows=32, num_mel_bins=32),
+        drawn=DrawnClips(count=2, width=80, height=64, num_frames=20),
+        batch=2,
+        seconds_per_case=0.01,
+        gops=(4, 8),
+        threads=(1,),
+        usual_threads=1,
+        encoding_threads=2,
+        copy_bytes=1 << 16,
+        product_size=128,
+        damages=("none", "half"),
+        damages_at_once=2,
+        models=("cast",),
+        model_size="vit_s",
+        num_layers=1,
+        model_batch=1,
+        model_seconds=None,
+    )
+
+
+def gpu_settings() -> GpuCheckSettings:
+    """Everything, on the GPU that torch takes first.
+
+    Raises:
+        EnvironmentFault: there is none that torch can use.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise EnvironmentFault(
+            "bench gpu: expected a CUDA device that torch can use, found none; run it where there is one, or try the "
+            "program itself with --dry-run"
+        )
+    return GpuCheckSettings()
+
 
 Row = dict[str, Any]
+_PATIENCE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartResult:
+    """What a part gave."""
+
+    rows: list[Row]
+    """As many as it found."""
+    error: str | None
+    """Why there are no more; None: it came to its end."""
+    seconds: float
+    budget_seconds: float
+
+
+RunPart = Callable[[PartName, GpuCheckSettings, float], PartResult]
+"""Runs a part within some seconds."""
+
+
+def run_in_process(name: PartName, settings: GpuCheckSettings, seconds: float) -> PartResult:
+    """Run a part in a process of its own, which is ended when its time is up."""
+    begin, rows, error = time.monotonic(), list[Row](), None
+    ours, theirs = SPAWN.Pipe(duplex=False)
+    process = SPAWN.Process(target=_serve, args=(theirs, name, settings))
+    process.start()
+    theirs.close()
+    try:
+        for row in _received(ours, begin + seconds):
+            rows.append(row)
+        process.join(_PATIENCE_SECONDS)
+    except _EndError as end:
+        error = str(end)
+    finally:
+        ours.close()
+        _end(process)
+    if error is None and process.exitcode:
+        error = f"its process ended with exit code {process.exitcode}"
+    return PartResult(rows=rows, error=error, seconds=time.monotonic() - begin, budget_seconds=seconds)
+
+
+def run_here(name: PartName, settings: GpuCheckSettings, seconds: float) -> PartResult:
+    """Run a part in this process; its time is not limited."""
+    begin, rows, error = time.monotonic(), list[Row](), None
+    try:
+        rows.extend(PARTS[name](settings))
+    except Exception as raised:  # noqa: BLE001 - a part that fails is a result, and the others go on
+        error = _told(raised)
+    return PartResult(rows=rows, error=error, seconds=time.monotonic() - begin, budget_seconds=seconds)
+
+
+class _EndError(Exception):
+    """The part gives no more rows."""
+
+
+def _received(connection: Connection, deadline: float) -> Iterator[Row]:
+    while True:
+        if not connection.poll(max(0.0, deadline - time.monotonic())):
+            raise _EndError("its time is up")
+        try:
+            kind, value = connection.recv()
+        except EOFError:
+            raise _EndError("its process ended without a word") from None
+        if kind == "row":
+            yield value
+        elif kind == "error":
+            raise _EndError(value)
+        else:
+            return
+
+
+def _serve(connection: Connection, name: PartName, settings: GpuCheckSettings) -> None:
+
+    try:
+        for row in PARTS[name](settings):
+            connection.send(("row", row))
+        connection.send(("end", None))
+    except Exception as error:  # noqa: BLE001 - told to the parent
+        connection.send(("error", _told(error)))
+
+
+def _told(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} (line {last.lineno} of {last.name})"
+
+
+def _end(process: Any) -> None:
+    if process.is_alive():
+        process.terminate()
+        process.join(_PATIENCE_SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
 
 
 def _device_rows(settings: GpuCheckSettings) -> Iterator[Row]:

@@ -9,8 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.gpu_check.isolation import PartResult, RunPart
-from ray_jobs.gpu_check.settings import BUDGETS, GpuCheckSettings, PartName
+from ray_jobs.gpu_check.parts import BUDGETS, GpuCheckSettings, PartName, PartResult, RunPart
 
 MOST_SECONDS = 590.0
 """Of all parts together: what a part leaves over is not given to another, what is missing the last ones lack."""

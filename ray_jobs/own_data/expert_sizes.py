@@ -13,9 +13,9 @@ from ca2st.model.config import EncoderName, ModelConfig, ModelKind
 from ca2st.model.structure import EXPERTS, ExpertName
 from ca2st.spec import ClipSpec
 from ca2st.weights.errors import WeightsDamageError
-from ca2st.weights.expert_file import EXPERT_KEY
+from ca2st.weights.expert_files import EXPERT_KEY
 from ca2st.weights.sizes import UnwrittenSizes, expert_sizes
-from ca2st.weights.tensor_file import TensorFile, read_tensor_file
+from ca2st.weights.tensor_files import TensorFile, read_tensor_file
 
 _USUAL: Mapping[ExpertName, EncoderName] = {"spatial": "clip", "temporal": "videomae", "audio": "ast"}
 _SIZES = ("dim", "depth", "num_heads", "patch_size")

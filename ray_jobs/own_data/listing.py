@@ -11,7 +11,7 @@ from sharding.datasets.folder import ClassFolders, list_class_folders, visible_e
 from sharding.datasets.label_spaces import with_label_notes
 from sharding.datasets.media_root import VIDEO_SUFFIXES
 from sharding.errors import AnnotationError
-from sharding.manifest import LabelSpace
+from sharding.format.shard_set import LabelSpace
 from sharding.source import SourceList, SourceSample
 
 VALIDATION_SHARE = 5

@@ -1,4 +1,9 @@
-"""What a person who trains on own videos is told: choices with reasons, what was left out, mistakes, what is next."""
+"""The report of a training on a folder of videos, and its command.
+
+What a person who trains on own videos is told: choices with reasons, what was left out, mistakes, what is next.
+
+The part of ``ca2st train`` that begins with a folder of videos instead of a recipe.
+"""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -6,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ca2st.model.structure import EXPERTS
-from ray_jobs.own_data.mistakes import Judgement
-from ray_jobs.own_data.shards import LeftOut, OwnShards
-from ray_jobs.own_data.training import OwnOutcome, OwnPlan
-from ray_jobs.tracking.state import read_state
-from sharding.notes import note_lines
+from ray_jobs.console import print_json, result, say
+from ray_jobs.environment import fault_points
+from ray_jobs.own_data.shards import Judgement, LeftOut, OwnShards
+from ray_jobs.own_data.training import OwnOutcome, OwnPlan, plan_training, train_on_videos
+from ray_jobs.tracking.events import read_state
+from sharding.source import note_lines
 
 _MOST_NAMED = 5
 _MOST_CLASSES = 20
@@ -183,3 +189,46 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return f"[{', '.join(map(_text, value))}]" if isinstance(value, list) else str(value)
+
+
+def train_own_videos(
+    folder: Path,
+    overrides: Sequence[str],
+    *,
+    out: Path | None,
+    follow_links: bool = False,
+    ray_address: str | None,
+    accept_open_ray: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train on a folder of videos, or with `dry_run` only say how; raises as `plan_training` and `train_on_videos`."""
+    plan = plan_training(folder, overrides, out=out, follow_links=follow_links)
+    if dry_run:
+        _print_plan(plan, as_json=as_json)
+        return
+    for line in found_lines(plan):
+        say(line)
+    done = train_on_videos(
+        plan, faults=fault_points(), ray_address=ray_address, accept_open_ray=accept_open_ray, told=_tell
+    )
+    if as_json:
+        print_json(outcome_facts(done))
+        return
+    for line in outcome_lines(done):
+        result(line)
+
+
+def _tell(plan: OwnPlan, shards: OwnShards) -> None:
+    for line in (*left_out_lines(shards.left_out), shards_line(shards), "chosen:", *choice_lines(plan)):
+        say(line)
+
+
+def _print_plan(plan: OwnPlan, *, as_json: bool) -> None:
+    facts = plan_facts(plan)
+    if as_json:
+        print_json(facts)
+        return
+    for line in (*found_lines(plan), "chosen:", *choice_lines(plan)):
+        result(line)
+    result(f"would train {facts['steps']} steps into {plan.run_dir}, on shards made in {plan.shards}")

@@ -12,22 +12,29 @@ import torch
 
 from ca2st.durable import FaultPoints
 from ca2st.errors import UserInputError
-from ca2st.weights.hub_names import is_hub_name
+from ca2st.weights.hub import is_hub_name
 from ray_jobs import environment
 from ray_jobs.config.recipe import Recipe, recipe_document
 from ray_jobs.config.recipe_file import load_recipe
+from ray_jobs.launch import launch
 from ray_jobs.own_data.choices import Choice, Facts, choose, settings_of, short_side
 from ray_jobs.own_data.expert_sizes import ExpertSizes, published_sizes, read_expert_sizes
 from ray_jobs.own_data.listing import OwnVideos, list_videos
-from ray_jobs.own_data.mistakes import Judgement, judge
-from ray_jobs.own_data.shards import OwnShards, conversion_config, make_shards, run_name, shards_folder
-from ray_jobs.planning.resume_plan import kept_recipe
-from ray_jobs.public_experts import IMPORTED_FOLDER, with_local_experts
-from ray_jobs.running.launch import launch
-from ray_jobs.running.start import start_sound
-from ray_jobs.running.worker import Outcome
-from sharding.conversion import ConversionConfig
-from sharding.manifest import MANIFEST_NAME, read_manifest
+from ray_jobs.own_data.shards import (
+    Judgement,
+    OwnShards,
+    conversion_config,
+    judge,
+    make_shards,
+    run_name,
+    shards_folder,
+)
+from ray_jobs.runs.model import IMPORTED_FOLDER, with_local_experts
+from ray_jobs.runs.plan import kept_recipe
+from ray_jobs.runs.start import start_sound
+from ray_jobs.runs.worker import Outcome
+from sharding.format.shard_set import MANIFEST_NAME, read_manifest
+from sharding.settings import ConversionConfig
 
 RECIPE = "own_data"
 """The recipe of the package that choices are put over."""

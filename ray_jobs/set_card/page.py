@@ -1,4 +1,9 @@
-"""The card of a shard set as one HTML file that asks nothing of any network."""
+"""The card of a shard set: facts in words, and a page.
+
+The card of a shard set as one HTML file that asks nothing of any network.
+
+The facts of a shard set in a few lines of words.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,10 +13,12 @@ import numpy as np
 
 from ca2st import __version__
 from ca2st.durable import write_bytes
-from pipelines.set_facts import SetFacts
-from ray_jobs.pages.clip_pictures import StoredClip, read_spread_clips
-from ray_jobs.pages.templates import page_environment
-from sharding.shard_set import ShardSet
+from pipelines.storage.set_facts import SetFacts
+from ray_jobs.console import counted
+from ray_jobs.pages.charts import page_environment
+from ray_jobs.pages.pictures import StoredClip, read_spread_clips
+from sharding.format.shard_set import ShardSet
+from sharding.source import SILENT_SOUND
 
 NUM_CLIPS = 12
 _MOST_CLASSES = 30
@@ -117,3 +124,33 @@ def size_in_words(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.3g} TB"
+
+
+def facts_in_words(facts: SetFacts) -> dict[str, object]:
+    """A line a fact, for people."""
+    seconds, frames = facts.duration_seconds, facts.num_frames
+    words: dict[str, object] = {
+        "dataset": f"{facts.dataset}, {facts.split}",
+        "samples": f"{facts.num_samples} in {_counted_shards(facts)}, {size_in_words(facts.shard_bytes)}",
+        "seconds": f"{seconds.least:.2f} to {seconds.most:.2f}, median {seconds.median:.2f}; all: {seconds.total:.0f}",
+        "frames": f"{frames.least:.0f} to {frames.most:.0f}, {facts.frames_per_second.median:.2f} a second",
+        "codec": f"{facts.codec}, {size_in_words(facts.video_bytes.mean)} a video",
+        "with sound": f"{facts.num_with_audio} of {facts.num_samples}{_silent(facts)}",
+        "rejected": counted(facts.rejected),
+        "notes": counted(facts.notes),
+    }
+    for space, counts in facts.classes.items():
+        sizes = sorted(counts.values())
+        target = " (target)" if space in facts.targets else ""
+        empty = sum(not size for size in sizes)
+        words[f"{space}{target}"] = f"{len(sizes)} classes of {sizes[0]} to {sizes[-1]} samples, {empty} without any"
+    return words
+
+
+def _silent(facts: SetFacts) -> str:
+    count = facts.notes.get(SILENT_SOUND, 0)
+    return f", {count} with silence alone" if count else ""
+
+
+def _counted_shards(facts: SetFacts) -> str:
+    return f"{facts.num_shards} shard{'s' if facts.num_shards > 1 else ''}"

@@ -47,8 +47,8 @@ class CheckpointModel(PythonModel):
             RejectBudgetError: a video cannot be decoded.
             DataDamageError: the checkpoint is not what was written.
         """
-        from pipelines.draws import EvaluationViews
-        from ray_jobs.inference.prediction import predict_videos
+        from pipelines.views.draws import EvaluationViews
+        from ray_jobs.runs.prediction import predict_videos
 
         require_checkpoint(self._checkpoint, self._sha256)
         asked = _VIEWS | (params or {})

@@ -1,18 +1,212 @@
-"""Reaching an MLflow store: a client that gives up within seconds, and errors that say what to do."""
+"""MLflow's client, its complaints, and names it takes.
+
+What MLflow takes as names and values, and how everything else is changed so that nothing is refused or lost.
+
+MLflow refuses a whole batch for one bad name. Names here are letters and digits of any script, ``_ - . : /`` and
+spaces, at most 250 characters, and would mean the same as a path. A changed name ends in the hash of the original:
+two names never become one.
+
+What is wrong with an MLflow store, in words that change only when the trouble does.
+
+Reaching an MLflow store: a client that gives up within seconds, and errors that say what to do.
+"""
 
 import contextlib
 import fcntl
+import hashlib
+import posixpath
+import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ray_jobs import environment
-from ray_jobs.redaction import without_credentials
-from ray_jobs.tracking.complaints import StoreError, complaint_of_error, complaint_of_status
+from ray_jobs.errors import TrackingUnavailableError
+from ray_jobs.redaction import redacted, without_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+
+MAX_NAME_CHARACTERS = 250
+MAX_PARAM_CHARACTERS = 6000
+MAX_TAG_CHARACTERS = 8000
+MAX_RUN_NAME_CHARACTERS = 250
+MAX_EXPERIMENT_CHARACTERS = 250
+MAX_PARAMS = 10_000
+LEFT_OUT = "ca2st.params_left_out"
+"""The param that says how many were left out."""
+_BAD_CHARACTER = re.compile(r"[^/\w.\- :]")
+_BATCH_BYTES = 500_000  # a server takes a request of at most a million
+_BATCH_ITEMS = 100
+_CUT = "...(cut)"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cleaned:
+    """Names and values that MLflow takes, and what was done to the originals."""
+
+    values: Mapping[str, str]
+    changes: tuple[str, ...]
+    """A sentence for each name or value that is not as it was."""
+
+
+def clean_name(name: str) -> str:
+    """`name`, or the nearest name that MLflow takes, ending in eight hexadecimal digits of the original's hash."""
+    if _is_taken(name):
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    path = posixpath.normpath(_BAD_CHARACTER.sub("_", name)).lstrip("/.").strip() or "unnamed"
+    return f"{path[: MAX_NAME_CHARACTERS - 9].rstrip('/')}-{digest}"
+
+
+def clean_value(value: str, limit: int) -> str:
+    """`value` as text that every store can hold, of at most `limit` characters; a cut is marked at its end."""
+    text = value.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= limit else text[: limit - len(_CUT)] + _CUT
+
+
+def clean_params(params: Mapping[str, str], *, limit: int = MAX_PARAMS) -> Cleaned:
+    """At most `limit` params; the last of more says how many were left out."""
+    if len(params) <= limit:
+        return _cleaned("param", params, MAX_PARAM_CHARACTERS)
+    kept = dict(list(params.items())[: limit - 1])
+    note = f"{len(params) - len(kept)} of {len(params)}; the run folder's recipe.json has all"
+    clean = _cleaned("param", {**kept, LEFT_OUT: note}, MAX_PARAM_CHARACTERS)
+    return Cleaned(values=clean.values, changes=(*clean.changes, f"params left out: {note}"))
+
+
+def clean_tags(tags: Mapping[str, str]) -> Cleaned:
+    """Tags that MLflow takes."""
+    return _cleaned("tag", tags, MAX_TAG_CHARACTERS)
+
+
+def batches(values: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """`values` in their order, in parts small enough for one call."""
+    part: dict[str, str] = {}
+    num_bytes = 0
+    for name, value in values.items():
+        size = len(name.encode()) + len(value.encode())
+        if part and (len(part) == _BATCH_ITEMS or num_bytes + size > _BATCH_BYTES):
+            yield part
+            part, num_bytes = {}, 0
+        part[name] = value
+        num_bytes += size
+    if part:
+        yield part
+
+
+def _cleaned(kind: str, values: Mapping[str, str], limit: int) -> Cleaned:
+    clean: dict[str, str] = {}
+    changes = []
+    for name, value in values.items():
+        new_name, new_value = clean_name(name), clean_value(value, limit)
+        if new_name != name:
+            changes.append(f"{kind} {name!a} is called {new_name}")
+        if new_value != value:
+            changes.append(f"the value of {kind} {new_name}, {len(value)} characters, was cut or cleaned")
+        clean[new_name] = new_value
+    return Cleaned(values=clean, changes=tuple(changes))
+
+
+def _is_taken(name: str) -> bool:
+    is_plain = bool(name) and len(name) <= MAX_NAME_CHARACTERS and not _BAD_CHARACTER.search(name)
+    return is_plain and posixpath.normpath(name) == name and name != "." and not name.startswith(("..", "/"))
+
+
+Kind = Literal["unreachable", "silent", "failing", "busy", "locked", "refused", "rejected"]
+
+_RETRIED_STATUS = re.compile(r"too many (\d{3}) error responses")
+_STATUS = re.compile(r"failed with error code (\d{3})")
+_CAUSE = re.compile(r"\(Caused by (\w+)\((?:.*?: )?(.*?)\)*$")
+_CODES = {
+    "UNAUTHENTICATED": 401,
+    "CUSTOMER_UNAUTHORIZED": 401,
+    "PERMISSION_DENIED": 403,
+    "REQUEST_LIMIT_EXCEEDED": 429,
+    "RESOURCE_EXHAUSTED": 429,
+    "TEMPORARILY_UNAVAILABLE": 503,
+}
+_WORDS: dict[Kind, str] = {
+    "unreachable": "cannot be reached",
+    "silent": "does not answer",
+    "failing": "fails",
+    "busy": "asks to wait",
+    "locked": "is locked by another program",
+    "refused": "refuses the credentials",
+    "rejected": "rejects what is sent",
+}
+_CREDENTIALS = (
+    "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment, then"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Complaint:
+    """One kind of trouble with a store."""
+
+    kind: Kind
+    detail: str
+    """The status or the beginning of the error, without secrets."""
+    retry_after_seconds: float | None = None
+    """How long the store asks to be left alone."""
+
+    @property
+    def signature(self) -> tuple[str, str]:
+        """Equal for the same trouble met again."""
+        return self.kind, self.detail if self.kind in ("refused", "rejected", "failing", "busy") else ""
+
+    def told(self, uri: str, what_to_do: str) -> str:
+        """A sentence: the store, the trouble, and what to do about it."""
+        wait = f", for {self.retry_after_seconds:g} s" if self.retry_after_seconds is not None else ""
+        mend = f"{_CREDENTIALS} " if self.kind == "refused" else ""
+        when = "" if self.kind in ("refused", "rejected") else " when it is back"
+        return f"MLflow at {redacted(uri)} {_WORDS[self.kind]} ({self.detail}{wait}); {mend}{what_to_do}{when}"
+
+
+class StoreError(TrackingUnavailableError):
+    """The store did not do what was asked; `complaint` says why."""
+
+    def __init__(self, message: str, complaint: Complaint) -> None:
+        super().__init__(message)
+        self.complaint = complaint
+
+
+def complaint_of_status(status: int, *, retry_after: str | None = None) -> Complaint:
+    """The trouble behind an HTTP status; `retry_after` is the header of that name (seconds; dates are not read)."""
+    seconds = float(retry_after) if retry_after is not None and retry_after.strip().isdigit() else None
+    kind: Kind = "failing" if status >= 500 else "rejected"
+    kind = {401: "refused", 403: "refused", 429: "busy"}.get(status, kind)  # type: ignore[assignment]  # all of Kind
+    return Complaint(kind=kind, detail=str(status), retry_after_seconds=seconds)
+
+
+def complaint_of_error(error: Exception) -> Complaint:
+    """The trouble behind an exception of MLflow or of the machine."""
+    text = redacted(str(error))
+    first_line = (text.splitlines() or [type(error).__name__])[0]
+    if "database is locked" in text or "database table is locked" in text:
+        return Complaint(kind="locked", detail="database is locked")
+    status = _CODES.get(getattr(error, "error_code", ""))
+    if found := _RETRIED_STATUS.search(text) or _STATUS.search(text):
+        status = int(found.group(1))
+    if status is not None:
+        return complaint_of_status(status)
+    if "timed out" in text or "timeout exception" in text:
+        return Complaint(kind="silent", detail="no answer in time")
+    if isinstance(error, OSError) or "failed with exception" in text or "OperationalError" in text:
+        cause = _CAUSE.search(first_line)
+        return Complaint(kind="unreachable", detail=_short(cause.group(2) if cause else first_line))
+    if "DatabaseError" in text:
+        return Complaint(kind="failing", detail=_short(first_line))
+    return Complaint(kind="rejected", detail=_short(first_line))
+
+
+def _short(text: str) -> str:
+    """At most 300 characters, without quotation marks at the end; addresses in memory would differ each time."""
+    return re.sub(r"<[^<>]* object at 0x[0-9a-f]+>:? ?", "", text).strip("'\" ")[:300]
+
 
 SQLITE = "sqlite:///"
 ARTIFACT_FOLDER = "mlflow-artifacts"

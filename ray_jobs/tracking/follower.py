@@ -16,12 +16,11 @@ from pathlib import Path
 from ca2st.errors import CA2STError
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.redaction import RedactedStream, redacted
-from ray_jobs.tracking.complaints import Complaint, StoreError, complaint_of_error
+from ray_jobs.tracking.client import Complaint, StoreError, complaint_of_error
+from ray_jobs.tracking.events import SenderBusyError, read_state
 from ray_jobs.tracking.orphans import alive, end_orphans, show_ready
-from ray_jobs.tracking.patience import TroubleLog, pause_seconds
-from ray_jobs.tracking.run_record import Say
+from ray_jobs.tracking.run_record import Say, TroubleLog, pause_seconds
 from ray_jobs.tracking.sender import Sender
-from ray_jobs.tracking.state import SenderBusyError, read_state
 
 _NICENESS = 10
 """The processors are the training's."""

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from mlflow.data.dataset_source import DatasetSource
     from mlflow.entities import DatasetInput
 
-    from ray_jobs.running.training_data import TrainingData
-    from sharding.manifest import Manifest
-    from sharding.shard_set import ShardSet
+    from ray_jobs.runs.data import TrainingData
+    from sharding.format.shard_set import Manifest, ShardSet
 
 INPUTS_NAME = "inputs.json"
 _DIGEST_CHARACTERS = 36
@@ -134,8 +133,8 @@ def _duration_seconds(folder: Path, facts: Mapping[str, Any]) -> float | None:
     import pyarrow.compute as pc
 
     from ca2st.errors import CA2STError
-    from sharding.parquet import read_parquet
-    from sharding.shard_set import read_shard_set
+    from sharding.format.index import read_parquet
+    from sharding.format.shard_set import read_shard_set
 
     if facts["num_shards"] > _MOST_INDEXES:
         return None

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 from ca2st.durable import open_itself
 from ca2st.errors import CA2STError, UserInputError
 from ca2st.training.journal import JOURNAL_NAME
-from ca2st.training.lock import LOCK_NAME as RUN_LOCK_NAME
+from ca2st.training.journal import LOCK_NAME as RUN_LOCK_NAME
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.tracking.client import open_client, reachable, whole_uri
+from ray_jobs.tracking.events import FOLDER_TAG, one_sender, read_state
 from ray_jobs.tracking.run_record import Say
 from ray_jobs.tracking.sender import EXIT_TAG, Sender
-from ray_jobs.tracking.state import FOLDER_TAG, one_sender, read_state
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ca2st import __version__
 from ca2st.training.checkpoint import MARKER_NAME
-from ray_jobs.tracking.run_facts import class_names, newest_checkpoint, read_recipe, registered_name
+from ray_jobs.tracking.run_record import class_names, newest_checkpoint, read_recipe, registered_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

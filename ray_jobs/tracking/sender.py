@@ -12,30 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 from ca2st.training.journal import JOURNAL_NAME
 from ray_jobs.redaction import redacted
-from ray_jobs.tracking.client import knock, open_client, reachable, whole_uri
-from ray_jobs.tracking.complaints import StoreError
+from ray_jobs.runs.node_metrics import SystemLine, node_files
+from ray_jobs.tracking.artefacts import AT_BEGIN, AT_END, send_extra
+from ray_jobs.tracking.client import StoreError, knock, open_client, reachable, whole_uri
 from ray_jobs.tracking.events import (
-    SystemLine,
+    Progress,
+    TrackingState,
     Value,
     begin_milliseconds,
     milliseconds,
-    read_batches,
-    step_values,
-    system_values,
-)
-from ray_jobs.tracking.extras import AT_BEGIN, AT_END, send_extra
-from ray_jobs.tracking.metrics import MetricWriter
-from ray_jobs.tracking.node_metrics import node_files
-from ray_jobs.tracking.run_record import Say, create_run, is_gone, log_tags, update_params
-from ray_jobs.tracking.state import (
-    Progress,
-    TrackingState,
     one_sender,
+    read_batches,
     read_state,
     separate_copy,
+    step_values,
+    system_values,
     unsent_bytes,
     write_progress,
 )
+from ray_jobs.tracking.run_record import MetricWriter, Say, create_run, is_gone, log_tags, update_params
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -3,16 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sharding.datasets.free_labels import label_column
+from sharding.datasets.label_spaces import label_column
 from sharding.datasets.media_root import MediaRoot
-from sharding.datasets.problems import Problems
 from sharding.datasets.request import DatasetRequest, needed_annotations, needed_media, refuse_unused
-from sharding.datasets.segments import read_segment
-from sharding.datasets.table import Row, Table, read_cell, read_table
-from sharding.datasets.timestamps import seconds_or_clock_time
-from sharding.manifest import LabelSpace
-from sharding.notes import UNUSED_CLASSES
-from sharding.source import SourceList, SourceSample
+from sharding.datasets.table import Problems, Row, Table, read_cell, read_segment, read_table, seconds_or_clock_time
+from sharding.format.shard_set import LabelSpace
+from sharding.source import UNUSED_CLASSES, SourceList, SourceSample
 
 _Segment = tuple[float | None, float | None]
 

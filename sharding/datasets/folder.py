@@ -8,13 +8,11 @@ from pathlib import Path
 from ca2st.errors import did_you_mean
 from sharding.datasets.label_spaces import check_class_name, read_classes
 from sharding.datasets.media_root import VIDEO_SUFFIXES, MediaRoot
-from sharding.datasets.problems import Problems
 from sharding.datasets.request import DatasetRequest, needed_media, refuse_unused
-from sharding.datasets.table import CellError
+from sharding.datasets.table import CellError, Problems
 from sharding.errors import AnnotationError
-from sharding.manifest import LabelSpace
-from sharding.notes import EMPTY_FOLDERS, LEFT_ASIDE, UNUSED_CLASSES
-from sharding.source import SourceList, SourceSample
+from sharding.format.shard_set import LabelSpace
+from sharding.source import EMPTY_FOLDERS, LEFT_ASIDE, UNUSED_CLASSES, SourceList, SourceSample
 
 _LITTER = frozenset({"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "system volume information", "@eadir"})
 """What operating systems leave in folders, in lower case; passed over as hidden files are."""

@@ -1,4 +1,9 @@
-"""Class names: those of the public datasets, shipped as facts, and those in a file of the user's."""
+"""Label spaces: class lists, labels found in the data, histograms.
+
+Class names: those of the public datasets, shipped as facts, and those in a file of the user's.
+
+Labels of somebody's own list: names or numbers, against a class list or making one.
+"""
 
 import functools
 import re
@@ -8,12 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ca2st.errors import did_you_mean
-from sharding.datasets.problems import Problems
-from sharding.datasets.table import CellError, read_text, split_lines
+from sharding.datasets.table import CellError, Problems, Row, read_cell, read_text, split_lines
 from sharding.errors import AnnotationError
-from sharding.manifest import LabelSpace
-from sharding.notes import INVISIBLE, LOOK_ALIKE, MISSING_LABELS, ONE_CLASS, SEVERAL_LABELS
-from sharding.source import SourceList
+from sharding.format.shard_set import LabelSpace
+from sharding.source import INVISIBLE, LOOK_ALIKE, MISSING_LABELS, ONE_CLASS, SEVERAL_LABELS, SourceList
 
 NUM_CLASSES: dict[str, int] = {
     "activitynet": 200,
@@ -207,3 +210,59 @@ def _counted(space: LabelSpace, labels: list[int]) -> dict[str, int]:
     for label in labels:
         counts[space.classes[label]] += 1
     return counts
+
+
+_DECIMAL = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?", re.ASCII)
+
+
+def label_column(
+    rows: Sequence[Row], column: str, classes: Path | None, *, problems: Problems
+) -> tuple[tuple[str, ...], list[int | None]]:
+    """The classes, and each row's label or None where it is wrong.
+
+    With a class list: a column of numbers that are no names of it holds indices into it, any other column names.
+    Without: all numbers are indices, which must run from 0 without gaps; names are sorted.
+    """
+    texts = [row[column] for row in rows]
+    if classes is not None:
+        names = read_classes(classes)
+        numbers = all(map(is_whole_number, texts)) and not set(texts) <= set(names)
+        parse = class_index(len(names)) if numbers else class_name(names)
+        return names, [read_cell(row, column, parse, problems) for row in rows]
+    if any(map(is_whole_number, texts)):
+        return _numbered(rows, column, problems)
+    labels = [read_cell(row, column, _name, problems) for row in rows]
+    names = tuple(sorted({name for name in labels if name is not None}))
+    indices = {name: index for index, name in enumerate(names)}
+    return names, [None if name is None else indices[name] for name in labels]
+
+
+def _name(text: str) -> str:
+    if not text:
+        raise CellError("empty label", "a class name")
+    if _DECIMAL.fullmatch(text):
+        raise CellError("label not a whole number", "a class name or a whole number from 0")
+    check_class_name(text)
+    return text
+
+
+def _number(text: str) -> int:
+    if not is_whole_number(text):
+        raise CellError("label not a whole number", "a whole number from 0, as in other rows")
+    if int(text) < 0:
+        raise CellError("label out of range", "a whole number from 0")
+    return int(text)
+
+
+def _numbered(rows: Sequence[Row], column: str, problems: Problems) -> tuple[tuple[str, ...], list[int | None]]:
+    labels = [read_cell(row, column, _number, problems) for row in rows]
+    used = sorted({label for label in labels if label is not None})
+    if None not in labels and used != list(range(len(used))):
+        gap = next(number for number in range(len(used)) if number != used[number])
+        hint = "are they counted from 1? " if used[0] == 1 else ""
+        problems.add(
+            "class without samples",
+            f"{rows[0].path}: {column}: expected class numbers from 0 without gaps, found none with {gap} "
+            f"({len(used)} classes, {used[0]} to {used[-1]}); {hint}pass --classes with all class names",
+        )
+    return tuple(map(str, range(len(used)))), labels

@@ -1,18 +1,67 @@
-"""Annotation tables (CSV with a header) row by row, with file:line:column in every message.
+"""Annotation tables: rows of CSV with their places, problems, times.
+
+Everything wrong with an annotation file, gathered before anything is refused: all rows are named at once.
+
+Annotation tables (CSV with a header) row by row, with file:line:column in every message.
 
 A record is one physical line: a line break inside quotes is refused where it starts, instead of swallowing rows.
+
+Times in annotation files, to seconds: exactly the nearest float to what is written, never a sum of roundings.
+
+A row's segment of a media file.
 """
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from ca2st.errors import did_you_mean
-from sharding.datasets.problems import Problems
 from sharding.errors import AnnotationError
+
+_MAX_LISTED = 20
+
+
+class Problems:
+    """Collects what is wrong; `refuse_any` raises one error that lists it.
+
+    Args:
+        source: What is being read, for the message: a path.
+        advice: What to do about it.
+    """
+
+    def __init__(self, source: object, *, advice: str = "correct it and run again") -> None:
+        self._source, self._advice = source, advice
+        self._listed: list[str] = []
+        self._kinds: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return sum(self._kinds.values())
+
+    def add(self, kind: str, message: str) -> None:
+        """Note one problem; `kind` is what it is counted under, `message` starts with where it is."""
+        self._kinds[kind] += 1
+        if len(self._listed) < _MAX_LISTED:
+            self._listed.append(message)
+
+    def refuse_any(self) -> None:
+        """Do nothing when nothing is wrong.
+
+        Raises:
+            AnnotationError: what is wrong, where (at most 20 places) and how often by kind; one line for one problem.
+        """
+        if not self._kinds:
+            return
+        if len(self) == 1:
+            raise AnnotationError(f"{self._listed[0]}; {self._advice}")
+        counts = ", ".join(f"{kind} {count}" for kind, count in self._kinds.most_common())
+        more = [f"... and {len(self) - len(self._listed)} more"] if len(self) > len(self._listed) else []
+        heading = f"{self._source}: {len(self)} problems ({counts}); {self._advice}:"
+        raise AnnotationError("\n  ".join([heading, *self._listed, *more]))
+
 
 _Value = TypeVar("_Value")
 _LINE_BREAK = re.compile("\r\n|\n|\r")
@@ -233,3 +282,51 @@ def _cell_start(line: str, number: int) -> int:
 
 def _shortened(line: str) -> str:
     return repr(line if len(line) <= 120 else f"{line[:117]}...")
+
+
+_CLOCK = re.compile(r"(\d{2,4}):([0-5]\d):([0-5]\d)(\.\d{1,12})?", re.ASCII)
+_SECONDS = re.compile(r"\d{1,9}(\.\d{1,12})?", re.ASCII)
+
+
+def clock_time(text: str) -> float:
+    """Seconds of ``HH:MM:SS`` or ``HH:MM:SS.fff``.
+
+    Raises:
+        CellError: another form.
+    """
+    match = _CLOCK.fullmatch(text)
+    if match is None:
+        raise CellError("not a time", "a time HH:MM:SS.sss")
+    hours, minutes, seconds, fraction = match.groups()
+    return float(f"{int(hours) * 3600 + int(minutes) * 60 + int(seconds)}{fraction or ''}")
+
+
+def seconds_or_clock_time(text: str) -> float:
+    """Seconds of a plain number (``12.5``) or of a clock time.
+
+    Raises:
+        CellError: another form, a sign or an exponent.
+    """
+    if _SECONDS.fullmatch(text):
+        return float(text)
+    if ":" in text:
+        return clock_time(text)
+    raise CellError("not a time", "seconds (12.5) or a time HH:MM:SS.sss")
+
+
+def read_segment(
+    row: Row, start_column: str, end_column: str, parse: Callable[[str], float], *, problems: Problems
+) -> tuple[float, float] | None:
+    """Start and end in seconds; None, and a problem, where one is wrong or the end is not after the start."""
+    start = read_cell(row, start_column, parse, problems)
+    end = read_cell(row, end_column, parse, problems)
+    if start is None or end is None:
+        return None
+    if end <= start:
+        problems.add(
+            "segment ends before it starts",
+            f"{row.place(end_column)}: expected a time after {start_column} ({row[start_column]}), "
+            f"found {row[end_column]!r}",
+        )
+        return None
+    return start, end

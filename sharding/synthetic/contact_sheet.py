@@ -15,13 +15,10 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from ca2st.durable import write_bytes
-from sharding.manifest import AudioParameters
-from sharding.synthetic.binding import Binding, binding_of, object_shapes
-from sharding.synthetic.config import SyntheticConfig
-from sharding.synthetic.difficulty import DIFFICULTIES
-from sharding.synthetic.drawing import draw_frames
-from sharding.synthetic.labels import label_spaces, labels_of
-from sharding.synthetic.rhythms import RHYTHMS
+from sharding.format.shard_set import AudioParameters
+from sharding.synthetic.config import DIFFICULTIES, RHYTHMS, SyntheticConfig
+from sharding.synthetic.factors import Binding, binding_of, label_spaces, labels_of, object_shapes
+from sharding.synthetic.pictures import draw_frames
 from sharding.synthetic.sounding import sound_samples
 
 _NUM_STILLS = 8
@@ -119,7 +116,7 @@ def _stills(frames: UInt8[np.ndarray, "frames height width 3"]) -> UInt8[np.ndar
 
 def _spectrogram(sound: np.ndarray, *, sample_rate_hz: int, width: int) -> Image.Image:
     """The log-mel rows that the audio expert reads, time from left to right and low tones at the bottom."""
-    from sharding.spectrogram import log_mel
+    from sharding.media.spectrogram import log_mel
 
     mel = log_mel(sound, AudioParameters(policy="required", sample_rate_hz=sample_rate_hz)).astype(np.float32)
     low, high = _MEL_RANGE

@@ -1,4 +1,8 @@
-"""Which factors sample i of a split has, independent of each other.
+"""What a synthetic clip is of: factors, outlines, binding, label spaces, and the best that anyone could reach.
+
+Shapes as signed distances: negative inside, in units of the radius.
+
+Which factors sample i of a split has, independent of each other.
 
 =================  =========  ==========================================
 what               label      beside it, where the difficulty names it
@@ -11,18 +15,124 @@ the sound          pitch      rhythm
 The labels ``space``, ``time`` and ``audio`` are the first of each pair and are balanced at every length; ``holistic``
 is their combination. The second of each pair is drawn on its own, uniformly: it tells nothing of a label, and has a
 label space of its own.
+
+Binding: several objects, each with a rhythm of its own; the label is the object whose rhythm is heard.
+
+How a sample comes about, with M objects (one of each of the first M shapes, so every clip shows the same shapes):
+
+1. the label y is drawn, evenly over the M objects;
+2. independently of it, M different rhythms r_1 .. r_M are drawn in random order, one for each object, and so is
+   everything else in the picture: places, colours, clutter;
+3. the sound plays the rhythm a = r_y; pitch, loudness and noise are drawn independently.
+
+What this means for what can be known:
+
+- **From the picture alone: nothing.** y is independent of all that step 2 draws, which is the whole picture. Ceiling
+  1 / M.
+- **From the sound alone: nothing.** r_y is uniform over all rhythms whatever y is, as every r_i is; the rest of the
+  sound is independent. Ceiling 1 / M.
+- **From what each sense says of the label, however combined: nothing.** P(y | picture) and P(y | sound) are both
+  uniform in every clip, so any product, mean or vote of them is. A unimodal classifier has nothing to learn. Only the
+  pair (picture, sound) decides: y is the one i with r_i = a.
+- **From frames without their order: nothing.** Every rhythm has two beats in four quarters, so each object's and the
+  sound's averages over time are the same in every clip. Such frames do show which objects beat together, but every
+  order of the quarters is equally likely (places and clutter are drawn anew in each), and over all orders each
+  object's rhythm is each of the six equally often, so beside the sound too they leave y uniform.
+- **A sum of scores, u_i(picture) + w_i(sound), trained jointly** is not at chance, but cannot be right: where two
+  objects swap their rhythms, the order of the w_i must swap too, and w does not see the picture. With two objects at
+  most 3 of 4 clips are right; with three and four a search over w found no more than 67 % and 60 %.
+- **A network on top of both pooled features** is bounded only by what they hold: it has to keep every object's rhythm
+  in one vector and to learn the pairs one by one.
+
+Asking both senses at the same moment (is there a beat in the sound now? which objects beat now?) solves it.
+
+The label spaces of a synthetic set, and the labels of its samples.
+
+How often the best possible model can be right, by what it is given: printed beside results, so that a reason shows.
+
+Three senses:
+
+- ``spatial``: a clip's frames without their order. They show shape and colour, and the line along which something
+  moves, but not which way: a clip and its reverse have the same frames and are equally likely.
+- ``temporal``: the frames in order. They show all of the picture.
+- ``audio``: the sound.
+
+A ceiling follows from how the factors are drawn and holds for every difficulty; noise and clutter only keep models
+further below it. It bounds what the senses contain, not what a model does with them: cross-attention with time codes
+puts frames back in order, so a model that joins images and sound that way (CAVA) is bounded by ``temporal+audio``.
 """
 
 import functools
 import itertools
 import math
 import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 
-from sharding.synthetic.config import SyntheticConfig
-from sharding.synthetic.rhythms import RHYTHMS
+from ca2st.errors import UserInputError, did_you_mean
+from sharding.format.shard_set import LabelSpace
+from sharding.synthetic.config import RHYTHMS, SyntheticConfig
+
+Plane = Float[np.ndarray, "frames height width"]
+
+
+def _disc(x: Plane, y: Plane) -> Plane:
+    return np.asarray(np.hypot(x, y) - 0.8)
+
+
+def _square(x: Plane, y: Plane) -> Plane:
+    return np.asarray(np.maximum(np.abs(x), np.abs(y)) - 0.71)
+
+
+def _triangle(x: Plane, y: Plane) -> Plane:
+    slope = np.sqrt(0.75)
+    return np.asarray(np.maximum(np.maximum(slope * x - 0.5 * y, -slope * x - 0.5 * y), y) - 0.62)
+
+
+def _cross(x: Plane, y: Plane) -> Plane:
+    upright = np.maximum(np.abs(x) - 0.33, np.abs(y) - 0.95)
+    lying = np.maximum(np.abs(x) - 0.95, np.abs(y) - 0.33)
+    return np.asarray(np.minimum(upright, lying))
+
+
+def _ring(x: Plane, y: Plane) -> Plane:
+    return np.asarray(np.abs(np.hypot(x, y) - 0.75) - 0.22)
+
+
+def _star(x: Plane, y: Plane) -> Plane:
+    """Five points, folded onto one edge: the line from a tip (radius 1.22) to a notch (0.55) half a point further."""
+    half_point = np.pi / 5
+    angle = np.abs((np.arctan2(x, -y) / (2 * half_point) + 0.5) % 1.0 - 0.5) * 2 * half_point
+    along, across = np.cos(angle) * np.hypot(x, y), np.sin(angle) * np.hypot(x, y)
+    normal = np.array([0.55 * np.sin(half_point), 1.22 - 0.55 * np.cos(half_point)])
+    normal /= np.hypot(*normal)
+    return np.asarray((along - 1.22) * float(normal[0]) + across * float(normal[1]))
+
+
+def _bar(x: Plane, y: Plane) -> Plane:
+    """Two radii wide and without ends."""
+    return np.asarray(np.abs(x) - 1.0 + 0.0 * y)
+
+
+SHAPES = ("disc", "square", "triangle", "cross", "ring", "star")
+"""Shapes that can be labels, in label order; their areas are about equal."""
+BAR = "bar"
+"""The shape of what hides others; never a label."""
+
+OUTLINES: dict[str, Callable[[Plane, Plane], Plane]] = {
+    "disc": _disc,
+    "square": _square,
+    "triangle": _triangle,
+    "cross": _cross,
+    "ring": _ring,
+    "star": _star,
+    BAR: _bar,
+}
+"""Distance to each outline at (x right, y down)."""
+
 
 _DIAGONAL = math.sqrt(0.5)
 MOTIONS: dict[str, tuple[float, float]] = {
@@ -134,3 +244,146 @@ BINDING = 5
 """Purpose of the random numbers behind who keeps time with the sound."""
 CLUTTERING = 6
 """Purpose of the random numbers behind clicks and hum."""
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Who beats when in one clip, and whom the sound follows."""
+
+    keeper: int
+    """The label: index of the object (and of its shape) that keeps time with the sound."""
+    rhythms: tuple[int, ...]
+    """Rhythm of each object, all different, as indices into RHYTHMS."""
+    tone: int
+    """Pitch class of the sound; tells nothing."""
+
+    @property
+    def heard(self) -> int:
+        """Rhythm of the sound."""
+        return self.rhythms[self.keeper]
+
+
+def binding_of(config: SyntheticConfig, split: str, index: int) -> Binding:
+    """The objects' rhythms and the keeper of sample `index`; any first N samples hold the keepers evenly."""
+    num_objects = config.settings.num_objects
+    block, position = divmod(index, num_objects)
+    random = generator(config.seed, split, BINDING, index).spawn(1)[0]
+    return Binding(
+        keeper=_keepers(num_objects, config.seed, split, block)[position],
+        rhythms=tuple(int(rhythm) for rhythm in random.permutation(len(RHYTHMS))[:num_objects]),
+        tone=int(random.integers(config.num_tones)),
+    )
+
+
+def object_shapes(config: SyntheticConfig) -> tuple[str, ...]:
+    """The shapes of every clip, which are the classes."""
+    return SHAPES[: config.settings.num_objects]
+
+
+@functools.lru_cache(maxsize=64)
+def _keepers(num_objects: int, seed: int, split: str, block: int) -> tuple[int, ...]:
+    """Every object once, in random order."""
+    return tuple(int(keeper) for keeper in generator(seed, split, BINDING, block).permutation(num_objects))
+
+
+def label_spaces(config: SyntheticConfig) -> tuple[LabelSpace, ...]:
+    """What the samples are labelled with.
+
+    ``space``, ``time``, ``audio`` and ``holistic`` (the combination of the three), then ``colour``, ``speed`` and
+    ``rhythm`` where the difficulty has them. Binding scenes: ``binding``, then ``audio`` and ``rhythm`` of the sound
+    and the rhythm of each object, from which experts can learn to hear and to see beats.
+    """
+    named = _binding_classes(config) if config.binding else _factor_classes(config)
+    return tuple(LabelSpace(name=name, classes=classes) for name, classes in named.items())
+
+
+def labels_of(config: SyntheticConfig, split: str, index: int) -> tuple[int, ...]:
+    """Labels of sample `index` in the order of `label_spaces`."""
+    return _binding_labels(config, split, index) if config.binding else _factor_labels(config, split, index)
+
+
+def _tones(config: SyntheticConfig) -> tuple[str, ...]:
+    return tuple(f"{hertz}_hz" for hertz in TONES_HZ[: config.num_tones])
+
+
+def _factor_classes(config: SyntheticConfig) -> dict[str, tuple[str, ...]]:
+    shapes, motions, tones = SHAPES[: config.num_shapes], tuple(MOTIONS)[: config.num_motions], _tones(config)
+    combinations = tuple(" ".join(parts) for parts in itertools.product(shapes, motions, tones))
+    return {"space": shapes, "time": motions, "audio": tones, "holistic": combinations} | _detail_classes(config)
+
+
+def _detail_classes(config: SyntheticConfig) -> dict[str, tuple[str, ...]]:
+    settings = config.settings
+    named = {
+        "colour": settings.colours,
+        "speed": tuple(name for name, _ in settings.speeds),
+        "rhythm": RHYTHMS if settings.keyed_sound else (),
+    }
+    return {name: classes for name, classes in named.items() if len(classes) > 1}
+
+
+def _factor_labels(config: SyntheticConfig, split: str, index: int) -> tuple[int, ...]:
+    factors, details = factors_of(config, split, index), details_of(config, split, index)
+    holistic = (factors.space * config.num_motions + factors.time) * config.num_tones + factors.audio
+    beside = tuple(getattr(details, name) for name in _detail_classes(config))
+    return factors.space, factors.time, factors.audio, holistic, *beside
+
+
+def _binding_classes(config: SyntheticConfig) -> dict[str, tuple[str, ...]]:
+    shapes = object_shapes(config)
+    named = {"binding": shapes, "audio": _tones(config), "rhythm": RHYTHMS}
+    return named | {f"{shape}_rhythm": RHYTHMS for shape in shapes}
+
+
+def _binding_labels(config: SyntheticConfig, split: str, index: int) -> tuple[int, ...]:
+    binding = binding_of(config, split, index)
+    return binding.keeper, binding.tone, binding.heard, *binding.rhythms
+
+
+SENSES = ("spatial", "temporal", "audio")
+SENSE_SETS = tuple(
+    "+".join(senses) for size in range(1, len(SENSES) + 1) for senses in itertools.combinations(SENSES, size)
+)
+"""``spatial``, ``temporal``, ``audio``, ``spatial+temporal``, ``spatial+audio``, ``temporal+audio``, all three."""
+
+_PARTS: Mapping[str, tuple[str, ...]] = {
+    "space": ("space",),
+    "time": ("time",),
+    "audio": ("audio",),
+    "holistic": ("space", "time", "audio"),
+}
+
+
+def ceilings(task: str, config: SyntheticConfig) -> dict[str, float]:
+    """Best possible top-1 accuracy (0 to 1) of `task` for every set of senses, by its name in SENSE_SETS.
+
+    Raises:
+        UserInputError: an unknown task.
+    """
+    known = [*_PARTS, "binding"]
+    if task not in known:
+        raise UserInputError(f"task: expected one of {', '.join(known)}, found {task!r}{did_you_mean(task, known)}")
+    return {name: _ceiling(task, frozenset(name.split("+")), config) for name in SENSE_SETS}
+
+
+def _ceiling(task: str, senses: frozenset[str], config: SyntheticConfig) -> float:
+    if task == "binding":
+        return 1.0 if {"temporal", "audio"} <= senses else 1.0 / config.settings.num_objects
+    return math.prod(_share_told_apart(part, senses, config) for part in _PARTS[task])
+
+
+def _share_told_apart(part: str, senses: frozenset[str], config: SyntheticConfig) -> float:
+    """Groups of classes that look or sound different, by number of classes; classes are equally likely."""
+    num_shapes, num_motions, num_tones = config.sizes
+    if part == "space":
+        return 1.0 if senses & {"spatial", "temporal"} else 1.0 / num_shapes
+    if part == "audio":
+        return 1.0 if "audio" in senses else 1.0 / num_tones
+    if "temporal" in senses:
+        return 1.0
+    return (_num_lines(num_motions) if "spatial" in senses else 1) / num_motions
+
+
+def _num_lines(num_motions: int) -> int:
+    """Lines along which the first `num_motions` directions move: up and down share one."""
+    return len({max(step, (-step[0], -step[1])) for step in tuple(MOTIONS.values())[:num_motions]})

@@ -1,4 +1,8 @@
-"""Makes the files of a split: in worker processes, each clip by the write protocol, continuing after a kill.
+"""Make the clips of the synthetic world as media files.
+
+Frames and sound into an ordinary mp4: H.264 where this PyAV has it (MPEG-4 part 2 where not) with AAC.
+
+Makes the files of a split: in worker processes, each clip by the write protocol, continuing after a kill.
 
 ::
 
@@ -13,15 +17,65 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from ca2st.child_processes import SPAWN, die_with_parent
+import av
+import numpy as np
+from jaxtyping import Float, UInt8
+
 from ca2st.durable import sweep_temporaries, write_bytes
 from ca2st.errors import EnvironmentFault, UserInputError
-from sharding.folder_lock import folder_lock
+from ca2st.processes import SPAWN, die_with_parent
+from sharding.folder import folder_lock
 from sharding.synthetic.config import SyntheticConfig
-from sharding.synthetic.labels import label_spaces, labels_of
+from sharding.synthetic.factors import label_spaces, labels_of
+
+_ENCODERS: dict[str, dict[str, str]] = {
+    "libx264": {"preset": "veryfast", "crf": "20", "mbtree": "0", "threads": "1", "flags": "+bitexact"},
+    "mpeg4": {"qscale": "2", "threads": "1", "flags": "+bitexact"},
+}
+"""Encoder options. ``mbtree`` off: on frames of a few macroblocks x264's look-ahead gives other bytes every time."""
+
+
+def video_encoder() -> str:
+    """Name of the video encoder this machine's PyAV offers, the best first."""
+    return next(name for name in _ENCODERS if name in av.codecs_available)
+
+
+def tool_versions() -> dict[str, str]:
+    """What decides the bytes beside the settings."""
+    libraries = {name: ".".join(map(str, version)) for name, version in av.library_versions.items()}
+    return {"encoder": video_encoder(), "av": av.__version__, "numpy": np.__version__, **libraries}
+
+
+def encode_clip(
+    frames: UInt8[np.ndarray, "frames height width 3"],
+    sound: Float[np.ndarray, "num_samples"],
+    *,
+    frames_per_second: int,
+    sample_rate_hz: int,
+) -> bytes:
+    """The bytes of an mp4 with one video and one mono audio stream; the same input gives the same bytes."""
+    sink, name = io.BytesIO(), video_encoder()
+    with av.open(sink, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        video = container.add_stream(name, rate=frames_per_second, options=_ENCODERS[name])
+        assert isinstance(video, av.VideoStream)
+        video.height, video.width = frames.shape[1:3]
+        video.pix_fmt = "yuv420p"
+        video.codec_context.thread_count = 1
+        audio = container.add_stream("aac", rate=sample_rate_hz, layout="mono", options={"flags": "+bitexact"})
+        audio.codec_context.thread_count = 1
+        for frame in frames:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(video.encode())
+        samples = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
+        samples.sample_rate, samples.pts, samples.time_base = sample_rate_hz, 0, Fraction(1, sample_rate_hz)
+        container.mux(audio.encode(samples))
+        container.mux(audio.encode())
+    return sink.getvalue()
+
 
 WORLD_NAME = "world.json"
 ANNOTATIONS_NAME = "annotations.csv"
@@ -46,8 +100,7 @@ def clip_file(config: SyntheticConfig, split: str, index: int) -> ClipFile:
 
 def make_clip(config: SyntheticConfig, split: str, index: int) -> bytes:
     """The mp4 of sample `index`: a pure function of its arguments under the same tool versions."""
-    from sharding.synthetic.drawing import draw_frames
-    from sharding.synthetic.encoding import encode_clip
+    from sharding.synthetic.pictures import draw_frames
     from sharding.synthetic.sounding import sound_samples
 
     frames = draw_frames(config, split, index)
@@ -82,8 +135,6 @@ def generate_split(
 
 def _claim(folder: Path, split: str, config: SyntheticConfig) -> None:
     """Write down what this folder is made of, or check that it is still the same."""
-    from sharding.synthetic.encoding import tool_versions
-
     mine: dict[str, Any] = {"split": split, **config.content(), "tool_versions": tool_versions()}
     path = folder / WORLD_NAME
     if not path.exists():

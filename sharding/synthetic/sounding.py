@@ -6,11 +6,8 @@ Only its pitch is the label ``audio``; only its rhythm is the label ``rhythm`` a
 import numpy as np
 from jaxtyping import Float
 
-from sharding.synthetic.binding import binding_of
-from sharding.synthetic.config import SyntheticConfig
-from sharding.synthetic.difficulty import Difficulty
-from sharding.synthetic.factors import CLUTTERING, SOUNDING, TONES_HZ, details_of, factors_of, generator
-from sharding.synthetic.rhythms import NUM_QUARTERS, RHYTHMS, beats, phases
+from sharding.synthetic.config import NUM_QUARTERS, RHYTHMS, Difficulty, SyntheticConfig, beats, phases
+from sharding.synthetic.factors import CLUTTERING, SOUNDING, TONES_HZ, binding_of, details_of, factors_of, generator
 
 _NUM_HARMONICS = 4
 _JITTER_SEMITONES = 1.5

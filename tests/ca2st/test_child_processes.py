@@ -15,7 +15,7 @@ from support.processes import python_path
 ONCE = """\
 import operator
 from concurrent.futures import ProcessPoolExecutor
-from ca2st.child_processes import SPAWN
+from ca2st.processes import SPAWN
 print("started")
 with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
     print(pool.submit(operator.add, 40, 2).result())
@@ -23,7 +23,7 @@ with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
 HANGS = """\
 import time
 from concurrent.futures import ProcessPoolExecutor
-from ca2st.child_processes import SPAWN, die_with_parent
+from ca2st.processes import SPAWN, die_with_parent
 pool = ProcessPoolExecutor(1, mp_context=SPAWN, initializer=die_with_parent)
 print(pool.submit(time.sleep, 0).result(), flush=True)
 pool.submit(time.sleep, 600)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ca2st.cores import num_cores
+from ca2st.processes import num_cores
 
 
 def test_processors_are_those_the_process_may_run_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from ca2st.spec import ClipSpec
-from sharding.shard_set import ShardSet
+from sharding.format.shard_set import ShardSet
 from support.fake_shards import FakeSample, make_samples, make_shard_set
 
 SMALL_CLIP = ClipSpec(num_frames=8, crop_size=32, mel_rows=64)

@@ -12,21 +12,20 @@ from ca2st.batch import MIXING_FIELDS, ClipBatch
 from ca2st.errors import UserInputError
 from ca2st.spec import MEL_ROW_SECONDS, ClipSpec
 from pipelines.augment.config import AugmentConfig
-from pipelines.augment.erase import erase_in_place
+from pipelines.augment.crops import CropBox
 from pipelines.augment.erasing import ErasedBox, ErasingConfig
+from pipelines.augment.formulas import augmented, erase_in_place
 from pipelines.augment.mixing import MixingConfig
-from pipelines.augment.operations import ImageAugment, Operation
-from pipelines.augment.pointwise import augmented
+from pipelines.augment.rand_augment import ImageAugment, Operation
 from pipelines.augment.spectrogram import SpectrogramConfig
-from pipelines.crops import CropBox
-from pipelines.dali_graph import DaliBackend
+from pipelines.config import LoaderConfig
+from pipelines.decode.dali_cpu import DaliBackend
+from pipelines.decode.reference import ReferenceBackend
 from pipelines.loader import TrainLoader
-from pipelines.loader_config import LoaderConfig
-from pipelines.reference import ReferenceBackend
 from pipelines.rendering import JpegFrames, RenderRequest, ViewBackend
-from pipelines.sampling import SamplingConfig
 from pipelines.stats import StatsRecorder
-from sharding.shard_set import ShardSet
+from pipelines.views.sampling import SamplingConfig
+from sharding.format.shard_set import ShardSet
 from support.fake_shards import FakeSample, make_samples, make_shard_set
 
 CLIP = ClipSpec(num_frames=8, crop_size=32, mel_rows=64)

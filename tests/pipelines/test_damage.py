@@ -14,19 +14,17 @@ from hypothesis import strategies as st
 
 from ca2st.errors import DataDamageError
 from ca2st.spec import ClipSpec
-from pipelines.draws import EvaluationViews
+from pipelines.config import LoaderConfig
 from pipelines.errors import SampleDamageError, ShardSetDamageError
-from pipelines.fetch import ByteFetcher, coalesce
-from pipelines.jpeg import jpeg_size
 from pipelines.loader import EvaluationLoader
-from pipelines.loader_config import LoaderConfig
-from pipelines.mel import parse_mel
-from pipelines.sampling import SamplingConfig
-from pipelines.shard_files import ShardFiles, Verify
-from pipelines.shard_index import ShardIndexCache
-from pipelines.shard_store import open_store
 from pipelines.stats import StatsRecorder
-from sharding.shard_set import ShardSet
+from pipelines.storage.fetch import ByteFetcher, coalesce
+from pipelines.storage.headers import jpeg_size, parse_mel
+from pipelines.storage.index import ShardIndexCache
+from pipelines.storage.shard_files import ShardFiles, Verify, open_store
+from pipelines.views.draws import EvaluationViews
+from pipelines.views.sampling import SamplingConfig
+from sharding.format.shard_set import ShardSet
 from support.fake_shards import FakeSample, flip_byte, make_samples, make_shard_set, members_of, rewrite_manifest
 
 FIRST, SECOND = "ca2st-000000.tar", "ca2st-000001.tar"

@@ -13,16 +13,15 @@ import torch
 
 from ca2st.batch import ClipBatch
 from ca2st.spec import ClipSpec
-from pipelines.draws import AugmentConfig, EvaluationViews
-from pipelines.frame_rates import stride_note
+from pipelines.config import BackendName, LoaderConfig
 from pipelines.loader import EvaluationLoader, TrainLoader
-from pipelines.loader_config import BackendName, LoaderConfig
-from pipelines.sampling import SamplingConfig
-from pipelines.shard_index import ShardIndexCache
-from sharding.conversion import ConversionConfig
+from pipelines.storage.index import ShardIndexCache
+from pipelines.storage.shard_sets import stride_note
+from pipelines.views.draws import AugmentConfig, EvaluationViews
+from pipelines.views.sampling import SamplingConfig
 from sharding.convert import convert
-from sharding.manifest import LabelSpace
-from sharding.shard_set import ShardSet, read_shard_set
+from sharding.format.shard_set import LabelSpace, ShardSet, read_shard_set
+from sharding.settings import ConversionConfig
 from sharding.source import SourceList, SourceSample
 from support.media import Sound, make_clip, read_number
 from support.processes import python_path
@@ -174,13 +173,13 @@ import sys
 from pathlib import Path
 from ca2st.spec import ClipSpec
 from pipelines.loader import TrainLoader
-from pipelines.loader_config import LoaderConfig
-from pipelines.sampling import SamplingConfig
-from pipelines.draws import AugmentConfig
-from sharding.conversion import ConversionConfig
+from pipelines.config import LoaderConfig
+from pipelines.views.sampling import SamplingConfig
+from pipelines.views.draws import AugmentConfig
+from sharding.settings import ConversionConfig
 from sharding.convert import convert
-from sharding.manifest import LabelSpace
-from sharding.shard_set import read_shard_set
+from sharding.format.shard_set import LabelSpace
+from sharding.format.shard_set import read_shard_set
 from sharding.source import SourceList, SourceSample
 from sharding.synthetic.config import SyntheticConfig
 from sharding.synthetic.generation import generate_split

@@ -12,17 +12,16 @@ import torch
 from ca2st.batch import ClipBatch
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
-from pipelines.draws import AugmentConfig, EvaluationViews
+from pipelines.config import LoaderConfig
 from pipelines.errors import LoaderClosedError, PlanError
 from pipelines.loader import EvaluationLoader, TrainLoader
-from pipelines.loader_config import LoaderConfig
-from pipelines.mel import MEL_MEAN, MEL_SCALE
-from pipelines.record import PlanRecord
-from pipelines.sampling import SamplingConfig
+from pipelines.order.selection import PlanRecord
+from pipelines.storage.headers import MEL_MEAN, MEL_SCALE
+from pipelines.views.draws import AugmentConfig, EvaluationViews
+from pipelines.views.sampling import SamplingConfig
 from sharding.errors import ManifestError
-from sharding.index import TICKS_PER_SECOND
-from sharding.manifest import LabelSpace, VideoParameters
-from sharding.shard_set import ShardSet
+from sharding.format.index import TICKS_PER_SECOND
+from sharding.format.shard_set import LabelSpace, ShardSet, VideoParameters
 from support.fake_shards import make_samples, make_shard_set, rewrite_manifest
 from support.refusals import forced
 

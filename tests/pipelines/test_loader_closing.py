@@ -10,18 +10,20 @@ from torch import Tensor
 
 from ca2st.errors import EnvironmentFault
 from ca2st.spec import ClipSpec
-from pipelines import dali_graph, rank_loader, reference
+from pipelines import loader as rank_loader
 from pipelines.augment.config import AugmentConfig
-from pipelines.backends import make_backend
-from pipelines.draws import EvaluationViews
+from pipelines.config import LoaderConfig
+from pipelines.decode import dali_cpu as dali_graph
+from pipelines.decode import reference
+from pipelines.decode.backends import make_backend
 from pipelines.errors import ShardSetDamageError
 from pipelines.loader import EvaluationLoader, TrainLoader
-from pipelines.loader_config import LoaderConfig
 from pipelines.rendering import RenderRequest
-from pipelines.sampling import SamplingConfig
-from pipelines.shard_sets import SetReaders
 from pipelines.stats import StatsRecorder
-from sharding.shard_set import ShardSet
+from pipelines.storage.shard_sets import SetReaders
+from pipelines.views.draws import EvaluationViews
+from pipelines.views.sampling import SamplingConfig
+from sharding.format.shard_set import ShardSet
 from support.fake_shards import flip_byte
 
 

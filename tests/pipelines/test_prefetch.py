@@ -6,8 +6,7 @@ from collections.abc import Generator
 
 import pytest
 
-from pipelines.prefetch import prefetched
-from pipelines.stall_watch import StallWatch
+from pipelines.assembly import StallWatch, prefetched
 from pipelines.stats import StatsRecorder
 
 

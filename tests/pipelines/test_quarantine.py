@@ -11,14 +11,14 @@ import torch
 from ca2st.batch import ClipBatch
 from ca2st.errors import DataDamageError, EnvironmentFault, UserInputError
 from ca2st.spec import ClipSpec
-from pipelines.draws import AugmentConfig, EvaluationViews
+from pipelines.config import LoaderConfig
 from pipelines.errors import QuarantineBudgetError, SampleDamageError
 from pipelines.loader import EvaluationLoader, TrainLoader
-from pipelines.loader_config import LoaderConfig
 from pipelines.quarantine import Quarantine, QuarantinedSample, quarantine_limit
-from pipelines.sampling import SamplingConfig
-from pipelines.shard_files import ShardFiles
-from sharding.shard_set import ShardEntry, ShardSet
+from pipelines.storage.shard_files import ShardFiles
+from pipelines.views.draws import AugmentConfig, EvaluationViews
+from pipelines.views.sampling import SamplingConfig
+from sharding.format.shard_set import ShardEntry, ShardSet
 from support.fake_shards import FakeSample, flip_byte, make_samples, make_shard_set, members_of
 
 TINY: dict[str, Any] = {"num_frames": 3, "height": 24, "width": 32}

@@ -16,12 +16,12 @@ from ca2st.spec import ClipSpec
 from pipelines.augment.erasing import ErasingConfig
 from pipelines.augment.mixing import MixingConfig
 from pipelines.augment.spectrogram import SpectrogramConfig
-from pipelines.draws import AugmentConfig
+from pipelines.config import LoaderConfig
 from pipelines.loader import TrainLoader
-from pipelines.loader_config import LoaderConfig
-from pipelines.sampling import SamplingConfig
-from sharding.shard_set import ShardSet, read_shard_set
-from sharding.storage import StorageConfig
+from pipelines.views.draws import AugmentConfig
+from pipelines.views.sampling import SamplingConfig
+from sharding.format.remote import StorageConfig
+from sharding.format.shard_set import ShardSet, read_shard_set
 from support.fake_shards import make_samples, make_shard_set
 from support.flaky_storage import put_in_memory
 

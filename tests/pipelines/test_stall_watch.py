@@ -11,19 +11,17 @@ import pytest
 
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
-from pipelines import prefetch
-from pipelines.draws import AugmentConfig
+from pipelines import assembly as prefetch
+from pipelines.assembly import StallWatch, prefetched
+from pipelines.config import LoaderConfig
 from pipelines.errors import LoaderStalledError
-from pipelines.fetch_threads import FetchThreads
 from pipelines.loader import TrainLoader
-from pipelines.loader_config import LoaderConfig
-from pipelines.prefetch import prefetched
-from pipelines.sampling import SamplingConfig
-from pipelines.shard_files import ShardFiles
-from pipelines.shard_store import LocalStore
-from pipelines.stall_watch import StallWatch
 from pipelines.stats import StatsRecorder
-from sharding.shard_set import ShardEntry, ShardSet
+from pipelines.storage.fetch import FetchThreads
+from pipelines.storage.shard_files import LocalStore, ShardFiles
+from pipelines.views.draws import AugmentConfig
+from pipelines.views.sampling import SamplingConfig
+from sharding.format.shard_set import ShardEntry, ShardSet
 from support.fake_shards import make_samples, make_shard_set
 
 
@@ -139,9 +137,9 @@ def test_p8_slow_is_not_stalled_while_stages_go_on_ending() -> None:
 def test_p8_a_process_with_a_hanging_read_still_ends() -> None:
     script = """
 import threading, sys
-from pipelines.fetch_threads import FetchThreads
-from pipelines.prefetch import prefetched
-from pipelines.stall_watch import StallWatch
+from pipelines.storage.fetch import FetchThreads
+from pipelines.assembly import prefetched
+from pipelines.assembly import StallWatch
 from pipelines.stats import StatsRecorder
 stats = StatsRecorder()
 def source():

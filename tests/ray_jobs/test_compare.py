@@ -18,12 +18,11 @@ from typer.testing import CliRunner
 
 from ca2st.errors import UserInputError
 from ray_jobs.cli import app
-from ray_jobs.compare import runs
-from ray_jobs.compare.charts import metric_charts, places, thinned
+from ray_jobs.compare import report as runs
 from ray_jobs.compare.page import render_comparison_page
-from ray_jobs.compare.report import compare
-from ray_jobs.compare.runs import RunFilter, TrackedRun, _device_hours, read_runs
+from ray_jobs.compare.report import RunFilter, TrackedRun, _device_hours, compare, read_runs
 from ray_jobs.errors import TrackingUnavailableError
+from ray_jobs.pages.charts import metric_charts, places, thinned
 
 
 @pytest.fixture(scope="module")

@@ -20,19 +20,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ca2st.errors import NumericError, UserInputError
-from ca2st.model.attention_maps import record_attention
-from pipelines.draws import EvaluationViews
+from ca2st.model.inspect import record_attention
+from pipelines.views.draws import EvaluationViews
 from ray_jobs import cli
-from ray_jobs.explain import explaining, explanation
-from ray_jobs.explain.explanation import Explanation, run_recorded
-from ray_jobs.explain.page import render_page
-from ray_jobs.explain.pictures import LESS, MORE, heat_png, levels
-from ray_jobs.explain.places import Places
-from ray_jobs.explain.views import direction_views
-from ray_jobs.pages.axes import hertz_of_bin, hertz_ticks, seconds_ticks
+from ray_jobs.explain import explanation
+from ray_jobs.explain import page as explaining
+from ray_jobs.explain.explanation import Explanation, Places, run_recorded
+from ray_jobs.explain.page import LESS, MORE, direction_views, heat_png, levels, render_page
+from ray_jobs.pages.charts import hertz_of_bin, hertz_ticks, seconds_ticks
 from ray_jobs.pages.pictures import spectrogram_png
-from ray_jobs.running.loaders import evaluation_loader
-from sharding.shard_set import ShardSet
+from ray_jobs.runs.data import evaluation_loader
+from sharding.format.shard_set import ShardSet
 from support.fake_shards import make_samples, make_shard_set
 from support.media import Sound, make_clip
 from support.trained import trained_model

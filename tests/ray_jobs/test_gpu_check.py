@@ -11,13 +11,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ca2st.benchmark.copies import measure_copies
+from ca2st.benchmark.measure import measure_copies
 from ca2st.errors import EnvironmentFault
 from ray_jobs.cli import app
-from ray_jobs.gpu_check import isolation, parts, report
-from ray_jobs.gpu_check.isolation import PartResult, run_here, run_in_process
+from ray_jobs.gpu_check import parts, report
+from ray_jobs.gpu_check import parts as isolation
+from ray_jobs.gpu_check.parts import (
+    BUDGETS,
+    GpuCheckSettings,
+    PartResult,
+    dry_settings,
+    gpu_settings,
+    run_here,
+    run_in_process,
+)
 from ray_jobs.gpu_check.report import aims, as_document, file_name, lines, run_parts
-from ray_jobs.gpu_check.settings import BUDGETS, GpuCheckSettings, dry_settings, gpu_settings
 
 SMALL = replace(dry_settings(), codecs=("vp9", "mjpeg"), gops=(8,), damages=())
 GPU = GpuCheckSettings()

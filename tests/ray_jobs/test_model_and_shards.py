@@ -10,20 +10,19 @@ import pytest
 from ca2st.checked_json import DocumentError
 from ca2st.durable import NO_FAULTS
 from ca2st.errors import UserInputError
-from ca2st.weights.exporter import export_model
-from pipelines.draws import EvaluationViews
-from ray_jobs.config.data import MixtureSet
+from ca2st.weights.model_file import export_model
+from pipelines.views.draws import EvaluationViews
 from ray_jobs.config.recipe import Recipe, StartConfig
-from ray_jobs.inference import evaluation, features
-from ray_jobs.inference.evaluation import evaluate_checkpoint, score
-from ray_jobs.inference.features import write_features
-from ray_jobs.inference.trained import SOUND_KEY, TrainedModel, sound_metadata
+from ray_jobs.config.sections import MixtureSet
+from ray_jobs.launch import launch
 from ray_jobs.own_data.training import plan_training
-from ray_jobs.running.launch import launch
-from ray_jobs.running.start import start_sound
-from ray_jobs.running.training_data import open_data
-from sharding.manifest import AudioParameters, VideoParameters
-from sharding.shard_set import ShardSet
+from ray_jobs.runs import features
+from ray_jobs.runs import inference as evaluation
+from ray_jobs.runs.data import open_data
+from ray_jobs.runs.features import write_features
+from ray_jobs.runs.inference import SOUND_KEY, TrainedModel, evaluate_checkpoint, score, sound_metadata
+from ray_jobs.runs.start import start_sound
+from sharding.format.shard_set import AudioParameters, ShardSet, VideoParameters
 from support.fake_shards import make_samples, make_shard_set
 from support.models import tiny_model
 from support.trained import trained_model

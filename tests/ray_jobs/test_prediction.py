@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from ca2st.errors import UserInputError
-from pipelines.draws import EvaluationViews
-from ray_jobs.inference import evaluation, prediction
-from ray_jobs.inference.prediction import find_videos, predict_readable, predict_videos
+from pipelines.views.draws import EvaluationViews
+from ray_jobs.runs import inference as evaluation
+from ray_jobs.runs import prediction
+from ray_jobs.runs.prediction import find_videos, predict_readable, predict_videos
 from sharding.errors import RejectBudgetError
-from sharding.manifest import LabelSpace
+from sharding.format.shard_set import LabelSpace
 from support.annotations import touch
 from support.fake_shards import make_samples, make_shard_set
 from support.media import damage, make_clip

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ca2st.errors import UserInputError
-from ca2st.training.documents import flatten
+from ca2st.training.journal import flatten
 from ray_jobs import redaction
 from ray_jobs.config.recipe import Recipe, recipe_document
 from ray_jobs.config.recipe_file import load_recipe

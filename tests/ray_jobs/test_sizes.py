@@ -3,7 +3,7 @@
 import pytest
 
 from ca2st.errors import UserInputError
-from ray_jobs.sizes import parse_bytes, parse_views
+from ray_jobs.console import parse_bytes, parse_views
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ca2st.errors import EnvironmentFault
-from sharding.audio_cut import EncodedAudio
-from sharding.cluster import pool as cluster_pool
-from sharding.cluster.pool import ClusterPool, Lost
-from sharding.decode_child import EncodedClip, Rejected
-from sharding.encoded_video import EncodedVideo
+from sharding import cluster as cluster_pool
+from sharding.cluster import ClusterPool, Lost
 from sharding.errors import UnlikeNodeError
+from sharding.media.audio import EncodedAudio
+from sharding.media.decode_child import EncodedClip, Rejected
+from sharding.media.encode import EncodedVideo
 
 MISSING = Rejected("missing_file", "expected a readable file, found: No such file or directory")
 HANGS = object()

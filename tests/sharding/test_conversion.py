@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ca2st.errors import UserInputError
-from sharding.conversion import ConversionConfig, RejectBudget, conversion_identity, estimate_storage
-from sharding.keys import sample_key
+from sharding.format.index import sample_key
+from sharding.settings import ConversionConfig, RejectBudget, conversion_identity, estimate_storage
 from support.shards import sample, source_list
 
 

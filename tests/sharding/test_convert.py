@@ -19,15 +19,14 @@ import webdataset
 from ca2st.durable import FaultPoints, InjectedFault
 from ca2st.errors import EnvironmentFault, UserInputError
 from sharding.convert import ConversionProgress, convert
-from sharding.decode_child import ClipJob, EncodedClip, encode_clip
-from sharding.index import decode_index
-from sharding.keys import sample_key
-from sharding.shard_set import read_shard_set
+from sharding.format.index import decode_index, sample_key
+from sharding.format.shard_set import read_shard_set
+from sharding.media.decode_child import ClipJob, EncodedClip, encode_clip
 from sharding.verify import verify_shard_set
 from support.media import Sound, make_clip
+from support.processes import python_path
 from support.shards import COUNT, Reference, file_hashes, sample, small_clips, small_config, source_list
 
-TESTS = Path(__file__).parents[1]
 DIE = "from support.convert_and_die import main; main()"
 
 
@@ -37,7 +36,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 
 def python(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    paths = {**os.environ, "PYTHONPATH": str(TESTS), **environment}
+    paths = {**os.environ, "PYTHONPATH": python_path(), **environment}
     return subprocess.Popen([sys.executable, *arguments], env=paths, stdout=subprocess.PIPE, text=True)
 
 

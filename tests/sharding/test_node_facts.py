@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sharding.cluster.node_facts import NodeFacts, Probe, node_facts, probe_of, refuse_unlike_nodes
+from sharding.cluster import NodeFacts, Probe, node_facts, probe_of, refuse_unlike_nodes
 from sharding.errors import UnlikeNodeError
 from support.media import make_clip
 from support.shards import sample, small_clips, small_config, source_list

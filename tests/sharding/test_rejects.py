@@ -11,12 +11,12 @@ import pytest
 
 from ca2st.durable import FaultPoints, InjectedFault
 from ca2st.errors import EnvironmentFault, UserInputError
-from sharding.conversion import ConversionConfig, RejectBudget
 from sharding.convert import convert
 from sharding.errors import AnnotationError, ConversionRefusedError, RejectBudgetError, ShardDamageError
-from sharding.folder_lock import LOCK_NAME, folder_lock
-from sharding.index import decode_index, encode_index
-from sharding.shard_set import read_shard_set
+from sharding.folder import LOCK_NAME, folder_lock
+from sharding.format.index import decode_index, encode_index
+from sharding.format.shard_set import read_shard_set
+from sharding.settings import ConversionConfig, RejectBudget
 from sharding.source import SourceList
 from sharding.verify import verify_shard_set
 from support.media import damage, make_clip
@@ -196,7 +196,7 @@ def test_the_folder_of_another_conversion_is_refused_with_the_difference(
 
 
 def test_other_tool_versions_are_refused(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sharding.conversion.platform.machine", lambda: "pdp11")
+    monkeypatch.setattr("sharding.settings.platform.machine", lambda: "pdp11")
     with pytest.raises(ConversionRefusedError, match=r"tool_versions.machine: there .*, now 'pdp11'"):
         convert(reference.source, reference.root, small_config())
 

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from ca2st.durable import FaultPoints, InjectedFault
-from sharding.conversion import RejectBudget
 from sharding.convert import convert
 from sharding.errors import ConversionRefusedError, ShardDamageError
-from sharding.index import decode_index, encode_index
-from sharding.manifest import sha256_of_json
-from sharding.shard_set import read_shard_set
+from sharding.format.index import decode_index, encode_index
+from sharding.format.shard_set import read_shard_set, sha256_of_json
+from sharding.settings import RejectBudget
 from sharding.source import SourceList
 from sharding.source_states import SOURCES_NAME
 from sharding.verify import verify_shard_set
@@ -164,7 +163,7 @@ def rewritten(out: Path, index: bytes) -> None:
     """Have the whole set vouch for another index of its first shard, as a conversion that trusted it did."""
     import hashlib
 
-    from sharding.shard_set import write_shard_set
+    from sharding.format.shard_set import write_shard_set
 
     shard_set = read_shard_set(out)
     (out / "ca2st-000000.index.parquet").write_bytes(index)

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sharding.conversion import RejectBudget
 from sharding.convert import convert
 from sharding.errors import ManifestError
-from sharding.folder_lock import LOCK_NAME
-from sharding.index import decode_index
+from sharding.folder import LOCK_NAME
+from sharding.format.index import decode_index
+from sharding.settings import RejectBudget
 from sharding.verify import Problem, verify_shard_set
 from support.media import Sound, damage, make_clip
 from support.shards import sample, small_config, source_list

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from ca2st.child_processes import SPAWN
 from ca2st.errors import EnvironmentFault
-from sharding import decode_child
-from sharding.decode_child import Rejected
+from ca2st.processes import SPAWN
+from sharding.media import decode_child
+from sharding.media.decode_child import Rejected
 from sharding.workers import DecodePool
+from support.processes import python_path
 from support.stub_jobs import act
-
-TESTS = Path(__file__).parents[1]
 
 
 def alive(pid: int) -> bool:
@@ -171,7 +170,7 @@ def test_children_of_a_killed_parent_die_with_it_even_when_they_hang() -> None:
         "for pid in pool.map([('pid', 0), ('hang', 0)]):\n"
         "    print(pid, flush=True)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
     assert parent.stdout is not None
     with parent.stdout as lines:

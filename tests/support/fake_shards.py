@@ -16,9 +16,17 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
-from sharding.index import MEMBER_SUFFIXES, TICKS_PER_SECOND, encode_index, frame_checksum, member_checksum
-from sharding.manifest import AudioParameters, LabelSpace, VideoParameters, sha256_of_json
-from sharding.shard_set import ShardEntry, ShardSet, read_shard_set, write_shard_set
+from sharding.format.index import MEMBER_SUFFIXES, TICKS_PER_SECOND, encode_index, frame_checksum, member_checksum
+from sharding.format.shard_set import (
+    AudioParameters,
+    LabelSpace,
+    ShardEntry,
+    ShardSet,
+    VideoParameters,
+    read_shard_set,
+    sha256_of_json,
+    write_shard_set,
+)
 
 _VIDEO_HEAD, _VIDEO_TAIL = b"\0" * 48, b"\1" * 32
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ca2st.model.build import build_model
 from ca2st.model.config import ModelConfig, TargetSpec
 from ca2st.model.experts import ClipInputs
-from ca2st.model.holistic import HolisticModel
+from ca2st.model.network import HolisticModel
+from ca2st.model.parameters import build_model
 from ca2st.spec import ClipSpec
 
 KINDS = ("cast", "cava", "ca2st", "spatial", "temporal", "audio")

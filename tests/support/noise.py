@@ -8,10 +8,10 @@ from fractions import Fraction
 import av
 import numpy as np
 
-from sharding.codecs import STORED_CODECS
-from sharding.encode_gop import GOP_ENCODINGS, GopEncoder
-from sharding.stored_picture import PictureMaker
-from sharding.video_cut import TimedFrame
+from sharding.media.codecs import STORED_CODECS
+from sharding.media.encode import GOP_ENCODINGS, GopEncoder
+from sharding.media.picture import PictureMaker
+from sharding.media.video import TimedFrame
 
 SIZES = ((32, 16, 20), (64, 48, 20), (130, 98, 12))
 """Width, height, frames: encoders that are not deterministic show it on small frames first."""

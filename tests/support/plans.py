@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.balance import BalanceConfig, ClassBalance
-from pipelines.plan import EpochPlan
-from pipelines.record import PlanRecord, SetShare, default_num_lanes
-from pipelines.source import SampleSource, plain_source
+from pipelines.order.plan import EpochPlan
+from pipelines.order.selection import BalanceConfig, ClassBalance, PlanRecord, SetShare, default_num_lanes
+from pipelines.order.sources import SampleSource, plain_source
 
 Reading = tuple[int, int, int]
 """Shard, row and number of the reading."""

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ca2st.training.accelerator import make_accelerator
 from ca2st.training.config import OptimConfig, TrainingConfig
-from ca2st.training.optim import ParameterRules, build_optimizer
+from ca2st.training.optim import LearningRateSchedule, ParameterRules, build_optimizer
 from ca2st.training.ranks import Ranks
-from ca2st.training.schedule import LearningRateSchedule
-from ca2st.training.step import Stepper
+from ca2st.training.step import Stepper, make_accelerator
 from support.tiny_training import TARGETS, TinyOutput, TinySource
 
 

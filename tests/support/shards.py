@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sharding.completion import ConversionReport
-from sharding.conversion import ConversionConfig
-from sharding.convert import convert
-from sharding.manifest import LabelSpace
+from sharding.convert import ConversionReport, convert
+from sharding.format.shard_set import LabelSpace
+from sharding.settings import ConversionConfig
 from sharding.source import SourceList, SourceSample
 from sharding.source_states import SOURCES_NAME
 from support.media import Sound, make_clip

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sharding.conversion import ConversionConfig
-from sharding.decode_child import EncodedClip, encode_clip
+from sharding.media.decode_child import EncodedClip, encode_clip
+from sharding.settings import ConversionConfig
 from sharding.source import SourceSample
 
 RATE = 16_000

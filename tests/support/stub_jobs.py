@@ -12,8 +12,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from sharding.decode_child import encode_clip
 from sharding.errors import MediaError
+from sharding.media.decode_child import encode_clip
 
 WAS_KILLED = 0o700
 

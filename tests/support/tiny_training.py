@@ -12,11 +12,11 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from ca2st.batch import ClipBatch
-from ca2st.training.accelerator import make_accelerator
 from ca2st.training.config import OptimConfig, TrainingConfig
 from ca2st.training.optim import ParameterRules
-from ca2st.training.record import RunRecord
+from ca2st.training.resume import RunRecord
 from ca2st.training.settings import TrainingSettings
+from ca2st.training.step import make_accelerator
 
 TARGETS = {"verb": 5, "noun": 7}
 WIDTH = 8

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from ca2st.training.config import OptimConfig, TrainingConfig
-from pipelines.loader_config import LoaderConfig
-from pipelines.sampling import SamplingConfig
-from ray_jobs.config.data import DataConfig, SyntheticData
+from pipelines.config import LoaderConfig
+from pipelines.views.sampling import SamplingConfig
 from ray_jobs.config.recipe import Recipe, TrackingConfig
-from sharding.keys import sample_key
-from sharding.shard_set import ShardSet
-from sharding.synthetic.labels import label_spaces, labels_of
+from ray_jobs.config.sections import DataConfig, SyntheticData
+from sharding.format.index import sample_key
+from sharding.format.shard_set import ShardSet
+from sharding.synthetic.factors import label_spaces, labels_of
 from support.fake_shards import FakeSample, make_shard_set
 from support.models import TINY_CLIP, tiny_config
 

@@ -5,13 +5,13 @@ from typing import Any
 
 from ca2st.training.checkpoint import Checkpoint, CheckpointMarker
 from ca2st.training.config import OptimConfig, TrainingConfig
-from pipelines.loader_config import LoaderConfig
-from pipelines.sampling import SamplingConfig
-from ray_jobs.config.data import DataConfig
+from pipelines.config import LoaderConfig
+from pipelines.views.sampling import SamplingConfig
 from ray_jobs.config.recipe import Recipe
-from ray_jobs.inference.trained import TrainedModel
-from ray_jobs.running.recipe_model import target_specs
-from sharding.manifest import AudioParameters, VideoParameters
+from ray_jobs.config.sections import DataConfig
+from ray_jobs.runs.inference import TrainedModel
+from ray_jobs.runs.model import target_specs
+from sharding.format.shard_set import AudioParameters, VideoParameters
 from support.models import TINY_CLIP, tiny_config, tiny_model, wake
 
 CLASSES = {"label": ["red", "green", "blue"]}

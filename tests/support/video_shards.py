@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from sharding.assembly import assemble
-from sharding.conversion import ConversionConfig, conversion_identity
-from sharding.decode_child import EncodedClip, encode_clip
-from sharding.shard_set import ShardSet, read_shard_set, write_shard_set
+from sharding.format.shard_set import ShardSet, read_shard_set, write_shard_set
+from sharding.format.writer import ShardRange, StoredSample, write_shard
+from sharding.media.decode_child import EncodedClip, encode_clip
+from sharding.settings import ConversionConfig, conversion_identity
 from sharding.source import SourceList
-from sharding.writer import ShardRange, StoredSample, write_shard
 from support.shards import sample, small_config, source_list
 
 

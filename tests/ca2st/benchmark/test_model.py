@@ -5,13 +5,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from ca2st.benchmark import limits
-from ca2st.benchmark.case import CaseSpec, LocalCase
-from ca2st.benchmark.config import ModelBenchConfig, model_config
-from ca2st.benchmark.limits import Limit, measure_limit
-from ca2st.benchmark.machine import machine
-from ca2st.benchmark.model import benchmark_models, settle
-from ca2st.benchmark.report import spread
+from ca2st.benchmark import measure as limits
+from ca2st.benchmark.case import CaseSpec, LocalCase, ModelBenchConfig, model_config
+from ca2st.benchmark.measure import Limit, machine, measure_limit
+from ca2st.benchmark.model import benchmark_models, settle, spread
 from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.model.presets import SIZES
 from ca2st.model.structure import bridges_of_layer

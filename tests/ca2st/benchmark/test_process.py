@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from ca2st.benchmark.case import CaseSpec
-from ca2st.benchmark.process import RemoteCase, case_in_process
+from ca2st.benchmark.model import RemoteCase, case_in_process
 from ca2st.errors import CA2STError, EnvironmentFault
 from support.models import TINY_CLIP, tiny_config
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ca2st.benchmark.plain import plain_model
-from ca2st.model.holistic import HolisticModel
+from ca2st.model.network import HolisticModel
 from ca2st.model.parameters import set_trainable
 from ca2st.spec import ClipSpec
 from support.models import inputs_for, tiny_model

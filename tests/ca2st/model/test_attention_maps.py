@@ -7,9 +7,10 @@ import pytest
 import torch
 from einops import rearrange
 
-from ca2st.model import attention_maps
+from ca2st.model import inspect as attention_maps
 from ca2st.model.attention import CrossAttention
-from ca2st.model.attention_maps import (
+from ca2st.model.config import AudioVisualConfig, SpatialTemporalConfig
+from ca2st.model.inspect import (
     attend,
     audio_places,
     has_cross_attention,
@@ -17,7 +18,6 @@ from ca2st.model.attention_maps import (
     visual_places,
     window_tokens,
 )
-from ca2st.model.config import AudioVisualConfig, SpatialTemporalConfig
 from support.models import inputs_for, tiny_model, wake
 
 HEADS, FRAMES, PATCHES = 2, 3, 4

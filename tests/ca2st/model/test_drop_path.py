@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ca2st.model.drop_path import DropPath, drop_path
+from ca2st.model.layers import DropPath, drop_path
 from support.models import inputs_for, tiny_model, wake
 
 

@@ -7,9 +7,8 @@ from torch import nn
 
 from ca2st.errors import UserInputError
 from ca2st.model.config import ModelConfig
-from ca2st.model.experts import ClipExpert, TransformerExpert, VideoMAEExpert
-from ca2st.model.experts.expert import Flavour
-from ca2st.model.layer import HolisticLayer
+from ca2st.model.experts import ClipExpert, Flavour, TransformerExpert, VideoMAEExpert
+from ca2st.model.layers import HolisticLayer
 from ca2st.model.positions import resize_clip_table, sinusoid_table
 from ca2st.model.structure import Bridge, Direction
 from ca2st.model.tokens import TokenGrid

@@ -1,7 +1,7 @@
 import pytest
 
 from ca2st.model.config import ModelConfig, TargetSpec
-from ca2st.model.info import model_info
+from ca2st.model.inspect import model_info
 from ca2st.spec import ClipSpec
 from support.models import KINDS, ONE_TARGET, TINY_CLIP, tiny_config
 

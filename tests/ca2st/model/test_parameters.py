@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from ca2st.errors import UserInputError
-from ca2st.model.build import build_model
 from ca2st.model.config import AudioVisualConfig, ModelConfig, SpatialTemporalConfig, TargetSpec
 from ca2st.model.parameters import (
     RuleMatchesNothingError,
     added_rules,
+    build_model,
     count_parameters,
     layer_index,
     no_weight_decay,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ca2st.errors import UserInputError
-from ca2st.model.build import build_model
-from ca2st.model.info import model_info
+from ca2st.model.inspect import model_info
+from ca2st.model.parameters import build_model
 from ca2st.model.presets import PRESETS, SIZES, find_preset
 from ca2st.model.structure import EXPERTS, all_bridges, bridges_of_layer
 from ca2st.spec import ClipSpec

@@ -3,8 +3,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ca2st.model.adapter import QuickGELU
-from ca2st.model.token_linear import TokenLinear, token_linear
+from ca2st.model.attention import TokenLinear, token_linear
+from ca2st.model.experts import QuickGELU
 
 IN, OUT = 192, 160
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from ca2st.model.attention import CrossAttention
-from ca2st.model.windows import into_windows, out_of_windows
+from ca2st.model.attention import CrossAttention, into_windows, out_of_windows
 
 FRAMES, HEADS, DIM = 3, 2, 8
 

@@ -6,8 +6,9 @@ import pytest
 
 from ca2st.durable import NO_FAULTS, FaultPoints, InjectedFault
 from ca2st.errors import EnvironmentFault, UserInputError
-from ca2st.training import keeper as keeper_module
+from ca2st.training import checkpoint as keeper_module
 from ca2st.training.checkpoint import (
+    CheckpointKeeper,
     CheckpointMarker,
     last_attempt_of_checkpoints,
     list_checkpoints,
@@ -18,9 +19,8 @@ from ca2st.training.checkpoint import (
     sweep_partial,
     verify_checkpoint,
 )
-from ca2st.training.documents import sealed_json
 from ca2st.training.errors import CheckpointDamagedError
-from ca2st.training.keeper import CheckpointKeeper
+from ca2st.training.journal import sealed_json
 
 FILES = {"model.safetensors": b"weights" * 50, "loader.json": b"{}\n"}
 MARKER = CheckpointMarker(

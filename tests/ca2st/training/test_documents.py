@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ca2st.training.documents import canonical_json, differences, open_sealed_json, sealed_json
 from ca2st.training.errors import CheckpointDamagedError
+from ca2st.training.journal import canonical_json, differences, open_sealed_json, sealed_json
 
 DOCUMENT = {"step": 3, "lr": 0.1, "names": ["a", "ü"], "nested": {"empty": {}, "none": None}}
 

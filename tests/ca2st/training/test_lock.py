@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ca2st.training.errors import RunFolderBusyError
-from ca2st.training.lock import LAUNCH_LOCK_NAME, locked
+from ca2st.training.journal import LAUNCH_LOCK_NAME, locked
 
 
 def test_a_second_run_in_the_folder_is_refused_with_the_holder(tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_a_second_run_in_the_folder_is_refused_with_the_holder(tmp_path: Path) -
 def test_a_killed_holder_leaves_no_lock_behind(tmp_path: Path) -> None:
     code = (
         "import os, pathlib, signal, sys\n"
-        "from ca2st.training.lock import LAUNCH_LOCK_NAME, locked\n"
+        "from ca2st.training.journal import LAUNCH_LOCK_NAME, locked\n"
         "with locked(pathlib.Path(sys.argv[1])):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )

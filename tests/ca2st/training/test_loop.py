@@ -29,10 +29,9 @@ from ca2st.training.errors import (
     StopNotSavedError,
     TerminatedError,
 )
-from ca2st.training.intake import hash_of_keys
-from ca2st.training.journal import Journal, read_events, run_sequence
-from ca2st.training.lock import locked
+from ca2st.training.journal import Journal, locked, read_events, run_sequence
 from ca2st.training.loop import train
+from ca2st.training.parts import hash_of_keys
 from ca2st.training.settings import TrainingProgress, TrainingResult, TrainingSettings
 from ca2st.training.signals import StopRequest
 from ca2st.training.step import draw_seed

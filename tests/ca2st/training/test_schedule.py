@@ -4,7 +4,7 @@ import pytest
 
 from ca2st.errors import UserInputError
 from ca2st.training.config import OptimConfig
-from ca2st.training.schedule import LearningRateSchedule, schedule_for
+from ca2st.training.optim import LearningRateSchedule, schedule_for
 
 
 def test_rates_equal_those_computed_by_hand() -> None:

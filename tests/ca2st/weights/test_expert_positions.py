@@ -7,8 +7,7 @@ import torch
 from ca2st.model.positions import resize_grid_table
 from ca2st.spec import ClipSpec
 from ca2st.weights import ImportOptions, WeightsDamageError, WeightsMismatchError, import_weights
-from ca2st.weights.expert_file import EXPERT_KEY, read_expert_file
-from ca2st.weights.experts import expert_state, load_expert, load_expert_file
+from ca2st.weights.expert_files import EXPERT_KEY, expert_state, load_expert, load_expert_file, read_expert_file
 from ca2st.weights.sizes import UnwrittenSizes
 from support.foreign import ast_state, awake_expert, clip_state, videomae_state
 from support.models import TINY_CLIP, tiny_model
@@ -140,7 +139,7 @@ def test_a_crop_that_contradicts_the_file_is_refused_at_import(tmp_path):
 def test_the_header_says_where_the_file_came_from_but_not_where_it_lay(tmp_path):
     import json
 
-    from ca2st.weights.tensor_file import read_tensor_file
+    from ca2st.weights.tensor_files import read_tensor_file
 
     out = _imported(tmp_path, clip_state(awake_expert("spatial").state_dict()), "clip")
     told = json.loads(read_tensor_file(out).metadata[EXPERT_KEY])

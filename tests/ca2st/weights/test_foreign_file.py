@@ -19,7 +19,7 @@ import torch
 import ca2st.weights.foreign_child as foreign_child
 from ca2st.weights import ForeignFileRefusedError, ImportOptions, WeightsDamageError, import_weights
 from ca2st.weights.foreign_child import read
-from ca2st.weights.foreign_file import read_foreign_file
+from ca2st.weights.importer import read_foreign_file
 from support.foreign import torchscript_archive, training_checkpoint
 from support.processes import python_path
 
@@ -267,7 +267,7 @@ def test_damage_of_an_old_pickle_is_one_message_and_never_another_error(tmp_path
 
 
 def test_a_read_that_does_not_end_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr("ca2st.weights.foreign_file.serve", _sleep)
+    monkeypatch.setattr("ca2st.weights.importer.serve", _sleep)
     began = time.monotonic()
     with pytest.raises(ForeignFileRefusedError, match=r"expected it to be read within 0\.2 s, found it unfinished"):
         read_foreign_file(_saved(tmp_path, STATE), timeout_seconds=0.2)
@@ -275,13 +275,13 @@ def test_a_read_that_does_not_end_is_ended(tmp_path, monkeypatch):
 
 
 def test_a_child_that_dies_is_one_message(tmp_path, monkeypatch):
-    monkeypatch.setattr("ca2st.weights.foreign_file.serve", _die)
+    monkeypatch.setattr("ca2st.weights.importer.serve", _die)
     with pytest.raises(ForeignFileRefusedError, match=r"the process that read it died \(SIGSEGV\)"):
         read_foreign_file(_saved(tmp_path, STATE))
 
 
 def test_5_5_the_childs_memory_is_limited_and_it_can_reach_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("ca2st.weights.foreign_file.serve", _try_things)
+    monkeypatch.setattr("ca2st.weights.importer.serve", _try_things)
     with pytest.raises(ForeignFileRefusedError) as told:
         read_foreign_file(_saved(tmp_path, STATE))
     assert str(told.value).endswith(
@@ -333,7 +333,7 @@ def test_a_child_ends_with_the_import_that_is_killed(tmp_path):
     script = tmp_path / "import.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\n"
-        "import ca2st.weights.foreign_file as foreign_file\n"
+        "import ca2st.weights.importer as foreign_file\n"
         "from support.foreign import say_and_sleep\n"
         "foreign_file.serve = say_and_sleep\n"
         "foreign_file.read_foreign_file(Path(sys.argv[1]))\n"
@@ -360,7 +360,7 @@ def test_5_1_the_project_unpickles_in_one_place_and_never_without_the_check():
     assert text["ca2st/weights/foreign_child.py"].count("torch.load(") == 1
     assert 'map_location="cpu", weights_only=True)' in text["ca2st/weights/foreign_child.py"]
     pickles = {name for name, code in text.items() if "import pickle" in code}
-    assert pickles == {"ca2st/weights/foreign_child.py", "ca2st/weights/torchscript_zip.py"}
+    assert pickles == {"ca2st/weights/foreign_child.py"}
     assert not any("pickle.load" in code for code in text.values())
     for forbidden in ("weights_only=False", "jit.load", "allow_pickle=True"):
         assert not {name for name, code in text.items() if forbidden in code}, forbidden
@@ -377,7 +377,7 @@ def test_5_1_an_evil_file_of_plain_pickle_is_refused(tmp_path, out):
 
 
 def test_the_longest_wait_of_an_import_is_the_callers(tmp_path, monkeypatch):
-    monkeypatch.setattr("ca2st.weights.foreign_file.serve", _sleep)
+    monkeypatch.setattr("ca2st.weights.importer.serve", _sleep)
     with pytest.raises(ForeignFileRefusedError, match=r"within 0\.1 s"):
         import_weights(
             _saved(tmp_path, STATE), tmp_path / "o.safetensors", kind="clip", options=ImportOptions(timeout_seconds=0.1)

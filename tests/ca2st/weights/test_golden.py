@@ -7,10 +7,10 @@ import safetensors.torch
 import torch
 
 from ca2st.errors import UserInputError
-from ca2st.model.build import build_model
+from ca2st.model.parameters import build_model
 from ca2st.weights import WeightsDamageError, WeightsMismatchError, check_golden
 from ca2st.weights.golden import TOLERANCE, golden_model, golden_output, pix
-from ca2st.weights.tensor_file import read_tensor_file
+from ca2st.weights.tensor_files import read_tensor_file
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 FILES = sorted(GOLDEN.glob("*.safetensors"))

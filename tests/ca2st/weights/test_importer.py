@@ -19,9 +19,9 @@ from ca2st.weights import (
     import_weights,
     load_expert,
 )
-from ca2st.weights.expert_file import EXPERT_KEY
+from ca2st.weights.expert_files import EXPERT_KEY
 from ca2st.weights.sizes import UnwrittenSizes
-from ca2st.weights.tensor_file import checksum, read_tensor_file
+from ca2st.weights.tensor_files import checksum, read_tensor_file
 from support.foreign import (
     ast_state,
     awake_expert,
@@ -252,7 +252,7 @@ def test_ast_positions_are_stretched_when_the_spectrogram_is_longer(tmp_path, ou
 
 
 def test_the_official_grid_is_cut_from_column_50_minus_half():
-    from ca2st.weights.audio_positions import fit_audio_positions
+    from ca2st.weights.positions import fit_audio_positions
 
     table = torch.cat((torch.full((2, 1), -1.0), torch.arange(101.0).repeat(12).reshape(-1, 1)))
     cut = fit_audio_positions(table, rows=12, columns=39, where="here")

@@ -8,9 +8,8 @@ import pytest
 from ca2st.model.config import AudioVisualConfig, ModelConfig, SpatialTemporalConfig, TargetSpec
 from ca2st.spec import ClipSpec
 from ca2st.weights import ImportOptions, WeightsDamageError, WeightsMismatchError, import_weights, read_model_file
-from ca2st.weights.exporter import export_model
-from ca2st.weights.model_file import MODEL_KEY, ModelDescription, read_description
-from ca2st.weights.tensor_file import write_tensor_file
+from ca2st.weights.model_file import MODEL_KEY, ModelDescription, export_model, read_description
+from ca2st.weights.tensor_files import write_tensor_file
 from support.models import TINY_CLIP, tiny_model
 
 CHANGED = ModelConfig(

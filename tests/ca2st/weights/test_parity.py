@@ -15,8 +15,7 @@ from ca2st.model.experts import ClipInputs, build_expert
 from ca2st.spec import ClipSpec
 from ca2st.weights import ImportOptions, import_weights
 from ca2st.weights.sizes import UnwrittenSizes
-from ca2st.weights.strict import load_strictly
-from ca2st.weights.tensor_file import read_tensor_file
+from ca2st.weights.tensor_files import load_strictly, read_tensor_file
 from support.models import TINY_CLIP, expert_inputs
 
 TOLERANCE = 1e-4

@@ -12,7 +12,7 @@ from ca2st.model.experts import ClipInputs, build_expert
 from ca2st.spec import ClipSpec
 from ca2st.weights.layouts import LAYOUTS_OF_ENCODER, translate
 from ca2st.weights.sizes import UnwrittenSizes, expert_sizes
-from ca2st.weights.strict import load_strictly, without_leading_ones
+from ca2st.weights.tensor_files import load_strictly, without_leading_ones
 
 TOLERANCE = 1e-4
 

@@ -21,7 +21,7 @@ from ca2st.weights import (
 from ca2st.weights.golden import golden_model
 from ca2st.weights.model_file import MODEL_KEY, ModelDescription, read_description
 from ca2st.weights.sizes import UnwrittenSizes
-from ca2st.weights.tensor_file import read_tensor_file
+from ca2st.weights.tensor_files import read_tensor_file
 from support.models import JOINED_KINDS, ONE_TARGET, VERB_NOUN, tiny_model, wake
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"

@@ -9,8 +9,8 @@ from ca2st.model.config import ModelConfig, SpatialTemporalConfig, TargetSpec
 from ca2st.model.positions import resize_grid_table, resize_time_table
 from ca2st.spec import ClipSpec
 from ca2st.weights import WeightsMismatchError
-from ca2st.weights.audio_positions import fit_audio_positions
 from ca2st.weights.model_file import ModelDescription
+from ca2st.weights.positions import fit_audio_positions
 from ca2st.weights.transfer import SHOWN_BY_NO_TENSOR, transfer_weights
 from support.models import KINDS, ONE_TARGET, TINY_CLIP, VERB_NOUN, inputs_for, tiny_model, wake
 

@@ -8,10 +8,9 @@ import torch
 
 from ca2st.errors import UserInputError
 from ca2st.spec import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.augment.erase import erase_in_place
+from pipelines.augment.crops import CropBox
 from pipelines.augment.erasing import ErasedBox, ErasingConfig
-from pipelines.augment.geometry import FILL
-from pipelines.crops import CropBox
+from pipelines.augment.formulas import FILL, erase_in_place
 from support.refusals import forced
 
 SIZE = 100

@@ -7,14 +7,13 @@ from hypothesis import strategies as st
 
 from ca2st.batch import MIXING_FIELDS, ClipBatch
 from ca2st.spec import ClipSpec
-from ca2st.training.mixing import mixed_mel, mixed_video
+from ca2st.training.losses import mixed_mel, mixed_video
 from pipelines.assembly import mixing_of
+from pipelines.augment.crops import CropBox
 from pipelines.augment.erasing import ErasedBox
-from pipelines.augment.finishing import Finisher
 from pipelines.augment.mixing import MixingConfig, MixingDraws
-from pipelines.augment.operations import ImageAugment, Operation
-from pipelines.augment.rand_augment import OPERATION_NAMES, argument_of
-from pipelines.crops import CropBox
+from pipelines.augment.rand_augment import OPERATION_NAMES, ImageAugment, Operation, argument_of
+from pipelines.decode.dali_engine import Finisher
 from pipelines.rendering import JpegFrames, RenderRequest
 from support.gpu import require_gpu
 from support.tiny_training import batch_of, clip

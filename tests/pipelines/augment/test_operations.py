@@ -10,11 +10,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data import auto_augment as timm_augment
 
+from pipelines.augment.formulas import FILL, augmented, warp_plan
 from pipelines.augment.fused import augment_in_place
-from pipelines.augment.geometry import FILL, warp_plan
-from pipelines.augment.operations import GEOMETRIC, ImageAugment, Operation, OperationName
-from pipelines.augment.pointwise import augmented
-from pipelines.augment.rand_augment import OPERATION_NAMES, argument_of
+from pipelines.augment.rand_augment import (
+    GEOMETRIC,
+    OPERATION_NAMES,
+    ImageAugment,
+    Operation,
+    OperationName,
+    argument_of,
+)
 
 SIZE, TIME = 61, 3
 MOST_LEVELS = 2

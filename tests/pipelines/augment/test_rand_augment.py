@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from timm.data import auto_augment as timm_augment
 
 from ca2st.errors import UserInputError
-from pipelines.augment.operations import ENHANCEMENTS, GEOMETRIC, ImageAugment, Operation
 from pipelines.augment.rand_augment import (
+    ENHANCEMENTS,
+    GEOMETRIC,
     NUMBERS_PER_OPERATION,
     OPERATION_NAMES,
+    ImageAugment,
+    Operation,
     argument_of,
     parse_rand_augment,
 )

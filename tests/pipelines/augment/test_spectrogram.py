@@ -5,7 +5,7 @@ import pytest
 
 from ca2st.errors import UserInputError
 from pipelines.augment.spectrogram import UNCHANGED, SpectrogramConfig, SpectrogramDraw, normal_numbers
-from pipelines.mel import MEL_MEAN, MEL_SCALE, mel_view
+from pipelines.storage.headers import MEL_MEAN, MEL_SCALE, mel_view
 from support.refusals import forced
 
 ROWS, BINS = 400, 128

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ca2st.errors import UserInputError
-from pipelines.benchmark.drawn_clips import DrawnClips, draw_clips, drawn_frames
+from pipelines.benchmark.clips import DrawnClips, draw_clips, drawn_frames
 
 TINY = DrawnClips(count=2, width=64, height=48, num_frames=6)
 

@@ -11,14 +11,12 @@ from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
 from pipelines.benchmark import conversion, loader
 from pipelines.benchmark.baseline import BaselineConfig
-from pipelines.benchmark.case import BaselineCase, Turn
-from pipelines.benchmark.config import LoaderBenchConfig
+from pipelines.benchmark.clips import source_list, video_files
 from pipelines.benchmark.conversion import benchmark_conversion
-from pipelines.benchmark.loader import benchmark_loader, take_turns
+from pipelines.benchmark.loader import BaselineCase, LoaderBenchConfig, Turn, benchmark_loader, take_turns
 from pipelines.benchmark.report import LoaderBenchmark
-from pipelines.benchmark.sources import source_list, video_files
-from sharding.conversion import ConversionConfig
-from sharding.shard_set import ShardSet
+from sharding.format.shard_set import ShardSet
+from sharding.settings import ConversionConfig
 from support.media import Sound, make_clip
 
 SMALL = LoaderBenchConfig(

@@ -4,14 +4,25 @@ import pytest
 import torch
 
 from ca2st.spec import ClipSpec
-from pipelines.benchmark.drawn_clips import DrawnClips
-from pipelines.hardware.clips import StoredClip, backend_on, plain, stored_clips, training_requests
-from pipelines.hardware.parity import TOLERANCES, augment_parity, codec_parity, compare, resize_parity
-from pipelines.hardware.speed import SpeedCase, measure_speed, speed_cases
-from pipelines.reference import decode_frames
+from pipelines.benchmark.clips import DrawnClips
+from pipelines.decode.reference import decode_frames, packets_to_decode
+from pipelines.hardware.parity import (
+    TOLERANCES,
+    SpeedCase,
+    StoredClip,
+    augment_parity,
+    backend_on,
+    codec_parity,
+    compare,
+    measure_speed,
+    plain,
+    resize_parity,
+    speed_cases,
+    stored_clips,
+    training_requests,
+)
 from pipelines.rendering import JpegFrames, VideoMember
-from pipelines.video_decode import packets_to_decode
-from sharding.codecs import STORED_CODECS
+from sharding.media.codecs import STORED_CODECS
 
 SPEC = ClipSpec(num_frames=4, crop_size=32, mel_rows=16)
 DRAWN = DrawnClips(count=2, width=80, height=64, num_frames=20)

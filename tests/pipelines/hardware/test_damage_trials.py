@@ -10,13 +10,12 @@ import torch
 
 from ca2st.errors import CA2STError
 from ca2st.spec import ClipSpec
-from pipelines.benchmark.drawn_clips import DrawnClips
+from pipelines.benchmark.clips import DrawnClips
 from pipelines.hardware import damage, damage_child
-from pipelines.hardware.clips import StoredClip, stored_clips
-from pipelines.hardware.damage import DamageTrial, run_child, try_damages
-from pipelines.hardware.mp4_damage import DAMAGES
-from pipelines.mp4 import video_facts
-from sharding.codecs import STORED_CODECS
+from pipelines.hardware.damage import DAMAGES, DamageTrial, run_child, try_damages
+from pipelines.hardware.parity import StoredClip, stored_clips
+from pipelines.storage.headers import video_facts
+from sharding.media.codecs import STORED_CODECS
 
 SPEC = ClipSpec(num_frames=4, crop_size=32, mel_rows=16)
 CPU = torch.device("cpu")
@@ -122,10 +121,10 @@ def test_each_kind_has_its_own_process_with_the_clip_before_and_after(
     found = try_damages(clip, SPEC, tmp_path, device="cuda", damages=("half", "text"), seconds=3.0, at_once=1)
     assert [one.damage for one in found] == ["half", "text"]
     for kind, command in zip(("half", "text"), commands, strict=True):
-        assert command[1:5] == ["-m", damage.CHILD, "cuda", "vp9"]
-        assert Path(command[5]).read_bytes() == clip.video.mp4
-        assert Path(command[6]).read_bytes() == DAMAGES[kind](clip.video.mp4)
-        assert command[7:] == ["4", "32"]
+        assert command[1:6] == ["-P", "-m", damage.CHILD, "cuda", "vp9"]
+        assert Path(command[6]).read_bytes() == clip.video.mp4
+        assert Path(command[7]).read_bytes() == DAMAGES[kind](clip.video.mp4)
+        assert command[8:] == ["4", "32"]
 
 
 def test_the_process_reads_its_arguments(clip: StoredClip, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

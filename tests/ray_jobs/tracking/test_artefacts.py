@@ -14,10 +14,9 @@ from mlflow import MlflowClient
 
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.tracking import artefacts
-from ray_jobs.tracking.artefacts import collect, log_artefacts, newest_predictions
+from ray_jobs.tracking.artefacts import collect, duration_in_words, log_artefacts, newest_predictions
 from ray_jobs.tracking.inputs import INPUTS_NAME
-from ray_jobs.tracking.run_card import duration_in_words
-from ray_jobs.tracking.run_facts import read_run, registered_name
+from ray_jobs.tracking.run_record import read_run, registered_name
 from support.http_artefacts import http_store
 from support.mlflow_runs import new_run
 

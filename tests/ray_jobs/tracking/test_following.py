@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import ray_jobs
-from ray_jobs.running.training_data import TrainingData
+from ray_jobs.runs.data import TrainingData
+from ray_jobs.tracking.events import read_state, unsent_bytes
 from ray_jobs.tracking.following import _start_follower, followed
-from ray_jobs.tracking.run_facts import RECIPE_NAME, read_run
-from ray_jobs.tracking.state import read_state, unsent_bytes
+from ray_jobs.tracking.run_record import RECIPE_NAME, read_run
 from support.fake_shards import make_samples, make_shard_set
 from support.processes import python_path
 from support.tiny_world import tiny_recipe

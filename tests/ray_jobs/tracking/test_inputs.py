@@ -8,10 +8,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.data import get_source
 
-from ray_jobs.running.training_data import TrainingData
+from ray_jobs.runs.data import TrainingData
 from ray_jobs.tracking.inputs import INPUTS_NAME, keep_inputs, log_inputs, read_inputs
-from sharding.location import RemoteFolder
-from sharding.shard_set import ShardSet
+from sharding.format.remote import RemoteFolder
+from sharding.format.shard_set import ShardSet
 from support.fake_shards import make_samples, make_shard_set
 from support.mlflow_runs import new_run
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ray_jobs.tracking.node_metrics import NodeMetrics, NodeProbe, node_file, node_files
+from ray_jobs.runs.node_metrics import NodeMetrics, NodeProbe, node_file, node_files
 
 LONG = 3600.0
 """Seconds: the thread measures at the end of the block alone."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from ray_jobs.tracking.state import read_state, unsent_bytes
+from ray_jobs.tracking.events import read_state, unsent_bytes
 from support.processes import python_path
 from support.tiny_runs import ca2st, make_tiny_run, sequence
 from support.tracked_runs import end, start, step, tracked_run, write

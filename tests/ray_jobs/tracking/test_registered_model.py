@@ -15,9 +15,9 @@ from mlflow.exceptions import MlflowException
 
 from ca2st.errors import UserInputError
 from ca2st.training.errors import CheckpointDamagedError
-from pipelines.draws import EvaluationViews
-from ray_jobs.config.tracking import TrackingConfig, model_name
-from ray_jobs.inference.prediction import predict_videos
+from pipelines.views.draws import EvaluationViews
+from ray_jobs.config.sections import TrackingConfig, model_name
+from ray_jobs.runs.prediction import predict_videos
 from ray_jobs.tracking.registered_model import SHA256_TAG, register, signature_of
 from support.media import Sound, make_clip
 from support.mlflow_runs import new_run

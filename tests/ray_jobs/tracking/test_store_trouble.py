@@ -16,14 +16,21 @@ from mlflow.exceptions import MlflowException
 from ca2st.training.journal import JOURNAL_NAME, run_sequence
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.tracking import following
-from ray_jobs.tracking.client import anchored, is_making_tables, knock, reachable
-from ray_jobs.tracking.complaints import Complaint, StoreError, complaint_of_error, complaint_of_status
-from ray_jobs.tracking.following import finish_following, missing_words, patience_seconds
+from ray_jobs.tracking.client import (
+    Complaint,
+    StoreError,
+    anchored,
+    complaint_of_error,
+    complaint_of_status,
+    is_making_tables,
+    knock,
+    reachable,
+)
+from ray_jobs.tracking.events import read_state, unsent_bytes
+from ray_jobs.tracking.following import finish_following, missing_words, patience_seconds, sync
 from ray_jobs.tracking.orphans import alive, is_alive, is_ready, show_ready
-from ray_jobs.tracking.patience import TroubleLog, pause_seconds
+from ray_jobs.tracking.run_record import TroubleLog, pause_seconds
 from ray_jobs.tracking.sender import Sender
-from ray_jobs.tracking.state import read_state, unsent_bytes
-from ray_jobs.tracking.tracker import sync
 from support.fake_mlflow import FakeMlflow, served
 from support.tracked_runs import losses, remote_run, start, step, tracked_run, write
 

@@ -11,11 +11,11 @@ from mlflow import MlflowClient
 
 from ca2st.errors import UserInputError
 from ray_jobs.tracking import sender
-from ray_jobs.tracking.extras import EXTRAS
-from ray_jobs.tracking.names import clean_name
+from ray_jobs.tracking.artefacts import EXTRAS
+from ray_jobs.tracking.client import clean_name
+from ray_jobs.tracking.events import SenderBusyError, TrackingState, one_sender, read_state, unsent_bytes
+from ray_jobs.tracking.following import log_metrics, read_metrics, sync
 from ray_jobs.tracking.sender import Sender
-from ray_jobs.tracking.state import SenderBusyError, TrackingState, one_sender, read_state, unsent_bytes
-from ray_jobs.tracking.tracker import log_metrics, read_metrics, sync
 from support.tracked_runs import end, losses, run_of, start, step, tracked_run, write
 
 

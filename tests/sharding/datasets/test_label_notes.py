@@ -11,14 +11,12 @@ from hypothesis import strategies as st
 
 from ca2st.errors import UserInputError
 from ray_jobs.cli import main
-from sharding.completion import check_notes
-from sharding.convert import convert
+from sharding.convert import check_notes, convert
 from sharding.datasets import DatasetRequest, read_dataset
 from sharding.datasets.label_spaces import NUM_CLASSES, label_notes, published_classes
 from sharding.errors import AnnotationError
-from sharding.notes import note_lines
-from sharding.shard_set import read_shard_set
-from sharding.source import SourceList
+from sharding.format.shard_set import read_shard_set
+from sharding.source import SourceList, note_lines
 from support.annotations import EPIC_SOUNDS_HEADER, epic_sounds_row, touch, write_lines
 from support.media import make_clip
 from support.shards import small_config

@@ -16,10 +16,10 @@ import pytest
 
 from ca2st.errors import CA2STError, UserInputError
 from sharding.datasets import DatasetRequest, SyntheticConfig, read_dataset
-from sharding.folder_lock import folder_lock
+from sharding.folder import folder_lock
 from sharding.source import SourceList
-from sharding.synthetic.drawing import draw_frames
 from sharding.synthetic.generation import make_clip
+from sharding.synthetic.pictures import draw_frames
 from support.annotations import touch
 
 SMALL = SyntheticConfig(num_samples=6, frame_size=32, workers=1)

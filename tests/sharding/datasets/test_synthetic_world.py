@@ -12,11 +12,8 @@ from hypothesis import strategies as st
 
 from ca2st.errors import UserInputError
 from sharding.synthetic.config import SyntheticConfig
-from sharding.synthetic.drawing import draw_frames
-from sharding.synthetic.factors import MOTIONS, TONES_HZ, factors_of
-from sharding.synthetic.labels import label_spaces, labels_of
-from sharding.synthetic.outlines import SHAPES
-from sharding.synthetic.scenes import scene_of
+from sharding.synthetic.factors import MOTIONS, SHAPES, TONES_HZ, factors_of, label_spaces, labels_of
+from sharding.synthetic.pictures import draw_frames, scene_of
 from sharding.synthetic.sounding import sound_samples
 
 SMALL = SyntheticConfig(frame_size=32, min_frames=8, max_frames=8)

@@ -7,8 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sharding.datasets.label_spaces import class_index
-from sharding.datasets.problems import Problems
-from sharding.datasets.table import Table, read_cell, read_table
+from sharding.datasets.table import Problems, Table, read_cell, read_table
 from sharding.errors import AnnotationError
 from support.annotations import write_lines
 

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.datasets.table import CellError
-from sharding.datasets.timestamps import clock_time, seconds_or_clock_time
+from sharding.datasets.table import CellError, clock_time, seconds_or_clock_time
 
 milliseconds = st.integers(0, 359_999_999)
 

@@ -7,13 +7,9 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from sharding.synthetic.binding import Binding, binding_of, object_shapes
-from sharding.synthetic.config import SyntheticConfig
-from sharding.synthetic.difficulty import DIFFICULTIES
-from sharding.synthetic.drawing import draw_frames
-from sharding.synthetic.labels import label_spaces, labels_of
-from sharding.synthetic.rhythms import RHYTHMS, beats, moments_of
-from sharding.synthetic.scenes import scene_of
+from sharding.synthetic.config import DIFFICULTIES, RHYTHMS, SyntheticConfig, beats, moments_of
+from sharding.synthetic.factors import Binding, binding_of, label_spaces, labels_of, object_shapes
+from sharding.synthetic.pictures import draw_frames, scene_of
 from sharding.synthetic.sounding import sound_samples
 from support.independence import dependence
 

@@ -9,12 +9,9 @@ import pytest
 
 from ca2st.errors import UserInputError
 from sharding.datasets.synthetic import TASKS
-from sharding.synthetic.binding import binding_of
-from sharding.synthetic.ceilings import SENSE_SETS, ceilings
-from sharding.synthetic.config import SyntheticConfig
-from sharding.synthetic.labels import label_spaces, labels_of
-from sharding.synthetic.rhythms import RHYTHMS
-from sharding.synthetic.scenes import scene_of
+from sharding.synthetic.config import RHYTHMS, SyntheticConfig
+from sharding.synthetic.factors import SENSE_SETS, binding_of, ceilings, label_spaces, labels_of
+from sharding.synthetic.pictures import scene_of
 from sharding.synthetic.sounding import heard
 
 _CLIPS = 3_000

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sharding.synthetic.config import SyntheticConfig
+from sharding.synthetic.config import DIFFICULTIES, Difficulty, SyntheticConfig
 from sharding.synthetic.contact_sheet import SheetEntry, caption, contact_sheet, default_entries, main
-from sharding.synthetic.difficulty import DIFFICULTIES, Difficulty
-from sharding.synthetic.drawing import draw_frames
+from sharding.synthetic.pictures import draw_frames
 
 FOLDER = Path(__file__).parents[3] / "sharding" / "synthetic"
 

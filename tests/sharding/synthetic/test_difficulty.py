@@ -5,13 +5,10 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from sharding.synthetic.clutter import clutter_of
-from sharding.synthetic.config import SyntheticConfig
-from sharding.synthetic.difficulty import DIFFICULTIES, Difficulty
-from sharding.synthetic.drawing import draw_frames
+from sharding.synthetic.config import DIFFICULTIES, Difficulty, SyntheticConfig
+from sharding.synthetic.factors import BAR
 from sharding.synthetic.generation import make_clip
-from sharding.synthetic.outlines import BAR
-from sharding.synthetic.scenes import scene_of
+from sharding.synthetic.pictures import clutter_of, draw_frames, scene_of
 from sharding.synthetic.sounding import sound_samples
 
 SETTINGS = DIFFICULTIES["hard"]

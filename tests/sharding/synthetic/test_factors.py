@@ -5,12 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from sharding.synthetic.config import SyntheticConfig
-from sharding.synthetic.factors import MOTIONS, details_of, factors_of
-from sharding.synthetic.labels import label_spaces, labels_of
-from sharding.synthetic.outlines import SHAPES
-from sharding.synthetic.rhythms import RHYTHMS, beats, moments_of, phases, quarters
-from sharding.synthetic.scenes import COLOURS, scene_of
+from sharding.synthetic.config import RHYTHMS, SyntheticConfig, beats, moments_of, phases, quarters
+from sharding.synthetic.factors import MOTIONS, SHAPES, details_of, factors_of, label_spaces, labels_of
+from sharding.synthetic.pictures import COLOURS, scene_of
 from sharding.synthetic.sounding import heard
 from support.independence import dependence
 

@@ -1,0 +1,184 @@
+"""What the model bench measures with: limits of the machine, memory, copies.
+
+What a device can do at best: the rate of one large matrix product, measured, not read from a datasheet.
+
+What a measurement ran on, in words that name no host.
+
+Peak memory of a pass: the CUDA allocator's own count, or the highest resident memory of this process.
+
+How fast a device copies: from and to pinned memory of the host, and inside itself.
+"""
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ca2st.model.attention import token_linear
+from ca2st.processes import num_cores
+from ca2st.training.config import Precision
+
+_SIZE = {"cuda": 8192, "cpu": 3072}
+"""Rows and columns of both factors. On two slow cores 3072 takes about half a second."""
+_REPEATS = {"cuda": 20, "cpu": 3}
+_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limit:
+    """The highest rate that was seen."""
+
+    tflops: float
+    """10^12 floating-point operations a second."""
+    size: int
+    """Both factors are `size` x `size`."""
+    dtype: str
+    """Type of the numbers."""
+    product: str
+    """Which of torch's products gave it."""
+
+
+def measure_limit(device: torch.device, precision: Precision, *, size: int | None = None) -> Limit:
+    """Multiply two large matrices with every product the model uses; the fastest single run counts."""
+    size = size or _SIZE[device.type]
+    dtype = _DTYPES[precision]
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    products: Mapping[str, Callable[[], Tensor]] = {
+        "mm": lambda: left @ right,
+        "token_linear": lambda: token_linear(left[None], right, None),
+    }
+    best = {name: _fastest(product, device) for name, product in products.items()}
+    name = min(best, key=best.__getitem__)
+    return Limit(
+        tflops=2 * size**3 / best[name] / 1e12, size=size, dtype=str(dtype).removeprefix("torch."), product=name
+    )
+
+
+def _fastest(product: Callable[[], Tensor], device: torch.device) -> float:
+    timings = []
+    for _ in range(_REPEATS[device.type]):
+        synchronise(device)
+        start = time.perf_counter()
+        product()
+        synchronise(device)
+        timings.append(time.perf_counter() - start)
+    return min(timings)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """The device, and the processor beside it."""
+
+    device: str
+    """`cpu` or `cuda`."""
+    gpu: str | None
+    """Name of the GPU, where that is the device."""
+    processor: str
+    """Name of the processor."""
+    num_cores: int
+    """Processors this process may use."""
+    num_threads: int
+    """Threads torch computes with."""
+
+
+def machine(device: str) -> Machine:
+    """Facts about this machine."""
+    return Machine(
+        device=device,
+        gpu=torch.cuda.get_device_name() if device == "cuda" else None,
+        processor=_processor(),
+        num_cores=num_cores(),
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def _processor() -> str:
+    lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"
+
+
+class PeakMemory:
+    """Counts from when it is made: make it before the model, so that weights are in the count.
+
+    On a CPU the process must be measuring nothing else: what counts is what the system gave it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = 0 if device.type == "cuda" else _resident("VmRSS")
+
+    def reset(self) -> None:
+        """Forget earlier peaks; what is held now stays in the count."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            _RESET.write_text(_RESET_PEAK)
+
+    def num_bytes(self) -> int:
+        """Highest memory since the last reset."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return max(_resident("VmHWM") - self._before, 0)
+
+
+def _resident(name: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(f"{_STATUS}: expected a line {name}, found none")
+
+
+_REPEATS_COPIES = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CopyLimits:
+    """Highest rates seen, in 10^9 bytes copied a second; inside the device a byte is read and written."""
+
+    host_to_device: float
+    device_to_host: float
+    device_to_device: float
+    num_bytes: int
+    """Of one copy."""
+
+
+def measure_copies(device: torch.device, *, num_bytes: int) -> CopyLimits:
+    """Copy blocks of `num_bytes`; the fastest single copy counts. On a CPU all three are copies in its memory."""
+    host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    here, there = (torch.zeros(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
+
+    def rate(copy: Callable[[], object]) -> float:
+        return num_bytes / min(_seconds(copy, device) for _ in range(_REPEATS_COPIES)) / 1e9
+
+    return CopyLimits(
+        host_to_device=rate(lambda: here.copy_(host, non_blocking=True)),
+        device_to_host=rate(lambda: host.copy_(here, non_blocking=True)),
+        device_to_device=rate(lambda: there.copy_(here)),
+        num_bytes=num_bytes,
+    )
+
+
+def _seconds(copy: Callable[[], object], device: torch.device) -> float:
+    synchronise(device)
+    begin = time.perf_counter()
+    copy()
+    synchronise(device)
+    return time.perf_counter() - begin

@@ -1,0 +1,444 @@
+"""The experts: CLIP, VideoMAE, AST, with their adapters.
+
+The small trained two-layer networks: adapters of layers and heads, and the experts' own MLP and activations.
+
+What an expert is: embed a clip into tokens, pass layers, pool.
+
+A further expert (text, depth) is one more subclass: the layers that join experts only see its tokens, its layers and
+the layout of its tokens.
+
+CLIP: the visual half of its ViT, on every second frame. The published spatial expert.
+
+VideoMAE: a ViT over tubelets, on all frames. The published temporal expert.
+
+AST: a distilled DeiT with overlapping patches, on the log-mel spectrogram. The audio expert.
+
+ResNet-50: the convolutional spatial expert. Its four stages run in layers 3, 6, 9 and 12 of the temporal expert.
+
+torchvision's layout with BatchNorm as it was at the end of pretraining: statistics, scale and shift are buffers, so
+nothing about them ever trains. Between the layers a map [C, H, W] travels as H W tokens of width C, row by row.
+
+The experts: one encoder a file, and which of them an expert of the model is.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, cast
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn.functional import silu
+
+from ca2st.model.attention import (
+    QkvBias,
+    SelfAttention,
+    expert_linear,
+    new_linear,
+    new_table,
+    start_patch_embedding,
+    zero_linear,
+)
+from ca2st.model.config import EncoderName, ModelConfig
+from ca2st.model.positions import resize_clip_table, sinusoid_table
+from ca2st.model.structure import RESNET_STAGES, ExpertName, encoder_of, stage_of_layer
+from ca2st.model.tokens import (
+    NUM_AUDIO_PREFIX,
+    TokenGrid,
+    clip_grid,
+    image_grid,
+    map_grid,
+    pretrained_grid,
+    spectrogram_grid,
+    tubelet_grid,
+)
+from ca2st.spec import ClipSpec
+
+Activation = Literal["gelu", "quick_gelu"]
+_QUICK = 1.702
+
+
+class QuickGELU(nn.Module):
+    """CLIP's activation: x * sigmoid(1.702 x)."""
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Apply it to every element."""
+        if torch.compiler.is_compiling():  # the compiler fuses the formula by itself
+            return x * torch.sigmoid(_QUICK * x)
+        activated: Tensor = _ScaledSiLU.apply(x)  # type: ignore[no-untyped-call]  # torch's own
+        return activated
+
+
+class _ScaledSiLU(torch.autograd.Function):
+    """QuickGELU as silu(1.702 x) / 1.702: keeps x alone for the backward pass, and one new tensor in either pass.
+
+    The formula as it stands keeps two tensors as large as the FFN's hidden layer and makes four.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return silu(_QUICK * x, inplace=True).div_(_QUICK)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        scaled = _QUICK * x
+        slope: Tensor = torch.ops.aten.silu_backward.grad_input(gradients[0], scaled, grad_input=scaled)
+        return slope
+
+
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+"""`gelu` is the exact one (erf)."""
+
+
+class Adapter(nn.Module):
+    """down (D -> D/4), activation, up (D/4 -> D); with `skip` the input is added.
+
+    In a layer: the serial adapter after attention has the skip, the parallel one beside the FFN has not.
+    """
+
+    def __init__(
+        self, dim: int, hidden_dim: int, *, skip: bool = False, activation: Activation = "gelu", zero: bool = True
+    ) -> None:
+        super().__init__()
+        self.skip = skip
+        self.down = new_linear(dim, hidden_dim)
+        self.activation = ACTIVATIONS[activation]()
+        self.up = (zero_linear if zero else new_linear)(hidden_dim, dim)
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        """Adapt every token."""
+        adapted: Tensor = self.up(self.activation(self.down(x)))
+        return x + adapted if self.skip else adapted
+
+
+class FeedForward(nn.Module):
+    """FFN of an expert: D -> 4D -> D."""
+
+    def __init__(self, dim: int, *, activation: Activation) -> None:
+        super().__init__()
+        self.fc1 = expert_linear(dim, 4 * dim)
+        self.activation = ACTIVATIONS[activation]()
+        self.fc2 = expert_linear(4 * dim, dim)
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        """Transform every token."""
+        out: Tensor = self.fc2(self.activation(self.fc1(x)))
+        return out
+
+
+class ClipInputs(NamedTuple):
+    """What a clip offers to the experts; each takes what it reads."""
+
+    video: Float[Tensor, "batch 3 time height width"]
+    """Normalised frames."""
+    mel: Float[Tensor, "batch rows bins"]
+    """Normalised log-mel spectrogram."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flavour:
+    """In what the layers of the transformer experts differ."""
+
+    activation: Activation
+    """Of the FFN."""
+    bias: QkvBias
+    """Which of queries, keys and values have a bias."""
+    eps: float
+    """Of the layers' norms."""
+
+
+class EncoderLayer(nn.Module):
+    """One pre-norm transformer layer of an expert: X + MHSA(LN(X)), then + FFN(LN(.))."""
+
+    def __init__(self, config: ModelConfig, flavour: Flavour) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, eps=flavour.eps)
+        self.attention = SelfAttention(config.dim, config.num_heads, bias=flavour.bias)
+        self.norm2 = nn.LayerNorm(config.dim, eps=flavour.eps)
+        self.mlp = FeedForward(config.dim, activation=flavour.activation)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch sequences tokens dim"]
+    ) -> Float[Tensor, "batch sequences tokens dim"]:
+        """The layer as it was pretrained, with nothing added."""
+        attended: Tensor = tokens + self.attention(self.norm1(tokens))
+        out: Tensor = attended + self.mlp(self.norm2(attended))
+        return out
+
+
+class Expert(nn.Module, ABC):
+    """A pretrained encoder. Layers are called one by one by the model, so that experts can exchange tokens between."""
+
+    adaptable: ClassVar[bool] = True
+    """Whether its layers are `EncoderLayer`s, between whose halves adapters and the exchange go. A layer that is not
+    runs whole before the exchange and has no adapters."""
+    drops_attended: ClassVar[bool] = False
+    """Whether DropPath also falls on the first half of its layers."""
+    feature_dim: int
+    """Width of the pooled feature."""
+
+    @abstractmethod
+    def grid_at(self, index: int) -> TokenGrid:
+        """Layout of its tokens when the experts exchange them in layer `index` (0 = first)."""
+
+    @abstractmethod
+    def layer_at(self, index: int) -> nn.Module:
+        """Its own layer `index`."""
+
+    @abstractmethod
+    def embed(self, inputs: ClipInputs) -> Float[Tensor, "batch sequences tokens dim"]:
+        """Tokens of a clip before the first layer."""
+
+    @abstractmethod
+    def pool(self, tokens: Float[Tensor, "batch sequences tokens dim"]) -> Float[Tensor, "batch feature"]:
+        """The feature of a clip from the last layer's tokens; holds the expert's final norm, if it has one."""
+
+    @abstractmethod
+    def forward(self, inputs: ClipInputs) -> Float[Tensor, "batch feature"]:
+        """The expert alone, as it was pretrained."""
+
+
+class TransformerExpert(Expert):
+    """An expert of `depth` equal layers, whose tokens keep one layout."""
+
+    def __init__(self, config: ModelConfig, grid: TokenGrid, flavour: Flavour) -> None:
+        super().__init__()
+        self.grid = grid
+        self.feature_dim = config.dim
+        self.layers = cast("Sequence[EncoderLayer]", nn.ModuleList())
+        for _ in range(config.depth):
+            cast("nn.ModuleList", self.layers).append(EncoderLayer(config, flavour))
+
+    def grid_at(self, index: int) -> TokenGrid:  # noqa: ARG002  # the same in every layer
+        """The one layout of its tokens."""
+        return self.grid
+
+    def layer_at(self, index: int) -> nn.Module:
+        """Transformer layer `index`."""
+        return self.layers[index]
+
+    def forward(self, inputs: ClipInputs) -> Float[Tensor, "batch feature"]:
+        """The expert alone, as it was pretrained."""
+        tokens = self.embed(inputs)
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return self.pool(tokens)
+
+
+_EPS = 1e-5
+_FINAL_EPS_WITH_AUDIO_ONLY = 1e-6
+
+
+class ClipExpert(TransformerExpert):
+    """Each of the frames 1, 3, 5, ... (the second of each tubelet) is an image of one cls token and its patches."""
+
+    def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
+        grid = image_grid(config, clip)
+        super().__init__(config, grid, Flavour(activation="quick_gelu", bias="qkv", eps=_EPS))
+        patch = config.patch_size
+        self.patch_embed = nn.Conv2d(3, config.dim, kernel_size=patch, stride=patch, bias=False)
+        start_patch_embedding(self.patch_embed)
+        self.class_token = new_table(config.dim)
+        self.positions = new_table(1 + grid.num_patches, config.dim)
+        self.norm_pre = nn.LayerNorm(config.dim, eps=_EPS)
+        self.norm = nn.LayerNorm(config.dim, eps=_FINAL_EPS_WITH_AUDIO_ONLY if config.kind == "cava" else _EPS)
+
+    def embed(self, inputs: ClipInputs) -> Float[Tensor, "batch sequences tokens dim"]:
+        """Patches and cls of each image, positions, norm."""
+        images = rearrange(inputs.video[:, :, 1::2], "b c t h w -> (b t) c h w")
+        batch = inputs.video.shape[0]
+        patches = rearrange(self.patch_embed(images), "(b t) d h w -> b t (h w) d", b=batch)
+        cls = repeat(self.class_token, "d -> b t 1 d", b=batch, t=patches.shape[1])
+        tokens: Tensor = self.norm_pre(torch.cat((cls, patches), dim=2) + self.positions)
+        return tokens
+
+    def pool(self, tokens: Float[Tensor, "batch sequences tokens dim"]) -> Float[Tensor, "batch dim"]:
+        """LN of the mean over frames of the cls token."""
+        feature: Tensor = self.norm(tokens[:, :, 0].mean(dim=1))
+        return feature
+
+
+_EPS_VIDEOMAE = 1e-6
+
+
+class VideoMAEExpert(TransformerExpert):
+    """Tubelets of 2 frames x patch x patch, no cls token, fixed positions, no bias on the keys."""
+
+    positions: Float[Tensor, "tokens dim"]
+
+    def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
+        grid = tubelet_grid(config, clip)
+        super().__init__(config, grid, Flavour(activation="gelu", bias="qv", eps=_EPS_VIDEOMAE))
+        tubelet = (2, config.patch_size, config.patch_size)
+        self.patch_embed = nn.Conv3d(3, config.dim, kernel_size=tubelet, stride=tubelet)
+        start_patch_embedding(self.patch_embed)
+        self.register_buffer("positions", _positions(config, clip), persistent=False)
+        self.norm = nn.LayerNorm(config.dim, eps=_EPS_VIDEOMAE)
+
+    def embed(self, inputs: ClipInputs) -> Float[Tensor, "batch sequences tokens dim"]:
+        """Tubelets in the order time, row, column, plus positions."""
+        patches: Tensor = rearrange(self.patch_embed(inputs.video), "b d t h w -> b 1 (t h w) d")
+        return patches + self.positions
+
+    def pool(self, tokens: Float[Tensor, "batch sequences tokens dim"]) -> Float[Tensor, "batch dim"]:
+        """LN of the mean of all tokens."""
+        feature: Tensor = self.norm(tokens.mean(dim=(1, 2)))
+        return feature
+
+
+def _positions(config: ModelConfig, clip: ClipSpec) -> Float[Tensor, "tokens dim"]:
+    """The fixed table of the grid that the encoder was pretrained on, interpolated to the clip's."""
+    known, wanted = pretrained_grid(config, clip), clip_grid(config, clip)
+    return resize_clip_table(sinusoid_table(math.prod(known), config.dim), from_grid=known, to_grid=wanted)
+
+
+_EPS_AST = 1e-6
+
+
+class ASTExpert(TransformerExpert):
+    """cls and distillation token, then F' x T' patches of 16 x 16 with stride 10, row-major (frequency, then time)."""
+
+    drops_attended = True
+
+    def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
+        grid = spectrogram_grid(config, clip)
+        super().__init__(config, grid, Flavour(activation="gelu", bias="qkv", eps=_EPS_AST))
+        self.patch_embed = nn.Conv2d(1, config.dim, kernel_size=config.patch_size, stride=config.audio_stride)
+        start_patch_embedding(self.patch_embed)
+        self.class_token = new_table(config.dim)
+        self.distillation_token = new_table(config.dim)
+        self.positions = new_table(grid.num_tokens, config.dim)
+        self.norm = nn.LayerNorm(config.dim, eps=_EPS_AST)
+
+    def embed(self, inputs: ClipInputs) -> Float[Tensor, "batch sequences tokens dim"]:
+        """Prefix tokens and spectrogram patches, plus positions."""
+        image = rearrange(inputs.mel, "b rows bins -> b 1 bins rows")
+        patches = rearrange(self.patch_embed(image), "b d f t -> b 1 (f t) d")
+        prefix = torch.stack((self.class_token, self.distillation_token))
+        tokens: Tensor = torch.cat((repeat(prefix, "n d -> b 1 n d", b=patches.shape[0]), patches), dim=2)
+        return tokens + self.positions
+
+    def pool(self, tokens: Float[Tensor, "batch sequences tokens dim"]) -> Float[Tensor, "batch dim"]:
+        """Mean of the cls and the distillation token after the final norm."""
+        feature: Tensor = self.norm(tokens[:, 0, :NUM_AUDIO_PREFIX]).mean(dim=1)
+        return feature
+
+
+_BLOCKS_OF_STAGE = (3, 4, 6, 3)
+_STEM_STRIDE, _STEM_DIM = 4, 64
+_FIRST_STAGE_DIM = 256
+
+
+class Stem(nn.Module):
+    """7 x 7 convolution, norm, ReLU, max pooling: a quarter of the frame's side, 64 channels."""
+
+    def __init__(self, conv: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = norm
+        self.activation = nn.ReLU(inplace=True)
+        self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+
+    def forward(self, images: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images 64 rows columns"]:
+        """The map that the first stage reads."""
+        features: Tensor = self.pool(self.activation(self.norm(self.conv(images))))
+        return features
+
+
+class Stage(nn.Sequential):
+    """One stage of bottleneck blocks, from tokens to tokens."""
+
+    def forward(
+        self, tokens: Float[Tensor, "batch frames places channels"]
+    ) -> Float[Tensor, "batch frames new_places new_channels"]:
+        """The next, coarser map."""
+        side = round(tokens.shape[2] ** 0.5)
+        images = rearrange(tokens, "b t (h w) c -> (b t) c h w", h=side)
+        for block in self:
+            images = block(images)
+        return rearrange(images, "(b t) c h w -> b t (h w) c", b=tokens.shape[0])
+
+
+class ResNetExpert(Expert):
+    """The same T images that CLIP reads; the feature is the mean over frames of the globally pooled last map (2048)."""
+
+    adaptable = False
+
+    def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
+        # Imported here: it takes seconds, and no other expert needs it.
+        from torchvision.models.resnet import Bottleneck, ResNet
+        from torchvision.ops import FrozenBatchNorm2d
+
+        super().__init__()
+        network = ResNet(Bottleneck, list(_BLOCKS_OF_STAGE), norm_layer=FrozenBatchNorm2d)
+        self.stem = Stem(network.conv1, network.bn1)
+        stages = cast("list[nn.Sequential]", [network.layer1, network.layer2, network.layer3, network.layer4])
+        self.stages = cast("Sequence[Stage]", nn.ModuleList(Stage(*stage) for stage in stages))
+        self.stage_of_layer: Mapping[int, int] = stage_of_layer(config.depth)
+        self.no_stage = nn.Identity()
+        self.grids = [_grid(clip, stage) for stage in range(RESNET_STAGES)]
+        self.stem_grid = map_grid(clip, stride=_STEM_STRIDE, dim=_STEM_DIM)
+        self.feature_dim = self.grids[-1].dim
+
+    def grid_at(self, index: int) -> TokenGrid:
+        """The map of the newest stage that has run by then."""
+        run = [stage for layer, stage in self.stage_of_layer.items() if layer <= index]
+        return self.grids[max(run)] if run else self.stem_grid
+
+    def layer_at(self, index: int) -> nn.Module:
+        """The stage that runs in layer `index`; most layers have none and carry the map on."""
+        return self.stages[self.stage_of_layer[index]] if index in self.stage_of_layer else self.no_stage
+
+    def embed(self, inputs: ClipInputs) -> Float[Tensor, "batch sequences tokens dim"]:
+        """The stem's maps of frames 1, 3, 5, ..."""
+        images = rearrange(inputs.video[:, :, 1::2], "b c t h w -> (b t) c h w")
+        tokens: Tensor = rearrange(self.stem(images), "(b t) c h w -> b t (h w) c", b=inputs.video.shape[0])
+        return tokens
+
+    def pool(self, tokens: Float[Tensor, "batch sequences tokens dim"]) -> Float[Tensor, "batch feature"]:
+        """Mean over places and frames; there is no final norm."""
+        return tokens.mean(dim=(1, 2))
+
+    def forward(self, inputs: ClipInputs) -> Float[Tensor, "batch feature"]:
+        """The expert alone, as it was pretrained."""
+        tokens = self.embed(inputs)
+        for stage in self.stages:
+            tokens = stage(tokens)
+        return self.pool(tokens)
+
+
+def _grid(clip: ClipSpec, stage: int) -> TokenGrid:
+    return map_grid(clip, stride=_STEM_STRIDE * 2**stage, dim=_FIRST_STAGE_DIM * 2**stage)
+
+
+ENCODERS: dict[EncoderName, Callable[[ModelConfig, ClipSpec], Expert]] = {
+    "clip": ClipExpert,
+    "videomae": VideoMAEExpert,
+    "ast": ASTExpert,
+    "resnet50": ResNetExpert,
+}
+
+
+def build_expert(name: ExpertName, config: ModelConfig, clip: ClipSpec) -> Expert:
+    """The expert `name` (spatial, temporal, audio) of a model, by the encoder that `config` gives it."""
+    return ENCODERS[encoder_of(config, name)](config, clip)
+
+
+__all__ = [
+    "ENCODERS",
+    "ASTExpert",
+    "ClipExpert",
+    "ClipInputs",
+    "EncoderLayer",
+    "Expert",
+    "ResNetExpert",
+    "TransformerExpert",
+    "VideoMAEExpert",
+    "build_expert",
+]

@@ -1,0 +1,358 @@
+"""Structure, sizes and attention of a model.
+
+Size and cost of a model without building it: parameters and multiply-adds, part by part, on the meta device.
+
+What cross-attention listened to, recorded while the model runs as it always does.
+
+The forward pass goes through scaled_dot_product_attention, which keeps no weights. Here they are computed a second
+time from the queries and keys that the module saw, a chunk at a time, and only their sums are kept: the model's output
+is not touched, and no score matrix is ever held whole.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ca2st.model.attention import CrossAttention, into_windows
+from ca2st.model.bottleneck import DirectedAttention
+from ca2st.model.config import ModelConfig, TargetSpec, Trainable
+from ca2st.model.network import HolisticModel
+from ca2st.model.parameters import build_model, set_trainable
+from ca2st.model.structure import Direction
+from ca2st.model.tokens import audio_patches
+from ca2st.spec import ClipSpec
+
+_FLOP_PER_MULTIPLY_ADD = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartInfo:
+    """One part of a model."""
+
+    name: str
+    """`spatial expert`, `adapters`, `bottleneck cross-attention`, ..."""
+    trainable: int
+    """Trained parameters."""
+    total: int
+    """Parameters."""
+    gmacs: float
+    """10^9 multiply-adds of the forward pass of one view."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo:
+    """A model and its parts; the numbers of the parts add up to those of the model."""
+
+    trainable: int
+    """Trained parameters (without the LayerNorm that the reference trains and never uses)."""
+    total: int
+    """Parameters."""
+    gmacs: float
+    """10^9 multiply-adds of the forward pass of one view: convolutions, Linears and attention."""
+    parts: tuple[PartInfo, ...]
+    """Experts first, then what is added."""
+
+
+def model_info(
+    config: ModelConfig, clip: ClipSpec, targets: Sequence[TargetSpec], *, trainable: Trainable = "added"
+) -> ModelInfo:
+    """Count parameters and multiply-adds without allocating weights, when what `trainable` names is trained.
+
+    Raises:
+        UserInputError: sizes of clip and model do not fit, or the targets or what is to be trained are not usable.
+    """
+    with torch.device("meta"):
+        model = build_model(config, clip, targets)
+        set_trainable(model, trainable)
+        macs = _multiply_adds(model)
+    trained: Counter[str | None] = Counter()
+    total: Counter[str | None] = Counter()
+    for name, parameter in model.named_parameters():
+        total[_part_of(name)] += parameter.numel()
+        trained[_part_of(name)] += parameter.numel() if parameter.requires_grad else 0
+    parts = tuple(
+        PartInfo(name=part, trainable=trained[part], total=total[part], gmacs=macs[part] / 1e9)
+        for part in _PARTS
+        if total[part]
+    )
+    return ModelInfo(
+        trainable=sum(trained.values()), total=sum(total.values()), gmacs=sum(macs.values()) / 1e9, parts=parts
+    )
+
+
+_PARTS = {
+    "spatial expert": re.compile(r"experts\.spatial\b"),
+    "temporal expert": re.compile(r"experts\.temporal\b"),
+    "audio expert": re.compile(r"experts\.audio\b"),
+    "adapters": re.compile(r"layers\.\d+\.adapters\b"),
+    "bottleneck cross-attention": re.compile(r"layers\.\d+\.(?:bottlenecks|bridges)\b"),
+    "time codes": re.compile(r"time_codes\b"),
+    "head": re.compile(r"head\b"),
+}
+"""Parts, in the order of printing, and how the names of their modules and parameters begin."""
+
+
+def _part_of(name: str) -> str | None:
+    return next((part for part, pattern in _PARTS.items() if pattern.match(name)), None)
+
+
+class _Meter:
+    """Charges the multiply-adds done since the last event to the innermost part that is running."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        self.macs: Counter[str] = Counter()
+        self._counter = counter
+        self._seen = 0
+        self._running: list[str] = []
+
+    def enter(self, part: str) -> None:
+        self._charge()
+        self._running.append(part)
+
+    def leave(self) -> None:
+        self._charge()
+        self._running.pop()
+
+    def _charge(self) -> None:
+        now = self._counter.get_total_flops() // _FLOP_PER_MULTIPLY_ADD
+        if now > self._seen:
+            self.macs[self._running[-1]] += now - self._seen
+        self._seen = now
+
+
+def _multiply_adds(model: HolisticModel) -> Counter[str]:
+    clip, frames = model.clip, model.clip.num_frames
+    counter = FlopCounterMode(display=False)
+    meter = _Meter(counter)
+    for name, module in model.named_modules():
+        if (part := _part_of(name)) is not None:
+            _watch(module, meter, part)
+    with counter, torch.no_grad():
+        model(
+            torch.empty(1, 3, frames, clip.crop_size, clip.crop_size),
+            torch.empty(1, clip.mel_rows, clip.num_mel_bins),
+            torch.empty(1, 1 + frames // 2, 2),
+        )
+    return meter.macs
+
+
+def _watch(module: nn.Module, meter: _Meter, part: str) -> None:
+    module.register_forward_pre_hook(lambda _module, _inputs: meter.enter(part))
+    module.register_forward_hook(lambda _module, _inputs, _output: meter.leave())
+
+
+_MOST_SCORES = 2**22
+"""Attention weights held at a time: 16 MiB of float32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionMap:
+    """Attention of one direction X2Y in one layer for a batch of clips.
+
+    Times and places are those of the picture: a visual token's frame pair and its patch; an audio token's column of
+    spectrogram patches and its row (0 = the lowest frequencies).
+    """
+
+    layer: int
+    """Counted from 1, as in the configuration."""
+    direction: Direction
+    """Who listens to whom, and in which window."""
+    given: Float[Tensor, "batch query_times key_times key_places"]
+    """Share of its attention that a query gives to each key: mean over heads and over the queries of that time. Each
+    query time sums to one; keys outside a query's window get nothing from it. float32, on the CPU."""
+    entropy_bits: Float[Tensor, " batch"]
+    """Mean over heads and queries; 0 = one key takes all, log2(num_keys) = every key gets the same."""
+    num_keys: int
+    """Keys that a query sees: those of its window."""
+
+    @property
+    def received(self) -> Float[Tensor, "batch key_times key_places"]:
+        """Share of all attention that each key received; a clip sums to one."""
+        return self.given.mean(dim=1)
+
+    @property
+    def by_time(self) -> Float[Tensor, "batch query_times key_times"]:
+        """Share that the queries of each time gave to the keys of each time; rows sum to one."""
+        return self.given.sum(dim=-1)
+
+    @property
+    def entropy_share(self) -> Float[Tensor, " batch"]:
+        """Entropy as a share of its maximum; 1 where there is only one key to attend to."""
+        if self.num_keys == 1:
+            return torch.ones_like(self.entropy_bits)
+        return self.entropy_bits / math.log2(self.num_keys)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenPlaces:
+    """Where in time and picture each token of a flattened grid of frames x patches lies."""
+
+    times: Int[Tensor, " tokens"]
+    places: Int[Tensor, " tokens"]
+    num_times: int
+    num_places: int
+
+    @property
+    def cells(self) -> Int[Tensor, " tokens"]:
+        """Index of each token in a grid of times x places."""
+        return self.times * self.num_places + self.places
+
+
+def visual_places(num_frames: int, num_patches: int) -> TokenPlaces:
+    """Tokens laid out frame by frame."""
+    tokens = torch.arange(num_frames * num_patches)
+    return TokenPlaces(
+        times=tokens // num_patches, places=tokens % num_patches, num_times=num_frames, num_places=num_patches
+    )
+
+
+def audio_places(num_rows: int, num_columns: int) -> TokenPlaces:
+    """Spectrogram patches, row by row: the column is the time."""
+    tokens = torch.arange(num_rows * num_columns)
+    return TokenPlaces(
+        times=tokens % num_columns, places=tokens // num_columns, num_times=num_columns, num_places=num_rows
+    )
+
+
+@contextmanager
+def record_attention(model: HolisticModel) -> Iterator[list[AttentionMap]]:
+    """Record every cross-attention of the forward passes inside the block.
+
+    The list grows with each pass: by layer, and inside a layer in the order of computation. It stays empty for a model
+    without cross-attention. Run the model itself inside, not a compiled or wrapped copy, whose hooks may not fire.
+    """
+    maps: list[AttentionMap] = []
+    with ExitStack() as hooks:
+        for number, layer in enumerate(model.layers, start=1):
+            for module in layer.modules():
+                if isinstance(module, DirectedAttention):
+                    hook = _Recorder(model, module.direction, number, maps)
+                    hooks.callback(module.attention.register_forward_hook(hook).remove)
+        yield maps
+
+
+def has_cross_attention(model: HolisticModel) -> bool:
+    """Whether there is anything that `record_attention` could record."""
+    return any(isinstance(module, DirectedAttention) for module in model.layers.modules())
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorder:
+    """The forward hook of one direction of one layer."""
+
+    model: HolisticModel
+    direction: Direction
+    layer: int
+    maps: list[AttentionMap]
+
+    @torch.no_grad()
+    def __call__(self, attention: nn.Module, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
+        assert isinstance(attention, CrossAttention)
+        queries, keys = inputs
+        given, entropy, num_keys = attend(
+            attention,
+            queries,
+            keys,
+            query_places=self._places(self.direction.queries, queries),
+            key_places=self._places(self.direction.keys, keys),
+        )
+        self.maps.append(
+            AttentionMap(
+                layer=self.layer,
+                direction=self.direction,
+                given=given.cpu(),
+                entropy_bits=entropy.cpu(),
+                num_keys=num_keys,
+            )
+        )
+
+    def _places(self, expert: str, patches: Tensor) -> TokenPlaces:
+        if expert == "audio":
+            return audio_places(*audio_patches(self.model.config, self.model.clip))
+        return visual_places(patches.shape[1], patches.shape[2])
+
+
+def attend(
+    attention: CrossAttention,
+    queries: Float[Tensor, "batch query_frames query_patches dim"],
+    keys: Float[Tensor, "batch key_frames key_patches dim"],
+    *,
+    query_places: TokenPlaces,
+    key_places: TokenPlaces,
+) -> tuple[Float[Tensor, "batch query_times key_times key_places"], Float[Tensor, " batch"], int]:
+    """softmax(q k^T / sqrt(head_dim)) inside `attention`'s window: (given, entropy in bits, keys of a window).
+
+    As in `AttentionMap`, on the device of the inputs; the softmax is computed in float32.
+    """
+    q, k, _ = (
+        rearrange(x.float(), "(b w) h n e -> b h w n e", b=queries.shape[0])
+        for x in attention.projections(queries, keys)
+    )
+    query_tokens, key_tokens = window_tokens(attention, queries.shape[1:3], keys.shape[1:3])
+    times, cells = query_places.times[query_tokens].to(q.device), key_places.cells[key_tokens].to(q.device)
+    num_cells = key_places.num_times * key_places.num_places
+    given = q.new_zeros(q.shape[0], query_places.num_times * num_cells)
+    entropy = q.new_zeros(q.shape[0])
+    for windows, part in _chunks(q, num_keys=k.shape[3]):
+        weights = _weights(q[:, :, windows, part], k[:, :, windows])
+        entropy += torch.special.entr(weights).sum(dim=(1, 2, 3, 4))
+        slots = times[windows, part, None] * num_cells + cells[windows, None, :]
+        given.index_add_(1, slots.flatten(), weights.mean(dim=1).flatten(start_dim=1))
+    given = rearrange(given, "b (q t p) -> b q t p", q=query_places.num_times, p=key_places.num_places)
+    num_queries = query_tokens.numel()
+    return (
+        given / (num_queries / query_places.num_times),
+        entropy / (math.log(2) * attention.num_heads * num_queries),
+        key_tokens.shape[1],
+    )
+
+
+def window_tokens(
+    attention: CrossAttention, query_grid: Sequence[int], key_grid: Sequence[int]
+) -> tuple[Int[Tensor, "windows queries"], Int[Tensor, "windows keys"]]:
+    """Flat indices of the tokens of each window; grids are (frames, patches).
+
+    The model's own rearrangement is applied to the tokens' numbers, so it cannot be another one.
+    """
+
+    def tokens(grid: Sequence[int]) -> Tensor:
+        numbers = torch.arange(math.prod(grid), dtype=torch.float64).view(1, *grid, 1)
+        grouped = into_windows(
+            numbers,
+            attention.window,
+            num_heads=1,
+            num_places=min(query_grid[1], key_grid[1]),
+            grouping=attention.grouping,
+        )
+        return rearrange(grouped, "windows 1 tokens 1 -> windows tokens").long()
+
+    return tokens(query_grid), tokens(key_grid)
+
+
+def _weights(
+    q: Float[Tensor, "batch heads windows queries head_dim"], k: Float[Tensor, "batch heads windows keys head_dim"]
+) -> Float[Tensor, "batch heads windows queries keys"]:
+    with torch.autocast(q.device.type, enabled=False):  # the model may run under it; the maps stay float32
+        scores: Tensor = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        return scores.softmax(dim=-1)
+
+
+def _chunks(
+    q: Float[Tensor, "batch heads windows queries head_dim"], *, num_keys: int
+) -> Iterator[tuple[slice, slice]]:
+    """(windows, queries) a time: parts that make at most `_MOST_SCORES` weights, or a single query."""
+    batch, heads, num_windows, num_queries, _ = q.shape
+    queries_at_once = max(1, _MOST_SCORES // (batch * heads * num_keys))
+    windows_at_once = max(1, queries_at_once // num_queries)
+    for window in range(0, num_windows, windows_at_once):
+        for query in range(0, num_queries, queries_at_once):
+            yield slice(window, window + windows_at_once), slice(query, query + queries_at_once)

@@ -1,0 +1,240 @@
+"""A layer of the network: lateral connections, stochastic depth.
+
+Stochastic depth: a residual is dropped for whole clips at a time.
+
+Lateral connections: the layer-wise baseline of bottleneck cross-attention, a Linear of the other expert's tokens.
+
+One layer of the whole model: each expert's attention, then the exchange between experts, then each expert's FFN.
+
+For an expert with tokens X and an adapter pair of its own::
+
+    Y  = X + A + up(GELU(down(A)))        A = MHSA(LN(X))                 serial adapter
+    B  = Y + DropPath(B-CA(Y, the other experts' Y))
+    X' = B + FFN(LN(B)) + DropPath(0.5 * Adapter(LN(B)))                  parallel adapter
+
+The audio expert alone also drops its first sum: Y = X + DropPath(A + up(GELU(down(A)))).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ca2st.model.attention import zero_linear
+from ca2st.model.bottleneck import Bottleneck, BottleneckCrossAttention
+from ca2st.model.config import Fusion, ModelConfig
+from ca2st.model.experts import Adapter, EncoderLayer, Expert
+from ca2st.model.positions import TimeCodes
+from ca2st.model.structure import Bridge, BridgeName, ExpertName
+from ca2st.model.tokens import TokenGrid
+
+
+class DropPath(nn.Module):
+    """In training, set the residual of a clip to zero with probability `rate` and scale the kept ones by 1/(1-rate).
+
+    Draws come from torch's own generator, which the training loop seeds for every micro-batch. The rate is a buffer, so
+    that a compiled layer serves all layers instead of being compiled anew for every rate.
+    """
+
+    keep: Float[Tensor, ""]
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.register_buffer("keep", torch.tensor(1 - rate, dtype=torch.float32), persistent=False)
+
+    def forward(self, residual: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *rest"]:
+        """Drop or scale; the identity in evaluation."""
+        if not self.training:
+            return residual
+        shape = (residual.shape[0],) + (1,) * (residual.ndim - 1)
+        kept = torch.rand(shape, device=residual.device) < self.keep
+        return residual * (kept / self.keep).to(residual.dtype)
+
+
+def drop_path(rate: float) -> nn.Module:
+    """A `DropPath`, or the identity at rate 0."""
+    return DropPath(rate) if rate > 0 else nn.Identity()
+
+
+class LateralConnection(nn.Module):
+    """Each listening expert adds W(Y) of the speaker's tokens Y; W starts at zero and is D -> D, no bottleneck.
+
+    What the two grids share is matched, patch by patch and frame by frame; along an axis where they differ (audio has
+    no frames, a ResNet map other patches) the speaker's mean is added everywhere. cls and prefix tokens get nothing.
+    """
+
+    def __init__(self, config: ModelConfig, bridge: Bridge, grids: Mapping[ExpertName, TokenGrid]) -> None:  # noqa: ARG002  # as B-CA
+        super().__init__()
+        self.bridge = bridge
+        self.grids = {name: grids[name] for name in bridge.experts}
+        self.directions = cast(
+            "Mapping[str, nn.Linear]",
+            nn.ModuleDict({d.name: zero_linear(grids[d.keys].dim, grids[d.queries].dim) for d in bridge.directions}),
+        )
+
+    def forward(
+        self,
+        tokens: Mapping[ExpertName, Tensor],
+        bottlenecks: Mapping[ExpertName, Bottleneck],  # noqa: ARG002  # as B-CA
+        codes: TimeCodes | None,  # noqa: ARG002  # as B-CA
+    ) -> dict[ExpertName, Tensor]:
+        """Updates of the listening experts, to be added to their tokens `[batch, sequences, tokens, dim]`."""
+        split = {name: grid.split(tokens[name]) for name, grid in self.grids.items()}
+        updates: dict[ExpertName, Tensor] = {}
+        for direction in self.bridge.directions:
+            prefix, own = split[direction.queries]
+            heard = _matched(split[direction.keys][1], own)
+            update = self.directions[direction.name](heard).expand(*own.shape)
+            updates[direction.queries] = self.grids[direction.queries].join(prefix.new_zeros(prefix.shape), update)
+        return updates
+
+
+def _matched(
+    speaker: Float[Tensor, "batch frames patches dim"], listener: Float[Tensor, "batch own_frames own_patches own_dim"]
+) -> Float[Tensor, "batch _ _ dim"]:
+    for axis in (1, 2):
+        if speaker.shape[axis] != listener.shape[axis]:
+            speaker = speaker.mean(dim=axis, keepdim=True)
+    return speaker
+
+
+_PARALLEL_SCALE = 0.5
+EXCHANGES: dict[Fusion, type[BottleneckCrossAttention | LateralConnection]] = {
+    "cross_attention": BottleneckCrossAttention,
+    "lateral": LateralConnection,
+}
+"""The ways of fusion that exchange tokens between layers; the others have no bridges."""
+
+
+class AdaptedHalves(nn.Module):
+    """What is added to one expert's frozen layer: the halves before and after the exchange, with their adapters."""
+
+    def __init__(self, config: ModelConfig, expert: Expert, *, drop_path_rate: float) -> None:
+        super().__init__()
+        self.serial = Adapter(config.dim, config.adapter_dim, skip=True) if config.adapters else None
+        self.parallel = Adapter(config.dim, config.adapter_dim) if config.adapters else None
+        self.drop_attended = drop_path(drop_path_rate if expert.drops_attended else 0.0)
+        self.drop_parallel = drop_path(drop_path_rate)
+
+    def attend(
+        self, layer: nn.Module, tokens: Float[Tensor, "batch sequences tokens dim"]
+    ) -> Float[Tensor, "batch sequences tokens dim"]:
+        """Y from X; `layer` is an `EncoderLayer`."""
+        assert isinstance(layer, EncoderLayer)
+        attended: Tensor = layer.attention(layer.norm1(tokens))
+        if self.serial is not None:
+            attended = self.serial(attended)
+        residual: Tensor = self.drop_attended(attended)
+        return tokens + residual
+
+    def feed_forward(
+        self, layer: nn.Module, tokens: Float[Tensor, "batch sequences tokens dim"]
+    ) -> Float[Tensor, "batch sequences tokens dim"]:
+        """X' from B; `layer` is an `EncoderLayer`."""
+        assert isinstance(layer, EncoderLayer)
+        normed: Tensor = layer.norm2(tokens)
+        out: Tensor = tokens + layer.mlp(normed)
+        if self.parallel is not None:
+            out = out + self.drop_parallel(_PARALLEL_SCALE * self.parallel(normed))
+        return out
+
+
+class WholeLayer(nn.Module):
+    """An expert's layer that has no halves: it runs before the exchange, and nothing is added to it."""
+
+    def attend(
+        self, layer: nn.Module, tokens: Float[Tensor, "batch sequences tokens dim"]
+    ) -> Float[Tensor, "batch new_sequences new_tokens new_dim"]:
+        """The whole layer."""
+        out: Tensor = layer(tokens)
+        return out
+
+    def feed_forward(
+        self,
+        layer: nn.Module,  # noqa: ARG002  # as `AdaptedHalves`
+        tokens: Float[Tensor, "batch sequences tokens dim"],
+    ) -> Float[Tensor, "batch sequences tokens dim"]:
+        """Nothing is left to do."""
+        return tokens
+
+
+class HolisticLayer(nn.Module):
+    """Layer `index` of all experts together; owns everything that is added, not the experts' own layers."""
+
+    def __init__(
+        self, config: ModelConfig, experts: Mapping[ExpertName, Expert], bridges: Sequence[Bridge], *, index: int
+    ) -> None:
+        super().__init__()
+        rate = config.drop_path_rates()[index]
+        grids = {name: expert.grid_at(index) for name, expert in experts.items()}
+        self.parallel = config.combination == "parallel"
+        self.shared_bottleneck = config.shared_bottleneck
+        self.adapters = cast(
+            "Mapping[ExpertName, AdaptedHalves | WholeLayer]",
+            nn.ModuleDict(
+                {
+                    name: AdaptedHalves(config, expert, drop_path_rate=rate) if expert.adaptable else WholeLayer()
+                    for name, expert in experts.items()
+                }
+            ),
+        )
+        exchange = EXCHANGES[config.fusion] if bridges else BottleneckCrossAttention
+        narrowed = bridges if exchange is BottleneckCrossAttention else ()
+        self.bottlenecks = cast("Mapping[str, Bottleneck]", _bottlenecks(config, narrowed, grids))
+        self.bridges = cast(
+            "Mapping[BridgeName, BottleneckCrossAttention | LateralConnection]",
+            nn.ModuleDict({bridge.name: exchange(config, bridge, grids) for bridge in bridges}),
+        )
+        self.drop_update = drop_path(rate)
+
+    def forward(
+        self, tokens: dict[ExpertName, Tensor], layers: dict[ExpertName, nn.Module], codes: TimeCodes | None
+    ) -> dict[ExpertName, Tensor]:
+        """Tokens of the next layer. `layers` are the experts' own layers of this index."""
+        attended = {name: halves.attend(layers[name], tokens[name]) for name, halves in self.adapters.items()}
+        exchanged = self._parallel(attended, codes) if self.parallel else self._sequential(attended, codes)
+        return {name: halves.feed_forward(layers[name], exchanged[name]) for name, halves in self.adapters.items()}
+
+    def bottlenecks_of(self, bridge: Bridge) -> dict[ExpertName, Bottleneck]:
+        """The down/up pairs that the two experts of `bridge` use in this layer; lateral connections have none."""
+        names = {name: bottleneck_name(bridge.name, name, shared=self.shared_bottleneck) for name in bridge.experts}
+        return {name: self.bottlenecks[pair] for name, pair in names.items() if pair in self.bottlenecks}
+
+    def _sequential(self, tokens: dict[ExpertName, Tensor], codes: TimeCodes | None) -> dict[ExpertName, Tensor]:
+        for bridge in self.bridges.values():
+            updates = bridge(tokens, self.bottlenecks_of(bridge.bridge), codes)
+            tokens = tokens | {name: tokens[name] + self.drop_update(update) for name, update in updates.items()}
+        return tokens
+
+    def _parallel(self, tokens: dict[ExpertName, Tensor], codes: TimeCodes | None) -> dict[ExpertName, Tensor]:
+        gathered: dict[ExpertName, list[Tensor]] = {}
+        for bridge in self.bridges.values():
+            for name, update in bridge(tokens, self.bottlenecks_of(bridge.bridge), codes).items():
+                gathered.setdefault(name, []).append(update)
+        means = {name: torch.stack(updates).mean(dim=0) for name, updates in gathered.items()}
+        return tokens | {name: tokens[name] + self.drop_update(mean) for name, mean in means.items()}
+
+
+def bottleneck_name(bridge: BridgeName, expert: ExpertName, *, shared: bool) -> str:
+    """Name of the down/up pair that `expert` uses in `bridge`: one for all its bridges, or one for each."""
+    return expert if shared else f"{expert}_in_{bridge}"
+
+
+def _bottlenecks(
+    config: ModelConfig, bridges: Sequence[Bridge], grids: Mapping[ExpertName, TokenGrid]
+) -> nn.ModuleDict:
+    experts: dict[str, ExpertName] = {}
+    widens: dict[str, bool] = {}
+    for bridge in bridges:
+        for expert in bridge.experts:
+            name = bottleneck_name(bridge.name, expert, shared=config.shared_bottleneck)
+            experts[name] = expert
+            widens[name] = widens.get(name, False) or expert in bridge.updated
+    return nn.ModuleDict(
+        {
+            name: Bottleneck(grids[expert].dim, config.bottleneck_dim, widens=widens[name])
+            for name, expert in experts.items()
+        }
+    )

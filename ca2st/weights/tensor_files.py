@@ -1,0 +1,194 @@
+"""Tensors in safetensors files, read and compared strictly.
+
+Loading that never loads half: every tensor of the model is given, and every given tensor is used.
+
+Safetensors files: the only weights format that is read at run time. Nothing is ever unpickled.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ca2st.durable import write_bytes
+from ca2st.errors import EnvironmentFault, UserInputError
+from ca2st.weights.errors import WeightsDamageError, WeightsMismatchError
+
+_MOST_NAMES_IN_A_MESSAGE = 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadReport:
+    """Which names were used and which were not, sorted."""
+
+    loaded: tuple[str, ...]
+    """Tensors that went into the model."""
+    missing: tuple[str, ...]
+    """Tensors of the model that were not given, and that the caller allowed to be missing."""
+    unexpected: tuple[str, ...]
+    """Given tensors that the model does not have: known names that the method never uses."""
+
+
+def load_strictly(
+    module: nn.Module, state: Mapping[str, Tensor], *, where: str, allow_missing: Sequence[str] = ()
+) -> LoadReport:
+    """Copy `state` into `module`, all of it or nothing.
+
+    Tensors are cast to the module's type. `where` names the source in messages; `allow_missing` are patterns such as
+    `head.*`, each of which must match something that is missing.
+
+    Raises:
+        WeightsMismatchError: with the full list of what is missing, unexpected or of another shape.
+    """
+    own = module.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    allowed = _allowed(missing, allow_missing, where=where)
+    unexpected = sorted(state.keys() - own.keys())
+    reshaped = [
+        f"{name} expected {list(own[name].shape)}, found {list(state[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    problems = {
+        "missing": sorted(set(missing) - allowed),
+        "unexpected": unexpected,
+        "of another shape": reshaped,
+        "not of a floating-point type": sorted(
+            name for name, tensor in state.items() if not tensor.is_floating_point()
+        ),
+    }
+    refuse_mismatch(problems, where=where)
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+    return LoadReport(loaded=tuple(sorted(state)), missing=tuple(sorted(allowed)), unexpected=())
+
+
+def refuse_mismatch(problems: Mapping[str, Sequence[str]], *, where: str) -> None:
+    """Raise if any list of `problems` (what is wrong: names) is not empty.
+
+    Raises:
+        WeightsMismatchError: naming all kinds of problems.
+    """
+    told = [f"{len(names)} {what}: {_shortened(names)}" for what, names in problems.items() if names]
+    if told:
+        raise WeightsMismatchError(
+            f"{where}: expected exactly the tensors of the model, found {'; '.join(told)}. "
+            "Check that kind, sizes, clip and classes of the model are those of the file"
+        )
+
+
+def without_leading_ones(tensor: Tensor, num_dims: int) -> Tensor:
+    """Drop leading dimensions of size one until `num_dims` are left: published tables are `[1, tokens, dim]`."""
+    while tensor.ndim > num_dims and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    return tensor
+
+
+def _allowed(missing: Sequence[str], patterns: Sequence[str], *, where: str) -> set[str]:
+    matches = {pattern: {name for name in missing if fnmatchcase(name, pattern)} for pattern in patterns}
+    idle = sorted(pattern for pattern, names in matches.items() if not names)
+    if idle:
+        raise WeightsMismatchError(f"{where}: allow_missing patterns match nothing that is missing: {', '.join(idle)}")
+    return set().union(*matches.values())
+
+
+def _shortened(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_MOST_NAMES_IN_A_MESSAGE])
+    more = len(names) - _MOST_NAMES_IN_A_MESSAGE
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorFile:
+    """What a safetensors file holds."""
+
+    path: Path
+    """Where it was read."""
+    tensors: dict[str, Tensor]
+    """Tensors by name, on the CPU."""
+    metadata: dict[str, str]
+    """The header's free text fields."""
+
+
+def read_tensor_file(path: Path) -> TensorFile:
+    """Read all tensors of a safetensors file.
+
+    Raises:
+        UserInputError: there is no such file.
+        WeightsDamageError: the file is not a whole safetensors file.
+    """
+    if not path.is_file():
+        raise UserInputError(f"expected a safetensors file, found none at {path}; check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            return TensorFile(path=path, tensors=tensors, metadata=file.metadata() or {})
+    except SafetensorError as error:
+        raise WeightsDamageError(
+            f"{path}: expected a whole safetensors file, found: {error}; copy or convert it again"
+        ) from error
+
+
+def read_tensor_metadata(path: Path) -> dict[str, str]:
+    """The header's free text fields alone; raises as `read_tensor_file`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise WeightsDamageError(
+            f"{path}: expected a whole safetensors file, found: {error}; copy or convert it again"
+        ) from error
+
+
+def check_writable_name(out: Path, *, source: Path) -> None:
+    """Refuse a place that tensors cannot be written to, before any work is done.
+
+    Raises:
+        UserInputError: not a name of a safetensors file, a folder, or the file that is read.
+    """
+    if out.suffix != ".safetensors":
+        raise UserInputError(f"--out: expected a name that ends in .safetensors, found {out}")
+    if out.is_dir() or out.resolve() == source.resolve():
+        raise UserInputError(f"--out: expected a file other than the one that is read, found {out}")
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> str:
+    """Write tensors in the order of their names, whole or not at all; returns the sha256 of the file.
+
+    Raises:
+        EnvironmentFault: the file cannot be written.
+    """
+    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    data = safetensors.torch.save(ordered, metadata=dict(metadata))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot make the folder of {path}: {error.strerror}; choose another --out") from error
+    write_bytes(path, data, point="weights")
+    return hashlib.sha256(data).hexdigest()
+
+
+def checksum(tensor: Tensor) -> str:
+    """sha256 of a tensor's bytes in row-major order."""
+    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def check_finite(state: Mapping[str, Tensor], *, where: str) -> None:
+    """Refuse tensors with values that are no numbers; `where` names the file they come from.
+
+    Raises:
+        WeightsDamageError: naming the tensors.
+    """
+    broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise WeightsDamageError(
+            f"{where}: expected finite float32 values, found NaN or infinity in {len(broken)} tensors: "
+            f"{', '.join(broken[:8])}; fetch the file again"
+        )

@@ -1,0 +1,1 @@
+"""Which sample sits where: pure functions of manifest, settings, seed and epoch."""

@@ -1,0 +1,271 @@
+"""The plan of an epoch: which sample sits at which position, and which positions are a rank's.
+
+How many steps an epoch has, and which positions of each step are a rank's.
+
+The order of an epoch, as a pure function: (record, sources, epoch) -> which sample sits where in each batch.
+
+1. Each source (a shard set, or several read as one) is a line: its shards permuted, their samples end to end. A source
+   that is used up goes into its next pass, with a permutation of its own::
+
+       shard 2        shard 0              shard 1            shard 0 ...
+       |--------------|--------------------|---------| pass 1 |------------
+
+2. The epoch is a line of slots. Every slot reads one source (`MixtureOrder`): all of them the only one, or by weight.
+   The line is cut into `num_lanes` equal runs; a lane thus reads one run of each source's line, which is shuffled in
+   blocks of `shuffle_block` samples::
+
+       lane 0                 lane 1
+       |~~~~~~~~|~~~~~~~~|~~~~|~~~~~~~~|~~~~~~~~|~~~~|
+
+3. A batch takes the next `global_batch_size / num_lanes` positions of every lane. Position p of the batch belongs to
+   lane p * num_lanes // global_batch_size. With `repeats` R a pair of slots s0 s1 fills 2R positions: s0 s1 s0 s1 ...,
+   so that positions 2k and 2k+1, the partners of a mixup, are different slots.
+
+4. A rank reads a run of positions, hence a run of lanes, hence its own shards (`rank_positions`).
+
+No step but the fourth knows the number of ranks, so every world size reads the same global order, every rank makes
+the same number of steps, and any (epoch, step) can be computed without what came before. In memory: the shard
+table, one block a lane and source, and with class balance a byte a sample.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.errors import PlanError
+from pipelines.keyed_random import Key, block_quotas, permutation
+from pipelines.order.selection import PlanRecord, Remainder
+from pipelines.order.sources import MixtureOrder, SampleSource, SourcePasses
+
+
+def count_steps(num_samples: int, global_batch_size: int, *, remainder: Remainder) -> int:
+    """Batches of an epoch.
+
+    Raises:
+        PlanError: there are no samples, or with ``drop`` fewer than one batch.
+    """
+    if num_samples < (global_batch_size if remainder == "drop" else 1):
+        raise PlanError(
+            f"expected at least one batch of samples: global_batch_size {global_batch_size} (remainder {remainder}), "
+            f"found {num_samples} samples; convert more data or lower the batch"
+        )
+    return num_samples // global_batch_size if remainder == "drop" else -(-num_samples // global_batch_size)
+
+
+def require_enough_samples(*, num_samples: int, global_batch_size: int, world_size: int, remainder: Remainder) -> None:
+    """Refuse, before anything starts, a set that cannot feed every rank.
+
+    Raises:
+        PlanError: no samples, fewer samples than ranks, or with ``drop`` fewer than one batch; holds the three numbers.
+    """
+    least = max(1, world_size, global_batch_size if remainder == "drop" else 1)
+    if num_samples < least:
+        raise PlanError(
+            f"too few samples: {num_samples} samples, global_batch_size {global_batch_size}, world_size {world_size}; "
+            f"at least {least} samples are needed (remainder {remainder}): convert more data, lower the batch, or use "
+            "fewer ranks"
+        )
+
+
+def rank_positions(rank: int, world_size: int, *, global_batch_size: int, keep_pairs: bool) -> range:
+    """The positions of a global batch that belong to `rank`: a run, and together all of them, each once.
+
+    With `keep_pairs` (training) positions 2k and 2k+1, the partners of a mixup, stay on one rank: run borders are
+    even, and only the last position of an odd batch is without a partner. Without, runs differ by at most one.
+
+    Raises:
+        PlanError: the rank is outside the world, or a rank would get nothing.
+    """
+    unit = 2 if keep_pairs else 1
+    num_units = -(-global_batch_size // unit)
+    if not 0 <= rank < world_size:
+        raise PlanError(f"rank: expected 0 <= rank < world_size {world_size}, found {rank}")
+    if num_units < world_size:
+        what = "two positions (a mixup pair)" if keep_pairs else "one position"
+        raise PlanError(
+            f"global_batch_size {global_batch_size} on {world_size} ranks: every rank needs {what}; "
+            f"use a global batch of at least {unit * world_size} or fewer ranks"
+        )
+    first, last = (min(global_batch_size, unit * (edge * num_units // world_size)) for edge in (rank, rank + 1))
+    return range(first, last)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSamples:
+    """Some positions of one global batch, in order."""
+
+    shards: NDArray[np.int64]
+    """Index of each sample's shard in the shard table; the tables of several sets are laid end to end."""
+    rows: NDArray[np.int64]
+    """Row of each sample in its shard's index."""
+    repeats: NDArray[np.int64]
+    """Tells the readings of one sample in one epoch apart: no two have the same number, and the first copy of the
+    first reading of the first pass has 0."""
+    is_padding: NDArray[np.bool_]
+    """True where a sample is only there to fill the batch (it is repeated, and counts nowhere)."""
+
+
+class EpochPlan:
+    """The order of one epoch; see the module's text for the rules.
+
+    Not for several threads at once: it keeps the current block of every lane.
+    """
+
+    def __init__(
+        self,
+        record: PlanRecord,
+        sources: Sequence[SampleSource],
+        *,
+        epoch: int,
+        passes: Sequence[SourcePasses] | None = None,
+    ) -> None:
+        """Lay out the epoch. Several sources are mixed by the weights of `record.mixture`.
+
+        `passes`: the epoch's `source_passes`, where several plans of one epoch share them.
+
+        Raises:
+            PlanError: there are no samples, or with remainder ``drop`` fewer than one batch.
+        """
+        self._record, self._sources, self._epoch = record, sources, epoch
+        self.num_samples = epoch_length(record, sources)
+        """Slots of the epoch: its samples, `repeats` not counted."""
+        self.num_steps = count_steps(
+            self.num_samples * record.repeats, record.global_batch_size, remainder=record.remainder
+        )
+        """Batches of the epoch: the same on every rank."""
+        self._lane_starts = [lane * self.num_samples // record.num_lanes for lane in range(record.num_lanes + 1)]
+        self._mixture = MixtureOrder(
+            mixture_quotas(record, sources), key=("mixture", record.seed, epoch), most_blocks=2 * record.num_lanes + 2
+        )
+        self._lane_runs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._blocks: dict[tuple[int, int], tuple[int, NDArray[np.int64]]] = {}
+        self._passes = passes or source_passes(record, sources, epoch=epoch)
+
+    def samples(self, step: int, positions: range) -> PlannedSamples:
+        """The samples at `positions` of the global batch of `step`.
+
+        Raises:
+            PlanError: the step or a position lies outside the epoch.
+        """
+        batch, repeats = self._record.global_batch_size, self._record.repeats
+        if not (0 <= step < self.num_steps and 0 <= positions.start <= positions.stop <= batch):
+            raise PlanError(
+                f"expected a step below {self.num_steps} and positions within 0..{batch}, "
+                f"found step {step} and {positions}"
+            )
+        per_lane = batch // self._record.num_lanes
+        parts = [_EMPTY]
+        for lane, first, last in _runs_of_lanes(positions, per_lane):
+            pairs, inside = np.divmod(step * per_lane + np.arange(first, last), 2 * repeats)
+            parts.append((*self._lane_slots(lane, 2 * pairs + inside % 2), inside // 2))
+        sources, places, padding, copies = (np.concatenate(column) for column in zip(*parts, strict=True))
+        shards, rows, readings = self._look_up(sources, places)
+        return PlannedSamples(shards, rows, readings * repeats + copies, padding)
+
+    def _look_up(
+        self, sources: NDArray[np.int64], places: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Shard, row and number of the reading at places of the sources' lines."""
+        found = np.empty((3, len(places)), np.int64)
+        for source in np.unique(sources):
+            here = sources == source
+            found[:, here] = self._passes[source].at(places[here])
+        return found[0], found[1], found[2]
+
+    def _lane_slots(
+        self, lane: int, slots: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+        """Source and place on its line of a lane's slots, and which slots lie behind the lane's end."""
+        start, end = self._lane_starts[lane], self._lane_starts[lane + 1]
+        is_padding = slots >= end - start
+        held = np.minimum(start + np.minimum(slots, max(end - start - 1, 0)), self.num_samples - 1)
+        sources, places = self._mixture.at(held)
+        if self._record.shuffle_block and end > start:
+            for source in np.unique(sources):
+                here = sources == source
+                places[here] = self._shuffled(lane, int(source), places[here])
+        return sources, places, is_padding
+
+    def _shuffled(self, lane: int, source: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The places of a lane's run of a source, each exchanged within its block."""
+        firsts, ends = self._lane_run(lane)
+        first, length, size = int(firsts[source]), int(ends[source] - firsts[source]), self._record.shuffle_block
+        blocks, inside = np.divmod(places - first, size)
+        shuffled = np.empty_like(places)
+        for block in np.unique(blocks).tolist():
+            here = blocks == block
+            order = self._block(lane, source, block, min(size, length - block * size))
+            shuffled[here] = first + block * size + order[inside[here]]
+        return shuffled
+
+    def _lane_run(self, lane: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        if lane not in self._lane_runs:
+            first, end = (self._mixture.readings_before(self._lane_starts[edge]) for edge in (lane, lane + 1))
+            self._lane_runs[lane] = (first, end)
+        return self._lane_runs[lane]
+
+    def _block(self, lane: int, source: int, block: int, length: int) -> NDArray[np.int64]:
+        held, order = self._blocks.get((lane, source), (-1, None))
+        if held != block or order is None:
+            key: Key = ("block", self._record.seed, self._epoch, lane, block)
+            order = permutation((*key, source) if source else key, length)
+            self._blocks[lane, source] = (block, order)
+        return order
+
+
+_EMPTY = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.bool_), np.empty(0, np.int64))
+
+
+def source_passes(record: PlanRecord, sources: Sequence[SampleSource], *, epoch: int) -> list[SourcePasses]:
+    """The lines of an epoch, pass after pass: what takes time and memory in a plan."""
+    return [
+        SourcePasses(
+            source,
+            key=(record.seed, epoch),
+            number=number,
+            shuffled=record.shuffle_block > 0,
+            most_held=2 * record.num_lanes,  # a lane is in one pass, or in two where it crosses
+        )
+        for number, source in enumerate(sources)
+    ]
+
+
+def mixture_quotas(record: PlanRecord, sources: Sequence[SampleSource]) -> NDArray[np.int64]:
+    """Slots of each source in a block of the mixture.
+
+    Raises:
+        PlanError: there are several sources without a weight each, or a weight is too small.
+    """
+    if len(sources) == 1:
+        return np.ones(1, np.int64)
+    weights = [share.weight for share in record.mixture if share.weight is not None]
+    if len(weights) != len(sources):
+        raise PlanError(f"expected a weight for each of {len(sources)} sources, found {len(weights)}")
+    return block_quotas(weights)
+
+
+def epoch_length(record: PlanRecord, sources: Sequence[SampleSource]) -> int:
+    """Slots of an epoch: `epoch_samples`, or as many as one pass through every source reads.
+
+    With ``wrap`` rounded up to whole batches.
+    """
+    length = record.epoch_samples or sum(source.num_readings for source in sources)
+    if record.remainder != "wrap":
+        return length
+    per_batch = record.global_batch_size // record.repeats
+    return -(-length // per_batch) * per_batch
+
+
+def _runs_of_lanes(positions: range, per_lane: int) -> list[tuple[int, int, int]]:
+    """(lane, first, last) for each lane that `positions` touches; first and last count inside the lane's share."""
+    if not len(positions):
+        return []
+    lanes = range(positions.start // per_lane, (positions.stop - 1) // per_lane + 1)
+    edges = [positions.start, *(lane * per_lane for lane in lanes[1:]), positions.stop]
+    return [
+        (lane, first - lane * per_lane, last - lane * per_lane)
+        for lane, (first, last) in zip(lanes, pairwise(edges), strict=True)
+    ]

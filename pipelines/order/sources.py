@@ -1,0 +1,328 @@
+"""Sources of samples, their passes, and one reading of all indexes when a run starts.
+
+One source of samples, and its line: the samples of a pass end to end, shard after shard.
+
+Which source each slot of an epoch reads: exact shares in every block of slots, in a keyed order.
+
+The slots of an epoch are one line. It is cut into blocks; each holds the same number of slots of a source, its quota,
+in a random order keyed by the block::
+
+    quotas 2 : 1 (a real block is 64 slots or more)     | b a a | a a b | a b a | ...
+    reading number of a source:        a:  0 1    2 3      4 5        b: 0     1     2
+
+Hence the reading number of any slot, and how many slots of a source lie before it, follow from the block alone.
+Readings 0 .. length-1 of a source are its first pass, the next as many its second.
+
+One reading of all indexes when a run starts, for what selects or balances samples.
+
+Kept afterwards: four bytes a selected sample where some are left out, and two (four, beyond 65 536 classes) where
+classes are balanced. While it runs, a limit takes eight more.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ca2st.errors import UserInputError
+from pipelines.errors import ShardSetDamageError
+from pipelines.keyed_random import Key, permutation
+from pipelines.order.selection import BalanceConfig, ClassBalance, SampleSelector, SelectionConfig, key_ranks, smallest
+from pipelines.storage.shard_files import ShardStore, open_store, read_index_bytes
+from sharding.format.index import read_parquet
+from sharding.format.shard_set import LabelSpace, ShardEntry, ShardSet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SampleSource:
+    """Samples of neighbouring shards of the shard table that are drawn together."""
+
+    sizes: NDArray[np.int64]
+    """Samples of each shard, as far as they are selected."""
+    first_shard: int = 0
+    """Place of its first shard in the shard table."""
+    rows: NDArray[np.int32] | None = None
+    """Row of every selected sample in its shard's index, shard after shard; None: all rows."""
+    balance: ClassBalance | None = None
+    """How often each selected sample is read; None: once a pass."""
+    offsets: NDArray[np.int64] = field(init=False)
+    """Selected samples before each shard, and of all."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "offsets", np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)]))
+
+    @property
+    def num_samples(self) -> int:
+        """Selected samples."""
+        return int(self.offsets[-1])
+
+    @property
+    def num_readings(self) -> int:
+        """Readings of a pass."""
+        return self.num_samples if self.balance is None else self.balance.num_readings
+
+    @property
+    def most_readings(self) -> int:
+        """No pass reads a sample more often."""
+        return 1 if self.balance is None else self.balance.most_readings
+
+
+def plain_source(sizes: Sequence[int] | NDArray[np.int64]) -> SampleSource:
+    """All samples of shards of these sizes, each read once a pass."""
+    return SampleSource(sizes=np.asarray(sizes, dtype=np.int64))
+
+
+class SourceLine:
+    """One pass through a source. In memory: the shard table, and with class balance a byte or two a sample."""
+
+    def __init__(self, source: SampleSource, *, key: Key, shuffled: bool) -> None:
+        """`key` names the pass; its shards are permuted where `shuffled`."""
+        self._source, num_shards = source, len(source.sizes)
+        self._readings = None if source.balance is None else source.balance.readings(("balance", *key))
+        sizes = source.sizes if self._readings is None else _sums(self._readings, source)
+        self._shards = permutation(("shards", *key), num_shards) if shuffled else np.arange(num_shards)
+        self._starts = np.concatenate([[0], np.cumsum(sizes[self._shards], dtype=np.int64)])
+
+    def at(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Shard (in the shard table), row and reading (0: the pass's first of that sample) at `places` of the line."""
+        where = np.searchsorted(self._starts, places, side="right") - 1
+        shards, inside = self._shards[where], places - self._starts[where]
+        samples, readings = self._unfold(shards, inside)
+        rows = samples
+        if self._source.rows is not None:
+            rows = self._source.rows[self._source.offsets[shards] + samples].astype(np.int64)
+        return self._source.first_shard + shards, rows, readings
+
+    def _unfold(
+        self, shards: NDArray[np.int64], inside: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Sample and reading of it, for places inside the shards where a sample takes as many as it is read."""
+        if self._readings is None:
+            return inside, np.zeros_like(inside)
+        samples, readings = np.empty_like(inside), np.empty_like(inside)
+        for shard in np.unique(shards):
+            here = shards == shard
+            first, last = self._source.offsets[shard], self._source.offsets[shard + 1]
+            ends = np.cumsum(self._readings[first:last], dtype=np.int64)
+            samples[here] = np.searchsorted(ends, inside[here], side="right")
+            readings[here] = inside[here] - (ends - self._readings[first:last])[samples[here]]
+        return samples, readings
+
+
+class SourcePasses:
+    """The endless line of a source, pass after pass; keeps the passes in use. Safe to use from several threads."""
+
+    def __init__(self, source: SampleSource, *, key: Key, number: int, shuffled: bool, most_held: int) -> None:
+        """`key` names the epoch, `number` the source in it; `most_held` passes are kept."""
+        self._source, self._key, self._number, self._shuffled = source, key, number, shuffled
+        self._most_held, self._lock = most_held, threading.Lock()
+        self._held: OrderedDict[int, SourceLine] = OrderedDict()
+
+    def at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Shard, row and number of the reading at `places`: [3, places]."""
+        passes, inside = np.divmod(places, self._source.num_readings)
+        found = np.empty((3, len(places)), np.int64)
+        for number in np.unique(passes).tolist():
+            here = passes == number
+            found[:, here] = self._line(number).at(inside[here])
+            found[2, here] += number * self._source.most_readings
+        return found
+
+    def _line(self, number: int) -> SourceLine:
+        with self._lock:
+            if number not in self._held:
+                key = (*self._key, self._number, number) if self._number or number else self._key
+                self._held[number] = SourceLine(self._source, key=key, shuffled=self._shuffled)
+            self._held.move_to_end(number)
+            while len(self._held) > self._most_held:
+                self._held.popitem(last=False)
+            return self._held[number]
+
+
+def _sums(readings: NDArray[np.integer], source: SampleSource) -> NDArray[np.int64]:
+    """Readings of every shard."""
+    sums, filled = np.zeros(len(source.sizes), np.int64), np.flatnonzero(source.sizes)
+    if len(filled):
+        sums[filled] = np.add.reduceat(readings, source.offsets[filled], dtype=np.int64)
+    return sums
+
+
+class MixtureOrder:
+    """Sources by slot. Not for several threads at once: it keeps the blocks in use."""
+
+    def __init__(self, quotas: NDArray[np.int64], *, key: Key, most_blocks: int) -> None:
+        """`quotas`: slots of each source in one block; `most_blocks`: blocks kept, each a few kilobytes."""
+        self._quotas, self._key, self._most_blocks = quotas, key, most_blocks
+        self._block_size = int(quotas.sum())
+        self._blocks: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = OrderedDict()
+
+    @property
+    def num_sources(self) -> int:
+        """Sources that are mixed."""
+        return len(self._quotas)
+
+    def at(self, slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The source of each slot, and the how-many-th reading of that source it is."""
+        if self.num_sources == 1:
+            return np.zeros_like(slots), slots
+        sources, readings = np.empty_like(slots), np.empty_like(slots)
+        blocks, inside = np.divmod(slots, self._block_size)
+        for block in np.unique(blocks):
+            here = blocks == block
+            order, numbers = self._block(int(block))
+            sources[here] = order[inside[here]]
+            readings[here] = block * self._quotas[sources[here]] + numbers[inside[here]]
+        return sources, readings
+
+    def readings_before(self, slot: int) -> NDArray[np.int64]:
+        """How many slots of each source lie before `slot`."""
+        if self.num_sources == 1:
+            return np.array([slot])
+        block, inside = divmod(slot, self._block_size)
+        partial = np.bincount(self._block(block)[0][:inside], minlength=self.num_sources)
+        return block * self._quotas + partial
+
+    def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Source of every slot of a block, and its number among the block's slots of that source."""
+        if block not in self._blocks:
+            stored = np.repeat(np.arange(self.num_sources), self._quotas)
+            order = stored[permutation((*self._key, block), self._block_size)]
+            numbers = np.empty_like(order)
+            for source in range(self.num_sources):
+                numbers[order == source] = np.arange(self._quotas[source])
+            self._blocks[block] = (order, numbers)
+        self._blocks.move_to_end(block)
+        while len(self._blocks) > self._most_blocks:
+            self._blocks.popitem(last=False)
+        return self._blocks[block]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scanned:
+    """The selected samples of all sets, shard after shard."""
+
+    sizes: NDArray[np.int64]
+    """How many of each shard."""
+    rows: NDArray[np.int32]
+    balanced: NDArray[np.integer]
+    """Label of the balanced target; empty where none is balanced."""
+
+
+def make_sources(
+    groups: Sequence[Sequence[ShardSet]],
+    *,
+    first_target: str,
+    selection: SelectionConfig,
+    balance: BalanceConfig,
+) -> tuple[SampleSource, ...]:
+    """One source a group of shard sets, in the order of the sets. Indexes are read only where they are needed.
+
+    Raises:
+        UserInputError: a name of the selection matches nothing, or a group is left without samples; says which.
+        ShardSetDamageError: an index is missing or damaged.
+    """
+    sizes = [_stored_sizes(group) for group in groups]
+    firsts = np.cumsum([0, *map(len, sizes)]).tolist()
+    if selection.is_everything and balance.rule == "none":
+        return tuple(SampleSource(sizes=own, first_shard=first) for own, first in zip(sizes, firsts[:-1], strict=True))
+    scanned = _scan([one for group in groups for one in group], first_target, selection, balance)
+    edges = np.concatenate([[0], np.cumsum(scanned.sizes)])[firsts]
+    sources = []
+    for index, group in enumerate(groups):
+        shards, samples = slice(*firsts[index : index + 2]), slice(*edges[index : index + 2].tolist())
+        if samples.start == samples.stop:
+            raise UserInputError(f"data.select: no sample of {group[0].where} is selected; leave the set out")
+        sources.append(
+            SampleSource(
+                sizes=scanned.sizes[shards],
+                first_shard=shards.start,
+                rows=None if selection.is_everything else scanned.rows[samples],
+                balance=None if balance.rule == "none" else ClassBalance(scanned.balanced[samples], balance),
+            )
+        )
+    return tuple(sources)
+
+
+def _stored_sizes(group: Sequence[ShardSet]) -> NDArray[np.int64]:
+    return np.array([shard.num_samples for shard_set in group for shard in shard_set.shards], dtype=np.int64)
+
+
+def _scan(
+    shard_sets: Sequence[ShardSet], first_target: str, selection: SelectionConfig, balance: BalanceConfig
+) -> _Scanned:
+    spaces = [selection.target or first_target, balance.target or first_target]
+    selected, balanced = (shard_sets[0].manifest.label_space(name) for name in spaces)
+    selector = SampleSelector(selection, selected.classes)
+    kind = np.uint16 if len(balanced.classes) <= 1 << 16 else np.uint32
+    rows: list[NDArray[np.int32]] = []
+    ranks: list[NDArray[np.uint64]] = []
+    classes: list[NDArray[np.integer]] = []
+    for keys, labels in _shards(shard_sets, (selected.name, balanced.name), with_keys=selection.needs_keys):
+        chosen = np.flatnonzero(selector.mask(keys, labels[0])).astype(np.int32)
+        rows.append(chosen)
+        if balance.rule != "none":
+            classes.append(labels[1][chosen].astype(kind))
+        if selection.limit is not None and keys is not None:
+            ranks.append(key_ranks((keys[row] for row in chosen), limit_seed=selection.limit_seed))
+    sizes = np.array([len(one) for one in rows], np.int64)
+    selector.require_matches(int(sizes.sum()))
+    whole = _Scanned(
+        sizes=sizes,
+        rows=np.concatenate([np.empty(0, np.int32), *rows]),
+        balanced=np.concatenate([np.empty(0, kind), *classes]),
+    )
+    return whole if selection.limit is None else _limited(whole, smallest(np.concatenate(ranks), selection.limit))
+
+
+def _limited(whole: _Scanned, mask: NDArray[np.bool_]) -> _Scanned:
+    ends = np.concatenate([[0], np.cumsum(mask)])[np.cumsum(whole.sizes)]
+    return _Scanned(
+        sizes=np.diff(ends, prepend=0),
+        rows=whole.rows[mask],
+        balanced=whole.balanced[mask] if len(whole.balanced) else whole.balanced,
+    )
+
+
+def _shards(
+    shard_sets: Sequence[ShardSet], names: Sequence[str], *, with_keys: bool
+) -> Iterator[tuple[list[str] | None, list[NDArray[np.int64]]]]:
+    """Keys and the labels of the named spaces, shard by shard."""
+    for shard_set in shard_sets:
+        store = open_store(shard_set)
+        spaces = [shard_set.manifest.label_space(name) for name in names]
+        columns = [shard_set.manifest.label_spaces.index(space) for space in spaces]
+        for shard in shard_set.shards:
+            keys, labels = _columns(shard_set, shard, store, with_keys=with_keys)
+            yield (
+                keys,
+                [_checked(labels[:, column], space, shard) for column, space in zip(columns, spaces, strict=True)],
+            )
+
+
+def _checked(labels: NDArray[np.int64], space: LabelSpace, shard: ShardEntry) -> NDArray[np.int64]:
+    if len(labels) and not (labels.min() >= 0 and labels.max() < len(space.classes)):
+        raise ShardSetDamageError(
+            f"{shard.index_name}: expected a {space.name} of 0..{len(space.classes) - 1} in every row, found "
+            f"{labels.min()}..{labels.max()}; convert the set again"
+        )
+    return labels
+
+
+def _columns(
+    shard_set: ShardSet, shard: ShardEntry, store: ShardStore, *, with_keys: bool
+) -> tuple[list[str] | None, NDArray[np.int64]]:
+    wanted = ["key", "labels"] if with_keys else ["labels"]
+    try:
+        data = read_index_bytes(shard_set, shard, store=store)
+        table = read_parquet(data, columns=wanted, num_rows=shard.num_samples)
+        flat = table.column("labels").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        labels = flat.astype(np.int64).reshape(shard.num_samples, len(shard_set.manifest.label_spaces))
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise ShardSetDamageError(
+            f"{shard.index_name}: not this shard's index ({error}); convert the set again"
+        ) from error
+    return (table.column("key").to_pylist() if with_keys else None), labels

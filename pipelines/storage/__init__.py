@@ -1,0 +1,1 @@
+"""Shards and their bytes: local files, the cache of remote sets, indexes, members by range."""

@@ -1,0 +1,192 @@
+"""The per-shard index as a reader needs it: one `SampleEntry` a row, checked before anything trusts it."""
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipelines.errors import SampleDamageError, ShardSetDamageError
+from pipelines.storage.shard_files import ShardStore, read_index_bytes
+from sharding.format.index import decode_index
+from sharding.format.shard_set import ShardEntry, ShardSet
+from sharding.media.codecs import StoredCodec, stored_codec
+
+_KEY = re.compile(r"[a-z0-9_-]{1,80}")
+_LISTS = ("labels", "frame_bytes", "frame_ticks", "frame_xxh32")
+_RANGES = ("video_offset", "video_bytes", "frame_data_offset", "mel_offset", "mel_bytes")
+_NUMBERS = (*_RANGES, "num_frames", "mel_rows", "mel_xxh64", "video_xxh64")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleEntry:
+    """Where the bytes of one sample are, and what they must be."""
+
+    shard: ShardEntry
+    key: str
+    labels: tuple[int, ...]
+    """One a label space of the manifest."""
+    has_audio: bool
+    mel_rows: int
+    mel_offset: int
+    mel_bytes: int
+    mel_xxh64: int
+    codec: StoredCodec
+    video_offset: int
+    video_bytes: int
+    video_xxh64: int
+    frame_offsets: NDArray[np.int64]
+    """Start of every frame in the shard, and the end of the last; of no use where frames have no bytes of their own."""
+    frame_ticks: NDArray[np.int32]
+    """Time of every frame in 1/90000 s from the sample's first moment."""
+    frame_xxh32: NDArray[np.uint32]
+    """Empty where frames have no bytes of their own."""
+
+    @property
+    def num_frames(self) -> int:
+        """Stored frames."""
+        return len(self.frame_ticks)
+
+    @property
+    def where(self) -> str:
+        """Shard and key, for messages."""
+        return f"{self.shard.name}, sample {self.key}"
+
+
+class ShardIndex:
+    """The rows of one shard's index, held as the arrays of its table."""
+
+    def __init__(self, shard: ShardEntry, table: pa.Table, *, num_labels: int, codec: StoredCodec) -> None:
+        """Take the columns as NumPy arrays; by DLPack, as pyarrow's `to_numpy` would import pandas first.
+
+        Raises:
+            ShardSetDamageError: it has another number of rows, or places with nothing in them.
+        """
+        if table.num_rows != shard.num_samples:
+            raise ShardSetDamageError(
+                f"{shard.index_name}: expected {shard.num_samples} rows, found {table.num_rows}; convert the set again"
+            )
+        self.nbytes = int(table.nbytes)
+        self._shard, self._num_labels, self._codec = shard, num_labels, codec
+        columns: dict[str, Any] = {name: table.column(name).combine_chunks() for name in table.column_names}
+        _refuse_empty_places(shard, columns)
+        self._keys, self._has_audio = columns["key"], columns["has_audio"]
+        self._numbers = {name: np.from_dlpack(columns[name]) for name in _NUMBERS}
+        self._lists: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {
+            name: (np.from_dlpack(columns[name].offsets), np.from_dlpack(columns[name].values)) for name in _LISTS
+        }
+
+    def entry(self, row: int) -> SampleEntry:
+        """The sample of that row.
+
+        Raises:
+            SampleDamageError: the row contradicts itself, the manifest or the shard's size.
+        """
+        value: dict[str, Any] = {name: column.item(row) for name, column in self._numbers.items()}
+        value |= {"key": self._keys[row].as_py(), "has_audio": self._has_audio[row].as_py()}
+        arrays = {name: values[offsets[row] : offsets[row + 1]] for name, (offsets, values) in self._lists.items()}
+        self._check(value, arrays)
+        offsets_in_data = np.concatenate([[0], np.cumsum(arrays["frame_bytes"], dtype=np.int64)])
+        return SampleEntry(
+            shard=self._shard,
+            key=value["key"],
+            labels=tuple(arrays["labels"].tolist()),
+            has_audio=value["has_audio"],
+            mel_rows=value["mel_rows"],
+            mel_offset=value["mel_offset"],
+            mel_bytes=value["mel_bytes"],
+            mel_xxh64=value["mel_xxh64"],
+            codec=self._codec,
+            video_offset=value["video_offset"],
+            video_bytes=value["video_bytes"],
+            video_xxh64=value["video_xxh64"],
+            frame_offsets=value["video_offset"] + value["frame_data_offset"] + offsets_in_data,
+            frame_ticks=arrays["frame_ticks"],
+            frame_xxh32=arrays["frame_xxh32"],
+        )
+
+    def sample_ids(self) -> list[str]:
+        """Keys of all rows, in stored order."""
+        return list(self._keys.to_pylist())
+
+    def _check(self, value: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+        frames, ticks, shard_bytes = arrays["frame_bytes"], arrays["frame_ticks"], self._shard.bytes
+        num_ranges = value["num_frames"] if self._codec.has_frame_ranges else 0
+        rules = {
+            "a key of [a-z0-9_-], 1 to 80 characters": bool(_KEY.fullmatch(value["key"])),
+            f"{self._num_labels} labels": len(arrays["labels"]) == self._num_labels,
+            "byte ranges of whole numbers >= 0": all(value[name] >= 0 for name in _RANGES),
+            "at least one frame, none empty": value["num_frames"] > 0 and bool((frames > 0).all()),
+            "as many sizes, times and checksums as num_frames"
+            + ("" if num_ranges else f" (times alone for {self._codec.name})"): (
+                len(frames),
+                len(ticks),
+                len(arrays["frame_xxh32"]),
+            )
+            == (num_ranges, value["num_frames"], num_ranges),
+            "frame times >= 0 that never go back": bool((ticks[:1] >= 0).all() and (ticks[1:] >= ticks[:-1]).all()),
+            "frames inside the video": value["frame_data_offset"] + int(frames.sum(dtype=np.int64))
+            <= value["video_bytes"],
+            "a video inside the shard, not empty": 0 < value["video_bytes"] <= shard_bytes - value["video_offset"],
+            "a spectrogram, not empty, inside the shard": 0 < value["mel_bytes"] <= shard_bytes - value["mel_offset"],
+            "spectrogram rows >= 0, and 0 without audio": value["mel_rows"] >= 0
+            and (value["has_audio"] or not value["mel_rows"]),
+        }
+        if broken := [rule for rule, holds in rules.items() if not holds]:
+            raise SampleDamageError(
+                f"{self._shard.index_name}, sample {value['key']!r}: expected {'; '.join(broken)}; "
+                "convert the set again"
+            )
+
+
+def _refuse_empty_places(shard: ShardEntry, columns: Mapping[str, Any]) -> None:
+    for name, column in columns.items():
+        if empty := column.null_count or (column.values.null_count if name in _LISTS else 0):
+            raise ShardSetDamageError(
+                f"{shard.index_name}: {name}: expected a value in every row, found {empty} empty places; "
+                "convert the set again"
+            )
+
+
+class ShardIndexCache:
+    """Indexes read on first use, the least recently used dropped beyond `most_bytes`."""
+
+    def __init__(self, shard_set: ShardSet, *, most_bytes: int, store: ShardStore | None = None) -> None:
+        self._shard_set, self._most_bytes, self._store = shard_set, most_bytes, store
+        self._lock = threading.Lock()
+        self._held: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._bytes = 0
+
+    def entry(self, shard: int, row: int) -> SampleEntry:
+        """The sample at `row` of the shard at `shard` in the shard table; raises as `ShardIndex` and its reading."""
+        return self._index(shard).entry(row)
+
+    def sample_ids(self) -> list[str]:
+        """Keys of the whole set in stored order; raises as `entry`."""
+        return [key for shard in range(len(self._shard_set.shards)) for key in self._index(shard).sample_ids()]
+
+    def _index(self, shard: int) -> ShardIndex:
+        with self._lock:
+            index = self._held.get(shard)
+            if index is None:
+                index = self._held[shard] = self._load(self._shard_set.shards[shard])
+                self._bytes += index.nbytes
+            self._held.move_to_end(shard)
+            while len(self._held) > 1 and self._bytes > self._most_bytes:
+                self._bytes -= self._held.popitem(last=False)[1].nbytes
+        return index
+
+    def _load(self, shard: ShardEntry) -> ShardIndex:
+        data = read_index_bytes(self._shard_set, shard, store=self._store)
+        try:
+            table = decode_index(data)
+        except (pa.ArrowException, ValueError) as error:
+            raise ShardSetDamageError(f"{shard.index_name}: not an index ({error}); convert the set again") from error
+        manifest = self._shard_set.manifest
+        codec = stored_codec(manifest.video.codec)
+        return ShardIndex(shard, table, num_labels=len(manifest.label_spaces), codec=codec)

@@ -1,0 +1,302 @@
+"""Ray's job server: jobs sent, followed.
+
+The job server of a Ray cluster: found, asked for its token, and its refusals told.
+
+A job's log as it is written, and how the job ended.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+from ca2st.errors import CA2STError, EnvironmentFault, UserInputError
+from ray_jobs.cluster.ray_access import HOW_TO_GET_A_TOKEN, PORTS, RayAccess, first_line, who_listens
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+_ANSWER_SECONDS = 2.2
+_REFUSALS = (401, 403)
+_REFUSED_TO_CONNECT = "NewConnectionError"
+
+
+class JobDetails(Protocol):
+    """What Ray tells of a job; as much of it as is read here."""
+
+    @property
+    def status(self) -> Any:
+        """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+
+    @property
+    def message(self) -> str | None:
+        """What Ray says about the status; of a failed driver also the end of its log."""
+
+    @property
+    def error_type(self) -> str | None:
+        """Ray's name for what failed."""
+
+    @property
+    def driver_exit_code(self) -> int | None:
+        """The driver's exit code, negative for a signal; None where it never ended by itself."""
+
+
+class JobClient(Protocol):
+    """As much of Ray's JobSubmissionClient as is used here."""
+
+    def submit_job(
+        self, *, entrypoint: str, submission_id: str, runtime_env: dict[str, Any], metadata: dict[str, str]
+    ) -> str:
+        """Send a job; returns its submission id."""
+
+    def get_job_info(self, job_id: str, /) -> JobDetails:
+        """The job's status and how it ended."""
+
+    def tail_job_logs(self, job_id: str, /) -> AsyncIterator[str]:
+        """The driver's log from its beginning, in pieces, until the job has ended."""
+
+    def get_address(self) -> str:
+        """The server that is really talked to."""
+
+
+def connect(address: str, *, access: RayAccess, ca_file: "Path | None" = None) -> JobClient:
+    """A client of the job server at `address`, ``http://HOST:8265`` or https.
+
+    Raises:
+        UserInputError: no such address, no or another token, or a server that asks for none.
+        EnvironmentFault: no answer.
+    """
+    check_address(address)
+    access.check(address)
+    verify: bool | str = True if ca_file is None else str(ca_file)
+    check_server(address, access, verify=verify)
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray.job_submission import JobSubmissionClient
+
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    with told_refusals(address):
+        client = JobSubmissionClient(address, verify=verify)
+    if client.get_address() != address.rstrip("/"):
+        raise UserInputError(
+            f"--address {address}: RAY_API_SERVER_ADDRESS or RAY_ADDRESS would send the job to "
+            f"{client.get_address()}; unset it or give that address"
+        )
+    return client
+
+
+def check_address(address: str) -> None:
+    """Refuse what has not the form of a job server's address.
+
+    Raises:
+        UserInputError: it has not.
+    """
+    try:
+        parts = urlsplit(address)
+        fits = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+    except ValueError:  # brackets or a port that are none
+        fits = False
+    if not fits:
+        raise UserInputError(
+            f"--address {address}: expected the address of the cluster's dashboard, for example http://HEAD:8265"
+        )
+
+
+def check_server(address: str, access: RayAccess, *, verify: bool | str) -> None:
+    """Make sure within seconds that a job server answers at `address`, takes our token, and nobody without one.
+
+    Raises:
+        UserInputError: it takes jobs from anybody and that is not accepted, or refuses our token, or is no job server.
+        EnvironmentFault: no answer.
+    """
+    import requests
+
+    place = address.rstrip("/")
+    with told_refusals(address):
+        try:
+            answer = requests.get(f"{place}/api/jobs/", timeout=_ANSWER_SECONDS, verify=verify)
+            if answer.status_code in _REFUSALS:
+                shown = {"Authorization": f"Bearer {access.shown_token}"}
+                version = f"{place}/api/version"
+                answer = requests.get(version, timeout=_ANSWER_SECONDS, verify=verify, headers=shown)
+            elif answer.ok and not access.accept_open:
+                raise UserInputError(f"Ray at {address}: takes jobs from anybody; {HOW_TO_GET_A_TOKEN}")
+        except requests.ConnectionError as error:
+            if _REFUSED_TO_CONNECT not in type(getattr(error.args[0], "reason", None)).__name__:
+                _tell_cluster_port(address, access)
+            raise
+    if answer.status_code in _REFUSALS:
+        raise UserInputError(f"Ray at {address}: refuses our token ({answer.status_code}); {HOW_TO_GET_A_TOKEN}")
+    if not answer.ok:
+        raise UserInputError(
+            f"Ray at {address}: expected the cluster's dashboard, found a web server that answers "
+            f"{answer.status_code}; {PORTS}"
+        )
+
+
+def _tell_cluster_port(address: str, access: RayAccess) -> None:
+    """Refuse an address that is the cluster's own port, or another of Ray's, which do not speak HTTP."""
+    parts = urlsplit(address)
+    try:
+        listener = who_listens(parts.hostname or "", parts.port or 80, token=access.shown_token)
+    except OSError:
+        return
+    if listener not in ("web server", "silent"):
+        raise UserInputError(f"Ray at {address}: expected the cluster's dashboard, found another of its ports; {PORTS}")
+
+
+@contextmanager
+def told_refusals(address: str) -> Iterator[None]:
+    """Ray's and the network's errors as ours, with what to do."""
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except AuthenticationError as error:
+        raise UserInputError(
+            f"Ray at {address}: refuses our token ({first_line(error)}); {HOW_TO_GET_A_TOKEN}"
+        ) from error
+    except OSError as error:  # requests' errors are OSErrors too
+        raise EnvironmentFault(
+            f"Ray at {address}: no answer ({first_line(error)}); is the cluster up, with its dashboard, and is "
+            "this its address? From outside its network: a tunnel or the VPN"
+        ) from error
+    except RuntimeError as error:
+        raise EnvironmentFault(f"Ray at {address}: {first_line(error)}") from error
+
+
+def runtime_env(env_vars: Mapping[str, str], *, working_dir: "Path") -> dict[str, Any]:
+    """Ray's runtime environment of a job: variables, and an archive as the working directory of every process."""
+    return {"working_dir": str(working_dir), "env_vars": dict(env_vars)}
+
+
+Show = Callable[[str], None]
+
+_TERMINATED = 143
+_KILLED = 137
+_COMMAND_NOT_FOUND = 127
+_LOST_DRIVER = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE")
+
+
+class JobFailedError(CA2STError):
+    """A job that did not end well; carries the exit code of its driver."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]  # the driver's own code instead of the class's
+
+
+class JobUnreachableError(EnvironmentFault):
+    """The job's server stays away; the job may well go on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Patience:
+    """How long a server may not answer, and how often it is asked."""
+
+    attempts: int = 12
+    """Attempts one after the other without an answer before we give up."""
+    pause_seconds: float = 1.0
+    """Before the second attempt; doubled each time."""
+    longest_pause_seconds: float = 30.0
+    """But never longer than this: in all about five minutes."""
+    quiet_seconds: float = 60.0
+    """A log that is silent for this long is opened anew: a connection can be dead without a sign."""
+
+    def pause(self, failures: int) -> float:
+        """Seconds before the next attempt after so many failures."""
+        return min(self.longest_pause_seconds, self.pause_seconds * 2.0 ** max(0, failures - 1))
+
+
+def follow(client: JobClient, job_id: str, *, show: Show, patience: Patience) -> JobDetails:
+    """Show the job's log from its beginning to its end, whatever the connection does; then how the job ended.
+
+    Raises:
+        JobUnreachableError: the server stays away; the job may well go on.
+    """
+    log = _Log(client, job_id, show)
+    failures = 0
+    while True:
+        try:
+            asyncio.run(log.show_rest(quiet_seconds=patience.quiet_seconds))
+            details = client.get_job_info(job_id)
+        except _connection_errors() as error:
+            failures += 1
+            if failures >= patience.attempts:
+                raise JobUnreachableError(
+                    f"job {job_id}: its server does not answer ({first_line(error)}); the job may go on without us"
+                ) from error
+        else:
+            failures = 0
+            if details.status.is_terminal():
+                return details
+        time.sleep(patience.pause(failures))
+
+
+def _connection_errors() -> tuple[type[Exception], ...]:
+    """What a lost connection looks like: Ray's own error, requests' and the system's, and the web socket's."""
+    import aiohttp
+
+    return (RuntimeError, OSError, aiohttp.ClientError)
+
+
+class _Log:
+    """A job's log, of which every character is shown once: a new connection begins at the beginning again."""
+
+    def __init__(self, client: JobClient, job_id: str, show: Show) -> None:
+        self._client, self._job_id, self._show = client, job_id, show
+        self._num_shown = 0
+
+    async def show_rest(self, *, quiet_seconds: float) -> None:
+        """Show what was not shown, until the log ends or is silent for `quiet_seconds`."""
+        place = 0
+        pieces = self._client.tail_job_logs(self._job_id)
+        while True:
+            try:
+                async with asyncio.timeout(quiet_seconds):
+                    piece = await anext(pieces)
+            except (StopAsyncIteration, TimeoutError):
+                return
+            place += len(piece)
+            if (num_new := place - self._num_shown) > 0:
+                self._show(piece[-num_new:])
+                self._num_shown = place
+
+
+def exit_code(details: JobDetails) -> int:
+    """What `ca2st submit` ends with: the driver's own code, 128 + the signal that ended it, or what Ray tells."""
+    status, code = str(details.status), details.driver_exit_code
+    if status == "SUCCEEDED":
+        return 0
+    if status == "STOPPED":
+        return _TERMINATED
+    if code is None:
+        return EnvironmentFault.exit_code
+    return code if code > 0 else 128 - code
+
+
+def was_lost(details: JobDetails) -> bool:
+    """Whether the driver was killed or lost with its node: the same job, sent again, goes on where it was."""
+    if str(details.status) != "FAILED":
+        return False
+    if details.driver_exit_code is None:
+        return details.error_type in _LOST_DRIVER
+    return details.driver_exit_code < 0 or details.driver_exit_code == _KILLED
+
+
+def failure(details: JobDetails, job_id: str) -> JobFailedError:
+    """The error of a job that did not succeed; what its driver said is in its log, shown before."""
+    code = exit_code(details)
+    if str(details.status) == "STOPPED":
+        return JobFailedError(f"job {job_id} was stopped; submit the same command again to resume", code)
+    if details.driver_exit_code is None:
+        return JobFailedError(f"job {job_id} failed: {(details.message or 'Ray does not say why').strip()}", code)
+    hint = "see its log above"
+    if was_lost(details):
+        hint = "its driver was killed; submit the same command again to resume, or let --resubmit N do so"
+    elif code == _COMMAND_NOT_FOUND:
+        hint = "the head node has no such interpreter: name the one that has Ray by --python PATH"
+    return JobFailedError(f"job {job_id} failed with exit code {code}; {hint}", code)

@@ -1,0 +1,334 @@
+"""Joining a Ray cluster: its address probed, its token, its refusal in words.
+
+What listens at an address of a Ray cluster, asked in under five seconds: Ray itself waits for minutes in vain.
+
+A Ray of this machine's own, or a cluster that asks for a token.
+
+Whoever reaches an open Ray cluster runs code on it, so an open one is neither started nor joined unless the user
+says so. A token travels in clear text: over networks of others it needs a tunnel or TLS.
+"""
+
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ca2st.errors import EnvironmentFault, UserInputError
+from ray_jobs import environment
+
+if TYPE_CHECKING:
+    import grpc  # type: ignore[import-untyped]  # it ships no stubs
+
+
+Listener = Literal["cluster", "open cluster", "another token", "web server", "another part of Ray", "silent"]
+
+PORTS = (
+    "a cluster's ports: 6379 (`ray start --port`) is the one of --ray-address HEAD:6379, 8265 is its dashboard, for "
+    "`ca2st submit --address http://HEAD:8265`, and 10001 (Ray's client server) is for neither"
+)
+PROBE_SECONDS = 4.5
+_STEP_SECONDS = 1.8
+"""Of one question; there are at most two behind the connection."""
+_CONNECT_SECONDS = 0.8
+_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+
+
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """The two halves of ``host:port`` or ``[IPv6 address]:port``; None where `address` is something else."""
+    host, _, port = address.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if not bare or "/" in host or (":" in bare) != host.startswith("[") or not (port.isascii() and port.isdecimal()):
+        return None
+    return (bare, int(port)) if len(port) < 6 and 0 < int(port) < 65536 else None
+
+
+def who_listens(host: str, port: int, *, token: str) -> Listener:
+    """Ask the port whether it is a cluster's, without a token, with `token` where it wants one, then whether by HTTP.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    end = time.monotonic() + PROBE_SECONDS
+    socket.create_connection((host, port), timeout=_CONNECT_SECONDS + _STEP_SECONDS / 2).close()
+    answer = _ask_cluster(host, port, "", end)
+    if answer == "UNAUTHENTICATED":
+        if not token:
+            return "another token"
+        answer = _ask_cluster(host, port, token, end)
+        return {"OK": "cluster", "UNAUTHENTICATED": "another token", "UNIMPLEMENTED": "another part of Ray"}.get(
+            answer, "silent"
+        )  # type: ignore[return-value]  # all of Listener
+    if answer == "OK":
+        return "open cluster"
+    if answer == "UNIMPLEMENTED":
+        return "another part of Ray"
+    return "web server" if _speaks_http(host, port, end) else "silent"
+
+
+def _ask_cluster(host: str, port: int, token: str, end: float) -> str:
+    """Name of the status that the cluster's own question after its health is answered with; ``OK``: it lives."""
+    import grpc
+
+    left = min(_STEP_SECONDS, end - time.monotonic())
+    metadata = [("authorization", f"Bearer {token}")] if token else []
+    with _channel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}") as channel:
+        try:
+            channel.unary_unary(_ALIVE)(b"", timeout=max(0.1, left), metadata=metadata)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return "OK"
+
+
+def _channel(address: str) -> "grpc.Channel":
+    """A channel as Ray makes them, by TLS where ``RAY_USE_TLS`` says so, and through no proxy."""
+    import grpc
+
+    options: list[tuple[str, Any]] = [("grpc.enable_http_proxy", 0)]
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        return grpc.insecure_channel(address, options)
+    from ray._common.tls_utils import load_certs_from_env
+
+    chain, private_key, authority = load_certs_from_env()  # type: ignore[no-untyped-call]  # Ray has no types there
+    credentials = grpc.ssl_channel_credentials(
+        certificate_chain=chain, private_key=private_key, root_certificates=authority
+    )
+    return grpc.secure_channel(address, credentials, options)
+
+
+def _speaks_http(host: str, port: int, end: float) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())) as connection:
+            connection.sendall(b"GET /api/version HTTP/1.1\r\nHost: ray\r\nConnection: close\r\n\r\n")
+            return connection.recv(5) == b"HTTP/"
+    except OSError:
+        return False
+
+
+LOCAL = "local"
+ACCEPT_OPEN = "--i-accept-open-ray"
+_JOIN_FIRST = "this machine must be a node of it: `ray start --address=HEAD:6379`"
+_FOUND = {
+    "web server": "a web server, as its dashboard is",
+    "another part of Ray": "another port of Ray's, of its client server or of a single node",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RayAccess:
+    """What this process may show a Ray cluster, as found at the edge (`environment.ray_access`)."""
+
+    token: str = field(default="", repr=False)
+    """Of ``RAY_AUTH_TOKEN``, the file of ``RAY_AUTH_TOKEN_PATH`` or ``~/.ray/auth_token``; empty: there is none."""
+    mode: str | None = None
+    """``RAY_AUTH_MODE``; None where it is not set, and a token that is there is then used."""
+    accept_open: bool = False
+    """The user accepts a cluster that runs everybody's code."""
+
+    @property
+    def shown_token(self) -> str:
+        """The token that Ray would show; empty where it shows none."""
+        return self.token if self.mode in (None, "token") else ""
+
+    def check(self, address: str) -> None:
+        """Refuse to go to the cluster at `address` without a token.
+
+        Raises:
+            UserInputError: no token, or ``RAY_AUTH_MODE`` says not to use it, and open clusters are not accepted.
+        """
+        if self.accept_open or self.shown_token:
+            return
+        found = "no token" if self.mode in (None, "token") else f"RAY_AUTH_MODE={self.mode}"
+        raise UserInputError(f"Ray at {address}: expected a cluster's token, found {found}; {HOW_TO_GET_A_TOKEN}")
+
+
+HOW_TO_GET_A_TOKEN = (
+    "start the cluster with RAY_AUTH_MODE=token, put its token (`ray get-auth-token --generate` makes one) into "
+    "~/.ray/auth_token, mode 600, or name another file by RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token here; "
+    f"{ACCEPT_OPEN} goes without, and then everybody who reaches the cluster can run code on it"
+)
+
+
+def find_token(variables: Mapping[str, str], home: Path) -> str:
+    """The token that Ray would find, looked up in Ray's order; empty where there is none.
+
+    Raises:
+        UserInputError: ``RAY_AUTH_TOKEN_PATH`` names no readable file or an empty one; Ray itself would abort.
+    """
+    if token := variables.get("RAY_AUTH_TOKEN", "").strip():
+        return token
+    if named := variables.get("RAY_AUTH_TOKEN_PATH", ""):
+        if token := _text_of(Path(named)):
+            return token
+        raise UserInputError(f"RAY_AUTH_TOKEN_PATH={named}: expected a file with a token, found none or no text")
+    return _text_of(home / ".ray" / "auth_token")
+
+
+def found_access(*, accept_open: bool = False) -> RayAccess:
+    """Return whether this process holds a Ray cluster's token, looked up where Ray looks, and may go without one."""
+    return RayAccess(
+        token=find_token(os.environ, Path.home()),
+        mode=(environment.ray_auth_mode() or "").lower() or None,
+        accept_open=accept_open,
+    )
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+@contextmanager
+def ray_session(address: str, *, access: RayAccess, num_cpus: int | None = None) -> Iterator[None]:
+    """Be connected to Ray for the block; enter it before anything imports ray, which reads its settings only then.
+
+    `address`: ``local`` starts a Ray for this block alone, on the loopback interface, with a token of its own,
+    without a dashboard, `num_cpus` processors wide (None: this machine's); anything else (``auto``, ``host:port``)
+    joins the cluster there.
+
+    Raises:
+        UserInputError: the cluster asks for no token, or we have none or another one; or the address is none.
+        EnvironmentFault: no cluster answers at `address`.
+    """
+    _set_before_import(local=address == LOCAL)
+    with _own_ray(access, num_cpus) if address == LOCAL else _joined(address, access):
+        yield
+
+
+def _set_before_import(*, local: bool) -> None:
+    """What Ray reads once, when it is imported, and what its processes inherit."""
+    # Ray's own uv integration would build a new environment for every worker.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    if local and "ray" not in sys.modules:
+        # Without nodes elsewhere Ray binds every port to the loopback interface; whatever the name, on Linux too.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+@contextmanager
+def _own_ray(access: RayAccess, num_cpus: int | None) -> Iterator[None]:
+    if access.mode not in (None, "token") and not access.accept_open:
+        raise UserInputError(
+            f"RAY_AUTH_MODE={access.mode}: expected token, or no such variable; {ACCEPT_OPEN} starts an open Ray, "
+            "and then everybody on this machine can run code as you"
+        )
+    # Of this process alone: no file in the home folder, and Ray would write one that others may read.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    folder = Path(tempfile.mkdtemp(prefix="ca2st-ray-"))
+    try:
+        _start_own(folder, num_cpus)
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_own(folder: Path, num_cpus: int | None) -> None:
+    import ray
+
+    try:
+        # "local" in words: without an address Ray would join the cluster of RAY_ADDRESS.
+        ray.init(address=LOCAL, include_dashboard=False, num_cpus=num_cpus, _temp_dir=str(folder))
+    except Exception as error:  # Ray tells of a start that took too long by no class of its own
+        raise EnvironmentFault(
+            f"Ray did not start on this machine: {first_line(error)}; run again when it is less busy"
+        ) from error
+
+
+@contextmanager
+def _joined(address: str, access: RayAccess) -> Iterator[None]:
+    if address != "auto":
+        _checked_form(address, "")
+    access.check(address)
+    found = check_cluster(address, access)
+    import ray
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray.exceptions import AuthenticationError
+
+    # Ray does this itself for "auto" only.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    try:
+        ray.init(address=found)
+    except AuthenticationError as error:
+        raise UserInputError(
+            f"Ray at {address}: refuses our token ({first_line(error)}); {HOW_TO_GET_A_TOKEN}"
+        ) from error
+    except (ConnectionError, RuntimeError) as error:
+        raise EnvironmentFault(f"Ray at {address}: no cluster answers ({first_line(error)}); {_JOIN_FIRST}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_cluster(address: str, access: RayAccess) -> str:
+    """Make sure within seconds that a cluster answers at `address` and takes our token; returns its ``host:port``.
+
+    Raises:
+        UserInputError: another port of Ray's, a web server, another token, or a cluster that asks for none.
+        EnvironmentFault: nobody answers.
+    """
+    found = _address_of_auto() if address == "auto" else address
+    where = address if found == address else f"auto ({found})"
+    host, port = _checked_form(found, " of RAY_ADDRESS" if address == "auto" else "")
+    try:
+        listener = who_listens(host, port, token=access.shown_token)
+    except OSError as error:
+        raise EnvironmentFault(f"Ray at {where}: no cluster answers ({error}); {_JOIN_FIRST}; {PORTS}") from error
+    if listener == "silent":
+        raise EnvironmentFault(
+            f"Ray at {where}: something listens there, but within {PROBE_SECONDS:g} s it does not answer as a cluster "
+            f"does; look whether the cluster's head is well; {PORTS}"
+        )
+    if listener in ("web server", "another part of Ray"):
+        raise UserInputError(f"Ray at {where}: expected the cluster's own port, found {_FOUND[listener]}; {PORTS}")
+    if listener == "another token":
+        refusal = "refuses our token" if access.shown_token else "asks for a token, and there is none here"
+        raise UserInputError(f"Ray at {where}: {refusal}; {HOW_TO_GET_A_TOKEN}")
+    if listener == "open cluster" and not access.accept_open:
+        raise UserInputError(f"Ray at {where}: takes orders without a token; {HOW_TO_GET_A_TOKEN}")
+    return found
+
+
+def _checked_form(address: str, whose: str) -> tuple[str, int]:
+    """Host and port of an address that has such a form; `whose`: where it is from, for the refusal."""
+    if (parts := host_and_port(address)) is None:
+        raise UserInputError(
+            f"Ray address {address}{whose}: expected auto or host:port of a cluster this machine is a node of; to send "
+            f"a job to a cluster from outside: ca2st submit RECIPE --address http://HOST:8265; {PORTS}"
+        )
+    return parts
+
+
+def _address_of_auto() -> str:
+    """What Ray takes for ``auto``: RAY_ADDRESS, a cluster that runs here, or the one that was joined here last."""
+    from ray._private import services
+
+    services.find_gcs_addresses.cache_clear()  # type: ignore[attr-defined]  # lru_cache, which Ray does not type
+    try:
+        return str(services.get_ray_address_from_environment("auto", None))
+    except ConnectionError as error:
+        raise EnvironmentFault(f"Ray at auto: no cluster answers ({first_line(error)}); {_JOIN_FIRST}") from error
+
+
+def has_dashboard() -> bool:
+    """Whether the cluster that is joined serves Ray's dashboard."""
+    from ray._private.worker import get_dashboard_url
+
+    return bool(get_dashboard_url())  # type: ignore[no-untyped-call]  # Ray has no types there
+
+
+def first_line(error: BaseException) -> str:
+    """The first line with words of an error's message."""
+    lines: Sequence[str] = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line), type(error).__name__)

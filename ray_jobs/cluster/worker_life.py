@@ -1,0 +1,148 @@
+"""A worker under Ray Train.
+
+Paths of a recipe that mean the same in a Ray worker, which runs in a folder of Ray's.
+
+What a Ray worker runs, from its start to its end.
+
+Ray starts a worker group again whenever one of its workers raises. So a worker raises what a restart may mend, and
+returns, with the reason on record, where it cannot: then the run is over and no restart is spent on it.
+"""
+
+import logging
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from ca2st.errors import CA2STError
+from ca2st.training.errors import RunStoppedError
+from ca2st.training.journal import JOURNAL_NAME
+from ca2st.weights.hub import is_hub_name
+from ray_jobs import environment
+from ray_jobs.cluster.every_node import this_node
+from ray_jobs.cluster.supervision import PREEMPTED, LaunchFolder, hold, patient, preemption_notice, watching
+from ray_jobs.config.recipe import Recipe
+from ray_jobs.console import say
+from ray_jobs.runs.failures import keep_failure, read_failure, record_of
+from ray_jobs.runs.worker import Job, run
+
+Place = TypeVar("Place", str, str | None)
+
+
+def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
+    """`recipe` with every relative path made absolute from `base`; URLs and public names stay."""
+    data, experts, start = recipe.data, recipe.experts, recipe.start
+    return replace(
+        recipe,
+        data=replace(
+            data,
+            train=_absolute(data.train, base),
+            mixture=tuple(replace(one, train=_absolute(one.train, base)) for one in data.mixture),
+            validation=_absolute(data.validation, base),
+            loader=replace(data.loader, cache_dir=_absolute(data.loader.cache_dir, base)),
+        ),
+        experts=replace(
+            experts,
+            spatial=_absolute(experts.spatial, base),
+            temporal=_absolute(experts.temporal, base),
+            audio=_absolute(experts.audio, base),
+        ),
+        start=None if start is None else replace(start, checkpoint=_absolute(start.checkpoint, base)),
+    )
+
+
+def _absolute(place: Place, base: Path) -> Place:
+    if place is None or "://" in place or is_hub_name(place):
+        return place
+    return str(base / place)
+
+
+Status = Literal["done", "stopped", "failed"]
+_LOGGER = logging.getLogger(__name__)
+
+
+class AttemptFailedError(CA2STError):
+    """What a worker tells Ray of its failure: text alone, since not every error survives the way to the driver."""
+
+
+def train_on_worker(settings: dict[str, Any]) -> dict[str, str]:
+    """A worker's whole life: Ray has set up the process group that Accelerate joins.
+
+    `settings`: ``recipe`` and ``run_dir`` as in `Job`, ``folder`` of the launch. Returns ``status`` (see `Status`) and
+    a ``message``, and the ``exit_code`` of a failure: a full disk keeps no record of it.
+
+    Raises:
+        AttemptFailedError: this attempt failed, another may not.
+    """
+    from ray import train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    job, folder = Job(recipe=settings["recipe"], run_dir=settings["run_dir"]), LaunchFolder(Path(settings["folder"]))
+    rank = train.get_context().get_world_rank()
+    attempt, over = broadcast_from_rank_zero(_begin(folder) if rank == 0 else None)
+    if over is not None:
+        return _ended(over, "")
+    faults = environment.fault_points(restart=(folder.run_dir / JOURNAL_NAME).exists()).on_rank(rank)
+    try:
+        folder.begin(attempt, rank=rank, node=node_name())  # fails on a node that joined later and shares no storage
+        with watching(lambda: folder.stop_signal() or _notice()) as stop:
+            outcome = run(job, faults=faults, stop=stop)
+    except RunStoppedError as error:
+        asked = patient(folder.stop_signal)  # a worker that fails here is a failure to Ray, and ends all too early
+        if not asked():
+            if rank == 0:
+                say(f"{_announced()}: the state is saved; Ray starts the workers again when the notice has run out")
+            hold(asked)
+        return _ended("stopped", str(error))
+    except Exception as error:  # noqa: BLE001  # put on record, then raised again or told to the driver
+        return _failed(error, folder, attempt=attempt, rank=rank)
+    train.report({"steps": outcome.steps})
+    return _ended("done", "")
+
+
+def node_name() -> str:
+    """Host name and address of this node."""
+    return f"{socket.gethostname()} ({this_node().address})"
+
+
+def _begin(folder: LaunchFolder) -> tuple[int, Status | None]:
+    """Rank 0 decides for all: the number of this attempt, and whether the launch is over already."""
+    failure = read_failure(folder.run_dir)
+    over: Status | None = None
+    if failure is not None and failure.final and failure.launch == folder.name:
+        over = "failed"
+    elif folder.stop_signal():
+        over = "stopped"
+    return folder.num_attempts() + 1, over
+
+
+def _notice() -> int:
+    return 0 if preemption_notice() is None else PREEMPTED
+
+
+def _announced() -> str:
+    notice = preemption_notice()
+    if notice is None:  # another rank has heard of it first
+        return "a node will be taken away"
+    return f"node {', '.join(node_id[:8] for node_id in notice.preempted_node_ids)} will be taken away"
+
+
+def _failed(error: Exception, folder: LaunchFolder, *, attempt: int, rank: int) -> dict[str, str]:
+    own = record_of(
+        error,
+        rank=rank,
+        node=node_name(),
+        attempt=attempt,
+        launch=folder.name,
+        before=read_failure(folder.run_dir),
+    )
+    kept = keep_failure(folder.run_dir, own)
+    if own.final or (kept.final and kept.launch == own.launch and kept.attempt == attempt):
+        if not own.echo:
+            _LOGGER.error("%s", own)
+        return _ended("failed", str(kept)) | {"exit_code": str(kept.exit_code)}
+    raise AttemptFailedError(str(kept)) from error
+
+
+def _ended(status: Status, message: str) -> dict[str, str]:
+    return {"status": status, "message": message}

@@ -1,0 +1,96 @@
+"""Options that several commands share."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from ca2st.errors import UserInputError
+
+if TYPE_CHECKING:
+    from sharding.datasets import SyntheticConfig
+
+
+_FIELDS = {"frame_rate": "frames_per_second"}
+"""Options of the synthetic world whose setting has another name."""
+
+
+def refuse_without_ray(*, accept_open_ray: bool, ray: bool) -> None:
+    """Refuse ``--i-accept-open-ray`` of a command that does not use Ray.
+
+    Raises:
+        UserInputError: it was given without ``--ray``.
+    """
+    if accept_open_ray and not ray:
+        raise UserInputError(
+            "--i-accept-open-ray: expected --ray beside it; without, Ray is not used at all: leave it out, or add --ray"
+        )
+
+
+def refuse_other_examination(
+    *, ray_address: str | None, of_machine: Mapping[str, object], of_cluster: Mapping[str, object]
+) -> None:
+    """Refuse the options of ``doctor`` that belong to its other half: one machine, or a cluster.
+
+    Raises:
+        UserInputError: one of `of_machine` was given beside ``--ray-address``, or one of `of_cluster` without.
+    """
+    if ray_address is None:
+        if given := [flag for flag, value in of_cluster.items() if value]:
+            raise UserInputError(
+                f"{given[0]}: expected --ray-address beside it; without, only this machine is examined, and no Ray is "
+                "joined: leave it out, or add --ray-address"
+            )
+    elif given := [flag for flag, value in of_machine.items() if value is not None]:
+        raise UserInputError(
+            f"{given[0]}: expected no --ray-address beside it; of a cluster the nodes are examined, and with --storage "
+            "what they share: leave one of the two out"
+        )
+
+
+def gop_frames(gop: int | None, *, codec: str) -> int:
+    """Frames from one key frame to the next: ``--gop``, or the default where it was not given.
+
+    Raises:
+        UserInputError: it was given for a codec of key frames alone.
+    """
+    from sharding.media.codecs import DEFAULT_GOP_FRAMES
+
+    if gop is None:
+        return DEFAULT_GOP_FRAMES
+    if codec == "mjpeg":
+        raise UserInputError(
+            f"--gop {gop}: --codec mjpeg has none but key frames; leave it out, or choose --codec h264, hevc or vp9"
+        )
+    return gop
+
+
+def synthetic_config(options: Mapping[str, Any], *, dataset: str) -> "SyntheticConfig":
+    """The synthetic world of ``--num-samples``, ``--seed`` and the others; None: not given.
+
+    Raises:
+        UserInputError: one is given for another dataset, or a value is out of range.
+    """
+    from sharding.datasets import SyntheticConfig
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and dataset != "synthetic":
+        raise UserInputError(f"{_flag(next(iter(given)))}: --dataset {dataset} does not use it; leave it out")
+    return SyntheticConfig(**{_FIELDS.get(name, name): value for name, value in given.items()})
+
+
+def refuse_unused_ca_file(ca_file: Path | None, address: str) -> None:
+    """Refuse ``--ca-file`` for an address without TLS.
+
+    Raises:
+        UserInputError: it was given, and the address is not https.
+    """
+    if ca_file is not None and urlsplit(address).scheme != "https":
+        raise UserInputError(
+            f"--ca-file {ca_file}: expected an https address beside it, found {address}; without TLS nothing is "
+            "verified: leave it out, or give the https address"
+        )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,1 @@
+"""The demo and the comparison of ways to join experts, on the synthetic world."""

@@ -1,0 +1,489 @@
+"""The page of the demo.
+
+The result of every model, and what of it each factor explains.
+
+What was answered instead of what: one mark for every test clip, of a kind that says which factor went wrong.
+
+Test clips to look at: stills over time, the sound beneath them, and what each model answered.
+
+The loss of every run over its steps, as lines in a drawing, and how low it could have gone.
+
+The page of the demo: one HTML file with its pictures and style inside.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import numpy as np
+
+from ca2st import __version__
+from ca2st.durable import write_bytes
+from ca2st.model.structure import EXPERTS
+from ca2st.training.journal import JOURNAL_NAME, run_sequence
+from ray_jobs.config.recipe import Recipe, stored_recipe
+from ray_jobs.demo.answers import Answers, DemoReport, Factors, factors_of_set, next_steps, read_all_answers, shown
+from ray_jobs.demo.comparison import COMPARED, ComparisonRow
+from ray_jobs.launch import RECIPE_NAME
+from ray_jobs.pages.charts import Line, Mark, Point, page_environment
+from ray_jobs.pages.pictures import Pictures, read_pictures
+from sharding.format.index import sample_key
+from sharding.format.shard_set import read_manifest, read_shard_set
+from sharding.synthetic.factors import ceilings
+
+MODEL_NAMES = {
+    "spatial": "Spatial expert",
+    "temporal": "Temporal expert",
+    "audio": "Audio expert",
+    "cast": "CAST",
+    "cava": "CAVA",
+    "late_add": "Late sum",
+    "late_concat": "Late concatenation",
+    "ca2st": "CA\N{SUPERSCRIPT TWO}ST",
+}
+_OUT_OF_REACH = {
+    ("space", False): "the shape, as it sees nothing",
+    ("time", False): "the motion, as it sees nothing",
+    ("time", True): "which way along its line the shape moves, as frames without their order look alike both ways",
+    ("audio", False): "the tone, as it hears nothing",
+}
+"""By factor, and whether a part of it can be known."""
+GIVEN = {"spatial": "frames", "temporal": "motion", "audio": "sound"}
+"""What an expert reads, in a word."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FactorScore:
+    """How often one factor of the answer was right."""
+
+    factor: str
+    top1: float
+    ceiling: float
+    """The best that anybody could reach with what the model is given."""
+    classes: list[str]
+    shares: list[list[float]]
+    """[true, answered]: of the clips of a true class, the part that was answered so."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelResult:
+    """One model as the page shows it."""
+
+    name: str
+    row: ComparisonRow
+    says: str
+    """What it is."""
+    given: str
+    """``frames + sound``."""
+    orders_frames: bool
+    """Whether it has no expert for motion, and yet can tell the order of frames."""
+    factors: list[FactorScore]
+
+    @property
+    def out_of_reach(self) -> list[str]:
+        """What it is not given, in words."""
+        return [
+            _OUT_OF_REACH[score.factor, score.ceiling > 1 / len(score.classes)]
+            for score in self.factors
+            if score.ceiling < 1
+        ]
+
+
+def model_results(rows: Sequence[ComparisonRow], answers: Sequence[Answers], factors: Factors) -> list[ModelResult]:
+    """One entry a run, in order."""
+    return [_result(row, one, factors) for row, one in zip(rows, answers, strict=True)]
+
+
+def recipe_of_run(row: ComparisonRow) -> Recipe:
+    """The recipe by which a run was trained."""
+    path = Path(row.run_dir) / RECIPE_NAME
+    return stored_recipe(json.loads(path.read_text()), where=str(path))
+
+
+def _result(row: ComparisonRow, answers: Answers, factors: Factors) -> ModelResult:
+    recipe, compared = recipe_of_run(row), COMPARED[row.model]
+    experts = EXPERTS[recipe.model.kind]
+    return ModelResult(
+        name=MODEL_NAMES[row.model],
+        row=row,
+        says=compared.says,
+        given=" + ".join(GIVEN[expert] for expert in experts),
+        orders_frames="temporal" in compared.senses and "temporal" not in experts,
+        factors=[_score(recipe, compared.senses, answers, factors, number) for number in range(len(factors.names))],
+    )
+
+
+def _score(recipe: Recipe, senses: str, answers: Answers, factors: Factors, number: int) -> FactorScore:
+    world = recipe.data.synthetic
+    assert world is not None  # the contest has a world
+    factor, counts = factors.names[number], answers.confusion(factors, number)
+    return FactorScore(
+        factor=factor,
+        top1=float(answers.right_parts(factors)[:, number].mean()),
+        ceiling=ceilings(factor, world.world("train"))[senses],
+        classes=[shown(name) for name in factors.classes[number]],
+        shares=[[float(count) / max(1, int(of_class.sum())) for count in of_class] for of_class in counts],
+    )
+
+
+SIDE, MARGIN = 640.0, 64.0
+_KINDS = {
+    "right": "all right",
+    "space": "shape wrong",
+    "time": "motion wrong",
+    "audio": "tone wrong",
+    "several": "more than one wrong",
+}
+_ARROWS = {
+    "up": "↑",
+    "down": "↓",
+    "left": "←",
+    "right": "→",
+    "up_left": "↖",
+    "up_right": "↗",
+    "down_left": "↙",
+    "down_right": "↘",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """A pair of true and answered class that occurred."""
+
+    x: float
+    """Centre; answers to the right."""
+    y: float
+    """Centre; true classes downwards."""
+    kind: str
+    """Key of what went wrong: ``right``, ``space``, ``time``, ``audio``, ``several``."""
+    count: int
+    label: str
+    """The pair in words."""
+
+    @property
+    def opacity(self) -> float:
+        """Fuller for what happened more often."""
+        return min(1.0, 0.55 + 0.15 * self.count)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """A sort of answer."""
+
+    key: str
+    says: str
+    count: int
+    """Clips that were answered so."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConfusionChart:
+    """All answers of one model, classes sorted by factor."""
+
+    num_clips: int
+    cells: list[Cell]
+    kinds: list[Kind]
+    blocks: list[Mark]
+    """Classes of the first factor."""
+    inner: list[Mark]
+    """Classes of the second within each."""
+    step: float
+    """Side of a cell."""
+    block_lines: list[float]
+    inner_lines: list[float]
+    side: float = SIDE
+    margin: float = MARGIN
+
+
+def confusion_chart(answers: Answers, factors: Factors) -> ConfusionChart:
+    """Where `answers` lie in the table of true by answered class."""
+    num_classes = int(np.prod(factors.sizes))
+    step = SIDE / num_classes
+    right = answers.right_parts(factors)
+    kinds = [_kind(row.tolist()) for row in right]
+    counts = Counter(zip(answers.labels.tolist(), answers.chosen.tolist(), kinds, strict=True))
+    first, second = factors.sizes[:2]
+    return ConfusionChart(
+        num_clips=len(answers.keys),
+        cells=[
+            Cell(
+                x=step * (chosen + 0.5),
+                y=step * (label + 0.5),
+                kind=kind,
+                count=count,
+                label=_pair(factors, label, chosen, count=count),
+            )
+            for (label, chosen, kind), count in sorted(counts.items())
+        ],
+        kinds=[Kind(key=key, says=says, count=kinds.count(key)) for key, says in _KINDS.items()],
+        blocks=[
+            Mark(at=SIDE * (index + 0.5) / first, label=shown(name)) for index, name in enumerate(factors.classes[0])
+        ],
+        inner=[
+            Mark(at=SIDE * (block * second + index + 0.5) / (first * second), label=_ARROWS.get(name, shown(name)))
+            for block in range(first)
+            for index, name in enumerate(factors.classes[1])
+        ],
+        step=step,
+        block_lines=[SIDE * index / first for index in range(first + 1)],
+        inner_lines=[SIDE * index / (first * second) for index in range(first * second) if index % second],
+    )
+
+
+def _kind(right: list[bool]) -> str:
+    wrong = [key for key, is_right in zip(("space", "time", "audio"), right, strict=True) if not is_right]
+    return "right" if not wrong else wrong[0] if len(wrong) == 1 else "several"
+
+
+def _pair(factors: Factors, label: int, chosen: int, *, count: int) -> str:
+    true, said = ", ".join(factors.labels(label)), ", ".join(factors.labels(chosen))
+    clips = "1 clip" if count == 1 else f"{count} clips"
+    return f"{clips} of {true}: right" if label == chosen else f"{clips} of {true}: answered {said}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A factor of an answer."""
+
+    label: str
+    is_right: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """One model's answer about one clip."""
+
+    model: str
+    parts: list[Part]
+    confidence: float
+    is_right: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleClip:
+    """One clip of the page."""
+
+    key: str
+    truth: tuple[str, ...]
+    """The true class of each factor."""
+    answers: list[Answer]
+    alike: int
+    """Clips of the test set, this one included, on which the same models were right."""
+    pictures: Pictures
+
+
+def choose_clips(answers: Sequence[Answers], *, most: int = 6) -> list[tuple[int, int]]:
+    """(sample, how many are alike) of up to `most` clips.
+
+    One of every pattern of right and wrong models, the commonest first; then a second of each, and so on.
+    """
+    patterns = [tuple(column) for column in np.stack([one.is_right for one in answers], axis=1).tolist()]
+    counts = Counter(patterns)
+    samples = {
+        pattern: [i for i, found in enumerate(patterns) if found == pattern] for pattern, _ in counts.most_common()
+    }
+    turns = max(counts.values())
+    ordered = [(group[turn], len(group)) for turn in range(turns) for group in samples.values() if turn < len(group)]
+    return ordered[:most]
+
+
+def sample_clips(answers: Sequence[Answers], factors: Factors, shards: Path, *, most: int = 6) -> list[SampleClip]:
+    """Up to `most` clips of the test set in `shards` with every model's answer.
+
+    Raises:
+        DataDamageError: the shards are not what was written.
+    """
+    chosen = choose_clips(answers, most=most)
+    keys = answers[0].keys
+    pictures = read_pictures(read_shard_set(shards), [keys[sample] for sample, _ in chosen])
+    return [
+        SampleClip(
+            key=keys[sample],
+            truth=factors.labels(int(answers[0].labels[sample])),
+            answers=[_answer(one, factors, sample) for one in answers],
+            alike=alike,
+            pictures=shown,
+        )
+        for (sample, alike), shown in zip(chosen, pictures, strict=True)
+    ]
+
+
+def _answer(answers: Answers, factors: Factors, sample: int) -> Answer:
+    right = answers.right_parts(factors)[sample].tolist()
+    labels = factors.labels(int(answers.chosen[sample]))
+    return Answer(
+        model=answers.model,
+        parts=[Part(label=label, is_right=is_right) for label, is_right in zip(labels, right, strict=True)],
+        confidence=float(answers.confidence[sample]),
+        is_right=all(right),
+    )
+
+
+WIDTH, HEIGHT = 720, 360
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 14, 44
+_MOST_POINTS = 400
+_STEPS = (1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossCurve:
+    """One run."""
+
+    model: str
+    raw: Line
+    """Every step."""
+    smooth: Line
+    """The mean of the steps around each."""
+    floor: float
+    """Where in the drawing the least possible loss is."""
+    floor_loss: float
+    final_loss: float
+    """Smoothed, at the last step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossChart:
+    """A drawing of WIDTH x HEIGHT with steps to the right and the loss upwards."""
+
+    curves: list[LossCurve]
+    x_marks: list[Mark]
+    y_marks: list[Mark]
+    guess: float
+    """Where in the drawing the loss of a model that knows nothing is."""
+    guess_loss: float
+    width: float = WIDTH
+    height: float = HEIGHT
+    left: float = _LEFT
+    right: float = WIDTH - _RIGHT
+    top: float = _TOP
+    bottom: float = HEIGHT - _BOTTOM
+
+
+def least_loss(ceiling: float, *, num_classes: int, smoothing: float) -> float:
+    """The lowest cross-entropy in nats that can be expected on clips never seen, by what a model is given.
+
+    A model whose best accuracy is `ceiling` cannot tell 1 / `ceiling` equally likely classes apart. The best it can do
+    is to answer the mean of their targets, smoothed labels; what is left is the entropy of that mean.
+    """
+    group = 1 / ceiling
+    off = smoothing / num_classes
+    on = (1 - smoothing) / group + off
+    return -group * on * math.log(on) - (num_classes - group) * (off * math.log(off) if off else 0.0)
+
+
+def smoothed(values: Sequence[float], *, reach: int) -> list[float]:
+    """The mean of each value and up to `reach` on both sides, as many on the one as on the other."""
+    found = []
+    for index in range(len(values)):
+        near = min(reach, index, len(values) - 1 - index)
+        window = values[index - near : index + near + 1]
+        found.append(sum(window) / len(window))
+    return found
+
+
+def loss_chart(
+    losses: Mapping[str, Sequence[tuple[int, float]]], floors: Mapping[str, float], *, num_classes: int
+) -> LossChart:
+    """Curves of (step, loss) by model; `floors` are their least losses."""
+    guess = math.log(num_classes)
+    last = max((step for steps in losses.values() for step, _ in steps), default=1)
+    highest = max([guess, *(loss for steps in losses.values() for _, loss in steps)])
+    top = 0.5 * math.ceil(highest / 0.5 + 1e-9)
+
+    def x(step: float) -> float:
+        return _LEFT + (WIDTH - _LEFT - _RIGHT) * step / last
+
+    def y(loss: float) -> float:
+        return HEIGHT - _BOTTOM - (HEIGHT - _BOTTOM - _TOP) * loss / top
+
+    def line(model: str, points: Sequence[tuple[int, float]]) -> Line:
+        every = -(-len(points) // _MOST_POINTS)
+        kept = points[::every]
+        return Line(name=model, points=[Point(x=x(step), y=y(loss), label="") for step, loss in kept])
+
+    curves = []
+    for model, steps in losses.items():
+        mean = smoothed([loss for _, loss in steps], reach=max(1, len(steps) // 20))
+        curves.append(
+            LossCurve(
+                model=model,
+                raw=line(model, steps),
+                smooth=line(model, [(step, loss) for (step, _), loss in zip(steps, mean, strict=True)]),
+                floor=y(floors[model]),
+                floor_loss=floors[model],
+                final_loss=mean[-1],
+            )
+        )
+    stride = next((step for step in _STEPS if last / step <= 8), _STEPS[-1])
+    return LossChart(
+        curves=curves,
+        x_marks=[Mark(at=x(step), label=str(step)) for step in range(0, last + 1, stride)],
+        y_marks=[Mark(at=y(loss), label=str(loss)) for loss in range(math.floor(top) + 1)],
+        guess=y(guess),
+        guess_loss=guess,
+    )
+
+
+PAGE_NAME = "index.html"
+_FACTOR_NAMES = {"space": "Shape", "time": "Motion", "audio": "Tone"}
+_EXPERT_FACTORS = {"space": "shapes", "time": "motions", "audio": "tones"}
+
+
+def write_demo_page(report: DemoReport, out: Path) -> Path:
+    """Write `index.html` into the folder `out` and return its path.
+
+    Raises:
+        DataDamageError: shards or predictions are not what was written.
+    """
+    page = out / PAGE_NAME
+    write_bytes(page, render_demo_page(report).encode())
+    return page
+
+
+def render_demo_page(report: DemoReport) -> str:
+    """The whole page; it asks nothing of any network."""
+    manifest = read_manifest(Path(report.test_shards))
+    factors, answers = factors_of_set(manifest), read_all_answers(report.runs)
+    recipe = recipe_of_run(report.runs[-1])
+    assert recipe.data.train is not None  # the contest names its shards
+    environment = page_environment("ray_jobs.demo")
+    environment.filters["shown"] = shown
+    return environment.get_template("page.html").render(
+        version=__version__,
+        report=report,
+        num_train=read_manifest(Path(recipe.data.train)).num_samples,
+        num_test=manifest.num_samples,
+        epochs=recipe.training.epochs,
+        video_name=PurePath(report.prediction.video).name,
+        video_truth=_truth(answers[-1], factors, report.prediction.video),
+        results=model_results(report.runs, answers, factors),
+        chart=_losses(report.runs, recipe, num_classes=math.prod(factors.sizes)),
+        confusion=confusion_chart(answers[-1], factors),
+        clips=sample_clips(answers, factors, Path(report.test_shards)),
+        steps=next_steps(report),
+        model_names=MODEL_NAMES,
+        factor_names=_FACTOR_NAMES,
+        expert_factors=_EXPERT_FACTORS,
+    )
+
+
+def _truth(answers: Answers, factors: Factors, video: str) -> str | None:
+    """The true class of a video of the test set, in words; None where it is another."""
+    split, _, number = PurePath(video).stem.partition("-")
+    key = sample_key(f"{split}/{number}")  # as the synthetic world names its samples and their files
+    return " · ".join(factors.labels(int(answers.labels[answers.keys.index(key)]))) if key in answers.keys else None
+
+
+def _losses(rows: list[ComparisonRow], recipe: Recipe, *, num_classes: int) -> LossChart:
+    smoothing = recipe.optim.label_smoothing
+    return loss_chart(
+        {
+            row.model: [(step["step"], step["loss"]) for step in run_sequence(Path(row.run_dir) / JOURNAL_NAME)]
+            for row in rows
+        },
+        {row.model: least_loss(row.ceiling, num_classes=num_classes, smoothing=smoothing) for row in rows},
+        num_classes=num_classes,
+    )

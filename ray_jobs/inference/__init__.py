@@ -1,1 +1,0 @@
-"""A trained run used: evaluated, asked for predictions, its features written."""

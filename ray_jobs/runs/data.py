@@ -1,0 +1,196 @@
+"""The data of a run: shard sets and loaders.
+
+The shard sets that a recipe names, opened and compared, and which of their samples a training reads.
+
+The loaders of a recipe; every rank makes its own.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ca2st.errors import UserInputError
+from ca2st.model.structure import EXPERTS
+from pipelines.loader import EvaluationLoader, TrainLoader
+from pipelines.order.sample_plan import SamplePlan, training_plan
+from pipelines.quarantine import FOLDER_NAME as QUARANTINE_FOLDER
+from pipelines.storage.shard_sets import check_agreement, check_manifest, check_sound, require_sound
+from pipelines.views.draws import EvaluationViews
+from ray_jobs.config.recipe import Recipe
+from sharding.format.shard_set import Manifest, ShardSet, read_shard_set
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingData:
+    """The shard sets of a run, opened and found to agree."""
+
+    train_sets: tuple[ShardSet, ...]
+    """One, or those of a mixture."""
+    validation: ShardSet | None
+    targets: tuple[str, ...]
+    """Label spaces that are learned, in the order of the batches' label columns."""
+
+    @property
+    def train(self) -> ShardSet:
+        """The first training set; the others have the same classes of every target and the same sample rate."""
+        return self.train_sets[0]
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Hash of each set's manifest, by role."""
+        sets: dict[str, ShardSet | None] = {"train": self.train, "validation": self.validation}
+        sets |= {f"train_{number}": one for number, one in enumerate(self.train_sets[1:], start=2)}
+        return {role: shard_set.manifest.fingerprint for role, shard_set in sets.items() if shard_set is not None}
+
+    @property
+    def datasets(self) -> dict[str, str]:
+        """Name of the dataset, by role; those of a mixture joined."""
+        names = {"train": " + ".join(dict.fromkeys(one.manifest.dataset for one in self.train_sets))}
+        return names if self.validation is None else names | {"validation": self.validation.manifest.dataset}
+
+    @property
+    def classes(self) -> dict[str, list[str]]:
+        """Class names of each target."""
+        return {name: list(self.train.manifest.label_space(name).classes) for name in self.targets}
+
+
+def open_data(recipe: Recipe) -> TrainingData:
+    """Read the manifests a recipe names.
+
+    Raises:
+        UserInputError: the recipe names no training shards, the splits have other classes or audio, or
+            the model hears and a set is without sound.
+        ManifestError, ShardDamageError: a set that cannot be read.
+    """
+    folders = [recipe.data.train] if recipe.data.train is not None else [one.train for one in recipe.data.mixture]
+    storage = recipe.data.loader.storage
+    train_sets = tuple(read_shard_set(folder, storage=storage) for folder in folders)
+    if not train_sets:
+        raise UserInputError("data.train: names no shards; give --data DIR or a [data.synthetic] section")
+    train = train_sets[0]
+    place = recipe.data.validation
+    validation = read_shard_set(place, storage=storage) if place is not None else None
+    targets = recipe.data.targets or train.manifest.targets
+    for name in targets:
+        train.manifest.label_space(name)
+        if validation is not None:
+            _require_same_classes(train.manifest, validation.manifest, name)
+    check_agreement(train_sets, targets)
+    data = TrainingData(train_sets=train_sets, validation=validation, targets=targets)
+    _check_sounds(recipe, data)
+    return data
+
+
+def _require_same_classes(train: Manifest, validation: Manifest, target: str) -> None:
+    if train.label_space(target).sha256 != validation.label_space(target).sha256:
+        raise UserInputError(
+            f"label space {target!r}: validation and training have other classes; convert both with one class list"
+        )
+
+
+def _check_sounds(recipe: Recipe, data: TrainingData) -> None:
+    """Refuse spectrograms of another width, and what a model that hears cannot hear or would hear otherwise."""
+    sets = [*data.train_sets, *([] if data.validation is None else [data.validation])]
+    for shard_set in sets:
+        check_manifest(shard_set, recipe.clip)
+    if "audio" not in EXPERTS[recipe.model.kind]:
+        return
+    for shard_set in sets:
+        require_sound(shard_set, whose=f"model.kind {recipe.model.kind!r}")
+        check_sound(shard_set, data.train.manifest.audio, whose=data.train.where)
+
+
+def sample_plan(recipe: Recipe, data: TrainingData) -> SamplePlan:
+    """Which samples a training on `data` reads, and in how many steps; raises as `training_plan`."""
+    return training_plan(
+        data.train_sets,
+        data.targets,
+        recipe.data.order(),
+        seed=recipe.training.seed,
+        global_batch_size=recipe.training.global_batch_size,
+        num_lanes=recipe.data.loader.num_lanes,
+        shuffle_block=recipe.data.loader.shuffle_block,
+    )
+
+
+def train_loader(
+    recipe: Recipe,
+    data: TrainingData,
+    *,
+    rank: int,
+    world_size: int,
+    run_dir: Path | None = None,
+    device: torch.device | None = None,
+) -> TrainLoader:
+    """The shuffled, augmented, resumable source of a rank; damaged samples are kept in `run_dir` where it is given.
+
+    `device`: the rank's own, which decodes for itself where it can.
+    """
+    return TrainLoader(
+        data.train_sets,
+        recipe.clip,
+        data.targets,
+        sampling=recipe.data.sampling,
+        augment=recipe.data.augment,
+        loader=recipe.data.loader,
+        seed=recipe.training.seed,
+        global_batch_size=recipe.training.global_batch_size,
+        order=recipe.data.order(),
+        quarantine_folder=None if run_dir is None else run_dir / QUARANTINE_FOLDER,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+    )
+
+
+def evaluation_loader(
+    recipe: Recipe,
+    shard_set: ShardSet,
+    targets: tuple[str, ...],
+    *,
+    views: EvaluationViews,
+    num_lanes: int | None = None,
+    rank: int,
+    world_size: int,
+    device: torch.device | None = None,
+) -> EvaluationLoader:
+    """Every sample of `shard_set` once, in `views` each; with one lane in the set's own order.
+
+    `device`: as for `train_loader`.
+    """
+    return EvaluationLoader(
+        shard_set,
+        recipe.clip,
+        targets,
+        sampling=recipe.data.sampling,
+        views=views,
+        loader=recipe.data.loader,
+        global_batch_size=recipe.training.per_device_batch_size * world_size,
+        num_lanes=num_lanes,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+    )
+
+
+@contextmanager
+def validation_loader(
+    recipe: Recipe, data: TrainingData, *, rank: int, world_size: int, device: torch.device | None = None
+) -> Iterator[EvaluationLoader | None]:
+    """The source of validation while training, or None where the recipe names none."""
+    if data.validation is None:
+        yield None
+        return
+    with evaluation_loader(
+        recipe,
+        data.validation,
+        data.targets,
+        views=recipe.data.views,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+    ) as loader:
+        yield loader

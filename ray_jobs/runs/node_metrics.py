@@ -1,0 +1,189 @@
+"""What a node's processors, memory, GPUs, disk and network do while it trains, measured by one worker of the node.
+
+Lines go to ``system/<node>.jsonl`` of the run folder, under the names that MLflow gives such numbers; whoever sends
+the journal sends them too. Its own classes are not used: importing MLflow takes a worker seconds and 170 MB.
+"""
+
+import fcntl
+import importlib
+import json
+import logging
+import platform
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypedDict
+
+import psutil  # type: ignore[import-untyped]  # has none
+
+from ca2st.durable import open_itself
+from ca2st.training.journal import cut_torn_end, read_events
+
+SYSTEM_FOLDER = "system"
+_MEGABYTE = 1e6
+_LOG = logging.getLogger(__name__)
+
+Measure = Callable[[], Mapping[str, float]]
+"""The numbers of this moment by name; what is used is a mean since the last call."""
+
+
+class SystemLine(TypedDict):
+    """A line of ``system/<node>.jsonl``."""
+
+    time: float
+    step: int
+    metrics: dict[str, float | None]
+
+
+class NodeMetrics:
+    """Measures this node in a thread of its own while the block runs, and once more at its end.
+
+    One process measures a node: where another does already, this one does nothing. Whatever fails ends the
+    measurements with one warning; the training goes on.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, every_seconds: float, node: str | None = None, measure: Measure | None = None
+    ) -> None:
+        """Nothing is written yet.
+
+        `node`: name of the node; None: its host name. `measure`: in place of `NodeProbe`.
+        """
+        self.path = node_file(run_dir, platform.node() if node is None else node)
+        self._every_seconds = every_seconds
+        self._measure = measure
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="node metrics", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join(timeout=10.0)  # a disk that hangs must not hold the training's end
+
+    def _run(self) -> None:
+        try:
+            self._write_lines()
+        except Exception as error:  # noqa: BLE001  # measuring is never worth a training
+            _LOG.warning("%s: system metrics end here: %s: %s", self.path, type(error).__name__, error)
+
+    def _write_lines(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open_itself(self.path, "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+            cut_torn_end(self.path)
+            number = _next_number(self.path)
+            measure = self._measure or NodeProbe(self.path.parent).measure
+            is_last = False
+            while not is_last:
+                is_last = self._ended.wait(self._every_seconds)
+                file.write(_line(number, measure()))
+                file.flush()
+                number += 1
+
+
+class NodeProbe:
+    """Reads the counters of this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder`: on the disk whose use is told."""
+        self._folder = folder
+        self._start = psutil.net_io_counters()
+        self._gpus = _Gpus.find()
+        psutil.cpu_percent()  # the next call tells the mean since this one
+
+    def measure(self) -> dict[str, float]:
+        """Percentages, megabytes of 10^6 bytes and watts; network traffic since this object was made."""
+        memory, disk, network = psutil.virtual_memory(), psutil.disk_usage(str(self._folder)), psutil.net_io_counters()
+        found = {
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "system_memory_usage_megabytes": memory.used / _MEGABYTE,
+            "system_memory_usage_percentage": 100 * memory.used / memory.total,
+            "disk_usage_percentage": disk.percent,
+            "disk_usage_megabytes": disk.used / _MEGABYTE,
+            "disk_available_megabytes": disk.free / _MEGABYTE,
+            "network_receive_megabytes": (network.bytes_recv - self._start.bytes_recv) / _MEGABYTE,
+            "network_transmit_megabytes": (network.bytes_sent - self._start.bytes_sent) / _MEGABYTE,
+        }
+        return found | (self._gpus.measure() if self._gpus else {})
+
+
+class _Gpus:
+    """The NVIDIA devices of the machine, all of them, in the driver's order."""
+
+    def __init__(self, nvml: Any) -> None:
+        self._nvml = nvml
+        self._handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+
+    @classmethod
+    def find(cls) -> "_Gpus | None":
+        """None without a driver, or without the package nvidia-ml-py."""
+        try:
+            nvml = importlib.import_module("pynvml")
+        except ImportError:
+            return None
+        try:
+            nvml.nvmlInit()
+        except nvml.NVMLError:
+            return None
+        return cls(nvml)
+
+    def measure(self) -> dict[str, float]:
+        """What each device tells; a number that a device does not have is left out."""
+        found: dict[str, float] = {}
+        for index, handle in enumerate(self._handles):
+            for read in (_gpu_memory, _gpu_utilization, _gpu_power):
+                try:
+                    found |= {f"gpu_{index}_{name}": value for name, value in read(self._nvml, handle).items()}
+                except self._nvml.NVMLError:
+                    continue
+        return found
+
+
+def _gpu_memory(nvml: Any, handle: Any) -> dict[str, float]:
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    return {
+        "memory_usage_percentage": 100 * memory.used / memory.total,
+        "memory_usage_megabytes": memory.used / _MEGABYTE,
+    }
+
+
+def _gpu_utilization(nvml: Any, handle: Any) -> dict[str, float]:
+    return {"utilization_percentage": float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)}
+
+
+def _gpu_power(nvml: Any, handle: Any) -> dict[str, float]:
+    used, limit = nvml.nvmlDeviceGetPowerUsage(handle), nvml.nvmlDeviceGetEnforcedPowerLimit(handle)
+    return {"power_usage_watts": used / 1000, "power_usage_percentage": 100 * used / limit}
+
+
+def node_file(run_dir: Path, node: str) -> Path:
+    """Where the numbers of `node` are kept; characters that a file name or MLflow would not take become ``-``."""
+    return run_dir / SYSTEM_FOLDER / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', node).strip('.-') or 'node'}.jsonl"
+
+
+def node_files(run_dir: Path) -> dict[str, Path]:
+    """The files there are, by node; the last line of one may be torn."""
+    return {path.stem: path for path in sorted((run_dir / SYSTEM_FOLDER).glob("*.jsonl"))}
+
+
+def _next_number(path: Path) -> int:
+    """Measurements count on over the attempts of a run."""
+    return max((int(line["step"]) for line in read_events(path, kind=SystemLine)), default=-1) + 1
+
+
+def _line(number: int, metrics: Mapping[str, float]) -> bytes:
+    rounded = {name: round(value, 3) for name, value in metrics.items()}
+    return (
+        json.dumps({"time": time.time(), "step": number, "metrics": rounded}, separators=(",", ":")) + "\n"
+    ).encode()

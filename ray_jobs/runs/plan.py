@@ -1,0 +1,480 @@
+"""The plan of a run, made without side effects.
+
+What a training in a run folder would go on with, told without touching the folder.
+
+What ``ca2st train --dry-run`` tells: everything a training would do and need, and nothing done.
+
+Manifests and what a run folder holds are read; no folder is made, no clip drawn, no run opened and nothing kept of a
+URL. Counting is in pure functions; `make_plan` reads.
+
+The plan of a training as a person reads it: one line a subject.
+"""
+
+import contextlib
+import logging
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ca2st.checked_json import DocumentError, read_json
+from ca2st.errors import UserInputError
+from ca2st.training.checkpoint import (
+    CHECKPOINTS_NAME,
+    CheckpointMarker,
+    checkpoint_name,
+    last_attempt_of_checkpoints,
+    list_checkpoints,
+    read_checkpoint_file,
+    verify_checkpoint,
+)
+from ca2st.training.config import TrainingConfig
+from ca2st.training.errors import CheckpointDamagedError, ResumeRefusedError
+from ca2st.training.journal import JOURNAL_NAME, differences, last_attempt
+from ca2st.training.optim import schedule_for
+from ca2st.training.resume import RECIPE_FILE
+from ca2st.training.state import trained_tensors
+from pipelines.order.plan import count_steps, rank_positions, require_enough_samples
+from ray_jobs.config.recipe import Recipe, identity_settings, stored_recipe
+from ray_jobs.console import table
+from ray_jobs.runs.data import TrainingData, sample_plan
+from ray_jobs.runs.inference import RUN_DOCUMENT, read_run_document
+from ray_jobs.runs.model import frozen_bytes, outline_model, target_specs
+from ray_jobs.runs.start import check_settings, preflight
+from sharding.format.remote import RemoteFolder, as_location
+from sharding.format.shard_set import ShardSet
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def resume_plan(recipe: Recipe, run_dir: Path, *, fingerprints: Mapping[str, str] | None, steps: int) -> dict[str, Any]:
+    """What a start in `run_dir` would go on with; every byte of its newest checkpoint is verified.
+
+    `fingerprints`: those of the training's manifests, by role; None where its shards are not made yet. ``state`` is
+    ``new``, ``begin again`` (a run that ended before its first checkpoint), ``resume`` or ``finished``.
+
+    Raises:
+        UserInputError: the folder holds a run of another recipe, or of other data.
+        CheckpointDamagedError: checkpoints are there, and none is sound.
+    """
+    facts: dict[str, Any] = {"run_dir": str(run_dir), "state": "new", "attempt": 1, "checkpoint": None, "step": 0}
+    root = run_dir / CHECKPOINTS_NAME
+    if not (run_dir / RECIPE_FILE).exists() and not list_checkpoints(root):
+        return facts | {"damaged": [], "changes": []}
+    refuse_other_recipe(recipe, run_dir)
+    facts["attempt"] = 1 + max(last_attempt(run_dir / JOURNAL_NAME), last_attempt_of_checkpoints(root))
+    marker, damaged = _newest_sound(root)
+    if marker is None:
+        return facts | {"state": "begin again", "damaged": [], "changes": []}
+    if fingerprints is not None and (changed := differences(marker.manifests, fingerprints)):
+        listed = "\n  ".join(changed)
+        raise ResumeRefusedError(f"{run_dir}: holds a run on other data; choose another --out:\n  {listed}")
+    now = _topology(recipe)
+    return facts | {
+        "state": "finished" if marker.step >= steps else "resume",
+        "checkpoint": checkpoint_name(marker.step, marker.attempt),
+        "step": marker.step,
+        "damaged": damaged,
+        "changes": differences({name: marker.topology.get(name) for name in now}, now),
+    }
+
+
+def _newest_sound(root: Path) -> tuple[CheckpointMarker | None, list[str]]:
+    """The newest checkpoint whose bytes are those that were written, and what is wrong with newer ones."""
+    damaged: list[str] = []
+    for folder in list_checkpoints(root):
+        try:
+            return verify_checkpoint(folder), damaged
+        except CheckpointDamagedError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise CheckpointDamagedError(
+            f"{root}: no sound checkpoint is left ({'; '.join(damaged)}); restore one, or train into another folder"
+        )
+    return None, []
+
+
+def refuse_other_recipe(recipe: Recipe, run_dir: Path) -> None:
+    """Refuse a run folder that holds a run whose recipe would give other numbers.
+
+    Raises:
+        UserInputError: lists what differs.
+    """
+    stored = kept_recipe(run_dir)
+    kept = identity_settings(recipe if stored is None else stored)
+    if changed := differences(kept, identity_settings(recipe)):
+        listed = "\n  ".join(changed)
+        raise UserInputError(
+            f"{run_dir}: holds a run of another recipe; choose another --out or undo the change:\n  {listed}"
+        )
+
+
+def kept_recipe(run_dir: Path) -> Recipe | None:
+    """The recipe of the run in a folder: its newest sound checkpoint's, else the one that was kept at its start.
+
+    None where there is neither. A damaged file is named in a warning.
+    """
+    document = None
+    try:
+        document = read_json(run_dir / RECIPE_FILE, dict[str, Any])
+    except FileNotFoundError:
+        pass
+    except DocumentError as error:
+        _LOGGER.warning("DAMAGED %s; it is written anew, the checkpoints know their recipe", error)
+    for folder in list_checkpoints(run_dir / CHECKPOINTS_NAME):
+        with contextlib.suppress(CheckpointDamagedError):  # who resumes names it
+            if (data := read_checkpoint_file(folder, f"{RUN_DOCUMENT}.json")) is not None:
+                return read_run_document(data, where=str(folder)).recipe
+    return None if document is None else stored_recipe(document, where=str(run_dir))
+
+
+def _topology(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of a checkpoint's topology."""
+    training = recipe.training
+    return {
+        "world_size": recipe.launch.workers,
+        "per_device_batch_size": training.per_device_batch_size,
+        "precision": training.precision,
+        "compile": training.compile,
+    }
+
+
+_MOMENTS = 2
+"""AdamW keeps two numbers a trained parameter, in checkpoints too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """What a training reads in an epoch, and where that was learned."""
+
+    classes: dict[str, list[str]]
+    """Class names of each target."""
+    num_samples: int
+    """Different samples."""
+    steps_per_epoch: int
+    data: TrainingData | None
+    """The opened sets; None for shards of a synthetic world that are made when the training starts."""
+
+
+def make_plan(recipe: Recipe, run_dir: Path, *, device: str) -> dict[str, Any]:
+    """The whole plan of ``ca2st train`` as plain values; `device` is torch's word for what would train here.
+
+    Raises:
+        UserInputError: what the training itself would refuse: settings, data, weights, a folder of another run.
+        DataDamageError: damaged manifests, or a run folder without a sound checkpoint.
+    """
+    from ca2st.model.inspect import model_info
+    from ca2st.model.parameters import held_precision
+    from ray_jobs.runs.start import check_model
+    from ray_jobs.runs.step_memory import guess_step_memory
+
+    reading = read_without_traces(recipe)
+    start = check_model(recipe, reading.classes, run_dir)
+    training, world_size = recipe.training, recipe.launch.workers
+    info = model_info(recipe.model, recipe.clip, target_specs(reading.classes), trainable=recipe.trainable)
+    memory = guess_step_memory(recipe, reading.classes, device=device, world_size=world_size)
+    steps = training.total_steps(reading.steps_per_epoch)
+    fingerprints = None if reading.data is None else reading.data.fingerprints
+    return {
+        "name": recipe.name,
+        "model": recipe.model.kind,
+        "trains": recipe.trainable,
+        "start": dict(start) if recipe.start is not None else None,
+        "trainable": info.trainable,
+        "total": info.total,
+        "gmacs": info.gmacs,
+        "num_samples": reading.num_samples,
+        "epochs": training.epochs,
+        "steps_per_epoch": reading.steps_per_epoch,
+        "steps": steps,
+        "workers": world_size,
+        "device": device,
+        "precision": training.precision,
+        "experts_precision": held_precision(recipe.experts.precision, training=training.precision, device=device),
+        "global_batch_size": training.global_batch_size,
+        "batches": batch_plan(training, world_size=world_size),
+        "learning_rate": rate_plan(recipe, steps_per_epoch=reading.steps_per_epoch, steps=steps),
+        "memory": asdict(memory) | {"total": memory.total, "batches_ready": waiting_bytes(recipe)},
+        "disk": disk_plan(recipe, reading.classes, run_dir, steps=steps, steps_per_epoch=reading.steps_per_epoch),
+        "data": data_plan(recipe, reading.data),
+        "resume": resume_plan(recipe, run_dir, fingerprints=fingerprints, steps=steps),
+    }
+
+
+def read_without_traces(recipe: Recipe) -> Reading:
+    """Read manifests (and indexes, where samples are chosen by them) without leaving a copy of those behind URLs.
+
+    Raises:
+        UserInputError, DataDamageError: as `preflight`, or as `synthetic_classes`.
+    """
+    from ray_jobs.runs.synthetic import synthetic_classes
+
+    if (classes := synthetic_classes(recipe)) is not None:
+        check_settings(recipe)
+        return _reading_of_world(recipe, classes)
+    with tempfile.TemporaryDirectory(prefix="ca2st-plan-") as folder:
+        aside = replace(recipe.data, loader=replace(recipe.data.loader, cache_dir=folder))
+        data = preflight(replace(recipe, data=aside))
+        plan = sample_plan(recipe, data)
+    return Reading(classes=data.classes, num_samples=plan.num_samples, steps_per_epoch=plan.num_steps, data=data)
+
+
+def _reading_of_world(recipe: Recipe, classes: dict[str, list[str]]) -> Reading:
+    """Of a world that is not drawn yet: all its clips, since which are selected or balanced shows in their labels."""
+    world, order, batch = recipe.data.synthetic, recipe.data.order(), recipe.training.global_batch_size
+    assert world is not None
+    num_samples = min(world.num_train, order.selection.limit or world.num_train)
+    num_clips = (order.epoch_samples or num_samples) * order.repeats
+    require_enough_samples(
+        num_samples=num_clips,
+        global_batch_size=batch,
+        world_size=recipe.launch.workers,
+        remainder=order.remainder,
+    )
+    steps = count_steps(num_clips, batch, remainder=order.remainder)
+    return Reading(classes=classes, num_samples=num_samples, steps_per_epoch=steps, data=None)
+
+
+def batch_plan(training: TrainingConfig, *, world_size: int) -> dict[str, int]:
+    """How a step's clips are cut: into ranks (pairs stay together), and those into micro-batches.
+
+    Raises:
+        PlanError: a rank would get nothing.
+    """
+    size = training.global_batch_size
+    ranks = range(world_size)
+    shares = [len(rank_positions(rank, world_size, global_batch_size=size, keep_pairs=True)) for rank in ranks]
+    return {
+        "global_batch_size": size,
+        "per_rank": max(shares),
+        "per_rank_least": min(shares),
+        "per_device_batch_size": training.per_device_batch_size,
+        "micro_batches": -(-max(shares) // training.per_device_batch_size),
+    }
+
+
+def rate_plan(recipe: Recipe, *, steps_per_epoch: int, steps: int) -> dict[str, float | int]:
+    """The schedule's peak and ends, and the factor of the slowest layer."""
+    optim, training = recipe.optim, recipe.training
+    schedule = schedule_for(
+        optim,
+        global_batch_size=training.global_batch_size,
+        epochs=training.epochs,
+        steps_per_epoch=steps_per_epoch,
+    )
+    return {
+        "peak": schedule.peak,
+        "first": schedule.at(0),
+        "last": schedule.at(steps - 1),
+        "minimum": schedule.minimum,
+        "warmup_steps": schedule.warmup_steps,
+        "schedule_steps": schedule.total_steps,
+        "first_layer_factor": optim.layer_decay**recipe.model.depth,
+    }
+
+
+def waiting_bytes(recipe: Recipe) -> int:
+    """Bytes of this machine's memory that finished batches of one rank take: uint8 frames, float32 spectrograms."""
+    clip, training = recipe.clip, recipe.training
+    frames = 3 * clip.num_frames * clip.crop_size**2
+    share = -(-training.global_batch_size // recipe.launch.workers)
+    return (recipe.data.loader.prefetch_steps + 1) * share * (frames + 4 * clip.mel_rows * clip.num_mel_bins)
+
+
+def num_checkpoints(recipe: Recipe, *, steps: int, steps_per_epoch: int) -> int:
+    """How many a run of `steps` writes: at its cadence, before each validation, and at its end."""
+    training, data = recipe.training, recipe.data
+    saved = {steps, *range(training.checkpoint_every_steps, steps, training.checkpoint_every_steps)}
+    validates = data.validation is not None or data.synthetic is not None
+    if validates and (every := training.validate_every_epochs * steps_per_epoch) > 0:
+        saved |= set(range(every, steps, every))
+    return len(saved)
+
+
+def disk_plan(
+    recipe: Recipe, classes: Mapping[str, list[str]], run_dir: Path, *, steps: int, steps_per_epoch: int
+) -> dict[str, int]:
+    """Bytes that the run folder grows to, journal and tracking left out, and what is free where it will be.
+
+    While a checkpoint is written those it will replace are still there.
+    """
+    model = outline_model(recipe, {name: list(names) for name, names in classes.items()})
+    parameters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    checkpoint = sum(tensor.nbytes for tensor in trained_tensors(model).values()) + _MOMENTS * parameters
+    written = num_checkpoints(recipe, steps=steps, steps_per_epoch=steps_per_epoch)
+    kept, frozen = min(recipe.training.keep_checkpoints, written), frozen_bytes(model)
+    return {
+        "checkpoint": checkpoint,
+        "num_written": written,
+        "num_kept": kept,
+        "frozen_weights": frozen,
+        "total": min(kept + 1, written) * checkpoint + frozen,
+        "free": shutil.disk_usage(_nearest_folder(run_dir)).free,
+    }
+
+
+def _nearest_folder(path: Path) -> Path:
+    return next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.is_dir())
+
+
+def data_plan(recipe: Recipe, data: TrainingData | None) -> dict[str, Any]:
+    """Where samples come from, how much that is, and the cache that shards behind a URL go through."""
+    world = recipe.data.synthetic
+    if data is None:
+        assert world is not None
+        made = {"task": world.task, "train": world.num_train, "validation": world.num_validation}
+        return {"train": [], "validation": None, "made_first": made, "cache": None}
+    sets = [*data.train_sets, *([data.validation] if data.validation is not None else [])]
+    return {
+        "train": [set_facts(one) for one in data.train_sets],
+        "validation": None if data.validation is None else set_facts(data.validation),
+        "made_first": None,
+        "cache": _cache_plan(recipe, sets),
+    }
+
+
+def set_facts(shard_set: ShardSet) -> dict[str, str | int]:
+    """Place, samples, shards and bytes of a set."""
+    manifest = shard_set.manifest
+    return {
+        "place": shard_set.where,
+        "num_samples": manifest.num_samples,
+        "num_shards": manifest.num_shards,
+        "bytes": sum(shard.bytes + shard.index_bytes for shard in shard_set.shards),
+        "codec": manifest.video.codec,
+    }
+
+
+def _cache_plan(recipe: Recipe, sets: list[ShardSet]) -> dict[str, str | int | None] | None:
+    remote = [one for one in sets if isinstance(as_location(one.where), RemoteFolder)]
+    if not remote:
+        return None
+    storage = recipe.data.loader.storage
+    return {
+        "folder": str(storage.folder),
+        "limit_bytes": storage.cache_bytes,
+        "set_bytes": sum(int(set_facts(one)["bytes"]) for one in remote),
+        "free_bytes": shutil.disk_usage(_nearest_folder(storage.folder)).free,
+    }
+
+
+_UNITS = ("B", "KB", "MB", "GB", "TB")
+
+
+def plan_lines(plan: Mapping[str, Any]) -> str:
+    """The facts of `run_plan.make_plan`, aligned."""
+    rows: dict[str, object] = {name: plan[name] for name in ("name", "model")}
+    rows["trains"] = plan["trains"] if isinstance(plan["trains"], str) else ", ".join(plan["trains"])
+    if plan["start"] is not None:
+        rows["start"] = start_line(plan["start"])
+    rows["parameters"] = f"{plan['trainable']:,} trained of {plan['total']:,}; {plan['gmacs']:.2f} GMACs a view"
+    rows["length"] = (
+        f"{plan['steps']} steps: {plan['epochs']} epochs of {plan['steps_per_epoch']} steps, "
+        f"{plan['num_samples']} samples"
+    )
+    rows["batches"] = batches_line(plan)
+    rows["learning rate"] = rate_line(plan["learning_rate"])
+    rows["precision"] = f"{plan['precision']}, frozen experts {plan['experts_precision']}, on {plan['device']}"
+    rows["memory"] = memory_line(plan["memory"], device=plan["device"])
+    rows["disk"] = disk_line(plan["disk"])
+    rows |= data_rows(plan["data"])
+    rows["run folder"] = resume_line(plan["resume"])
+    return table(rows)
+
+
+def readable_bytes(count: float) -> str:
+    """``1.2 GB``: powers of 1000."""
+    for unit in _UNITS[:-1]:
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} {_UNITS[-1]}"
+
+
+def start_line(start: Mapping[str, Any]) -> str:
+    """What a fine-tuning begins with; of a list of tensors only how many they are."""
+    counts = {key: len(value) if isinstance(value, list) else value for key, value in start.items()}
+    return ", ".join(f"{key} {value}" for key, value in counts.items() if value is not None)
+
+
+def batches_line(plan: Mapping[str, Any]) -> str:
+    """How a step's clips are cut."""
+    cut = plan["batches"]
+    share = (
+        f"{cut['per_rank']}"
+        if cut["per_rank"] == cut["per_rank_least"]
+        else (f"{cut['per_rank_least']} to {cut['per_rank']}")
+    )
+    return (
+        f"{cut['global_batch_size']} clips a step; {plan['workers']} workers of {share}, in {cut['micro_batches']} "
+        f"micro-batches of at most {cut['per_device_batch_size']}"
+    )
+
+
+def rate_line(rate: Mapping[str, Any]) -> str:
+    """The schedule's corners."""
+    return (
+        f"{rate['first']:.3g} -> {rate['peak']:.3g} in {rate['warmup_steps']} steps -> {rate['last']:.3g} at the last "
+        f"(cosine to {rate['minimum']:.3g} at step {rate['schedule_steps']}); first layer x "
+        f"{rate['first_layer_factor']:.3g}"
+    )
+
+
+def memory_line(memory: Mapping[str, int], *, device: str) -> str:
+    """The guess of a worker's peak and its parts."""
+    parts = ("parameters", "gradients", "optimizer", "activations")
+    told = ", ".join(f"{name} {readable_bytes(memory[name])}" for name in parts)
+    ready = readable_bytes(memory["batches_ready"])
+    return (
+        f"about {readable_bytes(memory['total'])} a worker on its {device} ({told}; measured peaks were up to twice "
+        f"such a guess), libraries not counted; batches kept ready {ready}"
+    )
+
+
+def disk_line(disk: Mapping[str, int]) -> str:
+    """What the run folder grows to."""
+    warning = "" if disk["total"] <= disk["free"] else "; NOT ENOUGH SPACE"
+    return (
+        f"up to {readable_bytes(disk['total'])} of {readable_bytes(disk['free'])} free: checkpoints of "
+        f"{readable_bytes(disk['checkpoint'])} ({disk['num_written']} written, {disk['num_kept']} kept), frozen "
+        f"weights {readable_bytes(disk['frozen_weights'])}{warning}"
+    )
+
+
+def data_rows(data: Mapping[str, Any]) -> dict[str, object]:
+    """A row a shard set, and one of the cache where there is one."""
+    if data["made_first"] is not None:
+        made = data["made_first"]
+        return {"data": f"made first: synthetic {made['task']}, {made['train']} + {made['validation']} clips"}
+    rows: dict[str, object] = {}
+    for number, one in enumerate(data["train"], start=1):
+        rows["train" if number == 1 else f"train {number}"] = set_line(one)
+    rows["validation"] = "none" if data["validation"] is None else set_line(data["validation"])
+    if (cache := data["cache"]) is not None:
+        limit = "half of the disk" if cache["limit_bytes"] is None else readable_bytes(cache["limit_bytes"])
+        rows["cache"] = (
+            f"{cache['folder']}: {readable_bytes(cache['set_bytes'])} of shards, limit {limit}, "
+            f"{readable_bytes(cache['free_bytes'])} free"
+        )
+    return rows
+
+
+def set_line(one: Mapping[str, Any]) -> str:
+    """A shard set."""
+    size = readable_bytes(one["bytes"])
+    return f"{one['place']}: {one['num_samples']} samples in {one['num_shards']} shards, {size}, {one['codec']}"
+
+
+def resume_line(resume: Mapping[str, Any]) -> str:
+    """What is found in the run folder, and what follows from it."""
+    told = {
+        "new": "a new run",
+        "begin again": "a run without a checkpoint, which begins again",
+        "resume": f"resumes {resume['checkpoint']} after step {resume['step']}, attempt {resume['attempt']}",
+        "finished": f"finished: {resume['checkpoint']} is the last step's, nothing is left to train",
+    }[resume["state"]]
+    changes = f" (changed: {'; '.join(resume['changes'])})" if resume["changes"] else ""
+    damaged = f"; passed over as damaged: {'; '.join(resume['damaged'])}" if resume["damaged"] else ""
+    return f"{resume['run_dir']}: {told}{changes}{damaged}"

@@ -1,0 +1,241 @@
+"""Classify anybody's video files: they become a small shard set in a temporary folder, read like any other."""
+
+import glob
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ca2st.errors import UserInputError
+from ca2st.processes import num_cores
+from pipelines.views.draws import EvaluationViews
+from ray_jobs.conversion import convert_shown
+from ray_jobs.runs.inference import TrainedModel, load_trained, score
+from sharding.datasets.media_root import VIDEO_SUFFIXES
+from sharding.errors import AllRejectedError, RejectBudgetError
+from sharding.folder import Reject, read_rejects
+from sharding.format.index import sample_key
+from sharding.format.shard_set import LabelSpace, ShardSet, read_shard_set
+from sharding.media.codecs import DEFAULT_GOP_FRAMES
+from sharding.settings import ConversionConfig, RejectBudget
+from sharding.source import SourceList, SourceSample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """One class a video may show."""
+
+    target: str
+    """Label space: ``label``, ``verb``, ``noun``, ..."""
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoPrediction:
+    """The likeliest classes of one video."""
+
+    video: str
+    predictions: list[Prediction]
+    """By target, the likeliest first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DamagedVideo:
+    """A file that could not be read as a video."""
+
+    video: str
+    reason: str
+    """A key of `sharding.media.probe.REASONS`."""
+    what: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictionReport:
+    """What was said about the videos that can be read, and which cannot."""
+
+    videos: list[VideoPrediction]
+    """In the order given."""
+    damaged: list[DamagedVideo]
+    notes: dict[str, int]
+    """What was unusual about the videos and accepted, by kind (see `sharding.source`)."""
+
+
+def predict_videos(
+    checkpoint: Path, videos: Sequence[Path], *, top: int, views: EvaluationViews
+) -> list[VideoPrediction]:
+    """The `top` classes of every target for each video, in the order given.
+
+    A video is read as in training: whole, with its sound where it has some.
+
+    Raises:
+        UserInputError: a video is not there or given twice, or `checkpoint` is none.
+        RejectBudgetError: a video cannot be decoded; the message says which and why.
+    """
+    report = predict_readable(checkpoint, videos, top=top, views=views)
+    _refuse_damaged(report.damaged)
+    return report.videos
+
+
+def predict_readable(checkpoint: Path, videos: Sequence[Path], *, top: int, views: EvaluationViews) -> PredictionReport:
+    """As `predict_videos`, but a video that cannot be decoded is listed with the reason, and the others are predicted.
+
+    Raises:
+        UserInputError: a video is not there or given twice, or `checkpoint` is none.
+    """
+    require_videos(videos)
+    trained = load_trained(checkpoint)
+    with _converted(trained, videos) as (shard_set, damaged):
+        result = None if shard_set is None else score(trained, shard_set, views)
+        notes = {} if shard_set is None else dict(shard_set.manifest.notes)
+    if result is None:
+        return PredictionReport(videos=[], damaged=damaged, notes=notes)
+    rows = {key: index for index, key in enumerate(result.sample_ids)}
+    found = []
+    for video in map(str, videos):
+        row = rows.get(sample_key(video))
+        if row is not None:
+            of_video = {target: values[row] for target, values in result.probabilities.items()}
+            found.append(VideoPrediction(video=video, predictions=likeliest(trained.classes, of_video, top=top)))
+    return PredictionReport(videos=found, damaged=damaged, notes=notes)
+
+
+@contextmanager
+def shards_of_videos(trained: TrainedModel, videos: Sequence[Path]) -> Iterator[ShardSet]:
+    """The videos as a small shard set in a temporary folder, made as the model's training shards were.
+
+    Raises:
+        RejectBudgetError: a video cannot be decoded; the message says which and why.
+    """
+    with _converted(trained, videos) as (shard_set, damaged):
+        _refuse_damaged(damaged)
+        assert shard_set is not None
+        yield shard_set
+
+
+def _refuse_damaged(damaged: Sequence[DamagedVideo]) -> None:
+    if damaged:
+        told = "; ".join(f"{one.video}: {one.reason} ({one.what})" for one in damaged)
+        raise RejectBudgetError(f"expected videos that can be read, found {told}; repair or replace them")
+
+
+@contextmanager
+def _converted(trained: TrainedModel, videos: Sequence[Path]) -> Iterator[tuple[ShardSet | None, list[DamagedVideo]]]:
+    """The readable videos as a shard set in a temporary folder (None: not one is), and the others."""
+    gop = trained.video.num_gop_frames
+    config = ConversionConfig(
+        codec=trained.video.codec,
+        quality=trained.video.quality,
+        num_gop_frames=DEFAULT_GOP_FRAMES if gop is None else gop,
+        short_side=trained.video.short_side,
+        frames_per_second=trained.video.frames_per_second,
+        interlaced=trained.video.interlaced or "deinterlace",
+        audio_policy="none" if trained.audio.policy == "none" else "optional",
+        sample_rate_hz=trained.audio.sample_rate_hz,
+        num_mel_bins=trained.audio.num_mel_bins,
+        workers=min(num_cores(), len(videos)),
+        max_rejects=RejectBudget(count=len(videos)),
+    )
+    with tempfile.TemporaryDirectory(prefix="ca2st-videos-") as folder:
+        root = Path(folder) / "shards"
+        try:
+            convert_shown(_source_list(trained, videos), root, config)
+        except AllRejectedError as error:
+            yield None, _damaged(error.rejects)
+            return
+        yield read_shard_set(root), _damaged(read_rejects(root))
+
+
+def _damaged(rejects: Sequence[Reject]) -> list[DamagedVideo]:
+    return [DamagedVideo(video=one.sample_id, reason=one.reason, what=one.what) for one in rejects]
+
+
+def find_videos(arguments: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The videos that arguments name, and the files in folders that are none: left aside.
+
+    A file stands for itself, a folder for all videos in it and in its folders, and a pattern such as ``*/*.mp4`` for
+    the videos that it matches (a shell puts their names in its place; between quotes it arrives here).
+
+    Raises:
+        UserInputError: a folder without a video, or a pattern that matches none.
+    """
+    found: list[Path] = []
+    aside: list[Path] = []
+    for argument in arguments:
+        is_pattern = not argument.exists() and glob.has_magic(str(argument))
+        if not (is_pattern or argument.is_dir()):
+            found.append(argument)
+            continue
+        pattern = str(argument)
+        files = (
+            glob.iglob(pattern, recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
+            if is_pattern
+            else _files_below(argument)
+        )
+        paths = [path for path in map(Path, sorted(files)) if path.is_file()]
+        videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
+        if not videos:
+            what = "a pattern of videos" if is_pattern else "a folder with videos in it"
+            raise UserInputError(
+                f"{argument}: expected {what} (endings: {' '.join(sorted(VIDEO_SUFFIXES))}), found {len(paths)} files, "
+                "none of them a video"
+            )
+        found += videos
+        aside += [path for path in paths if path.suffix.lower() not in VIDEO_SUFFIXES]
+    return found, aside
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    for at, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (str(Path(at) / name) for name in names if not name.startswith("."))
+
+
+def require_videos(videos: Sequence[Path]) -> None:
+    """Refuse a list of videos that are not there or are named twice.
+
+    Raises:
+        UserInputError: as said.
+    """
+    if missing := [str(video) for video in videos if not video.is_file()]:
+        raise UserInputError(f"expected video files, found none at {', '.join(missing)}; check the paths")
+    if twice := [name for name, count in Counter(map(str, videos)).items() if count > 1]:
+        raise UserInputError(f"expected each video once, found twice: {', '.join(twice)}")
+
+
+def _source_list(trained: TrainedModel, videos: Sequence[Path]) -> SourceList:
+    """The videos with a label that nobody reads."""
+    return SourceList(
+        dataset="videos",
+        split="predict",
+        label_spaces=tuple(LabelSpace(name=name, classes=tuple(classes)) for name, classes in trained.classes.items()),
+        targets=tuple(trained.classes),
+        samples=tuple(
+            SourceSample(
+                sample_id=str(video),
+                path=video,
+                start_seconds=None,
+                end_seconds=None,
+                labels=(0,) * len(trained.classes),
+                where=f"argument {number}",
+            )
+            for number, video in enumerate(videos, start=1)
+        ),
+    )
+
+
+def likeliest(
+    classes: Mapping[str, Sequence[str]], probabilities: Mapping[str, Tensor], *, top: int
+) -> list[Prediction]:
+    """The `top` classes of every target, the likeliest first; `probabilities` are one number a class."""
+    found = []
+    for target, names in classes.items():
+        values, indices = probabilities[target].topk(min(top, len(names)))
+        for value, index in zip(values.tolist(), indices.tolist(), strict=True):
+            found.append(Prediction(target=target, label=names[index], probability=value))
+    return found

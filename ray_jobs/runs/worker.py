@@ -1,0 +1,258 @@
+"""One process of a training.
+
+SIGINT and SIGTERM on their way from a launching process to its workers, from the moment they are started.
+
+What every training process runs, however it was started: recipe in, trained run folder out.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ca2st.checked_json import read_json
+from ca2st.durable import FaultPoints, write_bytes
+from ca2st.errors import CA2STError
+from ca2st.model.config import HeldPrecision
+from ca2st.model.network import HolisticModel, compile_layers
+from ca2st.model.parameters import held_precision, hold_experts, layer_index, no_weight_decay
+from ca2st.processes import num_cores
+from ca2st.training.loop import train
+from ca2st.training.metrics import main_metric
+from ca2st.training.optim import ParameterRules
+from ca2st.training.resume import RunRecord, library_versions
+from ca2st.training.settings import TrainingProgress, TrainingResult, TrainingSettings
+from ca2st.training.signals import StopRequest, stop_on_signals
+from ca2st.training.step import make_accelerator
+from pipelines.loader import TrainLoader
+from ray_jobs import environment
+from ray_jobs.config.recipe import Recipe, identity_settings, recipe_document, recipe_from_document
+from ray_jobs.console import progress
+from ray_jobs.runs.data import TrainingData, open_data, train_loader, validation_loader
+from ray_jobs.runs.failures import forget_failure
+from ray_jobs.runs.inference import RUN_DOCUMENT
+from ray_jobs.runs.model import keep_frozen
+from ray_jobs.runs.node_metrics import NodeMetrics
+from ray_jobs.runs.start import begin_model
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait, here and in processes that are started meanwhile, until somebody can answer them.
+
+    Here a mask is not enough: the kernel gives a signal to any thread that does not mask it, as those of a library.
+    """
+    resource_tracker.ensure_running()  # when first needed it would let them through
+    came: list[int] = []
+    handlers = {number: signal.signal(number, lambda number, _frame: came.append(number)) for number in STOPPING}
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for one in came:
+            signal.raise_signal(one)
+
+
+def take_signals() -> None:
+    """In a worker: until there is something to save, a signal ends it at once, and its parent says so."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+@contextmanager
+def signals_to(workers: Sequence[BaseProcess], begun: Sequence[int]) -> Iterator[list[int]]:
+    """Pass SIGINT and SIGTERM on to the workers, which checkpoint and end; this process waits for them.
+
+    A worker that has not `begun` hears no signal yet and is killed. Gives the signals for which that was done.
+    """
+    ended_unbegun: list[int] = []
+
+    def forward(number: int, _frame: object) -> None:
+        for worker, has_begun in zip(workers, begun, strict=True):
+            if worker.pid is None:
+                continue
+            if not has_begun:
+                ended_unbegun.append(number)
+            with suppress(ProcessLookupError):  # ended already
+                os.kill(worker.pid, number if has_begun else signal.SIGKILL)
+
+    previous = {number: signal.signal(number, forward) for number in STOPPING}
+    try:
+        yield ended_unbegun
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+OUTCOME_NAME = "outcome.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Everything a worker process is told; plain JSON values, so that it travels anywhere."""
+
+    recipe: dict[str, Any]
+    """The resolved recipe."""
+    run_dir: str
+    """The run's folder, on storage that every worker sees."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What a finished training leaves, as told by rank 0."""
+
+    checkpoint: str
+    """Folder of the last checkpoint."""
+    steps: int
+    """Updates made."""
+    metrics: dict[str, float | None]
+    """Last validation metrics."""
+    main_metric: str
+    """Which of them the run is judged by: ``top1``, or ``action_top1`` of verb and noun."""
+
+
+def read_outcome(run_dir: Path) -> Outcome:
+    """The outcome that rank 0 wrote.
+
+    Raises:
+        CA2STError: there is none although the workers ended well.
+    """
+    path = run_dir / OUTCOME_NAME
+    if not path.exists():
+        raise CA2STError(f"{path}: expected after a finished training, found nothing; see {run_dir}/journal.jsonl")
+    return read_json(path, Outcome)
+
+
+def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Outcome:
+    """Train on this rank until the run is finished, resuming what the run folder holds.
+
+    `stop`: where a request to save and end arrives; None: SIGTERM and SIGINT are one, only in a process's main thread.
+    """
+    recipe, run_dir = recipe_from_document(job.recipe), Path(job.run_dir)
+    accelerator = make_accelerator(recipe.training, cpu=_use_cpu_threads(recipe))
+    rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    with ExitStack() as stack:
+        data = open_data(recipe)
+        source = train_loader(recipe, data, rank=rank, world_size=world_size, run_dir=run_dir, device=device)
+        loader = stack.enter_context(source)
+        validation = stack.enter_context(
+            validation_loader(recipe, data, rank=rank, world_size=world_size, device=device)
+        )
+        begun = begin_model(recipe, data.classes, run_dir)
+        frozen = keep_frozen(begun.model, run_dir)
+        held = _make_ready(begun.model, recipe, device=accelerator.device.type)
+        settings = TrainingSettings(
+            folder=run_dir,
+            config=recipe.training,
+            optim=recipe.optim,
+            rules=_parameter_rules(begun.model),
+            targets={name: len(classes) for name, classes in data.classes.items()},
+            record=_record(recipe, data, loader, frozen=frozen, start=begun.identity),
+            topology={"experts_precision": held},
+            started_from=begun.note,
+            faults=faults,
+            progress=stack.enter_context(_shown(recipe, loader)) if rank == 0 else None,
+        )
+        if accelerator.is_local_main_process and (seconds := recipe.tracking.system_metrics_seconds):
+            stack.enter_context(NodeMetrics(run_dir, every_seconds=seconds))
+        if stop is None:
+            stop = stack.enter_context(stop_on_signals(grace_seconds=recipe.training.grace_seconds))
+        result = train(
+            begun.model, loader, accelerator=accelerator, settings=settings, validation=validation, stop=stop
+        )
+    outcome = _outcome(result, data.targets)
+    if rank == 0:
+        write_bytes(run_dir / OUTCOME_NAME, (json.dumps(asdict(outcome), indent=1) + "\n").encode())
+        forget_failure(run_dir)
+    accelerator.end_training()
+    return outcome
+
+
+def _outcome(result: TrainingResult, targets: tuple[str, ...]) -> Outcome:
+    return Outcome(
+        checkpoint=str(result.checkpoint),
+        steps=result.steps,
+        metrics=dict(result.metrics),
+        main_metric=main_metric(targets),
+    )
+
+
+def _use_cpu_threads(recipe: Recipe) -> bool:
+    """Whether this machine has no GPU; torch then gets this worker's share of the cores."""
+    if torch.cuda.is_available():
+        return False
+    torch.set_num_threads(recipe.launch.torch_threads(num_cores()))
+    return True
+
+
+def _make_ready(model: HolisticModel, recipe: Recipe, *, device: str) -> HeldPrecision:
+    """What saves memory and time and changes no number but by rounding; returns how the experts are held."""
+    held = held_precision(recipe.experts.precision, training=recipe.training.precision, device=device)
+    hold_experts(model, held)
+    model.activation_checkpointing = recipe.training.activation_checkpointing
+    if recipe.training.compile:
+        compile_layers(model)
+    return held
+
+
+def _parameter_rules(model: HolisticModel) -> ParameterRules:
+    return ParameterRules(
+        layer_index=partial(layer_index, depth=model.config.depth),
+        num_layers=model.config.depth,
+        no_weight_decay=no_weight_decay(model),
+    )
+
+
+def _record(
+    recipe: Recipe,
+    data: TrainingData,
+    loader: TrainLoader,
+    *,
+    frozen: Mapping[str, str],
+    start: Mapping[str, str],
+) -> RunRecord:
+    return RunRecord(
+        manifests=data.fingerprints,
+        recipe=identity_settings(recipe),
+        loader=asdict(loader.record),
+        experts=frozen,
+        start=start,
+        # Older runs chose frames of a varying rate by number: they go on with a warning, for those clips differ.
+        versions=library_versions()
+        | environment.versions()
+        | {"backend": loader.backend_name, "frames_of_varying_rates": "by time"},
+        documents={
+            RUN_DOCUMENT: {
+                "recipe": recipe_document(recipe),
+                "classes": data.classes,
+                "audio": asdict(data.train.manifest.audio),
+                "video": asdict(data.train.manifest.video),
+            }
+        },
+    )
+
+
+@contextmanager
+def _shown(recipe: Recipe, loader: TrainLoader) -> Iterator[Callable[[TrainingProgress], None]]:
+    """A progress bar over all steps of the run."""
+    with progress(f"Training {recipe.name}", recipe.training.total_steps(loader.steps_per_epoch)) as update:
+        yield lambda state: update(
+            state.step,
+            f"epoch {state.epoch}  loss {state.loss:.4f}  {state.clips_per_second:.0f} clips/s  "
+            f"data wait {state.data_wait_fraction:.0%}",
+        )

@@ -1,1 +1,0 @@
-"""The proof of learning on the synthetic world: experts, comparison, benches, demo."""

@@ -1,1 +1,0 @@
-"""Conversion on the nodes of a Ray cluster."""

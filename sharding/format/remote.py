@@ -1,0 +1,372 @@
+"""Shards behind a URL: places, storage settings, retries, files.
+
+Where a shard set is: a folder, or a URL that fsspec reads.
+
+Trying again, bounded, with growing pauses: for storage that fails now and then.
+
+How shards behind a URL are kept on this machine.
+
+Files of a shard set behind a URL: whole small ones, ranges of large ones, tried again where that can help.
+
+fsspec does the reading; credentials and endpoints are those of its backends' usual environment variables and
+configuration files (AWS_*, GOOGLE_APPLICATION_CREDENTIALS, FSSPEC_*), which never pass through our hands.
+"""
+
+import asyncio
+import errno
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from ca2st.errors import EnvironmentFault, UserInputError, did_you_mean
+
+SCHEMES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "memory": "fsspec"}
+"""Kinds of URLs, and the package that reads each."""
+EXTRAS = {"s3": "s3", "gs": "gs", "http": "http", "https": "http"}
+"""The optional dependency of ca2st that installs it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFolder:
+    """A folder behind a URL, without a slash at its end; never holds a secret."""
+
+    url: str
+
+    @property
+    def scheme(self) -> str:
+        """``s3``, ``gs``, ``http``, ``https`` or ``memory``."""
+        return self.url.partition("://")[0]
+
+    def file(self, name: str) -> str:
+        """The URL of a file in it."""
+        return f"{self.url}/{name}"
+
+    def __str__(self) -> str:
+        return self.url
+
+
+Location = Path | RemoteFolder
+"""Where a shard set is."""
+
+
+def as_location(place: str | Path | RemoteFolder) -> Location:
+    """The folder or URL that `place` names; anything without ``://`` is a path.
+
+    Raises:
+        UserInputError: a kind of URL that is not read, one without a bucket or host, or one that carries a secret:
+            those come from the environment, never from a recipe.
+    """
+    if not isinstance(place, str) or "://" not in place:
+        return place if isinstance(place, RemoteFolder) else Path(place)
+    scheme = place.partition("://")[0]
+    if scheme not in SCHEMES:
+        hint = did_you_mean(scheme, [*SCHEMES])
+        raise UserInputError(f"URL of shards: expected one of {', '.join(SCHEMES)}, found {scheme!r}{hint}")
+    parts = urlsplit(place)
+    shown = f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise UserInputError(
+            f"URL of shards: expected {shown} alone, found a user, password, query or fragment with it; give secrets "
+            "in the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS or fsspec's "
+            "configuration)"
+        )
+    if not parts.netloc:
+        raise UserInputError(f"URL of shards: expected a bucket or host behind {scheme}://, found {shown!r}")
+    return RemoteFolder(shown.rstrip("/"))
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetryConfig:
+    """How long a read from remote storage is tried; only errors that may pass are tried again."""
+
+    attempts: int = 6
+    """Tries of one request, the first included."""
+    total_seconds: float = 300.0
+    """No further try of a request begins later than this after its first."""
+    first_pause_seconds: float = 0.5
+    """Longest pause after the first failure; it doubles from try to try. The pause itself is drawn evenly from the
+    upper half below it, so that workers do not come back all at once."""
+    longest_pause_seconds: float = 30.0
+    """Where the doubling ends."""
+    request_seconds: float = 60.0
+    """A request (at most 16 MiB) without an answer is given up after this, and counts as a failure."""
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise UserInputError(f"retry.attempts: expected at least 1, found {self.attempts}")
+        for name in ("total_seconds", "first_pause_seconds", "longest_pause_seconds"):
+            if getattr(self, name) < 0:
+                raise UserInputError(f"retry.{name}: expected at least 0, found {getattr(self, name)}")
+        if self.request_seconds <= 0:
+            raise UserInputError(f"retry.request_seconds: expected more than 0, found {self.request_seconds}")
+
+    def pause_seconds(self, failures: int, fraction: float) -> float:
+        """The pause after that many failures; `fraction` in [0, 1) is the draw."""
+        longest = min(self.longest_pause_seconds, self.first_pause_seconds * 2.0 ** (failures - 1))
+        return longest * (1 + fraction) / 2
+
+
+class RetriesSpentError(Exception):
+    """Every try failed; the last error is the cause. Never leaves this package: its callers name the file."""
+
+    def __init__(self, attempts: int, seconds: float, last: Exception) -> None:
+        super().__init__(f"{attempts} tries in {seconds:.0f} s, the last: {described(last)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retrier:
+    """Calls again what failed in passing; clock, sleep and chance are arguments, so that tests need no time."""
+
+    config: RetryConfig = field(default_factory=RetryConfig)
+    on_retry: Callable[[], None] = lambda: None
+    """Called before each further try: counts them."""
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    chance: Callable[[], float] = random.random
+
+    def call(self, work: Callable[[], T], *, is_passing: Callable[[Exception], bool]) -> T:
+        """The result of `work`.
+
+        Raises:
+            RetriesSpentError: attempts or time are used up; any error that `is_passing` denies is raised as it is.
+        """
+        start = self.clock()
+        for failures in self._failures():
+            try:
+                return work()
+            except Exception as error:
+                if not is_passing(error):
+                    raise
+                pause = self.config.pause_seconds(failures, self.chance())
+                spent = self.clock() - start
+                if failures == self.config.attempts or spent + pause > self.config.total_seconds:
+                    raise RetriesSpentError(failures, spent, error) from error
+                self.on_retry()
+                self.sleep(pause)
+        raise AssertionError("the loop returns or raises")
+
+    def _failures(self) -> Iterator[int]:
+        yield from range(1, self.config.attempts + 1)
+
+
+def described(error: BaseException) -> str:
+    """An error in one line: its text, or its kind where it has none."""
+    text = " ".join(str(error).split())
+    return text if text and isinstance(error, OSError) else f"{type(error).__name__}{f': {text}' if text else ''}"
+
+
+DEFAULT_CACHE = Path("~/.cache/ca2st/shards")
+"""The user's own cache, on the disk of the home folder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StorageConfig:
+    """The node-local cache of remote shards, and how long their server is tried."""
+
+    cache_dir: str | None = None
+    """Folder of the cache, on a disk of this machine; shared by its workers and by all sets. None: `DEFAULT_CACHE`."""
+    cache_bytes: int | None = None
+    """Most bytes of shards in it, those being fetched included; None: half of what its disk has for them."""
+    retry: RetryConfig = field(default_factory=RetryConfig)
+    """How long a request is tried."""
+
+    def __post_init__(self) -> None:
+        if self.cache_bytes is not None and self.cache_bytes < 1:
+            raise UserInputError(f"cache_bytes: expected at least 1, found {self.cache_bytes}")
+
+    @property
+    def folder(self) -> Path:
+        """The cache's folder."""
+        return Path(self.cache_dir or DEFAULT_CACHE).expanduser()
+
+
+RANGE_BYTES = 16 << 20
+"""Most bytes of one request: what a failed request loses, and what a download holds in memory."""
+_PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_LASTING_ERRNOS = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
+_PASSING_KINDS = frozenset(
+    {
+        ("aiohttp", "ClientConnectionError"),
+        ("aiohttp", "ClientPayloadError"),
+        ("botocore", "HTTPClientError"),
+        ("botocore", "ConnectionError"),
+        ("aiobotocore", "AioReadTimeoutError"),
+        ("requests", "ConnectionError"),
+        ("requests", "Timeout"),
+        ("urllib3", "HTTPError"),
+    }
+)
+"""Broken connections by package and class: named, for none of these packages needs to be there."""
+
+
+class RemoteFileMissingError(Exception):
+    """There is no such file behind the URL; callers say what that means."""
+
+
+class ShortAnswerError(OSError):
+    """The connection ended before all bytes asked for had come, or brought others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteFiles:
+    """Reads the files of one remote folder; safe to call from several threads."""
+
+    folder: RemoteFolder
+    retrier: Retrier = field(default_factory=Retrier)
+    on_bytes: Callable[[int, float], None] = lambda _count, _seconds: None
+    """Called after each answer with its bytes and the seconds it took."""
+    filesystem: Any = None
+    """An fsspec filesystem; None: that of the URL."""
+
+    def __post_init__(self) -> None:
+        if self.filesystem is None:
+            object.__setattr__(self, "filesystem", _open_filesystem(self.folder))
+
+    def read(self, name: str) -> bytes:
+        """A whole small file.
+
+        Raises:
+            RemoteFileMissingError: there is none.
+            EnvironmentFault: refused, or not to be had within the retries.
+        """
+        return self._ask(name, lambda path: self._fetch(path, None, None))
+
+    def ranges(self, name: str, num_bytes: int) -> Iterator[bytes]:
+        """A file of known size, piece by piece, each at most `RANGE_BYTES`; raises as `read`."""
+        start = 0
+        while start < num_bytes:
+            piece = self.read_range(name, start, min(start + RANGE_BYTES, num_bytes), num_bytes)
+            start += len(piece)
+            yield piece
+
+    def read_range(self, name: str, start: int, end: int, num_bytes: int) -> bytes:
+        """Bytes `start` to `end` of a file of `num_bytes`; raises as `read`."""
+
+        def fetch(path: str) -> bytes:
+            data = self._fetch(path, start, end)
+            if len(data) == num_bytes and len(data) != end - start:
+                data = data[start:end]  # a server without byte ranges sends all of it
+            if len(data) != end - start:
+                raise ShortAnswerError(f"expected bytes {start} to {end}, found {len(data)} bytes")
+            return data
+
+        return self._ask(name, fetch)
+
+    def sizes(self) -> dict[str, int] | None:
+        """Size of every file of the folder by name; None where the server does not tell (http, or no permission)."""
+        if self.folder.scheme in ("http", "https"):
+            return None
+        try:
+            listed = self._ask("", lambda path: self._call("ls", path, detail=True, refresh=True))
+        except EnvironmentFault as fault:
+            if isinstance(fault.__cause__, PermissionError):
+                return None
+            raise
+        return {entry["name"].rpartition("/")[2]: int(entry["size"]) for entry in listed if entry["type"] == "file"}
+
+    def _ask(self, name: str, work: Callable[[str], T]) -> T:
+        url = self.folder.file(name) if name else self.folder.url
+        path = self.filesystem._strip_protocol(url)
+        try:
+            return self.retrier.call(lambda: work(path), is_passing=may_pass)
+        except FileNotFoundError as error:
+            raise RemoteFileMissingError(f"{url}: no such file") from error
+        except RetriesSpentError as error:
+            raise EnvironmentFault(
+                f"{url}: cannot be read: {error}; check the server and the network, or raise loader.retry.attempts and "
+                "loader.retry.total_seconds"
+            ) from error.__cause__
+        except Exception as error:  # every backend has errors of its own; all end here
+            raise EnvironmentFault(f"{url}: cannot be read: {described(error)}; {_remedy(error)}") from error
+
+    def _fetch(self, path: str, start: int | None, end: int | None) -> bytes:
+        begin = time.perf_counter()
+        data: bytes = self._call("cat_file", path, start=start, end=end)
+        self.on_bytes(len(data), time.perf_counter() - begin)
+        return data
+
+    def _call(self, method: str, path: str, **arguments: Any) -> Any:
+        """A method of the filesystem, given up after `request_seconds` where it waits for a network."""
+        if not self.filesystem.async_impl:
+            if method == "ls":
+                arguments.pop("refresh")
+            return getattr(self.filesystem, method)(path, **arguments)
+        from fsspec.asyn import sync
+
+        coroutine = getattr(self.filesystem, f"_{method}")
+        return sync(self.filesystem.loop, coroutine, path, timeout=self.retrier.config.request_seconds, **arguments)
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed a moment later: broken connections, timeouts, an overloaded server."""
+    status = _status(error)
+    if status is not None:
+        return status in _PASSING_STATUS
+    if isinstance(error, _LASTING):
+        return False
+    if isinstance(error, TimeoutError | asyncio.TimeoutError | ConnectionError):
+        return True
+    kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
+    if kinds & _PASSING_KINDS:
+        return True
+    return isinstance(error, OSError) and error.errno not in _LASTING_ERRNOS
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error, where there is one."""
+    for one in (error, error.__cause__):
+        answer = getattr(one, "response", None)
+        if isinstance(answer, dict):
+            found = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        else:
+            found = getattr(one, "status", None) or getattr(one, "code", None)
+        if isinstance(found, int | str) and str(found).isdigit():
+            return int(found)
+    return None
+
+
+def _remedy(error: Exception) -> str:
+    if isinstance(error, PermissionError) or _status(error) in (401, 403):
+        return (
+            "the server refuses it: check the credentials in the environment, and that they may read this file "
+            "(some servers also say so where there is no such file)"
+        )
+    if "redential" in f"{type(error).__name__} {error}":
+        return "no credentials were found: set them in the environment, as for the server's own command line"
+    return "check the URL, the server and its settings in the environment"
+
+
+def _open_filesystem(folder: RemoteFolder) -> Any:
+    """The fsspec filesystem of a URL, its own retries off: ours are the only ones, and they are counted.
+
+    Raises:
+        EnvironmentFault: the package that reads such URLs is not installed.
+    """
+    import fsspec
+
+    try:
+        kind = fsspec.get_filesystem_class(folder.scheme)
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"{folder}: {SCHEMES[folder.scheme]} is not installed, which reads {folder.scheme}:// URLs; "
+            f"run pip install 'ca2st[{EXTRAS[folder.scheme]}]'"
+        ) from error
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if folder.scheme == "s3":
+        own = dict(fsspec.config.conf.get("s3", {}).get("config_kwargs", {}))
+        options["config_kwargs"] = {"retries": {"max_attempts": 0}, **own}
+    try:
+        filesystem = kind(**options)
+        if hasattr(filesystem, "retries"):
+            filesystem.retries = 1
+    except Exception as error:
+        raise EnvironmentFault(f"{folder}: cannot be opened: {described(error)}; {_remedy(error)}") from error
+    return filesystem

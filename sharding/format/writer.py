@@ -1,0 +1,212 @@
+"""Write one shard: a plain tar by webdataset's TarWriter, and the index that names every byte range in it."""
+
+import contextlib
+import hashlib
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ca2st.durable import NO_FAULTS, FaultPoints, write_bytes, writing
+from sharding.format.index import MEMBER_SUFFIXES, MEMBERS, encode_index, frame_checksum, member_checksum
+from sharding.format.shard_set import ShardEntry, index_name
+
+_OWNER = "ca2st"
+_MODE = 0o444
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredSample:
+    """Everything of one sample, ready to be written."""
+
+    key: str
+    labels: tuple[int, ...]
+    video: bytes
+    mel: bytes
+    json: bytes
+    num_frames: int
+    duration_seconds: float
+    has_audio: bool
+    mel_rows: int
+    frame_data_offset: int
+    frame_bytes: tuple[int, ...]
+    frame_ticks: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+    """Kinds of what was unusual about the source; the index counts them."""
+
+    @property
+    def tar_bytes(self) -> int:
+        """Bytes the sample takes in a tar, headers and padding included."""
+        return sum(tarfile.BLOCKSIZE + padded(len(getattr(self, member))) for member in MEMBERS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardRange:
+    """What of the source list a shard covers; kept in its index, so that a conversion resumes behind it."""
+
+    first: int
+    """Position of the first source of the range."""
+    end: int
+    """Position behind the last one."""
+    rejects: tuple[Mapping[str, Any], ...]
+    """Sources of the range that were rejected: position, sample_id, reason, what."""
+
+
+def shard_name(number: int) -> str:
+    """File name of the shard with that number."""
+    return f"ca2st-{number:06d}.tar"
+
+
+def member_header(key: str, suffix: str, size: int) -> bytes:
+    """The 512 bytes that stand before a member in our tars."""
+    info = tarfile.TarInfo(f"{key}.{suffix}")
+    info.size, info.mtime, info.mode, info.uname, info.gname = size, 0, _MODE, _OWNER, _OWNER
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def write_shard(
+    root: Path,
+    number: int,
+    samples: Iterable[StoredSample],
+    *,
+    covers: Callable[[], ShardRange],
+    conversion: Mapping[str, Any],
+    faults: FaultPoints = NO_FAULTS,
+) -> ShardEntry:
+    """Write ``ca2st-<number>.tar`` and its index by the write protocol.
+
+    Samples are written as they come; `covers` is asked once they are used up. `conversion` is the identity of the
+    conversion (sources, parameters, tools). Both go into the index.
+    Fault points reached: ``index.written``, ``index.renamed``, ``shard.written``, ``shard.renamed``.
+
+    Raises:
+        EnvironmentFault: no space, no permission.
+    """
+    name = shard_name(number)
+    with writing(root / name, faults=faults, point="shard") as file:
+        sink = _HashingSink(file)
+        notes: Counter[str] = Counter()
+        rows = _write_members(sink, _noted(samples, notes))
+        file.flush()
+        _check_headers(Path(file.name), rows)
+        metadata = {
+            "conversion": _canonical(conversion),
+            "range": _canonical(asdict(covers())),
+            "shard": _canonical({"bytes": sink.num_bytes, "sha256": sink.sha256.hexdigest()}),
+        }
+        if notes:
+            metadata["notes"] = _canonical(notes)
+        index = encode_index(rows, metadata)
+        write_bytes(root / index_name(name), index, faults=faults, point="index")
+    return ShardEntry(
+        name=name,
+        bytes=sink.num_bytes,
+        sha256=sink.sha256.hexdigest(),
+        index_bytes=len(index),
+        index_sha256=hashlib.sha256(index).hexdigest(),
+        num_samples=len(rows),
+    )
+
+
+def _write_members(sink: "_HashingSink", samples: Iterable[StoredSample]) -> list[dict[str, Any]]:
+    rows = []
+    with _tar_writer(sink) as tar:
+        for sample in samples:
+            offsets = {}
+            for member in MEMBERS:  # one call a member: within a call TarWriter sorts by suffix
+                offsets[member] = tar.tarstream.offset + tarfile.BLOCKSIZE
+                tar.write({"__key__": sample.key, MEMBER_SUFFIXES[member]: getattr(sample, member)})
+            rows.append(_index_row(sample, offsets))
+    return rows
+
+
+@contextlib.contextmanager
+def _tar_writer(sink: "_HashingSink") -> Iterator[Any]:
+    from webdataset.writer import TarWriter  # here, since webdataset imports torch
+
+    # mtime as int: a float makes tarfile put a PAX header in front of every member
+    tar = TarWriter(sink, user=_OWNER, group=_OWNER, mode=_MODE, mtime=0, encoder=False)
+    try:
+        yield tar
+        tar.close()
+    finally:
+        sink.closed_for_good = True  # a tar stream that is collected later must not write behind an error
+
+
+def _noted(samples: Iterable[StoredSample], counts: Counter[str]) -> Iterator[StoredSample]:
+    for sample in samples:
+        counts.update(sample.notes)
+        yield sample
+
+
+def _index_row(sample: StoredSample, offsets: Mapping[str, int]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "key": sample.key,
+        "labels": list(sample.labels),
+        "num_frames": sample.num_frames,
+        "duration_seconds": sample.duration_seconds,
+        "has_audio": sample.has_audio,
+        "mel_rows": sample.mel_rows,
+        "frame_data_offset": sample.frame_data_offset,
+        "frame_bytes": list(sample.frame_bytes),
+        "frame_ticks": list(sample.frame_ticks),
+        "frame_xxh32": _frame_checksums(sample),
+    }
+    for member in MEMBERS:
+        data = getattr(sample, member)
+        row |= {
+            f"{member}_offset": offsets[member],
+            f"{member}_bytes": len(data),
+            f"{member}_xxh64": member_checksum(data),
+        }
+    return row
+
+
+def _frame_checksums(sample: StoredSample) -> list[int]:
+    view, at, sums = memoryview(sample.video), sample.frame_data_offset, []
+    for size in sample.frame_bytes:
+        sums.append(frame_checksum(view[at : at + size]))
+        at += size
+    return sums
+
+
+def _check_headers(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Read every member's header back from where the index says it is."""
+    with path.open("rb") as file:
+        for row in rows:
+            for member in MEMBERS:
+                file.seek(row[f"{member}_offset"] - tarfile.BLOCKSIZE)
+                expected = member_header(row["key"], MEMBER_SUFFIXES[member], row[f"{member}_bytes"])
+                if file.read(tarfile.BLOCKSIZE) != expected:
+                    raise RuntimeError(
+                        f"{row['key']}.{MEMBER_SUFFIXES[member]}: not at its offset in the tar just written"
+                    )
+
+
+class _HashingSink:
+    """Passes writes on, counting and hashing them."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.num_bytes = 0
+        self.sha256 = hashlib.sha256()
+        self.closed_for_good = False
+
+    def write(self, data: Any) -> int:
+        if not self.closed_for_good:
+            self._file.write(data)
+            self.sha256.update(data)
+            self.num_bytes += len(data)
+        return len(data)
+
+
+def padded(size: int) -> int:
+    """The bytes that a member of `size` bytes takes in a tar, its header apart."""
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

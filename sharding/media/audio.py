@@ -1,0 +1,253 @@
+"""Cut a segment's sound out of a media file, as mono samples at one rate, on the video's time base."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.audio.stream import AudioStream
+from av.container import InputContainer
+
+from sharding.errors import MediaError
+from sharding.media.decoding import audio_frames, frame_seconds
+from sharding.media.probe import MediaLimits
+from sharding.media.video import Segment
+
+_PREROLL = Fraction(1)  # a codec that overlaps its blocks, and the resampler, are right again well within this
+_SEEK_FROM = Fraction(3)
+_MOST_OFF = 0.005  # half a row: what counted samples and timestamps may differ by
+_LOOK = 0.5  # seconds on both sides over which an offset must last to be a gap and not jitter
+_BEHIND = Fraction(3, 5)  # decoded behind the end: the look, and the resampler's filter
+_WINDOW = Fraction(25, 1000)  # of the spectrogram: the last row of a whole clip hears its last frame
+_LEAST_STEP = 2.0**-15  # of 16-bit samples
+_MIX_DOWN = {"rematrix_maxval": "1"}  # weights that sum to one: as loud as the source, no overflow from 5.1
+
+Samples = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedAudio:
+    """A segment's sound and what the source had."""
+
+    pcm: Samples
+    """float32 [num_samples], mono, about -1..1; sample 0 is the segment's first moment."""
+    source_rate_hz: int
+    source_channels: int
+    notes: tuple[str, ...] = ()
+    """Kinds of what is unusual about its place."""
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether there is nothing to hear."""
+        return is_silent(self.pcm)
+
+
+def is_silent(pcm: Samples) -> bool:
+    """Whether a waveform is digital silence: all samples within one step of 16-bit sound."""
+    return bool(pcm.size == 0 or pcm.max() - pcm.min() < _LEAST_STEP)
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """A frame, its place by counted samples, and how far its timestamp lies behind that, in seconds."""
+
+    frame: av.AudioFrame
+    counted: float
+    offset: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Gapless samples and where the first of them lies in the segment."""
+
+    first: int
+    samples: Samples
+    is_moved: bool
+    """Whether its timestamps leave a gap behind the piece before it, or overlap it."""
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.samples)
+
+
+class _Run:
+    """Gapless frames of one format through one resampler."""
+
+    def __init__(self, first: _Timed, offset: float, rate_hz: int, before: "_Run | None") -> None:
+        self.start = first.counted + offset
+        self.is_moved = before is not None and not before.keeps_time(offset)
+        self._offset = offset
+        self._format = _format_of(first.frame)
+        self._resampler = av.AudioResampler(format="flt", layout="mono", rate=rate_hz, options=dict(_MIX_DOWN))
+        self._blocks: list[Samples] = []
+
+    def continues_with(self, frame: av.AudioFrame, offset: float) -> bool:
+        """Whether the frame has the same format and lies where counting from the run's start puts it."""
+        return _format_of(frame) == self._format and self.keeps_time(offset)
+
+    def keeps_time(self, offset: float) -> bool:
+        return abs(offset - self._offset) <= _MOST_OFF
+
+    def add(self, frame: av.AudioFrame) -> None:
+        frame.pts = None  # placed by `start` and counted from there: jitter must not stretch anything
+        self._resample(frame)
+
+    def finish(self) -> Samples:
+        self._resample(None)
+        return np.concatenate(self._blocks) if self._blocks else np.zeros(0, np.float32)
+
+    def _resample(self, frame: av.AudioFrame | None) -> None:
+        try:
+            ready: Sequence[av.AudioFrame | None] = self._resampler.resample(frame)
+        except av.error.MemoryError:
+            raise
+        except (av.error.FFmpegError, ValueError) as error:
+            rate, sample_format, layout = self._format
+            found = f"{rate} Hz {sample_format} {layout}"
+            raise MediaError(
+                "decode_error", f"expected sound that can be resampled, found {found} ({error})"
+            ) from error
+        self._blocks += [block.to_ndarray().reshape(-1).astype(np.float32) for block in ready if block is not None]
+
+
+def _format_of(frame: av.AudioFrame) -> tuple[int, str, str]:
+    return frame.sample_rate, frame.format.name, frame.layout.name
+
+
+def cut_audio(
+    container: InputContainer,
+    stream: AudioStream,
+    segment: Segment,
+    *,
+    zero: Fraction,
+    duration: Fraction,
+    rate_hz: int,
+    limits: MediaLimits,
+) -> EncodedAudio | None:
+    """Decode, mix down and resample the segment's sound; None when there is none in it.
+
+    Args:
+        container: A freshly opened container.
+        stream: Its audio stream.
+        segment: Span on the media's clock.
+        zero: The media clock's zero on the container's clock, from the video.
+        duration: Seconds of picture in the segment; longer sound is cut one spectrogram window behind them.
+        rate_hz: Rate of the result.
+        limits: Guards.
+
+    Raises:
+        MediaError: ``decode_error``, ``bad_timestamps``, ``too_large``.
+    """
+    start = zero + segment.start
+    wanted = None if segment.end is None else segment.end - segment.start
+    seconds = duration + _WINDOW if wanted is None else min(wanted, duration + _WINDOW)
+    seek = start - _PREROLL if segment.start >= _SEEK_FROM else None
+    frames = _between(audio_frames(container, stream, seek=seek), start - _PREROLL, start + seconds + _BEHIND)
+    pieces = [
+        _Piece(round((run.start - float(start)) * rate_hz), run.finish(), run.is_moved)
+        for run in _runs(_timed(frames, limits), rate_hz)
+    ]
+    pcm = _placed(pieces, round(seconds * rate_hz))
+    if pcm is None:
+        return None
+    num_wanted = round(duration * rate_hz)
+    is_to_end = wanted is None or wanted > duration
+    return EncodedAudio(
+        pcm=pcm,
+        source_rate_hz=stream.sample_rate,
+        source_channels=stream.channels,
+        notes=_notes(
+            pieces,
+            num_wanted,
+            few=rate_hz // 2,  # half a second
+            is_to_end=is_to_end,
+        ),
+    )
+
+
+def _between(
+    frames: Iterator[av.AudioFrame], start: Fraction, end: Fraction
+) -> Iterator[tuple[av.AudioFrame, Fraction]]:
+    """The frames that lie at least in part between the moments, each with its own."""
+    for frame in frames:
+        moment = frame_seconds(frame)
+        if moment >= end:
+            return
+        if frame.samples and (moment > start or moment + Fraction(frame.samples, frame.sample_rate) > start):
+            yield frame, moment
+
+
+def _timed(frames: Iterator[tuple[av.AudioFrame, Fraction]], limits: MediaLimits) -> Iterator[_Timed]:
+    counted = Fraction(0)
+    for frame, moment in frames:
+        yield _Timed(frame, float(counted), float(moment - counted))
+        counted += Fraction(frame.samples, frame.sample_rate)
+        if counted > limits.max_duration_seconds + 10:  # the same moment again and again
+            raise MediaError("too_large", "expected sound no longer than the limit on duration, found more")
+
+
+def _runs(frames: Iterator[_Timed], rate_hz: int) -> Iterator[_Run]:
+    run: _Run | None = None
+    for one, offset in _steadied(frames):
+        if run is None or not run.continues_with(one.frame, offset):
+            if run is not None:
+                yield run
+            run = _Run(one, offset, rate_hz, run)
+        run.add(one.frame)
+    if run is not None:
+        yield run
+
+
+def _steadied(frames: Iterator[_Timed]) -> Iterator[tuple[_Timed, float]]:
+    """Each frame with the median offset of its neighbours, as many before it as behind it.
+
+    Steps of the clock stay where they are (the median of a monotone sequence is its middle), jitter goes.
+    """
+    before: deque[_Timed] = deque()
+    ahead: deque[_Timed] = deque()
+
+    def first_of_ahead() -> tuple[_Timed, float]:
+        middle = ahead.popleft()
+        while before and middle.counted - before[0].counted > _LOOK:
+            before.popleft()
+        num_ahead = sum(one.counted - middle.counted <= _LOOK for one in ahead)
+        reach = min(len(before), num_ahead)
+        near = [*islice(before, len(before) - reach, None), middle, *islice(ahead, reach)]
+        before.append(middle)
+        return middle, sorted(one.offset for one in near)[reach]
+
+    for one in frames:
+        ahead.append(one)
+        while one.counted - ahead[0].counted > _LOOK:
+            yield first_of_ahead()
+    while ahead:
+        yield first_of_ahead()
+
+
+def _placed(pieces: list[_Piece], length: int) -> Samples | None:
+    """Lay the pieces on silence; None when no sample lies in the segment."""
+    total = min(max((piece.end for piece in pieces if len(piece.samples)), default=0), length)
+    if total <= 0 or not any(piece.first < total and piece.end > 0 for piece in pieces):
+        return None
+    canvas = np.zeros(total, np.float32)
+    for piece in pieces:
+        first, last = max(piece.first, 0), min(piece.end, total)
+        if last > first:
+            canvas[first:last] = piece.samples[first - piece.first : last - piece.first]
+    return canvas
+
+
+def _notes(pieces: list[_Piece], num_wanted: int, *, few: int, is_to_end: bool) -> tuple[str, ...]:
+    """What is worth counting about the place of sound beside `num_wanted` samples of picture; `few` are not."""
+    first, last = min(piece.first for piece in pieces), max(piece.end for piece in pieces)
+    found = {
+        "sound starts late": first > few,
+        "sound ends early": last < num_wanted - few,
+        "sound goes on behind the picture": is_to_end and last > num_wanted + few,
+        "gaps or overlaps in the sound": any(piece.is_moved and 0 < piece.first < num_wanted for piece in pieces),
+    }
+    return tuple(kind for kind, is_so in found.items() if is_so)

@@ -1,0 +1,243 @@
+"""Parameters of a conversion, its budget for rejects, and what it will need on disk."""
+
+import importlib.metadata
+import platform
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import av
+
+from ca2st.errors import UserInputError
+from sharding.format.index import TICKS_PER_SECOND
+from sharding.format.shard_set import AudioParameters, VideoParameters
+from sharding.media.codecs import DEFAULT_GOP_FRAMES, MOST_GOP_FRAMES, StoredCodec, stored_codec
+from sharding.media.decode_child import ClipJob
+from sharding.media.picture import HDR_POLICIES, INTERLACED_POLICIES
+from sharding.media.probe import MediaLimits
+from sharding.media.video import CLOCKS
+from sharding.source import SourceList, SourceSample
+
+AUDIO_POLICIES = {
+    "required": "a segment without sound, or of digital silence, is a reject",
+    "optional": "a segment without sound, or of digital silence, is kept, with an empty spectrogram",
+    "none": "sound is not read at all",
+}
+_TOOLS = ("ca2st", "av", "numpy", "pyarrow", "torch", "torchaudio", "webdataset")
+_SOURCE_FRAMES_PER_SECOND = 30.0
+_UNKNOWN_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RejectBudget:
+    """How many samples may be rejected before a conversion fails: a count, or a share of the samples."""
+
+    count: int = 0
+    """Rejects that are accepted; 0, since a silent loss is worse than a stop."""
+    fraction: float | None = None
+    """Accepted share of all samples, 0..1; if given, it is used instead of `count`."""
+
+    def __post_init__(self) -> None:
+        if self.count < 0 or (self.fraction is not None and not 0 <= self.fraction <= 1):
+            raise UserInputError(f"max rejects: expected a count >= 0 or a share of 0% to 100%, found {self}")
+
+    @classmethod
+    def parse(cls, text: str) -> "RejectBudget":
+        """Read ``N`` or ``P%``.
+
+        Raises:
+            UserInputError: neither.
+        """
+        if re.fullmatch(r"\d{1,18}", text):
+            return cls(count=int(text))
+        if re.fullmatch(r"\d+(\.\d+)?%", text):
+            return cls(fraction=float(text[:-1]) / 100)
+        raise UserInputError(f"--max-rejects: expected a count such as 20 or a share such as 5%, found {text!r}")
+
+    def allows(self, rejected: int, total: int) -> bool:
+        """Whether `rejected` of `total` samples stay within the budget."""
+        return rejected <= (self.count if self.fraction is None else self.fraction * total)
+
+    def __str__(self) -> str:
+        return str(self.count) if self.fraction is None else f"{100 * self.fraction:g}%"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionConfig:
+    """How sources become shards."""
+
+    codec: str = "mjpeg"
+    """Stored video codec, a name of `sharding.media.codecs.STORED_CODECS`; mjpeg is read by byte ranges anywhere."""
+    short_side: int = 256
+    """Pixels of the shorter side, even; sources that are smaller keep their size. 256 serves crops of 224."""
+    quality: int | None = None
+    """On the codec's scale, lower is better; None: its default, mjpeg 5 (visually clean), h264 20, hevc 23, vp9 30."""
+    num_gop_frames: int = DEFAULT_GOP_FRAMES
+    """Frames from one key frame to the next; mjpeg has none but key frames and ignores it."""
+    frames_per_second: float | None = None
+    """Keep at most this many frames a second, by time; None keeps every frame."""
+    hdr: str = "tone-map"
+    """A name of HDR_POLICIES; sources of a high dynamic range look pale and dark when they are stored as they are."""
+    interlaced: str = "deinterlace"
+    """A name of INTERLACED_POLICIES; fields a moment apart make combs that no progressive source has."""
+    shard_bytes: int = 1_000_000_000
+    """A shard is closed before it would grow beyond this; a single larger sample gets a shard of its own."""
+    workers: int = 1
+    """Decode children; the bytes written do not depend on it."""
+    audio_policy: str = "required"
+    """A name of AUDIO_POLICIES."""
+    sample_rate_hz: int = 16_000
+    """Rate the sound is resampled to; 16 000 as in the audio expert's pre-training, 24 000 in the EPIC recipes."""
+    num_mel_bins: int = 128
+    """Mel bins of the spectrogram; the audio expert's patch grid expects 128."""
+    clock: str = "file"
+    """Where the seconds of annotations count from, a name of `sharding.media.video.CLOCKS`."""
+    max_rejects: RejectBudget = field(default_factory=RejectBudget)
+    """More rejects than this and no manifest is written."""
+    strict: bool = False
+    """Refuse notes that question the data (see `sharding.source`): no manifest is written."""
+    update: bool = False
+    """Convert again what changed since a set was finished; otherwise such a set is refused and stays as it is."""
+    clip_timeout_seconds: float = 300.0
+    """Wall time for one clip before it counts as a ``timeout`` reject."""
+    clip_memory_bytes: int = 4 * 2**30
+    """Address space a decode child may add to its own."""
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    """What one source may cost."""
+
+    def __post_init__(self) -> None:
+        stored_codec(self.codec).check_quality(self.video.quality)
+        if self.audio_policy not in AUDIO_POLICIES:
+            raise UserInputError(f"audio policy {self.audio_policy!r}: expected one of {', '.join(AUDIO_POLICIES)}")
+        if self.clock not in CLOCKS:
+            raise UserInputError(f"clock {self.clock!r}: expected one of {', '.join(CLOCKS)}")
+        if self.hdr not in HDR_POLICIES:
+            raise UserInputError(f"hdr {self.hdr!r}: expected one of {', '.join(HDR_POLICIES)}")
+        if self.interlaced not in INTERLACED_POLICIES:
+            raise UserInputError(f"interlaced {self.interlaced!r}: expected one of {', '.join(INTERLACED_POLICIES)}")
+        if not 1 <= self.num_gop_frames <= MOST_GOP_FRAMES:
+            raise UserInputError(f"num_gop_frames: expected 1 to {MOST_GOP_FRAMES}, found {self.num_gop_frames}")
+        if self.short_side < 16 or self.short_side % 2:
+            raise UserInputError(f"short_side: expected an even number of at least 16 pixels, found {self.short_side}")
+        if self.frames_per_second is not None and not 0 < self.frames_per_second <= 1000:
+            raise UserInputError(f"frames_per_second: expected a rate above 0, found {self.frames_per_second}")
+        if not 4000 <= self.sample_rate_hz <= 192_000:
+            raise UserInputError(f"sample_rate_hz: expected 4000 to 192000, found {self.sample_rate_hz}")
+        for name in ("shard_bytes", "workers", "num_mel_bins", "clip_timeout_seconds", "clip_memory_bytes"):
+            if getattr(self, name) <= 0:
+                raise UserInputError(f"{name}: expected more than 0, found {getattr(self, name)}")
+
+    @property
+    def stored_codec(self) -> StoredCodec:
+        """The facts of `codec`."""
+        return stored_codec(self.codec)
+
+    @property
+    def video(self) -> VideoParameters:
+        """What the manifest says about the video."""
+        codec = self.stored_codec
+        alone = codec.has_frame_ranges
+        return VideoParameters(
+            codec=codec.name,
+            short_side=self.short_side,
+            quality=codec.default_quality if self.quality is None else self.quality,
+            frames_per_second=self.frames_per_second,
+            num_gop_frames=None if alone else self.num_gop_frames,
+            pixel_format=None if alone else codec.pixel_format,
+            colour=None if alone else codec.colour,
+            hdr=self.hdr,
+            interlaced=self.interlaced,
+        )
+
+    @property
+    def audio(self) -> AudioParameters:
+        """What the manifest says about the sound."""
+        return AudioParameters(
+            policy=self.audio_policy, sample_rate_hz=self.sample_rate_hz, num_mel_bins=self.num_mel_bins
+        )
+
+    def job(self, sample: SourceSample) -> ClipJob:
+        """The decode child's part of converting `sample`."""
+        video = self.video
+        return ClipJob(
+            path=sample.path.absolute(),  # a decode worker may run in another folder
+            start_seconds=sample.start_seconds,
+            end_seconds=sample.end_seconds,
+            codec=video.codec,
+            short_side=video.short_side,
+            quality=video.quality,
+            num_gop_frames=video.num_gop_frames,
+            frames_per_second=video.frames_per_second,
+            hdr=self.hdr,
+            interlaced=self.interlaced,
+            ticks_per_second=TICKS_PER_SECOND,
+            audio_policy=self.audio_policy,
+            sample_rate_hz=self.sample_rate_hz,
+            limits=self.limits,
+            clock=self.clock,
+        )
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of everything that decides the bytes of a shard."""
+    versions = {name: importlib.metadata.version(name) for name in _TOOLS}
+    for library in ("libavcodec", "libavformat", "libswscale", "libswresample"):
+        versions[library] = ".".join(str(part) for part in av.library_versions[library])
+    return versions | {"machine": platform.machine()}
+
+
+def conversion_identity(source: SourceList, config: ConversionConfig) -> dict[str, Any]:
+    """Everything that must be equal for shards of two runs to belong to one set."""
+    return {
+        "dataset": source.dataset,
+        "split": source.split,
+        "source_list_sha256": source.sha256,
+        "video": config.video.as_json(),
+        "audio": asdict(config.audio),
+        "shard_bytes": config.shard_bytes,
+        "limits": asdict(config.limits),
+        "tool_versions": tool_versions(),
+        "clock": config.clock,
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StorageEstimate:
+    """What a conversion will take, from the annotations alone."""
+
+    num_samples: int
+    num_timed_samples: int
+    """Samples whose annotation gives both times; the others are taken to be as long as these on average, or 10 s."""
+    duration_seconds: float
+    num_frames: int
+    video_bytes: int
+    mel_bytes: int
+    num_shards: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything."""
+        return self.video_bytes + self.mel_bytes
+
+
+def estimate_storage(source: SourceList, config: ConversionConfig) -> StorageEstimate:
+    """Expected storage, without opening any media: 30 source frames a second of ordinary content."""
+    timed = [
+        max(0.0, sample.end_seconds - (sample.start_seconds or 0.0))
+        for sample in source.samples
+        if sample.end_seconds is not None
+    ]
+    each = sum(timed) / len(timed) if timed else _UNKNOWN_SECONDS
+    seconds = sum(timed) + each * (len(source.samples) - len(timed))
+    num_frames = round(seconds * min(config.frames_per_second or _SOURCE_FRAMES_PER_SECOND, _SOURCE_FRAMES_PER_SECOND))
+    video_bytes = round(num_frames * config.stored_codec.expected_frame_bytes(config.short_side, config.video.quality))
+    mel_bytes = 0 if config.audio_policy == "none" else round(seconds * 100) * config.num_mel_bins * 2
+    return StorageEstimate(
+        num_samples=len(source.samples),
+        num_timed_samples=len(timed),
+        duration_seconds=seconds,
+        num_frames=num_frames,
+        video_bytes=video_bytes,
+        mel_bytes=mel_bytes,
+        num_shards=-(-(video_bytes + mel_bytes) // config.shard_bytes),
+    )

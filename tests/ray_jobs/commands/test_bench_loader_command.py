@@ -1,0 +1,122 @@
+"""``ca2st bench loader`` and ``ca2st bench convert``: what they print and how they refuse."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipelines.benchmark import loader
+from pipelines.benchmark.baseline import BaselineConfig
+from pipelines.benchmark.loader import BaselineCase
+from ray_jobs.cli import main
+from support.fake_shards import make_samples, make_shard_set
+from support.media import Sound, make_clip
+
+
+class Command:
+    """Runs ``ca2st bench ...`` in this process and keeps what it printed."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys, self._monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+        self._monkeypatch.setattr(sys, "argv", ["ca2st", "bench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = self._capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+
+@pytest.fixture
+def bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    def in_this_process(files: Sequence[Path], config: BaselineConfig) -> BaselineCase:
+        return BaselineCase(files, replace(config, num_workers=0))
+
+    monkeypatch.setattr(loader, "BaselineCase", in_this_process)
+    return Command(capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("originals")
+    for number in range(2):
+        make_clip(folder / f"{number}.mp4", seconds=0.6, sound=Sound(seconds=0.6))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shard_set(tmp_path_factory.mktemp("shards"), make_samples(4)).root
+
+
+def test_json_and_file_hold_both_loaders_beside_the_baseline(
+    bench: Command, shards: Path, originals: Path, tmp_path: Path
+) -> None:
+    out_file = tmp_path / "report.json"
+    quick = ("--seconds", 0.01, "--rounds", 1, "--batch", 2, "--threads", 1)
+    code, out, err = bench("loader", *quick, "--data", shards, "--media", originals, "--out", out_file, "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts == json.loads(out_file.read_text())
+    for split in ("train", "validation"):
+        assert facts[split]["clips_per_second"] > 0
+        assert facts[split]["baseline_clips_per_second"] > 0
+        assert {"fetch_ms", "checksum_ms", "decode_ms", "augment_ms", "wait_ms"} <= set(facts[split]["stages"])
+        assert facts[split]["ratio"]["median"] > 0
+    assert facts["headspace"]["limited_by"] in ("data", "compute")
+    assert facts["command"].startswith("ca2st bench loader --seconds 0.01")
+    assert facts["date"].endswith("Z")
+    assert {"torch", "nvidia-dali-cuda130", "av", "timm", "torchvision"} <= set(facts["versions"])
+    assert facts["machine"]["num_cores"] >= 1
+
+
+def test_without_json_a_person_reads_rates_stages_and_the_limit(bench: Command, shards: Path, originals: Path) -> None:
+    quick = ("--seconds", 0.01, "--rounds", 1, "--batch", 2, "--no-rand-augment", "--no-baseline")
+    code, out, err = bench("loader", *quick, "--data", shards, "--media", originals)
+    assert code == 0, err
+    assert "train" in out
+    assert "decode" in out
+    assert "is the limit: loader alone" in out
+    assert "baseline" not in out
+
+
+def test_convert_tells_both_rates_and_keeps_nothing(bench: Command, originals: Path, tmp_path: Path) -> None:
+    code, out, err = bench("convert", "--media", originals, "--rounds", 1, "--work", tmp_path / "work", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["clips_per_second"] > 0
+    assert facts["baseline_clips_per_second"] > 0
+    assert (facts["num_clips"], facts["codec"]) == (2, "mjpeg")
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["loader", "convert"])
+def test_help_has_an_example(bench: Command, verb: str) -> None:
+    code, out, _ = bench(verb, "--help")
+    assert code == 0
+    assert f"Example: ca2st bench {verb}" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("loader", "--data", "shards"), "--data: expected --media too"),
+        (("loader", "--seconds", 0), "seconds: expected a finite number > 0"),
+        (("loader", "--batch", 1), "Invalid value for '--batch'"),
+        (("loader", "--media", "."), "expected video files, found none"),
+        (("loader", "--out", "nowhere/report.json"), "found no nowhere"),
+        (("convert", "--codec", "mjpg"), "codec 'mjpg': expected one of"),
+        (("convert", "--out", "."), "--out: expected the name of a file, found the folder ."),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_measured(
+    bench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[object, ...], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = bench(*arguments)
+    assert (code, out) == (2, "")
+    assert told in err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,138 @@
+"""``ca2st shard inspect``: the set's own numbers, from its indexes, and its own clips on a page."""
+
+import base64
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ca2st.errors import DataDamageError
+from pipelines.errors import ShardSetDamageError
+from pipelines.storage.set_facts import set_facts
+from ray_jobs.cli import app
+from ray_jobs.pages.pictures import read_spread_clips
+from ray_jobs.set_card.page import class_table, duration_bars, facts_in_words, render_set_card, size_in_words
+from sharding.format.shard_set import LabelSpace, ShardSet
+from support.fake_shards import FakeSample, flip_byte, make_samples, make_shard_set, members_of
+from support.media import make_clip
+from support.video_shards import video_shard_set
+
+
+@pytest.fixture(scope="module")
+def shard_set(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """Ten clips of 20 frames with sound, then one of 50 without, in three shards."""
+    silent = FakeSample(key="silent", labels=(1,), num_frames=50, mel_rows=0)
+    return make_shard_set(tmp_path_factory.mktemp("set"), [*make_samples(10), silent], rejected={"no_audio": 3})
+
+
+def test_numbers_are_those_of_the_samples(shard_set: ShardSet) -> None:
+    facts = set_facts(shard_set)
+    assert (facts.num_samples, facts.num_shards, facts.num_with_audio) == (11, 3, 10)
+    assert facts.classes == {"label": {"red": 4, "green": 4, "blue": 3}}
+    assert (facts.num_frames.least, facts.num_frames.median, facts.num_frames.most) == (20, 20, 50)
+    assert facts.duration_seconds.total == pytest.approx(10 * 20 / 30 + 50 / 30)
+    assert facts.frames_per_second.median == pytest.approx(30)
+    assert facts.mel_rows.least == 0
+    assert facts.shard_bytes == sum(path.stat().st_size for path in shard_set.root.glob("ca2st-*"))
+    assert facts.rejected == {"no_audio": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_command_ends_well_thirty_times_in_a_row(shard_set: ShardSet) -> None:
+    """Arrow's thread pools, once started, aborted one process in five to eight at its very end."""
+    command = [sys.executable, "-m", "ray_jobs.cli", "shard", "inspect", str(shard_set.root), "--json"]
+    done = [subprocess.run(command, capture_output=True, text=True, check=False) for _ in range(30)]
+    assert [one.returncode for one in done] == [0] * 30, done[-1].stderr
+    assert {json.loads(one.stdout)["num_samples"] for one in done} == {11}
+
+
+def test_a_label_outside_the_classes_and_a_damaged_index_are_named(tmp_path: Path) -> None:
+    wrong = make_shard_set(tmp_path / "wrong", make_samples(2), row_edits={"clip-0001": {"labels": [7]}})
+    with pytest.raises(ShardSetDamageError, match=r"'label': expected labels of 0..2, found 7"):
+        set_facts(wrong)
+    damaged = make_shard_set(tmp_path / "damaged", make_samples(2))
+    flip_byte(damaged.root / damaged.shards[0].index_name, 60)
+    with pytest.raises(DataDamageError, match=r"ca2st-000000.index.parquet"):
+        set_facts(damaged)
+
+
+def test_clips_are_spread_over_the_shards_and_stills_are_the_stored_frames(shard_set: ShardSet) -> None:
+    clips = read_spread_clips(shard_set, most=4)
+    assert [clip.key for clip in clips] == ["clip-0001", "clip-0004", "clip-0006", "clip-0009"]
+    first = make_samples(10)[1]
+    stored = [base64.b64decode(still.partition(",")[2]) for still in clips[0].pictures.stills]
+    assert stored == [first.frames()[int((still + 0.5) * 20 / 8)] for still in range(8)]
+    assert len(read_spread_clips(shard_set, most=100)) == 11
+
+
+def test_the_page_shows_sound_only_where_there_is_some_and_escapes_names(tmp_path: Path) -> None:
+    spaces = (LabelSpace(name="label", classes=("<b>red", "green", "blue")),)
+    samples = [FakeSample(key="loud", labels=(0,)), FakeSample(key="silent", labels=(2,), mel_rows=0)]
+    shard_set = make_shard_set(tmp_path, samples, label_spaces=spaces)
+    html = render_set_card(shard_set, set_facts(shard_set), read_spread_clips(shard_set, most=2))
+    assert "<b>red" not in html
+    assert "&lt;b&gt;red" in html
+    assert html.count('class="spectrum"') == 1
+    assert html.count("no sound") == 1
+    assert "1 of them without a sample" in html
+    assert not re.search(r"""(?:src|href)=["'](?!data:)|url\(|@import""", html), "nothing is fetched"
+
+
+def test_stills_of_a_video_codec_are_decoded(tmp_path: Path) -> None:
+    path = make_clip(tmp_path / "clip.mp4", seconds=0.5)
+    shard_set = video_shard_set(tmp_path / "shards", [path], "h264")
+    (clip,) = read_spread_clips(shard_set, most=1)
+    assert all(still.startswith("data:image/jpeg;base64,") for still in clip.pictures.stills)
+    assert len(set(clip.pictures.stills)) > 1
+
+
+def test_a_long_list_of_classes_shows_both_ends() -> None:
+    table = class_table("noun", {f"class {n:03d}": n for n in range(100)}, targets=("verb",))
+    assert (table.num_classes, table.num_empty, table.num_hidden, table.is_target) == (100, 1, 70, False)
+    assert (table.commonest[0].name, table.commonest[0].share) == ("class 099", 1.0)
+    assert (table.rarest[-1].name, table.rarest[-1].count) == ("class 000", 0)
+
+
+def test_every_sample_is_in_one_bar_of_durations() -> None:
+    assert sum(bar.count for bar in duration_bars((1.0, 1.5, 2.0, 9.0))) == 4
+    (only,) = duration_bars((2.0, 2.0))
+    assert (only.count, only.start) == (2, 2.0)
+
+
+def test_sizes_are_told_in_words() -> None:
+    assert [size_in_words(n) for n in (1, 1234, 5e6, 2e12)] == ["1 B", "1.23 kB", "5 MB", "2 TB"]
+
+
+def test_the_command_prints_words_json_and_writes_the_page(shard_set: ShardSet, tmp_path: Path) -> None:
+    page = tmp_path / "card.html"
+    shown = CliRunner().invoke(app, ["shard", "inspect", str(shard_set.root), "--html", str(page)])
+    assert shown.exit_code == 0, shown.exception
+    assert "3 classes of 3 to 4 samples" in shown.stdout
+    assert 'data-key="silent"' in page.read_text()
+    facts = json.loads(CliRunner().invoke(app, ["shard", "inspect", str(shard_set.root), "--json"]).stdout)
+    assert facts["num_samples"] == 11
+    assert facts["classes"]["label"]["red"] == 4
+    assert facts["duration_seconds"]["most"] == pytest.approx(50 / 30)
+
+
+def test_a_damaged_clip_is_named_before_a_page_is_written(tmp_path: Path) -> None:
+    shard_set = make_shard_set(tmp_path / "set", make_samples(1))
+    shard = shard_set.root / shard_set.shards[0].name
+    offset, size = members_of(shard)["clip-0000.mel.npy"]
+    flip_byte(shard, offset + size // 2)
+    done = CliRunner().invoke(app, ["shard", "inspect", str(shard_set.root), "--html", str(tmp_path / "card.html")])
+    assert isinstance(done.exception, DataDamageError)
+    assert "clip-0000" in str(done.exception)
+    assert not (tmp_path / "card.html").exists()
+
+
+def test_silence_is_told_apart_from_no_sound(tmp_path: Path) -> None:
+    facts = set_facts(make_shard_set(tmp_path, make_samples(4), notes={"silent sound": 3}))
+    assert facts_in_words(facts)["with sound"] == f"{facts.num_with_audio} of 4, 3 with silence alone"
+    facts = set_facts(make_shard_set(tmp_path / "other", make_samples(4)))
+    assert facts_in_words(facts)["with sound"] == f"{facts.num_with_audio} of 4"

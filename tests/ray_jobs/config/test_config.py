@@ -1,0 +1,382 @@
+"""Recipes are strict: every mistake is named with file, line and the nearest known name, before anything runs."""
+
+from pathlib import Path
+
+import pytest
+
+from ca2st.errors import UserInputError
+from ray_jobs.config.recipe import identity_settings, recipe_document, recipe_from_document, stored_recipe
+from ray_jobs.config.recipe_file import known_recipes, load_recipe
+from ray_jobs.errors import RecipeError
+from ray_jobs.runs.start import check_settings
+
+RECIPE = """\
+name = "mine"
+
+[model]
+kind = "cast"
+dim = 48
+depth = 2
+num_heads = 2
+
+[clip]
+num_frames = 8
+crop_size = 64
+
+[data]
+train = "shards/train"
+
+[data.sampling]
+scheme = "uniform"
+
+[training]
+epochs = 3
+global_batch_size = 8
+
+[optim]
+warmup_epochs = 1.0
+"""
+
+
+def recipe_file(folder: Path, text: str = RECIPE) -> str:
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", known_recipes())
+def test_every_recipe_of_the_package_loads_and_says_how_to_run_it(name: str) -> None:
+    recipe = load_recipe(name)
+    text = (Path(__file__).parents[3] / "ray_jobs" / "recipes" / name).read_text()
+    head = text.split("\nname =")[0]
+    assert recipe.name == name.removesuffix(".toml")
+    assert "ca2st " in head
+    assert "Hardware:" in head
+    assert "Published result:" in head
+
+
+def test_a_recipe_is_found_by_its_name_alone() -> None:
+    assert load_recipe("smoke") == load_recipe("smoke.toml")
+
+
+def test_a_recipe_comes_back_from_its_document() -> None:
+    recipe = load_recipe("smoke")
+    assert recipe_from_document(recipe_document(recipe)) == recipe
+
+
+def test_an_unknown_key_is_named_with_its_line_and_the_nearest_known_one(tmp_path: Path) -> None:
+    text = RECIPE.replace("global_batch_size", "global_batch")
+    with pytest.raises(
+        RecipeError, match=r"mine\.toml:21: training\.global_batch: unknown key \(did you mean 'global_batch_size'\?\)"
+    ):
+        load_recipe(recipe_file(tmp_path, text))
+
+
+def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+    text = RECIPE.replace("epochs = 3", 'epochs = "three"').replace('scheme = "uniform"', "stride = 3")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_file(tmp_path, text))
+    told = str(caught.value)
+    assert "mine.toml:20: training.epochs: Input should be a valid integer, found 'three'" in told
+    assert "mine.toml:17: data.sampling.stride: unknown key" in told
+
+
+def test_a_value_that_a_component_refuses_is_placed_in_the_file(tmp_path: Path) -> None:
+    text = RECIPE.replace("num_frames = 8", "num_frames = 7")
+    with pytest.raises(RecipeError, match=r"mine\.toml:10: clip: num_frames: expected an even number"):
+        load_recipe(recipe_file(tmp_path, text))
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    text = RECIPE.split("[training]")[0]
+    with pytest.raises(RecipeError, match="training: required, but not given"):
+        load_recipe(recipe_file(tmp_path, text))
+
+
+def test_overrides_replace_single_settings(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path)
+    recipe = load_recipe(path, ["training.epochs=9", "data.train=else/where", "launch.workers=2", "name=other"])
+    assert (recipe.training.epochs, recipe.data.train) == (9, "else/where")
+    assert (recipe.launch.workers, recipe.name) == (2, "other")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.epoch=9", r"--set training\.epoch: training\.epoch: unknown key \(did you mean 'epochs'\?\)"),
+        ("training.epochs=nine", r"--set training\.epochs: .*valid integer, found 'nine'"),
+        ("training.epochs", "expected section.key=value"),
+        ("name.first=x", "name is a value, not a section"),
+    ],
+)
+def test_a_wrong_override_is_told_as_such(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe_file(tmp_path), [override])
+
+
+def test_a_recipe_that_is_not_there_lists_those_of_the_package() -> None:
+    with pytest.raises(UserInputError, match=r"nor a recipe of the package; those are .*smoke\.toml"):
+        load_recipe("smok")
+
+
+def test_a_file_that_is_not_toml_is_told_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"mine\.toml: not valid TOML: .*line 2"):
+        load_recipe(recipe_file(tmp_path, 'name = "mine"\nmodel = what\n'))
+
+
+def test_only_what_changes_the_numbers_belongs_to_the_identity(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path)
+    plain = identity_settings(load_recipe(path))
+    elsewhere = ["name=other", "launch.workers=2", "data.train=moved", "training.keep_checkpoints=9"]
+    assert identity_settings(load_recipe(path, elsewhere)) == plain
+    assert identity_settings(load_recipe(path, ["optim.base_lr=0.5"])) != plain
+    assert identity_settings(load_recipe(path, ["trainable=adapters"])) != plain
+
+
+def test_where_shards_are_kept_and_what_damage_does_may_change_when_a_run_resumes(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path)
+    settings = ["cache_dir=/fast", "cache_bytes=1000", "retry.attempts=2", "on_error=quarantine"]
+    settings += ["quarantine_budget=5", "quarantine_percent=1.5"]
+    moved = load_recipe(path, ["data.train=s3://bucket/train", *(f"data.loader.{one}" for one in settings)])
+    assert moved.data.loader.storage.cache_bytes == 1000
+    assert identity_settings(moved) == identity_settings(load_recipe(path))
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.validation"])
+def test_a_url_with_a_secret_is_refused_in_a_recipe_without_showing_it(tmp_path: Path, key: str) -> None:
+    with pytest.raises(RecipeError, match=r"expected https://host/set alone, found a user, password") as found:
+        load_recipe(recipe_file(tmp_path), [f"{key}='https://me:hush@host/set'"])
+    assert "hush" not in str(found.value)
+
+
+def test_what_saves_memory_or_time_may_change_when_a_run_resumes(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path)
+    savings = ["training.activation_checkpointing=true", "training.compile=true", "experts.precision=fp32"]
+    assert identity_settings(load_recipe(path, savings)) == identity_settings(load_recipe(path))
+
+
+def test_a_start_may_move_but_not_begin_otherwise(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path)
+    start = identity_settings(load_recipe(path, ["start.checkpoint=runs/old"]))
+    assert identity_settings(load_recipe(path, ["start.checkpoint=moved/old"])) == start
+    assert identity_settings(load_recipe(path, ["start.checkpoint=runs/old", "start.head=new"])) != start
+    assert identity_settings(load_recipe(path)) != start
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainable=heads"], r"--set trainable: trainable: expected one of added, .*did you mean 'head'\?"),
+        (["trainable=[]"], r"trainable: expected at least one pattern"),
+        (
+            ["trainable=head"],
+            r"mine\.toml:23: optim\.layer_decay: expected 1 where only the head is trained, found 0\.75",
+        ),
+        (["start.checkpoint=a", "experts.audio=b"], r"--set start\.checkpoint: .* files for audio under \[experts\]"),
+        (["start.checkpoint=a", "start.head=fresh"], r"start\.head: Input should be 'keep' or 'new', found 'fresh'"),
+        (["start.head=new"], r"start\.checkpoint: required, but not given"),
+        (["optim.warmup_epochs=4"], r"--set optim\.warmup_epochs: .*at most training\.epochs = 3, found 4\.0; shorten"),
+        (["experts.precision=bf16"], r'--set experts\.precision: .*set training\.precision = "bf16", or'),
+        (["experts.frozen=true"], r'experts\.frozen: unknown key \(now the top-level key trainable: "added" for true'),
+    ],
+)
+def test_what_sections_ask_of_each_other_is_told_at_the_key_to_change(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe_file(tmp_path), overrides)
+
+
+def test_patterns_of_what_is_trained_come_back_from_the_document(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path), ['trainable=["head.*", "layers.*.adapters.*"]'])
+    assert recipe.trainable == ("head.*", "layers.*.adapters.*")
+    assert recipe_from_document(recipe_document(recipe)) == recipe
+
+
+def test_a_stored_recipe_of_another_version_is_told_as_such(tmp_path: Path) -> None:
+    document = recipe_document(load_recipe(recipe_file(tmp_path)))
+    document["experts"]["frozen"] = True
+    with pytest.raises(
+        RecipeError, match=r"runs/old: its recipe is none of this version of ca2st(.|\n)*experts\.frozen"
+    ):
+        stored_recipe(document, where="runs/old")
+
+
+def test_a_preset_lies_below_what_the_recipe_says_itself(tmp_path: Path) -> None:
+    text = RECIPE.replace('kind = "cast"', 'preset = "cast_t2s_only"\nspatial_temporal = { t2s_window = "space_time" }')
+    model = load_recipe(recipe_file(tmp_path, text)).model
+    assert (model.kind, model.dim, model.drop_path_rate) == ("cast", 48, 0.2)
+    assert (model.spatial_temporal.directions, model.spatial_temporal.t2s_window) == ("t2s", "space_time")
+    later = load_recipe(recipe_file(tmp_path), ["model.preset=ca2st_parallel"]).model
+    assert (later.kind, later.combination) == ("cast", "parallel")
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    text = RECIPE.replace('kind = "cast"', 'preset = "cast_late_ad"')
+    with pytest.raises(
+        RecipeError, match=r"mine\.toml:4: model\.preset 'cast_late_ad': .*did you mean 'cast_late_add'"
+    ):
+        load_recipe(recipe_file(tmp_path, text))
+    with pytest.raises(RecipeError, match=r"--set model\.preset: model\.preset 'cast_late_ad': "):
+        load_recipe(recipe_file(tmp_path), ["model.preset=cast_late_ad"])
+
+
+def test_dates_are_told_at_their_keys(tmp_path: Path) -> None:
+    text = RECIPE.replace('"shards/train"', "2024-01-01T10:00:00").replace("epochs = 3", "epochs = [10:00:00]")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_file(tmp_path, text), ["name=2024-01-01"])
+    assert str(caught.value).splitlines() == [
+        '--set name: name: expected no date or time, found 2024-01-01; write text in quotes: "2024-01-01"',
+        f"{tmp_path}/mine.toml:14: data.train: expected no date or time, found 2024-01-01T10:00:00; write text in "
+        'quotes: "2024-01-01T10:00:00"',
+        f"{tmp_path}/mine.toml:20: training.epochs: expected no date or time, found 10:00:00; write text in quotes: "
+        '"10:00:00"',
+    ]
+
+
+def test_exact_layers_are_written_as_a_list(tmp_path: Path) -> None:
+    text = RECIPE.replace('kind = "cast"', 'kind = "cast"\nspatial_temporal = { layers = [1] }')
+    recipe = load_recipe(recipe_file(tmp_path, text))
+    assert recipe.model.spatial_temporal.layers == (1,)
+    assert recipe_from_document(recipe_document(recipe)) == recipe
+
+
+AUGMENTED = (
+    RECIPE
+    + """
+[data.augment]
+rand_augment = "rand-m7-n4-mstd0.5-inc1"
+
+[data.augment.erasing]
+mode = "pixel"
+
+[data.augment.spectrogram]
+time_masks = 2
+
+[data.augment.mixing]
+probability = 0.9
+spectrogram = "mixup"
+"""
+)
+
+
+def test_the_whole_augmentation_is_set_in_a_recipe_and_counts_as_its_identity(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path, AUGMENTED), ["training.per_device_batch_size=4"])
+    assert recipe.data.augment.mixing.probability == 0.9
+    assert recipe_from_document(recipe_document(recipe)) == recipe
+    settings = identity_settings(recipe)
+    assert settings["data.augment.rand_augment"] == "rand-m7-n4-mstd0.5-inc1"
+    assert settings["data.augment.spectrogram.time_masks"] == 2
+    check_settings(recipe)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.per_device_batch_size=3", r"training\.per_device_batch_size: expected an even number .* found 3"),
+        ("training.global_batch_size=9", r"training\.global_batch_size: expected an even number .* found 9"),
+        ("data.augment.rand_augment=rand-m7", r"augment\.rand_augment: expected timm's notation"),
+        ("data.augment.mixing.alpha=0.8", r"data\.augment\.mixing\.alpha: unknown key"),
+        ("data.augment.erasing.mode=noise", r"erasing\.mode: Input should be 'const', 'rand' or 'pixel'"),
+    ],
+)
+def test_a_wrong_augmentation_is_refused_with_its_place(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe_file(tmp_path, AUGMENTED), [override])
+
+
+def test_labels_that_follow_a_spectrogram_that_is_never_heard_are_refused(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path, AUGMENTED), ["data.augment.mixing.spectrogram=cutmix"])
+    with pytest.raises(UserInputError, match=r"data.augment.mixing.spectrogram: expected 'mixup' for cast"):
+        check_settings(recipe)
+
+
+def mistakes(folder: Path, text: str = RECIPE, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_file(folder, text), overrides)
+    return [line.removeprefix(f"{folder}/") for line in str(caught.value).splitlines()]
+
+
+def test_j1_mistakes_of_a_section_and_between_sections_are_told_at_once_each_at_its_line(tmp_path: Path) -> None:
+    text = RECIPE.replace("num_frames = 8", "num_frames = 7").replace("crop_size = 64", "crop_size = 3")
+    text = text.replace("epochs = 3", "epochs = 0").replace("global_batch_size", "global_batch")
+    told = mistakes(tmp_path, text, "experts.precision=bf16", "trainable=heads", "optim.layer_decay=7")
+    assert [line.split(" expected")[0] for line in told] == [
+        "mine.toml:10: clip: num_frames:",
+        "--set optim.layer_decay: optim: layer_decay:",
+        "mine.toml:21: training.global_batch: unknown key (did you mean 'global_batch_size'?)",
+        "mine.toml:11: clip: crop_size:",
+        "mine.toml:20: training: epochs:",
+        "--set trainable: trainable:",
+        '--set experts.precision: experts.precision: "bf16" is read under bfloat16 autocast only, found '
+        'training.precision = "fp32"; set training.precision = "bf16", or experts.precision = "auto"',
+    ]
+
+
+def test_j1_what_hides_behind_a_mistake_is_not_told_where_it_may_be_about_a_default(tmp_path: Path) -> None:
+    told = mistakes(tmp_path, RECIPE, "model.num_heads=0")  # the default 12 does not divide the recipe's dim of 48
+    assert told == ["--set model.num_heads: model: num_heads: expected at least 1, found 0"]
+
+
+INLINE = RECIPE.replace('kind = "cast"', 'kind = "cast"\nspatial_temporal = { layers = [1] }')
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.spatial_temporal.last_layers=1", "--set model.spatial_temporal.last_layers: model.spatial_temporal: "),
+        ("model.spatial_temporal.layerz=1", "--set model.spatial_temporal.layerz: model.spatial_temporal.layerz: un"),
+        ("model.spatial_temporal={layerz=1}", "--set model.spatial_temporal: model.spatial_temporal.layerz: unknown"),
+        ("clip.crop_size=3", "--set clip.crop_size: clip: crop_size: expected at least one"),
+        ("model.depth=0", "--set model.depth: model: depth: expected at least 1, found 0"),
+    ],
+)
+def test_j1_what_an_override_made_wrong_is_told_at_the_override(tmp_path: Path, override: str, told: str) -> None:
+    (found,) = mistakes(tmp_path, INLINE, override)
+    assert found.startswith(told)
+
+
+def test_j1_a_mistake_inside_an_inline_table_is_told_at_the_line_of_the_table(tmp_path: Path) -> None:
+    (found,) = mistakes(tmp_path, INLINE.replace("layers", "layerz"), "model.depth=3")
+    assert found.startswith("mine.toml:5: model.spatial_temporal.layerz: unknown key (did you mean 'layers'?)")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (
+            "data.epoch_samples=100000000000000000000000",
+            r"data\.epoch_samples: expected at most 1,000,000,000, found 1000",
+        ),
+        ("data.augment.spectrogram.time_masks=1000000000000", r"time_masks: expected at most 100, found 1000000000000"),
+        ("training.max_steps=10000000000000", r"max_steps: expected at most 1,000,000,000,000, found 10000000000000"),
+        ("model.depth=100000", r"model\.depth: expected at most 1,000, found 100000"),
+    ],
+)
+def test_j1_a_count_beyond_all_sense_is_refused(tmp_path: Path, override: str, told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(recipe_file(tmp_path), [override])
+
+
+def test_j1_seeds_and_bytes_may_be_large(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path), [f"training.seed={2**63 - 1}", f"data.loader.cache_bytes={10**15}"])
+    assert recipe.training.seed == 2**63 - 1
+
+
+def test_j1_a_roll_of_more_than_half_the_spectrogram_is_refused(tmp_path: Path) -> None:
+    half = load_recipe(recipe_file(tmp_path), ["data.augment.spectrogram.roll_rows=200"])
+    assert half.data.augment.spectrogram.roll_rows == 200
+    (found,) = mistakes(tmp_path, RECIPE, "data.augment.spectrogram.roll_rows=201")
+    assert found.startswith("--set data.augment.spectrogram.roll_rows: ")
+    assert "expected at most half of clip.mel_rows = 400, that is 200, found 201; most rows would go round" in found
+
+
+def test_j1_settings_that_do_not_fit_model_and_files_are_told_together(tmp_path: Path) -> None:
+    wrong = ["clip.crop_size=65", "experts.audio=there", "experts.spatial=nowhere"]
+    with pytest.raises(UserInputError) as caught:
+        check_settings(load_recipe(recipe_file(tmp_path), wrong))
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == [
+        "clip.crop_size",
+        "experts.spatial",
+        "experts.audio",
+    ]
