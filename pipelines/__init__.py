@@ -1,1 +1,43 @@
 """Shards in, ClipBatches out: a pure plan, threads that fetch and check bytes, and a decoding backend."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipelines.augment.config import AugmentConfig as AugmentConfig
+    from pipelines.config import LoaderConfig as LoaderConfig
+    from pipelines.loader import EvaluationLoader as EvaluationLoader
+    from pipelines.loader import TrainLoader as TrainLoader
+    from pipelines.loader import read_batches as read_batches
+    from pipelines.order.selection import OrderConfig as OrderConfig
+    from pipelines.views.draws import EvaluationViews as EvaluationViews
+    from pipelines.views.sampling import SamplingConfig as SamplingConfig
+
+_HOMES = {
+    "AugmentConfig": "pipelines.augment.config",
+    "EvaluationLoader": "pipelines.loader",
+    "EvaluationViews": "pipelines.views.draws",
+    "LoaderConfig": "pipelines.config",
+    "OrderConfig": "pipelines.order.selection",
+    "SamplingConfig": "pipelines.views.sampling",
+    "TrainLoader": "pipelines.loader",
+    "read_batches": "pipelines.loader",
+}
+
+__all__ = [
+    "AugmentConfig",
+    "EvaluationLoader",
+    "EvaluationViews",
+    "LoaderConfig",
+    "OrderConfig",
+    "SamplingConfig",
+    "TrainLoader",
+    "read_batches",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home when it is first asked for; nothing heavy is imported before."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -45,7 +45,7 @@ from pipelines.storage.ahead import ShardsAhead
 from pipelines.storage.shard_sets import SetReaders
 from pipelines.views.draws import Draws, EvaluationDraws, EvaluationViews, TrainDraws
 from pipelines.views.sampling import SamplingConfig
-from sharding.format.shard_set import ShardSet
+from sharding.format.shard_set import ShardSet, read_shard_set
 
 L = TypeVar("L", bound="RankLoader")
 
@@ -370,6 +370,46 @@ class EvaluationLoader(RankLoader):
     def batches(self) -> Iterator[ClipBatch]:
         """This rank's batches; entries that only fill the last ones have `is_padding` set. Raises as training."""
         return self._steps(0, self._draws, 0)
+
+
+def read_batches(
+    place: str | Path,
+    *,
+    batch_size: int = 8,
+    clip: ClipSpec | None = None,
+    sampling: SamplingConfig | None = None,
+    targets: Sequence[str] | None = None,
+    views: EvaluationViews | None = None,
+    loader: LoaderConfig | None = None,
+) -> Iterator[ClipBatch]:
+    """Yield every sample of a shard set once, in stored order, as labelled batches.
+
+    Args:
+        place: Folder or URL of the set.
+        batch_size: Samples per batch; entries that only fill the last one have `is_padding` set.
+        clip: Sizes of a view; None: 16 frames at 224 pixels and 400 rows of sound.
+        sampling: Which frames a view takes.
+        targets: Label spaces in the order of `ClipBatch.labels`; None: the set's own.
+        views: Views per sample; None: one, the centre.
+        loader: How batches are made.
+
+    Raises:
+        ManifestError: no shard set is there.
+        DataDamageError: bytes are not those that were written; the message names shard and sample.
+    """
+    settings = loader or LoaderConfig()
+    shards = read_shard_set(place, storage=settings.storage)
+    with EvaluationLoader(
+        shards,
+        clip or ClipSpec(num_mel_bins=shards.manifest.audio.num_mel_bins),
+        targets or shards.manifest.targets,
+        sampling or SamplingConfig(),
+        views or EvaluationViews(),
+        settings,
+        global_batch_size=batch_size,
+        num_lanes=1,
+    ) as batches:
+        yield from batches.batches()
 
 
 def _quarantine(loader: LoaderConfig, folder: Path | None, num_samples: int) -> Quarantine | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ca2st.durable import NO_FAULTS, FaultPoints
 from ray_jobs.console import counted, print_json, progress, result, table
-from sharding.convert import ConversionProgress, ConversionReport, OpenPool, convert
+from sharding.conversion import ConversionProgress, ConversionReport, OpenPool, convert
 from sharding.datasets.label_spaces import label_histogram
 from sharding.settings import ConversionConfig, estimate_storage
 from sharding.source import SourceList
@@ -28,7 +28,7 @@ def convert_shown(
     faults: FaultPoints = NO_FAULTS,
     pool: OpenPool | None = None,
 ) -> ConversionReport:
-    """`sharding.convert.convert` with a progress bar; raises as it does."""
+    """`sharding.conversion.convert` with a progress bar; raises as it does."""
     with progress(f"Converting {source.dataset}/{source.split}", len(source.samples)) as update:
         return convert(
             source,

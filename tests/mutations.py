@@ -200,7 +200,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="stale shards are kept",
-        file="sharding/convert.py",
+        file="sharding/conversion.py",
         source="            remove_shards_from(self._out, len(self._done))\n            write_sources",
         replacement="            write_sources",
         tests=("tests/sharding/test_convert.py", "tests/sharding/test_rejects.py"),

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pipelines.benchmark.clips import source_list
 from pipelines.benchmark.report import ConversionBenchmark, spread
-from sharding.convert import convert
+from sharding.conversion import convert
 from sharding.format.shard_set import AudioParameters, read_shard_set
 from sharding.settings import ConversionConfig
 

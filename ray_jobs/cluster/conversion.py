@@ -11,7 +11,7 @@ from ca2st.durable import NO_FAULTS, FaultPoints
 from ca2st.errors import UserInputError
 from ray_jobs.cluster.ray_access import LOCAL, RayAccess, ray_session
 from ray_jobs.console import say
-from sharding.convert import ConversionReport
+from sharding.conversion import ConversionReport
 from sharding.media.decode_child import ClipJob, EncodedClip, encode_clip
 from sharding.settings import ConversionConfig
 from sharding.source import SourceList

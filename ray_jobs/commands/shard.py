@@ -10,7 +10,7 @@ from ray_jobs.commands.options import gop_frames, refuse_without_ray, synthetic_
 
 if TYPE_CHECKING:
     from pipelines.storage.set_facts import SetFacts
-    from sharding.convert import ConversionReport
+    from sharding.conversion import ConversionReport
     from sharding.format.shard_set import ShardSet
     from sharding.settings import ConversionConfig
     from sharding.source import SourceList
@@ -138,7 +138,7 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
     from ca2st.processes import num_cores
     from ray_jobs.console import parse_bytes, say
     from ray_jobs.conversion import print_plan, print_report
-    from sharding.convert import check_notes
+    from sharding.conversion import check_notes
     from sharding.datasets import DatasetRequest, read_dataset
     from sharding.settings import ConversionConfig, RejectBudget
     from sharding.source import note_lines

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from ca2st.batch import ClipBatch
 from ca2st.checked_json import parse_json
@@ -35,7 +36,7 @@ from ca2st.training.checkpoint import (
 from ca2st.training.evaluate import EvaluationResult, evaluate
 from ca2st.training.metrics import main_metric
 from ca2st.training.state import MODEL_FILE, put_model_tensors, read_model_tensors
-from ca2st.training.step import make_accelerator
+from ca2st.training.step import make_accelerator, model_logits
 from pipelines.loader import EvaluationLoader
 from pipelines.storage.shard_sets import check_sound, picture_notes, require_sound
 from pipelines.views.draws import EvaluationViews
@@ -87,6 +88,20 @@ class TrainedModel:
     video: VideoParameters
     """How their videos were encoded."""
     checkpoint: Checkpoint
+
+    def logits(self, batch: ClipBatch) -> dict[str, Tensor]:
+        """Return the scores of every target, float32 [views, classes], without gradients."""
+        with torch.inference_mode():
+            return dict(model_logits(self.model, batch))
+
+    def batches(self, place: str | Path, *, views: EvaluationViews | None = None) -> Iterator[ClipBatch]:
+        """Yield the samples of a shard set once, in stored order, as the model was trained to see and hear them.
+
+        `place` is a folder or a URL; `views` None: one centred view per sample. Raises as `evaluate_checkpoint`.
+        """
+        shards = read_shard_set(place, storage=self.recipe.data.loader.storage)
+        with trained_loader(self, shards, tuple(self.classes), views=views or EvaluationViews(), num_lanes=1) as loader:
+            yield from loader.batches()
 
 
 def read_run_document(data: bytes, *, where: str) -> RunDocument:

@@ -67,17 +67,17 @@ class PredictionReport:
 
 
 def predict_videos(
-    checkpoint: Path, videos: Sequence[Path], *, top: int, views: EvaluationViews
+    checkpoint: Path, videos: Sequence[Path], *, top: int = 5, views: EvaluationViews | None = None
 ) -> list[VideoPrediction]:
     """The `top` classes of every target for each video, in the order given.
 
-    A video is read as in training: whole, with its sound where it has some.
+    A video is read as in training: whole, with its sound where it has some; `views` None: one centred view.
 
     Raises:
         UserInputError: a video is not there or given twice, or `checkpoint` is none.
         RejectBudgetError: a video cannot be decoded; the message says which and why.
     """
-    report = predict_readable(checkpoint, videos, top=top, views=views)
+    report = predict_readable(checkpoint, videos, top=top, views=views or EvaluationViews())
     _refuse_damaged(report.damaged)
     return report.videos
 

@@ -19,7 +19,7 @@ from pipelines.storage.index import ShardIndexCache
 from pipelines.storage.shard_sets import stride_note
 from pipelines.views.draws import AugmentConfig, EvaluationViews
 from pipelines.views.sampling import SamplingConfig
-from sharding.convert import convert
+from sharding.conversion import convert
 from sharding.format.shard_set import LabelSpace, ShardSet, read_shard_set
 from sharding.settings import ConversionConfig
 from sharding.source import SourceList, SourceSample
@@ -177,7 +177,7 @@ from pipelines.config import LoaderConfig
 from pipelines.views.sampling import SamplingConfig
 from pipelines.views.draws import AugmentConfig
 from sharding.settings import ConversionConfig
-from sharding.convert import convert
+from sharding.conversion import convert
 from sharding.format.shard_set import LabelSpace
 from sharding.format.shard_set import read_shard_set
 from sharding.source import SourceList, SourceSample

@@ -18,7 +18,7 @@ import webdataset
 
 from ca2st.durable import FaultPoints, InjectedFault
 from ca2st.errors import EnvironmentFault, UserInputError
-from sharding.convert import ConversionProgress, convert
+from sharding.conversion import ConversionProgress, convert
 from sharding.format.index import decode_index, sample_key
 from sharding.format.shard_set import read_shard_set
 from sharding.media.decode_child import ClipJob, EncodedClip, encode_clip

@@ -11,7 +11,7 @@ import pytest
 
 from ca2st.durable import FaultPoints, InjectedFault
 from ca2st.errors import EnvironmentFault, UserInputError
-from sharding.convert import convert
+from sharding.conversion import convert
 from sharding.errors import AnnotationError, ConversionRefusedError, RejectBudgetError, ShardDamageError
 from sharding.folder import LOCK_NAME, folder_lock
 from sharding.format.index import decode_index, encode_index

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ca2st.durable import FaultPoints, InjectedFault
-from sharding.convert import convert
+from sharding.conversion import convert
 from sharding.errors import ConversionRefusedError, ShardDamageError
 from sharding.format.index import decode_index, encode_index
 from sharding.format.shard_set import read_shard_set, sha256_of_json

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sharding.convert import convert
+from sharding.conversion import convert
 from sharding.errors import ManifestError
 from sharding.folder import LOCK_NAME
 from sharding.format.index import decode_index

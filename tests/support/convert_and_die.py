@@ -13,7 +13,7 @@ from pathlib import Path
 import webdataset.writer  # noqa: F401  imported once here instead of seconds in every fork
 
 from ca2st.durable import FaultPoints
-from sharding.convert import convert
+from sharding.conversion import convert
 from support.shards import sample, small_config, source_list
 
 

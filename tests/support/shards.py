@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sharding.convert import ConversionReport, convert
+from sharding.conversion import ConversionReport, convert
 from sharding.format.shard_set import LabelSpace
 from sharding.settings import ConversionConfig
 from sharding.source import SourceList, SourceSample

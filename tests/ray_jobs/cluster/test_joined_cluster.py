@@ -13,7 +13,7 @@ from ray_jobs.cluster.conversion import joined_pool
 from ray_jobs.cluster.every_node import NodeFailure, ask_every_node, living_nodes, on_every_node, this_node
 from ray_jobs.cluster.ray_access import LOCAL, RayAccess, has_dashboard, ray_session
 from ray_jobs.doctor.cluster import examine_cluster
-from sharding.convert import convert
+from sharding.conversion import convert
 from sharding.settings import RejectBudget
 from support.media import Sound, make_clip
 from support.processes import python_path

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ca2st.errors import UserInputError
 from ray_jobs.cli import main
-from sharding.convert import check_notes, convert
+from sharding.conversion import check_notes, convert
 from sharding.datasets import DatasetRequest, read_dataset
 from sharding.datasets.label_spaces import NUM_CLASSES, label_notes, published_classes
 from sharding.errors import AnnotationError

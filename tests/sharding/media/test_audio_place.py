@@ -12,7 +12,7 @@ import pytest
 from ca2st.spec import ClipSpec
 from pipelines.views.draws import ClipFacts, EvaluationDraws, EvaluationViews
 from pipelines.views.sampling import SamplingConfig
-from sharding.convert import convert
+from sharding.conversion import convert
 from sharding.errors import MediaError
 from sharding.format.shard_set import AudioParameters
 from sharding.media.spectrogram import log_mel

@@ -14,7 +14,7 @@ import pytest
 from av.video.reformatter import ColorRange
 
 from ca2st.errors import UserInputError
-from sharding.convert import convert
+from sharding.conversion import convert
 from sharding.errors import ConversionRefusedError, MediaError
 from sharding.folder import refuse_another_conversion
 from sharding.format.index import decode_index

@@ -16,7 +16,7 @@ from pipelines.config import LoaderConfig
 from pipelines.loader import EvaluationLoader
 from pipelines.views.draws import EvaluationViews
 from pipelines.views.sampling import SamplingConfig
-from sharding.convert import convert
+from sharding.conversion import convert
 from sharding.errors import ConversionRefusedError, MediaError
 from sharding.format.index import decode_index
 from sharding.format.shard_set import MANIFEST_NAME, read_manifest, read_shard_set

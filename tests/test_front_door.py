@@ -1,0 +1,54 @@
+"""The public names of the four packages, and the README's example as it is written."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.media import Sound, make_clip
+from support.processes import python_path
+from support.tiny_runs import ca2st, make_tiny_run
+
+PACKAGES = ("ca2st", "sharding", "pipelines", "ray_jobs")
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_is_there_has_a_docstring_and_a_typo_is_an_attribute_error(package: str) -> None:
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+        assert name.startswith("__") or getattr(module, name).__doc__
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+        _ = module.no_such_name
+
+
+def test_importing_the_packages_imports_nothing_heavy() -> None:
+    script = "import sys, ca2st, sharding, pipelines, ray_jobs; print([n for n in %r if n in sys.modules])"
+    heavy = ("torch", "ray", "mlflow", "nvidia", "av", "pyarrow")
+    found = subprocess.run([sys.executable, "-c", script % (heavy,)], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_runs_as_it_is_written(tmp_path: Path) -> None:
+    recipe = make_tiny_run(tmp_path)
+    done = ca2st("train", recipe, "--out", tmp_path / "runs" / "my", "--set", "tracking.enabled=false", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    make_clip(tmp_path / "holiday.mp4", sound=Sound())
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    found = subprocess.run(
+        [sys.executable, "-"],
+        input=example,
+        cwd=tmp_path,
+        env={"PYTHONPATH": python_path(), "PATH": "", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert "torch.Size([8, 3, 16, 224, 224])" in found.stdout
+    assert found.stdout.count("holiday.mp4") == 1
