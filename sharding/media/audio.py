@@ -1,5 +1,6 @@
 """Cut a segment's sound out of a media file, as mono samples at one rate, on the video's time base."""
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -182,11 +183,15 @@ def _between(
 
 
 def _timed(frames: Iterator[tuple[av.AudioFrame, Fraction]], limits: MediaLimits) -> Iterator[_Timed]:
-    counted = Fraction(0)
+    counted, unit = 0, 1  # counted / unit seconds: exact, and cheaper than fractions
     for frame, moment in frames:
-        yield _Timed(frame, float(counted), float(moment - counted))
-        counted += Fraction(frame.samples, frame.sample_rate)
-        if counted > limits.max_duration_seconds + 10:  # the same moment again and again
+        if unit % frame.sample_rate:
+            finer = math.lcm(unit, frame.sample_rate)
+            counted, unit = counted * (finer // unit), finer
+        behind = moment.numerator * unit - counted * moment.denominator
+        yield _Timed(frame, counted / unit, behind / (moment.denominator * unit))
+        counted += frame.samples * (unit // frame.sample_rate)
+        if counted > (limits.max_duration_seconds + 10) * unit:  # the same moment again and again
             raise MediaError("too_large", "expected sound no longer than the limit on duration, found more")
 
 
@@ -214,11 +219,12 @@ def _steadied(frames: Iterator[_Timed]) -> Iterator[tuple[_Timed, float]]:
         middle = ahead.popleft()
         while before and middle.counted - before[0].counted > _LOOK:
             before.popleft()
-        num_ahead = sum(one.counted - middle.counted <= _LOOK for one in ahead)
+        is_beyond = bool(ahead) and ahead[-1].counted - middle.counted > _LOOK  # only the last one can be
+        num_ahead = len(ahead) - is_beyond
         reach = min(len(before), num_ahead)
         near = [*islice(before, len(before) - reach, None), middle, *islice(ahead, reach)]
         before.append(middle)
-        return middle, sorted(one.offset for one in near)[reach]
+        return middle, sorted([one.offset for one in near])[reach]
 
     for one in frames:
         ahead.append(one)

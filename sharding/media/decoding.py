@@ -37,10 +37,18 @@ def frame_seconds(frame: _Frame) -> Fraction:
     Raises:
         MediaError: ``bad_timestamps`` when it has none.
     """
-    moment = frame.pts if frame.pts is not None else frame.dts
-    if moment is None or frame.time_base is None:
+    ticks, time_base = _moment(frame)
+    return ticks * time_base
+
+
+def _moment(frame: _Frame) -> tuple[int, Fraction]:
+    """Its ticks and their length: a product of fractions for every frame would cost more than it tells."""
+    ticks, time_base = frame.pts, frame.time_base
+    if ticks is None:
+        ticks = frame.dts
+    if ticks is None or time_base is None:
         raise MediaError("bad_timestamps", "expected a presentation time on every frame, found one without")
-    return moment * frame.time_base
+    return ticks, time_base
 
 
 def video_frames(
@@ -122,30 +130,33 @@ def _time_base(stream: VideoStream | AudioStream) -> Fraction:
 def _decode(
     container: InputContainer, stream: VideoStream | AudioStream, lead_in: LeadIn, *, is_sought: bool = False
 ) -> Iterator[Any]:
-    moment: Fraction | None = None
+    last: tuple[int, Fraction] | None = None
+    nothing_left_out = LeadIn()
     times = _BestTimes(container, stream) if isinstance(stream, VideoStream) else _SoundTimes()
     if isinstance(times, _SoundTimes) and stream.start_time is not None and not is_sought:
-        times.follows = stream.start_time * _time_base(stream)
+        times.begin(stream.start_time * _time_base(stream))
     try:
         for packet in _from_key_frame(container, stream, lead_in):
-            if packet.has_sidedata("encryption_info"):
-                raise MediaError("encrypted", f"expected a {stream.type} stream in the clear, found one under DRM")
+            for side_data in packet.iter_sidedata():  # mostly none: cheaper than to ask for one by its name
+                if side_data.data_type == "encryption_info":
+                    raise MediaError("encrypted", f"expected a {stream.type} stream in the clear, found one under DRM")
             if packet.is_corrupt:
                 raise MediaError("decode_error", f"expected whole packets, found a cut one in the {stream.type} stream")
-            for frame in _decoded(packet, lead_in if moment is None else LeadIn()):
+            for frame in _decoded(packet, lead_in if last is None else nothing_left_out):
                 times.correct(frame)
-                if is_sought and moment is None and frame.pts is None:
+                if is_sought and last is None and frame.pts is None:
                     continue  # nobody knows where it lies: the first one with a time begins
-                moment = frame_seconds(frame)
+                last = _moment(frame)
                 if frame.is_corrupt:
                     raise MediaError(
-                        "decode_error", f"expected a clean {stream.type} frame, found damage at {_at(moment)}"
+                        "decode_error",
+                        f"expected a clean {stream.type} frame, found damage at {_at(last[0] * last[1])}",
                     )
                 yield frame
     except av.error.MemoryError:
         raise
     except av.error.FFmpegError as error:
-        raise _decode_error(stream, error, moment) from error
+        raise _decode_error(stream, error, None if last is None else last[0] * last[1]) from error
 
 
 def _decoded(packet: "av.Packet[Any]", lead_in: LeadIn) -> list[_Frame]:
@@ -218,7 +229,11 @@ class _SoundTimes:
     """
 
     def __init__(self) -> None:
-        self.follows: Fraction | None = None
+        self._last: tuple[int, Fraction, int, int] | None = None
+
+    def begin(self, moment: Fraction) -> None:
+        """Say where a first frame without a time lies."""
+        self._last = 1, moment, 0, 1
 
     def correct(self, frame: _Frame) -> None:
         """Set the frame's `pts` where it lacks."""
@@ -226,10 +241,12 @@ class _SoundTimes:
             return
         if frame.pts is None:
             frame.pts = frame.dts
-        if frame.pts is None and self.follows is not None:
-            frame.pts, frame.time_base = round(self.follows * frame.sample_rate), Fraction(1, frame.sample_rate)
+        if frame.pts is None and self._last is not None:
+            ticks, time_base, num_samples, rate_hz = self._last
+            follows = ticks * time_base + Fraction(num_samples, rate_hz)
+            frame.pts, frame.time_base = round(follows * frame.sample_rate), Fraction(1, frame.sample_rate)
         if frame.pts is not None:
-            self.follows = frame_seconds(frame) + Fraction(frame.samples, frame.sample_rate)
+            self._last = *_moment(frame), frame.samples, frame.sample_rate
 
 
 def frame_rate(stream: VideoStream) -> Fraction:

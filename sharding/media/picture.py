@@ -19,7 +19,7 @@ for BT.601 at any size, as FFmpeg takes it (players take large ones for BT.709):
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import product
@@ -192,9 +192,11 @@ class Orientation:
         return np.array([[0.0, x], [y, 0.0]] if self.transposed else [[x, 0.0], [0.0, y]])
 
 
+_UPRIGHT = Orientation()
 _ORIENTATIONS = tuple(Orientation(*flags) for flags in product((False, True), repeat=3))
 
 
+@lru_cache(maxsize=16)
 def orientation_of(display_matrix: bytes) -> tuple[Orientation, bool]:
     """The orientation nearest to a display matrix, and whether it is within a degree of it.
 
@@ -206,7 +208,7 @@ def orientation_of(display_matrix: bytes) -> tuple[Orientation, bool]:
     columns = np.array([[a, c], [b, d]])
     lengths = np.hypot(*columns)
     if not lengths.all():  # no picture at all by its words
-        return Orientation(), False
+        return _UPRIGHT, False
     cosines = [(columns / lengths * one.matrix()).sum(axis=0) for one in _ORIENTATIONS]
     best = max(range(len(_ORIENTATIONS)), key=lambda number: cosines[number].sum())
     return _ORIENTATIONS[best], bool(cosines[best].min() >= _COSINE_OF_A_DEGREE)
@@ -214,11 +216,12 @@ def orientation_of(display_matrix: bytes) -> tuple[Orientation, bool]:
 
 def pixel_aspect_of(stream: VideoStream) -> Callable[[], Fraction | None]:
     """What says the width / height of the pixels now: the container if it does, else the frames last decoded."""
-    container, at_open = stream.sample_aspect_ratio, stream.codec_context.sample_aspect_ratio
+    container, context = stream.sample_aspect_ratio, stream.codec_context
+    is_said = container != context.sample_aspect_ratio
 
     def now() -> Fraction | None:
-        coded = stream.codec_context.sample_aspect_ratio
-        return container if container != at_open or not coded else coded
+        coded = None if is_said else context.sample_aspect_ratio
+        return coded or container
 
     return now
 
@@ -247,6 +250,8 @@ class PictureMaker:
         self._short_side, self._hdr, self._interlaced, self._pixel_aspect = short_side, hdr, interlaced, pixel_aspect
         self._scaler, self._rgb_scaler = VideoReformatter(), VideoReformatter()
         self._size = (0, 0)
+        self._shape: tuple[int, int, Fraction | None, Orientation] | None = None
+        self._is_stretched = False
         self._facts: dict[str, str] = {}
         self._counts: Counter[str] = Counter()
         self._notes: set[str] = set()
@@ -294,13 +299,13 @@ class PictureMaker:
         if orientation.transposed:
             width, height = height, width
         stored = self._converted(self._in_standard_colour(picture, width, height), width, height)
-        return stored if orientation == Orientation() else self._turned(stored, orientation)
+        return stored if orientation == _UPRIGHT else self._turned(stored, orientation)
 
     def _orientation(self, display_matrix: bytes | None) -> Orientation:
         if display_matrix is None:
-            return Orientation()
+            return _UPRIGHT
         orientation, is_exact = orientation_of(display_matrix)
-        if orientation != Orientation():
+        if orientation != _UPRIGHT:
             self._facts["orientation"] = str(orientation)
         if orientation.is_mirrored:
             self._notes.add("mirrored")
@@ -310,21 +315,28 @@ class PictureMaker:
 
     def _stored_size(self, picture: av.VideoFrame, orientation: Orientation) -> tuple[int, int]:
         """Of the upright picture: the first frame's; others are stretched to it."""
-        aspect = self._pixel_aspect() or Fraction(1)
+        shape = picture.width, picture.height, self._pixel_aspect(), orientation
+        if shape != self._shape:  # one shape a clip, as a rule: the fractions are left out for all but its first frame
+            self._shape, self._is_stretched = shape, not self._fits(*shape)
+        if self._is_stretched:
+            self._counts["stretched_frames"] += 1
+            self._notes.add("shape changes inside the clip")
+        return self._size
+
+    def _fits(self, width: int, height: int, said_aspect: Fraction | None, orientation: Orientation) -> bool:
+        """Whether frames of that shape have the stored one, which the first frame decides."""
+        aspect = said_aspect or Fraction(1)
         if not _LEAST_ASPECT <= aspect <= _MOST_ASPECT:
             self._notes.add("absurd pixel aspect ignored")
             aspect = Fraction(1)
         if aspect != 1:
             self._facts["pixel_aspect"] = f"{aspect.numerator}:{aspect.denominator}"
-        width, height = output_size(picture.width, picture.height, self._short_side, aspect)
+        width, height = output_size(width, height, self._short_side, aspect)
         own = (height, width) if orientation.transposed else (width, height)
         if self._size == (0, 0):
             self._size = own
         shape, stored = own[0] / own[1], self._size[0] / self._size[1]
-        if abs(shape / stored - 1) > _SAME_SHAPE and abs(own[0] - self._size[0] * own[1] / self._size[1]) > 2:
-            self._counts["stretched_frames"] += 1
-            self._notes.add("shape changes inside the clip")
-        return self._size
+        return abs(shape / stored - 1) <= _SAME_SHAPE or abs(own[0] - self._size[0] * own[1] / self._size[1]) <= 2
 
     def _in_standard_colour(self, picture: av.VideoFrame, width: int, height: int) -> av.VideoFrame:
         """The frame itself, or scaled and in BT.709 where it has a high dynamic range or a wide gamut."""
@@ -449,13 +461,14 @@ class _FilterChain:
         if frame is not None:
             self._waiting.append(frame)
         self._graph.push(None if frame is None else frame.picture)
-        while True:
+        while self._waiting:
             try:
                 picture = self._graph.pull()
             except (av.error.BlockingIOError, av.error.EOFError):
                 break
             assert isinstance(picture, av.VideoFrame)
-            yield replace(self._waiting.popleft(), picture=picture)
+            whose = self._waiting.popleft()
+            yield TimedFrame(picture, whose.seconds, whose.duration, whose.display_matrix)
         if frame is None and self._waiting:
             raise RuntimeError("the filters did not give a frame for each one; this FFmpeg cannot be used")
 

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import av
 from av.container import InputContainer
@@ -22,6 +22,7 @@ from sharding.media.claims import check_ends_as_claimed
 from sharding.media.decoding import LeadIn, can_seek, frame_rate, frame_seconds, video_frames
 from sharding.media.probe import MediaLimits
 
+_NO_FRAME = av.VideoFrame()
 _SEEK_FROM = Fraction(2)  # nearer starts are reached by decoding on from the first frame
 _LATE = Fraction(1, 10)  # behind the start of the file: more than the delay of B-frames or the lead of a sound codec
 _ENOUGH = Fraction(19, 20)  # of an annotated segment
@@ -87,9 +88,17 @@ class TimedFrame:
 
 
 def display_matrix(picture: av.VideoFrame) -> bytes | None:
-    """The display matrix that comes with this frame, of its container or of a message inside the stream."""
-    found = picture.side_data.get("DISPLAYMATRIX")
-    return bytes(found) if isinstance(found, SideData) else None
+    """The display matrix that comes with this frame, of its container or of a message inside the stream.
+
+    Ask once: the frame shows no side data afterwards.
+    """
+    side_data = picture.side_data
+    found = side_data.get("DISPLAYMATRIX") if len(side_data) else None
+    matrix = bytes(found) if isinstance(found, SideData) else None
+    # PyAV's frame and its side data hold each other. Left so, every frame keeps its pixels until the garbage collector
+    # runs: a hundred frames of 4K are more than a child may have, and fresh memory for each frame costs time.
+    cast(Any, side_data).__init__(_NO_FRAME)
+    return matrix
 
 
 class VideoCut:
@@ -153,10 +162,12 @@ class VideoCut:
         """All frames with their times; of several at one time the last, which players leave on display."""
         decoded_pixels = 0
         held: TimedFrame | None = None
-        for picture in self._pictures():
+        pictures = self._pictures()
+        origin = self.zero + self._segment.start
+        for picture in pictures:
             decoded_pixels += picture.width * picture.height
             self._check_pixels(picture, decoded_pixels)
-            seconds = frame_seconds(picture) - self.zero - self._segment.start
+            seconds = frame_seconds(picture) - origin
             if held is not None and seconds < held.seconds:
                 found = f"{float(seconds):.4f} s behind {float(held.seconds):.4f} s"
                 raise MediaError("bad_timestamps", f"expected frame times that increase, found {found}")
@@ -210,7 +221,7 @@ class VideoCut:
     def _check_extent(self, num_frames: int, seconds: Fraction) -> None:
         if num_frames > self._limits.max_frames:
             raise MediaError("too_large", f"expected at most {self._limits.max_frames} frames, found more")
-        if seconds > self._limits.max_duration_seconds + 1:
+        if float(seconds) > self._limits.max_duration_seconds + 1:
             limit = self._limits.max_duration_seconds
             raise MediaError("too_large", f"expected at most {limit:g} s, found more; cut the video by times")
 

@@ -1,5 +1,6 @@
 """What is done to a source's pictures: orientation, pixel aspect, interlacing, dynamic range, colours."""
 
+import gc
 import io
 import math
 from collections.abc import Sequence
@@ -104,6 +105,22 @@ def test_all_planes_are_turned_and_the_clip_says_so(tmp_path: Path) -> None:
     assert (clip.video.width, clip.video.height) == (48, 64)
     assert psnr(stored(clip.video)[0], red_left(0, 64, 48).transpose(1, 0, 2)) > 30
     assert (clip.changes, clip.notes) == ({"orientation": "transposed"}, ("mirrored",))
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_frames_are_freed_without_waiting_for_the_garbage_collector(tmp_path: Path, is_turned: bool) -> None:
+    path = make_clip(tmp_path / "clip.mp4", seconds=1.0, sound=None)
+    if is_turned:
+        path = with_matrix(path, tmp_path / "turned.mp4", 0, 1, -1, 0)
+    gc.collect()
+    gc.disable()
+    try:
+        clip = convert_one(path)
+        num_left = sum(issubclass(type(one), av.VideoFrame) for one in gc.get_objects())
+    finally:
+        gc.enable()
+    assert ("orientation" in clip.changes) == is_turned
+    assert num_left < 4  # of 30: a hundred frames of 4K would be more than a child may have
 
 
 def test_an_orientation_inside_the_stream_holds_for_all_that_follows(tmp_path: Path) -> None:
