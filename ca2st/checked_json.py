@@ -9,11 +9,14 @@ and numbers without end are all one `DocumentError`. `kind` may be
 * ``dict[str, Any]``, ``list[str]``, ``tuple[int, ...]``, ``int | None``, ``Literal[...]``, ``str``, ``float``, ...,
   also inside of each other.
 
+What is written for this reader goes through `encoded`.
+
 Standard library only: every package may use it.
 """
 
 import dataclasses
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -26,6 +29,7 @@ T = TypeVar("T")
 _MOST_BYTES = 1 << 30
 _INTEGERS = range(-(2**63), 2**64)  # what any field of ours holds; more digits are damage, and slow
 _MOST_SHOWN = 60
+_HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 _NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 
 
@@ -73,6 +77,14 @@ def parse_json(data: bytes | str, kind: type[T] | types.GenericAlias, *, where: 
     return checked(value, kind, where=where)
 
 
+def encoded(text: str) -> bytes:
+    r"""JSON text, made with ``ensure_ascii=False``, as bytes that `parse_json` takes.
+
+    Half of a surrogate pair, which Python has for a byte of a file name that is no UTF-8, becomes the text ``\udce9``.
+    """
+    return _HALF_A_PAIR.sub(lambda half: rf"\\u{ord(half[0]):04x}", text).encode()
+
+
 def checked(value: Any, kind: type[T] | types.GenericAlias, *, where: str) -> T:
     """A value as `json.loads` gives it, as a value of the type `kind`; `where` names it in messages.
 
@@ -109,7 +121,7 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
     if outer in (list, tuple, Sequence):
         return _items(value, kind, where)
     if kind is float and type(value) is int:
-        return float(value)
+        return value  # as it was written: a document that is written again has the same bytes and hash
     if type(value) is not kind:  # a bool is no number here
         _refuse(_NAMES.get(kind, str(kind)), value, where)
     return value

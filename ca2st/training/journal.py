@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from ca2st.checked_json import DocumentError, checked, parse_json
+from ca2st.checked_json import DocumentError, checked, encoded, parse_json
 from ca2st.durable import open_itself
 from ca2st.errors import EnvironmentFault
 from ca2st.training.errors import CheckpointDamagedError, RunFolderBusyError
@@ -167,7 +167,7 @@ class Journal:
             ValueError: a field is NaN or infinite; only `write_metrics` accepts those.
         """
         line = {"event": event, "attempt": self.attempt, "time": self._wall_clock(), **fields}
-        self._pending += (json.dumps(line, separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        self._pending += encoded(json.dumps(line, separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n")
         self._flush()
 
     def write_metrics(self, event: str, metrics: Mapping[str, float], **fields: Any) -> None:

@@ -20,6 +20,7 @@ from pipelines.quarantine import FOLDER_NAME as QUARANTINE_FOLDER
 from pipelines.storage.shard_sets import check_agreement, check_manifest, check_sound, require_sound
 from pipelines.views.draws import EvaluationViews
 from ray_jobs.config.recipe import Recipe
+from sharding.datasets.label_spaces import classes_that_differ
 from sharding.format.shard_set import Manifest, ShardSet, read_shard_set
 
 
@@ -85,9 +86,12 @@ def open_data(recipe: Recipe) -> TrainingData:
 
 
 def _require_same_classes(train: Manifest, validation: Manifest, target: str) -> None:
-    if train.label_space(target).sha256 != validation.label_space(target).sha256:
+    ours, theirs = (one.label_space(target).classes for one in (train, validation))
+    if ours != theirs:
+        differing = classes_that_differ(ours, theirs, where=("in training", "in validation"))
         raise UserInputError(
-            f"label space {target!r}: validation and training have other classes; convert both with one class list"
+            f"label space {target!r}: validation has {len(theirs)} classes that are not the {len(ours)} of training: "
+            f"{differing}; convert both with one class list (--classes)"
         )
 
 

@@ -17,7 +17,7 @@ import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ca2st.checked_json import DocumentError, read_json
+from ca2st.checked_json import DocumentError, encoded, read_json
 from ca2st.durable import open_itself, write_bytes
 from ca2st.errors import CA2STError, DataDamageError, EnvironmentFault, NumericError, UserInputError
 from ca2st.training.errors import OutOfMemoryFault, PeerFailedError, StopNotSavedError
@@ -176,7 +176,9 @@ def keep_failure(run_dir: Path, new: FailureRecord) -> FailureRecord:
             fcntl.flock(lock, fcntl.LOCK_EX)
             kept = first_of(read_failure(run_dir), new)
             if kept is new:
-                write_bytes(run_dir / FAILURE_NAME, (json.dumps(asdict(new), indent=1) + "\n").encode())
+                write_bytes(
+                    run_dir / FAILURE_NAME, encoded(json.dumps(asdict(new), indent=1, ensure_ascii=False) + "\n")
+                )
             return kept
     except (OSError, EnvironmentFault) as error:
         _LOGGER.warning("%s: cannot put on record that %s: %s", run_dir, new, error)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ca2st.checked_json import read_json
+from ca2st.checked_json import encoded, read_json
 from ca2st.durable import FaultPoints, write_bytes
 from ca2st.errors import CA2STError
 from ca2st.model.config import HeldPrecision
@@ -177,7 +177,7 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
         )
     outcome = _outcome(result, data.targets)
     if rank == 0:
-        write_bytes(run_dir / OUTCOME_NAME, (json.dumps(asdict(outcome), indent=1) + "\n").encode())
+        write_bytes(run_dir / OUTCOME_NAME, encoded(json.dumps(asdict(outcome), indent=1, ensure_ascii=False) + "\n"))
         forget_failure(run_dir)
     accelerator.end_training()
     return outcome

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ca2st.checked_json import DocumentError, read_json
+from ca2st.checked_json import DocumentError, encoded, read_json
 from ca2st.durable import open_itself, write_bytes
 from ca2st.errors import UserInputError
 from ca2st.training.journal import JOURNAL_NAME, parse_event, read_events
@@ -216,7 +216,7 @@ def _read_progress(run_dir: Path) -> Progress:
 
 
 def _write(path: Path, document: Mapping[str, object]) -> None:
-    write_bytes(path, (json.dumps(document, indent=1) + "\n").encode(), point="tracking")
+    write_bytes(path, encoded(json.dumps(document, indent=1, ensure_ascii=False) + "\n"), point="tracking")
 
 
 _BATCH_VALUES = 500  # MLflow takes at most 1000 metrics a call

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ca2st.checked_json import read_json
+from ca2st.checked_json import encoded, read_json
 from ca2st.durable import write_bytes
 from ray_jobs.redaction import without_credentials
 
@@ -37,7 +37,7 @@ def keep_inputs(run_dir: Path, data: "TrainingData") -> None:
     document = [
         {"role": role, "source": _place(one), **_facts(one.manifest, data.targets)} for role, one in sets.items()
     ]
-    write_bytes(run_dir / INPUTS_NAME, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(run_dir / INPUTS_NAME, encoded(json.dumps(document, indent=1, ensure_ascii=False) + "\n"))
 
 
 def read_inputs(run_dir: Path) -> list[dict[str, Any]]:

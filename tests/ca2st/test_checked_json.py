@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ca2st.checked_json import DocumentError, checked, parse_json, read_json
+from ca2st.checked_json import DocumentError, checked, encoded, parse_json, read_json
 from ca2st.errors import EnvironmentFault
 
 
@@ -38,6 +38,17 @@ DATA = json.dumps(asdict(WHOLE)).encode()
 
 def test_a_document_comes_back_as_the_dataclass_it_was_written_from() -> None:
     assert parse_json(DATA, Whole, where="d") == WHOLE
+
+
+def test_a_whole_number_where_any_number_is_due_stays_as_it_was_written() -> None:
+    found = parse_json(b'{"name": "x", "weight": 8}', Part, where="d")
+    assert json.dumps(asdict(found)) == '{"name": "x", "weight": 8}'
+
+
+def test_what_no_text_can_hold_is_written_so_that_it_can_be_read() -> None:
+    odd = {"caf\udce9": "\ud800 \U0001f525 \\ \n"}
+    found = parse_json(encoded(json.dumps(odd, ensure_ascii=False)), dict[str, str], where="d")
+    assert found == {r"caf\udce9": "\\ud800 \U0001f525 \\ \n"}
 
 
 def test_a_typed_dict_takes_its_keys_and_leaves_the_others_alone() -> None:

@@ -27,6 +27,13 @@ def test_a_line_holds_event_attempt_time_and_fields(tmp_path: Path) -> None:
     assert lines[1] == {"event": "step", "attempt": 3, "time": 12.5, "step": 7, "loss": 0.5}
 
 
+def test_a_name_that_is_no_utf_8_is_written_as_text_that_is_read_back(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j", attempt=1)
+    journal.write("end", status="failed", error="cannot read /data/caf\udce9")
+    journal.close()
+    assert next(read_events(tmp_path / "j"))["error"] == r"cannot read /data/caf\udce9"
+
+
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_every_float_comes_back_exactly(tmp_path_factory: pytest.TempPathFactory, value: float) -> None:
     path = tmp_path_factory.mktemp("journal") / "j"

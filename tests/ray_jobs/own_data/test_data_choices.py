@@ -191,6 +191,19 @@ def test_lines_of_tables_in_an_array_are_found_by_their_number() -> None:
     assert (lines["data.mixture.0.train"], lines["data.mixture.1.train"], lines["clip.mel"]) == (4, 7, 9)
 
 
+def test_a_validation_set_of_other_classes_is_refused_with_the_classes_that_differ(tmp_path: Path) -> None:
+    other = (LabelSpace(name="label", classes=("red", "green", "blau")),)
+    make_shard_set(tmp_path / "train", make_samples(3))
+    make_shard_set(tmp_path / "val", make_samples(3), label_spaces=other)
+    sets = f'[data]\ntrain = "{tmp_path}/train"\nvalidation = "{tmp_path}/val"\n'
+    message = (
+        "label space 'label': validation has 3 classes that are not the 3 of training: only in training 'blue'; only "
+        "in validation 'blau'; convert both with one class list"
+    )
+    with pytest.raises(UserInputError, match=message):
+        open_data(recipe_of(tmp_path, sets))
+
+
 def test_the_training_set_is_the_first_of_a_mixture(root: Path, tmp_path: Path) -> None:
     data = open_data(recipe_of(tmp_path, MIXTURE.format(root=root)))
     assert data.train.root == root / "one"

@@ -20,7 +20,7 @@ from ray_jobs.tracking.run_record import RECIPE_NAME, read_run
 from support.fake_shards import make_samples, make_shard_set
 from support.processes import python_path
 from support.tiny_world import tiny_recipe
-from support.tracked_runs import end, start, write
+from support.tracked_runs import end, start, tracked_run, write
 
 SECRET = "hunter2"
 
@@ -99,16 +99,31 @@ def test_every_python_that_is_started_by_hand_keeps_the_working_directory_off_it
     assert [command for command in commands if '"-P"' not in command] == []
 
 
-def test_k8_a_follower_that_fails_leaves_its_traceback_in_its_log_without_secrets(run_dir: Path) -> None:
-    write(run_dir, start())
-    (run_dir / "system").mkdir()
-    damaged = {"time": 1.7e9, "step": f"https://me:{SECRET}@host", "metrics": {"cpu": 5}}
-    (run_dir / "system" / "alpha.jsonl").write_text(json.dumps(damaged) + "\n")
+def log_of_a_follower(run_dir: Path) -> str:
+    """What a follower leaves in its log that sends once, since nobody trains."""
     parent_that_is_gone = "-1"
     command = [sys.executable, "-m", "ray_jobs.tracking.follower", str(run_dir), parent_that_is_gone]
     with (run_dir / "follower.log").open("wb") as log:
         subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": python_path()}, check=True)
-    told = (run_dir / "follower.log").read_text()
+    return (run_dir / "follower.log").read_text()
+
+
+def test_k8_a_follower_that_fails_leaves_its_traceback_in_its_log_without_secrets(tmp_path: Path, store: str) -> None:
+    run_dir = tracked_run(tmp_path / "runs" / f"token={SECRET}", store, experiment=tmp_path.name)
+    (run_dir / "journal.jsonl").mkdir()  # nothing that a follower expects
+    told = log_of_a_follower(run_dir)
     assert "Traceback (most recent call last)" in told
-    assert "ValueError: invalid literal for int() with base 10: 'https://[hidden]@host'" in told
+    assert "IsADirectoryError: [Errno 21] Is a directory:" in told
+    assert "runs/token=[hidden]" in told
+    assert SECRET not in told
+
+
+def test_k8_a_damaged_line_of_system_metrics_is_left_out_and_named_without_secrets(run_dir: Path) -> None:
+    write(run_dir, start())
+    (run_dir / "system").mkdir()
+    damaged = {"time": 1.7e9, "step": f"https://me:{SECRET}@host", "metrics": {"cpu": 5}}
+    (run_dir / "system" / "alpha.jsonl").write_text(json.dumps(damaged) + "\n")
+    told = log_of_a_follower(run_dir)
+    assert 'step: expected a whole number, found "https://[hidden]@host"; the line is left out' in told
+    assert "Traceback" not in told
     assert SECRET not in told

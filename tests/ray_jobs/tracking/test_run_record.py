@@ -301,7 +301,10 @@ def test_k5_a_folder_of_another_version_is_left_alone_and_hides_no_other_orphan(
     (strange / "tracking.json").write_text(json.dumps(state | {"of_another_version": 1}))
     told: list[str] = []
     assert end_orphans(next_run, host=HERE, say=told.append) == [read_state(killed_run).run_id]
-    assert any("strange seems to be killed, but is left as it is: TypeError" in line for line in told)
+    assert any(
+        "strange seems to be killed, but is left as it is: DocumentError" in line and "of_another_version" in line
+        for line in told
+    )
 
 
 def test_two_followers_of_one_run_may_live_at_once(run_dir: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ca2st.durable import FaultPoints, InjectedFault
-from sharding.folder import read_done_shard
+from sharding.errors import ShardDamageError
+from sharding.folder import open_done_shard, read_done_shard
 from sharding.format.index import decode_index, frame_checksum, member_checksum
 from sharding.format.writer import ShardRange, StoredSample, member_header, write_shard
 from support.shards import SPACE
@@ -110,7 +111,7 @@ def test_an_exception_while_samples_arrive_leaves_nothing(tmp_path: Path) -> Non
 
 
 def test_a_done_shard_is_read_back_from_its_index(tmp_path: Path) -> None:
-    covers = ShardRange(first=2, end=9, rejects=({"position": 4, "sample_id": "x", "reason": "timeout", "what": "w"},))
+    covers = ShardRange(first=2, end=4, rejects=({"position": 3, "sample_id": "x", "reason": "timeout", "what": "w"},))
     entry = write_shard(tmp_path, 0, [stored(0)], covers=lambda: covers, conversion={"dataset": "d"})
     done = read_done_shard(tmp_path, 0)
     assert done is not None
@@ -118,6 +119,15 @@ def test_a_done_shard_is_read_back_from_its_index(tmp_path: Path) -> None:
     with (tmp_path / entry.name).open("ab") as file:
         file.write(b"x")
     assert read_done_shard(tmp_path, 0) is None
+
+
+def test_a_shard_whose_range_has_sources_without_a_row_or_a_reject_is_not_done(tmp_path: Path) -> None:
+    reject = {"position": 4, "sample_id": "x", "reason": "timeout", "what": "w"}
+    covers = ShardRange(first=2, end=9, rejects=(reject,))
+    write_shard(tmp_path, 0, [stored(0)], covers=lambda: covers, conversion={"dataset": "d"})
+    assert read_done_shard(tmp_path, 0) is None
+    with pytest.raises(ShardDamageError, match="a reject for each of its 7 sources, found 1 and 1"):
+        open_done_shard(tmp_path, 0)
 
 
 def test_member_headers_are_what_tarfile_reads(tmp_path: Path) -> None:
