@@ -12,9 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+import psutil  # type: ignore[import-untyped]  # it ships no stubs
 
 from ca2st.durable import open_itself
 from ca2st.errors import UserInputError
@@ -82,10 +84,10 @@ def _start_follower(run_dir: Path, log: IO[bytes]) -> "subprocess.Popen[bytes]":
 def finish_following(run_dir: Path, follower: "subprocess.Popen[bytes]") -> None:
     """Let the follower send the rest for as long as the store answers; what is left waits for ``ca2st track sync``."""
     follower.terminate()
-    begin, before = time.monotonic(), _signs_of_work(run_dir)
+    begin, before = time.monotonic(), _signs_of_work(run_dir, follower.pid)
     while follower.poll() is None and time.monotonic() - begin < _patience_seconds(run_dir, follower.pid):
         time.sleep(_POLL_SECONDS)
-        if (now := _signs_of_work(run_dir)) != before:
+        if (now := _signs_of_work(run_dir, follower.pid)) != before:
             begin, before = time.monotonic(), now
     if follower.poll() is None:
         follower.kill()
@@ -116,14 +118,19 @@ def _patience_seconds(run_dir: Path, follower_pid: int) -> float:
     )
 
 
-def _signs_of_work(run_dir: Path) -> tuple[object, ...]:
-    """Differs once the follower is ready, the store took something, or its tables are made.
+def _signs_of_work(run_dir: Path, follower_pid: int) -> tuple[object, ...]:
+    """Differs once the follower is ready, the store took something, or its tables are made; before, while it computes.
 
-    Only compared: the times of files are those of their server, whose clock may be another.
+    On a busy machine its low priority may make the import of MLflow take minutes. The values are only compared: the
+    times of files are those of their server, whose clock may be another.
     """
     files = [run_dir / name for name in (PROGRESS_NAME, FOLLOWER_LOCK_NAME)]
     times = (path.stat().st_mtime_ns if path.exists() else None for path in files)
-    return (is_making_tables(read_state(run_dir).uri), *times)
+    computed = None
+    if not is_ready(run_dir, follower_pid):
+        with suppress(psutil.Error):  # it has just ended
+            computed = sum(psutil.Process(follower_pid).cpu_times()[:2])
+    return (computed, is_making_tables(read_state(run_dir).uri), *times)
 
 
 def _tracking_state(recipe: Recipe, run_dir: Path, data: TrainingData) -> TrackingState:

@@ -14,6 +14,7 @@ import pytest
 
 import ray_jobs
 from ray_jobs.runs.data import TrainingData
+from ray_jobs.tracking import following
 from ray_jobs.tracking.events import read_state, unsent_bytes
 from ray_jobs.tracking.following import _start_follower, followed
 from ray_jobs.tracking.run_record import RECIPE_NAME, read_run
@@ -26,8 +27,9 @@ SECRET = "hunter2"
 
 
 def test_a_training_that_is_over_before_its_follower_has_started_is_sent_all_the_same(
-    tmp_path: Path, store: str
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(following, "_WORKING_SECONDS", 5.0)  # less than it takes to start
     shards = make_shard_set(tmp_path / "shards", make_samples(3))
     data = TrainingData(train_sets=(shards,), validation=None, targets=("label",))
     recipe, run_dir = tiny_recipe(tmp_path / "shards"), tmp_path / "run"
