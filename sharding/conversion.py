@@ -308,11 +308,14 @@ class _Conversion:
         if (self._out / MANIFEST_NAME).exists():
             report = self._finished_before()
             if not self._sources_changed():
+                _log.info("already finished, nothing to convert: %s", self._out)
                 return report
             (self._out / MANIFEST_NAME).unlink()
         else:
             self._done = done_shards(self._out, self._identity, self._source, is_whole=self._is_whole)
             self._sources_changed()
+            if self._done:
+                _log.info("resuming after %d finished shards of an earlier run", len(self._done))
         with self._pool() as pool:
             self._drop_shards_with_other_rejects(pool)
             remove_shards_from(self._out, len(self._done))

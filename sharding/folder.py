@@ -272,9 +272,13 @@ def _holds(root: Path, shard: DoneShard, source: SourceList) -> bool:
     return bool(rows == expected)
 
 
+_IN_WORDS = {"source_list_sha256": "another list of files, segments, labels or classes (source_list_sha256)"}
+
+
 def refuse_another_conversion(root: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise ConversionRefusedError with every field that differs, if any does."""
     before, now = (_flat({"clock": "first-frame"} | dict(one)) for one in (theirs, json.loads(json.dumps(ours))))
+    before, now = ({_IN_WORDS.get(name, name): value for name, value in one.items()} for one in (before, now))
     differences = [
         f"{name}: there {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

@@ -172,7 +172,10 @@ def other_sources(source: SourceList) -> tuple[SourceList, ConversionConfig]:
 
 @pytest.mark.parametrize(
     ("change", "difference"),
-    [(other_parameters, "video.quality: there 5, now 7"), (other_sources, "source_list_sha256: there ")],
+    [
+        (other_parameters, "video.quality: there 5, now 7"),
+        (other_sources, r"another list of files, segments, labels or classes \(source_list_sha256\): there "),
+    ],
 )
 @pytest.mark.parametrize("finished", [True, False])
 def test_the_folder_of_another_conversion_is_refused_with_the_difference(

@@ -201,3 +201,17 @@ def test_c13_a_source_that_vanishes_before_it_is_read_is_a_reject_with_its_own_r
     gone = source_list([*source.samples, sample(tmp_path / "media" / "gone.mp4")])
     report = convert(gone, tmp_path / "out", small_config(max_rejects=RejectBudget(count=1)))
     assert report.rejected == {"missing_file": 1}
+
+
+def test_a_rerun_says_where_it_resumes_and_when_nothing_is_left(
+    source: SourceList, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    caplog.set_level("INFO", logger="sharding.conversion")
+    with pytest.raises(InjectedFault):
+        convert(source, out, small_config(), faults=FaultPoints(point="shard.renamed", nth=2, kind="raise"))
+    convert(source, out, small_config())
+    assert "resuming after" in caplog.text
+    assert "already finished" not in caplog.text
+    convert(source, out, small_config())
+    assert f"already finished, nothing to convert: {out}" in caplog.text

@@ -170,5 +170,5 @@ def test_the_command_reports_and_ends_with_4_when_something_needed_is_broken(
     assert isinstance(broken.exception, EnvironmentFault)
     assert broken.exception.exit_code == 4
     assert "NOT OK   memory" in broken.stdout
-    assert "mend: give it more" in broken.stdout
+    assert "fix: give it more" in broken.stdout
     assert "optional gpu" in broken.stdout
