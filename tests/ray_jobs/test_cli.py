@@ -266,7 +266,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ray_jobs.cli", *map(str, arguments), "--out", str(tmp_path / "out")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         writer = os.open(tmp_path / "annotations.csv", os.O_WRONLY)  # returns once the command reads
-        # Python drops a KeyboardInterrupt that comes while a destructor runs: whoever sees nothing happen presses again.
+        # Python drops a KeyboardInterrupt that comes while a destructor runs: who sees nothing happen presses again.
         for _ in range(20):
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
