@@ -266,7 +266,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ray_jobs.cli", *map(str, arguments), "--out", str(tmp_path / "out")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         writer = os.open(tmp_path / "annotations.csv", os.O_WRONLY)  # returns once the command reads
-        # Python drops a KeyboardInterrupt that comes while a destructor runs: who sees nothing happen presses again.
+        # A signal just before a blocking read is noticed only when that ends or the next one comes: press again.
         for _ in range(20):
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -274,9 +274,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
                 break
         os.close(writer)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.endswith("interrupted; rerun the same command to go on where it stopped\n")
-    assert "Traceback" not in err.partition("interrupted")[2]
+    assert (process.returncode, err) == (130, "interrupted; rerun the same command to go on where it stopped\n")
 
 
 def test_a_wrong_csv_row_is_told_with_file_line_and_column(ca2st: Command, tmp_path: Path) -> None:
