@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROCESSES ?= 2
+# The programs of tests/benchmarks; ARGS are their options: make gpu ARGS="--only limits,model"
+BENCH = PYTHONPATH=tests $(BIN)/python -m benchmarks
 PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 SLOW := -m "slow and not gpu and not soak"
 
-.PHONY: install check audit test test-slow test-cluster mutations demo gpu test-gpu format lock clean
+.PHONY: install check audit test test-slow test-cluster mutations demo gpu bench-convert bench-fusion test-gpu format lock clean
 
 install: $(STAMP)
 
@@ -55,7 +57,13 @@ demo: install
 	@echo "The command ca2st lives in $(VENV): source $(BIN)/activate"
 
 gpu: install
-	$(BIN)/ca2st bench gpu --results tests/benchmarks/results
+	$(BENCH).gpu --results tests/benchmarks/results $(ARGS)
+
+bench-convert: install
+	$(BENCH).conversion $(ARGS)
+
+bench-fusion: install
+	$(BENCH).fusion $(ARGS)
 
 test-gpu: install
 	CA2ST_REQUIRE_GPU=1 $(BIN)/python -m pytest -m gpu

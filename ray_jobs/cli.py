@@ -67,9 +67,7 @@ app.add_typer(
     weights.app, name="weights", help="Weights of published checkpoints, and the proof that the model is right."
 )
 app.add_typer(model.app, name="model", help="Structure, parameters and multiply-adds of a model.")
-app.add_typer(
-    bench.app, name="bench", help="How fast model, loader and converter are, each beside a baseline in the same run."
-)
+app.add_typer(bench.app, name="bench", help="How fast model and loader are, each beside a baseline in the same run.")
 app.command("train")(train.train)
 app.command("submit")(submit.submit)
 app.command("evaluate")(evaluate.evaluate)
@@ -93,14 +91,14 @@ def _root(
         typer.echo(context.get_help())
 
 
-def main() -> None:
+def main(program: typer.Typer = app) -> None:
     """Entry point of ``ca2st``: run the command, end with the exit code of what happened."""
     show_log()
     wait_passively()
     is_for_a_program = "--json" in sys.argv and not {"-h", "--help"}.intersection(sys.argv)
     try:
         with stdout_for_results() if is_for_a_program else contextlib.nullcontext():
-            app()
+            program()
     except CA2STError as error:
         _end(error, error.exit_code)
     except OSError as error:

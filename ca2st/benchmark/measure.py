@@ -1,17 +1,12 @@
-"""What the model bench measures with: limits of the machine, memory, copies.
+"""What benches measure with: the limit of a device, peak memory, facts of the machine, the spread of several values.
 
-What a device can do at best: the rate of one large matrix product, measured, not read from a datasheet.
-
-What a measurement ran on, in words that name no host.
-
-Peak memory of a pass: the CUDA allocator's own count, or the highest resident memory of this process.
-
-How fast a device copies: from and to pinned memory of the host, and inside itself.
+A device's limit is the rate of one large matrix product, measured, not read from a datasheet.
 """
 
 import platform
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,39 +141,20 @@ def _resident(name: str) -> int:
     raise LookupError(f"{_STATUS}: expected a line {name}, found none")
 
 
-_REPEATS_COPIES = 10
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CopyLimits:
-    """Highest rates seen, in 10^9 bytes copied a second; inside the device a byte is read and written."""
+class Spread:
+    """Several measurements of one thing."""
 
-    host_to_device: float
-    device_to_host: float
-    device_to_device: float
-    num_bytes: int
-    """Of one copy."""
-
-
-def measure_copies(device: torch.device, *, num_bytes: int) -> CopyLimits:
-    """Copy blocks of `num_bytes`; the fastest single copy counts. On a CPU all three are copies in its memory."""
-    host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    here, there = (torch.zeros(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
-
-    def rate(copy: Callable[[], object]) -> float:
-        return num_bytes / min(_seconds(copy, device) for _ in range(_REPEATS_COPIES)) / 1e9
-
-    return CopyLimits(
-        host_to_device=rate(lambda: here.copy_(host, non_blocking=True)),
-        device_to_host=rate(lambda: host.copy_(here, non_blocking=True)),
-        device_to_device=rate(lambda: there.copy_(here)),
-        num_bytes=num_bytes,
-    )
+    median: float
+    """The number that is reported."""
+    lowest: float
+    """Smallest of them."""
+    highest: float
+    """Largest of them; far from the median on a busy machine."""
+    count: int
+    """How many."""
 
 
-def _seconds(copy: Callable[[], object], device: torch.device) -> float:
-    synchronise(device)
-    begin = time.perf_counter()
-    copy()
-    synchronise(device)
-    return time.perf_counter() - begin
+def spread(values: Sequence[float]) -> Spread:
+    """Median and range of at least one value."""
+    return Spread(median=statistics.median(values), lowest=min(values), highest=max(values), count=len(values))

@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 
 from ca2st.benchmark.case import TARGETS, Case, CaseSpec, LocalCase, ModelBenchConfig, PassKind, Variant, model_config
-from ca2st.benchmark.measure import Limit
+from ca2st.benchmark.measure import Limit, Spread, spread
 from ca2st.errors import CA2STError, EnvironmentFault
 from ca2st.model.inspect import ModelInfo, model_info
 from ca2st.model.structure import bridges_of_layer
@@ -52,20 +52,6 @@ class Plan:
     """Of the passes and of the limit."""
     variants: tuple[Variant, ...]
     """Ours first."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Spread:
-    """Several measurements of one thing."""
-
-    median: float
-    """The number that is reported."""
-    lowest: float
-    """Smallest of them."""
-    highest: float
-    """Largest of them; far from the median on a busy machine."""
-    count: int
-    """How many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,11 +111,6 @@ class ModelBenchmark:
     rates are too low. Ratios suffer less, since variants take turns."""
     models: tuple[ModelReport, ...]
     """In the order they were asked for."""
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Median and range of at least one value."""
-    return Spread(median=statistics.median(values), lowest=min(values), highest=max(values), count=len(values))
 
 
 _END = "end"

@@ -20,12 +20,12 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 
 from ca2st.batch import ClipBatch
+from ca2st.benchmark.measure import Spread, spread
 from ca2st.errors import UserInputError
 from ca2st.processes import num_cores
 from ca2st.spec import ClipSpec
 from pipelines.augment.config import AugmentConfig
 from pipelines.benchmark.baseline import PROCESSOR, STAGES, BaselineConfig, make_dataloader
-from pipelines.benchmark.report import Headspace, LoaderBenchmark, SplitReport, Spread, spread
 from pipelines.config import BackendName, LoaderConfig
 from pipelines.loader import EvaluationLoader, TrainLoader
 from pipelines.views.draws import EvaluationViews
@@ -61,6 +61,71 @@ class LoaderBenchConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserInputError(f"{name}: expected at least 1, found {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitReport:
+    """One loader, training or validation."""
+
+    clips_per_second: float
+    """Median of the rounds; whole passes by their wall time, with what it takes to begin and to end them."""
+    baseline_clips_per_second: float | None
+    """The same of the baseline; None where it was not measured."""
+    ratio: Spread | None
+    """Ours over the baseline, round by round."""
+    stages: Mapping[str, float]
+    """Milliseconds a clip by stage: thread time, which several threads spend at once; ``wait_ms`` is the consumer's."""
+    baseline_stages: Mapping[str, float] | None
+    """Milliseconds a clip by stage, of a worker."""
+    rounds: Spread
+    """Clips a second of ours."""
+    baseline_rounds: Spread | None
+    processor_ms_per_clip: float
+    """Processor time of all threads: on a busy machine it says more than the rate."""
+    baseline_processor_ms_per_clip: float | None
+    """The same of the baseline and its workers."""
+    bytes_per_clip: float
+    """Read by ours."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Headspace:
+    """Is it data or compute? Rates of the training loader and of a consumer, apart and together."""
+
+    consumer: str
+    """What it is."""
+    loader_clips_per_second: float
+    """With nobody behind it: the most the data can give."""
+    consumer_clips_per_second: float
+    """The same batch again and again: the most the consumer can take."""
+    together_clips_per_second: float
+    """The loader feeding the consumer."""
+    data_wait_fraction: float
+    """Part of that time in which the consumer waited."""
+    limited_by: Literal["data", "compute"]
+    """Which of the two is slower alone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoaderBenchmark:
+    """Both loaders, and what they were measured on."""
+
+    train: SplitReport
+    validation: SplitReport
+    headspace: Headspace
+    backend: str
+    """The backend in use, ``auto`` resolved."""
+    threads: int
+    """Decoding threads, and workers of the baseline."""
+    num_clips: int
+    """Clips in the shards."""
+    codec: str
+    """Of the shards."""
+    source_bytes_per_clip: float
+    """Of the original files, sound included."""
+    shard_bytes_per_clip: float
+    load_before: float
+    """The machine's load average over the minute before: well below one a core, or others were computing too."""
 
 
 Consumer = Callable[[ClipBatch], None]

@@ -15,8 +15,8 @@ meanwhile, and `render` returns when its views are finished. Held on the device:
 (`dali_engine.MOST_FRAMES`: one that decodes, one that is resized).
 
 Not equal to the CPU bit for bit: the engines decode to YCbCr as the standards say, but colours are interpolated and
-rounded otherwise, nvJPEG has an inverse transform of its own, and the resize rounds elsewhere. `ca2st bench gpu`
-measures how far.
+rounded otherwise, nvJPEG has an inverse transform of its own, and the resize rounds elsewhere. `make gpu` measures
+how far.
 """
 
 from collections.abc import Sequence

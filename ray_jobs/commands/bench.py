@@ -1,155 +1,112 @@
-"""``ca2st bench``.
+"""``ca2st bench loader`` and ``ca2st bench model``: how fast data comes, and how fast a model computes."""
 
-``ca2st bench fusion``.
-
-``ca2st bench gpu``: everything that only a GPU can show, in under ten minutes.
-
-``ca2st bench``: here ``model``; ``loader`` and ``convert`` in bench_loader.py.
-"""
-
-import datetime
-import json
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ray_jobs.commands import bench_loader
 from ray_jobs.commands.model import Size
 
 if TYPE_CHECKING:
     from ca2st.benchmark.model import ModelBenchmark, ModelReport
-    from ray_jobs.demo.fusion_bench import FusionBenchConfig, FusionReport, FusionSummary
-
-
-FUSION_EXAMPLE = "Example: ca2st bench fusion --task binding --seeds 3 --models cava,late_add --table binding.json"
-
-
-class Task(StrEnum):
-    """What is asked of the models."""
-
-    HOLISTIC = "holistic"
-    BINDING = "binding"
-
-
-def fusion(
-    task: Annotated[
-        Task, typer.Option(help="holistic: three factors at once; binding: who keeps time with the sound.")
-    ],
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of every model; ablations have one.")] = 5,
-    models: Annotated[str | None, typer.Option(help="Names, comma between; default: all of the task.")] = None,
-    difficulty: Annotated[
-        str | None, typer.Option(help="easy, medium or hard; default: as the task's recipe says.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of everything made; rerun to go on.")] = None,
-    table: Annotated[Path | None, typer.Option(help="File for the table with every row, as JSON.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,
-) -> None:
-    """Ways to join the same frozen experts, each trained with the same budget and several seeds, in one table."""
-    from ray_jobs.console import print_json, require_writable_place, result
-    from ray_jobs.demo.fusion_bench import FusionBenchConfig, fusion_facts, run_fusion_bench
-
-    names = tuple(name.strip() for name in (models or "").split(",") if name.strip())
-    config = FusionBenchConfig(task=task.value, num_seeds=seeds, models=names, difficulty=difficulty)
-    if table is not None:
-        require_writable_place(table, "--table")
-    report = run_fusion_bench(config, out or Path("runs") / f"fusion-{task.value}")
-    facts = fusion_facts(report, command=_command(config))
-    if table is not None:
-        table.write_text(json.dumps(facts, indent=1) + "\n")
-    if as_json:
-        print_json(facts)
-        return
-    for line in _lines(report):
-        result(line)
-
-
-def _command(config: "FusionBenchConfig") -> str:
-    """The command that makes the same table elsewhere: without the folders and files of this machine."""
-    told = ["ca2st", "bench", "fusion", "--task", config.task, "--seeds", str(config.num_seeds)]
-    if config.models:
-        told += ["--models", ",".join(config.models)]
-    if config.difficulty is not None:
-        told += ["--difficulty", config.difficulty]
-    return " ".join(told)
-
-
-def _lines(report: "FusionReport") -> list[str]:
-    first = report.summaries[0]
-    seeds = max(len(summary.seeds) for summary in report.summaries)
-    lines = [
-        f"{report.task}, {report.difficulty}: top-1 over {seeds} seed(s), chance {first.chance:.1%}",
-        f"{'model':<20} {'mean':>7} {'lowest':>7} {'highest':>7} {'ceiling':>8} {'trained':>9} {'clips/s':>8}  what",
-        *map(_line, report.summaries),
-        "The ceiling is the best that anybody could reach with what a model is given.",
-        "Experts alone: " + ", ".join(f"{one.expert} {one.top1:.1%} on {one.factor}" for one in report.experts),
-    ]
-    if seeds > 1:
-        lines += ["Better in the worst seed than the other in its best:", *_apart(report)]
-    return lines
-
-
-def _line(summary: "FusionSummary") -> str:
-    top1 = summary.top1
-    return (
-        f"{summary.model:<20} {top1.mean:>7.1%} {top1.lowest:>7.1%} {top1.highest:>7.1%} {summary.ceiling:>8.1%} "
-        f"{summary.trainable:>9,} {summary.clips_per_second.mean:>8.0f}  {summary.says}"
-    )
-
-
-def _apart(report: "FusionReport") -> list[str]:
-    worse = {summary.model: [b for a, b in report.separated if a == summary.model] for summary in report.summaries}
-    return [f"  {model} > {', '.join(others)}" for model, others in worse.items() if others] or ["  no model"]
-
-
-GPU_EXAMPLE = "Example: ca2st bench gpu --results tests/benchmarks/results"
-
-
-def gpu(
-    results: Annotated[
-        Path | None, typer.Option(help="Folder for the report, under a name with date and device; default: none.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Try the program on the CPU with tiny sizes; measures no GPU.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,
-) -> None:
-    """Limits, parity, decoding rates, damaged clips and models on this machine's GPU.
-
-    Each part has a process and a time budget of its own; one that fails is named, and the others go on. The clips are
-    drawn and encoded here.
-    """
-    from ca2st.errors import CA2STError
-    from ray_jobs.console import print_json, progress, require_writable_place, result, say
-    from ray_jobs.gpu_check.parts import BUDGETS, dry_settings, gpu_settings, run_here, run_in_process
-    from ray_jobs.gpu_check.report import as_document, file_name, lines, run_parts
-
-    settings = dry_settings() if dry_run else gpu_settings()
-    if results is not None:
-        require_writable_place(results / "report.json", "--results")
-    with progress("Trying the GPU", len(BUDGETS)) as update:
-        found = run_parts(settings, run_here if dry_run else run_in_process, update=update)
-    document = as_document(found, settings, command=" ".join(("ca2st", *sys.argv[1:])))
-    if results is not None:
-        place = results / file_name(document)
-        place.write_text(json.dumps(document, indent=1) + "\n")
-        say(f"wrote {place}")
-    if as_json:
-        print_json(document)
-    else:
-        for line in lines(document):
-            result(line)
-    if failed := [name for name, part in found.items() if part.error is not None]:
-        raise CA2STError(f"bench gpu: parts that ended early: {', '.join(failed)}; the report says why")
-
+    from ca2st.spec import ClipSpec
+    from pipelines.benchmark.loader import Consumer, LoaderBenchmark, SplitReport
 
 app = typer.Typer(no_args_is_help=True)
-app.command(epilog=bench_loader.LOADER_EXAMPLE)(bench_loader.loader)
-app.command(epilog=bench_loader.CONVERT_EXAMPLE)(bench_loader.convert)
-app.command(epilog=FUSION_EXAMPLE)(fusion)
-app.command(epilog=GPU_EXAMPLE)(gpu)
+
+Clips = Annotated[int, typer.Option(min=2, help="Source files to draw: 10 s, 30 fps, 320x240, H.264 with sound.")]
+Codec = Annotated[str, typer.Option(help="Codec of the shards.")]
+Media = Annotated[Path | None, typer.Option(help="Folder with video files of your own instead of drawn ones.")]
+Work = Annotated[
+    Path | None, typer.Option(help="Folder to keep drawn files and shards in, for the next time; default: temporary.")
+]
+Out = Annotated[Path | None, typer.Option(help="File for the report, as JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")]
+
+
+class Backend(StrEnum):
+    """What decodes."""
+
+    AUTO = "auto"
+    DALI = "dali"
+    REFERENCE = "reference"
+
+
+class ConsumerKind(StrEnum):
+    """What stands behind the loader for headspace."""
+
+    NORMALISE = "normalise"
+    CAST = "cast"
+    CAVA = "cava"
+    CA2ST = "ca2st"
+
+
+@app.command(epilog="Example: ca2st bench loader --json")
+def loader(
+    clips: Clips = 24,
+    seconds: Annotated[float, typer.Option(help="Time for each variant in training, and in validation.")] = 20.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns that this time is cut into.")] = 3,
+    batch: Annotated[int, typer.Option(min=2, help="Clips of a batch.")] = 8,
+    codec: Codec = "mjpeg",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Decoding threads, and workers of the baseline; default: the cores.")
+    ] = None,
+    backend: Annotated[Backend, typer.Option(help="As in a recipe.")] = Backend.AUTO,
+    rand_augment: Annotated[bool, typer.Option(help="Train with rand-m7-n4-mstd0.5-inc1, ours and baseline.")] = True,
+    baseline: Annotated[bool, typer.Option(help="Measure the baseline too.")] = True,
+    consumer: Annotated[
+        ConsumerKind, typer.Option(help="Behind the loader for headspace: normalise, or a model's training step.")
+    ] = ConsumerKind.NORMALISE,
+    size: Annotated[Size, typer.Option(help="Of the consumer's model.")] = Size.VIT_B,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Of its experts; default: all on a GPU, 2 on a CPU.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Shards of your own; then --media names their originals.")] = None,
+    media: Media = None,
+    work: Work = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Clips a second of the training and the validation loader, beside what people use today, in the same run.
+
+    The baseline is a torch DataLoader with a worker a core over the original H.264 files: PyAV from the nearest key
+    frame, timm's RandAugment on Pillow frames, torchvision. The variants take turns; medians are reported.
+    """
+    from ca2st.spec import ClipSpec
+    from pipelines.benchmark.loader import NUM_STEPS, LoaderBenchConfig, benchmark_loader
+    from ray_jobs.bench_report import bench_facts, write_report
+    from ray_jobs.console import progress, require_writable_place
+    from ray_jobs.runs.bench_data import bench_sources
+    from sharding.format.shard_set import read_shard_set
+
+    config = LoaderBenchConfig(
+        seconds=seconds,
+        rounds=rounds,
+        batch_size=batch,
+        threads=threads,
+        backend=backend.value,
+        rand_augment=rand_augment,
+        baseline=baseline,
+        clip=ClipSpec(),
+    )
+    if out is not None:
+        require_writable_place(out, "--out")
+    with bench_sources(clips, codec=codec, data=data, media=media, work=work) as sources:
+        consume, name = _consumer(consumer, size.value, layers, config.clip)
+        with progress("Measuring", NUM_STEPS) as update:
+            found = benchmark_loader(
+                config,
+                read_shard_set(sources.shards),
+                sources.files,
+                consumer=consume,
+                consumer_name=name,
+                update=update,
+            )
+    facts = bench_facts(asdict(found), command=_command())
+    write_report(facts, _loader_lines(found), out=out, as_json=as_json)
 
 
 class Device(StrEnum):
@@ -188,8 +145,8 @@ def model(
         typer.Option("--compile/--no-compile", help="Measure torch.compile too; default: on a GPU (slow to start)."),
     ] = None,
     baseline: Annotated[bool, typer.Option(help="Measure the plain formulation too.")] = True,
-    out: Annotated[Path | None, typer.Option(help="File for the report, as JSON.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,
+    out: Out = None,
+    as_json: Json = False,
 ) -> None:
     """Clips a second, memory and share of the device's limit, beside the plain formulation in the same run.
 
@@ -198,7 +155,8 @@ def model(
     """
     from ca2st.benchmark.case import ModelBenchConfig
     from ca2st.benchmark.model import benchmark_models
-    from ray_jobs.console import print_json, progress, require_writable_place, result
+    from ray_jobs.bench_report import bench_facts, write_report
+    from ray_jobs.console import progress, require_writable_place
 
     names = tuple(name.strip() for name in models.split(",") if name.strip())
     config = ModelBenchConfig(
@@ -217,32 +175,54 @@ def model(
         require_writable_place(out, "--out")
     with progress("models", len(names)) as update:
         found = benchmark_models(config, update=update)
-    facts = _facts(found)
-    if out is not None:
-        out.write_text(json.dumps(facts, indent=2) + "\n")
-    if as_json:
-        print_json(facts)
-        return
-    for line in _lines_of_bench(found):
-        result(line)
+    facts = bench_facts(asdict(found), command=_command(), device=found.plan.device)
+    write_report(facts, _model_lines(found), out=out, as_json=as_json)
 
 
-def _facts(found: "ModelBenchmark") -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from ca2st.benchmark.measure import machine
-    from ray_jobs.environment import versions
-
-    return {
-        **asdict(found),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": " ".join(("ca2st", *sys.argv[1:])),
-        "device": asdict(machine(found.plan.device)),
-        "versions": versions(),
-    }
+def _command() -> str:
+    return " ".join(("ca2st", *sys.argv[1:]))
 
 
-def _lines_of_bench(found: "ModelBenchmark") -> list[str]:
+def _consumer(kind: ConsumerKind, size: str, layers: int | None, clip: "ClipSpec") -> "tuple[Consumer, str]":
+    if kind is ConsumerKind.NORMALISE:
+        from pipelines.benchmark.loader import NORMALISE, normalise
+
+        return normalise, NORMALISE
+    from ray_jobs.runs.bench_data import training_consumer
+
+    return training_consumer(kind.value, size, num_layers=layers, clip=clip)
+
+
+def _loader_lines(found: "LoaderBenchmark") -> list[str]:
+    head = found.headspace
+    return [
+        f"{found.num_clips} clips, shards {found.codec} ({found.shard_bytes_per_clip / 1e6:.2f} MB a clip, originals "
+        f"{found.source_bytes_per_clip / 1e6:.2f} MB), backend {found.backend}, {found.threads} threads; "
+        f"load before: {found.load_before:.1f}",
+        *_split_lines("train", found.train),
+        *_split_lines("validation", found.validation),
+        f"headspace: {head.limited_by} is the limit: loader alone {head.loader_clips_per_second:.1f} clips/s, consumer "
+        f"alone {head.consumer_clips_per_second:.1f}, together {head.together_clips_per_second:.1f}, waiting "
+        f"{head.data_wait_fraction:.0%} of the time ({head.consumer})",
+    ]
+
+
+def _split_lines(name: str, report: "SplitReport") -> list[str]:
+    ours = f"{name:<10} {report.clips_per_second:7.1f} clips/s  {_stages(report.stages)}"
+    if report.ratio is None or report.baseline_stages is None:
+        return [ours]
+    return [
+        f"{ours}  {report.ratio.median:.1f}x the baseline",
+        f"  baseline {report.baseline_clips_per_second:7.1f} clips/s  {_stages(report.baseline_stages)}",
+    ]
+
+
+def _stages(stages: Any) -> str:
+    shown = ", ".join(f"{name.removesuffix('_ms')} {value:.1f}" for name, value in stages.items() if value >= 0.05)
+    return f"({shown} ms a clip)"
+
+
+def _model_lines(found: "ModelBenchmark") -> list[str]:
     plan, limit = found.plan, found.limit
     lines = [
         f"{plan.size} on {plan.device}, {plan.precision}, {plan.per_device_batch_size} clip(s) a pass; limit "
@@ -250,11 +230,11 @@ def _lines_of_bench(found: "ModelBenchmark") -> list[str]:
         f"load before: {found.load_before:.1f}"
     ]
     for model in found.models:
-        lines += _model_lines(model)
+        lines += _lines_of_model(model)
     return lines
 
 
-def _model_lines(report: "ModelReport") -> list[str]:
+def _lines_of_model(report: "ModelReport") -> list[str]:
     bridges = ", ".join(f"{name} in {count}" for name, count in report.bridges.items())
     lines = [f"{report.model}: {report.num_layers} of {report.all_layers} layers ({bridges}), {report.gmacs:.1f} GMACs"]
     for variant, passes in report.variants.items():

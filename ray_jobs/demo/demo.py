@@ -6,6 +6,7 @@ from pathlib import Path
 from time import perf_counter
 
 from ca2st.processes import num_cores
+from pipelines.views.draws import EvaluationViews
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.console import say
@@ -14,7 +15,6 @@ from ray_jobs.demo.answers import DemoReport
 from ray_jobs.demo.comparison import Contest, run_contest
 from ray_jobs.demo.page import PAGE_NAME, write_demo_page
 from ray_jobs.demo.pretraining import Lesson, pretrain
-from ray_jobs.demo.tasks import FUSION_TASKS
 from ray_jobs.own_data.example_videos import real_clips_folder, write_annotations
 from ray_jobs.runs.prediction import predict_videos
 from ray_jobs.runs.synthetic import make_split
@@ -24,6 +24,9 @@ from sharding.errors import ShardDamageError
 from sharding.settings import ConversionConfig
 from sharding.verify import verify_shard_set
 
+RECIPE, EXPERT_RECIPE = "demo_ca2st", "demo_expert"
+VIEWS = EvaluationViews(protocol="test", clips=2, crops=3)
+"""Views of a sample in tests."""
 MODELS = ("spatial", "cava", "cast", "ca2st")
 """What the demo compares, the fullest last."""
 LESSONS = (
@@ -38,12 +41,11 @@ beside them."""
 def run_demo(out: Path) -> DemoReport:
     """Make everything under `out`; what is already there is kept, so a stopped demo goes on where it stopped."""
     begin = perf_counter()
-    task = FUSION_TASKS["holistic"]
-    recipe = load_recipe(task.recipe)
+    recipe = load_recipe(RECIPE)
     shards = _make_shards(recipe, out)
     with _step("Pretraining the experts, each on its own factor"):
         experts = pretrain(
-            LESSONS, load_recipe(task.expert_recipe), train=shards["train"], test=shards["validation"], out=out
+            LESSONS, load_recipe(EXPERT_RECIPE), train=shards["train"], test=shards["validation"], out=out
         )
     contest = Contest(
         recipe=recipe,
@@ -51,13 +53,13 @@ def run_demo(out: Path) -> DemoReport:
         test=shards["validation"],
         experts={expert.expert: expert.file for expert in experts},
         out=out,
-        views=task.views,
+        views=VIEWS,
     )
     with _step(f"Training {', '.join(MODELS)} on frozen experts, the same budget for each"):
         rows = list(run_contest(contest, MODELS))
     video = min((out / "synthetic").rglob("media/validation/**/*.mp4"))
     with _step("Asking the last of them about one clip"):
-        (prediction,) = predict_videos(Path(rows[-1].checkpoint), [video], top=3, views=task.views)
+        (prediction,) = predict_videos(Path(rows[-1].checkpoint), [video], top=3, views=VIEWS)
     report = DemoReport(
         shards=[str(folder) for folder in shards.values()],
         test_shards=str(shards["validation"]),

@@ -1,9 +1,4 @@
-"""What `bench loader` reads and who takes its batches.
-
-Where ``ca2st bench loader`` and ``convert`` get their files: drawn, or somebody's own.
-
-What stands behind the loader when ``ca2st bench loader`` asks whether data or compute is the limit.
-"""
+"""What the benches of data read (drawn files, or the user's), and what takes the batches of ``ca2st bench loader``."""
 
 import contextlib
 import tempfile

@@ -1,6 +1,6 @@
 """The turns, what is made of them, and one small benchmark of everything with its baseline in this process."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +9,18 @@ import pytest
 from ca2st.batch import ClipBatch
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
-from pipelines.benchmark import conversion, loader
+from pipelines.benchmark import loader
 from pipelines.benchmark.baseline import BaselineConfig
 from pipelines.benchmark.clips import source_list, video_files
-from pipelines.benchmark.conversion import benchmark_conversion
-from pipelines.benchmark.loader import BaselineCase, LoaderBenchConfig, Turn, benchmark_loader, take_turns
-from pipelines.benchmark.report import LoaderBenchmark
+from pipelines.benchmark.loader import (
+    BaselineCase,
+    LoaderBenchConfig,
+    LoaderBenchmark,
+    Turn,
+    benchmark_loader,
+    take_turns,
+)
 from sharding.format.shard_set import ShardSet
-from sharding.settings import ConversionConfig
 from support.media import Sound, make_clip
 
 SMALL = LoaderBenchConfig(
@@ -124,23 +128,3 @@ def test_files_become_samples_of_two_classes(files: tuple[Path, ...]) -> None:
     source = source_list(files)
     assert [sample.labels for sample in source.samples] == [(0,), (1,)]
     assert video_files(files[0].parent) == files
-
-
-def test_conversion_is_measured_in_three_ways_and_leaves_nothing(
-    files: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ways: list[int] = []
-    convert: Callable[..., object] = conversion.convert
-
-    def counted(source: object, out: Path, config: ConversionConfig) -> object:
-        ways.append(config.workers)
-        return convert(source, out, config)
-
-    monkeypatch.setattr(conversion, "convert", counted)
-    config = ConversionConfig(workers=2, audio_policy="optional")
-    report = benchmark_conversion(config, files, tmp_path, rounds=1)
-    assert ways == [2, 1]
-    assert min(report.clips_per_second, report.one_worker_clips_per_second, report.baseline_clips_per_second) > 0
-    assert report.ratio == pytest.approx(report.clips_per_second / report.baseline_clips_per_second)
-    assert min(report.shard_bytes_per_clip, report.baseline_bytes_per_clip) > 1000
-    assert list(tmp_path.iterdir()) == []

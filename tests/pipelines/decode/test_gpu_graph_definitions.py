@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.parity import stored_clips
 from ca2st.errors import CA2STError, UserInputError
 from pipelines.augment.crops import CropBox
 from pipelines.augment.rand_augment import ImageAugment, Operation
@@ -19,7 +20,6 @@ from pipelines.decode.dali_engine import ClipGraph, GraphBackend, OnCpu, Pipelin
 from pipelines.decode.dali_gpu import GpuFrameGraph, NvJpegOptions
 from pipelines.decode.reference import ReferenceBackend
 from pipelines.errors import LoaderClosedError, SampleDamageError
-from pipelines.hardware.parity import stored_clips
 from pipelines.rendering import JpegFrames, RenderRequest, VideoMember
 from pipelines.stats import StatsRecorder
 from support.fake_shards import FakeSample

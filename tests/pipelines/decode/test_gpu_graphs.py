@@ -10,6 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.damage import DAMAGES, try_damages
+from benchmarks.parity import (
+    StoredClip,
+    augment_parity,
+    codec_parity,
+    plain,
+    resize_parity,
+    stored_clips,
+    training_requests,
+)
 from ca2st.batch import ClipBatch
 from ca2st.spec import ClipSpec
 from pipelines.benchmark.clips import DrawnClips
@@ -19,16 +29,6 @@ from pipelines.decode.dali_engine import GraphBackend
 from pipelines.decode.dali_gpu import gpu_backend
 from pipelines.decode.reference import ReferenceBackend
 from pipelines.errors import SampleDamageError
-from pipelines.hardware.damage import DAMAGES, try_damages
-from pipelines.hardware.parity import (
-    StoredClip,
-    augment_parity,
-    codec_parity,
-    plain,
-    resize_parity,
-    stored_clips,
-    training_requests,
-)
 from pipelines.loader import EvaluationLoader
 from pipelines.rendering import RenderRequest, VideoMember
 from pipelines.stats import StatsRecorder

@@ -63,7 +63,7 @@ def test_json_and_file_hold_the_headline_and_everything_it_comes_from(bench: Com
     assert facts["limit"]["tflops"] > 0
     assert facts["load_before"] >= 0
     assert facts["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert facts["device"]["device"] == "cpu"
+    assert facts["machine"]["device"] == "cpu"
     assert facts["command"].startswith("ca2st bench model --size vit_s")
     assert facts["date"].endswith("Z")
 

@@ -1,4 +1,4 @@
-"""``ca2st bench loader`` and ``ca2st bench convert``: what they print and how they refuse."""
+"""``ca2st bench loader``: what it prints and how it refuses."""
 
 import json
 import sys
@@ -83,21 +83,10 @@ def test_without_json_a_person_reads_rates_stages_and_the_limit(bench: Command, 
     assert "baseline" not in out
 
 
-def test_convert_tells_both_rates_and_keeps_nothing(bench: Command, originals: Path, tmp_path: Path) -> None:
-    code, out, err = bench("convert", "--media", originals, "--rounds", 1, "--work", tmp_path / "work", "--json")
-    assert code == 0, err
-    facts = json.loads(out)
-    assert facts["clips_per_second"] > 0
-    assert facts["baseline_clips_per_second"] > 0
-    assert (facts["num_clips"], facts["codec"]) == (2, "mjpeg")
-    assert list((tmp_path / "work").iterdir()) == []
-
-
-@pytest.mark.parametrize("verb", ["loader", "convert"])
-def test_help_has_an_example(bench: Command, verb: str) -> None:
-    code, out, _ = bench(verb, "--help")
+def test_help_has_an_example(bench: Command) -> None:
+    code, out, _ = bench("loader", "--help")
     assert code == 0
-    assert f"Example: ca2st bench {verb}" in " ".join(out.split())
+    assert "Example: ca2st bench loader" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
@@ -108,8 +97,8 @@ def test_help_has_an_example(bench: Command, verb: str) -> None:
         (("loader", "--batch", 1), "Invalid value for '--batch'"),
         (("loader", "--media", "."), "expected video files, found none"),
         (("loader", "--out", "nowhere/report.json"), "found no nowhere"),
-        (("convert", "--codec", "mjpg"), "codec 'mjpg': expected one of"),
-        (("convert", "--out", "."), "--out: expected the name of a file, found the folder ."),
+        (("loader", "--codec", "mjpg"), "codec 'mjpg': expected one of"),
+        (("loader", "--out", "."), "--out: expected the name of a file, found the folder ."),
     ],
 )
 def test_bad_input_is_told_before_anything_is_measured(

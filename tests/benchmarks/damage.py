@@ -1,14 +1,15 @@
-"""Damaged clips on a GPU.
+"""Damaged clips before the decoders of a device, each in a process of its own with a time limit (row P15).
 
-Kinds of damage to an MP4, as functions of its bytes: those that the converter must reject (row C4).
+The kinds of damage are those that the converter must reject (row C4), as functions of an MP4's bytes. In training a
+damaged clip is stopped by its checksum, before any decoder. Here nothing stands before the decoder.
 
-Damaged clips before the decoders of a device, each in a process of its own with a time limit (row P15).
-
-In training a damaged clip is stopped by its checksum, before any decoder. Here nothing stands before the decoder.
+Run as a program this file is the process of one trial: it decodes a damaged clip and says on stdout, as JSON, what came
+out. Arguments: device, codec, the clip before and after the damage, frames and pixels of a view.
 """
 
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -16,13 +17,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
+import torch
 
+from benchmarks.parity import StoredClip, backend_on, compare
+from ca2st.errors import CA2STError
 from ca2st.spec import ClipSpec
-from pipelines.hardware.parity import StoredClip
+from pipelines.augment.crops import CropBox
+from pipelines.decode.reference import ReferenceBackend
+from pipelines.rendering import RenderRequest, VideoMember
+from pipelines.stats import StatsRecorder
+from pipelines.storage.headers import video_facts
+from sharding.media.codecs import stored_codec
 
 
 def _boxes(data: bytes) -> list[tuple[bytes, int, int]]:
@@ -110,8 +119,8 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 LEAST_PSNR_DB = 35.0
 """Decoded frames that lie nearer to the reference are right: decoders round, they do not show other pictures."""
 Outcome = Literal["refused", "decoded", "concealed", "crashed", "hung"]
-CHILD = "pipelines.hardware.damage_child"
 _MOST_WORDS = 240
+_SOURCES = str(Path(__file__).parents[1])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +170,7 @@ def try_damages(
         bad = folder / f"{clip.codec}-{damage}.mp4"
         bad.write_bytes(DAMAGES[damage](clip.video.mp4))
         arguments = [device, clip.codec, str(good), str(bad), str(spec.num_frames), str(spec.crop_size)]
-        return run_child(clip.codec, damage, [sys.executable, "-P", "-m", CHILD, *arguments], seconds=seconds)
+        return run_child(clip.codec, damage, [sys.executable, "-P", __file__, *arguments], seconds=seconds)
 
     with ThreadPoolExecutor(at_once) as pool:
         return list(pool.map(one, damages))
@@ -169,8 +178,10 @@ def try_damages(
 
 def run_child(codec: str, damage: str, command: Sequence[str], *, seconds: float) -> DamageTrial:
     """What the process says, or how it ended without a word."""
+    path = os.pathsep.join(filter(None, (_SOURCES, os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path}
     try:
-        done = subprocess.run([*command], capture_output=True, text=True, timeout=seconds, check=False)
+        done = subprocess.run([*command], capture_output=True, text=True, timeout=seconds, check=False, env=environment)
     except subprocess.TimeoutExpired:
         return _silent(codec, damage, "hung", f"no word within {seconds:g} s")
     if done.returncode != 0:
@@ -182,3 +193,47 @@ def run_child(codec: str, damage: str, command: Sequence[str], *, seconds: float
 
 def _silent(codec: str, damage: str, outcome: Outcome, words: str) -> DamageTrial:
     return DamageTrial(codec=codec, damage=damage, outcome=outcome, backend="", psnr_db=None, words=words)
+
+
+def tried(device: torch.device, codec: str, good: bytes, bad: bytes, spec: ClipSpec) -> dict[str, Any]:
+    """Fields of a `DamageTrial`: how the device's backend takes `bad`."""
+    oracle = ReferenceBackend(crop_size=spec.crop_size, stats=StatsRecorder())
+    backend = backend_on(device, codec, spec, threads=1)
+    wanted = _spread(video_facts(good, stored_codec(codec), where="the clip").num_frames, spec.num_frames)
+    said = {"backend": backend.name, "psnr_db": None, "words": ""}
+    try:
+        ours = backend.render([_request(codec, bad, spec, wanted)])
+    except CA2STError as error:
+        return said | {"outcome": "refused", "words": str(error)}
+    finally:
+        backend.close()
+    try:
+        theirs, outcome = oracle.render([_request(codec, bad, spec, wanted)]), "decoded"
+    except CA2STError as error:
+        theirs, outcome = oracle.render([_request(codec, good, spec, wanted)]), "concealed"
+        said["words"] = f"the reference: {error}"
+    return said | {"outcome": outcome, "psnr_db": compare(codec, "decode", ours, theirs).psnr_db}
+
+
+def _spread(num_frames: int, wanted: int) -> tuple[int, ...]:
+    """Frames from the first to the last one."""
+    return tuple(number * (num_frames - 1) // max(1, wanted - 1) for number in range(wanted))
+
+
+def _request(codec: str, data: bytes, spec: ClipSpec, wanted: tuple[int, ...]) -> RenderRequest:
+    side = spec.crop_size
+    box = CropBox(top=0, left=0, height=side, width=side)
+    frames = VideoMember(data, codec, wanted)
+    return RenderRequest(frames=frames, boxes=(box,), flip=False, where="the damaged clip")
+
+
+def main(arguments: list[str]) -> None:
+    """Try one clip."""
+    device, codec, good, bad, num_frames, crop_size = arguments
+    spec = ClipSpec(num_frames=int(num_frames), crop_size=int(crop_size))
+    found = tried(torch.device(device), codec, Path(good).read_bytes(), Path(bad).read_bytes(), spec)
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

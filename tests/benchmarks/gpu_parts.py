@@ -1,10 +1,6 @@
-"""Parts of the GPU check.
+"""Parts of the GPU check, each in a process of its own: a crash, a hang or a lost device costs only that part's rows.
 
-How much is measured: everything on a GPU, or as little as possible, to try the program itself.
-
-A part in a process of its own: a crash, a hang or a lost device costs that part its remaining rows, no more.
-
-What is measured, part by part; every part gives its rows as it finds them.
+Only ``parity``, ``speed`` and ``damage`` need DALI, PyAV and the packages of the shards; they import them themselves.
 """
 
 import contextlib
@@ -15,29 +11,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from ca2st.benchmark.case import Case, CaseSpec, LocalCase, ModelBenchConfig
-from ca2st.benchmark.measure import Limit, machine, measure_copies, measure_limit
+from ca2st.benchmark.measure import Limit, machine, measure_limit, synchronise
 from ca2st.benchmark.model import benchmark_models
 from ca2st.errors import EnvironmentFault
 from ca2st.processes import SPAWN
 from ca2st.spec import ClipSpec
-from pipelines.benchmark.clips import DrawnClips
-from pipelines.decode.backends import cuda_decoders
-from pipelines.hardware.damage import DAMAGES, try_damages
-from pipelines.hardware.parity import (
-    StoredClip,
-    augment_parity,
-    codec_parity,
-    measure_speed,
-    resize_parity,
-    speed_cases,
-    stored_clips,
-)
-from sharding.media.codecs import STORED_CODECS, stored_codec
+
+if TYPE_CHECKING:
+    from benchmarks.parity import StoredClip
 
 PartName = Literal["device", "limits", "parity", "speed", "damage", "model"]
 BUDGETS: dict[PartName, float] = {
@@ -59,10 +45,15 @@ class GpuCheckSettings:
     """``cpu``: a dry run, by the backends for the CPU; its numbers say nothing of a GPU."""
     clip: ClipSpec = field(default_factory=ClipSpec)
     """A view: 16 frames of 224 pixels."""
-    codecs: tuple[str, ...] = tuple(STORED_CODECS)
-    """Those that are tried."""
-    drawn: DrawnClips = field(default_factory=lambda: DrawnClips(count=8, width=340, height=256, num_frames=96))
-    """Different clips in each codec: the short side that shards have, and more than the engines' smallest pictures."""
+    codecs: tuple[str, ...] | None = None
+    """Those that are tried; None: all."""
+    num_drawn: int = 8
+    """Different clips in each codec."""
+    drawn_width: int = 340
+    drawn_height: int = 256
+    """The short side that shards have, and more than the engines' smallest pictures."""
+    drawn_frames: int = 96
+    """Frames of each."""
     batch: int = 32
     """Clips of a step."""
     seconds_per_case: float = 2.5
@@ -79,7 +70,8 @@ class GpuCheckSettings:
     copy_bytes: int = 1 << 28
     product_size: int | None = None
     """Rows of the matrix product; None: 8192 on a GPU."""
-    damages: tuple[str, ...] = tuple(DAMAGES)
+    damages: tuple[str, ...] | None = None
+    """Kinds of damage that are tried; None: all."""
     damage_seconds: float = 45.0
     """Time for one damaged clip, with the start of its process; longer is a hang."""
     damages_at_once: int = 6
@@ -103,7 +95,10 @@ def dry_settings() -> GpuCheckSettings:
     return GpuCheckSettings(
         device="cpu",
         clip=ClipSpec(num_frames=4, crop_size=32, mel_rows=32, num_mel_bins=32),
-        drawn=DrawnClips(count=2, width=80, height=64, num_frames=20),
+        num_drawn=2,
+        drawn_width=80,
+        drawn_height=64,
+        drawn_frames=20,
         batch=2,
         seconds_per_case=0.01,
         gops=(4, 8),
@@ -128,12 +123,10 @@ def gpu_settings() -> GpuCheckSettings:
     Raises:
         EnvironmentFault: there is none that torch can use.
     """
-    import torch
-
     if not torch.cuda.is_available():
         raise EnvironmentFault(
-            "bench gpu: expected a CUDA device that torch can use, found none; run it where there is one, or try the "
-            "program itself with --dry-run"
+            "make gpu: expected a CUDA device that torch can use, found none; run it where there is one, or try the "
+            "program itself with ARGS=--dry-run"
         )
     return GpuCheckSettings()
 
@@ -210,7 +203,6 @@ def _received(connection: Connection, deadline: float) -> Iterator[Row]:
 
 
 def _serve(connection: Connection, name: PartName, settings: GpuCheckSettings) -> None:
-
     try:
         for row in PARTS[name](settings):
             connection.send(("row", row))
@@ -238,6 +230,8 @@ def _device_rows(settings: GpuCheckSettings) -> Iterator[Row]:
     yield asdict(machine(settings.device))
     if settings.is_dry:
         return
+    from pipelines.decode.backends import cuda_decoders
+
     device = torch.device("cuda")
     properties = torch.cuda.get_device_properties(device)
     yield {
@@ -256,13 +250,68 @@ def _limit_rows(settings: GpuCheckSettings) -> Iterator[Row]:
     yield asdict(measure_limit(device, "fp32" if settings.is_dry else "bf16", size=settings.product_size))
 
 
-def _clips(settings: GpuCheckSettings, codec: str, gop: int | None) -> list[StoredClip]:
-    return stored_clips(codec, settings.drawn, num_gop_frames=gop, threads=settings.encoding_threads)
+_COPIES = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CopyLimits:
+    """Highest rates seen, in 10^9 bytes copied a second; inside the device a byte is read and written."""
+
+    host_to_device: float
+    device_to_host: float
+    device_to_device: float
+    num_bytes: int
+    """Of one copy."""
+
+
+def measure_copies(device: torch.device, *, num_bytes: int) -> CopyLimits:
+    """Copy blocks of `num_bytes`; the fastest single copy counts. On a CPU all three are copies in its memory."""
+    host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    here, there = (torch.zeros(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
+
+    def rate(copy: Callable[[], object]) -> float:
+        return num_bytes / min(_seconds(copy, device) for _ in range(_COPIES)) / 1e9
+
+    return CopyLimits(
+        host_to_device=rate(lambda: here.copy_(host, non_blocking=True)),
+        device_to_host=rate(lambda: host.copy_(here, non_blocking=True)),
+        device_to_device=rate(lambda: there.copy_(here)),
+        num_bytes=num_bytes,
+    )
+
+
+def _seconds(copy: Callable[[], object], device: torch.device) -> float:
+    synchronise(device)
+    begin = time.perf_counter()
+    copy()
+    synchronise(device)
+    return time.perf_counter() - begin
+
+
+def _codecs(settings: GpuCheckSettings) -> tuple[str, ...]:
+    from sharding.media.codecs import STORED_CODECS
+
+    return tuple(STORED_CODECS) if settings.codecs is None else settings.codecs
+
+
+def _clips(settings: GpuCheckSettings, codec: str, gop: int | None) -> "list[StoredClip]":
+    from benchmarks.parity import stored_clips
+    from pipelines.benchmark.clips import DrawnClips
+
+    drawn = DrawnClips(
+        count=settings.num_drawn,
+        width=settings.drawn_width,
+        height=settings.drawn_height,
+        num_frames=settings.drawn_frames,
+    )
+    return stored_clips(codec, drawn, num_gop_frames=gop, threads=settings.encoding_threads)
 
 
 def _parity_rows(settings: GpuCheckSettings) -> Iterator[Row]:
-    device, clips = torch.device(settings.device), list[StoredClip]()
-    for codec in settings.codecs:
+    from benchmarks.parity import augment_parity, codec_parity, resize_parity
+
+    device, clips = torch.device(settings.device), list["StoredClip"]()
+    for codec in _codecs(settings):
         clips = _clips(settings, codec, settings.usual_gop)
         for row in codec_parity(clips, settings.clip, device, threads=settings.usual_threads):
             yield asdict(row)
@@ -272,9 +321,11 @@ def _parity_rows(settings: GpuCheckSettings) -> Iterator[Row]:
 
 
 def _speed_rows(settings: GpuCheckSettings) -> Iterator[Row]:
-    device, stored = torch.device(settings.device), dict[tuple[str, int | None], list[StoredClip]]()
+    from benchmarks.parity import measure_speed, speed_cases
+
+    device, stored = torch.device(settings.device), dict[tuple[str, int | None], "list[StoredClip]"]()
     cases = speed_cases(
-        settings.codecs,
+        _codecs(settings),
         gops=settings.gops,
         threads=settings.threads,
         usual_gop=settings.usual_gop,
@@ -291,15 +342,18 @@ def _speed_rows(settings: GpuCheckSettings) -> Iterator[Row]:
 
 
 def _damage_rows(settings: GpuCheckSettings) -> Iterator[Row]:
+    from benchmarks.damage import DAMAGES, try_damages
+    from sharding.media.codecs import stored_codec
+
     with tempfile.TemporaryDirectory(prefix="ca2st-damage-") as folder:
-        for codec in (name for name in settings.codecs if not stored_codec(name).has_frame_ranges):
+        for codec in (name for name in _codecs(settings) if not stored_codec(name).has_frame_ranges):
             clip = _clips(settings, codec, settings.usual_gop)[0]
             trials = try_damages(
                 clip,
                 settings.clip,
                 Path(folder),
                 device=settings.device,
-                damages=settings.damages,
+                damages=tuple(DAMAGES) if settings.damages is None else settings.damages,
                 seconds=settings.damage_seconds,
                 at_once=settings.damages_at_once,
             )

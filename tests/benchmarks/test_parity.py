@@ -3,10 +3,7 @@
 import pytest
 import torch
 
-from ca2st.spec import ClipSpec
-from pipelines.benchmark.clips import DrawnClips
-from pipelines.decode.reference import decode_frames, packets_to_decode
-from pipelines.hardware.parity import (
+from benchmarks.parity import (
     TOLERANCES,
     SpeedCase,
     StoredClip,
@@ -21,6 +18,9 @@ from pipelines.hardware.parity import (
     stored_clips,
     training_requests,
 )
+from ca2st.spec import ClipSpec
+from pipelines.benchmark.clips import DrawnClips
+from pipelines.decode.reference import decode_frames, packets_to_decode
 from pipelines.rendering import JpegFrames, VideoMember
 from sharding.media.codecs import STORED_CODECS
 

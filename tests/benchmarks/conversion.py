@@ -1,35 +1,105 @@
-"""Conversion measured beside a plain loop.
+"""``make bench-convert``: the converter beside the plain loop that people write first, on the same files, in turns.
 
-The plain loop that people write first: one process, PyAV, Pillow, torchaudio, webdataset's ShardWriter.
-
-No strict decoding, no checks, no index, no resuming: every frame as a JPEG member, the log-mel spectrogram as an npy.
-
-The converter beside the plain loop, on the same files, in turns.
+The plain loop is one process: PyAV, Pillow, torchaudio, webdataset's ShardWriter. No strict decoding, no checks, no
+index, no resuming: every frame as a JPEG member, the log-mel spectrogram as an npy.
 """
 
 import io
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import av
 import numpy as np
 import torch
+import typer
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.programs import make_command
+from ca2st.benchmark.measure import spread
+from ca2st.processes import num_cores
 from pipelines.benchmark.clips import source_list
-from pipelines.benchmark.report import ConversionBenchmark, spread
+from ray_jobs.bench_report import bench_facts, write_report
+from ray_jobs.cli import main
+from ray_jobs.commands.bench import Clips, Codec, Json, Media, Out, Work
+from ray_jobs.console import progress, require_writable_place
+from ray_jobs.runs.bench_data import source_files, work_folder
 from sharding.conversion import convert
 from sharding.format.shard_set import AudioParameters, read_shard_set
 from sharding.settings import ConversionConfig
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionBenchmark:
+    """The converter beside the plain loop."""
+
+    clips_per_second: float
+    """On all cores: how one converts."""
+    one_worker_clips_per_second: float
+    """With one decoding process beside the writing one."""
+    baseline_clips_per_second: float
+    """One process: PyAV, Pillow, torchaudio, webdataset's ShardWriter."""
+    ratio: float
+    """`clips_per_second` over the baseline's."""
+    workers: int
+    """Decoding processes of the first figure."""
+    num_clips: int
+    codec: str
+    shard_bytes_per_clip: float
+    baseline_bytes_per_clip: float
+    load_before: float
+    """The machine's load average over the minute before."""
+
+
 _JPEG_QUALITY = 85
 """About the size of the converter's quantiser 5."""
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(epilog='Example: make bench-convert ARGS="--clips 8 --json"')
+def bench(
+    clips: Clips = 12,
+    rounds: Annotated[int, typer.Option(min=1, help="Conversions in each way.")] = 2,
+    codec: Codec = "mjpeg",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Decoding processes; default: the machine's cores.")
+    ] = None,
+    media: Media = None,
+    work: Work = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Measure clips per second of `ca2st shard build`, beside a plain loop in the same run.
+
+    The baseline is one process: PyAV, Pillow, torchaudio, webdataset's ShardWriter, without a check of anything.
+    """
+    config = ConversionConfig(codec=codec, workers=workers or num_cores(), audio_policy="optional")
+    if out is not None:
+        require_writable_place(out, "--out")
+    with work_folder(work) as folder:
+        files = source_files(clips, media, folder)
+        with progress("Converting", rounds * len(_VARIANTS)) as update:
+            found = benchmark_conversion(config, files, folder, rounds=rounds, update=update)
+    facts = bench_facts(asdict(found), command=make_command("bench-convert", sys.argv[1:]))
+    write_report(facts, _lines(found), out=out, as_json=as_json)
+
+
+def _lines(found: ConversionBenchmark) -> list[str]:
+    return [
+        f"{found.num_clips} clips to {found.codec}; load before: {found.load_before:.1f}",
+        f"  {found.workers} workers  {found.clips_per_second:7.2f} clips/s  {found.ratio:.2f}x the baseline",
+        f"  1 worker   {found.one_worker_clips_per_second:7.2f} clips/s",
+        f"  baseline   {found.baseline_clips_per_second:7.2f} clips/s",
+    ]
 
 
 def convert_plainly(files: Sequence[Path], out: Path, *, short_side: int, audio: AudioParameters) -> int:
@@ -133,11 +203,6 @@ def benchmark_conversion(
     )
 
 
-def num_conversions(rounds: int) -> int:
-    """How often `update` is called, but for the last time."""
-    return rounds * len(_VARIANTS)
-
-
 def _convert(variant: str, config: ConversionConfig, files: Sequence[Path], out: Path) -> _Passed:
     begin = time.perf_counter()
     try:
@@ -150,3 +215,7 @@ def _convert(variant: str, config: ConversionConfig, files: Sequence[Path], out:
         return _Passed(time.perf_counter() - begin, num_bytes / len(files))
     finally:
         shutil.rmtree(out, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(app)

@@ -1,21 +1,39 @@
-"""All parts of `ca2st bench gpu` together: run, written down, and told in a short table."""
+"""``make gpu``: everything that only a GPU can show, in under ten minutes.
 
-import datetime
+Limits, parity, decoding rates, damaged clips and models on this machine's GPU. Each part has a process and a time
+budget of its own; one that fails is named, and the others go on. The clips are drawn and encoded here.
+"""
+
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ray_jobs.gpu_check.parts import BUDGETS, GpuCheckSettings, PartName, PartResult, RunPart
+import typer
+
+from benchmarks.gpu_parts import (
+    BUDGETS,
+    GpuCheckSettings,
+    PartName,
+    PartResult,
+    RunPart,
+    dry_settings,
+    gpu_settings,
+    run_here,
+    run_in_process,
+)
+from benchmarks.programs import make_command
+from ca2st.errors import CA2STError, UserInputError, did_you_mean
+from ray_jobs.bench_report import bench_facts, write_report
+from ray_jobs.cli import main
+from ray_jobs.console import progress, require_writable_place, say
 
 MOST_SECONDS = 590.0
 """Of all parts together: what a part leaves over is not given to another, what is missing the last ones lack."""
 _LEAST_SECONDS = 5.0
-_PACKAGES = ("ca2st", "torch", "nvidia-dali-cuda130", "av", "numpy", "pillow", "webdataset")
-_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 Update = Callable[[int, str], None]
 
 
@@ -41,6 +59,53 @@ CAST_AIM = 247.0
 """Clips a second of CAST's training step with frozen experts on one H200: 45 % of its datasheet."""
 
 
+app = typer.Typer(add_completion=False)
+
+
+@app.command(epilog='Example: make gpu ARGS="--only limits,model"')
+def gpu(
+    only: Annotated[str | None, typer.Option(help=f"Parts, comma between: {', '.join(BUDGETS)}; default: all.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder for the report, under a name with date and device; default: none.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Try the program on the CPU with tiny sizes; measures no GPU.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,
+) -> None:
+    """Measure limits, parity, decoding rates, damaged clips and models on this machine's GPU, in under ten minutes."""
+    settings, parts = dry_settings() if dry_run else gpu_settings(), _parts(only)
+    if results is not None:
+        require_writable_place(results / "report.json", "--results")
+    with progress("Trying the GPU", len(parts)) as update:
+        found = run_parts(settings, run_here if dry_run else run_in_process, budgets=parts, update=update)
+    document = as_document(found, settings, command=make_command("gpu", sys.argv[1:]))
+    out = None if results is None else results / file_name(document)
+    write_report(document, lines(document), out=out, as_json=as_json)
+    if out is not None:
+        say(f"wrote {out}")
+    if failed := [name for name, part in found.items() if part.error is not None]:
+        raise CA2STError(f"make gpu: parts that ended early: {', '.join(failed)}; the report says why")
+
+
+def _parts(only: str | None) -> dict[PartName, float]:
+    """Budgets of the parts named, all of them by default.
+
+    Raises:
+        UserInputError: an unknown name, with the nearest.
+    """
+    if only is None:
+        return BUDGETS
+    names = [name.strip() for name in only.split(",")]
+    for name in names:
+        if name not in BUDGETS:
+            known: list[str] = list(BUDGETS)
+            raise UserInputError(
+                f"--only: expected some of {', '.join(known)}, found {name!r}{did_you_mean(name, known)}"
+            )
+    return {name: budget for name, budget in BUDGETS.items() if name in names}
+
+
 def run_parts(
     settings: GpuCheckSettings,
     run_part: RunPart,
@@ -63,17 +128,15 @@ def run_parts(
 
 def as_document(results: Mapping[PartName, PartResult], settings: GpuCheckSettings, *, command: str) -> dict[str, Any]:
     """What is written down; `device` says ``cpu`` of a dry run, whose numbers are those of no GPU."""
-    return {
+    found = {
         "device": settings.device,
         "is_dry_run": settings.is_dry,
         "device_name": _device_name(results, settings),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": command,
-        "versions": _versions(),
         "settings": asdict(settings),
         "aims": [asdict(aim) | {"is_met": aim.is_met} for aim in aims(results, settings)],
         "parts": {name: asdict(result) for name, result in results.items()},
     }
+    return bench_facts(found, command=command)
 
 
 def file_name(document: Mapping[str, Any]) -> str:
@@ -184,26 +247,5 @@ def _device_name(results: Mapping[PartName, PartResult], settings: GpuCheckSetti
     return str(known[0]) if known else settings.device
 
 
-def _versions() -> dict[str, str]:
-    """Versions of what decides the numbers; a package that is not there says so."""
-    import torch
-
-    return {name: _version(name) for name in _PACKAGES} | {
-        "cuda": torch.version.cuda or "none",
-        "driver": _driver_version(_DRIVER_FILE),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _driver_version(path: Path) -> str:
-    """The version in the kernel module's own words; the last resort says that nobody knows."""
-    if not path.is_file():
-        return "none"
-    found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", path.read_text())
-    return found.group(1) if found else "unknown"
+if __name__ == "__main__":
+    main(app)

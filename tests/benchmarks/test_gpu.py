@@ -1,6 +1,9 @@
-"""``ca2st bench gpu`` as far as it can be tried without a GPU: a dry run, parts that fail, what is written down."""
+"""``make gpu`` as far as it can be tried without a GPU: a dry run, parts that fail, what is written down."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,21 +14,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ca2st.benchmark.measure import measure_copies
-from ca2st.errors import EnvironmentFault
-from ray_jobs.cli import app
-from ray_jobs.gpu_check import parts, report
-from ray_jobs.gpu_check import parts as isolation
-from ray_jobs.gpu_check.parts import (
+from benchmarks import gpu as report
+from benchmarks import gpu_parts as parts
+from benchmarks.gpu import aims, app, as_document, file_name, lines, run_parts
+from benchmarks.gpu_parts import (
     BUDGETS,
     GpuCheckSettings,
     PartResult,
     dry_settings,
     gpu_settings,
+    measure_copies,
     run_here,
     run_in_process,
 )
-from ray_jobs.gpu_check.report import aims, as_document, file_name, lines, run_parts
+from ca2st.errors import EnvironmentFault, UserInputError
+from ray_jobs.bench_report import driver_version, package_version
 
 SMALL = replace(dry_settings(), codecs=("vp9", "mjpeg"), gops=(8,), damages=())
 GPU = GpuCheckSettings()
@@ -53,7 +56,7 @@ def test_a_dry_run_goes_through_every_part(dry_results: dict[Any, PartResult]) -
 
 
 def test_a_dry_run_can_never_be_taken_for_a_gpus(dry_results: dict[Any, PartResult]) -> None:
-    document = json.loads(json.dumps(as_document(dry_results, SMALL, command="ca2st bench gpu --dry-run")))
+    document = json.loads(json.dumps(as_document(dry_results, SMALL, command="make gpu ARGS=--dry-run")))
     assert (document["device"], document["is_dry_run"], document["aims"]) == ("cpu", True, [])
     assert file_name(document).endswith("-cpu-dry-run-bench-gpu.json")
     assert lines(document)[0].startswith("DRY RUN on the CPU")
@@ -61,9 +64,9 @@ def test_a_dry_run_can_never_be_taken_for_a_gpus(dry_results: dict[Any, PartResu
 
 
 def test_what_is_written_names_versions_command_and_date(dry_results: dict[Any, PartResult]) -> None:
-    document = as_document(dry_results, SMALL, command="ca2st bench gpu --dry-run")
+    document = as_document(dry_results, SMALL, command="make gpu ARGS=--dry-run")
     assert {"torch", "nvidia-dali-cuda130", "cuda", "driver"} <= set(document["versions"])
-    assert document["command"] == "ca2st bench gpu --dry-run"
+    assert document["command"] == "make gpu ARGS=--dry-run"
     assert document["date"].endswith("Z")
     told = "\n".join(lines(document))
     assert all(f"\n{name}: " in told for name in BUDGETS)
@@ -159,16 +162,16 @@ class _Process:
 def test_what_a_process_found_before_it_ended_is_kept(
     monkeypatch: pytest.MonkeyPatch, name: Any, rows: list[dict[str, int]], error: str | None
 ) -> None:
-    monkeypatch.setattr(type(isolation.SPAWN), "Process", staticmethod(lambda **words: _Process(**words)))
+    monkeypatch.setattr(type(parts.SPAWN), "Process", staticmethod(lambda **words: _Process(**words)))
     found = run_in_process(name, SMALL, 5.0)
     assert (found.rows, found.error) == (rows, error)
 
 
 def test_rows_are_waited_for_no_longer_than_the_budget() -> None:
-    ours, theirs = isolation.SPAWN.Pipe(duplex=False)
+    ours, theirs = parts.SPAWN.Pipe(duplex=False)
     begin = time.monotonic()
-    with pytest.raises(isolation._EndError, match="its time is up"):
-        list(isolation._received(ours, begin + 0.05))
+    with pytest.raises(parts._EndError, match="its time is up"):
+        list(parts._received(ours, begin + 0.05))
     assert time.monotonic() - begin < 5
     ours.close()
     theirs.close()
@@ -185,7 +188,7 @@ def test_a_part_in_a_process_of_its_own_gives_its_rows_and_ends_when_its_time_is
 
 def test_without_a_gpu_the_program_says_where_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(EnvironmentFault, match=r"expected a CUDA device .* --dry-run"):
+    with pytest.raises(EnvironmentFault, match=r"expected a CUDA device .* ARGS=--dry-run"):
         gpu_settings()
 
 
@@ -194,7 +197,7 @@ def test_the_command_writes_its_report_and_fails_where_a_part_did(
 ) -> None:
     for name in BUDGETS:
         monkeypatch.setitem(parts.PARTS, name, lambda _: iter([]))
-    done = CliRunner().invoke(app, ["bench", "gpu", "--dry-run", "--json", "--results", str(tmp_path)])
+    done = CliRunner().invoke(app, ["--dry-run", "--json", "--results", str(tmp_path)])
     assert done.exit_code == 0, done.output
     (written,) = tmp_path.iterdir()
     assert json.loads(written.read_text())["device"] == "cpu"
@@ -204,7 +207,7 @@ def test_the_command_writes_its_report_and_fails_where_a_part_did(
         raise ValueError("gone")
 
     monkeypatch.setitem(parts.PARTS, "speed", broken)
-    failed = CliRunner().invoke(app, ["bench", "gpu", "--dry-run", "--results", str(tmp_path)])
+    failed = CliRunner().invoke(app, ["--dry-run", "--results", str(tmp_path)])
     assert failed.exit_code != 0
     assert json.loads(written.read_text())["parts"]["speed"]["error"].startswith("ValueError: gone")
 
@@ -220,6 +223,47 @@ def test_the_drivers_version_is_read_from_its_own_words(tmp_path: Path) -> None:
     words.write_text(
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\nGCC version: 12\n"
     )
-    assert report._driver_version(words) == "580.65.06"
-    assert report._driver_version(tmp_path / "none") == "none"
-    assert report._version("a-package-of-no-name") == "not installed"
+    assert driver_version(words) == "580.65.06"
+    assert driver_version(tmp_path / "none") == "none"
+    assert package_version("a-package-of-no-name") == "not installed"
+
+
+def test_parts_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in BUDGETS:
+        monkeypatch.setitem(parts.PARTS, name, lambda _: iter([]))
+    done = CliRunner().invoke(app, ["--dry-run", "--json", "--only", "model, limits"])
+    assert list(json.loads(done.stdout.splitlines()[-1])["parts"]) == ["limits", "model"]
+    with pytest.raises(
+        UserInputError, match=r"--only: expected some of device, .*, found 'modle' .did you mean 'model'"
+    ):
+        CliRunner().invoke(app, ["--dry-run", "--only", "modle"], catch_exceptions=False)
+
+
+WITHOUT_DECODERS = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("nvidia.dali", "av", "webdataset", "pyarrow", "ray", "mlflow"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+from benchmarks.gpu import app, main
+sys.argv = ["gpu", "--dry-run", "--only", "device,limits,model", "--json"]
+main(app)
+"""
+
+
+@pytest.mark.slow
+def test_what_concerns_the_model_runs_where_neither_dali_nor_pyav_is_installed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DECODERS],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["parts"]
+    assert {name: part["error"] for name, part in found.items()} == {"device": None, "limits": None, "model": None}
+    assert found["model"]["rows"]

@@ -1,4 +1,4 @@
-"""``ca2st bench fusion``: what it trains, what it says of the seeds, and the table it leaves."""
+"""``make bench-fusion``: what it trains, what it says of the seeds, and the table it leaves."""
 
 import json
 import sys
@@ -7,22 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from ca2st.errors import UserInputError
-from ray_jobs.cli import main
-from ray_jobs.config.recipe_file import load_recipe
-from ray_jobs.demo import fusion_bench
-from ray_jobs.demo.comparison import COMPARED, ComparisonRow, Contest, recipe_of
-from ray_jobs.demo.demo import LESSONS
-from ray_jobs.demo.fusion_bench import (
+from benchmarks import fusion as fusion_bench
+from benchmarks.fusion import (
+    ABLATIONS,
+    FUSION_TASKS,
     FusionBenchConfig,
     FusionReport,
+    app,
     fusion_facts,
     run_fusion_bench,
     separated,
     summarise,
 )
+from ca2st.errors import UserInputError
+from ray_jobs.cli import main
+from ray_jobs.config.recipe_file import load_recipe
+from ray_jobs.demo.comparison import COMPARED, ComparisonRow, Contest, recipe_of
+from ray_jobs.demo.demo import LESSONS
 from ray_jobs.demo.pretraining import PretrainedExpert
-from ray_jobs.demo.tasks import ABLATIONS, FUSION_TASKS
 from ray_jobs.runs.model import outline_model
 from ray_jobs.runs.synthetic import synthetic_classes
 from sharding.synthetic.factors import SENSE_SETS
@@ -85,11 +87,11 @@ def test_a_single_seed_separates_nothing() -> None:
 
 
 def test_the_table_holds_every_row_with_versions_and_command_but_no_place_of_this_machine(report: FusionReport) -> None:
-    facts = fusion_facts(report, command="ca2st bench fusion --task holistic")
+    facts = fusion_facts(report, command="make bench-fusion")
     assert [(one["model"], one["seed"], one["top1"]) for one in facts["rows"]] == [
         (one.model, one.seed, one.top1) for one in ROWS
     ]
-    assert facts["command"] == "ca2st bench fusion --task holistic"
+    assert facts["command"] == "make bench-fusion"
     assert facts["date"].endswith("Z")
     assert "torch" in facts["versions"]
     assert facts["separated"] == (("ca2st", "cast"),)
@@ -189,9 +191,9 @@ def bench(report: FusionReport, monkeypatch: pytest.MonkeyPatch) -> _Bench:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["ca2st", "bench", "fusion", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["fusion", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        main()
+        main(app)
     return int(ended.value.code or 0)
 
 
@@ -203,7 +205,7 @@ def test_the_command_prints_and_keeps_the_same_table(
     assert run(monkeypatch, *asked, "--table", table, "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts == json.loads(table.read_text())
-    assert facts["command"] == "ca2st bench fusion --task holistic --seeds 2 --models cast,ca2st"
+    assert facts["command"] == "make bench-fusion ARGS='--task holistic --seeds 2 --models cast,ca2st'"
     config = FusionBenchConfig(task="holistic", num_seeds=2, models=("cast", "ca2st"))
     assert bench.asked == [(config, tmp_path / "runs")]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import damage
+from benchmarks.damage import DAMAGES, DamageTrial, run_child, try_damages
+from benchmarks.parity import StoredClip, stored_clips
 from ca2st.errors import CA2STError
 from ca2st.spec import ClipSpec
 from pipelines.benchmark.clips import DrawnClips
-from pipelines.hardware import damage, damage_child
-from pipelines.hardware.damage import DAMAGES, DamageTrial, run_child, try_damages
-from pipelines.hardware.parity import StoredClip, stored_clips
 from pipelines.storage.headers import video_facts
 from sharding.media.codecs import STORED_CODECS
 
@@ -57,7 +57,7 @@ def test_p15_dali_on_the_cpu_takes_every_kind_but_one_without_showing_other_pict
     clip: StoredClip, name: str
 ) -> None:
     good = clip.video.mp4
-    said = damage_child.tried(CPU, "vp9", good, DAMAGES[name](good), SPEC)
+    said = damage.tried(CPU, "vp9", good, DAMAGES[name](good), SPEC)
     found = DamageTrial(codec="vp9", damage=name, **said)
     assert found.backend == "dali"
     assert found.is_sound == (name not in SHOWN_BY_DALI), found
@@ -121,17 +121,17 @@ def test_each_kind_has_its_own_process_with_the_clip_before_and_after(
     found = try_damages(clip, SPEC, tmp_path, device="cuda", damages=("half", "text"), seconds=3.0, at_once=1)
     assert [one.damage for one in found] == ["half", "text"]
     for kind, command in zip(("half", "text"), commands, strict=True):
-        assert command[1:6] == ["-P", "-m", damage.CHILD, "cuda", "vp9"]
-        assert Path(command[6]).read_bytes() == clip.video.mp4
-        assert Path(command[7]).read_bytes() == DAMAGES[kind](clip.video.mp4)
-        assert command[8:] == ["4", "32"]
+        assert command[1:5] == ["-P", damage.__file__, "cuda", "vp9"]
+        assert Path(command[5]).read_bytes() == clip.video.mp4
+        assert Path(command[6]).read_bytes() == DAMAGES[kind](clip.video.mp4)
+        assert command[7:] == ["4", "32"]
 
 
 def test_the_process_reads_its_arguments(clip: StoredClip, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, bad = tmp_path / "good.mp4", tmp_path / "bad.mp4"
     good.write_bytes(clip.video.mp4)
     bad.write_bytes(b"")
-    damage_child.main(["cpu", "vp9", str(good), str(bad), "4", "32"])
+    damage.main(["cpu", "vp9", str(good), str(bad), "4", "32"])
     said = json.loads(capsys.readouterr().out)
     assert said["outcome"] == "refused"
     assert replace(trial(), **said).is_sound
