@@ -1,150 +1,26 @@
-"""Conversion on a Ray cluster: workers on its nodes, one pool over them, nodes compared before they are used.
+"""Conversion on a Ray cluster: one pool of workers on its nodes, which may be lost at any time.
 
-What of a machine decides the bytes of a conversion, and whether a node is like the machine that writes the shards.
+Results come in the order of the jobs, and a lost worker's jobs are given to others. What a clip becomes depends on the
+clip alone; a clip that takes several workers with it stops the conversion instead of becoming a reject. An actor holds
+one decode child, so that the limits, the timeout and the crash handling of `sharding.workers` stay as they are.
 
-The versions of the tools, whether the media are there, and what a few clips really become: two processors may round
-differently under equal versions, and two nodes may have mounted different copies of a folder.
-
-Which job of a map is next, which must be given again, and which results are due; pure bookkeeping.
-
-A pool of workers that may be lost: results in the order of the jobs, a lost worker's jobs given to others.
-
-What a clip becomes depends on the clip alone. A worker that dies, is preempted or loses its node is replaced, and its
-jobs are done again; a clip that takes several workers with it stops the conversion instead of becoming a reject.
-`Cluster` is all that is asked of a cluster; `sharding.cluster` is the one there is.
-
-Conversion workers as Ray actors: the one module here that knows Ray, and only inside its functions.
-
-An actor holds one decode child, so that the limits, the timeout and the crash handling of `sharding.workers` stay as
-they are. The caller opens the Ray session, and has looked at the nodes in `vetted`.
+Ray is imported in functions only. The caller opens the Ray session, and says how a node that joins later is examined.
 """
 
-import hashlib
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from ca2st.errors import EnvironmentFault
 from sharding.errors import UnlikeNodeError
 from sharding.media.decode_child import ClipJob, EncodedClip, Rejected, encode_clip
-from sharding.settings import ConversionConfig, tool_versions
-from sharding.source import SourceList
+from sharding.settings import ConversionConfig
 from sharding.workers import DecodePool
-
-_NUM_PATHS = 16
-_NUM_ENCODED = 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Probe:
-    """A few clips of a conversion that every node tries first."""
-
-    paths: tuple[Path, ...]
-    """Media files, absolute, that the machine which writes the shards can see."""
-    jobs: tuple[ClipJob, ...]
-    """Clips that are converted on trial."""
-    timeout_seconds: float
-    memory_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NodeFacts:
-    """What a machine makes of a probe."""
-
-    tool_versions: Mapping[str, str]
-    file_bytes: tuple[int | None, ...]
-    """Size of each of the probe's files; None: not readable there."""
-    clips: tuple[str, ...]
-    """Hash of each of the probe's clips, or the reason why it is a reject."""
-
-
-def probe_of(source: SourceList, config: ConversionConfig) -> Probe:
-    """Files spread over the list, and clips of the first and the middle one of them."""
-    present = [sample for sample in source.samples if sample.path.is_file()]
-    chosen = present[:: -(-len(present) // _NUM_PATHS) or 1]
-    encoded = chosen[:: -(-len(chosen) // _NUM_ENCODED) or 1]
-    return Probe(
-        paths=tuple(sample.path.absolute() for sample in chosen),
-        jobs=tuple(config.job(sample) for sample in encoded),
-        timeout_seconds=config.clip_timeout_seconds,
-        memory_bytes=config.clip_memory_bytes,
-    )
-
-
-def node_facts(probe: Probe) -> NodeFacts:
-    """What this machine makes of `probe`.
-
-    Raises:
-        EnvironmentFault: a decode child cannot be started.
-    """
-    with DecodePool(
-        encode_clip, num_workers=1, timeout_seconds=probe.timeout_seconds, memory_bytes=probe.memory_bytes
-    ) as pool:
-        clips = tuple(_clip_hash(clip) for clip in pool.map(probe.jobs))
-    return NodeFacts(tool_versions=tool_versions(), file_bytes=tuple(map(_size, probe.paths)), clips=clips)
-
-
-def refuse_unlike_nodes(here: NodeFacts, there: Mapping[str, NodeFacts], probe: Probe) -> None:
-    """Raise UnlikeNodeError with a line a node for those in `there` that differ from `here`."""
-    unlike = {place: what for place, facts in there.items() if (what := differences(here, facts, probe))}
-    if unlike:
-        width = max(map(len, unlike))
-        lines = "\n".join(f"  {place:<{width}}  {'; '.join(what)}" for place, what in unlike.items())
-        raise UnlikeNodeError(
-            f"expected every node to convert as this machine does, found {len(unlike)} of {len(there)} that would "
-            f"not:\n{lines}\nmount the media folder at the same place and install the same packages on every node, "
-            "or take these nodes out of the cluster"
-        )
-
-
-def differences(here: NodeFacts, there: NodeFacts, probe: Probe) -> list[str]:
-    """How a node differs, in words; a later difference that follows from an earlier one is left out."""
-    missing = [path for path, size in zip(probe.paths, there.file_bytes, strict=True) if size is None]
-    if missing:
-        return [f"cannot read {missing[0]} ({len(missing)} of {len(probe.paths)} files tried)"]
-    found = [
-        f"{path}: {theirs} bytes, here {ours}"
-        for path, ours, theirs in zip(probe.paths, here.file_bytes, there.file_bytes, strict=True)
-        if ours != theirs
-    ][:1]
-    names = sorted(here.tool_versions.keys() | there.tool_versions.keys())
-    found += [
-        f"{name} {there.tool_versions.get(name)}, here {here.tool_versions.get(name)}"
-        for name in names
-        if there.tool_versions.get(name) != here.tool_versions.get(name)
-    ]
-    if found or there.clips == here.clips:
-        return found
-    path = next(
-        job.path for job, ours, theirs in zip(probe.jobs, here.clips, there.clips, strict=True) if ours != theirs
-    )
-    return [f"converts {path} to other bytes under equal versions: is the processor of another type?"]
-
-
-def _size(path: Path) -> int | None:
-    try:
-        with path.open("rb") as file:
-            file.read(1)
-            return file.seek(0, 2)
-    except OSError:
-        return None
-
-
-def _clip_hash(clip: Any) -> str:
-    if not isinstance(clip, EncodedClip):
-        return f"{clip.reason}: {clip.what}"
-    audio = None if clip.audio is None else replace(clip.audio, pcm=clip.audio.pcm[:0])
-    digest = hashlib.sha256(clip.video.mp4)
-    digest.update(b"" if clip.audio is None else clip.audio.pcm.tobytes())
-    digest.update(repr((replace(clip.video, mp4=b""), audio, clip.source_codec, clip.duration_seconds)).encode())
-    return digest.hexdigest()
-
 
 _log = logging.getLogger(__name__)
 
@@ -439,34 +315,31 @@ class ClusterPool:
 def ray_pool(
     config: ConversionConfig,
     *,
-    probe: Probe,
-    here: NodeFacts,
+    vet: Callable[[], None],
     vetted: Collection[str],
     encode: Callable[[ClipJob], EncodedClip] = encode_clip,
 ) -> ClusterPool:
-    """A pool of `config.workers` actors, spread over the nodes of the cluster that this process has joined.
+    """Return a pool of `config.workers` actors, spread over the nodes of the cluster that this process has joined.
 
     Args:
         config: Limits of a clip, and the number of actors; each takes one CPU.
-        probe: What an actor on a node outside `vetted` tries before it takes part.
-        here: What this machine made of `probe`.
-        vetted: Ids of nodes that were compared already.
+        vet: Called on a node outside `vetted` before an actor there takes part; raises UnlikeNodeError to refuse it.
+        vetted: Ids of nodes that were examined already.
         encode: What the decode children run; a module-level function.
     """
-    cluster = RayCluster(encode, config, probe=probe, here=here, vetted=vetted)
+    cluster = RayCluster(encode, config, vet=vet, vetted=vetted)
     return ClusterPool(cluster, num_workers=config.workers, timeout_seconds=config.clip_timeout_seconds)
 
 
 class RayCluster:
-    """A `sharding.cluster.Cluster` of Ray actors; a ticket is an object reference."""
+    """A `Cluster` of Ray actors; a ticket is an object reference."""
 
     def __init__(
         self,
         encode: Callable[[ClipJob], EncodedClip],
         config: ConversionConfig,
         *,
-        probe: Probe,
-        here: NodeFacts,
+        vet: Callable[[], None],
         vetted: Collection[str],
     ) -> None:
         import ray
@@ -478,7 +351,7 @@ class RayCluster:
             scheduling_strategy="SPREAD",
         )(_DecodeWorker)
         self._limits = (encode, config.clip_timeout_seconds, config.clip_memory_bytes)
-        self._question = (ray.put((probe, here)), frozenset(vetted))
+        self._question = (vet, frozenset(vetted))
 
     def start(self) -> tuple[Any, Any]:
         """As the protocol says."""
@@ -526,17 +399,15 @@ class _DecodeWorker:
     def __init__(self, encode: Callable[[ClipJob], EncodedClip], timeout_seconds: float, memory_bytes: int) -> None:
         self._pool = DecodePool(encode, num_workers=1, timeout_seconds=timeout_seconds, memory_bytes=memory_bytes)
 
-    def introduce(self, compared: tuple[Probe, NodeFacts], vetted: Collection[str]) -> str:
-        """The node's name; a node that joined later is compared now."""
+    def introduce(self, vet: Callable[[], None], vetted: Collection[str]) -> str:
+        """Return the node's name; a node that joined later is examined first."""
         import ray
 
         node_id = ray.get_runtime_context().get_node_id()
-        address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray has no types there
-        place = f"{address} ({node_id[:8]})"
         if node_id not in vetted:
-            probe, here = compared
-            refuse_unlike_nodes(here, {place: node_facts(probe)}, probe)
-        return place
+            vet()
+        address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray has no types there
+        return f"{address} ({node_id[:8]})"
 
     def run(self, job: Any) -> Any:
         """The job's clip, or its `Rejected`."""

@@ -7,7 +7,7 @@ checkpoint of ours: a restarted worker group resumes from the run folder, like a
 
     ray_access      an address probed, a cluster joined, its token
     every_node      a function on every node
-    node_check      the same code, data and folder on every node, before anything starts
+    node_check      the one examination of nodes: the doctor prints it, a training and a conversion refuse by it
     conversion      clips converted by the workers of a cluster
     driver          joins a cluster, compares what is asked with what it has, trains on it, ends as what happened
     supervision     the driver while the workers train: stops, workers that died, failures that no restart repairs

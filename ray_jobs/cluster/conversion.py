@@ -1,27 +1,43 @@
-"""A conversion by the workers of a Ray cluster, its nodes compared with this machine first."""
+"""A conversion by the workers of a Ray cluster, its nodes compared with this machine first.
 
-from collections.abc import Callable, Iterator
+A few clips are converted on every node: two processors may round differently under equal versions, and two nodes may
+have mounted different copies of a folder.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ca2st.durable import NO_FAULTS, FaultPoints
 from ca2st.errors import UserInputError
+from ray_jobs.cluster.every_node import Node, ask_every_node, living_nodes, this_node
+from ray_jobs.cluster.node_check import (
+    NodeFacts,
+    by_name,
+    finding,
+    judge_data,
+    judge_versions,
+    refuse,
+    split_answers,
+)
 from ray_jobs.cluster.ray_access import LOCAL, RayAccess, ray_session
 from ray_jobs.console import say
-from sharding.conversion import ConversionReport
-from sharding.media.decode_child import ClipJob, EncodedClip, encode_clip
-from sharding.settings import ConversionConfig
-from sharding.source import SourceList
-from sharding.workers import ClipPool
-
-if TYPE_CHECKING:
-    from ray_jobs.cluster.every_node import Node
 from ray_jobs.conversion import convert_shown
+from ray_jobs.doctor.machine import Finding
+from sharding.cluster import ray_pool
+from sharding.conversion import ConversionReport
+from sharding.errors import UnlikeNodeError
+from sharding.media.decode_child import ClipJob, EncodedClip, Rejected, encode_clip
+from sharding.settings import ConversionConfig, tool_versions
+from sharding.source import SourceList
+from sharding.workers import ClipPool, DecodePool
 
-_LEAST_PREFLIGHT_SECONDS = 120.0  # a cold interpreter on a busy node
+_COLD_SECONDS = 120.0  # a cold interpreter on a busy node, beside the limits of the clips
+_NUM_PATHS = 16
+_NUM_ENCODED = 2
 
 
 def convert_on_cluster(
@@ -34,7 +50,7 @@ def convert_on_cluster(
     num_workers: int | None,
     faults: FaultPoints = NO_FAULTS,
 ) -> ConversionReport:
-    """As `convert_shown`, the clips converted by Ray actors; this process writes the shards, to the same bytes.
+    """Run `convert_shown`, the clips converted by Ray actors; this process writes the shards, to the same bytes.
 
     The nodes need the media under the same paths, and nothing else of this machine's folders.
 
@@ -52,17 +68,16 @@ def convert_on_cluster(
         UnlikeNodeError: a node does not see the media, or would write other bytes.
         EnvironmentFault: no cluster answers, or its workers are lost again and again.
     """
-    pool = partial(_pool_on_cluster, source, config, address=address, access=access, num_workers=num_workers)
+
+    @contextmanager
+    def pool() -> Iterator[ClipPool]:
+        with (
+            ray_session(address, access=access, num_cpus=num_workers if address == LOCAL else None),
+            joined_pool(source, config, num_workers) as joined,
+        ):
+            yield joined
+
     return convert_shown(source, out, config, faults=faults, pool=pool)
-
-
-@contextmanager
-def _pool_on_cluster(
-    source: SourceList, config: ConversionConfig, *, address: str, access: RayAccess, num_workers: int | None
-) -> Iterator[ClipPool]:
-    num_cpus = num_workers if address == LOCAL else None
-    with ray_session(address, access=access, num_cpus=num_cpus), joined_pool(source, config, num_workers) as pool:
-        yield pool
 
 
 @contextmanager
@@ -73,28 +88,25 @@ def joined_pool(
     *,
     encode: Callable[[ClipJob], EncodedClip] = encode_clip,
 ) -> Iterator[ClipPool]:
-    """The pool of a cluster that is joined already, once its nodes were compared with this machine.
+    """Open the pool of a cluster that is joined already, once its nodes were compared with this machine.
 
     `encode` is what the decode children run, a module-level function. Raises as `convert_on_cluster` does.
     """
-    from ray_jobs.cluster.every_node import living_nodes, on_every_node
-    from sharding.cluster import node_facts, probe_of, ray_pool, refuse_unlike_nodes
-
     nodes = [node for node in living_nodes() if node.resources.get("CPU", 0) >= 1]
     config = replace(config, workers=workers_on(nodes, num_workers))
     probe = probe_of(source, config)
     say(f"{config.workers} workers on {len(nodes)} nodes, each of which tries {len(probe.jobs)} clips first")
-    seconds = _LEAST_PREFLIGHT_SECONDS + len(probe.jobs) * config.clip_timeout_seconds
-    here = node_facts(probe)
-    there = on_every_node(node_facts, probe, nodes=nodes, timeout_seconds=seconds)
-    refuse_unlike_nodes(here, {node.name: facts for node, facts in there.items()}, probe)
+    here = try_clips(probe)
+    seconds = _COLD_SECONDS + len(probe.jobs) * probe.timeout_seconds
+    found, silence = split_answers(ask_every_node(try_clips, probe, nodes=nodes, timeout_seconds=seconds))
+    refuse_other_clips(probe, here, by_name(found), silence)
     vetted = [node.node_id for node in nodes]
-    with ray_pool(config, probe=probe, here=here, vetted=vetted, encode=encode) as pool:
+    with ray_pool(config, vet=partial(check_this_node, probe, here), vetted=vetted, encode=encode) as pool:
         yield pool
 
 
-def workers_on(nodes: "list[Node]", asked: int | None) -> int:
-    """How many conversion workers to start: as asked for, or one a CPU.
+def workers_on(nodes: Sequence[Node], asked: int | None) -> int:
+    """Return how many conversion workers to start: as asked for, or one per CPU.
 
     Raises:
         UserInputError: the nodes have no CPU, or fewer than asked for.
@@ -108,3 +120,92 @@ def workers_on(nodes: "list[Node]", asked: int | None) -> int:
             f"--workers {asked}: expected at most the cluster's {num_cpus} CPUs ({sizes}); ask for fewer, or add nodes"
         )
     return asked or num_cpus
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """A few clips of a conversion that every node tries first."""
+
+    paths: tuple[Path, ...]
+    """Media files, absolute, that the machine which writes the shards can see."""
+    jobs: tuple[ClipJob, ...]
+    """Clips that are converted on trial."""
+    timeout_seconds: float
+    memory_bytes: int
+
+
+def probe_of(source: SourceList, config: ConversionConfig) -> Probe:
+    """Return files spread over the list, and clips of the first and the middle one of them."""
+    present = [sample for sample in source.samples if sample.path.is_file()]
+    chosen = present[:: -(-len(present) // _NUM_PATHS) or 1]
+    encoded = chosen[:: -(-len(chosen) // _NUM_ENCODED) or 1]
+    return Probe(
+        paths=tuple(sample.path.absolute() for sample in chosen),
+        jobs=tuple(config.job(sample) for sample in encoded),
+        timeout_seconds=config.clip_timeout_seconds,
+        memory_bytes=config.clip_memory_bytes,
+    )
+
+
+def try_clips(probe: Probe) -> NodeFacts:
+    """Return what the machine this is called on makes of `probe`.
+
+    Raises:
+        EnvironmentFault: a decode child cannot be started.
+    """
+    with DecodePool(
+        encode_clip, num_workers=1, timeout_seconds=probe.timeout_seconds, memory_bytes=probe.memory_bytes
+    ) as pool:
+        clips = tuple(_hash_of(clip) for clip in pool.map(probe.jobs))
+    sizes = {path: _size_of(path) for path in probe.paths}
+    data = {str(path): f"{size} bytes" for path, size in sizes.items() if size is not None}
+    return NodeFacts(versions=tool_versions(), data=data, clips=clips)
+
+
+def check_this_node(probe: Probe, here: NodeFacts) -> None:
+    """Compare the node this is called on, which joined later, with `here`: the machine that writes the shards.
+
+    Raises:
+        UnlikeNodeError: it does not see the media, or would write other bytes.
+    """
+    refuse_other_clips(probe, here, {this_node().name: try_clips(probe)})
+
+
+def refuse_other_clips(
+    probe: Probe, here: NodeFacts, there: Mapping[str, NodeFacts], silence: Sequence[Finding] = ()
+) -> None:
+    """Refuse nodes that do not make the same of a probe as this machine.
+
+    Raises:
+        UnlikeNodeError: a node gave no answer (`silence`), does not see the media, or would write other bytes.
+    """
+    expected = "every node to convert as this machine does"
+    findings = [*silence, *judge_data(here, there), *judge_versions(here.versions, there)]
+    refuse(findings, expected, error=UnlikeNodeError)
+    mend = "is the processor of another type? take the node out of the cluster"
+    for node, facts in there.items():
+        for job, ours, theirs in zip(probe.jobs, here.clips, facts.clips, strict=True):
+            wrong = f"converts {job.path} to other bytes under equal versions" if ours != theirs else ""
+            findings.append(finding("clips", node, wrong, mend=mend))
+    refuse(findings, expected, error=UnlikeNodeError)
+
+
+def _size_of(path: Path) -> int | None:
+    """Return the size of a file; None where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+            return file.seek(0, 2)
+    except OSError:
+        return None
+
+
+def _hash_of(clip: EncodedClip | Rejected) -> str:
+    """Return the hash of a converted clip, or the reason why it is a reject."""
+    if not isinstance(clip, EncodedClip):
+        return f"{clip.reason}: {clip.what}"
+    audio = None if clip.audio is None else replace(clip.audio, pcm=clip.audio.pcm[:0])
+    digest = hashlib.sha256(clip.video.mp4)
+    digest.update(b"" if clip.audio is None else clip.audio.pcm.tobytes())
+    digest.update(repr((replace(clip.video, mp4=b""), audio, clip.source_codec, clip.duration_seconds)).encode())
+    return digest.hexdigest()

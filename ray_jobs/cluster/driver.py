@@ -24,7 +24,7 @@ from ca2st.errors import CA2STError, EnvironmentFault, RetriesUsedUpError
 from ca2st.processes import num_cores
 from ca2st.training.signals import stop_on_signals
 from ray_jobs.cluster.every_node import Node, living_nodes, this_node
-from ray_jobs.cluster.node_check import check_nodes, look_at_data
+from ray_jobs.cluster.node_check import check_training_nodes
 from ray_jobs.cluster.ray_access import LOCAL, RayAccess, first_line, has_dashboard, ray_session
 from ray_jobs.cluster.supervision import LaunchFolder, LostWorkers, Supervision, ended_by_signals
 from ray_jobs.cluster.worker_life import train_on_worker, with_absolute_paths
@@ -285,12 +285,12 @@ def _checked_demand(recipe: Recipe) -> Demand:
 
 
 def _check_other_nodes(job: Job, demand: Demand, folder: LaunchFolder) -> None:
-    """The driver's own node has been checked by the driver itself."""
-    mine = this_node()
-    others = [node for node in hosts(demand, living_nodes()) if node.node_id != mine.node_id]
+    """Check the nodes that may get a worker, but not the driver's own, which the driver has checked itself."""
+    mine = this_node().node_id
+    others = [node for node in hosts(demand, living_nodes()) if node.node_id != mine]
     if others:
         say(f"checking code, data and run folder on {len(others)} other nodes")
-        check_nodes(job.recipe, folder.path, others, mine=look_at_data(job.recipe, node=mine.name))
+        check_training_nodes(job.recipe, folder.path, others)
 
 
 def _in_thread(action: Callable[[], dict[str, str]]) -> "Future[dict[str, str]]":

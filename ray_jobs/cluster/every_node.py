@@ -1,4 +1,4 @@
-"""Ask every node of a Ray cluster the same thing: one task a node, bound to it, with a limit in time.
+"""Ask every node of a Ray cluster the same thing: one task per node, bound to it, with a limit in time.
 
 Call it inside a Ray session. `function` is a module-level function; the nodes import it from the package installed
 there. A task asks for no CPU and no GPU, so it runs beside whatever a node is busy with, and sees all of its GPUs.
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ca2st.errors import CA2STError, EnvironmentFault
+from ca2st.errors import CA2STError
 from ray_jobs.cluster.ray_access import first_line
 
 NODE_SECONDS = 120.0
@@ -32,7 +32,7 @@ class Node:
 
     @property
     def name(self) -> str:
-        """Address and the start of the id: two nodes of one machine are told apart."""
+        """Address and the start of the id: one machine may run two nodes."""
         return f"{self.address} ({self.node_id[:_SHORT_ID]})"
 
     def __str__(self) -> str:
@@ -44,12 +44,10 @@ class NodeFailure:
     """Why a node gave no answer."""
 
     what: str
-    error: Exception | None = None
-    """What `function` raised there, if it was that."""
 
 
 def living_nodes() -> list[Node]:
-    """The cluster's nodes that are alive, in the order of their addresses."""
+    """Return the cluster's nodes that are alive, in the order of their addresses."""
     import ray
 
     alive = [one for one in ray.nodes() if one["Alive"]]  # type: ignore[no-untyped-call]  # Ray has no types there
@@ -60,34 +58,12 @@ def living_nodes() -> list[Node]:
 
 
 def this_node() -> Node:
-    """The node that the calling task, worker or driver runs on."""
+    """Return the node that the calling task, worker or driver runs on."""
     import ray
 
     node_id = ray.get_runtime_context().get_node_id()
     address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray has no types there
     return Node(address=address, node_id=node_id)
-
-
-def on_every_node(
-    function: Callable[..., T],
-    *arguments: Any,
-    timeout_seconds: float = NODE_SECONDS,
-    nodes: Sequence[Node] | None = None,
-) -> dict[Node, T]:
-    """What ``function(*arguments)`` returns on each of `nodes` (None: every living one).
-
-    Raises:
-        EnvironmentFault: a node did not answer within the time, died, or `function` raised there; all are named.
-    """
-    answers = ask_every_node(function, *arguments, timeout_seconds=timeout_seconds, nodes=nodes)
-    failures = {node: answer for node, answer in answers.items() if isinstance(answer, NodeFailure)}
-    if failures:
-        raise EnvironmentFault(
-            f"{len(failures)} of {len(answers)} nodes gave no answer: "
-            + "; ".join(f"node {node}: {failure.what}" for node, failure in failures.items())
-            + "; mend them or take them out of the cluster"
-        )
-    return {node: answer for node, answer in answers.items() if not isinstance(answer, NodeFailure)}
 
 
 def ask_every_node(
@@ -96,7 +72,7 @@ def ask_every_node(
     timeout_seconds: float = NODE_SECONDS,
     nodes: Sequence[Node] | None = None,
 ) -> dict[Node, T | NodeFailure]:
-    """As `on_every_node`, with a failure as the answer of a node that failed."""
+    """Return what ``function(*arguments)`` returns on each of `nodes` (None: every living one), or why it gave none."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -115,7 +91,7 @@ def ask_every_node(
 
 
 def gathered(asked: Mapping[Any, Node], *, timeout_seconds: float) -> dict[Node, Any]:
-    """The values of references by the node each was asked of, or a `NodeFailure` for one that is late or failed."""
+    """Return the values of references by the node each was asked of; a `NodeFailure` for one that is late or failed."""
     import ray
 
     deadline = time.monotonic() + timeout_seconds
@@ -148,8 +124,8 @@ def _answer(ticket: Any) -> Any:
 def _raised(error: Any) -> NodeFailure:
     cause = error.cause
     if isinstance(cause, CA2STError):
-        return NodeFailure(what=str(cause), error=cause)
+        return NodeFailure(what=str(cause))
     what = f"{type(cause).__name__}: {first_line(cause)}"
     if isinstance(cause, ImportError) or "No module named" in str(cause):
         what += " (is ca2st installed there as here?)"
-    return NodeFailure(what=what, error=cause if isinstance(cause, Exception) else None)
+    return NodeFailure(what=what)

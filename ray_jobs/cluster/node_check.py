@@ -1,179 +1,438 @@
-"""Before anything starts: the same code, the same data and one shared folder on every node that may train.
+"""One examination of a cluster's nodes: facts are gathered on every node, and judged in pure functions.
 
-A node that differs would fail a run later and worse: with other numbers, or with checkpoints that nobody finds.
-Nodes report facts; what they mean is decided in pure functions.
+The doctor prints the findings. A training and a conversion refuse a cluster whose nodes differ, before anything
+starts: they would fail later and worse, with other numbers, or with checkpoints that nobody finds.
+
+Call it inside a Ray session. Ray's processes on the nodes import this module: what is heavy is imported in functions.
 """
 
-import shutil
+import contextlib
+import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ca2st.durable import write_bytes
 from ca2st.errors import CA2STError, EnvironmentFault
-from ray_jobs.cluster.every_node import Node, NodeFailure, ask_every_node, this_node
+from ray_jobs.cluster.every_node import Node, NodeFailure, ask_every_node, gathered, living_nodes, this_node
+from ray_jobs.cluster.ray_access import who_listens
+from ray_jobs.doctor.machine import Finding, check_folder, installed_versions
+from ray_jobs.environment import RECORDED_PACKAGES
 
-_DRIVER = "driver"
-_SEEN_WITHIN_SECONDS = 5.0
-"""Network storage may show another machine's new file a little later."""
+_EXAMINATION_SECONDS = 300.0  # imports torch and DALI on a cold node, and tries every codec
+_ANSWER_SECONDS = 60.0
+_REACH_SECONDS = 5.0
+_SEEN_WITHIN_SECONDS = 5.0  # network storage may show another machine's new file a little later
+_MOST_OFF_SECONDS = 1.0
+_HARMFUL_OFF_SECONDS = 60.0
+_GIB = 2**30
+_HERE = "this process"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NodeReport:
-    """What was found on one node."""
+class NodeFacts:
+    """What was found on one node; what was not asked is empty."""
 
-    node: str
-    """Its name."""
-    problem: str = ""
-    """Why it gave no report at all."""
     versions: Mapping[str, str]
-    """Of Python and of the packages that can change numbers."""
-    fingerprints: Mapping[str, str]
-    """Of the manifests that it read, by role."""
-    data_problem: str = ""
-    """Why data or weights cannot be used there."""
-    folder_problem: str = ""
-    """Why the run folder cannot be written there."""
-    sees_driver: bool = False
-    """Whether it read what the driver wrote into the run folder."""
-    seen_by_driver: bool = False
-    """Whether the driver read what it wrote there."""
+    """Of Python and of the packages that can change the numbers or the bytes, as far as they are installed."""
+    data: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprint of each shard set by role, or size of each media file by path; without what cannot be read."""
+    problem: str = ""
+    """Why shard sets or weights cannot be used there."""
+    clips: tuple[str, ...] = ()
+    """Hash of each clip that was converted on trial, or the reason why it is a reject."""
+    findings: tuple[Finding, ...] = ()
+    """Of the machine, for the doctor."""
+    num_gpus: int = 0
+    """CUDA devices that torch sees; 0 where it cannot be imported."""
 
 
-def check_nodes(recipe: Mapping[str, Any], folder: Path, nodes: Sequence[Node], *, mine: NodeReport) -> None:
-    """Have each of `nodes` look at code, data and `folder`, which lies in the run folder; `mine` is the driver's look.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StorageLook:
+    """What a node made of a folder that all should share."""
+
+    problem: str = ""
+    """Why it cannot write there."""
+    unseen: tuple[str, ...] = ()
+    """Nodes whose files it does not see."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClockReading:
+    """A node's clock against this machine's."""
+
+    ahead_seconds: float
+    error_seconds: float
+    """Half of the time the question took."""
+
+
+# Who asks.
+
+
+def examine_cluster(storage: Sequence[str] = ()) -> list[Finding]:
+    """Return every finding of the cluster that this process has joined: of the whole, and of each node by its name.
+
+    `storage`: absolute paths of folders that all nodes should share.
+    """
+    nodes = living_nodes()
+    found, silence = split_answers(
+        ask_every_node(examine_machine, RECORDED_PACKAGES, nodes=nodes, timeout_seconds=_EXAMINATION_SECONDS)
+    )
+    findings = _whole(nodes) + silence + [one for facts in found.values() for one in facts.findings]
+    findings += judge_versions(installed_versions(RECORDED_PACKAGES), by_name(found))
+    findings += judge_gpus({node: facts.num_gpus for node, facts in found.items()})
+    for folder in storage:
+        findings += judge_storage(folder, look_at_storage(folder, list(found)))
+    return findings + _between(list(found))
+
+
+def check_training_nodes(recipe: Mapping[str, Any], folder: Path, nodes: Sequence[Node]) -> None:
+    """Compare code, data and run folder of `nodes` with this process's; `folder` lies in the run folder.
 
     Raises:
-        EnvironmentFault: as `judge`.
+        EnvironmentFault: a node gives no answer, has other versions or other data, or does not share the folder.
     """
-    tokens = folder / "tokens"
-    token = uuid.uuid4().hex
-    tokens.mkdir()
-    write_bytes(tokens / _DRIVER, token.encode())
-    try:
-        answers = ask_every_node(look_around, dict(recipe), str(tokens), token, nodes=nodes)
-        judge([mine, *(_report(node, answer, tokens, token) for node, answer in answers.items())], folder=folder)
-    finally:
-        shutil.rmtree(tokens, ignore_errors=True)
+    here = look_at_data(recipe)
+    found, silence = split_answers(ask_every_node(look_at_data, dict(recipe), nodes=nodes))
+    refuse(
+        silence
+        + judge_versions(here.versions, by_name(found))
+        + judge_storage(str(folder.parents[1]), look_at_storage(str(folder), list(found)))
+        + judge_data(here, {_HERE: here, **by_name(found)}),
+        "every node to have this one's code and data, and to share its run folder",
+    )
 
 
-def look_around(recipe: Mapping[str, Any], tokens: str, token: str) -> NodeReport:
-    """Runs on a node: what it has, and whether it reads and writes the run folder."""
-    node = this_node()
-    report = look_at_data(recipe, node=node.name)
-    try:
-        write_bytes(Path(tokens) / node.node_id, token.encode())
-    except (OSError, EnvironmentFault) as error:
-        return replace(report, folder_problem=str(error))
-    return replace(report, sees_driver=sees(Path(tokens) / _DRIVER, token))
+# What runs on a node.
 
 
-def look_at_data(recipe: Mapping[str, Any], *, node: str) -> NodeReport:
-    """Versions and data as this process has them."""
-    from ray_jobs import environment
+def examine_machine(packages: Sequence[str]) -> NodeFacts:
+    """Try all that a training needs of the machine this is called on; what is missing there is a finding.
+
+    `packages`: whose versions are asked.
+    """
+    from ray_jobs.doctor.examination import examine, machine_checks
+
+    node = this_node().name
+    folder = partial(check_folder, "disk temporary", Path(tempfile.gettempdir()))
+    findings = examine({**machine_checks(), "disk temporary": folder})
+    return NodeFacts(
+        versions=installed_versions(packages),
+        findings=tuple(replace(finding, node=node) for finding in findings),
+        num_gpus=_num_gpus(),
+    )
+
+
+def look_at_data(recipe: Mapping[str, Any]) -> NodeFacts:
+    """Return versions and data as this process has them."""
     from ray_jobs.config.recipe import recipe_from_document
     from ray_jobs.runs.start import preflight
 
-    report = NodeReport(node=node, versions=environment.versions(), fingerprints={})
+    facts = NodeFacts(versions=installed_versions(RECORDED_PACKAGES))
     try:
-        return replace(report, fingerprints=preflight(recipe_from_document(recipe)).fingerprints)
+        return replace(facts, data=preflight(recipe_from_document(recipe)).fingerprints)
     except (CA2STError, OSError) as error:
-        return replace(report, data_problem=str(error))
+        return replace(facts, problem=str(error))
 
 
-def sees(
-    path: Path,
-    token: str,
+def _num_gpus() -> int:
+    try:
+        import torch
+
+        return torch.cuda.device_count()
+    except Exception:  # noqa: BLE001 - a broken torch may raise anything; its own check says what
+        return 0
+
+
+# What the facts mean.
+
+
+def judge_versions(here: Mapping[str, str], there: Mapping[str, NodeFacts]) -> list[Finding]:
+    """Every node has this machine's versions of what can change numbers."""
+    findings = []
+    for node, facts in there.items():
+        pairs = {
+            name: (facts.versions.get(name, "none"), here.get(name, "none"))
+            for name in sorted(here.keys() | facts.versions.keys())
+        }
+        wrong = [f"{name} {theirs}, here {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
+        mend = "install one environment on all nodes: requirements.lock, or one container image"
+        findings.append(finding("versions", node, "; ".join(wrong), fine=f"{len(here)} packages as here", mend=mend))
+    return findings
+
+
+def judge_data(here: NodeFacts, there: Mapping[str, NodeFacts]) -> list[Finding]:
+    """Every node reads this machine's shard sets, or its media files; the first one that differs is named."""
+    findings = []
+    for node, facts in there.items():
+        missing = [name for name in here.data if name not in facts.data]
+        other = [name for name, what in here.data.items() if facts.data.get(name, what) != what]
+        wrong = facts.problem
+        if missing and not wrong:
+            wrong = f"cannot read {missing[0]} ({len(missing)} of {len(here.data)} tried)"
+        elif other and not wrong:
+            wrong = f"{other[0]}: {facts.data[other[0]]}, here {here.data[other[0]]}"
+        mend = "put one copy on storage that all nodes mount at the same place, or give a URL"
+        findings.append(finding("data", node, wrong, mend=mend))
+    return findings
+
+
+def judge_gpus(seen: Mapping[Node, int]) -> list[Finding]:
+    """Ray gives out as many GPUs of a node as torch finds there; fewer may be what the user wants."""
+    return [
+        Finding(
+            name="gpus for ray",
+            ok=(given := int(node.resources.get("GPU", 0))) == num_seen,
+            what=f"Ray gives out {given}, torch sees {num_seen}",
+            mend="restart the node with `ray start --num-gpus`, or fix its driver",
+            needed=given > num_seen,
+            node=node.name,
+        )
+        for node, num_seen in seen.items()
+    ]
+
+
+def judge_clocks(readings: Mapping[str, ClockReading]) -> list[Finding]:
+    """Clocks agree: curves and logs are ordered by them, and certificates and tokens have hours."""
+    return [
+        Finding(
+            name="clock",
+            ok=abs(reading.ahead_seconds) - reading.error_seconds <= _MOST_OFF_SECONDS,
+            what=f"{reading.ahead_seconds:.3f} s ahead of here, known to {reading.error_seconds:.3f} s",
+            mend="let chrony or another NTP client keep the node's clock",
+            needed=abs(reading.ahead_seconds) > _HARMFUL_OFF_SECONDS,
+            node=node,
+        )
+        for node, reading in readings.items()
+    ]
+
+
+def judge_storage(folder: str, looks: Mapping[str, StorageLook]) -> list[Finding]:
+    """Every node writes into the folder and reads what the others wrote; of this process only what is wrong counts."""
+    mend = f"mount the same storage at {folder} on every node, writable by this user"
+    findings = []
+    for node, look in looks.items():
+        wrong = look.problem or ", ".join(f"does not see the file of {other}" for other in look.unseen)
+        if wrong or node != _HERE:
+            fine = "written, and read what all others wrote"
+            findings.append(finding(f"storage {folder}", node, wrong, fine=fine, mend=mend))
+    return findings
+
+
+def judge_reach(out_of_reach: Mapping[str, Mapping[str, str]]) -> list[Finding]:
+    """Every node opens connections to every node, on ports that no rule was made for."""
+    fine = f"reaches all {len(out_of_reach)} on a free port"
+    mend = "open all ports between the nodes, to them alone: torch's process groups choose free ones"
+    return [
+        finding(
+            "network",
+            node,
+            "; ".join(f"cannot reach {other} at {why}" for other, why in closed.items()),
+            fine=fine,
+            mend=mend,
+        )
+        for node, closed in out_of_reach.items()
+    ]
+
+
+def finding(name: str, node: str, wrong: str, *, mend: str, fine: str = "as here") -> Finding:
+    """Return what was found on a node: `wrong`, or where that is empty what is `fine`."""
+    return Finding(name=name, ok=not wrong, what=wrong or fine, mend=mend, node=node)
+
+
+def refuse(findings: Sequence[Finding], expected: str, *, error: type[EnvironmentFault] = EnvironmentFault) -> None:
+    """Raise `error` with a line per node for what is not ok in `findings`."""
+    wrong = [one for one in findings if not one.ok]
+    if not wrong:
+        return
+    by_node: dict[str, list[str]] = {}
+    for one in wrong:
+        by_node.setdefault(str(one.node), []).append(one.what)
+    width = max(map(len, by_node))
+    lines = "".join(f"\n  {node:<{width}}  {'; '.join(what)}" for node, what in by_node.items())
+    mends = "".join(f"\n{mend}" for mend in dict.fromkeys(one.mend for one in wrong))
+    raise error(f"expected {expected}, found {len(by_node)} that do not:{lines}{mends}")
+
+
+# Between the nodes.
+
+
+def look_at_storage(folder: str, nodes: Sequence[Node]) -> dict[str, StorageLook]:
+    """Have each of `nodes`, and this process, write a file into `folder` and look for those of all that could."""
+    prefix = str(Path(folder) / f".ca2st-{uuid.uuid4().hex}-")
+    mine, ask = f"{prefix}here", partial(ask_every_node, nodes=nodes, timeout_seconds=_ANSWER_SECONDS)
+    owners = {mine: _HERE} | {f"{prefix}{node.node_id}": node.name for node in nodes}
+    try:
+        problems = {_HERE: write_token(mine), **by_name(ask(write_own_token, prefix))}
+        written = [place for place, owner in owners.items() if problems[owner] == ""]
+        unseen = {_HERE: unseen_tokens(written), **by_name(ask(unseen_tokens, written))}
+    finally:
+        ask(remove_own_token, prefix)
+        remove_token(mine)
+    looks = {}
+    for owner, problem in problems.items():
+        answer = unseen[owner] if problem == "" else problem
+        if isinstance(answer, list):
+            looks[owner] = StorageLook(unseen=tuple(owners[place] for place in answer))
+        else:
+            looks[owner] = StorageLook(problem=answer.what if isinstance(answer, NodeFailure) else answer)
+    return looks
+
+
+def write_own_token(prefix: str) -> str:
+    """Run `write_token` for the node this is called on."""
+    return write_token(f"{prefix}{this_node().node_id}")
+
+
+def remove_own_token(prefix: str) -> None:
+    """Run `remove_token` for the node this is called on."""
+    remove_token(f"{prefix}{this_node().node_id}")
+
+
+def write_token(place: str) -> str:
+    """Write a file that names itself; return why it cannot be written, or an empty string."""
+    if not Path(place).parent.is_dir():
+        return "no such folder"
+    try:
+        write_bytes(Path(place), place.encode())
+    except (OSError, EnvironmentFault) as error:
+        return str(error)
+    return ""
+
+
+def unseen_tokens(
+    places: Sequence[str],
     *,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
-) -> bool:
-    """Whether `path` comes to hold `token` within some seconds."""
-    deadline = clock() + _SEEN_WITHIN_SECONDS
+) -> list[str]:
+    """Return those of `places` that cannot be read here within some seconds."""
+    deadline, unseen = clock() + _SEEN_WITHIN_SECONDS, list(places)
     while True:
-        try:
-            if path.read_text() == token:
-                return True
-        except OSError:
-            pass  # not there yet, or not readable: so it is not seen
-        if clock() >= deadline:
-            return False
+        unseen = [place for place in unseen if not _is_seen(Path(place))]
+        if not unseen or clock() >= deadline:
+            return unseen
         sleep(0.2)
 
 
-def judge(reports: Sequence[NodeReport], *, folder: Path) -> None:
-    """Refuse a cluster whose nodes differ; the first of `reports` is the driver's.
+def remove_token(place: str) -> None:
+    """Remove the file, if it is there."""
+    with contextlib.suppress(OSError):
+        Path(place).unlink()
 
-    Raises:
-        EnvironmentFault: no report from a node, other versions, a run folder that is not shared or not writable, data
-            that is missing or other data; the message has a line for every node.
-    """
-    _refuse(reports, lambda one: one.problem, "expected a report of every node", "mend the node or take it out")
-    _check_versions(reports)
-    _refuse(
-        reports[1:],
-        _folder_problem,
-        f"{folder.parents[1]}: expected a run folder that every node reads and writes",
-        "put it on storage that all nodes share (--out, or launch.runs_folder)",
+
+def _is_seen(place: Path) -> bool:
+    try:
+        return place.read_text() == str(place)
+    except OSError:  # not there yet, or not readable
+        return False
+
+
+class Door:
+    """A port that is open on a node as long as this lives, and the node's clock."""
+
+    def __init__(self) -> None:
+        self._socket: socket.socket | None = None
+
+    def open(self) -> tuple[str, int]:
+        """Listen on a free port of the address that the cluster knows this node by."""
+        self._socket = socket.create_server((this_node().address, 0))
+        address, port = self._socket.getsockname()
+        return address, port
+
+    def seconds(self) -> float:
+        """Return the seconds since 1970 by this node's clock."""
+        return time.time()
+
+    def out_of_reach(self, doors: Mapping[str, tuple[str, int]]) -> dict[str, str]:
+        """Return those of `doors`, by node, that cannot be entered from here, and why."""
+        found = {}
+        for node, door in doors.items():
+            try:
+                socket.create_connection(door, timeout=_REACH_SECONDS).close()
+            except OSError as error:
+                found[node] = f"{door[0]}:{door[1]} {error.strerror or error}"
+        return found
+
+
+def _between(nodes: Sequence[Node]) -> list[Finding]:
+    """Judge connections and clocks, by an actor on every node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    actor = ray.remote(num_cpus=0, max_restarts=0)(Door)
+    doors: dict[Node, Any] = {
+        node: actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote()
+        for node in nodes
+    }
+    try:
+        opened = {doors[node].open.remote(): node for node in nodes}
+        places, silence = split_answers(gathered(opened, timeout_seconds=_ANSWER_SECONDS))
+        clocks = _clocks({node: doors[node] for node in places})
+        asked = {doors[node].out_of_reach.remote(by_name(places)): node for node in places}
+        closed, lost = split_answers(gathered(asked, timeout_seconds=_ANSWER_SECONDS + _REACH_SECONDS * len(places)))
+    finally:
+        for door in doors.values():
+            ray.kill(door)
+    return [*judge_reach(by_name(closed)), *judge_clocks(clocks), *silence, *lost]
+
+
+def _clocks(doors: Mapping[Node, Any]) -> dict[str, ClockReading]:
+    """Ask each node's clock, one after the other: an answer that waits for another one's would look late."""
+    readings = {}
+    for node, door in doors.items():
+        before = time.time()
+        answer = gathered({door.seconds.remote(): node}, timeout_seconds=_ANSWER_SECONDS)[node]
+        after = time.time()
+        if not isinstance(answer, NodeFailure):
+            ahead = answer - (before + after) / 2
+            readings[node.name] = ClockReading(ahead_seconds=ahead, error_seconds=(after - before) / 2)
+    return readings
+
+
+def _whole(nodes: Sequence[Node]) -> list[Finding]:
+    """Say how large the cluster is, and whether it asks for a token."""
+    import ray
+
+    free = ray.available_resources()  # type: ignore[no-untyped-call]  # Ray has no types there
+    total = {name: sum(node.resources.get(name, 0) for node in nodes) for name in ("CPU", "GPU", "memory")}
+    what = (
+        f"Ray {metadata.version('ray')}, {len(nodes)} node{'s' if len(nodes) > 1 else ''}: "
+        f"{total['CPU']:g} CPUs ({free.get('CPU', 0):g} free), {total['GPU']:g} GPUs ({free.get('GPU', 0):g} free), "
+        f"{total['memory'] / _GIB:.0f} GiB memory"
     )
-    _check_data(reports)
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    is_closed = who_listens(host.strip("[]"), int(port), token="") != "open cluster"
+    return [
+        Finding(name="ray cluster", ok=True, what=what),
+        Finding(
+            name="ray token",
+            ok=is_closed,
+            what="the cluster asks for one" if is_closed else "open: everybody who reaches the cluster runs code there",
+            mend="start every node with RAY_AUTH_MODE=token and one token",
+            needed=False,
+        ),
+    ]
 
 
-def _report(node: Node, answer: NodeReport | NodeFailure, tokens: Path, token: str) -> NodeReport:
-    if isinstance(answer, NodeFailure):
-        return NodeReport(node=node.name, problem=answer.what, versions={}, fingerprints={})
-    if answer.folder_problem:
-        return answer
-    return replace(answer, seen_by_driver=sees(tokens / node.node_id, token))
+def split_answers(asked: Mapping[Node, T | NodeFailure]) -> tuple[dict[Node, T], list[Finding]]:
+    """Split the answers of nodes from what is to be said of those that gave none."""
+    mend = "see to the node, install ca2st there as here, or take it out of the cluster"
+    silence = [
+        Finding(name="answer", ok=False, what=answer.what, mend=mend, node=node.name)
+        for node, answer in asked.items()
+        if isinstance(answer, NodeFailure)
+    ]
+    return {node: answer for node, answer in asked.items() if not isinstance(answer, NodeFailure)}, silence
 
 
-def _refuse(reports: Sequence[NodeReport], problem: Callable[[NodeReport], str], expected: str, mend: str) -> None:
-    if any(problem(report) for report in reports):
-        table = "".join(f"\n  {report.node}: {problem(report) or 'as it should be'}" for report in reports)
-        raise EnvironmentFault(f"{expected}; {mend}:{table}")
-
-
-def _folder_problem(report: NodeReport) -> str:
-    if report.folder_problem:
-        return report.folder_problem
-    if not report.sees_driver:
-        return "does not see what the driver wrote there"
-    return "" if report.seen_by_driver else "wrote there, but the driver does not see it"
-
-
-def _check_versions(reports: Sequence[NodeReport]) -> None:
-    names = dict.fromkeys(name for report in reports for name in report.versions)
-    differing = [name for name in names if len({report.versions.get(name) for report in reports}) > 1]
-    if differing:
-        table = "".join(
-            f"\n  {report.node}: " + ", ".join(f"{name} {report.versions.get(name, 'none')}" for name in differing)
-            for report in reports
-        )
-        raise EnvironmentFault(
-            f"versions: expected the same on all nodes, found other {', '.join(differing)}; install one environment "
-            f"everywhere (`ca2st submit` brings it along):{table}"
-        )
-
-
-def _check_data(reports: Sequence[NodeReport]) -> None:
-    _refuse(
-        reports,
-        lambda one: one.data_problem,
-        "data: expected the recipe's shards and weights on every node",
-        "put them on storage that all nodes share, or give a URL",
-    )
-    mine = reports[0].fingerprints
-    _refuse(
-        reports,
-        lambda one: _other_sets(mine, one.fingerprints),
-        "data: expected the same shards on every node",
-        "put one copy on storage that all nodes share",
-    )
-
-
-def _other_sets(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    other = [role for role in mine if theirs.get(role) != mine[role]]
-    return ", ".join(f"{role} has another manifest than the driver's" for role in other)
+def by_name(found: Mapping[Node, T]) -> dict[str, T]:
+    """Return what was found by the names of the nodes."""
+    return {node.name: what for node, what in found.items()}

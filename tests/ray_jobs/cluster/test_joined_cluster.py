@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ca2st.errors import EnvironmentFault, UserInputError
+from ca2st.errors import UserInputError
 from ray_jobs.cluster.conversion import joined_pool
-from ray_jobs.cluster.every_node import NodeFailure, ask_every_node, living_nodes, on_every_node, this_node
+from ray_jobs.cluster.every_node import NodeFailure, ask_every_node, living_nodes, this_node
+from ray_jobs.cluster.node_check import examine_cluster
 from ray_jobs.cluster.ray_access import LOCAL, RayAccess, has_dashboard, ray_session
-from ray_jobs.doctor.cluster import examine_cluster
 from sharding.conversion import convert
 from sharding.settings import RejectBudget
 from support.media import Sound, make_clip
@@ -69,9 +69,10 @@ def test_j3_more_workers_than_the_cluster_has_cpus_are_refused(tmp_path: Path) -
 def test_every_node_is_asked_and_one_that_fails_is_named() -> None:
     (node,) = living_nodes()
     assert node == this_node()
-    assert on_every_node(os.path.basename, "/a/b") == {node: "b"}
-    with pytest.raises(EnvironmentFault, match=rf"1 of 1 nodes .* node {node.address} \({node.node_id[:8]}\): FileNot"):
-        on_every_node(os.stat, "/no/such/file")
+    assert ask_every_node(os.path.basename, "/a/b") == {node: "b"}
+    failed = ask_every_node(os.stat, "/no/such/file")[node]
+    assert isinstance(failed, NodeFailure)
+    assert failed.what.startswith("FileNotFoundError: ")
     assert not has_dashboard()
     late = ask_every_node(time.sleep, 60.0, timeout_seconds=2)
     assert late == {node: NodeFailure(what="no answer within 2 s")}
@@ -84,7 +85,7 @@ def test_the_doctor_examines_the_node_and_what_it_shares(tmp_path: Path) -> None
     assert not {name: one.what for name, one in findings.items() if one.needed and not one.ok}.keys() ^ {
         "storage /no/such/folder"
     }
-    assert findings[f"storage {tmp_path}"].what == "written, and read what all 1 wrote"
+    assert findings[f"storage {tmp_path}"].what == "written, and read what all others wrote"
     assert findings["ray token"].ok
     assert findings["network"].what == "reaches all 1 on a free port"
     assert list(tmp_path.iterdir()) == []

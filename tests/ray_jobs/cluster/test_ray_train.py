@@ -1,7 +1,9 @@
 """What the driver asks of a cluster before anything starts: decided from facts made up, without one."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,7 +11,7 @@ from ca2st.errors import EnvironmentFault
 from ray_jobs.cluster import node_check
 from ray_jobs.cluster.driver import check_demand, demand_of, hosts, most_workers
 from ray_jobs.cluster.every_node import Node, NodeFailure
-from ray_jobs.cluster.node_check import NodeReport, judge, sees
+from ray_jobs.cluster.node_check import NodeFacts, StorageLook, check_training_nodes, look_at_data, unseen_tokens
 from ray_jobs.cluster.supervision import LaunchFolder
 from ray_jobs.cluster.worker_life import with_absolute_paths
 from ray_jobs.config.recipe import ExpertsConfig, StartConfig, recipe_document
@@ -100,94 +102,96 @@ def test_relative_paths_of_a_recipe_mean_the_same_in_a_worker_which_runs_elsewhe
 
 # --- J2, J4, J5: the same code, data and folder everywhere
 
-MINE = NodeReport(node="driver", versions={"python": "3.11", "torch": "2.9"}, fingerprints={"train": "f1"})
-OTHER = replace(MINE, node="b", sees_driver=True, seen_by_driver=True)
-FOLDER = Path("/shared/runs/mine/launches/one")
+MINE = NodeFacts(versions={"python": "3.11", "torch": "2.9"}, data={"train": "f1"})
+LOOKS = {"this process": StorageLook(), BIG.name: StorageLook(), SMALL.name: StorageLook()}
 
 
-def refusal(*reports: NodeReport) -> str:
-    with pytest.raises(EnvironmentFault) as refused:
-        judge(reports, folder=FOLDER)
-    return str(refused.value)
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Have BIG find what this process finds and SMALL something else; return the refusal."""
+    folder = LaunchFolder.make(tmp_path / "mine", "run")
+
+    def check(small: NodeFacts | NodeFailure, looks: dict[str, StorageLook] = LOOKS) -> str:
+        monkeypatch.setattr(node_check, "look_at_data", lambda _recipe: MINE)
+        monkeypatch.setattr(node_check, "ask_every_node", lambda *_, **__: {BIG: MINE, SMALL: small})
+        monkeypatch.setattr(node_check, "look_at_storage", lambda *_: looks)
+        try:
+            check_training_nodes({}, folder.path, [BIG, SMALL])
+        except EnvironmentFault as refusal:
+            return str(refusal)
+        return ""
+
+    return check
 
 
-def test_nodes_that_agree_pass() -> None:
-    judge([MINE, OTHER, replace(OTHER, node="c")], folder=FOLDER)
+def test_nodes_that_agree_pass(check: Callable[..., str]) -> None:
+    assert check(MINE) == ""
 
 
-def test_j5_other_versions_are_refused_with_the_table_of_what_differs() -> None:
-    told = refusal(MINE, OTHER, replace(OTHER, node="c", versions={"python": "3.11", "torch": "2.8"}))
-    assert "found other torch" in told
-    assert "b: torch 2.9\n  c: torch 2.8" in told
-    assert "python" not in told
+def test_j5_other_versions_are_refused_with_what_differs(check: Callable[..., str]) -> None:
+    told = check(replace(MINE, versions={"python": "3.11", "torch": "2.8"}))
+    assert told.splitlines()[:2] == [
+        "expected every node to have this one's code and data, and to share its run folder, found 1 that do not:",
+        "  10.0.0.3 (cccccccc)  torch 2.8, here 2.9",
+    ]
 
 
-def test_j5_a_package_that_a_node_lacks_is_another_version() -> None:
-    assert "b: torch none" in refusal(MINE, replace(OTHER, versions={"python": "3.11"}))
+def test_j5_a_package_that_a_node_lacks_is_another_version(check: Callable[..., str]) -> None:
+    assert "torch none, here 2.9" in check(replace(MINE, versions={"python": "3.11"}))
 
 
-def test_j4_a_run_folder_that_is_not_shared_is_refused_with_the_node() -> None:
-    told = refusal(MINE, OTHER, replace(OTHER, node="c", sees_driver=False))
-    assert told.startswith("/shared/runs/mine: expected a run folder that every node reads and writes")
-    assert "b: as it should be\n  c: does not see what the driver wrote" in told
-    assert "the driver does not see it" in refusal(MINE, replace(OTHER, seen_by_driver=False))
-
-
-def test_j4_a_run_folder_that_cannot_be_written_is_refused_with_the_reason() -> None:
-    assert "b: cannot write /shared: Read-only" in refusal(
-        MINE, replace(OTHER, folder_problem="cannot write /shared: Read-only")
+def test_j4_a_run_folder_that_is_not_shared_is_refused_with_the_node(check: Callable[..., str], tmp_path: Path) -> None:
+    told = check(MINE, {**LOOKS, SMALL.name: StorageLook(unseen=("this process",))})
+    assert "  10.0.0.3 (cccccccc)  does not see the file of this process\n" in told
+    assert f"mount the same storage at {tmp_path}/mine on every node" in told
+    assert f"  this process  does not see the file of {SMALL}" in check(
+        MINE, {**LOOKS, "this process": StorageLook(unseen=(SMALL.name,))}
     )
 
 
-def test_j2_data_that_one_node_lacks_names_the_node() -> None:
-    told = refusal(MINE, OTHER, replace(OTHER, node="c", data_problem="/data/train: no manifest.json"))
-    assert "c: /data/train: no manifest.json" in told
-    assert "b: as it should be" in told
+def test_j4_a_run_folder_that_cannot_be_written_is_refused_with_the_reason(check: Callable[..., str]) -> None:
+    problem = "cannot write /shared: Read-only"
+    assert f"  10.0.0.3 (cccccccc)  {problem}\n" in check(MINE, {**LOOKS, SMALL.name: StorageLook(problem=problem)})
 
 
-def test_j2_other_data_under_the_same_path_is_refused() -> None:
-    assert "c: train has another manifest than the driver's" in refusal(
-        MINE, OTHER, replace(OTHER, node="c", fingerprints={"train": "f2"})
-    )
+def test_j2_data_that_one_node_lacks_names_the_node(check: Callable[..., str]) -> None:
+    told = check(replace(MINE, problem="/data/train: no manifest.json"))
+    assert "  10.0.0.3 (cccccccc)  /data/train: no manifest.json\n" in told
+    assert "10.0.0.2" not in told
 
 
-def test_j5_a_node_without_a_report_is_refused_first() -> None:
-    silent = NodeReport(node="c", problem="No module named 'ca2st'", versions={}, fingerprints={})
-    assert "expected a report of every node" in refusal(MINE, OTHER, silent)
+def test_j2_other_data_under_the_same_path_is_refused(check: Callable[..., str]) -> None:
+    assert "10.0.0.3 (cccccccc)  train: f2, here f1" in check(replace(MINE, data={"train": "f2"}))
 
 
-def test_j4_every_node_reads_the_drivers_token_and_the_driver_reads_every_nodes(
+def test_j5_a_node_that_fails_to_answer_is_named_with_its_error(check: Callable[..., str]) -> None:
+    told = check(NodeFailure(what="ModuleNotFoundError: No module named 'ray_jobs'"))
+    assert "  10.0.0.3 (cccccccc)  ModuleNotFoundError: No module named 'ray_jobs'\nsee to the node, install" in told
+
+
+def test_j4_every_node_and_the_driver_read_what_the_others_wrote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = LaunchFolder.make(tmp_path, "run")
-    asked: list[Node] = []
+    """BIG shares the folder; SMALL has one of its own under the same path."""
     monkeypatch.setattr(node_check, "_SEEN_WITHIN_SECONDS", 0.0)
 
     def answers(
-        _function: object, _recipe: object, tokens: str, token: str, *, nodes: list[Node]
+        function: Callable[..., object], argument: Any, *, nodes: list[Node], **_: object
     ) -> dict[Node, object]:
-        asked.extend(nodes)
-        assert (Path(tokens) / "driver").read_text() == token
-        (Path(tokens) / BIG.node_id).write_text(token)
-        report = replace(OTHER, node=BIG.name, seen_by_driver=False)
-        return {BIG: report, SMALL: replace(report, node=SMALL.name)} if SMALL in nodes else {BIG: report}
+        found: dict[Node, object] = {}
+        for node in nodes:
+            monkeypatch.setattr(node_check, "this_node", lambda node=node: node)
+            shared = function(argument) if node is BIG else None
+            found[node] = shared if node is BIG else argument[:2] if isinstance(argument, list) else ""
+        return found
 
     monkeypatch.setattr(node_check, "ask_every_node", answers)
-    node_check.check_nodes({}, folder.path, [BIG], mine=MINE)
-    with pytest.raises(EnvironmentFault, match=r"10\.0\.0\.3 .*: wrote there, but the driver does not see it"):
-        node_check.check_nodes({}, folder.path, [BIG, SMALL], mine=MINE)
-    assert asked == [BIG, BIG, SMALL]
-    assert list(folder.path.iterdir()) == []
-
-
-def test_j5_a_node_that_fails_to_answer_is_named_with_its_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = LaunchFolder.make(tmp_path, "run")
-    failed = {BIG: NodeFailure(what="ModuleNotFoundError: No module named 'ray_jobs'")}
-    monkeypatch.setattr(node_check, "ask_every_node", lambda *_arguments, **_options: failed)
-    with pytest.raises(EnvironmentFault, match=r"10\.0\.0\.2 .*: ModuleNotFoundError"):
-        node_check.check_nodes({}, folder.path, [BIG], mine=MINE)
+    assert node_check.look_at_storage(str(tmp_path), [BIG, SMALL]) == {
+        "this process": StorageLook(unseen=(SMALL.name,)),
+        BIG.name: StorageLook(unseen=(SMALL.name,)),
+        SMALL.name: StorageLook(unseen=("this process", BIG.name)),
+    }
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_j4_a_token_that_shows_up_late_is_seen_and_a_wrong_one_never(tmp_path: Path) -> None:
@@ -196,14 +200,15 @@ def test_j4_a_token_that_shows_up_late_is_seen_and_a_wrong_one_never(tmp_path: P
     def sleep(seconds: float) -> None:
         now[0] += seconds
         if now[0] > 1:
-            (tmp_path / "late").write_text("token")
+            (tmp_path / "late").write_text(str(tmp_path / "late"))
+            (tmp_path / "never").write_text("another")
 
-    assert sees(tmp_path / "late", "token", clock=lambda: now[0], sleep=sleep)
-    assert not sees(tmp_path / "late", "another", clock=lambda: now[0], sleep=sleep)
+    late, never = str(tmp_path / "late"), str(tmp_path / "never")
+    assert unseen_tokens([late, never], clock=lambda: now[0], sleep=sleep) == [never]
 
 
 def test_j2_a_node_tells_why_it_cannot_use_the_data(tmp_path: Path) -> None:
     recipe = load_recipe("smoke", [f"data.train='{tmp_path}/nothing'"])
-    report = node_check.look_at_data(recipe_document(recipe), node="b")
-    assert "nothing" in report.data_problem
-    assert report.versions["torch"]
+    facts = look_at_data(recipe_document(recipe))
+    assert "nothing" in facts.problem
+    assert facts.versions["torch"]

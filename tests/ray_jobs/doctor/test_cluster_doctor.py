@@ -14,24 +14,23 @@ from typer.testing import CliRunner
 
 from ca2st.errors import EnvironmentFault, UserInputError
 from ray_jobs.cli import app
-from ray_jobs.cluster import every_node
+from ray_jobs.cluster import node_check
 from ray_jobs.cluster.every_node import Node
-from ray_jobs.doctor import cluster
-from ray_jobs.doctor import cluster as node_examination
-from ray_jobs.doctor.cluster import (
+from ray_jobs.cluster.node_check import (
     ClockReading,
     Door,
+    NodeFacts,
     StorageLook,
     judge_clocks,
     judge_gpus,
     judge_reach,
     judge_storage,
     judge_versions,
-    merged,
-    remove_token,
+    remove_own_token,
     unseen_tokens,
-    write_token,
+    write_own_token,
 )
+from ray_jobs.commands.doctor import merged
 from ray_jobs.doctor.machine import Finding
 
 A, B, C = "10.0.0.1 (aa)", "10.0.0.2 (bb)", "10.0.0.3 (cc)"
@@ -72,7 +71,7 @@ def test_a_node_that_differs_or_fails_has_a_line_of_its_own() -> None:
 
 def test_j5_a_node_with_other_versions_is_told_with_both() -> None:
     here = {"torch": "2.11.0", "ray": "2.60.0"}
-    findings = judge_versions(here, {A: dict(here), B: {"torch": "2.10.0"}})
+    findings = judge_versions(here, {A: NodeFacts(versions=here), B: NodeFacts(versions={"torch": "2.10.0"})})
     assert told(findings) == [
         ("versions", True, "2 packages as here", A),
         ("versions", False, "ray none, here 2.60.0; torch 2.10.0, here 2.11.0", B),
@@ -80,7 +79,8 @@ def test_j5_a_node_with_other_versions_is_told_with_both() -> None:
 
 
 def test_gpus_that_ray_gives_out_but_torch_does_not_see_are_told() -> None:
-    findings = judge_gpus({A: 8, B: 8, C: 4}, {A: 8, B: 0, C: 8})
+    nodes = [Node(address="10.0.0.1", node_id=f"{n}" * 56, resources={"GPU": gpus}) for n, gpus in enumerate((8, 8, 4))]
+    findings = judge_gpus(dict(zip(nodes, (8, 0, 8), strict=True)))
     assert [(one.ok, one.needed, one.what) for one in findings] == [
         (True, False, "Ray gives out 8, torch sees 8"),
         (False, True, "Ray gives out 8, torch sees 0"),
@@ -100,7 +100,7 @@ def test_a_clock_is_judged_by_what_is_certain_and_needed_only_when_far_off() -> 
 def test_j4_storage_that_is_not_shared_names_both_nodes() -> None:
     looks = {A: StorageLook(), B: StorageLook(unseen=(A, C)), C: StorageLook(problem="no such folder")}
     assert told(judge_storage("/runs", looks)) == [
-        ("storage /runs", True, "written, and read what all 3 wrote", A),
+        ("storage /runs", True, "written, and read what all others wrote", A),
         ("storage /runs", False, f"does not see the file of {A}, does not see the file of {C}", B),
         ("storage /runs", False, "no such folder", C),
     ]
@@ -115,7 +115,7 @@ def test_a_closed_way_between_two_nodes_is_told() -> None:
 
 
 def test_a_door_can_be_entered_until_it_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(every_node, "this_node", lambda: Node(address="127.0.0.1", node_id="aa"))
+    monkeypatch.setattr(node_check, "this_node", lambda: Node(address="127.0.0.1", node_id="aa"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         nobody = free.getsockname()[1]
@@ -127,15 +127,16 @@ def test_a_door_can_be_entered_until_it_is_gone(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_tokens_are_written_seen_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray_jobs.cluster.node_check._SEEN_WITHIN_SECONDS", 0.0)
+    monkeypatch.setattr(node_check, "_SEEN_WITHIN_SECONDS", 0.0)
+    prefix = f"{tmp_path}/t-"
     for node_id in ("aa", "bb"):
-        monkeypatch.setattr(every_node, "this_node", lambda node_id=node_id: Node(address="x", node_id=node_id))
-        assert write_token(str(tmp_path), "t") == ""
-    assert unseen_tokens(str(tmp_path), "t", ["aa", "bb", "cc"]) == ["cc"]
-    remove_token(str(tmp_path), "t")
-    assert unseen_tokens(str(tmp_path), "t", ["aa", "bb"]) == ["bb"]
-    assert write_token(str(tmp_path / "none"), "t") == "no such folder"
-    assert "/proc/" in write_token("/proc", "t")
+        monkeypatch.setattr(node_check, "this_node", lambda node_id=node_id: Node(address="x", node_id=node_id))
+        assert write_own_token(prefix) == ""
+    assert unseen_tokens([f"{prefix}aa", f"{prefix}bb", f"{prefix}cc"]) == [f"{prefix}cc"]
+    remove_own_token(prefix)
+    assert unseen_tokens([f"{prefix}aa", f"{prefix}bb"]) == [f"{prefix}bb"]
+    assert write_own_token(f"{tmp_path}/none/t-") == "no such folder"
+    assert "/proc/" in write_own_token("/proc/t-")
 
 
 def test_the_command_tells_the_cluster_and_ends_with_4_naming_check_and_node(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +152,7 @@ def test_the_command_tells_the_cluster_and_ends_with_4_naming_check_and_node(mon
         return [of_memory(A, 30.5), of_memory(B, 2.0, ok=False)]
 
     monkeypatch.setattr("ray_jobs.cluster.ray_access.ray_session", session)
-    monkeypatch.setattr(cluster, "examine_cluster", examine)
+    monkeypatch.setattr(node_check, "examine_cluster", examine)
     done = CliRunner().invoke(app, ["doctor", "--ray-address", "head:6379", "--storage", "/runs", "--json"])
     assert asked == ["head:6379", "/runs"]
     assert [(one["name"], one["ok"], one["node"]) for one in json.loads(done.stdout.splitlines()[-1])["checks"]] == [
@@ -180,10 +181,10 @@ def test_options_of_the_other_examination_are_refused(options: list[str], told: 
 
 
 def test_a_node_examines_itself_and_signs_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(every_node, "this_node", lambda: Node(address="10.0.0.1", node_id="aabbccddeeff"))
+    monkeypatch.setattr(node_check, "this_node", lambda: Node(address="10.0.0.1", node_id="aabbccddeeff"))
     one = Finding(name="memory", ok=True, what="1 GiB usable")
     monkeypatch.setattr("ray_jobs.doctor.examination.machine_checks", lambda: {"memory": lambda: one})
-    report = node_examination.examine_node(("ca2st", "no-such-package"))
+    report = node_check.examine_machine(("ca2st", "no-such-package"))
     assert [(found.name, found.node) for found in report.findings] == [
         ("memory", "10.0.0.1 (aabbccdd)"),
         ("disk temporary", "10.0.0.1 (aabbccdd)"),
@@ -195,10 +196,9 @@ def test_a_node_without_some_packages_still_tells_everything_else() -> None:
     code = (
         "import sys\n"
         "sys.modules |= dict.fromkeys(('torch', 'av', 'packaging'))\n"
-        "from ray_jobs.cluster import every_node\n"
-        "every_node.this_node = lambda: every_node.Node(address='x', node_id='aabbccddeeff')\n"
-        "from ray_jobs.doctor.cluster import examine_node\n"
-        "report = examine_node(('ca2st', 'no-such-package'))\n"
+        "from ray_jobs.cluster import node_check\n"
+        "node_check.this_node = lambda: node_check.Node(address='x', node_id='aabbccddeeff')\n"
+        "report = node_check.examine_machine(('ca2st', 'no-such-package'))\n"
         "findings = (f'{one.name}: {one.ok}' for one in report.findings)\n"
         "print(report.num_gpus, sorted(report.versions), *findings, sep=';')\n"
         "print(*(one.what for one in report.findings if one.name in ('torch', 'audio aac')), sep='|')\n"
