@@ -7,6 +7,7 @@ Ray Train's trainer, set as a run asks for it.
 The driver: joins a cluster, checks it, trains on it, and ends as what happened there.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -15,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
@@ -124,7 +128,33 @@ def _told(resources: Mapping[str, float]) -> str:
     )
 
 
-class UncleanedTrainer(TorchTrainer):
+class QuietPreemption(PreemptionCallback):
+    """Ray's watcher of announced ends of nodes, as an actor that is not restarted.
+
+    Ray's own may be restarted, takes handles of the workers, and each start logs an error that warns of just this.
+    """
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Start the watcher of a new worker group."""
+        self._stop_watcher()
+        ranks: dict[str, list[int]] = {}
+        actors = {}
+        for worker in worker_group.get_workers():
+            rank = worker.distributed_context.world_rank
+            ranks.setdefault(worker.metadata.node_id, []).append(rank)
+            actors[rank] = worker.actor
+        watcher: Any = ray.remote(num_cpus=0, max_restarts=0)(PreemptionWatcher)
+        self._watcher = watcher.remote(ranks, self._poll_interval_s, actors)
+
+
+class Trainer(TorchTrainer):
+    """Ray Train's, with our watcher of announced ends in place of Ray's."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [*super()._create_default_callbacks(), QuietPreemption()]
+
+
+class UncleanedTrainer(Trainer):
     """For a Ray without a dashboard: Ray's cleaner of placement groups would ask it, and complain every second."""
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -145,7 +175,8 @@ def make_trainer(
 
     `has_dashboard`: of the cluster. `timeout_seconds`: the longest that a worker waits for the others in one exchange.
     """
-    make = TorchTrainer if has_dashboard else UncleanedTrainer
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # `QuietPreemption` takes its place
+    make = Trainer if has_dashboard else UncleanedTrainer
     return make(
         train_on_worker,  # its return value arrives as the result's
         train_loop_config={"recipe": job.recipe, "run_dir": job.run_dir, "folder": str(folder.path)},

@@ -1,33 +1,22 @@
-"""Workers of a cluster watched: lost, stopping, supervised.
+"""The driver's side of a launch: the files it shares with the workers, lost workers, stops and final failures.
 
-How a driver and its workers talk: small files in the run folder, in a folder of their own for every launch.
-
-Training must not wait for a message, and a node may be gone: files on the shared storage, which the run needs anyway,
-ask nothing more of the cluster.
-
-Workers that died without a word: Ray tells of them, and they are put on record with their node.
-
-How a worker learns that it should save and stop, and how a driver ends that has nothing to save yet.
-
-Ray runs a worker's training in a thread, where no signal arrives. A second thread looks for the driver's stop file and
-for Ray's notice that a node will be taken away; whatever one rank sees, all ranks agree on at the next step.
-
-The driver while the workers train: it passes a stop on to them, and ends what no restart can mend.
+A driver and its workers talk by small files in a folder of the launch's own in the run folder: training must not wait
+for a message, a node may be gone, and the run needs the shared storage anyway.
 """
 
 import contextlib
 import json
 import logging
+import math
 import re
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train.v2.api.callback import UserCallback
@@ -39,10 +28,6 @@ from ray_jobs.cluster.every_node import living_nodes
 from ray_jobs.cluster.ray_access import first_line
 from ray_jobs.console import say
 from ray_jobs.runs.failures import FailureRecord, error_of, error_told, keep_failure, read_failure
-
-if TYPE_CHECKING:
-    from ray.train.v2.api.preemption import PreemptionInfo
-
 
 _FOLDER = "launches"
 _STOP_NAME = "stop.json"
@@ -57,8 +42,9 @@ class LaunchFolder:
 
     @classmethod
     def make(cls, run_dir: Path, name: str) -> "LaunchFolder":
-        """A new one. No two launches share a name: Ray would go on with its record of an earlier run of that name."""
+        """Make a new one."""
         plain = re.sub(r"[^\w.-]+", "-", name)  # one folder, whatever a run is called
+        # No two launches share a name: Ray would go on with its record of an earlier run of that name.
         folder = cls(run_dir / _FOLDER / f"{plain}-{time.time_ns()}")
         folder.path.mkdir(parents=True)
         return folder
@@ -74,7 +60,7 @@ class LaunchFolder:
         return self.path.parents[1]
 
     def remove(self) -> None:
-        """When the launch is over."""
+        """Remove it when the launch is over."""
         shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):  # another launch has one too
             self.path.parent.rmdir()
@@ -84,22 +70,22 @@ class LaunchFolder:
         write_bytes(self.path / _STOP_NAME, json.dumps({"signal": signal_number}).encode())
 
     def stop_signal(self) -> int:
-        """The signal that the driver passed on, or 0."""
+        """Return the signal that the driver passed on, or 0."""
         try:
             return int(json.loads((self.path / _STOP_NAME).read_text())["signal"])
         except FileNotFoundError:
             return 0
 
     def num_attempts(self) -> int:
-        """How often workers have begun."""
+        """Return how often workers have begun."""
         return len(list(self.path.glob("attempt-*.rank-0")))
 
     def begin(self, attempt: int, *, rank: int, node: str) -> None:
-        """Leave where the worker of `rank` runs."""
+        """Record where the worker of `rank` runs."""
         write_bytes(self._place(attempt, rank), node.encode())
 
     def node_of(self, attempt: int, rank: int) -> str:
-        """Where the worker of `rank` ran, or an empty text where it never began."""
+        """Return where the worker of `rank` ran, or an empty text where it never began."""
         try:
             return self._place(attempt, rank).read_text()
         except FileNotFoundError:
@@ -113,7 +99,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class LostWorkers(UserCallback):
-    """Called in Ray's controller whenever it finds that workers failed."""
+    """Ray's controller calls this whenever it finds that workers failed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = LaunchFolder(folder)
@@ -127,24 +113,23 @@ class LostWorkers(UserCallback):
             _LOGGER.warning("cannot tell which workers died: %s", error)
 
     def _record(self, worker_exceptions: Mapping[int, Exception]) -> None:
-        died = {rank: error for rank, error in worker_exceptions.items() if died_of(error) is not None}
+        died = {rank: why for rank, error in worker_exceptions.items() if (why := died_of(error)) is not None}
         if not died:
             return
         attempt = self._folder.num_attempts()
-        places = {rank: self._folder.node_of(attempt, rank) for rank in died}
         record = death_record(
-            {rank: died_of(error) or "" for rank, error in died.items()},
-            places,
+            died,
+            {rank: self._folder.node_of(attempt, rank) for rank in died},
             living={node.address for node in living_nodes()},
             attempt=attempt,
             launch=self._folder.name,
-            preempted=any(is_preempted(error) for error in died.values()),
+            preempted=any(map(is_preempted, worker_exceptions.values())),
         )
         keep_failure(self._folder.run_dir, record)
 
 
 def died_of(error: Exception) -> str | None:
-    """Ray's words for the death of a worker's process or node; None when the worker raised `error` itself."""
+    """Return Ray's words for the death of a worker's process or node; None when the worker raised `error` itself."""
     cause = _cause_of(error)
     if isinstance(cause, OutOfMemoryError):  # killed by Ray; no RayActorError, and its last lines are advice
         return first_line(cause)
@@ -152,14 +137,13 @@ def died_of(error: Exception) -> str | None:
 
 
 def is_preempted(error: Exception) -> bool:
-    """Whether a worker died since its node was taken away, as Ray had been told before."""
+    """Return whether a worker died because its node was taken away, as had been announced."""
     cause = _cause_of(error)
     return isinstance(cause, RayActorError) and cause.preempted
 
 
 def _cause_of(error: Exception) -> Exception:
-    """What Ray's health check has found, where that is what failed."""
-    cause: Exception = getattr(error, "health_check_failure", error)
+    cause: Exception = getattr(error, "health_check_failure", error)  # what Ray's health check found
     return cause
 
 
@@ -172,7 +156,7 @@ def death_record(
     launch: str,
     preempted: bool = False,
 ) -> FailureRecord:
-    """What to put on record for workers that died: Ray's words by rank, and their places as ``host (address)``.
+    """Return what to put on record for workers that died: Ray's words by rank, and their places as ``host (address)``.
 
     `preempted`: one of them with a node that was taken away as announced, which explains the others.
     """
@@ -180,10 +164,11 @@ def death_record(
     by_node: dict[str, list[int]] = {}
     for one in sorted(died):
         by_node.setdefault(places[one] or "a node not known", []).append(one)
-    told = "; ".join(_told(place, ranks, living) for place, ranks in by_node.items())
+    what = "; ".join(_death(place, ranks, living) for place, ranks in by_node.items())
+    reasons = [line.strip() for line in died[rank].splitlines() if line.strip()]
     return FailureRecord(
         kind="WorkerDiedError",
-        message=f"{told} ({_last_line(died[rank])})",
+        message=f"{what} ({reasons[-1] if reasons else 'Ray gives no reason'})",
         exit_code=EnvironmentFault.exit_code,
         rank=rank,
         node=places[rank] or "a node not known",
@@ -194,7 +179,7 @@ def death_record(
     )
 
 
-def _told(place: str, ranks: list[int], living: Collection[str]) -> str:
+def _death(place: str, ranks: list[int], living: Collection[str]) -> str:
     address = place.rpartition("(")[2].rstrip(")")
     which = f"rank {', '.join(map(str, ranks))}"
     if address and address not in living and place.endswith(")"):
@@ -202,81 +187,14 @@ def _told(place: str, ranks: list[int], living: Collection[str]) -> str:
     return f"the worker process of {which} on {place} died"
 
 
-def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "Ray gives no reason")
-
-
-PREEMPTED = int(signal.SIGHUP)
-"""How a notice is told to the training loop. Ranks take the highest number any of them saw: a person's SIGINT or
-SIGTERM at the same time counts for more."""
 _POLL_SECONDS = 0.5
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 _CLEANING_SECONDS = 30.0
 """For the way out, after a signal came while there was nothing to save."""
 
 
-@contextlib.contextmanager
-def watching(ask: Callable[[], int], *, poll_seconds: float = _POLL_SECONDS) -> Iterator[StopRequest]:
-    """Ask every `poll_seconds` while the block runs; the first number that is not 0 becomes a stop request.
-
-    An `ask` that fails (storage that does not answer) is told once in the log and asked again.
-    """
-    stop, ended, ask = StopRequest(), threading.Event(), patient(ask)
-
-    def watch() -> None:
-        while not ended.wait(poll_seconds):
-            if number := ask():
-                stop.request(number)
-                return
-
-    watcher = threading.Thread(target=watch, name="stop-watch", daemon=True)
-    watcher.start()
-    try:
-        yield stop
-    finally:
-        ended.set()
-        watcher.join()
-
-
-def patient(ask: Callable[[], int]) -> Callable[[], int]:
-    """`ask`, with 0 for an answer while it fails (storage that does not answer); the log tells of the first time."""
-    troubled = False
-
-    def answer() -> int:
-        nonlocal troubled
-        try:
-            return ask()
-        except (OSError, ValueError) as error:
-            if not troubled:
-                _LOGGER.warning("cannot see whether to stop, trying again: %s", error)
-            troubled = True
-            return 0
-
-    return answer
-
-
-def preemption_notice() -> "PreemptionInfo | None":
-    """Ray's notice that nodes of this worker group will be taken away, as this worker has it; None: none.
-
-    Ray's public ``get_preemption_info`` waits for all ranks; a thread of one rank must not.
-    """
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    return get_train_context().preemption_context.preemption_info
-
-
-def hold(until: Callable[[], int], *, poll_seconds: float = _POLL_SECONDS) -> None:
-    """Wait, the state being saved, for Ray to take this worker down: it does when the notice has run out.
-
-    Ending before would not do: Ray counts a run whose workers return as finished and one whose workers fail as failed.
-    Returns only when `until` says that a person asked to stop after all.
-    """
-    while not until():
-        time.sleep(poll_seconds)
-
-
 class _SignalledError(BaseException):
-    """A signal on its way out: no ``except Exception`` on the way takes it for a failure that may pass."""
+    """A signal on its way out, which no ``except Exception`` on the way takes for a failure that may pass."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -329,44 +247,13 @@ def _only_handler(handle: Callable[[int, object], None]) -> Iterator[None]:
         signal.signal = install
 
 
-Move = Literal["wait", "finish", "pass stop on", "end stopped", "end failed"]
 FINAL_GRACE_SECONDS = 8.0
 """How long ranks may take to end after one of them failed for good: the others may wait in a collective for ever."""
 _NOT_TRAINING = "stopped before its workers trained again; the newest checkpoint counts; rerun to resume"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Situation:
-    """What the driver knows at one moment; seconds since something happened are None where it has not."""
-
-    ended: bool
-    """Ray has given the run's result."""
-    stop_asked: bool
-    since_passed_on: float | None
-    """Seconds since the workers were told to stop."""
-    started: bool
-    """Workers have begun at least once."""
-    since_final: float | None
-    """Seconds since a failure was seen that no restart can mend."""
-    grace_seconds: float
-    """How long workers may take to save and end."""
-
-
-def next_move(now: Situation) -> Move:
-    """What the driver does now."""
-    if now.ended:
-        return "finish"
-    if now.stop_asked and now.since_passed_on is None:
-        return "pass stop on"
-    if now.since_passed_on is not None and (not now.started or now.since_passed_on >= now.grace_seconds):
-        return "end stopped" if now.since_final is None else "end failed"
-    if now.since_final is not None and now.since_final >= FINAL_GRACE_SECONDS:
-        return "end failed"
-    return "wait"
-
-
 class Supervision:
-    """Watches one launch until it is over."""
+    """The driver's watch over one launch: it passes a stop on to the workers, and ends what no restart can fix."""
 
     def __init__(
         self,
@@ -379,78 +266,58 @@ class Supervision:
     ) -> None:
         self._folder, self._stop, self._grace_seconds = folder, stop, grace_seconds
         self._clock, self._sleep = clock, sleep
-        self._passed_on: float | None = None
-        self._final: float | None = None
-        self._started = False
-        self._told: FailureRecord | None = None
+        self._reported: FailureRecord | None = None
 
     def until_over(self, fit: "Future[dict[str, str]]") -> None:
         """Return when the run is done; raise how it ended otherwise, or what Ray raised.
 
         Raises:
             RunStoppedError: a signal stopped it.
-            CA2STError: the failure on record, of its own kind, that no restart can mend.
+            CA2STError: the failure on record, of its own kind, that no restart can fix.
         """
-        while True:
-            move = next_move(self._situation(fit))
-            if move == "finish":
-                self._finish(fit.result())
-                return
-            if move == "pass stop on":
+        stop_by = fail_by = math.inf
+        while not fit.done():
+            now, failure = self._clock(), self._new_failure()
+            if failure is not None and failure.final:
+                fail_by = min(fail_by, now + FINAL_GRACE_SECONDS)
+            if self._stop.signal_number and stop_by == math.inf:
                 self._folder.ask_stop(self._stop.signal_number)
-                self._passed_on = self._clock()
+                stop_by = now + (self._grace_seconds if self._folder.num_attempts() else 0.0)
                 say("stopping: the workers save a checkpoint first; a second signal ends at once")
-            elif move == "end stopped":
-                raise self._stopped("its workers had not ended; the newest checkpoint counts; rerun to resume")
-            elif move == "end failed":
+            if now >= fail_by or (now >= stop_by and fail_by < math.inf):
                 raise self._failed({})
-            else:
-                self._sleep(_POLL_SECONDS)
-
-    def failure(self) -> FailureRecord | None:
-        """What is on record of this launch."""
-        failure = read_failure(self._folder.run_dir)
-        return failure if failure is not None and failure.launch == self._folder.name else None
-
-    def _situation(self, fit: "Future[dict[str, str]]") -> Situation:
-        failure = self.failure()
-        if failure is not None and failure.final and self._final is None:
-            self._final = self._clock()
-        if failure is not None and not failure.echo and not failure.final and failure != self._told:
-            self._told = failure
-            say(_told_of_supervision(failure))
-        return Situation(
-            ended=fit.done(),
-            stop_asked=self._stop.signal_number != 0,
-            since_passed_on=None if self._passed_on is None else self._clock() - self._passed_on,
-            started=self._has_started(),
-            since_final=None if self._final is None else self._clock() - self._final,
-            grace_seconds=self._grace_seconds,
-        )
-
-    def _has_started(self) -> bool:
-        self._started = self._started or self._folder.num_attempts() > 0
-        return self._started
-
-    def _finish(self, ended: dict[str, str]) -> None:
+            if now >= stop_by:
+                raise self._stopped("its workers had not ended; the newest checkpoint counts; rerun to resume")
+            self._sleep(_POLL_SECONDS)
+        ended = fit.result()
         if ended["status"] == "stopped":
             raise self._stopped(ended["message"] or _NOT_TRAINING)
         if ended["status"] == "failed":
             raise self._failed(ended)
 
+    def failure(self) -> FailureRecord | None:
+        """Return what is on record of this launch."""
+        failure = read_failure(self._folder.run_dir)
+        return failure if failure is not None and failure.launch == self._folder.name else None
+
+    def _new_failure(self) -> FailureRecord | None:
+        """Return what is on record; say what starting again may fix, once."""
+        failure = self.failure()
+        if failure is None or failure.echo or failure.final or failure == self._reported:
+            return failure
+        self._reported = failure
+        if failure.preempted:
+            say(f"taken away as announced: {failure}; the workers are started again on the nodes there are")
+        else:
+            say(f"failed: {failure}; the workers are started again as long as restarts are left")
+        return failure
+
     def _stopped(self, message: str) -> Exception:
         return stopped_error(self._stop.signal_number, message)
 
     def _failed(self, ended: Mapping[str, str]) -> Exception:
-        """What no restart mends, from the record or, where it could not be written, as rank 0 told it."""
+        """Return what no restart fixes, from the record or, where it could not be written, as rank 0 reported it."""
         failure = self.failure()
         if ended.get("message") and (failure is None or not failure.final):
             return error_told(ended["message"], int(ended["exit_code"]))
         return error_of(failure) if failure is not None else error_told("failed; see the log of its workers", 1)
-
-
-def _told_of_supervision(failure: FailureRecord) -> str:
-    """What to say of a failure that starting again may mend."""
-    if failure.preempted:
-        return f"taken away as announced: {failure}; the workers are started again on the nodes there are"
-    return f"failed: {failure}; the workers are started again as long as restarts are left"

@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,34 +11,11 @@ from ca2st.errors import DataDamageError, EnvironmentFault, RetriesUsedUpError
 from ca2st.training.errors import InterruptedRunError, TerminatedError
 from ca2st.training.signals import StopRequest
 from ray_jobs.cluster.driver import Fleet, demand_of
-from ray_jobs.cluster.supervision import FINAL_GRACE_SECONDS, LaunchFolder, Situation, Supervision, next_move
+from ray_jobs.cluster.supervision import LaunchFolder, Supervision
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.runs.failures import FailureRecord, keep_failure
 from ray_jobs.runs.worker import Job
-
-WAITING = Situation(
-    ended=False, stop_asked=False, since_passed_on=None, started=True, since_final=None, grace_seconds=25.0
-)
-
-
-@pytest.mark.parametrize(
-    ("changes", "move"),
-    [
-        ({}, "wait"),
-        ({"ended": True, "stop_asked": True}, "finish"),
-        ({"stop_asked": True}, "pass stop on"),
-        ({"stop_asked": True, "since_passed_on": 24.0}, "wait"),
-        ({"stop_asked": True, "since_passed_on": 25.0}, "end stopped"),
-        ({"stop_asked": True, "since_passed_on": 0.0, "started": False}, "end stopped"),
-        ({"since_final": FINAL_GRACE_SECONDS - 1}, "wait"),
-        ({"since_final": FINAL_GRACE_SECONDS}, "end failed"),
-        ({"since_final": FINAL_GRACE_SECONDS, "ended": True}, "finish"),
-        ({"stop_asked": True, "since_passed_on": 25.0, "since_final": 1.0}, "end failed"),
-    ],
-)
-def test_t14_the_driver_waits_as_long_as_workers_may_need_and_no_longer(changes: dict[str, object], move: str) -> None:
-    assert next_move(replace(WAITING, **changes)) == move  # type: ignore[arg-type]  # the names of its fields
 
 
 class Driver:
@@ -113,6 +89,21 @@ def test_t14_a_signal_to_the_driver_reaches_the_workers_and_ends_the_run_resumab
 def test_t14_workers_that_do_not_end_in_their_grace_are_not_waited_for(driver: Driver) -> None:
     driver.at[1.0] = driver.stop.request
     with pytest.raises(TerminatedError, match="had not ended"):
+        driver.watch()
+    assert driver.now == 26.0
+
+
+def test_t14_workers_that_end_at_the_last_moment_of_their_grace_are_waited_for(driver: Driver) -> None:
+    driver.at[1.0] = driver.stop.request
+    driver.at[25.5] = lambda: driver.ends("stopped", "saved after step 7")
+    with pytest.raises(TerminatedError, match="saved after step 7"):
+        driver.watch()
+
+
+def test_t4_a_final_failure_counts_for_more_than_a_stop_that_comes_with_it(driver: Driver) -> None:
+    driver.at[1.0] = driver.stop.request
+    driver.at[25.0] = lambda: driver.fails(final=True)
+    with pytest.raises(DataDamageError, match="shard 3"):
         driver.watch()
     assert driver.now == 26.0
 

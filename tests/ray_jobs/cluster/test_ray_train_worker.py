@@ -16,7 +16,6 @@ from ca2st.durable import InjectedFault
 from ca2st.errors import DataDamageError
 from ca2st.training.errors import PeerFailedError, StopNotSavedError, TerminatedError
 from ray_jobs.cluster import supervision as lost_workers
-from ray_jobs.cluster import supervision as stopping
 from ray_jobs.cluster import worker_life
 from ray_jobs.cluster.driver import demand_of
 from ray_jobs.cluster.every_node import Node
@@ -141,7 +140,7 @@ def test_t14_a_worker_that_holds_its_place_outlives_storage_that_does_not_answer
         return answer
 
     monkeypatch.setattr(LaunchFolder, "stop_signal", stop_signal)
-    monkeypatch.setattr(worker_life, "hold", partial(stopping.hold, poll_seconds=0.0))
+    monkeypatch.setattr(worker_life, "hold", partial(worker_life.hold, poll_seconds=0.0))
     monkeypatch.setattr(worker_life, "watching", lambda _ask: contextlib.nullcontext())
     assert group.worker(raising(TerminatedError("stopped by signal 1 after step 6")))["status"] == "stopped"
     assert (answers, caplog.text.count("stale")) == ([], 1)
@@ -265,7 +264,9 @@ def test_t2_ray_gets_the_resources_placement_and_restarts_of_the_recipe(
     assert run_config.failure_config.max_failures == 3
     assert run_config.failure_config.max_preemption_failures == -1
     assert run_config.name == folder.name
-    assert not any("PlacementGroupCleaner" in type(one).__name__ for one in trainer._create_default_callbacks())
+    callbacks = {type(one).__name__ for one in trainer._create_default_callbacks()}
+    assert "PlacementGroupCleanerCallback" not in callbacks
+    assert "QuietPreemption" in callbacks
 
 
 def test_a_line_for_the_person_is_written_once_where_ray_replaces_print(
