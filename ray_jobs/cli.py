@@ -1,4 +1,4 @@
-"""The command ``ca2st``: one group of commands, one place where errors become exit codes.
+"""The command ``ca2st``: its commands, and the one place where errors become exit codes.
 
 Exit codes: 0 done, 1 a fault of ours, 2 user input, 3 damaged data, 4 environment, 5 numeric, 6 retries used up,
 130 and 143 interrupted and terminated.
@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a fault of ours, 2 user input, 3 damaged data, 4 environme
 
 import contextlib
 import errno
+import inspect
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -16,22 +17,7 @@ import typer.core
 from ca2st import __version__
 from ca2st.durable import is_environment_error, what_is_needed
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError
-from ray_jobs.commands import (
-    bench,
-    compare,
-    demo,
-    doctor,
-    evaluate,
-    explain,
-    features,
-    model,
-    predict,
-    shard,
-    submit,
-    track,
-    train,
-    weights,
-)
+from ray_jobs.commands import machine, models, runs, shard, submit, train
 from ray_jobs.console import say, show_log, stdout_for_results
 from ray_jobs.environment import wait_passively
 
@@ -61,22 +47,40 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.demo)
+for command in (
+    machine.demo,
+    train.train,
+    submit.submit,
+    runs.evaluate,
+    runs.predict,
+    runs.compare,
+    runs.explain,
+    runs.features,
+    machine.doctor,
+):
+    app.command()(command)
 app.add_typer(shard.app, name="shard", help="Turn videos and annotations into verified shards.")
 app.add_typer(
-    weights.app, name="weights", help="Weights of published checkpoints, and the proof that the model is right."
+    models.weights, name="weights", help="Weights of published checkpoints, and the proof that the model is right."
 )
-app.add_typer(model.app, name="model", help="Structure, parameters and multiply-adds of a model.")
-app.add_typer(bench.app, name="bench", help="How fast model and loader are, each beside a baseline in the same run.")
-app.command("train")(train.train)
-app.command("submit")(submit.submit)
-app.command("evaluate")(evaluate.evaluate)
-app.command("predict")(predict.predict)
-app.command("compare")(compare.compare)
-app.command("explain")(explain.explain)
-app.command("features")(features.features)
-app.command("doctor")(doctor.doctor)
-app.add_typer(track.app, name="track", help="MLflow follows the journal of a run.")
+app.add_typer(models.model, name="model", help="Structure, parameters and multiply-adds of a model.")
+app.add_typer(
+    machine.bench, name="bench", help="How fast model and loader are, each beside a baseline in the same run."
+)
+app.add_typer(runs.track, name="track", help="MLflow follows the journal of a run.")
+
+
+def _join_lines(group: typer.Typer) -> None:
+    """Make each paragraph of a help text one line: typer would keep the line breaks of docstrings in the terminal."""
+    for info in group.registered_commands:
+        paragraphs = (inspect.getdoc(info.callback) or "").split("\n\n")
+        info.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    for subgroup in group.registered_groups:
+        if subgroup.typer_instance is not None:
+            _join_lines(subgroup.typer_instance)
+
+
+_join_lines(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -104,8 +108,8 @@ def main(program: typer.Typer = app) -> None:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         if error.errno in _OF_A_NAME and _is_given(error.filename, sys.argv[1:]):
-            told = UserInputError(f"{place}{error.strerror}; check the name that was given")
-            _end(told, told.exit_code)
+            wrong = UserInputError(f"{place}{error.strerror}; check the name that was given")
+            _end(wrong, wrong.exit_code)
         if not is_environment_error(error):
             raise
         _end(EnvironmentFault(f"{place}{error.strerror}; {what_is_needed(error)}"), EnvironmentFault.exit_code)

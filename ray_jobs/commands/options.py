@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
+
+import typer
 
 from ca2st.errors import UserInputError
 
@@ -11,6 +13,8 @@ if TYPE_CHECKING:
     from sharding.datasets import SyntheticConfig
 
 
+Json = Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")]
+Out = Annotated[Path | None, typer.Option(help="File for the report, as JSON.")]
 _FIELDS = {"frame_rate": "frames_per_second"}
 """Options of the synthetic world whose setting has another name."""
 
@@ -24,27 +28,6 @@ def refuse_without_ray(*, accept_open_ray: bool, ray: bool) -> None:
     if accept_open_ray and not ray:
         raise UserInputError(
             "--i-accept-open-ray: expected --ray beside it; without, Ray is not used at all: leave it out, or add --ray"
-        )
-
-
-def refuse_other_examination(
-    *, ray_address: str | None, of_machine: Mapping[str, object], of_cluster: Mapping[str, object]
-) -> None:
-    """Refuse the options of ``doctor`` that belong to its other half: one machine, or a cluster.
-
-    Raises:
-        UserInputError: one of `of_machine` was given beside ``--ray-address``, or one of `of_cluster` without.
-    """
-    if ray_address is None:
-        if given := [flag for flag, value in of_cluster.items() if value]:
-            raise UserInputError(
-                f"{given[0]}: expected --ray-address beside it; without, only this machine is examined, and no Ray is "
-                "joined: leave it out, or add --ray-address"
-            )
-    elif given := [flag for flag, value in of_machine.items() if value is not None]:
-        raise UserInputError(
-            f"{given[0]}: expected no --ray-address beside it; of a cluster the nodes are examined, and with --storage "
-            "what they share: leave one of the two out"
         )
 
 

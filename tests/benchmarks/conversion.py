@@ -28,7 +28,8 @@ from ca2st.processes import num_cores
 from pipelines.benchmark.clips import source_list
 from ray_jobs.bench_report import bench_facts, write_report
 from ray_jobs.cli import main
-from ray_jobs.commands.bench import Clips, Codec, Json, Media, Out, Work
+from ray_jobs.commands.machine import Clips, Codec, Media, Work
+from ray_jobs.commands.options import Json, Out
 from ray_jobs.console import progress, require_writable_place
 from ray_jobs.runs.bench_data import source_files, work_folder
 from sharding.conversion import convert

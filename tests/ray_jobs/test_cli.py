@@ -1,6 +1,7 @@
 """The command line: one-line errors with what to do, stable exit codes, nothing half-written."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -78,6 +79,15 @@ def test_every_command_has_help_with_an_example(ca2st: Command, command: str) ->
     code, out, _ = ca2st(*command.split(), "--help")
     assert code == 0
     assert f"Example: ca2st {command}" in " ".join(out.split())
+
+
+def test_help_breaks_no_line_inside_a_sentence(ca2st: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "500")  # as wide as any paragraph
+    for command in ("train", "doctor", "shard build", "track sync"):
+        code, out, _ = ca2st(*command.split(), "--help")
+        assert code == 0
+        lines = [line.strip() for line in out.partition("╭")[0].splitlines()]
+        assert not [line for line, following in itertools.pairwise(lines) if line and following], out
 
 
 def test_a_dry_run_reads_the_annotations_only(ca2st: Command, tmp_path: Path) -> None:

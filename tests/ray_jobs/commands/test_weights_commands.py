@@ -14,7 +14,7 @@ import torch
 from ca2st.weights import read_model_file
 from ca2st.weights.tensor_files import read_tensor_file
 from ray_jobs.cli import main
-from ray_jobs.commands.weights import Kind
+from ray_jobs.commands.models import WeightsKind
 from ray_jobs.config.recipe import recipe_from_document
 from ray_jobs.runs.inference import load_trained
 from ray_jobs.runs.model import make_model
@@ -55,7 +55,7 @@ def test_every_weights_command_has_help_with_an_example(ca2st, command):
 def test_every_kind_of_the_command_has_an_importer():
     from ca2st.weights.importer import _IMPORTERS
 
-    assert set(Kind) == set(_IMPORTERS)
+    assert set(WeightsKind) == set(_IMPORTERS)
 
 
 def test_the_report_as_json(ca2st, tmp_path, clip_file):

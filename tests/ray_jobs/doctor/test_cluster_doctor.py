@@ -30,7 +30,7 @@ from ray_jobs.cluster.node_check import (
     unseen_tokens,
     write_own_token,
 )
-from ray_jobs.commands.doctor import merged
+from ray_jobs.commands.machine import merged
 from ray_jobs.doctor.machine import Finding
 
 A, B, C = "10.0.0.1 (aa)", "10.0.0.2 (bb)", "10.0.0.3 (cc)"

@@ -1,21 +1,29 @@
-"""``ca2st bench loader`` and ``ca2st bench model``: how fast data comes, and how fast a model computes."""
+"""Commands that try this machine: doctor, demo and ``ca2st bench``."""
 
+import re
 import sys
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ray_jobs.commands.model import Size
+from ca2st.errors import EnvironmentFault, UserInputError
+from ray_jobs.commands.models import Size
+from ray_jobs.commands.options import Json, Out
 
 if TYPE_CHECKING:
     from ca2st.benchmark.model import ModelBenchmark, ModelReport
     from ca2st.spec import ClipSpec
     from pipelines.benchmark.loader import Consumer, LoaderBenchmark, SplitReport
+    from ray_jobs.demo.answers import DemoReport
+    from ray_jobs.doctor.machine import Finding
 
-app = typer.Typer(no_args_is_help=True)
+bench = typer.Typer(no_args_is_help=True)
+_AMOUNT = re.compile(r"-?\d+(?:\.\d+)?(?= (?:of|GiB|s)\b)")
+"""A number that may differ from node to node; versions and counts are none of these."""
 
 Clips = Annotated[int, typer.Option(min=2, help="Source files to draw: 10 s, 30 fps, 320x240, H.264 with sound.")]
 Codec = Annotated[str, typer.Option(help="Codec of the shards.")]
@@ -23,8 +31,182 @@ Media = Annotated[Path | None, typer.Option(help="Folder with video files of you
 Work = Annotated[
     Path | None, typer.Option(help="Folder to keep drawn files and shards in, for the next time; default: temporary.")
 ]
-Out = Annotated[Path | None, typer.Option(help="File for the report, as JSON.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")]
+
+
+def doctor(
+    out: Annotated[Path | None, typer.Option(help="Folder that runs are written under; default: runs.")] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow store; default: as a training takes it.")] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Examine every node of this Ray cluster: auto, or host:port of its head.", metavar="ADDRESS"),
+    ] = None,
+    storage: Annotated[
+        list[Path] | None, typer.Option(help="With --ray-address: a folder that all nodes should share; repeatable.")
+    ] = None,
+    accept_open_ray: Annotated[
+        bool, typer.Option("--i-accept-open-ray", help="Join a cluster that asks nobody for a token.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Try what a training needs on this machine: packages, GPU, codecs, disk, MLflow, Ray; and say how to fix it.
+
+    With --ray-address on every node of a cluster, and between them: versions, shared storage, connections, clocks;
+    what is the same on all nodes is printed once. Ends with 4 where something needed does not work; what is only
+    slower without it is marked optional.
+
+    Example: ca2st doctor, or: ca2st doctor --ray-address auto --storage /shared/runs
+    """
+    from ray_jobs.config.sections import LaunchConfig
+    from ray_jobs.console import print_json
+
+    _refuse_other_examination(
+        ray_address=ray_address,
+        of_machine={"--out": out, "--tracking-uri": tracking_uri},
+        of_cluster={"--storage": storage, "--i-accept-open-ray": accept_open_ray},
+    )
+    if ray_address is None:
+        findings = _examine_machine(out or Path(LaunchConfig().runs_folder), tracking_uri, show=not as_json)
+    else:
+        findings = _examine_cluster(ray_address, storage or [], accept_open_ray, show=not as_json)
+    if as_json:
+        print_json({"checks": findings})
+    if broken := [_name(finding) for finding in findings if not finding.ok and finding.needed]:
+        raise EnvironmentFault(f"needed and not working: {', '.join(broken)}; the fix stands with each")
+
+
+def _examine_machine(out: Path, tracking_uri: str | None, *, show: bool) -> "list[Finding]":
+    from ray_jobs.console import result
+    from ray_jobs.doctor.examination import all_checks, examine
+
+    findings = []
+    for finding in examine(all_checks(out, tracking_uri=tracking_uri)):
+        findings.append(finding)
+        if show:
+            result(_line(finding))
+    return findings
+
+
+def _examine_cluster(address: str, storage: Sequence[Path], accept_open: bool, *, show: bool) -> "list[Finding]":
+    from ray_jobs.cluster.ray_access import found_access, ray_session
+    from ray_jobs.console import result, say
+
+    with ray_session(address, access=found_access(accept_open=accept_open)):
+        from ray_jobs.cluster.node_check import examine_cluster
+
+        say("asking every node; a cold one takes a minute")
+        findings = examine_cluster([str(folder.absolute()) for folder in storage])
+    if show:
+        for finding in merged(findings):
+            result(_line(finding))
+    return findings
+
+
+def merged(findings: "Sequence[Finding]") -> "list[Finding]":
+    """Join findings that nodes share: `node` then names all of them; amounts that are ok are given as a range."""
+    by_name: dict[str, list[Finding]] = {}
+    for finding in findings:
+        by_name.setdefault(finding.name, []).append(finding)
+    num_nodes = len({finding.node for finding in findings if finding.node is not None})
+    return [one for group in by_name.values() for one in _merged_group(group, num_nodes)]
+
+
+def _merged_group(group: "Sequence[Finding]", num_nodes: int) -> "list[Finding]":
+    by_answer: dict[tuple[bool, bool, str], list[Finding]] = {}
+    for finding in group:
+        what = _AMOUNT.sub("#", finding.what) if finding.ok else finding.what
+        by_answer.setdefault((finding.ok, finding.needed or finding.ok, what), []).append(finding)
+    return [
+        one[0] if one[0].node is None else replace(one[0], what=_in_ranges(one), node=_nodes(one, num_nodes))
+        for one in by_answer.values()
+    ]
+
+
+def _nodes(group: "Sequence[Finding]", num_nodes: int) -> str:
+    if len(group) == num_nodes > 1:
+        return f"all {num_nodes} nodes"
+    return ", ".join(str(finding.node) for finding in group)
+
+
+def _in_ranges(group: "Sequence[Finding]") -> str:
+    """Return the common text, an amount that differs as ``least to most``."""
+    columns = iter(list(zip(*(_AMOUNT.findall(finding.what) for finding in group), strict=True)))
+
+    def amount(match: re.Match[str]) -> str:
+        values = sorted(set(next(columns)), key=float)
+        return match.group() if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+    return _AMOUNT.sub(amount, group[0].what) if group[0].ok else group[0].what
+
+
+def _name(finding: "Finding") -> str:
+    return finding.name if finding.node is None else f"{finding.name} on {finding.node}"
+
+
+def _line(finding: "Finding") -> str:
+    mark = "ok" if finding.ok else "NOT OK" if finding.needed else "optional"
+    node = f"  [{finding.node}]" if finding.node is not None else ""
+    fix = f"\n{'':<25}fix: {finding.mend}" if not finding.ok else ""
+    return f"{mark:<9}{finding.name:<16}{finding.what}{node}{fix}"
+
+
+def _refuse_other_examination(
+    *, ray_address: str | None, of_machine: Mapping[str, object], of_cluster: Mapping[str, object]
+) -> None:
+    """Refuse the options of ``doctor`` that belong to its other half: one machine, or a cluster.
+
+    Raises:
+        UserInputError: one of `of_machine` was given beside ``--ray-address``, or one of `of_cluster` without.
+    """
+    if ray_address is None:
+        if given := [flag for flag, value in of_cluster.items() if value]:
+            raise UserInputError(
+                f"{given[0]}: expected --ray-address beside it; without, only this machine is examined, and no Ray is "
+                "joined: leave it out, or add --ray-address"
+            )
+    elif given := [flag for flag, value in of_machine.items() if value is not None]:
+        raise UserInputError(
+            f"{given[0]}: expected no --ray-address beside it; of a cluster the nodes are examined, and with --storage "
+            "what they share: leave one of the two out"
+        )
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes; rerun to go on.")] = Path("demo"),
+    as_json: Json = False,
+) -> None:
+    """Make a small audio-visual world, shard it, train small models on frozen experts, compare them, write a page.
+
+    Example: ca2st demo --out demo
+    """
+    from ray_jobs.console import print_json
+    from ray_jobs.demo.demo import run_demo
+
+    report = run_demo(out)
+    if as_json:
+        print_json(report)
+    else:
+        _print_demo(report)
+
+
+def _print_demo(report: "DemoReport") -> None:
+    from ray_jobs.console import result
+    from ray_jobs.demo.answers import next_steps
+
+    result(f"\n{'model':<10} {'trainable':>10} {'top-1':>7} {'ceiling':>8} {'clips/s':>8}  MLflow run")
+    for run in report.runs:
+        result(
+            f"{run.model:<10} {run.trainable:>10,} {run.top1:>7.1%} {run.ceiling:>8.1%} "
+            f"{run.clips_per_second:>8.0f}  {run.run_id or 'not tracked'}"
+        )
+    chance = report.runs[-1].chance
+    result(f"The ceiling is the best that anybody could reach with what a model is given; chance is {chance:.1%}.")
+    result("Experts alone: " + ", ".join(f"{one.expert} {one.top1:.1%} on {one.factor}" for one in report.experts))
+    result(f"\n{report.prediction.video}")
+    for prediction in report.prediction.predictions:
+        result(f"  {prediction.probability:6.1%}  {prediction.label}")
+    result(f"\nDone in {report.seconds:.0f} s. Look at {report.page} in a browser. What to try next:")
+    for step in next_steps(report):
+        result(f"  {step.command}\n      {step.says}")
 
 
 class Backend(StrEnum):
@@ -44,7 +226,7 @@ class ConsumerKind(StrEnum):
     CA2ST = "ca2st"
 
 
-@app.command(epilog="Example: ca2st bench loader --json")
+@bench.command(epilog="Example: ca2st bench loader --json")
 def loader(
     clips: Clips = 24,
     seconds: Annotated[float, typer.Option(help="Time for each variant in training, and in validation.")] = 20.0,
@@ -70,12 +252,11 @@ def loader(
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Clips a second of the training and the validation loader, beside what people use today, in the same run.
+    """Measure clips per second of the training and the validation loader, beside what people use today in the same run.
 
-    The baseline is a torch DataLoader with a worker a core over the original H.264 files: PyAV from the nearest key
+    The baseline is a torch DataLoader with one worker per core over the original H.264 files: PyAV from the nearest key
     frame, timm's RandAugment on Pillow frames, torchvision. The variants take turns; medians are reported.
     """
-    from ca2st.spec import ClipSpec
     from pipelines.benchmark.loader import NUM_STEPS, LoaderBenchConfig, benchmark_loader
     from ray_jobs.bench_report import bench_facts, write_report
     from ray_jobs.console import progress, require_writable_place
@@ -90,7 +271,6 @@ def loader(
         backend=backend.value,
         rand_augment=rand_augment,
         baseline=baseline,
-        clip=ClipSpec(),
     )
     if out is not None:
         require_writable_place(out, "--out")
@@ -105,8 +285,7 @@ def loader(
                 consumer_name=name,
                 update=update,
             )
-    facts = bench_facts(asdict(found), command=_command())
-    write_report(facts, _loader_lines(found), out=out, as_json=as_json)
+    write_report(bench_facts(asdict(found), command=_command()), _loader_lines(found), out=out, as_json=as_json)
 
 
 class Device(StrEnum):
@@ -124,7 +303,7 @@ class Precision(StrEnum):
     BF16 = "bf16"
 
 
-@app.command(epilog="Example: ca2st bench model --json")
+@bench.command(epilog="Example: ca2st bench model --json")
 def model(
     models: Annotated[str, typer.Option(help="Kinds of model, comma between.")] = "cast,cava,ca2st",
     size: Annotated[Size, typer.Option(help="Width and depth of the experts.")] = Size.VIT_B,
@@ -148,7 +327,7 @@ def model(
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Clips a second, memory and share of the device's limit, beside the plain formulation in the same run.
+    """Measure clips per second, memory and share of the device's limit, beside the plain formulation in the same run.
 
     For each model: the forward pass, and the training step with frozen experts (loss, backward, AdamW). The variants
     take turns, pass by pass; medians and ranges are reported. The headline is the first model's training step.
@@ -196,7 +375,7 @@ def _consumer(kind: ConsumerKind, size: str, layers: int | None, clip: "ClipSpec
 def _loader_lines(found: "LoaderBenchmark") -> list[str]:
     head = found.headspace
     return [
-        f"{found.num_clips} clips, shards {found.codec} ({found.shard_bytes_per_clip / 1e6:.2f} MB a clip, originals "
+        f"{found.num_clips} clips, shards {found.codec} ({found.shard_bytes_per_clip / 1e6:.2f} MB per clip, originals "
         f"{found.source_bytes_per_clip / 1e6:.2f} MB), backend {found.backend}, {found.threads} threads; "
         f"load before: {found.load_before:.1f}",
         *_split_lines("train", found.train),
@@ -219,7 +398,7 @@ def _split_lines(name: str, report: "SplitReport") -> list[str]:
 
 def _stages(stages: Any) -> str:
     shown = ", ".join(f"{name.removesuffix('_ms')} {value:.1f}" for name, value in stages.items() if value >= 0.05)
-    return f"({shown} ms a clip)"
+    return f"({shown} ms per clip)"
 
 
 def _model_lines(found: "ModelBenchmark") -> list[str]:

@@ -1,0 +1,257 @@
+"""Commands on finished runs: evaluate, predict, features, explain, compare, and ``track sync``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ca2st.errors import EnvironmentFault, UserInputError
+from ray_jobs.commands.options import Json
+
+if TYPE_CHECKING:
+    from pipelines.views.draws import EvaluationViews
+    from ray_jobs.compare.report import Comparison
+
+Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder for its newest one.")]
+_MOST_SHOWN_SETTINGS = 40
+_MOST_SHOWN_CHARACTERS = 32
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[str, typer.Option(help="Shards to test on: a folder or a URL.")],
+    views: Annotated[str, typer.Option(help="Clips x crops per sample: 2x3 as published, Kinetics-400: 5x3.")] = "2x3",
+    predictions: Annotated[
+        Path | None, typer.Option(help="Parquet file for the predictions; default: in the run folder.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score every sample once: softmax per view, mean over the views of a sample, arg-max.
+
+    Example: ca2st evaluate runs/smoke --data shards/validation --views 2x3
+    """
+    from ray_jobs.console import print_json, result, table
+    from ray_jobs.runs.inference import evaluate_checkpoint
+
+    report = evaluate_checkpoint(checkpoint, data, _test_views(views), predictions=predictions)
+    facts = {
+        **report.metrics,
+        "top1": report.metrics[report.main_metric],
+        "num_samples": report.num_samples,
+        "views": views,
+        "predictions": str(report.predictions),
+        "checkpoint": str(report.checkpoint),
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        result(table(facts))
+
+
+def predict(
+    checkpoint: Checkpoint,
+    videos: Annotated[
+        list[Path],
+        typer.Argument(help="Video files of any kind FFmpeg reads, folders of them, or patterns: 'clips/**/*.mp4'."),
+    ],
+    top: Annotated[int, typer.Option(min=1, help="How many classes per video.")] = 5,
+    views: Annotated[str, typer.Option(help="Clips x crops per video.")] = "2x3",
+    as_json: Json = False,
+) -> None:
+    """Classify video files with a trained model; ends with 3 when some cannot be read, and names them.
+
+    Example: ca2st predict runs/smoke holiday.mp4 --top 3
+    """
+    from ray_jobs.console import counted, print_json, result, say
+    from ray_jobs.runs.prediction import find_videos, predict_readable
+
+    files, aside = find_videos(videos)
+    if aside:
+        more = f" and {len(aside) - 5} more" if len(aside) > 5 else ""
+        say(f"left aside, no videos by their endings: {', '.join(map(str, aside[:5]))}{more}")
+    report = predict_readable(checkpoint, files, top=top, views=_test_views(views))
+    if as_json:
+        print_json(report)
+    for video in () if as_json else report.videos:
+        result(video.video)
+        for prediction in video.predictions:
+            result(f"  {prediction.probability:6.1%}  {prediction.target}: {prediction.label}")
+    if report.notes:
+        say(f"notes: {counted(report.notes)}")
+    for damaged in report.damaged:
+        say(f"cannot be read: {damaged.video}: {damaged.reason} ({damaged.what})")
+    if report.damaged:
+        say(f"{len(report.videos)} of {len(files)} videos predicted, {len(report.damaged)} cannot be read")
+        raise typer.Exit(3)
+
+
+def features(
+    checkpoint: Checkpoint,
+    data: Annotated[
+        str, typer.Option(help="Shards to read, a folder or a URL; their classes need not be the model's.")
+    ],
+    views: Annotated[str, typer.Option(help="Clips x crops per sample; a feature is the mean over them.")] = "1x1",
+    experts: Annotated[
+        str | None, typer.Option(help="Experts to write, such as spatial,audio; default: all the model has.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Parquet file; default: in the run folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the pooled feature of every expert, as it goes into the head, for every sample of a shard set.
+
+    Example: ca2st features runs/smoke --data shards/validation --views 2x3 --experts spatial,audio
+    """
+    from ray_jobs.console import print_json, result, table
+    from ray_jobs.runs.features import write_features
+
+    report = write_features(
+        checkpoint,
+        data,
+        _test_views(views),
+        experts=None if experts is None else tuple(name.strip() for name in experts.split(",")),
+        out=out,
+    )
+    facts = {"features": str(report.features), "num_samples": report.num_samples, "experts": report.experts}
+    if as_json:
+        print_json(facts)
+    else:
+        result(table(facts))
+
+
+def explain(
+    checkpoint: Checkpoint,
+    video: Annotated[Path, typer.Argument(help="A video file of any kind FFmpeg reads.")],
+    out: Annotated[Path | None, typer.Option(help="HTML page; default: VIDEO's name with .explain.html, here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what each expert listened to in a video: cross-attention by direction and layer, as one HTML page.
+
+    Example: ca2st explain runs/smoke holiday.mp4 --out holiday.html
+    """
+    from ray_jobs.console import print_json, result, table
+    from ray_jobs.explain.page import explain_video
+
+    report = explain_video(checkpoint, video, out=out)
+    if as_json:
+        print_json({"html": str(report.html), "predictions": report.predictions, "entropy": report.entropy})
+        return
+    for prediction in report.predictions:
+        result(f"  {prediction.probability:6.1%}  {prediction.target}: {prediction.label}")
+    result(table({"page": report.html}))
+
+
+def compare(
+    runs: Annotated[list[str] | None, typer.Argument(help="Names of runs or beginnings of ids; default: all.")] = None,
+    experiment: Annotated[str | None, typer.Option(help="MLflow experiment; default: all.")] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="Only runs of this recipe; may be repeated.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Only runs with this tag, name=value; may be repeated.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Run that differences refer to; default: the first.")] = None,
+    newest: Annotated[int, typer.Option(help="At most so many runs, the newest.")] = 20,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow store; default: as a training takes it.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the comparison as one HTML file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """MLflow runs side by side: settings that differ, accuracies and differences, curves, device hours.
+
+    Example: ca2st compare --experiment ca2st --html compare.html
+    """
+    from ray_jobs.compare.report import RunFilter, read_runs
+    from ray_jobs.compare.report import compare as put_side_by_side
+    from ray_jobs.console import print_json, require_writable_place, result, say
+    from ray_jobs.environment import default_tracking_uri
+
+    if html is not None:
+        require_writable_place(html, "--html")
+    if wrong := [one for one in tag or () if "=" not in one]:
+        raise UserInputError(f"--tag: expected name=value, found {wrong[0]!r}")
+    tags = dict(one.split("=", 1) for one in tag or ())
+    uri = tracking_uri or default_tracking_uri(Path("runs"))
+    wanted = RunFilter(
+        experiment=experiment, recipes=tuple(recipe or ()), tags=tags, runs=tuple(runs or ()), newest=newest
+    )
+    comparison = put_side_by_side(read_runs(uri, wanted), baseline=baseline)
+    if html is not None:
+        from ray_jobs.compare.page import write_comparison_page
+        from ray_jobs.redaction import without_credentials
+
+        write_comparison_page(comparison, html, source=without_credentials(uri))
+        say(f"wrote {html}")
+    if as_json:
+        print_json(comparison)
+        return
+    for line in _lines(comparison):
+        result(line)
+
+
+def _lines(comparison: "Comparison") -> list[str]:
+    width = max(len(run.name) for run in comparison.runs)
+    lines = [f"{'run':<{width}}  {'id':<8}  {'status':<8}  {'top-1':>7}  {'delta':>6}  {'hours':>9}  {'clips/s':>8}"]
+    for run in comparison.runs:
+        accuracy = "-" if run.accuracy is None else f"{run.accuracy:.1%}"
+        delta = run.deltas.get(run.accuracy_name or "")
+        shown = "base" if run.run_id == comparison.baseline else "-" if delta is None else f"{100 * delta:+.1f}"
+        hours = "-" if run.device_hours is None else f"{run.device_hours:.3g} {run.device}"
+        speed = run.metrics.get("train/clips_per_second")
+        lines.append(
+            f"{run.name:<{width}}  {run.run_id[:8]}  {run.status.lower():<8}  {accuracy:>7}  {shown:>6}  {hours:>9}  "
+            f"{'-' if speed is None else format(speed, '.0f'):>8}"
+        )
+    for one in comparison.across_datasets:
+        sets = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in one.accuracies.items())
+        lines.append(f"{one.model} over {sets}: harmonic mean {one.harmonic_mean:.1%}")
+    lines.append(f"\n{len(comparison.settings)} settings differ, {comparison.num_equal_settings} are the same")
+    for name, values in list(comparison.settings.items())[:_MOST_SHOWN_SETTINGS]:
+        lines.append(f"  {name}: {' | '.join(map(_short, values))}")
+    if len(comparison.settings) > _MOST_SHOWN_SETTINGS:
+        lines.append(f"  and {len(comparison.settings) - _MOST_SHOWN_SETTINGS} more: see --html or --json")
+    return lines
+
+
+def _short(value: str | None) -> str:
+    """Return the end of a long value: it says the most of a path."""
+    if value is None:
+        return "-"
+    return value if len(value) <= _MOST_SHOWN_CHARACTERS else f"...{value[3 - _MOST_SHOWN_CHARACTERS :]}"
+
+
+track = typer.Typer(no_args_is_help=True)
+
+
+@track.callback()
+def _group() -> None:
+    """Keeps the verbs even while there is only one."""
+
+
+@track.command(epilog="Example: ca2st track sync runs/smoke")
+def sync(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a training run.")],
+    as_json: Json = False,
+) -> None:
+    """Send what MLflow does not have yet of a run: its journal, system metrics, inputs, artefacts and model.
+
+    Ends with 4 while something is lacking: the store cannot be reached, or did not take all.
+    """
+    from ray_jobs.console import print_json, result
+    from ray_jobs.tracking.events import read_state
+    from ray_jobs.tracking.following import sync as send
+
+    sent = send(run_dir)
+    state = read_state(run_dir)
+    lacking = list(state.progress.pending)
+    if as_json:
+        print_json({"sent": sent, "run_id": state.run_id, "lacking": lacking})
+    elif state.run_id is None:
+        result(f"{run_dir}: nothing to send yet, the journal has no line")
+    else:
+        still = f"; it still lacks {', '.join(lacking)}, for the reasons above" if lacking else ""
+        result(f"{sent} values sent to MLflow run {state.run_id}{still}")
+    if lacking:
+        raise typer.Exit(EnvironmentFault.exit_code)
+
+
+def _test_views(text: str) -> "EvaluationViews":
+    from pipelines.views.draws import EvaluationViews
+    from ray_jobs.console import parse_views
+
+    clips, crops = parse_views(text)
+    return EvaluationViews(protocol="test", clips=clips, crops=crops)
