@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipelines.augment.config import AugmentConfig as AugmentConfig
+    from pipelines.config import EvaluationSetup as EvaluationSetup
     from pipelines.config import LoaderConfig as LoaderConfig
+    from pipelines.config import TrainSetup as TrainSetup
     from pipelines.loader import EvaluationLoader as EvaluationLoader
     from pipelines.loader import TrainLoader as TrainLoader
     from pipelines.loader import read_batches as read_batches
@@ -16,22 +18,26 @@ if TYPE_CHECKING:
 _HOMES = {
     "AugmentConfig": "pipelines.augment.config",
     "EvaluationLoader": "pipelines.loader",
+    "EvaluationSetup": "pipelines.config",
     "EvaluationViews": "pipelines.views.draws",
     "LoaderConfig": "pipelines.config",
     "OrderConfig": "pipelines.order.selection",
     "SamplingConfig": "pipelines.views.sampling",
     "TrainLoader": "pipelines.loader",
+    "TrainSetup": "pipelines.config",
     "read_batches": "pipelines.loader",
 }
 
 __all__ = [
     "AugmentConfig",
     "EvaluationLoader",
+    "EvaluationSetup",
     "EvaluationViews",
     "LoaderConfig",
     "OrderConfig",
     "SamplingConfig",
     "TrainLoader",
+    "TrainSetup",
     "read_batches",
 ]
 

@@ -1,13 +1,26 @@
-"""Settings of the loaders: the section `[data.loader]` of a recipe."""
+"""Settings of the loaders (`[data.loader]` of a recipe), and what a loader is made from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
+import torch
+
 from ca2st.errors import UserInputError
+from ca2st.spec import ClipSpec
+from pipelines.augment.config import AugmentConfig
 from pipelines.errors import require_one_of
+from pipelines.order.plan import SamplePlan
+from pipelines.order.selection import OrderConfig, PlanRecord, SetShare, default_num_lanes
+from pipelines.order.sources import make_sources, plain_source
 from pipelines.quarantine import OnError
 from pipelines.storage.shard_files import Verify
+from pipelines.storage.shard_sets import check_agreement
+from pipelines.views.draws import EvaluationViews
+from pipelines.views.sampling import SamplingConfig
 from sharding.format.remote import RetryConfig, StorageConfig
+from sharding.format.shard_set import ShardSet
 
 BackendName = Literal["auto", "dali", "reference"]
 DecodeOn = Literal["auto", "cpu"]
@@ -78,3 +91,120 @@ class LoaderConfig:
             raise UserInputError(f"loader.stall_timeout_seconds: expected > 0, found {self.stall_timeout_seconds}")
         if not 0 <= self.quarantine_percent <= 100:
             raise UserInputError(f"loader.quarantine_percent: expected 0 to 100, found {self.quarantine_percent}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoaderSetup:
+    """What the loaders of training and evaluation are made from alike."""
+
+    clip: ClipSpec
+    """Sizes of a view."""
+    targets: Sequence[str]
+    """Label spaces in the order of `ClipBatch.labels`."""
+    global_batch_size: int
+    """Samples of a step on all ranks together; several views of a sample count once."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Which frames a view takes."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """How batches are made."""
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device | None = None
+    """Where the batches are wanted; a GPU may decode for itself (`LoaderConfig.decode_on`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSetup(LoaderSetup):
+    """What a training loader is made from."""
+
+    shard_sets: Sequence[ShardSet]
+    """One, or those of a mixture."""
+    seed: int
+    """Keys the order and every draw."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """The training transform."""
+    order: OrderConfig = field(default_factory=OrderConfig)
+    """Weights of several sets, selected samples, class balance, repeats. Default: every sample once per epoch."""
+    quarantine_folder: Path | None = None
+    """Where all ranks and attempts of the run keep what `loader.on_error` leaves out; None: in memory alone."""
+
+    def __post_init__(self) -> None:
+        self.augment.mixing.check_even("training.global_batch_size", self.global_batch_size)
+
+    @property
+    def views_per_clip(self) -> int:
+        """Consecutive views that read the same frames."""
+        return 1
+
+    def plan(self) -> SamplePlan:
+        """Read what decides the order: the shard tables, and all indexes where samples are selected or balanced.
+
+        Raises:
+            PlanError: a batch, weight or number of lanes that cannot be planned.
+            UserInputError: sets that do not agree, or a name of the selection that matches nothing.
+            ShardSetDamageError: an index is missing or damaged.
+        """
+        check_agreement(self.shard_sets, self.targets)
+        order, sets = self.order, self.shard_sets
+        if order.weights is not None and len(order.weights) != len(sets):
+            raise UserInputError(f"expected a weight for each of {len(sets)} sets, found {len(order.weights)}")
+        weights: Sequence[float | None] = order.weights or [None] * len(sets)
+        shares = [
+            SetShare(fingerprint=one.manifest.fingerprint, weight=weight)
+            for one, weight in zip(sets, weights, strict=True)
+        ]
+        record = PlanRecord(
+            seed=self.seed,
+            global_batch_size=self.global_batch_size,
+            num_lanes=self.loader.num_lanes or default_num_lanes(self.global_batch_size, repeats=order.repeats),
+            shuffle_block=self.loader.shuffle_block,
+            remainder=order.remainder,
+            manifest_fingerprint=shares[0].fingerprint,
+            mixture=tuple(shares) if len(sets) > 1 else (),
+            selection=order.selection,
+            balance=order.balance,
+            repeats=order.repeats,
+            epoch_samples=order.epoch_samples,
+        )
+        groups = [[one] for one in sets] if order.weights is not None else [list(sets)]
+        first_target = self.targets[0]
+        sources = make_sources(groups, first_target=first_target, selection=order.selection, balance=order.balance)
+        return SamplePlan(record, sources, groups)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationSetup(LoaderSetup):
+    """What an evaluation loader is made from."""
+
+    shard_set: ShardSet
+    views: EvaluationViews = field(default_factory=EvaluationViews)
+    """Views of each sample."""
+    num_lanes: int | None = None
+    """Parallel runs through the set; 1 gives the set's own order, None as many as in training."""
+
+    @property
+    def shard_sets(self) -> tuple[ShardSet]:
+        """The one set."""
+        return (self.shard_set,)
+
+    @property
+    def views_per_clip(self) -> int:
+        """Consecutive views that read the same frames: the crops of a clip."""
+        return self.views.crops
+
+    def plan(self) -> SamplePlan:
+        """Plan every sample once, each lane in stored order.
+
+        Raises:
+            PlanError: a batch or number of lanes that cannot be planned.
+        """
+        record = PlanRecord(
+            seed=0,
+            global_batch_size=self.global_batch_size,
+            num_lanes=self.num_lanes or default_num_lanes(self.global_batch_size),
+            shuffle_block=0,
+            remainder="pad",
+            manifest_fingerprint=self.shard_set.manifest.fingerprint,
+        )
+        source = plain_source([shard.num_samples for shard in self.shard_set.shards])
+        return SamplePlan(record, [source], [[self.shard_set]])

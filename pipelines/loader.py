@@ -1,15 +1,11 @@
-"""The loader: batches of one rank, in the plan's order.
-
-One rank's part of a planned epoch, made into batches ahead of the consumer, watched, counted and ended.
-
-The loaders: plan -> fetch -> checksum -> decode and augment -> ClipBatch.
+"""The loaders of one rank: batches in the plan's order, made ahead of the consumer, watched, counted and ended.
 
 ::
 
-    EpochPlan        which samples sit in this step, on this rank          plan.py
-      ~> draws       which frames, crop, augmentation, spectrogram rows    draws.py, augment/
-      ~> bytes       read by range, compared with the index                fetch.py     (threads)
-      ~> pixels      decode, crop, resize, flip, RandAugment, erasing      backends.py  (DALI's and own threads)
+    EpochPlan        which samples sit in this step, on this rank          order/plan.py
+      ~> draws       which frames, crop, augmentation, spectrogram rows    views/, augment/
+      ~> bytes       read by range, compared with the index                storage/samples.py  (threads)
+      ~> pixels      decode, crop, resize, flip, RandAugment, erasing      decode/             (DALI's and own threads)
       ~> ClipBatch   with labels, times, spectrograms, how pairs are mixed assembly.py
 
 What a step holds is a function of (record, epoch, step, rank, world size); threads and prefetching only decide when
@@ -24,75 +20,65 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-import torch
-
 from ca2st.batch import ClipBatch
 from ca2st.errors import CA2STError, UserInputError
 from ca2st.processes import num_cores
 from ca2st.spec import ClipSpec
-from pipelines.assembly import BatchAssembler, StallWatch, prefetched
-from pipelines.augment.config import AugmentConfig
-from pipelines.config import LoaderConfig
+from pipelines.assembly import BatchAssembler
+from pipelines.config import EvaluationSetup, LoaderConfig, TrainSetup
 from pipelines.decode.backends import make_backend
 from pipelines.errors import LoaderClosedError
-from pipelines.order.plan import PlannedSamples
-from pipelines.order.sample_plan import SamplePlan, evaluation_plan, training_plan
-from pipelines.order.selection import OrderConfig
-from pipelines.quarantine import DamageGuard, Quarantine, StandIns, quarantine_limit
+from pipelines.order.plan import SamplePlan
+from pipelines.quarantine import DamageGuard, Quarantine, quarantine_limit
 from pipelines.rendering import ViewBackend
 from pipelines.stats import StageStats, StatsRecorder
-from pipelines.storage.ahead import ShardsAhead
 from pipelines.storage.shard_sets import SetReaders
-from pipelines.views.draws import Draws, EvaluationDraws, EvaluationViews, TrainDraws
+from pipelines.threads import StallWatch, prefetched
+from pipelines.views.draws import EvaluationDraws, EvaluationViews, TrainDraws
 from pipelines.views.sampling import SamplingConfig
-from sharding.format.shard_set import ShardSet, read_shard_set
+from sharding.format.shard_set import read_shard_set
 
 L = TypeVar("L", bound="RankLoader")
+_log = logging.getLogger(__name__)
 
 
 class RankLoader:
     """What training and evaluation share: the rank's part of planned shard sets, made into batches."""
 
     def __init__(
-        self,
-        shard_sets: Sequence[ShardSet],
-        clip: ClipSpec,
-        targets: Sequence[str],
-        loader: LoaderConfig,
-        plan: SamplePlan,
-        *,
-        views_per_clip: int,
-        rank: int,
-        world_size: int,
-        device: torch.device | None,
-        quarantine: Quarantine | None = None,
+        self, setup: TrainSetup | EvaluationSetup, plan: SamplePlan, quarantine: Quarantine | None = None
     ) -> None:
         """Make the parts; where one of them cannot be made, those made before it are closed."""
-        plan.require_enough(world_size=world_size)
-        self._plan, self._rank, self._world_size = plan, rank, world_size
+        plan.require_enough(world_size=setup.world_size)
+        self._rank_of = f"rank {setup.rank} of {setup.world_size}"
+        self._positions = plan.positions(setup.rank, setup.world_size)
         self.record = plan.record
         """What the order depends on: kept with every checkpoint, where a resume compares it field by field."""
-        self._positions = plan.positions(rank, world_size)
         self.num_samples = plan.num_samples
         """Different samples that are read."""
-        self._prefetch_steps, self._closed, self._stats = loader.prefetch_steps, False, StatsRecorder()
+        loader, self._stats, self._closed = setup.loader, StatsRecorder(), False
+        self._prefetch_steps = loader.prefetch_steps
         self._watch = StallWatch(self._stats, timeout_seconds=loader.stall_timeout_seconds)
         self._iterators: weakref.WeakSet[Generator[ClipBatch, None, None]] = weakref.WeakSet()
         with ExitStack() as opened:
-            self._assembler = _assembler(
-                opened,
-                shard_sets,
-                clip,
-                targets,
-                loader,
-                views_per_clip=views_per_clip,
-                rank=rank,
-                device=device,
-                quarantine=quarantine,
+            self._sets = SetReaders(
+                setup.shard_sets,
+                setup.clip,
+                setup.targets,
                 stats=self._stats,
+                verify=loader.verify,
+                index_cache_bytes=loader.index_cache_bytes,
             )
+            opened.callback(self._sets.close)
+            backend = _backend(setup, self._stats)
+            opened.callback(backend.close)
             self._opened = opened.pop_all()
-        self._sets = self._assembler.sets
+        guard = None
+        if quarantine is not None:
+            guard = DamageGuard(quarantine=quarantine, sets=self._sets, stats=self._stats, rank=setup.rank)
+        self._assembler = BatchAssembler(
+            setup=setup, plan=plan, sets=self._sets, backend=backend, stats=self._stats, guard=guard
+        )
 
     @property
     def backend_name(self) -> str:
@@ -121,146 +107,35 @@ class RankLoader:
     ) -> None:
         self.close()
 
-    def _steps(self, epoch: int, draws: Draws, first_step: int) -> Iterator[ClipBatch]:
+    def _started(self, source: Generator[ClipBatch, None, None]) -> Iterator[ClipBatch]:
+        """Make the batches of `source` ahead of the consumer, and end it when this loader is closed."""
         if self._closed:
             raise LoaderClosedError("the loader is closed; make a new one for more batches")
-        source = prefetched(lambda: self._batches(epoch, draws, first_step), self._prefetch_steps, watch=self._watch)
-        iterator = self._counted(source)
+        iterator = self._counted(prefetched(source, self._prefetch_steps, watch=self._watch))
         self._iterators.add(iterator)
         return iterator
-
-    def _batches(self, epoch: int, draws: Draws, first_step: int) -> Generator[ClipBatch, None, None]:
-        # A plan keeps the blocks of the step it was last asked for: who asks for other steps has one of its own.
-        plan, later, others = (self._plan.epoch(epoch) for _ in range(3))
-        stand_ins = StandIns(others, global_batch_size=self.record.global_batch_size)
-        steps = range(first_step, plan.num_steps)
-
-        def shards_of(step: int) -> set[int]:
-            return set(later.samples(step, self._positions).shards.tolist())
-
-        lanes = -(-len(self._positions) * self.record.num_lanes // self.record.global_batch_size)
-        with ShardsAhead(self._sets, shards_of, steps, most_waiting=lanes) as ahead:
-
-            def planned(step: int) -> PlannedSamples:
-                ahead.reached(step)
-                return plan.samples(step, self._positions)
-
-            yield from self._assembler.batches(
-                steps,
-                planned=planned,
-                draws=draws,
-                stand_ins=lambda step, place: stand_ins.of(step, self._positions[place]),
-            )
 
     def _counted(self, source: Generator[ClipBatch, None, None]) -> Generator[ClipBatch, None, None]:
         with closing(source):
             while True:
-                with self._stats.timed("wait_seconds"):
-                    batch = self._next(source)
+                try:
+                    with self._stats.timed("wait_seconds"):
+                        batch = next(source, None)
+                except CA2STError as error:
+                    error.add_note(f"raised by the loader of {self._rank_of}")
+                    raise
                 if batch is None:
                     return
                 self._stats.add("steps", 1)
                 self._stats.add("views", batch.num_clips)
                 yield batch
 
-    def _next(self, source: Iterator[ClipBatch]) -> ClipBatch | None:
-        try:
-            return next(source, None)
-        except CA2STError as error:
-            error.add_note(f"raised by the loader of rank {self._rank} of {self._world_size}")
-            raise
-
-
-def _assembler(
-    opened: ExitStack,
-    shard_sets: Sequence[ShardSet],
-    clip: ClipSpec,
-    targets: Sequence[str],
-    loader: LoaderConfig,
-    *,
-    views_per_clip: int,
-    rank: int,
-    device: torch.device | None,
-    quarantine: Quarantine | None,
-    stats: StatsRecorder,
-) -> BatchAssembler:
-    """The parts of a loader; `opened` closes each that was made."""
-    sets = SetReaders(
-        shard_sets, clip, targets, verify=loader.verify, index_cache_bytes=loader.index_cache_bytes, stats=stats
-    )
-    opened.callback(sets.close)
-    backend = _backend(shard_sets, clip, loader, views_per_clip=views_per_clip, device=device, stats=stats)
-    opened.callback(backend.close)
-    guard = None if quarantine is None else DamageGuard(quarantine=quarantine, sets=sets, stats=stats, rank=rank)
-    return BatchAssembler(
-        clip=clip,
-        sets=sets,
-        backend=backend,
-        views_per_clip=views_per_clip,
-        fetch_threads=loader.fetch_threads,
-        stats=stats,
-        guard=guard,
-    )
-
-
-def _backend(
-    shard_sets: Sequence[ShardSet],
-    clip: ClipSpec,
-    loader: LoaderConfig,
-    *,
-    views_per_clip: int,
-    device: torch.device | None,
-    stats: StatsRecorder,
-) -> ViewBackend:
-    return make_backend(
-        loader.backend,
-        codecs=sorted({shard_set.manifest.video.codec for shard_set in shard_sets}),
-        num_frames=clip.num_frames,
-        crop_size=clip.crop_size,
-        views_per_clip=views_per_clip,
-        threads=loader.decode_threads or num_cores(),
-        stats=stats,
-        device=device if loader.decode_on == "auto" else None,
-        short_sides=_short_sides(shard_sets),
-    )
-
-
-def _short_sides(shard_sets: Sequence[ShardSet]) -> dict[str, int]:
-    """Pixels of the shorter side of most pictures, by codec: the smallest of the sets."""
-    sides: dict[str, int] = {}
-    for video in (shard_set.manifest.video for shard_set in shard_sets):
-        sides[video.codec] = min(video.short_side, sides.get(video.codec, video.short_side))
-    return sides
-
-
-_log = logging.getLogger(__name__)
-
 
 class TrainLoader(RankLoader):
     """Shuffled, augmented batches of one rank, equal in number on every rank, resumable at any (epoch, step)."""
 
-    def __init__(
-        self,
-        shard_sets: ShardSet | Sequence[ShardSet],
-        clip: ClipSpec,
-        targets: Sequence[str],
-        sampling: SamplingConfig,
-        augment: AugmentConfig,
-        loader: LoaderConfig,
-        *,
-        seed: int,
-        global_batch_size: int,
-        order: OrderConfig | None = None,
-        quarantine_folder: Path | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | None = None,
-    ) -> None:
+    def __init__(self, setup: TrainSetup) -> None:
         """Check the sets and make the backend; no thread of ours starts before the first batch is asked for.
-
-        `order`: weights of several sets, selected samples, class balance, repeats; None: every sample once an epoch.
-        `quarantine_folder`: where all ranks and attempts of the run keep what `loader.on_error` leaves out; None: in
-        memory alone. `device`: where the batches are wanted; a GPU may decode for itself (`loader.decode_on`).
 
         Raises:
             PlanError: too few samples, or a batch that cannot be spread over the ranks.
@@ -270,41 +145,20 @@ class TrainLoader(RankLoader):
             QuarantineBudgetError: earlier attempts found more damage than the budget allows.
             EnvironmentFault: the backend asked for is not here, or the cache or quarantine cannot be used.
         """
-        augment.mixing.check_even("training.global_batch_size", global_batch_size)
-        sets = [shard_sets] if isinstance(shard_sets, ShardSet) else [*shard_sets]
-        plan = training_plan(
-            sets,
-            targets,
-            order or OrderConfig(),
-            seed=seed,
-            global_batch_size=global_batch_size,
-            num_lanes=loader.num_lanes,
-            shuffle_block=loader.shuffle_block,
-        )
-        super().__init__(
-            sets,
-            clip,
-            targets,
-            loader,
-            plan,
-            views_per_clip=1,
-            rank=rank,
-            world_size=world_size,
-            device=device,
-            quarantine=_quarantine(loader, quarantine_folder, plan.num_samples),
-        )
+        plan = setup.plan()
+        super().__init__(setup, plan, _quarantine(setup, plan.num_samples))
         with ExitStack() as on_error:
             on_error.callback(self.close)
-            lines = [plan.describe(), *self._sets.stride_notes(sets, sampling)]
+            lines = [plan.describe(), *self._sets.stride_notes(setup.sampling)]
             on_error.pop_all()
-        for line in lines if rank == 0 else []:
+        for line in lines if setup.rank == 0 else []:
             _log.info("%s", line)
-        self._clip, self._sampling, self._augment = clip, sampling, augment
+        self._setup = setup
         self.steps_per_epoch = plan.num_steps
         """Batches of an epoch; the same on every rank."""
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[ClipBatch]:
-        """This rank's batches of `epoch` from `first_step`; closing the iterator ends its threads.
+        """Return this rank's batches of `epoch` from `first_step`; closing the iterator ends its threads.
 
         Raises:
             DataDamageError: bytes are not what the manifest vouches for; raised at the batch that holds them.
@@ -315,61 +169,38 @@ class TrainLoader(RankLoader):
                 f"step {first_step}"
             )
         draws = TrainDraws(
-            clip=self._clip,
-            sampling=self._sampling,
-            augment=self._augment,
-            seed=self.record.seed,
+            clip=self._setup.clip,
+            sampling=self._setup.sampling,
+            augment=self._setup.augment,
+            seed=self._setup.seed,
             epoch=epoch,
             first_pair=self._positions.start // 2,
         )
-        return self._steps(epoch, draws, first_step)
+        return self._started(self._assembler.batches(epoch, draws, first_step))
 
 
 class EvaluationLoader(RankLoader):
     """Every sample exactly once over all ranks, each lane in stored order; `views.num_views` consecutive views each."""
 
-    def __init__(
-        self,
-        shard_set: ShardSet,
-        clip: ClipSpec,
-        targets: Sequence[str],
-        sampling: SamplingConfig,
-        views: EvaluationViews,
-        loader: LoaderConfig,
-        *,
-        global_batch_size: int,
-        num_lanes: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | None = None,
-    ) -> None:
-        """`global_batch_size` counts samples, not views; `num_lanes` = 1 gives the set's own order.
-
-        `device` as for `TrainLoader`, and raises as that does.
-        """
-        plan = evaluation_plan(shard_set, global_batch_size=global_batch_size, num_lanes=num_lanes)
-        super().__init__(
-            [shard_set],
-            clip,
-            targets,
-            loader,
-            plan,
-            views_per_clip=views.crops,
-            rank=rank,
-            world_size=world_size,
-            device=device,
-        )
-        self._draws = EvaluationDraws(clip=clip, sampling=sampling, view_plan=views)
+    def __init__(self, setup: EvaluationSetup) -> None:
+        """Check the set and make the backend; raises as `TrainLoader`."""
+        plan = setup.plan()
+        super().__init__(setup, plan)
+        self._draws = EvaluationDraws(clip=setup.clip, sampling=setup.sampling, view_plan=setup.views)
         self.num_steps = plan.num_steps
         """Batches; the same on every rank."""
 
     def sample_ids(self) -> list[str]:
-        """Keys of all samples of the set, over all ranks: what must have been scored at the end."""
+        """Return the keys of all samples of the set, over all ranks: what must have been scored at the end."""
         return self._sets.sample_ids()
 
     def batches(self) -> Iterator[ClipBatch]:
-        """This rank's batches; entries that only fill the last ones have `is_padding` set. Raises as training."""
-        return self._steps(0, self._draws, 0)
+        """Return this rank's batches; entries that only fill the last ones have `is_padding` set.
+
+        Raises:
+            DataDamageError: as in training.
+        """
+        return self._started(self._assembler.batches(0, self._draws))
 
 
 def read_batches(
@@ -399,21 +230,40 @@ def read_batches(
     """
     settings = loader or LoaderConfig()
     shards = read_shard_set(place, storage=settings.storage)
-    with EvaluationLoader(
-        shards,
-        clip or ClipSpec(num_mel_bins=shards.manifest.audio.num_mel_bins),
-        targets or shards.manifest.targets,
-        sampling or SamplingConfig(),
-        views or EvaluationViews(),
-        settings,
+    setup = EvaluationSetup(
+        shard_set=shards,
+        clip=clip or ClipSpec(num_mel_bins=shards.manifest.audio.num_mel_bins),
+        targets=targets or shards.manifest.targets,
+        sampling=sampling or SamplingConfig(),
+        views=views or EvaluationViews(),
+        loader=settings,
         global_batch_size=batch_size,
         num_lanes=1,
-    ) as batches:
+    )
+    with EvaluationLoader(setup) as batches:
         yield from batches.batches()
 
 
-def _quarantine(loader: LoaderConfig, folder: Path | None, num_samples: int) -> Quarantine | None:
+def _quarantine(setup: TrainSetup, num_samples: int) -> Quarantine | None:
+    loader = setup.loader
     if loader.on_error == "fail":
         return None
     most = quarantine_limit(budget=loader.quarantine_budget, percent=loader.quarantine_percent, num_samples=num_samples)
-    return Quarantine(folder, most=most)
+    return Quarantine(setup.quarantine_folder, most=most)
+
+
+def _backend(setup: TrainSetup | EvaluationSetup, stats: StatsRecorder) -> ViewBackend:
+    short_sides: dict[str, int] = {}  # by codec, the smallest of the sets
+    for video in (shard_set.manifest.video for shard_set in setup.shard_sets):
+        short_sides[video.codec] = min(video.short_side, short_sides.get(video.codec, video.short_side))
+    return make_backend(
+        setup.loader.backend,
+        codecs=sorted(short_sides),
+        num_frames=setup.clip.num_frames,
+        crop_size=setup.clip.crop_size,
+        views_per_clip=setup.views_per_clip,
+        threads=setup.loader.decode_threads or num_cores(),
+        stats=stats,
+        device=setup.device if setup.loader.decode_on == "auto" else None,
+        short_sides=short_sides,
+    )

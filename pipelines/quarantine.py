@@ -163,7 +163,7 @@ def cells_of(planned: PlannedSamples) -> list[PlannedCell]:
     return [PlannedCell(*cell) for cell in zip(*(column.tolist() for column in columns), strict=True)]
 
 
-class StandIns:
+class Replacements:
     """Candidates for the places of one epoch; safe to use from several threads."""
 
     def __init__(self, plan: EpochPlan, *, global_batch_size: int) -> None:
@@ -191,21 +191,21 @@ class DamageGuard:
     stats: StatsRecorder
     rank: int
 
-    def sound(
-        self, cell: PlannedCell, stand_ins: Iterable[PlannedCell], read: Callable[[PlannedCell], T], *, step: int
+    def read(
+        self, cell: PlannedCell, replacements: Iterable[PlannedCell], read: Callable[[PlannedCell], T], *, step: int
     ) -> T:
-        """What `read` makes of the cell, or of the first of its stand-ins that is not damaged.
+        """Return what `read` makes of the cell, or of the first of its replacements that is not damaged.
 
         Raises:
-            DataDamageError: the budget is exceeded, or every stand-in is damaged.
+            DataDamageError: the budget is exceeded, or every replacement is damaged.
         """
         if (made := self._tried(cell, read, step)) is not None:
             return made[0]
-        for other in stand_ins:
+        for other in replacements:
             if (made := self._tried(other, read, step)) is not None:
                 self.stats.add("quarantined", 1)
                 return made[0]
-        raise DataDamageError(f"step {step}: no sound sample is left to fill a place of the batch; repair the data")
+        raise DataDamageError(f"step {step}: no undamaged sample is left to fill a place of the batch; repair the data")
 
     def reject(self, cell: PlannedCell, error: SampleDamageError, *, step: int) -> None:
         """Put a sample into quarantine; raises as `Quarantine.add`."""
@@ -232,4 +232,4 @@ class DamageGuard:
 
     def _place(self, cell: PlannedCell) -> tuple[str, str, int]:
         reader, shard = self.sets.find(cell.shard)
-        return reader.fingerprint, reader.shards[shard].name, cell.row
+        return reader.fingerprint, reader.shard_set.shards[shard].name, cell.row

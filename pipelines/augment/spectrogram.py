@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from ca2st.errors import UserInputError
 from pipelines.keyed_random import Key, uniforms
 
+MEL_MEAN = -4.2677393
+MEL_SCALE = 2 * 4.5689974
+"""(x - MEL_MEAN) / MEL_SCALE is what the audio expert was trained on (AudioSet statistics of AST)."""
 _MOST_DECIBELS = 120
 """Noise a million times weaker or stronger than the view: what lies beyond is a slip, and far beyond no number."""
 
@@ -128,6 +131,28 @@ class SpectrogramDraw:
 
 UNCHANGED = SpectrogramDraw()
 """Nothing is done."""
+
+
+def mel_view(
+    mel: NDArray[np.float16],
+    *,
+    start_row: int,
+    num_rows: int,
+    has_audio: bool,
+    draw: SpectrogramDraw = UNCHANGED,
+) -> NDArray[np.float32]:
+    """`num_rows` rows from `start_row`, zero rows appended where the clip ends, rolled, normalised, noise and masks.
+
+    Without audio all zeros: the mean of what the expert reads, not the value of a padded row.
+    """
+    view = np.zeros((num_rows, mel.shape[1]), dtype=np.float32)
+    if not has_audio:
+        return view
+    rows = mel[start_row : start_row + num_rows]
+    view[: len(rows)] = rows
+    if draw.roll:
+        view = np.roll(view, draw.roll, axis=0)
+    return draw.finish((view - np.float32(MEL_MEAN)) / np.float32(MEL_SCALE))
 
 
 def normal_numbers(key: Key, count: int) -> NDArray[np.float32]:

@@ -26,10 +26,8 @@ from ca2st.processes import num_cores
 from ca2st.spec import ClipSpec
 from pipelines.augment.config import AugmentConfig
 from pipelines.benchmark.baseline import PROCESSOR, STAGES, BaselineConfig, make_dataloader
-from pipelines.config import BackendName, LoaderConfig
+from pipelines.config import BackendName, EvaluationSetup, LoaderConfig, TrainSetup
 from pipelines.loader import EvaluationLoader, TrainLoader
-from pipelines.views.draws import EvaluationViews
-from pipelines.views.sampling import SamplingConfig
 from sharding.format.shard_set import ShardSet
 
 
@@ -320,28 +318,29 @@ def augment_config(rand_augment: bool) -> AugmentConfig:
 
 def _train_loader(config: LoaderBenchConfig, shard_set: ShardSet, device: torch.device | None) -> TrainLoader:
     return TrainLoader(
-        shard_set,
-        config.clip,
-        shard_set.manifest.targets,
-        SamplingConfig(),
-        augment_config(config.rand_augment),
-        _loader_config(config),
-        seed=0,
-        global_batch_size=config.batch_size,
-        device=device,
+        TrainSetup(
+            shard_sets=[shard_set],
+            clip=config.clip,
+            targets=shard_set.manifest.targets,
+            augment=augment_config(config.rand_augment),
+            loader=_loader_config(config),
+            seed=0,
+            global_batch_size=config.batch_size,
+            device=device,
+        )
     )
 
 
 def _evaluation_loader(config: LoaderBenchConfig, shard_set: ShardSet, device: torch.device | None) -> EvaluationLoader:
     return EvaluationLoader(
-        shard_set,
-        config.clip,
-        shard_set.manifest.targets,
-        SamplingConfig(),
-        EvaluationViews(),
-        _loader_config(config),
-        global_batch_size=config.batch_size,
-        device=device,
+        EvaluationSetup(
+            shard_set=shard_set,
+            clip=config.clip,
+            targets=shard_set.manifest.targets,
+            loader=_loader_config(config),
+            global_batch_size=config.batch_size,
+            device=device,
+        )
     )
 
 

@@ -43,7 +43,7 @@ from pipelines.augment.formulas import augmented, erase_in_place
 from pipelines.errors import SampleDamageError
 from pipelines.rendering import JpegFrames, RenderRequest, VideoMember
 from pipelines.stats import StatsRecorder
-from pipelines.storage.headers import video_facts
+from pipelines.storage.samples import video_facts
 from sharding.media.codecs import stored_codec
 
 _TO_RGB = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT

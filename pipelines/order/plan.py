@@ -39,58 +39,78 @@ from pipelines.errors import PlanError
 from pipelines.keyed_random import Key, block_quotas, permutation
 from pipelines.order.selection import PlanRecord, Remainder
 from pipelines.order.sources import MixtureOrder, SampleSource, SourcePasses
+from sharding.format.shard_set import ShardSet
 
 
-def count_steps(num_samples: int, global_batch_size: int, *, remainder: Remainder) -> int:
-    """Batches of an epoch.
+class SamplePlan:
+    """The order in which shard sets are read: the same object on every rank, and before any rank starts."""
 
-    Raises:
-        PlanError: there are no samples, or with ``drop`` fewer than one batch.
-    """
-    if num_samples < (global_batch_size if remainder == "drop" else 1):
-        raise PlanError(
-            f"expected at least one batch of samples: global_batch_size {global_batch_size} (remainder {remainder}), "
-            f"found {num_samples} samples; convert more data or lower the batch"
+    def __init__(
+        self, record: PlanRecord, sources: Sequence[SampleSource], groups: Sequence[Sequence[ShardSet]]
+    ) -> None:
+        """`groups` are the shard sets of each source."""
+        self.record = record
+        """What the order depends on, and nothing else but the sets' bytes."""
+        self._sources, self._groups = sources, groups
+        self._passes: tuple[int, list[SourcePasses]] = (-1, [])
+        self.num_samples = sum(source.num_samples for source in sources)
+        """Different samples that are read."""
+        self.num_clips = epoch_length(record, sources) * record.repeats
+        """Clips of an epoch, before what fills no whole batch is dropped or padded."""
+
+    @property
+    def num_steps(self) -> int:
+        """Batches of an epoch; the same on every rank.
+
+        Raises:
+            PlanError: there is not one.
+        """
+        return count_steps(self.num_clips, self.record.global_batch_size, remainder=self.record.remainder)
+
+    def require_enough(self, *, world_size: int) -> None:
+        """Refuse, before anything starts, what cannot feed every rank.
+
+        Raises:
+            PlanError: as `require_enough_samples`, or as `rank_positions`.
+        """
+        require_enough_samples(
+            num_samples=self.num_clips,
+            global_batch_size=self.record.global_batch_size,
+            world_size=world_size,
+            remainder=self.record.remainder,
         )
-    return num_samples // global_batch_size if remainder == "drop" else -(-num_samples // global_batch_size)
+        self.positions(0, world_size)
 
-
-def require_enough_samples(*, num_samples: int, global_batch_size: int, world_size: int, remainder: Remainder) -> None:
-    """Refuse, before anything starts, a set that cannot feed every rank.
-
-    Raises:
-        PlanError: no samples, fewer samples than ranks, or with ``drop`` fewer than one batch; holds the three numbers.
-    """
-    least = max(1, world_size, global_batch_size if remainder == "drop" else 1)
-    if num_samples < least:
-        raise PlanError(
-            f"too few samples: {num_samples} samples, global_batch_size {global_batch_size}, world_size {world_size}; "
-            f"at least {least} samples are needed (remainder {remainder}): convert more data, lower the batch, or use "
-            "fewer ranks"
+    def positions(self, rank: int, world_size: int) -> range:
+        """The positions of every global batch that `rank` reads; raises as `rank_positions`."""
+        return rank_positions(
+            rank,
+            world_size,
+            global_batch_size=self.record.global_batch_size,
+            keep_pairs=self.record.remainder != "pad",
         )
 
+    def epoch(self, epoch: int) -> "EpochPlan":
+        """The order of one epoch. Plans of the same epoch share what takes time and memory."""
+        held, passes = self._passes
+        if held != epoch:
+            passes = source_passes(self.record, self._sources, epoch=epoch)
+            self._passes = (epoch, passes)
+        return EpochPlan(self.record, self._sources, epoch=epoch, passes=passes)
 
-def rank_positions(rank: int, world_size: int, *, global_batch_size: int, keep_pairs: bool) -> range:
-    """The positions of a global batch that belong to `rank`: a run, and together all of them, each once.
-
-    With `keep_pairs` (training) positions 2k and 2k+1, the partners of a mixup, stay on one rank: run borders are
-    even, and only the last position of an odd batch is without a partner. Without, runs differ by at most one.
-
-    Raises:
-        PlanError: the rank is outside the world, or a rank would get nothing.
-    """
-    unit = 2 if keep_pairs else 1
-    num_units = -(-global_batch_size // unit)
-    if not 0 <= rank < world_size:
-        raise PlanError(f"rank: expected 0 <= rank < world_size {world_size}, found {rank}")
-    if num_units < world_size:
-        what = "two positions (a mixup pair)" if keep_pairs else "one position"
-        raise PlanError(
-            f"global_batch_size {global_batch_size} on {world_size} ranks: every rank needs {what}; "
-            f"use a global batch of at least {unit * world_size} or fewer ranks"
+    def describe(self) -> str:
+        """One line: length of an epoch, and how often each source is read in it."""
+        quotas = mixture_quotas(self.record, self._sources)
+        shares = (self.num_clips * quotas / quotas.sum()).tolist()
+        parts = [
+            f"{' and '.join(one.where for one in group)}: {source.num_samples} samples, each read "
+            f"{share / source.num_samples:.4g} times on average"
+            for group, source, share in zip(self._groups, self._sources, shares, strict=True)
+        ]
+        return (
+            f"plan: {self.num_steps} steps of {self.record.global_batch_size} clips an epoch "
+            f"(remainder {self.record.remainder}); {'; '.join(parts)}"
         )
-    first, last = (min(global_batch_size, unit * (edge * num_units // world_size)) for edge in (rank, rank + 1))
-    return range(first, last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +234,58 @@ class EpochPlan:
             order = permutation((*key, source) if source else key, length)
             self._blocks[lane, source] = (block, order)
         return order
+
+
+def count_steps(num_samples: int, global_batch_size: int, *, remainder: Remainder) -> int:
+    """Batches of an epoch.
+
+    Raises:
+        PlanError: there are no samples, or with ``drop`` fewer than one batch.
+    """
+    if num_samples < (global_batch_size if remainder == "drop" else 1):
+        raise PlanError(
+            f"expected at least one batch of samples: global_batch_size {global_batch_size} (remainder {remainder}), "
+            f"found {num_samples} samples; convert more data or lower the batch"
+        )
+    return num_samples // global_batch_size if remainder == "drop" else -(-num_samples // global_batch_size)
+
+
+def require_enough_samples(*, num_samples: int, global_batch_size: int, world_size: int, remainder: Remainder) -> None:
+    """Refuse, before anything starts, a set that cannot feed every rank.
+
+    Raises:
+        PlanError: no samples, fewer samples than ranks, or with ``drop`` fewer than one batch; holds the three numbers.
+    """
+    least = max(1, world_size, global_batch_size if remainder == "drop" else 1)
+    if num_samples < least:
+        raise PlanError(
+            f"too few samples: {num_samples} samples, global_batch_size {global_batch_size}, world_size {world_size}; "
+            f"at least {least} samples are needed (remainder {remainder}): convert more data, lower the batch, or use "
+            "fewer ranks"
+        )
+
+
+def rank_positions(rank: int, world_size: int, *, global_batch_size: int, keep_pairs: bool) -> range:
+    """The positions of a global batch that belong to `rank`: a run, and together all of them, each once.
+
+    With `keep_pairs` (training) positions 2k and 2k+1, the partners of a mixup, stay on one rank: run borders are
+    even, and only the last position of an odd batch is without a partner. Without, runs differ by at most one.
+
+    Raises:
+        PlanError: the rank is outside the world, or a rank would get nothing.
+    """
+    unit = 2 if keep_pairs else 1
+    num_units = -(-global_batch_size // unit)
+    if not 0 <= rank < world_size:
+        raise PlanError(f"rank: expected 0 <= rank < world_size {world_size}, found {rank}")
+    if num_units < world_size:
+        what = "two positions (a mixup pair)" if keep_pairs else "one position"
+        raise PlanError(
+            f"global_batch_size {global_batch_size} on {world_size} ranks: every rank needs {what}; "
+            f"use a global batch of at least {unit * world_size} or fewer ranks"
+        )
+    first, last = (min(global_batch_size, unit * (edge * num_units // world_size)) for edge in (rank, rank + 1))
+    return range(first, last)
 
 
 _EMPTY = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.bool_), np.empty(0, np.int64))

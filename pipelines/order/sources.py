@@ -32,8 +32,7 @@ from ca2st.errors import UserInputError
 from pipelines.errors import ShardSetDamageError
 from pipelines.keyed_random import Key, permutation
 from pipelines.order.selection import BalanceConfig, ClassBalance, SampleSelector, SelectionConfig, key_ranks, smallest
-from pipelines.storage.shard_files import ShardStore, open_store, read_index_bytes
-from sharding.format.index import read_parquet
+from pipelines.storage.index import read_columns
 from sharding.format.shard_set import LabelSpace, ShardEntry, ShardSet
 
 
@@ -290,17 +289,16 @@ def _limited(whole: _Scanned, mask: NDArray[np.bool_]) -> _Scanned:
 def _shards(
     shard_sets: Sequence[ShardSet], names: Sequence[str], *, with_keys: bool
 ) -> Iterator[tuple[list[str] | None, list[NDArray[np.int64]]]]:
-    """Keys and the labels of the named spaces, shard by shard."""
+    """Yield the keys and the labels of the named spaces, shard by shard."""
     for shard_set in shard_sets:
-        store = open_store(shard_set)
-        spaces = [shard_set.manifest.label_space(name) for name in names]
-        columns = [shard_set.manifest.label_spaces.index(space) for space in spaces]
-        for shard in shard_set.shards:
-            keys, labels = _columns(shard_set, shard, store, with_keys=with_keys)
-            yield (
-                keys,
-                [_checked(labels[:, column], space, shard) for column, space in zip(columns, spaces, strict=True)],
-            )
+        manifest = shard_set.manifest
+        spaces = [
+            (manifest.label_space(name), manifest.label_spaces.index(manifest.label_space(name))) for name in names
+        ]
+        for shard, table in read_columns(shard_set, ["key", "labels"] if with_keys else ["labels"]):
+            labels = _labels(table, shard, len(manifest.label_spaces))
+            keys = table.column("key").to_pylist() if with_keys else None
+            yield keys, [_checked(labels[:, column], space, shard) for space, column in spaces]
 
 
 def _checked(labels: NDArray[np.int64], space: LabelSpace, shard: ShardEntry) -> NDArray[np.int64]:
@@ -312,17 +310,11 @@ def _checked(labels: NDArray[np.int64], space: LabelSpace, shard: ShardEntry) ->
     return labels
 
 
-def _columns(
-    shard_set: ShardSet, shard: ShardEntry, store: ShardStore, *, with_keys: bool
-) -> tuple[list[str] | None, NDArray[np.int64]]:
-    wanted = ["key", "labels"] if with_keys else ["labels"]
+def _labels(table: pa.Table, shard: ShardEntry, num_spaces: int) -> NDArray[np.int64]:
     try:
-        data = read_index_bytes(shard_set, shard, store=store)
-        table = read_parquet(data, columns=wanted, num_rows=shard.num_samples)
         flat = table.column("labels").combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        labels = flat.astype(np.int64).reshape(shard.num_samples, len(shard_set.manifest.label_spaces))
-    except (pa.ArrowException, ValueError, OSError) as error:
+        return flat.astype(np.int64).reshape(shard.num_samples, num_spaces)  # type: ignore[no-any-return]  # pyarrow
+    except (pa.ArrowException, ValueError) as error:
         raise ShardSetDamageError(
             f"{shard.index_name}: not this shard's index ({error}); convert the set again"
         ) from error
-    return (table.column("key").to_pylist() if with_keys else None), labels

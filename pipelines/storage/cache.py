@@ -154,7 +154,7 @@ def naming_place(path: Path) -> Iterator[None]:
 _LOCK_NAME = "cache.lock"
 _POLL_SECONDS = 0.02
 _OLDEST = 0
-"""Access time, in ns, of a file that its readers have finished with."""
+"""Access time, in ns, of a file that its readers have released."""
 
 
 class NoRoomError(Exception):
@@ -241,7 +241,7 @@ class ShardCache:
             on_wait()
             self._sleep(_POLL_SECONDS)
 
-    def finish_with(self, path: Path) -> None:
+    def release(self, path: Path) -> None:
         """Say that this process needs a file no longer: it is the first to be evicted, unless another still reads."""
         with suppress(OSError):
             os.utime(path, ns=(_OLDEST, path.stat().st_mtime_ns))

@@ -3,7 +3,7 @@
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.errors import SampleDamageError, ShardSetDamageError
-from pipelines.storage.shard_files import ShardStore, read_index_bytes
-from sharding.format.index import decode_index
+from pipelines.storage.remote import open_files
+from pipelines.storage.shard_files import ShardFiles
+from sharding.format.index import decode_index, read_parquet
 from sharding.format.shard_set import ShardEntry, ShardSet
 from sharding.media.codecs import StoredCodec, stored_codec
 
@@ -156,25 +157,25 @@ def _refuse_empty_places(shard: ShardEntry, columns: Mapping[str, Any]) -> None:
 class ShardIndexCache:
     """Indexes read on first use, the least recently used dropped beyond `most_bytes`."""
 
-    def __init__(self, shard_set: ShardSet, *, most_bytes: int, store: ShardStore | None = None) -> None:
-        self._shard_set, self._most_bytes, self._store = shard_set, most_bytes, store
+    def __init__(self, files: ShardFiles, *, most_bytes: int) -> None:
+        self._files, self._most_bytes = files, most_bytes
         self._lock = threading.Lock()
         self._held: OrderedDict[int, ShardIndex] = OrderedDict()
         self._bytes = 0
 
     def entry(self, shard: int, row: int) -> SampleEntry:
-        """The sample at `row` of the shard at `shard` in the shard table; raises as `ShardIndex` and its reading."""
+        """Return the sample at `row` of the shard at `shard` in the shard table; raises as `ShardIndex`, or `read`."""
         return self._index(shard).entry(row)
 
     def sample_ids(self) -> list[str]:
-        """Keys of the whole set in stored order; raises as `entry`."""
-        return [key for shard in range(len(self._shard_set.shards)) for key in self._index(shard).sample_ids()]
+        """Return the keys of the whole set in stored order; raises as `entry`."""
+        return [key for shard in range(len(self._files.shard_set.shards)) for key in self._index(shard).sample_ids()]
 
     def _index(self, shard: int) -> ShardIndex:
         with self._lock:
             index = self._held.get(shard)
             if index is None:
-                index = self._held[shard] = self._load(self._shard_set.shards[shard])
+                index = self._held[shard] = self._load(self._files.shard_set.shards[shard])
                 self._bytes += index.nbytes
             self._held.move_to_end(shard)
             while len(self._held) > 1 and self._bytes > self._most_bytes:
@@ -182,11 +183,27 @@ class ShardIndexCache:
         return index
 
     def _load(self, shard: ShardEntry) -> ShardIndex:
-        data = read_index_bytes(self._shard_set, shard, store=self._store)
+        data, manifest = self._files.read_index(shard), self._files.shard_set.manifest
         try:
             table = decode_index(data)
         except (pa.ArrowException, ValueError) as error:
             raise ShardSetDamageError(f"{shard.index_name}: not an index ({error}); convert the set again") from error
-        manifest = self._shard_set.manifest
         codec = stored_codec(manifest.video.codec)
         return ShardIndex(shard, table, num_labels=len(manifest.label_spaces), codec=codec)
+
+
+def read_columns(shard_set: ShardSet, columns: Sequence[str]) -> Iterator[tuple[ShardEntry, pa.Table]]:
+    """Yield some columns of every index of a set, shard by shard, without keeping any.
+
+    Raises:
+        ShardSetDamageError: an index is missing, damaged, or another shard's.
+    """
+    files = open_files(shard_set)
+    for shard in shard_set.shards:
+        data = files.read_index(shard)
+        try:
+            yield shard, read_parquet(data, columns=columns, num_rows=shard.num_samples)
+        except (pa.ArrowException, ValueError, OSError) as error:
+            raise ShardSetDamageError(
+                f"{shard.index_name}: not this shard's index ({error}); convert the set again"
+            ) from error

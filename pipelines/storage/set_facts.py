@@ -1,7 +1,7 @@
 """What a shard set holds, in numbers: read from its indexes alone, no video is opened."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.errors import ShardSetDamageError
-from pipelines.storage.shard_files import open_store, read_index_bytes
-from sharding.format.index import read_parquet
+from pipelines.storage.index import read_columns
 from sharding.format.shard_set import LabelSpace, ShardEntry, ShardSet
 
 _COLUMNS = ("labels", "num_frames", "duration_seconds", "has_audio", "mel_rows", "video_bytes", "mel_bytes")
@@ -78,7 +77,7 @@ def set_facts(shard_set: ShardSet) -> SetFacts:
     manifest = shard_set.manifest
     counts: list[Counter[int]] = [Counter() for _ in manifest.label_spaces]
     columns: dict[str, list[NDArray[np.float64]]] = {name: [] for name in _COLUMNS if name != "labels"}
-    for shard, table in _tables(shard_set):
+    for shard, table in read_columns(shard_set, _COLUMNS):
         for name, parts in columns.items():
             parts.append(table.column(name).to_numpy(zero_copy_only=False).astype(np.float64))
         _count_labels(counts, table, shard)
@@ -104,16 +103,6 @@ def set_facts(shard_set: ShardSet) -> SetFacts:
         mel_bytes=Spread.of(values["mel_bytes"]),
         durations=tuple(durations.tolist()),
     )
-
-
-def _tables(shard_set: ShardSet) -> Iterator[tuple[ShardEntry, pa.Table]]:
-    store = open_store(shard_set)
-    for shard in shard_set.shards:
-        data = read_index_bytes(shard_set, shard, store=store)
-        try:
-            yield shard, read_parquet(data, columns=_COLUMNS, num_rows=shard.num_samples)
-        except (pa.ArrowException, ValueError, OSError) as error:
-            raise ShardSetDamageError(f"{shard.index_name}: not an index ({error}); convert the set again") from error
 
 
 def _count_labels(counts: Sequence[Counter[int]], table: pa.Table, shard: ShardEntry) -> None:

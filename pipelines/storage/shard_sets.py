@@ -20,12 +20,13 @@ from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
 from pipelines.errors import SampleDamageError
 from pipelines.stats import StatsRecorder
-from pipelines.storage.fetch import ByteFetcher, FetchedSample
 from pipelines.storage.index import SampleEntry, ShardIndexCache
-from pipelines.storage.shard_files import ShardFiles, Verify, open_store
+from pipelines.storage.remote import CachedShards
+from pipelines.storage.samples import SampleReader
+from pipelines.storage.shard_files import Verify
 from pipelines.views.sampling import SamplingConfig, VaryingRate, frames_per_second, scaled_stride
 from sharding.format.index import TICKS_PER_SECOND
-from sharding.format.shard_set import AudioParameters, ShardEntry, ShardSet, VideoParameters
+from sharding.format.shard_set import AudioParameters, ShardSet, VideoParameters
 from sharding.media.codecs import STORED_CODECS
 
 _SPECTROGRAM_FACTS = {
@@ -146,7 +147,7 @@ def target_columns(shard_set: ShardSet, targets: Sequence[str]) -> tuple[TargetC
 _MOST_CLIPS = 32
 
 
-def stride_note(shard_set: ShardSet, indexes: ShardIndexCache, sampling: SamplingConfig) -> str | None:
+def stride_note(reader: SampleReader, sampling: SamplingConfig) -> str | None:
     """One line on what a dense window reads of this set, judged by clips of its first shard.
 
     None where it reads every `frame_stride`-th frame as configured, or where there are no dense windows.
@@ -156,12 +157,13 @@ def stride_note(shard_set: ShardSet, indexes: ShardIndexCache, sampling: Samplin
     """
     if sampling.scheme != "dense":
         return None
+    shard_set = reader.shard_set
     first = next((place for place, shard in enumerate(shard_set.shards) if shard.num_samples), None)
     if first is None:
         return None
     count = shard_set.shards[first].num_samples
     rows = np.unique(np.linspace(0, count - 1, min(count, _MOST_CLIPS)).astype(int)).tolist()
-    ticks = _ticks(indexes, first, rows)
+    ticks = _ticks(reader.indexes, first, rows)
     varying = [one for one in ticks if VaryingRate.of(one, ticks_per_second=TICKS_PER_SECOND)]
     rates = [_rate(one) for one in ticks if VaryingRate.of(one, ticks_per_second=TICKS_PER_SECOND) is None]
     parts = [_strides_in_words(rates, len(ticks), sampling)]
@@ -205,31 +207,6 @@ def _range(values: Iterable[float | int]) -> str:
     return numbers[0] if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SetReader:
-    """What reads the samples of one shard set."""
-
-    fingerprint: str
-    """Of its manifest."""
-    shards: tuple[ShardEntry, ...]
-    files: ShardFiles
-    indexes: ShardIndexCache
-    fetcher: ByteFetcher
-    targets: tuple[TargetColumn, ...]
-    """Where the targets stand among this set's label spaces."""
-
-    def fetch(self, entry: SampleEntry, frame_indices: Sequence[int]) -> FetchedSample:
-        """See `ByteFetcher.fetch`; a damaged copy of a remote shard in this machine's cache is fetched again, once."""
-        with self.files.holding(entry.shard):
-            try:
-                return self.fetcher.fetch(entry, frame_indices)
-            except SampleDamageError:
-                if not self.files.distrust(entry.shard):
-                    raise
-        with self.files.holding(entry.shard):
-            return self.fetcher.fetch(entry, frame_indices)
-
-
 class SetReaders:
     """The readers of one or more sets; a shard is named by its place in the sets' tables laid end to end."""
 
@@ -239,9 +216,9 @@ class SetReaders:
         clip: ClipSpec,
         targets: Sequence[str],
         *,
-        verify: Verify,
-        index_cache_bytes: int,
         stats: StatsRecorder,
+        verify: Verify = "size",
+        index_cache_bytes: int = 1 << 30,
     ) -> None:
         """Check every set; nothing is opened before it is read.
 
@@ -251,62 +228,69 @@ class SetReaders:
         """
         for shard_set in shard_sets:
             check_manifest(shard_set, clip)
-        self._readers = [
-            _reader(shard_set, clip, targets, verify, index_cache_bytes // len(shard_sets), stats)
-            for shard_set in shard_sets
-        ]
+        self._readers: list[SampleReader] = []
+        for shard_set in shard_sets:
+            most_bytes = index_cache_bytes // len(shard_sets)
+            reader = SampleReader(shard_set, stats, verify=verify, index_cache_bytes=most_bytes)
+            reader.files.check()
+            self._readers.append(reader)
+        self._targets = [target_columns(shard_set, targets) for shard_set in shard_sets]
         self._ends = [*accumulate(len(shard_set.shards) for shard_set in shard_sets)]
 
-    def find(self, shard: int) -> tuple[SetReader, int]:
-        """The reader of a shard, and the shard's place in its own set's table."""
-        number = bisect_right(self._ends, shard)
+    def find(self, shard: int) -> tuple[SampleReader, int]:
+        """Return the reader of a shard, and the shard's place in its own set's table."""
+        number = self._number(shard)
         return self._readers[number], shard - (self._ends[number - 1] if number else 0)
 
-    def stride_notes(self, shard_sets: Sequence[ShardSet], sampling: SamplingConfig) -> list[str]:
+    def labels(self, shard: int, entry: SampleEntry) -> list[int]:
+        """Return the labels of a sample of a shard, in the order of the targets.
+
+        Raises:
+            SampleDamageError: one is outside its label space.
+        """
+        targets = self._targets[self._number(shard)]
+        for target in targets:
+            if not 0 <= entry.labels[target.column] < target.num_classes:
+                raise SampleDamageError(
+                    f"{entry.where}: expected a {target.name} of 0..{target.num_classes - 1}, found "
+                    f"{entry.labels[target.column]}; convert the set again"
+                )
+        return [entry.labels[target.column] for target in targets]
+
+    def stride_notes(self, sampling: SamplingConfig) -> list[str]:
         """See `stride_note`: one line for each of the sets whose clips run at other rates."""
-        pairs = zip(shard_sets, self._readers, strict=True)
-        notes = [stride_note(shard_set, reader.indexes, sampling) for shard_set, reader in pairs]
+        notes = [stride_note(reader, sampling) for reader in self._readers]
         return [note for note in notes if note is not None]
 
     @property
     def are_remote(self) -> bool:
         """Whether any set is read through this machine's cache."""
-        return any(not reader.files.store.keeps_open for reader in self._readers)
+        return any(isinstance(reader.files, CachedShards) for reader in self._readers)
 
     def fetch_ahead(self, shard: int, *, is_abandoned: Callable[[], bool]) -> bool:
-        """See `ShardStore.fetch_ahead`."""
+        """See `CachedShards.fetch_ahead`; False for a local set."""
         reader, own_shard = self.find(shard)
-        return reader.files.store.fetch_ahead(reader.shards[own_shard], is_abandoned=is_abandoned)
+        if isinstance(files := reader.files, CachedShards):
+            return files.fetch_ahead(files.shard_set.shards[own_shard], is_abandoned=is_abandoned)
+        return False
 
-    def finish_with(self, shard: int) -> None:
-        """See `ShardStore.finish_with`."""
+    def release(self, shard: int) -> None:
+        """See `CachedShards.release`."""
         reader, own_shard = self.find(shard)
-        reader.files.store.finish_with(reader.shards[own_shard])
+        if isinstance(files := reader.files, CachedShards):
+            files.release(files.shard_set.shards[own_shard])
 
     def sample_ids(self) -> list[str]:
-        """Keys of all samples in stored order, set after set."""
+        """Return the keys of all samples in stored order, set after set."""
         return [key for reader in self._readers for key in reader.indexes.sample_ids()]
 
     def close(self) -> None:
         """Close the files of every set."""
         for reader in self._readers:
-            reader.files.close()
+            reader.close()
 
-
-def _reader(
-    shard_set: ShardSet, clip: ClipSpec, targets: Sequence[str], verify: Verify, cache_bytes: int, stats: StatsRecorder
-) -> SetReader:
-    store = open_store(shard_set, stats)
-    store.check()
-    files = ShardFiles(shard_set, verify=verify, store=store)
-    return SetReader(
-        fingerprint=shard_set.manifest.fingerprint,
-        shards=shard_set.shards,
-        files=files,
-        indexes=ShardIndexCache(shard_set, most_bytes=cache_bytes, store=store),
-        fetcher=ByteFetcher(files, stats, num_mel_bins=clip.num_mel_bins),
-        targets=target_columns(shard_set, targets),
-    )
+    def _number(self, shard: int) -> int:
+        return bisect_right(self._ends, shard)
 
 
 def check_agreement(shard_sets: Sequence[ShardSet], targets: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from ca2st.model.inspect import AttentionMap, has_cross_attention, record_attent
 from ca2st.model.network import ModelOutput
 from ca2st.model.tokens import audio_patches
 from ca2st.spec import MEL_ROW_SECONDS, ClipSpec
-from pipelines.storage.index import ShardIndexCache
+from pipelines.storage.samples import SampleReader
 from pipelines.views.draws import EvaluationViews
 from ray_jobs.pages.charts import Tick, hertz_of_bin, seconds_ticks
 from ray_jobs.runs.inference import TrainedModel, place_model, trained_loader
@@ -28,7 +28,6 @@ from ray_jobs.runs.prediction import Prediction, likeliest, shards_of_videos
 from sharding.format.shard_set import ShardSet
 
 _TOP = 5
-_INDEX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +90,7 @@ def run_recorded(trained: TrainedModel, video: Path) -> Explanation:
     require_attention(trained)
     with shards_of_videos(trained, [video]) as shard_set:
         batch = _centred_view(trained, shard_set)
-        mel_rows = ShardIndexCache(shard_set, most_bytes=_INDEX_BYTES).entry(0, 0).mel_rows
+        mel_rows = SampleReader(shard_set).indexes.entry(0, 0).mel_rows
     accelerator = place_model(trained)
     here = batch.to(accelerator.device)
     with torch.no_grad(), accelerator.autocast(), record_attention(trained.model) as maps:

@@ -8,6 +8,7 @@ Stored clips as a page shows them: stills over time and the sound beneath.
 import base64
 import io
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +19,7 @@ from PIL import Image
 from ca2st.spec import MEL_ROW_SECONDS
 from pipelines.decode.reference import decode_frames
 from pipelines.rendering import JpegFrames, RenderRequest
-from pipelines.stats import StatsRecorder
-from pipelines.storage.fetch import ByteFetcher, FetchedSample
-from pipelines.storage.index import SampleEntry, ShardIndexCache
-from pipelines.storage.shard_files import ShardFiles, open_store
+from pipelines.storage.samples import FetchedSample, SampleReader
 from ray_jobs.pages.charts import Tick, hertz_ticks, seconds_ticks
 from sharding.format.index import TICKS_PER_SECOND
 from sharding.format.shard_set import ShardSet
@@ -56,7 +54,6 @@ def data_uri(image: Image.Image, kind: str, **options: int) -> str:
 
 
 NUM_STILLS = 8
-_INDEX_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,10 +86,10 @@ def read_pictures(shard_set: ShardSet, keys: Sequence[str]) -> list[Pictures]:
     Raises:
         DataDamageError: the shards are not what was written.
     """
-    indexes = _indexes(shard_set)
+    reader = SampleReader(shard_set)
     places = [(number, row) for number, shard in enumerate(shard_set.shards) for row in range(shard.num_samples)]
-    place_of = dict(zip(indexes.sample_ids(), places, strict=True))
-    return [clip.pictures for clip in _read(shard_set, [indexes.entry(*place_of[key]) for key in keys])]
+    place_of = dict(zip(reader.indexes.sample_ids(), places, strict=True))
+    return [clip.pictures for clip in _read(reader, [place_of[key] for key in keys])]
 
 
 def read_spread_clips(shard_set: ShardSet, *, most: int) -> list[StoredClip]:
@@ -100,30 +97,24 @@ def read_spread_clips(shard_set: ShardSet, *, most: int) -> list[StoredClip]:
     num_samples = shard_set.manifest.num_samples
     count = min(most, num_samples)
     ends = np.cumsum([shard.num_samples for shard in shard_set.shards])
-    indexes, entries = _indexes(shard_set), []
+    places = []
     for number in range(count):
         place = (2 * number + 1) * num_samples // (2 * count)
         shard = int(np.searchsorted(ends, place, side="right"))
-        entries.append(indexes.entry(shard, place - int(ends[shard]) + shard_set.shards[shard].num_samples))
-    return _read(shard_set, entries)
+        places.append((shard, place - int(ends[shard]) + shard_set.shards[shard].num_samples))
+    return _read(SampleReader(shard_set), places)
 
 
-def _indexes(shard_set: ShardSet) -> ShardIndexCache:
-    return ShardIndexCache(shard_set, most_bytes=_INDEX_BYTES, store=open_store(shard_set))
-
-
-def _read(shard_set: ShardSet, entries: Sequence[SampleEntry]) -> list[StoredClip]:
-    audio, files = shard_set.manifest.audio, ShardFiles(shard_set)
-    fetcher = ByteFetcher(files, StatsRecorder(), num_mel_bins=audio.num_mel_bins)
-    try:
+def _read(reader: SampleReader, places: Sequence[tuple[int, int]]) -> list[StoredClip]:
+    rate = reader.shard_set.manifest.audio.sample_rate_hz
+    with closing(reader):
         clips = []
-        for entry in entries:
+        for place in places:
+            entry = reader.indexes.entry(*place)
             stills = tuple(int((still + 0.5) * entry.num_frames / NUM_STILLS) for still in range(NUM_STILLS))
-            pictures = _pictures(fetcher.fetch(entry, stills), stills, sample_rate_hz=audio.sample_rate_hz)
+            pictures = _pictures(reader.fetch(entry, stills), stills, sample_rate_hz=rate)
             clips.append(StoredClip(key=entry.key, labels=entry.labels, pictures=pictures))
         return clips
-    finally:
-        files.close()
 
 
 def _pictures(sample: FetchedSample, stills: tuple[int, ...], *, sample_rate_hz: int) -> Pictures:

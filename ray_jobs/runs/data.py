@@ -7,15 +7,16 @@ The loaders of a recipe; every rank makes its own.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ca2st.errors import UserInputError
 from ca2st.model.structure import EXPERTS
+from pipelines.config import EvaluationSetup, TrainSetup
 from pipelines.loader import EvaluationLoader, TrainLoader
-from pipelines.order.sample_plan import SamplePlan, training_plan
+from pipelines.order.plan import SamplePlan
 from pipelines.quarantine import FOLDER_NAME as QUARANTINE_FOLDER
 from pipelines.storage.shard_sets import check_agreement, check_manifest, check_sound, require_sound
 from pipelines.views.draws import EvaluationViews
@@ -108,16 +109,8 @@ def _check_sounds(recipe: Recipe, data: TrainingData) -> None:
 
 
 def sample_plan(recipe: Recipe, data: TrainingData) -> SamplePlan:
-    """Which samples a training on `data` reads, and in how many steps; raises as `training_plan`."""
-    return training_plan(
-        data.train_sets,
-        data.targets,
-        recipe.data.order(),
-        seed=recipe.training.seed,
-        global_batch_size=recipe.training.global_batch_size,
-        num_lanes=recipe.data.loader.num_lanes,
-        shuffle_block=recipe.data.loader.shuffle_block,
-    )
+    """Return which samples a training on `data` reads, and in how many steps; raises as `TrainSetup.plan`."""
+    return _train_setup(recipe, data).plan()
 
 
 def train_loader(
@@ -129,24 +122,26 @@ def train_loader(
     run_dir: Path | None = None,
     device: torch.device | None = None,
 ) -> TrainLoader:
-    """The shuffled, augmented, resumable source of a rank; damaged samples are kept in `run_dir` where it is given.
+    """Return the shuffled, augmented, resumable source of a rank; `run_dir` keeps the names of damaged samples.
 
     `device`: the rank's own, which decodes for itself where it can.
     """
-    return TrainLoader(
-        data.train_sets,
-        recipe.clip,
-        data.targets,
+    folder = None if run_dir is None else run_dir / QUARANTINE_FOLDER
+    setup = _train_setup(recipe, data)
+    return TrainLoader(replace(setup, rank=rank, world_size=world_size, device=device, quarantine_folder=folder))
+
+
+def _train_setup(recipe: Recipe, data: TrainingData) -> TrainSetup:
+    return TrainSetup(
+        shard_sets=data.train_sets,
+        clip=recipe.clip,
+        targets=data.targets,
         sampling=recipe.data.sampling,
         augment=recipe.data.augment,
         loader=recipe.data.loader,
         seed=recipe.training.seed,
         global_batch_size=recipe.training.global_batch_size,
         order=recipe.data.order(),
-        quarantine_folder=None if run_dir is None else run_dir / QUARANTINE_FOLDER,
-        rank=rank,
-        world_size=world_size,
-        device=device,
     )
 
 
@@ -165,10 +160,10 @@ def evaluation_loader(
 
     `device`: as for `train_loader`.
     """
-    return EvaluationLoader(
-        shard_set,
-        recipe.clip,
-        targets,
+    setup = EvaluationSetup(
+        shard_set=shard_set,
+        clip=recipe.clip,
+        targets=targets,
         sampling=recipe.data.sampling,
         views=views,
         loader=recipe.data.loader,
@@ -178,6 +173,7 @@ def evaluation_loader(
         world_size=world_size,
         device=device,
     )
+    return EvaluationLoader(setup)
 
 
 @contextmanager

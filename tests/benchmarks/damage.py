@@ -30,7 +30,7 @@ from pipelines.augment.crops import CropBox
 from pipelines.decode.reference import ReferenceBackend
 from pipelines.rendering import RenderRequest, VideoMember
 from pipelines.stats import StatsRecorder
-from pipelines.storage.headers import video_facts
+from pipelines.storage.samples import video_facts
 from sharding.media.codecs import stored_codec
 
 

@@ -14,7 +14,7 @@ from benchmarks.parity import StoredClip, stored_clips
 from ca2st.errors import CA2STError
 from ca2st.spec import ClipSpec
 from pipelines.benchmark.clips import DrawnClips
-from pipelines.storage.headers import video_facts
+from pipelines.storage.samples import video_facts
 from sharding.media.codecs import STORED_CODECS
 
 SPEC = ClipSpec(num_frames=4, crop_size=32, mel_rows=16)

@@ -18,13 +18,12 @@ from pipelines.augment.formulas import augmented, erase_in_place
 from pipelines.augment.mixing import MixingConfig
 from pipelines.augment.rand_augment import ImageAugment, Operation
 from pipelines.augment.spectrogram import SpectrogramConfig
-from pipelines.config import LoaderConfig
+from pipelines.config import LoaderConfig, TrainSetup
 from pipelines.decode.dali_cpu import DaliBackend
 from pipelines.decode.reference import ReferenceBackend
 from pipelines.loader import TrainLoader
 from pipelines.rendering import JpegFrames, RenderRequest, ViewBackend
 from pipelines.stats import StatsRecorder
-from pipelines.views.sampling import SamplingConfig
 from sharding.format.shard_set import ShardSet
 from support.fake_shards import FakeSample, make_samples, make_shard_set
 
@@ -41,7 +40,8 @@ FAST = LoaderConfig(backend="dali", shuffle_block=4, fetch_threads=2, decode_thr
 
 def batches(shard_set: ShardSet, loader: LoaderConfig = FAST, *, first_step: int = 0, **values: Any) -> list[ClipBatch]:
     fields: dict[str, Any] = {"augment": EVERYTHING, "seed": 3, "global_batch_size": BATCH} | values
-    with TrainLoader(shard_set, CLIP, ("label",), SamplingConfig(), loader=loader, **fields) as source:
+    setup = TrainSetup(shard_sets=[shard_set], clip=CLIP, targets=("label",), loader=loader, **fields)
+    with TrainLoader(setup) as source:
         return list(source.batches(1, first_step=first_step))
 
 

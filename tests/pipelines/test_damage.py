@@ -14,16 +14,13 @@ from hypothesis import strategies as st
 
 from ca2st.errors import DataDamageError
 from ca2st.spec import ClipSpec
-from pipelines.config import LoaderConfig
+from pipelines.config import EvaluationSetup, LoaderConfig
 from pipelines.errors import SampleDamageError, ShardSetDamageError
 from pipelines.loader import EvaluationLoader
 from pipelines.stats import StatsRecorder
-from pipelines.storage.fetch import ByteFetcher, coalesce
-from pipelines.storage.headers import jpeg_size, parse_mel
 from pipelines.storage.index import ShardIndexCache
-from pipelines.storage.shard_files import ShardFiles, Verify, open_store
-from pipelines.views.draws import EvaluationViews
-from pipelines.views.sampling import SamplingConfig
+from pipelines.storage.samples import SampleReader, coalesce, jpeg_size, parse_mel
+from pipelines.storage.shard_files import ShardFiles, Verify
 from sharding.format.shard_set import ShardSet
 from support.fake_shards import FakeSample, flip_byte, make_samples, make_shard_set, members_of, rewrite_manifest
 
@@ -31,14 +28,9 @@ FIRST, SECOND = "ca2st-000000.tar", "ca2st-000001.tar"
 
 
 def evaluation(shard_set: ShardSet, clip: ClipSpec, *, verify: Verify = "size") -> EvaluationLoader:
+    config = LoaderConfig(backend="reference", verify=verify, fetch_threads=2)
     return EvaluationLoader(
-        shard_set,
-        clip,
-        ("label",),
-        SamplingConfig(),
-        EvaluationViews(),
-        LoaderConfig(backend="reference", verify=verify, fetch_threads=2),
-        global_batch_size=4,
+        EvaluationSetup(shard_set=shard_set, clip=clip, targets=("label",), loader=config, global_batch_size=4)
     )
 
 
@@ -50,13 +42,6 @@ def read_all(shard_set: ShardSet, clip: ClipSpec, *, verify: Verify = "size") ->
             for key, padding in zip(batch.sample_ids, batch.is_padding.tolist(), strict=True)
             if not padding
         ]
-
-
-def fetcher(shard_set: ShardSet) -> tuple[ByteFetcher, ShardIndexCache]:
-    return (
-        ByteFetcher(ShardFiles(shard_set), StatsRecorder(), num_mel_bins=128),
-        ShardIndexCache(shard_set, most_bytes=1 << 20),
-    )
 
 
 def overwrite(path: Path, change: Callable[[bytes], bytes]) -> None:
@@ -88,8 +73,8 @@ def test_p1_a_shard_of_another_size_is_named_before_the_first_step(
 
 
 def test_p1_a_flipped_byte_in_a_frame_is_named_with_shard_key_frame_and_offset(fresh_set: ShardSet) -> None:
-    reader, indexes = fetcher(fresh_set)
-    entry = indexes.entry(1, 2)
+    reader = SampleReader(fresh_set)
+    entry = reader.indexes.entry(1, 2)
     offset = int(entry.frame_offsets[5])
     flip_byte(fresh_set.root / SECOND, offset + 30)
     expected = f"{SECOND}, sample {entry.key}, frame 5 at byte {offset} .*expected xxh32 .*restore it"
@@ -112,7 +97,7 @@ def test_p1_a_flipped_byte_in_a_spectrogram_is_named_with_shard_key_and_offset(
 
 @pytest.fixture(scope="module")
 def flipped_set(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """As `fresh_set`; whoever damages it mends it."""
+    """As `fresh_set`; whoever damages it repairs it."""
     return make_shard_set(tmp_path_factory.mktemp("flipped"), make_samples(8, num_frames=12))
 
 
@@ -121,8 +106,8 @@ def flipped_set(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 def test_p1_any_flipped_byte_of_what_is_read_is_found(
     flipped_set: ShardSet, shard: int, row: int, part: str, place: float
 ) -> None:
-    reader, indexes = fetcher(flipped_set)
-    entry = indexes.entry(shard, row)
+    reader = SampleReader(flipped_set)
+    entry = reader.indexes.entry(shard, row)
     first, end = (int(entry.frame_offsets[0]), int(entry.frame_offsets[-1]))
     if part == "mel":
         first, end = entry.mel_offset, entry.mel_offset + entry.mel_bytes
@@ -173,8 +158,8 @@ def test_p2_a_shard_removed_after_the_start_is_named(fresh_set: ShardSet, clip: 
 
 
 def test_p2_a_shard_cut_while_open_is_an_error_and_no_crash(fresh_set: ShardSet) -> None:
-    reader, indexes = fetcher(fresh_set)
-    entry = indexes.entry(1, 3)
+    reader = SampleReader(fresh_set)
+    entry = reader.indexes.entry(1, 3)
     reader.fetch(entry, [0])
     with (fresh_set.root / SECOND).open("r+b") as file:
         file.truncate(entry.mel_offset + 10)
@@ -189,7 +174,7 @@ def test_only_the_first_problems_are_listed_and_the_rest_counted(tmp_path: Path)
     for shard in shard_set.shards:
         (tmp_path / shard.name).write_bytes(b"")
     with pytest.raises(ShardSetDamageError, match=r"ca2st-000004.tar.*and 3 more"):
-        open_store(shard_set).check()
+        ShardFiles(shard_set).check()
 
 
 # P3: indexes that are not the shard's.
@@ -372,28 +357,30 @@ def test_a_shard_that_grew_or_shrank_since_the_start_is_refused_at_its_opening(f
     for change in (lambda data: data + bytes(512), lambda data: data[:-512]):
         whole = path.read_bytes()
         overwrite(path, change)
-        with pytest.raises(ShardSetDamageError, match=rf"expected {shard.bytes} bytes, found {path.stat().st_size}"):
-            ShardFiles(fresh_set).read(shard, 0, 512)
+        message = rf"expected {shard.bytes} bytes, found {path.stat().st_size}"
+        with pytest.raises(ShardSetDamageError, match=message), ShardFiles(fresh_set).opened(shard):
+            pass
         path.write_bytes(whole)
 
 
 def test_only_the_wanted_frames_are_read(fresh_set: ShardSet) -> None:
-    files, stats = ShardFiles(fresh_set), StatsRecorder()
-    entry = ShardIndexCache(fresh_set, most_bytes=1 << 20).entry(0, 0)
-    sample = ByteFetcher(files, stats, num_mel_bins=128).fetch(entry, [3, 3, 4])
+    stats = StatsRecorder()
+    reader = SampleReader(fresh_set, stats)
+    entry = reader.indexes.entry(0, 0)
+    sample = reader.fetch(entry, [3, 3, 4])
     frames = FakeSample(key="clip-0000", num_frames=12).frames()
     assert sample.frames == {3: frames[3], 4: frames[4]}
     assert stats.snapshot().bytes_read == len(frames[3]) + len(frames[4]) + entry.mel_bytes
-    files.close()
+    reader.close()
 
 
 def test_many_threads_share_few_open_files_without_mixing_shards(tmp_path: Path) -> None:
     shard_set = make_shard_set(tmp_path, make_samples(6, num_frames=2), samples_per_shard=1)
-    indexes = ShardIndexCache(shard_set, most_bytes=1)
-    reader = ByteFetcher(ShardFiles(shard_set, most_open=1), StatsRecorder(), num_mel_bins=128)
+    reader = SampleReader(shard_set, index_cache_bytes=1)
+    reader.files = ShardFiles(shard_set, most_open=1)
 
     def read(number: int) -> str:
-        return reader.fetch(indexes.entry(number % 6, 0), [0, 1]).entry.key
+        return reader.fetch(reader.indexes.entry(number % 6, 0), [0, 1]).entry.key
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(read, range(120))) == [f"clip-{number % 6:04d}" for number in range(120)]
@@ -402,12 +389,13 @@ def test_many_threads_share_few_open_files_without_mixing_shards(tmp_path: Path)
 def test_open_files_and_index_memory_stay_bounded(tmp_path: Path) -> None:
     shard_set = make_shard_set(tmp_path, make_samples(6, num_frames=2), samples_per_shard=1)
     files = ShardFiles(shard_set, most_open=2)
-    indexes = ShardIndexCache(shard_set, most_bytes=1)
+    indexes = ShardIndexCache(files, most_bytes=1)
     descriptors = Path("/proc/self/fd")
     before = len(list(descriptors.iterdir()))
     for shard in range(6):
         entry = indexes.entry(shard, 0)
-        files.read(entry.shard, entry.mel_offset, entry.mel_bytes)
+        with files.opened(entry.shard) as shard_file:
+            shard_file.read(entry.mel_offset, entry.mel_bytes)
         assert len(indexes._held) == 1
         assert len(list(descriptors.iterdir())) <= before + 2
     files.close()

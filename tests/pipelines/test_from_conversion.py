@@ -13,11 +13,11 @@ import torch
 
 from ca2st.batch import ClipBatch
 from ca2st.spec import ClipSpec
-from pipelines.config import BackendName, LoaderConfig
+from pipelines.config import BackendName, EvaluationSetup, LoaderConfig, TrainSetup
 from pipelines.loader import EvaluationLoader, TrainLoader
-from pipelines.storage.index import ShardIndexCache
+from pipelines.storage.samples import SampleReader
 from pipelines.storage.shard_sets import stride_note
-from pipelines.views.draws import AugmentConfig, EvaluationViews
+from pipelines.views.draws import AugmentConfig
 from pipelines.views.sampling import SamplingConfig
 from sharding.conversion import convert
 from sharding.format.shard_set import LabelSpace, ShardSet, read_shard_set
@@ -58,15 +58,15 @@ def batches(request: pytest.FixtureRequest, converted: ShardSet) -> dict[str, tu
 
 
 def read(shard_set: ShardSet, backend: BackendName) -> dict[str, tuple[ClipBatch, int]]:
-    with EvaluationLoader(
-        shard_set,
-        CLIP,
-        ("label",),
-        SamplingConfig(scheme="uniform"),
-        EvaluationViews(),
-        LoaderConfig(backend=backend, verify="sha256"),
+    setup = EvaluationSetup(
+        shard_set=shard_set,
+        clip=CLIP,
+        targets=("label",),
+        sampling=SamplingConfig(scheme="uniform"),
+        loader=LoaderConfig(backend=backend, verify="sha256"),
         global_batch_size=2,
-    ) as loader:
+    )
+    with EvaluationLoader(setup) as loader:
         (batch,) = loader.batches()
     return {("steady", "uneven")[batch.labels[i, 0]]: (batch, i) for i in range(2)}
 
@@ -133,20 +133,17 @@ def test_clips_at_fifty_frames_a_second_are_told_and_read_with_a_wider_stride(
     convert(source, tmp_path / "set", ConversionConfig(audio_policy="none", short_side=64, workers=1))
     shard_set = read_shard_set(tmp_path / "set")
     for scheme in ("dense", "uniform"):
-        config = SamplingConfig(scheme=scheme)
-        with (
-            caplog.at_level(logging.INFO, "pipelines.loader"),
-            TrainLoader(
-                shard_set,
-                CLIP,
-                ("label",),
-                config,
-                AugmentConfig(crop_area=(1.0, 1.0), crop_aspect_ratio=(1.0, 1.0), flip_probability=0.0),
-                LoaderConfig(backend="reference"),
-                seed=0,
-                global_batch_size=1,
-            ) as loader,
-        ):
+        setup = TrainSetup(
+            shard_sets=[shard_set],
+            clip=CLIP,
+            targets=("label",),
+            sampling=SamplingConfig(scheme=scheme),
+            augment=AugmentConfig(crop_area=(1.0, 1.0), crop_aspect_ratio=(1.0, 1.0), flip_probability=0.0),
+            loader=LoaderConfig(backend="reference"),
+            seed=0,
+            global_batch_size=1,
+        )
+        with caplog.at_level(logging.INFO, "pipelines.loader"), TrainLoader(setup) as loader:
             (batch,) = loader.batches(0)
         lines = [record.getMessage() for record in caplog.records if "frames a second" in record.getMessage()]
         caplog.clear()
@@ -159,13 +156,13 @@ def test_clips_at_fifty_frames_a_second_are_told_and_read_with_a_wider_stride(
 
 
 def test_clips_whose_rate_varies_are_told_where_dense_windows_read_them(converted: ShardSet) -> None:
-    indexes = ShardIndexCache(converted, most_bytes=10**6)
-    told = stride_note(converted, indexes, SamplingConfig(scheme="dense"))
+    reader = SampleReader(converted)
+    told = stride_note(reader, SamplingConfig(scheme="dense"))
     assert told is not None
     assert told.endswith(
         "1 of the first 2 clips vary in their frame rate; their dense windows take a frame every 4/30 s"
     )
-    assert stride_note(converted, indexes, SamplingConfig(scheme="uniform")) is None
+    assert stride_note(reader, SamplingConfig(scheme="uniform")) is None
 
 
 UNGUARDED = """\
@@ -173,9 +170,8 @@ import sys
 from pathlib import Path
 from ca2st.spec import ClipSpec
 from pipelines.loader import TrainLoader
-from pipelines.config import LoaderConfig
+from pipelines.config import LoaderConfig, TrainSetup
 from pipelines.views.sampling import SamplingConfig
-from pipelines.views.draws import AugmentConfig
 from sharding.settings import ConversionConfig
 from sharding.conversion import convert
 from sharding.format.shard_set import LabelSpace
@@ -196,11 +192,11 @@ source = SourceList(dataset="t", split="train", label_spaces=(space,), targets=(
 convert(source, root / "set", ConversionConfig(audio_policy="optional", short_side=64, workers=2))
 clip = ClipSpec(num_frames=4, crop_size=32, mel_rows=48)
 sampling = SamplingConfig(scheme="uniform")
-loader = TrainLoader(
-    read_shard_set(root / "set"), clip, ("label",), sampling, AugmentConfig(), LoaderConfig(backend=sys.argv[2]),
-    seed=0, global_batch_size=2,
+setup = TrainSetup(
+    shard_sets=[read_shard_set(root / "set")], clip=clip, targets=("label",), sampling=sampling,
+    loader=LoaderConfig(backend=sys.argv[2]), seed=0, global_batch_size=2,
 )
-with loader:
+with TrainLoader(setup) as loader:
     print(sum(len(batch.video) for batch in loader.batches(0)))
 """
 

@@ -12,13 +12,12 @@ import torch
 from ca2st.batch import ClipBatch
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
-from pipelines.config import LoaderConfig
+from pipelines.augment.spectrogram import MEL_MEAN, MEL_SCALE
+from pipelines.config import EvaluationSetup, LoaderConfig, TrainSetup
 from pipelines.errors import LoaderClosedError, PlanError
 from pipelines.loader import EvaluationLoader, TrainLoader
 from pipelines.order.selection import PlanRecord
-from pipelines.storage.headers import MEL_MEAN, MEL_SCALE
-from pipelines.views.draws import AugmentConfig, EvaluationViews
-from pipelines.views.sampling import SamplingConfig
+from pipelines.views.draws import EvaluationViews
 from sharding.errors import ManifestError
 from sharding.format.index import TICKS_PER_SECOND
 from sharding.format.shard_set import LabelSpace, ShardSet, VideoParameters
@@ -31,14 +30,14 @@ FAST = LoaderConfig(backend="reference", shuffle_block=4, fetch_threads=2)
 
 def train_loader(shard_set: ShardSet, clip: ClipSpec, loader: LoaderConfig = FAST, **values: Any) -> TrainLoader:
     fields: dict[str, Any] = {"seed": SEED, "global_batch_size": BATCH, "rank": 0, "world_size": 1} | values
-    return TrainLoader(shard_set, clip, ("label",), SamplingConfig(), AugmentConfig(), loader, **fields)
+    return TrainLoader(TrainSetup(shard_sets=[shard_set], clip=clip, targets=("label",), loader=loader, **fields))
 
 
 def evaluation_loader(
     shard_set: ShardSet, clip: ClipSpec, views: EvaluationViews | None = None, **values: Any
 ) -> EvaluationLoader:
-    fields: dict[str, Any] = {"global_batch_size": BATCH, "rank": 0, "world_size": 1} | values
-    return EvaluationLoader(shard_set, clip, ("label",), SamplingConfig(), views or EvaluationViews(), FAST, **fields)
+    fields: dict[str, Any] = {"global_batch_size": BATCH, "views": views or EvaluationViews(), "loader": FAST} | values
+    return EvaluationLoader(EvaluationSetup(shard_set=shard_set, clip=clip, targets=("label",), **fields))
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +121,8 @@ def test_several_targets_become_columns_in_the_order_asked(tmp_path: Any, clip: 
     samples = [replace(one, labels=(i % 2, i % 3)) for i, one in enumerate(make_samples(4, num_frames=4))]
     spaces = tuple(LabelSpace(name=name, classes=("a", "b", "c")) for name in ("verb", "noun"))
     shard_set = make_shard_set(tmp_path, samples, label_spaces=spaces, targets=("verb", "noun"))
-    with EvaluationLoader(
-        shard_set, clip, ("noun", "verb"), SamplingConfig(), EvaluationViews(), FAST, global_batch_size=4
-    ) as loader:
+    setup = EvaluationSetup(shard_set=shard_set, clip=clip, targets=("noun", "verb"), loader=FAST, global_batch_size=4)
+    with EvaluationLoader(setup) as loader:
         (batch,) = loader.batches()
     numbers = [int(key[-1]) for key in batch.sample_ids]
     assert batch.labels.tolist() == [[n % 3, n % 2] for n in numbers]
@@ -300,10 +298,11 @@ def test_a_target_the_set_does_not_have_is_refused(intact_set: ShardSet, clip: C
         (("noun",), ManifestError, "label space 'noun': not in this set; it has label"),
         ((), UserInputError, "at least one label space"),
     ):
+        setup = TrainSetup(
+            shard_sets=[intact_set], clip=clip, targets=targets, loader=FAST, seed=0, global_batch_size=BATCH
+        )
         with pytest.raises(error, match=message):
-            TrainLoader(
-                intact_set, clip, targets, SamplingConfig(), AugmentConfig(), FAST, seed=0, global_batch_size=BATCH
-            )
+            TrainLoader(setup)
 
 
 def test_a_codec_without_a_reader_is_refused(fresh_set: ShardSet, clip: ClipSpec) -> None:

@@ -11,8 +11,7 @@ from torch import Tensor
 from ca2st.errors import EnvironmentFault
 from ca2st.spec import ClipSpec
 from pipelines import loader as rank_loader
-from pipelines.augment.config import AugmentConfig
-from pipelines.config import LoaderConfig
+from pipelines.config import EvaluationSetup, TrainSetup
 from pipelines.decode import dali_cpu as dali_graph
 from pipelines.decode import reference
 from pipelines.decode.backends import make_backend
@@ -21,7 +20,6 @@ from pipelines.loader import EvaluationLoader, TrainLoader
 from pipelines.rendering import RenderRequest
 from pipelines.stats import StatsRecorder
 from pipelines.storage.shard_sets import SetReaders
-from pipelines.views.draws import EvaluationViews
 from pipelines.views.sampling import SamplingConfig
 from sharding.format.shard_set import ShardSet
 from support.fake_shards import flip_byte
@@ -84,15 +82,7 @@ def test_a_loader_without_a_backend_closes_its_files(
     monkeypatch.setattr(SetReaders, "close", lambda self: closed.append(self))
     monkeypatch.setattr(rank_loader, "make_backend", refuse)
     with pytest.raises(EnvironmentFault, match="no room for a decoder"):
-        EvaluationLoader(
-            intact_set,
-            clip,
-            ("label",),
-            SamplingConfig(),
-            EvaluationViews(),
-            LoaderConfig(),
-            global_batch_size=4,
-        )
+        EvaluationLoader(EvaluationSetup(shard_set=intact_set, clip=clip, targets=("label",), global_batch_size=4))
     assert len(closed) == 1
 
 
@@ -104,9 +94,8 @@ def test_a_loader_closes_its_backend_before_its_files_and_neither_twice(
     monkeypatch.setattr(backend, "close", lambda: closed.append("backend"))
     monkeypatch.setattr(SetReaders, "close", lambda _: closed.append("files"))
     monkeypatch.setattr(rank_loader, "make_backend", lambda *_, **__: backend)
-    with EvaluationLoader(
-        intact_set, clip, ("label",), SamplingConfig(), EvaluationViews(), LoaderConfig(), global_batch_size=4
-    ) as loader:
+    setup = EvaluationSetup(shard_set=intact_set, clip=clip, targets=("label",), global_batch_size=4)
+    with EvaluationLoader(setup) as loader:
         loader.close()
     assert closed == ["backend", "files"]
 
@@ -117,17 +106,16 @@ def test_a_training_loader_whose_first_index_is_damaged_closes_its_backend(
     backend = OpenBackend()
     monkeypatch.setattr(rank_loader, "make_backend", lambda *_, **__: backend)
     flip_byte(index_of_first_shard(fresh_set), 40)
+    setup = TrainSetup(
+        shard_sets=[fresh_set],
+        clip=clip,
+        targets=("label",),
+        sampling=SamplingConfig(scheme="dense"),
+        seed=0,
+        global_batch_size=4,
+    )
     with pytest.raises(ShardSetDamageError, match=r"000000.index.parquet: sha256 differs"):
-        TrainLoader(
-            fresh_set,
-            clip,
-            ("label",),
-            SamplingConfig(scheme="dense"),
-            AugmentConfig(),
-            LoaderConfig(),
-            seed=0,
-            global_batch_size=4,
-        )
+        TrainLoader(setup)
     assert not backend.is_open
 
 

@@ -6,8 +6,8 @@ from collections.abc import Generator
 
 import pytest
 
-from pipelines.assembly import StallWatch, prefetched
 from pipelines.stats import StatsRecorder
+from pipelines.threads import StallWatch, prefetched
 
 
 def watch(seconds: float = 60.0) -> StallWatch:
@@ -24,7 +24,7 @@ def wait_for(condition: object, seconds: float = 5.0) -> None:
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_items_come_in_order_and_the_thread_ends(depth: int) -> None:
     before = threading.active_count()
-    assert list(prefetched(lambda: (i for i in range(20)), depth, watch=watch())) == list(range(20))
+    assert list(prefetched((i for i in range(20)), depth, watch=watch())) == list(range(20))
     assert threading.active_count() == before
 
 
@@ -36,7 +36,7 @@ def test_no_more_than_depth_items_are_made_ahead() -> None:
             made.append(i)
             yield i
 
-    items = prefetched(source, 3, watch=watch())
+    items = prefetched(source(), 3, watch=watch())
     assert next(items) == 0
     wait_for(lambda: len(made) >= 3)
     time.sleep(0.05)
@@ -54,7 +54,7 @@ def test_an_error_surfaces_as_it_was_after_the_items_before_it(depth: int) -> No
         yield 1
         raise error
 
-    items = prefetched(source, depth, watch=watch())
+    items = prefetched(source(), depth, watch=watch())
     assert next(items) == 1
     with pytest.raises(KeyError, match="clip-7") as found:
         next(items)
@@ -73,7 +73,7 @@ def test_closing_early_closes_the_source_and_ends_the_thread(depth: int) -> None
             closed.set()
 
     before = threading.active_count()
-    items = prefetched(source, depth, watch=watch())
+    items = prefetched(source(), depth, watch=watch())
     next(items)
     items.close()
     assert closed.is_set()
@@ -84,7 +84,7 @@ def test_an_interrupt_in_the_consumer_ends_the_thread() -> None:
     before = threading.active_count()
 
     def consume() -> None:
-        for _ in prefetched(lambda: (i for i in range(100)), 2, watch=watch()):
+        for _ in prefetched((i for i in range(100)), 2, watch=watch()):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -94,6 +94,6 @@ def test_an_interrupt_in_the_consumer_ends_the_thread() -> None:
 
 def test_nothing_starts_before_the_first_item_is_asked_for() -> None:
     before = threading.active_count()
-    items = prefetched(lambda: (i for i in range(3)), 2, watch=watch())
+    items = prefetched((i for i in range(3)), 2, watch=watch())
     assert threading.active_count() == before
     items.close()

@@ -11,14 +11,12 @@ import torch
 from ca2st.batch import ClipBatch
 from ca2st.errors import DataDamageError, EnvironmentFault, UserInputError
 from ca2st.spec import ClipSpec
-from pipelines.config import LoaderConfig
+from pipelines.config import EvaluationSetup, LoaderConfig, TrainSetup
 from pipelines.errors import QuarantineBudgetError, SampleDamageError
 from pipelines.loader import EvaluationLoader, TrainLoader
 from pipelines.quarantine import Quarantine, QuarantinedSample, quarantine_limit
-from pipelines.storage.shard_files import ShardFiles
-from pipelines.views.draws import AugmentConfig, EvaluationViews
-from pipelines.views.sampling import SamplingConfig
-from sharding.format.shard_set import ShardEntry, ShardSet
+from pipelines.storage.shard_files import OpenShard
+from sharding.format.shard_set import ShardSet
 from support.fake_shards import FakeSample, flip_byte, make_samples, make_shard_set, members_of
 
 TINY: dict[str, Any] = {"num_frames": 3, "height": 24, "width": 32}
@@ -56,19 +54,18 @@ def loader(
     **config: Any,
 ) -> TrainLoader:
     settings = {"on_error": "quarantine", "quarantine_percent": 50.0, "prefetch_steps": 0, "shuffle_block": 4} | config
-    return TrainLoader(
-        shard_set,
-        clip,
-        ("label",),
-        SamplingConfig(),
-        AugmentConfig(),
-        LoaderConfig(backend="reference", num_lanes=4, **settings),
+    setup = TrainSetup(
+        shard_sets=[shard_set],
+        clip=clip,
+        targets=("label",),
+        loader=LoaderConfig(backend="reference", num_lanes=4, **settings),
         seed=1,
         global_batch_size=BATCH,
         quarantine_folder=folder,
         rank=rank,
         world_size=world_size,
     )
+    return TrainLoader(setup)
 
 
 def epoch(
@@ -161,13 +158,13 @@ def test_p7_a_resumed_run_leaves_the_samples_out_without_touching_them_and_gives
         for key in DAMAGED
         for name in [shard_set.shards[int(key[-4:]) // 6].name]
     }
-    real = ShardFiles.read
+    real = OpenShard.read
 
-    def watched(self: ShardFiles, shard: ShardEntry, offset: int, size: int) -> bytes:
-        assert (shard.name, offset) not in forbidden, "a sample in quarantine was read"
-        return real(self, shard, offset, size)
+    def watched(self: OpenShard, offset: int, size: int) -> bytes:
+        assert (Path(self._where).name, offset) not in forbidden, "a sample in quarantine was read"
+        return real(self, offset, size)
 
-    monkeypatch.setattr(ShardFiles, "read", watched)
+    monkeypatch.setattr(OpenShard, "read", watched)
     rest = epoch(shard_set, clip, folder=folder, first_step=1) + epoch(shard_set, clip, folder=folder, epoch=1)
     require_equal(joined([rest]), joined([whole[1:]]))
 
@@ -219,9 +216,8 @@ def test_p7_the_smaller_of_the_two_budgets_counts(budget: int, percent: float, s
 
 def test_p7_evaluation_never_leaves_a_sample_out(shard_set: ShardSet, clip: ClipSpec) -> None:
     settings = LoaderConfig(backend="reference", on_error="quarantine", quarantine_percent=100.0)
-    with EvaluationLoader(
-        shard_set, clip, ("label",), SamplingConfig(), EvaluationViews(), settings, global_batch_size=4
-    ) as source:
+    setup = EvaluationSetup(shard_set=shard_set, clip=clip, targets=("label",), loader=settings, global_batch_size=4)
+    with EvaluationLoader(setup) as source:
         with pytest.raises(SampleDamageError, match="sample clip-0005"):
             list(source.batches())
 
@@ -256,10 +252,10 @@ def test_p7_an_index_row_that_contradicts_itself_is_quarantined_by_its_row(clip:
     assert (kept["key"], kept["row"]) == ("", 2)
 
 
-def test_p7_where_nothing_sound_is_left_the_run_fails(clip: ClipSpec, tmp_path: Path) -> None:
+def test_p7_where_nothing_undamaged_is_left_the_run_fails(clip: ClipSpec, tmp_path: Path) -> None:
     edits = {f"clip-{number:04d}": {"mel_bytes": 0} for number in range(8)}
     written = make_shard_set(tmp_path / "set", make_samples(8, **TINY), samples_per_shard=4, row_edits=edits)
-    with pytest.raises(DataDamageError, match="step 0: no sound sample is left to fill a place"):
+    with pytest.raises(DataDamageError, match="step 0: no undamaged sample is left to fill a place"):
         epoch(written, clip, quarantine_percent=100.0)
 
 

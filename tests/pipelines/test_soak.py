@@ -16,10 +16,9 @@ from ca2st.spec import ClipSpec
 from pipelines.augment.erasing import ErasingConfig
 from pipelines.augment.mixing import MixingConfig
 from pipelines.augment.spectrogram import SpectrogramConfig
-from pipelines.config import LoaderConfig
+from pipelines.config import LoaderConfig, TrainSetup
 from pipelines.loader import TrainLoader
 from pipelines.views.draws import AugmentConfig
-from pipelines.views.sampling import SamplingConfig
 from sharding.format.remote import StorageConfig
 from sharding.format.shard_set import ShardSet, read_shard_set
 from support.fake_shards import make_samples, make_shard_set
@@ -101,9 +100,16 @@ def test_p12_three_epochs_with_everything_on_grow_by_nothing(
         backend="auto", verify="sha256", shuffle_block=100, num_lanes=4, index_cache_bytes=index_bytes
     )
     before = held(0)
-    with TrainLoader(
-        shard_set, clip, ("label",), SamplingConfig(), EVERYTHING, config, seed=0, global_batch_size=BATCH
-    ) as loader:
+    setup = TrainSetup(
+        shard_sets=[shard_set],
+        clip=clip,
+        targets=("label",),
+        augment=EVERYTHING,
+        loader=config,
+        seed=0,
+        global_batch_size=BATCH,
+    )
+    with TrainLoader(setup) as loader:
         seen = watched_epochs(loader)
     samples = np.array([moment.samples for moment in seen])
     resident = np.array([moment.resident_mb for moment in seen])

@@ -11,16 +11,13 @@ import pytest
 
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
-from pipelines import assembly as prefetch
-from pipelines.assembly import StallWatch, prefetched
-from pipelines.config import LoaderConfig
+from pipelines import threads
+from pipelines.config import LoaderConfig, TrainSetup
 from pipelines.errors import LoaderStalledError
 from pipelines.loader import TrainLoader
 from pipelines.stats import StatsRecorder
-from pipelines.storage.fetch import FetchThreads
-from pipelines.storage.shard_files import LocalStore, ShardFiles
-from pipelines.views.draws import AugmentConfig
-from pipelines.views.sampling import SamplingConfig
+from pipelines.storage.shard_files import OpenShard, ShardFiles
+from pipelines.threads import FetchThreads, StallWatch, prefetched
 from sharding.format.shard_set import ShardEntry, ShardSet
 from support.fake_shards import make_samples, make_shard_set
 
@@ -34,29 +31,23 @@ def gate() -> Iterator[threading.Event]:
 
 
 def make_loader(shard_set: ShardSet, clip: ClipSpec, **loader: object) -> TrainLoader:
+    config = LoaderConfig(backend="reference", **loader)  # type: ignore[arg-type]
     return TrainLoader(
-        shard_set,
-        clip,
-        ("label",),
-        SamplingConfig(),
-        AugmentConfig(),
-        LoaderConfig(backend="reference", **loader),  # type: ignore[arg-type]
-        seed=0,
-        global_batch_size=2,
+        TrainSetup(shard_sets=[shard_set], clip=clip, targets=("label",), loader=config, seed=0, global_batch_size=2)
     )
 
 
 def test_p8_a_read_that_never_returns_ends_the_run_with_its_stage_and_sample(
     fresh_set: ShardSet, clip: ClipSpec, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, calls = ShardFiles.read, iter(range(1000))
+    read, calls = OpenShard.read, iter(range(1000))
 
-    def read_then_hang(self: ShardFiles, shard: ShardEntry, offset: int, size: int) -> bytes:
+    def read_then_hang(self: OpenShard, offset: int, size: int) -> bytes:
         if next(calls) >= 8:
             gate.wait()
-        return read(self, shard, offset, size)
+        return read(self, offset, size)
 
-    monkeypatch.setattr(ShardFiles, "read", read_then_hang)
+    monkeypatch.setattr(OpenShard, "read", read_then_hang)
     began = time.monotonic()
     with (
         make_loader(fresh_set, clip, stall_timeout_seconds=0.5) as loader,
@@ -81,7 +72,7 @@ def test_p8_a_decoder_that_hangs_is_named_and_closing_does_not_wait_for_it(
             gate.wait()
 
     backend.render = hang  # type: ignore[method-assign, assignment]
-    with pytest.raises(LoaderStalledError, match=r"it stands in: decode for \d\.\d s in clip-prefetch"):
+    with pytest.raises(LoaderStalledError, match=r"it hangs in: decode for \d\.\d s in clip-prefetch"):
         next(loader.batches(0))
     began = time.monotonic()
     loader.close()
@@ -91,15 +82,15 @@ def test_p8_a_decoder_that_hangs_is_named_and_closing_does_not_wait_for_it(
 def test_p8_closing_a_loader_early_does_not_wait_for_a_file_whose_opening_hangs(
     tmp_path: Path, clip: ClipSpec, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_shard, calls, hangs = LocalStore.open_shard, iter(range(1000)), threading.Event()
+    open_shard, calls, hangs = ShardFiles._open_checked, iter(range(1000)), threading.Event()
 
-    def open_then_hang(self: LocalStore, shard: ShardEntry) -> int:
+    def open_then_hang(self: ShardFiles, shard: ShardEntry) -> int:
         if next(calls) >= 4:
             hangs.set()
             gate.wait()
         return open_shard(self, shard)
 
-    monkeypatch.setattr(LocalStore, "open_shard", open_then_hang)
+    monkeypatch.setattr(ShardFiles, "_open_checked", open_then_hang)
     shard_set = make_shard_set(tmp_path, make_samples(12, num_frames=4), samples_per_shard=1)
     loader = make_loader(shard_set, clip, stall_timeout_seconds=0.5, prefetch_steps=1)
     batches = loader.batches(0)
@@ -111,12 +102,12 @@ def test_p8_closing_a_loader_early_does_not_wait_for_a_file_whose_opening_hangs(
     assert not closing.is_alive()
 
 
-def test_p8_a_thread_that_ends_without_a_word_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefetch._Worker, "_run", lambda self: None)
+def test_p8_a_thread_that_ends_without_a_result_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads._Worker, "_run", lambda self: None)
     watch = StallWatch(StatsRecorder(), timeout_seconds=2.0)
     began = time.monotonic()
-    with pytest.raises(LoaderStalledError, match="its thread has ended without a word"):
-        next(prefetched(lambda: (i for i in range(3)), 2, watch=watch))
+    with pytest.raises(LoaderStalledError, match="its thread has ended without a result"):
+        next(prefetched((i for i in range(3)), 2, watch=watch))
     assert time.monotonic() - began < 2
 
 
@@ -130,23 +121,21 @@ def test_p8_slow_is_not_stalled_while_stages_go_on_ending() -> None:
         yield 1
 
     watch = StallWatch(stats, timeout_seconds=0.3)
-    assert list(prefetched(slow, 1, watch=watch)) == [1]
+    assert list(prefetched(slow(), 1, watch=watch)) == [1]
     assert not watch.has_tripped
 
 
 def test_p8_a_process_with_a_hanging_read_still_ends() -> None:
     script = """
 import threading, sys
-from pipelines.storage.fetch import FetchThreads
-from pipelines.assembly import prefetched
-from pipelines.assembly import StallWatch
+from pipelines.threads import FetchThreads, StallWatch, prefetched
 from pipelines.stats import StatsRecorder
 stats = StatsRecorder()
 def source():
     pool = FetchThreads(2)
     yield pool.submit(threading.Event().wait).result()
 try:
-    next(prefetched(source, 1, watch=StallWatch(stats, timeout_seconds=0.2)))
+    next(prefetched(source(), 1, watch=StallWatch(stats, timeout_seconds=0.2)))
 except Exception as error:
     sys.exit(type(error).__name__)
 """

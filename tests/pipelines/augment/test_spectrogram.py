@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 
 from ca2st.errors import UserInputError
-from pipelines.augment.spectrogram import UNCHANGED, SpectrogramConfig, SpectrogramDraw, normal_numbers
-from pipelines.storage.headers import MEL_MEAN, MEL_SCALE, mel_view
+from pipelines.augment.spectrogram import (
+    MEL_MEAN,
+    MEL_SCALE,
+    UNCHANGED,
+    SpectrogramConfig,
+    SpectrogramDraw,
+    mel_view,
+    normal_numbers,
+)
 from support.refusals import forced
 
 ROWS, BINS = 400, 128

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,13 @@ import torch
 from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.spec import ClipSpec
 from pipelines import loader as rank_loader
-from pipelines.config import DecodeOn, LoaderConfig
+from pipelines.config import DecodeOn, EvaluationSetup, LoaderConfig, TrainSetup
 from pipelines.decode import backends, dali_gpu
 from pipelines.decode import backends as cuda_decoders
 from pipelines.decode.backends import CudaDecoders, VideoDecoder, asked, choose_backend, make_backend
 from pipelines.decode.reference import ReferenceBackend
 from pipelines.loader import EvaluationLoader
 from pipelines.stats import StatsRecorder
-from pipelines.views.draws import EvaluationViews
-from pipelines.views.sampling import SamplingConfig
 from sharding.format.shard_set import ShardSet
 from sharding.media.codecs import STORED_CODECS
 from support.gpu import require_gpu
@@ -155,19 +154,15 @@ def test_the_choice_is_one_log_line_a_codec(monkeypatch: pytest.MonkeyPatch, cap
 def test_a_loader_decodes_on_its_ranks_device_unless_told_not_to(
     intact_set: ShardSet, clip: ClipSpec, monkeypatch: pytest.MonkeyPatch, decode_on: DecodeOn, expected: int
 ) -> None:
-    with (
-        imagined_gpu(monkeypatch) as made,
-        EvaluationLoader(
-            intact_set,
-            clip,
-            ("label",),
-            SamplingConfig(),
-            EvaluationViews(),
-            LoaderConfig(decode_on=decode_on, prefetch_steps=0),
-            global_batch_size=4,
-            device=torch.device("cuda", 1),
-        ),
-    ):
+    setup = EvaluationSetup(
+        shard_set=intact_set,
+        clip=clip,
+        targets=("label",),
+        loader=LoaderConfig(decode_on=decode_on, prefetch_steps=0),
+        global_batch_size=4,
+        device=torch.device("cuda", 1),
+    )
+    with imagined_gpu(monkeypatch) as made, EvaluationLoader(setup):
         assert made == [("mjpeg", torch.device("cuda", 1))] * expected
 
 
@@ -176,8 +171,18 @@ def test_a_place_to_decode_that_is_not_known_is_refused() -> None:
         forced(LoaderConfig(), decode_on="gpu")
 
 
-def test_the_smallest_side_of_several_sets_counts(intact_set: ShardSet) -> None:
-    assert rank_loader._short_sides([intact_set, intact_set]) == {"mjpeg": intact_set.manifest.video.short_side}
+def test_the_smallest_side_of_several_sets_counts(
+    intact_set: ShardSet, clip: ClipSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = intact_set.manifest.video.short_side
+    small = replace(intact_set.manifest, video=replace(intact_set.manifest.video, short_side=side - 1))
+    sets = [intact_set, replace(intact_set, manifest=small)]
+    asked: list[dict[str, int]] = []
+    backend = ReferenceBackend(crop_size=8, stats=StatsRecorder())
+    monkeypatch.setattr(rank_loader, "make_backend", lambda *_, short_sides, **__: asked.append(short_sides) or backend)
+    setup = TrainSetup(shard_sets=sets, clip=clip, targets=("label",), seed=0, global_batch_size=4)
+    rank_loader._backend(setup, StatsRecorder())
+    assert asked == [{"mjpeg": side - 1}]
 
 
 @pytest.mark.parametrize("promised", [None, "0", "1"])

@@ -23,7 +23,7 @@ from benchmarks.parity import (
 from ca2st.batch import ClipBatch
 from ca2st.spec import ClipSpec
 from pipelines.benchmark.clips import DrawnClips
-from pipelines.config import LoaderConfig
+from pipelines.config import EvaluationSetup, LoaderConfig
 from pipelines.decode.backends import cuda_decoders
 from pipelines.decode.dali_engine import GraphBackend
 from pipelines.decode.dali_gpu import gpu_backend
@@ -32,7 +32,6 @@ from pipelines.errors import SampleDamageError
 from pipelines.loader import EvaluationLoader
 from pipelines.rendering import RenderRequest, VideoMember
 from pipelines.stats import StatsRecorder
-from pipelines.views.draws import EvaluationViews
 from pipelines.views.sampling import SamplingConfig
 from sharding.media.codecs import STORED_CODECS
 from support.gpu import require_gpu
@@ -188,17 +187,17 @@ def test_a_loaders_batch_is_on_the_device_and_going_there_copies_nothing(
 ) -> None:
     shard_set = video_shard_set(tmp_path / codec, media, codec, short_side=256)
     batches: list[ClipBatch] = []
-    with EvaluationLoader(
-        shard_set,
-        SPEC,
-        ("label",),
-        SamplingConfig(scheme="uniform"),
-        EvaluationViews(),
-        LoaderConfig(decode_threads=2),
+    setup = EvaluationSetup(
+        shard_set=shard_set,
+        clip=SPEC,
+        targets=("label",),
+        sampling=SamplingConfig(scheme="uniform"),
+        loader=LoaderConfig(decode_threads=2),
         global_batch_size=3,
         num_lanes=1,
         device=device,
-    ) as loader:
+    )
+    with EvaluationLoader(setup) as loader:
         assert loader.backend_name == "dali-gpu"
         batches += loader.batches()
     (batch,) = batches

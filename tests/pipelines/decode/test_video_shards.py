@@ -20,7 +20,7 @@ from ca2st.spec import ClipSpec
 from pipelines.augment.crops import CropBox
 from pipelines.augment.erasing import ErasedBox
 from pipelines.augment.rand_augment import ImageAugment, Operation
-from pipelines.config import BackendName, LoaderConfig
+from pipelines.config import BackendName, EvaluationSetup, LoaderConfig, TrainSetup
 from pipelines.decode import backends
 from pipelines.decode.backends import RoutedBackend, choose_backend, make_backend
 from pipelines.decode.dali_cpu import DaliVideoBackend
@@ -29,12 +29,9 @@ from pipelines.errors import LoaderClosedError, SampleDamageError
 from pipelines.loader import EvaluationLoader, TrainLoader
 from pipelines.rendering import JpegFrames, RenderRequest, VideoMember
 from pipelines.stats import StatsRecorder
-from pipelines.storage import fetch
-from pipelines.storage.fetch import ByteFetcher
-from pipelines.storage.headers import video_facts
-from pipelines.storage.index import SampleEntry, ShardIndexCache
-from pipelines.storage.shard_files import ShardFiles
-from pipelines.views.draws import AugmentConfig, EvaluationViews
+from pipelines.storage import samples
+from pipelines.storage.index import SampleEntry
+from pipelines.storage.samples import SampleReader, video_facts
 from pipelines.views.sampling import SamplingConfig
 from sharding.format.shard_set import ShardSet, VideoParameters
 from sharding.media.codecs import STORED_CODECS
@@ -70,16 +67,16 @@ def fresh(media: list[Path], tmp_path: Path) -> ShardSet:
 
 
 def read(shard_set: ShardSet, backend: BackendName = "reference") -> ClipBatch:
-    with EvaluationLoader(
-        shard_set,
-        CLIP,
-        ("label",),
-        SamplingConfig(scheme="uniform"),
-        EvaluationViews(),
-        LoaderConfig(backend=backend, prefetch_steps=0, decode_threads=2),
+    setup = EvaluationSetup(
+        shard_set=shard_set,
+        clip=CLIP,
+        targets=("label",),
+        sampling=SamplingConfig(scheme="uniform"),
+        loader=LoaderConfig(backend=backend, prefetch_steps=0, decode_threads=2),
         global_batch_size=3,
         num_lanes=1,
-    ) as loader:
+    )
+    with EvaluationLoader(setup) as loader:
         (batch,) = loader.batches()
     return batch
 
@@ -124,16 +121,16 @@ def test_a_set_of_several_codecs_is_rendered_clip_by_clip_and_put_back_in_order(
 
 
 def test_p10_training_from_videos_resumes_at_any_step_to_the_same_pixels(sets: dict[str, ShardSet]) -> None:
-    with TrainLoader(
-        sets["h264"],
-        CLIP,
-        ("label",),
-        SamplingConfig(scheme="uniform"),
-        AugmentConfig(),
-        LoaderConfig(backend="reference"),
+    setup = TrainSetup(
+        shard_sets=[sets["h264"]],
+        clip=CLIP,
+        targets=("label",),
+        sampling=SamplingConfig(scheme="uniform"),
+        loader=LoaderConfig(backend="reference"),
         seed=3,
         global_batch_size=1,
-    ) as loader:
+    )
+    with TrainLoader(setup) as loader:
         whole, rest = list(loader.batches(1)), list(loader.batches(1, first_step=1))
     assert [batch.sample_ids for batch in rest] == [batch.sample_ids for batch in whole[1:]]
     assert all(torch.equal(a.video, b.video) for a, b in zip(rest, whole[1:], strict=True))
@@ -237,9 +234,9 @@ def test_a_video_is_augmented_and_erased_as_the_reference_does(dali: DaliVideoBa
 # P1: flipped bytes.
 
 
-def reader(shard_set: ShardSet, row: int = 0) -> tuple[ByteFetcher, SampleEntry]:
-    entry = ShardIndexCache(shard_set, most_bytes=1 << 20).entry(0, row)
-    return ByteFetcher(ShardFiles(shard_set), StatsRecorder(), num_mel_bins=128), entry
+def reader(shard_set: ShardSet, row: int = 0) -> tuple[SampleReader, SampleEntry]:
+    reader = SampleReader(shard_set)
+    return reader, reader.indexes.entry(0, row)
 
 
 def test_p1_a_flipped_byte_anywhere_in_a_video_is_named_with_shard_key_and_offset(fresh: ShardSet) -> None:
@@ -258,7 +255,7 @@ def test_p1_a_flipped_byte_anywhere_in_a_video_is_named_with_shard_key_and_offse
 def test_the_whole_video_is_read_and_counted(fresh: ShardSet) -> None:
     stats = StatsRecorder()
     _, entry = reader(fresh)
-    sample = ByteFetcher(ShardFiles(fresh), stats, num_mel_bins=128).fetch(entry, [3])
+    sample = SampleReader(fresh, stats).fetch(entry, [3])
     assert (sample.height, sample.width, sample.frames) == (64, 64, {})
     assert sample.clip_frames((3, 1)) == VideoMember(sample.member or b"", "h264", (3, 1))
     assert stats.snapshot().bytes_read == entry.video_bytes + entry.mel_bytes
@@ -266,7 +263,7 @@ def test_the_whole_video_is_read_and_counted(fresh: ShardSet) -> None:
 
 def test_a_video_too_large_to_be_read_whole_is_refused(fresh: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     fetcher, entry = reader(fresh)
-    monkeypatch.setattr(fetch, "MOST_MEMBER_BYTES", 100)
+    monkeypatch.setattr(samples, "MOST_MEMBER_BYTES", 100)
     with pytest.raises(SampleDamageError, match=r"a video of at most 100 bytes, found \d+; .*--codec mjpeg"):
         fetcher.fetch(entry, [0])
 

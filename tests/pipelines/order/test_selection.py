@@ -131,7 +131,7 @@ def test_a_selection_is_balanced_among_what_it_left(kitchen: ShardSet) -> None:
 
 
 def test_without_selection_and_balance_no_index_is_read(kitchen: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.order.sources.read_index_bytes", None)
+    monkeypatch.setattr("pipelines.order.sources.read_columns", None)
     (source,) = sources_of(kitchen)
     assert source.rows is None
     assert source.num_samples == 20

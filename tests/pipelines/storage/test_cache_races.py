@@ -4,20 +4,18 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
-from ca2st.spec import ClipSpec
 from pipelines.errors import SampleDamageError
 from pipelines.stats import StatsRecorder
 from pipelines.storage.cache import ShardCache
-from pipelines.storage.fetch import ByteFetcher, FetchedSample
-from pipelines.storage.index import SampleEntry
-from pipelines.storage.shard_files import ShardFiles, open_store
-from pipelines.storage.shard_sets import SetReader, SetReaders
+from pipelines.storage.remote import open_files
+from pipelines.storage.samples import FetchedSample, SampleReader
 from sharding.format.remote import StorageConfig
 from sharding.format.shard_set import ShardSet, read_shard_set
 from support.fake_shards import flip_byte, make_samples, make_shard_set, members_of
@@ -37,25 +35,20 @@ def remote(tmp_path: Path) -> Iterator[ShardSet]:
     fsspec.filesystem("memory").rm(url.removeprefix("memory:/"), recursive=True)
 
 
-def reader_of(shard_set: ShardSet, clip: ClipSpec, stats: StatsRecorder) -> SetReader:
-    readers = SetReaders([shard_set], clip, ("label",), verify="size", index_cache_bytes=1 << 20, stats=stats)
-    return readers.find(0)[0]
-
-
 def test_p1_who_read_a_damaged_copy_reads_again_although_a_neighbour_was_first_to_replace_it(
-    remote: ShardSet, clip: ClipSpec, monkeypatch: pytest.MonkeyPatch
+    remote: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stats = StatsRecorder()
-    reader = reader_of(remote, clip, stats)
+    reader = SampleReader(remote, stats)
     entry = reader.indexes.entry(0, 1)
     expected = reader.fetch(entry, [0, 1])
     offset, size = members_of(remote.root / SHARD)["clip-0001.mel.npy"]
     flip_byte(remote.root / SHARD, offset + size // 2)
-    fetch, neighbours = ByteFetcher.fetch, list[threading.Thread]()
+    check, neighbours = SampleReader._checked, list[threading.Thread]()
 
-    def fetch_after_a_neighbour(self: ByteFetcher, entry: SampleEntry, frames: Iterable[int]) -> FetchedSample:
+    def check_after_a_neighbour(self: SampleReader, *read: Any) -> FetchedSample:
         try:
-            return fetch(self, entry, frames)
+            return check(self, *read)
         except SampleDamageError:
             if not neighbours:
                 neighbours.append(threading.Thread(target=lambda: reader.fetch(entry, [0])))
@@ -63,7 +56,7 @@ def test_p1_who_read_a_damaged_copy_reads_again_although_a_neighbour_was_first_t
                 neighbours[0].join()
             raise
 
-    monkeypatch.setattr(ByteFetcher, "fetch", fetch_after_a_neighbour)
+    monkeypatch.setattr(SampleReader, "_checked", check_after_a_neighbour)
     assert reader.fetch(entry, [0, 1]).frames == expected.frames
     assert len(neighbours) == 1
     assert stats.snapshot().cache_misses == 3, "index, shard, and the shard once again: not once for each reader"
@@ -73,10 +66,12 @@ def test_p1_a_cached_copy_that_the_disk_damaged_is_fetched_again_where_whole_sha
     remote: ShardSet,
 ) -> None:
     stats = StatsRecorder()
-    files, shard = ShardFiles(remote, verify="sha256", store=open_store(remote, stats)), remote.shards[0]
-    expected = files.read(shard, 0, shard.bytes)
+    files, shard = open_files(remote, stats, verify="sha256"), remote.shards[0]
+    with files.opened(shard) as opened:
+        expected = opened.read(0, shard.bytes)
     flip_byte(remote.root / SHARD, 700)
-    assert files.read(shard, 0, shard.bytes) == expected
+    with files.opened(shard) as opened:
+        assert opened.read(0, shard.bytes) == expected
     assert stats.snapshot().cache_misses == 2
 
 

@@ -1,7 +1,6 @@
 """Shard sets behind a URL: the batches of the local set, through a cache that may be smaller than the data."""
 
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +12,11 @@ import torch
 
 from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.spec import ClipSpec
-from pipelines.config import LoaderConfig
+from pipelines.config import EvaluationSetup, LoaderConfig, TrainSetup
 from pipelines.errors import SampleDamageError, ShardSetDamageError
 from pipelines.loader import EvaluationLoader, TrainLoader
 from pipelines.stats import StageStats, StatsRecorder
-from pipelines.storage.shard_files import CachedStore
-from pipelines.views.draws import AugmentConfig, EvaluationViews
-from pipelines.views.sampling import SamplingConfig
+from pipelines.storage.remote import CachedShards
 from sharding.errors import ManifestError, ShardDamageError
 from sharding.format.remote import RemoteFiles, RemoteFolder, Retrier, RetryConfig, StorageConfig
 from sharding.format.shard_set import ShardSet, read_shard_set
@@ -63,18 +60,18 @@ def trained(
 ) -> tuple[list[tuple[tuple[str, ...], torch.Tensor]], StageStats]:
     """Keys and pixels of an epoch, and what the loader counted."""
     settings = LoaderConfig(backend="reference", num_lanes=2, shuffle_block=6, **config)
-    with TrainLoader(
-        shard_set, clip, ("label",), SamplingConfig(), AugmentConfig(), settings, seed=3, global_batch_size=4
-    ) as loader:
+    setup = TrainSetup(
+        shard_sets=[shard_set], clip=clip, targets=("label",), loader=settings, seed=3, global_batch_size=4
+    )
+    with TrainLoader(setup) as loader:
         batches = [(batch.sample_ids, batch.video) for batch in loader.batches(0)]
         return batches, loader.stats
 
 
 def scored(shard_set: ShardSet, clip: ClipSpec) -> list[str]:
     settings = LoaderConfig(backend="reference", fetch_threads=2)
-    with EvaluationLoader(
-        shard_set, clip, ("label",), SamplingConfig(), EvaluationViews(), settings, global_batch_size=4
-    ) as loader:
+    setup = EvaluationSetup(shard_set=shard_set, clip=clip, targets=("label",), loader=settings, global_batch_size=4)
+    with EvaluationLoader(setup) as loader:
         assert loader.sample_ids() == [f"clip-{number:04d}" for number in range(24)]
         return [key for batch in loader.batches() for key in batch.sample_ids]
 
@@ -187,34 +184,34 @@ def test_p3_an_index_damaged_on_the_server_is_named(url: str, clip: ClipSpec, lo
         trained(read_shard_set(url, storage=storage(tmp_path)), clip)
 
 
-def flaky_store(local: ShardSet, tmp_path: Path, **behaviour: Any) -> tuple[CachedStore, StatsRecorder, ShardSet]:
-    """A store on storage that fails as it is told, without a pause."""
+def flaky_files(local: ShardSet, tmp_path: Path, **behaviour: Any) -> tuple[CachedShards, StatsRecorder, ShardSet]:
+    """A set on storage that fails as it is told, without a pause."""
     files = {f"bucket/set/{path.name}": path.read_bytes() for path in local.root.iterdir()}
     time, stats, folder = FakeTime(), StatsRecorder(), RemoteFolder("s3://bucket/set")
     retrier = Retrier(on_retry=lambda: stats.add("retries", 1), clock=time.clock, sleep=time.sleep)
     reader = RemoteFiles(folder=folder, retrier=retrier, filesystem=FlakyStorage(files, **behaviour))
     remote = replace(local, root=tmp_path / "cache" / "set", origin=folder, storage=storage(tmp_path))
-    return CachedStore(remote, stats, files=reader), stats, remote
+    return CachedShards(remote, stats, files=reader), stats, remote
 
 
 def test_p9_a_set_on_storage_that_fails_one_read_in_twenty_arrives_whole(local: ShardSet, tmp_path: Path) -> None:
-    store, stats, _ = flaky_store(local, tmp_path, fail=lambda call: None if call % 20 else ConnectionResetError())
+    files, stats, _ = flaky_files(local, tmp_path, fail=lambda call: None if call % 20 else ConnectionResetError())
     for _ in range(3):
         for shard in local.shards:
-            with os.fdopen(store.open_shard(shard), "rb") as file:
-                assert file.read() == (local.root / shard.name).read_bytes()
-            assert store.read_index(shard) == (local.root / shard.index_name).read_bytes()
-            store.finish_with(shard)
+            with files.opened(shard) as opened:
+                assert opened.read(0, shard.bytes) == (local.root / shard.name).read_bytes()
+            assert files.read_index(shard) == (local.root / shard.index_name).read_bytes()
+            files.release(shard)
     assert stats.snapshot().retries == 0, "16 reads"
     assert stats.snapshot().cache_hits == 32
 
 
 def test_p9_a_download_with_a_flipped_bit_is_fetched_again_and_counted(local: ShardSet, tmp_path: Path) -> None:
-    store, stats, _ = flaky_store(
+    files, stats, _ = flaky_files(
         local, tmp_path, change=lambda call, data: bytes([data[0] ^ 1]) + data[1:] if call == 1 else data
     )
-    with os.fdopen(store.open_shard(local.shards[0]), "rb") as file:
-        assert file.read() == (local.root / local.shards[0].name).read_bytes()
+    with files.opened(local.shards[0]) as opened:
+        assert opened.read(0, local.shards[0].bytes) == (local.root / local.shards[0].name).read_bytes()
     assert (stats.snapshot().retries, stats.snapshot().cache_misses) == (1, 1)
 
 

@@ -12,13 +12,11 @@ from ca2st.batch import ClipBatch
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
 from ca2st.training.journal import differences
-from pipelines.config import LoaderConfig
+from pipelines.config import LoaderConfig, TrainSetup
 from pipelines.errors import PlanError
 from pipelines.loader import TrainLoader
 from pipelines.order.plan import rank_positions
 from pipelines.order.selection import BalanceConfig, OrderConfig, SelectionConfig
-from pipelines.views.draws import AugmentConfig
-from pipelines.views.sampling import SamplingConfig
 from sharding.format.shard_set import AudioParameters, LabelSpace, ShardSet
 from support.fake_shards import FakeSample, make_shard_set
 from support.refusals import forced
@@ -43,8 +41,9 @@ def two_sets(tmp_path_factory: pytest.TempPathFactory) -> list[ShardSet]:
 
 def loader_of(sets: Any, clip: ClipSpec, order: OrderConfig | None = None, **values: Any) -> TrainLoader:
     fields: dict[str, Any] = {"seed": 3, "global_batch_size": 4} | values
-    names = fields.pop("targets", ("label", "shape"))
-    return TrainLoader(sets, clip, names, SamplingConfig(), AugmentConfig(), FAST, order=order, **fields)
+    shard_sets = [sets] if isinstance(sets, ShardSet) else sets
+    fields = {"targets": ("label", "shape"), "loader": FAST, "order": order or OrderConfig()} | fields
+    return TrainLoader(TrainSetup(shard_sets=shard_sets, clip=clip, **fields))
 
 
 def rows(batches: list[ClipBatch]) -> dict[str, tuple[list[int], torch.Tensor]]:

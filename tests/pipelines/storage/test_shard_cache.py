@@ -69,7 +69,7 @@ def test_a_finished_file_goes_before_the_least_recently_used_one(folder: Path) -
     cache = ShardCache(folder, most_bytes=2 * SIZE)
     use(cache, path_of(folder, 0))
     use(cache, path_of(folder, 1))
-    cache.finish_with(path_of(folder, 1))
+    cache.release(path_of(folder, 1))
     use(cache, path_of(folder, 2))
     assert names(folder) == [0, 2]
 
@@ -99,7 +99,7 @@ def test_what_is_not_needed_yet_evicts_only_what_is_finished_with(folder: Path) 
     use(cache, path_of(folder, 1))
     with pytest.raises(NoRoomError):
         cache.open(path_of(folder, 2), SIZE, forbidden, ahead=True)
-    cache.finish_with(path_of(folder, 0))
+    cache.release(path_of(folder, 0))
     os.close(cache.open(path_of(folder, 2), SIZE, write(b"z" * SIZE), ahead=True))
     assert names(folder) == [1, 2]
 

@@ -10,6 +10,7 @@ import pytest
 
 from pipelines.errors import SampleDamageError, ShardSetDamageError
 from pipelines.storage.index import ShardIndex, ShardIndexCache
+from pipelines.storage.shard_files import ShardFiles
 from sharding.format.index import decode_index
 from sharding.format.shard_set import ShardSet
 from sharding.media.codecs import stored_codec
@@ -21,14 +22,14 @@ def test_p4_an_index_with_a_row_that_has_no_value_is_refused(tmp_path: Path, nam
     shard_set = make_shard_set(tmp_path, make_samples(2), row_edits={"clip-0001": {name: None}})
     message = rf"000000.index.parquet: {name}: expected a value in every row, found 1 empty places; convert"
     with pytest.raises(ShardSetDamageError, match=message):
-        ShardIndexCache(shard_set, most_bytes=1 << 20).entry(0, 0)
+        ShardIndexCache(ShardFiles(shard_set), most_bytes=1 << 20).entry(0, 0)
 
 
 @pytest.mark.parametrize("name", ["labels", "frame_bytes", "frame_ticks", "frame_xxh32"])
 def test_p4_an_index_with_empty_places_in_a_list_is_refused(tmp_path: Path, name: str) -> None:
     shard_set = make_shard_set(tmp_path, make_samples(2), row_edits={"clip-0001": {name: [1, None, None]}})
     with pytest.raises(ShardSetDamageError, match=rf"{name}: expected a value in every row, found 2 empty places"):
-        ShardIndexCache(shard_set, most_bytes=1 << 20).entry(0, 0)
+        ShardIndexCache(ShardFiles(shard_set), most_bytes=1 << 20).entry(0, 0)
 
 
 def index_of(shard_set: ShardSet, table: pa.Table) -> ShardIndex:
@@ -60,11 +61,11 @@ def test_frame_times_that_go_back_by_more_than_31_bits_hold_are_refused(tmp_path
     edits: dict[str, Any] = {"clip-0001": {"frame_ticks": [0, *[2**31 - 1] * 18, -(2**31)]}}
     shard_set = make_shard_set(tmp_path, make_samples(2), row_edits=edits)
     with pytest.raises(SampleDamageError, match="expected frame times >= 0 that never go back; convert"):
-        ShardIndexCache(shard_set, most_bytes=1 << 20).entry(0, 1)
+        ShardIndexCache(ShardFiles(shard_set), most_bytes=1 << 20).entry(0, 1)
 
 
 def test_sizes_that_only_together_pass_32_bits_are_added_up_rightly(tmp_path: Path) -> None:
     huge: dict[str, Any] = {"frame_bytes": [2**32 - 1] * 20}
     shard_set = make_shard_set(tmp_path, make_samples(2), row_edits={"clip-0001": huge})
     with pytest.raises(SampleDamageError, match="expected frames inside the video; convert"):
-        ShardIndexCache(shard_set, most_bytes=1 << 20).entry(0, 1)
+        ShardIndexCache(ShardFiles(shard_set), most_bytes=1 << 20).entry(0, 1)

@@ -1,4 +1,4 @@
-"""Shards fetched ahead: the next ones of the plan, bounded, given up after their last read."""
+"""Shards fetched ahead: the next ones of the plan, bounded, released after their last read."""
 
 import threading
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from ca2st.errors import EnvironmentFault
-from pipelines.storage.ahead import ShardsAhead
+from pipelines.storage.remote import ShardsAhead
 
 
 @dataclass
@@ -19,7 +19,7 @@ class FakeShards:
     error: Exception | None = None
     go: threading.Event = field(default_factory=threading.Event)
     asked: list[int] = field(default_factory=list)
-    finished: list[int] = field(default_factory=list)
+    released: list[int] = field(default_factory=list)
 
     def fetch_ahead(self, shard: int, *, is_abandoned: Callable[[], bool]) -> bool:
         self.asked.append(shard)
@@ -29,12 +29,12 @@ class FakeShards:
             raise self.error
         return self.has_room
 
-    def finish_with(self, shard: int) -> None:
-        self.finished.append(shard)
+    def release(self, shard: int) -> None:
+        self.released.append(shard)
 
 
 def ahead_of(shards: FakeShards, *, steps: int = 100, most_waiting: int = 2) -> ShardsAhead:
-    """Two steps a shard."""
+    """Two steps per shard."""
     return ShardsAhead(shards, lambda step: {step // 2}, range(steps), most_waiting=most_waiting)
 
 
@@ -61,17 +61,17 @@ def test_no_more_shards_than_allowed_are_on_their_way_at_once(most: int) -> None
     assert len(shards.asked) == len(set(shards.asked))
 
 
-def test_a_shard_is_finished_with_once_its_last_step_lies_behind() -> None:
+def test_a_shard_is_released_once_its_last_step_lies_behind() -> None:
     shards = FakeShards()
     shards.go.set()
     with ahead_of(shards) as ahead:
         for step in range(10):
             ahead.reached(step)
             until(lambda: not ahead._waiting)
-    assert shards.finished == [0, 1], "steps 0 to 3; those of the last four steps may still be read"
+    assert shards.released == [0, 1], "steps 0 to 3; those of the last four steps may still be read"
 
 
-def test_a_shard_without_room_is_asked_for_again_when_one_is_finished() -> None:
+def test_a_shard_without_room_is_asked_for_again_when_one_is_released() -> None:
     shards = FakeShards(has_room=False)
     shards.go.set()
     with ahead_of(shards, steps=6) as ahead:
@@ -107,4 +107,4 @@ def test_local_sets_start_no_thread_and_are_asked_for_nothing() -> None:
     with ahead_of(shards) as ahead:
         ahead.reached(0)
         assert threading.active_count() == before
-    assert (shards.asked, shards.finished) == ([], [])
+    assert (shards.asked, shards.released) == ([], [])

@@ -8,9 +8,9 @@ import pytest
 
 from ca2st.training.evaluate import EvaluationResult
 from ca2st.training.loop import train
-from pipelines.config import LoaderConfig
+from pipelines.config import TrainSetup
 from pipelines.loader import TrainLoader
-from pipelines.views.draws import AugmentConfig, EvaluationViews
+from pipelines.views.draws import EvaluationViews
 from pipelines.views.sampling import SamplingConfig
 from ray_jobs.runs.inference import score
 from ray_jobs.runs.prediction import shards_of_videos
@@ -39,16 +39,15 @@ def shard_set(request: pytest.FixtureRequest, clips: list[Path], tmp_path_factor
 
 def test_a_model_trains_on_videos_of_every_codec(shard_set: ShardSet, tmp_path: Path) -> None:
     settings = tiny_settings(tmp_path, targets={"label": 2}, global_batch_size=2, per_device_batch_size=2)
-    with TrainLoader(
-        shard_set,
-        TINY_CLIP,
-        ("label",),
-        SamplingConfig(scheme="uniform"),
-        AugmentConfig(),
-        LoaderConfig(),
+    setup = TrainSetup(
+        shard_sets=[shard_set],
+        clip=TINY_CLIP,
+        targets=("label",),
+        sampling=SamplingConfig(scheme="uniform"),
         seed=settings.config.seed,
         global_batch_size=2,
-    ) as loader:
+    )
+    with TrainLoader(setup) as loader:
         result = train(
             TinyModel(classes={"label": 2}), loader, accelerator=fresh_accelerator(settings), settings=settings
         )

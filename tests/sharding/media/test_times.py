@@ -12,9 +12,8 @@ import pytest
 
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
-from pipelines.config import LoaderConfig
+from pipelines.config import EvaluationSetup, LoaderConfig
 from pipelines.loader import EvaluationLoader
-from pipelines.views.draws import EvaluationViews
 from pipelines.views.sampling import SamplingConfig
 from sharding.conversion import convert
 from sharding.errors import ConversionRefusedError, MediaError
@@ -338,15 +337,15 @@ def test_c8_a_clip_shorter_than_a_view_is_padded_with_its_own_frames_and_its_rea
     table = decode_index((tmp_path / "set" / shard_set.shards[0].index_name).read_bytes())
     assert table["num_frames"].to_pylist() == [num_frames]
     for scheme in ("uniform", "dense"):
-        with EvaluationLoader(
-            shard_set,
-            ClipSpec(num_frames=8, crop_size=64, mel_rows=16),
-            ("label",),
-            SamplingConfig(scheme=scheme),  # type: ignore[arg-type]  # both schemes
-            EvaluationViews(),
-            LoaderConfig(backend="reference", verify="sha256"),
+        setup = EvaluationSetup(
+            shard_set=shard_set,
+            clip=ClipSpec(num_frames=8, crop_size=64, mel_rows=16),
+            targets=("label",),
+            sampling=SamplingConfig(scheme=scheme),  # type: ignore[arg-type]  # both schemes
+            loader=LoaderConfig(backend="reference", verify="sha256"),
             global_batch_size=1,
-        ) as loader:
+        )
+        with EvaluationLoader(setup) as loader:
             (batch,) = loader.batches()
         pictures = batch.video[0].permute(1, 2, 3, 0).numpy()
         found = [read_number(picture) for picture in pictures]

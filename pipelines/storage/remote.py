@@ -1,0 +1,314 @@
+"""Sets behind a URL: the same files as of a folder, through this machine's cache, fetched before they are needed.
+
+The plan says which shards the coming steps of this rank touch. At most `most_waiting` of them are on their way at
+once (one for each of the rank's lanes, two at least), seen at most `_HORIZON_STEPS` steps ahead; and nothing that
+anybody still reads is evicted for them. Local sets need none of this, and get no thread.
+"""
+
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from ca2st.errors import CA2STError
+from pipelines.errors import ShardSetDamageError
+from pipelines.stats import StatsRecorder
+from pipelines.storage.cache import NoRoomError, ShardCache
+from pipelines.storage.shard_files import OpenShard, ShardFiles, Verify, sha256_of
+from pipelines.threads import FetchThreads
+from sharding.format.remote import RemoteFileMissingError, RemoteFiles, Retrier
+from sharding.format.shard_set import ShardEntry, ShardSet
+
+_DOWNLOADS = 3
+"""Times a file is fetched whose bytes arrive with another hash, before the server's copy is called damaged."""
+_HORIZON_STEPS = 1024
+_STEPS_PER_CALL = 64
+"""Most steps that one call looks further: the first calls of an epoch do not hold up its first batches."""
+_GRACE_STEPS = 4
+"""Steps after which a shard's last read is over: more than are fetched ahead of the step that is handed out."""
+_THREADS = 4
+_log = logging.getLogger(__name__)
+
+
+def open_files(
+    shard_set: ShardSet, stats: StatsRecorder | None = None, *, verify: Verify = "size", most_open: int = 128
+) -> ShardFiles:
+    """Return the files of a set, by where it comes from; what the cache does is counted in `stats`."""
+    if shard_set.origin is None:
+        return ShardFiles(shard_set, verify=verify, most_open=most_open)
+    return CachedShards(shard_set, stats or StatsRecorder(), verify=verify)
+
+
+class _AbandonedError(Exception):
+    """Nobody needs the file any more that is being fetched ahead."""
+
+
+class _File(NamedTuple):
+    """A shard or an index, as the shard table has it."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+def _tar(shard: ShardEntry) -> _File:
+    return _File(shard.name, shard.bytes, shard.sha256)
+
+
+def _index(shard: ShardEntry) -> _File:
+    return _File(shard.index_name, shard.index_bytes, shard.index_sha256)
+
+
+class CachedShards(ShardFiles):
+    """A remote set: whole files come into the set's folder of the cache when they are first needed.
+
+    A shard is opened for each block of reads and held open no longer, so that it can be evicted.
+    """
+
+    def __init__(
+        self, shard_set: ShardSet, stats: StatsRecorder, *, verify: Verify = "size", files: RemoteFiles | None = None
+    ) -> None:
+        """`files`: what reads from the server; None: that of the URL.
+
+        Raises:
+            EnvironmentFault: the cache folder cannot be made.
+        """
+        super().__init__(shard_set, verify=verify)
+        assert shard_set.origin is not None
+        storage, self._stats = shard_set.storage, stats
+        self._remote = files or RemoteFiles(
+            folder=shard_set.origin,
+            retrier=Retrier(config=storage.retry, on_retry=partial(stats.add, "retries", 1)),
+            on_bytes=self._count,
+        )
+        self._cache = ShardCache(storage.folder, most_bytes=storage.cache_bytes)
+
+    def check(self) -> None:
+        """See `ShardFiles.check`; sizes come from one listing where the server gives one, else at arrival.
+
+        Raises:
+            UserInputError: the cache is smaller than a shard.
+        """
+        sizes = self._remote.sizes()
+        self._require_sizes(None if sizes is None else partial(_listed, sizes))
+        shards, cache = self.shard_set.shards, self._cache
+        largest = max(shards, key=lambda shard: shard.bytes + shard.index_bytes, default=None)
+        if largest is not None:
+            what = f"the largest shard, {largest.name}, with its index"
+            cache.require_room_for(largest.bytes + largest.index_bytes, what)
+        total = sum(shard.bytes + shard.index_bytes for shard in shards)
+        hint = (
+            "; what does not fit is fetched again each epoch, oftener where a shuffle block of all lanes does not fit"
+        )
+        line = "%s: %d bytes in %d shards, read through a cache of %d bytes in %s%s"
+        facts = (self.shard_set.where, total, len(shards), cache.most_bytes, self.shard_set.storage.folder)
+        _log.info(line, *facts, hint if total > cache.most_bytes else "")
+
+    def where(self, name: str) -> str:
+        """See `ShardFiles.where`."""
+        return self._remote.folder.file(name)
+
+    @contextmanager
+    def opened(self, shard: ShardEntry) -> Iterator[OpenShard]:
+        """See `ShardFiles.opened`; the shard is fetched first where the cache does not have it."""
+        with os.fdopen(self._open_checked(shard), "rb", buffering=0) as file:
+            yield OpenShard(file.fileno(), self.where(shard.name))
+
+    def read_index(self, shard: ShardEntry) -> bytes:
+        """See `ShardFiles.read_index`; a copy that the disk damaged is fetched again, once."""
+        for _ in range(2):
+            with os.fdopen(self._open(_index(shard)), "rb") as file:
+                data = file.read()
+                found = hashlib.sha256(data).hexdigest()
+                if found == shard.index_sha256:
+                    break
+                self._cache.remove(self.shard_set.root / shard.index_name, file.fileno())
+        self._require_hash(shard.index_name, found, shard.index_sha256)
+        return data
+
+    def invalidate(self, shard: ShardEntry, descriptor: int) -> bool:
+        """Take an open shard out of the cache if its hash is no longer the shard table's; return whether it went."""
+        if sha256_of(descriptor) == shard.sha256:
+            return False
+        self._cache.remove(self.shard_set.root / shard.name, descriptor)
+        return True
+
+    def fetch_ahead(self, shard: ShardEntry, *, is_abandoned: Callable[[], bool]) -> bool:
+        """Fetch a shard that is needed soon, with its index; False where there is no room, or it was abandoned."""
+        try:
+            for file in (_index(shard), _tar(shard)):
+                if not (self.shard_set.root / file.name).exists():
+                    os.close(self._open(file, is_abandoned=is_abandoned))
+        except (NoRoomError, _AbandonedError):
+            return False
+        return True
+
+    def release(self, shard: ShardEntry) -> None:
+        """Say that a shard is not needed again soon."""
+        self._cache.release(self.shard_set.root / shard.name)
+
+    def _open_checked(self, shard: ShardEntry, *, is_second: bool = False) -> int:
+        descriptor = self._open(_tar(shard))
+        try:
+            self._check_open(shard, descriptor)
+        except ShardSetDamageError:
+            is_damaged = not is_second and self.invalidate(shard, descriptor)
+            os.close(descriptor)
+            if not is_damaged:
+                raise
+            return self._open_checked(shard, is_second=True)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _open(self, file: _File, *, is_abandoned: Callable[[], bool] | None = None) -> int:
+        """Open a file at its start; with `is_abandoned` the file is one that is not needed yet."""
+        fetched = []
+
+        def fill(descriptor: int) -> None:
+            fetched.append(file.name)
+            self._download(file, descriptor, is_abandoned or (lambda: False))
+
+        path, ahead = self.shard_set.root / file.name, is_abandoned is not None
+        waiting_is_no_stall = partial(self._stats.add, "cache_hits", 0)
+        descriptor = self._cache.open(path, file.num_bytes, fill, ahead=ahead, on_wait=waiting_is_no_stall)
+        if fetched or not ahead:
+            self._stats.add("cache_misses" if fetched else "cache_hits", 1)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        return descriptor
+
+    def _download(self, file: _File, descriptor: int, is_abandoned: Callable[[], bool]) -> None:
+        for _ in range(_DOWNLOADS):
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            try:
+                found = _write(self._remote.ranges(file.name, file.num_bytes), descriptor, is_abandoned)
+            except RemoteFileMissingError as error:
+                raise ShardSetDamageError(f"{error}; copy the set again, it is not complete") from error
+            if found == file.sha256:
+                return
+            self._stats.add("retries", 1)
+        raise ShardSetDamageError(
+            f"{self.where(file.name)}: sha256 differs from the shard table's in each of {_DOWNLOADS} downloads; copy "
+            "it to the server again; `ca2st shard verify` lists all damage"
+        )
+
+    def _count(self, num_bytes: int, seconds: float) -> None:
+        self._stats.add("downloaded_bytes", num_bytes)
+        self._stats.add("download_seconds", seconds)
+
+
+def _write(pieces: Iterator[bytes], descriptor: int, is_abandoned: Callable[[], bool]) -> str:
+    """Write all of a file; return its sha256."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        if is_abandoned():
+            raise _AbandonedError
+        digest.update(piece)
+        view = memoryview(piece)
+        while view:
+            view = view[os.write(descriptor, view) :]
+    return digest.hexdigest()
+
+
+def _listed(sizes: dict[str, int], name: str) -> int:
+    if name not in sizes:
+        raise FileNotFoundError(2, "No such file")
+    return sizes[name]
+
+
+@runtime_checkable
+class FetchesAhead(Protocol):
+    """The shards of one or more sets, by their place in the sets' tables laid end to end."""
+
+    @property
+    def are_remote(self) -> bool:
+        """Whether there is anything to fetch."""
+        ...
+
+    def fetch_ahead(self, shard: int, *, is_abandoned: Callable[[], bool]) -> bool:
+        """See `CachedShards.fetch_ahead`."""
+        ...
+
+    def release(self, shard: int) -> None:
+        """See `CachedShards.release`."""
+        ...
+
+
+class ShardsAhead:
+    """Follows one iteration over an epoch; `reached` is called for its steps in order."""
+
+    def __init__(
+        self, sets: FetchesAhead, shards_of: Callable[[int], set[int]], steps: range, *, most_waiting: int
+    ) -> None:
+        """`shards_of` gives the shards that this rank reads in a step; only `reached` calls it."""
+        self._sets, self._shards_of, self._steps = sets, shards_of, steps
+        self._most_waiting = max(2, most_waiting)
+        self._next = steps.start
+        self._last_step: dict[int, int] = {}
+        self._refused: list[int] = []
+        self._lock, self._waiting = threading.Lock(), set[int]()
+        self._closing = threading.Event()
+        self._threads = FetchThreads(_THREADS) if sets.are_remote else None
+
+    def __enter__(self) -> "ShardsAhead":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Abandon what is on its way, and end the threads."""
+        self._closing.set()
+        if self._threads is not None:
+            self._threads.close()
+
+    def reached(self, step: int) -> None:
+        """Say that the samples of `step` are about to be asked for."""
+        if self._threads is None:
+            return
+        if self._release_before(step - _GRACE_STEPS):
+            again, self._refused = self._refused, []
+            for shard in again:
+                self._fetch(shard)
+        stop = min(self._steps.stop, step + _HORIZON_STEPS, self._next + _STEPS_PER_CALL)
+        while self._next < stop and len(self._waiting) < self._most_waiting:
+            for shard in self._shards_of(self._next):
+                if shard not in self._last_step:
+                    self._fetch(shard)
+                self._last_step[shard] = self._next
+            self._next += 1
+
+    def _release_before(self, step: int) -> list[int]:
+        """Release the shards whose last known step lies before `step`; return them."""
+        finished = [shard for shard, last in self._last_step.items() if last < step]
+        for shard in finished:
+            del self._last_step[shard]
+            self._sets.release(shard)
+        return finished
+
+    def _fetch(self, shard: int) -> None:
+        assert self._threads is not None
+        with self._lock:
+            self._waiting.add(shard)
+        call = self._threads.submit(self._sets.fetch_ahead, shard, is_abandoned=self._closing.is_set)
+        call.add_done_callback(lambda done: self._done(shard, done))
+
+    def _done(self, shard: int, call: "Future[bool]") -> None:
+        with self._lock:
+            self._waiting.discard(shard)
+        if call.cancelled():
+            return
+        error = call.exception()
+        if error is not None and not isinstance(error, CA2STError):
+            _log.warning("fetching a shard ahead: %r; it is fetched when it is needed", error)
+        elif error is None and not call.result():
+            self._refused.append(shard)

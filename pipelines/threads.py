@@ -1,0 +1,186 @@
+"""The loader's own threads: one makes batches ahead of the consumer, some read bytes, and a watch notices a stall.
+
+`concurrent.futures` waits at the interpreter's exit for every thread it ever started: one read that never returns,
+from a file server that is gone, and the process never ends. These are daemons: closing waits for them only so long.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, ParamSpec, TypeVar
+
+from pipelines.errors import LoaderStalledError
+from pipelines.stats import StatsRecorder
+
+_MOST_NAMED = 4
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class StallWatch:
+    """Raises when, while the consumer waits, no stage of any thread has begun or ended for too long.
+
+    Slow storage with a stage that ends now and then is slow, not stalled, however long a batch takes.
+    """
+
+    def __init__(self, stats: StatsRecorder, *, timeout_seconds: float) -> None:
+        self._stats, self._timeout = stats, timeout_seconds
+        self.poll_seconds = min(1.0, timeout_seconds / 4)
+        """How often to look."""
+        self.has_tripped = False
+        """Whether a stall was found: its thread may hold locks for ever, so nothing may wait for it any more."""
+
+    def is_stalled(self, waiting_since: float) -> bool:
+        """Return whether nothing has moved since `waiting_since` (`time.monotonic`) for longer than the timeout."""
+        return time.monotonic() - max(waiting_since, self._stats.last_change) > self._timeout
+
+    def check(self, waiting_since: float) -> None:
+        """Look once.
+
+        Raises:
+            LoaderStalledError: a stall; names the stages that threads are in, and on what.
+        """
+        if self.is_stalled(waiting_since):
+            raise self.stalled(f"no batch, and no stage begun or ended, for {self._timeout:g} s")
+
+    def stalled(self, what: str) -> LoaderStalledError:
+        """Return the error of a loader that will give no more batches."""
+        self.has_tripped = True
+        now, where = time.monotonic(), "none of its threads is in a stage that is timed"
+        if stages := [stage for stage in self._stats.active() if stage.stage != "wait"]:
+            named = [
+                f"{stage.stage} for {now - stage.since:.1f} s{f' ({stage.where})' if stage.where else ''} in "
+                f"{stage.thread}"
+                for stage in stages[:_MOST_NAMED]
+            ]
+            more = f" and {len(stages) - _MOST_NAMED} more" if len(stages) > _MOST_NAMED else ""
+            where = f"it hangs in: {', '.join(named)}{more}"
+        return LoaderStalledError(
+            f"the loader has stalled: {what}; {where}; look at that storage or file, or raise "
+            "data.loader.stall_timeout_seconds where it is only slow, and rerun to resume"
+        )
+
+
+def prefetched(source: Generator[T, None, None], depth: int, *, watch: StallWatch) -> Generator[T, None, None]:
+    """Yield the items of `source`, made by a background thread up to `depth` items ahead; depth 0 makes them inline.
+
+    An error of the source is raised here, as it was. When the consumer stops, for whatever reason, the source is
+    closed on its own thread, and the thread has ended before this iterator has; unless it hangs, when it is left
+    behind. Inline there is nobody to notice a stall.
+
+    Raises:
+        LoaderStalledError: the thread hangs, by `watch`, or has ended without a result.
+    """
+    if depth == 0:
+        yield from source
+        return
+    worker = _Worker(source, depth, watch)
+    try:
+        while isinstance(item := worker.take(), _Item):
+            yield item.value
+            worker.room.release()
+        if item.error is not None:
+            raise item.error
+    finally:
+        worker.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class _Item(Generic[T]):
+    value: T
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    error: BaseException | None
+
+
+class _Worker(Generic[T]):
+    def __init__(self, source: Generator[T, None, None], depth: int, watch: StallWatch) -> None:
+        self._source, self._watch = source, watch
+        self.room = threading.Semaphore(depth)
+        self._stopping = threading.Event()
+        self._done: queue.SimpleQueue[_Item[T] | _End] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="clip-prefetch", daemon=True)
+        self._thread.start()
+
+    def take(self) -> "_Item[T] | _End":
+        begin = time.monotonic()
+        while True:
+            was_alive = self._thread.is_alive()
+            try:
+                return self._done.get(timeout=self._watch.poll_seconds)
+            except queue.Empty:
+                if not was_alive:
+                    raise self._watch.stalled("its thread has ended without a result") from None
+                self._watch.check(begin)
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.room.release()
+        begin = time.monotonic()
+        while self._thread.is_alive() and not self._watch.has_tripped:
+            if self._watch.is_stalled(begin):
+                self._watch.has_tripped = True
+            else:
+                self._thread.join(self._watch.poll_seconds)
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            with closing(self._source) as items:
+                while self.room.acquire() and not self._stopping.is_set():
+                    try:
+                        value = next(items)
+                    except StopIteration:
+                        break
+                    self._done.put(_Item(value))
+                    del value  # the consumer alone keeps a batch alive
+        except BaseException as raised:  # noqa: BLE001 - carried to the consumer's thread and raised there
+            error = raised
+        self._done.put(_End(error))
+
+
+class FetchThreads:
+    """A fixed number of threads that make calls in the order they came; errors travel in the futures."""
+
+    def __init__(self, count: int) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"clip-fetch_{number}", daemon=True) for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> "Future[T]":
+        """Have `function` called by one of the threads."""
+        future: Future[T] = Future()
+        self._calls.put((future, partial(function, *arguments, **named)))
+        return future
+
+    def close(self, *, patience_seconds: float = 10.0) -> None:
+        """Let running calls end, drop those that wait, and end the threads; one that hangs is left behind."""
+        self._closing.set()
+        for _ in self._threads:
+            self._calls.put(None)
+        deadline = time.monotonic() + patience_seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _run(self) -> None:
+        while (waiting := self._calls.get()) is not None:
+            future, call = waiting
+            if self._closing.is_set() or not future.set_running_or_notify_cancel():
+                future.cancel()
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:  # noqa: BLE001 - carried to whoever asks for the result
+                future.set_exception(error)
+            del waiting, future, call  # an idle thread keeps no sample alive
