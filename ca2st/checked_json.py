@@ -15,6 +15,7 @@ Standard library only: every package may use it.
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 import types
@@ -83,6 +84,21 @@ def encoded(text: str) -> bytes:
     Half of a surrogate pair, which Python has for a byte of a file name that is no UTF-8, becomes the text ``\udce9``.
     """
     return _HALF_A_PAIR.sub(lambda half: rf"\\u{ord(half[0]):04x}", text).encode()
+
+
+def canonical_json(value: object, *, is_compact: bool = False) -> bytes:
+    """Return UTF-8 JSON with sorted keys: equal values give equal bytes. Floats are written by repr, exactly.
+
+    Indented, with a line break at the end; or without any white space, as hashes are taken over it.
+    """
+    if is_compact:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def sha256_of_json(value: object) -> str:
+    """Return the hash of the compact canonical JSON of `value`."""
+    return hashlib.sha256(canonical_json(value, is_compact=True)).hexdigest()
 
 
 def checked(value: Any, kind: type[T] | types.GenericAlias, *, where: str) -> T:

@@ -10,9 +10,12 @@ Standard library only: `sharding` and `pipelines` use it too.
 
 import contextlib
 import errno
+import fcntl
+import math
 import os
 import secrets
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +26,7 @@ from ca2st.errors import EnvironmentFault, UserInputError
 
 FaultKind = Literal["kill", "raise", "stop", "enospc"]
 _TEMPORARY_SUFFIX = ".tmp"
+_LOCK_POLL_SECONDS = 0.05
 _NAME_CHARACTERS = 50  # of the final name in a temporary one, which must not be longer than 255 bytes
 
 
@@ -203,6 +207,27 @@ def open_itself(path: Path, mode: str) -> IO[bytes]:
         if is_environment_error(error):
             raise unwritable(path, error) from error
         raise
+
+
+def take_lock(file: IO[bytes] | int, *, shared: bool = False, wait_seconds: float = 0.0) -> bool:
+    """Take the kernel's lock (flock) on an open file; return whether it was free within `wait_seconds`.
+
+    It is released when the file is closed or its process ends, however it ends. Not `filelock`: that truncates the file
+    it opens (here locks name their holder, or are data), and has no shared locks.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    if math.isinf(wait_seconds):
+        fcntl.flock(file, kind)
+        return True
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+        time.sleep(min(_LOCK_POLL_SECONDS, max(0.0, deadline - time.monotonic())))
 
 
 def fsync_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ A message says what was expected, what was found, where (file:line, shard, key, 
 Each package derives its own errors from these in its own ``errors`` module.
 """
 
+from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 
@@ -55,8 +56,30 @@ class RetriesUsedUpError(CA2STError):
     exit_code: ClassVar[int] = 6
 
 
-def did_you_mean(name: str, known: list[str]) -> str:
-    """`` (did you mean 'x'?)`` for the nearest known name, or an empty string when none is near."""
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Refuse a `value` of the setting `name` that is not among `choices`.
+
+    Raises:
+        UserInputError: lists the choices, and the nearest one where one is near.
+    """
+    if value not in choices:
+        hint = did_you_mean(str(value), choices)
+        raise UserInputError(f"{name}: expected one of {', '.join(choices)}, found {value!r}{hint}")
+
+
+def listed(items: Sequence[object], *, most: int = 5, count: int | None = None, separator: str = ", ") -> str:
+    """Return the first `most` items as text, and how many more there are: ``a, b and 3 more``.
+
+    `count` is the number of all, where `items` are only some of them.
+    """
+    shown = items[:most]
+    more = (len(items) if count is None else count) - len(shown)
+    before = " " if separator == ", " else separator
+    return separator.join(map(str, shown)) + (f"{before}and {more} more" if more else "")
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the nearest known name, or an empty text when none is near."""
     import difflib
 
     near = difflib.get_close_matches(name, known, n=1)

@@ -7,10 +7,9 @@ from typing import Literal, get_args
 
 import torch
 
-from ca2st.errors import UserInputError
+from ca2st.errors import UserInputError, check_choice
 from ca2st.spec import ClipSpec
 from pipelines.augment.config import AugmentConfig
-from pipelines.errors import require_one_of
 from pipelines.order.plan import SamplePlan
 from pipelines.order.selection import OrderConfig, PlanRecord, SetShare, default_num_lanes
 from pipelines.order.sources import make_sources, plain_source
@@ -77,10 +76,10 @@ class LoaderConfig:
         return StorageConfig(cache_dir=self.cache_dir, cache_bytes=self.cache_bytes, retry=self.retry)
 
     def __post_init__(self) -> None:
-        require_one_of("loader.backend", self.backend, get_args(BackendName))
-        require_one_of("loader.decode_on", self.decode_on, get_args(DecodeOn))
-        require_one_of("loader.on_error", self.on_error, get_args(OnError))
-        require_one_of("loader.verify", self.verify, get_args(Verify))
+        check_choice("loader.backend", self.backend, get_args(BackendName))
+        check_choice("loader.decode_on", self.decode_on, get_args(DecodeOn))
+        check_choice("loader.on_error", self.on_error, get_args(OnError))
+        check_choice("loader.verify", self.verify, get_args(Verify))
         least = {"num_lanes": 1, "shuffle_block": 1, "fetch_threads": 1, "decode_threads": 1, "prefetch_steps": 0}
         least |= {"cache_bytes": 1, "quarantine_budget": 0}
         for name, low in least.items():

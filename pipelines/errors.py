@@ -1,13 +1,6 @@
-"""Errors of the loader, and the check of a choice by name.
+"""Errors of the loader; exit codes come from `ca2st.errors`."""
 
-Errors of the data pipeline; exit codes come from `ca2st.errors`.
-
-A choice by name, refused with the known names.
-"""
-
-from collections.abc import Sequence
-
-from ca2st.errors import CA2STError, DataDamageError, EnvironmentFault, UserInputError, did_you_mean
+from ca2st.errors import CA2STError, DataDamageError, EnvironmentFault, UserInputError
 
 REMEDY = "restore it from a copy or convert it again; `ca2st shard verify` lists all damage"
 """What to do about a `ShardSetDamageError`."""
@@ -35,14 +28,3 @@ class LoaderStalledError(EnvironmentFault):
 
 class QuarantineBudgetError(DataDamageError):
     """More samples are damaged than the quarantine's budget allows; names some."""
-
-
-def require_one_of(name: str, value: str, known: Sequence[str]) -> None:
-    """Refuse a `value` of the setting `name` that is not among `known`.
-
-    Raises:
-        UserInputError: lists the known names, and the nearest one where one is near.
-    """
-    if value not in known:
-        hint = did_you_mean(value, [*known])
-        raise UserInputError(f"{name}: expected one of {', '.join(known)}, found {value!r}{hint}")

@@ -13,7 +13,6 @@ where that one is damaged too, two steps later, and so on around the epoch; at l
 So the filling follows from the plan and from what is damaged: not from ranks, threads, or when damage was found.
 """
 
-import json
 import logging
 import re
 import threading
@@ -22,9 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
-from ca2st.checked_json import DocumentError, read_json
+from ca2st.checked_json import DocumentError, canonical_json, read_json
 from ca2st.durable import write_bytes
-from ca2st.errors import DataDamageError, EnvironmentFault
+from ca2st.errors import DataDamageError, EnvironmentFault, listed
 from pipelines.errors import QuarantineBudgetError, SampleDamageError
 from pipelines.order.plan import EpochPlan, PlannedSamples
 from pipelines.stats import StatsRecorder
@@ -34,7 +33,6 @@ OnError = Literal["fail", "quarantine"]
 FOLDER_NAME = "quarantine"
 """Its folder in the run's folder."""
 _FILE_NAME = re.compile(r"[0-9a-f]{16}\.[A-Za-z0-9_-]+\.\d{6,}\.json")
-_MOST_NAMED = 5
 _log = logging.getLogger(__name__)
 
 
@@ -104,8 +102,7 @@ class Quarantine:
                 self._samples[sample.place] = sample
                 if self._folder is not None:
                     self._folder.mkdir(parents=True, exist_ok=True)
-                    data = json.dumps(asdict(sample), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-                    write_bytes(self._folder / sample.file_name, data.encode())
+                    write_bytes(self._folder / sample.file_name, canonical_json(asdict(sample)))
             self._read_all()
             self._require_budget()
 
@@ -140,9 +137,7 @@ def _read(path: Path) -> QuarantinedSample:
 
 
 def _named(samples: Iterable[QuarantinedSample]) -> str:
-    told = [f"{sample.shard} {sample.key or f'row {sample.row}'}" for sample in samples]
-    more = f" and {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else ""
-    return f"{', '.join(told[:_MOST_NAMED])}{more}"
+    return listed([f"{sample.shard} {sample.key or f'row {sample.row}'}" for sample in samples])
 
 
 T = TypeVar("T")

@@ -1,6 +1,7 @@
 """The loader's own threads: one makes batches ahead of the consumer, some read bytes, and a watch notices a stall.
 
 `concurrent.futures` waits at the interpreter's exit for every thread it ever started: one read that never returns,
+from ca2st.errors import listed
 from a file server that is gone, and the process never ends. These are daemons: closing waits for them only so long.
 """
 
@@ -17,7 +18,6 @@ from typing import Any, Generic, ParamSpec, TypeVar
 from pipelines.errors import LoaderStalledError
 from pipelines.stats import StatsRecorder
 
-_MOST_NAMED = 4
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -56,10 +56,9 @@ class StallWatch:
             named = [
                 f"{stage.stage} for {now - stage.since:.1f} s{f' ({stage.where})' if stage.where else ''} in "
                 f"{stage.thread}"
-                for stage in stages[:_MOST_NAMED]
+                for stage in stages
             ]
-            more = f" and {len(stages) - _MOST_NAMED} more" if len(stages) > _MOST_NAMED else ""
-            where = f"it hangs in: {', '.join(named)}{more}"
+            where = f"it hangs in: {listed(named, most=4)}"
         return LoaderStalledError(
             f"the loader has stalled: {what}; {where}; look at that storage or file, or raise "
             "data.loader.stall_timeout_seconds where it is only slow, and rerun to resume"

@@ -9,7 +9,6 @@ What an unfinished conversion left in its folder, and whether the one at hand ma
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -24,8 +23,8 @@ from typing import Any, TypedDict
 import pyarrow as pa
 
 from ca2st.checked_json import DocumentError, checked, parse_json, read_json
-from ca2st.durable import fsync_folder, is_environment_error, unwritable
-from ca2st.errors import CA2STError, EnvironmentFault
+from ca2st.durable import fsync_folder, is_environment_error, take_lock, unwritable
+from ca2st.errors import CA2STError, EnvironmentFault, listed
 from sharding.errors import ConversionRefusedError, ShardDamageError
 from sharding.format.index import decode_index, sample_key
 from sharding.format.shard_set import MANIFEST_NAME, SHARDS_NAME, ShardEntry, index_name
@@ -62,14 +61,13 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 def _acquire(path: Path) -> int:
     while True:
+        descriptor = -1
         try:
-            descriptor = _opened_and_locked(path)
-        except BlockingIOError:
-            raise ConversionRefusedError(
-                f"{path.parent}: another conversion writes here ({_holder(path)}); "
-                "wait for it, stop it, or choose another --out"
-            ) from None
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            is_ours = take_lock(descriptor)
         except OSError as error:
+            if descriptor >= 0:
+                os.close(descriptor)
             if error.errno == errno.ELOOP:
                 raise EnvironmentFault(
                     f"cannot lock {path}: expected a file of a conversion, found a symbolic link; remove it"
@@ -77,19 +75,15 @@ def _acquire(path: Path) -> int:
             if is_environment_error(error):
                 raise unwritable(path.parent, error) from error
             raise EnvironmentFault(f"cannot lock {path}: {error.strerror}; choose another folder") from error
-        if _is_at(path, descriptor):
+        if is_ours and _is_at(path, descriptor):
             return descriptor
-        os.close(descriptor)  # its last holder removed it between our open and our lock
-
-
-def _opened_and_locked(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
         os.close(descriptor)
-        raise
-    return descriptor
+        if not is_ours:
+            raise ConversionRefusedError(
+                f"{path.parent}: another conversion writes here ({_holder(path)}); "
+                "wait for it, stop it, or choose another --out"
+            )
+        # else: its last holder removed it between our open and our lock
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
@@ -109,7 +103,6 @@ def _holder(path: Path) -> str:
 
 REJECTS_NAME = "rejects.jsonl"
 """File of a shard set, or of an unfinished conversion, that lists its rejects; absent when there are none."""
-_NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,9 +142,8 @@ def rejects_in_words(rejects: Sequence[Reject], source: SourceList) -> str:
     """Counts by reason, each with the file, annotation and fault of the first few."""
     parts = []
     for reason, count in count_by_reason(rejects).items():
-        named = [_name(reject, source) for reject in rejects if reject.reason == reason][:_NAMES_SHOWN]
-        more = [f"and {count - len(named)} more"] if count > len(named) else []
-        parts.append(f"{reason} {count} ({', '.join(named + more)})")
+        named = [_name(reject, source) for reject in rejects if reject.reason == reason]
+        parts.append(f"{reason} {count} ({listed(named, most=3)})")
     return "; ".join(parts)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import av
 
-from ca2st.errors import UserInputError
+from ca2st.errors import UserInputError, check_choice
 from sharding.format.index import TICKS_PER_SECOND
 from sharding.format.shard_set import AudioParameters, VideoParameters
 from sharding.media.codecs import DEFAULT_GOP_FRAMES, MOST_GOP_FRAMES, StoredCodec, stored_codec
@@ -107,14 +107,10 @@ class ConversionConfig:
 
     def __post_init__(self) -> None:
         stored_codec(self.codec).check_quality(self.video.quality)
-        if self.audio_policy not in AUDIO_POLICIES:
-            raise UserInputError(f"audio policy {self.audio_policy!r}: expected one of {', '.join(AUDIO_POLICIES)}")
-        if self.clock not in CLOCKS:
-            raise UserInputError(f"clock {self.clock!r}: expected one of {', '.join(CLOCKS)}")
-        if self.hdr not in HDR_POLICIES:
-            raise UserInputError(f"hdr {self.hdr!r}: expected one of {', '.join(HDR_POLICIES)}")
-        if self.interlaced not in INTERLACED_POLICIES:
-            raise UserInputError(f"interlaced {self.interlaced!r}: expected one of {', '.join(INTERLACED_POLICIES)}")
+        check_choice("audio policy", self.audio_policy, AUDIO_POLICIES)
+        check_choice("clock", self.clock, CLOCKS)
+        check_choice("hdr", self.hdr, HDR_POLICIES)
+        check_choice("interlaced", self.interlaced, INTERLACED_POLICIES)
         if not 1 <= self.num_gop_frames <= MOST_GOP_FRAMES:
             raise UserInputError(f"num_gop_frames: expected 1 to {MOST_GOP_FRAMES}, found {self.num_gop_frames}")
         if self.short_side < 16 or self.short_side % 2:

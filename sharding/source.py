@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ca2st.errors import UserInputError
-from sharding.format.shard_set import LabelSpace, sha256_of_json
+from ca2st.checked_json import sha256_of_json
+from ca2st.errors import UserInputError, listed
+from sharding.format.shard_set import LabelSpace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +94,6 @@ HARMLESS = frozenset(
     }
 )
 """Kinds that question nothing; a kind that is not named here does."""
-_MOST_NAMED = 5
 
 
 def doubtful(notes: Mapping[str, int]) -> dict[str, int]:
@@ -119,6 +119,4 @@ def note_lines(notes: Mapping[str, Sequence[str]]) -> Iterator[str]:
 
 
 def _examples(places: Sequence[str], count: int) -> str:
-    named = list(places[:_MOST_NAMED])
-    more = [f"and {count - len(named)} more"] if named and count > len(named) else []
-    return f" ({', '.join(named + more)})" if named else ""
+    return f" ({listed(places, count=count)})" if places else ""

@@ -4,22 +4,21 @@
 sources, not on when they were written; a set without it, as a copy may be, is a set like any other.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ca2st.checked_json import DocumentError, checked, parse_json
+from ca2st.checked_json import DocumentError, canonical_json, checked, parse_json, sha256_of_json
 from ca2st.durable import append_bytes, write_bytes
+from ca2st.errors import listed
 from sharding.errors import MediaError
-from sharding.format.shard_set import ShardEntry, sha256_of_json
+from sharding.format.shard_set import ShardEntry
 from sharding.media.probe import source_state
 from sharding.source import SourceList
 
 SOURCES_NAME = "sources.jsonl"
 """File beside a shard set, or in the folder of an unfinished conversion."""
-_NAMED = 3
 
 State = tuple[int, int] | None
 """Size in bytes and modification time in ns of a source; None: there is no readable file."""
@@ -111,9 +110,8 @@ def changes_in_words(known: Sequence[ShardSources], source: SourceList, state: C
             changes[path] = (one.states[position - one.first], state(path))
     if not changes:
         return ""
-    told = [f"{path}: {_change_in_words(*change)}" for path, change in list(changes.items())[:_NAMED]]
-    more = [f"and {len(changes) - _NAMED} more"] if len(changes) > _NAMED else []
-    return f"{len(changes)} source files ({'; '.join(told + more)})"
+    found = [f"{path}: {_change_in_words(*change)}" for path, change in changes.items()]
+    return f"{len(changes)} source files ({listed(found, most=3, separator='; ')})"
 
 
 def _change_in_words(before: State, now: State) -> str:
@@ -124,8 +122,7 @@ def _change_in_words(before: State, now: State) -> str:
 
 def _sealed(sources: ShardSources) -> bytes:
     document = asdict(sources)
-    line = json.dumps(document | {"sha256": sha256_of_json(document)}, sort_keys=True, separators=(",", ":"))
-    return line.encode() + b"\n"
+    return canonical_json(document | {"sha256": sha256_of_json(document)}, is_compact=True) + b"\n"
 
 
 def _opened(line: bytes) -> ShardSources:

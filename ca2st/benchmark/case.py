@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ca2st.benchmark.measure import Limit, PeakMemory, measure_limit, synchronise
 from ca2st.benchmark.plain import plain_model
-from ca2st.errors import UserInputError, did_you_mean
+from ca2st.errors import UserInputError, check_choice
 from ca2st.model.config import AudioVisualConfig, ModelConfig, ModelKind, TargetSpec
 from ca2st.model.network import HolisticModel, compile_layers
 from ca2st.model.parameters import build_model, held_precision, hold_experts, layer_index, no_weight_decay
@@ -57,11 +57,11 @@ class ModelBenchConfig:
         if not self.models:
             raise UserInputError("models: expected at least one, found none")
         for name in self.models:
-            _check_choice("models", name, list(get_args(ModelKind)))
-        _check_choice("size", self.size, list(SIZES))
-        _check_choice("device", self.device, list(get_args(DeviceChoice)))
+            check_choice("models", name, get_args(ModelKind))
+        check_choice("size", self.size, SIZES)
+        check_choice("device", self.device, get_args(DeviceChoice))
         if self.precision is not None:
-            _check_choice("precision", self.precision, list(get_args(Precision)))
+            check_choice("precision", self.precision, get_args(Precision))
         for name in ("num_layers", "per_device_batch_size", "rounds"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -83,13 +83,6 @@ def model_config(kind: str, size: str, *, num_layers: int | None) -> ModelConfig
         return config
     audio = AudioVisualConfig(last_layers=max(1, round(_AUDIO_LAYERS_OF_CA2ST * config.depth / whole.depth)))
     return replace(config, audio_spatial=audio, audio_temporal=audio)
-
-
-def _check_choice(name: str, value: str, known: list[str]) -> None:
-    if value not in known:
-        raise UserInputError(
-            f"{name}: expected one of {', '.join(known)}, found {value!r}{did_you_mean(str(value), known)}"
-        )
 
 
 Variant = Literal["ours", "baseline", "compiled"]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from ca2st.errors import UserInputError, did_you_mean
+from ca2st.errors import UserInputError, check_choice, did_you_mean
 from ca2st.spec import ClipSpec
 
 Trainable = str | Sequence[str]
@@ -105,10 +105,10 @@ class SpatialTemporalConfig:
 
     def __post_init__(self) -> None:
         _check_layers("spatial_temporal", self.last_layers, self.layers)
-        _check_choice("spatial_temporal.directions", self.directions, ("both", "t2s", "s2t"))
-        _check_choice("spatial_temporal.t2s_window", self.t2s_window, get_args(Window))
-        _check_choice("spatial_temporal.s2t_window", self.s2t_window, get_args(Window))
-        _check_choice("spatial_temporal.positions", self.positions, get_args(Positions))
+        check_choice("spatial_temporal.directions", self.directions, ("both", "t2s", "s2t"))
+        check_choice("spatial_temporal.t2s_window", self.t2s_window, get_args(Window))
+        check_choice("spatial_temporal.s2t_window", self.s2t_window, get_args(Window))
+        check_choice("spatial_temporal.positions", self.positions, get_args(Positions))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,8 +127,8 @@ class AudioVisualConfig:
 
     def __post_init__(self) -> None:
         _check_layers("audio", self.last_layers, self.layers)
-        _check_choice("directions", self.directions, ("both", "from_audio", "to_audio"))
-        _check_choice("positions", self.positions, get_args(Positions))
+        check_choice("directions", self.directions, ("both", "from_audio", "to_audio"))
+        check_choice("positions", self.positions, get_args(Positions))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,7 +198,7 @@ class ModelConfig:
             ("combination", get_args(Combination)),
             ("time_code_layout", get_args(TimeCodeLayout)),
         ):
-            _check_choice(name, getattr(self, name), choices)
+            check_choice(name, getattr(self, name), choices)
         self._check_pretrained_grid()
         for name in ("dim", "depth", "num_heads", "patch_size", "audio_stride"):
             if getattr(self, name) < 1:
@@ -290,12 +290,6 @@ def check_targets(targets: Sequence[TargetSpec]) -> None:
     names = [target.name for target in targets]
     if not names or len(set(names)) != len(names):
         raise UserInputError(f"targets: expected at least one, each with its own name, found {names}")
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        hint = did_you_mean(str(value), list(choices))
-        raise UserInputError(f"{name}: expected one of {', '.join(choices)}, found {value!r}{hint}")
 
 
 def _check_layers(name: str, last_layers: LastLayers, layers: tuple[int, ...] | None) -> None:

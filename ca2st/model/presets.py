@@ -7,7 +7,7 @@ and changes what it likes beside it.
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ca2st.errors import UserInputError, did_you_mean
+from ca2st.errors import check_choice
 from ca2st.model.config import ModelConfig, SpatialTemporalConfig
 
 SizeName = Literal["vit_s", "vit_b", "vit_l"]
@@ -38,9 +38,7 @@ def find_preset(name: str) -> Preset:
     Raises:
         UserInputError: there is none; the message names the nearest.
     """
-    if name not in PRESETS:
-        hint = did_you_mean(name, list(PRESETS))
-        raise UserInputError(f"preset {name!r}: expected one of {', '.join(PRESETS)}{hint}")
+    check_choice("preset", name, PRESETS)
     return PRESETS[name]
 
 

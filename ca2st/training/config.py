@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ca2st.errors import UserInputError, did_you_mean
+from ca2st.errors import UserInputError, check_choice
 
 Precision = Literal["fp32", "bf16"]
 
@@ -94,10 +94,7 @@ class TrainingConfig:
             _check(name, getattr(self, name), _positive, "a finite number > 0")
         if self.max_steps is not None:
             _check("max_steps", self.max_steps, lambda x: x >= 1, "an integer >= 1, or none")
-        known = list(get_args(Precision))
-        if self.precision not in known:
-            hint = did_you_mean(str(self.precision), known)
-            raise UserInputError(f"precision: expected one of {', '.join(known)}, found {self.precision!r}{hint}")
+        check_choice("precision", self.precision, get_args(Precision))
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Steps the run takes: all epochs, or `max_steps` if that is less."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ca2st.batch import MIXING_FIELDS, ClipBatch
 from ca2st.durable import write_bytes
+from ca2st.errors import listed
 from ca2st.training.errors import IncompleteEvaluationError, SourceContractError
 from ca2st.training.losses import check_label_range, check_targets
 from ca2st.training.metrics import evaluation_metrics, mean_over_views
@@ -50,9 +51,6 @@ def keep_failing_clips(folder: Path, share: ClipBatch, keys: Collection[str], *,
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, data)
     return path
-
-
-_MAX_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,7 +206,7 @@ def _check_complete(keys: Sequence[str], source: EvaluationSource) -> None:
         if names:
             raise IncompleteEvaluationError(
                 f"evaluation: expected each of {source.num_samples} samples exactly once, found {len(names)} {what}: "
-                f"{', '.join(sorted(names)[:_MAX_NAMED])}; no metric is reported"
+                f"{listed(sorted(names))}; no metric is reported"
             )
     if len(scored) != source.num_samples or not scored:
         raise IncompleteEvaluationError(

@@ -13,7 +13,6 @@ again.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -26,8 +25,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from ca2st.checked_json import DocumentError, checked, encoded, parse_json
-from ca2st.durable import open_itself
+from ca2st.checked_json import DocumentError, canonical_json, checked, encoded, parse_json
+from ca2st.durable import open_itself, take_lock
 from ca2st.errors import EnvironmentFault
 from ca2st.training.errors import CheckpointDamagedError, RunFolderBusyError
 
@@ -35,7 +34,6 @@ LOCK_NAME = "run.lock"
 """Held by the rank that writes."""
 LAUNCH_LOCK_NAME = "launch.lock"
 """Held by the command that starts the ranks, for as long as it starts them again."""
-_POLL_SECONDS = 0.2
 _MOST_BYTES = 500
 
 
@@ -51,33 +49,16 @@ def locked(folder: Path, *, name: str = LOCK_NAME, wait_seconds: float = 5.0) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open_itself(folder / name, "a+b") as file:
-        deadline = time.monotonic() + wait_seconds
-        while not _try_lock(file.fileno()):
-            if time.monotonic() >= deadline:
-                file.seek(0)
-                holder = file.read(_MOST_BYTES).decode(errors="replace").strip() or "another process"
-                raise RunFolderBusyError(
-                    f"{folder}: {holder} is training in this run folder; wait for it, stop it, or choose another folder"
-                )
-            time.sleep(_POLL_SECONDS)
+        if not take_lock(file, wait_seconds=wait_seconds):
+            file.seek(0)
+            holder = file.read(_MOST_BYTES).decode(errors="replace").strip() or "another process"
+            raise RunFolderBusyError(
+                f"{folder}: {holder} is training in this run folder; wait for it, stop it, or choose another folder"
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         file.flush()
         yield
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def canonical_json(document: Mapping[str, Any]) -> bytes:
-    """Indented UTF-8 JSON with sorted keys: equal documents give equal bytes. Floats are written by repr, exactly."""
-    text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return (text + "\n").encode()
 
 
 def sha256_of_document(document: Mapping[str, Any]) -> str:

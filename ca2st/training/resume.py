@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ca2st import __version__
+from ca2st.checked_json import canonical_json
 from ca2st.errors import UserInputError
 from ca2st.training.checkpoint import (
     CHECKPOINTS_NAME,
@@ -29,7 +30,6 @@ from ca2st.training.checkpoint import (
 from ca2st.training.errors import CheckpointDamagedError, ResumeRefusedError
 from ca2st.training.journal import (
     JOURNAL_NAME,
-    canonical_json,
     cut_torn_end,
     differences,
     last_attempt,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ca2st.batch import ClipBatch
+from ca2st.checked_json import canonical_json
 from ca2st.errors import EnvironmentFault
 from ca2st.training.checkpoint import (
     CHECKPOINTS_NAME,
@@ -24,7 +25,6 @@ from ca2st.training.checkpoint import (
 from ca2st.training.errors import NonFiniteError, RunStoppedError, StopNotSavedError
 from ca2st.training.evaluate import evaluate, keep_failing_clips
 from ca2st.training.heartbeat import Whereabouts
-from ca2st.training.journal import canonical_json
 from ca2st.training.parts import RunParts, StepIntake
 from ca2st.training.resume import LOADER_FILE, RunRecord, RunStart
 from ca2st.training.settings import TrainingProgress

@@ -12,13 +12,15 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from ca2st.checked_json import canonical_json
+from ca2st.errors import listed
 from ca2st.training.errors import CheckpointMismatchError
-from ca2st.training.journal import canonical_json, differences
+from ca2st.training.journal import differences
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 OPTIMIZER_SCALARS_FILE = "optimizer.json"
-_MAX_LISTED = 20
+_LINE = "\n  "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,9 +164,7 @@ def _describe(tensor: Tensor) -> str:
 
 def _refuse(problems: list[str]) -> None:
     if problems:
-        listed = "\n  ".join(problems[:_MAX_LISTED])
-        more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
         raise CheckpointMismatchError(
-            f"checkpoint and model differ in {len(problems)} places:\n  {listed}{more}\n"
-            "use the model that the checkpoint names"
+            f"checkpoint and model differ in {len(problems)} places:\n  "
+            f"{listed(problems, most=20, separator=_LINE)}\nuse the model that the checkpoint names"
         )

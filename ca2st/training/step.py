@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ca2st.batch import ClipBatch
-from ca2st.errors import UserInputError
+from ca2st.errors import UserInputError, listed
 from ca2st.training.config import OptimConfig, TrainingConfig
 from ca2st.training.errors import NonFiniteError
 from ca2st.training.losses import loss_per_clip, mixed_mel, mixed_video
@@ -221,8 +221,9 @@ class Stepper:
         all_names = tuple(sorted({name for _, rank_names in gathered for name in rank_names}))
         ranks = [rank for rank, (rank_keys, _) in enumerate(gathered) if rank_keys]
         raise NonFiniteError(
-            f"step {step}: gradient expected finite, found NaN or infinity in {_some(all_names) or 'its norm'} from "
-            f"the micro-batches of {_some(all_keys) or 'all samples together'} on ranks {ranks}; nothing was updated; "
+            f"step {step}: gradient expected finite, found NaN or infinity in "
+            f"{listed(all_names, most=8) or 'its norm'} from the micro-batches of "
+            f"{listed(all_keys, most=8) or 'all samples together'} on ranks {ranks}; nothing was updated; "
             "lower the rate, clip, or look at these samples",
             keys=all_keys,
             parameters=all_names,
@@ -244,14 +245,9 @@ def _check_losses(losses_of_rank: Sequence[Sequence[float]], keys_of_rank: Seque
         if not math.isfinite(loss)
     ]
     if wrong:
-        shown = _some([f"{key} ({loss}, rank {rank})" for rank, key, loss in wrong])
+        shown = listed([f"{key} ({loss}, rank {rank})" for rank, key, loss in wrong], most=8)
         raise NonFiniteError(
             f"step {step}: loss expected finite, found {shown}; nothing was updated; "
             "lower the rate, or look at these samples",
             keys=tuple(key for _, key, _ in wrong),
         )
-
-
-def _some(items: Sequence[str], limit: int = 8) -> str:
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more

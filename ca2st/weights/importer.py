@@ -24,7 +24,7 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ca2st.checked_json import DocumentError, read_json
+from ca2st.checked_json import DocumentError, canonical_json, read_json
 from ca2st.durable import write_bytes
 from ca2st.errors import EnvironmentFault
 from ca2st.model.config import EncoderName, ModelConfig, ModelKind, check_clip
@@ -510,5 +510,5 @@ class ImportedExperts:
             raise EnvironmentFault(f"cannot write {path}: {error.strerror}; check the folder") from error
         facts = {"encoder": encoder, "sha256": report.sha256, "source_sha256": report.source_sha256}
         document = {**asdict(fetched.origin), **facts}
-        write_bytes(note, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+        write_bytes(note, canonical_json(document))
         return path

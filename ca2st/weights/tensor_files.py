@@ -17,10 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ca2st.durable import write_bytes
-from ca2st.errors import EnvironmentFault, UserInputError
+from ca2st.errors import EnvironmentFault, UserInputError, listed
 from ca2st.weights.errors import WeightsDamageError, WeightsMismatchError
-
-_MOST_NAMES_IN_A_MESSAGE = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +74,7 @@ def refuse_mismatch(problems: Mapping[str, Sequence[str]], *, where: str) -> Non
     Raises:
         WeightsMismatchError: naming all kinds of problems.
     """
-    told = [f"{len(names)} {what}: {_shortened(names)}" for what, names in problems.items() if names]
+    told = [f"{len(names)} {what}: {listed(names, most=12)}" for what, names in problems.items() if names]
     if told:
         raise WeightsMismatchError(
             f"{where}: expected exactly the tensors of the model, found {'; '.join(told)}. "
@@ -97,12 +95,6 @@ def _allowed(missing: Sequence[str], patterns: Sequence[str], *, where: str) -> 
     if idle:
         raise WeightsMismatchError(f"{where}: allow_missing patterns match nothing that is missing: {', '.join(idle)}")
     return set().union(*matches.values())
-
-
-def _shortened(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_MOST_NAMES_IN_A_MESSAGE])
-    more = len(names) - _MOST_NAMES_IN_A_MESSAGE
-    return f"{shown} and {more} more" if more > 0 else shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from glob import escape
 
 from torch import Tensor
 
+from ca2st.errors import listed
 from ca2st.model.config import ModelConfig
 from ca2st.model.network import HolisticModel
 from ca2st.model.structure import EXPERTS, bridges_of_layer, encoder_of
@@ -72,7 +73,7 @@ def transfer_weights(
     if resized and not resize_positions:
         raise WeightsMismatchError(
             f"{where}: expected position tables for the model's clip, found {len(resized)} for another: "
-            f"{', '.join(sorted(resized)[:4])}{', ...' if len(resized) > 4 else ''}; "
+            f"{listed(sorted(resized), most=4)}; "
             "set start.resize_positions = true to interpolate them"
         )
     given = {name: tensor for name, tensor in (dict(state) | resized).items() if name not in fresh | dropped}

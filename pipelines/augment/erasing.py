@@ -13,11 +13,10 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ca2st.errors import UserInputError
+from ca2st.errors import UserInputError, check_choice
 from ca2st.spec import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.augment.crops import CropBox
 from pipelines.augment.rand_augment import FILL
-from pipelines.errors import require_one_of
 from pipelines.keyed_random import Key
 
 ErasingMode = Literal["const", "rand", "pixel"]
@@ -43,7 +42,7 @@ class ErasingConfig:
     normal distribution of normalised pixels; ``pixel`` one such colour a pixel and frame."""
 
     def __post_init__(self) -> None:
-        require_one_of("augment.erasing.mode", self.mode, get_args(ErasingMode))
+        check_choice("augment.erasing.mode", self.mode, get_args(ErasingMode))
         if not 0 <= self.probability <= 1:
             raise UserInputError(f"augment.erasing.probability: expected 0..1, found {self.probability}")
         for name in ("area", "aspect_ratio"):

@@ -22,9 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ca2st.errors import UserInputError
+from ca2st.errors import UserInputError, check_choice
 from ca2st.spec import ClipSpec
-from pipelines.errors import require_one_of
 from pipelines.keyed_random import uniforms
 
 SpectrogramMixing = Literal["cutmix", "mixup"]
@@ -54,7 +53,7 @@ class MixingConfig:
     models that do not hear, where the labels must follow the video alone."""
 
     def __post_init__(self) -> None:
-        require_one_of("augment.mixing.spectrogram", self.spectrogram, get_args(SpectrogramMixing))
+        check_choice("augment.mixing.spectrogram", self.spectrogram, get_args(SpectrogramMixing))
         for name in ("probability", "switch_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserInputError(f"augment.mixing.{name}: expected 0..1, found {getattr(self, name)}")

@@ -40,8 +40,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ca2st.errors import UserInputError, did_you_mean
-from pipelines.errors import PlanError, require_one_of
+from ca2st.errors import UserInputError, check_choice, did_you_mean
+from pipelines.errors import PlanError
 from pipelines.keyed_random import Key, apportion, block_quotas, raw_words
 
 _PARTICIPANT = re.compile(r"[A-Za-z0-9]+")
@@ -222,7 +222,7 @@ class BalanceConfig:
     """``repeat_factor``: the part of all samples below which a class is rare; LVIS uses 0.001."""
 
     def __post_init__(self) -> None:
-        require_one_of("balance.rule", self.rule, get_args(BalanceRule))
+        check_choice("balance.rule", self.rule, get_args(BalanceRule))
         if not 0 < self.threshold <= 1:
             raise UserInputError(f"balance.threshold: expected a part of all samples, 0 to 1, found {self.threshold}")
         if self.target is not None and self.rule == "none":
@@ -411,7 +411,7 @@ class OrderConfig:
     """``drop`` or ``wrap``: see `PlanRecord.remainder`."""
 
     def __post_init__(self) -> None:
-        require_one_of("remainder", self.remainder, get_args(TrainRemainder))
+        check_choice("remainder", self.remainder, get_args(TrainRemainder))
         if self.repeats < 1:
             raise UserInputError(f"repeats: expected at least 1, found {self.repeats}")
         if self.epoch_samples is not None and self.epoch_samples < 1:

@@ -17,7 +17,7 @@ of sizes is what the cache holds, fetches under way included.
 """
 
 import errno
-import fcntl
+import math
 import os
 import shutil
 import time
@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ca2st.durable import fsync_folder, is_environment_error
+from ca2st.durable import fsync_folder, is_environment_error, take_lock
 from ca2st.errors import EnvironmentFault, UserInputError
 
 _PART = ".part"
@@ -71,7 +71,7 @@ def open_held(path: Path, num_bytes: int) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        take_lock(descriptor, shared=True, wait_seconds=math.inf)
         state = os.fstat(descriptor)
         if state.st_nlink and state.st_size == num_bytes:
             os.utime(descriptor, ns=(time.time_ns(), state.st_mtime_ns))
@@ -100,10 +100,9 @@ def evict(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not take_lock(descriptor):
+            return False
         path.unlink(missing_ok=True)
-    except BlockingIOError:
-        return False
     finally:
         os.close(descriptor)
     return True
@@ -122,7 +121,7 @@ def filled(part: int, path: Path, fill: Callable[[int], None]) -> int:
             os.fsync(part)
             part_path.rename(path)
             fsync_folder(path.parent)
-            fcntl.flock(part, fcntl.LOCK_SH)
+            take_lock(part, shared=True, wait_seconds=math.inf)
             os.utime(part, ns=(time.time_ns(), os.fstat(part).st_mtime_ns))
     except BaseException:
         part_path.unlink(missing_ok=True)
@@ -263,19 +262,17 @@ class ShardCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             part = os.open(part_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.exists() or not is_at(part_path, part):  # who fetched it ended between our look and our lock
-                    if is_at(part_path, part):
-                        part_path.unlink()
-                    os.close(part)
-                    return None
-                os.ftruncate(part, 0)
-                if self._make_room(num_bytes, ahead=ahead):
-                    os.posix_fallocate(part, 0, num_bytes)
-                    return part
-                part_path.unlink()
-            except BlockingIOError:
-                pass
+                if take_lock(part):
+                    if path.exists() or not is_at(part_path, part):  # its fetcher ended between our look and our lock
+                        if is_at(part_path, part):
+                            part_path.unlink()
+                        os.close(part)
+                        return None
+                    os.ftruncate(part, 0)
+                    if self._make_room(num_bytes, ahead=ahead):
+                        os.posix_fallocate(part, 0, num_bytes)
+                        return part
+                    part_path.unlink()
             except BaseException:
                 part_path.unlink(missing_ok=True)
                 os.close(part)
@@ -306,7 +303,7 @@ class ShardCache:
     def _locked(self) -> Iterator[None]:
         descriptor = os.open(self._folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            take_lock(descriptor, wait_seconds=math.inf)
             yield
         finally:
             os.close(descriptor)

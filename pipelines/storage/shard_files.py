@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from ca2st.errors import listed
 from pipelines.errors import REMEDY, ShardSetDamageError
 from sharding.format.shard_set import ShardEntry, ShardSet
 
 Verify = Literal["size", "sha256"]
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.tar")
-_MOST_NAMED = 5
 
 
 class OpenShard:
@@ -122,8 +122,7 @@ class ShardFiles:
         """Compare names, and sizes where `size_of` knows them, with the shard table; raises as `check`."""
         problems = [problem for shard in self.shard_set.shards for problem in _problems(shard, size_of)]
         if problems:
-            more = f" (and {len(problems) - _MOST_NAMED} more)" if len(problems) > _MOST_NAMED else ""
-            raise ShardSetDamageError(f"{self.shard_set.where}: {'; '.join(problems[:_MOST_NAMED])}{more}; {REMEDY}")
+            raise ShardSetDamageError(f"{self.shard_set.where}: {listed(problems, separator='; ')}; {REMEDY}")
 
     def _open_checked(self, shard: ShardEntry) -> int:
         try:

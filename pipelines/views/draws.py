@@ -7,7 +7,7 @@ from fractions import Fraction
 from itertools import product
 from typing import Literal, get_args
 
-from ca2st.errors import UserInputError
+from ca2st.errors import UserInputError, check_choice
 from ca2st.spec import ClipSpec
 from pipelines.augment.config import AugmentConfig
 from pipelines.augment.crops import Crop, RandomCrop, SquareCrop
@@ -15,7 +15,6 @@ from pipelines.augment.erasing import ErasedBox
 from pipelines.augment.mixing import MixingDraws, PairMixing
 from pipelines.augment.rand_augment import NUMBERS_PER_OPERATION, ImageAugment, parse_rand_augment
 from pipelines.augment.spectrogram import UNCHANGED, SpectrogramDraw
-from pipelines.errors import require_one_of
 from pipelines.keyed_random import Key, uniforms
 from pipelines.views import sampling
 from pipelines.views.sampling import SamplingConfig, VaryingRate
@@ -37,7 +36,7 @@ class EvaluationViews:
     """Places along the long side, ends included; published: 3. One takes the centre."""
 
     def __post_init__(self) -> None:
-        require_one_of("views.protocol", self.protocol, get_args(Protocol))
+        check_choice("views.protocol", self.protocol, get_args(Protocol))
         if self.clips < 1 or self.crops < 1:
             raise UserInputError(f"views: expected at least 1 clip and 1 crop, found {self.clips} x {self.crops}")
         if self.protocol == "validation" and self.num_views > 1:

@@ -15,8 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ca2st.errors import UserInputError
-from pipelines.errors import require_one_of
+from ca2st.errors import UserInputError, check_choice
 
 Scheme = Literal["dense", "uniform"]
 ShortClip = Literal["reference", "spread"]
@@ -40,8 +39,8 @@ class SamplingConfig:
     first one, as the published code does."""
 
     def __post_init__(self) -> None:
-        require_one_of("sampling.scheme", self.scheme, get_args(Scheme))
-        require_one_of("sampling.short_clip", self.short_clip, get_args(ShortClip))
+        check_choice("sampling.scheme", self.scheme, get_args(Scheme))
+        check_choice("sampling.short_clip", self.short_clip, get_args(ShortClip))
         if self.frame_stride < 1:
             raise UserInputError(f"sampling.frame_stride: expected at least 1, found {self.frame_stride}")
 

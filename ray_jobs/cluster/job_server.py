@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError
 from ray_jobs.cluster.ray_access import HOW_TO_GET_A_TOKEN, PORTS, RayAccess, first_line, who_listens
+from sharding.format.remote import doubled_pause
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -208,7 +209,7 @@ class Patience:
 
     def pause(self, failures: int) -> float:
         """Seconds before the next attempt after so many failures."""
-        return min(self.longest_pause_seconds, self.pause_seconds * 2.0 ** max(0, failures - 1))
+        return doubled_pause(failures, first_seconds=self.pause_seconds, longest=self.longest_pause_seconds)
 
 
 def follow(client: JobClient, job_id: str, *, show: Show, patience: Patience) -> JobDetails:

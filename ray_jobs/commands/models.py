@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ca2st.errors import UserInputError
+from ca2st.errors import UserInputError, listed
 from ray_jobs.commands.options import Json
 
 if TYPE_CHECKING:
@@ -231,8 +231,7 @@ def _print_import(report: "ImportReport") -> None:
         result("  " + ", ".join(f"{name} {size}" for name, size in report.model.items()))
     for what, names in (("missing, left as a new model starts", report.missing), ("left aside", report.unexpected)):
         if names:
-            more = f" and {len(names) - 8} more (--json lists all)" if len(names) > 8 else ""
-            result(f"  {len(names)} {what}: {', '.join(names[:8])}{more}")
+            result(f"  {len(names)} {what}: {listed(names, most=8)}{' (--json lists all)' if len(names) > 8 else ''}")
     result(f"  sha256 {report.sha256}")
 
 

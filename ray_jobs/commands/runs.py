@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ca2st.errors import EnvironmentFault, UserInputError
+from ca2st.errors import EnvironmentFault, UserInputError, listed
 from ray_jobs.commands.options import Json
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder for its newest one.")]
 _MOST_SHOWN_SETTINGS = 40
+_LINE = "\n  "
 _MOST_SHOWN_CHARACTERS = 32
 
 
@@ -67,8 +68,7 @@ def predict(
 
     files, aside = find_videos(videos)
     if aside:
-        more = f" and {len(aside) - 5} more" if len(aside) > 5 else ""
-        say(f"left aside, no videos by their endings: {', '.join(map(str, aside[:5]))}{more}")
+        say(f"left aside, no videos by their endings: {listed(aside)}")
     report = predict_readable(checkpoint, files, top=top, views=_test_views(views))
     if as_json:
         print_json(report)
@@ -200,11 +200,10 @@ def _lines(comparison: "Comparison") -> list[str]:
         sets = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in one.accuracies.items())
         lines.append(f"{one.model} over {sets}: harmonic mean {one.harmonic_mean:.1%}")
     lines.append(f"\n{len(comparison.settings)} settings differ, {comparison.num_equal_settings} are the same")
-    for name, values in list(comparison.settings.items())[:_MOST_SHOWN_SETTINGS]:
-        lines.append(f"  {name}: {' | '.join(map(_short, values))}")
-    if len(comparison.settings) > _MOST_SHOWN_SETTINGS:
-        lines.append(f"  and {len(comparison.settings) - _MOST_SHOWN_SETTINGS} more: see --html or --json")
-    return lines
+    settings = [f"{name}: {' | '.join(map(_short, values))}" for name, values in comparison.settings.items()]
+    if len(settings) > _MOST_SHOWN_SETTINGS:
+        lines.append("--html and --json show all of them; the first:")
+    return [*lines, f"  {listed(settings, most=_MOST_SHOWN_SETTINGS, separator=_LINE)}"] if settings else lines
 
 
 def _short(value: str | None) -> str:

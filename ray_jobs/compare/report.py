@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ca2st.errors import UserInputError, did_you_mean
+from ca2st.errors import UserInputError, check_choice, did_you_mean
 from ca2st.training.metrics import harmonic_mean
 from ray_jobs.pages.charts import Curve
 from ray_jobs.redaction import without_credentials
@@ -103,11 +103,8 @@ def _experiments(client: "MlflowClient", name: str | None) -> dict[str, str]:
     known = {one.experiment_id: one.name for one in client.search_experiments()}
     if name is None:
         return known
-    chosen = {key: value for key, value in known.items() if value == name}
-    if not chosen:
-        names = sorted(known.values())
-        raise UserInputError(f"experiment {name!r}: expected one of {', '.join(names)}{did_you_mean(name, names)}")
-    return chosen
+    check_choice("experiment", name, sorted(known.values()))
+    return {key: value for key, value in known.items() if value == name}
 
 
 def _search(client: "MlflowClient", experiment_ids: list[str]) -> list[Any]:

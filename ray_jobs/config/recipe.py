@@ -23,7 +23,7 @@ from typing import Any, Literal
 import pydantic
 from pydantic import ConfigDict, TypeAdapter
 
-from ca2st.errors import UserInputError
+from ca2st.errors import UserInputError, check_choice
 from ca2st.model.config import ExpertPrecision, ModelConfig, check_expert_precision, check_trainable
 from ca2st.model.structure import ExpertName
 from ca2st.spec import ClipSpec
@@ -220,8 +220,7 @@ class StartConfig:
     """True: position tables of another number of frames, crop or spectrogram length are interpolated, not refused."""
 
     def __post_init__(self) -> None:
-        if self.head not in ("keep", "new"):
-            raise UserInputError(f"head: expected one of keep, new, found {self.head!r}")
+        check_choice("head", self.head, ("keep", "new"))
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)

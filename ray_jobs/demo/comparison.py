@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Any
 
 from ca2st.durable import NO_FAULTS
-from ca2st.errors import UserInputError, did_you_mean
+from ca2st.errors import check_choice
 from ca2st.model.parameters import count_parameters
 from ca2st.model.structure import EXPERTS, ExpertName
 from ca2st.training.journal import JOURNAL_NAME, read_events, run_sequence
@@ -115,9 +115,7 @@ def run_contest(contest: Contest, names: Sequence[str]) -> Iterator[ComparisonRo
         UserInputError: an unknown model, with the nearest name.
     """
     for name in names:
-        if name not in contest.models:
-            hint = did_you_mean(name, list(contest.models))
-            raise UserInputError(f"model {name!r}: expected one of {', '.join(contest.models)}{hint}")
+        check_choice("model", name, contest.models)
     for seed in contest.seeds:
         for name in names:
             yield _row(contest, name, seed)

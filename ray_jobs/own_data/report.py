@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ca2st.errors import listed
 from ca2st.model.structure import EXPERTS
 from ray_jobs.console import print_json, result, say
 from ray_jobs.environment import fault_points
@@ -18,8 +19,6 @@ from ray_jobs.own_data.training import OwnOutcome, OwnPlan, plan_training, train
 from ray_jobs.tracking.events import read_state
 from sharding.source import note_lines
 
-_MOST_NAMED = 5
-_MOST_CLASSES = 20
 _FEW_VIDEOS = 20
 _WITHOUT_EXPERTS = (
     "no pretrained experts are given: this small model learns from nothing and is only a first try. Pretrained ones "
@@ -38,16 +37,14 @@ def found_lines(plan: OwnPlan) -> Iterator[str]:
         f"{videos.folder}: {len(videos.train) + len(videos.validation)} videos of {len(videos.classes)} classes; "
         f"{len(videos.train)} train, {len(videos.validation)} validate, {how}"
     )
-    for name in videos.classes[:_MOST_CLASSES]:
-        yield f"  {name}: {train[name]} + {validation[name]}"
-    if len(videos.classes) > _MOST_CLASSES:
-        yield f"  and {len(videos.classes) - _MOST_CLASSES} more classes"
+    classes = [f"{name}: {train[name]} + {validation[name]}" for name in videos.classes]
+    yield "  " + listed(classes, most=20, separator="\n  ")
     if videos.only_trained and videos.splits_given:
-        yield f"only trained on, having no validation videos: {_some(videos.only_trained)}"
+        yield f"only trained on, having no validation videos: {listed(videos.only_trained)}"
     elif videos.only_trained:
-        yield f"only trained on, being single: the videos of {_some(videos.only_trained)}; two or more can be tested"
+        yield f"only trained on, being single: the videos of {listed(videos.only_trained)}; two or more can be tested"
     if videos.left_aside:
-        yield f"left aside, no training or validation videos: {_some(videos.left_aside)}"
+        yield f"left aside, no training or validation videos: {listed(videos.left_aside)}"
     yield from note_lines(videos.source("train").notes)
 
 
@@ -61,7 +58,7 @@ def choice_lines(plan: OwnPlan) -> Iterator[str]:
     if plan.facts.experts is None:
         yield _WITHOUT_EXPERTS
     elif random := [name for name in EXPERTS[plan.recipe.model.kind] if name not in plan.recipe.experts.sources()]:
-        yield f'warning: no weights are given for {_some(random)}: random, and never trained under trainable "added"'
+        yield f'warning: no weights are given for {listed(random)}: random, and never trained under trainable "added"'
 
 
 def plan_facts(plan: OwnPlan) -> dict[str, Any]:
@@ -114,11 +111,8 @@ def outcome_facts(done: OwnOutcome) -> dict[str, Any]:
 def left_out_lines(left_out: Sequence[LeftOut]) -> Iterator[str]:
     """The videos that cannot be read."""
     if left_out:
-        yield f"left out, not readable: {len(left_out)} videos"
-    for video in left_out[:_MOST_NAMED]:
-        yield f"  {video.video}: {video.reason} ({video.what})"
-    if len(left_out) > _MOST_NAMED:
-        yield f"  and {len(left_out) - _MOST_NAMED} more: see rejects.jsonl beside the shards"
+        yield f"left out, not readable: {len(left_out)} videos (rejects.jsonl beside the shards names all)"
+        yield "  " + listed([f"{one.video}: {one.reason} ({one.what})" for one in left_out], separator="\n  ")
 
 
 def outcome_lines(done: OwnOutcome) -> Iterator[str]:
@@ -137,10 +131,11 @@ def _judgement_lines(judgement: Judgement) -> Iterator[str]:
         f"validation: {judgement.num_right} of {judgement.num_videos} right (top-1 {judgement.top1:.0%}); "
         f"always saying {judgement.commonest!r} would get {judgement.chance:.0%}"
     )
-    for mistake in judgement.mistakes[:_MOST_NAMED]:
-        yield f"  wrong: {_near(Path(mistake.video))}: taken for {mistake.said!r} ({mistake.probability:.0%})"
-    if len(judgement.mistakes) > _MOST_NAMED:
-        yield f"  and {len(judgement.mistakes) - _MOST_NAMED} more"
+    wrong = [
+        f"wrong: {_near(Path(one.video))}: taken for {one.said!r} ({one.probability:.0%})" for one in judgement.mistakes
+    ]
+    if wrong:
+        yield "  " + listed(wrong, separator="\n  ")
     if judgement.num_videos < _FEW_VIDEOS:
         yield f"  few videos: each of them counts {1 / judgement.num_videos:.0%}, so take the number as a hint"
 
@@ -178,11 +173,6 @@ def _near(path: Path) -> Path:
 
 def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
 
 
 def _text(value: object) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ca2st.checked_json import sha256_of_json
 from ca2st.errors import UserInputError
 from ca2st.processes import num_cores
 from ray_jobs.conversion import convert_shown
@@ -21,7 +22,7 @@ from ray_jobs.runs.worker import Outcome
 from sharding.errors import RejectBudgetError
 from sharding.folder import REJECTS_NAME, read_rejects
 from sharding.format.index import decode_index, sample_key
-from sharding.format.shard_set import AudioParameters, read_shard_set, sha256_of_json
+from sharding.format.shard_set import AudioParameters, read_shard_set
 from sharding.settings import ConversionConfig, RejectBudget, conversion_identity
 from sharding.source import SILENT_SOUND, SourceList, SourceSample
 

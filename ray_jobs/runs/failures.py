@@ -8,9 +8,9 @@ When one rank fails the others fail after it, with errors that only say so. Whoe
 whether starting it again can help, reads this file: it holds the newest attempt's own error, not its echoes.
 """
 
-import fcntl
 import json
 import logging
+import math
 import re
 import shutil
 import signal
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ca2st.checked_json import DocumentError, encoded, read_json
-from ca2st.durable import open_itself, write_bytes
+from ca2st.durable import open_itself, take_lock, write_bytes
 from ca2st.errors import CA2STError, DataDamageError, EnvironmentFault, NumericError, UserInputError
 from ca2st.training.errors import OutOfMemoryFault, PeerFailedError, StopNotSavedError
 from ca2st.training.memory import KNOBS, SHARED_MEMORY
@@ -173,7 +173,7 @@ def keep_failure(run_dir: Path, new: FailureRecord) -> FailureRecord:
     """
     try:
         with open_itself(run_dir / _LOCK_NAME, "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            take_lock(lock, wait_seconds=math.inf)
             kept = first_of(read_failure(run_dir), new)
             if kept is new:
                 write_bytes(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ca2st.batch import ClipBatch
 from ca2st.durable import writing
-from ca2st.errors import DataDamageError, UserInputError, did_you_mean
+from ca2st.errors import DataDamageError, check_choice
 from pipelines.views.draws import EvaluationViews
 from ray_jobs.console import progress, require_writable_place
 from ray_jobs.runs.inference import TrainedModel, load_trained, output_of_set, place_model, trained_loader
@@ -83,10 +83,7 @@ def write_features(
 def _choose(known: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[str, ...]:
     """The wanted experts, in the model's order."""
     for name in wanted or ():
-        if name not in known:
-            raise UserInputError(
-                f"--experts: expected some of {', '.join(known)}, found {name!r}{did_you_mean(name, list(known))}"
-            )
+        check_choice("--experts", name, known)
     return tuple(name for name in known if wanted is None or name in wanted)
 
 

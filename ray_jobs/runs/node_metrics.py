@@ -4,7 +4,6 @@ Lines go to ``system/<node>.jsonl`` of the run folder, under the names that MLfl
 the journal sends them too. Its own classes are not used: importing MLflow takes a worker seconds and 170 MB.
 """
 
-import fcntl
 import importlib
 import json
 import logging
@@ -19,7 +18,7 @@ from typing import Any, Self, TypedDict
 
 import psutil  # type: ignore[import-untyped]  # has none
 
-from ca2st.durable import open_itself
+from ca2st.durable import open_itself, take_lock
 from ca2st.training.journal import cut_torn_end, read_events
 
 SYSTEM_FOLDER = "system"
@@ -77,9 +76,7 @@ class NodeMetrics:
     def _write_lines(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open_itself(self.path, "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not take_lock(file):
                 return
             cut_torn_end(self.path)
             number = _next_number(self.path)

@@ -3,7 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ca2st.errors import UserInputError, did_you_mean
+from ca2st.checked_json import sha256_of_json
+from ca2st.errors import UserInputError, check_choice
 from ca2st.processes import num_cores
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.config.sections import SyntheticData
@@ -11,7 +12,6 @@ from ray_jobs.console import progress
 from ray_jobs.conversion import convert_shown
 from sharding.datasets import DatasetRequest, read_dataset
 from sharding.datasets.synthetic import TASKS
-from sharding.format.shard_set import sha256_of_json
 from sharding.settings import ConversionConfig
 from sharding.synthetic.factors import label_spaces
 
@@ -36,11 +36,7 @@ def synthetic_classes(recipe: Recipe) -> dict[str, list[str]] | None:
     world = recipe.data.synthetic
     if world is None or recipe.data.train is not None:
         return None
-    if world.task not in TASKS:
-        raise UserInputError(
-            f"data.synthetic.task: expected one of {', '.join(TASKS)}, found {world.task!r}"
-            f"{did_you_mean(world.task, list(TASKS))}"
-        )
+    check_choice("data.synthetic.task", world.task, TASKS)
     spaces = {space.name: list(space.classes) for space in label_spaces(world.world("train"))}
     targets = recipe.data.targets or (world.task,)
     if missing := [name for name in targets if name not in spaces]:

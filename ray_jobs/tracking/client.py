@@ -12,8 +12,8 @@ Reaching an MLflow store: a client that gives up within seconds, and errors that
 """
 
 import contextlib
-import fcntl
 import hashlib
+import math
 import posixpath
 import re
 import sqlite3
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ca2st.durable import take_lock
 from ray_jobs import environment
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.redaction import redacted, without_credentials
@@ -260,12 +261,8 @@ def is_making_tables(uri: str) -> bool:
     path = sqlite_path(uri)
     if path is None or path.exists() or not (lock := _lock_path(path)).exists():
         return False
-    with lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    with lock.open("rb") as file:
+        return not take_lock(file, shared=True)
 
 
 def knock(uri: str, what_to_do: str) -> None:
@@ -313,8 +310,8 @@ def _make_tables(path: Path) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _lock_path(path).open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with _lock_path(path).open("ab") as file:
+        take_lock(file, wait_seconds=math.inf)
         if path.exists():
             return
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore

@@ -8,12 +8,10 @@ whoever sends and holds the sender's lock.
 From journal lines to the numbers that MLflow gets: pure, but for reading the files.
 """
 
-import fcntl
 import json
 import logging
 import math
 import os
-import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ca2st.checked_json import DocumentError, encoded, read_json
-from ca2st.durable import open_itself, write_bytes
+from ca2st.durable import open_itself, take_lock, write_bytes
 from ca2st.errors import UserInputError
 from ca2st.training.journal import JOURNAL_NAME, parse_event, read_events
 from ray_jobs.errors import TrackingUnavailableError
@@ -33,7 +31,6 @@ PROGRESS_NAME = "tracking_progress.json"
 LOCK_NAME = "tracking.lock"
 FOLDER_TAG, COPY_TAG = "ca2st.run_dir", "ca2st.copied_from"
 """Where the run lives; and, of a run whose folder was copied, where the folder was that it is a copy of."""
-_POLL_SECONDS = 0.05
 _BLOCK_BYTES = 65_536
 
 
@@ -186,18 +183,11 @@ def one_sender(run_dir: Path, *, wait_seconds: float) -> Iterator[None]:
     """
     read_state(run_dir)
     with open_itself(run_dir / LOCK_NAME, "ab") as file:
-        deadline = time.monotonic() + wait_seconds
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise SenderBusyError(
-                        f"{run_dir}: another process is sending this run to MLflow; wait for it and run "
-                        f"`ca2st track sync {run_dir}` again"
-                    ) from None
-            time.sleep(_POLL_SECONDS)
+        if not take_lock(file, wait_seconds=wait_seconds):
+            raise SenderBusyError(
+                f"{run_dir}: another process is sending this run to MLflow; wait for it and run "
+                f"`ca2st track sync {run_dir}` again"
+            )
         yield
 
 

@@ -6,14 +6,13 @@ run is resumed it is RUNNING again, in the same MLflow run.
 """
 
 import contextlib
-import fcntl
+import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ca2st.durable import open_itself
+from ca2st.durable import open_itself, take_lock
 from ca2st.errors import CA2STError, UserInputError
 from ca2st.training.journal import JOURNAL_NAME
 from ca2st.training.journal import LOCK_NAME as RUN_LOCK_NAME
@@ -30,14 +29,14 @@ if TYPE_CHECKING:
 HOST_TAG = "ca2st.host"
 FOLLOWER_LOCK_NAME = "follower.lock"
 _MOST = 200
-_LOOK_AGAIN_SECONDS = (0.0, 0.05, 0.1)
+_LOOK_SECONDS = 0.15
 
 
 @contextlib.contextmanager
 def alive(run_dir: Path) -> Iterator[None]:
     """Show that a follower of this run lives; several may. The kernel takes the sign away however it ends."""
     with open_itself(run_dir / FOLLOWER_LOCK_NAME, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
+        take_lock(file, shared=True, wait_seconds=math.inf)
         yield
 
 
@@ -54,7 +53,7 @@ def is_ready(run_dir: Path, pid: int) -> bool:
 
 def is_alive(run_dir: Path) -> bool:
     """Whether somebody on this machine trains or follows the run of this folder."""
-    return _is_held(run_dir / RUN_LOCK_NAME, fcntl.LOCK_SH) or _is_held(run_dir / FOLLOWER_LOCK_NAME, fcntl.LOCK_EX)
+    return _is_held(run_dir / RUN_LOCK_NAME, shared=True) or _is_held(run_dir / FOLLOWER_LOCK_NAME, shared=False)
 
 
 def end_orphans(
@@ -115,18 +114,13 @@ def _last_sign(folder: Path) -> int | None:
     return int(journal.stat().st_mtime * 1000) if journal.exists() else None
 
 
-def _is_held(path: Path, kind: int) -> bool:
-    """Whether a lock of `kind` is refused for a while.
+def _is_held(path: Path, *, shared: bool) -> bool:
+    """Return whether a lock is refused for a while.
 
     Looking takes the lock for an instant. A training that begins just then tries again for seconds (`locked`), and
     who looks at the same time, for as long as it takes here; a holder keeps its lock for as long as it lives.
     """
     if not path.exists():
         return False
-    with path.open("r+") as file:  # NFS locks for one alone only what is open for writing
-        for pause_seconds in _LOOK_AGAIN_SECONDS:
-            time.sleep(pause_seconds)
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-                return False
-    return True
+    with path.open("rb+") as file:  # NFS locks for one alone only what is open for writing
+        return not take_lock(file, shared=shared, wait_seconds=_LOOK_SECONDS)

@@ -34,6 +34,7 @@ from ray_jobs.tracking.client import (
 )
 from ray_jobs.tracking.events import STATE_NAME, TrackingState, Value
 from ray_jobs.tracking.inputs import read_inputs
+from sharding.format.remote import doubled_pause
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -292,7 +293,7 @@ def pause_seconds(failures: int, *, interval_seconds: float, complaint: Complain
     if failures == 0:
         return interval_seconds
     longest = max(interval_seconds, _LONGEST_SECONDS)
-    pause = min(interval_seconds * 2.0 ** min(failures, 30), longest)
+    pause = doubled_pause(failures, first_seconds=2 * interval_seconds, longest=longest)
     if complaint is None:
         return pause
     if complaint.kind == "refused":

@@ -6,7 +6,7 @@ checks every row before any video is decoded. Adding a dataset = one module with
 
 from collections.abc import Callable
 
-from ca2st.errors import UserInputError, did_you_mean
+from ca2st.errors import check_choice
 from sharding.datasets import csv, epic_sounds, folder, synthetic
 from sharding.datasets.label_spaces import with_label_notes
 from sharding.datasets.request import DatasetRequest
@@ -32,8 +32,6 @@ def read_dataset(name: str, request: DatasetRequest) -> SourceList:
     Raises:
         UserInputError: an unknown dataset, or whatever its reader refuses.
     """
-    if name not in DATASETS:
-        known = ", ".join(DATASETS)
-        raise UserInputError(f"--dataset {name!r}: expected one of {known}{did_you_mean(name, list(DATASETS))}")
+    check_choice("--dataset", name, DATASETS)
     source = DATASETS[name](request)
     return with_label_notes(source)

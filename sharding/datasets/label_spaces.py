@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ca2st.errors import did_you_mean
+from ca2st.errors import did_you_mean, listed
 from sharding.datasets.table import CellError, Problems, Row, read_cell, read_text, split_lines
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
@@ -136,8 +136,7 @@ def classes_that_differ(here: Sequence[str], there: Sequence[str], *, where: tup
         return f"the same names in another order (class {at} is {found})"
     told = []
     for place, names in zip(where, alone, strict=True):
-        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-        told += [f"only {place} {', '.join(map(written, names[:_MOST_NAMED]))}{more}"] if names else []
+        told += [f"only {place} {listed([*map(written, names)], most=8)}"] if names else []
     return "; ".join(told)
 
 

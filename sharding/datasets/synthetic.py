@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ca2st.errors import UserInputError, did_you_mean
+from ca2st.errors import UserInputError, check_choice
 from sharding.datasets.request import DatasetRequest, refuse_unused
 from sharding.source import SourceList, SourceSample
 from sharding.synthetic.config import SyntheticConfig
@@ -24,7 +24,8 @@ def read(request: DatasetRequest) -> SourceList:
         EnvironmentFault: a clip cannot be written.
     """
     refuse_unused(request, "synthetic", "annotations", "classes", "follow_links")
-    task = _known_task(request.task or "holistic")
+    task = request.task or "holistic"
+    check_choice("--task", task, TASKS)
     config = replace(request.synthetic, binding=task == "binding")
     folder = (request.media or Path()) / request.split
     if request.check_media:
@@ -42,14 +43,6 @@ def read(request: DatasetRequest) -> SourceList:
             _sample(folder, request.split, config, index) for index in request.first(range(config.num_samples))
         ),
     )
-
-
-def _known_task(name: str) -> str:
-    if name not in TASKS:
-        raise UserInputError(
-            f"--task {name!r}: expected one of {', '.join(TASKS)}{did_you_mean(name, list(TASKS))}; choose one of them"
-        )
-    return name
 
 
 def _sample(folder: Path, split: str, config: SyntheticConfig, index: int) -> SourceSample:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ca2st.errors import did_you_mean
+from ca2st.errors import did_you_mean, listed
 from sharding.errors import AnnotationError
 
 _MAX_LISTED = 20
@@ -58,9 +58,9 @@ class Problems:
         if len(self) == 1:
             raise AnnotationError(f"{self._listed[0]}; {self._advice}")
         counts = ", ".join(f"{kind} {count}" for kind, count in self._kinds.most_common())
-        more = [f"... and {len(self) - len(self._listed)} more"] if len(self) > len(self._listed) else []
         heading = f"{self._source}: {len(self)} problems ({counts}); {self._advice}:"
-        raise AnnotationError("\n  ".join([heading, *self._listed, *more]))
+        places = listed(self._listed, most=_MAX_LISTED, count=len(self), separator="\n  ")
+        raise AnnotationError(f"{heading}\n  {places}")
 
 
 _Value = TypeVar("_Value")

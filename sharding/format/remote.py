@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from ca2st.errors import EnvironmentFault, UserInputError, did_you_mean
+from ca2st.errors import EnvironmentFault, UserInputError, check_choice
 
 SCHEMES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "memory": "fsspec"}
 """Kinds of URLs, and the package that reads each."""
@@ -63,9 +63,7 @@ def as_location(place: str | Path | RemoteFolder) -> Location:
     if not isinstance(place, str) or "://" not in place:
         return place if isinstance(place, RemoteFolder) else Path(place)
     scheme = place.partition("://")[0]
-    if scheme not in SCHEMES:
-        hint = did_you_mean(scheme, [*SCHEMES])
-        raise UserInputError(f"URL of shards: expected one of {', '.join(SCHEMES)}, found {scheme!r}{hint}")
+    check_choice("URL of shards", scheme, SCHEMES)
     parts = urlsplit(place)
     shown = f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     if "@" in parts.netloc or parts.query or parts.fragment:
@@ -109,8 +107,13 @@ class RetryConfig:
 
     def pause_seconds(self, failures: int, fraction: float) -> float:
         """The pause after that many failures; `fraction` in [0, 1) is the draw."""
-        longest = min(self.longest_pause_seconds, self.first_pause_seconds * 2.0 ** (failures - 1))
+        longest = doubled_pause(failures, first_seconds=self.first_pause_seconds, longest=self.longest_pause_seconds)
         return longest * (1 + fraction) / 2
+
+
+def doubled_pause(failures: int, *, first_seconds: float, longest: float) -> float:
+    """Return the seconds to wait after that many failures in a row: doubled from try to try, up to `longest`."""
+    return min(longest, first_seconds * 2.0 ** min(max(failures - 1, 0), 60))
 
 
 class RetriesSpentError(Exception):

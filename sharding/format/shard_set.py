@@ -10,7 +10,6 @@ A shard set: the table of its shards, and how a set is written, then read from a
 
 import hashlib
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ca2st.checked_json import DocumentError, checked, parse_json
+from ca2st.checked_json import DocumentError, canonical_json, checked, parse_json, sha256_of_json
 from ca2st.durable import NO_FAULTS, FaultPoints, write_bytes
 from ca2st.errors import EnvironmentFault
 from sharding.errors import ManifestError, ShardDamageError
@@ -162,13 +161,7 @@ class Manifest:
     def to_json(self) -> bytes:
         """Indented JSON with `self_sha256` over the canonical JSON of everything else."""
         payload = self._payload() | {"self_sha256": self.fingerprint}
-        return (json.dumps(payload, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def sha256_of_json(value: object) -> str:
-    """Hash of the canonical JSON of `value`: sorted keys, no spaces, UTF-8."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+        return canonical_json(payload)
 
 
 def read_manifest(root: Path) -> Manifest:

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ca2st.checked_json import canonical_json
 from ca2st.durable import NO_FAULTS, FaultPoints, write_bytes, writing
 from sharding.format.index import MEMBER_SUFFIXES, MEMBERS, encode_index, frame_checksum, member_checksum
 from sharding.format.shard_set import ShardEntry, index_name
@@ -92,14 +92,16 @@ def write_shard(
         rows = _write_members(sink, _noted(samples, notes))
         file.flush()
         _check_headers(Path(file.name), rows)
-        metadata = {
-            "conversion": _canonical(conversion),
-            "range": _canonical(asdict(covers())),
-            "shard": _canonical({"bytes": sink.num_bytes, "sha256": sink.sha256.hexdigest()}),
+        about: dict[str, object] = {
+            "conversion": conversion,
+            "range": asdict(covers()),
+            "shard": {"bytes": sink.num_bytes, "sha256": sink.sha256.hexdigest()},
         }
         if notes:
-            metadata["notes"] = _canonical(notes)
-        index = encode_index(rows, metadata)
+            about["notes"] = notes
+        index = encode_index(
+            rows, {key: canonical_json(value, is_compact=True).decode() for key, value in about.items()}
+        )
         write_bytes(root / index_name(name), index, faults=faults, point="index")
     return ShardEntry(
         name=name,
@@ -206,7 +208,3 @@ class _HashingSink:
 def padded(size: int) -> int:
     """The bytes that a member of `size` bytes takes in a tar, its header apart."""
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-
-def _canonical(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ca2st.errors import UserInputError, did_you_mean
+from ca2st.errors import UserInputError, check_choice
 
 DEFAULT_GOP_FRAMES = 8
 """Frames from one key frame to the next: half a second at 16 fps; a reader decodes at most this many for one."""
@@ -118,7 +118,5 @@ def stored_codec(name: str) -> StoredCodec:
     Raises:
         UserInputError: none has it; the message lists those there are.
     """
-    if name not in STORED_CODECS:
-        known = list(STORED_CODECS)
-        raise UserInputError(f"codec {name!r}: expected one of {', '.join(known)}{did_you_mean(name, known)}")
+    check_choice("codec", name, STORED_CODECS)
     return STORED_CODECS[name]

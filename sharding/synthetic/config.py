@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ca2st.errors import UserInputError, did_you_mean
+from ca2st.errors import UserInputError, check_choice
 
 NUM_QUARTERS = 4
 _NUM_BEATS = 2
@@ -162,11 +162,7 @@ def difficulty_of(name: str) -> Difficulty:
     Raises:
         UserInputError: there are none of that name.
     """
-    if name not in DIFFICULTIES:
-        known = list(DIFFICULTIES)
-        raise UserInputError(
-            f"synthetic.difficulty: expected one of {', '.join(known)}, found {name!r}{did_you_mean(name, known)}"
-        )
+    check_choice("synthetic.difficulty", name, DIFFICULTIES)
     return DIFFICULTIES[name]
 
 

@@ -72,7 +72,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from ca2st.errors import UserInputError, did_you_mean
+from ca2st.errors import check_choice
 from sharding.format.shard_set import LabelSpace
 from sharding.synthetic.config import RHYTHMS, SyntheticConfig
 
@@ -360,9 +360,7 @@ def ceilings(task: str, config: SyntheticConfig) -> dict[str, float]:
     Raises:
         UserInputError: an unknown task.
     """
-    known = [*_PARTS, "binding"]
-    if task not in known:
-        raise UserInputError(f"task: expected one of {', '.join(known)}, found {task!r}{did_you_mean(task, known)}")
+    check_choice("task", task, [*_PARTS, "binding"])
     return {name: _ceiling(task, frozenset(name.split("+")), config) for name in SENSE_SETS}
 
 

@@ -25,6 +25,7 @@ import av
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from ca2st.checked_json import canonical_json
 from ca2st.durable import sweep_temporaries, write_bytes
 from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.processes import SPAWN, die_with_parent
@@ -138,7 +139,7 @@ def _claim(folder: Path, split: str, config: SyntheticConfig) -> None:
     mine: dict[str, Any] = {"split": split, **config.content(), "tool_versions": tool_versions()}
     path = folder / WORLD_NAME
     if not path.exists():
-        write_bytes(path, json.dumps(mine, indent=1, sort_keys=True).encode() + b"\n")
+        write_bytes(path, canonical_json(mine))
         return
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))

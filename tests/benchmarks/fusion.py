@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.programs import make_command
-from ca2st.errors import UserInputError, did_you_mean
+from ca2st.errors import UserInputError, check_choice
 from ca2st.model.config import AudioVisualConfig
 from pipelines.views.draws import EvaluationViews
 from ray_jobs.bench_report import bench_facts, write_report
@@ -122,19 +122,11 @@ class FusionBenchConfig:
     """Of the world; None: as the task's recipe says."""
 
     def __post_init__(self) -> None:
-        if self.task not in FUSION_TASKS:
-            known = list(FUSION_TASKS)
-            raise UserInputError(
-                f"task: expected one of {', '.join(known)}, found {self.task!r}{did_you_mean(self.task, known)}"
-            )
+        check_choice("task", self.task, FUSION_TASKS)
         if self.num_seeds < 1:
             raise UserInputError(f"seeds: expected at least 1, found {self.num_seeds}")
         for name in self.models:
-            if name not in self.plan.models:
-                known = list(self.plan.models)
-                raise UserInputError(
-                    f"models: expected some of {', '.join(known)}, found {name!r}{did_you_mean(name, known)}"
-                )
+            check_choice("models", name, self.plan.models)
 
     @property
     def plan(self) -> FusionTask:

@@ -26,7 +26,7 @@ from benchmarks.gpu_parts import (
     run_in_process,
 )
 from benchmarks.programs import make_command
-from ca2st.errors import CA2STError, UserInputError, did_you_mean
+from ca2st.errors import CA2STError, check_choice
 from ray_jobs.bench_report import bench_facts, write_report
 from ray_jobs.cli import main
 from ray_jobs.console import progress, require_writable_place, say
@@ -98,11 +98,7 @@ def _parts(only: str | None) -> dict[PartName, float]:
         return BUDGETS
     names = [name.strip() for name in only.split(",")]
     for name in names:
-        if name not in BUDGETS:
-            known: list[str] = list(BUDGETS)
-            raise UserInputError(
-                f"--only: expected some of {', '.join(known)}, found {name!r}{did_you_mean(name, known)}"
-            )
+        check_choice("--only", name, BUDGETS)
     return {name: budget for name, budget in BUDGETS.items() if name in names}
 
 

@@ -102,7 +102,7 @@ def test_the_table_holds_every_row_with_versions_and_command_but_no_place_of_thi
     ("settings", "said"),
     [
         ({"task": "binding", "models": ("cava", "late_ad")}, r"models: .*found 'late_ad' \(did you mean 'late_add'"),
-        ({"task": "holistic", "models": ("lateral",)}, r"models: expected some of .*, found 'lateral'"),
+        ({"task": "holistic", "models": ("lateral",)}, r"models: expected one of .*, found 'lateral'"),
         ({"task": "bind"}, r"task: expected one of holistic, binding, found 'bind' \(did you mean 'binding'"),
         ({"task": "binding", "num_seeds": 0}, r"seeds: expected at least 1, found 0"),
     ],

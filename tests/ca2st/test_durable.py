@@ -1,11 +1,13 @@
 """The write protocol: complete under the final name, or not there."""
 
 import errno
+import math
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from ca2st.durable import (
     InjectedFault,
     append_bytes,
     sweep_temporaries,
+    take_lock,
     unwritable,
     write_bytes,
     writing,
@@ -198,3 +201,27 @@ def test_a_limit_for_the_size_of_files_is_the_environments_fault(tmp_path: Path)
     )
     assert "File too large; raise the limit for the size of a file (ulimit -f)" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_excludes_others_until_its_file_is_closed_and_a_shared_one_only_those_that_want_it_alone(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "lock"
+    with path.open("ab") as holder, path.open("rb") as other:
+        assert take_lock(holder)
+        assert not take_lock(other)
+        assert not take_lock(other, shared=True, wait_seconds=0.1)
+    with path.open("rb") as one, path.open("rb") as another, path.open("ab") as writer:
+        assert take_lock(one, shared=True)
+        assert take_lock(another, shared=True, wait_seconds=math.inf)
+        assert not take_lock(writer)
+
+
+def test_a_lock_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with path.open("ab") as holder, path.open("ab") as waiting:
+        assert take_lock(holder)
+        release = threading.Timer(0.2, holder.close)
+        release.start()
+        assert take_lock(waiting, wait_seconds=30.0)
+        release.join()

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from ca2st.checked_json import sha256_of_json
 from ca2st.durable import FaultPoints, InjectedFault
 from sharding.conversion import convert
 from sharding.errors import ConversionRefusedError, ShardDamageError
 from sharding.format.index import decode_index, encode_index
-from sharding.format.shard_set import read_shard_set, sha256_of_json
+from sharding.format.shard_set import read_shard_set
 from sharding.settings import RejectBudget
 from sharding.source import SourceList
 from sharding.source_states import SOURCES_NAME

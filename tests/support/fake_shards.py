@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
+from ca2st.checked_json import sha256_of_json
 from sharding.format.index import MEMBER_SUFFIXES, TICKS_PER_SECOND, encode_index, frame_checksum, member_checksum
 from sharding.format.shard_set import (
     AudioParameters,
@@ -24,7 +25,6 @@ from sharding.format.shard_set import (
     ShardSet,
     VideoParameters,
     read_shard_set,
-    sha256_of_json,
     write_shard_set,
 )
 

@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ca2st.checked_json import canonical_json
 from ca2st.training.errors import CheckpointDamagedError
-from ca2st.training.journal import canonical_json, differences, open_sealed_json, sealed_json
+from ca2st.training.journal import differences, open_sealed_json, sealed_json
 
 DOCUMENT = {"step": 3, "lr": 0.1, "names": ["a", "ü"], "nested": {"empty": {}, "none": None}}
 
@@ -23,6 +24,13 @@ def test_one_flipped_bit_anywhere_breaks_the_seal(data: st.DataObject) -> None:
 
 def test_equal_documents_give_equal_bytes_whatever_their_order() -> None:
     assert canonical_json({"a": 1, "b": (1, 2)}) == canonical_json({"b": [1, 2], "a": 1})
+
+
+def test_canonical_json_has_an_indented_form_and_one_without_white_space() -> None:
+    assert canonical_json({"b": "ü", "a": [1.5]}) == '{\n "a": [\n  1.5\n ],\n "b": "ü"\n}\n'.encode()
+    assert canonical_json({"b": "ü", "a": [1.5]}, is_compact=True) == '{"a":[1.5],"b":"ü"}'.encode()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical_json({"loss": float("nan")})
 
 
 def test_differences_name_each_field_with_what_it_was_and_is() -> None:

@@ -97,7 +97,7 @@ def test_help_has_an_example(bench: Command) -> None:
         (("loader", "--batch", 1), "Invalid value for '--batch'"),
         (("loader", "--media", "."), "expected video files, found none"),
         (("loader", "--out", "nowhere/report.json"), "found no nowhere"),
-        (("loader", "--codec", "mjpg"), "codec 'mjpg': expected one of"),
+        (("loader", "--codec", "mjpg"), "codec: expected one of"),
         (("loader", "--out", "."), "--out: expected the name of a file, found the folder ."),
     ],
 )

@@ -114,7 +114,7 @@ def test_experts_are_given_to_the_models_that_have_them_and_seeds_to_all(contest
 def test_an_unknown_model_is_refused_with_the_nearest_before_anything_is_trained(
     contest: Contest, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserInputError, match=r"model 'cats': expected one of spatial, .*did you mean 'cast'"):
+    with pytest.raises(UserInputError, match=r"model: expected one of spatial, .*found 'cats' .*did you mean 'cast'"):
         next(run_contest(replace(contest, out=tmp_path / "runs"), ("ca2st", "cats")))
     assert not (tmp_path / "runs").exists()
 

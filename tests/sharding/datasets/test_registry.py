@@ -37,7 +37,8 @@ def test_every_dataset_of_the_table_reads_its_own_form(requests: dict[str, Datas
 
 def test_an_unknown_dataset_is_answered_with_the_known_ones() -> None:
     message = (
-        r"--dataset 'epic-sounds': expected one of csv, epic_sounds, folder, synthetic \(did you mean 'epic_sounds'\?\)"
+        "--dataset: expected one of csv, epic_sounds, folder, synthetic, found 'epic-sounds' "
+        r"\(did you mean 'epic_sounds'\?\)"
     )
     with pytest.raises(UserInputError, match=message):
         read_dataset("epic-sounds", DatasetRequest())

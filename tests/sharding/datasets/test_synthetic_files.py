@@ -186,7 +186,7 @@ def test_an_unknown_task_is_answered_with_the_known_ones(task: str) -> None:
         assert read(None, check_media=False, task=task).targets == ("holistic",)
         return
     with pytest.raises(
-        UserInputError, match=rf"--task '{task}': expected one of space, time, audio, holistic, binding"
+        UserInputError, match=rf"--task: expected one of space, time, audio, holistic, binding, found '{task}'"
     ):
         read(None, check_media=False, task=task)
 

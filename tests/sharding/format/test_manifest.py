@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ca2st.checked_json import sha256_of_json
 from sharding.errors import ManifestError, ShardDamageError
 from sharding.format.shard_set import (
     MANIFEST_NAME,
@@ -19,7 +20,6 @@ from sharding.format.shard_set import (
     VideoParameters,
     read_manifest,
     read_shard_set,
-    sha256_of_json,
     write_shard_set,
 )
 

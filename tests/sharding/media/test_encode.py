@@ -282,9 +282,11 @@ def test_a_better_quality_takes_more_bytes(tmp_path: Path) -> None:
 
 def test_an_unknown_codec_lists_the_known_ones() -> None:
     known = "mjpeg, h264, hevc, vp9"
-    with pytest.raises(UserInputError, match=rf"codec 'mjpg': expected one of {known} \(did you mean 'mjpeg'\?\)"):
+    with pytest.raises(
+        UserInputError, match=rf"codec: expected one of {known}, found 'mjpg' \(did you mean 'mjpeg'\?\)"
+    ):
         ConversionConfig(codec="mjpg")
-    with pytest.raises(UserInputError, match=f"codec 'av1': expected one of {known}"):
+    with pytest.raises(UserInputError, match=f"codec: expected one of {known}, found 'av1'"):
         ConversionConfig(codec="av1")
 
 

@@ -460,7 +460,7 @@ def test_a_colour_matrix_that_cannot_be_converted_is_a_reject() -> None:
 
 
 def test_unknown_policies_list_the_known_ones() -> None:
-    with pytest.raises(UserInputError, match="hdr 'clip': expected one of tone-map, refuse"):
+    with pytest.raises(UserInputError, match="hdr: expected one of tone-map, refuse, found 'clip'"):
         ConversionConfig(hdr="clip")
-    with pytest.raises(UserInputError, match="interlaced 'bob': expected one of deinterlace, keep"):
+    with pytest.raises(UserInputError, match="interlaced: expected one of deinterlace, keep, found 'bob'"):
         replace(ConversionConfig(), interlaced="bob")

@@ -245,7 +245,7 @@ def test_the_clock_is_part_of_the_conversion_and_of_the_manifest(tmp_path: Path,
 
 
 def test_an_unknown_clock_lists_the_known_ones() -> None:
-    with pytest.raises(UserInputError, match="clock 'wall': expected one of file, first-frame"):
+    with pytest.raises(UserInputError, match="clock: expected one of file, first-frame, found 'wall'"):
         ConversionConfig(clock="wall")
 
 
