@@ -1,7 +1,6 @@
 """The loader's own threads: one makes batches ahead of the consumer, some read bytes, and a watch notices a stall.
 
 `concurrent.futures` waits at the interpreter's exit for every thread it ever started: one read that never returns,
-from ca2st.errors import listed
 from a file server that is gone, and the process never ends. These are daemons: closing waits for them only so long.
 """
 
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, ParamSpec, TypeVar
 
+from ca2st.errors import listed
 from pipelines.errors import LoaderStalledError
 from pipelines.stats import StatsRecorder
 

@@ -88,7 +88,7 @@ def _end(client: "MlflowClient", run: "Run", say: Say, is_asked_to_end: Callable
             Sender(folder, say, is_asked_to_end=is_asked_to_end).send()
         if is_asked_to_end():  # a part may be missing still
             return False
-        with one_sender(folder, wait_seconds=0):
+        with one_sender(folder, wait_seconds=0.0):
             if is_alive(folder) or client.get_run(run_id).info.status != "RUNNING":
                 return False
             client.set_tag(run_id, EXIT_TAG, "killed")

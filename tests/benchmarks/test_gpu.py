@@ -234,7 +234,7 @@ def test_parts_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     done = CliRunner().invoke(app, ["--dry-run", "--json", "--only", "model, limits"])
     assert list(json.loads(done.stdout.splitlines()[-1])["parts"]) == ["limits", "model"]
     with pytest.raises(
-        UserInputError, match=r"--only: expected some of device, .*, found 'modle' .did you mean 'model'"
+        UserInputError, match=r"--only: expected one of device, .*, found 'modle' .did you mean 'model'"
     ):
         CliRunner().invoke(app, ["--dry-run", "--only", "modle"], catch_exceptions=False)
 

@@ -107,7 +107,7 @@ def test_filters_choose(store: str, wanted: RunFilter, names: list[str]) -> None
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (RunFilter(experiment="frist"), "experiment 'frist'.*did you mean 'first'"),
+        (RunFilter(experiment="frist"), "experiment: .*found 'frist' .did you mean 'first'"),
         (RunFilter(runs=("cavo",)), "run 'cavo'.*did you mean 'cava'"),
         (RunFilter(recipes=("none",)), "of recipe none"),
         (RunFilter(tags={"team": "green"}), "with tag team=green"),

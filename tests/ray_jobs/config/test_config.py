@@ -214,10 +214,10 @@ def test_a_preset_lies_below_what_the_recipe_says_itself(tmp_path: Path) -> None
 def test_an_unknown_preset_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     text = RECIPE.replace('kind = "cast"', 'preset = "cast_late_ad"')
     with pytest.raises(
-        RecipeError, match=r"mine\.toml:4: model\.preset 'cast_late_ad': .*did you mean 'cast_late_add'"
+        RecipeError, match=r"mine\.toml:4: model\.preset: .*found 'cast_late_ad' \(did you mean 'cast_late_add'"
     ):
         load_recipe(recipe_file(tmp_path, text))
-    with pytest.raises(RecipeError, match=r"--set model\.preset: model\.preset 'cast_late_ad': "):
+    with pytest.raises(RecipeError, match=r"--set model\.preset: model\.preset: expected one of "):
         load_recipe(recipe_file(tmp_path), ["model.preset=cast_late_ad"])
 
 
