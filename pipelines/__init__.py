@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from pipelines.loader import TrainLoader as TrainLoader
     from pipelines.loader import read_batches as read_batches
     from pipelines.order.selection import OrderConfig as OrderConfig
-    from pipelines.views.draws import EvaluationViews as EvaluationViews
-    from pipelines.views.sampling import SamplingConfig as SamplingConfig
+    from pipelines.views import EvaluationViews as EvaluationViews
+    from pipelines.views import SamplingConfig as SamplingConfig
 
 _HOMES = {
     "AugmentConfig": "pipelines.augment.config",
     "EvaluationLoader": "pipelines.loader",
     "EvaluationSetup": "pipelines.config",
-    "EvaluationViews": "pipelines.views.draws",
+    "EvaluationViews": "pipelines.views",
     "LoaderConfig": "pipelines.config",
     "OrderConfig": "pipelines.order.selection",
-    "SamplingConfig": "pipelines.views.sampling",
+    "SamplingConfig": "pipelines.views",
     "TrainLoader": "pipelines.loader",
     "TrainSetup": "pipelines.config",
     "read_batches": "pipelines.loader",

@@ -26,8 +26,7 @@ from pipelines.storage.remote import ShardsAhead
 from pipelines.storage.samples import FetchedSample
 from pipelines.storage.shard_sets import SetReaders
 from pipelines.threads import FetchThreads
-from pipelines.views.draws import ClipFacts, Draws, ViewDraw
-from pipelines.views.sampling import VaryingRate, frames_per_second
+from pipelines.views import ClipFacts, Draws, VaryingRate, ViewDraw, frames_per_second
 from sharding.format.index import TICKS_PER_SECOND
 
 _FETCH_AHEAD_STEPS = 2
@@ -69,7 +68,7 @@ class BatchAssembler:
 
     def batches(self, epoch: int, draws: Draws, first_step: int = 0) -> Generator[ClipBatch, None, None]:
         """Yield a batch per step, the bytes of the next steps being read meanwhile; closing it ends its threads."""
-        # A plan keeps the blocks of the step it was last asked for: who asks for other steps has one of its own.
+        # A plan caches the blocks of the step it was last asked for: each reader of other steps gets its own.
         plan, later, others = (self.plan.epoch(epoch) for _ in range(3))
         record, positions = self.plan.record, self.plan.positions(self.setup.rank, self.setup.world_size)
         replacements = Replacements(others, global_batch_size=record.global_batch_size)

@@ -16,8 +16,7 @@ from pipelines.order.sources import make_sources, plain_source
 from pipelines.quarantine import OnError
 from pipelines.storage.shard_files import Verify
 from pipelines.storage.shard_sets import check_agreement
-from pipelines.views.draws import EvaluationViews
-from pipelines.views.sampling import SamplingConfig
+from pipelines.views import EvaluationViews, SamplingConfig
 from sharding.format.remote import RetryConfig, StorageConfig
 from sharding.format.shard_set import ShardSet
 
@@ -49,7 +48,7 @@ class LoaderConfig:
     """``size``: file sizes at the start. ``sha256``: also every shard's hash at its first use. Frames and
     spectrograms are compared with their own checksums in any case."""
     index_cache_bytes: int = 1 << 30
-    """Memory for shard indexes; about 1 MB a shard of 300 clips of 10 s."""
+    """Memory for shard indexes; about 1 MB per shard of 300 clips of 10 s."""
     stall_timeout_seconds: float = 300.0
     """A step that waits this long while nothing at all moves in the loader ends the run and names where it hangs: more
     than any read or retry takes, less than the ten minutes after which other ranks give up. Needs `prefetch_steps`."""

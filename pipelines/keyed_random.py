@@ -1,12 +1,8 @@
-"""Random numbers by key, and whole-number shares of a whole number.
-
-Random numbers that are a function of a key alone: no state to save, none to lose.
+"""Random numbers that are a function of a key alone: no state to save, none to lose. And whole-number shares.
 
 The key, a tuple of strings and whole numbers, is hashed (BLAKE2b, 128 bits) into the key of a Philox counter
 generator whose raw 64-bit words are read from counter zero. Only the raw words are used: NumPy promises that
 they never change, while it may change the methods built on them (`integers`, `permutation`, ...).
-
-Whole-number shares of a whole number: exact, and the same on every machine.
 """
 
 import hashlib
@@ -29,7 +25,7 @@ back from another thread takes far longer than the words."""
 
 
 class _Generator(threading.local):
-    """One generator a thread, set to another key for every stream: a new one would ask the system for entropy first."""
+    """One generator per thread, set to another key for every stream: a new one would ask the system for entropy."""
 
     def __init__(self) -> None:
         self.philox = np.random.Philox(key=0)
@@ -50,7 +46,7 @@ _GENERATOR = _Generator()
 
 
 def raw_words(key: Key, count: int) -> NDArray[np.uint64]:
-    """The first `count` 64-bit words of the stream named by `key`."""
+    """Return the first `count` 64-bit words of the stream named by `key`."""
     digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=16).digest()
     _GENERATOR.set_key(np.frombuffer(digest, "<u8"))
     next_word = _GENERATOR.philox.random_raw
@@ -60,12 +56,12 @@ def raw_words(key: Key, count: int) -> NDArray[np.uint64]:
 
 
 def uniforms(key: Key, count: int) -> NDArray[np.float64]:
-    """`count` numbers in [0, 1) with 53 random bits each."""
+    """Return `count` numbers in [0, 1) with 53 random bits each."""
     return (raw_words(key, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(key: Key, count: int) -> NDArray[np.int64]:
-    """A random order of 0 .. count-1: the stable ranking of `count` random words."""
+    """Return a random order of 0 .. count-1: the stable ranking of `count` random words."""
     return np.argsort(raw_words(key, count), kind="stable")
 
 
@@ -73,7 +69,7 @@ _MOST_BLOCK, _LEAST_BLOCK = 1024, 64
 
 
 def apportion(weights: Sequence[int], total: int) -> list[int]:
-    """`total` split in proportion to `weights`: each share rounded down, the rest to the largest remainders.
+    """Split `total` in proportion to `weights`: each share rounded down, the rest to the largest remainders.
 
     Ties go to the earlier weight. Source: Hamilton's method of apportionment.
     """
@@ -86,7 +82,7 @@ def apportion(weights: Sequence[int], total: int) -> list[int]:
 
 
 def block_quotas(weights: Sequence[float]) -> NDArray[np.int64]:
-    """Slots of each source in one block of the mixture, whose length is their sum: 64 to 1024.
+    """Return the slots of each source in one block of the mixture, whose length is their sum: 64 to 1024.
 
     Weights are read as the decimals they are written as. Where a block of at most 1024 can hold their exact ratio it
     does; else they are rounded to 1024ths.

@@ -34,8 +34,7 @@ from pipelines.rendering import ViewBackend
 from pipelines.stats import StageStats, StatsRecorder
 from pipelines.storage.shard_sets import SetReaders
 from pipelines.threads import StallWatch, prefetched
-from pipelines.views.draws import EvaluationDraws, EvaluationViews, TrainDraws
-from pipelines.views.sampling import SamplingConfig
+from pipelines.views import EvaluationDraws, EvaluationViews, SamplingConfig, TrainDraws
 from sharding.format.shard_set import read_shard_set
 
 L = TypeVar("L", bound="RankLoader")
@@ -135,7 +134,7 @@ class TrainLoader(RankLoader):
     """Shuffled, augmented batches of one rank, equal in number on every rank, resumable at any (epoch, step)."""
 
     def __init__(self, setup: TrainSetup) -> None:
-        """Check the sets and make the backend; no thread of ours starts before the first batch is asked for.
+        """Check the sets and make the backend; no thread of its own starts before the first batch is asked for.
 
         Raises:
             PlanError: too few samples, or a batch that cannot be spread over the ranks.

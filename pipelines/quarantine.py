@@ -1,16 +1,13 @@
-"""Damaged samples left out of training, and what fills their places.
+"""Damaged samples left out of training, and what fills their places, so that every step keeps its size on every rank.
 
-Samples whose bytes proved damaged while training: remembered with the run, counted against a budget.
+Each is one small JSON file, in a folder that all ranks and attempts of a run share; its name follows from the sample.
+So two ranks that find the same damage write the same file, a kill leaves no half of one, the number of files is the
+number that the budget bounds, and a resumed run leaves the samples out without touching them.
 
-One small JSON file a sample, in a folder that all ranks and attempts of a run share; its name follows from the
-sample. So two ranks that find the same damage write the same file, a kill leaves no half of one, the number of
-files is the number that the budget bounds, and a resumed run leaves the samples out without touching them.
-
-What fills the place of a damaged sample, so that every step keeps its size on every rank.
-
-The place is filled with the sample that the plan puts at the same position, hence in the same lane, one step later;
-where that one is damaged too, two steps later, and so on around the epoch; at last with the step's other positions.
-So the filling follows from the plan and from what is damaged: not from ranks, threads, or when damage was found.
+The place of a damaged sample is filled with the sample that the plan puts at the same position, hence in the same lane,
+one step later; where that one is damaged too, two steps later, and so on around the epoch; at last with the step's
+other positions. So the filling follows from the plan and from what is damaged: not from ranks, threads, or when damage
+was found.
 """
 
 import logging
@@ -49,7 +46,7 @@ class QuarantinedSample:
     key: str
     """Its key; empty where the index itself is wrong."""
     what: str
-    """The damage, in words."""
+    """The damage."""
     step: int
     """Step of the epoch at which it was found."""
     rank: int
@@ -83,7 +80,7 @@ class Quarantine:
         self._require_budget()
 
     def __contains__(self, place: tuple[str, str, int]) -> bool:
-        """Whether the sample of (fingerprint, shard name, row) is to be left out."""
+        """Return whether the sample of (fingerprint, shard name, row) is to be left out."""
         return place in self._samples
 
     def __len__(self) -> int:
@@ -111,33 +108,26 @@ class Quarantine:
             return
         for path in sorted(self._folder.iterdir()):
             if _FILE_NAME.fullmatch(path.name):
-                sample = _read(path)
+                try:
+                    sample = read_json(path, QuarantinedSample)
+                except (OSError, EnvironmentFault, DocumentError) as error:
+                    raise EnvironmentFault(f"{path}: not a quarantined sample ({error}); remove it") from error
                 self._samples.setdefault(sample.place, sample)
 
     def _require_budget(self) -> None:
         if len(self._samples) > self._most:
+            names = [f"{sample.shard} {sample.key or f'row {sample.row}'}" for sample in self._samples.values()]
             raise QuarantineBudgetError(
                 f"{len(self._samples)} samples are damaged, more than the {self._most} that "
                 "data.loader.quarantine_budget and data.loader.quarantine_percent allow: "
-                f"{_named(self._samples.values())}; repair the data (`ca2st shard verify` lists all damage), or raise "
-                "the budget"
+                f"{listed(names)}; repair the data (`ca2st shard verify` lists all damage), "
+                "or raise the budget"
             )
 
 
 def quarantine_limit(*, budget: int, percent: float, num_samples: int) -> int:
-    """Samples that may be in quarantine: the smaller of `budget` and `percent` of `num_samples`, rounded down."""
+    """Return how many samples may be in quarantine: the smaller of `budget` and `percent` of all, rounded down."""
     return min(budget, int(num_samples * percent / 100))
-
-
-def _read(path: Path) -> QuarantinedSample:
-    try:
-        return read_json(path, QuarantinedSample)
-    except (OSError, EnvironmentFault, DocumentError) as error:
-        raise EnvironmentFault(f"{path}: not a quarantined sample ({error}); remove it") from error
-
-
-def _named(samples: Iterable[QuarantinedSample]) -> str:
-    return listed([f"{sample.shard} {sample.key or f'row {sample.row}'}" for sample in samples])
 
 
 T = TypeVar("T")
@@ -153,7 +143,7 @@ class PlannedCell(NamedTuple):
 
 
 def cells_of(planned: PlannedSamples) -> list[PlannedCell]:
-    """The places of some planned samples, in order."""
+    """Return the places of some planned samples, in order."""
     columns = (planned.shards, planned.rows, planned.repeats, planned.is_padding)
     return [PlannedCell(*cell) for cell in zip(*(column.tolist() for column in columns), strict=True)]
 
@@ -166,7 +156,7 @@ class Replacements:
         self._plan, self._batch, self._lock = plan, global_batch_size, threading.Lock()
 
     def of(self, step: int, position: int) -> Iterator[PlannedCell]:
-        """Candidates for `position` of the global batch of `step`, in the order in which they are tried."""
+        """Yield candidates for `position` of the global batch of `step`, in the order in which they are tried."""
         for later in range(1, self._plan.num_steps):
             yield self._cell((step + later) % self._plan.num_steps, position)
         for other in range(1, self._batch):

@@ -33,7 +33,8 @@ class VideoMember:
 
 
 ClipFrames = JpegFrames | VideoMember
-"""The stored frames of a clip, in one of two forms; one function a form decodes, and what follows knows of neither."""
+"""The stored frames of a clip, in one of two forms; one function per form decodes, and what follows knows of
+neither."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,7 @@ class RenderRequest:
 
     frames: ClipFrames
     boxes: tuple[CropBox, ...]
-    """One a view, inside the picture."""
+    """One per view, inside the picture."""
     flip: bool
     """Mirror every view."""
     where: str
@@ -63,7 +64,7 @@ class ViewBackend(Protocol):
     name: str
 
     def render(self, requests: Sequence[RenderRequest]) -> UInt8[Tensor, "views 3 time height width"]:
-        """Pixels of every view, request by request, its boxes in order.
+        """Return the pixels of every view, request by request, its boxes in order.
 
         Raises:
             SampleDamageError: a frame that passed its checksum cannot be decoded; names the sample.

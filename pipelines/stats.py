@@ -55,7 +55,7 @@ class StageStats:
         return StageStats(**{name: getattr(self, name) - getattr(earlier, name) for name in names})
 
     def totals(self) -> dict[str, int | float]:
-        """What the loader's threads have done, by name."""
+        """Return what the loader's threads have done, by name."""
         return {name: total for name, total in asdict(self).items() if name not in _OWN_TO_CONSUMER}
 
 
@@ -100,7 +100,7 @@ class StatsRecorder:
             self._leave(threading.get_ident(), outer)
 
     def snapshot(self) -> StageStats:
-        """The totals so far."""
+        """Return the totals so far."""
         with self._lock:
             return StageStats(**self._totals)
 
@@ -111,7 +111,7 @@ class StatsRecorder:
             return self._last_change
 
     def active(self) -> list[ActiveStage]:
-        """The stages that threads are in now, the longest first."""
+        """Return the stages that threads are in now, the longest first."""
         with self._lock:
             return sorted(self._active.values(), key=lambda stage: stage.since)
 

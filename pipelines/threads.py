@@ -33,7 +33,7 @@ class StallWatch:
         self.poll_seconds = min(1.0, timeout_seconds / 4)
         """How often to look."""
         self.has_tripped = False
-        """Whether a stall was found: its thread may hold locks for ever, so nothing may wait for it any more."""
+        """Whether a stall was found: its thread may hold locks indefinitely, so nothing may wait for it."""
 
     def is_stalled(self, waiting_since: float) -> bool:
         """Return whether nothing has moved since `waiting_since` (`time.monotonic`) for longer than the timeout."""
@@ -70,7 +70,7 @@ def prefetched(source: Generator[T, None, None], depth: int, *, watch: StallWatc
 
     An error of the source is raised here, as it was. When the consumer stops, for whatever reason, the source is
     closed on its own thread, and the thread has ended before this iterator has; unless it hangs, when it is left
-    behind. Inline there is nobody to notice a stall.
+    behind. Inline no stall is noticed.
 
     Raises:
         LoaderStalledError: the thread hangs, by `watch`, or has ended without a result.

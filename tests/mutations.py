@@ -172,17 +172,17 @@ MUTATIONS = (
     ),
     Mutation(
         name="the flip goes with the crop of the spectrogram",
-        file="pipelines/views/draws.py",
+        file="pipelines/views.py",
         source='(flip,) = stream.uniforms("flip", 1)',
         replacement="flip = mel_fraction",
-        tests=("tests/pipelines/views/test_draws.py",),
+        tests=("tests/pipelines/test_draws.py",),
     ),
     Mutation(
         name="random numbers have 52 bits",
         file="pipelines/keyed_random.py",
         source=">> np.uint64(11)).astype(np.float64) * 2.0**-53",
         replacement=">> np.uint64(12)).astype(np.float64) * 2.0**-52",
-        tests=("tests/pipelines/test_keyed_random.py", "tests/pipelines/views/test_draws.py"),
+        tests=("tests/pipelines/test_keyed_random.py", "tests/pipelines/test_draws.py"),
     ),
     Mutation(
         name="the hash of a manifest is not compared",

@@ -26,7 +26,7 @@ class SquareCrop:
     fraction: float = 0.5
 
     def box(self, *, height: int, width: int) -> CropBox:
-        """The square in a picture of that size."""
+        """Return the square in a picture of that size."""
         side = min(height, width)
         top, left = (int(self.fraction * (size - side)) for size in (height, width))
         return CropBox(top=top, left=left, height=side, width=side)
@@ -39,14 +39,14 @@ class RandomCrop:
     area_fractions: tuple[float, ...]
     """Candidate areas as parts of the picture's."""
     aspect_ratios: tuple[float, ...]
-    """Candidate width / height, one an area."""
+    """Candidate width / height, one per area."""
     vertical: float
     """Place along the vertical room, in [0, 1)."""
     horizontal: float
     """Place along the horizontal room, in [0, 1)."""
 
     def box(self, *, height: int, width: int) -> CropBox:
-        """The box in a picture of that size; where no candidate fits, the largest centred one of a near ratio."""
+        """Return the box in a picture of that size; where no candidate fits, the largest centred one of near ratio."""
         for crop_height, crop_width in self._shapes(height * width):
             if 0 < crop_height <= height and 0 < crop_width <= width:
                 top = int(self.vertical * (height - crop_height + 1))

@@ -36,10 +36,10 @@ class ErasingConfig:
     aspect_ratio: tuple[float, float] = (0.3, 10 / 3)
     """Smallest and largest height / width, drawn evenly on a logarithmic scale."""
     most_boxes: int = 1
-    """Boxes a clip: evenly drawn from 1 to this many."""
+    """Boxes per clip: evenly drawn from 1 to this many."""
     mode: ErasingMode = "const"
     """What the box becomes: ``const`` the mean colour, which normalising makes zero; ``rand`` one colour drawn from the
-    normal distribution of normalised pixels; ``pixel`` one such colour a pixel and frame."""
+    normal distribution of normalised pixels; ``pixel`` one such colour per pixel and frame."""
 
     def __post_init__(self) -> None:
         check_choice("augment.erasing.mode", self.mode, get_args(ErasingMode))
@@ -63,7 +63,7 @@ class ErasingConfig:
         return _HEAD + self.most_boxes * _NUMBERS_PER_BOX
 
     def drawn(self, numbers: Sequence[float], *, size: int, key: Key) -> "tuple[ErasedBox, ...]":
-        """The boxes that `numbers` stand for in a `size` x `size` picture; `key` names the noise inside them."""
+        """Return the boxes that `numbers` stand for in a `size` x `size` picture; `key` names the noise inside them."""
         whether, how_many, *rest = numbers
         if whether >= self.probability:
             return ()
@@ -78,7 +78,7 @@ class ErasingConfig:
         )
 
     def _box(self, numbers: Sequence[float], size: int, *, part: float) -> CropBox | None:
-        """The first of some candidates that is smaller than the picture, as timm has it; None: none is."""
+        """Return the first of some candidates that is smaller than the picture, as timm has it; None: none is."""
         (low, high), (flat, tall) = self.area, map(math.log, self.aspect_ratio)
         for u, v in zip(numbers[:_ATTEMPTS], numbers[_ATTEMPTS : 2 * _ATTEMPTS], strict=True):
             area, ratio = (low + u * (high - low)) * part * size * size, math.exp(flat + v * (tall - flat))
@@ -110,7 +110,7 @@ class ErasedBox:
 
 
 def _noise_levels() -> NDArray[np.uint8]:
-    """[3, 256]: normalised pixels that are normally distributed, as bytes of each channel, for an even byte."""
+    """Return [3, 256]: normalised pixels that are normally distributed, as bytes of each channel, for an even byte."""
     quantiles = np.array([NormalDist().inv_cdf((byte + 0.5) / 256) for byte in range(256)])
     mean, std = np.array(IMAGENET_MEAN)[:, None], np.array(IMAGENET_STD)[:, None]
     levels: NDArray[np.uint8] = np.floor(255 * (mean + std * quantiles) + 0.5).clip(0, 255).astype(np.uint8)

@@ -1,22 +1,15 @@
-"""The formulas of every operation on pixels, in torch: the reference of the fused ones.
+"""The formulas of every operation on pixels, in torch, written for reading: the oracle of `fused.py`.
 
-One warp for a run of geometric operations: its matrix, and where every pixel of the result comes from.
-
-Matrices map a place in the result to a place in the source, in pixels, with pixel (i, j) covering [i, i + 1) x
-[j, j + 1), as Pillow's: Rotate turns counter-clockwise about the middle of the picture, ShearX adds `argument` * y to
-x, TranslateXRel adds `argument` * width. The operation that comes later is applied to the result's places first.
+Whole numbers throughout, so that any device gives the same bytes. A run of geometric operations is one warp. Matrices
+map a place in the result to a place in the source, in pixels, with pixel (i, j) covering [i, i + 1) x [j, j + 1), as
+Pillow's: Rotate turns counter-clockwise about the middle of the picture, ShearX adds `argument` * y to x, TranslateXRel
+adds `argument` * width. The operation that comes later is applied to the result's places first.
 
 A result pixel's centre is carried over; where it falls outside the source the pixel is the fill colour, else it is
 interpolated between the four pixels around it, the picture's last row and column going on beyond its border. Places
 are rounded to 1/128 pixel and the interpolation is in whole numbers, so that every implementation gives the same
 bytes: with weights v, w of 0..127 in 128ths, top = a + ((b - a) * w + 64) // 128, bottom likewise, value = top +
 ((bottom - top) * v + 64) // 128.
-
-RandAugment by the formulas of operations.py, one operation after the other, written for reading, in torch.
-
-The oracle of `fused.py`; whole numbers throughout, so any device gives the same bytes.
-
-Erasing carried out: the boxes that `erasing` drew, painted over on whatever device the frames lie.
 """
 
 import math
@@ -54,7 +47,7 @@ class WarpPlan:
 
 
 def warp_plan(operations: Sequence[Operation], *, size: int) -> WarpPlan:
-    """The warp of a run of geometric operations on a `size` x `size` picture."""
+    """Return the warp of a run of geometric operations on a `size` x `size` picture."""
     matrix = reduce(np.matmul, [_matrix(operation, size) for operation in operations])
     centres = np.arange(size, dtype=np.float64) + 0.5
     x_steps, x_parts, x_outside = _places(matrix[0], centres, size)
@@ -72,7 +65,7 @@ def warp_plan(operations: Sequence[Operation], *, size: int) -> WarpPlan:
 def warp(
     frames: UInt8[Tensor, "3 time size size"], operations: Sequence[Operation]
 ) -> UInt8[Tensor, "3 time size size"]:
-    """The module's formula, written for reading; on any device."""
+    """Apply the module's formula, written for reading; on any device."""
     plan = warp_plan(operations, size=frames.shape[-1])
     flat = frames.flatten(2).int()
     a, b, c, d = (flat[..., torch.from_numpy(corner).to(frames.device).long()] for corner in plan.corners)
@@ -89,7 +82,7 @@ def warp(
 def _places(
     row: NDArray[np.float64], centres: NDArray[np.float64], size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int16], NDArray[np.bool_]]:
-    """Along one axis: the pixel at or before each place, the rest in 128ths, and which places lie outside."""
+    """Return, along one axis, the pixel at or before each place, the rest in 128ths, and which places lie outside."""
     place = row[0] * centres[None, :] + row[1] * centres[:, None] + row[2]
     steps = np.floor(_PARTS * (place - 0.5) + 0.5).astype(np.int64).ravel()
     outside = (steps < -_PARTS // 2) | (steps >= _PARTS * size - _PARTS // 2)
@@ -125,7 +118,7 @@ Pixels = Int[Tensor, "3 time height width"]
 
 
 def augmented(frames: UInt8[Tensor, "3 time size size"], augment: ImageAugment) -> UInt8[Tensor, "3 time size size"]:
-    """The frames of a view after all operations of `augment`, one after the other."""
+    """Return the frames of a view after all operations of `augment`, one after the other."""
     for is_geometric, run in augment.runs():
         if is_geometric:
             frames = warp(frames, run)
@@ -138,7 +131,7 @@ def augmented(frames: UInt8[Tensor, "3 time size size"], augment: ImageAugment) 
 def pointwise(
     frames: UInt8[Tensor, "3 time height width"], operation: Operation
 ) -> UInt8[Tensor, "3 time height width"]:
-    """One operation that is not geometric."""
+    """Apply one operation that is not geometric."""
     return _FORMULAS[operation.name](frames.int(), operation.argument).clamp(0, 255).to(torch.uint8)
 
 
@@ -202,7 +195,7 @@ def _sharpness(x: Pixels, factor: float) -> Pixels:
 
 
 def _away_from(base: Tensor, x: Pixels, factor: float) -> Pixels:
-    """Away from `base` (factor > 1) or towards it (< 1)."""
+    """Move away from `base` (factor > 1) or towards it (< 1)."""
     return x + (gain_of(factor) * (x - base) + 64) // 128
 
 

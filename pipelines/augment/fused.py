@@ -1,7 +1,7 @@
-"""The formulas of operations.py as they are computed on a CPU: byte for byte `pointwise.augmented`, eight times faster.
+"""The formulas of operations on a CPU: byte for byte `formulas.augmented`, eight times faster.
 
-Operations that are one table a frame and channel are not applied but composed, table behind table, and a run of them
-costs one look-up a pixel. The statistics they need come from the histogram before the run, carried through the
+Operations that are one table per frame and channel are not applied but composed, table behind table, and a run of them
+costs one look-up per pixel. The statistics they need come from the histogram before the run, carried through the
 tables. A warp has one map for all frames of the clip, so a pixel is moved with all its frames and channels at once:
 48 bytes of 16 frames. Everything is done in blocks that fit the processor's cache, by NumPy without the interpreter's
 lock: several clips go on at once on several threads.
@@ -57,13 +57,13 @@ class _Planes:
         self._table = self._counts = None
 
     def extremes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Lowest and highest value of each plane."""
+        """Return the lowest and highest value of each plane."""
         if self._table is None:
             return self._pixels.min(axis=1).astype(np.int64), self._pixels.max(axis=1).astype(np.int64)
         return _extremes(self.histogram())
 
     def sums(self) -> NDArray[np.int64]:
-        """Sum of each plane."""
+        """Return the sum of each plane."""
         sums: NDArray[np.int64]
         if self._table is None:
             sums = self._pixels.sum(axis=1, dtype=np.int64)
@@ -72,7 +72,7 @@ class _Planes:
         return sums
 
     def histogram(self) -> NDArray[np.int64]:
-        """[planes, 256] numbers of pixels."""
+        """Return the [planes, 256] numbers of pixels."""
         before = self._histogram_before()
         if self._table is None:
             return before
@@ -139,7 +139,7 @@ _TABLES: dict[OperationName, Callable[[_Planes, float], NDArray[np.int64]]] = {
     "ContrastIncreasing": _contrast,
     "BrightnessIncreasing": lambda _, factor: _away_from(0, factor),
 }
-"""Operations that are one table of 256 entries a plane."""
+"""Operations that are one table of 256 entries per plane."""
 
 
 def _colour(frame: _Bytes, gain: int) -> None:
@@ -163,7 +163,7 @@ def _sharpen(frame: _Bytes, gain: int) -> None:
 
 
 def _move_away(pixels: _Bytes, base: NDArray[np.int16], gain: int) -> None:
-    """To x + (gain * (x - base) + 64) // 128, cut to a byte; every term fits 16 bits."""
+    """Set x to x + (gain * (x - base) + 64) // 128, cut to a byte; every term fits 16 bits."""
     x = pixels.astype(np.int16)
     moved = x - base
     moved *= np.int16(gain)
@@ -194,13 +194,13 @@ def _warp(frames: _Bytes, plan: WarpPlan) -> None:
 def _between(
     source: NDArray[np.int16], corners: Sequence[NDArray[np.int32]], weight: NDArray[np.int16] | None
 ) -> NDArray[np.int16]:
-    """The pixels at two corners, mixed; without weights the first."""
+    """Return the pixels at two corners, mixed; without weights the first."""
     first = np.take(source, corners[0], axis=0)
     return first if weight is None else _mixed(first, np.take(source, corners[1], axis=0), weight)
 
 
 def _mixed(first: NDArray[np.int16], second: NDArray[np.int16], weight: NDArray[np.int16]) -> NDArray[np.int16]:
-    """To first + ((second - first) * weight + 64) // 128, in the memory of `second`."""
+    """Return first + ((second - first) * weight + 64) // 128, in the memory of `second`."""
     second -= first
     second *= weight
     second += 64

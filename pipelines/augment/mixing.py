@@ -1,7 +1,7 @@
 """Mixup and CutMix of pairs: how clips 2k and 2k+1 of a global batch are mixed, decided ahead and handed on as data.
 
-One lambda a pair, the share that a clip keeps of itself, drawn from a stream keyed by (seed, epoch, step, k): no split
-into ranks and micro-batches changes it. From this one lambda follows everything of the pair:
+One lambda per pair, the share that a clip keeps of itself, drawn from a stream keyed by (seed, epoch, step, k): no
+split into ranks and micro-batches changes it. From this one lambda follows everything of the pair:
 
 - video: blended with lambda (mixup), or, where `switch_probability` says so, a box of 1 - lambda of the picture's
   area is taken from the partner (CutMix), the same in every frame;
@@ -108,13 +108,13 @@ class MixingDraws:
     """Number of the share's first pair in the global batch."""
 
     def of_step(self, step: int, has_audio: Sequence[bool]) -> tuple[PairMixing, ...]:
-        """How each clip of a share is mixed, neighbours alike; `has_audio` tells which of them have sound, in order."""
+        """Return how each clip of a share is mixed, neighbours alike; `has_audio` says which of them have sound."""
         pairs = zip(has_audio[::2], has_audio[1::2], strict=True)
         drawn = [self.pair(step, self.first_pair + i, heard=one or other) for i, (one, other) in enumerate(pairs)]
         return tuple(pair for pair in drawn for _ in range(2))
 
     def pair(self, step: int, pair: int, *, heard: bool) -> PairMixing:
-        """How pair number `pair` of the global batch of `step` is mixed; `heard`: one of its clips has sound."""
+        """Return how pair number `pair` of the global batch of `step` is mixed; `heard`: one of its clips has sound."""
         key = ("mixing", self.seed, self.epoch, step, pair)
         whether, switch, *rest = uniforms(key, _NUMBERS + 2 * _ATTEMPTS).tolist()
         if whether >= self.config.probability:
@@ -138,7 +138,7 @@ class MixingDraws:
 
 
 def beta(alpha: float, numbers: Sequence[float]) -> float:
-    """A draw from Beta(alpha, alpha), alpha at most 1, by Jöhnk's method from pairs of uniform numbers.
+    """Draw from Beta(alpha, alpha), alpha at most 1, by Jöhnk's method from pairs of uniform numbers.
 
     At least every second pair is accepted: the 64 pairs that are given run out once in 10^19 draws, and then give 1/2.
     """
@@ -150,7 +150,7 @@ def beta(alpha: float, numbers: Sequence[float]) -> float:
 
 
 def cut_box(share: float, sizes: tuple[int, int], middles: Sequence[float]) -> Box:
-    """A box of 1 - `share` of the area about an evenly drawn middle, cut at the borders."""
+    """Return a box of 1 - `share` of the area about an evenly drawn middle, cut at the borders."""
     part = math.sqrt(1 - share)
     (first, length), (other_first, other_length) = (
         _cut(int(size * part), int(u * size), size) for size, u in zip(sizes, middles, strict=True)

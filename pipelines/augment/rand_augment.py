@@ -1,6 +1,4 @@
-"""RandAugment: its operations and draws.
-
-What RandAugment does to a clip, as data: operations with their arguments, in the order they are applied.
+"""RandAugment: which operations a clip gets, in timm's notation, and the formulas they stand for.
 
 Names and meaning are timm's (`timm.data.auto_augment`, the increasing set). An argument is what timm's level function
 gives to the operation: degrees, a factor, bits, a threshold, a part of the side.
@@ -23,14 +21,13 @@ value of 0..255, all statistics are those of one frame::
 
 gain = round(128 * (factor - 1)); results are cut to 0..255. Pillow truncates where this rounds and does not quantise
 the factor: it differs by at most 2 levels. Operations of the first six kinds, Contrast and Brightness are one table of
-256 entries a frame and channel, so a run of them is a single table, exactly (fused.py).
+256 entries per frame and channel, so a run of them is a single table, exactly (fused.py).
 
 Operations of geometry that follow each other are one warp: the picture is interpolated once, and what one of them
 would have pushed out and another brought back is not lost. Geometry never passes a pointwise operation: tables with
 jumps (Solarize, Posterize) and statistics (Equalize) do not commute with interpolation and fill.
 
-RandAugment in timm's notation: which operations a clip gets and how strong, from uniform numbers alone.
-
+The notation is read as timm reads it, and drawn from uniform numbers alone:
 ``rand-m7-n4-mstd0.5-inc1``: n = 4 operations drawn with replacement, each applied with p = 0.5, at a magnitude drawn
 from a normal distribution around m = 7 with standard deviation 0.5, cut to 0..10; inc1 is the set whose effect grows
 with the magnitude.
@@ -90,13 +87,13 @@ class ImageAugment:
     operations: tuple[Operation, ...]
 
     def runs(self) -> list[tuple[bool, tuple[Operation, ...]]]:
-        """Consecutive operations of one kind: (geometric or not, operations)."""
+        """Return the consecutive operations of one kind: (geometric or not, operations)."""
         groups = groupby(self.operations, key=lambda operation: operation.name in GEOMETRIC)
         return [(is_geometric, tuple(run)) for is_geometric, run in groups]
 
 
 def gain_of(factor: float) -> int:
-    """The enhancement factor as 128ths above 1: what the formulas multiply with."""
+    """Return the enhancement factor as 128ths above 1: what the formulas multiply with."""
     return round(128 * (factor - 1))
 
 
@@ -114,14 +111,14 @@ class RandAugment:
     magnitude: int
     """Mean magnitude, 0..10."""
     num_operations: int
-    """Operations drawn a clip."""
+    """Operations drawn per clip."""
     probability: float
     """Chance that a drawn operation is applied."""
     magnitude_std: float
     """Standard deviation of the magnitude; 0: always the mean; above 100: evenly spread over 0..mean, as in timm."""
 
     def drawn(self, numbers: Sequence[float]) -> ImageAugment | None:
-        """The operations that `numbers` in [0, 1) stand for, `NUMBERS_PER_OPERATION` each; None: none is applied."""
+        """Return the operations of `numbers` in [0, 1), `NUMBERS_PER_OPERATION` for each; None: none is applied."""
         starts = range(0, self.num_operations * NUMBERS_PER_OPERATION, NUMBERS_PER_OPERATION)
         drawn = [self._operation(*numbers[start : start + NUMBERS_PER_OPERATION]) for start in starts]
         applied = tuple(operation for operation in drawn if operation is not None)
@@ -215,7 +212,7 @@ _ONE_WAY: dict[str, Callable[[float], int]] = {
 
 
 def argument_of(name: OperationName, *, level: float, negative: bool) -> float:
-    """What the operation is given at `level` (magnitude / 10) in 0..1; `negative` turns those that have two ways."""
+    """Return the argument at `level` (magnitude / 10) in 0..1; `negative` turns operations that have two ways."""
     sign = -1 if negative else 1
     if name in _TWO_WAYS:
         return sign * _TWO_WAYS[name] * level

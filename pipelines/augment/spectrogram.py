@@ -83,7 +83,7 @@ class SpectrogramConfig:
         return 1 + 2 * (self.time_masks + self.frequency_masks)
 
     def drawn(self, numbers: Sequence[float], *, num_rows: int, num_bins: int, key: Key) -> "SpectrogramDraw":
-        """What `numbers` stand for in a view of that size; `key` names the noise."""
+        """Return what `numbers` stand for in a view of that size; `key` names the noise."""
         turn, *masks = numbers
         stretches = [_stretch(*pair, most=self.time_mask_rows, room=num_rows) for pair in _pairs(masks)]
         bands = [_stretch(*pair, most=self.frequency_mask_bins, room=num_bins) for pair in _pairs(masks)]
@@ -114,7 +114,7 @@ class SpectrogramDraw:
     noise_snr_db: float | None = None
 
     def finish(self, view: Float[np.ndarray, "rows bins"]) -> Float[np.ndarray, "rows bins"]:
-        """Noise and masks on a normalised view, which is changed."""
+        """Add noise and masks to a normalised view, which is changed."""
         if self.noise is not None:
             view += np.float32(self._deviation(view)) * normal_numbers(self.noise, view.size).reshape(view.shape)
         for first, end in self.masked_rows:
@@ -141,7 +141,7 @@ def mel_view(
     has_audio: bool,
     draw: SpectrogramDraw = UNCHANGED,
 ) -> NDArray[np.float32]:
-    """`num_rows` rows from `start_row`, zero rows appended where the clip ends, rolled, normalised, noise and masks.
+    """Return `num_rows` rows from `start_row`: padded with zero rows, rolled, normalised, with noise and masks.
 
     Without audio all zeros: the mean of what the expert reads, not the value of a padded row.
     """
@@ -156,7 +156,7 @@ def mel_view(
 
 
 def normal_numbers(key: Key, count: int) -> NDArray[np.float32]:
-    """`count` numbers of the standard normal distribution, by Box and Muller from the stream named by `key`."""
+    """Return `count` standard normal numbers, by Box and Muller from the stream named by `key`."""
     pairs = -(-count // 2)
     numbers = uniforms(key, 2 * pairs)
     radius, turn = np.sqrt(-2 * np.log1p(-numbers[:pairs])), 2 * math.pi * numbers[pairs:]

@@ -1,8 +1,8 @@
 """What people use today: a torch DataLoader over the original video files.
 
-A worker a core. Each clip: PyAV seeks to the last key frame before the first frame that is needed, decodes from there
+A worker per core. Each clip: PyAV seeks to the last key frame before the first frame that is needed, decodes from there
 and turns only the needed frames into pictures; Pillow and torchvision crop, resize and flip; timm's own RandAugment
-works on the Pillow frames, one draw a clip; torchvision makes normalised tensors. The order is ours (crop before
+works on the Pillow frames, one draw per clip; torchvision makes normalised tensors. The order is ours (crop before
 RandAugment), which costs the baseline less than the published order, in which whole frames are augmented.
 """
 
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ca2st.errors import UserInputError
 from ca2st.processes import SPAWN
 from ca2st.spec import IMAGENET_MEAN, IMAGENET_STD, ClipSpec
-from pipelines.views.sampling import dense_train, dense_validation
+from pipelines.views import dense_train, dense_validation
 
 STAGES = ("decode", "augment", "transform")
 """``augment``: RandAugment; ``transform``: crop, resize, flip, to tensor, normalise."""
@@ -86,7 +86,7 @@ class VideoClips(Dataset[tuple[Tensor, Tensor]]):
         return [F.hflip(frame) for frame in cut] if mirrored else cut
 
     def _augmented(self, frames: list[Picture], index: int) -> list[Picture]:
-        """One draw for all: timm draws from the global generators: set alike before every frame."""
+        """Make one draw for all: timm draws from the global generators, which are set alike before every frame."""
         self._augment = self._augment or _timm_augment(self._config.clip.crop_size)
         augmented = []
         for frame in frames:
@@ -108,7 +108,7 @@ def _timm_augment(crop_size: int) -> Callable[[Picture], Picture]:
 
 
 def _random_box(width: int, height: int, draws: random.Random) -> tuple[int, int, int, int]:
-    """(top, left, height, width) by torchvision's rule for RandomResizedCrop."""
+    """Return (top, left, height, width) by torchvision's rule for RandomResizedCrop."""
     for _ in range(10):
         area = width * height * draws.uniform(*_AREA)
         ratio = math.exp(draws.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
@@ -120,7 +120,7 @@ def _random_box(width: int, height: int, draws: random.Random) -> tuple[int, int
 
 
 def decode_frames(path: Path, config: BaselineConfig, u: float) -> list[Picture]:
-    """The frames of a dense window, in its centre or where `u` in [0, 1) says, as RGB pictures.
+    """Return the frames of a dense window, in its centre or where `u` in [0, 1) says, as RGB pictures.
 
     Raises:
         UserInputError: the file has no video, or fewer frames than it says.
@@ -166,7 +166,7 @@ def _normalised(frames: Sequence[Picture]) -> Float[Tensor, "3 time height width
 
 
 class RunningBatches(Sampler[list[int]]):
-    """Each pass gives one batch a worker, of indices that go on where the last pass ended."""
+    """Each pass gives one batch per worker, of indices that go on where the last pass ended."""
 
     def __init__(self, config: BaselineConfig) -> None:
         self._size, self._count, self._next = config.batch_size, max(1, config.num_workers), 0
@@ -181,7 +181,7 @@ class RunningBatches(Sampler[list[int]]):
 
 
 def make_dataloader(files: Sequence[Path], config: BaselineConfig) -> "DataLoader[tuple[Tensor, Tensor]]":
-    """A DataLoader whose workers live on between passes; started by spawn, since forking after decoding hangs."""
+    """Return a DataLoader whose workers outlive a pass; spawned, since forking after decoding hangs."""
     several: dict[str, Any] = {"persistent_workers": True, "multiprocessing_context": SPAWN}
     return DataLoader(
         VideoClips(files, config),

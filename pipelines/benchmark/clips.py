@@ -1,14 +1,10 @@
-"""Clips for the benches: drawn here, or the user's.
-
-Source files for a benchmark: drawn scenes of textured, moving things, as H.264 with sound in MP4.
+"""Source files of the benches: drawn scenes of textured, moving things, as H.264 with sound in MP4; or the user's own.
 
 Textures are noise whose amplitude falls with frequency as in photographs, so JPEG and H.264 need about as many bytes
 as for filmed clips: at 320 x 240, 30 fps and 10 s about 0.4 MB of H.264 (x264's defaults: preset medium, CRF 23, key
-frames at cuts and at most 250 frames apart, B-frames) and 14 kB a JPEG of quality 5. Clips have one to three scenes
+frames at cuts and at most 250 frames apart, B-frames) and 14 kB per JPEG of quality 5. Clips have one to three scenes
 with cuts anywhere; the camera pans over a picture larger than the frame, and two smaller ones move on paths of their
 own.
-
-What a benchmark reads: drawn files and the shards made of them, or somebody's own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -93,7 +89,7 @@ def _write_missing(wanted: DrawnClips, number: int, path: Path) -> None:
 
 
 def drawn_frames(wanted: DrawnClips, *, seed: int) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
-    """The pictures of one clip."""
+    """Return the pictures of one clip."""
     random = np.random.default_rng(seed)
     cuts = random.integers(0, wanted.num_frames, seed % _MOST_SCENES).tolist()
     for start, end in pairwise([0, *sorted(cuts), wanted.num_frames]):
@@ -119,7 +115,7 @@ def _scene(
 
 
 def texture(random: np.random.Generator, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
-    """Noise with the spectrum of a photograph; the colours share most of it."""
+    """Return noise with the spectrum of a photograph; the colours share most of it."""
     vertical, horizontal = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     amplitude = 1 / np.maximum(np.hypot(vertical, horizontal), 1 / max(height, width)) ** _SLOPE
 
@@ -152,7 +148,7 @@ class BenchSources:
 
 
 def source_list(files: Sequence[Path]) -> SourceList:
-    """Whole files as samples of two classes, taking turns."""
+    """Return whole files as samples of two classes in turn."""
     return SourceList(
         dataset="benchmark",
         split="train",
@@ -173,7 +169,7 @@ def source_list(files: Sequence[Path]) -> SourceList:
 
 
 def video_files(folder: Path) -> tuple[Path, ...]:
-    """Every video file under `folder`, sorted.
+    """Return every video file under `folder`, sorted.
 
     Raises:
         UserInputError: there is none.

@@ -72,11 +72,12 @@ class SplitReport:
     ratio: Spread | None
     """Ours over the baseline, round by round."""
     stages: Mapping[str, float]
-    """Milliseconds a clip by stage: thread time, which several threads spend at once; ``wait_ms`` is the consumer's."""
+    """Milliseconds per clip by stage: thread time, which several threads spend at once; ``wait_ms`` is the
+    consumer's."""
     baseline_stages: Mapping[str, float] | None
-    """Milliseconds a clip by stage, of a worker."""
+    """Milliseconds per clip by stage, of a worker."""
     rounds: Spread
-    """Clips a second of ours."""
+    """Clips per second of ours."""
     baseline_rounds: Spread | None
     processor_ms_per_clip: float
     """Processor time of all threads: on a busy machine it says more than the rate."""
@@ -93,7 +94,7 @@ class Headspace:
     consumer: str
     """What it is."""
     loader_clips_per_second: float
-    """With nobody behind it: the most the data can give."""
+    """Without a consumer: the most the data can give."""
     consumer_clips_per_second: float
     """The same batch again and again: the most the consumer can take."""
     together_clips_per_second: float
@@ -123,7 +124,7 @@ class LoaderBenchmark:
     """Of the original files, sound included."""
     shard_bytes_per_clip: float
     load_before: float
-    """The machine's load average over the minute before: well below one a core, or others were computing too."""
+    """The machine's load average over the minute before: well below one per core, or others were computing too."""
 
 
 Consumer = Callable[[ClipBatch], None]
@@ -149,7 +150,7 @@ class Turn:
         return self.clips / self.seconds
 
     def stages_ms(self) -> dict[str, float]:
-        """Milliseconds a clip, by stage: ``decode_ms``."""
+        """Return the milliseconds per clip, by stage: ``decode_ms``."""
         return {f"{name}_ms": 1000 * seconds / self.clips for name, seconds in self.stage_seconds.items()}
 
 
@@ -195,7 +196,7 @@ class OwnCase:
 
 
 class BaselineCase:
-    """The baseline, a batch a worker at a time: when a turn ends no worker has anything left to do."""
+    """The baseline, a batch per worker at a time: when a turn ends no worker has anything left to do."""
 
     def __init__(self, files: Sequence[Path], config: BaselineConfig) -> None:
         self._dataloader = make_dataloader(files, config)
@@ -220,7 +221,7 @@ NORMALISE = "normalise: to the device, as the normalised float frames that the e
 
 
 def normalise(batch: ClipBatch) -> None:
-    """What every step does with a batch first, on the GPU where there is one."""
+    """Do what every step does with a batch first, on the GPU where there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch.to(device).normalised_video()
     if device.type == "cuda":
@@ -232,7 +233,7 @@ def measure_headspace(
 ) -> Headspace:
     """Measure the consumer alone and behind the loader, each for about `seconds`.
 
-    `loader_clips_per_second` is the loader's rate with nobody behind it, measured already.
+    `loader_clips_per_second` is the loader's rate with no consumer, measured already.
     """
     alone = _alone(loader, consumer, seconds)
     together = OwnCase(loader, consumer=consumer).turn(seconds)
@@ -312,7 +313,7 @@ def benchmark_loader(
 
 
 def augment_config(rand_augment: bool) -> AugmentConfig:
-    """The published training transform, with or without RandAugment."""
+    """Return the published training transform, with or without RandAugment."""
     return AugmentConfig(rand_augment="rand-m7-n4-mstd0.5-inc1") if rand_augment else AugmentConfig()
 
 
@@ -391,7 +392,7 @@ def _rates(turns: Sequence[Turn]) -> Spread:
 
 
 def take_turns(cases: Mapping[Variant, LoaderCase], *, rounds: int, seconds: float) -> dict[Variant, list[Turn]]:
-    """Each case once a round; a first pass of each, not counted, starts threads and workers."""
+    """Run each case once per round; a first pass of each, not counted, starts threads and workers."""
     for case in cases.values():
         case.turn(0.0)
     turns: dict[Variant, list[Turn]] = {variant: [] for variant in cases}

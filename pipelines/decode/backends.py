@@ -1,14 +1,10 @@
-"""Which backend turns stored bytes into pixels, by codec and device.
+"""Which backend turns stored bytes into pixels, by the codec they are stored in and the device of the rank.
 
-What the decoders of a CUDA device can do, asked of the driver and not read from a table.
+The driver's video library (libnvcuvid) says for a codec, chroma format and bit depth whether the device decodes it, on
+how many engines, and from which size on. Ours are 8 bit, 4:2:0 (`sharding.media.codecs`). JPEG frames need no engine:
+nvJPEG decodes them on the CUDA cores where there is none.
 
-The driver's video library (libnvcuvid) answers for a codec, chroma format and bit depth whether the device decodes
-it, on how many engines, and from which size on. Ours are 8 bit, 4:2:0 (`sharding.media.codecs`). JPEG frames need no
-engine: nvJPEG decodes them on the CUDA cores where there is none.
-
-One batch out of shard sets of several codecs: every clip goes to the backend of its codec, and back to its place.
-
-Which backend turns stored bytes into pixels, by the codec they are stored in.
+A batch of shard sets of several codecs is routed: every clip goes to the backend of its codec, and back to its place.
 """
 
 import ctypes
@@ -17,7 +13,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from jaxtyping import UInt8
@@ -28,161 +24,7 @@ from pipelines.config import BackendName
 from pipelines.rendering import JpegFrames, RenderRequest, ViewBackend
 from pipelines.stats import StatsRecorder
 
-LIBRARY = "libnvcuvid.so.1"
-NVCUVID_CODECS = {"h264": 4, "hevc": 8, "vp9": 10, "av1": 11}
-"""The library's numbers of codecs."""
-_CHROMA_420 = 1
-_SUCCESS = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VideoDecoder:
-    """How a device decodes one codec."""
-
-    engines: int
-    """Decoders that share the work; 0: an old driver that does not say."""
-    least_width: int
-    least_height: int
-    """Smallest pictures, in pixels: for HEVC and VP9 over a hundred."""
-    most_width: int
-    most_height: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CudaDecoders:
-    """A device, and what it decodes."""
-
-    index: int
-    """Its number for CUDA in this process."""
-    name: str
-    """Its name."""
-    video: Mapping[str, VideoDecoder]
-    """By codec."""
-    missing: str = ""
-    """Why no codec could be asked for; empty: all were."""
-
-    def refusal(self, codec: str, *, short_side: int | None) -> str | None:
-        """Why pictures of `codec` whose shorter side has `short_side` pixels are not decoded here; None: they are."""
-        if codec == "mjpeg":
-            return None
-        if self.missing:
-            return self.missing
-        if codec not in self.video:
-            return f"{self.name} has no decoder for {codec} of 8 bit 4:2:0"
-        decoder = self.video[codec]
-        least, most = max(decoder.least_width, decoder.least_height), min(decoder.most_width, decoder.most_height)
-        if short_side is not None and not least <= short_side <= most:
-            return f"{self.name} decodes {codec} of {least} to {most} pixels a side, the shards have {short_side}"
-        return None
-
-
-class _Caps(ctypes.Structure):
-    """CUVIDDECODECAPS of NVIDIA's Video Codec SDK, version 11 on; older ones have zeros for the number of engines."""
-
-    _fields_ = (
-        ("codec", ctypes.c_int),
-        ("chroma_format", ctypes.c_int),
-        ("bit_depth_minus_8", ctypes.c_uint),
-        ("reserved_1", ctypes.c_uint * 3),
-        ("is_supported", ctypes.c_ubyte),
-        ("num_engines", ctypes.c_ubyte),
-        ("output_formats", ctypes.c_ushort),
-        ("most_width", ctypes.c_uint),
-        ("most_height", ctypes.c_uint),
-        ("most_macroblocks", ctypes.c_uint),
-        ("least_width", ctypes.c_ushort),
-        ("least_height", ctypes.c_ushort),
-        ("reserved_2", ctypes.c_uint * 11),
-    )
-
-
-AskDriver = Callable[[_Caps], int]
-"""Fills in what the structure leaves open; 0: it did."""
-
-
-def cuda_decoders(device: torch.device | None) -> CudaDecoders | None:
-    """The decoders of `device`; None where it is no CUDA device that torch can use.
-
-    Makes the device's context, as the training does anyway.
-    """
-    if device is None or device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    index = torch.cuda.current_device() if device.index is None else device.index
-    name = torch.cuda.get_device_name(index)
-    try:
-        ask = _driver()
-    except OSError as error:
-        missing = (
-            f"the driver's video library {LIBRARY} cannot be loaded ({error}); in a container ask for it by "
-            "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
-        )
-        return CudaDecoders(index=index, name=name, video={}, missing=missing)
-    with torch.cuda.device(index):
-        torch.zeros(1, device=f"cuda:{index}")  # the library asks the current context
-        return CudaDecoders(index=index, name=name, video=asked(ask))
-
-
-def asked(ask: AskDriver) -> dict[str, VideoDecoder]:
-    """Every codec that the driver says it decodes."""
-    found = {}
-    for codec, number in NVCUVID_CODECS.items():
-        caps = _Caps(codec=number, chroma_format=_CHROMA_420, bit_depth_minus_8=0)
-        if ask(caps) == _SUCCESS and caps.is_supported:
-            found[codec] = VideoDecoder(
-                engines=caps.num_engines,
-                least_width=caps.least_width,
-                least_height=caps.least_height,
-                most_width=caps.most_width,
-                most_height=caps.most_height,
-            )
-    return found
-
-
-def _driver() -> AskDriver:
-    function = ctypes.CDLL(LIBRARY).cuvidGetDecoderCaps
-    function.restype = ctypes.c_int
-    function.argtypes = [ctypes.POINTER(_Caps)]
-
-    def ask(caps: _Caps) -> int:
-        return int(function(ctypes.byref(caps)))
-
-    return ask
-
-
-class RoutedBackend:
-    """Renders clips by the backends of their codecs."""
-
-    def __init__(self, backends: Mapping[str, ViewBackend]) -> None:
-        """`backends` by codec."""
-        self._backends = dict(backends)
-        self.name = ", ".join(f"{codec}: {backend.name}" for codec, backend in self._backends.items())
-
-    def render(self, requests: Sequence[RenderRequest]) -> UInt8[Tensor, "views 3 time height width"]:
-        """See `ViewBackend.render`."""
-        views: dict[int, Tensor] = {}
-        for codec, backend in self._backends.items():
-            places = [place for place, request in enumerate(requests) if codec_of(request) == codec]
-            if places:
-                own = [requests[place] for place in places]
-                parts = torch.split(backend.render(own), [len(request.boxes) for request in own])
-                views |= dict(zip(places, parts, strict=True))
-        # Codecs that the device does not decode come from the CPU.
-        device = next((part.device for part in views.values() if part.device.type != "cpu"), torch.device("cpu"))
-        return torch.cat([views[place].to(device) for place in range(len(requests))])
-
-    def close(self) -> None:
-        """Close every backend."""
-        for backend in self._backends.values():
-            backend.close()
-
-
-def codec_of(request: RenderRequest) -> str:
-    """The codec that the clip of a request is stored in."""
-    return "mjpeg" if isinstance(request.frames, JpegFrames) else request.frames.codec
-
-
 _log = logging.getLogger(__name__)
-
 DALI_ON_CPU = {"mjpeg": "JPEG frames", "vp9": "VP9 videos"}
 """Codecs that DALI decodes without a GPU, with what it is given."""
 
@@ -194,7 +36,7 @@ class BackendChoice:
     backend: Literal["dali-gpu", "dali", "reference"]
     reason: str
     is_slow: bool = False
-    """Whether the user should hear of it."""
+    """Whether the log line is a warning."""
 
 
 def choose_backend(
@@ -202,10 +44,10 @@ def choose_backend(
     codec: str,
     *,
     dali_installed: bool,
-    gpu: CudaDecoders | None = None,
+    gpu: "CudaDecoders | None" = None,
     short_side: int | None = None,
 ) -> BackendChoice:
-    """The backend for shards of `codec` whose pictures have `short_side` pixels on the shorter side.
+    """Return the backend for shards of `codec` whose pictures have `short_side` pixels on the shorter side.
 
     `gpu`: the rank's device; None: there is none, or it is not to be used.
 
@@ -257,7 +99,7 @@ def make_backend(
     device: torch.device | None = None,
     short_sides: Mapping[str, int] | None = None,
 ) -> ViewBackend:
-    """The backend for shards of `codecs`; every choice is explained in one log line, a slow one in a warning.
+    """Return the backend for shards of `codecs`; each choice is explained in a log line, a slow one in a warning.
 
     `device`: the rank's own, used where it is a GPU that decodes the codec; `short_sides`: pixels of the shorter
     side, by codec. Where one of several backends cannot be made, those made before it are closed.
@@ -274,47 +116,184 @@ def make_backend(
     for choice in dict.fromkeys(choices.values()):
         level = logging.WARNING if choice.is_slow else logging.INFO
         _log.log(level, "backend %s: %s", choice.backend, choice.reason)
-    sizes = _Sizes(num_frames, crop_size, views_per_clip, threads)
     backends: dict[str, ViewBackend] = {}
     with ExitStack() as on_error:
         for codec, choice in choices.items():
-            backends[codec] = _made(choice, codec, sizes, stats, device)
+            if choice.backend == "reference":
+                from pipelines.decode.reference import ReferenceBackend
+
+                backends[codec] = ReferenceBackend(crop_size=crop_size, stats=stats)
+            else:
+                from pipelines.decode.dali import dali_backend
+
+                backends[codec] = dali_backend(
+                    codec,
+                    num_frames=num_frames,
+                    crop_size=crop_size,
+                    views_per_clip=views_per_clip,
+                    threads=threads,
+                    stats=stats,
+                    device=device if choice.backend == "dali-gpu" else None,
+                )
             on_error.callback(backends[codec].close)
         on_error.pop_all()
     return RoutedBackend(backends) if len(backends) > 1 else next(iter(backends.values()))
 
 
-class _Sizes(NamedTuple):
-    num_frames: int
-    crop_size: int
-    views_per_clip: int
-    threads: int
-
-
-def _made(
-    choice: BackendChoice, codec: str, sizes: _Sizes, stats: StatsRecorder, device: torch.device | None
-) -> ViewBackend:
-    if choice.backend == "reference":
-        from pipelines.decode.reference import ReferenceBackend
-
-        return ReferenceBackend(crop_size=sizes.crop_size, stats=stats)
-    if choice.backend == "dali-gpu":
-        from pipelines.decode.dali_gpu import gpu_backend
-
-        assert device is not None
-        return gpu_backend(codec, device=device, **sizes._asdict(), stats=stats)
-    if codec == "mjpeg":
-        from pipelines.decode.dali_cpu import DaliBackend
-
-        return DaliBackend(**sizes._asdict(), stats=stats)
-    from pipelines.decode.dali_cpu import DaliVideoBackend
-
-    return DaliVideoBackend(**sizes._asdict(), stats=stats)
-
-
 def dali_is_installed() -> bool:
-    """Whether nvidia-dali can be imported here."""
+    """Return whether nvidia-dali can be imported here."""
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:
         return False
+
+
+class RoutedBackend:
+    """Renders clips by the backends of their codecs."""
+
+    def __init__(self, backends: Mapping[str, ViewBackend]) -> None:
+        """`backends` by codec."""
+        self._backends = dict(backends)
+        self.name = ", ".join(f"{codec}: {backend.name}" for codec, backend in self._backends.items())
+
+    def render(self, requests: Sequence[RenderRequest]) -> UInt8[Tensor, "views 3 time height width"]:
+        """See `ViewBackend.render`."""
+        views: dict[int, Tensor] = {}
+        for codec, backend in self._backends.items():
+            places = [place for place, request in enumerate(requests) if codec_of(request) == codec]
+            if places:
+                own = [requests[place] for place in places]
+                parts = torch.split(backend.render(own), [len(request.boxes) for request in own])
+                views |= dict(zip(places, parts, strict=True))
+        # Codecs that the device does not decode come from the CPU.
+        device = next((part.device for part in views.values() if part.device.type != "cpu"), torch.device("cpu"))
+        return torch.cat([views[place].to(device) for place in range(len(requests))])
+
+    def close(self) -> None:
+        """Close every backend."""
+        for backend in self._backends.values():
+            backend.close()
+
+
+def codec_of(request: RenderRequest) -> str:
+    """Return the codec that the clip of a request is stored in."""
+    return "mjpeg" if isinstance(request.frames, JpegFrames) else request.frames.codec
+
+
+LIBRARY = "libnvcuvid.so.1"
+NVCUVID_CODECS = {"h264": 4, "hevc": 8, "vp9": 10, "av1": 11}
+"""The library's numbers of codecs."""
+_CHROMA_420 = 1
+_SUCCESS = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoDecoder:
+    """How a device decodes one codec."""
+
+    engines: int
+    """Decoders that share the work; 0: an old driver that does not say."""
+    least_width: int
+    least_height: int
+    """Smallest pictures, in pixels: for HEVC and VP9 over a hundred."""
+    most_width: int
+    most_height: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CudaDecoders:
+    """A device, and what it decodes."""
+
+    index: int
+    """Its number for CUDA in this process."""
+    name: str
+    video: Mapping[str, VideoDecoder]
+    missing: str = ""
+    """Why no codec could be asked for; empty: all were."""
+
+    def refusal(self, codec: str, *, short_side: int | None) -> str | None:
+        """Return why pictures of `codec` with that shorter side, in pixels, are not decoded here; None: they are."""
+        if codec == "mjpeg":
+            return None
+        if self.missing:
+            return self.missing
+        if codec not in self.video:
+            return f"{self.name} has no decoder for {codec} of 8 bit 4:2:0"
+        decoder = self.video[codec]
+        least, most = max(decoder.least_width, decoder.least_height), min(decoder.most_width, decoder.most_height)
+        if short_side is not None and not least <= short_side <= most:
+            return f"{self.name} decodes {codec} of {least} to {most} pixels per side, the shards have {short_side}"
+        return None
+
+
+class _Caps(ctypes.Structure):
+    """CUVIDDECODECAPS of NVIDIA's Video Codec SDK, version 11 on; older ones have zeros for the number of engines."""
+
+    _fields_ = (
+        ("codec", ctypes.c_int),
+        ("chroma_format", ctypes.c_int),
+        ("bit_depth_minus_8", ctypes.c_uint),
+        ("reserved_1", ctypes.c_uint * 3),
+        ("is_supported", ctypes.c_ubyte),
+        ("num_engines", ctypes.c_ubyte),
+        ("output_formats", ctypes.c_ushort),
+        ("most_width", ctypes.c_uint),
+        ("most_height", ctypes.c_uint),
+        ("most_macroblocks", ctypes.c_uint),
+        ("least_width", ctypes.c_ushort),
+        ("least_height", ctypes.c_ushort),
+        ("reserved_2", ctypes.c_uint * 11),
+    )
+
+
+AskDriver = Callable[[_Caps], int]
+"""Fills in what the structure leaves open; 0: it did."""
+
+
+def cuda_decoders(device: torch.device | None) -> CudaDecoders | None:
+    """Return the decoders of `device`; None where it is no CUDA device that torch can use.
+
+    Makes the device's context, as the training does anyway.
+    """
+    if device is None or device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    name = torch.cuda.get_device_name(index)
+    try:
+        ask = _driver()
+    except OSError as error:
+        missing = (
+            f"the driver's video library {LIBRARY} cannot be loaded ({error}); in a container ask for it by "
+            "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
+        )
+        return CudaDecoders(index=index, name=name, video={}, missing=missing)
+    with torch.cuda.device(index):
+        torch.zeros(1, device=f"cuda:{index}")  # the library asks the current context
+        return CudaDecoders(index=index, name=name, video=asked(ask))
+
+
+def asked(ask: AskDriver) -> dict[str, VideoDecoder]:
+    """Return every codec that the driver says it decodes."""
+    found = {}
+    for codec, number in NVCUVID_CODECS.items():
+        caps = _Caps(codec=number, chroma_format=_CHROMA_420, bit_depth_minus_8=0)
+        if ask(caps) == _SUCCESS and caps.is_supported:
+            found[codec] = VideoDecoder(
+                engines=caps.num_engines,
+                least_width=caps.least_width,
+                least_height=caps.least_height,
+                most_width=caps.most_width,
+                most_height=caps.most_height,
+            )
+    return found
+
+
+def _driver() -> AskDriver:
+    function = ctypes.CDLL(LIBRARY).cuvidGetDecoderCaps
+    function.restype = ctypes.c_int
+    function.argtypes = [ctypes.POINTER(_Caps)]
+
+    def ask(caps: _Caps) -> int:
+        return int(function(ctypes.byref(caps)))
+
+    return ask

@@ -1,16 +1,11 @@
-"""The reference backend: Pillow and FFmpeg, the oracle of the other decoders.
+"""The reference backend, the oracle of the others: Pillow and FFmpeg decode, NumPy resizes by a formula written here.
 
-Frames out of a video member by FFmpeg: the oracle of the other decoders.
+Of a video member only the groups of pictures that hold wanted frames are decoded, each from its key frame to its last
+wanted one; frame i is packet i (`sharding.media.encode`). Colours become RGB as the stream's tags say, by libswscale
+with chroma interpolated bilinearly, which on our shards is bit for bit what DALI's CPU decoder does.
 
-Only the groups of pictures that hold wanted frames are decoded, each from its key frame to its last wanted one; frame
-i is packet i (`sharding.media.encode`). Colours become RGB as the stream's tags say, by libswscale with chroma
-interpolated bilinearly, which on our shards is bit for bit what DALI's CPU decoder does.
-
-The reference backend: Pillow decodes, NumPy resizes by a formula written out here. The oracle of the others.
-
-RandAugment follows the formulas of pipelines/augment/rand_augment.py, one operation after the other.
-
-Pillow and DALI's CPU decoder agree bit for bit on the frames of our shards (tests hold them to it).
+RandAugment follows the formulas of augment/rand_augment.py, one operation after the other. Pillow and DALI's CPU
+decoder agree bit for bit on the frames of our shards (tests hold them to it).
 
 Resizing n source pixels to m: target pixel i has its centre at c = (i + 0.5) * n / m - 0.5 on the source grid. Its
 value is the mean of the source pixels j, weighted by max(0, 1 - |j - c| / r) with r = max(1, n / m): bilinear
@@ -52,7 +47,7 @@ _Pixels = NDArray[np.uint8]
 
 
 def decode_video(member: VideoMember, *, where: str) -> UInt8[Tensor, "time 3 height width"]:
-    """RGB pixels of the member's wanted frames in view order; a repeated frame is decoded once.
+    """Return the RGB pixels of the member's wanted frames in view order; a repeated frame is decoded once.
 
     Raises:
         SampleDamageError: a frame is not there or does not decode cleanly; `where` names the sample.
@@ -77,7 +72,7 @@ def decode_video(member: VideoMember, *, where: str) -> UInt8[Tensor, "time 3 he
 
 
 def packets_to_decode(wanted: Sequence[int], key_frames: Sequence[int]) -> list[int]:
-    """Ascending numbers of the packets that give the frames `wanted`: from each one's key frame on.
+    """Return the ascending numbers of the packets that give the frames `wanted`: from each one's key frame on.
 
     Both arguments ascend, and the first frame is a key frame.
     """
@@ -149,7 +144,7 @@ class ReferenceBackend:
 
 
 def decode_frames(request: RenderRequest) -> UInt8[Tensor, "time 3 height width"]:
-    """RGB pixels of a clip's frames; a repeated frame is decoded once.
+    """Return the RGB pixels of a clip's frames; a repeated frame is decoded once.
 
     Raises:
         SampleDamageError: a frame cannot be decoded.
@@ -178,7 +173,7 @@ def _decode(data: bytes, where: str) -> NDArray[np.uint8]:
 def resized_crop(
     frames: UInt8[Tensor, "time 3 height width"], box: CropBox, *, size: int
 ) -> UInt8[Tensor, "time 3 size size"]:
-    """The pixels of `box` resized to `size` x `size` by the module's formula."""
+    """Return the pixels of `box` resized to `size` x `size` by the module's formula."""
     crop = frames[..., box.top : box.top + box.height, box.left : box.left + box.width].numpy()
     # Frames and colours last: every tap then copies whole runs of memory.
     planes = rearrange(crop, "t c h w -> h w (t c)").astype(np.float32)
@@ -197,7 +192,7 @@ def _resize(planes: NDArray[np.float32], *, axis: int, size: int) -> NDArray[np.
 
 
 def triangle_taps(num_source: int, num_target: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Source pixels that each target pixel reads, and their weights, both [taps, target], as the formula says.
+    """Return the source pixels that each target pixel reads, and their weights, both [taps, target].
 
     Added tap by tap, so a value never depends on the number of threads or on the shape of the batch.
     """

@@ -1,8 +1,4 @@
-"""The plan of an epoch: which sample sits at which position, and which positions are a rank's.
-
-How many steps an epoch has, and which positions of each step are a rank's.
-
-The order of an epoch, as a pure function: (record, sources, epoch) -> which sample sits where in each batch.
+"""The order of an epoch, as a pure function: (record, sources, epoch) -> which sample sits where in each batch.
 
 1. Each source (a shard set, or several read as one) is a line: its shards permuted, their samples end to end. A source
    that is used up goes into its next pass, with a permutation of its own::
@@ -25,7 +21,7 @@ The order of an epoch, as a pure function: (record, sources, epoch) -> which sam
 
 No step but the fourth knows the number of ranks, so every world size reads the same global order, every rank makes
 the same number of steps, and any (epoch, step) can be computed without what came before. In memory: the shard
-table, one block a lane and source, and with class balance a byte a sample.
+table, one block per lane and source, and with class balance a byte per sample.
 """
 
 from collections.abc import Sequence
@@ -82,7 +78,7 @@ class SamplePlan:
         self.positions(0, world_size)
 
     def positions(self, rank: int, world_size: int) -> range:
-        """The positions of every global batch that `rank` reads; raises as `rank_positions`."""
+        """Return the positions of every global batch that `rank` reads; raises as `rank_positions`."""
         return rank_positions(
             rank,
             world_size,
@@ -91,7 +87,7 @@ class SamplePlan:
         )
 
     def epoch(self, epoch: int) -> "EpochPlan":
-        """The order of one epoch. Plans of the same epoch share what takes time and memory."""
+        """Return the order of one epoch. Plans of the same epoch share what takes time and memory."""
         held, passes = self._passes
         if held != epoch:
             passes = source_passes(self.record, self._sources, epoch=epoch)
@@ -99,7 +95,7 @@ class SamplePlan:
         return EpochPlan(self.record, self._sources, epoch=epoch, passes=passes)
 
     def describe(self) -> str:
-        """One line: length of an epoch, and how often each source is read in it."""
+        """Describe the plan in a line: length of an epoch, and how often each source is read in it."""
         quotas = mixture_quotas(self.record, self._sources)
         shares = (self.num_clips * quotas / quotas.sum()).tolist()
         parts = [
@@ -122,7 +118,7 @@ class PlannedSamples:
     rows: NDArray[np.int64]
     """Row of each sample in its shard's index."""
     repeats: NDArray[np.int64]
-    """Tells the readings of one sample in one epoch apart: no two have the same number, and the first copy of the
+    """Distinguishes the readings of one sample in one epoch: no two have the same number, and the first copy of the
     first reading of the first pass has 0."""
     is_padding: NDArray[np.bool_]
     """True where a sample is only there to fill the batch (it is repeated, and counts nowhere)."""
@@ -165,7 +161,7 @@ class EpochPlan:
         self._passes = passes or source_passes(record, sources, epoch=epoch)
 
     def samples(self, step: int, positions: range) -> PlannedSamples:
-        """The samples at `positions` of the global batch of `step`.
+        """Return the samples at `positions` of the global batch of `step`.
 
         Raises:
             PlanError: the step or a position lies outside the epoch.
@@ -188,7 +184,7 @@ class EpochPlan:
     def _look_up(
         self, sources: NDArray[np.int64], places: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Shard, row and number of the reading at places of the sources' lines."""
+        """Return the shard, row and number of the reading at places of the sources' lines."""
         found = np.empty((3, len(places)), np.int64)
         for source in np.unique(sources):
             here = sources == source
@@ -198,7 +194,7 @@ class EpochPlan:
     def _lane_slots(
         self, lane: int, slots: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-        """Source and place on its line of a lane's slots, and which slots lie behind the lane's end."""
+        """Return source and place on its line of a lane's slots, and which slots lie behind the lane's end."""
         start, end = self._lane_starts[lane], self._lane_starts[lane + 1]
         is_padding = slots >= end - start
         held = np.minimum(start + np.minimum(slots, max(end - start - 1, 0)), self.num_samples - 1)
@@ -210,7 +206,7 @@ class EpochPlan:
         return sources, places, is_padding
 
     def _shuffled(self, lane: int, source: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The places of a lane's run of a source, each exchanged within its block."""
+        """Return the places of a lane's run of a source, each exchanged within its block."""
         firsts, ends = self._lane_run(lane)
         first, length, size = int(firsts[source]), int(ends[source] - firsts[source]), self._record.shuffle_block
         blocks, inside = np.divmod(places - first, size)
@@ -237,7 +233,7 @@ class EpochPlan:
 
 
 def count_steps(num_samples: int, global_batch_size: int, *, remainder: Remainder) -> int:
-    """Batches of an epoch.
+    """Count the batches of an epoch.
 
     Raises:
         PlanError: there are no samples, or with ``drop`` fewer than one batch.
@@ -266,7 +262,7 @@ def require_enough_samples(*, num_samples: int, global_batch_size: int, world_si
 
 
 def rank_positions(rank: int, world_size: int, *, global_batch_size: int, keep_pairs: bool) -> range:
-    """The positions of a global batch that belong to `rank`: a run, and together all of them, each once.
+    """Return the positions of a global batch that belong to `rank`: a run, and together all of them, each once.
 
     With `keep_pairs` (training) positions 2k and 2k+1, the partners of a mixup, stay on one rank: run borders are
     even, and only the last position of an odd batch is without a partner. Without, runs differ by at most one.
@@ -292,7 +288,7 @@ _EMPTY = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.bool_), n
 
 
 def source_passes(record: PlanRecord, sources: Sequence[SampleSource], *, epoch: int) -> list[SourcePasses]:
-    """The lines of an epoch, pass after pass: what takes time and memory in a plan."""
+    """Return the lines of an epoch, pass after pass: what takes time and memory in a plan."""
     return [
         SourcePasses(
             source,
@@ -306,7 +302,7 @@ def source_passes(record: PlanRecord, sources: Sequence[SampleSource], *, epoch:
 
 
 def mixture_quotas(record: PlanRecord, sources: Sequence[SampleSource]) -> NDArray[np.int64]:
-    """Slots of each source in a block of the mixture.
+    """Return the slots of each source in a block of the mixture.
 
     Raises:
         PlanError: there are several sources without a weight each, or a weight is too small.
@@ -320,7 +316,7 @@ def mixture_quotas(record: PlanRecord, sources: Sequence[SampleSource]) -> NDArr
 
 
 def epoch_length(record: PlanRecord, sources: Sequence[SampleSource]) -> int:
-    """Slots of an epoch: `epoch_samples`, or as many as one pass through every source reads.
+    """Return the slots of an epoch: `epoch_samples`, or as many as one pass through every source reads.
 
     With ``wrap`` rounded up to whole batches.
     """
@@ -332,7 +328,7 @@ def epoch_length(record: PlanRecord, sources: Sequence[SampleSource]) -> int:
 
 
 def _runs_of_lanes(positions: range, per_lane: int) -> list[tuple[int, int, int]]:
-    """(lane, first, last) for each lane that `positions` touches; first and last count inside the lane's share."""
+    """Return (lane, first, last) for each lane that `positions` touches, counted inside the lane's share."""
     if not len(positions):
         return []
     lanes = range(positions.start // per_lane, (positions.stop - 1) // per_lane + 1)

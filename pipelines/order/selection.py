@@ -1,12 +1,10 @@
 """Which samples are read and how often: selection, class balance, and the record that a resume compares.
 
-Which samples of the shard sets are trained on: chosen by class, participant or key when a run starts.
+Samples are selected by class, participant or key when a run starts. What is given is combined with "and"; the names
+inside one list with "or". `limit` comes last.
 
-What is given is combined with "and"; the names inside one list with "or". `limit` comes last.
-
-Class-balanced sampling: how often a pass reads each sample, so that rare classes are seen more.
-
-A pass of N samples over classes of n_c samples gives class c the quota Q_c, a whole number that never changes:
+Class balance decides how often a pass reads each sample. A pass of N samples over classes of n_c samples gives class c
+the quota Q_c, a whole number that never changes:
 
 =================  =======================================================================================
 ``none``           Q_c = n_c
@@ -22,10 +20,6 @@ Gupta et al., "LVIS" (CVPR 2019), with the number of repeats of a class instead 
 Each sample of class c is read floor(Q_c / n_c) times, and Q_c mod n_c of them, drawn anew every pass, once more: sample
 number j of the class sits at place (a * j + b) mod n_c, with keyed a (without a common divisor with n_c) and b, and the
 first Q_c mod n_c places are read once more. So every sample of a class has the same chance in every pass.
-
-What the order of an epoch depends on, kept with every checkpoint and compared before a resume.
-
-Which samples a training reads, and how often.
 """
 
 import fnmatch
@@ -123,7 +117,7 @@ class SampleSelector:
         self._keys = _Patterns(config.keys, config.keys)
 
     def mask(self, keys: Sequence[str] | None, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which samples of a shard are selected; `limit` is not looked at."""
+        """Return which samples of a shard are selected; `limit` is not looked at."""
         mask = np.ones(len(labels), np.bool_)
         if len(self._labels):
             mask &= np.isin(labels, self._labels)
@@ -187,12 +181,12 @@ class _Patterns:
 
 
 def key_ranks(keys: Iterable[str], *, limit_seed: int) -> NDArray[np.uint64]:
-    """The hash by which `limit` ranks each sample."""
+    """Return the hash by which `limit` ranks each sample."""
     return np.fromiter((xxhash.xxh3_64_intdigest(key.encode(), seed=limit_seed) for key in keys), np.uint64)
 
 
 def smallest(ranks: NDArray[np.uint64], limit: int) -> NDArray[np.bool_]:
-    """Which `limit` of the ranks are smallest; of equal ones the earlier."""
+    """Return which `limit` of the ranks are smallest; of equal ones the earlier."""
     mask = np.zeros(len(ranks), np.bool_)
     if limit >= len(ranks):
         return ~mask
@@ -233,7 +227,7 @@ class BalanceConfig:
 
 
 def class_quotas(counts: NDArray[np.int64], config: BalanceConfig) -> NDArray[np.int64]:
-    """Readings of each class in a pass, for classes of `counts` samples; a class without samples gets none."""
+    """Return the readings of each class in a pass, for classes of `counts` samples; none for an empty class."""
     sizes: list[int] = counts.tolist()
     total = sum(sizes)
     if config.rule == "none":
@@ -248,7 +242,7 @@ def class_quotas(counts: NDArray[np.int64], config: BalanceConfig) -> NDArray[np
 
 
 class ClassBalance:
-    """How often a pass reads each sample of one source. Memory: two or four bytes a sample, and one more a pass."""
+    """How often a pass reads each sample of one source. Memory: two or four bytes per sample, and one more per pass."""
 
     def __init__(self, classes: NDArray[np.integer], config: BalanceConfig) -> None:
         """`classes`: the label of every sample in stored order."""
@@ -261,7 +255,7 @@ class ClassBalance:
         """No pass reads a sample more often."""
 
     def readings(self, key: Key) -> NDArray[np.integer]:
-        """How often the pass named by `key` reads each sample."""
+        """Return how often the pass named by `key` reads each sample."""
         steps, offsets = self._places(key)
         divisors = np.maximum(self._sizes, 1)
         least, more = np.divmod(self._quotas, divisors)
@@ -276,7 +270,7 @@ class ClassBalance:
         return readings
 
     def _places(self, key: Key) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The keyed factor and offset of every class."""
+        """Return the keyed factor and offset of every class."""
         words = raw_words(key, 2 * len(self._sizes)).reshape(2, -1)
         sizes = np.maximum(self._sizes, 1).astype(np.uint64)
         steps, offsets = (words % sizes).astype(np.int64)
@@ -285,7 +279,7 @@ class ClassBalance:
 
 
 def _numbers_in_class(classes: NDArray[np.int64], num_classes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Each sample's number among those of its class here, and how many each class has here."""
+    """Return each sample's number among those of its class here, and how many each class has here."""
     found = np.bincount(classes, minlength=num_classes)
     order = np.argsort(classes, kind="stable")
     numbers = np.empty_like(classes)
@@ -294,7 +288,7 @@ def _numbers_in_class(classes: NDArray[np.int64], num_classes: int) -> tuple[NDA
 
 
 def _next_coprime(number: int, size: int) -> int:
-    """The first of number, number + 1, ... (beyond `size` from 1 again) without a common divisor with `size`."""
+    """Return the first of number, number + 1, ... (beyond `size` from 1 again) that is coprime with `size`."""
     while size > 1 and math.gcd(number, size) != 1:
         number = number % size + 1
     return number
@@ -375,7 +369,7 @@ class PlanRecord:
 
 
 def default_num_lanes(global_batch_size: int, *, repeats: int = 1) -> int:
-    """The largest divisor of the global batch that is at most 64; with repeats, of its groups of 2 * `repeats`.
+    """Return the largest divisor of the global batch up to 64; with repeats, of its groups of 2 * `repeats`.
 
     Raises:
         PlanError: the batch does not hold whole groups: pairs of samples, each `repeats` times.
@@ -398,7 +392,7 @@ class OrderConfig:
     """Which samples a training reads, and how often; all of it is part of the order."""
 
     weights: tuple[float, ...] | None = None
-    """One a shard set: the sets' shares of the samples. None: the sets are read as one, every sample alike."""
+    """One per shard set: the sets' shares of the samples. None: the sets are read as one, every sample alike."""
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     """Which samples of the sets."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
@@ -417,4 +411,4 @@ class OrderConfig:
         if self.epoch_samples is not None and self.epoch_samples < 1:
             raise UserInputError(f"epoch_samples: expected at least 1, found {self.epoch_samples}")
         if self.weights is not None:
-            block_quotas(self.weights)  # a weight that cannot be used is told before anything starts
+            block_quotas(self.weights)  # a weight that cannot be used is refused before anything starts

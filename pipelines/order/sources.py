@@ -1,8 +1,4 @@
-"""Sources of samples, their passes, and one reading of all indexes when a run starts.
-
-One source of samples, and its line: the samples of a pass end to end, shard after shard.
-
-Which source each slot of an epoch reads: exact shares in every block of slots, in a keyed order.
+"""Sources of samples: the samples of a pass end to end, and which source each slot of an epoch reads.
 
 The slots of an epoch are one line. It is cut into blocks; each holds the same number of slots of a source, its quota,
 in a random order keyed by the block::
@@ -13,10 +9,9 @@ in a random order keyed by the block::
 Hence the reading number of any slot, and how many slots of a source lie before it, follow from the block alone.
 Readings 0 .. length-1 of a source are its first pass, the next as many its second.
 
-One reading of all indexes when a run starts, for what selects or balances samples.
-
-Kept afterwards: four bytes a selected sample where some are left out, and two (four, beyond 65 536 classes) where
-classes are balanced. While it runs, a limit takes eight more.
+Selecting or balancing samples reads all indexes once, when a run starts. Kept afterwards: four bytes per selected
+sample where some are left out, and two (four, beyond 65 536 classes) where classes are balanced. While it runs, a limit
+takes eight more.
 """
 
 import threading
@@ -47,7 +42,7 @@ class SampleSource:
     rows: NDArray[np.int32] | None = None
     """Row of every selected sample in its shard's index, shard after shard; None: all rows."""
     balance: ClassBalance | None = None
-    """How often each selected sample is read; None: once a pass."""
+    """How often each selected sample is read; None: once per pass."""
     offsets: NDArray[np.int64] = field(init=False)
     """Selected samples before each shard, and of all."""
 
@@ -71,12 +66,12 @@ class SampleSource:
 
 
 def plain_source(sizes: Sequence[int] | NDArray[np.int64]) -> SampleSource:
-    """All samples of shards of these sizes, each read once a pass."""
+    """Return all samples of shards of these sizes, each read once per pass."""
     return SampleSource(sizes=np.asarray(sizes, dtype=np.int64))
 
 
 class SourceLine:
-    """One pass through a source. In memory: the shard table, and with class balance a byte or two a sample."""
+    """One pass through a source. In memory: the shard table, and with class balance a byte or two per sample."""
 
     def __init__(self, source: SampleSource, *, key: Key, shuffled: bool) -> None:
         """`key` names the pass; its shards are permuted where `shuffled`."""
@@ -87,7 +82,7 @@ class SourceLine:
         self._starts = np.concatenate([[0], np.cumsum(sizes[self._shards], dtype=np.int64)])
 
     def at(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Shard (in the shard table), row and reading (0: the pass's first of that sample) at `places` of the line."""
+        """Return shard (in the shard table), row and reading (0: the sample's first in the pass) at `places`."""
         where = np.searchsorted(self._starts, places, side="right") - 1
         shards, inside = self._shards[where], places - self._starts[where]
         samples, readings = self._unfold(shards, inside)
@@ -99,7 +94,7 @@ class SourceLine:
     def _unfold(
         self, shards: NDArray[np.int64], inside: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Sample and reading of it, for places inside the shards where a sample takes as many as it is read."""
+        """Return the sample and its reading at places inside shards, where a sample takes a place per reading."""
         if self._readings is None:
             return inside, np.zeros_like(inside)
         samples, readings = np.empty_like(inside), np.empty_like(inside)
@@ -122,7 +117,7 @@ class SourcePasses:
         self._held: OrderedDict[int, SourceLine] = OrderedDict()
 
     def at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Shard, row and number of the reading at `places`: [3, places]."""
+        """Return the shard, row and number of the reading at `places`: [3, places]."""
         passes, inside = np.divmod(places, self._source.num_readings)
         found = np.empty((3, len(places)), np.int64)
         for number in np.unique(passes).tolist():
@@ -143,7 +138,7 @@ class SourcePasses:
 
 
 def _sums(readings: NDArray[np.integer], source: SampleSource) -> NDArray[np.int64]:
-    """Readings of every shard."""
+    """Return the readings of every shard."""
     sums, filled = np.zeros(len(source.sizes), np.int64), np.flatnonzero(source.sizes)
     if len(filled):
         sums[filled] = np.add.reduceat(readings, source.offsets[filled], dtype=np.int64)
@@ -165,7 +160,7 @@ class MixtureOrder:
         return len(self._quotas)
 
     def at(self, slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The source of each slot, and the how-many-th reading of that source it is."""
+        """Return the source of each slot, and the number of that source's reading it is."""
         if self.num_sources == 1:
             return np.zeros_like(slots), slots
         sources, readings = np.empty_like(slots), np.empty_like(slots)
@@ -178,7 +173,7 @@ class MixtureOrder:
         return sources, readings
 
     def readings_before(self, slot: int) -> NDArray[np.int64]:
-        """How many slots of each source lie before `slot`."""
+        """Return how many slots of each source lie before `slot`."""
         if self.num_sources == 1:
             return np.array([slot])
         block, inside = divmod(slot, self._block_size)
@@ -186,7 +181,7 @@ class MixtureOrder:
         return block * self._quotas + partial
 
     def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Source of every slot of a block, and its number among the block's slots of that source."""
+        """Return the source of every slot of a block, and its number among the block's slots of that source."""
         if block not in self._blocks:
             stored = np.repeat(np.arange(self.num_sources), self._quotas)
             order = stored[permutation((*self._key, block), self._block_size)]
@@ -218,7 +213,7 @@ def make_sources(
     selection: SelectionConfig,
     balance: BalanceConfig,
 ) -> tuple[SampleSource, ...]:
-    """One source a group of shard sets, in the order of the sets. Indexes are read only where they are needed.
+    """Make a source per group of shard sets, in the order of the sets. Indexes are read only where needed.
 
     Raises:
         UserInputError: a name of the selection matches nothing, or a group is left without samples; says which.

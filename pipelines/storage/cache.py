@@ -1,19 +1,15 @@
-"""Whole shards of remote sets on this machine's disk: bounded, shared by all its processes.
-
-One file of the shard cache at a time: opened, filled and evicted under the kernel's locks (see shard_cache.py).
-
-Whole shards of remote sets on this machine's disk: bounded, shared by all its processes, safe against crashes.
+"""Whole shards of remote sets on this machine's disk: bounded, shared by all its processes, safe against crashes.
 
 ::
 
     <cache_dir>/cache.lock                    held (flock) while room is made and files are claimed
     <cache_dir>/<manifest hash>/NAME          complete: size and sha256 were compared before it got this name
-    <cache_dir>/<manifest hash>/NAME.part     being fetched by whoever holds its flock; else what a dead process left
+    <cache_dir>/<manifest hash>/NAME.part     being fetched by the holder of its flock; else left by a dead process
 
-Locks are the kernel's and end with their holder; no file is ever a lock by being there. Whoever reads a file holds
-a shared flock on it, and only a file that nobody holds is evicted: least recently used first, where the time of last
-use is the file's access time, set at every opening. A part file takes its full size when it is claimed, so the sum
-of sizes is what the cache holds, fetches under way included.
+Locks are the kernel's and end with their holder; no file is a lock by existing. Every reader of a file holds a shared
+flock on it, and only a file without a holder is evicted: least recently used first, where the time of last use is the
+file's access time, set at every opening. A part file takes its full size when it is claimed, so the sum of sizes is
+what the cache holds, fetches under way included.
 """
 
 import errno
@@ -23,7 +19,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from ca2st.durable import fsync_folder, is_environment_error, take_lock
@@ -31,128 +26,9 @@ from ca2st.errors import EnvironmentFault, UserInputError
 
 _PART = ".part"
 _SUFFIXES = (".tar", ".index.parquet", _PART)
-
-
-@dataclass(frozen=True, slots=True)
-class CachedFile:
-    """A file of the cache as it lies on disk."""
-
-    path: Path
-    num_bytes: int
-    last_used_ns: int
-    """Its access time."""
-
-    @property
-    def is_part(self) -> bool:
-        """Whether it is being fetched, or was when its process died."""
-        return self.path.name.endswith(_PART)
-
-
-def part_of(path: Path) -> Path:
-    """Where a file is while it is being fetched."""
-    return path.with_name(path.name + _PART)
-
-
-def cached_file(path: Path) -> CachedFile | None:
-    """What lies at `path`; None where that is gone, or no file of shards."""
-    if not path.name.endswith(_SUFFIXES):
-        return None
-    try:
-        state = path.stat()
-    except FileNotFoundError:
-        return None
-    return CachedFile(path, state.st_size, state.st_atime_ns)
-
-
-def open_held(path: Path, num_bytes: int) -> int | None:
-    """A descriptor with a shared lock on a complete file; None where there is none."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        take_lock(descriptor, shared=True, wait_seconds=math.inf)
-        state = os.fstat(descriptor)
-        if state.st_nlink and state.st_size == num_bytes:
-            os.utime(descriptor, ns=(time.time_ns(), state.st_mtime_ns))
-            return descriptor
-    except BaseException:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    if state.st_nlink:
-        path.unlink(missing_ok=True)  # cut or grown since it was fetched
-    return None
-
-
-def is_at(path: Path, descriptor: int) -> bool:
-    """Whether the open file is the one that lies at `path`."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-def evict(path: Path) -> bool:
-    """Remove a file that nobody holds; a part file that nobody holds was left by a dead process."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        if not take_lock(descriptor):
-            return False
-        path.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
-    return True
-
-
-def filled(part: int, path: Path, fill: Callable[[int], None]) -> int:
-    """The locked part file of `path`, filled and given its name, with a shared lock; closed and removed on any error.
-
-    Raises:
-        EnvironmentFault: as `naming_place`; and whatever `fill` raises.
-    """
-    part_path = part_of(path)
-    try:
-        with naming_place(path):
-            fill(part)
-            os.fsync(part)
-            part_path.rename(path)
-            fsync_folder(path.parent)
-            take_lock(part, shared=True, wait_seconds=math.inf)
-            os.utime(part, ns=(time.time_ns(), os.fstat(part).st_mtime_ns))
-    except BaseException:
-        part_path.unlink(missing_ok=True)
-        os.close(part)
-        raise
-    return part
-
-
-@contextmanager
-def naming_place(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into an error that names the place.
-
-    Raises:
-        EnvironmentFault: the disk is full, or the folder may not be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        if not is_environment_error(error):
-            raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free space, lower data.loader.cache_bytes" if full else "check the folder's permissions"
-        raise EnvironmentFault(
-            f"{path}: cannot write the cache of shards ({error.strerror}); {remedy}, or set data.loader.cache_dir to "
-            "another disk"
-        ) from error
-
-
 _LOCK_NAME = "cache.lock"
 _POLL_SECONDS = 0.02
-_OLDEST = 0
+_RELEASED = 0
 """Access time, in ns, of a file that its readers have released."""
 
 
@@ -163,29 +39,21 @@ class NoRoomError(Exception):
 class ShardCache:
     """The cache folder as one process sees it; safe to use from several threads."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        most_bytes: int | None,
-        patience_seconds: float = 600.0,
-        sleep: Callable[[float], None] = time.sleep,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, folder: Path, *, most_bytes: int | None, patience_seconds: float = 600.0) -> None:
         """Make the folder where it is missing; `most_bytes` None takes half of what its disk has for it.
 
         Raises:
             EnvironmentFault: the folder cannot be made.
         """
-        self._folder, self._patience_seconds, self._sleep, self._clock = folder, patience_seconds, sleep, clock
-        with naming_place(folder):
+        self._folder, self._patience_seconds = folder, patience_seconds
+        with _naming_place(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self.most_bytes = most_bytes or (shutil.disk_usage(folder).free + self.held_bytes()) // 2
             """Most bytes of files, those being fetched included."""
 
     def held_bytes(self) -> int:
-        """Bytes of the files in the cache, those being fetched included."""
-        return sum(kept.num_bytes for kept in self._kept())
+        """Return the bytes of the files in the cache, those being fetched included."""
+        return sum(state.st_size for _, state in self._kept())
 
     def require_room_for(self, num_bytes: int, what: str) -> None:
         """Refuse a cache that could never hold a file.
@@ -208,13 +76,13 @@ class ShardCache:
         ahead: bool = False,
         on_wait: Callable[[], None] = lambda: None,
     ) -> int:
-        """A descriptor of a file in the cache, held until it is closed; fetched first where it is not there.
+        """Open a file of the cache, which is held until it is closed; fetch it first where it is not there.
 
         Args:
             path: The file, in a set's folder.
             num_bytes: Its size.
             fill: Writes all of it to a descriptor and checks it; called by one process for all that wait.
-            ahead: The file is not needed yet: nothing that is still in use by anybody is evicted for it.
+            ahead: The file is not needed yet: nothing that is still in use is evicted for it.
             on_wait: Called again and again while another process fetches the file, or room is in use.
 
         Raises:
@@ -222,40 +90,40 @@ class ShardCache:
             EnvironmentFault: the disk is full, or everything in the cache stays in use.
         """
         self.require_room_for(num_bytes, path.name)
-        start = self._clock()
+        start = time.monotonic()
         while True:
-            with naming_place(path):
-                held = open_held(path, num_bytes)
+            with _naming_place(path):
+                held = _open_held(path, num_bytes)
                 if held is not None:
                     return held
-                part = self._claimed(path, num_bytes, ahead=ahead)
+                part = self._claim(path, num_bytes, ahead=ahead)
             if part is not None:
-                return filled(part, path, fill)
-            if self._clock() - start > self._patience_seconds:
+                return _fill(part, path, fill)
+            if time.monotonic() - start > self._patience_seconds:
                 raise EnvironmentFault(
                     f"{path}: no room for {num_bytes} bytes within {self._patience_seconds:.0f} s: all of the "
                     f"{self.held_bytes()} bytes in {self._folder} (most {self.most_bytes}) are in use or being "
                     "fetched; raise data.loader.cache_bytes"
                 )
             on_wait()
-            self._sleep(_POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
     def release(self, path: Path) -> None:
-        """Say that this process needs a file no longer: it is the first to be evicted, unless another still reads."""
+        """Let a file be the first to be evicted, unless another process still reads it."""
         with suppress(OSError):
-            os.utime(path, ns=(_OLDEST, path.stat().st_mtime_ns))
+            os.utime(path, ns=(_RELEASED, path.stat().st_mtime_ns))
 
     def remove(self, path: Path, descriptor: int) -> None:
-        """Take an open file out whose bytes are no longer those that were fetched; who reads it goes on reading.
+        """Remove an open file whose bytes are no longer those that were fetched; its readers go on reading.
 
         Where another has been fetched in its place already, that one stays.
         """
-        if is_at(path, descriptor):
+        if _is_at(path, descriptor):
             path.unlink(missing_ok=True)
 
-    def _claimed(self, path: Path, num_bytes: int, *, ahead: bool) -> int | None:
-        """The locked part file of `path`, at its full size; None while another fetches it or room is in use."""
-        part_path = part_of(path)
+    def _claim(self, path: Path, num_bytes: int, *, ahead: bool) -> int | None:
+        """Return the locked part file of `path`, at its full size; None while another fetches it or room is in use."""
+        part_path = _part_of(path)
         with self._locked():
             if path.exists():
                 return None
@@ -263,8 +131,8 @@ class ShardCache:
             part = os.open(part_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 if take_lock(part):
-                    if path.exists() or not is_at(part_path, part):  # its fetcher ended between our look and our lock
-                        if is_at(part_path, part):
+                    if path.exists() or not _is_at(part_path, part):  # its fetcher ended between our look and our lock
+                        if _is_at(part_path, part):
                             part_path.unlink()
                         os.close(part)
                         return None
@@ -283,20 +151,24 @@ class ShardCache:
         return None
 
     def _make_room(self, num_bytes: int, *, ahead: bool) -> bool:
-        kept = sorted(self._kept(), key=lambda one: (not one.is_part, one.last_used_ns))
-        held = sum(one.num_bytes for one in kept)
-        for one in kept:
-            if not one.is_part and (held + num_bytes <= self.most_bytes or (ahead and one.last_used_ns > _OLDEST)):
+        """Evict what may go, what dead processes left first, until `num_bytes` fit; return whether they do."""
+        kept = sorted(self._kept(), key=lambda one: (one[0].suffix != _PART, one[1].st_atime_ns))
+        held = sum(state.st_size for _, state in kept)
+        for path, state in kept:
+            is_enough = held + num_bytes <= self.most_bytes or (ahead and state.st_atime_ns > _RELEASED)
+            if is_enough and path.suffix != _PART:
                 break
-            if one.num_bytes and evict(one.path):
-                held -= one.num_bytes
+            if state.st_size and _evict(path):
+                held -= state.st_size
         return held + num_bytes <= self.most_bytes
 
-    def _kept(self) -> list[CachedFile]:
+    def _kept(self) -> list[tuple[Path, os.stat_result]]:
         kept = []
         for folder in self._folder.iterdir():
-            if folder.is_dir():
-                kept += [one for path in folder.iterdir() if (one := cached_file(path)) is not None]
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if path.name.endswith(_SUFFIXES):
+                    with suppress(FileNotFoundError):
+                        kept.append((path, path.stat()))
         return kept
 
     @contextmanager
@@ -307,3 +179,93 @@ class ShardCache:
             yield
         finally:
             os.close(descriptor)
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(path.name + _PART)
+
+
+def _open_held(path: Path, num_bytes: int) -> int | None:
+    """Open a complete file with a shared lock; None where there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        take_lock(descriptor, shared=True, wait_seconds=math.inf)
+        state = os.fstat(descriptor)
+        if state.st_nlink and state.st_size == num_bytes:
+            os.utime(descriptor, ns=(time.time_ns(), state.st_mtime_ns))
+            return descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    if state.st_nlink:
+        path.unlink(missing_ok=True)  # cut or grown since it was fetched
+    return None
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Return whether the open file is the one that lies at `path`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _evict(path: Path) -> bool:
+    """Remove a file without a holder; a part file without one was left by a dead process."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        if not take_lock(descriptor):
+            return False
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _fill(part: int, path: Path, fill: Callable[[int], None]) -> int:
+    """Fill the locked part file of `path`, and give it that name and a shared lock; on any error close and remove it.
+
+    Raises:
+        EnvironmentFault: as `_naming_place`; and whatever `fill` raises.
+    """
+    part_path = _part_of(path)
+    try:
+        with _naming_place(path):
+            fill(part)
+            os.fsync(part)
+            part_path.rename(path)
+            fsync_folder(path.parent)
+            take_lock(part, shared=True, wait_seconds=math.inf)
+            os.utime(part, ns=(time.time_ns(), os.fstat(part).st_mtime_ns))
+    except BaseException:
+        part_path.unlink(missing_ok=True)
+        os.close(part)
+        raise
+    return part
+
+
+@contextmanager
+def _naming_place(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses into an error that names the place.
+
+    Raises:
+        EnvironmentFault: the disk is full, or the folder may not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_environment_error(error):
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free space, lower data.loader.cache_bytes" if full else "check the folder's permissions"
+        raise EnvironmentFault(
+            f"{path}: cannot write the cache of shards ({error.strerror}); {remedy}, or set data.loader.cache_dir to "
+            "another disk"
+        ) from error

@@ -2,7 +2,7 @@
 
 The plan says which shards the coming steps of this rank touch. At most `most_waiting` of them are on their way at
 once (one for each of the rank's lanes, two at least), seen at most `_HORIZON_STEPS` steps ahead; and nothing that
-anybody still reads is evicted for them. Local sets need none of this, and get no thread.
+is still being read is evicted for them. Local sets need none of this, and get no thread.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ def open_files(
 
 
 class _AbandonedError(Exception):
-    """Nobody needs the file any more that is being fetched ahead."""
+    """A file that is being fetched ahead is no longer needed."""
 
 
 class _File(NamedTuple):
@@ -103,9 +103,7 @@ class CachedShards(ShardFiles):
             what = f"the largest shard, {largest.name}, with its index"
             cache.require_room_for(largest.bytes + largest.index_bytes, what)
         total = sum(shard.bytes + shard.index_bytes for shard in shards)
-        hint = (
-            "; what does not fit is fetched again each epoch, oftener where a shuffle block of all lanes does not fit"
-        )
+        hint = "; what does not fit is fetched again each epoch, more often if a shuffle block of all lanes is larger"
         line = "%s: %d bytes in %d shards, read through a cache of %d bytes in %s%s"
         facts = (self.shard_set.where, total, len(shards), cache.most_bytes, self.shard_set.storage.folder)
         _log.info(line, *facts, hint if total > cache.most_bytes else "")

@@ -127,7 +127,7 @@ class SampleReader:
 
 
 def coalesce(wanted: list[int], offsets: NDArray[np.int64], *, most_gap: int = _MOST_GAP_BYTES) -> list[list[int]]:
-    """Runs of ascending frame indices whose byte ranges touch or lie at most `most_gap` bytes apart."""
+    """Return runs of ascending frame indices whose byte ranges touch or lie at most `most_gap` bytes apart."""
     groups = [wanted[:1]]
     for before, index in pairwise(wanted):
         if offsets[index] - offsets[before + 1] <= most_gap:
@@ -187,7 +187,7 @@ _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD8)})
 
 
 def jpeg_size(data: bytes, *, where: str) -> tuple[int, int]:
-    """(height, width) of the picture in `data`; `where` names the frame in messages.
+    """Return (height, width) of the picture in `data`; `where` names the frame in messages.
 
     Raises:
         SampleDamageError: not a JPEG, not one of three components, or larger than `MOST_PIXELS`.
@@ -237,7 +237,7 @@ class VideoFacts:
 
 
 def video_facts(data: bytes, codec: StoredCodec, *, where: str) -> VideoFacts:
-    """Size and number of frames of the only track of the MP4 in `data`; `where` names the sample in messages.
+    """Return what the boxes of an MP4 say of its only track; `where` names the sample in messages.
 
     Raises:
         SampleDamageError: not an MP4 of that codec, or pictures larger than `MOST_PIXELS`.
@@ -261,7 +261,7 @@ def video_facts(data: bytes, codec: StoredCodec, *, where: str) -> VideoFacts:
 
 
 def _box(data: bytes, span: _Span, kind: bytes, where: str) -> _Span:
-    """First and behind the last byte of the contents of the first box of that kind in `span`."""
+    """Return where the contents of the first box of that kind in `span` begin and end."""
     for name, inside in _boxes(data, *span):
         if name == kind:
             return inside
@@ -269,7 +269,7 @@ def _box(data: bytes, span: _Span, kind: bytes, where: str) -> _Span:
 
 
 def _boxes(data: bytes, begin: int, end: int) -> Iterator[tuple[bytes, _Span]]:
-    """Boxes up to one whose size makes no sense."""
+    """Yield boxes, up to one whose size makes no sense."""
     while begin + 8 <= end:
         size, kind = struct.unpack_from(">I4s", data, begin)
         header = 8
@@ -286,7 +286,7 @@ _HEADER_ERRORS = (ValueError, TypeError, SyntaxError, tokenize.TokenError, Recur
 
 
 def parse_mel(data: bytes, *, num_rows: int, num_bins: int, where: str) -> NDArray[np.float16]:
-    """The float16 [rows, bins] array of a ``.mel.npy`` member; `where` names it in messages.
+    """Return the float16 [rows, bins] array of a ``.mel.npy`` member; `where` names it in messages.
 
     The shape comes from the index and the header must agree, so a hostile header reserves no memory.
 

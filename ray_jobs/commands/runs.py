@@ -9,7 +9,7 @@ from ca2st.errors import EnvironmentFault, UserInputError, listed
 from ray_jobs.commands.options import Json
 
 if TYPE_CHECKING:
-    from pipelines.views.draws import EvaluationViews
+    from pipelines.views import EvaluationViews
     from ray_jobs.compare.report import Comparison
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder for its newest one.")]
@@ -249,7 +249,7 @@ def sync(
 
 
 def _test_views(text: str) -> "EvaluationViews":
-    from pipelines.views.draws import EvaluationViews
+    from pipelines.views import EvaluationViews
     from ray_jobs.console import parse_views
 
     clips, crops = parse_views(text)

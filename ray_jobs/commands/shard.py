@@ -9,7 +9,7 @@ import typer
 from ray_jobs.commands.options import gop_frames, refuse_without_ray, synthetic_config
 
 if TYPE_CHECKING:
-    from pipelines.storage.set_facts import SetFacts
+    from pipelines.storage.index import SetFacts
     from sharding.conversion import ConversionReport
     from sharding.format.shard_set import ShardSet
     from sharding.settings import ConversionConfig
@@ -272,7 +272,7 @@ def inspect(
 
 
 def _read_facts(place: str, html: Path | None) -> "tuple[ShardSet, SetFacts]":
-    from pipelines.storage.set_facts import set_facts
+    from pipelines.storage.index import set_facts
     from ray_jobs.console import require_writable_place
     from sharding.format.shard_set import read_shard_set
 

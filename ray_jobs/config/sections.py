@@ -18,8 +18,7 @@ from ca2st.errors import UserInputError
 from pipelines.augment.config import AugmentConfig
 from pipelines.config import LoaderConfig
 from pipelines.order.selection import BalanceConfig, OrderConfig, SelectionConfig, TrainRemainder
-from pipelines.views.draws import EvaluationViews
-from pipelines.views.sampling import SamplingConfig
+from pipelines.views import EvaluationViews, SamplingConfig
 from sharding.format.remote import as_location
 from sharding.synthetic.config import SyntheticConfig
 

@@ -12,7 +12,7 @@ from ca2st.errors import check_choice
 from ca2st.model.parameters import count_parameters
 from ca2st.model.structure import EXPERTS, ExpertName
 from ca2st.training.journal import JOURNAL_NAME, read_events, run_sequence
-from pipelines.views.draws import EvaluationViews
+from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.launch import launch
 from ray_jobs.runs.inference import evaluate_checkpoint, load_trained

@@ -6,7 +6,7 @@ from pathlib import Path
 from time import perf_counter
 
 from ca2st.processes import num_cores
-from pipelines.views.draws import EvaluationViews
+from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.console import say

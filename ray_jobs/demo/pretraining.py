@@ -15,7 +15,7 @@ from ca2st.model.structure import ExpertName
 from ca2st.processes import SPAWN, die_with_parent, num_cores
 from ca2st.training.metrics import main_metric
 from ca2st.weights.expert_files import ExpertStore, expert_state
-from pipelines.views.draws import EvaluationViews
+from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import progress
 from ray_jobs.launch import launch

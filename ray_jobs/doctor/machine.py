@@ -290,7 +290,7 @@ def check_dali() -> Finding:
     from importlib import metadata
 
     from pipelines.augment.crops import CropBox
-    from pipelines.decode.dali_cpu import DaliBackend
+    from pipelines.decode.dali import dali_backend
     from pipelines.decode.reference import ReferenceBackend
     from pipelines.rendering import JpegFrames, RenderRequest
     from pipelines.stats import StatsRecorder
@@ -301,7 +301,7 @@ def check_dali() -> Finding:
         flip=False,
         where="a picture of the doctor's",
     )
-    dali = DaliBackend(num_frames=2, crop_size=_SIZE, views_per_clip=1, threads=1, stats=StatsRecorder())
+    dali = dali_backend("mjpeg", num_frames=2, crop_size=_SIZE, views_per_clip=1, threads=1, stats=StatsRecorder())
     try:
         found = dali.render([request])
     finally:

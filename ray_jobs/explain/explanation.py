@@ -21,7 +21,7 @@ from ca2st.model.network import ModelOutput
 from ca2st.model.tokens import audio_patches
 from ca2st.spec import MEL_ROW_SECONDS, ClipSpec
 from pipelines.storage.samples import SampleReader
-from pipelines.views.draws import EvaluationViews
+from pipelines.views import EvaluationViews
 from ray_jobs.pages.charts import Tick, hertz_of_bin, seconds_ticks
 from ray_jobs.runs.inference import TrainedModel, place_model, trained_loader
 from ray_jobs.runs.prediction import Prediction, likeliest, shards_of_videos

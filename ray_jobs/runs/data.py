@@ -19,7 +19,7 @@ from pipelines.loader import EvaluationLoader, TrainLoader
 from pipelines.order.plan import SamplePlan
 from pipelines.quarantine import FOLDER_NAME as QUARANTINE_FOLDER
 from pipelines.storage.shard_sets import check_agreement, check_manifest, check_sound, require_sound
-from pipelines.views.draws import EvaluationViews
+from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import Recipe
 from sharding.datasets.label_spaces import classes_that_differ
 from sharding.format.shard_set import Manifest, ShardSet, read_shard_set

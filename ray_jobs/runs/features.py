@@ -16,7 +16,7 @@ from torch import Tensor
 from ca2st.batch import ClipBatch
 from ca2st.durable import writing
 from ca2st.errors import DataDamageError, check_choice
-from pipelines.views.draws import EvaluationViews
+from pipelines.views import EvaluationViews
 from ray_jobs.console import progress, require_writable_place
 from ray_jobs.runs.inference import TrainedModel, load_trained, output_of_set, place_model, trained_loader
 from sharding.format.shard_set import ShardSet, read_shard_set

@@ -39,7 +39,7 @@ from ca2st.training.state import MODEL_FILE, put_model_tensors, read_model_tenso
 from ca2st.training.step import make_accelerator, model_logits
 from pipelines.loader import EvaluationLoader
 from pipelines.storage.shard_sets import check_sound, picture_notes, require_sound
-from pipelines.views.draws import EvaluationViews
+from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import Recipe, stored_recipe
 from ray_jobs.console import Update, progress, require_writable_place
 from ray_jobs.runs.data import evaluation_loader

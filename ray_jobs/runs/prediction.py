@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ca2st.errors import UserInputError
 from ca2st.processes import num_cores
-from pipelines.views.draws import EvaluationViews
+from pipelines.views import EvaluationViews
 from ray_jobs.conversion import convert_shown
 from ray_jobs.runs.inference import TrainedModel, load_trained, score
 from sharding.datasets.media_root import VIDEO_SUFFIXES

@@ -13,7 +13,7 @@ import numpy as np
 
 from ca2st import __version__
 from ca2st.durable import write_bytes
-from pipelines.storage.set_facts import SetFacts
+from pipelines.storage.index import SetFacts
 from ray_jobs.console import counted
 from ray_jobs.pages.charts import page_environment
 from ray_jobs.pages.pictures import StoredClip, read_spread_clips

@@ -47,7 +47,7 @@ class CheckpointModel(PythonModel):
             RejectBudgetError: a video cannot be decoded.
             DataDamageError: the checkpoint is not what was written.
         """
-        from pipelines.views.draws import EvaluationViews
+        from pipelines.views import EvaluationViews
         from ray_jobs.runs.prediction import predict_videos
 
         require_checkpoint(self._checkpoint, self._sha256)

@@ -34,12 +34,11 @@ from pipelines.augment.formulas import augmented
 from pipelines.augment.rand_augment import GEOMETRIC, ImageAugment, Operation
 from pipelines.benchmark.clips import DrawnClips, drawn_frames
 from pipelines.decode.backends import make_backend
-from pipelines.decode.dali_engine import finish_view
+from pipelines.decode.dali import finish_view
 from pipelines.decode.reference import ReferenceBackend, decode_frames, resized_crop
 from pipelines.rendering import ClipFrames, JpegFrames, RenderRequest, VideoMember, ViewBackend
 from pipelines.stats import StatsRecorder
-from pipelines.views.draws import ClipFacts, TrainDraws
-from pipelines.views.sampling import SamplingConfig
+from pipelines.views import ClipFacts, SamplingConfig, TrainDraws
 from sharding.format.index import TICKS_PER_SECOND
 from sharding.media.codecs import stored_codec
 from sharding.media.encode import EncodedVideo, clip_encoder
@@ -266,17 +265,17 @@ def resize_parity(clips: Sequence[StoredClip], spec: ClipSpec, device: torch.dev
 def _dali_resized(
     clips: Sequence[np.ndarray[Any, np.dtype[np.uint8]]], boxes: Sequence[CropBox], size: int, device: torch.device
 ) -> UInt8[Tensor, "clip time 3 size size"]:
-    from pipelines.decode import dali_engine
-    from pipelines.decode.dali_cpu import as_torch
+    from pipelines.decode import dali
+    from pipelines.decode.dali import as_torch
 
     on_gpu = device.type == "cuda"
-    pipeline = dali_engine.Pipeline(
+    pipeline = dali.Pipeline(
         batch_size=len(clips), num_threads=1, device_id=(device.index or 0) if on_gpu else None, prefetch_queue_depth=1
     )
     with pipeline:
-        pictures = dali_engine.fn.external_source(name="clips", dtype=dali_engine.types.UINT8, ndim=4, layout="FHWC")
-        sources = dali_engine.box_sources(1)
-        crops = dali_engine.crops_resized(pictures.gpu() if on_gpu else pictures, sources, size)
+        pictures = dali.fn.external_source(name="clips", dtype=dali.types.UINT8, ndim=4, layout="FHWC")
+        sources = dali.box_sources(1)
+        crops = dali.crops_resized(pictures.gpu() if on_gpu else pictures, sources, size)
         pipeline.set_outputs(*crops)
     pipeline.build()
     pipeline.feed_input("clips", [np.ascontiguousarray(clip) for clip in clips])

@@ -19,7 +19,7 @@ from pipelines.augment.mixing import MixingConfig
 from pipelines.augment.rand_augment import ImageAugment, Operation
 from pipelines.augment.spectrogram import SpectrogramConfig
 from pipelines.config import LoaderConfig, TrainSetup
-from pipelines.decode.dali_cpu import DaliBackend
+from pipelines.decode.dali import dali_backend
 from pipelines.decode.reference import ReferenceBackend
 from pipelines.loader import TrainLoader
 from pipelines.rendering import JpegFrames, RenderRequest, ViewBackend
@@ -148,7 +148,7 @@ def request(seed: int, **values: Any) -> RenderRequest:
 def backend(request: pytest.FixtureRequest) -> Iterator[ViewBackend]:
     made: ViewBackend
     if request.param == "dali":
-        made = DaliBackend(num_frames=4, crop_size=40, views_per_clip=1, threads=2, stats=StatsRecorder())
+        made = dali_backend("mjpeg", num_frames=4, crop_size=40, views_per_clip=1, threads=2, stats=StatsRecorder())
     else:
         made = ReferenceBackend(crop_size=40, stats=StatsRecorder())
     yield made
@@ -171,7 +171,7 @@ def test_only_the_clips_that_have_operations_are_changed(backend: ViewBackend) -
 
 
 def test_the_whole_way_through_dali_is_that_of_the_reference_within_the_stated_bound(tmp_path: Path) -> None:
-    dali = DaliBackend(num_frames=4, crop_size=40, views_per_clip=1, threads=1, stats=StatsRecorder())
+    dali = dali_backend("mjpeg", num_frames=4, crop_size=40, views_per_clip=1, threads=1, stats=StatsRecorder())
     reference = ReferenceBackend(crop_size=40, stats=StatsRecorder())
     requests = [request(seed, augment=AUGMENT, erased=ERASED) for seed in range(4)]
     ours, theirs = dali.render(requests), reference.render(requests)

@@ -17,8 +17,7 @@ from pipelines.config import BackendName, EvaluationSetup, LoaderConfig, TrainSe
 from pipelines.loader import EvaluationLoader, TrainLoader
 from pipelines.storage.samples import SampleReader
 from pipelines.storage.shard_sets import stride_note
-from pipelines.views.draws import AugmentConfig
-from pipelines.views.sampling import SamplingConfig
+from pipelines.views import AugmentConfig, SamplingConfig
 from sharding.conversion import convert
 from sharding.format.shard_set import LabelSpace, ShardSet, read_shard_set
 from sharding.settings import ConversionConfig
@@ -145,21 +144,21 @@ def test_clips_at_fifty_frames_a_second_are_told_and_read_with_a_wider_stride(
         )
         with caplog.at_level(logging.INFO, "pipelines.loader"), TrainLoader(setup) as loader:
             (batch,) = loader.batches(0)
-        lines = [record.getMessage() for record in caplog.records if "frames a second" in record.getMessage()]
+        lines = [record.getMessage() for record in caplog.records if "frames per second" in record.getMessage()]
         caplog.clear()
         assert len(lines) == (scheme == "dense")
         if scheme == "dense":
-            assert "1 of the first 1 clips run at 50 frames a second" in lines[0]
+            assert "1 of the first 1 clips run at 50 frames per second" in lines[0]
             assert "strides of 7 frames in place of 4" in lines[0]
             frames = [read_number(picture) for picture in batch.video[0].permute(1, 2, 3, 0).numpy()]
             assert frames[-1] - frames[0] == 8 * 7 - 1
 
 
-def test_clips_whose_rate_varies_are_told_where_dense_windows_read_them(converted: ShardSet) -> None:
+def test_it_is_said_of_clips_whose_rate_varies_where_dense_windows_read_them(converted: ShardSet) -> None:
     reader = SampleReader(converted)
-    told = stride_note(reader, SamplingConfig(scheme="dense"))
-    assert told is not None
-    assert told.endswith(
+    note = stride_note(reader, SamplingConfig(scheme="dense"))
+    assert note is not None
+    assert note.endswith(
         "1 of the first 2 clips vary in their frame rate; their dense windows take a frame every 4/30 s"
     )
     assert stride_note(reader, SamplingConfig(scheme="uniform")) is None
@@ -171,7 +170,7 @@ from pathlib import Path
 from ca2st.spec import ClipSpec
 from pipelines.loader import TrainLoader
 from pipelines.config import LoaderConfig, TrainSetup
-from pipelines.views.sampling import SamplingConfig
+from pipelines.views import SamplingConfig
 from sharding.settings import ConversionConfig
 from sharding.conversion import convert
 from sharding.format.shard_set import LabelSpace

@@ -17,7 +17,7 @@ from pipelines.config import EvaluationSetup, LoaderConfig, TrainSetup
 from pipelines.errors import LoaderClosedError, PlanError
 from pipelines.loader import EvaluationLoader, TrainLoader
 from pipelines.order.selection import PlanRecord
-from pipelines.views.draws import EvaluationViews
+from pipelines.views import EvaluationViews
 from sharding.errors import ManifestError
 from sharding.format.index import TICKS_PER_SECOND
 from sharding.format.shard_set import LabelSpace, ShardSet, VideoParameters

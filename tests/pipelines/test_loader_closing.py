@@ -12,15 +12,14 @@ from ca2st.errors import EnvironmentFault
 from ca2st.spec import ClipSpec
 from pipelines import loader as rank_loader
 from pipelines.config import EvaluationSetup, TrainSetup
-from pipelines.decode import dali_cpu as dali_graph
-from pipelines.decode import reference
+from pipelines.decode import dali, reference
 from pipelines.decode.backends import make_backend
 from pipelines.errors import ShardSetDamageError
 from pipelines.loader import EvaluationLoader, TrainLoader
 from pipelines.rendering import RenderRequest
 from pipelines.stats import StatsRecorder
 from pipelines.storage.shard_sets import SetReaders
-from pipelines.views.sampling import SamplingConfig
+from pipelines.views import SamplingConfig
 from sharding.format.shard_set import ShardSet
 from support.fake_shards import flip_byte
 
@@ -46,7 +45,7 @@ def refuse(*_: Any, **__: Any) -> None:
 
 def test_a_backend_that_cannot_be_made_closes_those_made_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[OpenBackend] = []
-    monkeypatch.setattr(dali_graph, "DaliBackend", lambda **_: made.append(OpenBackend()) or made[-1])
+    monkeypatch.setattr(dali, "dali_backend", lambda *_, **__: made.append(OpenBackend()) or made[-1])
     monkeypatch.setattr(reference, "ReferenceBackend", refuse)
     with pytest.raises(EnvironmentFault, match="no room for a decoder"):
         make_backend(
@@ -65,7 +64,7 @@ def test_backends_that_could_all_be_made_stay_open_until_they_are_closed_togethe
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[OpenBackend] = []
-    monkeypatch.setattr(dali_graph, "DaliBackend", lambda **_: made.append(OpenBackend()) or made[-1])
+    monkeypatch.setattr(dali, "dali_backend", lambda *_, **__: made.append(OpenBackend()) or made[-1])
     monkeypatch.setattr(reference, "ReferenceBackend", lambda **_: made.append(OpenBackend()) or made[-1])
     backend = make_backend(
         "auto", codecs=["mjpeg", "h264"], num_frames=4, crop_size=8, views_per_clip=1, threads=1, stats=StatsRecorder()

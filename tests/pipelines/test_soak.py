@@ -18,7 +18,7 @@ from pipelines.augment.mixing import MixingConfig
 from pipelines.augment.spectrogram import SpectrogramConfig
 from pipelines.config import LoaderConfig, TrainSetup
 from pipelines.loader import TrainLoader
-from pipelines.views.draws import AugmentConfig
+from pipelines.views import AugmentConfig
 from sharding.format.remote import StorageConfig
 from sharding.format.shard_set import ShardSet, read_shard_set
 from support.fake_shards import make_samples, make_shard_set

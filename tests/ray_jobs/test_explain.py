@@ -21,7 +21,7 @@ from PIL import Image
 
 from ca2st.errors import NumericError, UserInputError
 from ca2st.model.inspect import record_attention
-from pipelines.views.draws import EvaluationViews
+from pipelines.views import EvaluationViews
 from ray_jobs import cli
 from ray_jobs.explain import explanation
 from ray_jobs.explain import page as explaining

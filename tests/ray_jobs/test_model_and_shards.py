@@ -11,7 +11,7 @@ from ca2st.checked_json import DocumentError
 from ca2st.durable import NO_FAULTS
 from ca2st.errors import UserInputError
 from ca2st.weights.model_file import export_model
-from pipelines.views.draws import EvaluationViews
+from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import Recipe, StartConfig
 from ray_jobs.config.sections import MixtureSet
 from ray_jobs.launch import launch
@@ -94,7 +94,7 @@ def test_pictures_of_another_size_or_rate_are_told(tmp_path: Path, caplog: pytes
     assert not caplog.records
     score(trained, set_of(tmp_path / "set", video=VideoParameters(short_side=96, frames_per_second=8)), ONE_VIEW)
     assert "its videos have 96 pixels on the shorter side, those that" in caplog.text
-    assert "its videos have at most 8 frames a second, those that" in caplog.text
+    assert "its videos have at most 8 frames per second, those that" in caplog.text
 
 
 @made_otherwise

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ca2st.errors import UserInputError
-from pipelines.views.draws import EvaluationViews
+from pipelines.views import EvaluationViews
 from ray_jobs.runs import inference as evaluation
 from ray_jobs.runs import prediction
 from ray_jobs.runs.prediction import find_videos, predict_readable, predict_videos

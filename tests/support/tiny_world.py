@@ -5,7 +5,7 @@ from typing import Any
 
 from ca2st.training.config import OptimConfig, TrainingConfig
 from pipelines.config import LoaderConfig
-from pipelines.views.sampling import SamplingConfig
+from pipelines.views import SamplingConfig
 from ray_jobs.config.recipe import Recipe, TrackingConfig
 from ray_jobs.config.sections import DataConfig, SyntheticData
 from sharding.format.index import sample_key

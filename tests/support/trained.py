@@ -6,7 +6,7 @@ from typing import Any
 from ca2st.training.checkpoint import Checkpoint, CheckpointMarker
 from ca2st.training.config import OptimConfig, TrainingConfig
 from pipelines.config import LoaderConfig
-from pipelines.views.sampling import SamplingConfig
+from pipelines.views import SamplingConfig
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.config.sections import DataConfig
 from ray_jobs.runs.inference import TrainedModel

@@ -13,7 +13,7 @@ from pipelines.augment.crops import CropBox
 from pipelines.augment.erasing import ErasedBox
 from pipelines.augment.mixing import MixingConfig, MixingDraws
 from pipelines.augment.rand_augment import OPERATION_NAMES, ImageAugment, Operation, argument_of
-from pipelines.decode.dali_engine import Finisher
+from pipelines.decode.dali import finish_view
 from pipelines.rendering import JpegFrames, RenderRequest
 from support.gpu import require_gpu
 from support.tiny_training import batch_of, clip
@@ -45,10 +45,10 @@ def test_views_are_finished_on_a_gpu_as_on_the_cpu_to_the_byte(runs: list[list[O
         for index, run in enumerate(runs)
     ]
     views = torch.randint(0, 256, (3, 3, 2, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    on_gpu, finisher = views.to(device), Finisher(threads=2)
-    finisher.finish(views, requests)
-    finisher.finish(on_gpu, requests)
-    finisher.close()
+    on_gpu = views.to(device)
+    for here, there, request in zip(views, on_gpu, requests, strict=True):
+        finish_view(here, request)
+        finish_view(there, request)
     assert torch.equal(on_gpu.cpu(), views)
 
 

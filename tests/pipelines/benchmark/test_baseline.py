@@ -18,7 +18,7 @@ from pipelines.benchmark.baseline import (
     decode_frames,
     make_dataloader,
 )
-from pipelines.views.sampling import dense_train, dense_validation
+from pipelines.views import dense_train, dense_validation
 from support.media import Sound, make_clip, read_number
 
 VALIDATION = BaselineConfig(

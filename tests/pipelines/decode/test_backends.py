@@ -16,7 +16,7 @@ from pipelines.augment.crops import CropBox
 from pipelines.config import BackendName
 from pipelines.decode import backends
 from pipelines.decode.backends import make_backend
-from pipelines.decode.dali_cpu import DaliBackend
+from pipelines.decode.dali import GraphBackend, dali_backend
 from pipelines.decode.reference import ReferenceBackend, decode_frames, resized_crop, triangle_taps
 from pipelines.errors import LoaderClosedError, SampleDamageError
 from pipelines.rendering import JpegFrames, RenderRequest, ViewBackend
@@ -47,15 +47,19 @@ def box(top: int, left: int, height: int, width: int) -> CropBox:
 
 
 @pytest.fixture(scope="module")
-def dali() -> Iterator[DaliBackend]:
-    backend = DaliBackend(num_frames=FRAMES, crop_size=SIZE, views_per_clip=1, threads=2, stats=StatsRecorder())
+def dali() -> Iterator[GraphBackend]:
+    backend = dali_backend(
+        "mjpeg", num_frames=FRAMES, crop_size=SIZE, views_per_clip=1, threads=2, stats=StatsRecorder()
+    )
     yield backend
     backend.close()
 
 
 @pytest.fixture(scope="module")
-def dali_views() -> Iterator[DaliBackend]:
-    backend = DaliBackend(num_frames=FRAMES, crop_size=SIZE, views_per_clip=VIEWS, threads=1, stats=StatsRecorder())
+def dali_views() -> Iterator[GraphBackend]:
+    backend = dali_backend(
+        "mjpeg", num_frames=FRAMES, crop_size=SIZE, views_per_clip=VIEWS, threads=1, stats=StatsRecorder()
+    )
     yield backend
     backend.close()
 
@@ -126,14 +130,14 @@ def test_weights_of_every_target_pixel_sum_to_one_and_mirror(source: int, target
 
 @pytest.mark.parametrize("place", [(0, 0), (7, 9), (13, 40), (HEIGHT - SIZE, WIDTH - SIZE)])
 def test_dali_decodes_a_region_bit_for_bit_as_the_reference_does(
-    dali: DaliBackend, reference: ReferenceBackend, place: tuple[int, int]
+    dali: GraphBackend, reference: ReferenceBackend, place: tuple[int, int]
 ) -> None:
     one = request(3, (box(*place, SIZE, SIZE),))
     assert torch.equal(dali.render([one]), reference.render([one]))
 
 
 def test_dali_decodes_whole_frames_bit_for_bit_as_the_reference_does(
-    dali_views: DaliBackend, reference: ReferenceBackend
+    dali_views: GraphBackend, reference: ReferenceBackend
 ) -> None:
     one = request(4, tuple(box(0, left, SIZE, SIZE) for left in (0, 31, WIDTH - SIZE)))
     assert torch.equal(dali_views.render([one]), reference.render([one]))
@@ -141,7 +145,7 @@ def test_dali_decodes_whole_frames_bit_for_bit_as_the_reference_does(
 
 @pytest.mark.parametrize("shape", [(HEIGHT, WIDTH), (61, 47), (25, 33), (41, 90)])
 def test_dali_resizes_and_flips_as_the_reference_does_within_the_stated_tolerance(
-    dali: DaliBackend, reference: ReferenceBackend, shape: tuple[int, int]
+    dali: GraphBackend, reference: ReferenceBackend, shape: tuple[int, int]
 ) -> None:
     requests = [request(seed, (box(0, 0, *shape),), flip=bool(seed % 2)) for seed in range(3)]
     ours, oracle = dali.render(requests), reference.render(requests)
@@ -150,7 +154,7 @@ def test_dali_resizes_and_flips_as_the_reference_does_within_the_stated_toleranc
     assert psnr_db(ours, oracle) >= LEAST_PSNR_DB
 
 
-def test_views_come_request_by_request_and_box_by_box(dali_views: DaliBackend, reference: ReferenceBackend) -> None:
+def test_views_come_request_by_request_and_box_by_box(dali_views: GraphBackend, reference: ReferenceBackend) -> None:
     requests = [request(seed, tuple(box(0, left, HEIGHT, HEIGHT) for left in (0, 15, 31))) for seed in (5, 6)]
     ours, oracle = dali_views.render(requests), reference.render(requests)
     alone = torch.cat([reference.render([replace(one, boxes=(b,))]) for one in requests for b in one.boxes])
@@ -167,11 +171,11 @@ def test_a_flip_mirrors_the_view_exactly(name: str, request_backend: Backends) -
 
 
 @pytest.fixture
-def request_backend(dali: DaliBackend, reference: ReferenceBackend) -> Backends:
+def request_backend(dali: GraphBackend, reference: ReferenceBackend) -> Backends:
     return {"dali": dali, "reference": reference}
 
 
-def test_pixels_do_not_depend_on_how_many_clips_share_a_run(dali: DaliBackend) -> None:
+def test_pixels_do_not_depend_on_how_many_clips_share_a_run(dali: GraphBackend) -> None:
     clips_per_run = dali._clips_per_run
     many = [request(seed % 5, (box(seed % 7, 3, 50, 60),)) for seed in range(clips_per_run + 3)]
     together = dali.render(many)
@@ -179,9 +183,9 @@ def test_pixels_do_not_depend_on_how_many_clips_share_a_run(dali: DaliBackend) -
     assert torch.equal(together, alone)
 
 
-def test_pixels_do_not_depend_on_the_number_of_threads(dali: DaliBackend) -> None:
+def test_pixels_do_not_depend_on_the_number_of_threads(dali: GraphBackend) -> None:
     requests = [request(seed, (box(1, 2, 80, 70),)) for seed in range(4)]
-    other = DaliBackend(num_frames=FRAMES, crop_size=SIZE, views_per_clip=1, threads=5, stats=StatsRecorder())
+    other = dali_backend("mjpeg", num_frames=FRAMES, crop_size=SIZE, views_per_clip=1, threads=5, stats=StatsRecorder())
     assert torch.equal(dali.render(requests), other.render(requests))
     other.close()
 
@@ -202,7 +206,9 @@ def test_p7_a_frame_that_cannot_be_decoded_is_named_and_the_backend_lives_on(
 
 
 def test_a_closed_dali_backend_refuses_to_render() -> None:
-    backend = DaliBackend(num_frames=FRAMES, crop_size=SIZE, views_per_clip=1, threads=1, stats=StatsRecorder())
+    backend = dali_backend(
+        "mjpeg", num_frames=FRAMES, crop_size=SIZE, views_per_clip=1, threads=1, stats=StatsRecorder()
+    )
     backend.close()
     with pytest.raises(LoaderClosedError, match="backend dali: closed"):
         backend.render([request(9, (box(0, 0, 50, 50),))])
@@ -242,12 +248,7 @@ def test_dali_asked_for_by_name_is_never_replaced(monkeypatch: pytest.MonkeyPatc
 
 def test_nvidia_is_imported_by_the_graphs_alone_and_these_only_where_one_is_made() -> None:
     sources = {path.name: path.read_text() for path in Path(backends.__file__).parent.glob("*.py")}
-    assert {name for name, text in sources.items() if "import nvidia" in text} <= {"dali_engine.py"}
-    others = {name: text for name, text in sources.items() if not name.startswith("dali_")}
-    lines = [line for text in others.values() for line in text.splitlines() if "from pipelines.decode.dali_" in line]
-    assert [line.strip() for line in lines] == [
-        "from pipelines.decode.dali_gpu import gpu_backend",
-        "from pipelines.decode.dali_cpu import DaliBackend",
-        "from pipelines.decode.dali_cpu import DaliVideoBackend",
-    ]
+    assert [name for name, text in sources.items() if "import nvidia" in text] == ["dali.py"]
+    lines = [line for text in sources.values() for line in text.splitlines() if "from pipelines.decode.dali" in line]
+    assert [line.strip() for line in lines] == ["from pipelines.decode.dali import dali_backend"]
     assert all(line.startswith("    ") for line in lines)

@@ -13,7 +13,7 @@ from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.spec import ClipSpec
 from pipelines import loader as rank_loader
 from pipelines.config import DecodeOn, EvaluationSetup, LoaderConfig, TrainSetup
-from pipelines.decode import backends, dali_gpu
+from pipelines.decode import backends, dali
 from pipelines.decode import backends as cuda_decoders
 from pipelines.decode.backends import CudaDecoders, VideoDecoder, asked, choose_backend, make_backend
 from pipelines.decode.reference import ReferenceBackend
@@ -44,8 +44,8 @@ def test_a_device_that_decodes_the_codec_is_taken_and_named(codec: str) -> None:
     ("codec", "gpu", "short_side", "backend", "why"),
     [
         ("vp9", GPU, 256, "dali", "not on the GPU: Imagined has no decoder for vp9 of 8 bit 4:2:0"),
-        ("h264", GPU, 128, "reference", "Imagined decodes h264 of 144 to 4096 pixels a side, the shards have 128"),
-        ("h264", GPU, 5000, "reference", "144 to 4096 pixels a side, the shards have 5000"),
+        ("h264", GPU, 128, "reference", "Imagined decodes h264 of 144 to 4096 pixels per side, the shards have 128"),
+        ("h264", GPU, 5000, "reference", "144 to 4096 pixels per side, the shards have 5000"),
         ("hevc", NO_LIBRARY, 256, "reference", "not on the GPU: the library is not there"),
     ],
 )
@@ -106,7 +106,7 @@ def test_a_cpu_has_no_decoders_of_cuda() -> None:
     assert cuda_decoders.cuda_decoders(torch.device("cpu")) is None
 
 
-def test_a_driver_without_its_video_library_is_named_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_without_its_video_library_is_named_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Imagined")
@@ -121,16 +121,21 @@ def imagined_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, to
     """A device that decodes H.264 and JPEGs, with the reference in place of its backend."""
     made: list[tuple[str, torch.device]] = []
 
-    def stub(codec: str, *, device: torch.device, crop_size: int, stats: StatsRecorder, **_: int) -> ReferenceBackend:
-        made.append((codec, device))
+    def stub(
+        codec: str, *, device: torch.device | None, crop_size: int, stats: StatsRecorder, **_: int
+    ) -> ReferenceBackend:
+        if device is not None:
+            made.append((codec, device))
         return ReferenceBackend(crop_size=crop_size, stats=stats)
 
     monkeypatch.setattr(backends, "cuda_decoders", lambda device: None if device is None else GPU)
-    monkeypatch.setattr(dali_gpu, "gpu_backend", stub)
+    monkeypatch.setattr(dali, "dali_backend", stub)
     yield made
 
 
-def test_the_choice_is_one_log_line_a_codec(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_choice_is_one_log_line_per_codec(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     with imagined_gpu(monkeypatch) as made, caplog.at_level(logging.INFO, logger=backends.__name__):
         make_backend(
             "auto",

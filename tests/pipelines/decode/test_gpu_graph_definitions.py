@@ -1,4 +1,4 @@
-"""The graphs for a GPU as far as they can be tried without one: how they are defined, fed, read and mended."""
+"""The graphs for a GPU as far as they can be tried without one: how they are defined, fed, read and rebuilt."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,11 +13,20 @@ from ca2st.errors import CA2STError, UserInputError
 from pipelines.augment.crops import CropBox
 from pipelines.augment.rand_augment import ImageAugment, Operation
 from pipelines.benchmark.clips import DrawnClips
-from pipelines.decode import dali_engine
+from pipelines.decode import dali
 from pipelines.decode.backends import RoutedBackend
-from pipelines.decode.dali_cpu import DaliBackend, FrameGraph, VideoGraph
-from pipelines.decode.dali_engine import ClipGraph, GraphBackend, OnCpu, Pipeline, Placement
-from pipelines.decode.dali_gpu import GpuFrameGraph, NvJpegOptions
+from pipelines.decode.dali import (
+    ClipGraph,
+    FrameGraph,
+    GpuFrameGraph,
+    GraphBackend,
+    NvJpegOptions,
+    OnCpu,
+    Pipeline,
+    Placement,
+    VideoGraph,
+    dali_backend,
+)
 from pipelines.decode.reference import ReferenceBackend
 from pipelines.errors import LoaderClosedError, SampleDamageError
 from pipelines.rendering import JpegFrames, RenderRequest, VideoMember
@@ -105,8 +114,8 @@ class _FrameGraphOnCpu(GpuFrameGraph):
     """The graph of the GPU with the CPU's decoder: all else is as it is there."""
 
     def operators(self) -> list[Any]:
-        whole = dali_engine.fn.decoders.image
-        mixed = dali_engine.fn.decoders
+        whole = dali.fn.decoders.image
+        mixed = dali.fn.decoders
         try:
             mixed.image = lambda jpegs, **options: whole(jpegs, **(options | {"device": "cpu"}))
             return super().operators()
@@ -155,7 +164,7 @@ def test_outputs_are_read_in_the_order_of_the_batch(views: int) -> None:
 def test_a_batch_of_several_runs_is_handed_over_once_and_augmented_in_the_devices_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dali_engine, "MOST_FRAMES", 2 * FRAMES)
+    monkeypatch.setattr(dali, "MOST_FRAMES", 2 * FRAMES)
     invert = ImageAugment((Operation("Invert"),))
     requests = [request(seed, augment=invert if seed in (1, 4) else None) for seed in range(5)]
     place = Recorder()
@@ -167,7 +176,7 @@ def test_a_batch_of_several_runs_is_handed_over_once_and_augmented_in_the_device
     assert torch.equal(views, expected)
 
 
-# Mending.
+# Rebuilding.
 
 
 def test_p7_a_run_that_fails_names_the_sample_and_the_backend_lives_on() -> None:
@@ -224,7 +233,7 @@ def test_a_closed_backend_of_a_device_refuses_to_render() -> None:
 
 
 def test_the_cpu_and_the_gpu_run_the_same_engine() -> None:
-    cpu = DaliBackend(num_frames=FRAMES, crop_size=SIZE, views_per_clip=1, threads=1, stats=StatsRecorder())
+    cpu = dali_backend("mjpeg", num_frames=FRAMES, crop_size=SIZE, views_per_clip=1, threads=1, stats=StatsRecorder())
     assert isinstance(cpu, GraphBackend)
     assert isinstance(FrameGraph(num_frames=FRAMES, crop_size=SIZE, views_per_clip=1), ClipGraph)
     assert isinstance(OnCpu(), Placement)

@@ -25,14 +25,13 @@ from ca2st.spec import ClipSpec
 from pipelines.benchmark.clips import DrawnClips
 from pipelines.config import EvaluationSetup, LoaderConfig
 from pipelines.decode.backends import cuda_decoders
-from pipelines.decode.dali_engine import GraphBackend
-from pipelines.decode.dali_gpu import gpu_backend
+from pipelines.decode.dali import GraphBackend, dali_backend
 from pipelines.decode.reference import ReferenceBackend
 from pipelines.errors import SampleDamageError
 from pipelines.loader import EvaluationLoader
 from pipelines.rendering import RenderRequest, VideoMember
 from pipelines.stats import StatsRecorder
-from pipelines.views.sampling import SamplingConfig
+from pipelines.views import SamplingConfig
 from sharding.media.codecs import STORED_CODECS
 from support.gpu import require_gpu
 from support.media import make_clip
@@ -70,7 +69,7 @@ def backend(codec: str, device: torch.device) -> Iterator[GraphBackend]:
 
 
 def backend_of(codec: str, device: torch.device, threads: int = 4) -> GraphBackend:
-    return gpu_backend(
+    return dali_backend(
         codec,
         device=device,
         num_frames=SPEC.num_frames,

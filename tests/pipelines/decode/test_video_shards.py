@@ -23,7 +23,7 @@ from pipelines.augment.rand_augment import ImageAugment, Operation
 from pipelines.config import BackendName, EvaluationSetup, LoaderConfig, TrainSetup
 from pipelines.decode import backends
 from pipelines.decode.backends import RoutedBackend, choose_backend, make_backend
-from pipelines.decode.dali_cpu import DaliVideoBackend
+from pipelines.decode.dali import GraphBackend, dali_backend
 from pipelines.decode.reference import ReferenceBackend, decode_frames, decode_video, packets_to_decode
 from pipelines.errors import LoaderClosedError, SampleDamageError
 from pipelines.loader import EvaluationLoader, TrainLoader
@@ -32,7 +32,7 @@ from pipelines.stats import StatsRecorder
 from pipelines.storage import samples
 from pipelines.storage.index import SampleEntry
 from pipelines.storage.samples import SampleReader, video_facts
-from pipelines.views.sampling import SamplingConfig
+from pipelines.views import SamplingConfig
 from sharding.format.shard_set import ShardSet, VideoParameters
 from sharding.media.codecs import STORED_CODECS
 from support.fake_shards import flip_byte, rewrite_manifest
@@ -177,15 +177,15 @@ def test_what_is_decoded_holds_what_is_wanted_and_starts_at_key_frames(wanted: s
 
 
 @pytest.fixture(scope="module")
-def dali() -> DaliVideoBackend:
-    return DaliVideoBackend(num_frames=FRAMES, crop_size=SIZE, views_per_clip=1, threads=2, stats=StatsRecorder())
+def dali() -> GraphBackend:
+    return dali_backend("vp9", num_frames=FRAMES, crop_size=SIZE, views_per_clip=1, threads=2, stats=StatsRecorder())
 
 
 def box(top: int, left: int, height: int, width: int) -> tuple[CropBox, ...]:
     return (CropBox(top=top, left=left, height=height, width=width),)
 
 
-def test_dali_decodes_vp9_bit_for_bit_as_the_reference_does(dali: DaliVideoBackend, media: list[Path]) -> None:
+def test_dali_decodes_vp9_bit_for_bit_as_the_reference_does(dali: GraphBackend, media: list[Path]) -> None:
     oracle = ReferenceBackend(crop_size=SIZE, stats=StatsRecorder())
     requests = [request(media[number], "vp9", boxes=box(number, 9, SIZE, SIZE)) for number in (0, 1)]
     assert torch.equal(dali.render(requests), oracle.render(requests))
@@ -194,7 +194,7 @@ def test_dali_decodes_vp9_bit_for_bit_as_the_reference_does(dali: DaliVideoBacke
 def test_dali_resizes_flips_and_orders_views_of_videos_as_the_reference_does(media: list[Path]) -> None:
     boxes = (*box(0, 0, 64, 64), *box(3, 10, 50, 30))
     requests = [request(media[0], "vp9", boxes=boxes, flip=True), request(media[1], "vp9", boxes=boxes)]
-    backend = DaliVideoBackend(num_frames=FRAMES, crop_size=SIZE, views_per_clip=2, threads=1, stats=StatsRecorder())
+    backend = dali_backend("vp9", num_frames=FRAMES, crop_size=SIZE, views_per_clip=2, threads=1, stats=StatsRecorder())
     ours = backend.render(requests)
     oracle = ReferenceBackend(crop_size=SIZE, stats=StatsRecorder()).render(requests)
     assert ours.shape == (4, 3, FRAMES, SIZE, SIZE)
@@ -208,7 +208,7 @@ BARS = [[255, 255, 255], [255, 255, 0], [0, 255, 255], [0, 255, 0], [255, 0, 255
 
 
 def test_colour_bars_of_a_bt709_source_come_out_of_dali_and_the_reference_with_their_colours(
-    dali: DaliVideoBackend, tmp_path: Path
+    dali: GraphBackend, tmp_path: Path
 ) -> None:
     def bars(_: int, width: int, height: int) -> np.ndarray:
         return np.repeat(np.repeat(np.array([BARS], np.uint8), height, axis=0), width // 8, axis=1)
@@ -221,7 +221,7 @@ def test_colour_bars_of_a_bt709_source_come_out_of_dali_and_the_reference_with_t
         assert (seen - torch.tensor(BARS)).abs().max() <= 12
 
 
-def test_a_video_is_augmented_and_erased_as_the_reference_does(dali: DaliVideoBackend, media: list[Path]) -> None:
+def test_a_video_is_augmented_and_erased_as_the_reference_does(dali: GraphBackend, media: list[Path]) -> None:
     operations = (Operation(name="Rotate", argument=9.0), Operation(name="Equalize"))
     erased = (ErasedBox(box=CropBox(top=4, left=5, height=9, width=7), colour=(9, 99, 199), noise=()),)
     plain = request(media[0], "vp9", boxes=box(2, 3, SIZE, SIZE))
@@ -310,7 +310,7 @@ def test_p7_a_video_that_cannot_be_decoded_is_named(media: list[Path], codec: st
 
 
 def test_p7_the_video_that_fails_a_whole_run_of_dali_is_found_and_the_backend_lives_on(
-    dali: DaliVideoBackend, media: list[Path]
+    dali: GraphBackend, media: list[Path]
 ) -> None:
     good = request(media[0], "vp9")
     before = dali.render([good])
@@ -324,7 +324,7 @@ def test_a_frame_behind_the_end_of_a_video_is_an_error_and_never_black(media: li
         decode_video(member(media[0], "vp9", (0, 25)), where="x")
 
 
-def test_single_frames_never_reach_the_graph_for_videos(dali: DaliVideoBackend, media: list[Path]) -> None:
+def test_single_frames_never_reach_the_graph_for_videos(dali: GraphBackend, media: list[Path]) -> None:
     wrong = dataclasses.replace(request(media[0], "vp9"), frames=JpegFrames((b"",) * FRAMES))
     with pytest.raises(CA2STError, match="sample x: expected a video, found single frames"):
         dali.render([wrong])

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from ca2st.errors import DataDamageError
 from pipelines.errors import ShardSetDamageError
-from pipelines.storage.set_facts import set_facts
+from pipelines.storage.index import set_facts
 from ray_jobs.cli import app
 from ray_jobs.pages.pictures import read_spread_clips
 from ray_jobs.set_card.page import class_table, duration_bars, facts_in_words, render_set_card, size_in_words

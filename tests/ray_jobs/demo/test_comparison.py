@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from ca2st.errors import UserInputError
 from ca2st.model.parameters import count_parameters
 from ca2st.training.journal import read_events
-from pipelines.views.draws import EvaluationViews
+from pipelines.views import EvaluationViews
 from ray_jobs.demo.comparison import (
     CEILING,
     CLIPS_PER_SECOND,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ca2st.errors import DataDamageError, UserInputError
-from pipelines.views.draws import EvaluationViews
+from pipelines.views import EvaluationViews
 from ray_jobs import cli
 from ray_jobs.runs import features
 from ray_jobs.runs.data import evaluation_loader

@@ -16,7 +16,7 @@ from ca2st.durable import NO_FAULTS, FaultPoints, InjectedFault
 from ca2st.errors import UserInputError
 from ca2st.training.errors import ResumeRefusedError
 from ca2st.weights.model_file import export_model
-from pipelines.views.draws import EvaluationViews
+from pipelines.views import EvaluationViews
 from ray_jobs.cli import main
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.config.recipe_file import load_recipe

@@ -10,8 +10,7 @@ from ca2st.training.evaluate import EvaluationResult
 from ca2st.training.loop import train
 from pipelines.config import TrainSetup
 from pipelines.loader import TrainLoader
-from pipelines.views.draws import EvaluationViews
-from pipelines.views.sampling import SamplingConfig
+from pipelines.views import EvaluationViews, SamplingConfig
 from ray_jobs.runs.inference import score
 from ray_jobs.runs.prediction import shards_of_videos
 from sharding.format.shard_set import ShardSet

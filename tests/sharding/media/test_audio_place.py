@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from ca2st.spec import ClipSpec
-from pipelines.views.draws import ClipFacts, EvaluationDraws, EvaluationViews
-from pipelines.views.sampling import SamplingConfig
+from pipelines.views import ClipFacts, EvaluationDraws, EvaluationViews, SamplingConfig
 from sharding.conversion import convert
 from sharding.errors import MediaError
 from sharding.format.shard_set import AudioParameters

@@ -14,7 +14,7 @@ from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
 from pipelines.config import EvaluationSetup, LoaderConfig
 from pipelines.loader import EvaluationLoader
-from pipelines.views.sampling import SamplingConfig
+from pipelines.views import SamplingConfig
 from sharding.conversion import convert
 from sharding.errors import ConversionRefusedError, MediaError
 from sharding.format.index import decode_index

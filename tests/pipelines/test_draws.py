@@ -15,8 +15,17 @@ from pipelines.augment.crops import CropBox, RandomCrop, SquareCrop
 from pipelines.augment.erasing import ErasingConfig
 from pipelines.augment.spectrogram import UNCHANGED, SpectrogramConfig
 from pipelines.keyed_random import permutation, raw_words, uniforms
-from pipelines.views.draws import ClipFacts, EvaluationDraws, EvaluationViews, Protocol, TrainDraws, ViewDraw
-from pipelines.views.sampling import SamplingConfig, Scheme, VaryingRate
+from pipelines.views import (
+    ClipFacts,
+    EvaluationDraws,
+    EvaluationViews,
+    Protocol,
+    SamplingConfig,
+    Scheme,
+    TrainDraws,
+    VaryingRate,
+    ViewDraw,
+)
 from support.refusals import forced
 
 SPEC = ClipSpec(num_frames=16, crop_size=224, mel_rows=400)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ca2st.errors import UserInputError
-from pipelines.views import sampling
-from pipelines.views.sampling import SamplingConfig
+from pipelines import views as sampling
+from pipelines.views import SamplingConfig
 from support.refusals import forced
 
 lengths = st.integers(1, 700)
@@ -142,7 +142,7 @@ def test_a_dense_window_spans_about_the_same_time_at_every_rate(rate: float) -> 
     found = sampling.dense_validation(n, num_frames=16, stride=stride)
     seconds = (found[-1] - found[0]) / rate
     nominal = 64 / 30
-    # 23.5 to 36 frames a second count as 30; elsewhere the stride is off by at most half a frame.
+    # 23.5 to 36 frames per second count as 30; elsewhere the stride is off by at most half a frame.
     assert seconds == pytest.approx(nominal, rel=0.5 / stride + 0.05 if not 23.5 <= rate <= 36 else 0.3)
 
 

@@ -1,0 +1,394 @@
+"""What a view of a clip is: its frames, its crop and augmentation, its rows of the spectrogram.
+
+Draws are keyed by (seed, epoch, sample, reading). Which frames they stand for is arithmetic on whole numbers: n =
+frames of the stored clip, T = `num_frames` of a view, random numbers in [0, 1). Products of whole numbers are divided
+with floor, so no result depends on the rounding of a float.
+
+Where a clip's rate varies the same formulas choose moments in place of frames: n = its ticks, strides in ticks, and the
+view takes the frames on display at these moments (`VaryingRate`).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ca2st.errors import UserInputError, check_choice
+from ca2st.spec import ClipSpec
+from pipelines.augment.config import AugmentConfig
+from pipelines.augment.crops import Crop, RandomCrop, SquareCrop
+from pipelines.augment.erasing import ErasedBox
+from pipelines.augment.mixing import MixingDraws, PairMixing
+from pipelines.augment.rand_augment import NUMBERS_PER_OPERATION, ImageAugment, parse_rand_augment
+from pipelines.augment.spectrogram import UNCHANGED, SpectrogramDraw
+from pipelines.keyed_random import Key, uniforms
+
+Scheme = Literal["dense", "uniform"]
+ShortClip = Literal["reference", "spread"]
+Frames = tuple[int, ...]
+
+_NOMINAL_RATE = 30.0
+_ABOUT_NOMINAL = (23.5, 36.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """How frames are chosen; Source: the published method's dataset classes, restated in our words."""
+
+    scheme: Scheme = "dense"
+    """``dense``: a window of `frame_stride` x num_frames (Kinetics-400, VGG-Sound, KineticsSound, UCF-101).
+    ``uniform``: spread over the whole sample (Something-Something-V2, EPIC sets, ActivityNet, HD-EPIC)."""
+    frame_stride: int = 4
+    """Source frames between two read ones in a dense window, at about 30 frames a second; other rates scale it."""
+    short_clip: ShortClip = "spread"
+    """Uniform training of clips shorter than a view: ``spread`` uses all frames evenly, ``reference`` repeats the
+    first one, as the published code does."""
+
+    def __post_init__(self) -> None:
+        check_choice("sampling.scheme", self.scheme, get_args(Scheme))
+        check_choice("sampling.short_clip", self.short_clip, get_args(ShortClip))
+        if self.frame_stride < 1:
+            raise UserInputError(f"sampling.frame_stride: expected at least 1, found {self.frame_stride}")
+
+
+@dataclass(frozen=True, slots=True)
+class VaryingRate:
+    """The times of a clip whose frames are not evenly spaced, counted from its first frame."""
+
+    ticks: NDArray[np.int32]
+    """Presentation time of every frame, never going back."""
+    ticks_per_second: int
+
+    @classmethod
+    def of(cls, ticks: NDArray[np.int32], *, ticks_per_second: int) -> "VaryingRate | None":
+        """Return the times of a clip; None for a constant rate.
+
+        That is where no frame is more than half an interval off its place on an even grid from the first frame to the
+        last; rounded or jittering times of a constant rate stay on it.
+        """
+        times, last = ticks.astype(np.int64) - int(ticks[0]), len(ticks) - 1
+        if last < 2 or 2 * int(np.abs(times * last - np.arange(last + 1) * times[-1]).max()) <= times[-1]:
+            return None
+        return cls(ticks - ticks[0], ticks_per_second)
+
+    @property
+    def num_ticks(self) -> int:
+        """Length of the clip; its last frame lasts as long as frames do in the middle of their lengths."""
+        return int(self.ticks[-1]) + max(1, int(np.median(np.diff(self.ticks))))
+
+    def stride(self, frame_stride: int) -> int:
+        """Return the ticks of `frame_stride` frames at the nominal rate."""
+        return round(frame_stride * self.ticks_per_second / _NOMINAL_RATE)
+
+    def frames_at(self, moments: Frames) -> Frames:
+        """Return the frames on display at these ticks."""
+        return tuple((np.searchsorted(self.ticks, np.array(moments), side="right") - 1).tolist())
+
+
+Protocol = Literal["validation", "test"]
+
+_CROP_ATTEMPTS = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationViews:
+    """The views of a sample that an evaluation averages: clips in time x crops along the long side."""
+
+    protocol: Protocol = "validation"
+    """``validation``: one centred view. ``test``: the published clips x crops."""
+    clips: int = 1
+    """Places in time; published: 5 for Kinetics-400, else 2."""
+    crops: int = 1
+    """Places along the long side, ends included; published: 3. One takes the centre."""
+
+    def __post_init__(self) -> None:
+        check_choice("views.protocol", self.protocol, get_args(Protocol))
+        if self.clips < 1 or self.crops < 1:
+            raise UserInputError(f"views: expected at least 1 clip and 1 crop, found {self.clips} x {self.crops}")
+        if self.protocol == "validation" and self.num_views > 1:
+            raise UserInputError(
+                f"views: validation reads one centred view, found {self.clips} x {self.crops}; use protocol 'test'"
+            )
+
+    @property
+    def num_views(self) -> int:
+        """Views of one sample."""
+        return self.clips * self.crops
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipFacts:
+    """What a draw needs to know of a stored clip."""
+
+    key: str
+    num_frames: int
+    frames_per_second: float
+    mel_rows: int
+    varying_rate: VaryingRate | None = None
+    """Times of the frames, where these are not evenly spaced: views are then chosen by time."""
+
+    def clock(self, config: SamplingConfig) -> tuple[int, int]:
+        """Return the length of the clip and stride of a dense window: in frames, or in ticks where the rate varies."""
+        if self.varying_rate is None:
+            return self.num_frames, scaled_stride(config.frame_stride, self.frames_per_second)
+        return self.varying_rate.num_ticks, self.varying_rate.stride(config.frame_stride)
+
+    def frames_at(self, chosen: Frames) -> Frames:
+        """Return the frames at what was chosen on the scale of `clock`."""
+        return chosen if self.varying_rate is None else self.varying_rate.frames_at(chosen)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewDraw:
+    """One view of a clip, fully decided."""
+
+    frame_indices: tuple[int, ...]
+    """Stored frames in view order; repeats where the clip is short."""
+    crop: Crop
+    flip: bool
+    mel_start_row: int
+    augment: ImageAugment | None = None
+    """RandAugment of the frames after the flip."""
+    erased: tuple[ErasedBox, ...] = ()
+    """Boxes painted over after it."""
+    spectrogram: SpectrogramDraw = UNCHANGED
+    """What is done to the spectrogram."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """The random numbers of one reading of a sample, a stream a purpose."""
+
+    seed: int
+    epoch: int
+    sample: str
+    repeat: int
+
+    def key(self, purpose: str) -> Key:
+        key = (purpose, self.seed, self.epoch, self.sample)
+        return (*key, self.repeat) if self.repeat else key
+
+    def uniforms(self, purpose: str, count: int) -> list[float]:
+        numbers: list[float] = uniforms(self.key(purpose), count).tolist()
+        return numbers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainDraws:
+    """Draws one random view of each sample of an epoch."""
+
+    clip: ClipSpec
+    sampling: SamplingConfig
+    augment: AugmentConfig
+    seed: int
+    epoch: int
+    first_pair: int = 0
+    """Where the rank's share begins in the global batch, in pairs of clips."""
+
+    def mixing(self, step: int, has_audio: Sequence[bool]) -> tuple[PairMixing, ...] | None:
+        """Return how each clip of the rank's share of `step` is mixed, by which have sound; None: not at all."""
+        if self.augment.mixing.probability == 0:
+            return None
+        draws = MixingDraws(
+            config=self.augment.mixing, clip=self.clip, seed=self.seed, epoch=self.epoch, first_pair=self.first_pair
+        )
+        return draws.of_step(step, has_audio)
+
+    def views(self, facts: ClipFacts, *, repeat: int = 0) -> tuple[ViewDraw, ...]:
+        """Return the single view of the sample in this epoch; `repeat` counts its earlier readings in the epoch."""
+        stream = _Stream(self.seed, self.epoch, facts.key, repeat)
+        (mel_fraction,) = stream.uniforms("mel", 1)
+        (flip,) = stream.uniforms("flip", 1)
+        view = ViewDraw(
+            frame_indices=self._frames(facts, stream),
+            crop=self._crop(stream),
+            flip=flip < self.augment.flip_probability,
+            mel_start_row=mel_start(facts.mel_rows, rows_read=self.clip.mel_rows, fraction=mel_fraction),
+            augment=self._rand_augment(stream),
+            erased=self._erased(stream),
+            spectrogram=self._spectrogram(stream),
+        )
+        return (view,)
+
+    def _rand_augment(self, stream: "_Stream") -> ImageAugment | None:
+        if self.augment.rand_augment is None:
+            return None
+        rules = parse_rand_augment(self.augment.rand_augment)
+        return rules.drawn(stream.uniforms("rand_augment", rules.num_operations * NUMBERS_PER_OPERATION))
+
+    def _erased(self, stream: "_Stream") -> tuple[ErasedBox, ...]:
+        erasing = self.augment.erasing
+        if erasing.probability == 0:
+            return ()
+        numbers = stream.uniforms("erasing", erasing.num_numbers)
+        return erasing.drawn(numbers, size=self.clip.crop_size, key=stream.key("erasing_noise"))
+
+    def _spectrogram(self, stream: "_Stream") -> SpectrogramDraw:
+        config = self.augment.spectrogram
+        return config.drawn(
+            stream.uniforms("spectrogram", config.num_numbers),
+            num_rows=self.clip.mel_rows,
+            num_bins=self.clip.num_mel_bins,
+            key=stream.key("spectrogram_noise"),
+        )
+
+    def _frames(self, facts: ClipFacts, stream: "_Stream") -> tuple[int, ...]:
+        (n, stride), num_frames = facts.clock(self.sampling), self.clip.num_frames
+        numbers, short_clip = stream.uniforms("frames", num_frames), self.sampling.short_clip
+        if self.sampling.scheme == "dense":
+            return facts.frames_at(dense_train(n, num_frames=num_frames, stride=stride, u=numbers[0]))
+        if facts.num_frames < num_frames and short_clip == "reference":
+            return (0,) * num_frames
+        return facts.frames_at(uniform_train(n, num_frames=num_frames, uniforms=numbers, short_clip=short_clip))
+
+    def _crop(self, stream: "_Stream") -> RandomCrop:
+        numbers = stream.uniforms("crop", 2 * _CROP_ATTEMPTS + 2)
+        low, high = self.augment.crop_area
+        log_low, log_high = map(math.log, self.augment.crop_aspect_ratio)
+        return RandomCrop(
+            area_fractions=tuple(low + u * (high - low) for u in numbers[:_CROP_ATTEMPTS]),
+            aspect_ratios=tuple(
+                math.exp(log_low + u * (log_high - log_low)) for u in numbers[_CROP_ATTEMPTS : 2 * _CROP_ATTEMPTS]
+            ),
+            vertical=numbers[-2],
+            horizontal=numbers[-1],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationDraws:
+    """The fixed views of a sample: clips in order and, for each, its crops in order."""
+
+    clip: ClipSpec
+    sampling: SamplingConfig
+    view_plan: EvaluationViews
+
+    def mixing(self, step: int, has_audio: Sequence[bool]) -> None:
+        """Return None: evaluation never mixes."""
+
+    def views(self, facts: ClipFacts, *, repeat: int = 0) -> tuple[ViewDraw, ...]:  # noqa: ARG002 - as in training
+        """Return all views of the sample; the same at every reading."""
+        plan = self.view_plan
+        frames = [self._frames(facts, clip) for clip in range(plan.clips)]
+        return tuple(
+            ViewDraw(
+                frame_indices=frames[clip],
+                crop=SquareCrop(fraction=crop / (plan.crops - 1) if plan.crops > 1 else 0.5),
+                flip=False,
+                mel_start_row=self._mel_start(facts.mel_rows, clip, crop),
+            )
+            for clip, crop in product(range(plan.clips), range(plan.crops))
+        )
+
+    def _mel_start(self, mel_rows: int, clip: int, crop: int) -> int:
+        plan, fraction = self.view_plan, Fraction(1, 2)
+        if plan.protocol == "test":
+            fraction = mel_test_fraction(clip=clip, crop=crop, num_clips=plan.clips, num_crops=plan.crops)
+        return mel_start(mel_rows, rows_read=self.clip.mel_rows, fraction=fraction)
+
+    def _frames(self, facts: ClipFacts, clip: int) -> tuple[int, ...]:
+        n, stride = facts.clock(self.sampling)
+        num_frames, num_clips, is_dense = self.clip.num_frames, self.view_plan.clips, self.sampling.scheme == "dense"
+        if self.view_plan.protocol == "test":
+            chosen = (
+                dense_test(n, num_frames=num_frames, stride=stride, clip=clip, num_clips=num_clips)
+                if is_dense
+                else uniform_test(n, num_frames=num_frames, clip=clip, num_clips=num_clips)
+            )
+        elif is_dense:
+            chosen = dense_validation(n, num_frames=num_frames, stride=stride)
+        else:
+            chosen = uniform_validation(n, num_frames=num_frames)
+        return facts.frames_at(chosen)
+
+
+Draws = TrainDraws | EvaluationDraws
+"""What decides the views of a sample."""
+
+
+def scaled_stride(frame_stride: int, frames_per_second: float) -> int:
+    """Return the stride that spans the same time at the clip's own rate; 24 to 30 fps count as the nominal 30."""
+    if _ABOUT_NOMINAL[0] <= frames_per_second <= _ABOUT_NOMINAL[1]:
+        return frame_stride
+    return max(1, round(frame_stride * frames_per_second / _NOMINAL_RATE))
+
+
+def frames_per_second(ticks: NDArray[np.int32], *, ticks_per_second: int) -> float:
+    """Return the mean rate of stored frame times; the nominal 30 for a single frame."""
+    if len(ticks) < 2 or ticks[-1] <= ticks[0]:
+        return _NOMINAL_RATE
+    return (len(ticks) - 1) * ticks_per_second / float(ticks[-1] - ticks[0])
+
+
+def dense_train(n: int, *, num_frames: int, stride: int, u: float) -> Frames:
+    """Return a window of `num_frames` x `stride` frames at a random place; the whole clip where it is shorter."""
+    span = num_frames * stride
+    if n <= span:
+        return _dense_short(n, num_frames=num_frames, stride=stride)
+    return _dense_window(int(u * (n - span)), num_frames=num_frames, span=span)
+
+
+def dense_validation(n: int, *, num_frames: int, stride: int) -> Frames:
+    """Return the window of `dense_train`, in the centre."""
+    span = num_frames * stride
+    if n <= span:
+        return _dense_short(n, num_frames=num_frames, stride=stride)
+    return _dense_window((n - span) // 2, num_frames=num_frames, span=span)
+
+
+def _dense_window(start: int, *, num_frames: int, span: int) -> Frames:
+    """Return `num_frames` points from `start` to `start + span`, held inside the window's last frame."""
+    return tuple(start + min(i * span // (num_frames - 1), span - 1) for i in range(num_frames))
+
+
+def _dense_short(n: int, *, num_frames: int, stride: int) -> Frames:
+    """Return as many as n // stride points over the clip, then its last frame."""
+    count = n // stride
+    points = [i * n // max(count - 1, 1) for i in range(count)] + [n] * (num_frames - count)
+    return tuple(min(point, n - 1) for point in points)
+
+
+def dense_test(n: int, *, num_frames: int, stride: int, clip: int, num_clips: int) -> Frames:
+    """Return clip `clip` of `num_clips` equally placed runs of every `stride`-th frame; one takes the centre."""
+    candidates = list(range(0, n, stride))
+    candidates += candidates[-1:] * (num_frames - len(candidates))
+    room = len(candidates) - num_frames
+    start = clip * room // (num_clips - 1) if num_clips > 1 else room // 2
+    return tuple(candidates[start : start + num_frames])
+
+
+def uniform_train(n: int, *, num_frames: int, uniforms: Sequence[float], short_clip: ShortClip) -> Frames:
+    """Return a random frame of each of `num_frames` equal segments of n // num_frames frames."""
+    segment = n // num_frames
+    if segment:
+        return tuple(i * segment + int(u * segment) for i, u in zip(range(num_frames), uniforms, strict=True))
+    if short_clip == "reference":
+        return (0,) * num_frames
+    return tuple(i * n // num_frames for i in range(num_frames))
+
+
+def uniform_validation(n: int, *, num_frames: int) -> Frames:
+    """Return the centre of each of `num_frames` segments."""
+    return tuple((2 * i + 1) * n // (2 * num_frames) for i in range(num_frames))
+
+
+def uniform_test(n: int, *, num_frames: int, clip: int, num_clips: int) -> Frames:
+    """Return frames (i + clip / num_clips) * n / num_frames; two clips: segment starts and middles; one: middles."""
+    if num_clips == 1:
+        return uniform_validation(n, num_frames=num_frames)
+    return tuple((i * num_clips + clip) * n // (num_frames * num_clips) for i in range(num_frames))
+
+
+def mel_start(num_rows: int, *, rows_read: int, fraction: float | Fraction) -> int:
+    """Return a view's first spectrogram row: `fraction` of the room, 0 where the clip is shorter than the view."""
+    return int(fraction * max(num_rows - rows_read, 0))
+
+
+def mel_test_fraction(*, clip: int, crop: int, num_clips: int, num_crops: int) -> Fraction:
+    """Return where the spectrogram of a test view lies: views walk through the middle of the clip."""
+    return Fraction(num_crops * clip + crop + 3, num_clips * num_crops + 6)
