@@ -9,16 +9,12 @@ from pathlib import Path
 
 from ca2st.durable import FaultPoints, write_bytes
 from ca2st.training.journal import LAUNCH_LOCK_NAME, locked
+from ca2st.training.resume import RECIPE_FILE
 from ray_jobs import environment
 from ray_jobs.config.recipe import Recipe, recipe_document
-from ray_jobs.runs.local_processes import run_processes
-from ray_jobs.runs.model import IMPORTED_FOLDER, with_local_experts
-from ray_jobs.runs.plan import refuse_other_recipe
-from ray_jobs.runs.start import check_model, preflight
+from ray_jobs.runs.start import finished, prepare
 from ray_jobs.runs.worker import Job, Outcome, run
 from ray_jobs.tracking.following import followed
-
-RECIPE_NAME = "recipe.json"
 
 
 def launch(
@@ -29,7 +25,7 @@ def launch(
     ray_address: str | None = None,
     accept_open_ray: bool = False,
 ) -> Outcome:
-    """Train `recipe` in `run_dir`, resuming what is there.
+    """Train `recipe` in `run_dir`, resuming what is there; no worker is started where nothing is left to do.
 
     `ray_address`: None trains without Ray; ``local`` starts a Ray of its own; anything else is a cluster's address
     (``auto``: the one this machine is a node of). `accept_open_ray`: join even one that asks for no token.
@@ -42,21 +38,25 @@ def launch(
         EnvironmentFault: the cluster cannot train this run; see `ray_jobs.cluster.driver.joined`.
         RetriesUsedUpError: under Ray, it failed in every attempt.
     """
-    data = preflight(recipe)
-    recipe = with_local_experts(recipe, run_dir.parent / IMPORTED_FOLDER, environment.hub_access())
-    check_model(recipe, data.classes, run_dir)
-    refuse_other_recipe(recipe, run_dir)
+    ready = prepare(recipe, run_dir, environment.hub_access())
+    recipe, document = ready.recipe, recipe_document(ready.recipe)
     with locked(run_dir, name=LAUNCH_LOCK_NAME):
-        write_bytes(run_dir / RECIPE_NAME, (json.dumps(recipe_document(recipe), indent=1) + "\n").encode())
+        write_bytes(run_dir / RECIPE_FILE, (json.dumps(document, indent=1) + "\n").encode())
+        tracked = followed(recipe, run_dir, ready.data)
+        if (outcome := finished(ready, run_dir)) is not None:
+            with tracked:  # what MLflow lacks is sent
+                return outcome
         if ray_address is not None:
             from ray_jobs.cluster.driver import joined
             from ray_jobs.cluster.ray_access import found_access
 
             access = found_access(accept_open=accept_open_ray)
-            with joined(recipe, run_dir, ray_address, access=access) as fleet, followed(recipe, run_dir, data):
+            with joined(recipe, run_dir, ray_address, access=access) as fleet, tracked:
                 return fleet.train()
-        job = Job(recipe=recipe_document(recipe), run_dir=str(run_dir.resolve()))
-        with followed(recipe, run_dir, data):
+        job = Job(recipe=document, run_dir=str(run_dir.resolve()))
+        with tracked:
             if recipe.launch.workers == 1:
                 return run(job, faults=faults)
+            from ray_jobs.runs.local_processes import run_processes
+
             return run_processes(job, recipe.launch.workers, faults)

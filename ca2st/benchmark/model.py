@@ -24,8 +24,8 @@ import torch
 from ca2st.benchmark.case import TARGETS, Case, CaseSpec, LocalCase, ModelBenchConfig, PassKind, Variant, model_config
 from ca2st.benchmark.measure import Limit, Spread, spread
 from ca2st.errors import CA2STError, EnvironmentFault
+from ca2st.model.config import bridges_of_layer
 from ca2st.model.inspect import ModelInfo, model_info
-from ca2st.model.structure import bridges_of_layer
 from ca2st.processes import SPAWN
 from ca2st.training.config import Precision
 

@@ -43,9 +43,7 @@ from ca2st.model.attention import (
     start_patch_embedding,
     zero_linear,
 )
-from ca2st.model.config import EncoderName, ModelConfig
-from ca2st.model.positions import resize_clip_table, sinusoid_table
-from ca2st.model.structure import RESNET_STAGES, ExpertName, encoder_of, stage_of_layer
+from ca2st.model.config import RESNET_STAGES, EncoderName, ExpertName, ModelConfig, encoder_of, stage_of_layer
 from ca2st.model.tokens import (
     NUM_AUDIO_PREFIX,
     TokenGrid,
@@ -53,6 +51,8 @@ from ca2st.model.tokens import (
     image_grid,
     map_grid,
     pretrained_grid,
+    resize_clip_table,
+    sinusoid_table,
     spectrogram_grid,
     tubelet_grid,
 )

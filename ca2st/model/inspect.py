@@ -1,12 +1,11 @@
-"""Structure, sizes and attention of a model.
+"""Size and cost of a model without building it, and what its cross-attention listened to.
 
-Size and cost of a model without building it: parameters and multiply-adds, part by part, on the meta device.
+Parameters and multiply-adds are counted part by part on the meta device.
 
-What cross-attention listened to, recorded while the model runs as it always does.
-
-The forward pass goes through scaled_dot_product_attention, which keeps no weights. Here they are computed a second
-time from the queries and keys that the module saw, a chunk at a time, and only their sums are kept: the model's output
-is not touched, and no score matrix is ever held whole.
+Attention is recorded while the model runs as it always does. The forward pass goes through
+scaled_dot_product_attention, which keeps no weights. Here they are computed a second time from the queries and keys
+that the module saw, a chunk at a time, and only their sums are kept: the model's output is not touched, and no score
+matrix is ever held whole.
 """
 
 import math
@@ -15,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ca2st.model.attention import CrossAttention, into_windows
-from ca2st.model.bottleneck import DirectedAttention
-from ca2st.model.config import ModelConfig, TargetSpec, Trainable
+from ca2st.model.config import Direction, ModelConfig, TargetSpec, Trainable
+from ca2st.model.layers import DirectedAttention
 from ca2st.model.network import HolisticModel
 from ca2st.model.parameters import build_model, set_trainable
-from ca2st.model.structure import Direction
 from ca2st.model.tokens import audio_patches
 from ca2st.spec import ClipSpec
 
@@ -72,11 +71,16 @@ def model_info(
     """
     with torch.device("meta"):
         model = build_model(config, clip, targets)
-        set_trainable(model, trainable)
-        macs = _multiply_adds(model)
+    set_trainable(model, trainable)
+    return info_of(model)
+
+
+def info_of(outline: HolisticModel) -> ModelInfo:
+    """Count parameters and multiply-adds of a model on the meta device."""
+    macs = _multiply_adds(outline)
     trained: Counter[str | None] = Counter()
     total: Counter[str | None] = Counter()
-    for name, parameter in model.named_parameters():
+    for name, parameter in outline.named_parameters():
         total[_part_of(name)] += parameter.numel()
         trained[_part_of(name)] += parameter.numel() if parameter.requires_grad else 0
     parts = tuple(
@@ -114,11 +118,11 @@ class _Meter:
         self._seen = 0
         self._running: list[str] = []
 
-    def enter(self, part: str) -> None:
+    def enter(self, part: str, *_: object) -> None:
         self._charge()
         self._running.append(part)
 
-    def leave(self) -> None:
+    def leave(self, *_: object) -> None:
         self._charge()
         self._running.pop()
 
@@ -133,21 +137,19 @@ def _multiply_adds(model: HolisticModel) -> Counter[str]:
     clip, frames = model.clip, model.clip.num_frames
     counter = FlopCounterMode(display=False)
     meter = _Meter(counter)
-    for name, module in model.named_modules():
-        if (part := _part_of(name)) is not None:
-            _watch(module, meter, part)
-    with counter, torch.no_grad():
-        model(
+    with ExitStack() as hooks, torch.device("meta"), torch.no_grad():
+        for name, module in model.named_modules():
+            if (part := _part_of(name)) is not None:
+                hooks.callback(module.register_forward_pre_hook(partial(meter.enter, part)).remove)
+                hooks.callback(module.register_forward_hook(meter.leave).remove)
+        inputs = (
             torch.empty(1, 3, frames, clip.crop_size, clip.crop_size),
             torch.empty(1, clip.mel_rows, clip.num_mel_bins),
             torch.empty(1, 1 + frames // 2, 2),
         )
+        with counter:
+            model(*inputs)
     return meter.macs
-
-
-def _watch(module: nn.Module, meter: _Meter, part: str) -> None:
-    module.register_forward_pre_hook(lambda _module, _inputs: meter.enter(part))
-    module.register_forward_hook(lambda _module, _inputs, _output: meter.leave())
 
 
 _MOST_SCORES = 2**22

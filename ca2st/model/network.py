@@ -1,25 +1,48 @@
-"""The whole network, eager or compiled.
+"""The whole model: experts side by side, joined layer by layer, and heads; CAST, CAVA, CA2ST, or one expert alone.
 
-The whole model: experts side by side, joined layer by layer; CAST, CAVA, CA2ST, or one expert alone.
+Heads go from the experts' pooled features to logits: which features each target reads, through which last adapter. s,
+t, a are the pooled features of the spatial, temporal and audio expert; Ad_x and Q_x are last adapters::
 
-torch.compile of the layers that join the experts, in place: names, state and hooks stay as they are.
+            single label, or several sharing a feature    verb and noun
+    CAST    head(Ad_s(s) + Ad_t(t))                       noun = head(s), verb = head(t)
+    CAVA    head(Ad_a(a) + Ad_s(s)), Ad with skip         the same sum for both
+    CA2ST   head(Ad_s(s) + Ad_t(t) + Q_a(a))              noun = head(Ad_s(s) + Q_n(a))
+                                                          verb = head(Ad_t(t) + Q_v(a))
+    alone   head(feature)                                 head(feature) for both
+
+With ResNet-50 a Linear P to the width D stands for Ad_s: CAST's single label reads (P(s) + Ad_t(t)) / 2, Ad_t with
+skip. Baselines: `late_add` reads the sum of the features, `late_concat` all of them side by side, for every target.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ca2st.model.config import ModelConfig, TargetSpec
-from ca2st.model.experts import ClipInputs, Expert, build_expert
-from ca2st.model.heads import Head
+from ca2st.errors import UserInputError
+from ca2st.model.attention import new_linear
+from ca2st.model.config import (
+    EXPERTS,
+    ExpertName,
+    ModelConfig,
+    ModelKind,
+    TargetSpec,
+    bridges_of_layer,
+    uses_time_codes,
+)
+from ca2st.model.experts import Adapter, ClipInputs, Expert, build_expert
 from ca2st.model.layers import HolisticLayer
-from ca2st.model.positions import TimeCodes, TimeEncoder
-from ca2st.model.structure import EXPERTS, ExpertName, bridges_of_layer, uses_time_codes
+from ca2st.model.tokens import TimeCodes, TimeEncoder
 from ca2st.spec import ClipSpec
+
+AdapterKind = Literal["plain", "skip", "query", "project", "none"]
+Join = Literal["sum", "mean", "concat"]
+EVERY_TARGET = "*"
+_T = TypeVar("_T")
 
 
 class ModelOutput(NamedTuple):
@@ -106,3 +129,155 @@ def compile_layers(model: HolisticModel) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
     for layer in model.layers:
         layer.compile(fullgraph=True, options={"fallback_random": True})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Term:
+    """One part of a classifier's input: the feature of `expert` through the last adapter `adapter`."""
+
+    expert: ExpertName
+    """Whose feature."""
+    kind: AdapterKind
+    """`plain`: GELU adapter whose second Linear starts at zero; `skip`: the same plus its input; `query`: QuickGELU
+    adapter that starts like any Linear; `project`: a Linear to the width D; `none`: the feature itself."""
+    adapter: str
+    """Name of the adapter inside the head."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadInput:
+    """What a classifier reads."""
+
+    terms: tuple[Term, ...]
+    """Features, adapted."""
+    join: Join = "sum"
+    """How they become one vector."""
+
+
+def _term(expert: ExpertName, kind: AdapterKind, *, adapter: str = "") -> Term:
+    return Term(expert=expert, kind=kind, adapter=adapter or expert)
+
+
+def _read(*terms: Term, join: Join = "sum") -> HeadInput:
+    return HeadInput(terms=terms, join=join)
+
+
+_SPATIAL, _TEMPORAL = _term("spatial", "plain"), _term("temporal", "plain")
+_INPUTS: dict[ModelKind, dict[str, HeadInput]] = {
+    "cast": {EVERY_TARGET: _read(_SPATIAL, _TEMPORAL)},
+    "cava": {EVERY_TARGET: _read(_term("audio", "skip"), _term("spatial", "skip"))},
+    "ca2st": {EVERY_TARGET: _read(_SPATIAL, _TEMPORAL, _term("audio", "query"))},
+    "spatial": {EVERY_TARGET: _read(_term("spatial", "none"))},
+    "temporal": {EVERY_TARGET: _read(_term("temporal", "none"))},
+    "audio": {EVERY_TARGET: _read(_term("audio", "none"))},
+}
+_APART = {"noun": _read(_term("spatial", "none")), "verb": _read(_term("temporal", "none"))}
+_VERB_NOUN_INPUTS: dict[ModelKind, dict[str, HeadInput]] = {
+    "cast": _APART,
+    "ca2st": {
+        "noun": _read(_SPATIAL, _term("audio", "query", adapter="audio_noun")),
+        "verb": _read(_TEMPORAL, _term("audio", "query", adapter="audio_verb")),
+    },
+}
+_CAST_WITH_RESNET = {EVERY_TARGET: _read(_SPATIAL, _term("temporal", "skip"), join="mean")}
+
+
+def is_verb_noun(targets: Sequence[TargetSpec]) -> bool:
+    """Whether the targets are exactly `verb` and `noun`, which have heads of their own."""
+    return {target.name for target in targets} == {"verb", "noun"}
+
+
+def head_inputs(config: ModelConfig, targets: Sequence[TargetSpec]) -> dict[str, HeadInput]:
+    """What each target's classifier reads; the key `*` stands for all targets.
+
+    Raises:
+        UserInputError: independent experts, and targets other than verb and noun.
+    """
+    inputs = _inputs(config, targets)
+    if config.spatial_encoder != "resnet50":
+        return inputs
+    return {name: replace(read, terms=tuple(_projected(term) for term in read.terms)) for name, read in inputs.items()}
+
+
+def _inputs(config: ModelConfig, targets: Sequence[TargetSpec]) -> dict[str, HeadInput]:
+    features = tuple(_term(expert, "none") for expert in EXPERTS[config.kind])
+    if config.fusion == "late_concat":
+        return {EVERY_TARGET: _read(*features, join="concat")}
+    if config.fusion == "late_add":
+        widened = config.spatial_encoder == "resnet50"
+        return {EVERY_TARGET: _read(*(_SPATIAL if widened and f.expert == "spatial" else f for f in features))}
+    if config.fusion == "independent" and not is_verb_noun(targets):
+        found = ", ".join(target.name for target in targets)
+        raise UserInputError(
+            f"fusion independent: expected the targets verb and noun, one an expert, found {found}; "
+            "for other labels train the experts alone: kind spatial, temporal"
+        )
+    if is_verb_noun(targets):
+        return _VERB_NOUN_INPUTS.get(config.kind, _INPUTS[config.kind])
+    if config.kind == "cast" and config.spatial_encoder == "resnet50":
+        return _CAST_WITH_RESNET
+    return _INPUTS[config.kind]
+
+
+def _projected(term: Term) -> Term:
+    """ResNet's feature is wider than D: where others have an adapter, it has a Linear."""
+    adapted = term.expert == "spatial" and term.kind in ("plain", "skip")
+    return replace(term, kind="project") if adapted else term
+
+
+class Head(nn.Module):
+    """Last adapters and one Linear classifier a target."""
+
+    def __init__(
+        self, config: ModelConfig, targets: Sequence[TargetSpec], feature_dims: Mapping[ExpertName, int]
+    ) -> None:
+        super().__init__()
+        self.inputs = head_inputs(config, targets)
+        terms = {term.adapter: term for read in self.inputs.values() for term in read.terms if term.kind != "none"}
+        self.adapters = nn.ModuleDict(
+            {name: _last_adapter(config, term.kind, feature_dims[term.expert]) for name, term in terms.items()}
+        )
+        widths = {name: _width(config, read, feature_dims) for name, read in self.inputs.items()}
+        self.classifiers = cast(
+            "Mapping[str, nn.Linear]",
+            nn.ModuleDict(
+                {target.name: new_linear(self._of(target.name, widths), target.num_classes) for target in targets}
+            ),
+        )
+        with torch.no_grad():
+            for classifier in self.classifiers.values():
+                classifier.weight.mul_(config.head_init_scale)
+
+    def forward(self, features: Mapping[ExpertName, Float[Tensor, "batch _"]]) -> dict[str, Tensor]:
+        """Logits `[batch, num_classes]` of every target."""
+        joined = {name: self._join(read, features) for name, read in self.inputs.items()}
+        return {name: classifier(self._of(name, joined)) for name, classifier in self.classifiers.items()}
+
+    @staticmethod
+    def _of(target: str, by_target: Mapping[str, _T]) -> _T:
+        return by_target[target if target in by_target else EVERY_TARGET]
+
+    def _join(self, read: HeadInput, features: Mapping[ExpertName, Tensor]) -> Tensor:
+        adapted = [
+            features[term.expert] if term.kind == "none" else self.adapters[term.adapter](features[term.expert])
+            for term in read.terms
+        ]
+        if read.join == "concat":
+            return torch.cat(adapted, dim=-1)
+        total = adapted[0]
+        for summand in adapted[1:]:
+            total = total + summand
+        return total / len(adapted) if read.join == "mean" else total
+
+
+def _last_adapter(config: ModelConfig, kind: AdapterKind, feature_dim: int) -> nn.Module:
+    if kind == "project":
+        return new_linear(feature_dim, config.dim)
+    if kind == "query":
+        return Adapter(config.dim, config.adapter_dim, activation="quick_gelu", zero=False)
+    return Adapter(config.dim, config.adapter_dim, skip=kind == "skip")
+
+
+def _width(config: ModelConfig, read: HeadInput, feature_dims: Mapping[ExpertName, int]) -> int:
+    widths = [feature_dims[term.expert] if term.kind == "none" else config.dim for term in read.terms]
+    return sum(widths) if read.join == "concat" else widths[0]

@@ -28,13 +28,15 @@ from ca2st.model.config import (
     ModelConfig,
     TargetSpec,
     Trainable,
+    all_bridges,
     check_clip,
     check_expert_precision,
     check_targets,
     check_trainable,
+    stage_of_layer,
+    uses_time_codes,
 )
 from ca2st.model.network import HolisticModel
-from ca2st.model.structure import all_bridges, stage_of_layer, uses_time_codes
 from ca2st.spec import ClipSpec
 
 _CAST_BY_AUTOCAST = (nn.Linear, nn.Conv2d, nn.Conv3d)

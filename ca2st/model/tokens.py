@@ -1,13 +1,27 @@
-"""How an expert's tokens are laid out, and the way from there to a grid of frames and patches and back."""
+"""How an expert's tokens are laid out, and the codes of their places: learned and sinusoid tables, codes of time.
 
+A table belongs to a grid. Where an expert was pretrained on another grid than the clip's, its table is interpolated
+between the centres of the cells (`align_corners=False`, no smoothing), so a table keeps its place in the picture and
+in the clip whatever the grid. A table whose grid stays the same is returned as it is, bit for bit.
+
+Codes of time say when a token happens, for the cross-attention that involves audio: intervals are (start, end) in
+seconds from the first moment of the sample, so video and audio share one clock.
+"""
+
+import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
-from ca2st.model.config import ModelConfig
+from ca2st.errors import UserInputError
+from ca2st.model.attention import new_linear, new_table
+from ca2st.model.config import ExpertName, ModelConfig, TimeCodeLayout, Window, all_bridges
 from ca2st.spec import ClipSpec
 
 NUM_AUDIO_PREFIX = 2
@@ -113,3 +127,166 @@ def pretrained_grid(config: ModelConfig, clip: ClipSpec) -> tuple[int, int, int]
 
 def _num_patches(config: ModelConfig, clip: ClipSpec) -> int:
     return (clip.crop_size // config.patch_size) ** 2
+
+
+def sinusoid_table(num_positions: int, dim: int) -> Float[Tensor, "positions dim"]:
+    """Fixed codes over the flattened token index, computed in float64.
+
+    angle = position / 10000^(2 floor(j / 2) / dim); sine at even j, cosine at odd j.
+    """
+    columns = np.arange(dim)
+    angles = np.arange(num_positions)[:, None] / np.power(10000.0, 2 * (columns // 2) / dim)
+    table = np.where(columns % 2 == 0, np.sin(angles), np.cos(angles))
+    return torch.tensor(table, dtype=torch.float32)
+
+
+def resize_grid_table(
+    table: Float[Tensor, "positions dim"], *, from_grid: tuple[int, int], to_grid: tuple[int, int]
+) -> Float[Tensor, "resized dim"]:
+    """Learned codes of a picture's patches, row by row, for another number of rows and columns: bicubic.
+
+    Grids are (rows, columns). The result has the type of `table`; the arithmetic is float32.
+
+    Raises:
+        UserInputError: `table` is not one of `from_grid`.
+    """
+    _check_rows(table, from_grid)
+    if from_grid == to_grid:
+        return table
+    image = rearrange(table.float(), "(h w) d -> 1 d h w", h=from_grid[0])
+    resized = interpolate(image, size=to_grid, mode="bicubic", align_corners=False)
+    return rearrange(resized, "1 d h w -> (h w) d").to(table.dtype)
+
+
+def resize_clip_table(
+    table: Float[Tensor, "positions dim"], *, from_grid: tuple[int, int, int], to_grid: tuple[int, int, int]
+) -> Float[Tensor, "resized dim"]:
+    """Codes of a clip's patches, in the order time, row, column, for another grid: linear along each axis.
+
+    Grids are (times, rows, columns): (8, 14, 14) is 16 frames of 224 pixels. The result has the type of `table`.
+
+    Raises:
+        UserInputError: `table` is not one of `from_grid`.
+    """
+    _check_rows(table, from_grid)
+    if from_grid == to_grid:
+        return table
+    volume = rearrange(table.float(), "(t h w) d -> 1 d t h w", t=from_grid[0], h=from_grid[1])
+    resized = interpolate(volume, size=to_grid, mode="trilinear", align_corners=False)
+    return rearrange(resized, "1 d t h w -> (t h w) d").to(table.dtype)
+
+
+def resize_time_table(table: Float[Tensor, "times dim"], num_times: int) -> Float[Tensor, "{num_times} dim"]:
+    """Learned codes of token times for another number of them: linear. The result has the type of `table`."""
+    if table.shape[0] == num_times:
+        return table
+    line = rearrange(table.float(), "t d -> 1 d t")
+    resized = interpolate(line, size=num_times, mode="linear", align_corners=False)
+    return rearrange(resized, "1 d t -> t d").to(table.dtype)
+
+
+def _check_rows(table: Tensor, grid: tuple[int, ...]) -> None:
+    if table.shape[0] != math.prod(grid):
+        told = " x ".join(str(size) for size in grid)
+        raise UserInputError(f"position table: expected the {math.prod(grid)} rows of {told}, found {table.shape[0]}")
+
+
+class LearnedPositions(nn.Module):
+    """Learned codes of one expert's patches in one direction of B-CA, one table for each axis the window spans.
+
+    Window `time`: T x d; `space`: patches x d; `space_time`: both, added. They start with standard deviation
+    (d / heads)^-0.5.
+    """
+
+    def __init__(self, grid: TokenGrid, dim: int, num_heads: int, *, window: Window) -> None:
+        super().__init__()
+        deviation = (dim / num_heads) ** -0.5
+        self.time_table = new_table(grid.num_frames, dim, standard_deviation=deviation) if window != "space" else None
+        self.space_table = new_table(grid.num_patches, dim, standard_deviation=deviation) if window != "time" else None
+
+    def forward(self, patches: Float[Tensor, "batch frames patches dim"]) -> Float[Tensor, "batch frames patches dim"]:
+        """Add the codes."""
+        if self.time_table is not None:
+            patches = patches + self.time_table[:, None]
+        if self.space_table is not None:
+            patches = patches + self.space_table
+        return patches
+
+
+class TimeCodes(NamedTuple):
+    """Codes that are added to the patches of each side."""
+
+    video: Float[Tensor, "batch frames 1 width"]
+    """One code a token time, the same for its patches; read by the spatial and the temporal expert."""
+    audio: Float[Tensor, "batch 1 patches width"] | None
+    """One code a spectrogram patch; None where no exchange with audio reads it."""
+
+    def of(self, expert: ExpertName) -> Tensor:
+        """The codes of an expert's patches; every expert but audio keeps the video's time."""
+        if expert != "audio":
+            return self.video
+        assert self.audio is not None
+        return self.audio
+
+
+def part_of_column(column: int, *, num_columns: int, num_parts: int) -> int:
+    """Which of `num_parts` equal time intervals a column of spectrogram patches belongs to.
+
+    column // (num_columns // num_parts + 1): the last parts may be short or empty.
+    """
+    return column // (num_columns // num_parts + 1)
+
+
+def parts_of_tokens(num_rows: int, num_columns: int, num_parts: int, *, layout: TimeCodeLayout) -> list[int]:
+    """The time interval whose code each audio patch carries, in token order (row-major: token = f T' + t).
+
+    `aligned` follows the token's own column t. `reference` lays the codes out column-major, each column's code
+    `num_rows` times in a row, so token n carries the code of column n // F'.
+    """
+    tokens = range(num_rows * num_columns)
+    columns = (n // num_rows if layout == "reference" else n % num_columns for n in tokens)
+    return [part_of_column(column, num_columns=num_columns, num_parts=num_parts) for column in columns]
+
+
+def cut_interval(interval: Float[Tensor, "batch 2"], num_parts: int) -> Float[Tensor, "batch parts 2"]:
+    """Cut (start, end) into equal parts, each a (start, end)."""
+    start, end = interval[:, :1], interval[:, 1:]
+    shares = torch.arange(num_parts + 1, device=interval.device, dtype=interval.dtype) / num_parts
+    edges = start + (end - start) * shares
+    return torch.stack((edges[:, :-1], edges[:, 1:]), dim=-1)
+
+
+class TimeEncoder(nn.Module):
+    """The two MLPs, shared by all layers: 2 -> d -> d -> d with ReLU after each Linear, then LayerNorm."""
+
+    audio_parts: Int[Tensor, " patches"]
+
+    def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
+        super().__init__()
+        self.video = _interval_mlp(config.bottleneck_dim)
+        with_audio = any(b.positions == "time_codes" and "audio" in b.experts for b in all_bridges(config))
+        self.audio = _interval_mlp(config.bottleneck_dim) if with_audio else None
+        rows, columns = audio_patches(config, clip)
+        parts = parts_of_tokens(rows, columns, clip.num_frames // 2, layout=config.time_code_layout)
+        self.register_buffer("audio_parts", torch.tensor(parts), persistent=False)
+
+    def forward(self, intervals_seconds: Float[Tensor, "batch intervals 2"]) -> TimeCodes:
+        """Row 0 is the spectrogram's interval, the others are those of the video token times."""
+        spectrogram, video = intervals_seconds[:, 0], intervals_seconds[:, 1:]
+        codes = rearrange(self.video(video), "b t d -> b t 1 d")
+        if self.audio is None:
+            return TimeCodes(video=codes, audio=None)
+        parts = cast("Tensor", self.audio(cut_interval(spectrogram, video.shape[1])))
+        return TimeCodes(video=codes, audio=rearrange(parts[:, self.audio_parts], "b n d -> b 1 n d"))
+
+
+def _interval_mlp(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        new_linear(2, width),
+        nn.ReLU(),
+        new_linear(width, width),
+        nn.ReLU(),
+        new_linear(width, width),
+        nn.ReLU(),
+        nn.LayerNorm(width),
+    )

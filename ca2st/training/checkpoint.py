@@ -1,12 +1,8 @@
-"""Checkpoints: complete or not there.
-
-Checkpoint folders: written so that a kill at any moment leaves the newest complete one usable.
+"""Checkpoint folders: complete or not there. A kill at any moment leaves the newest complete one usable.
 
 ``step-<n>.attempt-<a>/`` holds safetensors and JSON, never pickle. Each file follows the write protocol of
 `ca2st.durable`; ``COMPLETE.json`` is written last and names every file by size and sha256, the run it belongs to,
 and its own hash. A folder without it does not exist for readers and is swept at the next start.
-
-Saving, retention and what happens when saving fails.
 """
 
 import hashlib
@@ -15,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ca2st.checked_json import DocumentError, checked
 from ca2st.durable import NO_FAULTS, FaultPoints, fsync_folder, write_bytes
@@ -26,7 +22,10 @@ from ca2st.training.journal import open_sealed_json, sealed_json
 MARKER_NAME = "COMPLETE.json"
 CHECKPOINTS_NAME = "checkpoints"
 FORMAT_VERSION = 1
+MAX_FAILED_SAVES = 3
+"""Saves in a row that may fail before the run stops: by then more than two cadences of work are at risk."""
 _FOLDER_PATTERN = re.compile(r"step-(\d+)\.attempt-(\d+)")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,6 +192,29 @@ def verify_checkpoint(folder: Path) -> CheckpointMarker:
     return marker
 
 
+def newest_sound(root: Path, read: Callable[[Path], T], *, strict: bool = False) -> tuple[T | None, tuple[str, ...]]:
+    """Return what `read` gives of the newest checkpoint below `root` that is sound, and what is wrong with newer ones.
+
+    `read` is `read_checkpoint` or `verify_checkpoint`. (None, ()) where there is no checkpoint.
+
+    Raises:
+        CheckpointDamagedError: there are checkpoints and none is sound, or (strict) the newest is not.
+    """
+    damaged: list[str] = []
+    for folder in list_checkpoints(root):
+        try:
+            return read(folder), tuple(damaged)
+        except CheckpointDamagedError as error:
+            if strict:
+                raise
+            damaged.append(str(error))
+    if damaged:
+        raise CheckpointDamagedError(
+            f"{root}: no sound checkpoint is left ({'; '.join(damaged)}); restore one, or train into another folder"
+        )
+    return None, ()
+
+
 def _check_names(folder: Path, marker: CheckpointMarker) -> None:
     strangers = sorted({path.name for path in folder.iterdir()} - set(marker.files) - {MARKER_NAME})
     if strangers:
@@ -223,10 +245,6 @@ def _age(folder: Path) -> tuple[int, int]:
     match = _FOLDER_PATTERN.fullmatch(folder.name)
     assert match is not None
     return int(match[2]), int(match[1])
-
-
-MAX_FAILED_SAVES = 3
-"""Saves in a row that may fail before the run stops: by then more than two cadences of work are at risk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,67 +1,52 @@
-"""Evaluation: every sample once.
+"""Evaluation: every sample exactly once, by all its views, at any number of ranks, or no metric at all.
 
-Keeps the clips of a step that went wrong, so that they can be looked at.
-
-Multi-view evaluation: every sample exactly once, at any number of ranks, or no metric at all.
+The metrics are pure functions of probabilities and labels. Source: the paper's evaluation protocol. Ties are broken
+towards the lower class index everywhere, so a constant prediction scores no better than chance.
 """
 
 import itertools
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ca2st.batch import MIXING_FIELDS, ClipBatch
-from ca2st.durable import write_bytes
+from ca2st.batch import ClipBatch
 from ca2st.errors import listed
 from ca2st.training.errors import IncompleteEvaluationError, SourceContractError
 from ca2st.training.losses import check_label_range, check_targets
-from ca2st.training.metrics import evaluation_metrics, mean_over_views
 from ca2st.training.ranks import Ranks
-from ca2st.training.stages import EvaluationSource, NamesSamples
 from ca2st.training.step import model_logits
 
-FAILURES_NAME = "failures"
-_MAX_CLIPS = 8
+VERB, NOUN = "verb", "noun"
+_JOINT_CHUNK = 256
 
 
-def keep_failing_clips(folder: Path, share: ClipBatch, keys: Collection[str], *, name: str) -> Path | None:
-    """Write the tensors of up to eight clips of `share` that are among `keys` to ``failures/<name>.safetensors``.
+@runtime_checkable
+class EvaluationSource(Protocol):
+    """Every view of every sample once. Batch i of the ranks, joined in rank order, is batch i of the set."""
 
-    The keys are in the file's metadata, in order. A mixed clip is written as it was read, with what it kept and took
-    (``mixing.*``). None when this rank has none of them.
-    """
-    rows = [index for index, key in enumerate(share.sample_ids) if key in keys][:_MAX_CLIPS]
-    if not rows:
-        return None
-    index = torch.tensor(rows, device=share.labels.device)
-    tensors = {
-        field: getattr(share, field)[index.to(getattr(share, field).device)].cpu().contiguous()
-        for field in ("video", "mel", "intervals_seconds", "labels", "has_audio")
-    }
-    if share.mixing is not None:
-        tensors |= {f"mixing.{field}": getattr(share.mixing, field)[rows].contiguous() for field in MIXING_FIELDS}
-    data = save(tensors, metadata={"sample_ids": "\n".join(share.sample_ids[row] for row in rows)})
-    path = folder / FAILURES_NAME / f"{name}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, data)
-    return path
+    @property
+    def num_samples(self) -> int:
+        """Samples of the whole set, over all ranks."""
+        ...
+
+    def batches(self) -> Iterator[ClipBatch]:
+        """This rank's views; the views of a sample share its key; padding is marked."""
+        ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prediction:
-    """One row: a sample, its labels and the mean probabilities of its views."""
+@runtime_checkable
+class NamesSamples(Protocol):
+    """An evaluation source that can also say which samples must have been scored at the end."""
 
-    sample_id: str
-    labels: tuple[int, ...]
-    """One a target, in the order of `probabilities`."""
-    probabilities: Mapping[str, list[float]]
-    """By target, one number a class."""
+    def sample_ids(self) -> Sequence[str]:
+        """Keys of all samples of the whole set."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,15 +66,6 @@ class EvaluationResult:
     def num_samples(self) -> int:
         """Samples scored."""
         return len(self.sample_ids)
-
-    def rows(self) -> Iterator[Prediction]:
-        """One prediction a sample."""
-        for index, sample_id in enumerate(self.sample_ids):
-            yield Prediction(
-                sample_id=sample_id,
-                labels=tuple(self.labels[index].tolist()),
-                probabilities={name: values[index].tolist() for name, values in self.probabilities.items()},
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,3 +189,117 @@ def _check_complete(keys: Sequence[str], source: EvaluationSource) -> None:
             f"evaluation: expected {source.num_samples} samples (at least one), found {len(scored)} scored; "
             "no metric is reported"
         )
+
+
+def mean_over_views(
+    probabilities: Float[Tensor, "views classes"], sample_of_view: Int[Tensor, " views"], *, num_samples: int
+) -> Float[Tensor, "samples classes"]:
+    """Mean of the softmax of each sample's views, in float64; samples without a view are NaN."""
+    wide = probabilities.double()
+    sums = wide.new_zeros(num_samples, wide.shape[1]).index_add_(0, sample_of_view, wide)
+    counts = torch.bincount(sample_of_view, minlength=num_samples)
+    return sums / counts.unsqueeze(1)
+
+
+def label_ranks(
+    probabilities: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]
+) -> Int[Tensor, " samples"]:
+    """How many classes stand before the label in each sample's ranking; 0 is first."""
+    own = probabilities.gather(1, labels.unsqueeze(1))
+    before = torch.arange(probabilities.shape[1], device=labels.device) < labels.unsqueeze(1)
+    return ((probabilities > own) | ((probabilities == own) & before)).sum(dim=1)
+
+
+def top_k_hits(
+    probabilities: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"], k: int
+) -> Bool[Tensor, " samples"]:
+    """Whether the label is among the k most probable classes; NaN probabilities never hit."""
+    finite = probabilities.isfinite().all(dim=1)
+    return (label_ranks(probabilities, labels) < k) & finite
+
+
+def per_class_accuracy(
+    probabilities: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]
+) -> Float[Tensor, " classes"]:
+    """Top-1 accuracy of the samples of each class; NaN for a class without samples."""
+    num_classes = probabilities.shape[1]
+    hits = top_k_hits(probabilities, labels, 1).double()
+    right = hits.new_zeros(num_classes).index_add_(0, labels, hits)
+    return right / torch.bincount(labels, minlength=num_classes)
+
+
+def mean_class_accuracy(probabilities: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> float:
+    """Mean of the per-class accuracies over the classes that have samples."""
+    return float(per_class_accuracy(probabilities, labels).nanmean())
+
+
+def confusion_matrix(
+    probabilities: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]
+) -> Int[Tensor, "classes classes"]:
+    """Counts of (label, predicted class)."""
+    num_classes = probabilities.shape[1]
+    cells = labels * num_classes + probabilities.argmax(dim=1)
+    return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """Harmonic mean across data sets; 0 when any value is 0."""
+    return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
+
+
+def joint_label_ranks(
+    first: Float[Tensor, "samples verbs"],
+    second: Float[Tensor, "samples nouns"],
+    labels: Int[Tensor, "samples 2"],
+) -> Int[Tensor, " samples"]:
+    """Rank of the true pair among all pairs by product of probabilities: EPIC-KITCHENS' official action ranking."""
+    ranks = []
+    for start in range(0, len(labels), _JOINT_CHUNK):
+        part = slice(start, start + _JOINT_CHUNK)
+        pairs = (first[part].unsqueeze(2) * second[part].unsqueeze(1)).flatten(1)
+        ranks.append(label_ranks(pairs, labels[part, 0] * second.shape[1] + labels[part, 1]))
+    return torch.cat(ranks)
+
+
+def evaluation_metrics(probabilities: Mapping[str, Tensor], labels: Int[Tensor, "samples targets"]) -> dict[str, float]:
+    """All metrics of a set as fractions of 1; column i of `labels` belongs to the i-th entry of `probabilities`.
+
+    One target: ``top1``, ``top5``, ``mean_class``. Several: the same with the target's name before. With verb and
+    noun also ``action_top1`` (both right), ``action_top5`` (both among their own five) and
+    ``action_joint_top1/5`` (ranking of pairs by product).
+    """
+    metrics: dict[str, float] = {}
+    for column, (name, values) in enumerate(probabilities.items()):
+        prefix = f"{name}_" if len(probabilities) > 1 else ""
+        own = labels[:, column]
+        metrics[f"{prefix}top1"] = _share(top_k_hits(values, own, 1))
+        metrics[f"{prefix}top5"] = _share(top_k_hits(values, own, 5))
+        metrics[f"{prefix}mean_class"] = mean_class_accuracy(values, own)
+    if {VERB, NOUN} <= probabilities.keys():
+        metrics |= _action_metrics(probabilities, labels)
+    return metrics
+
+
+def main_metric(targets: Sequence[str]) -> str:
+    """Name of the metric that stands for a run: ``top1``, ``action_top1``, or the first target's."""
+    if len(targets) == 1:
+        return "top1"
+    return "action_top1" if {VERB, NOUN} <= set(targets) else f"{targets[0]}_top1"
+
+
+def _action_metrics(probabilities: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
+    names = list(probabilities)
+    both = labels[:, [names.index(VERB), names.index(NOUN)]]
+    verb, noun = probabilities[VERB], probabilities[NOUN]
+    finite = verb.isfinite().all(dim=1) & noun.isfinite().all(dim=1)
+    joint = joint_label_ranks(verb, noun, both)
+    return {
+        "action_top1": _share(top_k_hits(verb, both[:, 0], 1) & top_k_hits(noun, both[:, 1], 1)),
+        "action_top5": _share(top_k_hits(verb, both[:, 0], 5) & top_k_hits(noun, both[:, 1], 5)),
+        "action_joint_top1": _share((joint < 1) & finite),
+        "action_joint_top5": _share((joint < 5) & finite),
+    }
+
+
+def _share(hits: Tensor) -> float:
+    return int(hits.sum()) / len(hits)

@@ -1,32 +1,162 @@
-"""`train`: from a model and its sources to a trained, journalled, resumable run."""
+"""`train`: from a model and its sources to a trained, journalled, resumable run.
+
+One attempt of a run: lock the folder, find where to go on, then update, journal, checkpoint, validate, until the end or
+a request to stop.
+"""
 
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ca2st.batch import ClipBatch
+from ca2st.checked_json import canonical_json
+from ca2st.durable import NO_FAULTS, FaultPoints
 from ca2st.errors import EnvironmentFault, UserInputError
-from ca2st.training.checkpoint import read_checkpoint
-from ca2st.training.errors import RanksDisagreeError, ResumeRefusedError
-from ca2st.training.heartbeat import Heartbeat
+from ca2st.training.checkpoint import (
+    CHECKPOINTS_NAME,
+    MAX_FAILED_SAVES,
+    CheckpointKeeper,
+    CheckpointMarker,
+    SaveOutcome,
+    read_checkpoint,
+)
+from ca2st.training.config import OptimConfig, TrainingConfig
+from ca2st.training.errors import (
+    NonFiniteError,
+    RanksDisagreeError,
+    ResumeRefusedError,
+    RunStoppedError,
+    StopNotSavedError,
+)
+from ca2st.training.evaluate import EvaluationSource, evaluate
 from ca2st.training.journal import JOURNAL_NAME, Journal, differences, locked
-from ca2st.training.memory import memory_fault, naming_memory_faults
-from ca2st.training.parts import RunParts, make_parts, schedule_of, topology_of
-from ca2st.training.ranks import Ranks
-from ca2st.training.resume import LOADER_FILE, RunStart, identity, open_run
-from ca2st.training.run import SCHEDULE_FILE, Run, loader_position
-from ca2st.training.settings import TrainingResult, TrainingSettings
-from ca2st.training.signals import StopRequest
-from ca2st.training.stages import EvaluationSource, TrainSource
-from ca2st.training.state import TrainedState, put_state, read_state
-from ca2st.training.step import check_accelerator
+from ca2st.training.optim import LearningRateSchedule, ParameterRules, build_optimizer, schedule_for
+from ca2st.training.ranks import (
+    Heartbeat,
+    Ranks,
+    SourceCounts,
+    StageClock,
+    Whereabouts,
+    memory_fault,
+    naming_memory_faults,
+    peak_memory,
+)
+from ca2st.training.resume import (
+    LOADER_FILE,
+    SCHEDULE_FILE,
+    RunRecord,
+    RunStart,
+    TrainedState,
+    collect_state,
+    identity,
+    open_run,
+    put_state,
+    read_state,
+)
+from ca2st.training.signals import StopRequest, stopped_error
+from ca2st.training.step import (
+    Intake,
+    StepIntake,
+    Stepper,
+    StepResult,
+    TrainSource,
+    check_accelerator,
+    keep_failing_clips,
+)
 
 _LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingProgress:
+    """What a progress bar shows after a step."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    loss: float
+    lr: float
+    clips_per_second: float
+    data_wait_fraction: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSettings:
+    """A run, as its caller describes it; the same on every rank."""
+
+    folder: Path
+    """The run's folder: journal, checkpoints, lock."""
+    config: TrainingConfig
+    """Length, batch, cadence, precision."""
+    optim: OptimConfig
+    """AdamW, schedule, smoothing."""
+    rules: ParameterRules
+    """Layers and decay of the model's parameters."""
+    targets: Mapping[str, int]
+    """Number of classes by target, in the order of the batches' label columns."""
+    record: RunRecord
+    """What checkpoints remember, and what must be equal at resume."""
+    topology: Mapping[str, Any] = field(default_factory=dict)
+    """Facts besides those of the processes that the last bits of a sum depend on: how frozen weights are held."""
+    started_from: Mapping[str, Any] = field(default_factory=dict)
+    """For the journal's start line: which trained model the weights came from, and what of it was taken."""
+    strict_resume: bool = False
+    """Refuse a damaged newest checkpoint and other library versions, instead of warning."""
+    lock_wait_seconds: float = 5.0
+    """How long to wait for a predecessor in the folder to finish dying."""
+    faults: FaultPoints = NO_FAULTS
+    """For tests: the points of `checkpoint`, ``step.received``, ``step.updated``, ``step.logged`` and
+    ``validation.begun``."""
+    progress: Callable[[TrainingProgress], None] | None = None
+    """Called on the main rank after every step."""
+    clock: Callable[[], float] = time.perf_counter
+    """Seconds, for durations only."""
+    wall_clock: Callable[[], float] = time.time
+    """Seconds since 1970, for the journal only."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must not change in the run's life."""
+        return identity(self.record, seed=self.config.seed, global_batch_size=self.config.global_batch_size)
+
+    def schedule(self, steps_per_epoch: int) -> LearningRateSchedule:
+        """Return the learning rate of every step.
+
+        Raises:
+            UserInputError: a warm-up longer than the run.
+        """
+        return schedule_for(
+            self.optim,
+            global_batch_size=self.config.global_batch_size,
+            epochs=self.config.epochs,
+            steps_per_epoch=steps_per_epoch,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingResult:
+    """What a finished run leaves."""
+
+    steps: int
+    """Updates made in all attempts together."""
+    checkpoint: Path
+    """Folder of the last checkpoint."""
+    metrics: Mapping[str, float | None]
+    """Last validation metrics; empty without a validation set."""
+    attempt: int
+    """Attempt that finished the run."""
+    resumed_step: int
+    """Step this attempt started from; 0 for a fresh start."""
+    damaged_checkpoints: tuple[str, ...]
+    """Checkpoints passed over at the start because they are damaged: what and where."""
 
 
 def train(
@@ -51,108 +181,58 @@ def train(
         RanksSilentError: other ranks kept this one waiting for longer than the timeout.
         CA2STError: numbers that are not finite, a folder in use, saves that fail; one rank's failure ends all.
     """
-    ranks = Ranks(accelerator)
+    ranks, stages = Ranks(accelerator), StageClock(settings.clock)
+    topology = _topology(accelerator, settings)
     with contextlib.ExitStack() as stack:
         stack.enter_context(naming_memory_faults())
-        _check_setup(ranks, accelerator, settings, source=source)
-        start, journal = _open(ranks, accelerator, settings, stack=stack)
-        parts = make_parts(
+        _check_setup(ranks, accelerator, settings, steps_per_epoch=source.steps_per_epoch)
+        start, journal = _open(ranks, settings, topology, stack=stack)
+        run = _Run(
             model,
             source,
             validation,
             accelerator=accelerator,
             settings=settings,
-            stop=stop or StopRequest(),
+            topology=topology,
+            start=start,
             journal=journal,
+            stages=stages,
+            stop=stop or StopRequest(),
         )
-        run = Run(parts, start)
-        _run_watched(run, parts, start, ranks=ranks)
-        return _finish(run, parts, start)
+        heartbeat = Heartbeat(
+            settings.folder,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout_seconds=settings.config.collective_timeout_seconds,
+            where=run.where,
+        )
+        with heartbeat:
+            try:
+                return run.to_the_end()
+            except BaseException as error:
+                named = memory_fault(error) or heartbeat.explain(error)
+                run.keep_evidence(named or error)
+                if named is not None:
+                    raise named from error
+                raise
 
 
-def _run_watched(run: Run, parts: RunParts, start: RunStart, *, ranks: Ranks) -> None:
-    """Train to the end; what stops it gets its own name, and leaves its evidence."""
-    heartbeat = Heartbeat(
-        parts.settings.folder,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout_seconds=parts.settings.config.collective_timeout_seconds,
-        where=run.where,
-    )
-    with heartbeat:
-        try:
-            _begin(parts, start)
-            run.to_the_end()
-        except BaseException as error:
-            named = memory_fault(error) or heartbeat.explain(error)
-            run.keep_evidence(named or error)
-            if named is not None:
-                raise named from error
-            raise
-
-
-def _begin(parts: RunParts, start: RunStart) -> None:
-    """Put the checkpoint's state in place and say in the journal how the attempt begins."""
-    _restore(parts, start)
-    settings = parts.settings
-    parts.log(
-        "start",
-        step=start.step,
-        resumed_from=start.folder.name if start.folder else None,
-        total_steps=settings.config.total_steps(parts.steps_per_epoch),
-        steps_per_epoch=parts.steps_per_epoch,
-        topology=parts.topology,
-        manifests=settings.record.manifests,
-        recipe_sha256=settings.record.recipe_sha256,
-        versions=settings.record.versions,
-        started_from=settings.started_from,
-        changes=start.changes,
-        swept=start.swept,
-        cut_bytes=start.cut_bytes,
-    )
-    if start.folder is not None and parts.ranks().is_main:
-        total = settings.config.total_steps(parts.steps_per_epoch)
-        what = "already finished, nothing to train:" if start.step >= total else "resuming"
-        _LOGGER.info("%s step %d of %d from %s", what, start.step, total, start.folder)
-    for problem in start.damaged:
-        parts.log("fault", kind="damaged_checkpoint", step=start.step, error=problem)
-    parts.model.train()
-
-
-def _restore(parts: RunParts, start: RunStart) -> None:
-    """Read and check the checkpoint on every rank; only when all have succeeded does any swap it in."""
-    if start.folder is None:
-        return
-    folder, states = start.folder, list[TrainedState]()
-
-    def read() -> None:
-        checkpoint = read_checkpoint(folder)
-        position = loader_position(parts.settings.record, step=start.step, steps_per_epoch=parts.steps_per_epoch)
-        for name, now in ((LOADER_FILE, position), (SCHEDULE_FILE, asdict(parts.schedule))):
-            changed = differences(json.loads(checkpoint.files[name]), now)
-            if changed:
-                raise ResumeRefusedError(f"{folder / name}: saved by another run: {'; '.join(changed)}")
-        states.append(read_state(parts.model, parts.optimizer, files=checkpoint.files))
-
-    parts.ranks().together(read)
-    put_state(parts.model, parts.optimizer, state=states[0])
-
-
-def _finish(run: Run, parts: RunParts, start: RunStart) -> TrainingResult:
-    parts.log("end", status="done", step=run.step)
-    assert run.checkpoint is not None  # the last step's save is required
-    return TrainingResult(
-        steps=run.step,
-        checkpoint=run.checkpoint,
-        metrics=run.metrics,
-        attempt=start.attempt,
-        resumed_step=start.step,
-        damaged_checkpoints=start.damaged,
-    )
+def _check_setup(ranks: Ranks, accelerator: Accelerator, settings: TrainingSettings, *, steps_per_epoch: int) -> None:
+    """Refuse what cannot work before anything is made, and ranks that were started with different settings."""
+    check_accelerator(accelerator, settings.config)
+    if steps_per_epoch < 1:
+        raise UserInputError(f"steps_per_epoch: expected at least 1, found {steps_per_epoch}; add samples")
+    settings.schedule(steps_per_epoch)
+    own = {**settings.identity(), "versions": dict(settings.record.versions), "steps_per_epoch": steps_per_epoch}
+    first, *others = ranks.gather(own)
+    for rank, other in enumerate(others, start=1):
+        changed = differences(first, other)
+        if changed:
+            raise RanksDisagreeError(f"rank {rank} was started otherwise than rank 0: {'; '.join(changed)}")
 
 
 def _open(
-    ranks: Ranks, accelerator: Accelerator, settings: TrainingSettings, *, stack: contextlib.ExitStack
+    ranks: Ranks, settings: TrainingSettings, topology: Mapping[str, Any], *, stack: contextlib.ExitStack
 ) -> tuple[RunStart, Journal | None]:
     """Lock the folder and open the journal, on the main rank, until `stack` closes; every rank learns the start."""
     journals: list[Journal] = []
@@ -161,9 +241,9 @@ def _open(
         stack.enter_context(locked(settings.folder, wait_seconds=settings.lock_wait_seconds))
         start = open_run(
             settings.folder,
-            wanted=_identity(settings),
+            wanted=settings.identity(),
             versions=settings.record.versions,
-            topology=topology_of(accelerator, settings),
+            topology=topology,
             strict=settings.strict_resume,
         )
         path = settings.folder / JOURNAL_NAME
@@ -189,20 +269,317 @@ def _closed_at_the_end(journal: Journal) -> Iterator[None]:
     journal.close()
 
 
-def _identity(settings: TrainingSettings) -> dict[str, Any]:
-    config = settings.config
-    return identity(settings.record, seed=config.seed, global_batch_size=config.global_batch_size)
+def _topology(accelerator: Accelerator, settings: TrainingSettings) -> dict[str, Any]:
+    """Return what the last bits of a sum depend on; threads too, since they cut sums on a CPU."""
+    on_cpu = accelerator.device.type == "cpu"
+    return {
+        "world_size": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "per_device_batch_size": settings.config.per_device_batch_size,
+        "precision": settings.config.precision,
+        "cpu_threads": torch.get_num_threads() if on_cpu else None,
+        "compile": settings.config.compile,
+        **settings.topology,
+    }
 
 
-def _check_setup(ranks: Ranks, accelerator: Accelerator, settings: TrainingSettings, *, source: TrainSource) -> None:
-    """Refuse what cannot work before anything is made, and ranks that were told different things."""
-    check_accelerator(accelerator, settings.config)
-    if source.steps_per_epoch < 1:
-        raise UserInputError(f"steps_per_epoch: expected at least 1, found {source.steps_per_epoch}; add samples")
-    schedule_of(settings, source)
-    own = {**_identity(settings), "versions": dict(settings.record.versions), "steps_per_epoch": source.steps_per_epoch}
-    first, *others = ranks.gather(own)
-    for rank, other in enumerate(others, start=1):
-        changed = differences(first, other)
-        if changed:
-            raise RanksDisagreeError(f"rank {rank} was started otherwise than rank 0: {'; '.join(changed)}")
+class _Run:
+    """One attempt from its start to its end."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: TrainSource,
+        validation: EvaluationSource | None,
+        *,
+        accelerator: Accelerator,
+        settings: TrainingSettings,
+        topology: Mapping[str, Any],
+        start: RunStart,
+        journal: Journal | None,
+        stages: StageClock,
+        stop: StopRequest,
+    ) -> None:
+        self._model, self._validation, self._accelerator = model, validation, accelerator
+        self._settings, self._config, self._start = settings, settings.config, start
+        self._topology, self._journal, self._stages = topology, journal, stages
+        self._ranks = Ranks(accelerator, stages=stages)
+        self._counts = SourceCounts(source)
+        self._steps_per_epoch = source.steps_per_epoch
+        self._total_steps = self._config.total_steps(source.steps_per_epoch)
+        self._schedule = settings.schedule(source.steps_per_epoch)
+        self._optimizer = build_optimizer(model, settings.optim, rules=settings.rules)
+        self._intake = Intake(
+            source,
+            self._ranks,
+            targets=settings.targets,
+            global_batch_size=self._config.global_batch_size,
+            stop=stop,
+            clock=settings.clock,
+            stages=stages,
+        )
+        self._stepper = Stepper(
+            *accelerator.prepare(model, self._optimizer),
+            accelerator=accelerator,
+            config=self._config,
+            optim=settings.optim,
+            schedule=self._schedule,
+            targets=tuple(settings.targets),
+            stages=stages,
+        )
+        self._keeper = CheckpointKeeper(
+            settings.folder / CHECKPOINTS_NAME, keep=self._config.keep_checkpoints, faults=settings.faults
+        )
+        self._checkpoint, self._saved_step = start.folder, start.step
+        self._share: ClipBatch | None = None
+        self._step = start.step
+        last = start.last_eval
+        self._evaluated_step = int(last["step"]) if last else -1
+        self._metrics: Mapping[str, float | None] = dict(last["metrics"]) if last else {}
+
+    def where(self) -> Whereabouts:
+        """Return where this rank stands now; called from another thread."""
+        stage, seconds = self._stages.standing()
+        share = self._share if stage in ("to_device", "forward", "backward") else None
+        return Whereabouts(step=self._step, stage=stage, seconds=seconds, keys=share.sample_ids if share else ())
+
+    def to_the_end(self) -> TrainingResult:
+        """Train to the last step; raises what stops it, after the checkpoint that a stop asks for."""
+        self._begin()
+        if self._step > 0 and self._is_validation_due():
+            self._validate()  # a kill between a checkpoint and its validation
+        self._stages.restart()
+        while self._step < self._total_steps:
+            epoch, first_step = divmod(self._step, self._steps_per_epoch)
+            with contextlib.closing(self._intake.epoch(epoch, first_step=first_step)) as steps:
+                for intake in steps:
+                    self._advance(intake, epoch)
+                    if self._step == self._total_steps:
+                        break
+        self._log("end", status="done", step=self._step)
+        assert self._checkpoint is not None  # the last step's save is required
+        return TrainingResult(
+            steps=self._step,
+            checkpoint=self._checkpoint,
+            metrics=self._metrics,
+            attempt=self._start.attempt,
+            resumed_step=self._start.step,
+            damaged_checkpoints=self._start.damaged,
+        )
+
+    def keep_evidence(self, error: BaseException) -> None:
+        """Write what a failure leaves: journal lines, and the clips whose numbers were not finite."""
+        if isinstance(error, NonFiniteError) and self._share is not None:
+            name = f"step-{self._step + 1}.attempt-{self._start.attempt}.rank-{self._ranks.rank}"
+            with contextlib.suppress(EnvironmentFault, OSError):
+                keep_failing_clips(self._settings.folder, self._share, error.keys, name=name)
+        if isinstance(error, RunStoppedError):
+            self._log("end", status="stopped", step=self._step, error=str(error))
+            return
+        facts = {"keys": error.keys, "parameters": error.parameters} if isinstance(error, NonFiniteError) else {}
+        notes = getattr(error, "__notes__", [])
+        self._log("fault", kind=type(error).__name__, step=self._step, error=str(error), notes=notes, **facts)
+        self._log("end", status="failed", step=self._step, error=str(error))
+
+    def _log(self, event: str, **fields: Any) -> None:
+        """Write a journal line, on the main rank."""
+        if self._journal is not None:
+            self._journal.write(event, **fields)
+
+    def _begin(self) -> None:
+        """Put the checkpoint's state in place and write how the attempt begins."""
+        self._restore()
+        start, record = self._start, self._settings.record
+        self._log(
+            "start",
+            step=start.step,
+            resumed_from=start.folder.name if start.folder else None,
+            total_steps=self._total_steps,
+            steps_per_epoch=self._steps_per_epoch,
+            topology=self._topology,
+            manifests=record.manifests,
+            recipe_sha256=record.recipe_sha256,
+            versions=record.versions,
+            started_from=self._settings.started_from,
+            changes=start.changes,
+            swept=start.swept,
+            cut_bytes=start.cut_bytes,
+        )
+        if start.folder is not None and self._ranks.is_main:
+            what = "already finished, nothing to train:" if start.step >= self._total_steps else "resuming"
+            _LOGGER.info("%s step %d of %d from %s", what, start.step, self._total_steps, start.folder)
+        for problem in start.damaged:
+            self._log("fault", kind="damaged_checkpoint", step=start.step, error=problem)
+        self._model.train()
+
+    def _restore(self) -> None:
+        """Read and check the checkpoint on every rank; only when all have succeeded does any swap it in."""
+        if self._start.folder is None:
+            return
+        folder, states = self._start.folder, list[TrainedState]()
+
+        def read() -> None:
+            files = read_checkpoint(folder).files
+            for name, now in ((LOADER_FILE, self._position(self._start.step)), (SCHEDULE_FILE, asdict(self._schedule))):
+                changed = differences(json.loads(files[name]), now)
+                if changed:
+                    raise ResumeRefusedError(f"{folder / name}: saved by another run: {'; '.join(changed)}")
+            states.append(read_state(self._model, self._optimizer, files=files))
+
+        self._ranks.together(read)
+        put_state(self._model, self._optimizer, state=states[0])
+
+    def _position(self, step: int) -> dict[str, Any]:
+        return self._settings.record.loader_position(step, steps_per_epoch=self._steps_per_epoch)
+
+    def _advance(self, intake: StepIntake, epoch: int) -> None:
+        if intake.share is None:
+            self._stop(intake.stop_signal)
+            return
+        self._share = intake.share
+        self._settings.faults.reach("step.received")
+        result = self._stepper.update(intake.share, intake.keys_of_rank, step=self._step + 1)
+        self._step += 1
+        self._settings.faults.reach("step.updated")
+        self._report(intake, result, epoch)
+        self._settings.faults.reach("step.logged")
+        validate, last = self._is_validation_due(), self._step == self._total_steps
+        if validate or last or self._step % self._config.checkpoint_every_steps == 0:
+            self._save(required=last)
+        if validate:
+            self._validate()
+        self._stages.restart()
+
+    def _report(self, intake: StepIntake, result: StepResult, epoch: int) -> None:
+        stages = self._stages.seconds()
+        seconds = sum(stages.values())
+        progress = TrainingProgress(
+            step=self._step,
+            total_steps=self._total_steps,
+            epoch=epoch,
+            loss=result.loss,
+            lr=result.lr,
+            clips_per_second=self._config.global_batch_size / seconds if seconds > 0 else 0.0,
+            data_wait_fraction=min(1.0, intake.wait_seconds / seconds) if seconds > 0 else 0.0,
+        )
+        fields = asdict(progress)
+        del fields["total_steps"]
+        self._log(
+            "step",
+            **fields,
+            grad_norm=result.grad_norm,
+            sample_ids_hash=intake.sample_ids_hash,
+            step_seconds=seconds,
+            stages={f"{stage}_seconds": spent for stage, spent in stages.items()},
+            loader=self._counts.since_last(),
+        )
+        if self._ranks.is_main and self._step == self._start.step + 1:
+            _LOGGER.info("memory of the first step, at its peak: %s", peak_memory())
+        if self._settings.progress is not None and self._ranks.is_main:
+            self._settings.progress(progress)
+
+    def _is_validation_due(self) -> bool:
+        every = self._config.validate_every_epochs
+        epochs, rest = divmod(self._step, self._steps_per_epoch)
+        due = self._step == self._total_steps or (every > 0 and rest == 0 and epochs % every == 0)
+        return due and self._validation is not None and self._evaluated_step != self._step
+
+    def _validate(self) -> None:
+        assert self._validation is not None
+        begin = self._settings.clock()
+        with self._stages.stage("validation"):
+            self._settings.faults.reach("validation.begun")
+            result = evaluate(
+                self._model,
+                self._validation,
+                accelerator=self._accelerator,
+                targets=self._settings.targets,
+                per_device_batch_size=self._config.per_device_batch_size,
+                ranks=self._ranks,
+            )
+        self._metrics, self._evaluated_step = result.metrics, self._step
+        if self._ranks.is_main:
+            metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+            _LOGGER.info("validation after step %d of %d: %s", self._step, self._total_steps, metrics)
+        if self._journal is not None:
+            self._journal.write_metrics(
+                "eval",
+                result.metrics,
+                step=self._step,
+                epoch=(self._step - 1) // self._steps_per_epoch,
+                split="validation",
+                num_samples=result.num_samples,
+                seconds=self._settings.clock() - begin,
+            )
+
+    def _save(self, *, required: bool) -> None:
+        outcome = self._write_checkpoint()
+        if outcome.folder is None and (required or outcome.num_failed >= MAX_FAILED_SAVES):
+            raise EnvironmentFault(
+                f"cannot save at step {self._step} ({outcome.num_failed} failures in a row): {outcome.problems[0]}; "
+                f"the newest checkpoint is {self._checkpoint or 'none'}"
+            )
+
+    def _write_checkpoint(self) -> SaveOutcome:
+        """Write a checkpoint on the main rank and journal what came of it; a full disk is an outcome.
+
+        Raises:
+            CA2STError: what has nothing to do with the disk, on every rank.
+        """
+        begin = self._settings.clock()
+        with self._stages.stage("checkpoint"):
+            outcome = self._ranks.on_main(self._write_on_main)
+        for problem in outcome.problems:
+            _LOGGER.warning("checkpoint at step %d: %s", self._step, problem)
+            self._log("fault", kind="checkpoint", step=self._step, error=problem, num_failed=outcome.num_failed)
+        if outcome.folder is not None:
+            self._checkpoint, self._saved_step = outcome.folder, self._step
+            seconds = self._settings.clock() - begin
+            self._log("checkpoint", step=self._step, name=outcome.folder.name, seconds=seconds)
+        return outcome
+
+    def _write_on_main(self) -> SaveOutcome:
+        record = self._settings.record
+        files = {
+            **record.files(),
+            **collect_state(self._model, self._optimizer),
+            LOADER_FILE: canonical_json(self._position(self._step)),
+            SCHEDULE_FILE: canonical_json(asdict(self._schedule)),
+        }
+        marker = CheckpointMarker(
+            step=self._step,
+            attempt=self._start.attempt,
+            seed=self._config.seed,
+            global_batch_size=self._config.global_batch_size,
+            manifests=record.manifests,
+            recipe_sha256=record.recipe_sha256,
+            topology=self._topology,
+            versions=record.versions,
+            experts=record.experts,
+            start=record.start,
+        )
+        assert self._journal is not None
+        return self._keeper.save(files, marker, before=self._journal.sync)
+
+    def _stop(self, signal_number: int) -> None:
+        """Save what is not saved and end: a stop without its checkpoint is a failure of the machine's."""
+        self._log("fault", kind="signal", step=self._step, signal=signal_number)
+        stopped = f"stopped by signal {signal_number} after step {self._step}"
+        if self._step > self._saved_step:
+            outcome = self._write_checkpoint()
+            if outcome.folder is None:
+                raise StopNotSavedError(
+                    f"{stopped}, but its state is NOT saved: {outcome.problems[0]}; {self._what_counts()}",
+                    signal_number=signal_number,
+                )
+        kept = f"its state is in {self._checkpoint}" if self._step else "nothing new to save"
+        raise stopped_error(signal_number, f"{stopped}; {kept}; rerun to resume")
+
+    def _what_counts(self) -> str:
+        if self._checkpoint is None:
+            return "there is no checkpoint, so a rerun begins anew"
+        lost = self._step - self._saved_step
+        return (
+            f"the newest checkpoint is {self._checkpoint}: a rerun goes on from step {self._saved_step} and makes "
+            f"{lost} step{'s' if lost > 1 else ''} again"
+        )

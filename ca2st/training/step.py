@@ -1,32 +1,34 @@
-"""One step of a training.
-
-The one way an Accelerator is made, so that nothing is left to its environment variables' defaults.
-
-One update: forward and backward over micro-batches and ranks, all numbers checked, then the optimizer.
-"""
+"""One step of a training: clips from the loader, forward and backward over micro-batches and ranks, the update."""
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 import xxhash
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from jaxtyping import Float
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from ca2st.batch import ClipBatch
+from ca2st.batch import MIXING_FIELDS, ClipBatch
+from ca2st.durable import write_bytes
 from ca2st.errors import UserInputError, listed
 from ca2st.training.config import OptimConfig, TrainingConfig
-from ca2st.training.errors import NonFiniteError
-from ca2st.training.losses import loss_per_clip, mixed_mel, mixed_video
+from ca2st.training.errors import NonFiniteError, SourceContractError
+from ca2st.training.losses import check_label_range, loss_per_clip, mixed_mel, mixed_video
 from ca2st.training.optim import LearningRateSchedule, set_learning_rate
-from ca2st.training.ranks import Ranks
-from ca2st.training.stages import HasLogits, StageClock
+from ca2st.training.ranks import Ranks, StageClock
+from ca2st.training.signals import StopRequest
 
+FAILURES_NAME = "failures"
+_MAX_CLIPS = 8
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16"}
 """Accelerate's word for each of our precisions."""
 
@@ -71,6 +73,132 @@ def check_accelerator(accelerator: Accelerator, config: TrainingConfig) -> None:
             f"global_batch_size: expected at least one clip a rank ({accelerator.num_processes} ranks), "
             f"found {config.global_batch_size}; enlarge it or use fewer workers"
         )
+
+
+@runtime_checkable
+class TrainSource(Protocol):
+    """Shuffled, endless in principle: any epoch from any step."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of one epoch; the same on every rank."""
+        ...
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[ClipBatch]:
+        """This rank's share of each step of `epoch` from `first_step` on; closing the iterator frees its threads."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepIntake:
+    """What arrived for one step."""
+
+    share: ClipBatch | None
+    """This rank's clips; None when a rank was asked to stop."""
+    keys_of_rank: tuple[tuple[str, ...], ...]
+    """Sample keys that arrived, by rank: in global order when joined."""
+    wait_seconds: float
+    """Longest wait for a loader among the ranks."""
+    stop_signal: int
+    """Signal that asked some rank to stop, or 0."""
+
+    @property
+    def sample_ids_hash(self) -> str:
+        """xxh3-64 (hex) of the keys in global order, joined by newlines."""
+        return hash_of_keys([key for keys in self.keys_of_rank for key in keys])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Facts:
+    keys: tuple[str, ...] = ()
+    wait_seconds: float = 0.0
+    stop_signal: int = 0
+
+
+def hash_of_keys(keys: Sequence[str]) -> str:
+    """xxh3-64 (hex) of `keys` joined by newlines."""
+    return xxhash.xxh3_64_hexdigest("\n".join(keys).encode())
+
+
+class Intake:
+    """Takes the steps of consecutive epochs out of a source, in step with the other ranks."""
+
+    def __init__(
+        self,
+        source: TrainSource,
+        ranks: Ranks,
+        *,
+        targets: Mapping[str, int],
+        global_batch_size: int,
+        stop: StopRequest,
+        clock: Callable[[], float] = time.perf_counter,
+        stages: StageClock | None = None,
+    ) -> None:
+        self._source = source
+        self._ranks = ranks
+        self._targets = targets
+        self._global_batch_size = global_batch_size
+        self._stop = stop
+        self._clock = clock
+        self._stages = stages or StageClock()
+
+    def epoch(self, epoch: int, *, first_step: int) -> Generator[StepIntake]:
+        """Steps `first_step` .. of `epoch`; ends after a stop was asked for.
+
+        Raises:
+            SourceContractError: a share of the wrong size, padding, too few steps.
+            LabelRangeError: a label beyond the model's heads.
+            PeerFailedError: another rank's loader failed.
+        """
+        batches = self._source.batches(epoch, first_step)
+        with contextlib.ExitStack() as stack:
+            stack.callback(getattr(batches, "close", lambda: None))
+            for step in range(first_step, self._source.steps_per_epoch):
+                intake = self._take(batches, where=f"epoch {epoch}, step {step} of the epoch")
+                yield intake
+                if intake.stop_signal:
+                    return
+
+    def _take(self, batches: Iterator[ClipBatch], *, where: str) -> StepIntake:
+        received: list[ClipBatch] = []
+
+        def receive() -> _Facts:
+            if self._stop.signal_number:
+                return _Facts(stop_signal=self._stop.signal_number)
+            begin = self._clock()
+            with self._stages.stage("data_wait"):
+                share = next(batches, None)
+            waited = self._clock() - begin
+            if share is None:
+                raise SourceContractError(f"{where}: expected a batch, the loader has ended")
+            self._check(share, where)
+            received.append(share)
+            return _Facts(keys=share.sample_ids, wait_seconds=waited)
+
+        with self._stages.stage("gather"):
+            facts = self._ranks.together(receive)
+        stop_signal = max(fact.stop_signal for fact in facts)
+        count = sum(len(fact.keys) for fact in facts)
+        if not stop_signal and count != self._global_batch_size:
+            raise SourceContractError(
+                f"{where}: expected {self._global_batch_size} clips over all ranks, found {count}"
+            )
+        return StepIntake(
+            share=None if stop_signal else received[0],
+            keys_of_rank=tuple(fact.keys for fact in facts),
+            wait_seconds=max(fact.wait_seconds for fact in facts),
+            stop_signal=stop_signal,
+        )
+
+    def _check(self, share: ClipBatch, where: str) -> None:
+        if share.num_clips == 0 or bool(share.is_padding.any()):
+            raise SourceContractError(f"{where}: expected clips without padding, found {share.num_clips} with padding")
+        if share.labels.shape[1] != len(self._targets):
+            raise SourceContractError(
+                f"{where}: expected one label column for each of {', '.join(self._targets)}, "
+                f"found {share.labels.shape[1]}"
+            )
+        check_label_range(share.labels, share.sample_ids, num_classes=self._targets)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,6 +358,16 @@ class Stepper:
         )
 
 
+@runtime_checkable
+class HasLogits(Protocol):
+    """What a model returns."""
+
+    @property
+    def logits(self) -> Mapping[str, Tensor]:
+        """One [clips, classes] tensor a head, by the head's name."""
+        ...
+
+
 def model_logits(model: nn.Module, batch: ClipBatch) -> Mapping[str, Tensor]:
     """Run the model on a batch that lies on its device, its pairs mixed as it says; the logits of each head."""
     output = model(mixed_video(batch), mixed_mel(batch), batch.intervals_seconds)
@@ -251,3 +389,26 @@ def _check_losses(losses_of_rank: Sequence[Sequence[float]], keys_of_rank: Seque
             "lower the rate, or look at these samples",
             keys=tuple(key for _, key, _ in wrong),
         )
+
+
+def keep_failing_clips(folder: Path, share: ClipBatch, keys: Collection[str], *, name: str) -> Path | None:
+    """Write the tensors of up to eight clips of `share` that are among `keys` to ``failures/<name>.safetensors``.
+
+    The keys are in the file's metadata, in order. A mixed clip is written as it was read, with what it kept and took
+    (``mixing.*``). None when this rank has none of them.
+    """
+    rows = [index for index, key in enumerate(share.sample_ids) if key in keys][:_MAX_CLIPS]
+    if not rows:
+        return None
+    index = torch.tensor(rows, device=share.labels.device)
+    tensors = {
+        field: getattr(share, field)[index.to(getattr(share, field).device)].cpu().contiguous()
+        for field in ("video", "mel", "intervals_seconds", "labels", "has_audio")
+    }
+    if share.mixing is not None:
+        tensors |= {f"mixing.{field}": getattr(share.mixing, field)[rows].contiguous() for field in MIXING_FIELDS}
+    data = save(tensors, metadata={"sample_ids": "\n".join(share.sample_ids[row] for row in rows)})
+    path = folder / FAILURES_NAME / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, data)
+    return path

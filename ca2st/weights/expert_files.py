@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ca2st.durable import NO_FAULTS, FaultPoints, write_bytes
 from ca2st.errors import UserInputError
-from ca2st.model.config import EncoderName, ModelConfig
+from ca2st.model.config import EncoderName, ExpertName, ModelConfig, encoder_of
 from ca2st.model.network import HolisticModel
-from ca2st.model.structure import ExpertName, encoder_of
 from ca2st.spec import ClipSpec
 from ca2st.weights.errors import WeightsDamageError, WeightsMismatchError
 from ca2st.weights.hub import Origin

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from ca2st.checked_json import DocumentError, canonical_json, read_json
 from ca2st.durable import write_bytes
 from ca2st.errors import EnvironmentFault
-from ca2st.model.config import EncoderName, ModelConfig, ModelKind, check_clip
+from ca2st.model.config import EXPERTS, EncoderName, ModelConfig, ModelKind, check_clip
 from ca2st.model.experts import build_expert
-from ca2st.model.structure import EXPERTS
 from ca2st.model.tokens import audio_patches
 from ca2st.processes import SPAWN
 from ca2st.spec import ClipSpec

@@ -26,10 +26,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ca2st.model.config import EncoderName, ModelConfig
-from ca2st.model.positions import resize_grid_table, resize_time_table
-from ca2st.model.structure import all_bridges, encoder_of
-from ca2st.model.tokens import NUM_AUDIO_PREFIX, audio_patches
+from ca2st.model.config import EncoderName, ModelConfig, all_bridges, encoder_of
+from ca2st.model.tokens import NUM_AUDIO_PREFIX, audio_patches, resize_grid_table, resize_time_table
 from ca2st.spec import ClipSpec
 from ca2st.weights.errors import WeightsMismatchError
 

@@ -15,11 +15,19 @@ import torch
 from torch import Tensor
 
 from ca2st.errors import UserInputError
-from ca2st.model.config import ModelConfig, ModelKind, TargetSpec
-from ca2st.model.heads import head_inputs, is_verb_noun
+from ca2st.model.config import (
+    EXPERTS,
+    Bridge,
+    BridgeName,
+    ExpertName,
+    ModelConfig,
+    ModelKind,
+    TargetSpec,
+    bridges_of_layer,
+    uses_time_codes,
+)
 from ca2st.model.layers import bottleneck_name
-from ca2st.model.network import HolisticModel
-from ca2st.model.structure import EXPERTS, Bridge, BridgeName, ExpertName, bridges_of_layer, uses_time_codes
+from ca2st.model.network import HolisticModel, head_inputs, is_verb_noun
 from ca2st.model.tokens import clip_grid, pretrained_grid
 from ca2st.weights.errors import WeightsMismatchError
 from ca2st.weights.tensor_files import LoadReport, load_strictly, refuse_mismatch, without_leading_ones

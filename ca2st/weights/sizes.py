@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ca2st.model.config import EncoderName, ModelConfig, ModelKind, TargetSpec
-from ca2st.model.structure import EXPERTS, BridgeName, bridges_of_layer
+from ca2st.model.config import EXPERTS, BridgeName, EncoderName, ModelConfig, ModelKind, TargetSpec, bridges_of_layer
 from ca2st.model.tokens import NUM_AUDIO_PREFIX, audio_patches
 from ca2st.spec import ClipSpec
 from ca2st.weights.errors import WeightsMismatchError

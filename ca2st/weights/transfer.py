@@ -13,9 +13,8 @@ from glob import escape
 from torch import Tensor
 
 from ca2st.errors import listed
-from ca2st.model.config import ModelConfig
+from ca2st.model.config import EXPERTS, ModelConfig, bridges_of_layer, encoder_of
 from ca2st.model.network import HolisticModel
-from ca2st.model.structure import EXPERTS, bridges_of_layer, encoder_of
 from ca2st.weights.errors import WeightsMismatchError
 from ca2st.weights.model_file import ModelDescription
 from ca2st.weights.positions import PositionFitter, is_position_table

@@ -32,8 +32,7 @@ from ray_jobs.cluster.node_check import check_training_nodes
 from ray_jobs.cluster.ray_access import LOCAL, RayAccess, first_line, has_dashboard, ray_session
 from ray_jobs.cluster.supervision import LaunchFolder, LostWorkers, Supervision, ended_by_signals
 from ray_jobs.cluster.worker_life import train_on_worker, with_absolute_paths
-from ray_jobs.config.recipe import Recipe, recipe_document
-from ray_jobs.config.sections import LaunchConfig, Placement
+from ray_jobs.config.recipe import LaunchConfig, Placement, Recipe, recipe_document
 from ray_jobs.console import say
 from ray_jobs.runs.failures import error_of
 from ray_jobs.runs.worker import Job, Outcome, read_outcome

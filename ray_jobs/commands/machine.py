@@ -56,7 +56,7 @@ def doctor(
 
     Example: ca2st doctor, or: ca2st doctor --ray-address auto --storage /shared/runs
     """
-    from ray_jobs.config.sections import LaunchConfig
+    from ray_jobs.config.recipe import LaunchConfig
     from ray_jobs.console import print_json
 
     _refuse_other_examination(

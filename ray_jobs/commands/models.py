@@ -114,7 +114,7 @@ def _base(kind: ModelKind | None, preset: str | None) -> "ModelConfig":
 
 def _check_roles(config: "ModelConfig", spatial: Spatial | None, temporal: Temporal | None) -> None:
     """Refuse an encoder for an expert that the model has not."""
-    from ca2st.model.structure import EXPERTS
+    from ca2st.model.config import EXPERTS
 
     own = EXPERTS[config.kind]
     for role, encoder in (("spatial", spatial), ("temporal", temporal)):
@@ -246,7 +246,8 @@ def export_checkpoint(
     from ca2st.weights.model_file import export_model
     from ca2st.weights.tensor_files import check_writable_name
     from ray_jobs.console import print_json, result
-    from ray_jobs.runs.inference import load_trained, sound_metadata
+    from ray_jobs.runs.inference import load_trained
+    from ray_jobs.runs.model import sound_metadata
 
     check_writable_name(out, source=checkpoint)
     trained = load_trained(checkpoint)

@@ -102,7 +102,7 @@ def features(
     Example: ca2st features runs/smoke --data shards/validation --views 2x3 --experts spatial,audio
     """
     from ray_jobs.console import print_json, result, table
-    from ray_jobs.runs.features import write_features
+    from ray_jobs.runs.inference import write_features
 
     report = write_features(
         checkpoint,

@@ -1,6 +1,8 @@
 """``ca2st train``."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,7 +10,7 @@ import typer
 
 from ca2st.errors import UserInputError
 from ray_jobs.commands.options import refuse_without_ray
-from ray_jobs.console import require_folder_place
+from ray_jobs.console import duration, print_json, require_folder_place, result, table
 
 if TYPE_CHECKING:
     from ray_jobs.config.recipe import Recipe
@@ -56,12 +58,14 @@ def train(
         require_folder_place(out, "--out")
     settings = with_options(overrides, data=data, workers=workers)
     if data_folder is not None and recipe is None and data is None:
-        _train_own_videos(
+        from ray_jobs.own_data.report import train_own_videos
+
+        train_own_videos(
             data_folder,
             settings,
-            out,
-            ray_address if ray else None,
+            out=out,
             follow_links=follow_links,
+            ray_address=ray_address if ray else None,
             accept_open_ray=open_ray,
             dry_run=dry_run,
             as_json=as_json,
@@ -71,7 +75,9 @@ def train(
         raise UserInputError(_ONE_OF_TWO)
     if follow_links:
         raise UserInputError("--follow-links: expected --data-folder beside it, found a recipe; leave it out")
-    loaded = _load(recipe, settings)
+    from ray_jobs.config.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, settings)
     run_dir = out or Path(loaded.launch.runs_folder) / loaded.name
     if dry_run:
         _print_plan(loaded, run_dir, as_json=as_json)
@@ -89,52 +95,16 @@ def with_options(overrides: list[str] | None, *, data: str | None, workers: int 
     return settings
 
 
-def _load(recipe: str, settings: list[str]) -> "Recipe":
-    from ray_jobs.config.recipe_file import load_recipe
-
-    return load_recipe(recipe, settings)
-
-
-def _train_own_videos(
-    folder: Path,
-    settings: list[str],
-    out: Path | None,
-    ray_address: str | None,
-    *,
-    follow_links: bool,
-    accept_open_ray: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
-    from ray_jobs.own_data.report import train_own_videos
-
-    train_own_videos(
-        folder,
-        settings,
-        out=out,
-        follow_links=follow_links,
-        ray_address=ray_address,
-        accept_open_ray=accept_open_ray,
-        dry_run=dry_run,
-        as_json=as_json,
-    )
-
-
 def _train(recipe: "Recipe", run_dir: Path, ray_address: str | None, *, accept_open_ray: bool, as_json: bool) -> None:
-    from ray_jobs.console import print_json
     from ray_jobs.environment import fault_points
     from ray_jobs.launch import launch
-    from ray_jobs.runs.start import check_model, check_settings
-    from ray_jobs.runs.synthetic import synthetic_classes, with_synthetic_shards
+    from ray_jobs.runs.model import run_document_of
     from ray_jobs.tracking.events import read_state
 
-    if (classes := synthetic_classes(recipe)) is not None:  # refused before any clip is drawn
-        check_settings(recipe)
-        check_model(recipe, classes, run_dir)
-    recipe = with_synthetic_shards(recipe, run_dir.parent)
     outcome = launch(recipe, run_dir, faults=fault_points(), ray_address=ray_address, accept_open_ray=accept_open_ray)
+    state = read_state(run_dir) if recipe.tracking.enabled else None
     facts: dict[str, object] = {
-        "run_id": read_state(run_dir).run_id if recipe.tracking.enabled else None,
+        "run_id": state.run_id if state else None,
         "checkpoint": outcome.checkpoint,
         "steps": outcome.steps,
         "top1": outcome.metrics.get(outcome.main_metric),
@@ -143,48 +113,38 @@ def _train(recipe: "Recipe", run_dir: Path, ray_address: str | None, *, accept_o
     }
     if as_json:
         print_json(facts)
-    else:
-        _print_facts({**facts, **_how_it_went(recipe, outcome, run_dir)}, recipe)
+        return
+    document = run_document_of(Path(outcome.checkpoint))
+    del facts["metrics"]
+    facts |= _how_it_went(document.classes, outcome, run_dir)
+    facts["mlflow"] = state.uri if state else None
+    result(table({name: value for name, value in facts.items() if value is not None}))
+    result(f"\nnext: ca2st predict {run_dir} VIDEO")
+    if (validation := recipe.data.validation or document.recipe.data.validation) is not None:
+        result(f"next: ca2st evaluate {run_dir} --data {validation} --views 2x3")
 
 
-def _how_it_went(recipe: "Recipe", outcome: "Outcome", run_dir: Path) -> dict[str, object]:
-    """Best and last validation beside chance, how long it took in all attempts, and where MLflow shows it."""
+def _how_it_went(classes: Mapping[str, list[str]], outcome: "Outcome", run_dir: Path) -> dict[str, object]:
+    """Return best and last validation beside chance, and how long it took in all attempts."""
     from ca2st.training.journal import JOURNAL_NAME, read_events, run_sequence
-    from ray_jobs.console import duration
-    from ray_jobs.runs.inference import find_checkpoint, run_document_of
-    from ray_jobs.tracking.events import read_state
 
     journal, name = run_dir / JOURNAL_NAME, outcome.main_metric
     tests = {line["step"]: line["metrics"].get(name) for line in read_events(journal, event="eval")}
     scores = {step: value for step, value in tests.items() if value is not None}
-    told: dict[str, object] = {}
+    facts: dict[str, object] = {}
     if scores:
         best = max(scores, key=lambda step: scores[step])
-        chance = 1.0
-        for classes in run_document_of(find_checkpoint(run_dir)).classes.values():
-            chance /= len(classes)
-        told["top1"] = f"{scores[max(scores)]:.4f} at the last step, best {scores[best]:.4f} at step {best}"
-        told["chance"] = f"{chance:.4f}"
+        chance = 1 / math.prod(len(names) for names in classes.values())
+        facts["top1"] = f"{scores[max(scores)]:.4f} at the last step, best {scores[best]:.4f} at step {best}"
+        facts["chance"] = f"{chance:.4f}"
     seconds = sum(line.get("step_seconds", 0.0) for line in run_sequence(journal))
-    told["training_time"] = duration(seconds)
-    if recipe.tracking.enabled:
-        told["mlflow"] = read_state(run_dir).uri
-    return told
-
-
-def _print_facts(facts: dict[str, object], recipe: "Recipe") -> None:
-    from ray_jobs.console import result, table
-
-    result(table({name: value for name, value in facts.items() if value is not None and name != "metrics"}))
-    result(f"\nnext: ca2st predict {facts['run_dir']} VIDEO")
-    if recipe.data.validation is not None:
-        result(f"next: ca2st evaluate {facts['run_dir']} --data {recipe.data.validation} --views 2x3")
+    facts["training_time"] = duration(seconds)
+    return facts
 
 
 def _print_plan(recipe: "Recipe", run_dir: Path, *, as_json: bool) -> None:
     import torch
 
-    from ray_jobs.console import print_json, result
     from ray_jobs.runs.plan import make_plan, plan_lines
 
     plan = make_plan(recipe, run_dir, device="cuda" if torch.cuda.is_available() else "cpu")

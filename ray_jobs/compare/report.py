@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ca2st.errors import UserInputError, check_choice, did_you_mean
-from ca2st.training.metrics import harmonic_mean
+from ca2st.training.evaluate import harmonic_mean
 from ray_jobs.pages.charts import Curve
 from ray_jobs.redaction import without_credentials
 from ray_jobs.tracking.client import open_client, reachable, sqlite_path

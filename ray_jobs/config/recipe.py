@@ -1,22 +1,13 @@
-"""The recipe: sections checked strictly, mistakes with their lines.
+"""The recipe: everything that decides a training run, in sections, read strictly.
 
-Where a key stands in a TOML file: tomllib reads values but keeps no positions.
-
-What is wrong with a recipe, told at its line, with the nearest known name.
-
-Recipes: one TOML file a run, read strictly into the dataclasses of the components it configures.
-
-An unknown key, a wrong type and a value out of range are all reported at once, with file:line and the nearest
-known name. What a recipe does not say has the default documented beside its field.
+An unknown key, a wrong type and a value out of range are all reported at once (`ray_jobs.config.recipe_file`). What a
+recipe does not say has the default documented beside its field.
 """
 
-import datetime
-import difflib
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,160 +15,273 @@ import pydantic
 from pydantic import ConfigDict, TypeAdapter
 
 from ca2st.errors import UserInputError, check_choice
-from ca2st.model.config import ExpertPrecision, ModelConfig, check_expert_precision, check_trainable
-from ca2st.model.structure import ExpertName
+from ca2st.model.config import ExpertName, ExpertPrecision, ModelConfig, check_expert_precision, check_trainable
 from ca2st.spec import ClipSpec
 from ca2st.training.config import OptimConfig, TrainingConfig
 from ca2st.training.journal import flatten
-from ray_jobs.config.sections import DataConfig, LaunchConfig, TrackingConfig, beyond_limits
-from ray_jobs.errors import ConflictsError, RecipeError
+from pipelines.augment.config import AugmentConfig
+from pipelines.config import LoaderConfig
+from pipelines.order.selection import BalanceConfig, OrderConfig, SelectionConfig, TrainRemainder
+from pipelines.views import EvaluationViews, SamplingConfig
+from ray_jobs.errors import ConflictsError
 from ray_jobs.redaction import refuse_credentials
-
-_TABLE = re.compile(r"^\s*(\[\[?)\s*([^\[\]]+?)\s*\]")
-_KEY = re.compile(r"""^\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
-
-
-def key_lines(text: str) -> dict[str, int]:
-    """Line number (from 1) of every dotted key and table header in `text`; tables of an array are numbered from 0.
-
-    Lines inside multi-line strings may add entries that match no real key; they are never asked for.
-    """
-    lines: dict[str, int] = {}
-    table, counts = "", Counter[str]()
-    for number, line in enumerate(text.splitlines(), start=1):
-        if header := _TABLE.match(line):
-            table = _dotted(header[2])
-            if header[1] == "[[":
-                lines.setdefault(table, number)
-                counts[table] += 1
-                table = f"{table}.{counts[table] - 1}"
-            lines.setdefault(table, number)
-        elif key := _KEY.match(line):
-            path = f"{table}.{_dotted(key[1])}" if table else _dotted(key[1])
-            lines.setdefault(path, number)
-    return lines
-
-
-def _dotted(text: str) -> str:
-    return ".".join(part.strip().strip("\"'") for part in text.split("."))
-
-
-def line_of(lines: dict[str, int], path: str) -> int | None:
-    """Line of `path`, or of the nearest table around it; None when not even that is in the file."""
-    while path:
-        if path in lines:
-            return lines[path]
-        path = path.rpartition(".")[0]
-    return None
-
-
-_MOVED = {"experts.frozen": ' (now the top-level key trainable: "added" for true, "all" for false)'}
-
-
-def told(
-    mistake: Any,
-    recipe_type: type,
-    *,
-    source: str,
-    lines: Mapping[str, int] | None = None,
-    overrides: Sequence[str] = (),
-) -> list[tuple[str, str]]:
-    """One of pydantic's mistakes as (key to change, ``file:line: key: what is wrong``); more where sections disagree.
-
-    `recipe_type` is the dataclass that was read, `lines` where its keys stand in the file `source`; a key that an
-    override set is told as such.
-    """
-    path = ".".join(str(part) for part in mistake["loc"])
-    kind, told_lines = mistake["type"], list[tuple[str, str]]()
-    for message in _messages(mistake):
-        key, text = path, message
-        if not path:  # sections at odds with each other: the recipe's own check names the key
-            key, _, text = message.partition(": ")
-        elif kind == "unexpected_keyword_argument":
-            text = f"unknown key{_MOVED.get(path) or _suggestion(mistake['loc'], recipe_type)}"
-        elif kind in ("missing", "missing_argument"):
-            text = "required, but not given"
-        elif kind != "value_error":
-            text = f"{message}, found {mistake['input']!r}"
-        blamed = blamed_key(key, text, recipe_type, overrides) if kind == "value_error" else key
-        place = place_of(blamed, source=source, lines=lines, overrides=overrides)
-        told_lines.append((blamed, f"{place}: {key}: {text}"))
-    return told_lines
-
-
-def blamed_key(path: str, message: str, recipe_type: type, overrides: Sequence[str] = ()) -> str:
-    """The key that a refusal of the section `path` is about.
-
-    It is the one that the message begins with, or one that it names and an override has set; else `path` itself.
-    """
-    known = _known_keys(path.split("."), recipe_type)
-    first = re.split(r"[:, ]", message, maxsplit=1)[0].rpartition(".")[2]
-    words = set(re.findall(r"\w+", message))
-    set_here = [override.partition("=")[0] for override in overrides]
-    named = [key for key in set_here if key.startswith(f"{path}.") and key.rpartition(".")[2] in words]
-    if first in known and f"{path}.{first}" in set_here:
-        return f"{path}.{first}"
-    if named:
-        return named[0]
-    return f"{path}.{first}" if first in known else path
-
-
-def place_of(path: str, *, source: str, lines: Mapping[str, int] | None = None, overrides: Sequence[str] = ()) -> str:
-    """Where the key `path` was set: ``--set path``, ``file:line``, or the file alone where it is not in it.
-
-    An override of a section around the key has set it too.
-    """
-    for override in reversed(overrides):
-        key = override.partition("=")[0]
-        if path == key or path.startswith(f"{key}."):
-            return f"--set {key}"
-    line = line_of(dict(lines or {}), path)
-    return f"{source}:{line}" if line else source
-
-
-def _messages(mistake: Any) -> list[str]:
-    error = mistake.get("ctx", {}).get("error")
-    if isinstance(error, ConflictsError):
-        return list(error.messages)
-    return [mistake["msg"].removeprefix("Value error, ")]
-
-
-def dates_in(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Key and text of every date or time in a TOML document: values that TOML has and no setting takes."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from dates_in(inner, f"{path}.{key}" if path else key)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from dates_in(inner, path)
-    elif isinstance(value, datetime.date | datetime.time):
-        yield path, value.isoformat()
-
-
-def _suggestion(loc: Sequence[Any], recipe_type: type) -> str:
-    known = _known_keys([str(part) for part in loc[:-1]], recipe_type)
-    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else f"; known are {', '.join(known)}"
-
-
-def _known_keys(tables: Sequence[str], recipe_type: type) -> list[str]:
-    """Field names of the section at `tables`."""
-    current: Any = recipe_type
-    for table in tables:
-        if table.isdigit():  # a table of an array, whose kind was found under the array's name
-            continue
-        kinds = {entry.name: entry.type for entry in fields(current)}
-        current = next((kind for kind in _options(kinds.get(table)) if is_dataclass(kind)), None)
-        if current is None:
-            return []
-    return [entry.name for entry in fields(current)]
-
-
-def _options(kind: Any) -> tuple[Any, ...]:
-    return getattr(kind, "__args__", (kind,))
-
+from sharding.format.remote import as_location
+from sharding.synthetic.config import SyntheticConfig
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyntheticData:
+    """A small audio-visual world made by our own code, so that a recipe runs without any download."""
+
+    num_train: int = 512
+    """Clips of the training split."""
+    num_validation: int = 128
+    """Clips of the validation split."""
+    frame_size: int = 64
+    """Height and width of its frames in pixels."""
+    frames_per_second: int = 16
+    """Frame rate of its videos."""
+    min_frames: int = 16
+    """Frames of its shortest clip; all clips of ``binding`` have this many."""
+    max_frames: int = 21
+    """Frames of its longest clip."""
+    task: str = "holistic"
+    """What is labelled: ``space``, ``time``, ``audio`` or all three together, ``holistic``; or, in scenes of several
+    objects, ``binding``: which of them keeps time with the sound."""
+    difficulty: str = "easy"
+    """``easy``, ``medium`` or ``hard``; sharding/synthetic/README.md says what each means."""
+    seed: int = 0
+    """Seed of the world; the splits never share a clip."""
+
+    def __post_init__(self) -> None:
+        if min(self.num_train, self.num_validation) < 1:
+            raise UserInputError("num_train, num_validation: expected at least one clip each")
+        self.world("train")
+
+    def world(self, split: str, *, workers: int = 1) -> SyntheticConfig:
+        """The settings of one split for those who make it.
+
+        Raises:
+            UserInputError: a value out of range.
+        """
+        return SyntheticConfig(
+            num_samples=self.num_train if split == "train" else self.num_validation,
+            frame_size=self.frame_size,
+            frames_per_second=self.frames_per_second,
+            min_frames=self.min_frames,
+            max_frames=self.max_frames,
+            difficulty=self.difficulty,
+            binding=self.task == "binding",
+            seed=self.seed,
+            workers=workers,
+        )
+
+
+def check_place(name: str, place: str) -> None:
+    """Refuse a URL that is not read, or that carries a secret; `name` is the setting.
+
+    Raises:
+        UserInputError: as `as_location`; the message holds no secret.
+    """
+    try:
+        as_location(place)
+    except UserInputError as error:
+        raise UserInputError(f"{name}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureSet:
+    """One of several shard sets that are trained on together: a ``[[data.mixture]]`` section."""
+
+    train: str
+    """Folder or URL of its shards. Every set must have the same classes for each target, in the same order."""
+    weight: float | None = None
+    """Its share of the samples, in parts of the sum of all weights; given for every set or for none. None: every sample
+    of every set once an epoch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which shards, which labels, and how clips are drawn from them."""
+
+    train: str | None = None
+    """Folder or URL (s3, gs, http) of the training split's shards (``--data`` overrides it)."""
+    mixture: tuple[MixtureSet, ...] = ()
+    """Several shard sets in place of `train`."""
+    select: SelectionConfig = field(default_factory=SelectionConfig)
+    """Train on a part of the samples; validation stays whole."""
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    """Read rare classes more often in training; with weights, inside each set."""
+    repeats: int = 1
+    """Readings of each sample in a training batch, each with random views of its own: repeated augmentation. An epoch
+    has as many times the steps; 1 is none. Source: Hoffer et al., "Augment your batch" (CVPR 2020)."""
+    epoch_samples: int | None = None
+    """Samples of an epoch before `repeats`; None: one pass, that is all sets' samples together."""
+    remainder: TrainRemainder = "drop"
+    """The end of an epoch that fills no whole batch: ``drop`` leaves it out, other samples each epoch; ``wrap`` fills
+    the batch with the beginning of one more pass, so that all are read, even where they are fewer than a batch."""
+    validation: str | None = None
+    """Folder or URL of the validation split's shards; None: no validation."""
+    synthetic: SyntheticData | None = None
+    """Make this world's shards first, where `train` names none."""
+    targets: tuple[str, ...] | None = None
+    """Label spaces to learn, by name; None: the manifest's own targets."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Which frames of a clip."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Random views in training."""
+    views: EvaluationViews = field(default_factory=EvaluationViews)
+    """Views a sample in validation while training."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """Order, threads, backend."""
+
+    def __post_init__(self) -> None:
+        for name, place in (("train", self.train), ("validation", self.validation)):
+            if place is not None:
+                check_place(name, place)
+        for entry in self.mixture:
+            check_place("mixture", entry.train)
+        if self.targets is not None and not self.targets:
+            raise UserInputError(
+                "targets: expected at least one label space, found none; leave it out for the set's own"
+            )
+        if self.mixture and (self.train is not None or self.synthetic is not None):
+            other = "train" if self.train is not None else "synthetic"
+            raise UserInputError(f"mixture: expected no data.{other} beside it; remove one of the two")
+        weighted = [entry.train for entry in self.mixture if entry.weight is not None]
+        if weighted and len(weighted) < len(self.mixture):
+            bare = next(entry.train for entry in self.mixture if entry.weight is None)
+            raise UserInputError(f"mixture: expected a weight for every set or for none, found none for {bare}")
+        self.order()
+
+    def order(self) -> OrderConfig:
+        """What decides which samples a training reads, beside the sets themselves."""
+        weights = tuple(entry.weight for entry in self.mixture if entry.weight is not None)
+        return OrderConfig(
+            weights=weights or None,
+            selection=self.select,
+            balance=self.balance,
+            repeats=self.repeats,
+            epoch_samples=self.epoch_samples,
+            remainder=self.remainder,
+        )
+
+
+Placement = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchConfig:
+    """How many processes train, where Ray puts them, and how it restarts them.
+
+    No setting here changes the order of the samples, so each may be another one when a run is resumed.
+    """
+
+    workers: int = 1
+    """Training processes; one a GPU where there are GPUs. With `min_workers` the most there may be."""
+    min_workers: int | None = None
+    """Under Ray: go on with as few as this many when a node is lost, and grow again up to `workers` when there is
+    room. Losses then differ by rounding, the samples of every step do not. None: always `workers`."""
+    threads_per_worker: int | None = None
+    """Torch threads of a worker on a CPU; None: `cpus_per_worker`, or without it the machine's cores shared evenly
+    among `workers`. Losses are bit-equal only at the same number."""
+    cpus_per_worker: float | None = None
+    """Processors that Ray sets aside for a worker; None: one where it trains on a CPU, none beside a GPU."""
+    gpus_per_worker: Literal[0, 1] | None = None
+    """Under Ray: GPUs of a worker; None: one where a node of the cluster has GPUs, else none."""
+    accelerator_type: str | None = None
+    """Under Ray: train only on nodes with this accelerator, by Ray's name for it: ``H100``, ``A100``, ..."""
+    placement: Placement = "PACK"
+    """Under Ray: ``PACK`` on few nodes or ``SPREAD`` over many where it can be; ``STRICT_``: or not at all."""
+    max_failures: int = 3
+    """Restarts of the workers by Ray before it gives up; 0: none, -1: no limit. What no restart can mend (a wrong
+    setting, damaged data, numbers that are not finite) ends the run at once and counts for none."""
+    max_preemptions: int = -1
+    """Restarts because a node was taken away with notice, counted apart from `max_failures`; -1: no limit."""
+    wait_for_resources: bool = False
+    """Under Ray: wait for nodes that the cluster does not have yet (one that grows on demand). False: refuse at once
+    what no node of the cluster has room for, since Ray itself would wait for ever."""
+    runs_folder: str = "runs"
+    """Folder of the run folders; on a cluster on storage that all nodes share."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UserInputError(f"workers: expected at least 1, found {self.workers}")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise UserInputError(f"min_workers: expected 1 to workers = {self.workers}, found {self.min_workers}")
+        if self.elastic and self.placement.startswith("STRICT_"):
+            raise UserInputError(
+                f"placement: expected PACK or SPREAD where min_workers lets the number of workers change, found "
+                f"{self.placement}; Ray counts room for workers without it"
+            )
+        for name in ("threads_per_worker", "cpus_per_worker"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserInputError(f"{name}: expected more than 0, or none, found {value}")
+        if self.accelerator_type is not None and self.gpus_per_worker == 0:
+            raise UserInputError(
+                f"accelerator_type: expected gpus_per_worker = 1 beside {self.accelerator_type!r}, found 0; "
+                "remove one of the two"
+            )
+        for name in ("max_failures", "max_preemptions"):
+            if getattr(self, name) < -1:
+                raise UserInputError(f"{name}: expected at least 0, or -1 for no limit, found {getattr(self, name)}")
+        if not self.runs_folder:
+            raise UserInputError("runs_folder: expected a folder, found an empty name")
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change while the run lasts."""
+        return self.min_workers is not None and self.min_workers < self.workers
+
+    def torch_threads(self, num_cores: int) -> int:
+        """Torch threads of a worker on a CPU of `num_cores`: the same whatever the number of workers is just now."""
+        if self.threads_per_worker is not None:
+            return self.threads_per_worker
+        if self.cpus_per_worker is not None:
+            return max(1, int(self.cpus_per_worker))
+        return max(1, num_cores // self.workers)
+
+
+_NOT_IN_MODEL_NAMES = "/:"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    """Where the run is followed in MLflow."""
+
+    uri: str | None = None
+    """MLflow tracking URI; None: the environment's MLFLOW_TRACKING_URI, else ``sqlite:///runs/mlflow.db``."""
+    experiment: str = "ca2st"
+    """MLflow experiment: runs in one experiment are compared."""
+    enabled: bool = True
+    """False: only the journal is written; ``ca2st track sync`` can send it later."""
+    register_model: bool = True
+    """Register the finished model: a few kB that name its checkpoint, whose bytes stay where they are."""
+    registered_model: str | None = None
+    """Name under which it is registered; None: the recipe's name."""
+    system_metrics_seconds: float = 10.0
+    """Time between two measurements of each node's processors, memory, GPUs, disk and network; 0: none."""
+
+    def __post_init__(self) -> None:
+        if self.system_metrics_seconds < 0:
+            raise UserInputError(
+                f"system_metrics_seconds: expected 0 (off) or more, found {self.system_metrics_seconds}"
+            )
+        name = self.registered_model
+        if name is not None and (not name.strip() or any(letter in name for letter in _NOT_IN_MODEL_NAMES)):
+            raise UserInputError(
+                f"registered_model: expected a name without / and : (MLflow refuses them), found {name!r}"
+            )
+
+
+def model_name(recipe_name: str, registered_model: str | None) -> str:
+    """The name a model is registered under: as set, or the recipe's name with what MLflow refuses replaced."""
+    if registered_model is not None:
+        return registered_model
+    return re.sub(f"[{_NOT_IN_MODEL_NAMES}]", "-", recipe_name).strip() or "ca2st"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -290,21 +394,6 @@ def recipe_from_document(document: Mapping[str, Any]) -> Recipe:
     return _ADAPTER.validate_json(json.dumps(document))
 
 
-def stored_recipe(document: Mapping[str, Any], *, where: str) -> Recipe:
-    """The recipe that a run folder or checkpoint (`where`) keeps.
-
-    Raises:
-        RecipeError: it was written by a version whose recipes had other settings.
-    """
-    try:
-        return recipe_from_document(document)
-    except pydantic.ValidationError as error:
-        mistakes = "\n  ".join(line for mistake in error.errors() for _, line in told(mistake, Recipe, source=where))
-        raise RecipeError(
-            f"{where}: its recipe is none of this version of ca2st; use the version that wrote it:\n  {mistakes}"
-        ) from error
-
-
 def recipe_document(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain JSON values; `recipe_from_document` is its inverse."""
     document: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
@@ -350,3 +439,46 @@ def identity_settings(recipe: Recipe) -> dict[str, Any]:
     """
     flat = flatten(recipe_document(recipe))
     return {name: value for name, value in flat.items() if not name.startswith(_NOT_IDENTITY)}
+
+
+_MOST_OF_ANY = 10**12
+_UNBOUNDED = ("seed", "_seed", "_bytes")
+"""Keys that end so may hold any number that their own section takes."""
+MOST: Mapping[str, int] = {
+    "clip.num_frames": 4_096,
+    "clip.crop_size": 8_192,
+    "clip.mel_rows": 1_000_000,
+    "clip.num_mel_bins": 8_192,
+    "data.augment.erasing.most_boxes": 100,
+    "data.augment.spectrogram.frequency_masks": 100,
+    "data.augment.spectrogram.time_masks": 100,
+    "data.epoch_samples": 1_000_000_000,
+    "data.loader.decode_threads": 4_096,
+    "data.loader.fetch_threads": 4_096,
+    "data.loader.prefetch_steps": 1_000,
+    "data.loader.retry.attempts": 1_000,
+    "data.repeats": 1_000,
+    "data.sampling.frame_stride": 10_000,
+    "data.views.clips": 1_000,
+    "data.views.crops": 1_000,
+    "launch.threads_per_worker": 4_096,
+    "launch.workers": 100_000,
+    "model.depth": 1_000,
+    "model.dim": 65_536,
+    "model.num_heads": 1_024,
+    "training.epochs": 1_000_000,
+    "training.global_batch_size": 10_000_000,
+    "training.keep_checkpoints": 1_000_000,
+    "training.per_device_batch_size": 1_000_000,
+}
+"""Most of each count, far above anything that has been trained."""
+
+
+def beyond_limits(leaves: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with whole numbers among a recipe's settings by dotted path, one text a key."""
+    for path, value in leaves.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        most = MOST.get(path, _MOST_OF_ANY)
+        if value > most and not path.endswith(_UNBOUNDED):
+            yield f"{path}: expected at most {most:,}, found {value}; a count beyond that is a slip"

@@ -1,10 +1,13 @@
-"""A recipe as a TOML file, with its preset expanded and settings of the command line put over it."""
+"""A recipe as a TOML file: preset expanded, settings of the command line put over it, every mistake at its line."""
 
+import datetime
+import difflib
 import json
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from reprlib import repr as shortened
@@ -14,12 +17,14 @@ import pydantic
 
 from ca2st.errors import UserInputError
 from ca2st.model.presets import find_preset
-from ray_jobs.config.recipe import Recipe, dates_in, key_lines, place_of, recipe_from_document, told
-from ray_jobs.errors import RecipeError
+from ray_jobs.config.recipe import Recipe, recipe_from_document
+from ray_jobs.errors import ConflictsError, RecipeError
 
 _MOST_NESTED = 20
 _MOST_NAME_BYTES = 200
 _NOT_IN_NAMES = re.compile(r"[/\x00-\x1f\x7f]")
+_TABLE = re.compile(r"^\s*(\[\[?)\s*([^\[\]]+?)\s*\]")
+_KEY = re.compile(r"""^\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -197,3 +202,155 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {override}: {table} is a value, not a section")
         document = inner
     document[key] = value
+
+
+def stored_recipe(document: Mapping[str, Any], *, where: str) -> Recipe:
+    """The recipe that a run folder or checkpoint (`where`) keeps.
+
+    Raises:
+        RecipeError: it was written by a version whose recipes had other settings.
+    """
+    try:
+        return recipe_from_document(document)
+    except pydantic.ValidationError as error:
+        mistakes = "\n  ".join(line for mistake in error.errors() for _, line in told(mistake, Recipe, source=where))
+        raise RecipeError(
+            f"{where}: its recipe is none of this version of ca2st; use the version that wrote it:\n  {mistakes}"
+        ) from error
+
+
+def key_lines(text: str) -> dict[str, int]:
+    """Line number (from 1) of every dotted key and table header in `text`; tables of an array are numbered from 0.
+
+    Lines inside multi-line strings may add entries that match no real key; they are never asked for.
+    """
+    lines: dict[str, int] = {}
+    table, counts = "", Counter[str]()
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := _TABLE.match(line):
+            table = _dotted(header[2])
+            if header[1] == "[[":
+                lines.setdefault(table, number)
+                counts[table] += 1
+                table = f"{table}.{counts[table] - 1}"
+            lines.setdefault(table, number)
+        elif key := _KEY.match(line):
+            path = f"{table}.{_dotted(key[1])}" if table else _dotted(key[1])
+            lines.setdefault(path, number)
+    return lines
+
+
+def _dotted(text: str) -> str:
+    return ".".join(part.strip().strip("\"'") for part in text.split("."))
+
+
+def line_of(lines: dict[str, int], path: str) -> int | None:
+    """Line of `path`, or of the nearest table around it; None when not even that is in the file."""
+    while path:
+        if path in lines:
+            return lines[path]
+        path = path.rpartition(".")[0]
+    return None
+
+
+def told(
+    mistake: Any,
+    recipe_type: type,
+    *,
+    source: str,
+    lines: Mapping[str, int] | None = None,
+    overrides: Sequence[str] = (),
+) -> list[tuple[str, str]]:
+    """One of pydantic's mistakes as (key to change, ``file:line: key: what is wrong``); more where sections disagree.
+
+    `recipe_type` is the dataclass that was read, `lines` where its keys stand in the file `source`; a key that an
+    override set is told as such.
+    """
+    path = ".".join(str(part) for part in mistake["loc"])
+    kind, told_lines = mistake["type"], list[tuple[str, str]]()
+    for message in _messages(mistake):
+        key, text = path, message
+        if not path:  # sections at odds with each other: the recipe's own check names the key
+            key, _, text = message.partition(": ")
+        elif kind == "unexpected_keyword_argument":
+            text = f"unknown key{_suggestion(mistake['loc'], recipe_type)}"
+        elif kind in ("missing", "missing_argument"):
+            text = "required, but not given"
+        elif kind != "value_error":
+            text = f"{message}, found {mistake['input']!r}"
+        blamed = blamed_key(key, text, recipe_type, overrides) if kind == "value_error" else key
+        place = place_of(blamed, source=source, lines=lines, overrides=overrides)
+        told_lines.append((blamed, f"{place}: {key}: {text}"))
+    return told_lines
+
+
+def blamed_key(path: str, message: str, recipe_type: type, overrides: Sequence[str] = ()) -> str:
+    """The key that a refusal of the section `path` is about.
+
+    It is the one that the message begins with, or one that it names and an override has set; else `path` itself.
+    """
+    known = _known_keys(path.split("."), recipe_type)
+    first = re.split(r"[:, ]", message, maxsplit=1)[0].rpartition(".")[2]
+    words = set(re.findall(r"\w+", message))
+    set_here = [override.partition("=")[0] for override in overrides]
+    named = [key for key in set_here if key.startswith(f"{path}.") and key.rpartition(".")[2] in words]
+    if first in known and f"{path}.{first}" in set_here:
+        return f"{path}.{first}"
+    if named:
+        return named[0]
+    return f"{path}.{first}" if first in known else path
+
+
+def place_of(path: str, *, source: str, lines: Mapping[str, int] | None = None, overrides: Sequence[str] = ()) -> str:
+    """Where the key `path` was set: ``--set path``, ``file:line``, or the file alone where it is not in it.
+
+    An override of a section around the key has set it too.
+    """
+    for override in reversed(overrides):
+        key = override.partition("=")[0]
+        if path == key or path.startswith(f"{key}."):
+            return f"--set {key}"
+    line = line_of(dict(lines or {}), path)
+    return f"{source}:{line}" if line else source
+
+
+def _messages(mistake: Any) -> list[str]:
+    error = mistake.get("ctx", {}).get("error")
+    if isinstance(error, ConflictsError):
+        return list(error.messages)
+    return [mistake["msg"].removeprefix("Value error, ")]
+
+
+def dates_in(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Key and text of every date or time in a TOML document: values that TOML has and no setting takes."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from dates_in(inner, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from dates_in(inner, path)
+    elif isinstance(value, datetime.date | datetime.time):
+        yield path, value.isoformat()
+
+
+def _suggestion(loc: Sequence[Any], recipe_type: type) -> str:
+    known = _known_keys([str(part) for part in loc[:-1]], recipe_type)
+    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else f"; known are {', '.join(known)}"
+
+
+def _known_keys(tables: Sequence[str], recipe_type: type) -> list[str]:
+    """Field names of the section at `tables`."""
+    current: Any = recipe_type
+    for table in tables:
+        if table.isdigit():  # a table of an array, whose kind was found under the array's name
+            continue
+        kinds = {entry.name: entry.type for entry in fields(current)}
+        current = next((kind for kind in _options(kinds.get(table)) if is_dataclass(kind)), None)
+        if current is None:
+            return []
+    return [entry.name for entry in fields(current)]
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    return getattr(kind, "__args__", (kind,))

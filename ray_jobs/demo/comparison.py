@@ -9,8 +9,8 @@ from typing import Any
 
 from ca2st.durable import NO_FAULTS
 from ca2st.errors import check_choice
+from ca2st.model.config import EXPERTS, ExpertName
 from ca2st.model.parameters import count_parameters
-from ca2st.model.structure import EXPERTS, ExpertName
 from ca2st.training.journal import JOURNAL_NAME, read_events, run_sequence
 from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import Recipe

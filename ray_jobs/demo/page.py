@@ -22,12 +22,13 @@ import numpy as np
 
 from ca2st import __version__
 from ca2st.durable import write_bytes
-from ca2st.model.structure import EXPERTS
+from ca2st.model.config import EXPERTS
 from ca2st.training.journal import JOURNAL_NAME, run_sequence
-from ray_jobs.config.recipe import Recipe, stored_recipe
+from ca2st.training.resume import RECIPE_FILE
+from ray_jobs.config.recipe import Recipe
+from ray_jobs.config.recipe_file import stored_recipe
 from ray_jobs.demo.answers import Answers, DemoReport, Factors, factors_of_set, next_steps, read_all_answers, shown
 from ray_jobs.demo.comparison import COMPARED, ComparisonRow
-from ray_jobs.launch import RECIPE_NAME
 from ray_jobs.pages.charts import Line, Mark, Point, page_environment
 from ray_jobs.pages.pictures import Pictures, read_pictures
 from sharding.format.index import sample_key
@@ -99,7 +100,7 @@ def model_results(rows: Sequence[ComparisonRow], answers: Sequence[Answers], fac
 
 def recipe_of_run(row: ComparisonRow) -> Recipe:
     """The recipe by which a run was trained."""
-    path = Path(row.run_dir) / RECIPE_NAME
+    path = Path(row.run_dir) / RECIPE_FILE
     return stored_recipe(json.loads(path.read_text()), where=str(path))
 
 

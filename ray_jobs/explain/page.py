@@ -25,8 +25,8 @@ from PIL import Image
 
 from ca2st import __version__
 from ca2st.durable import write_bytes
+from ca2st.model.config import Direction
 from ca2st.model.inspect import AttentionMap
-from ca2st.model.structure import Direction
 from ca2st.spec import MEL_ROW_SECONDS
 from ray_jobs.console import require_writable_place
 from ray_jobs.explain.explanation import AudioBox, Explanation, Places, Sound, require_attention, run_recorded

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ca2st.model.config import ModelKind
-from ca2st.model.structure import EXPERTS
+from ca2st.model.config import EXPERTS, ModelKind
 from ca2st.spec import MEL_ROW_SECONDS
 from ray_jobs.own_data.expert_sizes import ExpertSizes
 

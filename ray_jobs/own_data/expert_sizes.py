@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ca2st.errors import UserInputError
-from ca2st.model.config import EncoderName, ModelConfig, ModelKind
-from ca2st.model.structure import EXPERTS, ExpertName
+from ca2st.model.config import EXPERTS, EncoderName, ExpertName, ModelConfig, ModelKind
 from ca2st.spec import ClipSpec
 from ca2st.weights.errors import WeightsDamageError
 from ca2st.weights.expert_files import EXPERT_KEY

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ca2st.errors import listed
-from ca2st.model.structure import EXPERTS
+from ca2st.model.config import EXPERTS
 from ray_jobs.console import print_json, result, say
 from ray_jobs.environment import fault_points
 from ray_jobs.own_data.shards import Judgement, LeftOut, OwnShards

@@ -29,9 +29,8 @@ from ray_jobs.own_data.shards import (
     run_name,
     shards_folder,
 )
-from ray_jobs.runs.model import IMPORTED_FOLDER, with_local_experts
-from ray_jobs.runs.plan import kept_recipe
-from ray_jobs.runs.start import start_sound
+from ray_jobs.runs.model import IMPORTED_FOLDER, start_sound, with_local_experts
+from ray_jobs.runs.start import kept_recipe
 from ray_jobs.runs.worker import Outcome
 from sharding.format.shard_set import MANIFEST_NAME, read_manifest
 from sharding.settings import ConversionConfig

@@ -21,7 +21,7 @@ from ca2st.checked_json import DocumentError, encoded, read_json
 from ca2st.durable import open_itself, take_lock, write_bytes
 from ca2st.errors import CA2STError, DataDamageError, EnvironmentFault, NumericError, UserInputError
 from ca2st.training.errors import OutOfMemoryFault, PeerFailedError, StopNotSavedError
-from ca2st.training.memory import KNOBS, SHARED_MEMORY
+from ca2st.training.ranks import KNOBS, SHARED_MEMORY
 from ray_jobs.errors import WorkerFailedError
 from ray_jobs.redaction import redacted
 

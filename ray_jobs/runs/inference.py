@@ -1,78 +1,45 @@
-"""Trained models, and their evaluation.
-
-A trained model back from a checkpoint folder: what evaluation and prediction start from.
-
-Multi-view test of a checkpoint: metrics, and one Parquet row a sample.
-"""
+"""Trained models at work: loaded from a checkpoint, tested on shard sets, their features written."""
 
 import io
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
+from einops import rearrange
 from torch import Tensor
 
 from ca2st.batch import ClipBatch
-from ca2st.checked_json import parse_json
-from ca2st.durable import write_bytes
-from ca2st.errors import UserInputError
+from ca2st.durable import write_bytes, writing
+from ca2st.errors import DataDamageError, UserInputError, check_choice
 from ca2st.model.network import HolisticModel
 from ca2st.model.parameters import build_model, held_precision, hold_experts, set_trainable
-from ca2st.training.checkpoint import (
-    CHECKPOINTS_NAME,
-    Checkpoint,
-    list_checkpoints,
-    read_checkpoint,
-    read_checkpoint_file,
-)
-from ca2st.training.evaluate import EvaluationResult, evaluate
-from ca2st.training.metrics import main_metric
-from ca2st.training.state import MODEL_FILE, put_model_tensors, read_model_tensors
+from ca2st.training.checkpoint import Checkpoint, read_checkpoint
+from ca2st.training.evaluate import EvaluationResult, evaluate, main_metric
+from ca2st.training.resume import MODEL_FILE, put_model_tensors, read_model_tensors
 from ca2st.training.step import make_accelerator, model_logits
 from pipelines.loader import EvaluationLoader
 from pipelines.storage.shard_sets import check_sound, picture_notes, require_sound
 from pipelines.views import EvaluationViews
-from ray_jobs.config.recipe import Recipe, stored_recipe
+from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import Update, progress, require_writable_place
 from ray_jobs.runs.data import evaluation_loader
-from ray_jobs.runs.model import load_frozen, target_specs
+from ray_jobs.runs.model import RUN_DOCUMENT, find_checkpoint, load_frozen, read_run_document, target_specs
 from sharding.datasets.label_spaces import classes_that_differ
 from sharding.format.shard_set import AudioParameters, ShardSet, VideoParameters, read_shard_set
 
 _LOGGER = logging.getLogger(__name__)
-RUN_DOCUMENT = "run"
-"""Name of the JSON document in a checkpoint that holds the whole recipe and the class names."""
-SOUND_KEY = "ca2st_audio"
-"""Metadata key of an exported model: how the spectrograms that it was trained on were made."""
 _MOST_NAME, _FINGERPRINT_CHARACTERS = 60, 8
-
-
-class _StoredDocument(TypedDict):
-    recipe: dict[str, Any]
-    classes: dict[str, list[str]]
-    audio: AudioParameters
-    video: VideoParameters
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunDocument:
-    """Contents of the document `RUN_DOCUMENT`."""
-
-    recipe: Recipe
-    classes: dict[str, list[str]]
-    """Class names of each target."""
-    audio: AudioParameters
-    """How the spectrograms of the training shards were made, of a mixture's first set."""
-    video: VideoParameters
-    """How their videos were encoded."""
+METADATA_KEY = b"ca2st"
+"""Key of a features file's metadata that holds one JSON object: where the features come from."""
+_ROWS_A_GROUP = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,62 +69,6 @@ class TrainedModel:
         shards = read_shard_set(place, storage=self.recipe.data.loader.storage)
         with trained_loader(self, shards, tuple(self.classes), views=views or EvaluationViews(), num_lanes=1) as loader:
             yield from loader.batches()
-
-
-def read_run_document(data: bytes, *, where: str) -> RunDocument:
-    """What a checkpoint says of its run; `where` names the checkpoint.
-
-    Raises:
-        DocumentError: it is no such document.
-    """
-    document = parse_json(data, _StoredDocument, where=f"{where}/{RUN_DOCUMENT}.json")
-    return RunDocument(
-        recipe=stored_recipe(document["recipe"], where=where),
-        classes=document["classes"],
-        audio=document["audio"],
-        video=document["video"],
-    )
-
-
-def run_document_of(folder: Path) -> RunDocument:
-    """The document of a checkpoint; nothing else of it is read.
-
-    Raises:
-        UserInputError: `folder` is no checkpoint, or keeps no such document.
-        DataDamageError: it is not what was written.
-    """
-    data = read_checkpoint_file(folder, f"{RUN_DOCUMENT}.json")
-    if data is None:
-        raise UserInputError(f"{folder}: expected a checkpoint of `ca2st train`, found one without {RUN_DOCUMENT}.json")
-    return read_run_document(data, where=str(folder))
-
-
-def sound_metadata(audio: AudioParameters) -> dict[str, str]:
-    """For the header of a model's file: how the spectrograms it was trained on were made."""
-    return {SOUND_KEY: json.dumps(asdict(audio), sort_keys=True)}
-
-
-def parse_sound(text: str, *, where: str) -> AudioParameters:
-    """What `sound_metadata` wrote.
-
-    Raises:
-        DocumentError: it is something else.
-    """
-    return parse_json(text, AudioParameters, where=f"{where}: metadata key {SOUND_KEY!r}")
-
-
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder itself, or the newest complete one of a run folder.
-
-    Raises:
-        UserInputError: `path` is neither.
-    """
-    if not (path / CHECKPOINTS_NAME).is_dir():
-        return path
-    found = list_checkpoints(path / CHECKPOINTS_NAME)
-    if not found:
-        raise UserInputError(f"{path}: a run folder without a complete checkpoint; train longer or name another")
-    return found[0]
 
 
 def trained_loader(
@@ -336,3 +247,154 @@ def _predictions_parquet(result: EvaluationResult) -> bytes:
     sink = io.BytesIO()
     pq.write_table(pa.table(columns), sink, compression="zstd")
     return sink.getvalue()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeaturesReport:
+    """What was written."""
+
+    features: Path
+    """The Parquet file."""
+    num_samples: int
+    experts: dict[str, int]
+    """Width of each expert's feature."""
+
+
+def write_features(
+    path: Path,
+    data: str | Path,
+    views: EvaluationViews,
+    *,
+    experts: Sequence[str] | None = None,
+    out: Path | None = None,
+    rows_a_group: int = _ROWS_A_GROUP,
+) -> FeaturesReport:
+    """Write what goes into the head of the model of a checkpoint or run folder, for every sample in `data`.
+
+    Columns: `key`; `<target>_label` for each of the set's own targets, which need not be those the model was trained
+    on; `has_audio`; and for each of `experts` (None: all) its feature, the mean over the views. Rows are in the set's
+    order. At most about `rows_a_group` rows are held at a time.
+
+    Raises:
+        UserInputError: the model has no such expert.
+        DataDamageError: checkpoint or shards are damaged; no file is left.
+    """
+    if out is not None:
+        require_writable_place(out, "--out")
+    trained = load_trained(path)
+    chosen = _choose(tuple(trained.model.experts), experts)
+    shard_set = read_shard_set(data, storage=trained.recipe.data.loader.storage)
+    out = out or output_of_set(trained, shard_set, views, what="features")
+    with writing(out) as file, closing(_tables(trained, shard_set, views, chosen)) as tables:
+        first = next(tables)
+        about = _describe(trained, shard_set, views)
+        schema = first.schema.with_metadata({METADATA_KEY: json.dumps(about).encode()})
+        groups = _grouped(first, tables, rows_a_group)
+        with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=["key"]) as writer:
+            num_samples = sum(_write_group(writer, group) for group in groups)
+        if num_samples != shard_set.manifest.num_samples:
+            raise DataDamageError(
+                f"{data}: expected {shard_set.manifest.num_samples} samples, found {num_samples}; no file is written"
+            )
+    return FeaturesReport(
+        features=out,
+        num_samples=num_samples,
+        experts={name: first.schema.field(name).type.list_size for name in chosen},
+    )
+
+
+def _choose(known: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """The wanted experts, in the model's order."""
+    for name in wanted or ():
+        check_choice("--experts", name, known)
+    return tuple(name for name in known if wanted is None or name in wanted)
+
+
+def _describe(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) -> dict[str, object]:
+    """What a reader of the file needs to know of its making."""
+    manifest = shard_set.manifest
+    return {
+        "content": "pooled features of every expert as they go into the head, mean over the views of a sample",
+        "model": asdict(trained.recipe.model),
+        "clip": asdict(trained.recipe.clip),
+        "recipe": trained.recipe.name,
+        "checkpoint": trained.checkpoint.folder.name,
+        "checkpoint_files": {name: facts["sha256"] for name, facts in trained.checkpoint.marker.files.items()},
+        "expert_files": dict(trained.checkpoint.marker.experts),
+        "dataset": manifest.dataset,
+        "split": manifest.split,
+        "manifest_fingerprint": manifest.fingerprint,
+        "classes": {name: list(manifest.label_space(name).classes) for name in manifest.targets},
+        "views": {"protocol": views.protocol, "clips": views.clips, "crops": views.crops},
+    }
+
+
+def _grouped(first: pa.Table, rest: Iterator[pa.Table], rows_a_group: int) -> Iterator[pa.Table]:
+    """Small tables joined until they have `rows_a_group` rows."""
+    waiting, count = [first], first.num_rows
+    for table in rest:
+        if count >= rows_a_group:
+            yield pa.concat_tables(waiting)
+            waiting, count = [], 0
+        waiting.append(table)
+        count += table.num_rows
+    yield pa.concat_tables(waiting)
+
+
+def _write_group(writer: pq.ParquetWriter, table: pa.Table) -> int:
+    writer.write_table(table, row_group_size=max(1, table.num_rows))
+    rows: int = table.num_rows
+    return rows
+
+
+def _tables(
+    trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews, experts: tuple[str, ...]
+) -> Generator[pa.Table, None, None]:
+    """One table a batch, in the set's order."""
+    targets = shard_set.manifest.targets
+    accelerator = place_model(trained)
+    total = shard_set.manifest.num_samples
+    with (
+        trained_loader(trained, shard_set, targets, views=views, num_lanes=1, device=accelerator.device) as loader,
+        progress("Features", total) as update,
+    ):
+        done = 0
+        for batch in loader.batches():
+            table = _table(batch, _features(trained, batch, accelerator), targets, views, experts)
+            done += table.num_rows
+            update(done, "samples")
+            if table.num_rows:
+                yield table
+
+
+def _features(trained: TrainedModel, batch: ClipBatch, accelerator: Accelerator) -> dict[str, Tensor]:
+    """float32 `[views, dim]` of every expert, padding included."""
+    parts: list[Mapping[str, Tensor]] = []
+    with torch.inference_mode(), accelerator.autocast():
+        for part in batch.split(trained.recipe.training.per_device_batch_size):
+            here = part.to(accelerator.device)
+            parts.append(trained.model(here.normalised_video(), here.mel, here.intervals_seconds).features)
+    return {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
+
+
+def _table(
+    batch: ClipBatch,
+    features: Mapping[str, Tensor],
+    targets: tuple[str, ...],
+    views: EvaluationViews,
+    experts: tuple[str, ...],
+) -> pa.Table:
+    """A row for each sample of a batch that is no padding; the views of a sample follow each other."""
+    first_views = slice(0, None, views.num_views)
+    real = (~batch.is_padding[first_views]).nonzero().flatten()
+    columns: dict[str, pa.Array] = {"key": pa.array([batch.sample_ids[first_views][index] for index in real.tolist()])}
+    labels = batch.labels[first_views][real]
+    for column, target in enumerate(targets):
+        columns[f"{target}_label"] = pa.array(labels[:, column].numpy(), pa.int32())
+    columns["has_audio"] = pa.array(batch.has_audio[first_views][real].tolist(), pa.bool_())
+    for name in experts:
+        mean = rearrange(features[name], "(s v) d -> s v d", v=views.num_views).mean(dim=1)[real]
+        columns[name] = pa.FixedSizeListArray.from_arrays(
+            pa.array(mean.contiguous().numpy().ravel(), pa.float32()), mean.shape[1]
+        )
+    return pa.table(columns)

@@ -1,77 +1,284 @@
-"""The model of a run: from recipe and experts.
+"""The model of a run: made from a recipe and its experts, begun from a trained one, and what of it is kept.
 
-Experts that a recipe names by their public names become files of this machine before anything is started.
-
-What a run does not train is kept once, by its hash, in the run's own folder: no other folder is needed later.
-
-The model of a recipe, with its experts' weights: made, or only outlined.
+A start (fine-tuning) is read when a run begins; from its first checkpoint on the run has everything it needs in its own
+folder, so the model it began with may be gone when it resumes. As long as it is there it must be the same one. What a
+run does not train is kept once, by its hash, in the run's own folder.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
+from safetensors.torch import load
 from torch import Tensor
 
+from ca2st.checked_json import parse_json
 from ca2st.errors import UserInputError
-from ca2st.model.config import EncoderName, TargetSpec
+from ca2st.model.config import EXPERTS, EncoderName, ExpertName, TargetSpec, encoder_of
 from ca2st.model.network import HolisticModel
 from ca2st.model.parameters import build_model, set_trainable
-from ca2st.model.structure import EXPERTS, ExpertName, encoder_of
-from ca2st.training.state import trained_tensors
+from ca2st.training.checkpoint import (
+    CHECKPOINTS_NAME,
+    MARKER_NAME,
+    CheckpointMarker,
+    list_checkpoints,
+    read_checkpoint,
+    read_checkpoint_file,
+    read_marker,
+)
+from ca2st.training.errors import CheckpointDamagedError
+from ca2st.training.resume import MODEL_FILE, trained_tensors
 from ca2st.weights.errors import WeightsMismatchError
 from ca2st.weights.expert_files import ExpertStore, expert_state, load_expert, load_expert_file
 from ca2st.weights.hub import HubAccess, is_hub_name
-from ca2st.weights.importer import ImportedExperts
+from ca2st.weights.model_file import ModelDescription, read_description, refuse_published_names
 from ca2st.weights.sizes import UnwrittenSizes
-from ca2st.weights.tensor_files import refuse_mismatch
-from ray_jobs.config.recipe import Recipe
+from ca2st.weights.tensor_files import read_tensor_file, read_tensor_metadata, refuse_mismatch
+from ca2st.weights.transfer import transfer_weights
+from ray_jobs.config.recipe import Recipe, StartConfig
+from ray_jobs.config.recipe_file import stored_recipe
 from ray_jobs.console import say
+from sharding.format.shard_set import AudioParameters, VideoParameters
 
+Classes = Mapping[str, Sequence[str]]
+"""Class names of each label space."""
 IMPORTED_FOLDER = "imported"
 """Beside the runs: what one run imported the next one finds."""
-
-
-def with_local_experts(recipe: Recipe, folder: Path, access: HubAccess) -> Recipe:
-    """The recipe with paths in place of public names (`hf-hub:`, `open_clip:`, `timm:`), imported into `folder`.
-
-    Which layouts are read follows from the encoder that the model has in an expert's place.
-
-    Raises:
-        UserInputError: an unknown name, or weights that do not fit the encoder.
-        EnvironmentFault: the hub cannot be reached.
-    """
-    store = ImportedExperts(folder.resolve())
-    local: dict[str, Any] = {}
-    for expert, source in recipe.experts.sources().items():
-        if is_hub_name(source) and expert in EXPERTS[recipe.model.kind]:
-            encoder = encoder_of(recipe.model, expert)
-            path = store.get(source, encoder, _SIZES[encoder](recipe), access)
-            say(f"{expert} expert: {source} is {path}")
-            local[expert] = str(path)
-    return replace(recipe, experts=replace(recipe.experts, **local)) if local else recipe
-
-
-_SIZES: dict[EncoderName, Callable[[Recipe], UnwrittenSizes]] = {
-    "clip": lambda recipe: UnwrittenSizes(num_heads=recipe.model.num_heads),
-    "videomae": lambda recipe: UnwrittenSizes(
-        num_heads=recipe.model.num_heads,
-        num_frames=recipe.model.pretrained_num_frames,
-        crop_size=recipe.model.pretrained_crop_size,
-    ),
-    "ast": lambda recipe: UnwrittenSizes(num_heads=recipe.model.num_heads, mel_rows=recipe.clip.mel_rows),
-    "resnet50": lambda _: UnwrittenSizes(),
-}
-"""What a public file does not tell and the recipe does."""
-
-
 EXPERTS_FOLDER = "experts"
 """Folder of the store in a run's folder."""
 ADDED = "added"
 """What is frozen although no expert's own: adapters, B-CA, ... of the model that a fine-tuning run began with."""
+RUN_DOCUMENT = "run"
+"""Name of the JSON document in a checkpoint that holds the whole recipe and the class names."""
+SOUND_KEY = "ca2st_audio"
+"""Metadata key of an exported model: how the spectrograms that it was trained on were made."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BegunModel:
+    """The model of a run before its first step, or before what it resumes is put in."""
+
+    model: HolisticModel
+    identity: Mapping[str, str] = field(default_factory=dict)
+    """What it began with: ``sha256`` of a checkpoint's COMPLETE.json or of a model file; empty for no start."""
+    note: Mapping[str, Any] = field(default_factory=dict)
+    """For the journal: the same, its name, and which tensors were kept (how many), resized and fresh (their names)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartSource:
+    """A trained model as it was found."""
+
+    where: Path
+    """Checkpoint folder or model file."""
+    sha256: str
+    """Of the checkpoint's COMPLETE.json, which names every byte of it, or of the file."""
+    state: Mapping[str, Tensor]
+    """All its tensors, by the names of its whole model."""
+    description: ModelDescription
+    """What it is made of."""
+    classes: Classes | None
+    """Class names of its targets; None where only their numbers are known."""
+
+
+def begin_model(recipe: Recipe, classes: Classes, run_dir: Path) -> BegunModel:
+    """Return the recipe's model with the weights it begins with.
+
+    Raises:
+        UserInputError: the start is not there, or does not fit; see `read_start` and `check_label_spaces`.
+        WeightsMismatchError: its tensors do not fit the model.
+        DataDamageError: its bytes are not those that were written.
+    """
+    return _begun(make_model(recipe, classes), recipe, classes, run_dir)
+
+
+def check_model(recipe: Recipe, classes: Classes, run_dir: Path) -> BegunModel:
+    """Return what `begin_model` would, as an outline: refuse what would fail when the workers make their models.
+
+    Raises:
+        UserInputError: as `begin_model`, or what is to be trained names nothing, or an expert's file does not fit.
+    """
+    return _begun(outline_model(recipe, classes), recipe, classes, run_dir)
+
+
+def _begun(model: HolisticModel, recipe: Recipe, classes: Classes, run_dir: Path) -> BegunModel:
+    if recipe.start is None:
+        return BegunModel(model=model)
+    path = Path(recipe.start.checkpoint)
+    if not path.exists() and (own := _own_marker(run_dir)) is not None:
+        if not next(model.parameters()).is_meta:
+            load_frozen(model, own.experts, run_dir)
+        return BegunModel(model=model, identity=own.start, note={**own.start, "checkpoint": None})
+    return _transferred(model, read_start(path), recipe.start, classes)
+
+
+def read_start(path: Path) -> StartSource:
+    """Read a checkpoint or run folder, or a model file, and verify every byte that can be.
+
+    Raises:
+        UserInputError: neither is there, or the file holds no whole model of ours.
+        DataDamageError: bytes are not those that were written.
+    """
+    if path.is_dir():
+        return _checkpoint_source(find_checkpoint(path))
+    if not path.is_file():
+        raise UserInputError(
+            f"start.checkpoint: expected a checkpoint folder, a run folder or a model file, found nothing at {path}; "
+            "check the path"
+        )
+    if path.suffix != ".safetensors":
+        raise UserInputError(
+            "start.checkpoint: expected a checkpoint folder, a run folder or a model file that ends in .safetensors, "
+            f"found {path}; give the model that `ca2st weights import` or `export` wrote"
+        )
+    file = read_tensor_file(path)
+    description = read_description(file.metadata, where=str(path))
+    if description is None:
+        raise WeightsMismatchError(
+            f"{path}: expected a whole model of `ca2st weights import` or `export`, found tensors alone; "
+            "name the file of a single expert under [experts]"
+        )
+    refuse_published_names(file.tensors, description, path=path)
+    with path.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return StartSource(where=path, sha256=sha256, state=file.tensors, description=description, classes=None)
+
+
+def start_sound(path: Path) -> AudioParameters | None:
+    """How the spectrograms were made that a model to start from was trained on; nothing else of it is read.
+
+    None where it is not told (a file of `ca2st weights import`), the model does not hear, or nothing is at `path`.
+
+    Raises:
+        DataDamageError: what should tell it cannot be read.
+    """
+    if path.is_dir():
+        folder = find_checkpoint(path)
+        if not (folder / MARKER_NAME).exists():
+            return None
+        run = read_run_document((folder / f"{RUN_DOCUMENT}.json").read_bytes(), where=str(folder))
+        return run.audio if "audio" in EXPERTS[run.recipe.model.kind] else None
+    if not path.is_file() or path.suffix != ".safetensors":
+        return None
+    metadata = read_tensor_metadata(path)
+    description = read_description(metadata, where=str(path))
+    if description is None or "audio" not in EXPERTS[description.model.kind] or SOUND_KEY not in metadata:
+        return None
+    return parse_sound(metadata[SOUND_KEY], where=str(path))
+
+
+def check_label_spaces(source: StartSource, classes: Classes) -> None:
+    """Refuse to keep the head of a model whose classes are others.
+
+    Raises:
+        UserInputError: a label space of the same name has other classes, or none has the same name.
+    """
+    old: dict[str, int] = {target.name: target.num_classes for target in source.description.targets}
+    shared = [name for name in classes if name in old]
+    if not shared:
+        raise UserInputError(
+            f'start.head: "keep" needs a label space in common, found {", ".join(classes)} here and {", ".join(old)} '
+            f'in {source.where}; set start.head = "new"'
+        )
+    for name in shared:
+        names = None if source.classes is None else list(source.classes[name])
+        if old[name] != len(classes[name]) or (names is not None and names != list(classes[name])):
+            raise UserInputError(
+                f'start.head: "keep" needs the same classes, found label space {name!r} with '
+                f"{_told(list(classes[name]), names)} here and {old[name]} classes in {source.where}; "
+                'set start.head = "new", or convert with one class list'
+            )
+
+
+def _told(here: list[str], there: list[str] | None) -> str:
+    if there is None or len(here) != len(there):
+        return f"{len(here)} classes"
+    first = next(index for index, (new, old) in enumerate(zip(here, there, strict=True)) if new != old)
+    return f"{len(here)} classes (class {first} is {here[first]!r}, there {there[first]!r})"
+
+
+def _transferred(model: HolisticModel, source: StartSource, start: StartConfig, classes: Classes) -> BegunModel:
+    if start.head == "keep":
+        check_label_spaces(source, classes)
+    report = transfer_weights(
+        model,
+        source.state,
+        source=source.description,
+        where=str(source.where),
+        resize_positions=start.resize_positions,
+        new_head=start.head == "new",
+    )
+    identity = {"sha256": source.sha256}
+    note = {
+        **identity,
+        "checkpoint": str(source.where),
+        "kept": len(report.kept),
+        "resized": list(report.resized),
+        "fresh": list(report.fresh),
+    }
+    return BegunModel(model=model, identity=identity, note=note)
+
+
+def _checkpoint_source(folder: Path) -> StartSource:
+    checkpoint = read_checkpoint(folder)
+    run = read_run_document(checkpoint.files[f"{RUN_DOCUMENT}.json"], where=str(folder))
+    recipe, classes = run.recipe, run.classes
+    frozen = frozen_state(checkpoint.marker.experts, folder.parent.parent)
+    return StartSource(
+        where=folder,
+        sha256=hashlib.sha256((folder / MARKER_NAME).read_bytes()).hexdigest(),
+        state=frozen | load(checkpoint.files[MODEL_FILE]),
+        description=ModelDescription(model=recipe.model, clip=recipe.clip, targets=target_specs(classes)),
+        classes=classes,
+    )
+
+
+def _own_marker(run_dir: Path) -> CheckpointMarker | None:
+    """The newest readable marker of the run's own checkpoints; which of them is sound is decided at resume."""
+    for folder in list_checkpoints(run_dir / CHECKPOINTS_NAME):
+        try:
+            return read_marker(folder)
+        except CheckpointDamagedError:
+            continue
+    return None
+
+
+def target_specs(classes: Classes) -> tuple[TargetSpec, ...]:
+    """What the head predicts."""
+    return tuple(TargetSpec(name=name, num_classes=len(names)) for name, names in classes.items())
+
+
+def make_model(recipe: Recipe, classes: Classes) -> HolisticModel:
+    """The recipe's model, with the weights of the expert files it names and what is trained marked so."""
+    model = build_model(recipe.model, recipe.clip, target_specs(classes), seed=recipe.training.seed)
+    _load_experts(model, recipe.experts.files())
+    set_trainable(model, recipe.trainable)
+    return model
+
+
+def outline_model(recipe: Recipe, classes: Classes) -> HolisticModel:
+    """The model that `make_model` would make, on the meta device: names and shapes alone, refused for the same reasons.
+
+    Expert files are compared by names and shapes; public names, which are no files yet, are left out.
+    """
+    with torch.device("meta"):
+        model = build_model(recipe.model, recipe.clip, target_specs(classes))
+    sources = recipe.experts.sources().items()
+    _load_experts(model, {name: Path(source) for name, source in sources if not is_hub_name(source)})
+    set_trainable(model, recipe.trainable)
+    return model
+
+
+def _load_experts(model: HolisticModel, files: Mapping[ExpertName, Path]) -> None:
+    for name, path in files.items():
+        try:
+            load_expert_file(model, name, path)
+        except UserInputError as error:
+            raise UserInputError(f"experts.{name}: {error}") from error
 
 
 def keep_frozen(model: HolisticModel, run_dir: Path) -> dict[str, str]:
@@ -150,42 +357,115 @@ def _load_added(own: Mapping[str, Tensor], kept: Mapping[str, Tensor], *, where:
             tensor.copy_(kept[name])
 
 
-def target_specs(classes: Mapping[str, list[str]]) -> tuple[TargetSpec, ...]:
-    """What the head predicts."""
-    return tuple(TargetSpec(name=name, num_classes=len(names)) for name, names in classes.items())
+def with_local_experts(recipe: Recipe, folder: Path, access: HubAccess) -> Recipe:
+    """The recipe with paths in place of public names (`hf-hub:`, `open_clip:`, `timm:`), imported into `folder`.
 
+    Which layouts are read follows from the encoder that the model has in an expert's place.
 
-def make_model(recipe: Recipe, classes: Mapping[str, list[str]]) -> HolisticModel:
-    """The recipe's model, with the weights of the expert files it names and what is trained marked so."""
-    model = build_model(recipe.model, recipe.clip, target_specs(classes), seed=recipe.training.seed)
-    _load_experts(model, recipe.experts.files())
-    set_trainable(model, recipe.trainable)
-    return model
-
-
-def outline_model(recipe: Recipe, classes: Mapping[str, list[str]]) -> HolisticModel:
-    """The model that `make_model` would make, on the meta device: names and shapes alone, refused for the same reasons.
-
-    Expert files are compared by names and shapes; public names, which are no files yet, are left out.
+    Raises:
+        UserInputError: an unknown name, or weights that do not fit the encoder.
+        EnvironmentFault: the hub cannot be reached.
     """
-    with torch.device("meta"):
-        model = build_model(recipe.model, recipe.clip, target_specs(classes))
-    sources = recipe.experts.sources().items()
-    _load_experts(model, {name: Path(source) for name, source in sources if not is_hub_name(source)})
-    set_trainable(model, recipe.trainable)
-    return model
+    own = EXPERTS[recipe.model.kind]
+    public = {name: source for name, source in recipe.experts.sources().items() if is_hub_name(source) and name in own}
+    if not public:
+        return recipe
+    from ca2st.weights.importer import ImportedExperts
+
+    store = ImportedExperts(folder.resolve())
+    local: dict[str, Any] = {}
+    for expert, source in public.items():
+        encoder = encoder_of(recipe.model, expert)
+        path = store.get(source, encoder, _unwritten_sizes(recipe, encoder), access)
+        say(f"{expert} expert: {source} is {path}")
+        local[expert] = str(path)
+    return replace(recipe, experts=replace(recipe.experts, **local))
 
 
-def _load_experts(model: HolisticModel, files: Mapping[ExpertName, Path]) -> None:
-    for name, path in files.items():
-        with _naming(name):
-            load_expert_file(model, name, path)
+def _unwritten_sizes(recipe: Recipe, encoder: EncoderName) -> UnwrittenSizes:
+    """Return what a public file does not tell and the recipe does."""
+    model, num_heads = recipe.model, recipe.model.num_heads
+    if encoder == "clip":
+        return UnwrittenSizes(num_heads=num_heads)
+    if encoder == "videomae":
+        frames, crop = model.pretrained_num_frames, model.pretrained_crop_size
+        return UnwrittenSizes(num_heads=num_heads, num_frames=frames, crop_size=crop)
+    if encoder == "ast":
+        return UnwrittenSizes(num_heads=num_heads, mel_rows=recipe.clip.mel_rows)
+    return UnwrittenSizes()
 
 
-@contextmanager
-def _naming(expert: ExpertName) -> Iterator[None]:
-    """Put the setting of `expert` before what its source is refused for."""
-    try:
-        yield
-    except UserInputError as error:
-        raise UserInputError(f"experts.{expert}: {error}") from error
+class _StoredDocument(TypedDict):
+    recipe: dict[str, Any]
+    classes: dict[str, list[str]]
+    audio: AudioParameters
+    video: VideoParameters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunDocument:
+    """Contents of the document `RUN_DOCUMENT`."""
+
+    recipe: Recipe
+    classes: dict[str, list[str]]
+    """Class names of each target."""
+    audio: AudioParameters
+    """How the spectrograms of the training shards were made, of a mixture's first set."""
+    video: VideoParameters
+    """How their videos were encoded."""
+
+
+def read_run_document(data: bytes, *, where: str) -> RunDocument:
+    """What a checkpoint says of its run; `where` names the checkpoint.
+
+    Raises:
+        DocumentError: it is no such document.
+    """
+    document = parse_json(data, _StoredDocument, where=f"{where}/{RUN_DOCUMENT}.json")
+    return RunDocument(
+        recipe=stored_recipe(document["recipe"], where=where),
+        classes=document["classes"],
+        audio=document["audio"],
+        video=document["video"],
+    )
+
+
+def run_document_of(folder: Path) -> RunDocument:
+    """The document of a checkpoint; nothing else of it is read.
+
+    Raises:
+        UserInputError: `folder` is no checkpoint, or keeps no such document.
+        DataDamageError: it is not what was written.
+    """
+    data = read_checkpoint_file(folder, f"{RUN_DOCUMENT}.json")
+    if data is None:
+        raise UserInputError(f"{folder}: expected a checkpoint of `ca2st train`, found one without {RUN_DOCUMENT}.json")
+    return read_run_document(data, where=str(folder))
+
+
+def sound_metadata(audio: AudioParameters) -> dict[str, str]:
+    """For the header of a model's file: how the spectrograms it was trained on were made."""
+    return {SOUND_KEY: json.dumps(asdict(audio), sort_keys=True)}
+
+
+def parse_sound(text: str, *, where: str) -> AudioParameters:
+    """What `sound_metadata` wrote.
+
+    Raises:
+        DocumentError: it is something else.
+    """
+    return parse_json(text, AudioParameters, where=f"{where}: metadata key {SOUND_KEY!r}")
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint folder itself, or the newest complete one of a run folder.
+
+    Raises:
+        UserInputError: `path` is neither.
+    """
+    if not (path / CHECKPOINTS_NAME).is_dir():
+        return path
+    found = list_checkpoints(path / CHECKPOINTS_NAME)
+    if not found:
+        raise UserInputError(f"{path}: a run folder without a complete checkpoint; train longer or name another")
+    return found[0]

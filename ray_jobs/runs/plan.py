@@ -1,52 +1,45 @@
-"""The plan of a run, made without side effects.
-
-What a training in a run folder would go on with, told without touching the folder.
-
-What ``ca2st train --dry-run`` tells: everything a training would do and need, and nothing done.
+"""The plan of ``ca2st train --dry-run``: everything a training would do and need, and nothing done.
 
 Manifests and what a run folder holds are read; no folder is made, no clip drawn, no run opened and nothing kept of a
-URL. Counting is in pure functions; `make_plan` reads.
-
-The plan of a training as a person reads it: one line a subject.
+URL. Counting is in pure functions; `make_plan` reads; `plan_lines` is the plan as a person reads it.
 """
 
-import contextlib
-import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ca2st.checked_json import DocumentError, read_json
-from ca2st.errors import UserInputError
+from ca2st.model.config import HeldPrecision
+from ca2st.model.inspect import info_of
+from ca2st.model.network import HolisticModel
+from ca2st.model.parameters import held_precision, hold_experts
 from ca2st.training.checkpoint import (
     CHECKPOINTS_NAME,
-    CheckpointMarker,
     checkpoint_name,
     last_attempt_of_checkpoints,
     list_checkpoints,
-    read_checkpoint_file,
+    newest_sound,
     verify_checkpoint,
 )
 from ca2st.training.config import TrainingConfig
-from ca2st.training.errors import CheckpointDamagedError, ResumeRefusedError
+from ca2st.training.errors import ResumeRefusedError
 from ca2st.training.journal import JOURNAL_NAME, differences, last_attempt
 from ca2st.training.optim import schedule_for
-from ca2st.training.resume import RECIPE_FILE
-from ca2st.training.state import trained_tensors
+from ca2st.training.resume import RECIPE_FILE, trained_tensors
 from pipelines.order.plan import count_steps, rank_positions, require_enough_samples
-from ray_jobs.config.recipe import Recipe, identity_settings, stored_recipe
+from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import table
-from ray_jobs.runs.data import TrainingData, sample_plan
-from ray_jobs.runs.inference import RUN_DOCUMENT, read_run_document
-from ray_jobs.runs.model import frozen_bytes, outline_model, target_specs
-from ray_jobs.runs.start import check_settings, preflight
+from ray_jobs.runs.data import TrainingData, synthetic_classes
+from ray_jobs.runs.model import check_model, frozen_bytes
+from ray_jobs.runs.start import check_settings, open_checked, refuse_other_recipe
 from sharding.format.remote import RemoteFolder, as_location
 from sharding.format.shard_set import ShardSet
 
-_LOGGER = logging.getLogger(__name__)
+_MOMENTS = 2
+"""AdamW keeps two numbers for each trained parameter, in checkpoints too."""
+_UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
 def resume_plan(recipe: Recipe, run_dir: Path, *, fingerprints: Mapping[str, str] | None, steps: int) -> dict[str, Any]:
@@ -65,7 +58,7 @@ def resume_plan(recipe: Recipe, run_dir: Path, *, fingerprints: Mapping[str, str
         return facts | {"damaged": [], "changes": []}
     refuse_other_recipe(recipe, run_dir)
     facts["attempt"] = 1 + max(last_attempt(run_dir / JOURNAL_NAME), last_attempt_of_checkpoints(root))
-    marker, damaged = _newest_sound(root)
+    marker, damaged = newest_sound(root, verify_checkpoint)
     if marker is None:
         return facts | {"state": "begin again", "damaged": [], "changes": []}
     if fingerprints is not None and (changed := differences(marker.manifests, fingerprints)):
@@ -76,58 +69,9 @@ def resume_plan(recipe: Recipe, run_dir: Path, *, fingerprints: Mapping[str, str
         "state": "finished" if marker.step >= steps else "resume",
         "checkpoint": checkpoint_name(marker.step, marker.attempt),
         "step": marker.step,
-        "damaged": damaged,
+        "damaged": list(damaged),
         "changes": differences({name: marker.topology.get(name) for name in now}, now),
     }
-
-
-def _newest_sound(root: Path) -> tuple[CheckpointMarker | None, list[str]]:
-    """The newest checkpoint whose bytes are those that were written, and what is wrong with newer ones."""
-    damaged: list[str] = []
-    for folder in list_checkpoints(root):
-        try:
-            return verify_checkpoint(folder), damaged
-        except CheckpointDamagedError as error:
-            damaged.append(str(error))
-    if damaged:
-        raise CheckpointDamagedError(
-            f"{root}: no sound checkpoint is left ({'; '.join(damaged)}); restore one, or train into another folder"
-        )
-    return None, []
-
-
-def refuse_other_recipe(recipe: Recipe, run_dir: Path) -> None:
-    """Refuse a run folder that holds a run whose recipe would give other numbers.
-
-    Raises:
-        UserInputError: lists what differs.
-    """
-    stored = kept_recipe(run_dir)
-    kept = identity_settings(recipe if stored is None else stored)
-    if changed := differences(kept, identity_settings(recipe)):
-        listed = "\n  ".join(changed)
-        raise UserInputError(
-            f"{run_dir}: holds a run of another recipe; choose another --out or undo the change:\n  {listed}"
-        )
-
-
-def kept_recipe(run_dir: Path) -> Recipe | None:
-    """The recipe of the run in a folder: its newest sound checkpoint's, else the one that was kept at its start.
-
-    None where there is neither. A damaged file is named in a warning.
-    """
-    document = None
-    try:
-        document = read_json(run_dir / RECIPE_FILE, dict[str, Any])
-    except FileNotFoundError:
-        pass
-    except DocumentError as error:
-        _LOGGER.warning("DAMAGED %s; it is written anew, the checkpoints know their recipe", error)
-    for folder in list_checkpoints(run_dir / CHECKPOINTS_NAME):
-        with contextlib.suppress(CheckpointDamagedError):  # who resumes names it
-            if (data := read_checkpoint_file(folder, f"{RUN_DOCUMENT}.json")) is not None:
-                return read_run_document(data, where=str(folder)).recipe
-    return None if document is None else stored_recipe(document, where=str(run_dir))
 
 
 def _topology(recipe: Recipe) -> dict[str, Any]:
@@ -139,10 +83,6 @@ def _topology(recipe: Recipe) -> dict[str, Any]:
         "precision": training.precision,
         "compile": training.compile,
     }
-
-
-_MOMENTS = 2
-"""AdamW keeps two numbers a trained parameter, in checkpoints too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,23 +105,18 @@ def make_plan(recipe: Recipe, run_dir: Path, *, device: str) -> dict[str, Any]:
         UserInputError: what the training itself would refuse: settings, data, weights, a folder of another run.
         DataDamageError: damaged manifests, or a run folder without a sound checkpoint.
     """
-    from ca2st.model.inspect import model_info
-    from ca2st.model.parameters import held_precision
-    from ray_jobs.runs.start import check_model
-    from ray_jobs.runs.step_memory import guess_step_memory
-
     reading = read_without_traces(recipe)
-    start = check_model(recipe, reading.classes, run_dir)
+    begun = check_model(recipe, reading.classes, run_dir)
     training, world_size = recipe.training, recipe.launch.workers
-    info = model_info(recipe.model, recipe.clip, target_specs(reading.classes), trainable=recipe.trainable)
-    memory = guess_step_memory(recipe, reading.classes, device=device, world_size=world_size)
+    held = held_precision(recipe.experts.precision, training=training.precision, device=device)
+    info = info_of(begun.model)
     steps = training.total_steps(reading.steps_per_epoch)
     fingerprints = None if reading.data is None else reading.data.fingerprints
     return {
         "name": recipe.name,
         "model": recipe.model.kind,
         "trains": recipe.trainable,
-        "start": dict(start) if recipe.start is not None else None,
+        "start": dict(begun.note) if recipe.start is not None else None,
         "trainable": info.trainable,
         "total": info.total,
         "gmacs": info.gmacs,
@@ -192,12 +127,12 @@ def make_plan(recipe: Recipe, run_dir: Path, *, device: str) -> dict[str, Any]:
         "workers": world_size,
         "device": device,
         "precision": training.precision,
-        "experts_precision": held_precision(recipe.experts.precision, training=training.precision, device=device),
+        "experts_precision": held,
         "global_batch_size": training.global_batch_size,
         "batches": batch_plan(training, world_size=world_size),
         "learning_rate": rate_plan(recipe, steps_per_epoch=reading.steps_per_epoch, steps=steps),
-        "memory": asdict(memory) | {"total": memory.total, "batches_ready": waiting_bytes(recipe)},
-        "disk": disk_plan(recipe, reading.classes, run_dir, steps=steps, steps_per_epoch=reading.steps_per_epoch),
+        "disk": disk_plan(recipe, begun.model, run_dir, steps=steps, steps_per_epoch=reading.steps_per_epoch),
+        "memory": memory_plan(recipe, begun.model, held=held),
         "data": data_plan(recipe, reading.data),
         "resume": resume_plan(recipe, run_dir, fingerprints=fingerprints, steps=steps),
     }
@@ -207,17 +142,14 @@ def read_without_traces(recipe: Recipe) -> Reading:
     """Read manifests (and indexes, where samples are chosen by them) without leaving a copy of those behind URLs.
 
     Raises:
-        UserInputError, DataDamageError: as `preflight`, or as `synthetic_classes`.
+        UserInputError, DataDamageError: as `check_settings`, `open_checked` and `synthetic_classes`.
     """
-    from ray_jobs.runs.synthetic import synthetic_classes
-
+    check_settings(recipe)
     if (classes := synthetic_classes(recipe)) is not None:
-        check_settings(recipe)
         return _reading_of_world(recipe, classes)
     with tempfile.TemporaryDirectory(prefix="ca2st-plan-") as folder:
         aside = replace(recipe.data, loader=replace(recipe.data.loader, cache_dir=folder))
-        data = preflight(replace(recipe, data=aside))
-        plan = sample_plan(recipe, data)
+        data, plan = open_checked(replace(recipe, data=aside))
     return Reading(classes=data.classes, num_samples=plan.num_samples, steps_per_epoch=plan.num_steps, data=data)
 
 
@@ -275,6 +207,22 @@ def rate_plan(recipe: Recipe, *, steps_per_epoch: int, steps: int) -> dict[str, 
     }
 
 
+def memory_plan(recipe: Recipe, model: HolisticModel, *, held: HeldPrecision) -> dict[str, int]:
+    """Return bytes of one rank's device by what they hold, and of batches kept ready in the machine's memory.
+
+    Activations, which depend on kernels and allocators, are left out: the log of a run's first step has its peak.
+    `model` is an outline, whose experts are held as `held` afterwards.
+    """
+    hold_experts(model, held)
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    return {
+        "parameters": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        "gradients": trained * (2 if recipe.launch.workers > 1 else 1),  # ranks exchange them in buckets of their own
+        "optimizer": _MOMENTS * trained,
+        "batches_ready": waiting_bytes(recipe),
+    }
+
+
 def waiting_bytes(recipe: Recipe) -> int:
     """Bytes of this machine's memory that finished batches of one rank take: uint8 frames, float32 spectrograms."""
     clip, training = recipe.clip, recipe.training
@@ -294,13 +242,12 @@ def num_checkpoints(recipe: Recipe, *, steps: int, steps_per_epoch: int) -> int:
 
 
 def disk_plan(
-    recipe: Recipe, classes: Mapping[str, list[str]], run_dir: Path, *, steps: int, steps_per_epoch: int
+    recipe: Recipe, model: HolisticModel, run_dir: Path, *, steps: int, steps_per_epoch: int
 ) -> dict[str, int]:
     """Bytes that the run folder grows to, journal and tracking left out, and what is free where it will be.
 
     While a checkpoint is written those it will replace are still there.
     """
-    model = outline_model(recipe, {name: list(names) for name, names in classes.items()})
     parameters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     checkpoint = sum(tensor.nbytes for tensor in trained_tensors(model).values()) + _MOMENTS * parameters
     written = num_checkpoints(recipe, steps=steps, steps_per_epoch=steps_per_epoch)
@@ -358,9 +305,6 @@ def _cache_plan(recipe: Recipe, sets: list[ShardSet]) -> dict[str, str | int | N
         "set_bytes": sum(int(set_facts(one)["bytes"]) for one in remote),
         "free_bytes": shutil.disk_usage(_nearest_folder(storage.folder)).free,
     }
-
-
-_UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
 def plan_lines(plan: Mapping[str, Any]) -> str:
@@ -423,13 +367,11 @@ def rate_line(rate: Mapping[str, Any]) -> str:
 
 
 def memory_line(memory: Mapping[str, int], *, device: str) -> str:
-    """The guess of a worker's peak and its parts."""
-    parts = ("parameters", "gradients", "optimizer", "activations")
-    told = ", ".join(f"{name} {readable_bytes(memory[name])}" for name in parts)
-    ready = readable_bytes(memory["batches_ready"])
+    """What a worker holds besides the activations."""
+    parts = ", ".join(f"{name} {readable_bytes(memory[name])}" for name in ("parameters", "gradients", "optimizer"))
     return (
-        f"about {readable_bytes(memory['total'])} a worker on its {device} ({told}; measured peaks were up to twice "
-        f"such a guess), libraries not counted; batches kept ready {ready}"
+        f"{parts} per worker on its {device}, and activations, which the log of the first step tells; batches kept "
+        f"ready {readable_bytes(memory['batches_ready'])}"
     )
 
 

@@ -1,19 +1,10 @@
-"""One process of a training.
-
-SIGINT and SIGTERM on their way from a launching process to its workers, from the moment they are started.
-
-What every training process runs, however it was started: recipe in, trained run folder out.
-"""
+"""What every training process runs, however it was started: recipe in, trained run folder out."""
 
 import json
-import os
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import resource_tracker
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +17,10 @@ from ca2st.model.config import HeldPrecision
 from ca2st.model.network import HolisticModel, compile_layers
 from ca2st.model.parameters import held_precision, hold_experts, layer_index, no_weight_decay
 from ca2st.processes import num_cores
-from ca2st.training.loop import train
-from ca2st.training.metrics import main_metric
+from ca2st.training.evaluate import main_metric
+from ca2st.training.loop import TrainingProgress, TrainingSettings, train
 from ca2st.training.optim import ParameterRules
 from ca2st.training.resume import RunRecord, library_versions
-from ca2st.training.settings import TrainingProgress, TrainingResult, TrainingSettings
 from ca2st.training.signals import StopRequest, stop_on_signals
 from ca2st.training.step import make_accelerator
 from pipelines.loader import TrainLoader
@@ -39,65 +29,8 @@ from ray_jobs.config.recipe import Recipe, identity_settings, recipe_document, r
 from ray_jobs.console import progress
 from ray_jobs.runs.data import TrainingData, open_data, train_loader, validation_loader
 from ray_jobs.runs.failures import forget_failure
-from ray_jobs.runs.inference import RUN_DOCUMENT
-from ray_jobs.runs.model import keep_frozen
+from ray_jobs.runs.model import RUN_DOCUMENT, begin_model, keep_frozen
 from ray_jobs.runs.node_metrics import NodeMetrics
-from ray_jobs.runs.start import begin_model
-
-STOPPING = (signal.SIGTERM, signal.SIGINT)
-
-
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait, here and in processes that are started meanwhile, until somebody can answer them.
-
-    Here a mask is not enough: the kernel gives a signal to any thread that does not mask it, as those of a library.
-    """
-    resource_tracker.ensure_running()  # when first needed it would let them through
-    came: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, _frame: came.append(number)) for number in STOPPING}
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for one in came:
-            signal.raise_signal(one)
-
-
-def take_signals() -> None:
-    """In a worker: until there is something to save, a signal ends it at once, and its parent says so."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-
-
-@contextmanager
-def signals_to(workers: Sequence[BaseProcess], begun: Sequence[int]) -> Iterator[list[int]]:
-    """Pass SIGINT and SIGTERM on to the workers, which checkpoint and end; this process waits for them.
-
-    A worker that has not `begun` hears no signal yet and is killed. Gives the signals for which that was done.
-    """
-    ended_unbegun: list[int] = []
-
-    def forward(number: int, _frame: object) -> None:
-        for worker, has_begun in zip(workers, begun, strict=True):
-            if worker.pid is None:
-                continue
-            if not has_begun:
-                ended_unbegun.append(number)
-            with suppress(ProcessLookupError):  # ended already
-                os.kill(worker.pid, number if has_begun else signal.SIGKILL)
-
-    previous = {number: signal.signal(number, forward) for number in STOPPING}
-    try:
-        yield ended_unbegun
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
 
 OUTCOME_NAME = "outcome.json"
 
@@ -175,21 +108,17 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
         result = train(
             begun.model, loader, accelerator=accelerator, settings=settings, validation=validation, stop=stop
         )
-    outcome = _outcome(result, data.targets)
+    outcome = Outcome(
+        checkpoint=str(result.checkpoint),
+        steps=result.steps,
+        metrics=dict(result.metrics),
+        main_metric=main_metric(data.targets),
+    )
     if rank == 0:
         write_bytes(run_dir / OUTCOME_NAME, encoded(json.dumps(asdict(outcome), indent=1, ensure_ascii=False) + "\n"))
         forget_failure(run_dir)
     accelerator.end_training()
     return outcome
-
-
-def _outcome(result: TrainingResult, targets: tuple[str, ...]) -> Outcome:
-    return Outcome(
-        checkpoint=str(result.checkpoint),
-        steps=result.steps,
-        metrics=dict(result.metrics),
-        main_metric=main_metric(targets),
-    )
 
 
 def _use_cpu_threads(recipe: Recipe) -> bool:

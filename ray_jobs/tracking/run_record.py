@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from ca2st.checked_json import read_json
 from ca2st.training.checkpoint import CHECKPOINTS_NAME, list_checkpoints
 from ca2st.training.journal import JOURNAL_NAME, read_events
-from ray_jobs.config.sections import model_name
+from ray_jobs.config.recipe import model_name
 from ray_jobs.redaction import redacted_values
 from ray_jobs.tracking.client import (
     MAX_EXPERIMENT_CHARACTERS,

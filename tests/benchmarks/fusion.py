@@ -25,7 +25,7 @@ from ray_jobs.console import require_writable_place
 from ray_jobs.demo.comparison import COMPARED, ComparedModel, ComparisonRow, Contest, run_contest
 from ray_jobs.demo.demo import EXPERT_RECIPE, RECIPE, VIEWS
 from ray_jobs.demo.pretraining import Lesson, PretrainedExpert, pretrain
-from ray_jobs.runs.synthetic import make_split
+from ray_jobs.runs.data import make_split
 
 _PLACES = ("run_dir", "checkpoint", "predictions", "run_id")
 """Fields of a row that name places of one machine."""

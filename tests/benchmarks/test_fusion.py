@@ -25,8 +25,8 @@ from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.demo.comparison import COMPARED, ComparisonRow, Contest, recipe_of
 from ray_jobs.demo.demo import LESSONS
 from ray_jobs.demo.pretraining import PretrainedExpert
+from ray_jobs.runs.data import synthetic_classes
 from ray_jobs.runs.model import outline_model
-from ray_jobs.runs.synthetic import synthetic_classes
 from sharding.synthetic.factors import SENSE_SETS
 
 

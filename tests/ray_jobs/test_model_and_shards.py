@@ -12,16 +12,13 @@ from ca2st.durable import NO_FAULTS
 from ca2st.errors import UserInputError
 from ca2st.weights.model_file import export_model
 from pipelines.views import EvaluationViews
-from ray_jobs.config.recipe import Recipe, StartConfig
-from ray_jobs.config.sections import MixtureSet
+from ray_jobs.config.recipe import MixtureSet, Recipe, StartConfig
 from ray_jobs.launch import launch
 from ray_jobs.own_data.training import plan_training
-from ray_jobs.runs import features
 from ray_jobs.runs import inference as evaluation
 from ray_jobs.runs.data import open_data
-from ray_jobs.runs.features import write_features
-from ray_jobs.runs.inference import SOUND_KEY, TrainedModel, evaluate_checkpoint, score, sound_metadata
-from ray_jobs.runs.start import start_sound
+from ray_jobs.runs.inference import TrainedModel, evaluate_checkpoint, score, write_features
+from ray_jobs.runs.model import SOUND_KEY, sound_metadata, start_sound
 from sharding.format.shard_set import AudioParameters, ShardSet, VideoParameters
 from support.fake_shards import make_samples, make_shard_set
 from support.models import tiny_model
@@ -62,8 +59,7 @@ def test_a_checkpoint_that_hears_is_neither_tested_on_other_sounds_nor_asked_for
 ) -> None:
     trained = in_run_folder(trained_model(tmp_path / "run"))
     other = set_of(tmp_path / "other", changes)
-    for module in (evaluation, features):
-        monkeypatch.setattr(module, "load_trained", lambda _: trained)
+    monkeypatch.setattr(evaluation, "load_trained", lambda _: trained)
     with pytest.raises(UserInputError, match=message):
         evaluate_checkpoint(tmp_path / "run", other.root, ONE_VIEW)
     with pytest.raises(UserInputError, match=message):

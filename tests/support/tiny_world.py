@@ -6,8 +6,7 @@ from typing import Any
 from ca2st.training.config import OptimConfig, TrainingConfig
 from pipelines.config import LoaderConfig
 from pipelines.views import SamplingConfig
-from ray_jobs.config.recipe import Recipe, TrackingConfig
-from ray_jobs.config.sections import DataConfig, SyntheticData
+from ray_jobs.config.recipe import DataConfig, Recipe, SyntheticData, TrackingConfig
 from sharding.format.index import sample_key
 from sharding.format.shard_set import ShardSet
 from sharding.synthetic.factors import label_spaces, labels_of

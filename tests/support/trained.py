@@ -7,8 +7,7 @@ from ca2st.training.checkpoint import Checkpoint, CheckpointMarker
 from ca2st.training.config import OptimConfig, TrainingConfig
 from pipelines.config import LoaderConfig
 from pipelines.views import SamplingConfig
-from ray_jobs.config.recipe import Recipe
-from ray_jobs.config.sections import DataConfig
+from ray_jobs.config.recipe import DataConfig, Recipe
 from ray_jobs.runs.inference import TrainedModel
 from ray_jobs.runs.model import target_specs
 from sharding.format.shard_set import AudioParameters, VideoParameters

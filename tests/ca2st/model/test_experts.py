@@ -6,12 +6,10 @@ from einops import rearrange
 from torch import nn
 
 from ca2st.errors import UserInputError
-from ca2st.model.config import ModelConfig
+from ca2st.model.config import Bridge, Direction, ModelConfig
 from ca2st.model.experts import ClipExpert, Flavour, TransformerExpert, VideoMAEExpert
 from ca2st.model.layers import HolisticLayer
-from ca2st.model.positions import resize_clip_table, sinusoid_table
-from ca2st.model.structure import Bridge, Direction
-from ca2st.model.tokens import TokenGrid
+from ca2st.model.tokens import TokenGrid, resize_clip_table, sinusoid_table
 from ca2st.spec import ClipSpec
 from support.models import TINY_CLIP, expert_inputs, inputs_for, tiny_config, tiny_model, wake
 

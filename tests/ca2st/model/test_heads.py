@@ -6,7 +6,7 @@ from torch.nn.functional import gelu
 
 from ca2st.errors import UserInputError
 from ca2st.model.config import TargetSpec
-from ca2st.model.heads import Head
+from ca2st.model.network import Head
 from support.models import KINDS, ONE_TARGET, VERB_NOUN, tiny_config, wake
 
 TWO_TARGETS = (TargetSpec(name="scene", num_classes=4), TargetSpec(name="action", num_classes=6))

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from ca2st.errors import UserInputError
-from ca2st.model.positions import resize_clip_table, resize_grid_table, resize_time_table, sinusoid_table
+from ca2st.model.tokens import resize_clip_table, resize_grid_table, resize_time_table, sinusoid_table
 
 
 def _random(*shape):

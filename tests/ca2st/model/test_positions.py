@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 
-from ca2st.model.positions import LearnedPositions, sinusoid_table
-from ca2st.model.tokens import TokenGrid
+from ca2st.model.tokens import LearnedPositions, TokenGrid, sinusoid_table
 
 GRID = TokenGrid(num_sequences=3, num_prefix=1, num_frames=3, num_patches=4, dim=8)
 

@@ -5,8 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ca2st.model.config import SpatialTemporalConfig
-from ca2st.model.positions import TimeEncoder, cut_interval, part_of_column, parts_of_tokens
-from ca2st.model.tokens import audio_patches
+from ca2st.model.tokens import TimeEncoder, audio_patches, cut_interval, part_of_column, parts_of_tokens
 from ca2st.spec import ClipSpec
 from support.models import TINY_CLIP, inputs_for, tiny_config, tiny_model, wake
 

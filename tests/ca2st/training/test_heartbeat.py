@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ca2st.training.heartbeat import Beat, Heartbeat, Whereabouts, describe, read_beat
+from ca2st.training.ranks import Beat, Heartbeat, Whereabouts, describe, read_beat
 
 FORWARD = Whereabouts(step=7, stage="forward", seconds=3.0, keys=("a", "b", "c", "d", "e"))
 WAITING = Whereabouts(step=7, stage="gather", seconds=40.0)

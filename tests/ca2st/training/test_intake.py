@@ -9,9 +9,9 @@ import xxhash
 
 from ca2st.batch import ClipBatch
 from ca2st.training.errors import LabelRangeError, SourceContractError
-from ca2st.training.parts import Intake, hash_of_keys
 from ca2st.training.ranks import Ranks
 from ca2st.training.signals import StopRequest
+from ca2st.training.step import Intake, hash_of_keys
 from support.tiny_training import TARGETS, TinySource, fresh_accelerator, tiny_settings
 
 

@@ -8,8 +8,7 @@ import torch
 
 from ca2st.training.errors import OutOfMemoryFault, PeerFailedError
 from ca2st.training.loop import train
-from ca2st.training.memory import memory_fault, naming_memory_faults
-from ca2st.training.ranks import failure_of
+from ca2st.training.ranks import failure_of, memory_fault, naming_memory_faults
 from support.tiny_training import TinyModel, TinySource, fresh_accelerator, tiny_settings
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ca2st.training.metrics import (
+from ca2st.training.evaluate import (
     confusion_matrix,
     evaluation_metrics,
     harmonic_mean,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ca2st.batch import MIXING_FIELDS, BatchContractError, ClipBatch, Mixing
 from ca2st.training.errors import NonFiniteError, SourceContractError
-from ca2st.training.evaluate import evaluate, keep_failing_clips
+from ca2st.training.evaluate import evaluate
 from ca2st.training.losses import (
     box_mask,
     loss_per_clip,
@@ -24,7 +24,7 @@ from ca2st.training.losses import (
     smoothed_targets,
 )
 from ca2st.training.optim import LearningRateSchedule
-from ca2st.training.step import Stepper, model_logits
+from ca2st.training.step import Stepper, keep_failing_clips, model_logits
 from support.refusals import forced
 from support.tiny_training import TARGETS, TinyEvaluation, TinyModel, batch_of, clip, fresh_accelerator, tiny_settings
 

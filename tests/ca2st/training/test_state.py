@@ -8,7 +8,7 @@ from torch import nn
 from ca2st.training.config import OptimConfig
 from ca2st.training.errors import CheckpointMismatchError
 from ca2st.training.optim import build_optimizer, set_learning_rate
-from ca2st.training.state import collect_state, put_state, read_state, trained_tensors
+from ca2st.training.resume import collect_state, put_state, read_state, trained_tensors
 from support.tiny_training import TARGETS, TinyModel, tiny_rules
 
 

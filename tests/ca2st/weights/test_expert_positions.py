@@ -4,7 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from ca2st.model.positions import resize_grid_table
+from ca2st.model.tokens import resize_grid_table
 from ca2st.spec import ClipSpec
 from ca2st.weights import ImportOptions, WeightsDamageError, WeightsMismatchError, import_weights
 from ca2st.weights.expert_files import EXPERT_KEY, expert_state, load_expert, load_expert_file, read_expert_file

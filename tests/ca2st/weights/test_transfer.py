@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ca2st.model.config import ModelConfig, SpatialTemporalConfig, TargetSpec
-from ca2st.model.positions import resize_grid_table, resize_time_table
+from ca2st.model.tokens import resize_grid_table, resize_time_table
 from ca2st.spec import ClipSpec
 from ca2st.weights import WeightsMismatchError
 from ca2st.weights.model_file import ModelDescription

@@ -14,9 +14,8 @@ from ray_jobs.cluster.every_node import Node, NodeFailure
 from ray_jobs.cluster.node_check import NodeFacts, StorageLook, check_training_nodes, look_at_data, unseen_tokens
 from ray_jobs.cluster.supervision import LaunchFolder
 from ray_jobs.cluster.worker_life import with_absolute_paths
-from ray_jobs.config.recipe import ExpertsConfig, StartConfig, recipe_document
+from ray_jobs.config.recipe import ExpertsConfig, LaunchConfig, MixtureSet, StartConfig, recipe_document
 from ray_jobs.config.recipe_file import load_recipe
-from ray_jobs.config.sections import LaunchConfig, MixtureSet
 
 HEAD = Node(address="10.0.0.1", node_id="a" * 56, resources={"CPU": 4.0, "memory": 1e9})
 BIG = Node(address="10.0.0.2", node_id="b" * 56, resources={"CPU": 8.0, "GPU": 4.0, "accelerator_type:H100": 1.0})

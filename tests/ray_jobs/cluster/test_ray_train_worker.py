@@ -20,7 +20,7 @@ from ray_jobs.cluster import worker_life
 from ray_jobs.cluster.driver import demand_of
 from ray_jobs.cluster.every_node import Node
 from ray_jobs.cluster.supervision import LaunchFolder, LostWorkers, death_record, died_of
-from ray_jobs.config.sections import LaunchConfig
+from ray_jobs.config.recipe import LaunchConfig
 from ray_jobs.console import say
 from ray_jobs.runs.failures import read_failure
 from ray_jobs.runs.worker import Job, Outcome

@@ -3,7 +3,7 @@
 import pytest
 
 from ca2st.errors import UserInputError
-from ray_jobs.config.sections import LaunchConfig
+from ray_jobs.config.recipe import LaunchConfig
 
 
 @pytest.mark.parametrize(

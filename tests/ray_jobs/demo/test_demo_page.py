@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ca2st.errors import DataDamageError
+from ca2st.training.evaluate import confusion_matrix
 from ca2st.training.losses import smoothed_targets
-from ca2st.training.metrics import confusion_matrix
 from ray_jobs.commands.machine import _print_demo
 from ray_jobs.config.recipe import recipe_document
 from ray_jobs.demo.answers import Answers, DemoReport, Factors, factors_of_set, next_steps, read_all_answers, shown

@@ -12,8 +12,8 @@ from ca2st.training.journal import differences
 from ca2st.training.resume import RunRecord, identity
 from pipelines.errors import PlanError
 from ray_jobs.cli import app
-from ray_jobs.config.recipe import Recipe, identity_settings, key_lines, recipe_document, recipe_from_document
-from ray_jobs.config.recipe_file import load_recipe
+from ray_jobs.config.recipe import Recipe, identity_settings, recipe_document, recipe_from_document
+from ray_jobs.config.recipe_file import key_lines, load_recipe
 from ray_jobs.errors import RecipeError
 from ray_jobs.runs.data import open_data, sample_plan, train_loader
 from ray_jobs.runs.start import preflight

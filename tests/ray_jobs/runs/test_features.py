@@ -11,9 +11,9 @@ import torch
 from ca2st.errors import DataDamageError, UserInputError
 from pipelines.views import EvaluationViews
 from ray_jobs import cli
-from ray_jobs.runs import features
+from ray_jobs.runs import inference
 from ray_jobs.runs.data import evaluation_loader
-from ray_jobs.runs.features import METADATA_KEY, write_features
+from ray_jobs.runs.inference import METADATA_KEY, write_features
 from sharding.format.shard_set import LabelSpace, ShardSet
 from support.fake_shards import flip_byte, make_samples, make_shard_set, members_of
 from support.trained import trained_model
@@ -35,7 +35,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "run").mkdir()
     one = trained_model(tmp_path / "run")
-    monkeypatch.setattr(features, "load_trained", lambda _: one)
+    monkeypatch.setattr(inference, "load_trained", lambda _: one)
     return one
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ca2st.model.parameters import set_trainable
-from ca2st.training.state import trained_tensors
+from ca2st.training.resume import trained_tensors
 from ca2st.weights.errors import WeightsDamageError, WeightsMismatchError
 from ray_jobs.runs.model import ADDED, EXPERTS_FOLDER, frozen_state, keep_frozen, load_frozen
 from support.models import tiny_model, wake

@@ -15,8 +15,8 @@ from ca2st.weights.tensor_files import read_tensor_file
 from ray_jobs.cli import main
 from ray_jobs.config.recipe import recipe_from_document
 from ray_jobs.runs.inference import load_trained
-from ray_jobs.runs.model import make_model, with_local_experts
-from ray_jobs.runs.start import check_model, preflight
+from ray_jobs.runs.model import check_model, make_model, with_local_experts
+from ray_jobs.runs.start import preflight
 from support.fake_hub import fake_hub
 from support.foreign import ast_state, awake_expert, clip_state, videomae_state
 from support.tiny_runs import make_tiny_run

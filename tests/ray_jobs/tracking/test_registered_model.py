@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from ca2st.errors import UserInputError
 from ca2st.training.errors import CheckpointDamagedError
 from pipelines.views import EvaluationViews
-from ray_jobs.config.sections import TrackingConfig, model_name
+from ray_jobs.config.recipe import TrackingConfig, model_name
 from ray_jobs.runs.prediction import predict_videos
 from ray_jobs.tracking.registered_model import SHA256_TAG, register, signature_of
 from support.media import Sound, make_clip

@@ -8,10 +8,10 @@ import pytest
 
 from ca2st.errors import UserInputError
 from ray_jobs.cli import main
+from ray_jobs.config.recipe import SyntheticData
 from ray_jobs.config.recipe_file import load_recipe
-from ray_jobs.config.sections import SyntheticData
 from ray_jobs.errors import RecipeError
-from ray_jobs.runs.synthetic import make_split
+from ray_jobs.runs.data import make_split
 from sharding.format.shard_set import read_manifest
 
 
