@@ -10,7 +10,7 @@ from ray_jobs.commands.options import Json
 
 if TYPE_CHECKING:
     from pipelines.views import EvaluationViews
-    from ray_jobs.compare.report import Comparison
+    from ray_jobs.compare import Comparison
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder for its newest one.")]
 _MOST_SHOWN_SETTINGS = 40
@@ -155,8 +155,8 @@ def compare(
 
     Example: ca2st compare --experiment ca2st --html compare.html
     """
-    from ray_jobs.compare.report import RunFilter, read_runs
-    from ray_jobs.compare.report import compare as put_side_by_side
+    from ray_jobs.compare import RunFilter, read_runs
+    from ray_jobs.compare import compare as put_side_by_side
     from ray_jobs.console import print_json, require_writable_place, result, say
     from ray_jobs.environment import default_tracking_uri
 
@@ -171,7 +171,7 @@ def compare(
     )
     comparison = put_side_by_side(read_runs(uri, wanted), baseline=baseline)
     if html is not None:
-        from ray_jobs.compare.page import write_comparison_page
+        from ray_jobs.compare import write_comparison_page
         from ray_jobs.redaction import without_credentials
 
         write_comparison_page(comparison, html, source=without_credentials(uri))

@@ -255,11 +255,11 @@ def inspect(
 ) -> None:
     """Counts, classes and durations of a shard set, from its indexes; with --html also stills and spectrograms."""
     from ray_jobs.console import print_json, result, say, table
-    from ray_jobs.set_card.page import facts_in_words
+    from ray_jobs.set_card import facts_in_words
 
     shard_set, facts = _read_facts(shards, html)
     if html is not None:
-        from ray_jobs.set_card.page import write_set_card
+        from ray_jobs.set_card import write_set_card
 
         write_set_card(shard_set, facts, html)
         say(f"wrote {html}")

@@ -29,7 +29,7 @@ from ray_jobs.config.recipe import Recipe
 from ray_jobs.config.recipe_file import stored_recipe
 from ray_jobs.demo.answers import Answers, DemoReport, Factors, factors_of_set, next_steps, read_all_answers, shown
 from ray_jobs.demo.comparison import COMPARED, ComparisonRow
-from ray_jobs.pages.charts import Line, Mark, Point, page_environment
+from ray_jobs.pages.charts import Chart, Curve, Frame, Level, Line, Mark, page_environment, places, thinned
 from ray_jobs.pages.pictures import Pictures, read_pictures
 from sharding.format.index import sample_key
 from sharding.format.shard_set import read_manifest, read_shard_set
@@ -323,44 +323,17 @@ def _answer(answers: Answers, factors: Factors, sample: int) -> Answer:
     )
 
 
-WIDTH, HEIGHT = 720, 360
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 14, 44
-_MOST_POINTS = 400
-_STEPS = (1, 2, 5, 10, 20, 25, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossCurve:
-    """One run."""
-
-    model: str
-    raw: Line
-    """Every step."""
-    smooth: Line
-    """The mean of the steps around each."""
-    floor: float
-    """Where in the drawing the least possible loss is."""
-    floor_loss: float
-    final_loss: float
-    """Smoothed, at the last step."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossChart:
-    """A drawing of WIDTH x HEIGHT with steps to the right and the loss upwards."""
+    """The losses of all runs, with their figures."""
 
-    curves: list[LossCurve]
-    x_marks: list[Mark]
-    y_marks: list[Mark]
+    chart: Chart
     guess: float
-    """Where in the drawing the loss of a model that knows nothing is."""
-    guess_loss: float
-    width: float = WIDTH
-    height: float = HEIGHT
-    left: float = _LEFT
-    right: float = WIDTH - _RIGHT
-    top: float = _TOP
-    bottom: float = HEIGHT - _BOTTOM
+    """The loss of a model that knows nothing."""
+    least: Mapping[str, float]
+    """The least possible loss by model."""
+    final: dict[str, float]
+    """The smoothed loss of the last step by model."""
 
 
 def least_loss(ceiling: float, *, num_classes: int, smoothing: float) -> float:
@@ -388,44 +361,47 @@ def smoothed(values: Sequence[float], *, reach: int) -> list[float]:
 def loss_chart(
     losses: Mapping[str, Sequence[tuple[int, float]]], floors: Mapping[str, float], *, num_classes: int
 ) -> LossChart:
-    """Curves of (step, loss) by model; `floors` are their least losses."""
+    """Return the curves of (step, loss) by model; `floors` are their least losses."""
     guess = math.log(num_classes)
     last = max((step for steps in losses.values() for step, _ in steps), default=1)
     highest = max([guess, *(loss for steps in losses.values() for _, loss in steps)])
     top = 0.5 * math.ceil(highest / 0.5 + 1e-9)
-
-    def x(step: float) -> float:
-        return _LEFT + (WIDTH - _LEFT - _RIGHT) * step / last
-
-    def y(loss: float) -> float:
-        return HEIGHT - _BOTTOM - (HEIGHT - _BOTTOM - _TOP) * loss / top
-
-    def line(model: str, points: Sequence[tuple[int, float]]) -> Line:
-        every = -(-len(points) // _MOST_POINTS)
-        kept = points[::every]
-        return Line(name=model, points=[Point(x=x(step), y=y(loss), label="") for step, loss in kept])
-
-    curves = []
+    frame = Frame(x_range=(0, last), y_range=(0, top), height=360)
+    faint, strong, final = list[Line](), list[Line](), dict[str, float]()
     for model, steps in losses.items():
         mean = smoothed([loss for _, loss in steps], reach=max(1, len(steps) // 20))
-        curves.append(
-            LossCurve(
-                model=model,
-                raw=line(model, steps),
-                smooth=line(model, [(step, loss) for (step, _), loss in zip(steps, mean, strict=True)]),
-                floor=y(floors[model]),
-                floor_loss=floors[model],
-                final_loss=mean[-1],
-            )
-        )
-    stride = next((step for step in _STEPS if last / step <= 8), _STEPS[-1])
-    return LossChart(
-        curves=curves,
-        x_marks=[Mark(at=x(step), label=str(step)) for step in range(0, last + 1, stride)],
-        y_marks=[Mark(at=y(loss), label=str(loss)) for loss in range(math.floor(top) + 1)],
-        guess=y(guess),
-        guess_loss=guess,
+        of_steps = tuple((step, loss) for (step, _), loss in zip(steps, mean, strict=True))
+        faint.append(_line(frame, model, tuple(steps), is_faint=True))
+        strong.append(_line(frame, model, of_steps))
+        final[model] = mean[-1]
+    floors_drawn = [
+        _floor(frame, model, floors[model], place) for place, model in enumerate(reversed([*losses]), start=1)
+    ]
+    knows_nothing = Level(css="guess", y=frame.y(guess), left=frame.left, right=frame.right, text="knows nothing")
+    chart = Chart(
+        title="Loss",
+        says="Training loss by step, a line per model",
+        x_label="training step",
+        y_label="loss (nats)",
+        frame=frame,
+        lines=[*faint, *strong],
+        x_marks=[Mark(at=frame.x(step), label=f"{step:g}") for step in places(0, last, whole=True)],
+        y_marks=[Mark(at=frame.y(loss), label=str(loss)) for loss in range(math.floor(top) + 1)],
+        levels=[knows_nothing, *floors_drawn],
     )
+    return LossChart(chart=chart, guess=guess, least=floors, final=final)
+
+
+def _line(frame: Frame, model: str, values: Curve, *, is_faint: bool = False) -> Line:
+    points = frame.points(thinned(values), lambda step, loss: f"step {step:g}: {loss:.2f}")
+    return Line(css=f"m-{model}", name=MODEL_NAMES[model], points=points, is_faint=is_faint)
+
+
+def _floor(frame: Frame, model: str, loss: float, place: int) -> Level:
+    """Return a short mark at the right end, beside those of the other models."""
+    left = frame.right - 20 * place
+    title = f"{MODEL_NAMES[model]}: least loss {loss:.2f}"
+    return Level(css=f"m-{model}", y=frame.y(loss), left=left, right=left + 17, title=title)
 
 
 PAGE_NAME = "index.html"
@@ -450,9 +426,9 @@ def render_demo_page(report: DemoReport) -> str:
     factors, answers = factors_of_set(manifest), read_all_answers(report.runs)
     recipe = recipe_of_run(report.runs[-1])
     assert recipe.data.train is not None  # the contest names its shards
-    environment = page_environment("ray_jobs.demo")
+    environment = page_environment()
     environment.filters["shown"] = shown
-    return environment.get_template("page.html").render(
+    return environment.get_template("demo.html").render(
         version=__version__,
         report=report,
         num_train=read_manifest(Path(recipe.data.train)).num_samples,
@@ -461,7 +437,7 @@ def render_demo_page(report: DemoReport) -> str:
         video_name=PurePath(report.prediction.video).name,
         video_truth=_truth(answers[-1], factors, report.prediction.video),
         results=model_results(report.runs, answers, factors),
-        chart=_losses(report.runs, recipe, num_classes=math.prod(factors.sizes)),
+        losses=_losses(report.runs, recipe, num_classes=math.prod(factors.sizes)),
         confusion=confusion_chart(answers[-1], factors),
         clips=sample_clips(answers, factors, Path(report.test_shards)),
         steps=next_steps(report),

@@ -30,7 +30,7 @@ from ca2st.model.inspect import AttentionMap
 from ca2st.spec import MEL_ROW_SECONDS
 from ray_jobs.console import require_writable_place
 from ray_jobs.explain.explanation import AudioBox, Explanation, Places, Sound, require_attention, run_recorded
-from ray_jobs.pages.charts import Line, Mark, Point, Tick, hertz_ticks, page_environment, seconds_ticks
+from ray_jobs.pages.charts import Chart, Frame, Line, Mark, Tick, hertz_ticks, page_environment, places, seconds_ticks
 from ray_jobs.pages.pictures import data_uri, frame_jpeg, spectrogram_png
 from ray_jobs.runs.inference import load_trained
 from ray_jobs.runs.prediction import Prediction, require_videos
@@ -78,90 +78,51 @@ def to_base64(values: NDArray[np.uint8]) -> str:
     return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
 
 
-WIDTH, HEIGHT = 360, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 12, 14, 40
-_MOST_LAYER_TICKS = 12
+_MOST_LAYER_MARKS = 12
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LineChart:
-    """A drawing of WIDTH x HEIGHT with layers to the right."""
-
-    title: str
-    y_label: str
-    lines: list[Line]
-    x_marks: list[Mark]
-    y_marks: list[Mark]
-    left: float = _LEFT
-    right: float = WIDTH - _RIGHT
-    top: float = _TOP
-    bottom: float = HEIGHT - _BOTTOM
-    width: float = WIDTH
-    height: float = HEIGHT
-
-
-def entropy_charts(maps: Sequence[AttentionMap], *, depth: int) -> tuple[LineChart, LineChart]:
-    """Entropy as a share of its maximum, and in bits."""
-    share = {(found.direction.name, found.layer): float(found.entropy_share[0]) for found in maps}
+def entropy_charts(maps: Sequence[AttentionMap], *, depth: int) -> tuple[Chart, Chart]:
+    """Return the entropy by layer, a line per direction: as a share of its maximum, and in bits."""
+    share = {(found.direction.name, found.layer): 100 * float(found.entropy_share[0]) for found in maps}
     bits = {(found.direction.name, found.layer): float(found.entropy_bits[0]) for found in maps}
-    highest = max(max(bits.values()), 1.0)
-    step = next(step for step in (0.5, 1, 2, 4) if highest / step <= 6 or step == 4)
-    ceiling = step * -(-highest // step)
     return (
-        _chart("Share of the maximum", "share of maximum entropy", share, depth=depth, top=1.0, step=0.25, unit="%"),
-        _chart("In bits", "entropy in bits", bits, depth=depth, top=ceiling, step=step, unit=" bits"),
+        _entropy_chart("Share of the maximum", share, [0, 25, 50, 75, 100], depth, axis="{:g} %", point="{:.1f} %"),
+        _entropy_chart("In bits", bits, places(0, max(*bits.values(), 1)), depth, axis="{:g}", point="{:.2f} bits"),
     )
 
 
-def _chart(
+def _entropy_chart(
     title: str,
-    y_label: str,
     values: Mapping[tuple[str, int], float],
-    *,
+    y_places: Sequence[float],
     depth: int,
-    top: float,
-    step: float,
-    unit: str,
-) -> LineChart:
-    def x(layer: int) -> float:
-        return _LEFT + (WIDTH - _LEFT - _RIGHT) * ((layer - 0.5) / depth)
+    *,
+    axis: str,
+    point: str,
+) -> Chart:
+    frame = Frame(x_range=(0.5, depth + 0.5), y_range=(0, y_places[-1]), width=360, height=230)
+    every = -(-depth // _MOST_LAYER_MARKS)
 
-    def y(value: float) -> float:
-        return HEIGHT - _BOTTOM - (HEIGHT - _BOTTOM - _TOP) * value / top
-
-    def told(value: float) -> str:
-        return f"{100 * value:.1f} %" if unit == "%" else f"{value:.2f}{unit}"
-
-    names = dict.fromkeys(name for name, _ in values)
-    lines = [
-        Line(
-            name=name,
-            points=[
-                Point(x=x(layer), y=y(value), label=f"{name.upper()}, layer {layer}: {told(value)}")
-                for (of, layer), value in values.items()
-                if of == name
-            ],
+    def line(name: str) -> Line:
+        of_direction = [(layer, value) for (of, layer), value in values.items() if of == name]
+        points = frame.points(
+            of_direction, lambda layer, value: f"{name.upper()}, layer {layer:g}: {point.format(value)}"
         )
-        for name in names
-    ]
-    every = -(-depth // _MOST_LAYER_TICKS)
-    ticks = [step * number for number in range(round(top / step) + 1)]
-    return LineChart(
+        return Line(css=name, name=name.upper(), points=points)
+
+    return Chart(
         title=title,
-        y_label=y_label,
-        lines=lines,
-        x_marks=[
-            Mark(at=x(layer), label=str(layer)) for layer in range(1, depth + 1) if layer % every == 0 or every == 1
-        ],
-        y_marks=[Mark(at=y(tick), label=f"{100 * tick:.0f} %" if unit == "%" else f"{tick:g}") for tick in ticks],
+        says=f"Entropy by layer, a line per direction: {title.lower()}",
+        x_label="layer",
+        frame=frame,
+        lines=[line(name) for name in dict.fromkeys(name for name, _ in values)],
+        x_marks=[Mark(at=frame.x(layer), label=str(layer)) for layer in range(every, depth + 1, every)],
+        y_marks=[Mark(at=frame.y(place), label=axis.format(place)) for place in y_places],
     )
 
 
 _SEES = {
-    (
-        "time",
-        False,
-    ): "A query sees its own place in every frame, so a frame's colours say when its places were looked at.",
+    ("time", False): "A query sees its own place in every frame: a frame's colours say when its places were looked at.",
     ("space", False): "A query sees every place of its own frame, so time plays no part here.",
     ("space_time", False): "A query sees every place of every frame.",
     ("space_time", True): "A query sees the whole spectrogram.",
@@ -346,7 +307,7 @@ def render_page(explanation: Explanation) -> str:
     """The whole page; it asks nothing of any network."""
     places = Places(explanation=explanation)
     sound = explanation.sound
-    template = page_environment("ray_jobs.explain").get_template("page.html")
+    template = page_environment().get_template("explain.html")
     return template.render(
         title=PurePath(explanation.video).name,
         model_name=MODEL_NAMES[explanation.model.kind],

@@ -27,7 +27,7 @@ import numpy as np
 from ca2st import __version__
 from ca2st.training.journal import JOURNAL_NAME, flatten
 from ray_jobs.errors import TrackingUnavailableError
-from ray_jobs.pages.charts import page_environment
+from ray_jobs.pages.charts import Chart, metric_charts, page_environment
 from ray_jobs.redaction import redacted
 from ray_jobs.tracking.run_record import RECIPE_NAME, RunFacts, Say, read_run, registered_name
 from sharding.format.index import parquet_batches, parquet_columns
@@ -35,8 +35,6 @@ from sharding.format.index import parquet_batches, parquet_columns
 if TYPE_CHECKING:
     from jinja2 import Environment
     from mlflow import MlflowClient
-
-    from ray_jobs.pages.charts import Chart
 
 
 _BATCH_ROWS = 4096
@@ -101,19 +99,12 @@ class LargeFile:
     megabytes: float
 
 
-def charts_of(run: RunFacts) -> "list[Chart]":
-    """A drawing for each curve with two steps or more."""
-    from ray_jobs.pages.charts import metric_charts  # it reads runs back from MLflow by ray_jobs.tracking
-
-    return metric_charts([run.curves])
-
-
-def chart_svg(chart: "Chart") -> str:
+def chart_svg(chart: Chart) -> str:
     """One drawing as a file of its own."""
-    return _environment().get_template("chart.svg").render(chart=chart, alone=True)
+    return _environment().get_template("chart_file.svg").render(chart=chart)
 
 
-def render_run_card(run: RunFacts, *, charts: "Sequence[Chart]", large: Sequence[LargeFile]) -> str:
+def render_run_card(run: RunFacts, *, charts: Sequence[Chart], large: Sequence[LargeFile]) -> str:
     """The whole page."""
     settings = flatten(run.recipe)
     page = _environment().get_template("run_card.html")
@@ -121,7 +112,6 @@ def render_run_card(run: RunFacts, *, charts: "Sequence[Chart]", large: Sequence
         version=__version__,
         run=run,
         charts=charts,
-        alone=False,
         large=large,
         settings={name: _shown(settings[name]) for name in _SHOWN_SETTINGS if settings.get(name) is not None},
         classes={name: (len(names), names[:_MOST_CLASSES]) for name, names in run.classes.items()},
@@ -131,7 +121,7 @@ def render_run_card(run: RunFacts, *, charts: "Sequence[Chart]", large: Sequence
 
 
 def _environment() -> "Environment":
-    environment = page_environment("ray_jobs.tracking")
+    environment = page_environment()
     environment.filters["number"] = lambda value: f"{value:.4g}"
     environment.filters["duration"] = duration_in_words
     return environment
@@ -253,8 +243,8 @@ def collect(run_dir: Path) -> Artefacts:
             large.append(LargeFile(path=str(path), megabytes=size / 1e6))
         else:
             files[name] = _cleaned(path) if data is None else data
-    charts = charts_of(run)
-    plots = {f"plots/{chart.metric.replace('/', '.')}.svg": chart_svg(chart).encode() for chart in charts}
+    charts = metric_charts([run.curves])
+    plots = {f"plots/{chart.title.replace('/', '.')}.svg": chart_svg(chart).encode() for chart in charts}
     card = render_run_card(run, charts=charts, large=large).encode()
     note = {LARGE_FILES_NAME: _note(large)} if large else {}
     return Artefacts(files={"run_card.html": card, **note, **plots, **files}, large=tuple(large))

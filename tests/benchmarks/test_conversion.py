@@ -66,7 +66,7 @@ def test_both_rates_are_printed_with_the_command_and_nothing_is_kept(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--codec", "mjpg"), "codec 'mjpg': expected one of"),
+        (("--codec", "mjpg"), "codec: expected one of mjpeg, h264, hevc, vp9, found 'mjpg'"),
         (("--out", "."), "--out: expected the name of a file, found the folder ."),
     ],
 )

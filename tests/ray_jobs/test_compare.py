@@ -17,10 +17,9 @@ from mlflow.entities import Metric, Param
 from typer.testing import CliRunner
 
 from ca2st.errors import UserInputError
+from ray_jobs import compare as comparing
 from ray_jobs.cli import app
-from ray_jobs.compare import report as runs
-from ray_jobs.compare.page import render_comparison_page
-from ray_jobs.compare.report import RunFilter, TrackedRun, _device_hours, compare, read_runs
+from ray_jobs.compare import RunFilter, TrackedRun, _device_hours, compare, read_runs, render_comparison_page
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.pages.charts import metric_charts, places, thinned
 
@@ -125,8 +124,8 @@ def test_a_store_that_is_not_there_is_refused_and_not_made(tmp_path: Path) -> No
 
 
 def test_k8_a_store_without_such_a_run_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "_experiments", lambda *_: {})
-    monkeypatch.setattr(runs, "_search", lambda *_: [])
+    monkeypatch.setattr(comparing, "_experiments", lambda *_: {})
+    monkeypatch.setattr(comparing, "_search", lambda *_: [])
     with pytest.raises(UserInputError, match=r"no run of https://mlflow\.example\.org ") as refusal:
         read_runs("https://me:hunter2@mlflow.example.org", RunFilter())
     assert "hunter2" not in str(refusal.value)
@@ -202,10 +201,10 @@ def test_a_long_curve_is_thinned_and_keeps_its_end() -> None:
 
 def test_a_chart_puts_equal_steps_of_two_runs_at_one_place() -> None:
     curves = [{"loss": ((0, 4.0), (10, 2.0))}, {"loss": ((5, 3.0), (10, 1.0))}, {"lonely": ((1, 1.0),)}]
-    (chart,) = metric_charts(curves)
+    (chart,) = metric_charts(curves, names=["a", "b", "c"])
     first, second = chart.lines
-    assert [first.name, second.name] == ["0", "1"]
-    assert first.points[-1].x == second.points[-1].x == chart.right
+    assert [first.name, second.name] == ["a", "b"]
+    assert first.points[-1].x == second.points[-1].x == chart.frame.right
     assert first.points[0].y < first.points[1].y < second.points[1].y, "a greater value stands higher"
 
 

@@ -375,14 +375,16 @@ def test_the_least_loss_is_that_of_answering_the_mean_of_what_cannot_be_told_apa
 
 
 def test_the_loss_of_every_step_is_in_the_drawing_where_its_axes_say() -> None:
-    chart = loss_chart({"cast": [(1, 4.0), (2, 2.0), (4, 1.0)]}, {"cast": 0.5}, num_classes=64)
-    (curve,) = chart.curves
+    found = loss_chart({"cast": [(1, 4.0), (2, 2.0), (4, 1.0)]}, {"cast": 0.5}, num_classes=64)
+    chart, (raw, _) = found.chart, found.chart.lines
     marks = {mark.label: mark.at for mark in chart.y_marks}
     steps = {mark.label: mark.at for mark in chart.x_marks}
-    assert [point.y for point in curve.raw.points] == pytest.approx([marks["4"], marks["2"], marks["1"]])
-    assert [point.x for point in curve.raw.points] == pytest.approx([steps["1"], steps["2"], steps["4"]])
-    assert curve.floor == pytest.approx((marks["0"] + marks["1"]) / 2)
-    assert chart.guess_loss == math.log(64)
+    assert [point.y for point in raw.points] == pytest.approx([marks["4"], marks["2"], marks["1"]])
+    assert [point.x for point in raw.points] == pytest.approx([steps["1"], steps["2"], steps["4"]])
+    guess, floor = chart.levels
+    assert floor.y == pytest.approx((marks["0"] + marks["1"]) / 2)
+    assert guess.y < marks["4"], "it is 4.16"
+    assert (found.guess, found.least["cast"], found.final["cast"]) == (math.log(64), 0.5, 1.0)
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=30), st.integers(0, 10))
@@ -394,11 +396,13 @@ def test_smoothing_keeps_ends_and_bounds(values: list[float], reach: int) -> Non
 
 
 def test_every_compared_model_has_a_name_on_the_page_and_a_colour() -> None:
-    style = (Path(__file__).parents[3] / "ray_jobs/demo/page_files/page.css").read_text()
+    folder = Path(__file__).parents[3] / "ray_jobs/pages/page_files"
+    style, colours = (folder / "demo.css").read_text(), (folder / "base.css").read_text()
     assert MODEL_NAMES.keys() == COMPARED.keys()
     for name in COMPARED:
-        assert style.count(f"--m-{name}: #") == 2, "light and dark"
-        assert f".m-{name} {{" in style
+        colour = re.search(rf"\.m-{name} {{ --tone: var\((--t\d)\)", style)
+        assert colour is not None
+        assert colours.count(f"{colour[1]}: #") == 2, "light and dark"
 
 
 def test_the_command_prints_each_model_the_experts_the_page_and_what_to_try(

@@ -1,8 +1,6 @@
-"""Runs side by side.
+"""``ca2st compare``: the runs of a tracking store side by side, as facts and as one HTML file.
 
-The runs of a tracking store, as a comparison needs them.
-
-What a comparison says: pure functions of the runs.
+`read_runs` asks the store; what follows are pure functions of the runs.
 """
 
 import datetime
@@ -10,11 +8,14 @@ import statistics
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ca2st import __version__
+from ca2st.durable import write_bytes
 from ca2st.errors import UserInputError, check_choice, did_you_mean
 from ca2st.training.evaluate import harmonic_mean
-from ray_jobs.pages.charts import Curve
+from ray_jobs.pages.charts import Curve, metric_charts, page_environment, tone
 from ray_jobs.redaction import without_credentials
 from ray_jobs.tracking.client import open_client, reachable, sqlite_path
 from ray_jobs.tracking.events import SYSTEM_PREFIX, WORLD_SIZE
@@ -347,3 +348,36 @@ def _compared(run: TrackedRun, base: Mapping[str, float]) -> ComparedRun:
         hours_per_point=hours / (100 * accuracy) if hours is not None and accuracy else None,
         curves=run.curves,
     )
+
+
+def write_comparison_page(comparison: Comparison, file: Path, *, source: str) -> None:
+    """Write the page to `file`; `source` says where the numbers are from."""
+    write_bytes(file, render_comparison_page(comparison, source=source).encode())
+
+
+def render_comparison_page(comparison: Comparison, *, source: str) -> str:
+    """Return the whole page; it asks nothing of any network."""
+    environment = page_environment()
+    environment.filters["tone"] = tone
+    environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
+    environment.filters["points"] = lambda share: f"{100 * share:+.1f}"
+    environment.filters["number"] = lambda value: f"{value:.4g}"
+    return environment.get_template("compare.html").render(
+        version=__version__,
+        comparison=comparison,
+        charts=metric_charts([run.curves for run in comparison.runs], names=[run.name for run in comparison.runs]),
+        names=metric_names(comparison),
+        source=source,
+    )
+
+
+def metric_names(comparison: Comparison) -> list[str]:
+    """Return the metrics of any run: accuracies first, then the rest by name."""
+    names = {name for run in comparison.runs for name in run.metrics}
+    return sorted(names, key=lambda name: (not is_share(name), name))
+
+
+def is_share(name: str) -> bool:
+    """Return whether a metric is an accuracy, shown in percent."""
+    last = name.rpartition("/")[2]
+    return last.endswith(("top1", "top5", "mean_class")) or last == "ceiling"

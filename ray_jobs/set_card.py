@@ -1,9 +1,4 @@
-"""The card of a shard set: facts in words, and a page.
-
-The card of a shard set as one HTML file that asks nothing of any network.
-
-The facts of a shard set in a few lines of words.
-"""
+"""The card of a shard set: its facts in a few lines, and as one HTML file that asks nothing of any network."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,11 +66,11 @@ def write_set_card(shard_set: ShardSet, facts: SetFacts, file: Path) -> None:
 
 
 def render_set_card(shard_set: ShardSet, facts: SetFacts, clips: list[StoredClip]) -> str:
-    """The whole page."""
-    environment = page_environment("ray_jobs.set_card")
+    """Return the whole page."""
+    environment = page_environment()
     environment.filters["size"] = size_in_words
     spaces = shard_set.manifest.label_spaces
-    return environment.get_template("page.html").render(
+    return environment.get_template("set_card.html").render(
         version=__version__,
         manifest=shard_set.manifest,
         facts=facts,
@@ -88,7 +83,7 @@ def render_set_card(shard_set: ShardSet, facts: SetFacts, clips: list[StoredClip
 
 
 def class_table(space: str, counts: Mapping[str, int], *, targets: tuple[str, ...]) -> ClassTable:
-    """Classes of a label space by number of samples, the commonest first, at most some dozens shown."""
+    """Return the classes of a label space by number of samples, the commonest first, at most some dozens shown."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     most = max(ordered[0][1], 1)
     bars = [ClassBar(name=name, count=count, share=count / most) for name, count in ordered]
@@ -106,7 +101,7 @@ def class_table(space: str, counts: Mapping[str, int], *, targets: tuple[str, ..
 
 
 def duration_bars(durations: tuple[float, ...]) -> list[DurationBar]:
-    """How many samples last how long, in even steps from the shortest to the longest."""
+    """Return how many samples last how long, in even steps from the shortest to the longest."""
     low, high = min(durations), max(durations)
     counts, edges = np.histogram(
         durations, bins=_NUM_BARS if high > low else 1, range=(low, high if high > low else low + 1)
@@ -118,7 +113,7 @@ def duration_bars(durations: tuple[float, ...]) -> list[DurationBar]:
 
 
 def size_in_words(num_bytes: float) -> str:
-    """``1.2 GB``."""
+    """Return ``1.2 GB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.3g} {unit}"
@@ -127,14 +122,14 @@ def size_in_words(num_bytes: float) -> str:
 
 
 def facts_in_words(facts: SetFacts) -> dict[str, object]:
-    """A line a fact, for people."""
+    """Return a line per fact, for people."""
     seconds, frames = facts.duration_seconds, facts.num_frames
     words: dict[str, object] = {
         "dataset": f"{facts.dataset}, {facts.split}",
         "samples": f"{facts.num_samples} in {_counted_shards(facts)}, {size_in_words(facts.shard_bytes)}",
         "seconds": f"{seconds.least:.2f} to {seconds.most:.2f}, median {seconds.median:.2f}; all: {seconds.total:.0f}",
-        "frames": f"{frames.least:.0f} to {frames.most:.0f}, {facts.frames_per_second.median:.2f} a second",
-        "codec": f"{facts.codec}, {size_in_words(facts.video_bytes.mean)} a video",
+        "frames": f"{frames.least:.0f} to {frames.most:.0f}, {facts.frames_per_second.median:.2f} per second",
+        "codec": f"{facts.codec}, {size_in_words(facts.video_bytes.mean)} per video",
         "with sound": f"{facts.num_with_audio} of {facts.num_samples}{_silent(facts)}",
         "rejected": counted(facts.rejected),
         "notes": counted(facts.notes),
