@@ -2,7 +2,7 @@
 
 Options are JSON: ``folder``; ``fault`` and ``fault_rank``; ``spoil_rank``, whose loader fails at step 6;
 ``poison_rank``, whose clips are not numbers at step 6; ``stop_rank``, which gets a SIGTERM after step 5;
-``dropout``; ``max_steps``. Ends with the exit code that the command line would give.
+``dropout``; ``max_steps`` and ``per_device_batch_size``. Ends with the exit code that the command line would give.
 """
 
 import json
@@ -45,11 +45,12 @@ class Source(TinySource):
 def main() -> None:
     options = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    settings = tiny_settings(Path(options["folder"]), max_steps=options.get("max_steps"))
+    changes = {name: options[name] for name in ("max_steps", "per_device_batch_size") if name in options}
+    settings = tiny_settings(Path(options["folder"]), **changes)
     accelerator = make_accelerator(settings.config, cpu=True)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     faults = FaultPoints.parse(options["fault"]) if options.get("fault_rank") == rank else NO_FAULTS
-    settings = tiny_settings(settings.folder, max_steps=options.get("max_steps"), faults=faults, progress=show)
+    settings = tiny_settings(settings.folder, faults=faults, progress=show, **changes)
     source = Source(
         spoilt=options.get("spoil_rank") == rank,
         poisoned=options.get("poison_rank") == rank,

@@ -68,9 +68,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_processes_see_the_samples_of_one_and_compute_its_losses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("per_device_batch_size", [4, 2])  # of 3 clips per rank: one micro-batch, then 2 and 1 clips
+def test_two_processes_see_the_samples_of_one_and_compute_its_losses(
+    tmp_path: Path, per_device_batch_size: int
+) -> None:
     run_alone(tmp_path / "one", dropout=0.0)
-    succeed(tmp_path / "two", dropout=0.0)
+    succeed(tmp_path / "two", dropout=0.0, per_device_batch_size=per_device_batch_size)
     assert steps(tmp_path / "one", "step", "epoch", "sample_ids_hash", "lr") == steps(
         tmp_path / "two", "step", "epoch", "sample_ids_hash", "lr"
     )
