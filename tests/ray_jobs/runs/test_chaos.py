@@ -79,7 +79,7 @@ def test_t18_a_run_through_many_random_faults_ends_with_the_numbers_of_an_undist
     mark = secrets.token_hex(8)
     (tmp_path / "tmp").mkdir()
     environment = {"CA2ST_CHAOS": mark, "TMPDIR": str(tmp_path / "tmp")}
-    shared_memory = set(os.listdir("/dev/shm"))
+    shared_memory = set(Path("/dev/shm").iterdir())
     ends: Counter[int] = Counter()
     for number in range(_NUM_FAULTS):
         fault = _drawn(draw)
@@ -96,7 +96,7 @@ def test_t18_a_run_through_many_random_faults_ends_with_the_numbers_of_an_undist
     assert sequence(run_dir) == sequence(tmp_path / "undisturbed"), f"seed {seed}"
     assert journal(run_dir, "eval")[-1]["metrics"] == journal(tmp_path / "undisturbed", "eval")[-1]["metrics"]
     assert _gone(mark)
-    assert set(os.listdir("/dev/shm")) - shared_memory == set()
+    assert set(Path("/dev/shm").iterdir()) - shared_memory == set()
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
