@@ -42,8 +42,8 @@ class RejectBudget:
             raise UserInputError(f"max rejects: expected a count >= 0 or a share of 0% to 100%, found {self}")
 
     @classmethod
-    def parse(cls, text: str) -> "RejectBudget":
-        """Read ``N`` or ``P%``.
+    def parse(cls, text: str, *, option: str = "--max-rejects") -> "RejectBudget":
+        """Read ``N`` or ``P%``; `option` names what it was given for.
 
         Raises:
             UserInputError: neither.
@@ -52,7 +52,7 @@ class RejectBudget:
             return cls(count=int(text))
         if re.fullmatch(r"\d+(\.\d+)?%", text):
             return cls(fraction=float(text[:-1]) / 100)
-        raise UserInputError(f"--max-rejects: expected a count such as 20 or a share such as 5%, found {text!r}")
+        raise UserInputError(f"{option}: expected a count such as 20 or a share such as 5%, found {text!r}")
 
     def allows(self, rejected: int, total: int) -> bool:
         """Whether `rejected` of `total` samples stay within the budget."""

@@ -79,9 +79,16 @@ EMPTY_FOLDERS = "class folders without videos"
 UNUSED_CLASSES = "classes without samples"
 SILENT_SOUND = "silent sound"
 """A clip whose sound is digital silence: it counts as one without sound."""
+MISSING_MEDIA = "samples without a media file"
+"""Left out, within ``--max-missing``."""
+OTHER_COUNT = "row count that is not the published one"
+NO_LENGTH = "segments of no length, left out"
+REPEATED = "rows that repeat another, left out"
+OTHER_CLASS = "rows of a class that the dataset does not count, left out"
+ERRATUM = "rows that the owners' erratum names, left out"
 HARMLESS = frozenset(
     {
-        UNUSED_CLASSES,
+        *(UNUSED_CLASSES, MISSING_MEDIA, OTHER_COUNT, NO_LENGTH, REPEATED, OTHER_CLASS, ERRATUM),
         "deinterlaced",
         "interlaced, kept",
         "large picture without a colour matrix, taken for BT.601",

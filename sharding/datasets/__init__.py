@@ -7,7 +7,18 @@ checks every row before any video is decoded. Adding a dataset = one module with
 from collections.abc import Callable
 
 from ca2st.errors import check_choice
-from sharding.datasets import csv, epic_sounds, folder, synthetic
+from sharding.datasets import (
+    activitynet,
+    csv,
+    epic,
+    folder,
+    hd_epic,
+    kinetics,
+    something_something,
+    synthetic,
+    ucf_101,
+    vgg_sound,
+)
 from sharding.datasets.label_spaces import with_label_notes
 from sharding.datasets.request import DatasetRequest
 from sharding.source import SourceList
@@ -18,10 +29,19 @@ __all__ = ["DATASETS", "DatasetRequest", "Reader", "SyntheticConfig", "read_data
 Reader = Callable[[DatasetRequest], SourceList]
 
 DATASETS: dict[str, Reader] = {
+    "activitynet": activitynet.read,
     "csv": csv.read,
-    "epic_sounds": epic_sounds.read,
+    "epic_kitchens_100": epic.read_kitchens,
+    "epic_sounds": epic.read_sounds,
     "folder": folder.read,
+    "hd_epic": hd_epic.read,
+    "hd_epic_sounds": epic.read_hd_sounds,
+    "kinetics_400": kinetics.read,
+    "kinetics_sound": kinetics.read_sound,
+    "something_something_v2": something_something.read,
     "synthetic": synthetic.read,
+    "ucf_101": ucf_101.read,
+    "vgg_sound": vgg_sound.read,
 }
 """Every dataset by the name that ``--dataset`` takes."""
 

@@ -1,5 +1,6 @@
 """What the user asked a dataset reader for."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,9 +8,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from ca2st.errors import UserInputError
+from sharding.settings import RejectBudget
 from sharding.synthetic.config import SyntheticConfig
 
 _SPLIT = re.compile(r"[a-z0-9_-]{1,40}")
+_MOST_NAMED = 5
 _Item = TypeVar("_Item")
 
 
@@ -31,6 +34,8 @@ class DatasetRequest:
     """``csv`` and ``folder``: the class names in label order, one a line. Without it they follow from the labels."""
     follow_links: bool = False
     """``csv`` and ``folder``: whether links may lead outside `media`."""
+    max_missing: RejectBudget = field(default_factory=RejectBudget)
+    """How many samples may have no media file: public sets lose videos every year, which is not damage."""
     task: str | None = None
     """``synthetic`` only: the label space to learn."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
@@ -43,6 +48,20 @@ class DatasetRequest:
             raise UserInputError(f"--split: expected 1 to 40 of a-z, 0-9, _ and -, found {self.split!r}")
         if self.limit is not None and self.limit < 1:
             raise UserInputError(f"--limit: expected at least 1, found {self.limit}")
+
+    def require_few_missing(self, missing: Sequence[str], *, total: int) -> None:
+        """Refuse more samples without a file than `max_missing` allows; `missing` holds their ids.
+
+        Raises:
+            UserInputError: with the first of them.
+        """
+        if missing and not self.max_missing.allows(len(missing), total):
+            named = ", ".join(missing[:_MOST_NAMED]) + (", ..." if len(missing) > _MOST_NAMED else "")
+            share = math.ceil(1000 * len(missing) / total) / 10
+            raise UserInputError(
+                f"--media {self.media}: expected a file for each of {total} samples, found none for {len(missing)} "
+                f"({named}); fetch them, or leave them out with --max-missing {share:g}%"
+            )
 
     def first(self, items: Sequence[_Item]) -> Sequence[_Item]:
         """The first `limit` of `items`, or all."""

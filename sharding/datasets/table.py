@@ -13,13 +13,19 @@ A row's segment of a media file.
 
 import csv
 import re
+import types
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+<<<<<<< HEAD
 from ca2st.errors import did_you_mean, listed
+=======
+from ca2st.checked_json import DocumentError, read_json
+from ca2st.errors import EnvironmentFault, did_you_mean
+>>>>>>> 85aa023 (Readers of the ten published datasets in their owners' forms, one search for their media, a budget for what is missing)
 from sharding.errors import AnnotationError
 
 _MAX_LISTED = 20
@@ -152,6 +158,58 @@ def read_table(
         raise AnnotationError(f"{path}: expected rows below the header, found none")
     rows = (_row(path, number, line, columns, problems) for number, line in filled[1:])
     return Table(path=path, columns=columns, rows=tuple(row for row in rows if row is not None))
+
+
+def read_rows(path: Path, *, columns: Sequence[str], problems: Problems) -> Table:
+    """Read a comma-separated table without a header, whose columns are known; raises as `read_table`."""
+    lines = numbered_lines(path)
+    rows = (_row(path, number, line, tuple(columns), problems) for number, line in lines)
+    return Table(path=path, columns=tuple(columns), rows=tuple(row for row in rows if row is not None))
+
+
+def read_pairs(path: Path, *, columns: tuple[str, str], problems: Problems, separator: str | None = None) -> Table:
+    """Read lines of two fields, the last one without spaces: ``a name.mp4 12``; raises as `read_table`.
+
+    With a `separator` the first field ends at the first one.
+    """
+    rows = []
+    for number, line in numbered_lines(path):
+        cells = line.split(separator, 1) if separator else line.strip().rsplit(None, 1)
+        row = Row(path=path, line=number, text=line, columns=columns, cells=tuple(cell.strip() for cell in cells))
+        if len(cells) == len(columns):
+            rows.append(row)
+        else:
+            problems.add("wrong number of cells", f"{row.where}:1: expected {' and '.join(columns)}, found {line!r}")
+    return Table(path=path, columns=columns, rows=tuple(rows))
+
+
+def numbered_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that are not blank, with their numbers from 1.
+
+    Raises:
+        AnnotationError: as `read_text`, or there are none.
+    """
+    lines = [(number, line) for number, line in enumerate(split_lines(read_text(path)), start=1) if line.strip()]
+    if not lines:
+        raise AnnotationError(f"{path}: expected rows, found an empty file")
+    return lines
+
+
+_Kind = TypeVar("_Kind")
+
+
+def read_document(path: Path, kind: type[_Kind] | types.GenericAlias) -> _Kind:
+    """The JSON document of an annotation file, checked to be of type `kind` (see `ca2st.checked_json`).
+
+    Raises:
+        AnnotationError: not readable, no JSON, or of another form.
+    """
+    try:
+        return read_json(path, kind)
+    except FileNotFoundError as error:
+        raise AnnotationError(f"{path}: expected an annotation file, found nothing; check --annotations") from error
+    except (DocumentError, EnvironmentFault) as error:
+        raise AnnotationError(f"{error}; is this the owners' file?") from error
 
 
 def read_text(path: Path) -> str:

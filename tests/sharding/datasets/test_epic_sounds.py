@@ -6,7 +6,8 @@ from ca2st.errors import UserInputError
 from sharding.datasets import DatasetRequest, read_dataset
 from sharding.datasets.label_spaces import label_histogram
 from sharding.errors import AnnotationError
-from sharding.source import SourceList
+from sharding.settings import RejectBudget
+from sharding.source import MISSING_MEDIA, SourceList
 from support.annotations import EPIC_SOUNDS_HEADER, epic_sounds_row, touch, write_lines
 
 ROWS = [
@@ -58,14 +59,17 @@ def test_clips_are_found_and_taken_whole(tmp_path: Path) -> None:
     assert all(s.start_seconds is None and s.end_seconds is None for s in source.samples)
 
 
-def test_a_single_missing_video_stays_for_the_conversion_to_count(tmp_path: Path) -> None:
-    source = read(tmp_path, ROWS, media=touch(tmp_path / "media", "P01_02.MP4"))
-    assert [s.path.is_file() for s in source.samples] == [True, True, False]
-    assert source.samples[2].path == tmp_path / "media" / "P22_107.MP4"
+def test_a_single_missing_video_is_refused_or_left_out_as_asked(tmp_path: Path) -> None:
+    media = touch(tmp_path / "media", "P01_02.MP4")
+    with pytest.raises(UserInputError, match=r"found none for 1 \(P22_107_7\); .* --max-missing 33\.4%"):
+        read(tmp_path, ROWS, media=media)
+    source = read(tmp_path, ROWS, media=media, max_missing=RejectBudget.parse("33.4%"))
+    assert [s.sample_id for s in source.samples] == ["P01_02_0", "P01_02_1"]
+    assert source.notes[MISSING_MEDIA] == ("P22_107_7",)
 
 
 def test_a_media_folder_without_any_of_the_videos_is_refused(tmp_path: Path) -> None:
-    message = r"expected P01_02\.MP4, P01/videos/P01_02\.MP4 or P01_02_0\.mp4 and so on, found none of 3 segments"
+    message = r"expected P01_02\.mp4 or P01_02_0\.mp4 and so on, in any folder .*, found none of 3 segments"
     with pytest.raises(UserInputError, match=message):
         read(tmp_path, ROWS, media=touch(tmp_path / "media", "other.MP4"))
 

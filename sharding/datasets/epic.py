@@ -1,0 +1,165 @@
+"""The kitchens: ``epic_kitchens_100`` (verb and noun), ``epic_sounds`` and ``hd_epic_sounds``.
+
+Annotated segments of long videos, in the CSV files of their owners; the media are those videos, or clips cut by segment
+and named by its id. Frame and sample numbers of the files are never used: they count at rates that the videos do not
+have.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sharding.datasets.label_spaces import class_index, class_name, published_classes
+from sharding.datasets.media_tree import Annotation, located
+from sharding.datasets.request import DatasetRequest, needed_annotations, refuse_unused
+from sharding.datasets.table import (
+    CellError,
+    Problems,
+    Row,
+    clock_time,
+    numbered_lines,
+    read_cell,
+    read_rows,
+    read_segment,
+    read_table,
+)
+from sharding.errors import AnnotationError
+from sharding.format.shard_set import LabelSpace
+from sharding.source import SourceList
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
+_TIMES = ("start_timestamp", "stop_timestamp")
+_SEGMENT = ("participant_id", "video_id", *_TIMES)
+_LABELS = re.compile(r"[A-Za-z0-9_-]+,\d+,\d+", re.ASCII)
+"""A line of the CAST release: id, verb, noun."""
+_MEDIA = "the folder with <video_id>.MP4, <participant_id>/videos/<video_id>.MP4 or clips <id>.mp4"
+
+VERB_NOUN = (
+    LabelSpace(name="verb", classes=published_classes("epic_kitchens_100_verbs")),
+    LabelSpace(name="noun", classes=published_classes("epic_kitchens_100_nouns")),
+)
+"""Label spaces of EPIC-KITCHENS-100, which HD-EPIC is tested in."""
+
+_Labels = tuple[int, ...] | None
+
+
+def read_kitchens(request: DatasetRequest) -> SourceList:
+    """Read EPIC-KITCHENS-100: a verb and a noun per segment; also the CAST release's ``id,verb,noun`` of clips.
+
+    Raises:
+        UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
+        AnnotationError: a wrong file or rows, or the test list, which has no labels.
+    """
+    refuse_unused(request, "epic_kitchens_100", "classes", "task")
+    annotations = needed_annotations(request, "epic_kitchens_100", what="EPIC_100_train.csv or EPIC_100_validation.csv")
+    problems = Problems(annotations, advice="is this the owners' file? fetch it again")
+    if _LABELS.fullmatch(numbered_lines(annotations)[0][1].strip()):
+        rows = read_rows(annotations, columns=("narration_id", "verb_class", "noun_class"), problems=problems).rows
+    else:
+        rows = _owners(annotations, ("narration_id", *_SEGMENT), ("verb_class", "noun_class"), problems)
+
+    def labels(row: Row) -> _Labels:
+        read = [read_cell(row, f"{space.name}_class", class_index(len(space.classes)), problems) for space in VERB_NOUN]
+        return None if None in read else tuple(label for label in read if label is not None)
+
+    found = _annotations(rows, "narration_id", labels, problems)
+    return located(found, request, dataset="epic_kitchens_100", spaces=VERB_NOUN, what=_MEDIA, suffix=".MP4")
+
+
+def read_sounds(request: DatasetRequest) -> SourceList:
+    """Read EPIC-SOUNDS: one of 44 classes per segment, whose name and number must agree.
+
+    Raises:
+        UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
+        AnnotationError: a wrong file or rows, or a list without classes.
+    """
+    what = "EPIC_Sounds_train.csv or EPIC_Sounds_validation.csv"
+    return _read_sounds(request, "epic_sounds", "annotation_id", what=what)
+
+
+def read_hd_sounds(request: DatasetRequest) -> SourceList:
+    """Read HD-EPIC-SOUNDS, in EPIC-SOUNDS' classes: its rows have no id, their video and samples make one.
+
+    Two pairs of rows share one: the second has ``#2`` behind it. Raises as `read_sounds`.
+    """
+    return _read_sounds(request, "hd_epic_sounds", None, what="HD_EPIC_Sounds.csv")
+
+
+def _read_sounds(request: DatasetRequest, dataset: str, id_column: str | None, *, what: str) -> SourceList:
+    refuse_unused(request, dataset, "classes", "task")
+    annotations = needed_annotations(request, dataset, what=what)
+    problems = Problems(annotations, advice="is this the owners' file? fetch it again")
+    identity = ("start_sample", "stop_sample") if id_column is None else (id_column,)
+    rows = _owners(annotations, (*identity, *_SEGMENT), ("class", "class_id"), problems)
+    classes = published_classes("epic_sounds")
+    found = _annotations(rows, id_column, lambda row: _sound_label(row, classes, problems), problems)
+    space = LabelSpace(name="label", classes=classes)
+    return located(found, request, dataset=dataset, spaces=[space], what=_MEDIA, suffix=".MP4")
+
+
+def _owners(path: Path, segment: Sequence[str], labels: Sequence[str], problems: Problems) -> tuple[Row, ...]:
+    """The rows of an owners' CSV; a list of test segments has no labels and is refused in those words."""
+    table = read_table(path, required=segment, others=True, problems=problems)
+    if missing := [name for name in labels if name not in table.columns]:
+        raise AnnotationError(
+            f"{path}:1:1: expected the columns {', '.join(labels)}, found no labels; missing: {', '.join(missing)} "
+            "(a test list cannot be learned)"
+        )
+    return table.rows
+
+
+def _annotations(
+    rows: Sequence[Row], id_column: str | None, labels: Callable[[Row], _Labels], problems: Problems
+) -> list[Annotation]:
+    """The segments with their labels; every wrong row is a problem, and so is an id that comes twice."""
+    first_rows: dict[str, Row] = {}
+    found = [_annotation(row, id_column, labels(row), first_rows, problems) for row in rows]
+    problems.refuse_any()
+    return [one for one in found if one is not None]
+
+
+def _annotation(
+    row: Row, id_column: str | None, labels: _Labels, first_rows: dict[str, Row], problems: Problems
+) -> Annotation | None:
+    is_clip = "video_id" not in row.columns
+    names = [] if is_clip else [read_cell(row, column, _plain_name, problems) for column in _SEGMENT[:2]]
+    times = (None, None) if is_clip else read_segment(row, *_TIMES, clock_time, problems=problems)
+    if id_column is None:
+        samples = [read_cell(row, column, _plain_name, problems) for column in ("start_sample", "stop_sample")]
+        sample_id = "-".join(map(str, (row["video_id"], *samples)))
+    else:
+        names.append(read_cell(row, id_column, _plain_name, problems))
+        sample_id = row[id_column]
+        if (first := first_rows.setdefault(sample_id, row)) is not row:
+            found = f"{sample_id!r} was listed before, at {first.place(id_column)}"
+            problems.add("sample twice", f"{row.place(id_column)}: expected every id once, found {found}")
+    if labels is None or times is None or None in names:
+        return None
+    return Annotation(
+        sample_id=sample_id,
+        labels=labels,
+        where=row.where,
+        videos=() if is_clip else (row["video_id"],),
+        clips=(sample_id,),
+        start_seconds=times[0],
+        end_seconds=times[1],
+    )
+
+
+def _sound_label(row: Row, classes: tuple[str, ...], problems: Problems) -> _Labels:
+    """The class index, which must agree with the class name beside it."""
+    index = read_cell(row, "class_id", class_index(len(classes)), problems)
+    named = read_cell(row, "class", class_name(classes), problems)
+    if index is not None and named is not None and index != named:
+        problems.add(
+            "class and class_id differ",
+            f"{row.place('class_id')}: expected {named}, the index of {row['class']!r}, found {row['class_id']!r}",
+        )
+    return None if index is None or index != named else (index,)
+
+
+def _plain_name(text: str) -> str:
+    """An id that is safe as part of a file name."""
+    if not _NAME.fullmatch(text):
+        raise CellError("not an id", "an id of letters, digits, _ and -")
+    return text

@@ -1,0 +1,230 @@
+"""Where the media of a published dataset lie: annotations without files become samples with their files.
+
+Owners, downloaders and users keep one dataset in many layouts: flat, by split, by class or participant, as long videos
+or ready-cut clips, with any ending. A reader says which names a segment's file may have; the media folder is listed
+once, and the file is the one that has such a name, wherever it lies.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ca2st.errors import UserInputError
+from sharding.datasets.media_root import VIDEO_SUFFIXES
+from sharding.datasets.request import DatasetRequest, needed_media
+from sharding.datasets.table import Problems
+from sharding.errors import AnnotationError
+from sharding.format.shard_set import LabelSpace
+from sharding.source import MISSING_MEDIA, OTHER_COUNT, SourceList, SourceSample
+
+PUBLISHED_ROWS: dict[str, dict[str, tuple[int, ...]]] = {
+    "activitynet": {"train": (14_822,), "validation": (7_273,)},
+    "epic_kitchens_100": {"train": (67_217,), "validation": (9_668,)},
+    "epic_sounds": {"train": (60_055,), "validation": (8_035,)},
+    "hd_epic_sounds": {"test": (50_968,)},
+    "kinetics_400": {"train": (246_534,), "validation": (19_906, 19_796)},
+    "kinetics_sound": {"train": (14_799,), "validation": (1_544, 1_594), "test": (2_597,)},
+    "something_something_v2": {"train": (168_913,), "validation": (24_777,), "test": (27_157,)},
+    "ucf_101": {"train": (9_537, 9_586, 9_624), "test": (3_783, 3_734, 3_696)},
+    "vgg_sound": {"train": (183_730,), "test": (15_446,), "validation": (15_446,)},
+}
+"""Samples per split of the published lists, after what is left out; several where there are several lists."""
+_REPLACEMENTS = "replacement"
+"""Folders of this name or beginning hold files that stand for damaged ones of the same name."""
+_ALSO_CALLED = {"train": ("training",), "validation": ("val", "valid", "validate"), "test": ("testing",)}
+"""Names that folders of a split have beside the split's own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Annotation:
+    """One annotated segment before its file is known."""
+
+    sample_id: str
+    labels: tuple[int, ...]
+    where: str
+    """Where it stands, ``file:line``."""
+    clips: tuple[str, ...] = ()
+    """Names without ending that a file has which is the whole segment, the usual one first."""
+    videos: tuple[str, ...] = ()
+    """Names without ending that a file has which the segment is cut from, the usual one first."""
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+    folder: str = ""
+    """Name of the class: a folder of this name tells files of one name apart."""
+
+
+def located(
+    annotations: Iterable[Annotation],
+    request: DatasetRequest,
+    *,
+    dataset: str,
+    spaces: Sequence[LabelSpace],
+    what: str,
+    suffix: str = ".mp4",
+    notes: Mapping[str, Sequence[str]] | None = None,
+) -> SourceList:
+    """The source list of `annotations`: ids made unique, files found, what is missing within ``--max-missing`` noted.
+
+    Args:
+        annotations: In the order of the owners' file.
+        request: What the user asked for.
+        dataset: The dataset's name.
+        spaces: Label spaces in the order of `Annotation.labels`; all of them are targets.
+        what: What the media folder holds, for messages.
+        suffix: Ending of a file that is not looked for (``--dry-run``).
+        notes: What was unusual and accepted: kind to places.
+
+    Raises:
+        UserInputError: no media folder, not one file found, or more missing than ``--max-missing`` allows.
+        AnnotationError: no annotations, or a segment has several files, or one that a link leads outside.
+    """
+    listed = _unique(annotations)
+    if not listed:
+        raise AnnotationError(f"{request.annotations}: expected rows of {dataset}, found none")
+    kept = request.first(listed)
+    found = {**(notes or {}), OTHER_COUNT: _other_count(dataset, request.split, len(listed))}
+    if request.check_media:
+        tree = MediaTree(needed_media(request, dataset, what=what), follow_links=request.follow_links)
+        samples, missing = tree.locate(kept, split=request.split)
+        request.require_few_missing(missing, total=len(kept))
+        if missing:
+            found[MISSING_MEDIA] = missing
+    else:
+        folder = request.media or Path()
+        samples = [_sample(one, folder / f"{[*one.videos, *one.clips][0]}{suffix}", not one.videos) for one in kept]
+    return SourceList(
+        dataset=dataset,
+        split=request.split,
+        label_spaces=tuple(spaces),
+        targets=tuple(space.name for space in spaces),
+        samples=tuple(samples),
+        notes={kind: tuple(places) for kind, places in found.items() if places},
+    )
+
+
+def _other_count(dataset: str, split: str, count: int) -> tuple[str, ...]:
+    published = PUBLISHED_ROWS.get(dataset, {}).get(split, ())
+    wanted = " or ".join(map(str, published))
+    return () if not published or count in published else (f"{count} instead of {wanted}",)
+
+
+class MediaTree:
+    """Every video below a folder by its name without ending; hidden files are passed over.
+
+    Args:
+        folder: The folder of ``--media``.
+        follow_links: Whether links may lead outside.
+    """
+
+    def __init__(self, folder: Path, *, follow_links: bool = False) -> None:
+        self._folder, self._follow_links = folder, follow_links
+        self._named: dict[str, list[str]] = {}
+        for parent, folders, files in os.walk(folder, followlinks=follow_links):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                stem, dot, suffix = name.rpartition(".")
+                if dot and stem and not name.startswith(".") and f".{suffix.lower()}" in VIDEO_SUFFIXES:
+                    self._named.setdefault(stem, []).append(os.path.join(parent, name))  # noqa: PTH118  # a text a file
+        self._lower: dict[str, list[str]] = {}
+        for stem in self._named:
+            self._lower.setdefault(stem.lower(), []).append(stem)
+
+    def locate(self, annotations: Sequence[Annotation], *, split: str) -> tuple[list[SourceSample], list[str]]:
+        """The annotations with their files, and the ids of those without any.
+
+        Raises:
+            UserInputError: not one file was found.
+            AnnotationError: a segment has several files, or one that a link leads outside.
+        """
+        problems = Problems(self._folder, advice="keep one of them, inside --media, and run again")
+        samples, missing = [], []
+        for one in annotations:
+            files = [(path, False) for path in self._files(one.videos, one.folder, split)]
+            files += [(path, True) for path in self._files(one.clips, one.folder, split)]
+            if not files:
+                missing.append(one.sample_id)
+                continue
+            path, is_clip = files[0]
+            if len(files) > 1:
+                names = " and ".join(path for path, _ in files)
+                problems.add("media found twice", f"{one.where}: expected one file for {one.sample_id}, found {names}")
+            elif self._leads_outside(path):
+                problems.add(
+                    "outside the media folder",
+                    f"{one.where}: {path}: expected a file inside --media {self._folder}, links followed "
+                    "(a link leads outside: with --follow-links it may)",
+                )
+            samples.append(_sample(one, Path(path), is_clip))
+        problems.refuse_any()
+        if annotations and not samples:
+            first = annotations[0]
+            names = " or ".join(f"{name}.mp4" for name in (*first.videos, *first.clips))
+            raise UserInputError(
+                f"--media {self._folder}: expected {names} and so on, in any folder and with any ending of a video, "
+                f"found none of {len(annotations)} segments; check --media"
+            )
+        return samples, missing
+
+    def _files(self, names: Sequence[str], folder: str, split: str) -> list[str]:
+        """The files of the first name that has any, less those that a replacement, split or folder rules out."""
+        for name in names:
+            if files := self._named.get(name) or self._alike(name):
+                for wanted in (_is_replacement, _is_of(split, *_ALSO_CALLED.get(split, ())), _is_of(folder)):
+                    if len(files) > 1:
+                        inside = [path for path in files if any(map(wanted, self._parents(path)))]
+                        files = inside or files
+                return files
+        return []
+
+    def _alike(self, name: str) -> list[str]:
+        """Files whose name differs by case alone, where there is one such name."""
+        names = self._lower.get(name.lower(), [])
+        return self._named[names[0]] if len(names) == 1 else []
+
+    def _parents(self, path: str) -> tuple[str, ...]:
+        return Path(path).relative_to(self._folder).parent.parts
+
+    def _leads_outside(self, path: str) -> bool:
+        if self._follow_links:
+            return False
+        return not Path(path).resolve().is_relative_to(self._folder.resolve())
+
+
+def _is_replacement(name: str) -> bool:
+    return name.lower().startswith(_REPLACEMENTS)
+
+
+def _is_of(*names: str) -> "_Wanted":
+    return _Wanted(frozenset(name.lower().replace("_", " ") for name in names if name))
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    names: frozenset[str]
+
+    def __call__(self, name: str) -> bool:
+        return name.lower().replace("_", " ") in self.names
+
+
+def _unique(annotations: Iterable[Annotation]) -> list[Annotation]:
+    """Ids that come again get ``#2``, ``#3``, ... behind them."""
+    times: Counter[str] = Counter()
+    unique = []
+    for one in annotations:
+        times[one.sample_id] += 1
+        again = times[one.sample_id]
+        unique.append(one if again == 1 else replace(one, sample_id=f"{one.sample_id}#{again}"))
+    return unique
+
+
+def _sample(one: Annotation, path: Path, is_clip: bool) -> SourceSample:
+    return SourceSample(
+        sample_id=one.sample_id,
+        path=path,
+        start_seconds=None if is_clip else one.start_seconds,
+        end_seconds=None if is_clip else one.end_seconds,
+        labels=one.labels,
+        where=one.where,
+    )
