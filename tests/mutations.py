@@ -196,7 +196,7 @@ MUTATIONS = (
         file="sharding/folder.py",
         source="if shard.covers.first != (chain[-1].covers.end if chain else 0):",
         replacement="if False:",
-        tests=("tests/sharding/test_convert.py",),
+        tests=("tests/sharding/test_stale_sources.py", "-k", "join"),
     ),
     Mutation(
         name="stale shards are kept",

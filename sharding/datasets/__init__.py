@@ -9,11 +9,11 @@ from collections.abc import Callable
 from ca2st.errors import check_choice
 from sharding.datasets import (
     activitynet,
-    csv,
     epic,
     folder,
     hd_epic,
     kinetics,
+    own_list,
     something_something,
     synthetic,
     ucf_101,
@@ -30,7 +30,7 @@ Reader = Callable[[DatasetRequest], SourceList]
 
 DATASETS: dict[str, Reader] = {
     "activitynet": activitynet.read,
-    "csv": csv.read,
+    "csv": own_list.read,
     "epic_kitchens_100": epic.read_kitchens,
     "epic_sounds": epic.read_sounds,
     "folder": folder.read,
@@ -38,6 +38,7 @@ DATASETS: dict[str, Reader] = {
     "hd_epic_sounds": epic.read_hd_sounds,
     "kinetics_400": kinetics.read,
     "kinetics_sound": kinetics.read_sound,
+    "list": own_list.read_list,
     "something_something_v2": something_something.read,
     "synthetic": synthetic.read,
     "ucf_101": ucf_101.read,

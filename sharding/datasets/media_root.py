@@ -70,13 +70,11 @@ def check_name(text: str) -> None:
     """Refuse what can be no plain file name.
 
     Raises:
-        CellError: empty, not text that UTF-8 can write, an option, or a protocol such as ``concat:``.
+        CellError: empty, not text that UTF-8 can write, or a protocol such as ``concat:``.
     """
     if not text:
         raise CellError("unsafe path", "the name of a media file")
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
         raise CellError("unsafe path", "a file name without control or unwritable characters")
-    if text.startswith("-"):
-        raise CellError("unsafe path", f"a file name, not an option (./{text} if it is one)")
     if _PROTOCOL.match(text):
         raise CellError("unsafe path", f"a file name, not a protocol (./{text} if it is one)")

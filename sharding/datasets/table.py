@@ -261,12 +261,30 @@ def _header(
         _refuse_other_delimiter(where, line, required)
     if columns is None:
         raise AnnotationError(f"{where}: expected the header {','.join(required)}, found {_shortened(line)}")
+    check_columns(where, columns, required=required, optional=optional, others=others, found=_shortened(line))
+    return columns
+
+
+def check_columns(
+    where: str,
+    columns: Sequence[str],
+    *,
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    others: bool = False,
+    found: str = "",
+) -> None:
+    """Refuse a table whose columns are not those expected; `found` is how its header is written.
+
+    Raises:
+        AnnotationError: a required column is missing, one is there twice, or one is unknown and not `others`.
+    """
+    found = found or ",".join(columns)
     missing = [name for name in required if name not in columns]
     if missing:
         near = did_you_mean(missing[0], list(columns))
         raise AnnotationError(
-            f"{where}: expected the columns {','.join(required)}, found {_shortened(line)}; "
-            f"missing: {', '.join(missing)}{near}"
+            f"{where}: expected the columns {','.join(required)}, found {found}; missing: {', '.join(missing)}{near}"
         )
     doubled = sorted({name for name in columns if columns.count(name) > 1})
     if doubled:
@@ -279,7 +297,6 @@ def _header(
             f"{where}: expected only the columns {', '.join(known)}, found {', '.join(map(repr, unknown))}{near}; "
             "rename or remove it"
         )
-    return columns
 
 
 def _refuse_other_delimiter(where: str, line: str, required: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ def requests(tmp_path: Path) -> dict[str, DatasetRequest]:
         ),
         "kinetics_400": write_lines(tmp_path / "g.csv", ["jf7RDuUTrsQ.mp4 325"]),
         "kinetics_sound": write_lines(tmp_path / "h.txt", ["--4-0ihtnBU_000058_000068,10,4"]),
+        "list": write_lines(tmp_path / "l.txt", ["a b.mp4 1", "c.mp4 0"]),
         "something_something_v2": write_lines(tmp_path / "i.csv", ["7.mp4 3"]),
         "ucf_101": write_lines(tmp_path / "j.txt", ["Archery/v_Archery_g01_c01.avi 3"]),
         "vgg_sound": write_lines(tmp_path / "k.csv", ["xElEg-6DBtM_000018.mp4,hail"]),

@@ -1,12 +1,15 @@
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 
 from ca2st.errors import UserInputError
 from sharding.datasets import DatasetRequest, read_dataset
 from sharding.datasets.label_spaces import label_histogram
 from sharding.errors import AnnotationError
-from sharding.source import SourceList
+from sharding.settings import RejectBudget
+from sharding.source import MISSING_MEDIA, SourceList
 from support.annotations import touch, write_lines
 
 
@@ -57,8 +60,8 @@ def test_numeric_class_names_are_names_when_all_are_known(tmp_path: Path) -> Non
 
 def test_the_limit_keeps_the_first_rows_but_checks_all(tmp_path: Path) -> None:
     assert len(read(tmp_path, ["a.mp4,x", "b.mp4,y", "c.mp4,x"], limit=2).samples) == 2
-    with pytest.raises(AnnotationError, match=r"list\.csv:4:1: path: expected a file name, not an option"):
-        read(tmp_path, ["a.mp4,x", "b.mp4,y", "-y,x"], limit=2)
+    with pytest.raises(AnnotationError, match=r"list\.csv:4:1: path: expected a file inside"):
+        read(tmp_path, ["a.mp4,x", "b.mp4,y", "../y,x"], limit=2)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,6 @@ def test_c11_labels_outside_a_class_list_are_refused(tmp_path: Path, labels: lis
         ("/etc/passwd", "expected a file inside --media"),
         ("concat:a.mp4|b.mp4", r"expected a file name, not a protocol \(\./concat:"),
         ("http://h/a.mp4", "not a protocol"),
-        ("-y", r"expected a file name, not an option \(\./-y if it is one\)"),
         ("", "expected the name of a media file, found ''"),
         ("a\x07.mp4", "expected a file name without control or unwritable characters"),
     ],
@@ -174,9 +176,76 @@ def test_segments_that_are_none_are_refused(tmp_path: Path, times: str, message:
         read(tmp_path, [f"a.mp4,x,{times}"], header="path,label,start,end")
 
 
+ROWS: list[dict[str, Any]] = [
+    {"path": "a b.mp4", "label": "dog", "start": 0.5, "end": 2.0},
+    {"path": "c.mp4", "label": "cat", "start": None, "end": None},
+]
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "jsonl"])
+def test_csv_parquet_and_json_lines_say_the_same(tmp_path: Path, form: str) -> None:
+    path, frame = tmp_path / f"list.{form}", pd.DataFrame(ROWS)
+    if form == "csv":
+        frame.to_csv(path, index=False)
+    elif form == "parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_json(path, orient="records", lines=True)
+    source = read_dataset("csv", DatasetRequest(annotations=path, check_media=False))
+    assert source.label_spaces[0].classes == ("cat", "dog")
+    assert [(one.path.name, one.labels, one.start_seconds, one.end_seconds) for one in source.samples] == [
+        ("a b.mp4", (1,), 0.5, 2.0),
+        ("c.mp4", (0,), None, None),
+    ]
+
+
+def test_json_lines_of_another_form_are_refused_with_their_line(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "list.jsonl", ['{"path": "a.mp4", "label": 0}', '{"path": "b.mp4", "label": [1, 2]}'])
+    with pytest.raises(AnnotationError, match=r"list\.jsonl:2: label: expected a text or a number, found \[1, 2\]"):
+        read_dataset("csv", DatasetRequest(annotations=path, check_media=False))
+    write_lines(path, ['{"path": "a.mp4", "lable": 0}'])
+    with pytest.raises(AnnotationError, match=r"expected the columns path,label, found path,lable; missing: label"):
+        read_dataset("csv", DatasetRequest(annotations=path, check_media=False))
+
+
+def test_verb_and_noun_are_two_targets(tmp_path: Path) -> None:
+    source = read(tmp_path, ["a.mp4,cut,onion", "b.mp4,cut,pan", "c.mp4,wash,pan"], header="path,verb,noun")
+    assert source.targets == ("verb", "noun")
+    assert [space.classes for space in source.label_spaces] == [("cut", "wash"), ("onion", "pan")]
+    assert [one.labels for one in source.samples] == [(0, 0), (0, 1), (1, 1)]
+    classes = write_lines(tmp_path / "classes.txt", ["cut", "wash"])
+    with pytest.raises(UserInputError, match="--classes: expected one column of labels, found verb and noun"):
+        read(tmp_path, ["a.mp4,cut,onion"], header="path,verb,noun", classes=classes)
+
+
+def test_a_list_of_paths_and_labels_needs_no_header(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "train.txt", ["deep/a b.mp4 1", "-c.mp4\t0", "d.mp4   1"], line_end="\r\n")
+    source = read_dataset("list", DatasetRequest(annotations=path, check_media=False))
+    assert [(one.sample_id, one.labels) for one in source.samples] == [
+        ("deep/a b.mp4", (1,)),
+        ("-c.mp4", (0,)),
+        ("d.mp4", (1,)),
+    ]
+    write_lines(path, ["a.mp4 1", "b.mp4"])
+    with pytest.raises(AnnotationError, match=r"train\.txt:2:1: expected path and label, found 'b\.mp4'"):
+        read_dataset("list", DatasetRequest(annotations=path, check_media=False))
+
+
+def test_missing_files_are_left_out_as_asked_and_all_named_otherwise(tmp_path: Path) -> None:
+    touch(tmp_path / "media", "a.mp4", "b.mp4")
+    rows = ["a.mp4,x", "gone.mp4,y", "b.mp4,y"]
+    source = read(tmp_path, rows, check_media=True, max_missing=RejectBudget(count=1))
+    assert [one.sample_id for one in source.samples] == ["a.mp4", "b.mp4"]
+    assert source.notes == {MISSING_MEDIA: (f"{tmp_path / 'list.csv'}:3",)}
+    with pytest.raises(AnnotationError, match=r"list\.csv:3:1: path: expected an existing file .*, found 'gone\.mp4'"):
+        read(tmp_path, rows, check_media=True, max_missing=RejectBudget(fraction=0.3))
+
+
 def test_what_is_missing_is_asked_for(tmp_path: Path) -> None:
     annotations = write_lines(tmp_path / "list.csv", ["path,label", "a.mp4,x"])
-    with pytest.raises(UserInputError, match="--dataset csv: expected --annotations, found none; pass a CSV file"):
+    with pytest.raises(
+        UserInputError, match="--dataset csv: expected --annotations, found none; pass a CSV, Parquet or JSON Lines"
+    ):
         read_dataset("csv", DatasetRequest())
     with pytest.raises(UserInputError, match="--dataset csv: expected --media, found none; pass the folder"):
         read_dataset("csv", DatasetRequest(annotations=annotations))
