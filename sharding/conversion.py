@@ -41,12 +41,13 @@ from sharding.folder import (
     rejects_file,
     rejects_in_words,
     remove_shards_from,
+    write_missing,
 )
 from sharding.format.shard_set import MANIFEST_NAME, read_shard_set, write_shard_set
 from sharding.format.writer import StoredSample, write_shard
 from sharding.media.decode_child import ClipJob, EncodedClip, encode_clip
 from sharding.settings import ConversionConfig, RejectBudget, conversion_identity, estimate_storage
-from sharding.source import SourceList, SourceSample, refuse_doubtful
+from sharding.source import MISSING_MEDIA, SourceList, SourceSample, refuse_doubtful
 from sharding.source_states import (
     SOURCES_NAME,
     ShardSources,
@@ -138,7 +139,8 @@ def write_manifest(
     tool_versions: Mapping[str, str],
     faults: FaultPoints,
 ) -> None:
-    """Write ``rejects.jsonl`` where there are rejects, the shard table and the manifest."""
+    """Write the lists of rejects and of what is missing, where there are any, the shard table and the manifest."""
+    write_missing(out, source.notes.get(MISSING_MEDIA, ()))
     if rejects:
         write_bytes(out / REJECTS_NAME, rejects_file(rejects))
     else:

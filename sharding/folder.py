@@ -23,7 +23,7 @@ from typing import Any, TypedDict
 import pyarrow as pa
 
 from ca2st.checked_json import DocumentError, checked, parse_json, read_json
-from ca2st.durable import fsync_folder, is_environment_error, take_lock, unwritable
+from ca2st.durable import fsync_folder, is_environment_error, take_lock, unwritable, write_bytes
 from ca2st.errors import CA2STError, EnvironmentFault, listed
 from sharding.errors import ConversionRefusedError, ShardDamageError
 from sharding.format.index import decode_index, sample_key
@@ -103,6 +103,8 @@ def _holder(path: Path) -> str:
 
 REJECTS_NAME = "rejects.jsonl"
 """File of a shard set, or of an unfinished conversion, that lists its rejects; absent when there are none."""
+MISSING_NAME = "missing.jsonl"
+"""File of a shard set that lists the samples that ``--max-missing`` left out; absent when there are none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +140,15 @@ def read_rejects(root: Path) -> list[Reject]:
     return [parse_json(line, Reject, where=f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
+def write_missing(root: Path, samples: Sequence[str]) -> None:
+    """Write ``missing.jsonl``, an object per line, or remove it where nothing is missing."""
+    if samples:
+        lines = (json.dumps({"sample": sample}, ensure_ascii=False) + "\n" for sample in samples)
+        write_bytes(root / MISSING_NAME, "".join(lines).encode())
+    else:
+        (root / MISSING_NAME).unlink(missing_ok=True)
+
+
 def rejects_in_words(rejects: Sequence[Reject], source: SourceList) -> str:
     """Counts by reason, each with the file, annotation and fault of the first few."""
     parts = []
@@ -153,7 +164,7 @@ def _name(reject: Reject, source: SourceList) -> str:
 
 
 _OURS = re.compile(r"ca2st-\d{6}\.(tar|index\.parquet)")
-_OTHERS_OF_OURS = (MANIFEST_NAME, SHARDS_NAME, REJECTS_NAME, SOURCES_NAME, LOCK_NAME)
+_OTHERS_OF_OURS = (MANIFEST_NAME, SHARDS_NAME, REJECTS_NAME, MISSING_NAME, SOURCES_NAME, LOCK_NAME)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

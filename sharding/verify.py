@@ -19,7 +19,15 @@ from ca2st.checked_json import DocumentError, parse_json
 from ca2st.durable import is_environment_error
 from ca2st.errors import EnvironmentFault
 from sharding.errors import ManifestError, ShardDamageError
-from sharding.folder import LOCK_NAME, REJECTS_NAME, Reject, UnnamedConversionError, open_done_shard, rejects_file
+from sharding.folder import (
+    LOCK_NAME,
+    MISSING_NAME,
+    REJECTS_NAME,
+    Reject,
+    UnnamedConversionError,
+    open_done_shard,
+    rejects_file,
+)
 from sharding.format.index import MEMBER_SUFFIXES, MEMBERS, decode_index, frame_checksum, member_checksum
 from sharding.format.remote import RemoteFileMissingError, RemoteFiles, as_location
 from sharding.format.shard_set import (
@@ -106,7 +114,12 @@ def set_problem(error: Exception) -> Problem:
 
 def _folder_problems(shard_set: ShardSet) -> Iterator[Problem]:
     """Files that the manifest does not account for, and a list of rejects that is not that of the indexes."""
-    expected = {MANIFEST_NAME, SHARDS_NAME, LOCK_NAME}  # a converter that was killed at its end leaves its lock
+    expected = {
+        MANIFEST_NAME,
+        SHARDS_NAME,
+        MISSING_NAME,
+        LOCK_NAME,
+    }  # a converter that was killed at its end leaves its lock
     for shard in shard_set.shards:
         expected |= {shard.name, shard.index_name}
     rejects = expected_rejects(shard_set)
@@ -397,7 +410,7 @@ def _fetch_small(files: RemoteFiles, name: str, root: Path) -> None:
 
 def _remote_folder_problems(files: RemoteFiles, shard_set: ShardSet, sizes: Mapping[str, int]) -> Iterator[Problem]:
     """Files that the manifest does not account for, as far as the server lists them, and other rejects."""
-    expected = {MANIFEST_NAME, SHARDS_NAME, REJECTS_NAME, SOURCES_NAME}
+    expected = {MANIFEST_NAME, SHARDS_NAME, REJECTS_NAME, MISSING_NAME, SOURCES_NAME}
     for shard in shard_set.shards:
         expected |= {shard.name, shard.index_name}
     for name in sorted(set(sizes) - expected):

@@ -52,7 +52,10 @@ class InterlacedPolicy(StrEnum):
 
 @app.command(epilog="Example: ca2st shard build --dataset folder --media videos --split train --out shards/train")
 def build(  # noqa: PLR0913, RUF100  # the options are the contract
-    dataset: Annotated[str, typer.Option(help="folder, csv, epic_sounds or synthetic.")],
+    dataset: Annotated[
+        str,
+        typer.Option(help="folder, csv, list, synthetic, or a published dataset: epic_kitchens_100, kinetics_400, ..."),
+    ],
     split: Annotated[str, typer.Option(help="Name of the split: train, validation, test.")] = "train",
     annotations: Annotated[
         Path | None, typer.Option(help="The dataset's annotation file, as its owners publish it.")
@@ -100,6 +103,9 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
         ),
     ] = Clock.FILE,
     max_rejects: Annotated[str, typer.Option(help="Samples that may be rejected: a number or a share like 2%.")] = "0",
+    max_missing: Annotated[
+        str, typer.Option(help="Samples that may have no media file and are left out: a number or a share like 5%.")
+    ] = "0",
     update: Annotated[
         bool,
         typer.Option("--update", help="In a finished set, convert again from the first shard whose sources changed."),
@@ -182,6 +188,7 @@ def build(  # noqa: PLR0913, RUF100  # the options are the contract
             check_media=not dry_run,
             classes=classes,
             follow_links=follow_links,
+            max_missing=RejectBudget.parse(max_missing, option="--max-missing"),
             task=task,
             synthetic=synthetic_config(world, dataset=dataset),
         ),

@@ -20,12 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-<<<<<<< HEAD
-from ca2st.errors import did_you_mean, listed
-=======
 from ca2st.checked_json import DocumentError, read_json
-from ca2st.errors import EnvironmentFault, did_you_mean
->>>>>>> 85aa023 (Readers of the ten published datasets in their owners' forms, one search for their media, a budget for what is missing)
+from ca2st.errors import EnvironmentFault, did_you_mean, listed
 from sharding.errors import AnnotationError
 
 _MAX_LISTED = 20

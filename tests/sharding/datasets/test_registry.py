@@ -54,14 +54,7 @@ def test_every_dataset_of_the_table_reads_its_own_form(requests: dict[str, Datas
 
 
 def test_an_unknown_dataset_is_answered_with_the_known_ones() -> None:
-<<<<<<< HEAD
-    message = (
-        "--dataset: expected one of csv, epic_sounds, folder, synthetic, found 'epic-sounds' "
-        r"\(did you mean 'epic_sounds'\?\)"
-    )
-=======
-    message = r"--dataset 'epic-sounds': expected one of activitynet, csv, .* \(did you mean 'epic_sounds'\?\)"
->>>>>>> 85aa023 (Readers of the ten published datasets in their owners' forms, one search for their media, a budget for what is missing)
+    message = r"--dataset: expected one of activitynet, csv, .*, found 'epic-sounds' \(did you mean 'epic_sounds'\?\)"
     with pytest.raises(UserInputError, match=message):
         read_dataset("epic-sounds", DatasetRequest())
 
