@@ -104,7 +104,7 @@ def _of_document(path: Path, split: str, parse: Callable[[str], int], problems: 
         wanted = _SUBSETS.get(split, split)
         chosen = {name: video for name, video in videos.items() if video.get("subset") == wanted}
     else:
-        videos = read_document(path, dict[str, _Video])  # type: ignore[arg-type]  # a TypedDict is a type to its reader
+        videos = read_document(path, dict[str, _Video])
         subset_of = _subsets(path.parent / _SUBSETS_FILE)
         wanted = _SUBSETS.get(split, split)
         chosen = {name: video for name, video in videos.items() if subset_of.get(name) == wanted}

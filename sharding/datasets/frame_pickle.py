@@ -166,7 +166,8 @@ def _array(made: Any) -> "np.ndarray[Any, Any]":
 
 def _flat(state: Any) -> list[Any]:
     """The parts of a state of tuples in tuples."""
-    parts, waiting = [], [state]
+    parts: list[Any] = []
+    waiting = [state]
     while waiting:
         if len(parts) + len(waiting) > _MOST_PARTS:
             raise ValueError("a state of too many parts")
@@ -200,4 +201,5 @@ def _dtype(made: Any) -> "np.dtype[Any]":
     (name, *_), order = made.args, made.state[1]
     if not _DTYPE.fullmatch(name) or order not in ("<", ">", "|", "="):
         raise ValueError(f"values of type {name}")
-    return np.dtype(name).newbyteorder(order)
+    dtype: np.dtype[Any] = np.dtype(name)
+    return dtype.newbyteorder(order)

@@ -58,7 +58,7 @@ def read(request: DatasetRequest) -> SourceList:
 
 def _entries(request: DatasetRequest, classes: tuple[str, ...], problems: Problems) -> list[Annotation]:
     path = needed_annotations(request, "something_something_v2", what="a list")
-    entries = read_document(path, list[_Entry])  # type: ignore[arg-type]  # a TypedDict is a type to its reader
+    entries = read_document(path, list[_Entry])
     if entries and not any("template" in entry for entry in entries):
         raise AnnotationError(
             f"{path}: expected entries with a template, found no labels; a test list cannot be learned"

@@ -83,8 +83,8 @@ def _annotation(row: Row, classes: tuple[str, ...], problems: Problems) -> Annot
 
 
 def _clip_or_none(row: Row, problems: Problems) -> tuple[str, int] | None:
-    video_id, start = (read_cell(row, column, parse, problems) for column, parse in (("id", _id), ("start", _start)))
-    return None if video_id is None or start is None else (str(video_id), int(start))
+    video_id, start = read_cell(row, "id", _id, problems), read_cell(row, "start", _start, problems)
+    return None if video_id is None or start is None else (video_id, start)
 
 
 def _clip(text: str) -> tuple[str, int]:
