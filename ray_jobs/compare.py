@@ -18,7 +18,7 @@ from ca2st.training.evaluate import harmonic_mean
 from ray_jobs.pages.charts import Curve, metric_charts, page_environment, tone
 from ray_jobs.redaction import without_credentials
 from ray_jobs.tracking.client import open_client, reachable, sqlite_path
-from ray_jobs.tracking.events import SYSTEM_PREFIX, WORLD_SIZE
+from ray_jobs.tracking.run_record import SYSTEM_PREFIX, WORLD_SIZE
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -231,8 +231,8 @@ def sync(
     Ends with 4 while something is lacking: the store cannot be reached, or did not take all.
     """
     from ray_jobs.console import print_json, result
-    from ray_jobs.tracking.events import read_state
     from ray_jobs.tracking.following import sync as send
+    from ray_jobs.tracking.state import read_state
 
     sent = send(run_dir)
     state = read_state(run_dir)

@@ -99,7 +99,7 @@ def _train(recipe: "Recipe", run_dir: Path, ray_address: str | None, *, accept_o
     from ray_jobs.environment import fault_points
     from ray_jobs.launch import launch
     from ray_jobs.runs.model import run_document_of
-    from ray_jobs.tracking.events import read_state
+    from ray_jobs.tracking.state import read_state
 
     outcome = launch(recipe, run_dir, faults=fault_points(), ray_address=ray_address, accept_open_ray=accept_open_ray)
     state = read_state(run_dir) if recipe.tracking.enabled else None

@@ -16,8 +16,8 @@ from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.launch import launch
 from ray_jobs.runs.inference import evaluate_checkpoint, load_trained
-from ray_jobs.tracking.events import read_state
 from ray_jobs.tracking.following import log_metrics, read_metrics
+from ray_jobs.tracking.state import read_state
 from sharding.synthetic.factors import ceilings
 
 TOP1, CEILING, TRAINABLE, CLIPS_PER_SECOND = (

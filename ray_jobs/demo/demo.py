@@ -18,7 +18,7 @@ from ray_jobs.demo.pretraining import Lesson, pretrain
 from ray_jobs.own_data.example_videos import real_clips_folder, write_annotations
 from ray_jobs.runs.data import make_split
 from ray_jobs.runs.prediction import predict_videos
-from ray_jobs.tracking.events import read_state
+from ray_jobs.tracking.state import read_state
 from sharding.datasets import DatasetRequest, read_dataset
 from sharding.errors import ShardDamageError
 from sharding.settings import ConversionConfig

@@ -16,7 +16,7 @@ from ray_jobs.console import print_json, result, say
 from ray_jobs.environment import fault_points
 from ray_jobs.own_data.shards import Judgement, LeftOut, OwnShards
 from ray_jobs.own_data.training import OwnOutcome, OwnPlan, plan_training, train_on_videos
-from ray_jobs.tracking.events import read_state
+from ray_jobs.tracking.state import read_state
 from sharding.source import note_lines
 
 _FEW_VIDEOS = 20

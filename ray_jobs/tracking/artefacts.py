@@ -1,47 +1,137 @@
-"""Artefacts of a run.
+"""What a run has in MLflow beside its numbers: its shard sets as inputs, and its small files.
 
-What a model answered instead of what, counted from the predictions of a test.
-
-The card of a run: what was trained on what, what it reached, how to use it; one HTML file that asks no network.
-
-What a run has in MLflow beside its numbers: inputs, artefacts, the registered model; each fails alone.
-
-The small files of a finished run, for MLflow: recipe, journal, card, plots, class names, predictions.
-
-Checkpoints are never among them, nor is any file of 10 MB or more: those stay in the run folder,
-named in a note.
+Who starts the training keeps in ``inputs.json`` what MLflow shall know of the shard sets; whoever sends the journal
+needs the run folder alone. The files are recipe, journal, card, plots, class names and predictions. Checkpoints are
+never among them, nor is any file of 10 MB or more: those stay in the run folder, named in a note.
 """
 
 import csv
 import io
 import json
 import tempfile
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ca2st import __version__
-from ca2st.training.journal import JOURNAL_NAME, flatten
+from ca2st.checked_json import encoded
+from ca2st.durable import write_bytes
+from ca2st.training.journal import JOURNAL_NAME
 from ray_jobs.errors import TrackingUnavailableError
-from ray_jobs.pages.charts import Chart, metric_charts, page_environment
-from ray_jobs.redaction import redacted
-from ray_jobs.tracking.run_record import RECIPE_NAME, RunFacts, Say, read_run, registered_name
+from ray_jobs.pages.charts import metric_charts
+from ray_jobs.redaction import redacted, without_credentials
+from ray_jobs.tracking.run_card import (
+    INPUTS_NAME,
+    RECIPE_NAME,
+    LargeFile,
+    RunFacts,
+    chart_svg,
+    read_inputs,
+    read_run,
+    render_run_card,
+)
 from sharding.format.index import parquet_batches, parquet_columns
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
     from mlflow import MlflowClient
+    from mlflow.data.dataset_source import DatasetSource
+    from mlflow.entities import DatasetInput
 
+    from ray_jobs.runs.data import TrainingData
+    from sharding.format.shard_set import Manifest, ShardSet
 
+MAX_BYTES = 10_000_000
+"""From this size on a file is no artefact."""
+LARGE_FILES_NAME = "too_large.txt"
+_PREDICTIONS = "predictions.*.parquet"
 _BATCH_ROWS = 4096
+_DIGEST_CHARACTERS = 36
+"""MLflow takes no more; the whole fingerprint is in the profile."""
+_MOST_INDEXES = 2000
+"""Of a set with more shards the duration is not added up: each index is a file to open."""
+
+
+def log_artefacts(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
+    """Send the small files of a run; repeating replaces them.
+
+    Raises:
+        TrackingUnavailableError: the store did not take one of them; sending all again later loses nothing.
+    """
+    with tempfile.TemporaryDirectory(prefix="ca2st-artefacts-") as folder:
+        for name, data in collect(run_dir).items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+            parent = path.parent.relative_to(folder).as_posix()
+            try:
+                client.log_artifact(run_id, str(path), None if parent == "." else parent)
+            except Exception as error:  # each kind of artefact store has errors of its own
+                raise TrackingUnavailableError(
+                    f"{name} of {run_dir}: MLflow's artefact store did not take it ({type(error).__name__}: "
+                    f"{redacted(str(error))}); run `ca2st track sync {run_dir}` when it does"
+                ) from error
+
+
+def collect(run_dir: Path) -> dict[str, bytes]:
+    """Return the files of a run that go to MLflow, by their path there, in the order in which they are sent.
+
+    Raises:
+        FileNotFoundError: no training was started there.
+    """
+    run, predictions = read_run(run_dir), newest_predictions(run_dir)
+    files: dict[str, bytes] = {}
+    large: list[LargeFile] = []
+    kept = [path for path in (run_dir / JOURNAL_NAME, predictions) if path is not None and path.exists()]
+    for name, data in [*_made(run, predictions), *((path.name, None) for path in kept)]:
+        path = run_dir / name
+        size = path.stat().st_size if data is None else len(data)
+        if size >= MAX_BYTES:
+            large.append(LargeFile(path=str(path), megabytes=size / 1e6))
+        else:
+            files[name] = _cleaned(path) if data is None else data
+    charts = metric_charts([run.curves])
+    plots = {f"plots/{chart.title.replace('/', '.')}.svg": chart_svg(chart).encode() for chart in charts}
+    note = "".join(f"{one.path}: {one.megabytes:.1f} MB, too large for MLflow; it stays there\n" for one in large)
+    return {
+        "run_card.html": render_run_card(run, charts=charts, large=large).encode(),
+        **({LARGE_FILES_NAME: note.encode()} if large else {}),
+        **plots,
+        **files,
+    }
+
+
+def newest_predictions(run_dir: Path) -> Path | None:
+    """Return the file that the last test of the run wrote; None before the first."""
+    found = sorted(run_dir.glob(_PREDICTIONS), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return found[-1] if found else None
+
+
+def keep_inputs(run_dir: Path, data: "TrainingData") -> None:
+    """Write what `log_inputs` needs, anew for each attempt: the sets must be the same, but may have moved."""
+    sets: dict[str, ShardSet] = {f"train_{number}": one for number, one in enumerate(data.train_sets, start=1)}
+    if data.validation is not None:
+        sets["validation"] = data.validation
+    document = [
+        {"role": role, "source": _place(one), **_facts(one.manifest, data.targets)} for role, one in sets.items()
+    ]
+    write_bytes(run_dir / INPUTS_NAME, encoded(json.dumps(document, indent=1, ensure_ascii=False) + "\n"))
+
+
+def log_inputs(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
+    """Give MLflow a dataset input per shard set, in context ``training`` or ``validation``; repeating adds none.
+
+    Raises:
+        MlflowException: the store cannot be reached, or has no such run.
+    """
+    if found := list(_dataset_inputs(read_inputs(run_dir))):
+        client.log_inputs(run_id, datasets=found)
 
 
 def confusion_tables(predictions: Path, classes: Mapping[str, list[str]]) -> dict[str, str]:
-    """A CSV table ``true,predicted,count`` for each target of `classes` that `predictions` has, commonest first.
+    """Return a CSV table ``true,predicted,count`` for each target of `classes` that `predictions` has, commonest first.
 
     Pairs that never occurred are left out. Of two classes that are equally likely the lower one was answered.
     """
@@ -53,8 +143,23 @@ def confusion_tables(predictions: Path, classes: Mapping[str, list[str]]) -> dic
     }
 
 
+def _made(run: RunFacts, predictions: Path | None) -> Iterator[tuple[str, bytes | None]]:
+    yield RECIPE_NAME, redacted(json.dumps(run.recipe, indent=1, ensure_ascii=False)).encode()
+    if run.classes:
+        yield "classes.json", json.dumps(run.classes, indent=1, ensure_ascii=False).encode()
+    if predictions is not None:
+        for target, table in confusion_tables(predictions, run.classes).items():
+            yield f"confusion.{target}.csv", table.encode()
+
+
+def _cleaned(path: Path) -> bytes:
+    """Return the bytes of a file; of a text without secrets."""
+    data = path.read_bytes()
+    return redacted(data.decode()).encode() if path.name == JOURNAL_NAME else data
+
+
 def _counts(predictions: Path, target: str) -> Counter[tuple[int, int]]:
-    """Samples by (true, answered) class."""
+    """Count samples by (true, answered) class."""
     found: Counter[tuple[int, int]] = Counter()
     columns = [f"{target}_label", f"{target}_probabilities"]
     for batch in parquet_batches(predictions, columns=columns, batch_rows=_BATCH_ROWS):
@@ -72,205 +177,96 @@ def _table(counts: Counter[tuple[int, int]], names: list[str]) -> str:
     return text.getvalue()
 
 
-_MOST_CLASSES = 60
-_SHOWN_SETTINGS = (
-    "model.kind",
-    "model.fusion",
-    "model.dim",
-    "model.depth",
-    "clip.num_frames",
-    "clip.crop_size",
-    "trainable",
-    "start.checkpoint",
-    "training.epochs",
-    "training.global_batch_size",
-    "training.precision",
-    "training.seed",
-    "optim.base_lr",
-    "optim.weight_decay",
-)
+def _place(shard_set: "ShardSet") -> str:
+    return without_credentials(str(shard_set.origin)) if shard_set.origin else str(shard_set.root.resolve())
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LargeFile:
-    """A file of the run that is too large for MLflow and stays where it is."""
+def _facts(manifest: "Manifest", targets: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "dataset": manifest.dataset,
+        "split": manifest.split,
+        "fingerprint": manifest.fingerprint,
+        "num_samples": manifest.num_samples,
+        "num_shards": manifest.num_shards,
+        "num_rejected": sum(manifest.rejected.values()),
+        "targets": list(targets),
+        "num_classes": {space.name: len(space.classes) for space in manifest.label_spaces},
+        "video": manifest.video.as_json(),
+        "audio_policy": manifest.audio.policy,
+        "audio_sample_rate_hz": manifest.audio.sample_rate_hz,
+    }
 
-    path: str
-    megabytes: float
+
+def _dataset_inputs(kept: list[dict[str, Any]]) -> Iterator["DatasetInput"]:
+    """Yield one per set: MLflow drops the second of two with the same name and digest, so their contexts are joined."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for facts in kept:
+        alike.setdefault(facts["fingerprint"], []).append(facts)
+    for first, *others in alike.values():
+        contexts = ["validation" if one["role"] == "validation" else "training" for one in (first, *others)]
+        dataset = Dataset(**_described(first), profile=json.dumps(_profile(first)))
+        yield DatasetInput(dataset, tags=[InputTag(MLFLOW_DATASET_CONTEXT, ", ".join(dict.fromkeys(contexts)))])
 
 
-def chart_svg(chart: Chart) -> str:
-    """One drawing as a file of its own."""
-    return _environment().get_template("chart_file.svg").render(chart=chart)
+def _described(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return name, digest, source and schema as `mlflow.data` writes them."""
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.types import ColSpec, Schema
 
-
-def render_run_card(run: RunFacts, *, charts: Sequence[Chart], large: Sequence[LargeFile]) -> str:
-    """The whole page."""
-    settings = flatten(run.recipe)
-    page = _environment().get_template("run_card.html")
-    return page.render(
-        version=__version__,
-        run=run,
-        charts=charts,
-        large=large,
-        settings={name: _shown(settings[name]) for name in _SHOWN_SETTINGS if settings.get(name) is not None},
-        classes={name: (len(names), names[:_MOST_CLASSES]) for name, names in run.classes.items()},
-        model=registered_name(run.recipe),
-        environment=_surroundings(run),
+    sound = [] if facts["audio_policy"] == "none" else [ColSpec("binary", "spectrogram", required=False)]
+    labels = [ColSpec("long", f"label:{name}") for name in facts["num_classes"]]
+    dataset = MetaDataset(  # type: ignore[abstract]  # MLflow forgot its profile
+        _source(facts["source"]),
+        name=f"{facts['dataset']}/{facts['split']}",
+        digest=facts["fingerprint"][:_DIGEST_CHARACTERS],
+        schema=Schema([ColSpec("string", "key"), ColSpec("binary", "video"), *sound, *labels]),
     )
+    described: dict[str, str] = dataset.to_dict()
+    return described
 
 
-def _environment() -> "Environment":
-    environment = page_environment()
-    environment.filters["number"] = lambda value: f"{value:.4g}"
-    environment.filters["duration"] = duration_in_words
-    return environment
+def _source(place: str) -> "DatasetSource":
+    from mlflow.data.code_dataset_source import CodeDatasetSource
+    from mlflow.data.dataset_source_registry import resolve_dataset_source
+    from mlflow.exceptions import MlflowException
 
-
-def duration_in_words(seconds: float) -> str:
-    """``2 h 5 min``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
-
-
-def _shown(value: object) -> str:
-    return redacted(str(value))
-
-
-def _surroundings(run: RunFacts) -> Mapping[str, str]:
-    """Where it was trained: topology, hardware, commit and versions."""
-    found = {name: str(value) for name, value in run.start.get("topology", {}).items()}
-    found |= {name: value for name, value in run.tags.items() if name.startswith(("hardware.", "git."))}
-    return found | {name: str(value) for name, value in run.start.get("versions", {}).items()}
-
-
-AT_BEGIN = ("inputs",)
-"""Sent with the journal's first line."""
-AT_END = ("artefacts", "registered_model")
-"""Sent when the training is done."""
-
-
-def send_extra(name: str, *, client: "MlflowClient", run_id: str, run_dir: Path, say: Say) -> bool:
-    """Send the extra `name`; returns whether it was sent, after telling why not."""
     try:
-        EXTRAS[name](client, run_id, run_dir)
-    except Exception as error:  # noqa: BLE001  # whatever it is, it must not cost the run its metrics
-        say(f"{name}: not sent ({type(error).__name__}: {redacted(str(error))}); `ca2st track sync` tries again")
-        return False
-    return True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # MLflow lists its class for folders twice, and says so
+            return resolve_dataset_source(place)
+    except MlflowException:  # a kind of URL that MLflow does not know
+        return CodeDatasetSource(tags={"url": place})
 
 
-def _inputs(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
-    from ray_jobs.tracking.inputs import log_inputs
-
-    log_inputs(client, run_id, run_dir)
-
-
-def _artefacts(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
-
-    log_artefacts(client, run_id, run_dir)
+def _profile(facts: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("num_samples", "num_shards", "num_rejected", "targets", "num_classes", "video", "audio_sample_rate_hz")
+    profile = {name: facts[name] for name in names} | {"fingerprint": facts["fingerprint"]}
+    seconds = _duration_seconds(Path(facts["source"]), facts) if "://" not in facts["source"] else None
+    return profile if seconds is None else profile | {"duration_seconds": round(seconds, 3)}
 
 
-def _registered_model(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
-    from ray_jobs.tracking.registered_model import register
+def _duration_seconds(folder: Path, facts: Mapping[str, Any]) -> float | None:
+    """Add up all samples of a set on a disk; None where this process does not see that very set."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
-    register(client, run_id, run_dir)
+    from ca2st.errors import CA2STError
+    from sharding.format.index import read_parquet
+    from sharding.format.shard_set import read_shard_set
 
-
-EXTRAS: dict[str, Callable[["MlflowClient", str, Path], None]] = {
-    "inputs": _inputs,
-    "artefacts": _artefacts,
-    "registered_model": _registered_model,
-}
-
-
-MAX_BYTES = 10_000_000
-"""From this size on a file is no artefact."""
-LARGE_FILES_NAME = "too_large.txt"
-_PREDICTIONS = "predictions.*.parquet"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Artefacts:
-    """What goes to MLflow and what does not."""
-
-    files: Mapping[str, bytes]
-    """By path below the run's artefacts; each smaller than `MAX_BYTES`."""
-    large: tuple[LargeFile, ...]
-    """What stays in the run folder."""
-
-
-def log_artefacts(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
-    """Send the small files of a run; repeating replaces them.
-
-    Raises:
-        TrackingUnavailableError: the store took one of them not; sending all again later loses nothing.
-    """
-    artefacts = collect(run_dir)
-    with tempfile.TemporaryDirectory(prefix="ca2st-artefacts-") as folder:
-        for name, data in artefacts.files.items():
-            path = Path(folder) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-            parent = path.parent.relative_to(folder).as_posix()
-            try:
-                client.log_artifact(run_id, str(path), None if parent == "." else parent)
-            except Exception as error:  # each kind of artefact store has errors of its own
-                raise TrackingUnavailableError(
-                    f"{name} of {run_dir}: MLflow's artefact store did not take it ({type(error).__name__}: "
-                    f"{redacted(str(error))}); run `ca2st track sync {run_dir}` when it does"
-                ) from error
-
-
-def collect(run_dir: Path) -> Artefacts:
-    """The files of a run folder that go to MLflow, in the order in which they are sent.
-
-    Raises:
-        FileNotFoundError: no training was started there.
-    """
-    run = read_run(run_dir)
-    predictions = newest_predictions(run_dir)
-    kept = [path for path in (run_dir / JOURNAL_NAME, predictions) if path is not None and path.exists()]
-    files: dict[str, bytes] = {}
-    large: list[LargeFile] = []
-    for name, data in [*_made(run, predictions), *((path.name, None) for path in kept)]:
-        path = run_dir / name
-        size = path.stat().st_size if data is None else len(data)
-        if size >= MAX_BYTES:
-            large.append(LargeFile(path=str(path), megabytes=size / 1e6))
-        else:
-            files[name] = _cleaned(path) if data is None else data
-    charts = metric_charts([run.curves])
-    plots = {f"plots/{chart.title.replace('/', '.')}.svg": chart_svg(chart).encode() for chart in charts}
-    card = render_run_card(run, charts=charts, large=large).encode()
-    note = {LARGE_FILES_NAME: _note(large)} if large else {}
-    return Artefacts(files={"run_card.html": card, **note, **plots, **files}, large=tuple(large))
-
-
-def newest_predictions(run_dir: Path) -> Path | None:
-    """The file that the last test of the run wrote; None before the first."""
-    found = sorted(run_dir.glob(_PREDICTIONS), key=lambda path: (path.stat().st_mtime_ns, path.name))
-    return found[-1] if found else None
-
-
-def _made(run: RunFacts, predictions: Path | None) -> Iterator[tuple[str, bytes | None]]:
-    yield RECIPE_NAME, redacted(json.dumps(run.recipe, indent=1, ensure_ascii=False)).encode()
-    if run.classes:
-        yield "classes.json", json.dumps(run.classes, indent=1, ensure_ascii=False).encode()
-    if predictions is not None:
-        for target, table in confusion_tables(predictions, run.classes).items():
-            yield f"confusion.{target}.csv", table.encode()
-
-
-def _cleaned(path: Path) -> bytes:
-    """The bytes of a file; of a text without secrets."""
-    data = path.read_bytes()
-    return redacted(data.decode()).encode() if path.name == JOURNAL_NAME else data
-
-
-def _note(large: Sequence[LargeFile]) -> bytes:
-    lines = [f"{file.path}: {file.megabytes:.1f} MB, too large for MLflow; it stays there\n" for file in large]
-    return "".join(lines).encode()
+    if facts["num_shards"] > _MOST_INDEXES:
+        return None
+    try:
+        shard_set = read_shard_set(folder)
+        if shard_set.manifest.fingerprint != facts["fingerprint"]:
+            return None
+        columns = [
+            read_parquet(folder / shard.index_name, columns=["duration_seconds"]).column(0)
+            for shard in shard_set.shards
+        ]
+    except (CA2STError, OSError, ValueError, pa.ArrowException):
+        return None
+    return float(sum(pc.sum(column).as_py() for column in columns))

@@ -36,7 +36,7 @@ class CheckpointModel(PythonModel):
         model_input: pd.DataFrame,
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
-        """The likeliest class of each video in column ``video`` (paths, each once), a row a video.
+        """Return the likeliest class of each video in column ``video`` (paths, each once), a row per video.
 
         Columns of the answer: ``label`` and ``probability``; for each target of a model that has several,
         ``<target>_label`` and ``<target>_probability``. The model is read and verified anew by each call: give one call

@@ -1,23 +1,13 @@
-"""MLflow's client, its complaints, and names it takes.
+"""Reaching an MLflow store: a client that gives up within seconds, and what is wrong with a store.
 
-What MLflow takes as names and values, and how everything else is changed so that nothing is refused or lost.
-
-MLflow refuses a whole batch for one bad name. Names here are letters and digits of any script, ``_ - . : /`` and
-spaces, at most 250 characters, and would mean the same as a path. A changed name ends in the hash of the original:
-two names never become one.
-
-What is wrong with an MLflow store, in words that change only when the trouble does.
-
-Reaching an MLflow store: a client that gives up within seconds, and errors that say what to do.
+Complaints are put in words that change only when the trouble does.
 """
 
 import contextlib
-import hashlib
 import math
-import posixpath
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,97 +16,14 @@ from ca2st.durable import take_lock
 from ray_jobs import environment
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.redaction import redacted, without_credentials
+from sharding.format.remote import doubled_pause
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-MAX_NAME_CHARACTERS = 250
-MAX_PARAM_CHARACTERS = 6000
-MAX_TAG_CHARACTERS = 8000
-MAX_RUN_NAME_CHARACTERS = 250
-MAX_EXPERIMENT_CHARACTERS = 250
-MAX_PARAMS = 10_000
-LEFT_OUT = "ca2st.params_left_out"
-"""The param that says how many were left out."""
-_BAD_CHARACTER = re.compile(r"[^/\w.\- :]")
-_BATCH_BYTES = 500_000  # a server takes a request of at most a million
-_BATCH_ITEMS = 100
-_CUT = "...(cut)"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cleaned:
-    """Names and values that MLflow takes, and what was done to the originals."""
-
-    values: Mapping[str, str]
-    changes: tuple[str, ...]
-    """A sentence for each name or value that is not as it was."""
-
-
-def clean_name(name: str) -> str:
-    """`name`, or the nearest name that MLflow takes, ending in eight hexadecimal digits of the original's hash."""
-    if _is_taken(name):
-        return name
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    path = posixpath.normpath(_BAD_CHARACTER.sub("_", name)).lstrip("/.").strip() or "unnamed"
-    return f"{path[: MAX_NAME_CHARACTERS - 9].rstrip('/')}-{digest}"
-
-
-def clean_value(value: str, limit: int) -> str:
-    """`value` as text that every store can hold, of at most `limit` characters; a cut is marked at its end."""
-    text = value.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= limit else text[: limit - len(_CUT)] + _CUT
-
-
-def clean_params(params: Mapping[str, str], *, limit: int = MAX_PARAMS) -> Cleaned:
-    """At most `limit` params; the last of more says how many were left out."""
-    if len(params) <= limit:
-        return _cleaned("param", params, MAX_PARAM_CHARACTERS)
-    kept = dict(list(params.items())[: limit - 1])
-    note = f"{len(params) - len(kept)} of {len(params)}; the run folder's recipe.json has all"
-    clean = _cleaned("param", {**kept, LEFT_OUT: note}, MAX_PARAM_CHARACTERS)
-    return Cleaned(values=clean.values, changes=(*clean.changes, f"params left out: {note}"))
-
-
-def clean_tags(tags: Mapping[str, str]) -> Cleaned:
-    """Tags that MLflow takes."""
-    return _cleaned("tag", tags, MAX_TAG_CHARACTERS)
-
-
-def batches(values: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """`values` in their order, in parts small enough for one call."""
-    part: dict[str, str] = {}
-    num_bytes = 0
-    for name, value in values.items():
-        size = len(name.encode()) + len(value.encode())
-        if part and (len(part) == _BATCH_ITEMS or num_bytes + size > _BATCH_BYTES):
-            yield part
-            part, num_bytes = {}, 0
-        part[name] = value
-        num_bytes += size
-    if part:
-        yield part
-
-
-def _cleaned(kind: str, values: Mapping[str, str], limit: int) -> Cleaned:
-    clean: dict[str, str] = {}
-    changes = []
-    for name, value in values.items():
-        new_name, new_value = clean_name(name), clean_value(value, limit)
-        if new_name != name:
-            changes.append(f"{kind} {name!a} is called {new_name}")
-        if new_value != value:
-            changes.append(f"the value of {kind} {new_name}, {len(value)} characters, was cut or cleaned")
-        clean[new_name] = new_value
-    return Cleaned(values=clean, changes=tuple(changes))
-
-
-def _is_taken(name: str) -> bool:
-    is_plain = bool(name) and len(name) <= MAX_NAME_CHARACTERS and not _BAD_CHARACTER.search(name)
-    return is_plain and posixpath.normpath(name) == name and name != "." and not name.startswith(("..", "/"))
-
-
+Say = Callable[[str], None]
+"""Writes a sentence into the log."""
 Kind = Literal["unreachable", "silent", "failing", "busy", "locked", "refused", "rejected"]
 
 _RETRIED_STATUS = re.compile(r"too many (\d{3}) error responses")
@@ -159,12 +66,12 @@ class Complaint:
         """Equal for the same trouble met again."""
         return self.kind, self.detail if self.kind in ("refused", "rejected", "failing", "busy") else ""
 
-    def told(self, uri: str, what_to_do: str) -> str:
-        """A sentence: the store, the trouble, and what to do about it."""
+    def sentence(self, uri: str, what_to_do: str) -> str:
+        """Return a sentence: the store, the trouble, and what to do about it."""
         wait = f", for {self.retry_after_seconds:g} s" if self.retry_after_seconds is not None else ""
-        mend = f"{_CREDENTIALS} " if self.kind == "refused" else ""
+        fix = f"{_CREDENTIALS} " if self.kind == "refused" else ""
         when = "" if self.kind in ("refused", "rejected") else " when it is back"
-        return f"MLflow at {redacted(uri)} {_WORDS[self.kind]} ({self.detail}{wait}); {mend}{what_to_do}{when}"
+        return f"MLflow at {redacted(uri)} {_WORDS[self.kind]} ({self.detail}{wait}); {fix}{what_to_do}{when}"
 
 
 class StoreError(TrackingUnavailableError):
@@ -176,15 +83,15 @@ class StoreError(TrackingUnavailableError):
 
 
 def complaint_of_status(status: int, *, retry_after: str | None = None) -> Complaint:
-    """The trouble behind an HTTP status; `retry_after` is the header of that name (seconds; dates are not read)."""
+    """Return the trouble behind an HTTP status; `retry_after` is that header (seconds; dates are not read)."""
     seconds = float(retry_after) if retry_after is not None and retry_after.strip().isdigit() else None
-    kind: Kind = "failing" if status >= 500 else "rejected"
-    kind = {401: "refused", 403: "refused", 429: "busy"}.get(status, kind)  # type: ignore[assignment]  # all of Kind
+    known: dict[int, Kind] = {401: "refused", 403: "refused", 429: "busy"}
+    kind = known.get(status, "failing" if status >= 500 else "rejected")
     return Complaint(kind=kind, detail=str(status), retry_after_seconds=seconds)
 
 
 def complaint_of_error(error: Exception) -> Complaint:
-    """The trouble behind an exception of MLflow or of the machine."""
+    """Return the trouble behind an exception of MLflow or of the machine."""
     text = redacted(str(error))
     first_line = (text.splitlines() or [type(error).__name__])[0]
     if "database is locked" in text or "database table is locked" in text:
@@ -205,8 +112,67 @@ def complaint_of_error(error: Exception) -> Complaint:
 
 
 def _short(text: str) -> str:
-    """At most 300 characters, without quotation marks at the end; addresses in memory would differ each time."""
+    """Return at most 300 characters, without quotation marks at the end; addresses in memory would differ each time."""
     return re.sub(r"<[^<>]* object at 0x[0-9a-f]+>:? ?", "", text).strip("'\" ")[:300]
+
+
+_LONGEST_SECONDS = 60.0
+_REFUSED_SECONDS = 60.0
+_LONGEST_ASKED_SECONDS = 600.0
+
+
+def pause_seconds(failures: int, *, interval_seconds: float, complaint: Complaint | None = None) -> float:
+    """Return the seconds until the next try: doubling with the failures up to a minute, or as long as the store asks.
+
+    Refused credentials stay refused: they wait the minute at once. More than ten minutes are not
+    granted.
+    """
+    if failures == 0:
+        return interval_seconds
+    longest = max(interval_seconds, _LONGEST_SECONDS)
+    pause = doubled_pause(failures, first_seconds=2 * interval_seconds, longest=longest)
+    if complaint is None:
+        return pause
+    if complaint.kind == "refused":
+        return max(pause, _REFUSED_SECONDS)
+    return max(pause, min(complaint.retry_after_seconds or 0.0, _LONGEST_ASKED_SECONDS))
+
+
+@dataclass(kw_only=True, slots=True)
+class TroubleLog:
+    """Reports a trouble once, how often it came back when it changes, and its end."""
+
+    say: Say
+    _signature: tuple[str, str] | None = None
+    failures: int = 0
+    """In a row, of whatever kind."""
+    _repeats: int = 0
+
+    def failed(self, error: StoreError) -> None:
+        """Report that a try failed."""
+        self.failures += 1
+        if error.complaint.signature == self._signature:
+            self._repeats += 1
+            return
+        self._say_repeats()
+        self.say(str(error))
+        self._signature, self._repeats = error.complaint.signature, 0
+
+    def succeeded(self) -> None:
+        """Report that a try went well."""
+        if self.failures:
+            self._say_repeats()
+            self.say(f"MLflow answers again, after {self.failures} tries in vain")
+        self._signature, self.failures, self._repeats = None, 0, 0
+
+    def close(self) -> None:
+        """Report what is left: no try follows."""
+        self._say_repeats()
+
+    def _say_repeats(self) -> None:
+        if self._repeats:
+            self.say(f"(the same {self._repeats} times more)")
+        self._repeats = 0
 
 
 SQLITE = "sqlite:///"
@@ -216,11 +182,11 @@ _PROBE = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=ca2st"
 
 
 def open_client(uri: str) -> "MlflowClient":
-    """A client that gives up on a dead server within seconds; the folder and tables of an SQLite store are made."""
+    """Return a client that gives up on a dead server within seconds; make the tables of an SQLite store."""
     from mlflow import MlflowClient
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
 
-    # By default a dead server is retried for four minutes a call. A retried call could make a run twice.
+    # By default a dead server is retried for four minutes per call. A retried call could make a run twice.
     for setting, value in ((MLFLOW_HTTP_REQUEST_MAX_RETRIES, 0), (MLFLOW_HTTP_REQUEST_TIMEOUT, _REQUEST_SECONDS)):
         if not setting.is_set():  # type: ignore[no-untyped-call]  # MLflow's
             setting.set(value)  # type: ignore[no-untyped-call]  # MLflow's
@@ -231,12 +197,12 @@ def open_client(uri: str) -> "MlflowClient":
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The file of an SQLite store; None for other stores."""
+    """Return the file of an SQLite store; None for other stores."""
     return Path(uri.removeprefix(SQLITE).partition("?")[0]) if uri.startswith(SQLITE) else None
 
 
 def anchored(uri: str) -> str:
-    """`uri`; of an SQLite store with its whole path, by which it is found from any folder."""
+    """Return `uri`; of an SQLite store with its whole path, by which it is found from any folder."""
     path = sqlite_path(uri)
     if path is None:
         return uri
@@ -245,19 +211,19 @@ def anchored(uri: str) -> str:
 
 
 def artifact_location(uri: str) -> str | None:
-    """Where artefacts of a new experiment go: beside an SQLite store; None: a server decides for itself."""
+    """Return where artefacts of a new experiment go: beside an SQLite store; None: a server decides for itself."""
     path = sqlite_path(uri)
     return None if path is None else (path.resolve().parent / ARTIFACT_FOLDER).as_uri()
 
 
 def whole_uri(stored: str, runs_root: Path) -> str:
-    """The address with its credentials, which are kept in the environment and in no file."""
+    """Return the address with its credentials, which are kept in the environment and in no file."""
     candidate = environment.default_tracking_uri(runs_root)
     return candidate if without_credentials(candidate) == stored else stored
 
 
 def is_making_tables(uri: str) -> bool:
-    """Whether some process is making the tables of this SQLite store at the moment, which takes many seconds."""
+    """Return whether some process is making the tables of this SQLite store at the moment, which takes many seconds."""
     path = sqlite_path(uri)
     if path is None or path.exists() or not (lock := _lock_path(path)).exists():
         return False
@@ -265,7 +231,7 @@ def is_making_tables(uri: str) -> bool:
         return not take_lock(file, shared=True)
 
 
-def knock(uri: str, what_to_do: str) -> None:
+def check_health(uri: str, what_to_do: str) -> None:
     """Ask a server one small question, before more is sent to one that was in trouble.
 
     Unlike MLflow's own calls it learns how long the server asks to be left alone. Other stores are not asked.
@@ -285,7 +251,7 @@ def knock(uri: str, what_to_do: str) -> None:
         )
     if response.status_code in (401, 403, 429) or response.status_code >= 500:
         complaint = complaint_of_status(response.status_code, retry_after=response.headers.get("Retry-After"))
-        raise StoreError(complaint.told(uri, what_to_do), complaint)
+        raise StoreError(complaint.sentence(uri, what_to_do), complaint)
 
 
 @contextlib.contextmanager
@@ -302,7 +268,7 @@ def reachable(uri: str, what_to_do: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:  # a store that cannot be opened fails in SQLAlchemy
         complaint = complaint_of_error(error)
-        raise StoreError(complaint.told(uri, what_to_do), complaint) from error
+        raise StoreError(complaint.sentence(uri, what_to_do), complaint) from error
 
 
 def _make_tables(path: Path) -> None:
@@ -326,7 +292,7 @@ def _make_tables(path: Path) -> None:
 def _check_opens(path: Path) -> None:
     """Fail at once where SQLite cannot open the file: MLflow would try for a hundred seconds.
 
-    One that is locked, or is no database, MLflow itself tells soon.
+    MLflow itself soon reports one that is locked or is no database.
     """
     try:
         with contextlib.closing(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ca2st import __version__
 from ca2st.training.checkpoint import MARKER_NAME
-from ray_jobs.tracking.run_record import class_names, newest_checkpoint, read_recipe, registered_name
+from ray_jobs.tracking.run_card import class_names, newest_checkpoint, read_recipe, registered_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,12 +40,12 @@ class CheckpointReference:
 
     @property
     def tags(self) -> dict[str, str]:
-        """By which it is known in MLflow."""
+        """Tags by which it is known in MLflow."""
         return {SHA256_TAG: self.sha256, CHECKPOINT_TAG: str(self.folder)}
 
 
 def register(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
-    """Register the newest checkpoint of a run, under the name its recipe gives; once a checkpoint.
+    """Register the newest checkpoint of a run, under the name its recipe gives; once per checkpoint.
 
     Nothing is done where the recipe says so (``tracking.register_model``) or there is no checkpoint.
 
@@ -76,7 +76,7 @@ def register(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
 
 
 def signature_of(targets: tuple[str, ...]) -> "ModelSignature":
-    """Column ``video`` (path) in; ``label`` and ``probability`` out, of each target where there are several."""
+    """Return the signature: ``video`` (path) in; ``label`` and ``probability`` out, of each target of several."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
@@ -105,7 +105,7 @@ def _reference(run_dir: Path) -> CheckpointReference | None:
 
 
 def _logged_model(client: "MlflowClient", run_id: str, name: str, reference: CheckpointReference) -> "LoggedModel":
-    """The run's model of this checkpoint, whole; begun anew or where an earlier call stopped."""
+    """Make the run's model of this checkpoint, or what an earlier call left to do of it."""
     from mlflow.entities import LoggedModelOutput
 
     run = client.get_run(run_id)

@@ -19,7 +19,7 @@ from ray_jobs.config.recipe import Recipe
 from ray_jobs.launch import launch
 from ray_jobs.runs.failures import read_failure
 from ray_jobs.runs.plan import resume_plan
-from ray_jobs.tracking.events import read_state
+from ray_jobs.tracking.state import read_state
 from support.fake_shards import make_samples, make_shard_set
 from support.trained import trained_model
 

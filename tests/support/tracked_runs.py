@@ -7,7 +7,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from ray_jobs.tracking.events import TrackingState, open_tracking, read_state
+from ray_jobs.tracking.state import TrackingState, open_tracking, read_state
 
 
 def tracked_run(run_dir: Path, uri: str, experiment: str = "tests", **fields: Any) -> Path:

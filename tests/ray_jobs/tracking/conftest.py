@@ -29,7 +29,7 @@ def run_dir(tmp_path: Path, store: str) -> Path:
 @pytest.fixture(autouse=True)
 def extras(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Inputs, artefacts and the registered model are tested by themselves; here only that their time came."""
-    from ray_jobs.tracking.artefacts import EXTRAS
+    from ray_jobs.tracking.sender import EXTRAS
 
     called: list[str] = []
     for name in EXTRAS:

@@ -14,9 +14,8 @@ from mlflow import MlflowClient
 
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.tracking import artefacts
-from ray_jobs.tracking.artefacts import collect, duration_in_words, log_artefacts, newest_predictions
-from ray_jobs.tracking.inputs import INPUTS_NAME
-from ray_jobs.tracking.run_record import read_run, registered_name
+from ray_jobs.tracking.artefacts import collect, log_artefacts, newest_predictions
+from ray_jobs.tracking.run_card import INPUTS_NAME, duration_in_words, read_run, registered_name
 from support.http_artefacts import http_store
 from support.mlflow_runs import new_run
 
@@ -110,13 +109,12 @@ def test_k6_a_file_of_ten_megabytes_stays_and_is_named_in_a_note(run_dir: Path) 
             json.dumps({"event": "fault", "attempt": 2, "step": 4, "time": 1.0, "text": "x" * 10_000_000}) + "\n"
         )
     found = collect(run_dir)
-    assert "journal.jsonl" not in found.files
-    assert max(len(data) for data in found.files.values()) < artefacts.MAX_BYTES
+    assert "journal.jsonl" not in found
+    assert max(len(data) for data in found.values()) < artefacts.MAX_BYTES
     journal = run_dir / "journal.jsonl"
-    assert [large.path for large in found.large] == [str(journal)]
-    note = found.files[artefacts.LARGE_FILES_NAME].decode()
+    note = found[artefacts.LARGE_FILES_NAME].decode()
     assert note == f"{journal}: {journal.stat().st_size / 1e6:.1f} MB, too large for MLflow; it stays there\n"
-    assert str(journal) in found.files["run_card.html"].decode()
+    assert str(journal) in found["run_card.html"].decode()
 
 
 def test_k6_exactly_the_limit_is_too_large_and_a_byte_less_is_not(
@@ -124,9 +122,9 @@ def test_k6_exactly_the_limit_is_too_large_and_a_byte_less_is_not(
 ) -> None:
     size = (run_dir / "journal.jsonl").stat().st_size
     monkeypatch.setattr(artefacts, "MAX_BYTES", size)
-    assert "journal.jsonl" not in collect(run_dir).files
+    assert "journal.jsonl" not in collect(run_dir)
     monkeypatch.setattr(artefacts, "MAX_BYTES", size + 1)
-    assert "journal.jsonl" in collect(run_dir).files
+    assert "journal.jsonl" in collect(run_dir)
 
 
 def test_k6_a_store_that_times_out_is_told_and_gets_everything_later(
@@ -143,7 +141,7 @@ def test_k6_a_store_that_times_out_is_told_and_gets_everything_later(
         assert store.files == {}
         store.status = 200
         log_artefacts(client, run_id, run_dir)
-        assert store.files == collect(run_dir).files
+        assert store.files == collect(run_dir)
 
 
 def test_k8_no_secret_of_recipe_or_journal_reaches_an_artefact(run_dir: Path) -> None:
@@ -152,7 +150,7 @@ def test_k8_no_secret_of_recipe_or_journal_reaches_an_artefact(run_dir: Path) ->
     write_journal(
         run_dir, {"event": "fault", "step": 4, "error": "GET https://me:hunter2@host.example/a: 404"}, attempt=2
     )
-    files = collect(run_dir).files
+    files = collect(run_dir)
     assert not [name for name, data in files.items() if b"hunter2" in data]
     assert json.loads(files["recipe.json"])["start"]["checkpoint"].endswith("host.example/model")
     assert b"404" in files["journal.jsonl"]
@@ -161,7 +159,7 @@ def test_k8_no_secret_of_recipe_or_journal_reaches_an_artefact(run_dir: Path) ->
 def test_the_card_tells_what_was_trained_on_what_and_how_to_use_it(run_dir: Path) -> None:
     inputs = {"role": "train_1", "dataset": "<birds>", "split": "train", "num_samples": 1234, "num_shards": 3}
     (run_dir / INPUTS_NAME).write_text(json.dumps([{**inputs, "fingerprint": "f" * 64, "source": "s3://bucket/train"}]))
-    card = collect(run_dir).files["run_card.html"].decode()
+    card = collect(run_dir)["run_card.html"].decode()
     assert "mine &amp; yours" in card
     assert "&lt;birds&gt;, train" in card
     assert "1,234" in card
@@ -187,18 +185,18 @@ def test_the_card_names_the_model_under_which_it_is_registered(
     recipe = {**RECIPE, "tracking": tracking}
     (run_dir / "recipe.json").write_text(json.dumps(recipe))
     assert registered_name(recipe) == name
-    card = html.unescape(collect(run_dir).files["run_card.html"].decode())
+    card = html.unescape(collect(run_dir)["run_card.html"].decode())
     assert re.findall(r"models:/(.*?)/1", card)[:1] == ([] if name is None else [name])
 
 
 def test_the_card_asks_nothing_of_any_network(run_dir: Path) -> None:
-    card = collect(run_dir).files["run_card.html"].decode()
+    card = collect(run_dir)["run_card.html"].decode()
     assert "default-src 'none'" in card
     assert not re.search(r"(?:src|href)=\"?(?!data:)|url\(|@import", card)
 
 
 def test_a_plot_is_a_drawing_of_its_own_with_the_last_attempts_values(run_dir: Path) -> None:
-    svg = collect(run_dir).files["plots/train.loss.svg"].decode()
+    svg = collect(run_dir)["plots/train.loss.svg"].decode()
     assert svg.startswith('<svg xmlns="http://www.w3.org/2000/svg"')
     assert re.findall(r"<title>(step [^<]*)</title>", svg) == ["step 1: 3", "step 2: 2.5", "step 3: 2.25", "step 4: 2"]
 
@@ -213,7 +211,7 @@ def test_the_facts_of_a_run_count_each_step_once(run_dir: Path) -> None:
 
 def test_answers_are_counted_by_true_and_answered_class(run_dir: Path) -> None:
     write_predictions(run_dir)
-    table = collect(run_dir).files["confusion.label.csv"].decode()
+    table = collect(run_dir)["confusion.label.csv"].decode()
     assert table == "true,predicted,count\nred,green,2\nred,red,1\nblue,blue,1\n"
 
 
@@ -222,12 +220,12 @@ def test_the_newest_predictions_are_sent(run_dir: Path) -> None:
     old, new = (write_predictions(run_dir, name=f"predictions.{name}.parquet") for name in ("z", "a"))
     os.utime(old, (1, 1))
     assert newest_predictions(run_dir) == new
-    assert [name for name in collect(run_dir).files if name.startswith("predictions")] == ["predictions.a.parquet"]
+    assert [name for name in collect(run_dir) if name.startswith("predictions")] == ["predictions.a.parquet"]
 
 
 def test_a_run_that_made_no_step_has_a_card_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps(RECIPE))
-    files = collect(tmp_path).files
+    files = collect(tmp_path)
     assert set(files) == {"run_card.html", "recipe.json"}
     assert b"It has no checkpoint." in files["run_card.html"]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ray_jobs.tracking import follower
-from ray_jobs.tracking.follower import follow
+from ray_jobs.tracking import following
+from ray_jobs.tracking.following import follow
 from ray_jobs.tracking.sender import Sender
 from support.fake_mlflow import FakeMlflow, served
 from support.tracked_runs import losses, remote_run, start, step, write
@@ -82,7 +82,7 @@ def test_a_follower_that_is_asked_to_end_while_it_sends_an_orphan_hears_it(
         heard.append(is_asked_to_end())
         return []
 
-    monkeypatch.setattr(follower, "end_orphans", end_orphans)
+    monkeypatch.setattr(following, "end_orphans", end_orphans)
     write(run_dir, start(), step(1, 3.0))
     follow(run_dir, parent_pid=os.getppid(), say=print, interval_seconds=0.01)
     assert heard == [False, True]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_metric_name, _validate_param, _validate_tag
 
-from ray_jobs.tracking.client import (
+from ray_jobs.tracking.run_record import (
     LEFT_OUT,
     MAX_NAME_CHARACTERS,
     batches,
@@ -16,10 +16,10 @@ from ray_jobs.tracking.client import (
     clean_params,
     clean_tags,
     clean_value,
+    create_run,
 )
-from ray_jobs.tracking.events import TrackingState, read_state
-from ray_jobs.tracking.run_record import create_run
 from ray_jobs.tracking.sender import Sender
+from ray_jobs.tracking.state import TrackingState, read_state
 from support.tracked_runs import run_of, start, step, tracked_run, write
 
 ANY_TEXT = st.text(st.characters() | st.sampled_from("./: -_#"))

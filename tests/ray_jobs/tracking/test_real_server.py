@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from ray_jobs.tracking.events import read_state, unsent_bytes
+from ray_jobs.tracking.state import read_state, unsent_bytes
 from support.processes import python_path
 from support.tiny_runs import ca2st, make_tiny_run, sequence
 from support.tracked_runs import end, start, step, tracked_run, write
@@ -92,7 +92,7 @@ def test_k1_a_training_and_a_follower_outlive_a_real_server(tmp_path: Path, port
         assert steps_in_mlflow(run_dir) == list(range(1, 17))
         followed = tracked_run(tmp_path / "followed", f"http://127.0.0.1:{port}")
         write(followed, start(), step(1, 3.0))
-        command = [sys.executable, "-m", "ray_jobs.tracking.follower", str(followed), str(os.getpid())]
+        command = [sys.executable, "-m", "ray_jobs.tracking.following", str(followed), str(os.getpid())]
         follower = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": python_path()})
         wait_until(lambda: read_state(followed).progress.last_step == 1, "the follower sent nothing")
     write(followed, step(2, 2.0))

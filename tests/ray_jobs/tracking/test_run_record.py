@@ -14,10 +14,18 @@ from mlflow import MlflowClient
 from ca2st.training.errors import RunFolderBusyError
 from ca2st.training.journal import locked
 from ray_jobs.errors import TrackingUnavailableError
-from ray_jobs.tracking.events import FOLDER_TAG, open_tracking, read_state, separate_copy, unsent_bytes
 from ray_jobs.tracking.following import log_metrics, sync
-from ray_jobs.tracking.orphans import HOST_TAG, alive, end_orphans, is_alive
-from ray_jobs.tracking.sender import Sender
+from ray_jobs.tracking.sender import Sender, end_orphans
+from ray_jobs.tracking.state import (
+    FOLDER_TAG,
+    HOST_TAG,
+    alive,
+    is_alive,
+    open_tracking,
+    read_state,
+    separate_copy,
+    unsent_bytes,
+)
 from support.tracked_runs import end, losses, run_of, start, step, tracked_run, write
 
 HERE = "this-machine"

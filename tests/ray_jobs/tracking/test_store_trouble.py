@@ -19,18 +19,18 @@ from ray_jobs.tracking import following
 from ray_jobs.tracking.client import (
     Complaint,
     StoreError,
+    TroubleLog,
     anchored,
+    check_health,
     complaint_of_error,
     complaint_of_status,
     is_making_tables,
-    knock,
+    pause_seconds,
     reachable,
 )
-from ray_jobs.tracking.events import read_state, unsent_bytes
 from ray_jobs.tracking.following import finish_following, missing_words, patience_seconds, sync
-from ray_jobs.tracking.orphans import alive, is_alive, is_ready, show_ready
-from ray_jobs.tracking.run_record import TroubleLog, pause_seconds
 from ray_jobs.tracking.sender import Sender
+from ray_jobs.tracking.state import alive, is_alive, is_ready, read_state, show_ready, unsent_bytes
 from support.fake_mlflow import FakeMlflow, served
 from support.tracked_runs import losses, remote_run, start, step, tracked_run, write
 
@@ -234,7 +234,7 @@ def test_k2_a_database_that_stays_locked_is_told_once_by_its_name() -> None:
 def test_k2_a_server_that_asks_to_be_left_alone_is_left_alone_for_as_long(fake: FakeMlflow) -> None:
     fake.status, fake.headers = 429, {"Retry-After": "120"}
     with served(fake), pytest.raises(StoreError, match="429, for 120 s") as caught:
-        knock(fake.uri, "wait")
+        check_health(fake.uri, "wait")
     assert pause_seconds(1, interval_seconds=2.0, complaint=caught.value.complaint) == 120
     endless = complaint_of_status(429, retry_after="999999")
     assert pause_seconds(1, interval_seconds=2.0, complaint=endless) == 600

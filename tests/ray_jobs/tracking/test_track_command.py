@@ -9,8 +9,8 @@ from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from ray_jobs.cli import app
-from ray_jobs.tracking.artefacts import EXTRAS
-from ray_jobs.tracking.events import read_state
+from ray_jobs.tracking.sender import EXTRAS
+from ray_jobs.tracking.state import read_state
 from support.fake_mlflow import FakeMlflow, served
 from support.tiny_runs import ca2st
 from support.tracked_runs import end, start, step, tracked_run, write

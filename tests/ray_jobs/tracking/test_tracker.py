@@ -11,11 +11,10 @@ from mlflow import MlflowClient
 
 from ca2st.errors import UserInputError
 from ray_jobs.tracking import sender
-from ray_jobs.tracking.artefacts import EXTRAS
-from ray_jobs.tracking.client import clean_name
-from ray_jobs.tracking.events import SenderBusyError, TrackingState, one_sender, read_state, unsent_bytes
 from ray_jobs.tracking.following import log_metrics, read_metrics, sync
-from ray_jobs.tracking.sender import Sender
+from ray_jobs.tracking.run_record import clean_name
+from ray_jobs.tracking.sender import EXTRAS, Sender
+from ray_jobs.tracking.state import SenderBusyError, TrackingState, one_sender, read_state, unsent_bytes
 from support.tracked_runs import end, losses, run_of, start, step, tracked_run, write
 
 
@@ -144,7 +143,7 @@ def test_a_follower_that_outlives_its_attempt_and_the_next_ones_make_one_run(
 
 
 def test_who_starts_a_training_does_not_wait_for_a_sender_that_hangs(run_dir: Path) -> None:
-    with one_sender(run_dir, wait_seconds=0):
+    with one_sender(run_dir, wait_seconds=0.0):
         tracked_run(run_dir, read_state(run_dir).uri, params={"optim.base_lr": "0.2"})
     assert read_state(run_dir).params == {"optim.base_lr": "0.2"}
 

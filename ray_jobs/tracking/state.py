@@ -1,11 +1,7 @@
-"""Events of a journal, and the state of what was sent.
-
-What is kept of tracking in a run folder: what the run is called, and how much of it MLflow has.
+"""What is kept of tracking in a run folder: what the run is called in MLflow, how much MLflow has, who is at work.
 
 Two files with one writer each, so that nobody waits: ``tracking.json`` by who trains, ``tracking_progress.json`` by
 whoever sends and holds the sender's lock.
-
-From journal lines to the numbers that MLflow gets: pure, but for reading the files.
 """
 
 import json
@@ -17,20 +13,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from ca2st.checked_json import DocumentError, encoded, read_json
 from ca2st.durable import open_itself, take_lock, write_bytes
 from ca2st.errors import UserInputError
-from ca2st.training.journal import JOURNAL_NAME, parse_event, read_events
+from ca2st.training.journal import JOURNAL_NAME
+from ca2st.training.journal import LOCK_NAME as RUN_LOCK_NAME
 from ray_jobs.errors import TrackingUnavailableError
 
 _LOGGER = logging.getLogger(__name__)
 STATE_NAME = "tracking.json"
 PROGRESS_NAME = "tracking_progress.json"
 LOCK_NAME = "tracking.lock"
-FOLDER_TAG, COPY_TAG = "ca2st.run_dir", "ca2st.copied_from"
-"""Where the run lives; and, of a run whose folder was copied, where the folder was that it is a copy of."""
+FOLLOWER_LOCK_NAME = "follower.lock"
+FOLDER_TAG, COPY_TAG, HOST_TAG = "ca2st.run_dir", "ca2st.copied_from", "ca2st.host"
+"""Where the run lives; of a run whose folder was copied, where that was; the machine that trains."""
+_LOOK_SECONDS = 0.15
 _BLOCK_BYTES = 65_536
 
 
@@ -92,9 +90,7 @@ def open_tracking(run_dir: Path, state: TrackingState) -> TrackingState:
         _LOGGER.warning("DAMAGED %s; it is written anew, and MLflow may get a new run", error)
     if kept is not None:
         state = replace(kept, uri=state.uri, params=state.params, tags={**kept.tags, **state.tags})
-    document = asdict(state)
-    del document["progress"]
-    _write(run_dir / STATE_NAME, document)
+    _write_state(run_dir, state)
     return state
 
 
@@ -116,17 +112,13 @@ def separate_copy(run_dir: Path) -> Path | None:
     if not is_copy:
         return None
     write_progress(run_dir, Progress())  # before the new key: killed in between it is still seen to be a copy
-    document = asdict(kept) | {
-        "key": uuid.uuid4().hex,
-        "tags": {**kept.tags, FOLDER_TAG: str(run_dir.resolve()), COPY_TAG: str(origin)},
-    }
-    del document["progress"]
-    _write(run_dir / STATE_NAME, document)
+    tags = {**kept.tags, FOLDER_TAG: str(run_dir.resolve()), COPY_TAG: str(origin)}
+    _write_state(run_dir, replace(kept, key=uuid.uuid4().hex, tags=tags))
     return origin
 
 
 def read_state(run_dir: Path) -> TrackingState:
-    """The tracking state of a run folder.
+    """Return the tracking state of a run folder.
 
     Raises:
         UserInputError: the folder has none: no training with tracking was started there.
@@ -150,7 +142,7 @@ def write_progress(run_dir: Path, progress: Progress) -> None:
 
 
 def unsent_bytes(run_dir: Path) -> int:
-    """Length of the journal's whole lines that MLflow does not have; 0 while there is no journal.
+    """Return the length of the journal's whole lines that MLflow does not have; 0 while there is no journal.
 
     A torn last line, left by a killed writer, is none of them: nobody sends it, and the next start cuts it off.
     """
@@ -191,8 +183,44 @@ def one_sender(run_dir: Path, *, wait_seconds: float) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def alive(run_dir: Path) -> Iterator[None]:
+    """Show that a follower of this run lives; several may. The kernel takes the sign away however it ends."""
+    with open_itself(run_dir / FOLLOWER_LOCK_NAME, "ab") as file:
+        take_lock(file, shared=True, wait_seconds=math.inf)
+        yield
+
+
+def show_ready(run_dir: Path) -> None:
+    """Write this follower's process number into its lock file: from now on it waits for the store alone."""
+    (run_dir / FOLLOWER_LOCK_NAME).write_text(str(os.getpid()))
+
+
+def is_ready(run_dir: Path, pid: int) -> bool:
+    """Return whether the follower with this process number has called `show_ready`."""
+    path = run_dir / FOLLOWER_LOCK_NAME
+    return path.exists() and path.read_text() == str(pid)
+
+
+def is_alive(run_dir: Path) -> bool:
+    """Return whether somebody on this machine trains or follows the run of this folder."""
+    return _is_held(run_dir / RUN_LOCK_NAME, shared=True) or _is_held(run_dir / FOLLOWER_LOCK_NAME, shared=False)
+
+
+def _is_held(path: Path, *, shared: bool) -> bool:
+    """Return whether a lock is refused for a while.
+
+    Looking takes the lock for an instant. A training that begins just then tries again for seconds, and who looks at
+    the same time, for as long as it takes here; a holder keeps its lock for as long as it lives.
+    """
+    if not path.exists():
+        return False
+    with path.open("rb+") as file:  # NFS locks for one alone only what is open for writing
+        return not take_lock(file, shared=shared, wait_seconds=_LOOK_SECONDS)
+
+
 def _read_progress(run_dir: Path) -> Progress:
-    """How far it is; of a damaged file nothing, since what is sent twice MLflow keeps once."""
+    """Return how far it is; of a damaged file nothing, since what is sent twice MLflow keeps once."""
     path = run_dir / PROGRESS_NAME
     try:
         return read_json(path, Progress)
@@ -205,100 +233,11 @@ def _read_progress(run_dir: Path) -> Progress:
         return Progress()
 
 
+def _write_state(run_dir: Path, state: TrackingState) -> None:
+    document = asdict(state)
+    del document["progress"]
+    _write(run_dir / STATE_NAME, document)
+
+
 def _write(path: Path, document: Mapping[str, object]) -> None:
     write_bytes(path, encoded(json.dumps(document, indent=1, ensure_ascii=False) + "\n"), point="tracking")
-
-
-_BATCH_VALUES = 500  # MLflow takes at most 1000 metrics a call
-_NOT_METRICS = frozenset({"event", "attempt", "step", "time", "sample_ids_hash"})
-WORLD_SIZE = "train/world_size"
-"""Training processes of the steps that follow: an elastic run has more and fewer."""
-SYSTEM_PREFIX = "system/"
-"""Of what is measured on a node, beside the run and not of it."""
-
-
-class Value(NamedTuple):
-    """One number of a metric."""
-
-    name: str
-    value: float
-    milliseconds: int
-    """Since 1970."""
-    step: int
-
-
-def step_values(event: Mapping[str, Any]) -> Iterator[Value]:
-    """Numbers of a line: ``train/loss``, ``stage/decode_seconds``, ``validation/top1``, ``train/world_size``.
-
-    A metric of an evaluation that was not finite, which the journal holds by name only, is NaN.
-    """
-    if event["event"] == "step":
-        named = {f"train/{name}": value for name, value in event.items() if name not in _NOT_METRICS}
-        for times in ("stages", "loader"):
-            named |= {_stage_name(name): value for name, value in event.get(times, {}).items()}
-    elif event["event"] == "eval":
-        metrics = event["metrics"] | dict.fromkeys(event.get("not_finite", ()), math.nan)
-        named = {f"{event['split']}/{name}": value for name, value in metrics.items()}
-    elif event["event"] == "start":
-        named = {WORLD_SIZE: event.get("topology", {}).get("world_size")}
-    else:
-        return
-    for name, value in named.items():
-        if _is_number(value):
-            yield Value(name, float(value), milliseconds(event), event["step"])
-
-
-def system_values(line: Mapping[str, Any], node: str) -> Iterator[Value]:
-    """Numbers of a line of ``system/<node>.jsonl`` as ``system/<node>/<name>``."""
-    for name, value in line["metrics"].items():
-        if _is_number(value):
-            yield Value(f"{SYSTEM_PREFIX}{node}/{name}", float(value), milliseconds(line), int(line["step"]))
-
-
-def read_batches(path: Path, offset: int, *, kind: type | None = None) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """Whole lines behind `offset`, in batches small enough for one call, with the offset behind each.
-
-    Damaged lines are left out with a warning; `kind` as for `parse_event`.
-    """
-    if not path.exists():
-        return
-    batch: list[dict[str, Any]] = []
-    num_values, begin = 0, offset
-    with path.open("rb") as file:
-        file.seek(offset)
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            event = parse_event(line, where=f"{path}: line at byte {offset}", kind=kind)
-            if event is None:
-                offset += len(line)
-                continue
-            size = len(event) + sum(len(value) for value in event.values() if isinstance(value, dict))
-            if batch and num_values + size > _BATCH_VALUES:
-                yield batch, offset
-                batch, num_values, begin = [], 0, offset
-            batch.append(event)
-            num_values += size
-            offset += len(line)
-    if batch or offset > begin:
-        yield batch, offset
-
-
-def begin_milliseconds(journal: Path) -> int | None:
-    """When the first line was written, since 1970; None while there is no whole one."""
-    first = next(read_events(journal), None)
-    return None if first is None else milliseconds(first)
-
-
-def milliseconds(line: Mapping[str, Any]) -> int:
-    """When a line was written, since 1970."""
-    return int(float(line["time"]) * 1000)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _stage_name(name: str) -> str:
-    """Times of the step and of the loader's threads side by side; what the loader counts is ``data/bytes_read``."""
-    return f"stage/{name}" if name.endswith("_seconds") else f"data/{name}"
