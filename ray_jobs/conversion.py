@@ -1,13 +1,7 @@
-"""A conversion as the commands run and show it, and what they print of it.
-
-A conversion with its progress shown, on this machine or by the workers of a Ray cluster.
-
-What ``ca2st shard build`` tells: before a conversion in a dry run, or after it.
-"""
+"""A conversion with its progress shown, and what ``ca2st shard build`` prints before it (a dry run) or after it."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ca2st.durable import NO_FAULTS, FaultPoints
 from ray_jobs.console import counted, print_json, progress, result, table
@@ -15,9 +9,6 @@ from sharding.conversion import ConversionProgress, ConversionReport, OpenPool, 
 from sharding.datasets.label_spaces import label_histogram
 from sharding.settings import ConversionConfig, estimate_storage
 from sharding.source import SourceList
-
-if TYPE_CHECKING:
-    pass
 
 
 def convert_shown(
@@ -28,7 +19,7 @@ def convert_shown(
     faults: FaultPoints = NO_FAULTS,
     pool: OpenPool | None = None,
 ) -> ConversionReport:
-    """`sharding.conversion.convert` with a progress bar; raises as it does."""
+    """Run `sharding.conversion.convert` with a progress bar; raises as it does."""
     with progress(f"Converting {source.dataset}/{source.split}", len(source.samples)) as update:
         return convert(
             source,
@@ -46,7 +37,7 @@ def _note(state: ConversionProgress) -> str:
 
 
 def print_plan(source: SourceList, config: ConversionConfig, *, as_json: bool) -> None:
-    """What a dry run tells: the samples, classes and bytes to expect."""
+    """Print the samples, classes and bytes to expect."""
     estimate = estimate_storage(source, config)
     facts: dict[str, object] = {
         "dataset": source.dataset,
@@ -71,7 +62,7 @@ def print_plan(source: SourceList, config: ConversionConfig, *, as_json: bool) -
 
 
 def print_report(report: ConversionReport, *, as_json: bool) -> None:
-    """What a finished conversion made, and what it left out."""
+    """Print what a finished conversion made, and what it left out."""
     facts = {
         "manifest": str(report.manifest_path),
         "num_samples": report.num_samples,
@@ -88,5 +79,5 @@ def print_report(report: ConversionReport, *, as_json: bool) -> None:
 
 
 def _class_count(num_classes: Mapping[str, int]) -> int | dict[str, int]:
-    """One number where one label is learned, a number a target otherwise."""
+    """Return one number where one label is learned, a number per target otherwise."""
     return next(iter(num_classes.values())) if len(num_classes) == 1 else dict(num_classes)

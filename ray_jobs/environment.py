@@ -1,6 +1,7 @@
 """The edge: the only module that reads environment variables, and what a run records about its machine."""
 
 import base64
+import contextlib
 import os
 import platform
 import re
@@ -10,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ca2st import __version__
 from ca2st.durable import FaultPoints
 from ca2st.errors import UserInputError
 from ca2st.processes import num_cores
@@ -98,11 +100,6 @@ def basic_authorization(user: str, password: str) -> str:
     return f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
 
 
-def cache_folder() -> Path:
-    """Where what can be made again is kept: ``ca2st`` under ``XDG_CACHE_HOME`` or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ca2st"
-
-
 def hub_access() -> "HubAccess":
     """The hub of public weights: ``HF_ENDPOINT`` and ``HF_HUB_CACHE``, or what huggingface_hub takes without them."""
     from ca2st.weights.hub import HubAccess
@@ -112,8 +109,12 @@ def hub_access() -> "HubAccess":
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a run's numbers."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in RECORDED_PACKAGES}
+    """Return the versions of Python, ca2st and the installed packages that can change a run's numbers."""
+    found = {"python": platform.python_version(), "ca2st": __version__}  # no metadata where a job brought ca2st
+    for name in RECORDED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def git_state(folder: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from ca2st.errors import EnvironmentFault
 from sharding.errors import UnlikeNodeError
@@ -23,9 +23,14 @@ from sharding.settings import ConversionConfig
 from sharding.workers import DecodePool
 
 _log = logging.getLogger(__name__)
-
 _MOST_LOSSES = 3
 _PLACES_ASKED = 2
+_START_SECONDS = 180.0  # a cold interpreter on a busy node, or a cluster whose processors are all taken
+_GRACE_SECONDS = 180.0  # beyond the clip's own limit: starting a decode child, sending the clip
+_DEPTH = 2  # jobs a worker has at a time: the second is begun while the first one's clip travels
+_LOOK_AHEAD = 3  # jobs a worker, finished or not, ahead of the one that is due
+_MOST_HELD_BYTES = 2 * 2**30
+_MOST_FAILED_STARTS = 3
 
 
 class JobBook:
@@ -55,7 +60,7 @@ class JobBook:
         return self._next is None and not self._given and not self._done
 
     def due(self) -> Iterator[Any]:
-        """The results whose turn has come."""
+        """Yield the results whose turn has come."""
         while self._due in self._done:
             result = self._done.pop(self._due)
             self._held_bytes -= _num_bytes(result)
@@ -63,7 +68,7 @@ class JobBook:
             yield result
 
     def take(self, place: str, places: Collection[str]) -> tuple[int, Any] | None:
-        """The next job for a worker at `place`, with its number; None when there is none for it now.
+        """Return the next job for a worker at `place`, with its number; None when there is none for it now.
 
         `places` are those of all workers that are ready: a job that could not read its file at one of them goes to
         another while there is one.
@@ -96,11 +101,11 @@ class JobBook:
         self._held_bytes += _num_bytes(result)
 
     def give_again(self, index: int) -> None:
-        """A worker that had not begun this job is gone."""
+        """Put a job back that a lost worker had not begun."""
         self._again.append(index)
 
     def lose(self, index: int, why: str) -> None:
-        """A worker was lost while it worked on this job: no fault of the clip, so never a reject.
+        """Put a job back whose worker was lost while it worked on it: no fault of the clip, so never a reject.
 
         Raises:
             EnvironmentFault: it is the third one.
@@ -116,44 +121,11 @@ class JobBook:
         self._again.append(index)
 
 
-def _num_bytes(result: Any) -> int:
-    if not isinstance(result, EncodedClip):
-        return 0
-    return len(result.video.mp4) + (0 if result.audio is None else result.audio.pcm.nbytes)
-
-
-_START_SECONDS = 180.0  # a cold interpreter on a busy node, or a cluster whose processors are all taken
-_GRACE_SECONDS = 180.0  # beyond the clip's own limit: starting a decode child, sending the clip
-_DEPTH = 2  # jobs a worker has at a time: the second is begun while the first one's clip travels
-_LOOK_AHEAD = 3  # jobs a worker, finished or not, ahead of the one that is due
-_MOST_HELD_BYTES = 2 * 2**30
-_MOST_FAILED_STARTS = 3
-
-
 @dataclass(frozen=True, slots=True)
 class Lost:
     """Instead of an answer: the worker is gone."""
 
     why: str
-
-
-class Cluster(Protocol):
-    """Starts workers elsewhere and passes jobs to them. A ticket stands for an answer to come; it is hashable."""
-
-    def start(self) -> tuple[Any, Any]:
-        """A new worker, and the ticket that is answered with its place once it runs."""
-
-    def give(self, worker: Any, job: Any) -> Any:
-        """A ticket for the job's result; a worker does its jobs in turn. Never waits."""
-
-    def wait(self, tickets: Sequence[Any], timeout_seconds: float) -> Sequence[Any]:
-        """Those of `tickets` that are answered; waits for the first one."""
-
-    def take(self, ticket: Any) -> Any:
-        """The answer, or `Lost`; raises UnlikeNodeError for a worker on a node that must not take part."""
-
-    def end(self, worker: Any) -> None:
-        """End a worker and everything it started, at once."""
 
 
 @dataclass(slots=True, eq=False)
@@ -190,7 +162,7 @@ class ClusterPool:
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: "RayCluster",
         *,
         num_workers: int,
         timeout_seconds: float,
@@ -216,7 +188,7 @@ class ClusterPool:
             self._cluster.end(worker.handle)
 
     def map(self, jobs: Iterable[Any]) -> Iterator[Any]:
-        """Yield a result or a `Rejected` for each job, in order; at most a few jobs a worker are read ahead.
+        """Yield a result or a `Rejected` for each job, in order; at most a few jobs per worker are read ahead.
 
         One map at a time, used up or followed by `close`.
 
@@ -252,7 +224,7 @@ class ClusterPool:
                         worker.deadline = self._clock() + self._answer_seconds
 
     def _collect(self, book: JobBook) -> None:
-        """Wait for the next answer, loss or deadline, and deal with every one that is due."""
+        """Wait for the next answer, loss or deadline, and handle every one that is due."""
         nobody_works = not self._places()
         awaited = {worker.awaited: worker for worker in self._workers if worker.awaited is not None}
         # A worker may wait for a free processor as long as others work.
@@ -287,7 +259,7 @@ class ClusterPool:
         )
 
     def _idle_beside(self, worker: _Worker) -> list[_Worker]:
-        """Those that wait for a job on its node: if that is gone, the lost job must not be given to them in turn."""
+        """Return those that wait for a job on its node: if that is gone, they must not get the lost job in turn."""
         return [one for one in self._workers if one.ready and not one.given and one.place == worker.place]
 
     def _end(self, workers: Sequence[_Worker]) -> None:
@@ -304,7 +276,7 @@ class ClusterPool:
             for other in self._workers:  # they waited for a processor without hurry until now
                 other.deadline = self._clock() + _START_SECONDS
         if self._failed_starts >= _MOST_FAILED_STARTS and not self._workers:
-            raise EnvironmentFault(f"no conversion worker can be started: {why}; mend that and rerun")
+            raise EnvironmentFault(f"no conversion worker can be started: {why}; fix that and rerun")
         for number, (_, index) in enumerate(worker.given):
             if number == 0:
                 book.lose(index, f"{worker.place}: {why}")
@@ -332,7 +304,7 @@ def ray_pool(
 
 
 class RayCluster:
-    """A `Cluster` of Ray actors; a ticket is an object reference."""
+    """Starts actors and passes jobs to them. A ticket, an object reference, stands for an answer to come."""
 
     def __init__(
         self,
@@ -354,16 +326,16 @@ class RayCluster:
         self._question = (vet, frozenset(vetted))
 
     def start(self) -> tuple[Any, Any]:
-        """As the protocol says."""
+        """Start a worker; return it, and the ticket that is answered with its place once it runs."""
         actor = self._actor.remote(*self._limits)
         return actor, actor.introduce.remote(*self._question)
 
     def give(self, worker: Any, job: Any) -> Any:
-        """As the protocol says."""
+        """Return a ticket for the job's result; a worker does its jobs in turn. Never waits."""
         return worker.run.remote(job)
 
     def wait(self, tickets: Sequence[Any], timeout_seconds: float) -> Sequence[Any]:
-        """As the protocol says."""
+        """Wait for the first of `tickets` that is answered; return all that are."""
         import ray
 
         timeout = None if timeout_seconds == math.inf else timeout_seconds
@@ -373,7 +345,7 @@ class RayCluster:
         return ready
 
     def take(self, ticket: Any) -> Any:
-        """As the protocol says."""
+        """Return the answer, or `Lost`; raises UnlikeNodeError for a worker on a node that must not take part."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -387,10 +359,16 @@ class RayCluster:
             return Lost(f"{type(error).__name__}: {_ends(error)}")
 
     def end(self, worker: Any) -> None:
-        """As the protocol says."""
+        """End a worker and everything it started, at once."""
         import ray
 
         ray.kill(worker)
+
+
+def _num_bytes(result: Any) -> int:
+    if not isinstance(result, EncodedClip):
+        return 0
+    return len(result.video.mp4) + (0 if result.audio is None else result.audio.pcm.nbytes)
 
 
 class _DecodeWorker:
@@ -410,20 +388,20 @@ class _DecodeWorker:
         return f"{address} ({node_id[:8]})"
 
     def run(self, job: Any) -> Any:
-        """The job's clip, or its `Rejected`."""
+        """Return the job's clip, or its `Rejected`."""
         (result,) = self._pool.map([job])
         return result
 
 
 def _in_own_memory(answer: Any) -> Any:
-    """Sound that can be written to, as torch wants it, and that does not keep Ray's shared memory in use."""
+    """Copy sound: torch wants to write to it, and it would keep Ray's shared memory in use."""
     if isinstance(answer, EncodedClip) and answer.audio is not None:
         return replace(answer, audio=replace(answer.audio, pcm=answer.audio.pcm.copy()))
     return answer
 
 
 def _ends(error: BaseException) -> str:
-    """First and last line: what happened to the actor, and the cause where Ray tells one."""
+    """Return the first and last line: what happened to the actor, and the cause where Ray names one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ... ".join(dict.fromkeys((lines[0], lines[-1]))) if lines else "no message"
 

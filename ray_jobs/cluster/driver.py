@@ -1,10 +1,6 @@
-"""A training under Ray Train: the driver.
+"""The driver of a training under Ray Train: joins a cluster, checks it, trains on it, and ends as what happened there.
 
-What a run asks of a cluster against what the cluster has: impossible demands are refused, not waited for.
-
-Ray Train's trainer, set as a run asks for it.
-
-The driver: joins a cluster, checks it, trains on it, and ends as what happened there.
+Demands that the cluster can never meet are refused, not waited for.
 """
 
 import os
@@ -27,19 +23,22 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ca2st.errors import CA2STError, EnvironmentFault, RetriesUsedUpError
 from ca2st.processes import num_cores
 from ca2st.training.signals import stop_on_signals
+from ca2st.weights.hub import is_hub_name
 from ray_jobs.cluster.every_node import Node, living_nodes, this_node
 from ray_jobs.cluster.node_check import check_training_nodes
 from ray_jobs.cluster.ray_access import LOCAL, RayAccess, first_line, has_dashboard, ray_session
-from ray_jobs.cluster.supervision import LaunchFolder, LostWorkers, Supervision, ended_by_signals
-from ray_jobs.cluster.worker_life import train_on_worker, with_absolute_paths
-from ray_jobs.config.recipe import LaunchConfig, Placement, Recipe, recipe_document
+from ray_jobs.cluster.supervision import LaunchFolder, LostWorkers, Supervision, ended_by_signals, is_preempted
+from ray_jobs.cluster.worker_life import train_on_worker
+from ray_jobs.config.recipe import LaunchConfig, Placement, Recipe, recipe_document, with_places
 from ray_jobs.console import say
 from ray_jobs.runs.failures import error_of
 from ray_jobs.runs.worker import Job, Outcome, read_outcome
 
 _SHARE_OF_TYPE = 0.001
-"""Of the resource ``accelerator_type:...``, which is there once a node; what Ray itself asks of it."""
+"""Of the resource ``accelerator_type:...``, which is there once per node; what Ray itself asks of it."""
 _ROUNDING = 1e-9
+_LAST_RESORT_SECONDS = 30.0
+"""After the workers' grace, for the driver to let go of the cluster by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +58,142 @@ class Demand:
         return int(self.resources.get("GPU", 0))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fleet:
+    """A cluster that can train the run, and was found to."""
+
+    recipe: Recipe
+    job: Job
+    demand: Demand
+    folder: LaunchFolder
+    has_dashboard: bool
+    """Whether the cluster serves Ray's dashboard, which some parts of Ray ask."""
+
+    def train(self) -> Outcome:
+        """Train until the run is done; call it in the main thread, which hears the signals.
+
+        Raises:
+            RunStoppedError: a signal stopped it; the state is saved.
+            RetriesUsedUpError: it failed more often than `recipe.launch` allows; the last failure is named.
+            EnvironmentFault: the cluster is lost.
+            CA2STError: a failure that no restart can fix, of its own kind.
+        """
+        grace = self.recipe.training.grace_seconds
+        with stop_on_signals(grace_seconds=grace + _LAST_RESORT_SECONDS) as stop:
+            supervision = Supervision(self.folder, stop, grace_seconds=grace)
+            try:
+                supervision.until_over(_in_thread(self._fit))
+            except CA2STError:
+                raise
+            except Exception as error:
+                raise self._ended_by(error, supervision) from error
+        return read_outcome(Path(self.job.run_dir))
+
+    def trainer(self) -> TorchTrainer:
+        """Return a trainer that starts the workers; what Ray itself keeps goes into the launch's folder."""
+        launch, demand = self.recipe.launch, self.demand
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # `QuietPreemption` takes its place
+        make = Trainer if self.has_dashboard else UncleanedTrainer
+        return make(
+            train_on_worker,  # its return value arrives as the result's
+            train_loop_config={
+                "recipe": self.job.recipe,
+                "run_dir": self.job.run_dir,
+                "folder": str(self.folder.path),
+            },
+            scaling_config=ScalingConfig(
+                num_workers=(demand.min_workers, demand.max_workers) if launch.elastic else demand.max_workers,
+                use_gpu=demand.gpus > 0,
+                resources_per_worker=dict(demand.resources),
+                placement_strategy=demand.placement,
+            ),
+            torch_config=TorchConfig(
+                backend="nccl" if demand.gpus else "gloo",
+                timeout_s=round(self.recipe.training.collective_timeout_seconds),
+            ),
+            run_config=RunConfig(
+                name=self.folder.name,
+                storage_path=str(self.folder.path / "ray"),
+                failure_config=FailureConfig(
+                    max_failures=launch.max_failures, max_preemption_failures=launch.max_preemptions
+                ),
+                callbacks=[LostWorkers(self.folder.path)],
+                # Ray shows GPUs even to workers that asked for none, and all of them would train on the first.
+                worker_runtime_env={} if demand.gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
+            ),
+        )
+
+    def _fit(self) -> dict[str, str]:
+        """Run Ray Train's part, from the first worker to the last restart; return what rank 0 returned."""
+        result: Any = self.trainer().fit()
+        ended: dict[str, str] = result.return_value
+        return ended
+
+    def _ended_by(self, error: Exception, supervision: Supervision) -> CA2STError:
+        """Return what to end with when Ray gave up, or was lost."""
+        from ray.exceptions import RayError
+        from ray.train import TrainingFailedError
+        from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+
+        run_dir, launch = self.job.run_dir, self.recipe.launch
+        if isinstance(error, TrainingFailedError):
+            failure = supervision.failure()
+            if failure is not None and failure.final:  # a rank that only heard of it was the last to fail
+                return error_of(failure)
+            lost = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+            if isinstance(error, PreemptionError) or any(map(is_preempted, lost)):  # as Ray itself counts
+                return RetriesUsedUpError(
+                    f"{self.recipe.name}: its nodes were taken away more often than launch.max_preemptions "
+                    f"({launch.max_preemptions}) allows; {run_dir} keeps what was reached: rerun to resume"
+                )
+            last = failure if failure is not None and isinstance(error, WorkerGroupError) else error
+            return RetriesUsedUpError(
+                f"{self.recipe.name}: failed in every attempt ({launch.max_failures} restarts allowed); the last one: "
+                f"{last}; {run_dir} keeps what was reached: fix the cause and rerun"
+            )
+        if isinstance(error, RayError):
+            return EnvironmentFault(
+                f"{self.recipe.name}: lost the Ray cluster ({type(error).__name__}: {first_line(error)}); {run_dir} "
+                "keeps what was reached: rerun to resume"
+            )
+        raise error
+
+
+@contextmanager
+def joined(recipe: Recipe, run_dir: Path, address: str, *, access: RayAccess) -> Iterator[Fleet]:
+    """Open a cluster that was found able to train `recipe` in `run_dir`, for the block; call it in the main thread.
+
+    `address`: ``local`` starts a Ray on this machine for the block; else a cluster to join.
+
+    Raises:
+        EnvironmentFault: the cluster has no room for the workers, or its nodes differ in code, data or run folder.
+        UserInputError: as `ray_session`.
+        RunStoppedError: a signal came meanwhile.
+    """
+    run_dir = run_dir.resolve()
+    job = Job(recipe=recipe_document(with_absolute_paths(recipe, Path.cwd())), run_dir=str(run_dir))
+    folder = LaunchFolder.make(run_dir, recipe.name)
+    with ExitStack() as session:
+        session.callback(folder.remove)
+        with ended_by_signals("stopped before any worker had begun; rerun to resume"):
+            width = max(num_cores(), recipe.launch.workers) if address == LOCAL else None
+            session.enter_context(ray_session(address, access=access, num_cpus=width))
+            demand = _checked_demand(recipe)
+            _check_other_nodes(job, demand, folder)
+        yield Fleet(recipe=recipe, job=job, demand=demand, folder=folder, has_dashboard=has_dashboard())
+
+
+def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
+    """Return `recipe` with every relative path made absolute from `base`: workers run in a folder of Ray's."""
+
+    def absolute(_key: str, place: str) -> str:
+        return place if "://" in place or is_hub_name(place) else str(base / place)
+
+    return with_places(recipe, absolute)
+
+
 def demand_of(launch: LaunchConfig, nodes: Sequence[Node]) -> Demand:
-    """What `launch` asks for; where it leaves the device open, the cluster's `nodes` decide, not this machine."""
+    """Return what `launch` asks for; where it leaves the device open, the `nodes` decide, not this machine."""
     wanted = launch.accelerator_type is not None or any(node.resources.get("GPU", 0) >= 1 for node in nodes)
     gpus = int(wanted) if launch.gpus_per_worker is None else int(launch.gpus_per_worker)
     cpus = launch.cpus_per_worker if launch.cpus_per_worker is not None else float(gpus == 0)
@@ -75,26 +208,6 @@ def demand_of(launch: LaunchConfig, nodes: Sequence[Node]) -> Demand:
     )
 
 
-def room(node: Node, demand: Demand) -> int:
-    """How many workers fit on `node` when nothing else runs there."""
-    return min(int(node.resources.get(name, 0) / amount + _ROUNDING) for name, amount in demand.resources.items())
-
-
-def hosts(demand: Demand, nodes: Sequence[Node]) -> list[Node]:
-    """The nodes on which a worker fits."""
-    return [node for node in nodes if room(node, demand) > 0]
-
-
-def most_workers(demand: Demand, nodes: Sequence[Node]) -> int:
-    """How many workers the cluster can hold, as `demand.placement` wants them placed."""
-    rooms = [room(node, demand) for node in nodes]
-    if demand.placement == "STRICT_PACK":
-        return max(rooms, default=0)
-    if demand.placement == "STRICT_SPREAD":
-        return sum(1 for places in rooms if places > 0)
-    return sum(rooms)
-
-
 def check_demand(demand: Demand, nodes: Sequence[Node]) -> None:
     """Refuse what the cluster can never give.
 
@@ -104,8 +217,9 @@ def check_demand(demand: Demand, nodes: Sequence[Node]) -> None:
     found = most_workers(demand, nodes)
     if found >= demand.min_workers:
         return
-    each = _told(demand.resources)
-    table = "".join(f"\n  {node}: {_told(_known(node, demand))}; room for {room(node, demand)}" for node in nodes)
+    each, names = _words(demand.resources), dict.fromkeys(["CPU", "GPU", *demand.resources])
+    known = {node: _words({name: node.resources.get(name, 0) for name in names}) for node in nodes}
+    table = "".join(f"\n  {node}: {words}; room for {room(node, demand)}" for node, words in known.items())
     raise EnvironmentFault(
         f"launch: expected a cluster with room for {demand.min_workers} workers of {each} each (placement "
         f"{demand.placement}), found room for {found}; ask for less (launch.workers, launch.cpus_per_worker, "
@@ -114,17 +228,24 @@ def check_demand(demand: Demand, nodes: Sequence[Node]) -> None:
     )
 
 
-def _known(node: Node, demand: Demand) -> dict[str, float]:
-    return {name: node.resources.get(name, 0) for name in dict.fromkeys(["CPU", "GPU", *demand.resources])}
+def most_workers(demand: Demand, nodes: Sequence[Node]) -> int:
+    """Return how many workers the cluster can hold, as `demand.placement` wants them placed."""
+    rooms = [room(node, demand) for node in nodes]
+    if demand.placement == "STRICT_PACK":
+        return max(rooms, default=0)
+    if demand.placement == "STRICT_SPREAD":
+        return sum(1 for places in rooms if places > 0)
+    return sum(rooms)
 
 
-def _told(resources: Mapping[str, float]) -> str:
-    return ", ".join(
-        name.removeprefix("accelerator_type:")
-        if name.startswith("accelerator_type:") and amount
-        else f"{amount:g} {name}"
-        for name, amount in resources.items()
-    )
+def hosts(demand: Demand, nodes: Sequence[Node]) -> list[Node]:
+    """Return the nodes on which a worker fits."""
+    return [node for node in nodes if room(node, demand) > 0]
+
+
+def room(node: Node, demand: Demand) -> int:
+    """Return how many workers fit on `node` when nothing else runs there."""
+    return min(int(node.resources.get(name, 0) / amount + _ROUNDING) for name, amount in demand.resources.items())
 
 
 class QuietPreemption(PreemptionCallback):
@@ -161,147 +282,13 @@ class UncleanedTrainer(Trainer):
         return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
-def make_trainer(
-    job: Job,
-    launch: LaunchConfig,
-    demand: Demand,
-    folder: LaunchFolder,
-    *,
-    has_dashboard: bool,
-    timeout_seconds: float,
-) -> TorchTrainer:
-    """A trainer that starts the workers of `job`; what Ray itself keeps goes into `folder`.
-
-    `has_dashboard`: of the cluster. `timeout_seconds`: the longest that a worker waits for the others in one exchange.
-    """
-    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # `QuietPreemption` takes its place
-    make = Trainer if has_dashboard else UncleanedTrainer
-    return make(
-        train_on_worker,  # its return value arrives as the result's
-        train_loop_config={"recipe": job.recipe, "run_dir": job.run_dir, "folder": str(folder.path)},
-        scaling_config=ScalingConfig(
-            num_workers=(demand.min_workers, demand.max_workers) if launch.elastic else demand.max_workers,
-            use_gpu=demand.gpus > 0,
-            resources_per_worker=dict(demand.resources),
-            placement_strategy=demand.placement,
-        ),
-        torch_config=TorchConfig(backend="nccl" if demand.gpus else "gloo", timeout_s=round(timeout_seconds)),
-        run_config=RunConfig(
-            name=folder.name,
-            storage_path=str(folder.path / "ray"),
-            failure_config=FailureConfig(
-                max_failures=launch.max_failures, max_preemption_failures=launch.max_preemptions
-            ),
-            callbacks=[LostWorkers(folder.path)],
-            # Ray shows GPUs even to workers that asked for none, and all of them would train on the first.
-            worker_runtime_env={} if demand.gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
-        ),
+def _words(resources: Mapping[str, float]) -> str:
+    return ", ".join(
+        name.removeprefix("accelerator_type:")
+        if name.startswith("accelerator_type:") and amount
+        else f"{amount:g} {name}"
+        for name, amount in resources.items()
     )
-
-
-_LAST_RESORT_SECONDS = 30.0
-"""After the workers' grace, for the driver to let go of the cluster by itself."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fleet:
-    """A cluster that can train the run, and was found to."""
-
-    recipe: Recipe
-    job: Job
-    demand: Demand
-    folder: LaunchFolder
-    has_dashboard: bool
-    """Whether the cluster serves Ray's dashboard, which some parts of Ray ask."""
-
-    def train(self) -> Outcome:
-        """Train until the run is done; call it in the main thread, which hears the signals.
-
-        Raises:
-            RunStoppedError: a signal stopped it; the state is saved.
-            RetriesUsedUpError: it failed more often than `recipe.launch` allows; the last failure is told.
-            EnvironmentFault: the cluster is lost.
-            CA2STError: a failure that no restart can mend, of its own kind.
-        """
-        grace = self.recipe.training.grace_seconds
-        with stop_on_signals(grace_seconds=grace + _LAST_RESORT_SECONDS) as stop:
-            supervision = Supervision(self.folder, stop, grace_seconds=grace)
-            try:
-                supervision.until_over(_in_thread(self._fit))
-            except CA2STError:
-                raise
-            except Exception as error:
-                raise self._ended_by(error, supervision) from error
-        return read_outcome(Path(self.job.run_dir))
-
-    def _fit(self) -> dict[str, str]:
-        """Ray Train's part, from the first worker to the last restart; what rank 0 returned."""
-        trainer = make_trainer(
-            self.job,
-            self.recipe.launch,
-            self.demand,
-            self.folder,
-            has_dashboard=self.has_dashboard,
-            timeout_seconds=self.recipe.training.collective_timeout_seconds,
-        )
-        result: Any = trainer.fit()
-        ended: dict[str, str] = result.return_value  # what rank 0 returned
-        return ended
-
-    def _ended_by(self, error: Exception, supervision: Supervision) -> CA2STError:
-        """What to end with when Ray gave up, or was lost."""
-        from ray.exceptions import RayError
-        from ray.train import TrainingFailedError
-        from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
-
-        from ray_jobs.cluster.supervision import is_preempted
-
-        run_dir, launch = self.job.run_dir, self.recipe.launch
-        if isinstance(error, TrainingFailedError):
-            failure = supervision.failure()
-            if failure is not None and failure.final:  # a rank that only heard of it was the last to fail
-                return error_of(failure)
-            lost = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-            if isinstance(error, PreemptionError) or any(map(is_preempted, lost)):  # as Ray itself counts
-                return RetriesUsedUpError(
-                    f"{self.recipe.name}: its nodes were taken away more often than launch.max_preemptions "
-                    f"({launch.max_preemptions}) allows; {run_dir} keeps what was reached: rerun to resume"
-                )
-            last = failure if failure is not None and isinstance(error, WorkerGroupError) else error
-            return RetriesUsedUpError(
-                f"{self.recipe.name}: failed in every attempt ({launch.max_failures} restarts allowed); the last one: "
-                f"{last}; {run_dir} keeps what was reached: mend the cause and rerun"
-            )
-        if isinstance(error, RayError):
-            return EnvironmentFault(
-                f"{self.recipe.name}: lost the Ray cluster ({type(error).__name__}: {first_line(error)}); {run_dir} "
-                "keeps what was reached: rerun to resume"
-            )
-        raise error
-
-
-@contextmanager
-def joined(recipe: Recipe, run_dir: Path, address: str, *, access: RayAccess) -> Iterator[Fleet]:
-    """A cluster that was found able to train `recipe` in `run_dir`, for the block; call it in the main thread.
-
-    `address`: ``local`` starts a Ray on this machine for the block; else a cluster to join.
-
-    Raises:
-        EnvironmentFault: the cluster has no room for the workers, or its nodes differ in code, data or run folder.
-        UserInputError: as `ray_session`.
-        RunStoppedError: a signal came meanwhile.
-    """
-    run_dir = run_dir.resolve()
-    job = Job(recipe=recipe_document(with_absolute_paths(recipe, Path.cwd())), run_dir=str(run_dir))
-    folder = LaunchFolder.make(run_dir, recipe.name)
-    with ExitStack() as session:
-        session.callback(folder.remove)
-        with ended_by_signals("stopped before any worker had begun; rerun to resume"):
-            width = max(num_cores(), recipe.launch.workers) if address == LOCAL else None
-            session.enter_context(ray_session(address, access=access, num_cpus=width))
-            demand = _checked_demand(recipe)
-            _check_other_nodes(job, demand, folder)
-        yield Fleet(recipe=recipe, job=job, demand=demand, folder=folder, has_dashboard=has_dashboard())
 
 
 def _checked_demand(recipe: Recipe) -> Demand:

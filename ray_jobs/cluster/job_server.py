@@ -1,16 +1,11 @@
-"""Ray's job server: jobs sent, followed.
-
-The job server of a Ray cluster: found, asked for its token, and its refusals told.
-
-A job's log as it is written, and how the job ended.
-"""
+"""The job server of a Ray cluster: found, asked for its token, its refusals explained; a job's log and its end."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError
@@ -20,52 +15,20 @@ from sharding.format.remote import doubled_pause
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 _ANSWER_SECONDS = 2.2
 _REFUSALS = (401, 403)
 _REFUSED_TO_CONNECT = "NewConnectionError"
+Show = Callable[[str], None]
+_TERMINATED = 143
+_KILLED = 137
+_COMMAND_NOT_FOUND = 127
+_LOST_DRIVER = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE")
 
 
-class JobDetails(Protocol):
-    """What Ray tells of a job; as much of it as is read here."""
-
-    @property
-    def status(self) -> Any:
-        """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
-
-    @property
-    def message(self) -> str | None:
-        """What Ray says about the status; of a failed driver also the end of its log."""
-
-    @property
-    def error_type(self) -> str | None:
-        """Ray's name for what failed."""
-
-    @property
-    def driver_exit_code(self) -> int | None:
-        """The driver's exit code, negative for a signal; None where it never ended by itself."""
-
-
-class JobClient(Protocol):
-    """As much of Ray's JobSubmissionClient as is used here."""
-
-    def submit_job(
-        self, *, entrypoint: str, submission_id: str, runtime_env: dict[str, Any], metadata: dict[str, str]
-    ) -> str:
-        """Send a job; returns its submission id."""
-
-    def get_job_info(self, job_id: str, /) -> JobDetails:
-        """The job's status and how it ended."""
-
-    def tail_job_logs(self, job_id: str, /) -> AsyncIterator[str]:
-        """The driver's log from its beginning, in pieces, until the job has ended."""
-
-    def get_address(self) -> str:
-        """The server that is really talked to."""
-
-
-def connect(address: str, *, access: RayAccess, ca_file: "Path | None" = None) -> JobClient:
-    """A client of the job server at `address`, ``http://HOST:8265`` or https.
+def connect(address: str, *, access: RayAccess, ca_file: "Path | None" = None) -> "JobSubmissionClient":
+    """Return a client of the job server at `address`, ``http://HOST:8265`` or https.
 
     Raises:
         UserInputError: no such address, no or another token, or a server that asks for none.
@@ -79,7 +42,7 @@ def connect(address: str, *, access: RayAccess, ca_file: "Path | None" = None) -
     from ray.job_submission import JobSubmissionClient
 
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    with told_refusals(address):
+    with explained_refusals(address):
         client = JobSubmissionClient(address, verify=verify)
     if client.get_address() != address.rstrip("/"):
         raise UserInputError(
@@ -116,7 +79,7 @@ def check_server(address: str, access: RayAccess, *, verify: bool | str) -> None
     import requests
 
     place = address.rstrip("/")
-    with told_refusals(address):
+    with explained_refusals(address):
         try:
             answer = requests.get(f"{place}/api/jobs/", timeout=_ANSWER_SECONDS, verify=verify)
             if answer.status_code in _REFUSALS:
@@ -127,7 +90,7 @@ def check_server(address: str, access: RayAccess, *, verify: bool | str) -> None
                 raise UserInputError(f"Ray at {address}: takes jobs from anybody; {HOW_TO_GET_A_TOKEN}")
         except requests.ConnectionError as error:
             if _REFUSED_TO_CONNECT not in type(getattr(error.args[0], "reason", None)).__name__:
-                _tell_cluster_port(address, access)
+                _refuse_cluster_port(address, access)
             raise
     if answer.status_code in _REFUSALS:
         raise UserInputError(f"Ray at {address}: refuses our token ({answer.status_code}); {HOW_TO_GET_A_TOKEN}")
@@ -138,20 +101,9 @@ def check_server(address: str, access: RayAccess, *, verify: bool | str) -> None
         )
 
 
-def _tell_cluster_port(address: str, access: RayAccess) -> None:
-    """Refuse an address that is the cluster's own port, or another of Ray's, which do not speak HTTP."""
-    parts = urlsplit(address)
-    try:
-        listener = who_listens(parts.hostname or "", parts.port or 80, token=access.shown_token)
-    except OSError:
-        return
-    if listener not in ("web server", "silent"):
-        raise UserInputError(f"Ray at {address}: expected the cluster's dashboard, found another of its ports; {PORTS}")
-
-
 @contextmanager
-def told_refusals(address: str) -> Iterator[None]:
-    """Ray's and the network's errors as ours, with what to do."""
+def explained_refusals(address: str) -> Iterator[None]:
+    """Turn Ray's and the network's errors into ours, with what to do."""
     from ray.exceptions import AuthenticationError
 
     try:
@@ -169,31 +121,6 @@ def told_refusals(address: str) -> Iterator[None]:
         raise EnvironmentFault(f"Ray at {address}: {first_line(error)}") from error
 
 
-def runtime_env(env_vars: Mapping[str, str], *, working_dir: "Path") -> dict[str, Any]:
-    """Ray's runtime environment of a job: variables, and an archive as the working directory of every process."""
-    return {"working_dir": str(working_dir), "env_vars": dict(env_vars)}
-
-
-Show = Callable[[str], None]
-
-_TERMINATED = 143
-_KILLED = 137
-_COMMAND_NOT_FOUND = 127
-_LOST_DRIVER = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE")
-
-
-class JobFailedError(CA2STError):
-    """A job that did not end well; carries the exit code of its driver."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc]  # the driver's own code instead of the class's
-
-
-class JobUnreachableError(EnvironmentFault):
-    """The job's server stays away; the job may well go on."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Patience:
     """How long a server may not answer, and how often it is asked."""
@@ -208,11 +135,11 @@ class Patience:
     """A log that is silent for this long is opened anew: a connection can be dead without a sign."""
 
     def pause(self, failures: int) -> float:
-        """Seconds before the next attempt after so many failures."""
+        """Return the seconds before the next attempt after so many failures."""
         return doubled_pause(failures, first_seconds=self.pause_seconds, longest=self.longest_pause_seconds)
 
 
-def follow(client: JobClient, job_id: str, *, show: Show, patience: Patience) -> JobDetails:
+def follow(client: "JobSubmissionClient", job_id: str, *, show: Show, patience: Patience) -> "JobDetails":
     """Show the job's log from its beginning to its end, whatever the connection does; then how the job ended.
 
     Raises:
@@ -237,8 +164,67 @@ def follow(client: JobClient, job_id: str, *, show: Show, patience: Patience) ->
         time.sleep(patience.pause(failures))
 
 
+class JobFailedError(CA2STError):
+    """A job that did not end well; carries the exit code of its driver."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]  # the driver's own code instead of the class's
+
+
+class JobUnreachableError(EnvironmentFault):
+    """The job's server stays away; the job may well go on."""
+
+
+def exit_code(details: "JobDetails") -> int:
+    """Return what `ca2st submit` ends with: the driver's own code, 128 + the signal that ended it, or Ray's word."""
+    status, code = str(details.status), details.driver_exit_code
+    if status == "SUCCEEDED":
+        return 0
+    if status == "STOPPED":
+        return _TERMINATED
+    if code is None:
+        return EnvironmentFault.exit_code
+    return code if code > 0 else 128 - code
+
+
+def was_lost(details: "JobDetails") -> bool:
+    """Return whether the driver was killed or lost with its node: the same job, sent again, goes on where it was."""
+    if str(details.status) != "FAILED":
+        return False
+    if details.driver_exit_code is None:
+        return details.error_type in _LOST_DRIVER
+    return details.driver_exit_code < 0 or details.driver_exit_code == _KILLED
+
+
+def failure(details: "JobDetails", job_id: str) -> JobFailedError:
+    """Return the error of a job that did not succeed; what its driver said is in its log, shown before."""
+    code = exit_code(details)
+    if str(details.status) == "STOPPED":
+        return JobFailedError(f"job {job_id} was stopped; submit the same command again to resume", code)
+    if details.driver_exit_code is None:
+        return JobFailedError(f"job {job_id} failed: {(details.message or 'Ray does not say why').strip()}", code)
+    hint = "see its log above"
+    if was_lost(details):
+        hint = "its driver was killed; submit the same command again to resume, or let --resubmit N do so"
+    elif code == _COMMAND_NOT_FOUND:
+        hint = "the head node has no such interpreter: name the one that has Ray by --python PATH"
+    return JobFailedError(f"job {job_id} failed with exit code {code}; {hint}", code)
+
+
+def _refuse_cluster_port(address: str, access: RayAccess) -> None:
+    """Refuse an address that is the cluster's own port, or another of Ray's, which do not speak HTTP."""
+    parts = urlsplit(address)
+    try:
+        listener = who_listens(parts.hostname or "", parts.port or 80, token=access.shown_token)
+    except OSError:
+        return
+    if listener not in ("web server", "silent"):
+        raise UserInputError(f"Ray at {address}: expected the cluster's dashboard, found another of its ports; {PORTS}")
+
+
 def _connection_errors() -> tuple[type[Exception], ...]:
-    """What a lost connection looks like: Ray's own error, requests' and the system's, and the web socket's."""
+    """Return what a lost connection looks like: Ray's own error, requests' and the system's, the web socket's."""
     import aiohttp
 
     return (RuntimeError, OSError, aiohttp.ClientError)
@@ -247,7 +233,7 @@ def _connection_errors() -> tuple[type[Exception], ...]:
 class _Log:
     """A job's log, of which every character is shown once: a new connection begins at the beginning again."""
 
-    def __init__(self, client: JobClient, job_id: str, show: Show) -> None:
+    def __init__(self, client: "JobSubmissionClient", job_id: str, show: Show) -> None:
         self._client, self._job_id, self._show = client, job_id, show
         self._num_shown = 0
 
@@ -265,39 +251,3 @@ class _Log:
             if (num_new := place - self._num_shown) > 0:
                 self._show(piece[-num_new:])
                 self._num_shown = place
-
-
-def exit_code(details: JobDetails) -> int:
-    """What `ca2st submit` ends with: the driver's own code, 128 + the signal that ended it, or what Ray tells."""
-    status, code = str(details.status), details.driver_exit_code
-    if status == "SUCCEEDED":
-        return 0
-    if status == "STOPPED":
-        return _TERMINATED
-    if code is None:
-        return EnvironmentFault.exit_code
-    return code if code > 0 else 128 - code
-
-
-def was_lost(details: JobDetails) -> bool:
-    """Whether the driver was killed or lost with its node: the same job, sent again, goes on where it was."""
-    if str(details.status) != "FAILED":
-        return False
-    if details.driver_exit_code is None:
-        return details.error_type in _LOST_DRIVER
-    return details.driver_exit_code < 0 or details.driver_exit_code == _KILLED
-
-
-def failure(details: JobDetails, job_id: str) -> JobFailedError:
-    """The error of a job that did not succeed; what its driver said is in its log, shown before."""
-    code = exit_code(details)
-    if str(details.status) == "STOPPED":
-        return JobFailedError(f"job {job_id} was stopped; submit the same command again to resume", code)
-    if details.driver_exit_code is None:
-        return JobFailedError(f"job {job_id} failed: {(details.message or 'Ray does not say why').strip()}", code)
-    hint = "see its log above"
-    if was_lost(details):
-        hint = "its driver was killed; submit the same command again to resume, or let --resubmit N do so"
-    elif code == _COMMAND_NOT_FOUND:
-        hint = "the head node has no such interpreter: name the one that has Ray by --python PATH"
-    return JobFailedError(f"job {job_id} failed with exit code {code}; {hint}", code)

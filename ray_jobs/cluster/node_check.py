@@ -22,8 +22,8 @@ from ca2st.durable import write_bytes
 from ca2st.errors import CA2STError, EnvironmentFault
 from ray_jobs.cluster.every_node import Node, NodeFailure, ask_every_node, gathered, living_nodes, this_node
 from ray_jobs.cluster.ray_access import who_listens
-from ray_jobs.doctor.machine import Finding, check_folder, installed_versions
-from ray_jobs.environment import RECORDED_PACKAGES
+from ray_jobs.doctor.machine import Finding, check_folder, examine, machine_checks
+from ray_jobs.environment import versions
 
 _EXAMINATION_SECONDS = 300.0  # imports torch and DALI on a cold node, and tries every codec
 _ANSWER_SECONDS = 60.0
@@ -55,16 +55,6 @@ class NodeFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StorageLook:
-    """What a node made of a folder that all should share."""
-
-    problem: str = ""
-    """Why it cannot write there."""
-    unseen: tuple[str, ...] = ()
-    """Nodes whose files it does not see."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ClockReading:
     """A node's clock against this machine's."""
 
@@ -82,14 +72,12 @@ def examine_cluster(storage: Sequence[str] = ()) -> list[Finding]:
     `storage`: absolute paths of folders that all nodes should share.
     """
     nodes = living_nodes()
-    found, silence = split_answers(
-        ask_every_node(examine_machine, RECORDED_PACKAGES, nodes=nodes, timeout_seconds=_EXAMINATION_SECONDS)
-    )
+    found, silence = split_answers(ask_every_node(examine_machine, nodes=nodes, timeout_seconds=_EXAMINATION_SECONDS))
     findings = _whole(nodes) + silence + [one for facts in found.values() for one in facts.findings]
-    findings += judge_versions(installed_versions(RECORDED_PACKAGES), by_name(found))
+    findings += judge_versions(versions(), by_name(found))
     findings += judge_gpus({node: facts.num_gpus for node, facts in found.items()})
     for folder in storage:
-        findings += judge_storage(folder, look_at_storage(folder, list(found)))
+        findings += judge_storage(folder, try_storage(folder, list(found)))
     return findings + _between(list(found))
 
 
@@ -104,7 +92,7 @@ def check_training_nodes(recipe: Mapping[str, Any], folder: Path, nodes: Sequenc
     refuse(
         silence
         + judge_versions(here.versions, by_name(found))
-        + judge_storage(str(folder.parents[1]), look_at_storage(str(folder), list(found)))
+        + judge_storage(str(folder.parents[1]), try_storage(str(folder), list(found)))
         + judge_data(here, {_HERE: here, **by_name(found)}),
         "every node to have this one's code and data, and to share its run folder",
     )
@@ -113,18 +101,13 @@ def check_training_nodes(recipe: Mapping[str, Any], folder: Path, nodes: Sequenc
 # What runs on a node.
 
 
-def examine_machine(packages: Sequence[str]) -> NodeFacts:
-    """Try all that a training needs of the machine this is called on; what is missing there is a finding.
-
-    `packages`: whose versions are asked.
-    """
-    from ray_jobs.doctor.examination import examine, machine_checks
-
+def examine_machine() -> NodeFacts:
+    """Try all that a training needs of the machine this is called on; what is missing there is a finding."""
     node = this_node().name
     folder = partial(check_folder, "disk temporary", Path(tempfile.gettempdir()))
     findings = examine({**machine_checks(), "disk temporary": folder})
     return NodeFacts(
-        versions=installed_versions(packages),
+        versions=versions(),
         findings=tuple(replace(finding, node=node) for finding in findings),
         num_gpus=_num_gpus(),
     )
@@ -135,7 +118,7 @@ def look_at_data(recipe: Mapping[str, Any]) -> NodeFacts:
     from ray_jobs.config.recipe import recipe_from_document
     from ray_jobs.runs.start import preflight
 
-    facts = NodeFacts(versions=installed_versions(RECORDED_PACKAGES))
+    facts = NodeFacts(versions=versions())
     try:
         return replace(facts, data=preflight(recipe_from_document(recipe)).fingerprints)
     except (CA2STError, OSError) as error:
@@ -155,7 +138,7 @@ def _num_gpus() -> int:
 
 
 def judge_versions(here: Mapping[str, str], there: Mapping[str, NodeFacts]) -> list[Finding]:
-    """Every node has this machine's versions of what can change numbers."""
+    """Judge whether every node has this machine's versions of what can change numbers."""
     findings = []
     for node, facts in there.items():
         pairs = {
@@ -169,7 +152,7 @@ def judge_versions(here: Mapping[str, str], there: Mapping[str, NodeFacts]) -> l
 
 
 def judge_data(here: NodeFacts, there: Mapping[str, NodeFacts]) -> list[Finding]:
-    """Every node reads this machine's shard sets, or its media files; the first one that differs is named."""
+    """Judge whether every node reads this machine's shard sets or media files; name the first that differs."""
     findings = []
     for node, facts in there.items():
         missing = [name for name in here.data if name not in facts.data]
@@ -185,7 +168,7 @@ def judge_data(here: NodeFacts, there: Mapping[str, NodeFacts]) -> list[Finding]
 
 
 def judge_gpus(seen: Mapping[Node, int]) -> list[Finding]:
-    """Ray gives out as many GPUs of a node as torch finds there; fewer may be what the user wants."""
+    """Judge whether Ray gives out the GPUs that torch finds on a node; fewer may be what the user wants."""
     return [
         Finding(
             name="gpus for ray",
@@ -200,7 +183,7 @@ def judge_gpus(seen: Mapping[Node, int]) -> list[Finding]:
 
 
 def judge_clocks(readings: Mapping[str, ClockReading]) -> list[Finding]:
-    """Clocks agree: curves and logs are ordered by them, and certificates and tokens have hours."""
+    """Judge whether clocks agree: curves and logs are ordered by them, and certificates and tokens have hours."""
     return [
         Finding(
             name="clock",
@@ -214,20 +197,18 @@ def judge_clocks(readings: Mapping[str, ClockReading]) -> list[Finding]:
     ]
 
 
-def judge_storage(folder: str, looks: Mapping[str, StorageLook]) -> list[Finding]:
-    """Every node writes into the folder and reads what the others wrote; of this process only what is wrong counts."""
+def judge_storage(folder: str, problems: Mapping[str, str]) -> list[Finding]:
+    """Judge whether every node writes into the folder and reads what others wrote; of this process only failures."""
     mend = f"mount the same storage at {folder} on every node, writable by this user"
-    findings = []
-    for node, look in looks.items():
-        wrong = look.problem or ", ".join(f"does not see the file of {other}" for other in look.unseen)
-        if wrong or node != _HERE:
-            fine = "written, and read what all others wrote"
-            findings.append(finding(f"storage {folder}", node, wrong, fine=fine, mend=mend))
-    return findings
+    return [
+        finding(f"storage {folder}", node, problem, fine="written, and read what all others wrote", mend=mend)
+        for node, problem in problems.items()
+        if problem or node != _HERE
+    ]
 
 
 def judge_reach(out_of_reach: Mapping[str, Mapping[str, str]]) -> list[Finding]:
-    """Every node opens connections to every node, on ports that no rule was made for."""
+    """Judge whether every node opens connections to every node, on ports that no rule was made for."""
     fine = f"reaches all {len(out_of_reach)} on a free port"
     mend = "open all ports between the nodes, to them alone: torch's process groups choose free ones"
     return [
@@ -264,26 +245,32 @@ def refuse(findings: Sequence[Finding], expected: str, *, error: type[Environmen
 # Between the nodes.
 
 
-def look_at_storage(folder: str, nodes: Sequence[Node]) -> dict[str, StorageLook]:
-    """Have each of `nodes`, and this process, write a file into `folder` and look for those of all that could."""
+def try_storage(folder: str, nodes: Sequence[Node]) -> dict[str, str]:
+    """Have each of `nodes`, and this process, write a file into `folder` and look for those of all that could.
+
+    Returns:
+        By node, what is wrong with the folder there; empty where nothing is.
+    """
     prefix = str(Path(folder) / f".ca2st-{uuid.uuid4().hex}-")
     mine, ask = f"{prefix}here", partial(ask_every_node, nodes=nodes, timeout_seconds=_ANSWER_SECONDS)
     owners = {mine: _HERE} | {f"{prefix}{node.node_id}": node.name for node in nodes}
     try:
-        problems = {_HERE: write_token(mine), **by_name(ask(write_own_token, prefix))}
-        written = [place for place, owner in owners.items() if problems[owner] == ""]
+        problems = {_HERE: write_token(mine), **_words(ask(write_own_token, prefix))}
+        written = [place for place, owner in owners.items() if not problems[owner]]
         unseen = {_HERE: unseen_tokens(written), **by_name(ask(unseen_tokens, written))}
     finally:
         ask(remove_own_token, prefix)
         remove_token(mine)
-    looks = {}
-    for owner, problem in problems.items():
-        answer = unseen[owner] if problem == "" else problem
-        if isinstance(answer, list):
-            looks[owner] = StorageLook(unseen=tuple(owners[place] for place in answer))
-        else:
-            looks[owner] = StorageLook(problem=answer.what if isinstance(answer, NodeFailure) else answer)
-    return looks
+    for owner, answer in unseen.items():
+        if isinstance(answer, NodeFailure):
+            problems[owner] = problems[owner] or answer.what
+        elif not problems[owner]:
+            problems[owner] = ", ".join(f"does not see the file of {owners[place]}" for place in answer)
+    return problems
+
+
+def _words(asked: Mapping[Node, str | NodeFailure]) -> dict[str, str]:
+    return {node.name: answer.what if isinstance(answer, NodeFailure) else answer for node, answer in asked.items()}
 
 
 def write_own_token(prefix: str) -> str:

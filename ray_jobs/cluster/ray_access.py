@@ -1,11 +1,8 @@
-"""Joining a Ray cluster: its address probed, its token, its refusal in words.
+"""Reaching a Ray: one of this machine's own, or a cluster, which must ask for a token.
 
-What listens at an address of a Ray cluster, asked in under five seconds: Ray itself waits for minutes in vain.
-
-A Ray of this machine's own, or a cluster that asks for a token.
-
-Whoever reaches an open Ray cluster runs code on it, so an open one is neither started nor joined unless the user
-says so. A token travels in clear text: over networks of others it needs a tunnel or TLS.
+Its address is probed in under five seconds, where Ray itself waits for minutes in vain. Whoever reaches an open Ray
+cluster runs code on it, so an open one is neither started nor joined unless the user says so. A token travels in clear
+text: over networks of others it needs a tunnel or TLS.
 """
 
 import os
@@ -27,9 +24,7 @@ from ray_jobs import environment
 if TYPE_CHECKING:
     import grpc  # type: ignore[import-untyped]  # it ships no stubs
 
-
 Listener = Literal["cluster", "open cluster", "another token", "web server", "another part of Ray", "silent"]
-
 PORTS = (
     "a cluster's ports: 6379 (`ray start --port`) is the one of --ray-address HEAD:6379, 8265 is its dashboard, for "
     "`ca2st submit --address http://HEAD:8265`, and 10001 (Ray's client server) is for neither"
@@ -39,79 +34,6 @@ _STEP_SECONDS = 1.8
 """Of one question; there are at most two behind the connection."""
 _CONNECT_SECONDS = 0.8
 _ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
-
-
-def host_and_port(address: str) -> tuple[str, int] | None:
-    """The two halves of ``host:port`` or ``[IPv6 address]:port``; None where `address` is something else."""
-    host, _, port = address.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    if not bare or "/" in host or (":" in bare) != host.startswith("[") or not (port.isascii() and port.isdecimal()):
-        return None
-    return (bare, int(port)) if len(port) < 6 and 0 < int(port) < 65536 else None
-
-
-def who_listens(host: str, port: int, *, token: str) -> Listener:
-    """Ask the port whether it is a cluster's, without a token, with `token` where it wants one, then whether by HTTP.
-
-    Raises:
-        OSError: nobody listens there.
-    """
-    end = time.monotonic() + PROBE_SECONDS
-    socket.create_connection((host, port), timeout=_CONNECT_SECONDS + _STEP_SECONDS / 2).close()
-    answer = _ask_cluster(host, port, "", end)
-    if answer == "UNAUTHENTICATED":
-        if not token:
-            return "another token"
-        answer = _ask_cluster(host, port, token, end)
-        return {"OK": "cluster", "UNAUTHENTICATED": "another token", "UNIMPLEMENTED": "another part of Ray"}.get(
-            answer, "silent"
-        )  # type: ignore[return-value]  # all of Listener
-    if answer == "OK":
-        return "open cluster"
-    if answer == "UNIMPLEMENTED":
-        return "another part of Ray"
-    return "web server" if _speaks_http(host, port, end) else "silent"
-
-
-def _ask_cluster(host: str, port: int, token: str, end: float) -> str:
-    """Name of the status that the cluster's own question after its health is answered with; ``OK``: it lives."""
-    import grpc
-
-    left = min(_STEP_SECONDS, end - time.monotonic())
-    metadata = [("authorization", f"Bearer {token}")] if token else []
-    with _channel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}") as channel:
-        try:
-            channel.unary_unary(_ALIVE)(b"", timeout=max(0.1, left), metadata=metadata)
-        except grpc.RpcError as error:
-            return str(error.code().name)
-    return "OK"
-
-
-def _channel(address: str) -> "grpc.Channel":
-    """A channel as Ray makes them, by TLS where ``RAY_USE_TLS`` says so, and through no proxy."""
-    import grpc
-
-    options: list[tuple[str, Any]] = [("grpc.enable_http_proxy", 0)]
-    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
-        return grpc.insecure_channel(address, options)
-    from ray._common.tls_utils import load_certs_from_env
-
-    chain, private_key, authority = load_certs_from_env()  # type: ignore[no-untyped-call]  # Ray has no types there
-    credentials = grpc.ssl_channel_credentials(
-        certificate_chain=chain, private_key=private_key, root_certificates=authority
-    )
-    return grpc.secure_channel(address, credentials, options)
-
-
-def _speaks_http(host: str, port: int, end: float) -> bool:
-    try:
-        with socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())) as connection:
-            connection.sendall(b"GET /api/version HTTP/1.1\r\nHost: ray\r\nConnection: close\r\n\r\n")
-            return connection.recv(5) == b"HTTP/"
-    except OSError:
-        return False
-
-
 LOCAL = "local"
 ACCEPT_OPEN = "--i-accept-open-ray"
 _JOIN_FIRST = "this machine must be a node of it: `ray start --address=HEAD:6379`"
@@ -119,6 +41,11 @@ _FOUND = {
     "web server": "a web server, as its dashboard is",
     "another part of Ray": "another port of Ray's, of its client server or of a single node",
 }
+HOW_TO_GET_A_TOKEN = (
+    "start the cluster with RAY_AUTH_MODE=token, put its token (`ray get-auth-token --generate` makes one) into "
+    "~/.ray/auth_token, mode 600, or name another file by RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token here; "
+    f"{ACCEPT_OPEN} goes without, and then everybody who reaches the cluster can run code on it"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,15 +76,17 @@ class RayAccess:
         raise UserInputError(f"Ray at {address}: expected a cluster's token, found {found}; {HOW_TO_GET_A_TOKEN}")
 
 
-HOW_TO_GET_A_TOKEN = (
-    "start the cluster with RAY_AUTH_MODE=token, put its token (`ray get-auth-token --generate` makes one) into "
-    "~/.ray/auth_token, mode 600, or name another file by RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token here; "
-    f"{ACCEPT_OPEN} goes without, and then everybody who reaches the cluster can run code on it"
-)
+def found_access(*, accept_open: bool = False) -> RayAccess:
+    """Return whether this process holds a Ray cluster's token, looked up where Ray looks, and may go without one."""
+    return RayAccess(
+        token=find_token(os.environ, Path.home()),
+        mode=(environment.ray_auth_mode() or "").lower() or None,
+        accept_open=accept_open,
+    )
 
 
 def find_token(variables: Mapping[str, str], home: Path) -> str:
-    """The token that Ray would find, looked up in Ray's order; empty where there is none.
+    """Return the token that Ray would find, looked up in Ray's order; empty where there is none.
 
     Raises:
         UserInputError: ``RAY_AUTH_TOKEN_PATH`` names no readable file or an empty one; Ray itself would abort.
@@ -171,25 +100,9 @@ def find_token(variables: Mapping[str, str], home: Path) -> str:
     return _text_of(home / ".ray" / "auth_token")
 
 
-def found_access(*, accept_open: bool = False) -> RayAccess:
-    """Return whether this process holds a Ray cluster's token, looked up where Ray looks, and may go without one."""
-    return RayAccess(
-        token=find_token(os.environ, Path.home()),
-        mode=(environment.ray_auth_mode() or "").lower() or None,
-        accept_open=accept_open,
-    )
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
 @contextmanager
 def ray_session(address: str, *, access: RayAccess, num_cpus: int | None = None) -> Iterator[None]:
-    """Be connected to Ray for the block; enter it before anything imports ray, which reads its settings only then.
+    """Connect to Ray for the block; enter it before anything imports ray, which reads its settings only then.
 
     `address`: ``local`` starts a Ray for this block alone, on the loopback interface, with a token of its own,
     without a dashboard, `num_cpus` processors wide (None: this machine's); anything else (``auto``, ``host:port``)
@@ -202,73 +115,6 @@ def ray_session(address: str, *, access: RayAccess, num_cpus: int | None = None)
     _set_before_import(local=address == LOCAL)
     with _own_ray(access, num_cpus) if address == LOCAL else _joined(address, access):
         yield
-
-
-def _set_before_import(*, local: bool) -> None:
-    """What Ray reads once, when it is imported, and what its processes inherit."""
-    # Ray's own uv integration would build a new environment for every worker.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    if local and "ray" not in sys.modules:
-        # Without nodes elsewhere Ray binds every port to the loopback interface; whatever the name, on Linux too.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-
-
-@contextmanager
-def _own_ray(access: RayAccess, num_cpus: int | None) -> Iterator[None]:
-    if access.mode not in (None, "token") and not access.accept_open:
-        raise UserInputError(
-            f"RAY_AUTH_MODE={access.mode}: expected token, or no such variable; {ACCEPT_OPEN} starts an open Ray, "
-            "and then everybody on this machine can run code as you"
-        )
-    # Of this process alone: no file in the home folder, and Ray would write one that others may read.
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    import ray
-
-    folder = Path(tempfile.mkdtemp(prefix="ca2st-ray-"))
-    try:
-        _start_own(folder, num_cpus)
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _start_own(folder: Path, num_cpus: int | None) -> None:
-    import ray
-
-    try:
-        # "local" in words: without an address Ray would join the cluster of RAY_ADDRESS.
-        ray.init(address=LOCAL, include_dashboard=False, num_cpus=num_cpus, _temp_dir=str(folder))
-    except Exception as error:  # Ray tells of a start that took too long by no class of its own
-        raise EnvironmentFault(
-            f"Ray did not start on this machine: {first_line(error)}; run again when it is less busy"
-        ) from error
-
-
-@contextmanager
-def _joined(address: str, access: RayAccess) -> Iterator[None]:
-    if address != "auto":
-        _checked_form(address, "")
-    access.check(address)
-    found = check_cluster(address, access)
-    import ray
-    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-    from ray.exceptions import AuthenticationError
-
-    # Ray does this itself for "auto" only.
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    try:
-        ray.init(address=found)
-    except AuthenticationError as error:
-        raise UserInputError(
-            f"Ray at {address}: refuses our token ({first_line(error)}); {HOW_TO_GET_A_TOKEN}"
-        ) from error
-    except (ConnectionError, RuntimeError) as error:
-        raise EnvironmentFault(f"Ray at {address}: no cluster answers ({first_line(error)}); {_JOIN_FIRST}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def check_cluster(address: str, access: RayAccess) -> str:
@@ -300,8 +146,162 @@ def check_cluster(address: str, access: RayAccess) -> str:
     return found
 
 
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """Return the two halves of ``host:port`` or ``[IPv6 address]:port``; None where `address` is something else."""
+    host, _, port = address.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if not bare or "/" in host or (":" in bare) != host.startswith("[") or not (port.isascii() and port.isdecimal()):
+        return None
+    return (bare, int(port)) if len(port) < 6 and 0 < int(port) < 65536 else None
+
+
+def who_listens(host: str, port: int, *, token: str) -> Listener:
+    """Ask the port whether it is a cluster's, without a token, with `token` where it wants one, then whether by HTTP.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    end = time.monotonic() + PROBE_SECONDS
+    socket.create_connection((host, port), timeout=_CONNECT_SECONDS + _STEP_SECONDS / 2).close()
+    answer = _ask_cluster(host, port, "", end)
+    if answer == "UNAUTHENTICATED":
+        if not token:
+            return "another token"
+        known: dict[str, Listener] = {
+            "OK": "cluster",
+            "UNAUTHENTICATED": "another token",
+            "UNIMPLEMENTED": "another part of Ray",
+        }
+        return known.get(_ask_cluster(host, port, token, end), "silent")
+    if answer == "OK":
+        return "open cluster"
+    if answer == "UNIMPLEMENTED":
+        return "another part of Ray"
+    return "web server" if _speaks_http(host, port, end) else "silent"
+
+
+def has_dashboard() -> bool:
+    """Return whether the cluster that is joined serves Ray's dashboard."""
+    from ray._private.worker import get_dashboard_url
+
+    return bool(get_dashboard_url())  # type: ignore[no-untyped-call]  # Ray has no types there
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line with words of an error's message."""
+    lines: Sequence[str] = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line), type(error).__name__)
+
+
+def _ask_cluster(host: str, port: int, token: str, end: float) -> str:
+    """Return the name of the status that answers the cluster's own health check; ``OK``: it lives."""
+    import grpc
+
+    left = min(_STEP_SECONDS, end - time.monotonic())
+    metadata = [("authorization", f"Bearer {token}")] if token else []
+    with _channel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}") as channel:
+        try:
+            channel.unary_unary(_ALIVE)(b"", timeout=max(0.1, left), metadata=metadata)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return "OK"
+
+
+def _channel(address: str) -> "grpc.Channel":
+    """Return a channel as Ray makes them, by TLS where ``RAY_USE_TLS`` says so, and through no proxy."""
+    import grpc
+
+    options: list[tuple[str, Any]] = [("grpc.enable_http_proxy", 0)]
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        return grpc.insecure_channel(address, options)
+    from ray._common.tls_utils import load_certs_from_env
+
+    chain, private_key, authority = load_certs_from_env()  # type: ignore[no-untyped-call]  # Ray has no types there
+    credentials = grpc.ssl_channel_credentials(
+        certificate_chain=chain, private_key=private_key, root_certificates=authority
+    )
+    return grpc.secure_channel(address, credentials, options)
+
+
+def _speaks_http(host: str, port: int, end: float) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())) as connection:
+            connection.sendall(b"GET /api/version HTTP/1.1\r\nHost: ray\r\nConnection: close\r\n\r\n")
+            return connection.recv(5) == b"HTTP/"
+    except OSError:
+        return False
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _set_before_import(*, local: bool) -> None:
+    """Set what Ray reads once, when it is imported, and what its processes inherit."""
+    # Ray's own uv integration would build a new environment for every worker.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    if local and "ray" not in sys.modules:
+        # Without nodes elsewhere Ray binds every port to the loopback interface; whatever the name, on Linux too.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+@contextmanager
+def _own_ray(access: RayAccess, num_cpus: int | None) -> Iterator[None]:
+    if access.mode not in (None, "token") and not access.accept_open:
+        raise UserInputError(
+            f"RAY_AUTH_MODE={access.mode}: expected token, or no such variable; {ACCEPT_OPEN} starts an open Ray, "
+            "and then everybody on this machine can run code as you"
+        )
+    # Of this process alone: no file in the home folder, and Ray would write one that others may read.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    folder = Path(tempfile.mkdtemp(prefix="ca2st-ray-"))
+    try:
+        try:
+            # "local" said explicitly: without an address Ray would join the cluster of RAY_ADDRESS.
+            ray.init(address=LOCAL, include_dashboard=False, num_cpus=num_cpus, _temp_dir=str(folder))
+        except Exception as error:  # Ray has no class of its own for a start that took too long
+            raise EnvironmentFault(
+                f"Ray did not start on this machine: {first_line(error)}; run again when it is less busy"
+            ) from error
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _joined(address: str, access: RayAccess) -> Iterator[None]:
+    if address != "auto":
+        _checked_form(address, "")
+    access.check(address)
+    found = check_cluster(address, access)
+    import ray
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray.exceptions import AuthenticationError
+
+    # Ray does this itself for "auto" only.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    try:
+        ray.init(address=found)
+    except AuthenticationError as error:
+        raise UserInputError(
+            f"Ray at {address}: refuses our token ({first_line(error)}); {HOW_TO_GET_A_TOKEN}"
+        ) from error
+    except (ConnectionError, RuntimeError) as error:
+        raise EnvironmentFault(f"Ray at {address}: no cluster answers ({first_line(error)}); {_JOIN_FIRST}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def _checked_form(address: str, whose: str) -> tuple[str, int]:
-    """Host and port of an address that has such a form; `whose`: where it is from, for the refusal."""
+    """Return host and port of an address that has such a form; `whose`: where it is from, for the refusal."""
     if (parts := host_and_port(address)) is None:
         raise UserInputError(
             f"Ray address {address}{whose}: expected auto or host:port of a cluster this machine is a node of; to send "
@@ -311,7 +311,7 @@ def _checked_form(address: str, whose: str) -> tuple[str, int]:
 
 
 def _address_of_auto() -> str:
-    """What Ray takes for ``auto``: RAY_ADDRESS, a cluster that runs here, or the one that was joined here last."""
+    """Return what Ray takes for ``auto``: RAY_ADDRESS, a cluster that runs here, or the one joined here last."""
     from ray._private import services
 
     services.find_gcs_addresses.cache_clear()  # type: ignore[attr-defined]  # lru_cache, which Ray does not type
@@ -319,16 +319,3 @@ def _address_of_auto() -> str:
         return str(services.get_ray_address_from_environment("auto", None))
     except ConnectionError as error:
         raise EnvironmentFault(f"Ray at auto: no cluster answers ({first_line(error)}); {_JOIN_FIRST}") from error
-
-
-def has_dashboard() -> bool:
-    """Whether the cluster that is joined serves Ray's dashboard."""
-    from ray._private.worker import get_dashboard_url
-
-    return bool(get_dashboard_url())  # type: ignore[no-untyped-call]  # Ray has no types there
-
-
-def first_line(error: BaseException) -> str:
-    """The first line with words of an error's message."""
-    lines: Sequence[str] = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if line), type(error).__name__)

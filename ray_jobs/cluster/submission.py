@@ -1,10 +1,7 @@
-"""Submit a training as a Ray job.
+"""A training as a Ray job: what it is asked to run is decided and checked, then sent, followed, and sent again.
 
-What a job is asked to run, decided before anything is sent.
-
-From what the user asks to a job ready to be sent; whatever can be wrong is refused here.
-
-Send a training to a cluster, follow it, and send it again where that helps.
+With the job travel the recipe, as its working directory, and the packages of ca2st, as Ray's ``py_modules``: Ray
+unpacks them on every node, before a ca2st of the cluster's image, and does not send what the cluster has already.
 """
 
 import re
@@ -13,9 +10,12 @@ import shlex
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ca2st import __version__
@@ -23,30 +23,55 @@ from ca2st.errors import CA2STError, UserInputError
 from ca2st.weights.hub import is_hub_name
 from ray_jobs import environment
 from ray_jobs.cluster.job_server import (
-    JobClient,
-    JobDetails,
     Patience,
     Show,
     exit_code,
+    explained_refusals,
     failure,
     follow,
-    runtime_env,
-    told_refusals,
     was_lost,
 )
-from ray_jobs.cluster.package import payload, project_wheel, read_wheel, recipe_place
 from ray_jobs.cluster.ray_access import ACCEPT_OPEN, first_line
-from ray_jobs.config.recipe import ExpertsConfig, Recipe
+from ray_jobs.config.recipe import ExpertsConfig, Recipe, with_places
 from ray_jobs.config.recipe_file import load_recipe, read_recipe
 from ray_jobs.console import say
 from ray_jobs.redaction import holds_credentials, without_credentials
 from ray_jobs.runs.start import check_settings
 
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+PACKAGES = ("ca2st", "sharding", "pipelines", "ray_jobs")
+_RECIPE_FOLDER = "submitted_recipe"
 _SECONDS_BEYOND_GRACE = 30
+_ASK_AFTER_SECONDS = (0.0, 1.0)
+_NOT_FOUND = "status code 404"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JobRequest:
+class Choices:
+    """What the user asks for."""
+
+    recipe: str
+    """A recipe file, or a name of the package's recipes."""
+    overrides: tuple[str, ...] = ()
+    """``section.key=value``, as on the command line."""
+    out: Path | None = None
+    """The run folder; None: the recipe's."""
+    variables: Mapping[str, str]
+    """Variables to pass on."""
+    wheel: Path | None = None
+    """A wheel to send; None: the ca2st that runs here."""
+    package: bool = True
+    """False: use the cluster's own ca2st."""
+    python: str = "python"
+    """The head node's interpreter."""
+    accept_open: bool = False
+    """The cluster may be open."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedJob:
     """One job, as Ray's job server takes it."""
 
     submission_id: str
@@ -59,22 +84,107 @@ class JobRequest:
     """Shown beside the job in Ray's dashboard."""
     run_dir: str
     """The run's folder, on storage that all nodes share."""
+    recipe_name: str
+    recipe_place: str
+    """Where the recipe lies in the working directory."""
+    recipe_text: str
+    modules: tuple[Path, ...]
+    """What is sent beside the recipe: folders of packages, or one wheel."""
+
+    def again(self) -> "PreparedJob":
+        """Return the same job under an id that no job has had."""
+        return replace(self, submission_id=new_id(self.recipe_name))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all that is sent, before Ray packs it."""
+        return len(self.recipe_text.encode()) + sum(
+            path.stat().st_size
+            for module in self.modules
+            for path in ([module] if module.is_file() else module.rglob("*"))
+            if path.is_file() and "__pycache__" not in path.parts
+        )
 
 
-def submission_id(recipe_name: str, *, moment: str, salt: str) -> str:
-    """``ca2st-<recipe>-<moment>-<salt>`` with nothing in it that a URL or a file name would not take."""
+def prepared(choices: Choices) -> PreparedJob:
+    """Read the recipe as the job will; whatever can be wrong is refused here.
+
+    Raises:
+        UserInputError: a recipe or a setting that the job would refuse too, places that the cluster cannot see, a
+            password where everybody would see it, or a wheel that is none of ca2st.
+    """
+    check_overrides(choices.overrides)
+    recipe = load_recipe(choices.recipe, choices.overrides)
+    check_places(recipe)
+    run_dir = run_folder(recipe, choices.out)
+    check_settings(_without_expert_files(recipe))
+    text, _ = read_recipe(choices.recipe)
+    git = environment.git_state(Path.cwd())
+    # Messages of the job name the recipe as the user does.
+    place = f"{_RECIPE_FOLDER}/{Path(choices.recipe).name.removesuffix('.toml')}.toml"
+    modules: tuple[Path, ...] = ()
+    if choices.wheel is not None:
+        modules = (checked_wheel(choices.wheel),)
+    elif choices.package:
+        modules = own_packages()
+    return PreparedJob(
+        submission_id=new_id(recipe.name),
+        entrypoint=_entrypoint(choices, place, run_dir),
+        env_vars=environment_of_job(
+            choices.variables,
+            waiting=environment.waiting_policy(),
+            tracking_uri=environment.tracking_uri(),
+            grace_seconds=recipe.training.grace_seconds,
+            # Nothing is known of the commit of a wheel, or of the cluster's own ca2st.
+            git=environment.git_variable(git) if choices.package and choices.wheel is None else {},
+        ),
+        metadata={"recipe": recipe.name, "ca2st": __version__, "run_dir": run_dir} | git,
+        run_dir=run_dir,
+        recipe_name=recipe.name,
+        recipe_place=place,
+        recipe_text=text,
+        modules=modules,
+    )
+
+
+def new_id(recipe_name: str) -> str:
+    """Return ``ca2st-<recipe>-<moment>-<salt>``, made of what every URL and file name takes."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", recipe_name).strip("-.") or "run"
-    return f"ca2st-{name[:60]}-{moment}-{salt}"
+    return f"ca2st-{name[:60]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def entrypoint(
-    recipe_place: str, *, python: str, overrides: Sequence[str], run_dir: str, accept_open: bool = False
-) -> str:
-    """The command that trains: in the shell's own place, so that signals and exit codes are the trainer's."""
-    options = [part for override in overrides for part in ("--set", override)]
-    accepted = [ACCEPT_OPEN] if accept_open else []
-    words = ("train", recipe_place, *options, "--ray", "--ray-address", "auto", "--out", run_dir, *accepted)
-    return shlex.join(["exec", python, "-m", "ray_jobs.cli", *words])
+def own_packages() -> tuple[Path, ...]:
+    """Return the folders of the packages that run here, of a checkout or installed."""
+    origins = {name: getattr(find_spec(name), "origin", None) for name in PACKAGES}
+    return tuple(Path(origin).parent for origin in origins.values() if origin is not None)
+
+
+def checked_wheel(path: Path) -> Path:
+    """Return the path of a wheel that the user gives.
+
+    Raises:
+        UserInputError: it is no wheel of ca2st for every machine.
+    """
+    if not path.is_file():
+        raise UserInputError(f"--wheel {path}: expected a wheel of ca2st, found no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise UserInputError(f"--wheel {path}: expected a wheel of ca2st, found no zip archive") from error
+    infos = {PurePosixPath(name).parts[0] for name in names if ".dist-info/" in name}
+    if not any(info.startswith("ca2st-") for info in infos) or not path.name.endswith("-none-any.whl"):
+        found = ", ".join(sorted(infos)) or "none"
+        raise UserInputError(f"--wheel {path}: expected ca2st-VERSION-py3-none-any.whl, found a wheel of {found}")
+    return path
+
+
+def _entrypoint(choices: Choices, place: str, run_dir: str) -> str:
+    """Return the command that trains: in the shell's own place, so that signals and exit codes are the trainer's."""
+    options = [part for override in choices.overrides for part in ("--set", override)]
+    accepted = [ACCEPT_OPEN] if choices.accept_open else []
+    words = ("train", place, *options, "--ray", "--ray-address", "auto", "--out", run_dir, *accepted)
+    return shlex.join(["exec", choices.python, "-m", "ray_jobs.cli", *words])
 
 
 def environment_of_job(
@@ -85,29 +195,24 @@ def environment_of_job(
     grace_seconds: float,
     git: Mapping[str, str],
 ) -> dict[str, str]:
-    """Variables of the job: what the user passes, over what a training on a cluster needs.
+    """Return the variables of the job: what the user passes, over what a training on a cluster needs.
 
     `waiting`: how torch's threads wait (``OMP_WAIT_POLICY``); `tracking_uri`: the tracking server's, where it is one
     that a cluster can reach, sent without its password, which only the user passes on; `grace_seconds`: what a stopped
-    training may take for its last checkpoint; `git`: the variable that tells what is sent.
+    training may take for its last checkpoint; `git`: the variable that says what is sent.
     """
     own = {
         "OMP_WAIT_POLICY": waiting,
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # Ray's own uv integration would build a new environment
         "RAY_JOB_STOP_WAIT_TIME_S": str(int(grace_seconds) + _SECONDS_BEYOND_GRACE),  # by itself Ray kills after 3 s
     }
-    if tracking_uri is not None and is_elsewhere(tracking_uri):
+    if tracking_uri is not None and urlsplit(tracking_uri).scheme not in ("", "file", "sqlite"):
         own["MLFLOW_TRACKING_URI"] = without_credentials(tracking_uri)
     return own | dict(git) | dict(passed)
 
 
-def is_elsewhere(tracking_uri: str) -> bool:
-    """Whether a tracking URI names a server, not a file of this machine."""
-    return urlsplit(tracking_uri).scheme not in ("", "file", "sqlite")
-
-
-def run_folder(recipe: "Recipe", out: Path | None) -> str:
-    """The run's folder on the cluster.
+def run_folder(recipe: Recipe, out: Path | None) -> str:
+    """Return the run's folder on the cluster.
 
     Raises:
         UserInputError: it is relative, and would lie in a temporary folder of the head node.
@@ -121,33 +226,22 @@ def run_folder(recipe: "Recipe", out: Path | None) -> str:
     return str(folder)
 
 
-def check_places(recipe: "Recipe") -> None:
+def check_places(recipe: Recipe) -> None:
     """Refuse relative paths: the job runs elsewhere, in a folder of its own.
 
     Raises:
         UserInputError: a line for each of them.
     """
-    lines = [
-        f"{key}: expected a URL or an absolute path that the cluster's nodes see, found {place}"
-        for key, place in _places(recipe)
-        if "://" not in place and not is_hub_name(place) and not PurePosixPath(place).is_absolute()
-    ]
+    lines: list[str] = []
+
+    def look(key: str, place: str) -> str:
+        if "://" not in place and not is_hub_name(place) and not PurePosixPath(place).is_absolute():
+            lines.append(f"{key}: expected a URL or an absolute path that the cluster's nodes see, found {place}")
+        return place
+
+    with_places(recipe, look)
     if lines:
         raise UserInputError("\n".join(lines))
-
-
-def _places(recipe: "Recipe") -> Iterator[tuple[str, str]]:
-    data = recipe.data
-    named = {
-        "data.train": data.train,
-        "data.validation": data.validation,
-        "data.loader.cache_dir": data.loader.cache_dir,
-    }
-    named |= {f"data.mixture[{index}].train": entry.train for index, entry in enumerate(data.mixture)}
-    named |= {f"experts.{name}": source for name, source in recipe.experts.sources().items()}
-    if recipe.start is not None:
-        named["start.checkpoint"] = recipe.start.checkpoint
-    yield from ((key, str(place)) for key, place in named.items() if place is not None)
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
@@ -165,83 +259,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choices:
-    """What the user asks for."""
-
-    recipe: str
-    """A recipe file, or a name of the package's recipes."""
-    overrides: tuple[str, ...] = ()
-    """``section.key=value``, as on the command line."""
-    out: Path | None = None
-    """The run folder; None: the recipe's."""
-    variables: Mapping[str, str]
-    """Variables to pass on."""
-    wheel: Path | None = None
-    """A wheel to send; None: of the ca2st that runs here."""
-    package: bool = True
-    """False: use the cluster's own ca2st."""
-    python: str = "python"
-    """The head node's interpreter."""
-    accept_open: bool = False
-    """The cluster may be open."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PreparedJob:
-    """A job that can be sent."""
-
-    request: JobRequest
-    archive: bytes
-    """Its working directory."""
-    recipe_name: str
-
-    def new_id(self) -> str:
-        """An id that no job has had."""
-        return _new_id(self.recipe_name)
-
-
-def prepared(choices: Choices) -> PreparedJob:
-    """Read the recipe as the job will, and pack it.
-
-    Raises:
-        UserInputError: a recipe or a setting that the job would refuse too, places that the cluster cannot see, or a
-            password where everybody would see it.
-        EnvironmentFault: the project's wheel cannot be made.
-    """
-    check_overrides(choices.overrides)
-    recipe = load_recipe(choices.recipe, choices.overrides)
-    check_places(recipe)
-    run_dir = run_folder(recipe, choices.out)
-    check_settings(_without_expert_files(recipe))
-    text, _ = read_recipe(choices.recipe)
-    git = environment.git_state(Path.cwd())
-    place = recipe_place(choices.recipe)
-    request = JobRequest(
-        submission_id=_new_id(recipe.name),
-        entrypoint=entrypoint(
-            place,
-            python=choices.python,
-            overrides=choices.overrides,
-            run_dir=run_dir,
-            accept_open=choices.accept_open,
-        ),
-        env_vars=environment_of_job(
-            choices.variables,
-            waiting=environment.waiting_policy(),
-            tracking_uri=environment.tracking_uri(),
-            grace_seconds=recipe.training.grace_seconds,
-            git=environment.git_variable(git) if _sends_own_sources(choices) else {},
-        ),
-        metadata={"recipe": recipe.name, "ca2st": __version__, "run_dir": run_dir} | git,
-        run_dir=run_dir,
-    )
-    archive = payload(recipe_place=place, recipe_text=text, wheel=_wheel(choices))
-    return PreparedJob(request=request, archive=archive, recipe_name=recipe.name)
-
-
 def _without_expert_files(recipe: Recipe) -> Recipe:
-    """The recipe without files that only the cluster sees."""
+    """Return the recipe without files that only the cluster sees."""
     public = {name: source for name, source in recipe.experts.sources().items() if is_hub_name(source)}
     experts = ExpertsConfig(
         spatial=public.get("spatial"),
@@ -252,46 +271,14 @@ def _without_expert_files(recipe: Recipe) -> Recipe:
     return replace(recipe, experts=experts)
 
 
-def _sends_own_sources(choices: Choices) -> bool:
-    """Whether the job runs the ca2st that runs here, not one of whose commit nothing is known."""
-    return choices.package and choices.wheel is None
-
-
-def _wheel(choices: Choices) -> bytes | None:
-    if not choices.package:
-        return None
-    return project_wheel(environment.cache_folder()) if choices.wheel is None else read_wheel(choices.wheel)
-
-
-def _new_id(recipe_name: str) -> str:
-    return submission_id(recipe_name, moment=time.strftime("%Y%m%d-%H%M%S"), salt=secrets.token_hex(2))
-
-
-_ASK_AFTER_SECONDS = (0.0, 1.0)
-_NOT_FOUND = "status code 404"
-
-
 class SendingInterruptedError(CA2STError):
     """Ctrl-C while a job was being sent; the message says what became of it."""
 
     exit_code = 128 + signal.SIGINT
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EndedJob:
-    """A job that was followed to its end."""
-
-    submission_id: str
-    details: JobDetails
-
-    @property
-    def exit_code(self) -> int:
-        """What the command ends with."""
-        return exit_code(self.details)
-
-
-def send(client: JobClient, request: JobRequest, archive: bytes) -> None:
-    """Send a job with `archive` as its working directory; Ray uploads it unless the cluster has it.
+def send(client: "JobSubmissionClient", job: PreparedJob) -> None:
+    """Send a job; Ray uploads what the cluster does not have.
 
     Raises:
         UserInputError: the token is refused.
@@ -300,54 +287,65 @@ def send(client: JobClient, request: JobRequest, archive: bytes) -> None:
         KeyboardInterrupt: Ctrl-C after it did.
     """
     try:
-        with tempfile.TemporaryDirectory() as folder, told_refusals(client.get_address()):
-            path = Path(folder) / "job.zip"
-            path.write_bytes(archive)
+        with tempfile.TemporaryDirectory() as name, explained_refusals(client.get_address()):
+            recipe = Path(name) / "job" / job.recipe_place
+            recipe.parent.mkdir(parents=True)
+            recipe.write_text(job.recipe_text, encoding="utf-8")
+            modules = [module for one in job.modules for module in _folders_of(one, Path(name) / "wheel")]
             client.submit_job(
-                entrypoint=request.entrypoint,
-                submission_id=request.submission_id,
-                runtime_env=runtime_env(request.env_vars, working_dir=path),
-                metadata=dict(request.metadata),
+                entrypoint=job.entrypoint,
+                submission_id=job.submission_id,
+                runtime_env={
+                    "working_dir": str(recipe.parents[1]),
+                    "py_modules": list(map(str, modules)),
+                    "env_vars": dict(job.env_vars),
+                },
+                metadata=dict(job.metadata),
             )
     except KeyboardInterrupt:
-        _tell_if_not_taken(client, request.submission_id)
+        _raise_unless_taken(client, job.submission_id)
         raise
 
 
-def _tell_if_not_taken(client: JobClient, job_id: str) -> None:
+def _folders_of(module: Path, folder: Path) -> list[Path]:
+    """Return a package's folder, or those of a wheel, unpacked in `folder`.
+
+    Ray would have pip install a wheel with all that it depends on, torch too.
+    """
+    if module.is_dir():
+        return [module]
+    with zipfile.ZipFile(module) as archive:
+        archive.extractall(folder)  # the user's own wheel; zipfile keeps members inside the folder
+    return sorted(path.parent for path in folder.glob("*/__init__.py"))
+
+
+def _raise_unless_taken(client: "JobSubmissionClient", job_id: str) -> None:
     """Return where the server knows the job; a request that was on its way then gets some time to arrive."""
     for pause_seconds in _ASK_AFTER_SECONDS:
         try:
             time.sleep(pause_seconds)
             client.get_job_info(job_id)
-        except RuntimeError as error:
-            if _NOT_FOUND not in str(error):
-                raise _not_known(client, job_id, error) from None
-        except (OSError, KeyboardInterrupt) as error:  # impatient: Ctrl-C once more
-            raise _not_known(client, job_id, error) from None
+        except (RuntimeError, OSError, KeyboardInterrupt) as error:  # impatient: Ctrl-C once more
+            if not isinstance(error, RuntimeError) or _NOT_FOUND not in str(error):
+                raise SendingInterruptedError(
+                    f"interrupted; whether job {job_id} was taken is not known ({first_line(error)}): "
+                    f"ray job status --address {client.get_address()} {job_id} tells"
+                ) from None
         else:
             return
     raise SendingInterruptedError("interrupted; nothing was submitted")
 
 
-def _not_known(client: JobClient, job_id: str, error: BaseException) -> SendingInterruptedError:
-    return SendingInterruptedError(
-        f"interrupted; whether job {job_id} was taken is not known ({first_line(error)}): "
-        f"ray job status --address {client.get_address()} {job_id} tells"
-    )
-
-
 def send_and_follow(
-    client: JobClient,
-    request: JobRequest,
-    archive: bytes,
+    client: "JobSubmissionClient",
+    job: PreparedJob,
     *,
     show: Show,
-    new_id: Callable[[], str],
+    again: Callable[[], PreparedJob],
     num_resubmits: int = 0,
     patience: Patience | None = None,
-) -> EndedJob:
-    """Send a job and follow it; one whose driver was killed is sent again under a `new_id`, which resumes the run.
+) -> "JobDetails":
+    """Send a job and follow it to its end; one whose driver was killed is sent `again`, which resumes the run.
 
     Raises:
         JobFailedError: it did not succeed; carries the driver's exit code.
@@ -356,14 +354,13 @@ def send_and_follow(
     """
     remaining = num_resubmits
     while True:
-        send(client, request, archive)
-        with told_refusals(client.get_address()):
-            details = follow(client, request.submission_id, show=show, patience=patience or Patience())
-        ended = EndedJob(submission_id=request.submission_id, details=details)
-        if ended.exit_code == 0:
-            return ended
+        send(client, job)
+        with explained_refusals(client.get_address()):
+            details = follow(client, job.submission_id, show=show, patience=patience or Patience())
+        if exit_code(details) == 0:
+            return details
         if remaining == 0 or not was_lost(details):
-            raise failure(details, request.submission_id)
+            raise failure(details, job.submission_id)
         remaining -= 1
-        request = replace(request, submission_id=new_id())
-        say(f"{ended.submission_id} lost its driver; sent again as {request.submission_id}, {remaining} times more")
+        lost, job = job.submission_id, again()
+        say(f"{lost} lost its driver; sent again as {job.submission_id}, {remaining} times more")

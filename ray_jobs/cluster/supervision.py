@@ -31,6 +31,14 @@ from ray_jobs.runs.failures import FailureRecord, error_of, error_told, keep_fai
 
 _FOLDER = "launches"
 _STOP_NAME = "stop.json"
+_LOGGER = logging.getLogger(__name__)
+_POLL_SECONDS = 0.5
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_CLEANING_SECONDS = 30.0
+"""For the way out, after a signal came while there was nothing to save."""
+FINAL_GRACE_SECONDS = 8.0
+"""How long ranks may take to end after one of them failed for good: the others may wait in a collective for ever."""
+_NOT_TRAINING = "stopped before its workers trained again; the newest checkpoint counts; rerun to resume"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +74,7 @@ class LaunchFolder:
             self.path.parent.rmdir()
 
     def ask_stop(self, signal_number: int) -> None:
-        """Tell all workers to save a checkpoint and end, as this signal would."""
+        """Ask all workers to save a checkpoint and end, as this signal would."""
         write_bytes(self.path / _STOP_NAME, json.dumps({"signal": signal_number}).encode())
 
     def stop_signal(self) -> int:
@@ -93,163 +101,6 @@ class LaunchFolder:
 
     def _place(self, attempt: int, rank: int) -> Path:
         return self.path / f"attempt-{attempt}.rank-{rank}"
-
-
-_LOGGER = logging.getLogger(__name__)
-
-
-class LostWorkers(UserCallback):
-    """Ray's controller calls this whenever it finds that workers failed."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = LaunchFolder(folder)
-
-    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-        """Put on record the workers that died: those that raised have done so themselves."""
-        del run_context
-        try:
-            self._record(worker_exceptions)
-        except Exception as error:  # noqa: BLE001  # Ray would end the run, which can go on, for an error in here
-            _LOGGER.warning("cannot tell which workers died: %s", error)
-
-    def _record(self, worker_exceptions: Mapping[int, Exception]) -> None:
-        died = {rank: why for rank, error in worker_exceptions.items() if (why := died_of(error)) is not None}
-        if not died:
-            return
-        attempt = self._folder.num_attempts()
-        record = death_record(
-            died,
-            {rank: self._folder.node_of(attempt, rank) for rank in died},
-            living={node.address for node in living_nodes()},
-            attempt=attempt,
-            launch=self._folder.name,
-            preempted=any(map(is_preempted, worker_exceptions.values())),
-        )
-        keep_failure(self._folder.run_dir, record)
-
-
-def died_of(error: Exception) -> str | None:
-    """Return Ray's words for the death of a worker's process or node; None when the worker raised `error` itself."""
-    cause = _cause_of(error)
-    if isinstance(cause, OutOfMemoryError):  # killed by Ray; no RayActorError, and its last lines are advice
-        return first_line(cause)
-    return str(cause) if isinstance(cause, RayActorError) else None
-
-
-def is_preempted(error: Exception) -> bool:
-    """Return whether a worker died because its node was taken away, as had been announced."""
-    cause = _cause_of(error)
-    return isinstance(cause, RayActorError) and cause.preempted
-
-
-def _cause_of(error: Exception) -> Exception:
-    cause: Exception = getattr(error, "health_check_failure", error)  # what Ray's health check found
-    return cause
-
-
-def death_record(
-    died: Mapping[int, str],
-    places: Mapping[int, str],
-    *,
-    living: Collection[str],
-    attempt: int,
-    launch: str,
-    preempted: bool = False,
-) -> FailureRecord:
-    """Return what to put on record for workers that died: Ray's words by rank, and their places as ``host (address)``.
-
-    `preempted`: one of them with a node that was taken away as announced, which explains the others.
-    """
-    rank = min(died)
-    by_node: dict[str, list[int]] = {}
-    for one in sorted(died):
-        by_node.setdefault(places[one] or "a node not known", []).append(one)
-    what = "; ".join(_death(place, ranks, living) for place, ranks in by_node.items())
-    reasons = [line.strip() for line in died[rank].splitlines() if line.strip()]
-    return FailureRecord(
-        kind="WorkerDiedError",
-        message=f"{what} ({reasons[-1] if reasons else 'Ray gives no reason'})",
-        exit_code=EnvironmentFault.exit_code,
-        rank=rank,
-        node=places[rank] or "a node not known",
-        attempt=attempt,
-        final=False,
-        launch=launch,
-        preempted=preempted,
-    )
-
-
-def _death(place: str, ranks: list[int], living: Collection[str]) -> str:
-    address = place.rpartition("(")[2].rstrip(")")
-    which = f"rank {', '.join(map(str, ranks))}"
-    if address and address not in living and place.endswith(")"):
-        return f"node {place} was lost with the worker of {which}"
-    return f"the worker process of {which} on {place} died"
-
-
-_POLL_SECONDS = 0.5
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
-_CLEANING_SECONDS = 30.0
-"""For the way out, after a signal came while there was nothing to save."""
-
-
-class _SignalledError(BaseException):
-    """A signal on its way out, which no ``except Exception`` on the way takes for a failure that may pass."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-@contextlib.contextmanager
-def ended_by_signals(message: str) -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM end the block, wherever the main thread is just then; a second one the process.
-
-    For the time in which there is nothing to save: the way out cleans up, for 30 s at most. Signals within half a
-    second of the first are the same request (see `ca2st.training.signals`). Main thread only.
-
-    Raises:
-        RunStoppedError: with `message`, for the signal that came.
-    """
-    came: list[tuple[int, float]] = []
-
-    def end(number: int, _frame: object) -> None:
-        if not came:
-            came.append((number, time.monotonic()))
-            raise _SignalledError(number)
-
-    with stop_on_signals(grace_seconds=_CLEANING_SECONDS), _only_handler(end):
-        with contextlib.suppress(_SignalledError):
-            yield
-        if came:
-            number, moment = came[0]
-            time.sleep(max(0.0, moment + ONE_REQUEST_SECONDS - time.monotonic()))  # the rest of this request
-            raise stopped_error(number, message) from None
-
-
-@contextlib.contextmanager
-def _only_handler(handle: Callable[[int, object], None]) -> Iterator[None]:
-    """Let `handle` hear SIGINT and SIGTERM, whoever else asks for them in the block; the caller puts handlers back.
-
-    `ray.init` asks for SIGTERM, without being told to, and would end the process with code 15.
-    """
-    install = signal.signal
-    for number in _STOPPING:
-        install(number, handle)
-
-    def refusing(number: int, handler: Any) -> Any:
-        return signal.getsignal(number) if number in _STOPPING else install(number, handler)
-
-    signal.signal = refusing  # type: ignore[assignment]  # as Ray itself does to defer a SIGINT
-    try:
-        yield
-    finally:
-        signal.signal = install
-
-
-FINAL_GRACE_SECONDS = 8.0
-"""How long ranks may take to end after one of them failed for good: the others may wait in a collective for ever."""
-_NOT_TRAINING = "stopped before its workers trained again; the newest checkpoint counts; rerun to resume"
 
 
 class Supervision:
@@ -321,3 +172,146 @@ class Supervision:
         if ended.get("message") and (failure is None or not failure.final):
             return error_told(ended["message"], int(ended["exit_code"]))
         return error_of(failure) if failure is not None else error_told("failed; see the log of its workers", 1)
+
+
+class LostWorkers(UserCallback):
+    """Ray's controller calls this whenever it finds that workers failed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = LaunchFolder(folder)
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        """Put on record the workers that died: those that raised have done so themselves."""
+        del run_context
+        try:
+            self._record(worker_exceptions)
+        except Exception as error:  # noqa: BLE001  # Ray would end the run, which can go on, for an error in here
+            _LOGGER.warning("cannot see which workers died: %s", error)
+
+    def _record(self, worker_exceptions: Mapping[int, Exception]) -> None:
+        died = {rank: why for rank, error in worker_exceptions.items() if (why := died_of(error)) is not None}
+        if not died:
+            return
+        attempt = self._folder.num_attempts()
+        record = death_record(
+            died,
+            {rank: self._folder.node_of(attempt, rank) for rank in died},
+            living={node.address for node in living_nodes()},
+            attempt=attempt,
+            launch=self._folder.name,
+            preempted=any(map(is_preempted, worker_exceptions.values())),
+        )
+        keep_failure(self._folder.run_dir, record)
+
+
+def died_of(error: Exception) -> str | None:
+    """Return Ray's words for the death of a worker's process or node; None when the worker raised `error` itself."""
+    cause = _cause_of(error)
+    if isinstance(cause, OutOfMemoryError):  # killed by Ray; no RayActorError, and its last lines are advice
+        return first_line(cause)
+    return str(cause) if isinstance(cause, RayActorError) else None
+
+
+def is_preempted(error: Exception) -> bool:
+    """Return whether a worker died because its node was taken away, as had been announced."""
+    cause = _cause_of(error)
+    return isinstance(cause, RayActorError) and cause.preempted
+
+
+def death_record(
+    died: Mapping[int, str],
+    places: Mapping[int, str],
+    *,
+    living: Collection[str],
+    attempt: int,
+    launch: str,
+    preempted: bool = False,
+) -> FailureRecord:
+    """Return what to put on record for workers that died: Ray's words by rank, and their places as ``host (address)``.
+
+    `preempted`: one of them with a node that was taken away as announced, which explains the others.
+    """
+    rank = min(died)
+    by_node: dict[str, list[int]] = {}
+    for one in sorted(died):
+        by_node.setdefault(places[one] or "a node not known", []).append(one)
+    what = "; ".join(_death(place, ranks, living) for place, ranks in by_node.items())
+    reasons = [line.strip() for line in died[rank].splitlines() if line.strip()]
+    return FailureRecord(
+        kind="WorkerDiedError",
+        message=f"{what} ({reasons[-1] if reasons else 'Ray gives no reason'})",
+        exit_code=EnvironmentFault.exit_code,
+        rank=rank,
+        node=places[rank] or "a node not known",
+        attempt=attempt,
+        final=False,
+        launch=launch,
+        preempted=preempted,
+    )
+
+
+@contextlib.contextmanager
+def ended_by_signals(message: str) -> Iterator[None]:
+    """Let the first SIGINT or SIGTERM end the block, wherever the main thread is just then; a second one the process.
+
+    For the time in which there is nothing to save: the way out cleans up, for 30 s at most. Signals within half a
+    second of the first are the same request (see `ca2st.training.signals`). Main thread only.
+
+    Raises:
+        RunStoppedError: with `message`, for the signal that came.
+    """
+    came: list[tuple[int, float]] = []
+
+    def end(number: int, _frame: object) -> None:
+        if not came:
+            came.append((number, time.monotonic()))
+            raise _SignalledError(number)
+
+    with stop_on_signals(grace_seconds=_CLEANING_SECONDS), _only_handler(end):
+        with contextlib.suppress(_SignalledError):
+            yield
+        if came:
+            number, moment = came[0]
+            time.sleep(max(0.0, moment + ONE_REQUEST_SECONDS - time.monotonic()))  # the rest of this request
+            raise stopped_error(number, message) from None
+
+
+def _cause_of(error: Exception) -> Exception:
+    cause: Exception = getattr(error, "health_check_failure", error)  # what Ray's health check found
+    return cause
+
+
+def _death(place: str, ranks: list[int], living: Collection[str]) -> str:
+    address = place.rpartition("(")[2].rstrip(")")
+    which = f"rank {', '.join(map(str, ranks))}"
+    if address and address not in living and place.endswith(")"):
+        return f"node {place} was lost with the worker of {which}"
+    return f"the worker process of {which} on {place} died"
+
+
+class _SignalledError(BaseException):
+    """A signal on its way out, which no ``except Exception`` on the way takes for a failure that may pass."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def _only_handler(handle: Callable[[int, object], None]) -> Iterator[None]:
+    """Let `handle` hear SIGINT and SIGTERM, whoever else asks for them in the block; the caller puts handlers back.
+
+    `ray.init` asks for SIGTERM by itself, and would end the process with code 15.
+    """
+    install = signal.signal
+    for number in _STOPPING:
+        install(number, handle)
+
+    def refusing(number: int, handler: Any) -> Any:
+        return signal.getsignal(number) if number in _STOPPING else install(number, handler)
+
+    signal.signal = refusing  # type: ignore[assignment]  # as Ray itself does to defer a SIGINT
+    try:
+        yield
+    finally:
+        signal.signal = install

@@ -14,19 +14,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from ca2st.errors import CA2STError
 from ca2st.training.errors import RunStoppedError
 from ca2st.training.journal import JOURNAL_NAME
 from ca2st.training.signals import StopRequest
-from ca2st.weights.hub import is_hub_name
 from ray_jobs import environment
 from ray_jobs.cluster.every_node import this_node
 from ray_jobs.cluster.supervision import LaunchFolder
-from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import say
 from ray_jobs.runs.failures import keep_failure, read_failure, record_of
 from ray_jobs.runs.worker import Job, run
@@ -34,41 +31,12 @@ from ray_jobs.runs.worker import Job, run
 if TYPE_CHECKING:
     from ray.train.v2.api.preemption import PreemptionInfo
 
-Place = TypeVar("Place", str, str | None)
 Status = Literal["done", "stopped", "failed"]
 _LOGGER = logging.getLogger(__name__)
 _PREEMPTED = int(signal.SIGHUP)
 """How a notice reaches the training loop. Ranks take the highest number any of them saw: a person's SIGINT or
 SIGTERM at the same time counts for more."""
 _POLL_SECONDS = 0.5
-
-
-def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
-    """Return `recipe` with every relative path made absolute from `base`; URLs and public names stay."""
-    data, experts, start = recipe.data, recipe.experts, recipe.start
-    return replace(
-        recipe,
-        data=replace(
-            data,
-            train=_absolute(data.train, base),
-            mixture=tuple(replace(one, train=_absolute(one.train, base)) for one in data.mixture),
-            validation=_absolute(data.validation, base),
-            loader=replace(data.loader, cache_dir=_absolute(data.loader.cache_dir, base)),
-        ),
-        experts=replace(
-            experts,
-            spatial=_absolute(experts.spatial, base),
-            temporal=_absolute(experts.temporal, base),
-            audio=_absolute(experts.audio, base),
-        ),
-        start=None if start is None else replace(start, checkpoint=_absolute(start.checkpoint, base)),
-    )
-
-
-def _absolute(place: Place, base: Path) -> Place:
-    if place is None or "://" in place or is_hub_name(place):
-        return place
-    return str(base / place)
 
 
 class AttemptFailedError(CA2STError):
@@ -113,17 +81,6 @@ def train_on_worker(settings: dict[str, Any]) -> dict[str, str]:
 def node_name() -> str:
     """Return host name and address of this node."""
     return f"{socket.gethostname()} ({this_node().address})"
-
-
-def _begin(folder: LaunchFolder) -> tuple[int, Status | None]:
-    """Return, as rank 0 decides for all, the number of this attempt and whether the launch is over already."""
-    failure = read_failure(folder.run_dir)
-    over: Status | None = None
-    if failure is not None and failure.final and failure.launch == folder.name:
-        over = "failed"
-    elif folder.stop_signal():
-        over = "stopped"
-    return folder.num_attempts() + 1, over
 
 
 @contextlib.contextmanager
@@ -184,6 +141,17 @@ def preemption_notice() -> "PreemptionInfo | None":
     from ray.train.v2._internal.execution.context import get_train_context
 
     return get_train_context().preemption_context.preemption_info
+
+
+def _begin(folder: LaunchFolder) -> tuple[int, Status | None]:
+    """Return, as rank 0 decides for all, the number of this attempt and whether the launch is over already."""
+    failure = read_failure(folder.run_dir)
+    over: Status | None = None
+    if failure is not None and failure.final and failure.launch == folder.name:
+        over = "failed"
+    elif folder.stop_signal():
+        over = "stopped"
+    return folder.num_attempts() + 1, over
 
 
 def _notice() -> int:

@@ -76,7 +76,8 @@ def doctor(
 
 def _examine_machine(out: Path, tracking_uri: str | None, *, show: bool) -> "list[Finding]":
     from ray_jobs.console import result
-    from ray_jobs.doctor.examination import all_checks, examine
+    from ray_jobs.doctor.examination import all_checks
+    from ray_jobs.doctor.machine import examine
 
     findings = []
     for finding in examine(all_checks(out, tracking_uri=tracking_uri)):

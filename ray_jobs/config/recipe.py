@@ -7,7 +7,7 @@ recipe does not say has the default documented beside its field.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -387,6 +387,35 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
 
 
 _ADAPTER = TypeAdapter(Recipe)
+
+
+def with_places(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
+    """Return `recipe` with each path, URL and public name that it reads from replaced by ``change(key, place)``."""
+    data, experts, start = recipe.data, recipe.experts, recipe.start
+
+    def changed(key: str, place: str | None) -> str | None:
+        return None if place is None else change(key, place)
+
+    mixture = [
+        replace(one, train=change(f"data.mixture[{index}].train", one.train)) for index, one in enumerate(data.mixture)
+    ]
+    return replace(
+        recipe,
+        data=replace(
+            data,
+            train=changed("data.train", data.train),
+            mixture=tuple(mixture),
+            validation=changed("data.validation", data.validation),
+            loader=replace(data.loader, cache_dir=changed("data.loader.cache_dir", data.loader.cache_dir)),
+        ),
+        experts=replace(
+            experts,
+            spatial=changed("experts.spatial", experts.spatial),
+            temporal=changed("experts.temporal", experts.temporal),
+            audio=changed("experts.audio", experts.audio),
+        ),
+        start=None if start is None else replace(start, checkpoint=change("start.checkpoint", start.checkpoint)),
+    )
 
 
 def recipe_from_document(document: Mapping[str, Any]) -> Recipe:

@@ -1,9 +1,4 @@
-"""The examination of this machine and its services.
-
-MLflow's store, Ray's ports, and who listens.
-
-Everything the doctor tries, by name, in the order it is told.
-"""
+"""What works of this machine's services: MLflow's store, Ray, ports and who listens on them; and all that is tried."""
 
 import contextlib
 import os
@@ -11,27 +6,37 @@ import socket
 import sqlite3
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from functools import partial
+from importlib import metadata
 from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from ray_jobs.doctor import machine
-from ray_jobs.doctor import machine as devices
-from ray_jobs.doctor import machine as libraries
-from ray_jobs.doctor import machine as media
-from ray_jobs.doctor.machine import Check, Finding, tried
+from ray_jobs.doctor.machine import Check, Finding, check_folder, machine_checks
 from ray_jobs.environment import basic_authorization, default_tracking_uri, ray_auth_mode, tracking_authorization
 from ray_jobs.redaction import without_credentials
 from ray_jobs.tracking.client import sqlite_path
 
 _ANSWER_SECONDS = 5.0
 _LOOPBACK = "127.0.0.1"
+_PORTS = {"MLflow": 5000, "Ray": 6379, "Ray dashboard": 8265}
+
+
+def all_checks(runs: Path, *, tracking_uri: str | None = None) -> dict[str, Check]:
+    """Return what is tried, by name. `runs` is the folder that runs are written under."""
+    return {
+        **machine_checks(),
+        "disk runs": partial(check_folder, "disk runs", runs),
+        "mlflow": partial(check_tracking, tracking_uri or default_tracking_uri(runs), tracking_authorization()),
+        "ray": partial(check_ray, ray_auth_mode()),
+        "loopback": check_loopback,
+        "ports": partial(check_ports, _PORTS),
+        "listening": check_listening,
+    }
 
 
 def check_tracking(uri: str, authorization: str | None = None) -> Finding:
-    """The tracking store can be written: an SQLite file, or a server that answers within seconds.
+    """Check that the tracking store can be written: an SQLite file, or a server that answers within seconds.
 
     `authorization` is the header that a server is shown where the address itself holds no credentials.
     """
@@ -85,7 +90,7 @@ def _check_server(uri: str, authorization: str | None) -> Finding:
 
 
 def check_loopback() -> Finding:
-    """Processes of this machine can talk to each other: ranks and Ray need it."""
+    """Connect two ends of this machine: ranks and Ray need it."""
     with socket.socket() as server:
         server.bind((_LOOPBACK, 0))
         server.listen(1)
@@ -96,7 +101,7 @@ def check_loopback() -> Finding:
 
 
 def check_ports(ports: dict[str, int]) -> Finding:
-    """Which of the usual ports something already listens on."""
+    """Look which of the usual ports something already listens on."""
     taken = [f"{port} ({name})" for name, port in ports.items() if _is_taken(port)]
     return Finding(
         name="ports",
@@ -114,7 +119,7 @@ def _is_taken(port: int) -> bool:
 
 
 def check_listening() -> Finding:
-    """Which processes of ours other machines can talk to: Ray, for one, listens on every interface."""
+    """List our processes that other machines can talk to: Ray, for one, listens on every interface."""
     import psutil  # type: ignore[import-untyped]  # it ships no stubs
 
     ports: dict[str, set[int]] = {}
@@ -129,15 +134,13 @@ def check_listening() -> Finding:
 
 
 def _is_loopback(address: str) -> bool:
-    """Also of an IPv4 address as IPv6 sockets write it: ``::ffff:127.0.0.1``."""
+    """Return whether an address is of this machine alone, also as IPv6 sockets write it: ``::ffff:127.0.0.1``."""
     found = ip_address(address)
     return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 def check_ray(auth_mode: str | None) -> Finding:
-    """Ray is there, and whether a cluster started here asks for a token."""
-    from importlib import metadata
-
+    """Check that Ray is there, and whether a cluster started here asks for a token."""
     version = metadata.version("ray")
     ok = auth_mode == "token"
     return Finding(
@@ -147,42 +150,3 @@ def check_ray(auth_mode: str | None) -> Finding:
         mend="export RAY_AUTH_MODE=token before `ray start`: without it anybody who reaches the cluster can run jobs",
         needed=False,
     )
-
-
-_PORTS = {"MLflow": 5000, "Ray": 6379, "Ray dashboard": 8265}
-
-
-def all_checks(runs: Path, *, tracking_uri: str | None = None) -> dict[str, Check]:
-    """What is tried, by name. `runs` is the folder that runs are written under."""
-    return {
-        **machine_checks(),
-        "disk runs": partial(machine.check_folder, "disk runs", runs),
-        "mlflow": partial(check_tracking, tracking_uri or default_tracking_uri(runs), tracking_authorization()),
-        "ray": partial(check_ray, ray_auth_mode()),
-        "loopback": check_loopback,
-        "ports": partial(check_ports, _PORTS),
-        "listening": check_listening,
-    }
-
-
-def machine_checks() -> dict[str, Check]:
-    """What is tried on every machine that trains."""
-    return {
-        "packages": libraries.check_packages,
-        "torch": libraries.check_torch_family,
-        "gpu": devices.check_gpu,
-        "dali cpu": media.check_dali,
-        **media.video_checks(),
-        "audio aac": media.check_audio,
-        "processor": machine.check_processor,
-        "memory": machine.check_memory,
-        "shared memory": machine.check_shared_memory,
-        "open files": machine.check_open_files,
-        "c++ compiler": machine.check_compiler,
-    }
-
-
-def examine(checks: dict[str, Check]) -> Iterator[Finding]:
-    """The finding of each check, as it comes."""
-    for name, check in checks.items():
-        yield tried(check, name=name)

@@ -1,28 +1,18 @@
-"""What works on this machine: libraries, devices, media, disk.
-
-What an examination says of one thing.
-
-Processors, memory, disks and limits of this machine.
-
-What the GPUs of this machine can do, tried on each of them.
-
-Are the installed packages those that the project was made for?
-
-Which codecs are read and written here, tried on a few frames.
+"""What works on this machine, tried: libraries, GPUs, media, memory, disk.
 
 Libraries are imported inside the checks: one that is missing is a finding of its own check, not the end of all.
 """
 
-import contextlib
 import io
 import os
 import platform
 import resource
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +22,18 @@ from ca2st.processes import num_cores
 if TYPE_CHECKING:
     import numpy as np
     from packaging.requirements import Requirement
+
+_GIB = 2**30
+_LEAST_DISK_BYTES = 5 * _GIB
+_LEAST_MEMORY_BYTES = 4 * _GIB
+_LEAST_SHARED_BYTES = 64 * 2**20
+_LEAST_OPEN_FILES = 1024
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_INSTALL = "make install, or pip install --require-hashes -r requirements.lock"
+_ENCODERS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9", "mjpeg": "mjpeg"}
+_QUIET = {"libx265": {"x265-params": "log-level=none"}}
+_NUM_FRAMES, _SIZE = 4, 64
+_FIX = "install the PyAV wheel of requirements.lock: it carries FFmpeg with all of these"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,36 +56,42 @@ class Finding:
 Check = Callable[[], Finding]
 
 
-def tried(check: Check, *, name: str) -> Finding:
-    """The finding of `check`; whatever it raises becomes a finding that is not ok."""
-    try:
-        return check()
-    except Exception as error:  # noqa: BLE001 - a broken library may raise anything, and that is what is asked
-        return Finding(
-            name=name,
-            ok=False,
-            what=f"{type(error).__name__}: {error}",
-            mend="install the package again in a fresh environment (make install)",
-        )
+def machine_checks() -> dict[str, Check]:
+    """Return what is tried on every machine that trains, by name."""
+    return {
+        "packages": check_packages,
+        "torch": check_torch_family,
+        "gpu": check_gpu,
+        "dali cpu": check_dali,
+        **{f"video {codec}": partial(check_video, codec) for codec in _ENCODERS},
+        "audio aac": check_audio,
+        "processor": check_processor,
+        "memory": check_memory,
+        "shared memory": check_shared_memory,
+        "open files": check_open_files,
+        "c++ compiler": check_compiler,
+    }
 
 
-_GIB = 2**30
-_LEAST_DISK_BYTES = 5 * _GIB
-_LEAST_MEMORY_BYTES = 4 * _GIB
-_LEAST_SHARED_BYTES = 64 * 2**20
-_LEAST_OPEN_FILES = 1024
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+def examine(checks: dict[str, Check]) -> Iterator[Finding]:
+    """Yield the finding of each check, as it comes; whatever a check raises becomes a finding that is not ok."""
+    for name, check in checks.items():
+        try:
+            yield check()
+        except Exception as error:  # noqa: BLE001 - a broken library may raise anything, and that is what is asked
+            fix = "install the package again in a fresh environment (make install)"
+            yield Finding(name=name, ok=False, what=f"{type(error).__name__}: {error}", mend=fix)
 
 
 def check_processor() -> Finding:
-    """Cores this process may use."""
+    """Count the cores this process may use."""
     from ca2st.benchmark.measure import machine
 
     return Finding(name="processor", ok=True, what=f"{num_cores()} cores, {machine('cpu').processor}")
 
 
 def check_memory() -> Finding:
-    """Memory this process may use, a container's limit included."""
+    """Measure the memory this process may use, a container's limit included."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [int(text) for path in _CGROUP_LIMITS if path.is_file() and (text := path.read_text().strip()).isdigit()]
     usable = min([total, *limits])
@@ -96,7 +104,7 @@ def check_memory() -> Finding:
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm")) -> Finding:  # noqa: S108 - the place is what is asked about
-    """Ray's object store lives there."""
+    """Measure the room of Ray's object store."""
     free = shutil.disk_usage(folder).free
     return Finding(
         name="shared memory",
@@ -108,18 +116,18 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Finding:  # noqa: S1
 
 
 def check_open_files() -> Finding:
-    """How many files a process may hold open: shards, sockets of Ray."""
+    """Check how many files a process may hold open: shards, sockets of Ray."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return Finding(
         name="open files",
         ok=soft >= _LEAST_OPEN_FILES or soft == resource.RLIM_INFINITY,
-        what=f"{soft} a process (at most {hard})",
+        what=f"{soft} per process (at most {hard})",
         mend="ulimit -n 65536 before the command, or LimitNOFILE= of the service",
     )
 
 
 def check_folder(name: str, folder: Path) -> Finding:
-    """A file can be written and linked in `folder` (or the nearest parent that is there), and there is room."""
+    """Write and link a file in `folder` (or the nearest parent that is there), and measure its room."""
     place = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
     free = shutil.disk_usage(place).free
     try:
@@ -144,7 +152,7 @@ def check_folder(name: str, folder: Path) -> Finding:
 
 
 def check_compiler() -> Finding:
-    """torch.compile on a CPU needs a C++ compiler."""
+    """Look for a C++ compiler, which torch.compile needs on a CPU."""
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     return Finding(
         name="c++ compiler",
@@ -156,7 +164,7 @@ def check_compiler() -> Finding:
 
 
 def check_gpu() -> Finding:
-    """Torch computes on every CUDA device, in bfloat16 too."""
+    """Compute on every CUDA device, in bfloat16 too."""
     import torch
 
     name = "gpu"
@@ -181,11 +189,8 @@ def check_gpu() -> Finding:
     return Finding(name=name, ok=True, what="; ".join(found))
 
 
-_INSTALL = "make install, or pip install --require-hashes -r requirements.lock"
-
-
 def check_packages() -> Finding:
-    """Every direct dependency is there, in a version that ours asks for."""
+    """Compare every direct dependency with the version that ours asks for."""
     from packaging.requirements import Requirement
 
     asked = [Requirement(text) for text in metadata.requires("ca2st") or ()]
@@ -208,7 +213,7 @@ def _problem(wanted: "Requirement") -> str | None:
 
 
 def check_torch_family() -> Finding:
-    """torch, torchvision and torchaudio import together and were built for one CUDA version."""
+    """Import torch, torchvision and torchaudio together: they must be built for one CUDA version."""
     import torch
     import torchaudio
     import torchvision
@@ -218,26 +223,6 @@ def check_torch_family() -> Finding:
     return Finding(name="torch", ok=True, what=f"{found}, CUDA {torch.version.cuda or 'none'}")
 
 
-def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of Python and of those of `packages` that are installed."""
-    found = {"python": platform.python_version()}
-    for name in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-_ENCODERS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9", "mjpeg": "mjpeg"}
-_QUIET = {"libx265": {"x265-params": "log-level=none"}}
-_NUM_FRAMES, _SIZE = 4, 64
-_MEND = "install the PyAV wheel of requirements.lock: it carries FFmpeg with all of these"
-
-
-def video_checks() -> dict[str, Check]:
-    """One round trip a codec."""
-    return {f"video {codec}": lambda codec=codec: check_video(codec) for codec in _ENCODERS}  # type: ignore[misc]
-
-
 def check_video(codec: str) -> Finding:
     """Encode a few frames, decode them again, compare."""
     import av
@@ -245,16 +230,16 @@ def check_video(codec: str) -> Finding:
 
     name, encoder = f"video {codec}", _ENCODERS[codec]
     if encoder not in av.codecs_available:
-        return Finding(name=name, ok=False, what=f"no encoder {encoder}", mend=_MEND, needed=codec == "mjpeg")
+        return Finding(name=name, ok=False, what=f"no encoder {encoder}", mend=_FIX, needed=codec == "mjpeg")
     frames = _frames()
     with av.open(io.BytesIO(_encoded(encoder, frames)), "r") as container:
         found = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     if len(found) != len(frames):
-        return Finding(name=name, ok=False, what=f"{len(frames)} frames in, {len(found)} out", mend=_MEND)
+        return Finding(name=name, ok=False, what=f"{len(frames)} frames in, {len(found)} out", mend=_FIX)
     error = float(np.abs(np.stack(found).astype(float) - frames).mean())
     ok = error < 16
     return Finding(
-        name=name, ok=ok, what=f"{encoder} and back: {error:.1f} of 255 off on average", mend="" if ok else _MEND
+        name=name, ok=ok, what=f"{encoder} and back: {error:.1f} of 255 off on average", mend="" if ok else _FIX
     )
 
 
@@ -276,12 +261,12 @@ def check_audio() -> Finding:
         found = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
     ok = len(found) >= rate and float(np.abs(found).max()) > 0.5
     return Finding(
-        name="audio aac", ok=ok, what=f"{rate} samples in, {len(found)} out", mend="" if ok else _MEND, needed=False
+        name="audio aac", ok=ok, what=f"{rate} samples in, {len(found)} out", mend="" if ok else _FIX, needed=False
     )
 
 
 def check_dali() -> Finding:
-    """DALI decodes a JPEG on the CPU, as training does, to the pixels of Pillow."""
+    """Decode a JPEG by DALI on the CPU, as training does, and compare with the pixels of Pillow."""
     from pipelines.decode.backends import dali_is_installed
 
     name, mend = "dali cpu", "pip install nvidia-dali-cuda130==2.4.0; until then the slower reference backend is used"

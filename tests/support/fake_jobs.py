@@ -30,10 +30,15 @@ class FakeJobs:
     connections: list[tuple[Sequence[str], Exception | None]] = field(default_factory=list)
     answers: list[FakeDetails | Exception] = field(default_factory=list)
     sent: list[dict[str, Any]] = field(default_factory=list)
-    archives: list[bytes] = field(default_factory=list)
+    files: list[dict[str, str]] = field(default_factory=list)
+    """Of each job's working directory."""
+    modules: list[dict[str, set[str]]] = field(default_factory=list)
+    """What each job's `py_modules` are called and hold."""
 
     def submit_job(self, **request: Any) -> str:
-        self.archives.append(Path(request["runtime_env"]["working_dir"]).read_bytes())
+        folder, modules = Path(request["runtime_env"]["working_dir"]), map(Path, request["runtime_env"]["py_modules"])
+        self.files.append({str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.*")})
+        self.modules.append({one.name: {path.name for path in one.iterdir()} for one in modules})
         self.sent.append(request)
         return str(request["submission_id"])
 

@@ -6,8 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
+import venv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,13 +34,22 @@ class RayHead:
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
 
 
+def bare_python(folder: Path) -> str:
+    """Make an interpreter with all that this one has but ca2st, as on a node to which a job brings it."""
+    venv.create(folder, symlinks=True)
+    here, there = (Path(sysconfig.get_path("purelib", vars={"base": str(base)})) for base in (sys.prefix, folder))
+    for path in here.iterdir():
+        if not path.name.startswith(("ca2st", "__editable__")):
+            (there / path.name).symlink_to(path)
+    return str(folder / "bin" / "python")
+
+
 @contextmanager
-def ray_head(*, num_cpus: int) -> Iterator[RayHead]:
+def ray_head(*, num_cpus: int, python: str = sys.executable) -> Iterator[RayHead]:
     """Start a cluster that asks for a token; end it, and nothing else, with the block."""
     port, token = _free_port(), secrets.token_hex(16)
     head = RayHead(address=f"http://127.0.0.1:{port}", token=token)
     variables = os.environ | head.client_variables | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    program = str(Path(sys.executable).with_name("ray"))
     options = (
         "--dashboard-host=127.0.0.1",
         f"--dashboard-port={port}",
@@ -51,7 +62,18 @@ def ray_head(*, num_cpus: int) -> Iterator[RayHead]:
         log = Path(folder) / "start.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [program, "start", "--head", "--block", "--disable-usage-stats", f"--temp-dir={folder}", *options],
+                [
+                    python,
+                    "-P",
+                    "-m",
+                    "ray.scripts.scripts",
+                    "start",
+                    "--head",
+                    "--block",
+                    "--disable-usage-stats",
+                    f"--temp-dir={folder}",
+                    *options,
+                ],
                 env=variables,
                 stdout=output,
                 stderr=output,

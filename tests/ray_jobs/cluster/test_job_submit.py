@@ -1,7 +1,6 @@
-"""A training sent to a real Ray cluster as a job, with a worker killed on the way."""
+"""A training sent to a real Ray cluster as a job, with a worker killed on the way; the nodes have no ca2st."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import pytest
 import requests
 
 from ray_jobs.environment import git_state
-from ray_jobs.tracking.events import read_state
-from support.ray_head import RayHead, ray_head
+from ray_jobs.tracking.state import read_state
+from support.ray_head import RayHead, bare_python, ray_head
 from support.tiny_runs import ca2st, journal, make_tiny_run, sequence
 
 pytestmark = pytest.mark.cluster
@@ -19,16 +18,21 @@ UNAUTHORIZED = 401
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[RayHead]:
-    with ray_head(num_cpus=2) as head:
+def python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return bare_python(tmp_path_factory.mktemp("bare") / "venv")
+
+
+@pytest.fixture(scope="module")
+def cluster(python: str) -> Iterator[RayHead]:
+    with ray_head(num_cpus=2, python=python) as head:
         yield head
 
 
 def test_t1_a_job_whose_worker_is_killed_ends_with_the_losses_of_two_plain_processes(
-    cluster: RayHead, tmp_path: Path
+    cluster: RayHead, python: str, tmp_path: Path
 ) -> None:
     recipe = make_tiny_run(tmp_path)
-    command = (*("submit", recipe, "--address", cluster.address, "--python", sys.executable, "--json"), *NO_TRACKING)
+    command = (*("submit", recipe, "--address", cluster.address, "--python", python, "--json"), *NO_TRACKING)
     training = (*command, "--out", tmp_path / "job", "--workers", 2)
     done = ca2st(*training, "--env", "CA2ST_FAULT", fault="step.logged:5:kill", environment=cluster.client_variables)
     assert done.returncode == 0, done.stderr

@@ -9,11 +9,10 @@ import pytest
 
 from ca2st.errors import EnvironmentFault
 from ray_jobs.cluster import node_check
-from ray_jobs.cluster.driver import check_demand, demand_of, hosts, most_workers
+from ray_jobs.cluster.driver import check_demand, demand_of, hosts, most_workers, with_absolute_paths
 from ray_jobs.cluster.every_node import Node, NodeFailure
-from ray_jobs.cluster.node_check import NodeFacts, StorageLook, check_training_nodes, look_at_data, unseen_tokens
+from ray_jobs.cluster.node_check import NodeFacts, check_training_nodes, look_at_data, unseen_tokens
 from ray_jobs.cluster.supervision import LaunchFolder
-from ray_jobs.cluster.worker_life import with_absolute_paths
 from ray_jobs.config.recipe import ExpertsConfig, LaunchConfig, MixtureSet, StartConfig, recipe_document
 from ray_jobs.config.recipe_file import load_recipe
 
@@ -102,7 +101,7 @@ def test_relative_paths_of_a_recipe_mean_the_same_in_a_worker_which_runs_elsewhe
 # --- J2, J4, J5: the same code, data and folder everywhere
 
 MINE = NodeFacts(versions={"python": "3.11", "torch": "2.9"}, data={"train": "f1"})
-LOOKS = {"this process": StorageLook(), BIG.name: StorageLook(), SMALL.name: StorageLook()}
+SHARED = {"this process": "", BIG.name: "", SMALL.name: ""}
 
 
 @pytest.fixture
@@ -110,10 +109,10 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]
     """Have BIG find what this process finds and SMALL something else; return the refusal."""
     folder = LaunchFolder.make(tmp_path / "mine", "run")
 
-    def check(small: NodeFacts | NodeFailure, looks: dict[str, StorageLook] = LOOKS) -> str:
+    def check(small: NodeFacts | NodeFailure, storage: dict[str, str] = SHARED) -> str:
         monkeypatch.setattr(node_check, "look_at_data", lambda _recipe: MINE)
         monkeypatch.setattr(node_check, "ask_every_node", lambda *_, **__: {BIG: MINE, SMALL: small})
-        monkeypatch.setattr(node_check, "look_at_storage", lambda *_: looks)
+        monkeypatch.setattr(node_check, "try_storage", lambda *_: storage)
         try:
             check_training_nodes({}, folder.path, [BIG, SMALL])
         except EnvironmentFault as refusal:
@@ -140,17 +139,17 @@ def test_j5_a_package_that_a_node_lacks_is_another_version(check: Callable[..., 
 
 
 def test_j4_a_run_folder_that_is_not_shared_is_refused_with_the_node(check: Callable[..., str], tmp_path: Path) -> None:
-    told = check(MINE, {**LOOKS, SMALL.name: StorageLook(unseen=("this process",))})
+    told = check(MINE, {**SHARED, SMALL.name: "does not see the file of this process"})
     assert "  10.0.0.3 (cccccccc)  does not see the file of this process\n" in told
     assert f"mount the same storage at {tmp_path}/mine on every node" in told
     assert f"  this process  does not see the file of {SMALL}" in check(
-        MINE, {**LOOKS, "this process": StorageLook(unseen=(SMALL.name,))}
+        MINE, {**SHARED, "this process": f"does not see the file of {SMALL}"}
     )
 
 
 def test_j4_a_run_folder_that_cannot_be_written_is_refused_with_the_reason(check: Callable[..., str]) -> None:
     problem = "cannot write /shared: Read-only"
-    assert f"  10.0.0.3 (cccccccc)  {problem}\n" in check(MINE, {**LOOKS, SMALL.name: StorageLook(problem=problem)})
+    assert f"  10.0.0.3 (cccccccc)  {problem}\n" in check(MINE, {**SHARED, SMALL.name: problem})
 
 
 def test_j2_data_that_one_node_lacks_names_the_node(check: Callable[..., str]) -> None:
@@ -185,10 +184,10 @@ def test_j4_every_node_and_the_driver_read_what_the_others_wrote(
         return found
 
     monkeypatch.setattr(node_check, "ask_every_node", answers)
-    assert node_check.look_at_storage(str(tmp_path), [BIG, SMALL]) == {
-        "this process": StorageLook(unseen=(SMALL.name,)),
-        BIG.name: StorageLook(unseen=(SMALL.name,)),
-        SMALL.name: StorageLook(unseen=("this process", BIG.name)),
+    assert node_check.try_storage(str(tmp_path), [BIG, SMALL]) == {
+        "this process": f"does not see the file of {SMALL}",
+        BIG.name: f"does not see the file of {SMALL}",
+        SMALL.name: f"does not see the file of this process, does not see the file of {BIG}",
     }
     assert list(tmp_path.iterdir()) == []
 

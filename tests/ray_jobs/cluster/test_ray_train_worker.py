@@ -3,6 +3,7 @@
 import contextlib
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from ca2st.errors import DataDamageError
 from ca2st.training.errors import PeerFailedError, StopNotSavedError, TerminatedError
 from ray_jobs.cluster import supervision as lost_workers
 from ray_jobs.cluster import worker_life
-from ray_jobs.cluster.driver import demand_of
+from ray_jobs.cluster.driver import Fleet, demand_of
 from ray_jobs.cluster.every_node import Node
 from ray_jobs.cluster.supervision import LaunchFolder, LostWorkers, death_record, died_of
 from ray_jobs.config.recipe import LaunchConfig
+from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.console import say
 from ray_jobs.runs.failures import read_failure
 from ray_jobs.runs.worker import Job, Outcome
@@ -246,12 +248,15 @@ def test_t2_a_cluster_that_does_not_answer_ends_no_run_that_can_go_on(
 def test_t2_ray_gets_the_resources_placement_and_restarts_of_the_recipe(
     tmp_path: Path, launch: LaunchConfig, num_workers: object, resources: dict[str, float]
 ) -> None:
-    from ray_jobs.cluster.driver import make_trainer
-
-    folder, demand = LaunchFolder.make(tmp_path, "run"), demand_of(launch, [])
-    trainer = make_trainer(
-        Job(recipe={}, run_dir=str(tmp_path)), launch, demand, folder, has_dashboard=False, timeout_seconds=70.0
-    )
+    smoke = load_recipe("smoke", ["training.collective_timeout_seconds=70"])
+    folder = LaunchFolder.make(tmp_path, "run")
+    trainer = Fleet(
+        recipe=replace(smoke, launch=launch),
+        job=Job(recipe={}, run_dir=str(tmp_path)),
+        demand=demand_of(launch, []),
+        folder=folder,
+        has_dashboard=False,
+    ).trainer()
     scaling, run_config = trainer.scaling_config, trainer.run_config
     assert scaling.num_workers == num_workers
     assert scaling.resources_per_worker == resources

@@ -5,12 +5,10 @@ import re
 import shlex
 import socket
 import time
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from io import BytesIO
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -41,11 +39,6 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def files_of(archive: bytes) -> dict[str, bytes]:
-    with zipfile.ZipFile(BytesIO(archive)) as opened:
-        return {name: opened.read(name) for name in opened.namelist()}
-
-
 def test_the_job_trains_as_the_command_would(recipe: Path) -> None:
     settings = ("launch.workers=2", "training.epochs=8", "name=it's mine")
     job = prepared(
@@ -58,16 +51,16 @@ def test_the_job_trains_as_the_command_would(recipe: Path) -> None:
             python="/opt/venv/bin/python",
         )
     )
-    assert shlex.split(job.request.entrypoint) == [
+    assert shlex.split(job.entrypoint) == [
         *("exec", "/opt/venv/bin/python", "-m", "ray_jobs.cli", "train", "submitted_recipe/tiny.toml"),
         *("--set", "launch.workers=2", "--set", "training.epochs=8", "--set", "name=it's mine"),
         *("--ray", "--ray-address", "auto", "--out", "/shared/runs/first"),
     ]
-    assert job.request.submission_id.startswith("ca2st-it-s-mine-20")
-    assert job.request.submission_id != job.new_id()
-    assert job.request.env_vars["CA2ST_FAULT"] == "none"
-    assert int(job.request.env_vars["RAY_JOB_STOP_WAIT_TIME_S"]) > load_recipe(str(recipe)).training.grace_seconds
-    assert files_of(job.archive) == {"submitted_recipe/tiny.toml": recipe.read_bytes()}
+    assert job.submission_id.startswith("ca2st-it-s-mine-20")
+    assert job.submission_id != job.again().submission_id
+    assert job.env_vars["CA2ST_FAULT"] == "none"
+    assert int(job.env_vars["RAY_JOB_STOP_WAIT_TIME_S"]) > load_recipe(str(recipe)).training.grace_seconds
+    assert (job.recipe_text, job.modules) == (recipe.read_text(), ())
 
 
 def test_variables_are_passed_by_name_over_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +108,7 @@ def test_j4_a_run_folder_that_the_job_would_lose_is_refused(recipe: Path, out: s
     with pytest.raises(UserInputError, match=r"run folder runs/\w+: expected an absolute path on storage.*--out"):
         prepared(choices(recipe, out=out))
     job = prepared(choices(recipe, "launch.runs_folder='/shared/runs'", out=None))
-    assert job.request.run_dir == "/shared/runs/tiny"
+    assert job.run_dir == "/shared/runs/tiny"
 
 
 def test_j2_places_that_only_this_machine_knows_are_refused_all_at_once(recipe: Path) -> None:

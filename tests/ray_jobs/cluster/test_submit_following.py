@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +95,20 @@ def test_t15_a_job_whose_driver_is_killed_is_sent_again_under_a_new_id(job: Any)
     )
     shown: list[str] = []
     ended = send_and_follow(
-        jobs, job.request, job.archive, show=shown.append, new_id=lambda: "again", num_resubmits=1, patience=AT_ONCE
+        jobs,
+        job,
+        show=shown.append,
+        again=lambda: replace(job, submission_id="again"),
+        num_resubmits=1,
+        patience=AT_ONCE,
     )
-    assert ended.submission_id == "again"
+    assert exit_code(ended) == 0
     assert shown == ["first\n", "second\n"]
     first, second = jobs.sent
-    assert first["submission_id"] == job.request.submission_id
+    assert (first["submission_id"], second["submission_id"]) == (job.submission_id, "again")
     assert first["entrypoint"] == second["entrypoint"]
-    assert first["runtime_env"]["env_vars"] == job.request.env_vars
-    assert jobs.archives == [job.archive] * 2
+    assert first["runtime_env"]["env_vars"] == job.env_vars
+    assert jobs.files == [{"submitted_recipe/tiny.toml": job.recipe_text}] * 2
 
 
 @pytest.mark.parametrize(("end", "num_resubmits"), [(details("FAILED", -9), 0), (details("FAILED", 3), 5)])
@@ -110,11 +116,11 @@ def test_a_job_that_fails_by_itself_or_too_often_is_not_sent_again(
     job: Any, end: FakeDetails, num_resubmits: int
 ) -> None:
     jobs = FakeJobs(connections=[([], None)], answers=[end])
-    with pytest.raises(JobFailedError, match=job.request.submission_id):
+    with pytest.raises(JobFailedError, match=job.submission_id):
         send_and_follow(
-            *(jobs, job.request, job.archive),
+            *(jobs, job),
             show=lambda _: None,
-            new_id=lambda: pytest.fail("sent again"),
+            again=lambda: pytest.fail("sent again"),
             num_resubmits=num_resubmits,
             patience=AT_ONCE,
         )

@@ -7,7 +7,7 @@ import pytest
 
 from ca2st.errors import UserInputError
 from ray_jobs import environment
-from ray_jobs.cluster import submission as preparation
+from ray_jobs.cluster import submission
 from ray_jobs.cluster.submission import Choices, prepared
 from support.tiny_runs import RECIPE
 
@@ -42,13 +42,12 @@ def variables(checkout: Path, **choices: object) -> dict[str, str]:
     """Of the job that is sent from `checkout`."""
     named = {"out": Path("/shared/run"), "variables": {}} | choices
     job = prepared(Choices(recipe=str(checkout / "tiny.toml"), **named))  # type: ignore[arg-type]  # its fields
-    return dict(job.request.env_vars)
+    return dict(job.env_vars)
 
 
 @pytest.fixture(autouse=True)
-def small_wheel(monkeypatch: pytest.MonkeyPatch, checkout: Path) -> None:
-    """Building one takes seconds; the command is given in the checkout."""
-    monkeypatch.setattr(preparation, "project_wheel", lambda _: None)
+def in_checkout(monkeypatch: pytest.MonkeyPatch, checkout: Path) -> None:
+    """The command is given in the checkout."""
     monkeypatch.chdir(checkout)
     monkeypatch.delenv("CA2ST_GIT", raising=False)
 
@@ -80,7 +79,7 @@ def test_nothing_is_told_of_a_package_that_does_not_come_from_here(
 ) -> None:
     assert "CA2ST_GIT" in variables(checkout)
     assert "CA2ST_GIT" not in variables(checkout, package=False)
-    monkeypatch.setattr(preparation, "read_wheel", lambda _: None)
+    monkeypatch.setattr(submission, "checked_wheel", lambda path: path)
     assert "CA2ST_GIT" not in variables(checkout, wheel=Path("other.whl"))
     monkeypatch.chdir(elsewhere)
     assert "CA2ST_GIT" not in variables(checkout)

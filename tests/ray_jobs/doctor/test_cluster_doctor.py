@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from ca2st import __version__
 from ca2st.errors import EnvironmentFault, UserInputError
 from ray_jobs.cli import app
 from ray_jobs.cluster import node_check
@@ -20,7 +21,6 @@ from ray_jobs.cluster.node_check import (
     ClockReading,
     Door,
     NodeFacts,
-    StorageLook,
     judge_clocks,
     judge_gpus,
     judge_reach,
@@ -98,10 +98,10 @@ def test_a_clock_is_judged_by_what_is_certain_and_needed_only_when_far_off() -> 
 
 
 def test_j4_storage_that_is_not_shared_names_both_nodes() -> None:
-    looks = {A: StorageLook(), B: StorageLook(unseen=(A, C)), C: StorageLook(problem="no such folder")}
-    assert told(judge_storage("/runs", looks)) == [
+    problems = {A: "", B: f"does not see the file of {A}", C: "no such folder"}
+    assert told(judge_storage("/runs", problems)) == [
         ("storage /runs", True, "written, and read what all others wrote", A),
-        ("storage /runs", False, f"does not see the file of {A}, does not see the file of {C}", B),
+        ("storage /runs", False, f"does not see the file of {A}", B),
         ("storage /runs", False, "no such folder", C),
     ]
 
@@ -183,13 +183,13 @@ def test_options_of_the_other_examination_are_refused(options: list[str], told: 
 def test_a_node_examines_itself_and_signs_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_check, "this_node", lambda: Node(address="10.0.0.1", node_id="aabbccddeeff"))
     one = Finding(name="memory", ok=True, what="1 GiB usable")
-    monkeypatch.setattr("ray_jobs.doctor.examination.machine_checks", lambda: {"memory": lambda: one})
-    report = node_check.examine_machine(("ca2st", "no-such-package"))
+    monkeypatch.setattr(node_check, "machine_checks", lambda: {"memory": lambda: one})
+    report = node_check.examine_machine()
     assert [(found.name, found.node) for found in report.findings] == [
         ("memory", "10.0.0.1 (aabbccdd)"),
         ("disk temporary", "10.0.0.1 (aabbccdd)"),
     ]
-    assert set(report.versions) == {"python", "ca2st"}
+    assert report.versions["ca2st"] == __version__
 
 
 def test_a_node_without_some_packages_still_tells_everything_else() -> None:
@@ -198,16 +198,16 @@ def test_a_node_without_some_packages_still_tells_everything_else() -> None:
         "sys.modules |= dict.fromkeys(('torch', 'av', 'packaging'))\n"
         "from ray_jobs.cluster import node_check\n"
         "node_check.this_node = lambda: node_check.Node(address='x', node_id='aabbccddeeff')\n"
-        "report = node_check.examine_machine(('ca2st', 'no-such-package'))\n"
+        "report = node_check.examine_machine()\n"
         "findings = (f'{one.name}: {one.ok}' for one in report.findings)\n"
-        "print(report.num_gpus, sorted(report.versions), *findings, sep=';')\n"
+        "print(report.num_gpus, report.versions['ca2st'], *findings, sep=';')\n"
         "print(*(one.what for one in report.findings if one.name in ('torch', 'audio aac')), sep='|')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     facts, why = done.stdout.splitlines()
-    num_gpus, versions, *findings = facts.split(";")
-    assert (num_gpus, versions) == ("0", "['ca2st', 'python']")
+    num_gpus, version, *findings = facts.split(";")
+    assert (num_gpus, version) == ("0", __version__)
     assert {"packages: False", "torch: False", "video h264: False", "audio aac: False"} < set(findings)
     assert {"memory: True", "open files: True", "disk temporary: True"} < set(findings)
     assert [one.partition(" halted")[0] for one in why.split("|")] == [

@@ -19,8 +19,8 @@ from ray_jobs.doctor import examination as services
 from ray_jobs.doctor import machine
 from ray_jobs.doctor import machine as libraries
 from ray_jobs.doctor import machine as media
-from ray_jobs.doctor.examination import all_checks, examine
-from ray_jobs.doctor.machine import Finding, tried
+from ray_jobs.doctor.examination import all_checks
+from ray_jobs.doctor.machine import Finding, examine
 from ray_jobs.environment import basic_authorization
 
 
@@ -45,7 +45,7 @@ def test_a_check_that_breaks_is_a_finding_with_its_error() -> None:
     def broken() -> Finding:
         raise ImportError("libcudart.so.13: cannot open shared object file")
 
-    finding = tried(broken, name="torch")
+    (finding,) = examine({"torch": broken})
     assert (finding.name, finding.ok) == ("torch", False)
     assert "ImportError: libcudart.so.13" in finding.what
 
