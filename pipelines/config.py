@@ -10,6 +10,7 @@ import torch
 from ca2st.errors import UserInputError, check_choice
 from ca2st.spec import ClipSpec
 from pipelines.augment.config import AugmentConfig
+from pipelines.errors import check_range
 from pipelines.order.plan import SamplePlan
 from pipelines.order.selection import OrderConfig, PlanRecord, SetShare, default_num_lanes
 from pipelines.order.sources import make_sources, plain_source
@@ -79,16 +80,13 @@ class LoaderConfig:
         check_choice("loader.decode_on", self.decode_on, get_args(DecodeOn))
         check_choice("loader.on_error", self.on_error, get_args(OnError))
         check_choice("loader.verify", self.verify, get_args(Verify))
-        least = {"num_lanes": 1, "shuffle_block": 1, "fetch_threads": 1, "decode_threads": 1, "prefetch_steps": 0}
-        least |= {"cache_bytes": 1, "quarantine_budget": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserInputError(f"loader.{name}: expected at least {low}, found {value}")
+        check_range(
+            self, "loader.", "num_lanes", "shuffle_block", "fetch_threads", "decode_threads", "cache_bytes", low=1
+        )
+        check_range(self, "loader.", "prefetch_steps", "quarantine_budget", low=0)
+        check_range(self, "loader.", "quarantine_percent", low=0, high=100)
         if not self.stall_timeout_seconds > 0:
             raise UserInputError(f"loader.stall_timeout_seconds: expected > 0, found {self.stall_timeout_seconds}")
-        if not 0 <= self.quarantine_percent <= 100:
-            raise UserInputError(f"loader.quarantine_percent: expected 0 to 100, found {self.quarantine_percent}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,6 @@
-"""Errors of the loader; exit codes come from `ca2st.errors`."""
+"""Errors of the loader, and the checks of its settings; exit codes come from `ca2st.errors`."""
+
+import math
 
 from ca2st.errors import CA2STError, DataDamageError, EnvironmentFault, UserInputError
 
@@ -28,3 +30,24 @@ class LoaderStalledError(EnvironmentFault):
 
 class QuarantineBudgetError(DataDamageError):
     """More samples are damaged than the quarantine's budget allows; names some."""
+
+
+def check_range(settings: object, section: str, *names: str, low: int, high: int | None = None) -> None:
+    """Refuse settings outside `low` to `high`; None is none.
+
+    Raises:
+        UserInputError: names the setting in its section, and what is expected.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            expected = f"at least {low}" if high is None else f"{low}..{high}"
+            raise UserInputError(f"{section}{name}: expected {expected}, found {value}")
+
+
+def check_intervals(settings: object, section: str, *names: str) -> None:
+    """Refuse pairs that are no interval of positive numbers; raises as `check_range`."""
+    for name in names:
+        low, high = getattr(settings, name)
+        if not 0 < low <= high < math.inf:
+            raise UserInputError(f"{section}{name}: expected 0 < low <= high, both finite, found ({low}, {high})")

@@ -26,6 +26,7 @@ from pipelines.augment.erasing import ErasedBox
 from pipelines.augment.mixing import MixingDraws, PairMixing
 from pipelines.augment.rand_augment import NUMBERS_PER_OPERATION, ImageAugment, parse_rand_augment
 from pipelines.augment.spectrogram import UNCHANGED, SpectrogramDraw
+from pipelines.errors import check_range
 from pipelines.keyed_random import Key, uniforms
 
 Scheme = Literal["dense", "uniform"]
@@ -52,8 +53,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         check_choice("sampling.scheme", self.scheme, get_args(Scheme))
         check_choice("sampling.short_clip", self.short_clip, get_args(ShortClip))
-        if self.frame_stride < 1:
-            raise UserInputError(f"sampling.frame_stride: expected at least 1, found {self.frame_stride}")
+        check_range(self, "sampling.", "frame_stride", low=1)
 
 
 @dataclass(frozen=True, slots=True)

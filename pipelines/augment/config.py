@@ -1,6 +1,5 @@
 """What a recipe's ``[data.augment]`` says."""
 
-import math
 from dataclasses import dataclass, field
 
 from ca2st.errors import UserInputError
@@ -8,6 +7,7 @@ from pipelines.augment.erasing import ErasingConfig
 from pipelines.augment.mixing import MixingConfig
 from pipelines.augment.rand_augment import parse_rand_augment
 from pipelines.augment.spectrogram import SpectrogramConfig
+from pipelines.errors import check_intervals, check_range
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,13 +43,9 @@ class AugmentConfig:
     """Mixup and CutMix of pairs; off by default."""
 
     def __post_init__(self) -> None:
-        for name in ("crop_area", "crop_aspect_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high < math.inf:
-                raise UserInputError(f"augment.{name}: expected 0 < low <= high, both finite, found ({low}, {high})")
+        check_intervals(self, "augment.", "crop_area", "crop_aspect_ratio")
+        check_range(self, "augment.", "flip_probability", low=0, high=1)
         if self.crop_area[1] > 1:
             raise UserInputError(f"augment.crop_area: expected at most 1, found {self.crop_area[1]}")
-        if not 0 <= self.flip_probability <= 1:
-            raise UserInputError(f"augment.flip_probability: expected 0..1, found {self.flip_probability}")
         if self.rand_augment is not None:
             parse_rand_augment(self.rand_augment)

@@ -17,6 +17,7 @@ from ca2st.errors import UserInputError, check_choice
 from ca2st.spec import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.augment.crops import CropBox
 from pipelines.augment.rand_augment import FILL
+from pipelines.errors import check_intervals, check_range
 from pipelines.keyed_random import Key
 
 ErasingMode = Literal["const", "rand", "pixel"]
@@ -43,14 +44,8 @@ class ErasingConfig:
 
     def __post_init__(self) -> None:
         check_choice("augment.erasing.mode", self.mode, get_args(ErasingMode))
-        if not 0 <= self.probability <= 1:
-            raise UserInputError(f"augment.erasing.probability: expected 0..1, found {self.probability}")
-        for name in ("area", "aspect_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high < math.inf:
-                raise UserInputError(
-                    f"augment.erasing.{name}: expected 0 < low <= high, both finite, found ({low}, {high})"
-                )
+        check_range(self, "augment.erasing.", "probability", low=0, high=1)
+        check_intervals(self, "augment.erasing.", "area", "aspect_ratio")
         if self.area[1] > 1 or self.most_boxes < 1:
             raise UserInputError(
                 f"augment.erasing: expected an area of at most 1 and at least one box, found {self.area[1]} and "

@@ -24,6 +24,7 @@ from typing import Literal, get_args
 
 from ca2st.errors import UserInputError, check_choice
 from ca2st.spec import ClipSpec
+from pipelines.errors import check_range
 from pipelines.keyed_random import uniforms
 
 SpectrogramMixing = Literal["cutmix", "mixup"]
@@ -54,9 +55,7 @@ class MixingConfig:
 
     def __post_init__(self) -> None:
         check_choice("augment.mixing.spectrogram", self.spectrogram, get_args(SpectrogramMixing))
-        for name in ("probability", "switch_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserInputError(f"augment.mixing.{name}: expected 0..1, found {getattr(self, name)}")
+        check_range(self, "augment.mixing.", "probability", "switch_probability", low=0, high=1)
         for name in ("mixup_alpha", "cutmix_alpha"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserInputError(

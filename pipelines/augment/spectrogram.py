@@ -16,6 +16,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from ca2st.errors import UserInputError
+from pipelines.errors import check_range
 from pipelines.keyed_random import Key, uniforms
 
 MEL_MEAN = -4.2677393
@@ -49,9 +50,8 @@ class SpectrogramConfig:
     """Instead of `noise_std`: noise this many decibels below the normalised view's own root mean square."""
 
     def __post_init__(self) -> None:
-        for name in ("time_masks", "time_mask_rows", "frequency_masks", "frequency_mask_bins", "roll_rows"):
-            if getattr(self, name) < 0:
-                raise UserInputError(f"augment.spectrogram.{name}: expected at least 0, found {getattr(self, name)}")
+        sizes = ("time_masks", "time_mask_rows", "frequency_masks", "frequency_mask_bins", "roll_rows")
+        check_range(self, "augment.spectrogram.", *sizes, low=0)
         if not (math.isfinite(self.noise_std) and self.noise_std >= 0):
             raise UserInputError(f"augment.spectrogram.noise_std: expected >= 0, found {self.noise_std}")
         if self.noise_snr_db is not None and (self.noise_std or not math.isfinite(self.noise_snr_db)):

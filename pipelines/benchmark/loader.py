@@ -25,8 +25,9 @@ from ca2st.errors import UserInputError
 from ca2st.processes import num_cores
 from ca2st.spec import ClipSpec
 from pipelines.augment.config import AugmentConfig
-from pipelines.benchmark.baseline import PROCESSOR, STAGES, BaselineConfig, make_dataloader
+from pipelines.benchmark.clips import PROCESSOR, STAGES, BaselineConfig, make_dataloader
 from pipelines.config import BackendName, EvaluationSetup, LoaderConfig, TrainSetup
+from pipelines.errors import check_range
 from pipelines.loader import EvaluationLoader, TrainLoader
 from sharding.format.shard_set import ShardSet
 
@@ -55,10 +56,7 @@ class LoaderBenchConfig:
     def __post_init__(self) -> None:
         if not 0 < self.seconds < float("inf"):
             raise UserInputError(f"seconds: expected a finite number > 0, found {self.seconds}")
-        for name in ("rounds", "batch_size", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserInputError(f"{name}: expected at least 1, found {value}")
+        check_range(self, "", "rounds", "batch_size", "threads", low=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,7 +34,6 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -65,17 +64,6 @@ MOST_FRAMES = 256
 """Frames of one run: bounds the decoded pictures at full size that wait for their resize, about 65 MB at 256 x 340."""
 Fed = dict[str, list[NDArray[Any]]]
 """What goes into a run, by the name of the external source."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NvJpegOptions:
-    """How nvJPEG decodes. The defaults make a picture independent of its place in the batch, and near the CPU's."""
-
-    hardware_load: float = 1.0
-    """Share of the pictures that the JPEG engines get, the rest goes to the CUDA cores, which round otherwise: 0 or 1
-    where a picture's pixels must not depend on its neighbours. Without engines everything is on the cores."""
-    fancy_upsampling: bool = True
-    """Interpolate colours as the CPU decoder does."""
 
 
 def dali_backend(
@@ -342,11 +330,9 @@ class GpuFrameGraph:
 
     oracle = "Pillow"
 
-    def __init__(
-        self, *, num_frames: int, crop_size: int, views_per_clip: int, options: NvJpegOptions | None = None
-    ) -> None:
+    def __init__(self, *, num_frames: int, crop_size: int, views_per_clip: int) -> None:
         self.samples_per_clip = num_frames
-        self._crop_size, self._views, self._options = crop_size, views_per_clip, options or NvJpegOptions()
+        self._crop_size, self._views = crop_size, views_per_clip
 
     def operators(self) -> list[Any]:
         """See `ClipGraph.operators`."""
@@ -354,8 +340,8 @@ class GpuFrameGraph:
             _jpeg_source(),
             device="mixed",
             output_type=types.RGB,
-            hw_decoder_load=self._options.hardware_load,
-            jpeg_fancy_upsampling=self._options.fancy_upsampling,
+            hw_decoder_load=1.0,  # all on the JPEG engines, where there are some: CUDA cores round otherwise
+            jpeg_fancy_upsampling=True,  # interpolates colours as the CPU's decoder does
         )
         return _flipped(crops_resized(images, box_sources(self._views), self._crop_size))
 

@@ -35,7 +35,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ca2st.errors import UserInputError, check_choice, did_you_mean
-from pipelines.errors import PlanError
+from pipelines.errors import PlanError, check_range
 from pipelines.keyed_random import Key, apportion, block_quotas, raw_words
 
 _PARTICIPANT = re.compile(r"[A-Za-z0-9]+")
@@ -64,8 +64,7 @@ class SelectionConfig:
     """Another part of the same size."""
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise UserInputError(f"select.limit: expected at least 1, found {self.limit}")
+        check_range(self, "select.", "limit", low=1)
         if not 0 <= self.limit_seed < 1 << 64:
             raise UserInputError(f"select.limit_seed: expected 0 or more and below 2**64, found {self.limit_seed}")
         for field_name in ("classes", "participants", "keys"):
@@ -406,9 +405,6 @@ class OrderConfig:
 
     def __post_init__(self) -> None:
         check_choice("remainder", self.remainder, get_args(TrainRemainder))
-        if self.repeats < 1:
-            raise UserInputError(f"repeats: expected at least 1, found {self.repeats}")
-        if self.epoch_samples is not None and self.epoch_samples < 1:
-            raise UserInputError(f"epoch_samples: expected at least 1, found {self.epoch_samples}")
+        check_range(self, "", "repeats", "epoch_samples", low=1)
         if self.weights is not None:
             block_quotas(self.weights)  # a weight that cannot be used is refused before anything starts

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from ca2st.errors import CA2STError
 from pipelines.errors import ShardSetDamageError
@@ -47,22 +47,6 @@ def open_files(
 
 class _AbandonedError(Exception):
     """A file that is being fetched ahead is no longer needed."""
-
-
-class _File(NamedTuple):
-    """A shard or an index, as the shard table has it."""
-
-    name: str
-    num_bytes: int
-    sha256: str
-
-
-def _tar(shard: ShardEntry) -> _File:
-    return _File(shard.name, shard.bytes, shard.sha256)
-
-
-def _index(shard: ShardEntry) -> _File:
-    return _File(shard.index_name, shard.index_bytes, shard.index_sha256)
 
 
 class CachedShards(ShardFiles):
@@ -121,7 +105,7 @@ class CachedShards(ShardFiles):
     def read_index(self, shard: ShardEntry) -> bytes:
         """See `ShardFiles.read_index`; a copy that the disk damaged is fetched again, once."""
         for _ in range(2):
-            with os.fdopen(self._open(_index(shard)), "rb") as file:
+            with os.fdopen(self._open(shard.index_name, shard.index_bytes, shard.index_sha256), "rb") as file:
                 data = file.read()
                 found = hashlib.sha256(data).hexdigest()
                 if found == shard.index_sha256:
@@ -140,9 +124,12 @@ class CachedShards(ShardFiles):
     def fetch_ahead(self, shard: ShardEntry, *, is_abandoned: Callable[[], bool]) -> bool:
         """Fetch a shard that is needed soon, with its index; False where there is no room, or it was abandoned."""
         try:
-            for file in (_index(shard), _tar(shard)):
-                if not (self.shard_set.root / file.name).exists():
-                    os.close(self._open(file, is_abandoned=is_abandoned))
+            for name, num_bytes, sha256 in (
+                (shard.index_name, shard.index_bytes, shard.index_sha256),
+                (shard.name, shard.bytes, shard.sha256),
+            ):
+                if not (self.shard_set.root / name).exists():
+                    os.close(self._open(name, num_bytes, sha256, is_abandoned=is_abandoned))
         except (NoRoomError, _AbandonedError):
             return False
         return True
@@ -152,7 +139,7 @@ class CachedShards(ShardFiles):
         self._cache.release(self.shard_set.root / shard.name)
 
     def _open_checked(self, shard: ShardEntry, *, is_second: bool = False) -> int:
-        descriptor = self._open(_tar(shard))
+        descriptor = self._open(shard.name, shard.bytes, shard.sha256)
         try:
             self._check_open(shard, descriptor)
         except ShardSetDamageError:
@@ -166,36 +153,33 @@ class CachedShards(ShardFiles):
             raise
         return descriptor
 
-    def _open(self, file: _File, *, is_abandoned: Callable[[], bool] | None = None) -> int:
+    def _open(self, name: str, num_bytes: int, sha256: str, *, is_abandoned: Callable[[], bool] | None = None) -> int:
         """Open a file at its start; with `is_abandoned` the file is one that is not needed yet."""
         fetched = []
 
         def fill(descriptor: int) -> None:
-            fetched.append(file.name)
-            self._download(file, descriptor, is_abandoned or (lambda: False))
+            fetched.append(name)
+            for _ in range(_DOWNLOADS):
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                try:
+                    found = _write(self._remote.ranges(name, num_bytes), descriptor, is_abandoned or (lambda: False))
+                except RemoteFileMissingError as error:
+                    raise ShardSetDamageError(f"{error}; copy the set again, it is not complete") from error
+                if found == sha256:
+                    return
+                self._stats.add("retries", 1)
+            raise ShardSetDamageError(
+                f"{self.where(name)}: sha256 differs from the shard table's in each of {_DOWNLOADS} downloads; copy it "
+                "to the server again; `ca2st shard verify` lists all damage"
+            )
 
-        path, ahead = self.shard_set.root / file.name, is_abandoned is not None
+        path, ahead = self.shard_set.root / name, is_abandoned is not None
         waiting_is_no_stall = partial(self._stats.add, "cache_hits", 0)
-        descriptor = self._cache.open(path, file.num_bytes, fill, ahead=ahead, on_wait=waiting_is_no_stall)
+        descriptor = self._cache.open(path, num_bytes, fill, ahead=ahead, on_wait=waiting_is_no_stall)
         if fetched or not ahead:
             self._stats.add("cache_misses" if fetched else "cache_hits", 1)
         os.lseek(descriptor, 0, os.SEEK_SET)
         return descriptor
-
-    def _download(self, file: _File, descriptor: int, is_abandoned: Callable[[], bool]) -> None:
-        for _ in range(_DOWNLOADS):
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            try:
-                found = _write(self._remote.ranges(file.name, file.num_bytes), descriptor, is_abandoned)
-            except RemoteFileMissingError as error:
-                raise ShardSetDamageError(f"{error}; copy the set again, it is not complete") from error
-            if found == file.sha256:
-                return
-            self._stats.add("retries", 1)
-        raise ShardSetDamageError(
-            f"{self.where(file.name)}: sha256 differs from the shard table's in each of {_DOWNLOADS} downloads; copy "
-            "it to the server again; `ca2st shard verify` lists all damage"
-        )
 
     def _count(self, num_bytes: int, seconds: float) -> None:
         self._stats.add("downloaded_bytes", num_bytes)

@@ -301,7 +301,7 @@ def test_p7_a_file_left_half_written_is_no_quarantined_sample_and_a_damaged_one_
     ("values", "message"),
     [
         ({"quarantine_budget": -1}, "loader.quarantine_budget: expected at least 0, found -1"),
-        ({"quarantine_percent": 101.0}, "loader.quarantine_percent: expected 0 to 100, found 101"),
+        ({"quarantine_percent": 101.0}, "loader.quarantine_percent: expected 0..100, found 101"),
         ({"cache_bytes": 0}, "loader.cache_bytes: expected at least 1, found 0"),
     ],
 )

@@ -11,7 +11,7 @@ from torchvision import transforms
 
 from ca2st.errors import UserInputError
 from ca2st.spec import IMAGENET_MEAN, IMAGENET_STD, ClipSpec
-from pipelines.benchmark.baseline import (
+from pipelines.benchmark.clips import (
     BaselineConfig,
     RunningBatches,
     VideoClips,

@@ -10,8 +10,7 @@ from ca2st.batch import ClipBatch
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
 from pipelines.benchmark import loader
-from pipelines.benchmark.baseline import BaselineConfig
-from pipelines.benchmark.clips import source_list, video_files
+from pipelines.benchmark.clips import BaselineConfig, source_list, video_files
 from pipelines.benchmark.loader import (
     BaselineCase,
     LoaderBenchConfig,

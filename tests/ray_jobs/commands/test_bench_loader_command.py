@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.benchmark import loader
-from pipelines.benchmark.baseline import BaselineConfig
+from pipelines.benchmark.clips import BaselineConfig
 from pipelines.benchmark.loader import BaselineCase
 from ray_jobs.cli import main
 from support.fake_shards import make_samples, make_shard_set
