@@ -20,10 +20,6 @@ from ray_jobs.redaction import without_credentials
 from ray_jobs.tracking.client import open_client, reachable, sqlite_path
 from ray_jobs.tracking.run_record import SYSTEM_PREFIX, WORLD_SIZE
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
-
 CLIPS_PER_SECOND = "train/clips_per_second"
 _LOSS = "train/loss"
 _ACCURACIES = ("test/top1", "validation/top1", "test/action_top1", "validation/action_top1")
@@ -98,102 +94,6 @@ def read_runs(uri: str, wanted: RunFilter) -> list[TrackedRun]:
         if not found:
             raise UserInputError(f"no run of {without_credentials(uri)} {_asked(wanted)}")
         return [_tracked(client, run, experiments[run.info.experiment_id]) for run in found]
-
-
-def _experiments(client: "MlflowClient", name: str | None) -> dict[str, str]:
-    known = {one.experiment_id: one.name for one in client.search_experiments()}
-    if name is None:
-        return known
-    check_choice("experiment", name, sorted(known.values()))
-    return {key: value for key, value in known.items() if value == name}
-
-
-def _search(client: "MlflowClient", experiment_ids: list[str]) -> list[Any]:
-    """All of their runs, newest first."""
-    found: list[Any] = []
-    token = None
-    while True:
-        page = client.search_runs(
-            experiment_ids, max_results=_PAGE_RUNS, order_by=["attributes.start_time DESC"], page_token=token
-        )
-        found += page
-        token = page.token
-        if not token:
-            return found
-
-
-def _matches(run: Any, wanted: RunFilter) -> bool:
-    tags = run.data.tags
-    is_recipe = not wanted.recipes or tags.get("ca2st.name", run.info.run_name) in wanted.recipes
-    return is_recipe and all(tags.get(name) == value for name, value in wanted.tags.items())
-
-
-def _named(runs: Sequence[Any], names: Sequence[str]) -> list[Any]:
-    """The runs of these names or id beginnings; of several with one name the newest, which comes first."""
-    chosen = []
-    for name in names:
-        near = [run for run in runs if run.info.run_name == name or run.info.run_id.startswith(name)]
-        if not near:
-            known = sorted({run.info.run_name for run in runs})
-            raise UserInputError(
-                f"run {name!r}: expected a run's name or the beginning of its id, found none among "
-                f"{', '.join(known) or 'no runs'}{did_you_mean(name, known)}"
-            )
-        chosen.append(near[0])
-    return chosen
-
-
-def _asked(wanted: RunFilter) -> str:
-    parts = [f"in experiment {wanted.experiment!r}"] if wanted.experiment else []
-    parts += [f"of recipe {' or '.join(wanted.recipes)}"] if wanted.recipes else []
-    parts += [f"with tag {name}={value}" for name, value in wanted.tags.items()]
-    if not parts:
-        return "is there yet; train first"
-    return f"{' '.join(parts)}; `ca2st compare` without filters shows all"
-
-
-def _tracked(client: "MlflowClient", run: Any, experiment: str) -> TrackedRun:
-    metrics, tags = dict(run.data.metrics), dict(run.data.tags)
-    names = [name for name in metrics if name == _LOSS or name.rpartition("/")[2].endswith("top1")]
-    speeds = _history(client, run.info.run_id, CLIPS_PER_SECOND) if CLIPS_PER_SECOND in metrics else ()
-    worlds = _history(client, run.info.run_id, WORLD_SIZE) if WORLD_SIZE in metrics else ()
-    return TrackedRun(
-        run_id=run.info.run_id,
-        name=run.info.run_name,
-        experiment=experiment,
-        status=run.info.status,
-        started=datetime.datetime.fromtimestamp(run.info.start_time / 1000, datetime.UTC).isoformat(timespec="seconds"),
-        settings=dict(run.data.params),
-        tags=tags,
-        metrics=metrics,
-        curves={name: _history(client, run.info.run_id, name) for name in sorted(names)},
-        device_hours=_device_hours(speeds, worlds, run.data.params),
-        device="GPU" if "hardware.gpus" in tags else "CPU",
-        median_clips_per_second=statistics.median(speed for _, speed in speeds) if speeds else None,
-    )
-
-
-def _history(client: "MlflowClient", run_id: str, name: str) -> Curve:
-    """The values of a metric by step; of two for one step the later."""
-    values = sorted(client.get_metric_history(run_id, name), key=lambda value: (value.step, value.timestamp))
-    return tuple({value.step: value.value for value in values}.items())
-
-
-def _device_hours(speeds: Curve, worlds: Curve, settings: Mapping[str, str]) -> float | None:
-    """Clips of a step divided by its clips a second are its seconds; a worker holds one device.
-
-    `worlds`: how many workers there were from behind a step on; empty: always as many as the settings say.
-    """
-    batch, workers = settings.get("training.global_batch_size"), float(settings.get("launch.workers", "1"))
-    if batch is None or not speeds:
-        return None
-    ends = [end for end, _ in worlds]
-    seconds = 0.0
-    for step, speed in speeds:
-        before = bisect_left(ends, step)
-        num_devices = worlds[before - 1][1] if before else workers
-        seconds += num_devices * float(batch) / speed if speed > 0 else 0.0
-    return seconds / 3600
 
 
 _NOT_SETTINGS = frozenset({"name"})
@@ -296,6 +196,135 @@ def across_datasets(runs: Sequence[TrackedRun]) -> list[AcrossDatasets]:
     ]
 
 
+def write_comparison_page(comparison: Comparison, file: Path, *, source: str) -> None:
+    """Write the page to `file`; `source` says where the numbers are from."""
+    write_bytes(file, render_comparison_page(comparison, source=source).encode())
+
+
+def render_comparison_page(comparison: Comparison, *, source: str) -> str:
+    """Return the whole page; it asks nothing of any network."""
+    environment = page_environment()
+    environment.filters["tone"] = tone
+    environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
+    environment.filters["points"] = lambda share: f"{100 * share:+.1f}"
+    environment.filters["number"] = lambda value: f"{value:.4g}"
+    return environment.get_template("compare.html").render(
+        version=__version__,
+        comparison=comparison,
+        charts=metric_charts([run.curves for run in comparison.runs], names=[run.name for run in comparison.runs]),
+        names=metric_names(comparison),
+        source=source,
+    )
+
+
+def metric_names(comparison: Comparison) -> list[str]:
+    """Return the metrics of any run: accuracies first, then the rest by name."""
+    names = {name for run in comparison.runs for name in run.metrics}
+    return sorted(names, key=lambda name: (not is_share(name), name))
+
+
+def is_share(name: str) -> bool:
+    """Return whether a metric is an accuracy, shown in percent."""
+    last = name.rpartition("/")[2]
+    return last.endswith(("top1", "top5", "mean_class")) or last == "ceiling"
+
+
+def _experiments(client: "MlflowClient", name: str | None) -> dict[str, str]:
+    known = {one.experiment_id: one.name for one in client.search_experiments()}
+    if name is None:
+        return known
+    check_choice("experiment", name, sorted(known.values()))
+    return {key: value for key, value in known.items() if value == name}
+
+
+def _search(client: "MlflowClient", experiment_ids: list[str]) -> list[Any]:
+    """All of their runs, newest first."""
+    found: list[Any] = []
+    token = None
+    while True:
+        page = client.search_runs(
+            experiment_ids, max_results=_PAGE_RUNS, order_by=["attributes.start_time DESC"], page_token=token
+        )
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def _matches(run: Any, wanted: RunFilter) -> bool:
+    tags = run.data.tags
+    is_recipe = not wanted.recipes or tags.get("ca2st.name", run.info.run_name) in wanted.recipes
+    return is_recipe and all(tags.get(name) == value for name, value in wanted.tags.items())
+
+
+def _named(runs: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    """The runs of these names or id beginnings; of several with one name the newest, which comes first."""
+    chosen = []
+    for name in names:
+        near = [run for run in runs if run.info.run_name == name or run.info.run_id.startswith(name)]
+        if not near:
+            known = sorted({run.info.run_name for run in runs})
+            raise UserInputError(
+                f"run {name!r}: expected a run's name or the beginning of its id, found none among "
+                f"{', '.join(known) or 'no runs'}{did_you_mean(name, known)}"
+            )
+        chosen.append(near[0])
+    return chosen
+
+
+def _asked(wanted: RunFilter) -> str:
+    parts = [f"in experiment {wanted.experiment!r}"] if wanted.experiment else []
+    parts += [f"of recipe {' or '.join(wanted.recipes)}"] if wanted.recipes else []
+    parts += [f"with tag {name}={value}" for name, value in wanted.tags.items()]
+    if not parts:
+        return "is there yet; train first"
+    return f"{' '.join(parts)}; `ca2st compare` without filters shows all"
+
+
+def _tracked(client: "MlflowClient", run: Any, experiment: str) -> TrackedRun:
+    metrics, tags = dict(run.data.metrics), dict(run.data.tags)
+    names = [name for name in metrics if name == _LOSS or name.rpartition("/")[2].endswith("top1")]
+    speeds = _history(client, run.info.run_id, CLIPS_PER_SECOND) if CLIPS_PER_SECOND in metrics else ()
+    worlds = _history(client, run.info.run_id, WORLD_SIZE) if WORLD_SIZE in metrics else ()
+    return TrackedRun(
+        run_id=run.info.run_id,
+        name=run.info.run_name,
+        experiment=experiment,
+        status=run.info.status,
+        started=datetime.datetime.fromtimestamp(run.info.start_time / 1000, datetime.UTC).isoformat(timespec="seconds"),
+        settings=dict(run.data.params),
+        tags=tags,
+        metrics=metrics,
+        curves={name: _history(client, run.info.run_id, name) for name in sorted(names)},
+        device_hours=_device_hours(speeds, worlds, run.data.params),
+        device="GPU" if "hardware.gpus" in tags else "CPU",
+        median_clips_per_second=statistics.median(speed for _, speed in speeds) if speeds else None,
+    )
+
+
+def _history(client: "MlflowClient", run_id: str, name: str) -> Curve:
+    """The values of a metric by step; of two for one step the later."""
+    values = sorted(client.get_metric_history(run_id, name), key=lambda value: (value.step, value.timestamp))
+    return tuple({value.step: value.value for value in values}.items())
+
+
+def _device_hours(speeds: Curve, worlds: Curve, settings: Mapping[str, str]) -> float | None:
+    """Clips of a step divided by its clips a second are its seconds; a worker holds one device.
+
+    `worlds`: how many workers there were from behind a step on; empty: always as many as the settings say.
+    """
+    batch, workers = settings.get("training.global_batch_size"), float(settings.get("launch.workers", "1"))
+    if batch is None or not speeds:
+        return None
+    ends = [end for end, _ in worlds]
+    seconds = 0.0
+    for step, speed in speeds:
+        before = bisect_left(ends, step)
+        num_devices = worlds[before - 1][1] if before else workers
+        seconds += num_devices * float(batch) / speed if speed > 0 else 0.0
+    return seconds / 3600
+
+
 def _dataset(run: TrackedRun) -> str | None:
     return run.tags.get(_DATASET.format("validation")) or run.tags.get(_DATASET.format("train"))
 
@@ -350,34 +379,5 @@ def _compared(run: TrackedRun, base: Mapping[str, float]) -> ComparedRun:
     )
 
 
-def write_comparison_page(comparison: Comparison, file: Path, *, source: str) -> None:
-    """Write the page to `file`; `source` says where the numbers are from."""
-    write_bytes(file, render_comparison_page(comparison, source=source).encode())
-
-
-def render_comparison_page(comparison: Comparison, *, source: str) -> str:
-    """Return the whole page; it asks nothing of any network."""
-    environment = page_environment()
-    environment.filters["tone"] = tone
-    environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
-    environment.filters["points"] = lambda share: f"{100 * share:+.1f}"
-    environment.filters["number"] = lambda value: f"{value:.4g}"
-    return environment.get_template("compare.html").render(
-        version=__version__,
-        comparison=comparison,
-        charts=metric_charts([run.curves for run in comparison.runs], names=[run.name for run in comparison.runs]),
-        names=metric_names(comparison),
-        source=source,
-    )
-
-
-def metric_names(comparison: Comparison) -> list[str]:
-    """Return the metrics of any run: accuracies first, then the rest by name."""
-    names = {name for run in comparison.runs for name in run.metrics}
-    return sorted(names, key=lambda name: (not is_share(name), name))
-
-
-def is_share(name: str) -> bool:
-    """Return whether a metric is an accuracy, shown in percent."""
-    last = name.rpartition("/")[2]
-    return last.endswith(("top1", "top5", "mean_class")) or last == "ceiling"
+if TYPE_CHECKING:
+    from mlflow import MlflowClient

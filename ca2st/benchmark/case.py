@@ -22,7 +22,6 @@ from ca2st.training.losses import loss_per_clip
 from ca2st.training.optim import ParameterRules, build_optimizer, set_learning_rate
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
-
 _AUDIO_LAYERS_OF_CA2ST = 3
 
 

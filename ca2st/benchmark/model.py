@@ -179,48 +179,6 @@ def case_in_process(spec: CaseSpec) -> Iterator[Case]:
         _end(ours, process)
 
 
-def _end(connection: Connection, process: Any) -> None:
-    with connection:
-        with contextlib.suppress(OSError):  # it has ended already
-            connection.send((_END,))
-    process.join(_PATIENCE_SECONDS)
-    if process.is_alive():
-        process.kill()
-        process.join()
-
-
-def _serve(connection: Connection, spec: CaseSpec) -> None:
-    """Answer requests until told to end; a fault is an answer too."""
-    case: LocalCase | None = None
-    while (request := _next(connection))[0] != _END:
-        try:
-            case = case or LocalCase(spec)
-            connection.send(getattr(case, request[0])(*request[1:]))
-        except Exception as error:  # noqa: BLE001  # whatever it is, the parent tells it
-            connection.send(_told(error, spec))
-
-
-def _next(connection: Connection) -> tuple[str, ...]:
-    try:
-        return cast("tuple[str, ...]", connection.recv())
-    except EOFError:
-        return (_END,)
-
-
-def _told(error: Exception, spec: CaseSpec) -> CA2STError:
-    from torch.cuda import OutOfMemoryError
-
-    where = f"{spec.config.kind}, {spec.variant}"
-    if isinstance(error, CA2STError):
-        return error
-    if isinstance(error, OutOfMemoryError):
-        return EnvironmentFault(
-            f"{where}: expected {spec.per_device_batch_size} clips to fit on the GPU, found its memory used up; "
-            "take fewer (--batch)"
-        )
-    return CA2STError(f"{where}: " + "".join(traceback.format_exception(error)))
-
-
 StartCase = Callable[[CaseSpec], AbstractContextManager[Case]]
 Update = Callable[[int, str], None]
 PASSES: tuple[PassKind, ...] = ("forward", "training")
@@ -295,6 +253,48 @@ def benchmark_models(
         load_before=load_before,
         models=models,
     )
+
+
+def _end(connection: Connection, process: Any) -> None:
+    with connection:
+        with contextlib.suppress(OSError):  # it has ended already
+            connection.send((_END,))
+    process.join(_PATIENCE_SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+def _serve(connection: Connection, spec: CaseSpec) -> None:
+    """Answer requests until told to end; a fault is an answer too."""
+    case: LocalCase | None = None
+    while (request := _next(connection))[0] != _END:
+        try:
+            case = case or LocalCase(spec)
+            connection.send(getattr(case, request[0])(*request[1:]))
+        except Exception as error:  # noqa: BLE001  # whatever it is, the parent tells it
+            connection.send(_told(error, spec))
+
+
+def _next(connection: Connection) -> tuple[str, ...]:
+    try:
+        return cast("tuple[str, ...]", connection.recv())
+    except EOFError:
+        return (_END,)
+
+
+def _told(error: Exception, spec: CaseSpec) -> CA2STError:
+    from torch.cuda import OutOfMemoryError
+
+    where = f"{spec.config.kind}, {spec.variant}"
+    if isinstance(error, CA2STError):
+        return error
+    if isinstance(error, OutOfMemoryError):
+        return EnvironmentFault(
+            f"{where}: expected {spec.per_device_batch_size} clips to fit on the GPU, found its memory used up; "
+            "take fewer (--batch)"
+        )
+    return CA2STError(f"{where}: " + "".join(traceback.format_exception(error)))
 
 
 def _measure(plan: Plan, config: ModelBenchConfig, kind: str, *, start_case: StartCase) -> _Timings:

@@ -245,18 +245,6 @@ def measure_headspace(
     )
 
 
-def _alone(loader: TrainLoader, consumer: Consumer, seconds: float) -> float:
-    batches = loader.batches(0)
-    batch = next(batches)
-    batches.close()  # type: ignore[attr-defined]  # a generator: its threads must not run beside what is measured
-    consumer(batch)  # the first one warms up
-    begin, clips = time.perf_counter(), 0
-    while time.perf_counter() - begin < seconds or not clips:
-        consumer(batch)
-        clips += batch.num_clips
-    return clips / (time.perf_counter() - begin)
-
-
 Variant = Literal["ours", "baseline"]
 Update = Callable[[int, str], None]
 NUM_STEPS = 3
@@ -313,6 +301,29 @@ def benchmark_loader(
 def augment_config(rand_augment: bool) -> AugmentConfig:
     """Return the published training transform, with or without RandAugment."""
     return AugmentConfig(rand_augment="rand-m7-n4-mstd0.5-inc1") if rand_augment else AugmentConfig()
+
+
+def take_turns(cases: Mapping[Variant, LoaderCase], *, rounds: int, seconds: float) -> dict[Variant, list[Turn]]:
+    """Run each case once per round; a first pass of each, not counted, starts threads and workers."""
+    for case in cases.values():
+        case.turn(0.0)
+    turns: dict[Variant, list[Turn]] = {variant: [] for variant in cases}
+    for _ in range(rounds):
+        for variant, case in cases.items():
+            turns[variant].append(case.turn(seconds))
+    return turns
+
+
+def _alone(loader: TrainLoader, consumer: Consumer, seconds: float) -> float:
+    batches = loader.batches(0)
+    batch = next(batches)
+    batches.close()  # type: ignore[attr-defined]  # a generator: its threads must not run beside what is measured
+    consumer(batch)  # the first one warms up
+    begin, clips = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds or not clips:
+        consumer(batch)
+        clips += batch.num_clips
+    return clips / (time.perf_counter() - begin)
 
 
 def _train_loader(config: LoaderBenchConfig, shard_set: ShardSet, device: torch.device | None) -> TrainLoader:
@@ -387,17 +398,6 @@ def _processor_ms(turns: Sequence[Turn]) -> float:
 
 def _rates(turns: Sequence[Turn]) -> Spread:
     return spread([turn.clips_per_second for turn in turns])
-
-
-def take_turns(cases: Mapping[Variant, LoaderCase], *, rounds: int, seconds: float) -> dict[Variant, list[Turn]]:
-    """Run each case once per round; a first pass of each, not counted, starts threads and workers."""
-    for case in cases.values():
-        case.turn(0.0)
-    turns: dict[Variant, list[Turn]] = {variant: [] for variant in cases}
-    for _ in range(rounds):
-        for variant, case in cases.items():
-            turns[variant].append(case.turn(seconds))
-    return turns
 
 
 def _added(turns: Sequence[Turn]) -> Turn:

@@ -14,17 +14,9 @@ from ca2st.errors import EnvironmentFault, UserInputError
 from ray_jobs.commands.models import Size
 from ray_jobs.commands.options import Json, Out
 
-if TYPE_CHECKING:
-    from ca2st.benchmark.model import ModelBenchmark, ModelReport
-    from ca2st.spec import ClipSpec
-    from pipelines.benchmark.loader import Consumer, LoaderBenchmark, SplitReport
-    from ray_jobs.demo.answers import DemoReport
-    from ray_jobs.doctor.machine import Finding
-
 bench = typer.Typer(no_args_is_help=True)
 _AMOUNT = re.compile(r"-?\d+(?:\.\d+)?(?= (?:of|GiB|s)\b)")
 """A number that may differ from node to node; versions and counts are none of these."""
-
 Clips = Annotated[int, typer.Option(min=2, help="Source files to draw: 10 s, 30 fps, 320x240, H.264 with sound.")]
 Codec = Annotated[str, typer.Option(help="Codec of the shards.")]
 Media = Annotated[Path | None, typer.Option(help="Folder with video files of your own instead of drawn ones.")]
@@ -74,34 +66,6 @@ def doctor(
         raise EnvironmentFault(f"needed and not working: {', '.join(broken)}; the fix stands with each")
 
 
-def _examine_machine(out: Path, tracking_uri: str | None, *, show: bool) -> "list[Finding]":
-    from ray_jobs.console import result
-    from ray_jobs.doctor.examination import all_checks
-    from ray_jobs.doctor.machine import examine
-
-    findings = []
-    for finding in examine(all_checks(out, tracking_uri=tracking_uri)):
-        findings.append(finding)
-        if show:
-            result(_line(finding))
-    return findings
-
-
-def _examine_cluster(address: str, storage: Sequence[Path], accept_open: bool, *, show: bool) -> "list[Finding]":
-    from ray_jobs.cluster.ray_access import found_access, ray_session
-    from ray_jobs.console import result, say
-
-    with ray_session(address, access=found_access(accept_open=accept_open)):
-        from ray_jobs.cluster.node_check import examine_cluster
-
-        say("asking every node; a cold one takes a minute")
-        findings = examine_cluster([str(folder.absolute()) for folder in storage])
-    if show:
-        for finding in merged(findings):
-            result(_line(finding))
-    return findings
-
-
 def merged(findings: "Sequence[Finding]") -> "list[Finding]":
     """Join findings that nodes share: `node` then names all of them; amounts that are ok are given as a range."""
     by_name: dict[str, list[Finding]] = {}
@@ -109,66 +73,6 @@ def merged(findings: "Sequence[Finding]") -> "list[Finding]":
         by_name.setdefault(finding.name, []).append(finding)
     num_nodes = len({finding.node for finding in findings if finding.node is not None})
     return [one for group in by_name.values() for one in _merged_group(group, num_nodes)]
-
-
-def _merged_group(group: "Sequence[Finding]", num_nodes: int) -> "list[Finding]":
-    by_answer: dict[tuple[bool, bool, str], list[Finding]] = {}
-    for finding in group:
-        what = _AMOUNT.sub("#", finding.what) if finding.ok else finding.what
-        by_answer.setdefault((finding.ok, finding.needed or finding.ok, what), []).append(finding)
-    return [
-        one[0] if one[0].node is None else replace(one[0], what=_in_ranges(one), node=_nodes(one, num_nodes))
-        for one in by_answer.values()
-    ]
-
-
-def _nodes(group: "Sequence[Finding]", num_nodes: int) -> str:
-    if len(group) == num_nodes > 1:
-        return f"all {num_nodes} nodes"
-    return ", ".join(str(finding.node) for finding in group)
-
-
-def _in_ranges(group: "Sequence[Finding]") -> str:
-    """Return the common text, an amount that differs as ``least to most``."""
-    columns = iter(list(zip(*(_AMOUNT.findall(finding.what) for finding in group), strict=True)))
-
-    def amount(match: re.Match[str]) -> str:
-        values = sorted(set(next(columns)), key=float)
-        return match.group() if len(values) == 1 else f"{values[0]} to {values[-1]}"
-
-    return _AMOUNT.sub(amount, group[0].what) if group[0].ok else group[0].what
-
-
-def _name(finding: "Finding") -> str:
-    return finding.name if finding.node is None else f"{finding.name} on {finding.node}"
-
-
-def _line(finding: "Finding") -> str:
-    mark = "ok" if finding.ok else "NOT OK" if finding.needed else "optional"
-    node = f"  [{finding.node}]" if finding.node is not None else ""
-    fix = f"\n{'':<25}fix: {finding.mend}" if not finding.ok else ""
-    return f"{mark:<9}{finding.name:<16}{finding.what}{node}{fix}"
-
-
-def _refuse_other_examination(
-    *, ray_address: str | None, of_machine: Mapping[str, object], of_cluster: Mapping[str, object]
-) -> None:
-    """Refuse the options of ``doctor`` that belong to its other half: one machine, or a cluster.
-
-    Raises:
-        UserInputError: one of `of_machine` was given beside ``--ray-address``, or one of `of_cluster` without.
-    """
-    if ray_address is None:
-        if given := [flag for flag, value in of_cluster.items() if value]:
-            raise UserInputError(
-                f"{given[0]}: expected --ray-address beside it; without, only this machine is examined, and no Ray is "
-                "joined: leave it out, or add --ray-address"
-            )
-    elif given := [flag for flag, value in of_machine.items() if value is not None]:
-        raise UserInputError(
-            f"{given[0]}: expected no --ray-address beside it; of a cluster the nodes are examined, and with --storage "
-            "what they share: leave one of the two out"
-        )
 
 
 def demo(
@@ -187,27 +91,6 @@ def demo(
         print_json(report)
     else:
         _print_demo(report)
-
-
-def _print_demo(report: "DemoReport") -> None:
-    from ray_jobs.console import result
-    from ray_jobs.demo.answers import next_steps
-
-    result(f"\n{'model':<10} {'trainable':>10} {'top-1':>7} {'ceiling':>8} {'clips/s':>8}  MLflow run")
-    for run in report.runs:
-        result(
-            f"{run.model:<10} {run.trainable:>10,} {run.top1:>7.1%} {run.ceiling:>8.1%} "
-            f"{run.clips_per_second:>8.0f}  {run.run_id or 'not tracked'}"
-        )
-    chance = report.runs[-1].chance
-    result(f"The ceiling is the best that anybody could reach with what a model is given; chance is {chance:.1%}.")
-    result("Experts alone: " + ", ".join(f"{one.expert} {one.top1:.1%} on {one.factor}" for one in report.experts))
-    result(f"\n{report.prediction.video}")
-    for prediction in report.prediction.predictions:
-        result(f"  {prediction.probability:6.1%}  {prediction.label}")
-    result(f"\nDone in {report.seconds:.0f} s. Look at {report.page} in a browser. What to try next:")
-    for step in next_steps(report):
-        result(f"  {step.command}\n      {step.says}")
 
 
 class Backend(StrEnum):
@@ -359,6 +242,115 @@ def model(
     write_report(facts, _model_lines(found), out=out, as_json=as_json)
 
 
+def _examine_machine(out: Path, tracking_uri: str | None, *, show: bool) -> "list[Finding]":
+    from ray_jobs.console import result
+    from ray_jobs.doctor.examination import all_checks
+    from ray_jobs.doctor.machine import examine
+
+    findings = []
+    for finding in examine(all_checks(out, tracking_uri=tracking_uri)):
+        findings.append(finding)
+        if show:
+            result(_line(finding))
+    return findings
+
+
+def _examine_cluster(address: str, storage: Sequence[Path], accept_open: bool, *, show: bool) -> "list[Finding]":
+    from ray_jobs.cluster.ray_access import found_access, ray_session
+    from ray_jobs.console import result, say
+
+    with ray_session(address, access=found_access(accept_open=accept_open)):
+        from ray_jobs.cluster.node_check import examine_cluster
+
+        say("asking every node; a cold one takes a minute")
+        findings = examine_cluster([str(folder.absolute()) for folder in storage])
+    if show:
+        for finding in merged(findings):
+            result(_line(finding))
+    return findings
+
+
+def _merged_group(group: "Sequence[Finding]", num_nodes: int) -> "list[Finding]":
+    by_answer: dict[tuple[bool, bool, str], list[Finding]] = {}
+    for finding in group:
+        what = _AMOUNT.sub("#", finding.what) if finding.ok else finding.what
+        by_answer.setdefault((finding.ok, finding.needed or finding.ok, what), []).append(finding)
+    return [
+        one[0] if one[0].node is None else replace(one[0], what=_in_ranges(one), node=_nodes(one, num_nodes))
+        for one in by_answer.values()
+    ]
+
+
+def _nodes(group: "Sequence[Finding]", num_nodes: int) -> str:
+    if len(group) == num_nodes > 1:
+        return f"all {num_nodes} nodes"
+    return ", ".join(str(finding.node) for finding in group)
+
+
+def _in_ranges(group: "Sequence[Finding]") -> str:
+    """Return the common text, an amount that differs as ``least to most``."""
+    columns = iter(list(zip(*(_AMOUNT.findall(finding.what) for finding in group), strict=True)))
+
+    def amount(match: re.Match[str]) -> str:
+        values = sorted(set(next(columns)), key=float)
+        return match.group() if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+    return _AMOUNT.sub(amount, group[0].what) if group[0].ok else group[0].what
+
+
+def _name(finding: "Finding") -> str:
+    return finding.name if finding.node is None else f"{finding.name} on {finding.node}"
+
+
+def _line(finding: "Finding") -> str:
+    mark = "ok" if finding.ok else "NOT OK" if finding.needed else "optional"
+    node = f"  [{finding.node}]" if finding.node is not None else ""
+    fix = f"\n{'':<25}fix: {finding.mend}" if not finding.ok else ""
+    return f"{mark:<9}{finding.name:<16}{finding.what}{node}{fix}"
+
+
+def _refuse_other_examination(
+    *, ray_address: str | None, of_machine: Mapping[str, object], of_cluster: Mapping[str, object]
+) -> None:
+    """Refuse the options of ``doctor`` that belong to its other half: one machine, or a cluster.
+
+    Raises:
+        UserInputError: one of `of_machine` was given beside ``--ray-address``, or one of `of_cluster` without.
+    """
+    if ray_address is None:
+        if given := [flag for flag, value in of_cluster.items() if value]:
+            raise UserInputError(
+                f"{given[0]}: expected --ray-address beside it; without, only this machine is examined, and no Ray is "
+                "joined: leave it out, or add --ray-address"
+            )
+    elif given := [flag for flag, value in of_machine.items() if value is not None]:
+        raise UserInputError(
+            f"{given[0]}: expected no --ray-address beside it; of a cluster the nodes are examined, and with --storage "
+            "what they share: leave one of the two out"
+        )
+
+
+def _print_demo(report: "DemoReport") -> None:
+    from ray_jobs.console import result
+    from ray_jobs.demo.answers import next_steps
+
+    result(f"\n{'model':<10} {'trainable':>10} {'top-1':>7} {'ceiling':>8} {'clips/s':>8}  MLflow run")
+    for run in report.runs:
+        result(
+            f"{run.model:<10} {run.trainable:>10,} {run.top1:>7.1%} {run.ceiling:>8.1%} "
+            f"{run.clips_per_second:>8.0f}  {run.run_id or 'not tracked'}"
+        )
+    chance = report.runs[-1].chance
+    result(f"The ceiling is the best that anybody could reach with what a model is given; chance is {chance:.1%}.")
+    result("Experts alone: " + ", ".join(f"{one.expert} {one.top1:.1%} on {one.factor}" for one in report.experts))
+    result(f"\n{report.prediction.video}")
+    for prediction in report.prediction.predictions:
+        result(f"  {prediction.probability:6.1%}  {prediction.label}")
+    result(f"\nDone in {report.seconds:.0f} s. Look at {report.page} in a browser. What to try next:")
+    for step in next_steps(report):
+        result(f"  {step.command}\n      {step.says}")
+
+
 def _command() -> str:
     return " ".join(("ca2st", *sys.argv[1:]))
 
@@ -428,3 +420,11 @@ def _lines_of_model(report: "ModelReport") -> list[str]:
                 f"{facts.peak_memory_bytes / 2**30:6.2f} GiB{more}"
             )
     return lines
+
+
+if TYPE_CHECKING:
+    from ca2st.benchmark.model import ModelBenchmark, ModelReport
+    from ca2st.spec import ClipSpec
+    from pipelines.benchmark.loader import Consumer, LoaderBenchmark, SplitReport
+    from ray_jobs.demo.answers import DemoReport
+    from ray_jobs.doctor.machine import Finding

@@ -10,10 +10,6 @@ import typer
 from ca2st.errors import UserInputError, listed
 from ray_jobs.commands.options import Json
 
-if TYPE_CHECKING:
-    from ca2st.model.config import ModelConfig, TargetSpec
-    from ca2st.weights.importer import ImportReport
-
 model = typer.Typer(no_args_is_help=True)
 weights = typer.Typer(no_args_is_help=True)
 
@@ -103,37 +99,6 @@ def presets(as_json: Json = False) -> None:
         result(f"{name:<28} {figure:>6}  {preset.says}")
 
 
-def _base(kind: ModelKind | None, preset: str | None) -> "ModelConfig":
-    from ca2st.model.config import ModelConfig
-    from ca2st.model.presets import find_preset
-
-    if (kind is None) == (preset is None):
-        raise UserInputError("expected either --model KIND or --preset NAME")
-    return find_preset(preset).config if preset is not None else ModelConfig(kind=kind.value if kind else "ca2st")
-
-
-def _check_roles(config: "ModelConfig", spatial: Spatial | None, temporal: Temporal | None) -> None:
-    """Refuse an encoder for an expert that the model has not."""
-    from ca2st.model.config import EXPERTS
-
-    own = EXPERTS[config.kind]
-    for role, encoder in (("spatial", spatial), ("temporal", temporal)):
-        if encoder is not None and role not in own:
-            raise UserInputError(
-                f"--{role} {encoder.value}: expected a model with a {role} expert, found {config.kind}, which has "
-                f"{', '.join(own)}; leave --{role} out"
-            )
-
-
-def _targets(num_classes: int | None, *, verb_noun: bool) -> "tuple[TargetSpec, ...]":
-    from ca2st.model.config import TargetSpec
-
-    if verb_noun == (num_classes is not None):
-        raise UserInputError("expected either --num-classes C or --verb-noun")
-    sizes = {"verb": 97, "noun": 300} if verb_noun else {"label": num_classes or 0}
-    return tuple(TargetSpec(name=name, num_classes=classes) for name, classes in sizes.items())
-
-
 class WeightsKind(StrEnum):
     """Checkpoints that can be read."""
 
@@ -218,23 +183,6 @@ def import_file(
         _print_import(report)
 
 
-def _print_import(report: "ImportReport") -> None:
-    from ray_jobs.console import result
-
-    below = f", below {report.wrapper!r}" if report.wrapper else ""
-    result(f"{report.layout} ({report.container}{below}): {len(report.loaded)} tensors loaded into {report.out}")
-    if report.origin.repository:
-        result(f"  {report.origin.file} of {report.origin.repository} at {report.origin.revision}")
-    if report.kind == "clip" and not report.origin.activation and report.container != "TorchScript archive":
-        result("  the file does not say which activation it was trained with: taken for QuickGELU, as OpenAI's CLIPs")
-    if report.model:
-        result("  " + ", ".join(f"{name} {size}" for name, size in report.model.items()))
-    for what, names in (("missing, left as a new model starts", report.missing), ("left aside", report.unexpected)):
-        if names:
-            result(f"  {len(names)} {what}: {listed(names, most=8)}{' (--json lists all)' if len(names) > 8 else ''}")
-    result(f"  sha256 {report.sha256}")
-
-
 @weights.command("export", epilog="Example: ca2st weights export runs/my_run --out model.safetensors --names published")
 def export_checkpoint(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder (its newest checkpoint).")],
@@ -278,3 +226,56 @@ def check_golden_files(
             result(f"{'ok  ' if report.ok else 'FAIL'} {report.file}  max abs diff {worst:.2e}")
     if not ok:
         raise typer.Exit(3)
+
+
+def _base(kind: ModelKind | None, preset: str | None) -> "ModelConfig":
+    from ca2st.model.config import ModelConfig
+    from ca2st.model.presets import find_preset
+
+    if (kind is None) == (preset is None):
+        raise UserInputError("expected either --model KIND or --preset NAME")
+    return find_preset(preset).config if preset is not None else ModelConfig(kind=kind.value if kind else "ca2st")
+
+
+def _check_roles(config: "ModelConfig", spatial: Spatial | None, temporal: Temporal | None) -> None:
+    """Refuse an encoder for an expert that the model has not."""
+    from ca2st.model.config import EXPERTS
+
+    own = EXPERTS[config.kind]
+    for role, encoder in (("spatial", spatial), ("temporal", temporal)):
+        if encoder is not None and role not in own:
+            raise UserInputError(
+                f"--{role} {encoder.value}: expected a model with a {role} expert, found {config.kind}, which has "
+                f"{', '.join(own)}; leave --{role} out"
+            )
+
+
+def _targets(num_classes: int | None, *, verb_noun: bool) -> "tuple[TargetSpec, ...]":
+    from ca2st.model.config import TargetSpec
+
+    if verb_noun == (num_classes is not None):
+        raise UserInputError("expected either --num-classes C or --verb-noun")
+    sizes = {"verb": 97, "noun": 300} if verb_noun else {"label": num_classes or 0}
+    return tuple(TargetSpec(name=name, num_classes=classes) for name, classes in sizes.items())
+
+
+def _print_import(report: "ImportReport") -> None:
+    from ray_jobs.console import result
+
+    below = f", below {report.wrapper!r}" if report.wrapper else ""
+    result(f"{report.layout} ({report.container}{below}): {len(report.loaded)} tensors loaded into {report.out}")
+    if report.origin.repository:
+        result(f"  {report.origin.file} of {report.origin.repository} at {report.origin.revision}")
+    if report.kind == "clip" and not report.origin.activation and report.container != "TorchScript archive":
+        result("  the file does not say which activation it was trained with: taken for QuickGELU, as OpenAI's CLIPs")
+    if report.model:
+        result("  " + ", ".join(f"{name} {size}" for name, size in report.model.items()))
+    for what, names in (("missing, left as a new model starts", report.missing), ("left aside", report.unexpected)):
+        if names:
+            result(f"  {len(names)} {what}: {listed(names, most=8)}{' (--json lists all)' if len(names) > 8 else ''}")
+    result(f"  sha256 {report.sha256}")
+
+
+if TYPE_CHECKING:
+    from ca2st.model.config import ModelConfig, TargetSpec
+    from ca2st.weights.importer import ImportReport

@@ -58,7 +58,7 @@ def train(
         require_folder_place(out, "--out")
     settings = with_options(overrides, data=data, workers=workers)
     if data_folder is not None and recipe is None and data is None:
-        from ray_jobs.own_data.report import train_own_videos
+        from ray_jobs.own_data.training import train_own_videos
 
         train_own_videos(
             data_folder,

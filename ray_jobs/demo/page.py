@@ -104,32 +104,6 @@ def recipe_of_run(row: ComparisonRow) -> Recipe:
     return stored_recipe(json.loads(path.read_text()), where=str(path))
 
 
-def _result(row: ComparisonRow, answers: Answers, factors: Factors) -> ModelResult:
-    recipe, compared = recipe_of_run(row), COMPARED[row.model]
-    experts = EXPERTS[recipe.model.kind]
-    return ModelResult(
-        name=MODEL_NAMES[row.model],
-        row=row,
-        says=compared.says,
-        given=" + ".join(GIVEN[expert] for expert in experts),
-        orders_frames="temporal" in compared.senses and "temporal" not in experts,
-        factors=[_score(recipe, compared.senses, answers, factors, number) for number in range(len(factors.names))],
-    )
-
-
-def _score(recipe: Recipe, senses: str, answers: Answers, factors: Factors, number: int) -> FactorScore:
-    world = recipe.data.synthetic
-    assert world is not None  # the contest has a world
-    factor, counts = factors.names[number], answers.confusion(factors, number)
-    return FactorScore(
-        factor=factor,
-        top1=float(answers.right_parts(factors)[:, number].mean()),
-        ceiling=ceilings(factor, world.world("train"))[senses],
-        classes=[shown(name) for name in factors.classes[number]],
-        shares=[[float(count) / max(1, int(of_class.sum())) for count in of_class] for of_class in counts],
-    )
-
-
 SIDE, MARGIN = 640.0, 64.0
 _KINDS = {
     "right": "all right",
@@ -234,17 +208,6 @@ def confusion_chart(answers: Answers, factors: Factors) -> ConfusionChart:
     )
 
 
-def _kind(right: list[bool]) -> str:
-    wrong = [key for key, is_right in zip(("space", "time", "audio"), right, strict=True) if not is_right]
-    return "right" if not wrong else wrong[0] if len(wrong) == 1 else "several"
-
-
-def _pair(factors: Factors, label: int, chosen: int, *, count: int) -> str:
-    true, said = ", ".join(factors.labels(label)), ", ".join(factors.labels(chosen))
-    clips = "1 clip" if count == 1 else f"{count} clips"
-    return f"{clips} of {true}: right" if label == chosen else f"{clips} of {true}: answered {said}"
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
     """A factor of an answer."""
@@ -310,17 +273,6 @@ def sample_clips(answers: Sequence[Answers], factors: Factors, shards: Path, *, 
         )
         for (sample, alike), shown in zip(chosen, pictures, strict=True)
     ]
-
-
-def _answer(answers: Answers, factors: Factors, sample: int) -> Answer:
-    right = answers.right_parts(factors)[sample].tolist()
-    labels = factors.labels(int(answers.chosen[sample]))
-    return Answer(
-        model=answers.model,
-        parts=[Part(label=label, is_right=is_right) for label, is_right in zip(labels, right, strict=True)],
-        confidence=float(answers.confidence[sample]),
-        is_right=all(right),
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -392,18 +344,6 @@ def loss_chart(
     return LossChart(chart=chart, guess=guess, least=floors, final=final)
 
 
-def _line(frame: Frame, model: str, values: Curve, *, is_faint: bool = False) -> Line:
-    points = frame.points(thinned(values), lambda step, loss: f"step {step:g}: {loss:.2f}")
-    return Line(css=f"m-{model}", name=MODEL_NAMES[model], points=points, is_faint=is_faint)
-
-
-def _floor(frame: Frame, model: str, loss: float, place: int) -> Level:
-    """Return a short mark at the right end, beside those of the other models."""
-    left = frame.right - 20 * place
-    title = f"{MODEL_NAMES[model]}: least loss {loss:.2f}"
-    return Level(css=f"m-{model}", y=frame.y(loss), left=left, right=left + 17, title=title)
-
-
 PAGE_NAME = "index.html"
 _FACTOR_NAMES = {"space": "Shape", "time": "Motion", "audio": "Tone"}
 _EXPERT_FACTORS = {"space": "shapes", "time": "motions", "audio": "tones"}
@@ -445,6 +385,66 @@ def render_demo_page(report: DemoReport) -> str:
         factor_names=_FACTOR_NAMES,
         expert_factors=_EXPERT_FACTORS,
     )
+
+
+def _result(row: ComparisonRow, answers: Answers, factors: Factors) -> ModelResult:
+    recipe, compared = recipe_of_run(row), COMPARED[row.model]
+    experts = EXPERTS[recipe.model.kind]
+    return ModelResult(
+        name=MODEL_NAMES[row.model],
+        row=row,
+        says=compared.says,
+        given=" + ".join(GIVEN[expert] for expert in experts),
+        orders_frames="temporal" in compared.senses and "temporal" not in experts,
+        factors=[_score(recipe, compared.senses, answers, factors, number) for number in range(len(factors.names))],
+    )
+
+
+def _score(recipe: Recipe, senses: str, answers: Answers, factors: Factors, number: int) -> FactorScore:
+    world = recipe.data.synthetic
+    assert world is not None  # the contest has a world
+    factor, counts = factors.names[number], answers.confusion(factors, number)
+    return FactorScore(
+        factor=factor,
+        top1=float(answers.right_parts(factors)[:, number].mean()),
+        ceiling=ceilings(factor, world.world("train"))[senses],
+        classes=[shown(name) for name in factors.classes[number]],
+        shares=[[float(count) / max(1, int(of_class.sum())) for count in of_class] for of_class in counts],
+    )
+
+
+def _kind(right: list[bool]) -> str:
+    wrong = [key for key, is_right in zip(("space", "time", "audio"), right, strict=True) if not is_right]
+    return "right" if not wrong else wrong[0] if len(wrong) == 1 else "several"
+
+
+def _pair(factors: Factors, label: int, chosen: int, *, count: int) -> str:
+    true, said = ", ".join(factors.labels(label)), ", ".join(factors.labels(chosen))
+    clips = "1 clip" if count == 1 else f"{count} clips"
+    return f"{clips} of {true}: right" if label == chosen else f"{clips} of {true}: answered {said}"
+
+
+def _answer(answers: Answers, factors: Factors, sample: int) -> Answer:
+    right = answers.right_parts(factors)[sample].tolist()
+    labels = factors.labels(int(answers.chosen[sample]))
+    return Answer(
+        model=answers.model,
+        parts=[Part(label=label, is_right=is_right) for label, is_right in zip(labels, right, strict=True)],
+        confidence=float(answers.confidence[sample]),
+        is_right=all(right),
+    )
+
+
+def _line(frame: Frame, model: str, values: Curve, *, is_faint: bool = False) -> Line:
+    points = frame.points(thinned(values), lambda step, loss: f"step {step:g}: {loss:.2f}")
+    return Line(css=f"m-{model}", name=MODEL_NAMES[model], points=points, is_faint=is_faint)
+
+
+def _floor(frame: Frame, model: str, loss: float, place: int) -> Level:
+    """Return a short mark at the right end, beside those of the other models."""
+    left = frame.right - 20 * place
+    title = f"{MODEL_NAMES[model]}: least loss {loss:.2f}"
+    return Level(css=f"m-{model}", y=frame.y(loss), left=left, right=left + 17, title=title)
 
 
 def _truth(answers: Answers, factors: Factors, video: str) -> str | None:

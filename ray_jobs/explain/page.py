@@ -91,36 +91,6 @@ def entropy_charts(maps: Sequence[AttentionMap], *, depth: int) -> tuple[Chart, 
     )
 
 
-def _entropy_chart(
-    title: str,
-    values: Mapping[tuple[str, int], float],
-    y_places: Sequence[float],
-    depth: int,
-    *,
-    axis: str,
-    point: str,
-) -> Chart:
-    frame = Frame(x_range=(0.5, depth + 0.5), y_range=(0, y_places[-1]), width=360, height=230)
-    every = -(-depth // _MOST_LAYER_MARKS)
-
-    def line(name: str) -> Line:
-        of_direction = [(layer, value) for (of, layer), value in values.items() if of == name]
-        points = frame.points(
-            of_direction, lambda layer, value: f"{name.upper()}, layer {layer:g}: {point.format(value)}"
-        )
-        return Line(css=name, name=name.upper(), points=points)
-
-    return Chart(
-        title=title,
-        says=f"Entropy by layer, a line per direction: {title.lower()}",
-        x_label="layer",
-        frame=frame,
-        lines=[line(name) for name in dict.fromkeys(name for name, _ in values)],
-        x_marks=[Mark(at=frame.x(layer), label=str(layer)) for layer in range(every, depth + 1, every)],
-        y_marks=[Mark(at=frame.y(place), label=axis.format(place)) for place in y_places],
-    )
-
-
 _SEES = {
     ("time", False): "A query sees its own place in every frame: a frame's colours say when its places were looked at.",
     ("space", False): "A query sees every place of its own frame, so time plays no part here.",
@@ -194,78 +164,11 @@ def direction_views(maps: Sequence[AttentionMap], places: Places) -> list[Direct
     return [_view([found for found in maps if found.direction.name == name], places) for name in names]
 
 
-def _view(maps: Sequence[AttentionMap], places: Places) -> DirectionView:
-    direction = maps[0].direction
-    received = [times_even(_share(found), num_keys=_share(found).size) for found in maps]
-    by_time = [times_even(found.by_time[0].numpy(), num_keys=found.by_time.shape[-1]) for found in maps]
-    limit, matrix_limit = colour_range(received), colour_range(by_time)
-    return DirectionView(
-        direction=direction,
-        panels=[
-            _panel(found, places, limit=limit, received=one, matrix=_matrix(found, places, other, limit=matrix_limit))
-            for found, one, other in zip(maps, received, by_time, strict=True)
-        ],
-        sees=_SEES[direction.window, direction.keys == "audio"],
-        most=times(limit),
-        least=times(-limit),
-        matrix_most=times(matrix_limit),
-        query_labels=places.time_labels(direction.queries),
-    )
-
-
-def _share(found: AttentionMap) -> NDArray[np.float32]:
-    share: NDArray[np.float32] = found.received[0].numpy()
-    return share
-
-
-def _panel(
-    found: AttentionMap,
-    places: Places,
-    *,
-    limit: float,
-    received: NDArray[np.float32],
-    matrix: Matrix | None,
-) -> LayerPanel:
-    keys = found.direction.keys
-    given = times_even(found.given[0].numpy(), num_keys=received.size)
-    pictures = pictures_of(received, keys)
-    return LayerPanel(
-        layer=found.layer,
-        bits=float(found.entropy_bits[0]),
-        share=float(found.entropy_share[0]),
-        heats=[heat_png(levels(picture, limit)) for picture in pictures],
-        strongest=_strongest(received, keys, places),
-        matrix=matrix,
-        rows=pictures.shape[1],
-        columns=pictures.shape[2],
-        levels=to_base64(levels(np.stack([pictures_of(one, keys) for one in given]), limit)) if matrix else "",
-    )
-
-
-def _matrix(found: AttentionMap, places: Places, by_time: NDArray[np.float32], *, limit: float) -> Matrix | None:
-    """None where every query sees its own frame alone."""
-    if found.direction.window == "space":
-        return None
-    return Matrix(
-        picture=heat_png(levels(by_time, limit)),
-        query_ticks=places.ticks(found.direction.queries),
-        key_ticks=places.ticks(found.direction.keys),
-    )
-
-
 def pictures_of(cells: NDArray[np.float32], keys: str) -> NDArray[np.float32]:
     """[key_times, key_places] as [pictures, rows, columns]: a square a frame, or one spectrogram, low tones below."""
     if keys == "audio":
         return rearrange(cells, "t f -> 1 f t")[:, ::-1]
     return rearrange(cells, "t (h w) -> t h w", h=math.isqrt(cells.shape[1]))
-
-
-def _strongest(received: NDArray[np.float32], keys: str, places: Places) -> str:
-    if received.max() < _NEARLY_EVEN:
-        return "no key stands out: each gets about the even share"
-    time, place = np.unravel_index(int(received.argmax()), received.shape)
-    where = places.key_in_words(keys, int(time), int(place), num_places=received.shape[1])
-    return f"{where}: {times(float(received.max()))} the even share"
 
 
 MODEL_NAMES = {"cast": "CAST", "cava": "CAVA", "ca2st": "CA\N{SUPERSCRIPT TWO}ST"}
@@ -326,44 +229,6 @@ def render_page(explanation: Explanation) -> str:
     )
 
 
-def _facts(explanation: Explanation) -> list[str]:
-    clip, sound = explanation.clip, explanation.sound
-    facts = [
-        f"{explanation.model.depth} layers, {explanation.model.num_heads} heads",
-        f"{clip.num_frames} frames of {clip.crop_size} × {clip.crop_size} pixels",
-    ]
-    if sound is not None:
-        facts.append(f"{clip.mel_rows * MEL_ROW_SECONDS:.2f} s of spectrogram")
-    return [*facts, explanation.checkpoint]
-
-
-def _experts(explanation: Explanation) -> Iterable[str]:
-    """In the order in which they are first heard of."""
-    return dict.fromkeys(
-        expert for found in explanation.maps for expert in (found.direction.queries, found.direction.keys)
-    )
-
-
-def _targets(predictions: list[Prediction]) -> list[Target]:
-    return [
-        Target(name=name, predictions=list(group))
-        for name, group in groupby(predictions, key=lambda prediction: prediction.target)
-    ]
-
-
-def _spectrogram(sound: Sound, places: Places) -> Spectrogram:
-    span = sound.end_seconds - sound.start_seconds
-    marks = [100 * (seconds - sound.start_seconds) / span for seconds in places.frame_seconds]
-    return Spectrogram(
-        picture=spectrogram_png(sound.mel, sound.num_heard_rows),
-        seconds=seconds_ticks(sound.start_seconds, sound.end_seconds),
-        hertz=hertz_ticks(sound.sample_rate_hz),
-        frames=[mark for mark in marks if 0 <= mark <= 100],
-        heard=100 * sound.num_heard_rows / len(sound.mel),
-        box=places.audio_box(),
-    )
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EntropyRow:
     """How widely the attention of one direction was spread in one layer."""
@@ -417,3 +282,138 @@ def entropy_rows(explanation: Explanation) -> list[EntropyRow]:
         )
         for found in explanation.maps
     ]
+
+
+def _entropy_chart(
+    title: str,
+    values: Mapping[tuple[str, int], float],
+    y_places: Sequence[float],
+    depth: int,
+    *,
+    axis: str,
+    point: str,
+) -> Chart:
+    frame = Frame(x_range=(0.5, depth + 0.5), y_range=(0, y_places[-1]), width=360, height=230)
+    every = -(-depth // _MOST_LAYER_MARKS)
+
+    def line(name: str) -> Line:
+        of_direction = [(layer, value) for (of, layer), value in values.items() if of == name]
+        points = frame.points(
+            of_direction, lambda layer, value: f"{name.upper()}, layer {layer:g}: {point.format(value)}"
+        )
+        return Line(css=name, name=name.upper(), points=points)
+
+    return Chart(
+        title=title,
+        says=f"Entropy by layer, a line per direction: {title.lower()}",
+        x_label="layer",
+        frame=frame,
+        lines=[line(name) for name in dict.fromkeys(name for name, _ in values)],
+        x_marks=[Mark(at=frame.x(layer), label=str(layer)) for layer in range(every, depth + 1, every)],
+        y_marks=[Mark(at=frame.y(place), label=axis.format(place)) for place in y_places],
+    )
+
+
+def _view(maps: Sequence[AttentionMap], places: Places) -> DirectionView:
+    direction = maps[0].direction
+    received = [times_even(_share(found), num_keys=_share(found).size) for found in maps]
+    by_time = [times_even(found.by_time[0].numpy(), num_keys=found.by_time.shape[-1]) for found in maps]
+    limit, matrix_limit = colour_range(received), colour_range(by_time)
+    return DirectionView(
+        direction=direction,
+        panels=[
+            _panel(found, places, limit=limit, received=one, matrix=_matrix(found, places, other, limit=matrix_limit))
+            for found, one, other in zip(maps, received, by_time, strict=True)
+        ],
+        sees=_SEES[direction.window, direction.keys == "audio"],
+        most=times(limit),
+        least=times(-limit),
+        matrix_most=times(matrix_limit),
+        query_labels=places.time_labels(direction.queries),
+    )
+
+
+def _share(found: AttentionMap) -> NDArray[np.float32]:
+    share: NDArray[np.float32] = found.received[0].numpy()
+    return share
+
+
+def _panel(
+    found: AttentionMap,
+    places: Places,
+    *,
+    limit: float,
+    received: NDArray[np.float32],
+    matrix: Matrix | None,
+) -> LayerPanel:
+    keys = found.direction.keys
+    given = times_even(found.given[0].numpy(), num_keys=received.size)
+    pictures = pictures_of(received, keys)
+    return LayerPanel(
+        layer=found.layer,
+        bits=float(found.entropy_bits[0]),
+        share=float(found.entropy_share[0]),
+        heats=[heat_png(levels(picture, limit)) for picture in pictures],
+        strongest=_strongest(received, keys, places),
+        matrix=matrix,
+        rows=pictures.shape[1],
+        columns=pictures.shape[2],
+        levels=to_base64(levels(np.stack([pictures_of(one, keys) for one in given]), limit)) if matrix else "",
+    )
+
+
+def _matrix(found: AttentionMap, places: Places, by_time: NDArray[np.float32], *, limit: float) -> Matrix | None:
+    """None where every query sees its own frame alone."""
+    if found.direction.window == "space":
+        return None
+    return Matrix(
+        picture=heat_png(levels(by_time, limit)),
+        query_ticks=places.ticks(found.direction.queries),
+        key_ticks=places.ticks(found.direction.keys),
+    )
+
+
+def _strongest(received: NDArray[np.float32], keys: str, places: Places) -> str:
+    if received.max() < _NEARLY_EVEN:
+        return "no key stands out: each gets about the even share"
+    time, place = np.unravel_index(int(received.argmax()), received.shape)
+    where = places.key_in_words(keys, int(time), int(place), num_places=received.shape[1])
+    return f"{where}: {times(float(received.max()))} the even share"
+
+
+def _facts(explanation: Explanation) -> list[str]:
+    clip, sound = explanation.clip, explanation.sound
+    facts = [
+        f"{explanation.model.depth} layers, {explanation.model.num_heads} heads",
+        f"{clip.num_frames} frames of {clip.crop_size} × {clip.crop_size} pixels",
+    ]
+    if sound is not None:
+        facts.append(f"{clip.mel_rows * MEL_ROW_SECONDS:.2f} s of spectrogram")
+    return [*facts, explanation.checkpoint]
+
+
+def _experts(explanation: Explanation) -> Iterable[str]:
+    """In the order in which they are first heard of."""
+    return dict.fromkeys(
+        expert for found in explanation.maps for expert in (found.direction.queries, found.direction.keys)
+    )
+
+
+def _targets(predictions: list[Prediction]) -> list[Target]:
+    return [
+        Target(name=name, predictions=list(group))
+        for name, group in groupby(predictions, key=lambda prediction: prediction.target)
+    ]
+
+
+def _spectrogram(sound: Sound, places: Places) -> Spectrogram:
+    span = sound.end_seconds - sound.start_seconds
+    marks = [100 * (seconds - sound.start_seconds) / span for seconds in places.frame_seconds]
+    return Spectrogram(
+        picture=spectrogram_png(sound.mel, sound.num_heard_rows),
+        seconds=seconds_ticks(sound.start_seconds, sound.end_seconds),
+        hertz=hertz_ticks(sound.sample_rate_hz),
+        frames=[mark for mark in marks if 0 <= mark <= 100],
+        heard=100 * sound.num_heard_rows / len(sound.mel),
+        box=places.audio_box(),
+    )

@@ -50,12 +50,6 @@ def write_annotations(path: Path) -> None:
     write_bytes(path, text.getvalue().encode())
 
 
-_CLASSES_EXAMPLE_VIDEOS = {
-    "bikes.mp4": "street",
-    "bigbuckbunny.mp4": "animation",
-    "carphone_pristine.mp4": "video-call",
-    "carphone_distorted.mp4": "video-call",
-}
 _PIECE_SECONDS = Fraction(1, 2)
 _SOUND_RATE_HZ = 44_100
 
@@ -73,7 +67,8 @@ def write_example_videos(folder: Path) -> dict[str, int]:
     if folder.exists():
         raise UserInputError(f"{folder}: expected no such folder yet, found one; name another or remove it")
     counts: dict[str, int] = {}
-    for name, label in _CLASSES_EXAMPLE_VIDEOS.items():
+    for name, words in _CLASSES.items():
+        label = words.replace(" ", "-")
         out = folder / label
         out.mkdir(parents=True, exist_ok=True)
         counts[label] = counts.get(label, 0) + _cut(source / name, out)

@@ -1,7 +1,11 @@
-"""From a folder of videos to a trained model: list, choose, make shards, choose again with what they show, train."""
+"""From a folder of videos to a trained model, and its report.
+
+List, choose, make shards, choose again with what they show, train, and say what a person needs to know.
+"""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import getitem
@@ -10,21 +14,30 @@ from typing import Any
 
 import torch
 
-from ca2st.durable import FaultPoints
-from ca2st.errors import UserInputError
+from ca2st.errors import UserInputError, listed
+from ca2st.model.config import EXPERTS
 from ca2st.weights.hub import is_hub_name
 from ray_jobs import environment
 from ray_jobs.config.recipe import Recipe, recipe_document
 from ray_jobs.config.recipe_file import load_recipe
+from ray_jobs.console import print_json, result, say
 from ray_jobs.launch import launch
-from ray_jobs.own_data.choices import Choice, Facts, choose, settings_of, short_side
-from ray_jobs.own_data.expert_sizes import ExpertSizes, published_sizes, read_expert_sizes
-from ray_jobs.own_data.listing import OwnVideos, list_videos
-from ray_jobs.own_data.shards import (
+from ray_jobs.own_data.choices import (
+    Choice,
+    ExpertSizes,
+    Facts,
+    choose,
+    published_sizes,
+    read_expert_sizes,
+    settings_of,
+    short_side,
+)
+from ray_jobs.own_data.videos import (
     Judgement,
     OwnShards,
-    conversion_config,
+    OwnVideos,
     judge,
+    list_videos,
     make_shards,
     run_name,
     shards_folder,
@@ -32,8 +45,10 @@ from ray_jobs.own_data.shards import (
 from ray_jobs.runs.model import IMPORTED_FOLDER, start_sound, with_local_experts
 from ray_jobs.runs.start import kept_recipe
 from ray_jobs.runs.worker import Outcome
+from ray_jobs.tracking.state import read_state
 from sharding.format.shard_set import MANIFEST_NAME, read_manifest
 from sharding.settings import ConversionConfig
+from sharding.source import note_lines
 
 RECIPE = "own_data"
 """The recipe of the package that choices are put over."""
@@ -54,29 +69,16 @@ class OwnPlan:
     shards: Path
     """Folder of both shard sets."""
 
-    def chosen(self) -> list["ChosenSettings"]:
-        """The choices with the values that are used, the person's own among them."""
+    def chosen(self) -> list[dict[str, Any]]:
+        """The choices for ``--json``: the values that are used, the reason, and which of them the person set."""
         used = recipe_document(self.recipe)
-        return [self._chosen(choice, used) for choice in self.choices]
-
-    def _chosen(self, choice: Choice, used: Mapping[str, Any]) -> "ChosenSettings":
-        own = tuple(sorted(key for key in choice.settings if _is_set(key, self.overrides)))
-        all_own = choice.settings and len(own) == len(choice.settings)
-        return ChosenSettings(
-            settings={key: _at(used, key) for key in choice.settings},
-            reason="set by you" if all_own else choice.reason,
-            own=own,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ChosenSettings:
-    """A choice as it is told."""
-
-    settings: Mapping[str, Any]
-    reason: str
-    own: tuple[str, ...]
-    """Which of the settings the person set."""
+        found = []
+        for choice in self.choices:
+            own = sorted(key for key in choice.settings if _is_set(key, self.overrides))
+            reason = "set by you" if own and len(own) == len(choice.settings) else choice.reason
+            settings = {key: reduce(getitem, key.split("."), used) for key in choice.settings}
+            found.append({"settings": settings, "reason": reason, "set_by_you": own})
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,22 +114,149 @@ def plan_training(folder: Path, overrides: Sequence[str], *, out: Path | None, f
     return _decided(videos, facts, tuple(overrides), out=out)
 
 
-def train_on_videos(
-    plan: OwnPlan,
+def train_own_videos(
+    folder: Path,
+    overrides: Sequence[str],
     *,
-    faults: FaultPoints,
-    told: "Callable[[OwnPlan, OwnShards], None]",
-    ray_address: str | None = None,
-    accept_open_ray: bool = False,
-) -> OwnOutcome:
-    """Make the shards, choose with what they show, train and judge; what was finished before is kept.
-
-    `told` is called with the final plan and its shards before training starts.
+    out: Path | None,
+    follow_links: bool = False,
+    ray_address: str | None,
+    accept_open_ray: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train on a folder of videos and print the report, or with `dry_run` only the plan; what was finished is kept.
 
     Raises:
         DataDamageError: too many videos cannot be read.
-        UserInputError: the run's folder holds a training on other videos or with other settings.
+        UserInputError: as `plan_training`, or the run's folder holds a training on other videos or with other settings.
     """
+    plan = plan_training(folder, overrides, out=out, follow_links=follow_links)
+    if dry_run:
+        _print_plan(plan, as_json=as_json)
+        return
+    for line in found_lines(plan):
+        say(line)
+    done = _train(plan, ray_address=ray_address, accept_open_ray=accept_open_ray)
+    if as_json:
+        print_json(outcome_facts(done))
+        return
+    for line in outcome_lines(done):
+        result(line)
+
+
+_FEW_VIDEOS = 20
+_WITHOUT_EXPERTS = (
+    "no pretrained experts are given: this small model learns from nothing and is only a first try. Pretrained ones "
+    "would be far better: `ca2st weights import --kind clip FILE --out clip.safetensors`, videomae and ast alike, then "
+    "this command again with --set experts.spatial=clip.safetensors --set experts.temporal=videomae.safetensors, and "
+    "with experts.audio where there is sound"
+)
+
+
+def found_lines(plan: OwnPlan) -> Iterator[str]:
+    """What lies in the folder: videos by class and split, and what is left aside."""
+    videos = plan.videos
+    train, validation = videos.count("train"), videos.count("validation")
+    how = "as the folder says" if videos.splits_given else "by the hash of their names, the same every time"
+    yield (
+        f"{videos.folder}: {len(videos.train) + len(videos.validation)} videos of {len(videos.classes)} classes; "
+        f"{len(videos.train)} train, {len(videos.validation)} validate, {how}"
+    )
+    classes = [f"{name}: {train[name]} + {validation[name]}" for name in videos.classes]
+    yield "  " + listed(classes, most=20, separator="\n  ")
+    if videos.only_trained and videos.splits_given:
+        yield f"only trained on, having no validation videos: {listed(videos.only_trained)}"
+    elif videos.only_trained:
+        yield f"only trained on, being single: the videos of {listed(videos.only_trained)}; two or more can be tested"
+    if videos.left_aside:
+        yield f"left aside, no training or validation videos: {listed(videos.left_aside)}"
+    yield from note_lines(videos.source("train").notes)
+
+
+def choice_lines(plan: OwnPlan) -> Iterator[str]:
+    """Every choice in a line with its reason; settings the person made are marked."""
+    for choice in plan.chosen():
+        settings = [
+            f"{key} {_text(value)}{' (yours)' if key in choice['set_by_you'] else ''}"
+            for key, value in choice["settings"].items()
+        ]
+        yield f"  {', '.join(settings)}: {choice['reason']}" if settings else f"  {choice['reason']}"
+    if plan.facts.experts is None:
+        yield _WITHOUT_EXPERTS
+    elif random := [name for name in EXPERTS[plan.recipe.model.kind] if name not in plan.recipe.experts.sources()]:
+        yield f'warning: no weights are given for {listed(random)}: random, and never trained under trainable "added"'
+
+
+def plan_facts(plan: OwnPlan) -> dict[str, Any]:
+    """For ``--dry-run``: what would be done."""
+    training = plan.recipe.training
+    steps_per_epoch = plan.facts.num_clips // training.global_batch_size
+    return {
+        "name": plan.recipe.name,
+        "model": plan.recipe.model.kind,
+        "classes": list(plan.videos.classes),
+        "num_train": len(plan.videos.train),
+        "num_validation": len(plan.videos.validation),
+        "epochs": training.epochs,
+        "steps_per_epoch": steps_per_epoch,
+        "steps": training.total_steps(steps_per_epoch),
+        "global_batch_size": training.global_batch_size,
+        "workers": plan.recipe.launch.workers,
+        "shards": str(plan.shards),
+        "run_dir": str(plan.run_dir),
+        "choices": plan.chosen(),
+    }
+
+
+def outcome_facts(done: OwnOutcome) -> dict[str, Any]:
+    """For ``--json``: what every training tells, and what is known of own videos."""
+    plan, outcome, judgement = done.plan, done.outcome, done.judgement
+    return {
+        "run_id": read_state(plan.run_dir).run_id if plan.recipe.tracking.enabled else None,
+        "checkpoint": outcome.checkpoint,
+        "steps": outcome.steps,
+        "top1": outcome.metrics.get(outcome.main_metric),
+        "metrics": outcome.metrics,
+        "run_dir": str(plan.run_dir),
+        "shards": {split: str(folder) for split, folder in done.shards.sets.items()},
+        "choices": plan.chosen(),
+        "chance": judgement.chance if judgement else None,
+        "mistakes": list(judgement.mistakes) if judgement else [],
+        "left_out": [{"video": one.sample_id, "reason": one.reason, "what": one.what} for one in done.shards.left_out],
+    }
+
+
+def outcome_lines(done: OwnOutcome) -> Iterator[str]:
+    """How good it is, what it got wrong, and what to do next."""
+    yield f"trained {done.outcome.steps} steps; checkpoint {done.outcome.checkpoint}"
+    if done.judgement is None:
+        yield "no class has a second video, so nothing was tested; add videos to see how good the model is"
+    else:
+        yield from _judgement_lines(done.judgement)
+    yield "next:"
+    yield from (f"  {command}" for command in next_commands(done))
+
+
+def next_commands(done: OwnOutcome) -> list[str]:
+    """Commands to go on with, ready for a shell."""
+    plan = done.plan
+    run, video = _quoted(plan.run_dir), _quoted(_near((plan.videos.validation or plan.videos.train)[0].path))
+    commands = [f"ca2st predict {run} {video} --top 3", f"ca2st explain {run} {video} --out explained.html"]
+    if "validation" in done.shards.sets:
+        commands.append(f"ca2st evaluate {run} --data {_quoted(done.shards.sets['validation'])} --views 2x3")
+    own = [override for override in plan.overrides if not override.startswith("training.epochs=")]
+    settings = "".join(f" --set {shlex.quote(setting)}" for setting in own)
+    longer = _quoted(plan.run_dir.with_name(f"{plan.run_dir.name}-longer"))
+    epochs = 3 * plan.recipe.training.epochs
+    links = " --follow-links" if plan.videos.follow_links else ""
+    again = f"ca2st train --data-folder {_quoted(plan.videos.folder)}{links}{settings}"
+    commands.append(f"{again} --set training.epochs={epochs} --out {longer}")
+    return commands
+
+
+def _train(plan: OwnPlan, *, ray_address: str | None, accept_open_ray: bool) -> OwnOutcome:
+    """Make the shards, choose with what they show, say so, train and judge."""
     plan = _with_fetched_experts(plan)
     shards = make_shards(plan.videos, _conversion(plan.recipe), plan.shards)
     facts = replace(
@@ -138,14 +267,15 @@ def train_on_videos(
         median_seconds=shards.median_seconds,
     )
     plan = _decided(plan.videos, facts, plan.overrides, out=plan.run_dir)
-    told(plan, shards)
+    for line in (*_shards_lines(shards), "chosen:", *choice_lines(plan)):
+        say(line)
     _refuse_other_videos(plan.run_dir, shards)
     sets = {split: str(folder.resolve()) for split, folder in shards.sets.items()}
     data = replace(plan.recipe.data, train=sets["train"], validation=sets.get("validation"))
     outcome = launch(
         replace(plan.recipe, data=data),
         plan.run_dir,
-        faults=faults,
+        faults=environment.fault_points(),
         ray_address=ray_address,
         accept_open_ray=accept_open_ray,
     )
@@ -165,7 +295,7 @@ def _refuse_ignored(given: Recipe, overrides: Sequence[str]) -> None:
     }
     if taken := [key for key, value in shards.items() if value is not None]:
         raise UserInputError(f"--set {taken[0]}: --data-folder makes the shards; leave one of the two out")
-    if "model.preset" in _keys(overrides):
+    if any(override.startswith("model.preset=") for override in overrides):
         raise UserInputError(
             "--set model.preset: --data-folder chooses kind and sizes of the model, and a preset would stand below "
             "that; set the keys themselves (`ca2st model presets` lists them), as model.fusion, or train by a recipe"
@@ -188,18 +318,10 @@ def _decided(videos: OwnVideos, facts: Facts, overrides: tuple[str, ...], *, out
     )
 
 
-def _keys(overrides: Sequence[str]) -> set[str]:
-    return {override.partition("=")[0] for override in overrides}
-
-
 def _is_set(key: str, overrides: Sequence[str]) -> bool:
-    """Whether the person set `key`, itself or with its whole section."""
-    return any(key == own or key.startswith(f"{own}.") for own in _keys(overrides))
-
-
-def _at(document: Mapping[str, Any], key: str) -> Any:
-    """The value of ``section.key``."""
-    return reduce(getitem, key.split("."), document)
+    """Return whether the person set `key`, itself or with its whole section."""
+    own = {override.partition("=")[0] for override in overrides}
+    return any(key == setting or key.startswith(f"{setting}.") for setting in own)
 
 
 def _as_overrides(settings: Mapping[str, Any]) -> list[str]:
@@ -208,11 +330,12 @@ def _as_overrides(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _conversion(recipe: Recipe) -> ConversionConfig:
-    return conversion_config(
-        short_side=short_side(recipe.clip.crop_size),
-        num_mel_bins=recipe.clip.num_mel_bins,
-        heard=None if recipe.start is None else start_sound(Path(recipe.start.checkpoint)),
+    """Return how the videos are stored; sound is kept where there is some, so that any kind of model can read them."""
+    config = ConversionConfig(
+        short_side=short_side(recipe.clip.crop_size), num_mel_bins=recipe.clip.num_mel_bins, audio_policy="optional"
     )
+    heard = None if recipe.start is None else start_sound(Path(recipe.start.checkpoint))
+    return config if heard is None else replace(config, sample_rate_hz=heard.sample_rate_hz)
 
 
 def _expert_sizes(given: Recipe, overrides: Sequence[str]) -> ExpertSizes | None:
@@ -253,3 +376,55 @@ def _refuse_other_videos(run_dir: Path, shards: OwnShards) -> None:
             f"{run_dir}: holds a run on {before.num_samples} training videos, the folder now gives {now.num_samples} "
             "that are not all the same; give another --out to train on them"
         )
+
+
+def _shards_lines(shards: OwnShards) -> Iterator[str]:
+    """What cannot be read, where the shards lie and what they hold."""
+    if shards.left_out:
+        yield f"left out, not readable: {len(shards.left_out)} videos (rejects.jsonl beside the shards names all)"
+        left_out = [f"{one.sample_id}: {one.reason} ({one.what})" for one in shards.left_out]
+        yield "  " + listed(left_out, separator="\n  ")
+    silent = f" and {shards.num_silent} with silence alone" if shards.num_silent else ""
+    yield (
+        f"shards in {shards.sets['train'].parent}: {shards.num_clips} training videos, {shards.num_with_sound} with "
+        f"sound{silent}, median {shards.median_seconds:.1f} s"
+    )
+
+
+def _judgement_lines(judgement: Judgement) -> Iterator[str]:
+    yield (
+        f"validation: {judgement.num_right} of {judgement.num_videos} right (top-1 {judgement.top1:.0%}); "
+        f"always saying {judgement.commonest!r} would get {judgement.chance:.0%}"
+    )
+    wrong = [
+        f"wrong: {_near(Path(one.video))}: taken for {one.said!r} ({one.probability:.0%})" for one in judgement.mistakes
+    ]
+    if wrong:
+        yield "  " + listed(wrong, separator="\n  ")
+    if judgement.num_videos < _FEW_VIDEOS:
+        yield f"  few videos: each of them counts {1 / judgement.num_videos:.0%}, so take the number as a hint"
+
+
+def _near(path: Path) -> Path:
+    """Relative to the working folder where it lies inside."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"[{', '.join(map(_text, value))}]" if isinstance(value, list) else str(value)
+
+
+def _print_plan(plan: OwnPlan, *, as_json: bool) -> None:
+    facts = plan_facts(plan)
+    if as_json:
+        print_json(facts)
+        return
+    for line in (*found_lines(plan), "chosen:", *choice_lines(plan)):
+        result(line)
+    result(f"would train {facts['steps']} steps into {plan.run_dir}, on shards made in {plan.shards}")

@@ -17,11 +17,17 @@ from ca2st.weights.expert_files import EXPERT_KEY, expert_state
 from ca2st.weights.tensor_files import read_tensor_file, write_tensor_file
 from ray_jobs.commands.train import train
 from ray_jobs.config.recipe_file import load_recipe
-from ray_jobs.own_data.choices import Facts, choose, settings_of, short_side
-from ray_jobs.own_data.expert_sizes import ExpertSizes, published_sizes, read_expert_sizes
-from ray_jobs.own_data.listing import OwnVideos, list_videos, validation_names
-from ray_jobs.own_data.report import train_own_videos
-from ray_jobs.own_data.training import plan_training
+from ray_jobs.own_data.choices import (
+    ExpertSizes,
+    Facts,
+    choose,
+    published_sizes,
+    read_expert_sizes,
+    settings_of,
+    short_side,
+)
+from ray_jobs.own_data.training import plan_training, train_own_videos
+from ray_jobs.own_data.videos import OwnVideos, list_videos, validation_names
 from ray_jobs.runs.inference import load_trained
 from sharding.errors import AnnotationError, RejectBudgetError
 from support.annotations import touch
@@ -291,7 +297,7 @@ def test_a_set_value_wins_over_the_choice_and_is_marked(tmp_path: Path) -> None:
     touch(tmp_path, *videos_of_classes(a=5, b=5))
     found = plan(tmp_path, "training.epochs=3", "clip.crop_size=64")
     assert (found.recipe.training.epochs, found.recipe.clip.crop_size, found.recipe.model.dim) == (3, 64, 96)
-    marked = {key for choice in found.chosen() for key in choice.own}
+    marked = {key for choice in found.chosen() for key in choice["set_by_you"]}
     assert marked == {"training.epochs", "clip.crop_size"}
 
 
@@ -299,8 +305,8 @@ def test_a_section_that_is_set_as_a_whole_is_marked_and_wins(tmp_path: Path) -> 
     touch(tmp_path, *videos_of_classes(a=5, b=5))
     found = plan(tmp_path, "clip={num_frames=4, crop_size=64}")
     assert (found.recipe.clip.num_frames, found.recipe.clip.crop_size) == (4, 64)
-    clip = next(choice for choice in found.chosen() if "clip.crop_size" in choice.settings)
-    assert (clip.reason, clip.own) == ("set by you", ("clip.crop_size", "clip.num_frames"))
+    clip = next(choice for choice in found.chosen() if "clip.crop_size" in choice["settings"])
+    assert (clip["reason"], clip["set_by_you"]) == ("set by you", ["clip.crop_size", "clip.num_frames"])
 
 
 @pytest.mark.parametrize(
