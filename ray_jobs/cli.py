@@ -118,13 +118,13 @@ def main(program: typer.Typer = app) -> None:
 
 
 def _is_given(filename: object, arguments: Sequence[str]) -> bool:
-    """Whether a name lies below, or is, one that stands on the command line."""
+    """Return whether a name lies below, or is, one that stands on the command line."""
     names = [name for argument in arguments for name in (argument, argument.rpartition("=")[2]) if len(name) > 1]
     return isinstance(filename, str) and any(name.strip("'\"") in filename for name in names)
 
 
 def _end(error: Exception, exit_code: int) -> NoReturn:
-    """One line for the person, the notes that were added on the way (rank, file), and the exit code."""
+    """Print one line with the notes that were added on the way (rank, file), and end with the exit code."""
     from ray_jobs.redaction import redacted
 
     notes = "".join(f" [{note}]" for note in getattr(error, "__notes__", ()))

@@ -78,7 +78,7 @@ class TrackedRun:
 
 
 def read_runs(uri: str, wanted: RunFilter) -> list[TrackedRun]:
-    """The runs that `wanted` names, oldest first or in the order of its names.
+    """Return the runs that `wanted` names, oldest first or in the order of its names.
 
     Raises:
         UserInputError: nothing matches, or there is no such SQLite file, which is not made; says what there is.
@@ -166,7 +166,7 @@ def compare(runs: Sequence[TrackedRun], *, baseline: str | None = None) -> Compa
 
 
 def differing_settings(runs: Sequence[TrackedRun]) -> tuple[dict[str, list[str | None]], int]:
-    """Settings and telling tags that are not the same in all runs, and how many settings are."""
+    """Return the settings and telling tags that are not the same in all runs, and how many settings are."""
     names = sorted({name for run in runs for name in run.settings} - _NOT_SETTINGS)
     columns: dict[str, list[str | None]] = {name: [run.settings.get(name) for run in runs] for name in names}
     differing = {name: values for name, values in columns.items() if len(set(values)) > 1}
@@ -179,7 +179,7 @@ def differing_settings(runs: Sequence[TrackedRun]) -> tuple[dict[str, list[str |
 
 
 def across_datasets(runs: Sequence[TrackedRun]) -> list[AcrossDatasets]:
-    """Harmonic means of models that were trained on more than one dataset; a model is its `[model]` settings."""
+    """Return harmonic means of models that were trained on more than one dataset; a model is its `[model]` settings."""
     groups: dict[str, dict[str, list[float]]] = {}
     for run in runs:
         name, dataset = run.accuracy_name, _dataset(run)
@@ -238,7 +238,7 @@ def _experiments(client: "MlflowClient", name: str | None) -> dict[str, str]:
 
 
 def _search(client: "MlflowClient", experiment_ids: list[str]) -> list[Any]:
-    """All of their runs, newest first."""
+    """Return all of their runs, newest first."""
     found: list[Any] = []
     token = None
     while True:
@@ -258,7 +258,7 @@ def _matches(run: Any, wanted: RunFilter) -> bool:
 
 
 def _named(runs: Sequence[Any], names: Sequence[str]) -> list[Any]:
-    """The runs of these names or id beginnings; of several with one name the newest, which comes first."""
+    """Return the runs of these names or id beginnings; of several with one name the newest, which comes first."""
     chosen = []
     for name in names:
         near = [run for run in runs if run.info.run_name == name or run.info.run_id.startswith(name)]
@@ -303,13 +303,13 @@ def _tracked(client: "MlflowClient", run: Any, experiment: str) -> TrackedRun:
 
 
 def _history(client: "MlflowClient", run_id: str, name: str) -> Curve:
-    """The values of a metric by step; of two for one step the later."""
+    """Return the values of a metric by step; of two for one step the later."""
     values = sorted(client.get_metric_history(run_id, name), key=lambda value: (value.step, value.timestamp))
     return tuple({value.step: value.value for value in values}.items())
 
 
 def _device_hours(speeds: Curve, worlds: Curve, settings: Mapping[str, str]) -> float | None:
-    """Clips of a step divided by its clips a second are its seconds; a worker holds one device.
+    """Return the device hours: clips of a step by its clips per second are its seconds; a worker holds one device.
 
     `worlds`: how many workers there were from behind a step on; empty: always as many as the settings say.
     """
@@ -330,7 +330,7 @@ def _dataset(run: TrackedRun) -> str | None:
 
 
 def _model(run: TrackedRun, runs: Sequence[TrackedRun]) -> str:
-    """Its kind, and whatever else of its `[model]` settings is not the same in all runs."""
+    """Return the model's kind, and whatever else of its `[model]` settings is not the same in all runs."""
     own = {name: value for name, value in run.settings.items() if name.startswith("model.") and name != "model.kind"}
     more = [
         f"{name.removeprefix('model.')}={value}"
@@ -352,7 +352,7 @@ def _baseline(runs: Sequence[TrackedRun], name: str | None) -> TrackedRun:
 
 
 def _metrics(run: TrackedRun) -> dict[str, float]:
-    """What the run reached; how busy its nodes were last is none of it."""
+    """Return what the run reached; how busy its nodes were last is none of it."""
     speed = {} if run.median_clips_per_second is None else {CLIPS_PER_SECOND: run.median_clips_per_second}
     own = {name: value for name, value in run.metrics.items() if not name.startswith(SYSTEM_PREFIX)}
     return dict(sorted((own | speed).items()))

@@ -34,7 +34,7 @@ class ModelBenchConfig:
     size: str = "vit_b"
     """One of `ca2st.model.presets.SIZES`."""
     num_layers: int | None = None
-    """Layers of every expert. None: all on a GPU, 2 on a CPU, where the whole model takes minutes a step."""
+    """Layers of every expert. None: all on a GPU, 2 on a CPU, where the whole model takes minutes per step."""
     per_device_batch_size: int | None = None
     """Clips of a pass. None: 6 on a GPU (the recipes'), 1 on a CPU."""
     rounds: int | None = None
@@ -72,7 +72,7 @@ class ModelBenchConfig:
 
 
 def model_config(kind: str, size: str, *, num_layers: int | None) -> ModelConfig:
-    """The published model `kind` at a size, with DropPath as the recipes have it.
+    """Return the published model `kind` at a size, with DropPath as the recipes have it.
 
     With fewer layers than published, the audio bridges of CA2ST keep their share of the layers (3 of 12), at least one.
     """
@@ -117,7 +117,7 @@ class Case(Protocol):
         ...
 
     def peak_bytes(self) -> int:
-        """Highest memory since the last `reset_peak`, weights included."""
+        """Return highest memory since the last `reset_peak`, weights included."""
         ...
 
     def reset_peak(self) -> None:
@@ -125,7 +125,7 @@ class Case(Protocol):
         ...
 
     def limit(self) -> Limit:
-        """The device's limit, in the precision of the case."""
+        """Return the device's limit, in the precision of the case."""
         ...
 
 
@@ -172,7 +172,7 @@ class LocalCase:
         self._optimizer.zero_grad(set_to_none=True)
 
     def peak_bytes(self) -> int:
-        """Highest memory since the last `reset_peak`, weights included."""
+        """Return highest memory since the last `reset_peak`, weights included."""
         return self._memory.num_bytes()
 
     def reset_peak(self) -> None:
@@ -180,7 +180,7 @@ class LocalCase:
         self._memory.reset()
 
     def limit(self) -> Limit:
-        """The device's limit, in the precision of the case."""
+        """Return the device's limit, in the precision of the case."""
         return measure_limit(self._device, self._spec.precision)
 
     def _autocast(self) -> AbstractContextManager[object]:

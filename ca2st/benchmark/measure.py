@@ -28,7 +28,7 @@ class Limit:
     """The highest rate that was seen."""
 
     tflops: float
-    """10^12 floating-point operations a second."""
+    """10^12 floating-point operations per second."""
     size: int
     """Both factors are `size` x `size`."""
     dtype: str
@@ -90,7 +90,7 @@ class Machine:
 
 
 def machine(device: str) -> Machine:
-    """Facts about this machine."""
+    """Return facts about this machine."""
     return Machine(
         device=device,
         gpu=torch.cuda.get_device_name() if device == "cuda" else None,
@@ -128,7 +128,7 @@ class PeakMemory:
             _RESET.write_text(_RESET_PEAK)
 
     def num_bytes(self) -> int:
-        """Highest memory since the last reset."""
+        """Return highest memory since the last reset."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return max(_resident("VmHWM") - self._before, 0)
@@ -156,5 +156,5 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and range of at least one value."""
+    """Return median and range of at least one value."""
     return Spread(median=statistics.median(values), lowest=min(values), highest=max(values), count=len(values))

@@ -1,10 +1,6 @@
-"""A model measured beside a plain formulation.
+"""A model measured beside a plain formulation, in turns: every round runs each variant once.
 
-What a benchmark of the model says.
-
-A case in a process of its own, so that its memory is its own and nobody's leftovers slow it down.
-
-Rounds: every one runs each variant once, so that a busy moment of the machine falls on all of them.
+Each variant is a case in a process of its own, so that its memory is its own and nobody's leftovers slow it down.
 """
 
 import contextlib
@@ -65,7 +61,7 @@ class PassReport:
     peak_memory_bytes: int
     """Highest memory, weights included: of the CUDA allocator, or (CPU) of the process since before the model."""
     tflops: float | None
-    """10^12 floating-point operations a second, from the model's multiply-adds; known for the forward pass."""
+    """10^12 floating-point operations per second, from the model's multiply-adds; known for the forward pass."""
     share_of_limit: float | None
     """`tflops` over the device's limit, measured in the same run."""
     speedup: Spread | None
@@ -107,7 +103,7 @@ class ModelBenchmark:
     limit: Limit
     """The highest rate of a large matrix product that any of the measuring processes saw."""
     load_before: float
-    """The machine's load average over the minute before: well below one a core, or others were computing too, and the
+    """The machine's load average over the minute before: well below one per core, or others were computing too, and the
     rates are too low. Ratios suffer less, since variants take turns."""
     models: tuple[ModelReport, ...]
     """In the order they were asked for."""
@@ -130,7 +126,7 @@ class RemoteCase:
         return cast("float", self._ask("seconds", kind))
 
     def peak_bytes(self) -> int:
-        """Highest memory since the last `reset_peak`, weights included."""
+        """Return highest memory since the last `reset_peak`, weights included."""
         return cast("int", self._ask("peak_bytes"))
 
     def reset_peak(self) -> None:
@@ -138,7 +134,7 @@ class RemoteCase:
         self._ask("reset_peak")
 
     def limit(self) -> Limit:
-        """The device's limit, in the precision of the case."""
+        """Return the device's limit, in the precision of the case."""
         return cast("Limit", self._ask("limit"))
 
     def _ask(self, *request: str) -> object:
@@ -266,14 +262,14 @@ def _end(connection: Connection, process: Any) -> None:
 
 
 def _serve(connection: Connection, spec: CaseSpec) -> None:
-    """Answer requests until told to end; a fault is an answer too."""
+    """Answer requests until asked to end; a fault is an answer too."""
     case: LocalCase | None = None
     while (request := _next(connection))[0] != _END:
         try:
             case = case or LocalCase(spec)
             connection.send(getattr(case, request[0])(*request[1:]))
-        except Exception as error:  # noqa: BLE001  # whatever it is, the parent tells it
-            connection.send(_told(error, spec))
+        except Exception as error:  # noqa: BLE001  # whatever it is, the parent reports it
+            connection.send(_described(error, spec))
 
 
 def _next(connection: Connection) -> tuple[str, ...]:
@@ -283,7 +279,7 @@ def _next(connection: Connection) -> tuple[str, ...]:
         return (_END,)
 
 
-def _told(error: Exception, spec: CaseSpec) -> CA2STError:
+def _described(error: Exception, spec: CaseSpec) -> CA2STError:
     from torch.cuda import OutOfMemoryError
 
     where = f"{spec.config.kind}, {spec.variant}"

@@ -8,11 +8,11 @@ It shares no speed-up with ours. In place of ours it has
 - ``torch.nn.Linear`` where ours goes through `ca2st.model.attention`;
 - QuickGELU as ``x * sigmoid(1.702 * x)``.
 
-Everything else is ours as it stands: the order of the layers, the bottleneck's ``down`` (once an expert and bridge,
+Everything else is ours as it stands: the order of the layers, the bottleneck's ``down`` (once per expert and bridge,
 read by both directions, as the published formulation has it), position codes, frozen experts without gradients, the
 optimizer. Weights have the same values under the same names.
 
-Why this is a fair stand-in for the published formulation: the formulas are those of the paper, a reader of the paper
+Why this is a fair replacement for the published formulation: the formulas are those of the paper, a reader of the paper
 would write them so, no operation is there that they do not ask for, and a test holds that outputs and gradients equal
 ours. It is our own code; a run of somebody's implementation may be slower (it may compute more) or faster.
 """
@@ -111,7 +111,7 @@ class PlainQuickGELU(nn.Module):
 
 
 def plain_model(model: HolisticModel) -> HolisticModel:
-    """A copy of `model`, weights included, that computes everything the plain way.
+    """Return a copy of `model`, weights included, that computes everything the plain way.
 
     Raises:
         CA2STError: the model has none of the parts that are to be replaced: model and baseline have grown apart.
@@ -140,5 +140,5 @@ _PLAIN: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {
     TokenLinear: _plain_linear,
     QuickGELU: lambda _ours: PlainQuickGELU(),
 }
-"""Ours, and what stands in its place. Parents are visited before their children, so a replaced attention's own Linears
+"""Ours, and what replaces it. Parents are visited before their children, so a replaced attention's own Linears
 are replaced too."""

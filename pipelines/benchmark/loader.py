@@ -1,12 +1,7 @@
-"""The loader measured beside a torch DataLoader, in turns.
+"""The loaders measured beside a torch DataLoader: in every round ours and the baseline take a turn.
 
-What a benchmark of the loaders measures.
-
-A loader as something that runs for a while and says how many clips it gave: ours, or the baseline.
-
-Is it data or compute? The loader alone, the consumer alone on one batch again and again, and both together.
-
-Rounds: in every one ours and the baseline take a turn, so that a busy moment of the machine falls on both.
+So a busy moment of the machine falls on both. Then: is it data or compute? The loader alone, the consumer alone on one
+batch again and again, and both together.
 """
 
 import os

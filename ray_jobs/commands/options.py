@@ -49,7 +49,7 @@ def gop_frames(gop: int | None, *, codec: str) -> int:
 
 
 def synthetic_config(options: Mapping[str, Any], *, dataset: str) -> "SyntheticConfig":
-    """The synthetic world of ``--num-samples``, ``--seed`` and the others; None: not given.
+    """Return the synthetic world of ``--num-samples``, ``--seed`` and the others; None: not given.
 
     Raises:
         UserInputError: one is given for another dataset, or a value is out of range.

@@ -1,9 +1,4 @@
-"""What the demo's models answered, and its report.
-
-What the demo made, and what a person may try next.
-
-What every model answered, taken apart into the factors of the synthetic world.
-"""
+"""What every model of the demo answered, taken apart into the factors of the synthetic world, and its report."""
 
 import shlex
 from collections.abc import Sequence
@@ -63,7 +58,7 @@ def next_steps(report: DemoReport) -> tuple[NextStep, NextStep, NextStep]:
         ),
         NextStep(
             command="ca2st train --data-folder YOUR_VIDEOS",
-            says="Train on videos of your own, a folder a class: no recipe needed, and rerunning goes on.",
+            says="Train on videos of your own, a folder per class: no recipe needed, and rerunning goes on.",
         ),
     )
 
@@ -86,22 +81,22 @@ class Factors:
         return tuple(map(len, self.classes))
 
     def parts(self, combined: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[samples, factors] of [samples] combined classes: the last factor counts fastest."""
+        """Return [samples, factors] of [samples] combined classes: the last factor counts fastest."""
         return np.stack(np.unravel_index(combined, self.sizes), axis=-1).astype(np.int64)
 
     def labels(self, combined: int) -> tuple[str, ...]:
-        """The class of every part, in words."""
+        """Return the class of every part, in words."""
         parts = self.parts(np.array([combined]))[0]
         return tuple(shown(classes[part]) for classes, part in zip(self.classes, parts, strict=True))
 
 
 def shown(name: str) -> str:
-    """A class name as a person writes it: ``440 Hz``, ``up left``."""
+    """Return a class name as a person writes it: ``440 Hz``, ``up left``."""
     return name.replace("_hz", " Hz").replace("_", " ")
 
 
 def factors_of_set(manifest: Manifest) -> Factors:
-    """The factors of a synthetic set; raises UserInputError where it has no such label spaces."""
+    """Return the factors of a synthetic set; raises UserInputError where it has no such label spaces."""
     return Factors(names=FACTORS, classes=tuple(manifest.label_space(name).classes for name in FACTORS))
 
 
@@ -125,18 +120,18 @@ class Answers:
         return np.equal(self.labels, self.chosen)
 
     def right_parts(self, factors: Factors) -> NDArray[np.bool_]:
-        """[samples, factors] whether each factor is right."""
+        """Return [samples, factors] whether each factor is right."""
         return np.equal(factors.parts(self.labels), factors.parts(self.chosen))
 
     def confusion(self, factors: Factors, number: int) -> NDArray[np.int64]:
-        """[true, answered] counts of one factor's classes."""
+        """Return [true, answered] counts of one factor's classes."""
         size = factors.sizes[number]
         cells = factors.parts(self.labels)[:, number] * size + factors.parts(self.chosen)[:, number]
         return np.bincount(cells, minlength=size**2).reshape(size, size)
 
 
 def read_answers(row: ComparisonRow) -> Answers:
-    """The predictions that a run's test wrote, in the order of their keys."""
+    """Return the predictions that a run's test wrote, in the order of their keys."""
     table = read_parquet(Path(row.predictions))
     table = table.take(np.argsort(table["key"].to_numpy(zero_copy_only=False), kind="stable"))  # sort_by starts threads
     values = np.array(table[f"{row.target}_probabilities"].to_pylist(), dtype=np.float64)
@@ -150,7 +145,7 @@ def read_answers(row: ComparisonRow) -> Answers:
 
 
 def read_all_answers(rows: Sequence[ComparisonRow]) -> list[Answers]:
-    """One entry a run.
+    """Return one entry per run.
 
     Raises:
         DataDamageError: the runs were not tested on the same samples.

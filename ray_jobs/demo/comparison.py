@@ -109,7 +109,7 @@ class Contest:
 
 
 def run_contest(contest: Contest, names: Sequence[str]) -> Iterator[ComparisonRow]:
-    """Train and test each of the named models once a seed; finished runs are only tested again.
+    """Train and test each of the named models once per seed; finished runs are only tested again.
 
     Raises:
         UserInputError: an unknown model, with the nearest name.
@@ -122,7 +122,7 @@ def run_contest(contest: Contest, names: Sequence[str]) -> Iterator[ComparisonRo
 
 
 def recipe_of(contest: Contest, name: str, seed: int) -> Recipe:
-    """The recipe of one model of the contest: the shared one, its own way of joining, only the experts it has."""
+    """Return the recipe of one model of the contest: the shared one with its own way of joining and its own experts."""
     recipe = contest.recipe
     model = replace(recipe.model, **contest.models[name].changes)
     files = {expert: contest.experts[expert] for expert in EXPERTS[model.kind] if expert in contest.experts}

@@ -1,15 +1,4 @@
-"""The page of the demo.
-
-The result of every model, and what of it each factor explains.
-
-What was answered instead of what: one mark for every test clip, of a kind that says which factor went wrong.
-
-Test clips to look at: stills over time, the sound beneath them, and what each model answered.
-
-The loss of every run over its steps, as lines in a drawing, and how low it could have gone.
-
-The page of the demo: one HTML file with its pictures and style inside.
-"""
+"""The page of the demo: one HTML file with results, factors, losses, confusions and clips of the test."""
 
 import json
 import math
@@ -80,7 +69,7 @@ class ModelResult:
     given: str
     """``frames + sound``."""
     orders_frames: bool
-    """Whether it has no expert for motion, and yet can tell the order of frames."""
+    """Whether it has no expert for motion, and yet can know the order of frames."""
     factors: list[FactorScore]
 
     @property
@@ -94,12 +83,12 @@ class ModelResult:
 
 
 def model_results(rows: Sequence[ComparisonRow], answers: Sequence[Answers], factors: Factors) -> list[ModelResult]:
-    """One entry a run, in order."""
+    """Return one entry per run, in order."""
     return [_result(row, one, factors) for row, one in zip(rows, answers, strict=True)]
 
 
 def recipe_of_run(row: ComparisonRow) -> Recipe:
-    """The recipe by which a run was trained."""
+    """Return the recipe by which a run was trained."""
     path = Path(row.run_dir) / RECIPE_FILE
     return stored_recipe(json.loads(path.read_text()), where=str(path))
 
@@ -174,7 +163,7 @@ class ConfusionChart:
 
 
 def confusion_chart(answers: Answers, factors: Factors) -> ConfusionChart:
-    """Where `answers` lie in the table of true by answered class."""
+    """Return where `answers` lie in the table of true by answered class."""
     num_classes = int(np.prod(factors.sizes))
     step = SIDE / num_classes
     right = answers.right_parts(factors)
@@ -240,7 +229,7 @@ class SampleClip:
 
 
 def choose_clips(answers: Sequence[Answers], *, most: int = 6) -> list[tuple[int, int]]:
-    """(sample, how many are alike) of up to `most` clips.
+    """Return (sample, how many are alike) of up to `most` clips.
 
     One of every pattern of right and wrong models, the commonest first; then a second of each, and so on.
     """
@@ -255,7 +244,7 @@ def choose_clips(answers: Sequence[Answers], *, most: int = 6) -> list[tuple[int
 
 
 def sample_clips(answers: Sequence[Answers], factors: Factors, shards: Path, *, most: int = 6) -> list[SampleClip]:
-    """Up to `most` clips of the test set in `shards` with every model's answer.
+    """Return up to `most` clips of the test set in `shards` with every model's answer.
 
     Raises:
         DataDamageError: the shards are not what was written.
@@ -289,7 +278,7 @@ class LossChart:
 
 
 def least_loss(ceiling: float, *, num_classes: int, smoothing: float) -> float:
-    """The lowest cross-entropy in nats that can be expected on clips never seen, by what a model is given.
+    """Return the lowest cross-entropy in nats that can be expected on clips never seen, by what a model is given.
 
     A model whose best accuracy is `ceiling` cannot tell 1 / `ceiling` equally likely classes apart. The best it can do
     is to answer the mean of their targets, smoothed labels; what is left is the entropy of that mean.
@@ -301,7 +290,7 @@ def least_loss(ceiling: float, *, num_classes: int, smoothing: float) -> float:
 
 
 def smoothed(values: Sequence[float], *, reach: int) -> list[float]:
-    """The mean of each value and up to `reach` on both sides, as many on the one as on the other."""
+    """Return the mean of each value and up to `reach` on both sides, as many on the one as on the other."""
     found = []
     for index in range(len(values)):
         near = min(reach, index, len(values) - 1 - index)
@@ -361,7 +350,7 @@ def write_demo_page(report: DemoReport, out: Path) -> Path:
 
 
 def render_demo_page(report: DemoReport) -> str:
-    """The whole page; it asks nothing of any network."""
+    """Return the whole page; it asks nothing of any network."""
     manifest = read_manifest(Path(report.test_shards))
     factors, answers = factors_of_set(manifest), read_all_answers(report.runs)
     recipe = recipe_of_run(report.runs[-1])
@@ -448,7 +437,7 @@ def _floor(frame: Frame, model: str, loss: float, place: int) -> Level:
 
 
 def _truth(answers: Answers, factors: Factors, video: str) -> str | None:
-    """The true class of a video of the test set, in words; None where it is another."""
+    """Return the true class of a video of the test set, in words; None where it is another."""
     split, _, number = PurePath(video).stem.partition("-")
     key = sample_key(f"{split}/{number}")  # as the synthetic world names its samples and their files
     return " · ".join(factors.labels(int(answers.labels[answers.keys.index(key)]))) if key in answers.keys else None

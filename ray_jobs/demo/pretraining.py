@@ -151,5 +151,5 @@ def _result(future: "Future[PretrainedExpert]", run: _Run) -> PretrainedExpert:
     except BrokenProcessPool as error:
         raise EnvironmentFault(
             f"a process that pretrained an expert died (killed, or out of memory?) before the {run.lesson.expert} "
-            f"expert was ready; {run.out}/expert-*.log may tell why; run again, finished experts are kept"
+            f"expert was ready; {run.out}/expert-*.log may say why; run again, finished experts are kept"
         ) from error

@@ -1,8 +1,6 @@
-"""What a model attends to in a clip.
+"""What a model attends to in a video: one run with its attention recorded, and where its tokens lie.
 
-One run of a model over one video with its attention recorded: everything the page shows.
-
-Where in the video the tokens of an expert lie: seconds for times, rows and columns or hertz for places.
+`Places` says seconds for times, and rows and columns or hertz for places.
 """
 
 import math
@@ -123,7 +121,7 @@ def _check_finite(trained: TrainedModel, output: ModelOutput, maps: list[Attenti
 
 
 def _centred_view(trained: TrainedModel, shard_set: ShardSet) -> ClipBatch:
-    """The single view of the single video, without the entries that fill its batch."""
+    """Return the single view of the single video, without the entries that fill its batch."""
     views, targets = EvaluationViews(), tuple(trained.classes)
     with trained_loader(trained, shard_set, targets, views=views) as loader:
         return next(batch for whole in loader.batches() for batch in whole.split(1) if not batch.is_padding[0])
@@ -175,7 +173,7 @@ class Places:
         return audio_patches(self.explanation.model, self.explanation.clip)
 
     def audio_box(self) -> AudioBox:
-        """Where the patch grid lies on the spectrogram."""
+        """Return where the patch grid lies on the spectrogram."""
         model, clip = self.explanation.model, self.explanation.clip
         (rows, columns), stride = self.audio_grid, model.audio_stride
         margin = (model.patch_size - stride) / 2
@@ -187,13 +185,13 @@ class Places:
         )
 
     def time_labels(self, expert: str) -> list[str]:
-        """Each token time of an expert as ``1.25 s``."""
+        """Return each token time of an expert as ``1.25 s``."""
         if expert == "audio":
             return [f"{self._column_seconds(column):.2f} s" for column in range(self.audio_grid[1])]
         return [f"{seconds:.2f} s" for seconds in self.frame_seconds]
 
     def ticks(self, expert: str) -> list[Tick]:
-        """Seconds on an axis of an expert's token times."""
+        """Return seconds on an axis of an expert's token times."""
         if expert == "audio":
             half = self.explanation.model.audio_stride * MEL_ROW_SECONDS / 2
             first, last = self._column_seconds(0) - half, self._column_seconds(self.audio_grid[1] - 1) + half
@@ -207,7 +205,7 @@ class Places:
         ]
 
     def key_in_words(self, keys: str, time: int, place: int, *, num_places: int) -> str:
-        """A key as a person would point at it."""
+        """Return a key as a person would point at it."""
         if keys == "audio":
             model = self.explanation.model
             hertz = hertz_of_bin(

@@ -1,15 +1,4 @@
-"""The page of an explanation.
-
-Attention as colour: arrays as pictures inside the page.
-
-The entropy of every direction over the layers, drawn as SVG.
-
-What one direction of cross-attention looks like on the page: a colour range, and a panel for every layer.
-
-The page: one HTML file with its pictures, style and script inside.
-
-`ca2st explain`: from a checkpoint and a video to a page, and the facts of it as numbers.
-"""
+"""``ca2st explain``: what each expert of a model listened to in a video, as one HTML page and as numbers."""
 
 import base64
 import math
@@ -43,12 +32,12 @@ _LEAST_RANGE, _MOST_RANGE = math.log2(1.25), 6.0
 
 
 def times_even(share: NDArray[np.float32], *, num_keys: int) -> NDArray[np.float32]:
-    """log2 of share / (1 / num_keys): 0 where a key gets what it would get if all got the same."""
+    """Return log2 of share / (1 / num_keys): 0 where a key gets what it would get if all got the same."""
     return np.log2(np.maximum(share * num_keys, 2.0**-24)).astype(np.float32)
 
 
 def colour_range(values: list[NDArray[np.float32]]) -> float:
-    """The log2 that gets the full colour: nearly the largest of all, within bounds that keep noise pale."""
+    """Return the log2 that gets the full colour: nearly the largest of all, within bounds that keep noise pale."""
     highest = max(float(np.quantile(value, 0.995)) for value in values)
     return min(max(highest, _LEAST_RANGE), _MOST_RANGE)
 
@@ -60,7 +49,7 @@ def levels(log_times: NDArray[np.float32], limit: float) -> NDArray[np.uint8]:
 
 
 def heat_png(level: NDArray[np.uint8]) -> str:
-    """A data URI of [rows, columns] levels: one pixel a cell, clear at the even share."""
+    """Return a data URI of [rows, columns] levels: one pixel per cell, clear at the even share."""
     signed = (level.astype(np.float32) - _EVEN) / _EVEN
     rgba = np.where(signed[..., None] > 0, MORE, LESS).astype(np.float32)
     rgba[..., 3] *= np.abs(signed)
@@ -68,13 +57,13 @@ def heat_png(level: NDArray[np.uint8]) -> str:
 
 
 def times(log_times: float) -> str:
-    """``3.1×`` for a log2 of it."""
+    """Return ``3.1×`` for a log2 of it."""
     number = 2.0**log_times
     return f"{number:.0f}×" if number >= 9.95 else f"{number:.2g}×"
 
 
 def to_base64(values: NDArray[np.uint8]) -> str:
-    """Bytes in C order as text."""
+    """Return bytes in C order as text."""
     return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
 
 
@@ -105,7 +94,7 @@ class Matrix:
     """Query times (down) by key times (to the right)."""
 
     picture: str
-    """Data URI, one pixel a cell."""
+    """Data URI, one pixel per cell."""
     query_ticks: list[Tick]
     key_ticks: list[Tick]
 
@@ -118,7 +107,7 @@ class LayerPanel:
     bits: float
     share: float
     heats: list[str]
-    """Attention received, as data URIs: one a frame for visual keys, one for a spectrogram."""
+    """Attention received, as data URIs: one per frame for visual keys, one for a spectrogram."""
     strongest: str
     """The key with the most attention, in words."""
     matrix: Matrix | None
@@ -159,13 +148,13 @@ class DirectionView:
 
 
 def direction_views(maps: Sequence[AttentionMap], places: Places) -> list[DirectionView]:
-    """A view of each direction, in the order in which the model's last layer computes them."""
+    """Return a view of each direction, in the order in which the model's last layer computes them."""
     names = dict.fromkeys(found.direction.name for found in sorted(maps, key=lambda found: -found.layer))
     return [_view([found for found in maps if found.direction.name == name], places) for name in names]
 
 
 def pictures_of(cells: NDArray[np.float32], keys: str) -> NDArray[np.float32]:
-    """[key_times, key_places] as [pictures, rows, columns]: a square a frame, or one spectrogram, low tones below."""
+    """Return [key_times, key_places] as [pictures, rows, columns]: squares, or a spectrogram with low tones below."""
     if keys == "audio":
         return rearrange(cells, "t f -> 1 f t")[:, ::-1]
     return rearrange(cells, "t (h w) -> t h w", h=math.isqrt(cells.shape[1]))
@@ -207,7 +196,7 @@ class Target:
 
 
 def render_page(explanation: Explanation) -> str:
-    """The whole page; it asks nothing of any network."""
+    """Return the whole page; it asks nothing of any network."""
     places = Places(explanation=explanation)
     sound = explanation.sound
     template = page_environment().get_template("explain.html")
@@ -272,7 +261,7 @@ def explain_video(checkpoint: Path, video: Path, *, out: Path | None = None) -> 
 
 
 def entropy_rows(explanation: Explanation) -> list[EntropyRow]:
-    """One row a direction and layer."""
+    """Return one row per direction and layer."""
     return [
         EntropyRow(
             direction=found.direction.name,

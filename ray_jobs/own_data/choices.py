@@ -91,17 +91,17 @@ _SIDED = re.compile(r"(?:^|[^a-z])(left|right|leftwards?|rightwards?)(?:$|[^a-z]
 
 
 def choose(facts: Facts) -> tuple[Choice, ...]:
-    """Every choice for `facts`, in the order in which they are printed."""
+    """Return every choice for `facts`, in the order in which they are printed."""
     return tuple(part(facts) for part in _PARTS)
 
 
 def settings_of(choices: tuple[Choice, ...]) -> dict[str, Any]:
-    """All chosen settings by key."""
+    """Return all chosen settings by key."""
     return {key: value for choice in choices for key, value in choice.settings.items()}
 
 
 def short_side(crop_size: int) -> int:
-    """Stored height of the videos in pixels: 8/7 of the crop, as 256 is of the published 224, and even."""
+    """Return the stored height of the videos in pixels: 8/7 of the crop, as 256 is of the published 224, and even."""
     return 2 * math.ceil(crop_size * 4 / 7)
 
 
@@ -120,7 +120,7 @@ class _One:
 
 
 def kind_of(files: Collection[ExpertName]) -> ModelKind:
-    """The model whose experts are just these.
+    """Return the model whose experts are just these.
 
     Raises:
         UserInputError: there is none.
@@ -133,7 +133,7 @@ def kind_of(files: Collection[ExpertName]) -> ModelKind:
 
 
 def published_sizes(experts: Collection[ExpertName]) -> ExpertSizes:
-    """What public experts are before they are fetched: ViT-B of the published clip; raises as `kind_of`."""
+    """Return what public experts are before they are fetched: ViT-B of the published clip; raises as `kind_of`."""
     config, clip = ModelConfig(), ClipSpec()
     return ExpertSizes(
         kind=kind_of(experts),
@@ -144,7 +144,7 @@ def published_sizes(experts: Collection[ExpertName]) -> ExpertSizes:
 
 
 def read_expert_sizes(files: Mapping[ExpertName, Path], *, num_heads: int | None = None) -> ExpertSizes:
-    """Read what the experts are off their files. `num_heads` counts where a file does not say it.
+    """Read the sizes of the experts from their files. `num_heads` counts where a file does not say it.
 
     Raises:
         UserInputError: no such file, no model has just these experts, or their sizes do not fit each other.
@@ -274,7 +274,7 @@ def _length(facts: Facts) -> Choice:
 
 
 def _batch(facts: Facts) -> Choice:
-    """A power of two that makes some eight steps an epoch or more; the rate follows its root, as AdamW's noise does."""
+    """Choose a power of two, about eight steps per epoch; the rate follows its root, as AdamW's noise does."""
     budget = _budget(facts)
     wanted = max(2, facts.num_clips // 8)
     batch = min(1 << (wanted.bit_length() - 1), budget.max_batch, facts.num_clips)
@@ -338,7 +338,7 @@ def _header(file: TensorFile) -> dict[str, Any]:
 
 
 def _encoder_of(name: ExpertName, tensors: Mapping[str, Tensor]) -> EncoderName:
-    """Of a file without a header: told by its tensors where another than the usual one can be meant."""
+    """Return the encoder of a file without a header: by its tensors where another than the usual one can be meant."""
     if "stem.conv.weight" in tensors:
         return "resnet50"
     patches = tensors.get("patch_embed.weight")

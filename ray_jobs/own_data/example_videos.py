@@ -39,7 +39,7 @@ def real_clips_folder() -> Path | None:
 
 
 def write_annotations(path: Path) -> None:
-    """A CSV of labelled segments of the clips, in the form of the dataset ``csv``."""
+    """Write a CSV of labelled segments of the clips, in the form of the dataset ``csv``."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["path", "label", "start", "end"])
@@ -55,7 +55,7 @@ _SOUND_RATE_HZ = 44_100
 
 
 def write_example_videos(folder: Path) -> dict[str, int]:
-    """Cut the packaged clips into pieces, a folder a class; returns the number of pieces by class.
+    """Cut the packaged clips into pieces, a folder per class; returns the number of pieces by class.
 
     Raises:
         UserInputError: the folder is there already.
@@ -91,7 +91,7 @@ def _cut(source: Path, out: Path) -> int:
 
 
 def _sound(source: Path) -> NDArray[np.float32]:
-    """The whole sound track [2, samples]; no samples where there is none."""
+    """Return the whole sound track [2, samples]; no samples where there is none."""
     resampler = av.AudioResampler(format="fltp", layout="stereo", rate=_SOUND_RATE_HZ)
     parts: list[NDArray[np.float32]] = [np.zeros((2, 0), np.float32)]
     with av.open(str(source)) as container:

@@ -70,7 +70,7 @@ class OwnPlan:
     """Folder of both shard sets."""
 
     def chosen(self) -> list[dict[str, Any]]:
-        """The choices for ``--json``: the values that are used, the reason, and which of them the person set."""
+        """Return the choices for ``--json``: the values that are used, the reason, and which of them the person set."""
         used = recipe_document(self.recipe)
         found = []
         for choice in self.choices:
@@ -94,7 +94,7 @@ class OwnOutcome:
 
 
 def plan_training(folder: Path, overrides: Sequence[str], *, out: Path | None, follow_links: bool = False) -> OwnPlan:
-    """List the folder and choose as far as names tell; nothing is opened but the given expert files, nothing written.
+    """List the folder and choose as far as names allow; nothing is opened but the given expert files, nothing written.
 
     `out`: the run's folder; None: a folder of the run's name in ``launch.runs_folder``. `follow_links`: links in the
     folder may lead outside.
@@ -155,7 +155,7 @@ _WITHOUT_EXPERTS = (
 
 
 def found_lines(plan: OwnPlan) -> Iterator[str]:
-    """What lies in the folder: videos by class and split, and what is left aside."""
+    """Yield what lies in the folder: videos by class and split, and what is left aside."""
     videos = plan.videos
     train, validation = videos.count("train"), videos.count("validation")
     how = "as the folder says" if videos.splits_given else "by the hash of their names, the same every time"
@@ -175,7 +175,7 @@ def found_lines(plan: OwnPlan) -> Iterator[str]:
 
 
 def choice_lines(plan: OwnPlan) -> Iterator[str]:
-    """Every choice in a line with its reason; settings the person made are marked."""
+    """Yield a line per choice with its reason; settings the person made are marked."""
     for choice in plan.chosen():
         settings = [
             f"{key} {_text(value)}{' (yours)' if key in choice['set_by_you'] else ''}"
@@ -210,7 +210,7 @@ def plan_facts(plan: OwnPlan) -> dict[str, Any]:
 
 
 def outcome_facts(done: OwnOutcome) -> dict[str, Any]:
-    """For ``--json``: what every training tells, and what is known of own videos."""
+    """For ``--json``: what every training reports, and what is known of own videos."""
     plan, outcome, judgement = done.plan, done.outcome, done.judgement
     return {
         "run_id": read_state(plan.run_dir).run_id if plan.recipe.tracking.enabled else None,
@@ -228,7 +228,7 @@ def outcome_facts(done: OwnOutcome) -> dict[str, Any]:
 
 
 def outcome_lines(done: OwnOutcome) -> Iterator[str]:
-    """How good it is, what it got wrong, and what to do next."""
+    """Yield how good it is, what it got wrong, and what to do next."""
     yield f"trained {done.outcome.steps} steps; checkpoint {done.outcome.checkpoint}"
     if done.judgement is None:
         yield "no class has a second video, so nothing was tested; add videos to see how good the model is"
@@ -239,7 +239,7 @@ def outcome_lines(done: OwnOutcome) -> Iterator[str]:
 
 
 def next_commands(done: OwnOutcome) -> list[str]:
-    """Commands to go on with, ready for a shell."""
+    """Return commands to go on with, ready for a shell."""
     plan = done.plan
     run, video = _quoted(plan.run_dir), _quoted(_near((plan.videos.validation or plan.videos.train)[0].path))
     commands = [f"ca2st predict {run} {video} --top 3", f"ca2st explain {run} {video} --out explained.html"]
@@ -325,7 +325,7 @@ def _is_set(key: str, overrides: Sequence[str]) -> bool:
 
 
 def _as_overrides(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as ``--set`` takes them: JSON's text, numbers, booleans and lists are TOML's too."""
+    """Return the settings as ``--set`` takes them: JSON's text, numbers, booleans and lists are TOML's too."""
     return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
 
 
@@ -339,7 +339,7 @@ def _conversion(recipe: Recipe) -> ConversionConfig:
 
 
 def _expert_sizes(given: Recipe, overrides: Sequence[str]) -> ExpertSizes | None:
-    """Of the experts that are given; public ones are taken to be the published size until they are fetched."""
+    """Return the sizes of the given experts; public ones are taken to be the published size until they are fetched."""
     sources = given.experts.sources()
     if not sources:
         return None
@@ -350,7 +350,7 @@ def _expert_sizes(given: Recipe, overrides: Sequence[str]) -> ExpertSizes | None
 
 
 def _with_fetched_experts(plan: OwnPlan) -> OwnPlan:
-    """The plan with files in place of public names, and with the sizes that the files have."""
+    """Return the plan with files in place of public names, and with the sizes that the files have."""
     sources = plan.recipe.experts.sources()
     if not any(map(is_hub_name, sources.values())):
         return plan
@@ -379,7 +379,7 @@ def _refuse_other_videos(run_dir: Path, shards: OwnShards) -> None:
 
 
 def _shards_lines(shards: OwnShards) -> Iterator[str]:
-    """What cannot be read, where the shards lie and what they hold."""
+    """Yield what cannot be read, where the shards lie and what they hold."""
     if shards.left_out:
         yield f"left out, not readable: {len(shards.left_out)} videos (rejects.jsonl beside the shards names all)"
         left_out = [f"{one.sample_id}: {one.reason} ({one.what})" for one in shards.left_out]

@@ -53,7 +53,7 @@ class OwnVideos:
     """Whether links were allowed to lead outside."""
 
     def source(self, split: str) -> SourceList:
-        """The list of ``train`` or ``validation`` for the converter."""
+        """Return the list of ``train`` or ``validation`` for the converter."""
         source = SourceList(
             dataset="folder",
             split=split,
@@ -69,7 +69,7 @@ class OwnVideos:
         return ("train", "validation") if self.validation else ("train",)
 
     def count(self, split: str) -> dict[str, int]:
-        """Videos of each class in a split."""
+        """Return the number of videos of each class in a split."""
         labels = [sample.labels[0] for sample in self.source(split).samples]
         return {name: labels.count(label) for label, name in enumerate(self.classes)}
 
@@ -120,7 +120,7 @@ def list_videos(folder: Path, *, follow_links: bool = False) -> OwnVideos:
 
 
 def validation_names(names: Sequence[str]) -> frozenset[str]:
-    """Which videos of one class validate: the fifth whose names have the smallest hashes, none of a single one.
+    """Return which videos of one class validate: the fifth whose names have the smallest hashes, none of a single one.
 
     Other classes have no influence, and another video in this class changes at most who is last among them.
     """
@@ -217,7 +217,7 @@ class OwnShards:
 
 
 def shards_folder(videos: OwnVideos, config: ConversionConfig, runs_root: Path) -> Path:
-    """Where the shards lie: by the folder's name, and the hash of its files' names, sizes and times and the settings.
+    """Return where the shards lie: by the folder's name and a hash of its files' names, sizes, times and the settings.
 
     So the same command finds them again, and a changed folder gets new ones.
     """
@@ -228,7 +228,7 @@ def shards_folder(videos: OwnVideos, config: ConversionConfig, runs_root: Path) 
 
 
 def run_name(folder: Path) -> str:
-    """A plain name for a run on `folder`."""
+    """Return a plain name for a run on `folder`."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name).strip("-")[:40] or "videos"
 
 
@@ -263,7 +263,7 @@ def _listed(folder: Path, classes: Sequence[str] | None, *, follow_links: bool) 
         classes=classes,
         follow_links=follow_links,
         option="--data-folder",
-        form=f"a folder a class, in the form {_FORM}",
+        form=f"a folder per class, in the form {_FORM}",
     )
 
 

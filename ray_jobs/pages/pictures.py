@@ -1,9 +1,4 @@
-"""Stills and spectrograms of clips as pictures.
-
-Arrays as pictures inside a page: frames and spectrograms as data URIs.
-
-Stored clips as a page shows them: stills over time and the sound beneath.
-"""
+"""Clips as pictures inside a page: stills over time and the spectrogram beneath, as data URIs."""
 
 import base64
 import io
@@ -29,12 +24,12 @@ _SILENT_GREY = 34
 
 
 def frame_jpeg(frame: NDArray[np.uint8]) -> str:
-    """A data URI of an RGB frame."""
+    """Return a data URI of an RGB frame."""
     return data_uri(Image.fromarray(frame), "JPEG", quality=_FRAME_QUALITY)
 
 
 def spectrogram_png(mel: NDArray[np.float32], num_heard_rows: int) -> str:
-    """A data URI of [rows, bins] as a grey picture, time to the right, low frequencies at the bottom.
+    """Return a data URI of [rows, bins] as a grey picture, time to the right, low frequencies at the bottom.
 
     Contrast is that of the sound alone; what is padding or silence is one dark grey.
     """
@@ -47,7 +42,7 @@ def spectrogram_png(mel: NDArray[np.float32], num_heard_rows: int) -> str:
 
 
 def data_uri(image: Image.Image, kind: str, **options: int) -> str:
-    """An image as the text of a data URI; `options` are those of Pillow's encoder."""
+    """Return an image as the text of a data URI; `options` are those of Pillow's encoder."""
     sink = io.BytesIO()
     image.save(sink, kind, optimize=True, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(sink.getvalue()).decode()}"
@@ -76,12 +71,12 @@ class StoredClip:
 
     key: str
     labels: tuple[int, ...]
-    """One a label space of the manifest."""
+    """One per label space of the manifest."""
     pictures: Pictures
 
 
 def read_pictures(shard_set: ShardSet, keys: Sequence[str]) -> list[Pictures]:
-    """The stills and the spectrogram of each named sample.
+    """Return the stills and the spectrogram of each named sample.
 
     Raises:
         DataDamageError: the shards are not what was written.
@@ -93,7 +88,7 @@ def read_pictures(shard_set: ShardSet, keys: Sequence[str]) -> list[Pictures]:
 
 
 def read_spread_clips(shard_set: ShardSet, *, most: int) -> list[StoredClip]:
-    """Up to `most` clips, evenly spread over the set in stored order; raises as `read_pictures`."""
+    """Return up to `most` clips, evenly spread over the set in stored order; raises as `read_pictures`."""
     num_samples = shard_set.manifest.num_samples
     count = min(most, num_samples)
     ends = np.cumsum([shard.num_samples for shard in shard_set.shards])
@@ -132,7 +127,7 @@ def _pictures(sample: FetchedSample, stills: tuple[int, ...], *, sample_rate_hz:
 
 
 def _stills(sample: FetchedSample, stills: tuple[int, ...]) -> list[str]:
-    """Stored JPEGs as they are; frames of the other codecs decoded."""
+    """Return stored JPEGs as they are; frames of the other codecs decoded."""
     frames = sample.clip_frames(stills)
     if isinstance(frames, JpegFrames):
         return [f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" for data in frames.frames]

@@ -55,7 +55,7 @@ def bench_sources(
 
 
 def source_files(clips: int, media: Path | None, folder: Path) -> tuple[Path, ...]:
-    """The video files of `media`, or `clips` drawn ones under `folder`.
+    """Return the video files of `media`, or `clips` drawn ones under `folder`.
 
     Raises:
         UserInputError: `media` holds no video.
@@ -72,7 +72,7 @@ _RATE = 1e-4
 def training_consumer(
     kind: str, size: str, *, num_layers: int | None, clip: ClipSpec
 ) -> tuple[Callable[[ClipBatch], None], str]:
-    """Training steps of a model with frozen experts on whatever batch comes, and what they are called.
+    """Return training steps of a model with frozen experts on whatever batch comes, and what they are called.
 
     On a GPU in bf16 with all layers, else in fp32 with `num_layers` (None: 2).
     """

@@ -35,7 +35,7 @@ from sharding.media.codecs import stored_codec
 
 
 def _boxes(data: bytes) -> list[tuple[bytes, int, int]]:
-    """Top-level boxes as (kind, offset, size)."""
+    """Return top-level boxes as (kind, offset, size)."""
     found, at = [], 0
     while at + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, at)
@@ -45,7 +45,7 @@ def _boxes(data: bytes) -> list[tuple[bytes, int, int]]:
 
 
 def _pictures(data: bytes) -> tuple[int, int]:
-    """Where the coded pictures begin and end."""
+    """Return where the coded pictures begin and end."""
     at, size = next((at, size) for kind, at, size in _boxes(data) if kind == b"mdat")
     return at + 8, at + size
 
@@ -133,7 +133,7 @@ class DamageTrial:
     outcome: Outcome
     """``decoded``: the reference decodes it too; ``concealed``: the reference refuses it, and pictures came out."""
     backend: str
-    """What was tried; empty where its process did not live to tell."""
+    """What was tried; empty where its process did not live to say."""
     psnr_db: float | None
     """Of what came out, to the reference's pictures of the same bytes, or (concealed) of the clip before the damage;
     None: nothing came out, or no difference."""
@@ -162,7 +162,7 @@ def try_damages(
     seconds: float,
     at_once: int,
 ) -> list[DamageTrial]:
-    """Every kind of damage to `clip`; a process may take `seconds`, its start included, `at_once` run together."""
+    """Try every kind of damage to `clip`; a process may take `seconds`, its start included, `at_once` run together."""
     good = folder / f"{clip.codec}.mp4"
     good.write_bytes(clip.video.mp4)
 
@@ -177,7 +177,7 @@ def try_damages(
 
 
 def run_child(codec: str, damage: str, command: Sequence[str], *, seconds: float) -> DamageTrial:
-    """What the process says, or how it ended without a word."""
+    """Return what the process says, or how it ended without a word."""
     path = os.pathsep.join(filter(None, (_SOURCES, os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": path}
     try:
@@ -196,7 +196,7 @@ def _silent(codec: str, damage: str, outcome: Outcome, words: str) -> DamageTria
 
 
 def tried(device: torch.device, codec: str, good: bytes, bad: bytes, spec: ClipSpec) -> dict[str, Any]:
-    """Fields of a `DamageTrial`: how the device's backend takes `bad`."""
+    """Return fields of a `DamageTrial`: how the device's backend takes `bad`."""
     oracle = ReferenceBackend(crop_size=spec.crop_size, stats=StatsRecorder())
     backend = backend_on(device, codec, spec, threads=1)
     wanted = _spread(video_facts(good, stored_codec(codec), where="the clip").num_frames, spec.num_frames)

@@ -216,7 +216,7 @@ def run_fusion_bench(config: FusionBenchConfig, out: Path) -> FusionReport:
 
 
 def summarise(rows: Sequence[ComparisonRow], models: Mapping[str, ComparedModel]) -> tuple[FusionSummary, ...]:
-    """One line a model over its seeds, best mean first."""
+    """Return one line per model over its seeds, best mean first."""
     by_model: dict[str, list[ComparisonRow]] = {}
     for row in rows:
         by_model.setdefault(row.model, []).append(row)
@@ -245,7 +245,7 @@ def separated(summaries: Sequence[FusionSummary]) -> Iterator[tuple[str, str]]:
 
 
 def fusion_facts(report: FusionReport, *, command: str) -> dict[str, Any]:
-    """The table as JSON values: date, versions and every row, but no place of this machine."""
+    """Return the table as JSON values: date, versions and every row, but no place of this machine."""
     facts = asdict(report)
     facts["rows"] = [{name: value for name, value in row.items() if name not in _PLACES} for row in facts["rows"]]
     facts["experts"] = [{name: value for name, value in one.items() if name != "file"} for one in facts["experts"]]
@@ -282,13 +282,13 @@ def fusion(
 
 
 def _command(config: FusionBenchConfig) -> str:
-    """The command that makes the same table elsewhere: without the folders and files of this machine."""
-    told = ["--task", config.task, "--seeds", str(config.num_seeds)]
+    """Return the command that makes the same table elsewhere: without the folders and files of this machine."""
+    options = ["--task", config.task, "--seeds", str(config.num_seeds)]
     if config.models:
-        told += ["--models", ",".join(config.models)]
+        options += ["--models", ",".join(config.models)]
     if config.difficulty is not None:
-        told += ["--difficulty", config.difficulty]
-    return make_command("bench-fusion", told)
+        options += ["--difficulty", config.difficulty]
+    return make_command("bench-fusion", options)
 
 
 def _lines(report: FusionReport) -> list[str]:

@@ -43,7 +43,7 @@ class Aim:
 
     what: str
     aim: float
-    """Clips a second."""
+    """Clips per second."""
     found: float | None
     """None: not measured."""
 
@@ -54,9 +54,9 @@ class Aim:
 
 
 LOADER_AIM = 450.0
-"""Clips a second out of the loader's graphs, augmented, on one H200: what the fastest training there asks for."""
+"""Clips per second out of the loader's graphs, augmented, on one H200: what the fastest training there asks for."""
 CAST_AIM = 247.0
-"""Clips a second of CAST's training step with frozen experts on one H200: 45 % of its datasheet."""
+"""Clips per second of CAST's training step with frozen experts on one H200: 45 % of its datasheet."""
 
 
 app = typer.Typer(add_completion=False)
@@ -109,7 +109,7 @@ def run_parts(
     budgets: Mapping[PartName, float] = BUDGETS,
     update: Update = lambda _done, _note: None,
 ) -> dict[PartName, PartResult]:
-    """Every part, one after the other, whatever became of those before it."""
+    """Run every part, one after the other, whatever became of those before it."""
     begin, results = time.monotonic(), dict[PartName, PartResult]()
     for number, (name, budget) in enumerate(budgets.items()):
         update(number, name)
@@ -123,7 +123,7 @@ def run_parts(
 
 
 def as_document(results: Mapping[PartName, PartResult], settings: GpuCheckSettings, *, command: str) -> dict[str, Any]:
-    """What is written down; `device` says ``cpu`` of a dry run, whose numbers are those of no GPU."""
+    """Return what is written down; `device` says ``cpu`` of a dry run, whose numbers are those of no GPU."""
     found = {
         "device": settings.device,
         "is_dry_run": settings.is_dry,
@@ -143,7 +143,7 @@ def file_name(document: Mapping[str, Any]) -> str:
 
 
 def aims(results: Mapping[PartName, PartResult], settings: GpuCheckSettings) -> list[Aim]:
-    """What was aimed at; nothing for a dry run."""
+    """Return what was aimed at; nothing for a dry run."""
     if settings.is_dry:
         return []
     speed = [row for row in _rows(results, "speed") if row["case"]["rand_augment"] and row["backend"] == "dali-gpu"]
@@ -163,20 +163,20 @@ def aims(results: Mapping[PartName, PartResult], settings: GpuCheckSettings) -> 
 
 
 def lines(document: Mapping[str, Any]) -> list[str]:
-    """The short table."""
+    """Return the short table."""
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    told = [
+    shown = [
         *(["DRY RUN on the CPU: it tries the program; no number below is a GPU's"] if document["is_dry_run"] else []),
         f"{document['device_name']}: {versions}",
     ]
     for name, part in document["parts"].items():
         state = "" if part["error"] is None else f"  ENDED EARLY: {part['error']}"
-        told.append(f"{name}: {part['seconds']:.0f} of {part['budget_seconds']:.0f} s{state}")
-        told += [f"  {line}" for row in part["rows"] for line in _LINES[name](row)]
+        shown.append(f"{name}: {part['seconds']:.0f} of {part['budget_seconds']:.0f} s{state}")
+        shown += [f"  {line}" for row in part["rows"] for line in _LINES[name](row)]
     for aim in document["aims"]:
         found = "not measured" if aim["found"] is None else f"{aim['found']:.0f}"
-        told.append(f"aim {aim['aim']:.0f}, found {found}: {aim['what']}{'' if aim['is_met'] else '  NOT MET'}")
-    return told
+        shown.append(f"aim {aim['aim']:.0f}, found {found}: {aim['what']}{'' if aim['is_met'] else '  NOT MET'}")
+    return shown
 
 
 def _limits(row: Mapping[str, Any]) -> list[str]:
@@ -200,7 +200,7 @@ def _speed(row: Mapping[str, Any]) -> list[str]:
     gop = "-" if case["num_gop_frames"] is None else case["num_gop_frames"]
     return [
         f"{case['codec']:<6} gop {gop:>3}  threads {case['threads']:>2}  {row['clips_per_second']:8.1f} clips/s  "
-        f"decode {row['decode_ms']:.2f} ms, augment {row['augment_ms']:.2f} ms a clip  {row['backend']}"
+        f"decode {row['decode_ms']:.2f} ms, augment {row['augment_ms']:.2f} ms per clip  {row['backend']}"
         f"{'  RandAugment' if case['rand_augment'] else ''}"
     ]
 

@@ -91,7 +91,7 @@ class GpuCheckSettings:
 
 
 def dry_settings() -> GpuCheckSettings:
-    """The smallest sizes that every part still works with."""
+    """Return the smallest sizes that every part still works with."""
     return GpuCheckSettings(
         device="cpu",
         clip=ClipSpec(num_frames=4, crop_size=32, mel_rows=32, num_mel_bins=32),
@@ -118,7 +118,7 @@ def dry_settings() -> GpuCheckSettings:
 
 
 def gpu_settings() -> GpuCheckSettings:
-    """Everything, on the GPU that torch takes first.
+    """Return the settings of everything, on the GPU that torch takes first.
 
     Raises:
         EnvironmentFault: there is none that torch can use.
@@ -178,7 +178,7 @@ def run_here(name: PartName, settings: GpuCheckSettings, seconds: float) -> Part
     try:
         rows.extend(PARTS[name](settings))
     except Exception as raised:  # noqa: BLE001 - a part that fails is a result, and the others go on
-        error = _told(raised)
+        error = _described(raised)
     return PartResult(rows=rows, error=error, seconds=time.monotonic() - begin, budget_seconds=seconds)
 
 
@@ -207,11 +207,11 @@ def _serve(connection: Connection, name: PartName, settings: GpuCheckSettings) -
         for row in PARTS[name](settings):
             connection.send(("row", row))
         connection.send(("end", None))
-    except Exception as error:  # noqa: BLE001 - told to the parent
-        connection.send(("error", _told(error)))
+    except Exception as error:  # noqa: BLE001 - reported to the parent
+        connection.send(("error", _described(error)))
 
 
-def _told(error: Exception) -> str:
+def _described(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} (line {last.lineno} of {last.name})"
 
@@ -226,7 +226,7 @@ def _end(process: Any) -> None:
 
 
 def _device_rows(settings: GpuCheckSettings) -> Iterator[Row]:
-    """The device, and what its video engines say of themselves."""
+    """Yield the device, and what its video engines say of themselves."""
     yield asdict(machine(settings.device))
     if settings.is_dry:
         return
@@ -255,7 +255,7 @@ _COPIES = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CopyLimits:
-    """Highest rates seen, in 10^9 bytes copied a second; inside the device a byte is read and written."""
+    """Highest rates seen, in 10^9 bytes copied per second; inside the device a byte is read and written."""
 
     host_to_device: float
     device_to_host: float
@@ -362,7 +362,7 @@ def _damage_rows(settings: GpuCheckSettings) -> Iterator[Row]:
 
 
 def _model_rows(settings: GpuCheckSettings) -> Iterator[Row]:
-    """One benchmark a model, and at last the first one compiled, which is slow to start."""
+    """Yield one benchmark per model, and at last the first one compiled, which is slow to start."""
     variants = [(name, False) for name in settings.models]
     if not settings.is_dry:
         variants.append((settings.models[0], True))
@@ -391,7 +391,7 @@ class _SmallCase(LocalCase):
     """A case in this process that does not measure the device's limit in earnest."""
 
     def limit(self) -> Limit:
-        """The rate of a small product."""
+        """Return the rate of a small product."""
         return measure_limit(torch.device("cpu"), "fp32", size=128)
 
 

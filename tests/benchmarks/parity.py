@@ -1,6 +1,4 @@
-"""Parity and speed of the GPU graphs.
-
-Drawn clips in memory, stored as the converter stores them.
+"""Parity and speed of the GPU graphs, on drawn clips in memory, stored as the converter stores them.
 
 The graphs of a device against the reference, stage by stage: how far pixels lie apart, and how far they may.
 
@@ -9,7 +7,7 @@ resize    pictures that are decoded already, through the graph's resize alone: n
 pointwise, warp    the reference's views, augmented on the device
 whole     everything together
 
-Clips a second of a device's graphs, from bytes in memory: by codec, distance of key frames, and threads.
+Speed is clips per second of a device's graphs, from bytes in memory: by codec, distance of key frames, and threads.
 """
 
 import math
@@ -59,7 +57,7 @@ class StoredClip:
     video: EncodedVideo
 
     def frames(self, indices: tuple[int, ...]) -> ClipFrames:
-        """What a reader gets for these frames."""
+        """Return what a reader gets for these frames."""
         if not stored_codec(self.codec).has_frame_ranges:
             return VideoMember(self.video.mp4, self.codec, indices)
         edges = list(accumulate(self.video.frame_bytes, initial=self.video.frame_data_offset))
@@ -68,7 +66,7 @@ class StoredClip:
 
 
 def stored_clips(codec: str, drawn: DrawnClips, *, num_gop_frames: int | None, threads: int) -> list[StoredClip]:
-    """Drawn clips in a codec at its default quality; encoders work on `threads` threads, a clip each."""
+    """Return drawn clips in a codec at its default quality; encoders work on `threads` threads, a clip each."""
     gop = None if stored_codec(codec).has_frame_ranges else num_gop_frames
 
     def one(seed: int) -> StoredClip:
@@ -118,14 +116,14 @@ def training_requests(
 
 
 def plain(request: RenderRequest) -> RenderRequest:
-    """The same clip without flip, RandAugment and erasing."""
+    """Return the same clip without flip, RandAugment and erasing."""
     return replace(request, flip=False, augment=None, erased=())
 
 
 def backend_on(
     device: torch.device, codec: str, spec: ClipSpec, *, threads: int, stats: StatsRecorder | None = None
 ) -> ViewBackend:
-    """What a loader would take for `codec` on `device`."""
+    """Return what a loader would take for `codec` on `device`."""
     return make_backend(
         "auto",
         codecs=(codec,),
@@ -151,7 +149,7 @@ class Tolerance:
     """Smallest ratio of the peak to the noise; None: any."""
 
     def allows(self, levels: int, psnr_db: float | None) -> bool:
-        """Whether a largest difference and a ratio (None: no noise) are within."""
+        """Return whether a largest difference and a ratio (None: no noise) are within."""
         return (self.most_levels is None or levels <= self.most_levels) and (
             self.least_psnr_db is None or psnr_db is None or psnr_db >= self.least_psnr_db
         )
@@ -185,7 +183,7 @@ class StageParity:
 
 
 def compare(codec: str, stage: Stage, ours: UInt8[Tensor, "*shape"], oracle: UInt8[Tensor, "*shape"]) -> StageParity:
-    """The distance of two tensors, judged by the stage's tolerance."""
+    """Return the distance of two tensors, judged by the stage's tolerance."""
     difference = (ours.cpu().int() - oracle.cpu().int()).abs()
     noise = difference.double().square().mean().item()
     psnr, most, tolerance = (
@@ -223,7 +221,7 @@ def codec_parity(
 
 
 def augment_parity(clips: Sequence[StoredClip], spec: ClipSpec, device: torch.device) -> list[StageParity]:
-    """RandAugment of the reference's views on the device: operations that move no pixel, and those that do."""
+    """Compare RandAugment of the reference's views on the device: operations that move no pixel, and those that do."""
     requests = training_requests(clips, spec, count=4 * len(clips), rand_augment=True)
     operations = [op for one in requests if one.augment is not None for op in one.augment.operations]
     views = ReferenceBackend(crop_size=spec.crop_size, stats=StatsRecorder()).render(
@@ -308,9 +306,9 @@ class SpeedReport:
     clips_per_second: float
     """By wall time, without reading of shards."""
     decode_ms: float
-    """Milliseconds a clip until the last run's pixels are asked for: decoding, and what goes on beside it."""
+    """Milliseconds per clip until the last run's pixels are asked for: decoding, and what goes on beside it."""
     augment_ms: float
-    """Milliseconds a clip until the views are finished, behind that."""
+    """Milliseconds per clip until the views are finished, behind that."""
     num_clips: int
     """Clips that were rendered."""
 
@@ -344,7 +342,7 @@ def measure_speed(
 def speed_cases(
     codecs: Sequence[str], *, gops: Sequence[int], threads: Sequence[int], usual_gop: int, usual_threads: int
 ) -> list[SpeedCase]:
-    """Every codec at each distance of key frames and at each number of threads, the other as usual; then augmented."""
+    """Return a case per distance of key frames and per number of threads, the other as usual; then one augmented."""
     cases = []
     for codec in codecs:
         has_gops = not stored_codec(codec).has_frame_ranges

@@ -68,8 +68,8 @@ def test_what_is_written_names_versions_command_and_date(dry_results: dict[Any, 
     assert {"torch", "nvidia-dali-cuda130", "cuda", "driver"} <= set(document["versions"])
     assert document["command"] == "make gpu ARGS=--dry-run"
     assert document["date"].endswith("Z")
-    told = "\n".join(lines(document))
-    assert all(f"\n{name}: " in told for name in BUDGETS)
+    shown = "\n".join(lines(document))
+    assert all(f"\n{name}: " in shown for name in BUDGETS)
 
 
 def result(*rows: dict[str, Any], error: str | None = None) -> PartResult:

@@ -115,8 +115,8 @@ def test_files_that_are_no_videos_are_left_aside_by_name(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "expected a folder a class, in the form DIR/<class>.*, found an empty folder"),
-        (["1.mp4", "2.mp4"], "expected a folder a class, in the form DIR/<class>.*, found 2 files and no folder"),
+        ([], "expected a folder per class, in the form DIR/<class>.*, found an empty folder"),
+        (["1.mp4", "2.mp4"], "expected a folder per class, in the form DIR/<class>.*, found 2 files and no folder"),
         (["a/1.mp4"], "expected at least two classes, found one, 'a'"),
         (["a/1.mp4", "b/1.txt"], "expected videos .* of every class to train on, found none of the class 'b'"),
         (["a/1.mp4", "b/c/1.mp4"], "c: expected videos directly in a class folder, found a folder"),
