@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,8 @@ from sharding.conversion import convert
 from sharding.errors import ConversionRefusedError, ShardDamageError
 from sharding.format.index import decode_index, encode_index
 from sharding.format.shard_set import read_shard_set
+from sharding.media import decode_child
+from sharding.media.decode_child import ClipJob, EncodedClip, encode_clip
 from sharding.settings import RejectBudget
 from sharding.source import SourceList
 from sharding.source_states import SOURCES_NAME
@@ -202,6 +205,34 @@ def test_c13_a_source_that_vanishes_before_it_is_read_is_a_reject_with_its_own_r
     gone = source_list([*source.samples, sample(tmp_path / "media" / "gone.mp4")])
     report = convert(gone, tmp_path / "out", small_config(max_rejects=RejectBudget(count=1)))
     assert report.rejected == {"missing_file": 1}
+
+
+def encode_while_another_writes(job: ClipJob) -> EncodedClip:
+    """In a decode child: ``changing`` gets another time after it was looked at; writing itself is forbidden there."""
+    opened = decode_child.open_media
+
+    def open_changed(path: Path) -> Any:
+        if path.stem == "changing":
+            os.utime(path, (1, 1))
+        return opened(path)
+
+    decode_child.open_media = open_changed
+    try:
+        return encode_clip(job)
+    finally:
+        decode_child.open_media = opened
+
+
+def test_c13_a_source_that_changes_while_it_is_read_is_a_reject_and_the_set_is_sound(tmp_path: Path) -> None:
+    whole = small_clips(tmp_path / "media", 2)
+    changing = make_clip(tmp_path / "media" / "changing.mp4", seconds=0.2, size=(32, 32))
+    source = source_list([whole.samples[0], sample(changing), whole.samples[1]])
+    out, config = tmp_path / "out", small_config(max_rejects=RejectBudget(count=1))
+    report = convert(source, out, config, encode=encode_while_another_writes)
+    assert (report.num_samples, report.rejected) == (2, {"source_changed": 1})
+    (reject,) = (out / "rejects.jsonl").read_text().splitlines()
+    assert json.loads(reject)["sample_id"] == "changing"
+    assert verify_shard_set(out) == []
 
 
 def test_a_rerun_says_where_it_resumes_and_when_nothing_is_left(
