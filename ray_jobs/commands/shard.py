@@ -278,6 +278,37 @@ def inspect(
     result(table(facts_in_words(facts)))
 
 
+@app.command(epilog="Example: ca2st shard overlap shards/train shards/validation --content")
+def overlap(
+    first: Annotated[str, typer.Argument(help="Folder or URL of a shard set.", metavar="DIR_OR_URL")],
+    second: Annotated[str, typer.Argument(help="Folder or URL of another one.", metavar="DIR_OR_URL")],
+    content: Annotated[
+        bool,
+        typer.Option("--content", help="Compare what samples show and sound like, too: decodes three stills each."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List videos that are in both sets, by sample id and source file; ends with 3 when there are any."""
+    from ray_jobs.console import print_json, progress, result
+    from ray_jobs.overlap import counts, find_overlaps
+    from sharding.format.shard_set import read_shard_set
+
+    sets = read_shard_set(first), read_shard_set(second)
+    total = sum(shard_set.manifest.num_samples for shard_set in sets)
+    with progress("Comparing", total) as update:
+        found = find_overlaps(*sets, content=content, progress=lambda done, _total: update(done, ""))
+    if as_json:
+        print_json({"overlaps": found, "counts": counts(found)})
+    else:
+        for pair in found:
+            result(f"{pair.by}: {pair.first} = {pair.second}")
+        if not found:
+            by = "id, source file or content" if content else "id or source file"
+            result(f"no video is in both sets by {by}")
+    if found:
+        raise typer.Exit(3)
+
+
 def _read_facts(place: str, html: Path | None) -> "tuple[ShardSet, SetFacts]":
     from pipelines.storage.index import set_facts
     from ray_jobs.console import require_writable_place
