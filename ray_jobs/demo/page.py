@@ -198,19 +198,12 @@ def confusion_chart(answers: Answers, factors: Factors) -> ConfusionChart:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """A factor of an answer."""
-
-    label: str
-    is_right: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
     """One model's answer about one clip."""
 
     model: str
-    parts: list[Part]
+    parts: list[tuple[str, bool]]
+    """The answered class of each factor, and whether it is right."""
     confidence: float
     is_right: bool
 
@@ -418,7 +411,7 @@ def _answer(answers: Answers, factors: Factors, sample: int) -> Answer:
     labels = factors.labels(int(answers.chosen[sample]))
     return Answer(
         model=answers.model,
-        parts=[Part(label=label, is_right=is_right) for label, is_right in zip(labels, right, strict=True)],
+        parts=list(zip(labels, right, strict=True)),
         confidence=float(answers.confidence[sample]),
         is_right=all(right),
     )
