@@ -152,14 +152,19 @@ def read_expert_sizes(files: Mapping[ExpertName, Path], *, num_heads: int | None
     """
     kind = kind_of(files)
     read = {name: _read(name, path, num_heads=num_heads) for name, path in files.items()}
+    vits = [one for one in read.values() if one.encoder != "resnet50"]
+    visual = [one for one in vits if one.encoder in ("clip", "videomae")]
     for size in _SIZES:
-        _require_equal(size, {one.path: getattr(one.config, size) for one in read.values() if _is_vit(one)})
-    _require_equal("crop_size", {one.path: one.clip.crop_size for one in read.values() if _is_visual(one)})
-    vit = next((one for one in read.values() if _is_vit(one)), None)
+        _require_equal(size, {one.path: getattr(one.config, size) for one in vits})
+    _require_equal("crop_size", {one.path: one.clip.crop_size for one in visual})
+    sizes = {f"model.{size}": getattr(vits[0].config, size) for size in _SIZES} if vits else {}
+    encoders = {f"model.{name}_encoder": one.encoder for name, one in read.items() if name != "audio"}
+    timed = next((one.clip for one in visual if one.encoder == "videomae"), ClipSpec())
+    seen = visual[0].clip if visual else ClipSpec()
     return ExpertSizes(
         kind=kind,
-        model_settings=_model_settings(read, vit),
-        clip_settings=_clip_settings(read),
+        model_settings=sizes | encoders,
+        clip_settings={"clip.num_frames": timed.num_frames, "clip.crop_size": seen.crop_size},
         mel_rows=read["audio"].clip.mel_rows if "audio" in read else None,
     )
 
@@ -347,31 +352,7 @@ def _encoder_of(name: ExpertName, tensors: Mapping[str, Tensor]) -> EncoderName:
     return _USUAL[name]
 
 
-def _is_vit(one: _One) -> bool:
-    return one.encoder != "resnet50"
-
-
-def _is_visual(one: _One) -> bool:
-    return one.encoder in ("clip", "videomae")
-
-
 def _require_equal(size: str, values: Mapping[Path, int]) -> None:
     if len(set(values.values())) > 1:
         found = ", ".join(f"{value} in {path}" for path, value in values.items())
         raise UserInputError(f"experts: expected one {size} in all of them, found {found}; take experts of one size")
-
-
-def _model_settings(read: Mapping[ExpertName, _One], vit: _One | None) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    if vit is not None:
-        settings = {f"model.{size}": getattr(vit.config, size) for size in _SIZES}
-    encoders = {name: one.encoder for name, one in read.items() if name != "audio"}
-    return settings | {f"model.{name}_encoder": encoder for name, encoder in encoders.items()}
-
-
-def _clip_settings(read: Mapping[ExpertName, _One]) -> dict[str, Any]:
-    visual = [one for one in read.values() if _is_visual(one)]
-    timed = next((one for one in visual if one.encoder == "videomae"), None)
-    crop_size = visual[0].clip.crop_size if visual else ClipSpec().crop_size
-    num_frames = (timed.clip if timed else ClipSpec()).num_frames
-    return {"clip.num_frames": num_frames, "clip.crop_size": crop_size}
