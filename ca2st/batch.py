@@ -46,7 +46,7 @@ class Mixing:
                 raise BatchContractError(f"mixing.{name}: expected {rows} rows, found {_describe(getattr(self, name))}")
 
     def part(self, clips: slice) -> "Mixing":
-        """The mixing of some clips, which must not part a pair."""
+        """Return the mixing of some clips, which must not part a pair."""
         return Mixing(**{name: getattr(self, name)[clips] for name in MIXING_FIELDS})
 
 
@@ -97,17 +97,17 @@ class ClipBatch:
 
     @property
     def num_clips(self) -> int:
-        """Number of views in the batch, padding included."""
+        """Return the number of views in the batch, padding included."""
         return self.video.shape[0]
 
     def normalised_video(self) -> Float[Tensor, "batch 3 time height width"]:
-        """Frames as float32 with ImageNet mean and standard deviation, which every expert reads (CLIP too)."""
+        """Return frames as float32 with ImageNet mean and standard deviation, which every expert reads (CLIP too)."""
         mean = torch.tensor(IMAGENET_MEAN, device=self.video.device).view(3, 1, 1, 1)
         std = torch.tensor(IMAGENET_STD, device=self.video.device).view(3, 1, 1, 1)
         return (self.video.float() / 255 - mean) / std
 
     def to(self, device: torch.device) -> "ClipBatch":
-        """The same batch with its tensors on `device`; `mixing` stays on the CPU."""
+        """Return the same batch with its tensors on `device`; `mixing` stays on the CPU."""
         return ClipBatch(
             **{name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS},
             sample_ids=self.sample_ids,
@@ -115,7 +115,7 @@ class ClipBatch:
         )
 
     def split(self, num_clips: int) -> Iterator["ClipBatch"]:
-        """Consecutive micro-batches of at most `num_clips` views; pairs that are mixed must not be parted.
+        """Yield consecutive micro-batches of at most `num_clips` views; pairs that are mixed must not be parted.
 
         Raises:
             BatchContractError: the batch is mixed and `num_clips` is odd.

@@ -39,7 +39,7 @@ class DocumentError(DataDamageError, ValueError):
 
 
 def read_json(path: Path, kind: type[T] | types.GenericAlias, *, most_bytes: int = _MOST_BYTES) -> T:
-    """The JSON document in the file `path` as a value of the type `kind` (see the module).
+    """Return the JSON document in the file `path` as a value of the type `kind` (see the module).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -59,7 +59,7 @@ def read_json(path: Path, kind: type[T] | types.GenericAlias, *, most_bytes: int
 
 
 def parse_json(data: bytes | str, kind: type[T] | types.GenericAlias, *, where: str) -> T:
-    """The JSON document `data` as a value of the type `kind`; `where` names it in messages.
+    """Return the JSON document `data` as a value of the type `kind`; `where` names it in messages.
 
     Raises:
         DocumentError: it is not such a document.
@@ -79,7 +79,7 @@ def parse_json(data: bytes | str, kind: type[T] | types.GenericAlias, *, where: 
 
 
 def encoded(text: str) -> bytes:
-    r"""JSON text, made with ``ensure_ascii=False``, as bytes that `parse_json` takes.
+    r"""Return JSON text, made with ``ensure_ascii=False``, as bytes that `parse_json` takes.
 
     Half of a surrogate pair, which Python has for a byte of a file name that is no UTF-8, becomes the text ``\udce9``.
     """
@@ -102,7 +102,7 @@ def sha256_of_json(value: object) -> str:
 
 
 def checked(value: Any, kind: type[T] | types.GenericAlias, *, where: str) -> T:
-    """A value as `json.loads` gives it, as a value of the type `kind`; `where` names it in messages.
+    """Return a value as `json.loads` gives it, as a value of the type `kind`; `where` names it in messages.
 
     Raises:
         DocumentError: it is of another type, here or deeper.

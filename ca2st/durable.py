@@ -2,8 +2,8 @@
 
 Temporary name in the same folder that nobody can foresee and that must be new, flush, fsync, rename, fsync of the
 folder: after a crash a file is either complete under its final name or not there, and no symbolic link is written
-through. Sets of files (shards, checkpoints) are written in any order with
-their marker (manifest, COMPLETE.json) last.
+through. Sets of files (shards, checkpoints) are written in any
+order with their marker (manifest, COMPLETE.json) last.
 
 Standard library only: `sharding` and `pipelines` use it too.
 """
@@ -31,7 +31,7 @@ _NAME_CHARACTERS = 50  # of the final name in a temporary one, which must not be
 
 
 class InjectedFault(RuntimeError):  # noqa: N818  # what it is, not an error of ours
-    """Raised by a fault point of kind ``raise``: a stand-in for a bug at that place."""
+    """Raised by a fault point of kind ``raise``: a replacement for a bug at that place."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +70,7 @@ class FaultPoints:
         return cls(point=point, nth=int(nth), kind=kind, rank=int(rank) if rank else None)  # type: ignore[arg-type]  # checked above
 
     def on_rank(self, rank: int) -> "FaultPoints":
-        """These points for the process of `rank`: inert where they are another's."""
+        """Return these points for the process of `rank`: inert where they are another's."""
         return self if self.rank in (None, rank) else NO_FAULTS
 
     def reach(self, point: str) -> None:
@@ -136,17 +136,17 @@ _ENVIRONMENT_ERRNOS = {
 
 
 def is_environment_error(error: BaseException) -> TypeGuard[OSError]:
-    """Whether the machine refused: no space, no permission, a read-only or failing disk."""
+    """Return whether the machine refused: no space, no permission, a read-only or failing disk."""
     return isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRNOS
 
 
 def what_is_needed(error: OSError) -> str:
-    """What a user can do about what the machine refused."""
+    """Return what a user can do about what the machine refused."""
     return _ENVIRONMENT_ERRNOS.get(error.errno or 0, "choose another folder")
 
 
 def unwritable(path: Path, error: OSError) -> EnvironmentFault:
-    """The fault to raise where the machine refuses to write `path`: what, why, and what is needed."""
+    """Return the fault to raise where the machine refuses to write `path`: what, why, and what is needed."""
     found = error.strerror
     if error.errno == errno.ENOSPC:
         with contextlib.suppress(OSError):
@@ -156,7 +156,7 @@ def unwritable(path: Path, error: OSError) -> EnvironmentFault:
 
 
 def _named(error: OSError, path: Path, temporary: Path) -> Exception:
-    """The error of a write as one that names the file, and not its temporary name."""
+    """Return the error of a write as one that names the file, and not its temporary name."""
     if is_environment_error(error):
         return unwritable(path, error)
     if error.errno in (errno.EISDIR, errno.ENOTDIR) and error.filename == str(temporary):

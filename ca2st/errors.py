@@ -14,7 +14,7 @@ Each package derives its own errors from these in its own ``errors`` module.
 """
 
 from collections.abc import Collection, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 
 class CA2STError(Exception):
@@ -84,3 +84,10 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
 
     near = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def check_literals(settings: object, *, prefix: str = "") -> None:
+    """Check every field of a settings class that is annotated with a `Literal`; raises as `check_choice`."""
+    for name, kind in get_type_hints(type(settings)).items():
+        if get_origin(kind) is Literal:
+            check_choice(f"{prefix}{name}", getattr(settings, name), get_args(kind))

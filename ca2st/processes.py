@@ -1,8 +1,4 @@
-"""Processor cores, and child processes that never import the program that started them.
-
-How many threads this process has room for.
-
-Processes that start without the program that started them, and end with it.
+"""Processor cores, and child processes that start without the program that started them, and end with it.
 
 Python's own spawn runs the caller's main script in every child first: a script without a ``__main__`` guard would start
 itself again, and ``python -`` has none that could be run. Children of `SPAWN` import only what their function needs.
@@ -20,7 +16,7 @@ from multiprocessing.process import BaseProcess
 
 
 def num_cores() -> int:
-    """Processor cores this process may run on."""
+    """Return the processor cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,11 +1,4 @@
-"""What commands print: lines, tables, bars, sizes, files.
-
-Sizes and views as people write them: ``1GB``, ``256MB``, ``2x3``.
-
-Where a command writes a file that the user named: checked before any work is done for it.
-
-What a command shows: progress bars on a terminal, plain lines otherwise, facts as JSON on stdout.
-"""
+"""What commands read and print: sizes (``1GB``), views (``2x3``), places of files, lines, tables, progress, JSON."""
 
 import contextlib
 import io
@@ -28,7 +21,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "K
 
 
 def parse_bytes(text: str) -> int:
-    """Number of bytes in ``1GB``, ``256 MB`` or ``1048576``.
+    """Return the number of bytes in ``1GB``, ``256 MB`` or ``1048576``.
 
     Raises:
         UserInputError: another form.
@@ -40,7 +33,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_views(text: str) -> tuple[int, int]:
-    """(clips, crops) of ``2x3``.
+    """Return (clips, crops) of ``2x3``.
 
     Raises:
         UserInputError: another form, a zero, or more views than fit: all of a sample are in memory at once.
@@ -51,7 +44,7 @@ def parse_views(text: str) -> tuple[int, int]:
     clips, crops = int(match[1]), int(match[2])
     if clips * crops > _MOST_VIEWS:
         raise UserInputError(
-            f"--views: expected at most {_MOST_VIEWS} views a sample, found {text}; published are 2x3 and 5x3"
+            f"--views: expected at most {_MOST_VIEWS} views per sample, found {text}; published are 2x3 and 5x3"
         )
     return clips, crops
 
@@ -178,12 +171,12 @@ def _write(text: str, stream: TextIO) -> None:
 
 
 def _plain(value: object) -> object:
-    """What JSON does not know: dataclasses as objects, paths and the rest as text."""
+    """Return what JSON does not know: dataclasses as objects, paths and the rest as text."""
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 def table(rows: Mapping[str, object]) -> str:
-    """Two aligned columns, one line a fact."""
+    """Return two aligned columns, a line per fact."""
     width = max(map(len, rows), default=0)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
 
@@ -235,12 +228,12 @@ def _lines(title: str, total: int) -> Iterator[Update]:
 
 
 def duration(seconds: float) -> str:
-    """``1:02:03``, or ``2:03`` of less than an hour."""
+    """Return ``1:02:03``, or ``2:03`` of less than an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def counted(counts: Mapping[str, Any]) -> str:
-    """``{"a": 1, "b": 2}`` as ``1 a, 2 b``; ``none`` when empty."""
+    """Return ``{"a": 1, "b": 2}`` as ``1 a, 2 b``; ``none`` when empty."""
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"

@@ -36,7 +36,7 @@ _GIT_FACTS = ("git.commit", "git.dirty")
 
 
 def fault_points(*, restart: bool = False) -> FaultPoints:
-    """The fault of ``CA2ST_FAULT=point:nth[:kind]``, inert without the variable and in a `restart`ed worker."""
+    """Return the fault of ``CA2ST_FAULT=point:nth[:kind]``, inert without the variable and in a `restart`ed worker."""
     return FaultPoints.parse("" if restart else os.environ.get("CA2ST_FAULT", ""))
 
 
@@ -50,7 +50,7 @@ def wait_passively() -> None:
 
 
 def default_tracking_uri(runs_root: Path) -> str:
-    """``MLFLOW_TRACKING_URI``, or an SQLite file under the folder of all runs."""
+    """Return ``MLFLOW_TRACKING_URI``, or an SQLite file under the folder of all runs."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(runs_root / 'mlflow.db').resolve()}"
 
 
@@ -60,7 +60,7 @@ def ray_auth_mode() -> str | None:
 
 
 def passed_variables(names: Sequence[str]) -> dict[str, str]:
-    """The values of the variables that the user names to be passed on.
+    """Return the values of the variables that the user names to be passed on.
 
     Raises:
         UserInputError: one is not set, or a value stands where only names may: command lines are seen by everybody.
@@ -82,12 +82,12 @@ def waiting_policy() -> str:
 
 
 def tracking_uri() -> str | None:
-    """``MLFLOW_TRACKING_URI``, if it is set."""
+    """Return ``MLFLOW_TRACKING_URI``, if it is set."""
     return os.environ.get("MLFLOW_TRACKING_URI")
 
 
 def tracking_authorization() -> str | None:
-    """The header by which MLflow's client shows the credentials of the environment, if there are any."""
+    """Return the header by which MLflow's client shows the credentials of the environment, if there are any."""
     user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD")
     if user and password:
         return basic_authorization(user, password)
@@ -96,12 +96,12 @@ def tracking_authorization() -> str | None:
 
 
 def basic_authorization(user: str, password: str) -> str:
-    """The HTTP header ``Authorization`` of a user with a password."""
+    """Return the HTTP header ``Authorization`` of a user with a password."""
     return f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
 
 
 def hub_access() -> "HubAccess":
-    """The hub of public weights: ``HF_ENDPOINT`` and ``HF_HUB_CACHE``, or what huggingface_hub takes without them."""
+    """Return the hub of public weights: ``HF_ENDPOINT`` and ``HF_HUB_CACHE``, or huggingface_hub's defaults."""
     from ca2st.weights.hub import HubAccess
 
     cache = os.environ.get("HF_HUB_CACHE")
@@ -118,7 +118,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> dict[str, str]:
-    """``git.commit`` and ``git.dirty`` of the checkout `folder` stands in; outside one, of ``CA2ST_GIT``; else empty.
+    """Return ``git.commit`` and ``git.dirty`` of the checkout around `folder`, else of ``CA2ST_GIT``, else nothing.
 
     Cleanliness is left out where git does not tell it.
 
@@ -127,26 +127,26 @@ def git_state(folder: Path) -> dict[str, str]:
     """
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
-        return _told_git_state(os.environ.get(_GIT_VARIABLE))
+        return _git_state_of(os.environ.get(_GIT_VARIABLE))
     changes = _git(folder, "status", "--porcelain")
     return {"git.commit": commit} | ({} if changes is None else {"git.dirty": str(bool(changes)).lower()})
 
 
 def git_variable(state: Mapping[str, str]) -> dict[str, str]:
-    """``CA2ST_GIT``, by which a job without a checkout knows the `git_state` it was sent from."""
+    """Return ``CA2ST_GIT``, by which a job without a checkout knows the `git_state` it was sent from."""
     words = [state[name] for name in _GIT_FACTS if name in state]
     return {_GIT_VARIABLE: " ".join(words)} if words else {}
 
 
-def _told_git_state(told: str | None) -> dict[str, str]:
-    if not told:
+def _git_state_of(text: str | None) -> dict[str, str]:
+    if not text:
         return {}
-    if re.fullmatch(r"[0-9a-f]{40,64}( true| false)?", told) is None:
+    if re.fullmatch(r"[0-9a-f]{40,64}( true| false)?", text) is None:
         raise UserInputError(
             f"{_GIT_VARIABLE}: expected a commit and true or false (changed since), as `ca2st submit` sets it, found "
             "something else; unset it"
         )
-    return dict(zip(_GIT_FACTS, told.split(" "), strict=False))
+    return dict(zip(_GIT_FACTS, text.split(" "), strict=False))
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
@@ -160,7 +160,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def hardware() -> dict[str, str]:
-    """Processor count, and the CUDA devices torch sees."""
+    """Return the processor count, and the CUDA devices torch sees."""
     import torch
 
     facts = {"hardware.cpu_count": str(num_cores()), "hardware.machine": platform.machine()}

@@ -62,7 +62,7 @@ _NAME = re.compile(rf"(?i)(?:{_WORDS}|(?:^|[_\-./ ])(?:sig|pass|auth|jwt))$")
 
 
 def redacted(text: str) -> str:
-    """`text` with the passwords and tokens in it replaced by ``[hidden]``.
+    """Return `text` with the passwords and tokens in it replaced by ``[hidden]``.
 
     Found are those of addresses (before the host, in the query, in the fragment), of headers, of assignments and
     options (``HF_TOKEN=...``, ``--password ...``), of members of JSON objects, and tokens that are known by how they
@@ -110,17 +110,17 @@ class RedactedStream(io.TextIOBase):
 
 
 def redacted_values(values: Mapping[str, str]) -> dict[str, str]:
-    """`values` redacted; those with the name of a secret (``api_key``, ``db.password``) hidden altogether."""
+    """Return `values` redacted; those with the name of a secret (``api_key``, ``db.password``) hidden altogether."""
     return {name: HIDDEN if names_a_secret(name) else redacted(value) for name, value in values.items()}
 
 
 def names_a_secret(name: str) -> bool:
-    """Whether what `name` stands for is secret: its last word is password, token, secret, api_key and so on."""
+    """Return whether what `name` stands for is secret: its last word is password, token, secret, api_key and so on."""
     return _NAME.search(name) is not None
 
 
 def without_credentials(uri: str) -> str:
-    """`uri` with neither user nor password nor a secret behind its ``?`` or ``#``, as it is kept in files."""
+    """Return `uri` with neither user nor password nor a secret behind its ``?`` or ``#``, as it is kept in files."""
     place, *parts = re.split(r"([?#])", re.sub(r"(?<=://)[^/\s?#]*@", "", uri))
     for mark, part in zip(parts[::2], parts[1::2], strict=True):
         kept = "&".join(one for one in part.split("&") if _QUERY.match(f"?{one}") is None)
@@ -129,7 +129,7 @@ def without_credentials(uri: str) -> str:
 
 
 def holds_credentials(text: str) -> bool:
-    """Whether an address in `text` has a password or a token in it."""
+    """Return whether an address in `text` has a password or a token in it."""
     return _clean_addresses(text) != text
 
 

@@ -9,9 +9,9 @@ Standard library only.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
-from ca2st.errors import UserInputError, check_choice, did_you_mean
+from ca2st.errors import UserInputError, check_literals, did_you_mean
 from ca2st.spec import ClipSpec
 
 Trainable = str | Sequence[str]
@@ -104,10 +104,7 @@ class SpatialTemporalConfig:
 
     def __post_init__(self) -> None:
         _check_layers("spatial_temporal", self.last_layers, self.layers)
-        check_choice("spatial_temporal.directions", self.directions, ("both", "t2s", "s2t"))
-        check_choice("spatial_temporal.t2s_window", self.t2s_window, get_args(Window))
-        check_choice("spatial_temporal.s2t_window", self.s2t_window, get_args(Window))
-        check_choice("spatial_temporal.positions", self.positions, get_args(Positions))
+        check_literals(self, prefix="spatial_temporal.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,8 +123,7 @@ class AudioVisualConfig:
 
     def __post_init__(self) -> None:
         _check_layers("audio", self.last_layers, self.layers)
-        check_choice("directions", self.directions, ("both", "from_audio", "to_audio"))
-        check_choice("positions", self.positions, get_args(Positions))
+        check_literals(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,16 +184,7 @@ class ModelConfig:
     """Factor on the initial weights of the classifiers. Published: 1."""
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("kind", get_args(ModelKind)),
-            ("spatial_encoder", get_args(SpatialEncoder)),
-            ("temporal_encoder", get_args(TemporalEncoder)),
-            ("fusion", get_args(Fusion)),
-            ("resnet_grouping", get_args(ResNetGrouping)),
-            ("combination", get_args(Combination)),
-            ("time_code_layout", get_args(TimeCodeLayout)),
-        ):
-            check_choice(name, getattr(self, name), choices)
+        check_literals(self)
         self._check_pretrained_grid()
         for name in ("dim", "depth", "num_heads", "patch_size", "audio_stride"):
             if getattr(self, name) < 1:
@@ -245,16 +232,16 @@ class ModelConfig:
 
     @property
     def adapter_dim(self) -> int:
-        """Width of an adapter: 192 at ViT-B."""
+        """Return the width of an adapter: 192 at ViT-B."""
         return int(self.dim * self.adapter_ratio)
 
     @property
     def bottleneck_dim(self) -> int:
-        """Width d of the bottleneck: 384 at ViT-B."""
+        """Return the width d of the bottleneck: 384 at ViT-B."""
         return int(self.dim * self.bottleneck_ratio)
 
     def drop_path_rates(self) -> tuple[float, ...]:
-        """Rate of each layer, rising linearly from 0 to `drop_path_rate`."""
+        """Return the rate of each layer, rising linearly from 0 to `drop_path_rate`."""
         return tuple(self.drop_path_rate * index / max(self.depth - 1, 1) for index in range(self.depth))
 
 
@@ -304,9 +291,9 @@ class Direction:
     name: str
     """`t2s`, `s2t`, `a2s`, `s2a`, `a2t`, `t2a`."""
     keys: ExpertName
-    """The expert that is listened to."""
+    """The expert whose tokens are read."""
     queries: ExpertName
-    """The expert that listens and is updated."""
+    """The expert that reads and is updated."""
     window: Window
     """Which keys a query sees."""
 
@@ -324,13 +311,13 @@ class Bridge:
 
     @property
     def experts(self) -> tuple[ExpertName, ExpertName]:
-        """The two experts."""
+        """Return the two experts."""
         first = self.directions[0]
         return first.queries, first.keys
 
     @property
     def updated(self) -> frozenset[ExpertName]:
-        """The experts that this bridge writes to."""
+        """Return the experts that this bridge writes to."""
         return frozenset(direction.queries for direction in self.directions)
 
 
@@ -357,7 +344,7 @@ _EXCHANGING = ("cross_attention", "lateral")
 
 
 def encoder_of(config: ModelConfig, expert: ExpertName) -> EncoderName:
-    """What the expert of a role is."""
+    """Return the encoder that fills the place of an expert."""
     encoders: dict[ExpertName, EncoderName] = {
         "spatial": config.spatial_encoder,
         "temporal": config.temporal_encoder,
@@ -367,25 +354,25 @@ def encoder_of(config: ModelConfig, expert: ExpertName) -> EncoderName:
 
 
 def stage_of_layer(depth: int) -> Mapping[int, int]:
-    """Layer (0 = first) -> the ResNet stage that runs in it: stages 1 to 4 in layers 3, 6, 9, 12 of 12, from 1."""
+    """Return, by layer (0 = first), the ResNet stage that runs in it: the last of each quarter of the layers."""
     return {depth * (stage + 1) // RESNET_STAGES - 1: stage for stage in range(RESNET_STAGES)}
 
 
 def bridges_of_layer(config: ModelConfig, layer: int) -> tuple[Bridge, ...]:
-    """The exchanges of layer `layer` (0 = first), in the order of the sequential combination."""
+    """Return the exchanges of layer `layer` (0 = first), in the order of the sequential combination."""
     if config.fusion not in _EXCHANGING:
         return ()
     return tuple(_bridge(config, name) for name in BRIDGES[config.kind] if layer in _layers_of(config, name))
 
 
 def all_bridges(config: ModelConfig) -> tuple[Bridge, ...]:
-    """Every bridge that at least one layer carries."""
+    """Return every bridge that at least one layer carries."""
     names = {bridge.name for layer in range(config.depth) for bridge in bridges_of_layer(config, layer)}
     return tuple(_bridge(config, name) for name in BRIDGES[config.kind] if name in names)
 
 
 def uses_time_codes(config: ModelConfig) -> bool:
-    """Whether any bridge reads time-interval codes."""
+    """Return whether any bridge reads time-interval codes."""
     return config.fusion == "cross_attention" and any(
         bridge.positions == "time_codes" for bridge in all_bridges(config)
     )
@@ -430,12 +417,6 @@ def _audio_bridge(name: BridgeName, visual: ExpertName, settings: AudioVisualCon
     to_audio = Direction(name=f"{letter}2a", keys=visual, queries="audio", window="space_time")
     kept = {"both": (from_audio, to_audio), "from_audio": (from_audio,), "to_audio": (to_audio,)}
     return Bridge(name=name, directions=kept[settings.directions], positions=settings.positions)
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        hint = did_you_mean(str(value), list(choices))
-        raise UserInputError(f"{name}: expected one of {', '.join(choices)}, found {value!r}{hint}")
 
 
 def _check_layers(name: str, last_layers: LastLayers, layers: tuple[int, ...] | None) -> None:

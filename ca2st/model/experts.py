@@ -1,24 +1,7 @@
-"""The experts: CLIP, VideoMAE, AST, with their adapters.
+"""The experts: CLIP, VideoMAE, AST and ResNet-50, with what adapters and layers are made of.
 
-The small trained two-layer networks: adapters of layers and heads, and the experts' own MLP and activations.
-
-What an expert is: embed a clip into tokens, pass layers, pool.
-
-A further expert (text, depth) is one more subclass: the layers that join experts only see its tokens, its layers and
-the layout of its tokens.
-
-CLIP: the visual half of its ViT, on every second frame. The published spatial expert.
-
-VideoMAE: a ViT over tubelets, on all frames. The published temporal expert.
-
-AST: a distilled DeiT with overlapping patches, on the log-mel spectrogram. The audio expert.
-
-ResNet-50: the convolutional spatial expert. Its four stages run in layers 3, 6, 9 and 12 of the temporal expert.
-
-torchvision's layout with BatchNorm as it was at the end of pretraining: statistics, scale and shift are buffers, so
-nothing about them ever trains. Between the layers a map [C, H, W] travels as H W tokens of width C, row by row.
-
-The experts: one encoder a file, and which of them an expert of the model is.
+An expert embeds a clip into tokens, passes layers, pools. A further expert (text, depth) is one more subclass of
+`Expert`: the layers that join experts only see its tokens, its layers and the layout of its tokens.
 """
 
 import math
@@ -166,7 +149,7 @@ class EncoderLayer(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "batch sequences tokens dim"]
     ) -> Float[Tensor, "batch sequences tokens dim"]:
-        """The layer as it was pretrained, with nothing added."""
+        """Run the layer as it was pretrained, with nothing added."""
         attended: Tensor = tokens + self.attention(self.norm1(tokens))
         out: Tensor = attended + self.mlp(self.norm2(attended))
         return out
@@ -185,23 +168,23 @@ class Expert(nn.Module, ABC):
 
     @abstractmethod
     def grid_at(self, index: int) -> TokenGrid:
-        """Layout of its tokens when the experts exchange them in layer `index` (0 = first)."""
+        """Return the layout of its tokens when the experts exchange them in layer `index` (0 = first)."""
 
     @abstractmethod
     def layer_at(self, index: int) -> nn.Module:
-        """Its own layer `index`."""
+        """Return its own layer `index`."""
 
     @abstractmethod
     def embed(self, inputs: ClipInputs) -> Float[Tensor, "batch sequences tokens dim"]:
-        """Tokens of a clip before the first layer."""
+        """Return the tokens of a clip before the first layer."""
 
     @abstractmethod
     def pool(self, tokens: Float[Tensor, "batch sequences tokens dim"]) -> Float[Tensor, "batch feature"]:
-        """The feature of a clip from the last layer's tokens; holds the expert's final norm, if it has one."""
+        """Return the feature of a clip from the last layer's tokens; holds the expert's final norm, if it has one."""
 
     @abstractmethod
     def forward(self, inputs: ClipInputs) -> Float[Tensor, "batch feature"]:
-        """The expert alone, as it was pretrained."""
+        """Run the expert alone, as it was pretrained."""
 
 
 class TransformerExpert(Expert):
@@ -216,41 +199,44 @@ class TransformerExpert(Expert):
             cast("nn.ModuleList", self.layers).append(EncoderLayer(config, flavour))
 
     def grid_at(self, index: int) -> TokenGrid:  # noqa: ARG002  # the same in every layer
-        """The one layout of its tokens."""
+        """Return the one layout of its tokens."""
         return self.grid
 
     def layer_at(self, index: int) -> nn.Module:
-        """Transformer layer `index`."""
+        """Return transformer layer `index`."""
         return self.layers[index]
 
     def forward(self, inputs: ClipInputs) -> Float[Tensor, "batch feature"]:
-        """The expert alone, as it was pretrained."""
+        """Run the expert alone, as it was pretrained."""
         tokens = self.embed(inputs)
         for layer in self.layers:
             tokens = layer(tokens)
         return self.pool(tokens)
 
 
-_EPS = 1e-5
-_FINAL_EPS_WITH_AUDIO_ONLY = 1e-6
+_EPS = 1e-6
+_CLIP_EPS = 1e-5
 
 
 class ClipExpert(TransformerExpert):
-    """Each of the frames 1, 3, 5, ... (the second of each tubelet) is an image of one cls token and its patches."""
+    """CLIP: the visual half of its ViT, on every second frame; the published spatial expert.
+
+    Each of the frames 1, 3, 5, ... (the second of each tubelet) is an image of one cls token and its patches.
+    """
 
     def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
         grid = image_grid(config, clip)
-        super().__init__(config, grid, Flavour(activation="quick_gelu", bias="qkv", eps=_EPS))
+        super().__init__(config, grid, Flavour(activation="quick_gelu", bias="qkv", eps=_CLIP_EPS))
         patch = config.patch_size
         self.patch_embed = nn.Conv2d(3, config.dim, kernel_size=patch, stride=patch, bias=False)
         start_patch_embedding(self.patch_embed)
         self.class_token = new_table(config.dim)
         self.positions = new_table(1 + grid.num_patches, config.dim)
-        self.norm_pre = nn.LayerNorm(config.dim, eps=_EPS)
-        self.norm = nn.LayerNorm(config.dim, eps=_FINAL_EPS_WITH_AUDIO_ONLY if config.kind == "cava" else _EPS)
+        self.norm_pre = nn.LayerNorm(config.dim, eps=_CLIP_EPS)
+        self.norm = nn.LayerNorm(config.dim, eps=_EPS if config.kind == "cava" else _CLIP_EPS)
 
     def embed(self, inputs: ClipInputs) -> Float[Tensor, "batch sequences tokens dim"]:
-        """Patches and cls of each image, positions, norm."""
+        """Return patches and cls of each image, with positions, normed."""
         images = rearrange(inputs.video[:, :, 1::2], "b c t h w -> (b t) c h w")
         batch = inputs.video.shape[0]
         patches = rearrange(self.patch_embed(images), "(b t) d h w -> b t (h w) d", b=batch)
@@ -259,65 +245,61 @@ class ClipExpert(TransformerExpert):
         return tokens
 
     def pool(self, tokens: Float[Tensor, "batch sequences tokens dim"]) -> Float[Tensor, "batch dim"]:
-        """LN of the mean over frames of the cls token."""
+        """Return the LN of the mean over frames of the cls token."""
         feature: Tensor = self.norm(tokens[:, :, 0].mean(dim=1))
         return feature
 
 
-_EPS_VIDEOMAE = 1e-6
-
-
 class VideoMAEExpert(TransformerExpert):
-    """Tubelets of 2 frames x patch x patch, no cls token, fixed positions, no bias on the keys."""
+    """VideoMAE: a ViT on all frames; the published temporal expert.
+
+    Tubelets of 2 frames x patch x patch, no cls token, fixed positions, no bias on the keys.
+    """
 
     positions: Float[Tensor, "tokens dim"]
 
     def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
         grid = tubelet_grid(config, clip)
-        super().__init__(config, grid, Flavour(activation="gelu", bias="qv", eps=_EPS_VIDEOMAE))
+        super().__init__(config, grid, Flavour(activation="gelu", bias="qv", eps=_EPS))
         tubelet = (2, config.patch_size, config.patch_size)
         self.patch_embed = nn.Conv3d(3, config.dim, kernel_size=tubelet, stride=tubelet)
         start_patch_embedding(self.patch_embed)
-        self.register_buffer("positions", _positions(config, clip), persistent=False)
-        self.norm = nn.LayerNorm(config.dim, eps=_EPS_VIDEOMAE)
+        known, wanted = pretrained_grid(config, clip), clip_grid(config, clip)
+        table = resize_clip_table(sinusoid_table(math.prod(known), config.dim), from_grid=known, to_grid=wanted)
+        self.register_buffer("positions", table, persistent=False)
+        self.norm = nn.LayerNorm(config.dim, eps=_EPS)
 
     def embed(self, inputs: ClipInputs) -> Float[Tensor, "batch sequences tokens dim"]:
-        """Tubelets in the order time, row, column, plus positions."""
+        """Return tubelets in the order time, row, column, plus positions."""
         patches: Tensor = rearrange(self.patch_embed(inputs.video), "b d t h w -> b 1 (t h w) d")
         return patches + self.positions
 
     def pool(self, tokens: Float[Tensor, "batch sequences tokens dim"]) -> Float[Tensor, "batch dim"]:
-        """LN of the mean of all tokens."""
+        """Return the LN of the mean of all tokens."""
         feature: Tensor = self.norm(tokens.mean(dim=(1, 2)))
         return feature
 
 
-def _positions(config: ModelConfig, clip: ClipSpec) -> Float[Tensor, "tokens dim"]:
-    """The fixed table of the grid that the encoder was pretrained on, interpolated to the clip's."""
-    known, wanted = pretrained_grid(config, clip), clip_grid(config, clip)
-    return resize_clip_table(sinusoid_table(math.prod(known), config.dim), from_grid=known, to_grid=wanted)
-
-
-_EPS_AST = 1e-6
-
-
 class ASTExpert(TransformerExpert):
-    """cls and distillation token, then F' x T' patches of 16 x 16 with stride 10, row-major (frequency, then time)."""
+    """AST: a distilled DeiT on the log-mel spectrogram, the audio expert.
+
+    cls and distillation token, then F' x T' patches of 16 x 16 with stride 10, row-major (frequency, then time).
+    """
 
     drops_attended = True
 
     def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
         grid = spectrogram_grid(config, clip)
-        super().__init__(config, grid, Flavour(activation="gelu", bias="qkv", eps=_EPS_AST))
+        super().__init__(config, grid, Flavour(activation="gelu", bias="qkv", eps=_EPS))
         self.patch_embed = nn.Conv2d(1, config.dim, kernel_size=config.patch_size, stride=config.audio_stride)
         start_patch_embedding(self.patch_embed)
         self.class_token = new_table(config.dim)
         self.distillation_token = new_table(config.dim)
         self.positions = new_table(grid.num_tokens, config.dim)
-        self.norm = nn.LayerNorm(config.dim, eps=_EPS_AST)
+        self.norm = nn.LayerNorm(config.dim, eps=_EPS)
 
     def embed(self, inputs: ClipInputs) -> Float[Tensor, "batch sequences tokens dim"]:
-        """Prefix tokens and spectrogram patches, plus positions."""
+        """Return prefix tokens and spectrogram patches, plus positions."""
         image = rearrange(inputs.mel, "b rows bins -> b 1 bins rows")
         patches = rearrange(self.patch_embed(image), "b d f t -> b 1 (f t) d")
         prefix = torch.stack((self.class_token, self.distillation_token))
@@ -325,7 +307,7 @@ class ASTExpert(TransformerExpert):
         return tokens + self.positions
 
     def pool(self, tokens: Float[Tensor, "batch sequences tokens dim"]) -> Float[Tensor, "batch dim"]:
-        """Mean of the cls and the distillation token after the final norm."""
+        """Return the mean of the cls and the distillation token after the final norm."""
         feature: Tensor = self.norm(tokens[:, 0, :NUM_AUDIO_PREFIX]).mean(dim=1)
         return feature
 
@@ -346,7 +328,7 @@ class Stem(nn.Module):
         self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
 
     def forward(self, images: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images 64 rows columns"]:
-        """The map that the first stage reads."""
+        """Return the map that the first stage reads."""
         features: Tensor = self.pool(self.activation(self.norm(self.conv(images))))
         return features
 
@@ -357,7 +339,7 @@ class Stage(nn.Sequential):
     def forward(
         self, tokens: Float[Tensor, "batch frames places channels"]
     ) -> Float[Tensor, "batch frames new_places new_channels"]:
-        """The next, coarser map."""
+        """Return the next, coarser map."""
         side = round(tokens.shape[2] ** 0.5)
         images = rearrange(tokens, "b t (h w) c -> (b t) c h w", h=side)
         for block in self:
@@ -366,7 +348,12 @@ class Stage(nn.Sequential):
 
 
 class ResNetExpert(Expert):
-    """The same T images that CLIP reads; the feature is the mean over frames of the globally pooled last map (2048)."""
+    """ResNet-50: the convolutional spatial expert. Its four stages run in layers 3, 6, 9 and 12 of the temporal expert.
+
+    It reads the same T images as CLIP; the feature is the mean over frames of the globally pooled last map (2048).
+    torchvision's layout with BatchNorm as it was at the end of pretraining: statistics, scale and shift are buffers, so
+    nothing about them ever trains. Between the layers a map [C, H, W] travels as H W tokens of width C, row by row.
+    """
 
     adaptable = False
 
@@ -387,26 +374,26 @@ class ResNetExpert(Expert):
         self.feature_dim = self.grids[-1].dim
 
     def grid_at(self, index: int) -> TokenGrid:
-        """The map of the newest stage that has run by then."""
+        """Return the layout of the map of the newest stage that has run by then."""
         run = [stage for layer, stage in self.stage_of_layer.items() if layer <= index]
         return self.grids[max(run)] if run else self.stem_grid
 
     def layer_at(self, index: int) -> nn.Module:
-        """The stage that runs in layer `index`; most layers have none and carry the map on."""
+        """Return the stage that runs in layer `index`; most layers have none and carry the map on."""
         return self.stages[self.stage_of_layer[index]] if index in self.stage_of_layer else self.no_stage
 
     def embed(self, inputs: ClipInputs) -> Float[Tensor, "batch sequences tokens dim"]:
-        """The stem's maps of frames 1, 3, 5, ..."""
+        """Return the stem's maps of frames 1, 3, 5, ..."""
         images = rearrange(inputs.video[:, :, 1::2], "b c t h w -> (b t) c h w")
         tokens: Tensor = rearrange(self.stem(images), "(b t) c h w -> b t (h w) c", b=inputs.video.shape[0])
         return tokens
 
     def pool(self, tokens: Float[Tensor, "batch sequences tokens dim"]) -> Float[Tensor, "batch feature"]:
-        """Mean over places and frames; there is no final norm."""
+        """Return the mean over places and frames; there is no final norm."""
         return tokens.mean(dim=(1, 2))
 
     def forward(self, inputs: ClipInputs) -> Float[Tensor, "batch feature"]:
-        """The expert alone, as it was pretrained."""
+        """Run the expert alone, as it was pretrained."""
         tokens = self.embed(inputs)
         for stage in self.stages:
             tokens = stage(tokens)
@@ -426,19 +413,5 @@ ENCODERS: dict[EncoderName, Callable[[ModelConfig, ClipSpec], Expert]] = {
 
 
 def build_expert(name: ExpertName, config: ModelConfig, clip: ClipSpec) -> Expert:
-    """The expert `name` (spatial, temporal, audio) of a model, by the encoder that `config` gives it."""
+    """Return the expert `name` (spatial, temporal, audio) of a model, by the encoder that `config` gives it."""
     return ENCODERS[encoder_of(config, name)](config, clip)
-
-
-__all__ = [
-    "ENCODERS",
-    "ASTExpert",
-    "ClipExpert",
-    "ClipInputs",
-    "EncoderLayer",
-    "Expert",
-    "ResNetExpert",
-    "TransformerExpert",
-    "VideoMAEExpert",
-    "build_expert",
-]

@@ -167,7 +167,7 @@ class AttentionMap:
     layer: int
     """Counted from 1, as in the configuration."""
     direction: Direction
-    """Who listens to whom, and in which window."""
+    """Who reads whose tokens, and in which window."""
     given: Float[Tensor, "batch query_times key_times key_places"]
     """Share of its attention that a query gives to each key: mean over heads and over the queries of that time. Each
     query time sums to one; keys outside a query's window get nothing from it. float32, on the CPU."""
@@ -178,17 +178,17 @@ class AttentionMap:
 
     @property
     def received(self) -> Float[Tensor, "batch key_times key_places"]:
-        """Share of all attention that each key received; a clip sums to one."""
+        """Return the share of all attention that each key received; a clip sums to one."""
         return self.given.mean(dim=1)
 
     @property
     def by_time(self) -> Float[Tensor, "batch query_times key_times"]:
-        """Share that the queries of each time gave to the keys of each time; rows sum to one."""
+        """Return the share that the queries of each time gave to the keys of each time; rows sum to one."""
         return self.given.sum(dim=-1)
 
     @property
     def entropy_share(self) -> Float[Tensor, " batch"]:
-        """Entropy as a share of its maximum; 1 where there is only one key to attend to."""
+        """Return the entropy as a share of its maximum; 1 where there is only one key to attend to."""
         if self.num_keys == 1:
             return torch.ones_like(self.entropy_bits)
         return self.entropy_bits / math.log2(self.num_keys)
@@ -205,12 +205,12 @@ class TokenPlaces:
 
     @property
     def cells(self) -> Int[Tensor, " tokens"]:
-        """Index of each token in a grid of times x places."""
+        """Return the index of each token in a grid of times x places."""
         return self.times * self.num_places + self.places
 
 
 def visual_places(num_frames: int, num_patches: int) -> TokenPlaces:
-    """Tokens laid out frame by frame."""
+    """Return the places of tokens laid out frame by frame."""
     tokens = torch.arange(num_frames * num_patches)
     return TokenPlaces(
         times=tokens // num_patches, places=tokens % num_patches, num_times=num_frames, num_places=num_patches
@@ -218,7 +218,7 @@ def visual_places(num_frames: int, num_patches: int) -> TokenPlaces:
 
 
 def audio_places(num_rows: int, num_columns: int) -> TokenPlaces:
-    """Spectrogram patches, row by row: the column is the time."""
+    """Return the places of spectrogram patches, row by row: the column is the time."""
     tokens = torch.arange(num_rows * num_columns)
     return TokenPlaces(
         times=tokens % num_columns, places=tokens // num_columns, num_times=num_columns, num_places=num_rows
@@ -243,7 +243,7 @@ def record_attention(model: HolisticModel) -> Iterator[list[AttentionMap]]:
 
 
 def has_cross_attention(model: HolisticModel) -> bool:
-    """Whether there is anything that `record_attention` could record."""
+    """Return whether there is anything that `record_attention` could record."""
     return any(isinstance(module, DirectedAttention) for module in model.layers.modules())
 
 
@@ -321,7 +321,7 @@ def attend(
 def window_tokens(
     attention: CrossAttention, query_grid: Sequence[int], key_grid: Sequence[int]
 ) -> tuple[Int[Tensor, "windows queries"], Int[Tensor, "windows keys"]]:
-    """Flat indices of the tokens of each window; grids are (frames, patches).
+    """Return flat indices of the tokens of each window; grids are (frames, patches).
 
     The model's own rearrangement is applied to the tokens' numbers, so it cannot be another one.
     """
@@ -351,7 +351,7 @@ def _weights(
 def _chunks(
     q: Float[Tensor, "batch heads windows queries head_dim"], *, num_keys: int
 ) -> Iterator[tuple[slice, slice]]:
-    """(windows, queries) a time: parts that make at most `_MOST_SCORES` weights, or a single query."""
+    """Yield (windows, queries) a time: parts that make at most `_MOST_SCORES` weights, or a single query."""
     batch, heads, num_windows, num_queries, _ = q.shape
     queries_at_once = max(1, _MOST_SCORES // (batch * heads * num_keys))
     windows_at_once = max(1, queries_at_once // num_queries)

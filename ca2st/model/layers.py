@@ -56,7 +56,7 @@ class DropPath(nn.Module):
 
 
 def drop_path(rate: float) -> nn.Module:
-    """A `DropPath`, or the identity at rate 0."""
+    """Return a `DropPath`, or the identity at rate 0."""
     return DropPath(rate) if rate > 0 else nn.Identity()
 
 
@@ -72,14 +72,14 @@ class Bottleneck(nn.Module):
     def narrow(
         self, tokens: Float[Tensor, "batch sequences tokens dim"]
     ) -> Float[Tensor, "batch sequences tokens width"]:
-        """down: what cross-attention works on."""
+        """Apply down: what cross-attention works on."""
         narrowed: Tensor = self.down(tokens)
         return narrowed
 
     def widen(
         self, tokens: Float[Tensor, "batch sequences tokens width"]
     ) -> Float[Tensor, "batch sequences tokens dim"]:
-        """up(GELU(.)): the update of the expert's tokens. Only experts that a bridge updates have it."""
+        """Apply up(GELU(.)): the update of the expert's tokens. Only experts that a bridge updates have it."""
         assert self.up is not None
         widened: Tensor = self.up(self.activation(tokens))
         return widened
@@ -102,9 +102,13 @@ class DirectedAttention(nn.Module):
         width, num_heads = config.bottleneck_dim, config.num_heads
         grouping = _grouping(config, direction, grids)
         self.attention = CrossAttention(width, num_heads, window=direction.window, grouping=grouping)
-        learned = positions == "learned"
-        self.query_positions = _positions(grids[direction.queries], config, direction) if learned else None
-        self.key_positions = _positions(grids[direction.keys], config, direction) if learned else None
+        self.query_positions: LearnedPositions | None = None
+        self.key_positions: LearnedPositions | None = None
+        if positions == "learned":
+            self.query_positions, self.key_positions = (
+                LearnedPositions(grids[expert], width, num_heads, window=direction.window)
+                for expert in (direction.queries, direction.keys)
+            )
 
     def forward(
         self,
@@ -112,7 +116,7 @@ class DirectedAttention(nn.Module):
         keys: Float[Tensor, "batch key_frames key_patches width"],
         codes: TimeCodes | None,
     ) -> Float[Tensor, "batch query_frames query_patches width"]:
-        """What each patch of Y gathers from the patches of X."""
+        """Return what each patch of Y gathers from the patches of X."""
         if self.query_positions is not None and self.key_positions is not None:
             queries, keys = self.query_positions(queries), self.key_positions(keys)
         if self.uses_time_codes:
@@ -144,7 +148,7 @@ class BottleneckCrossAttention(nn.Module):
     def forward(
         self, tokens: Mapping[ExpertName, Tensor], bottlenecks: Mapping[ExpertName, Bottleneck], codes: TimeCodes | None
     ) -> dict[ExpertName, Tensor]:
-        """Updates of the listening experts, to be added to their tokens.
+        """Return the updates of the listening experts, to be added to their tokens.
 
         `tokens` are the experts' Y, `[batch, sequences, tokens, dim]` each; so are the updates.
         """
@@ -159,12 +163,8 @@ class BottleneckCrossAttention(nn.Module):
         return updates
 
 
-def _positions(grid: TokenGrid, config: ModelConfig, direction: Direction) -> LearnedPositions:
-    return LearnedPositions(grid, config.bottleneck_dim, config.num_heads, window=direction.window)
-
-
 def _grouping(config: ModelConfig, direction: Direction, grids: Mapping[ExpertName, TokenGrid]) -> Grouping:
-    """A finer ResNet map lies over the tokens square by square; for a coarser one the tokens group as configured."""
+    """Group a finer ResNet map over the tokens by squares; for a coarser one group the tokens as configured."""
     sides = (direction.queries, direction.keys)
     finer = max(sides, key=lambda expert: grids[expert].num_patches)
     if encoder_of(config, finer) == "resnet50" or config.resnet_grouping == "square":
@@ -194,7 +194,7 @@ class LateralConnection(nn.Module):
         bottlenecks: Mapping[ExpertName, Bottleneck],  # noqa: ARG002  # as B-CA
         codes: TimeCodes | None,  # noqa: ARG002  # as B-CA
     ) -> dict[ExpertName, Tensor]:
-        """Updates of the listening experts, to be added to their tokens `[batch, sequences, tokens, dim]`."""
+        """Return updates of the listening experts, to be added to their tokens `[batch, sequences, tokens, dim]`."""
         split = {name: grid.split(tokens[name]) for name, grid in self.grids.items()}
         updates: dict[ExpertName, Tensor] = {}
         for direction in self.bridge.directions:
@@ -234,7 +234,7 @@ class AdaptedHalves(nn.Module):
     def attend(
         self, layer: nn.Module, tokens: Float[Tensor, "batch sequences tokens dim"]
     ) -> Float[Tensor, "batch sequences tokens dim"]:
-        """Y from X; `layer` is an `EncoderLayer`."""
+        """Return Y from X; `layer` is an `EncoderLayer`."""
         assert isinstance(layer, EncoderLayer)
         attended: Tensor = layer.attention(layer.norm1(tokens))
         if self.serial is not None:
@@ -245,7 +245,7 @@ class AdaptedHalves(nn.Module):
     def feed_forward(
         self, layer: nn.Module, tokens: Float[Tensor, "batch sequences tokens dim"]
     ) -> Float[Tensor, "batch sequences tokens dim"]:
-        """X' from B; `layer` is an `EncoderLayer`."""
+        """Return X' from B; `layer` is an `EncoderLayer`."""
         assert isinstance(layer, EncoderLayer)
         normed: Tensor = layer.norm2(tokens)
         out: Tensor = tokens + layer.mlp(normed)
@@ -260,7 +260,7 @@ class WholeLayer(nn.Module):
     def attend(
         self, layer: nn.Module, tokens: Float[Tensor, "batch sequences tokens dim"]
     ) -> Float[Tensor, "batch new_sequences new_tokens new_dim"]:
-        """The whole layer."""
+        """Run the whole layer."""
         out: Tensor = layer(tokens)
         return out
 
@@ -269,7 +269,7 @@ class WholeLayer(nn.Module):
         layer: nn.Module,  # noqa: ARG002  # as `AdaptedHalves`
         tokens: Float[Tensor, "batch sequences tokens dim"],
     ) -> Float[Tensor, "batch sequences tokens dim"]:
-        """Nothing is left to do."""
+        """Return the tokens: nothing is left to do."""
         return tokens
 
 
@@ -305,13 +305,13 @@ class HolisticLayer(nn.Module):
     def forward(
         self, tokens: dict[ExpertName, Tensor], layers: dict[ExpertName, nn.Module], codes: TimeCodes | None
     ) -> dict[ExpertName, Tensor]:
-        """Tokens of the next layer. `layers` are the experts' own layers of this index."""
+        """Return the tokens of the next layer. `layers` are the experts' own layers of this index."""
         attended = {name: halves.attend(layers[name], tokens[name]) for name, halves in self.adapters.items()}
         exchanged = self._parallel(attended, codes) if self.parallel else self._sequential(attended, codes)
         return {name: halves.feed_forward(layers[name], exchanged[name]) for name, halves in self.adapters.items()}
 
     def bottlenecks_of(self, bridge: Bridge) -> dict[ExpertName, Bottleneck]:
-        """The down/up pairs that the two experts of `bridge` use in this layer; lateral connections have none."""
+        """Return the down/up pairs that the experts of `bridge` use in this layer; lateral connections have none."""
         names = {name: bottleneck_name(bridge.name, name, shared=self.shared_bottleneck) for name in bridge.experts}
         return {name: self.bottlenecks[pair] for name, pair in names.items() if pair in self.bottlenecks}
 
@@ -331,7 +331,7 @@ class HolisticLayer(nn.Module):
 
 
 def bottleneck_name(bridge: BridgeName, expert: ExpertName, *, shared: bool) -> str:
-    """Name of the down/up pair that `expert` uses in `bridge`: one for all its bridges, or one for each."""
+    """Return the name of the down/up pair that `expert` uses in `bridge`: one for all its bridges, or one for each."""
     return expert if shared else f"{expert}_in_{bridge}"
 
 

@@ -82,7 +82,7 @@ class HolisticModel(nn.Module):
         mel: Float[Tensor, "batch rows bins"],
         intervals_seconds: Float[Tensor, "batch intervals 2"],
     ) -> ModelOutput:
-        """Logits and features of a batch of clips.
+        """Return logits and features of a batch of clips.
 
         `video` is normalised; `mel` is normalised and zero where a clip has no sound; row 0 of `intervals_seconds` is
         the spectrogram's (start, end), the rest the video token times. What a model has no expert for is not read.
@@ -103,7 +103,7 @@ class HolisticModel(nn.Module):
         own: dict[ExpertName, nn.Module],
         codes: TimeCodes | None,
     ) -> dict[ExpertName, Tensor]:
-        """One layer. With activation checkpointing only its inputs are kept, and it runs again for its gradients."""
+        """Run a layer. With activation checkpointing only its inputs are kept, and it runs again for its gradients."""
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
             again: dict[ExpertName, Tensor] = checkpoint(layer, tokens, own, codes, use_reentrant=False)
             return again
@@ -183,12 +183,12 @@ _CAST_WITH_RESNET = {EVERY_TARGET: _read(_SPATIAL, _term("temporal", "skip"), jo
 
 
 def is_verb_noun(targets: Sequence[TargetSpec]) -> bool:
-    """Whether the targets are exactly `verb` and `noun`, which have heads of their own."""
+    """Return whether the targets are exactly `verb` and `noun`, which have heads of their own."""
     return {target.name for target in targets} == {"verb", "noun"}
 
 
 def head_inputs(config: ModelConfig, targets: Sequence[TargetSpec]) -> dict[str, HeadInput]:
-    """What each target's classifier reads; the key `*` stands for all targets.
+    """Return what each target's classifier reads; the key `*` stands for all targets.
 
     Raises:
         UserInputError: independent experts, and targets other than verb and noun.
@@ -249,7 +249,7 @@ class Head(nn.Module):
                 classifier.weight.mul_(config.head_init_scale)
 
     def forward(self, features: Mapping[ExpertName, Float[Tensor, "batch _"]]) -> dict[str, Tensor]:
-        """Logits `[batch, num_classes]` of every target."""
+        """Return logits `[batch, num_classes]` of every target."""
         joined = {name: self._join(read, features) for name, read in self.inputs.items()}
         return {name: classifier(self._of(name, joined)) for name, classifier in self.classifiers.items()}
 

@@ -1,15 +1,10 @@
-"""Which parameters are trained, in which precision the others lie, and how a model is built.
+"""From a configuration to a model: built, what is trained in it, and in which precision the rest lies.
 
-In which type frozen experts are held: float32 as they were read, or bfloat16 where autocast would cast them anyway.
-
-Under bfloat16 autocast every Linear and convolution casts its weights on every use. A frozen weight never changes, so
-holding it in bfloat16 gives the same products (bit for bit where the same kernel makes them), in half the memory and
-without the cast, whose result autograd would also keep for the backward pass. Norms, tables of positions and tokens,
-running statistics, and everything that is trained stay float32.
-
-Which parameters are trained, which layer they belong to, and which are spared weight decay.
-
-From a configuration to a model.
+Frozen experts are held in float32 as they were read, or in bfloat16 where autocast would cast them anyway: under
+bfloat16 autocast every Linear and convolution casts its weights on every use. A frozen weight never changes, so holding
+it in bfloat16 gives the same products (bit for bit where the same kernel makes them), in half the memory and without
+the cast, whose result autograd would also keep for the backward pass. Norms, tables of positions and tokens, running
+statistics, and everything that is trained stay float32.
 """
 
 import difflib
@@ -42,8 +37,25 @@ from ca2st.spec import ClipSpec
 _CAST_BY_AUTOCAST = (nn.Linear, nn.Conv2d, nn.Conv3d)
 
 
+def build_model(config: ModelConfig, clip: ClipSpec, targets: Sequence[TargetSpec], *, seed: int = 0) -> HolisticModel:
+    """Build a model with random weights drawn from `seed` alone, its experts frozen (`set_trainable` changes that).
+
+    Torch's own generator is left as it was. Inside `torch.device("meta")` nothing is allocated.
+
+    Raises:
+        UserInputError: sizes of clip and model do not fit, or the targets are not usable.
+    """
+    check_clip(config, clip)
+    check_targets(targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = HolisticModel(config, clip, targets)
+    set_trainable(model, "added")
+    return model
+
+
 def held_precision(wanted: ExpertPrecision, *, training: HeldPrecision, device: str) -> HeldPrecision:
-    """What `auto` means here: bfloat16 on a GPU that computes in it, float32 otherwise.
+    """Return what `auto` means here: bfloat16 on a GPU that computes in it, float32 otherwise.
 
     `training` is the precision of the computation, `device` torch's word for the kind of device. Raises as
     `check_expert_precision`.
@@ -95,7 +107,7 @@ class ParameterCount(NamedTuple):
 
 
 def trainable_rules(model: HolisticModel, which: Trainable) -> Rules:
-    """The rules of a set, or each pattern of a list as a rule of its own; raises as `check_trainable`."""
+    """Return the rules of a set, or each pattern of a list as a rule of its own; raises as `check_trainable`."""
     check_trainable(which)
     if not isinstance(which, str):
         return {pattern: (pattern,) for pattern in which}
@@ -108,7 +120,7 @@ def trainable_rules(model: HolisticModel, which: Trainable) -> Rules:
 
 
 def added_rules(model: HolisticModel) -> Rules:
-    """The published set: head, adapters, B-CA (or its baselines), time codes, final norms of the visual experts."""
+    """Return the published set: head, adapters, B-CA or its baselines, time codes, final norms of visual experts."""
     rules = dict(_HEAD)
     if model.config.adapters and any(expert.adaptable for expert in model.experts.values()):
         rules |= _ADAPTERS
@@ -154,7 +166,7 @@ def set_trainable_by_rules(model: nn.Module, rules: Rules) -> None:
 
 
 def layer_index(name: str, *, depth: int) -> int | None:
-    """Layer (0 = first) of a parameter, for layer-wise learning-rate decay g: its factor is g^(depth - layer).
+    """Return a parameter's layer (0 = first), for layer-wise learning-rate decay g: its factor is g^(depth - layer).
 
     Adapters and B-CA count with the layer they sit in, ResNet's stages with the layer they run in, the experts'
     embeddings and ResNet's stem with the first layer; None for heads, last adapters, final norms and time codes, whose
@@ -169,7 +181,7 @@ def layer_index(name: str, *, depth: int) -> int | None:
 
 
 def no_weight_decay(model: nn.Module) -> frozenset[str]:
-    """Names of parameters without weight decay: 1-D ones, biases, and the tables of positions and tokens."""
+    """Return the names of parameters without weight decay: 1-D ones, biases, tables of positions and tokens."""
     return frozenset(
         name
         for name, parameter in model.named_parameters()
@@ -184,24 +196,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def _idle_rule(rule: str, patterns: Sequence[str], names: Sequence[str]) -> str:
-    """The rule, its patterns, and the names that look most like them."""
+    """Return the rule, its patterns, and the names that look most like them."""
     shown = rule if tuple(patterns) == (rule,) else f"{rule} ({', '.join(patterns)})"
     near = difflib.get_close_matches(patterns[0], names, n=3, cutoff=0.0)
     return f"{shown} (nearest names: {', '.join(near)})"
-
-
-def build_model(config: ModelConfig, clip: ClipSpec, targets: Sequence[TargetSpec], *, seed: int = 0) -> HolisticModel:
-    """Build a model with random weights drawn from `seed` alone, its experts frozen (`set_trainable` changes that).
-
-    Torch's own generator is left as it was. Inside `torch.device("meta")` nothing is allocated.
-
-    Raises:
-        UserInputError: sizes of clip and model do not fit, or the targets are not usable.
-    """
-    check_clip(config, clip)
-    check_targets(targets)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = HolisticModel(config, clip, targets)
-    set_trainable(model, "added")
-    return model

@@ -33,7 +33,7 @@ class Preset:
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of this name.
+    """Return the preset of this name.
 
     Raises:
         UserInputError: there is none; the message names the nearest.
@@ -54,7 +54,7 @@ def _kind(kind: Any, **changes: Any) -> ModelConfig:
     return replace(ModelConfig(kind=kind, drop_path_rate=0.2), **changes)
 
 
-_MODELS = {
+PRESETS: dict[str, Preset] = {
     "cast": Preset(config=_cast(), says="CAST as published: CLIP and VideoMAE", published_top1=49.3),
     "cava": Preset(config=_kind("cava"), says="CAVA as published: AST and CLIP"),
     "ca2st": Preset(config=_kind("ca2st"), says="CA2ST as published: CLIP, VideoMAE and AST"),
@@ -64,18 +64,12 @@ _MODELS = {
     "spatial": Preset(config=_kind("spatial"), says="CLIP alone with adapters"),
     "temporal": Preset(config=_kind("temporal"), says="VideoMAE alone with adapters"),
     "audio": Preset(config=_kind("audio"), says="AST alone with adapters"),
-}
-_DIRECTIONS = {
     "cast_s2t_only": Preset(config=_cast_bca(directions="s2t"), says="S2T alone", published_top1=43.7),
     "cast_t2s_only": Preset(config=_cast_bca(directions="t2s"), says="T2S alone", published_top1=46.7),
-}
-_RATIOS = {
     "cast_ratio_1_8": Preset(config=_cast(bottleneck_ratio=1 / 8), says="bottleneck D/8", published_top1=47.4),
     "cast_ratio_1_4": Preset(config=_cast(bottleneck_ratio=1 / 4), says="bottleneck D/4", published_top1=47.4),
     "cast_ratio_1_2": Preset(config=_cast(bottleneck_ratio=1 / 2), says="bottleneck D/2", published_top1=48.7),
     "cast_ratio_1": Preset(config=_cast(bottleneck_ratio=1.0), says="no bottleneck, D", published_top1=48.6),
-}
-_WINDOWS = {
     "cast_windows_space_time": Preset(
         config=_cast_bca(t2s_window="space_time", s2t_window="space_time"),
         says="space-time windows in both directions",
@@ -84,17 +78,11 @@ _WINDOWS = {
     "cast_windows_time_space": Preset(
         config=_cast_bca(t2s_window="time", s2t_window="space"), says="T2S in time, S2T in space", published_top1=48.7
     ),
-}
-_LAYERS = {
     "cast_layers_10_12": Preset(config=_cast_bca(last_layers=3), says="B-CA in layers 10-12", published_top1=47.4),
     "cast_layers_7_12": Preset(config=_cast_bca(last_layers=6), says="B-CA in layers 7-12", published_top1=47.9),
     "cast_layers_4_12": Preset(config=_cast_bca(last_layers=9), says="B-CA in layers 4-12", published_top1=48.2),
     "cast_layers_1_12": Preset(config=_cast_bca(last_layers="all"), says="B-CA in all layers", published_top1=48.7),
-}
-_POSITIONS = {
     "cast_no_positions": Preset(config=_cast_bca(positions="none"), says="no position codes", published_top1=47.5),
-}
-_PAIRS = {
     "cast_clip_clip": Preset(config=_cast(temporal_encoder="clip"), says="CLIP and CLIP", published_top1=46.0),
     "cast_videomae_clip": Preset(
         config=_cast(spatial_encoder="videomae", temporal_encoder="clip"), says="roles swapped: VideoMAE and CLIP"
@@ -102,8 +90,6 @@ _PAIRS = {
     "cast_videomae_videomae": Preset(
         config=_cast(spatial_encoder="videomae"), says="VideoMAE and VideoMAE", published_top1=40.3
     ),
-}
-_FUSIONS = {
     "cast_identity": Preset(
         config=_cast(fusion="independent"),
         says="experts with adapters and no exchange (also: independent adapters)",
@@ -115,8 +101,6 @@ _FUSIONS = {
     "cast_late_add": Preset(config=_cast(fusion="late_add"), says="features added", published_top1=44.2),
     "cast_late_concat": Preset(config=_cast(fusion="late_concat"), says="features side by side", published_top1=44.5),
     "cast_lateral": Preset(config=_cast(fusion="lateral"), says="lateral connections in all layers"),
-}
-_OURS = {
     "ca2st_parallel": Preset(config=_kind("ca2st", combination="parallel"), says="B-CAs of a layer side by side"),
     "ca2st_aligned_time_codes": Preset(
         config=_kind("ca2st", time_code_layout="aligned"), says="each spectrogram patch with its own time code"
@@ -126,18 +110,6 @@ _OURS = {
     ),
     "ca2st_late_add": Preset(config=_kind("ca2st", fusion="late_add"), says="features of all three added"),
     "ca2st_late_concat": Preset(config=_kind("ca2st", fusion="late_concat"), says="features of all three side by side"),
-}
-
-PRESETS: dict[str, Preset] = {
-    **_MODELS,
-    **_DIRECTIONS,
-    **_RATIOS,
-    **_WINDOWS,
-    **_LAYERS,
-    **_POSITIONS,
-    **_PAIRS,
-    **_FUSIONS,
-    **_OURS,
 }
 """By name. `cast_identity` stands for two published rows with one figure, "identity" and "independent adapters": B-CA
 replaced by the identity is what experts with adapters and no exchange are."""

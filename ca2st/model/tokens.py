@@ -49,13 +49,13 @@ class TokenGrid:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one sequence, prefix included."""
+        """Return the tokens of one sequence, prefix included."""
         return self.num_prefix + self.num_frames * self.num_patches // self.num_sequences
 
     def split(
         self, tokens: Float[Tensor, "batch sequences tokens dim"]
     ) -> tuple[Float[Tensor, "batch sequences prefix dim"], Float[Tensor, "batch frames patches dim"]]:
-        """Prefix tokens, and patch tokens as a grid of frames x patches."""
+        """Return prefix tokens, and patch tokens as a grid of frames x patches."""
         prefix, patches = tokens[:, :, : self.num_prefix], tokens[:, :, self.num_prefix :]
         return prefix, rearrange(patches, "b s (t p) d -> b (s t) p d", p=self.num_patches)
 
@@ -64,13 +64,13 @@ class TokenGrid:
         prefix: Float[Tensor, "batch sequences prefix dim"],
         patches: Float[Tensor, "batch frames patches dim"],
     ) -> Float[Tensor, "batch sequences tokens dim"]:
-        """The inverse of `split`."""
+        """Return the inverse of `split`."""
         rows = rearrange(patches, "b (s t) p d -> b s (t p) d", s=self.num_sequences)
         return torch.cat((prefix, rows), dim=2) if self.num_prefix else rows
 
 
 def image_grid(config: ModelConfig, clip: ClipSpec) -> TokenGrid:
-    """T = num_frames / 2 images of one cls token and H' W' patches each."""
+    """Return T = num_frames / 2 images of one cls token and H' W' patches each."""
     frames = clip.num_frames // 2
     return TokenGrid(
         num_sequences=frames, num_prefix=1, num_frames=frames, num_patches=_num_patches(config, clip), dim=config.dim
@@ -78,7 +78,7 @@ def image_grid(config: ModelConfig, clip: ClipSpec) -> TokenGrid:
 
 
 def tubelet_grid(config: ModelConfig, clip: ClipSpec) -> TokenGrid:
-    """One sequence of T tubelet times with H' W' patches each, no cls token."""
+    """Return one sequence of T tubelet times with H' W' patches each, no cls token."""
     frames = clip.num_frames // 2
     return TokenGrid(
         num_sequences=1, num_prefix=0, num_frames=frames, num_patches=_num_patches(config, clip), dim=config.dim
@@ -86,7 +86,7 @@ def tubelet_grid(config: ModelConfig, clip: ClipSpec) -> TokenGrid:
 
 
 def spectrogram_grid(config: ModelConfig, clip: ClipSpec) -> TokenGrid:
-    """One sequence of cls, distillation and F' T' spectrogram patches, row-major (frequency, then time)."""
+    """Return one sequence of cls, distillation and F' T' spectrogram patches, row-major (frequency, then time)."""
     rows, columns = audio_patches(config, clip)
     return TokenGrid(
         num_sequences=1, num_prefix=NUM_AUDIO_PREFIX, num_frames=1, num_patches=rows * columns, dim=config.dim
@@ -94,7 +94,7 @@ def spectrogram_grid(config: ModelConfig, clip: ClipSpec) -> TokenGrid:
 
 
 def map_grid(clip: ClipSpec, *, stride: int, dim: int) -> TokenGrid:
-    """T feature maps of a convolutional expert, each crop_size / `stride` on a side."""
+    """Return T feature maps of a convolutional expert, each crop_size / `stride` on a side."""
     frames = clip.num_frames // 2
     return TokenGrid(
         num_sequences=frames, num_prefix=0, num_frames=frames, num_patches=(clip.crop_size // stride) ** 2, dim=dim
@@ -102,7 +102,7 @@ def map_grid(clip: ClipSpec, *, stride: int, dim: int) -> TokenGrid:
 
 
 def audio_patches(config: ModelConfig, clip: ClipSpec) -> tuple[int, int]:
-    """(F', T'): rows and columns of spectrogram patches; 12 x 39 for 128 bins and 400 rows."""
+    """Return (F', T'): rows and columns of spectrogram patches; 12 x 39 for 128 bins and 400 rows."""
     return (
         (clip.num_mel_bins - config.patch_size) // config.audio_stride + 1,
         (clip.mel_rows - config.patch_size) // config.audio_stride + 1,
@@ -110,13 +110,13 @@ def audio_patches(config: ModelConfig, clip: ClipSpec) -> tuple[int, int]:
 
 
 def clip_grid(config: ModelConfig, clip: ClipSpec) -> tuple[int, int, int]:
-    """(T, H', W') of the visual tokens of a clip: (8, 14, 14) for 16 frames of 224 pixels."""
+    """Return (T, H', W') of the visual tokens of a clip: (8, 14, 14) for 16 frames of 224 pixels."""
     side = clip.crop_size // config.patch_size
     return clip.num_frames // 2, side, side
 
 
 def pretrained_grid(config: ModelConfig, clip: ClipSpec) -> tuple[int, int, int]:
-    """(T, H', W') that the visual experts' position tables were made for; the clip's own unless `config` says so."""
+    """Return (T, H', W') that the visual experts' position tables were made for: `config`'s, else the clip's own."""
     known = replace(
         clip,
         num_frames=config.pretrained_num_frames or clip.num_frames,
@@ -130,7 +130,7 @@ def _num_patches(config: ModelConfig, clip: ClipSpec) -> int:
 
 
 def sinusoid_table(num_positions: int, dim: int) -> Float[Tensor, "positions dim"]:
-    """Fixed codes over the flattened token index, computed in float64.
+    """Return fixed codes over the flattened token index, computed in float64.
 
     angle = position / 10000^(2 floor(j / 2) / dim); sine at even j, cosine at odd j.
     """
@@ -143,7 +143,7 @@ def sinusoid_table(num_positions: int, dim: int) -> Float[Tensor, "positions dim
 def resize_grid_table(
     table: Float[Tensor, "positions dim"], *, from_grid: tuple[int, int], to_grid: tuple[int, int]
 ) -> Float[Tensor, "resized dim"]:
-    """Learned codes of a picture's patches, row by row, for another number of rows and columns: bicubic.
+    """Return learned codes of a picture's patches, row by row, for another number of rows and columns: bicubic.
 
     Grids are (rows, columns). The result has the type of `table`; the arithmetic is float32.
 
@@ -161,7 +161,7 @@ def resize_grid_table(
 def resize_clip_table(
     table: Float[Tensor, "positions dim"], *, from_grid: tuple[int, int, int], to_grid: tuple[int, int, int]
 ) -> Float[Tensor, "resized dim"]:
-    """Codes of a clip's patches, in the order time, row, column, for another grid: linear along each axis.
+    """Return codes of a clip's patches, in the order time, row, column, for another grid: linear along each axis.
 
     Grids are (times, rows, columns): (8, 14, 14) is 16 frames of 224 pixels. The result has the type of `table`.
 
@@ -177,7 +177,7 @@ def resize_clip_table(
 
 
 def resize_time_table(table: Float[Tensor, "times dim"], num_times: int) -> Float[Tensor, "{num_times} dim"]:
-    """Learned codes of token times for another number of them: linear. The result has the type of `table`."""
+    """Return learned codes of token times for another number of them: linear. The result has the type of `table`."""
     if table.shape[0] == num_times:
         return table
     line = rearrange(table.float(), "t d -> 1 d t")
@@ -222,7 +222,7 @@ class TimeCodes(NamedTuple):
     """One code a spectrogram patch; None where no exchange with audio reads it."""
 
     def of(self, expert: ExpertName) -> Tensor:
-        """The codes of an expert's patches; every expert but audio keeps the video's time."""
+        """Return the codes of an expert's patches; every expert but audio keeps the video's time."""
         if expert != "audio":
             return self.video
         assert self.audio is not None
@@ -230,7 +230,7 @@ class TimeCodes(NamedTuple):
 
 
 def part_of_column(column: int, *, num_columns: int, num_parts: int) -> int:
-    """Which of `num_parts` equal time intervals a column of spectrogram patches belongs to.
+    """Return which of `num_parts` equal time intervals a column of spectrogram patches belongs to.
 
     column // (num_columns // num_parts + 1): the last parts may be short or empty.
     """
@@ -238,7 +238,7 @@ def part_of_column(column: int, *, num_columns: int, num_parts: int) -> int:
 
 
 def parts_of_tokens(num_rows: int, num_columns: int, num_parts: int, *, layout: TimeCodeLayout) -> list[int]:
-    """The time interval whose code each audio patch carries, in token order (row-major: token = f T' + t).
+    """Return the time interval whose code each audio patch carries, in token order (row-major: token = f T' + t).
 
     `aligned` follows the token's own column t. `reference` lays the codes out column-major, each column's code
     `num_rows` times in a row, so token n carries the code of column n // F'.

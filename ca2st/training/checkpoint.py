@@ -39,7 +39,7 @@ class CheckpointMarker:
     seed: int
     """Seed of every draw."""
     global_batch_size: int
-    """Clips a step."""
+    """Clips per step."""
     manifests: Mapping[str, str]
     """Fingerprint of each shard set's manifest, by role (``train``, ``validation``)."""
     recipe_sha256: str
@@ -68,7 +68,7 @@ class Checkpoint:
 
 
 def checkpoint_name(step: int, attempt: int) -> str:
-    """Folder name of a checkpoint; unique to the attempt, so nothing is ever overwritten."""
+    """Return the folder name of a checkpoint; unique to the attempt, so nothing is ever overwritten."""
     return f"step-{step}.attempt-{attempt}"
 
 
@@ -103,7 +103,7 @@ def save_checkpoint(
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoint folders below `root`, newest first: by attempt, then by step.
+    """Return complete checkpoint folders below `root`, newest first: by attempt, then by step.
 
     A later attempt started from what an earlier one left, so its checkpoints are the run's present.
     """
@@ -111,7 +111,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def last_attempt_of_checkpoints(root: Path) -> int:
-    """Highest attempt number of any checkpoint folder, complete or not; 0 when there is none."""
+    """Return the highest attempt number of any checkpoint folder, complete or not; 0 when there is none."""
     return max((_age(path)[0] for path in _folders(root)), default=0)
 
 
@@ -165,13 +165,13 @@ def read_marker(folder: Path) -> CheckpointMarker:
 
 
 def read_checkpoint_file(folder: Path, name: str) -> bytes | None:
-    """One file of a checkpoint, verified; None where the checkpoint has none of that name; raises as `verify`."""
+    """Return one file of a checkpoint, verified, or None where it has none; raises as `verify_checkpoint`."""
     facts = read_marker(folder).files.get(name)
     return None if facts is None else _verified(folder / name, facts)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a whole checkpoint into memory and verify every byte before anything uses it; raises as `verify`."""
+    """Read a whole checkpoint and verify every byte before anything uses it; raises as `verify_checkpoint`."""
     marker = read_marker(folder)
     _check_names(folder, marker)
     files = {name: _verified(folder / name, facts) for name, facts in marker.files.items()}

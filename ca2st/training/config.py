@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from ca2st.errors import UserInputError, check_choice
+from ca2st.errors import UserInputError, check_literals
 
 Precision = Literal["fp32", "bf16"]
 
@@ -58,7 +58,7 @@ class TrainingConfig:
     """Stop after this many steps, or None. The schedule still spans `epochs`, so a run cut short is an exact
     beginning of the whole run."""
     global_batch_size: int = 192
-    """Clips a step, over all ranks."""
+    """Clips per step, over all ranks."""
     per_device_batch_size: int = 6
     """Clips of one forward pass; a rank's share of a step is cut into micro-batches of this size. Sets the memory
     used, not the result."""
@@ -85,19 +85,19 @@ class TrainingConfig:
     loader's stall, the writing of a checkpoint, and what one rank may take longer than another in a validation."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "global_batch_size", "per_device_batch_size", "checkpoint_every_steps"):
+        counts = ("epochs", "global_batch_size", "per_device_batch_size", "checkpoint_every_steps", "keep_checkpoints")
+        for name in counts:
             _check(name, getattr(self, name), lambda x: x >= 1, "an integer >= 1")
-        _check("keep_checkpoints", self.keep_checkpoints, lambda x: x >= 1, "an integer >= 1")
         _check("validate_every_epochs", self.validate_every_epochs, _not_negative, "an integer >= 0")
         _check("seed", self.seed, lambda x: 0 <= x < 2**63, "an integer in [0, 2**63)")
         for name in ("grace_seconds", "collective_timeout_seconds"):
             _check(name, getattr(self, name), _positive, "a finite number > 0")
         if self.max_steps is not None:
             _check("max_steps", self.max_steps, lambda x: x >= 1, "an integer >= 1, or none")
-        check_choice("precision", self.precision, get_args(Precision))
+        check_literals(self)
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Steps the run takes: all epochs, or `max_steps` if that is less."""
+        """Return the steps of the run: all epochs, or `max_steps` if that is less."""
         whole = self.epochs * steps_per_epoch
         return whole if self.max_steps is None else min(whole, self.max_steps)
 

@@ -32,11 +32,11 @@ class EvaluationSource(Protocol):
 
     @property
     def num_samples(self) -> int:
-        """Samples of the whole set, over all ranks."""
+        """Return the samples of the whole set, over all ranks."""
         ...
 
     def batches(self) -> Iterator[ClipBatch]:
-        """This rank's views; the views of a sample share its key; padding is marked."""
+        """Return this rank's views; the views of a sample share its key; padding is marked."""
         ...
 
 
@@ -45,7 +45,7 @@ class NamesSamples(Protocol):
     """An evaluation source that can also say which samples must have been scored at the end."""
 
     def sample_ids(self) -> Sequence[str]:
-        """Keys of all samples of the whole set."""
+        """Return the keys of all samples of the whole set."""
         ...
 
 
@@ -64,7 +64,7 @@ class EvaluationResult:
 
     @property
     def num_samples(self) -> int:
-        """Samples scored."""
+        """Return the samples scored."""
         return len(self.sample_ids)
 
 
@@ -194,7 +194,7 @@ def _check_complete(keys: Sequence[str], source: EvaluationSource) -> None:
 def mean_over_views(
     probabilities: Float[Tensor, "views classes"], sample_of_view: Int[Tensor, " views"], *, num_samples: int
 ) -> Float[Tensor, "samples classes"]:
-    """Mean of the softmax of each sample's views, in float64; samples without a view are NaN."""
+    """Return the mean of the softmax of each sample's views, in float64; samples without a view are NaN."""
     wide = probabilities.double()
     sums = wide.new_zeros(num_samples, wide.shape[1]).index_add_(0, sample_of_view, wide)
     counts = torch.bincount(sample_of_view, minlength=num_samples)
@@ -204,7 +204,7 @@ def mean_over_views(
 def label_ranks(
     probabilities: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]
 ) -> Int[Tensor, " samples"]:
-    """How many classes stand before the label in each sample's ranking; 0 is first."""
+    """Return how many classes stand before the label in each sample's ranking; 0 is first."""
     own = probabilities.gather(1, labels.unsqueeze(1))
     before = torch.arange(probabilities.shape[1], device=labels.device) < labels.unsqueeze(1)
     return ((probabilities > own) | ((probabilities == own) & before)).sum(dim=1)
@@ -213,7 +213,7 @@ def label_ranks(
 def top_k_hits(
     probabilities: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"], k: int
 ) -> Bool[Tensor, " samples"]:
-    """Whether the label is among the k most probable classes; NaN probabilities never hit."""
+    """Return whether the label is among the k most probable classes; NaN probabilities never hit."""
     finite = probabilities.isfinite().all(dim=1)
     return (label_ranks(probabilities, labels) < k) & finite
 
@@ -221,7 +221,7 @@ def top_k_hits(
 def per_class_accuracy(
     probabilities: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]
 ) -> Float[Tensor, " classes"]:
-    """Top-1 accuracy of the samples of each class; NaN for a class without samples."""
+    """Return the top-1 accuracy of the samples of each class; NaN for a class without samples."""
     num_classes = probabilities.shape[1]
     hits = top_k_hits(probabilities, labels, 1).double()
     right = hits.new_zeros(num_classes).index_add_(0, labels, hits)
@@ -229,21 +229,12 @@ def per_class_accuracy(
 
 
 def mean_class_accuracy(probabilities: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> float:
-    """Mean of the per-class accuracies over the classes that have samples."""
+    """Return the mean of the per-class accuracies over the classes that have samples."""
     return float(per_class_accuracy(probabilities, labels).nanmean())
 
 
-def confusion_matrix(
-    probabilities: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]
-) -> Int[Tensor, "classes classes"]:
-    """Counts of (label, predicted class)."""
-    num_classes = probabilities.shape[1]
-    cells = labels * num_classes + probabilities.argmax(dim=1)
-    return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
-
-
 def harmonic_mean(values: Sequence[float]) -> float:
-    """Harmonic mean across data sets; 0 when any value is 0."""
+    """Return the harmonic mean across data sets; 0 when any value is 0."""
     return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
 
 
@@ -252,7 +243,7 @@ def joint_label_ranks(
     second: Float[Tensor, "samples nouns"],
     labels: Int[Tensor, "samples 2"],
 ) -> Int[Tensor, " samples"]:
-    """Rank of the true pair among all pairs by product of probabilities: EPIC-KITCHENS' official action ranking."""
+    """Return the rank of the true pair among all pairs by product of probabilities, as EPIC-KITCHENS ranks actions."""
     ranks = []
     for start in range(0, len(labels), _JOINT_CHUNK):
         part = slice(start, start + _JOINT_CHUNK)
@@ -262,7 +253,7 @@ def joint_label_ranks(
 
 
 def evaluation_metrics(probabilities: Mapping[str, Tensor], labels: Int[Tensor, "samples targets"]) -> dict[str, float]:
-    """All metrics of a set as fractions of 1; column i of `labels` belongs to the i-th entry of `probabilities`.
+    """Return all metrics of a set as fractions of 1; column i of `labels` belongs to the i-th entry of `probabilities`.
 
     One target: ``top1``, ``top5``, ``mean_class``. Several: the same with the target's name before. With verb and
     noun also ``action_top1`` (both right), ``action_top5`` (both among their own five) and
@@ -281,7 +272,7 @@ def evaluation_metrics(probabilities: Mapping[str, Tensor], labels: Int[Tensor, 
 
 
 def main_metric(targets: Sequence[str]) -> str:
-    """Name of the metric that stands for a run: ``top1``, ``action_top1``, or the first target's."""
+    """Return the name of the metric that stands for a run: ``top1``, ``action_top1``, or the first target's."""
     if len(targets) == 1:
         return "top1"
     return "action_top1" if {VERB, NOUN} <= set(targets) else f"{targets[0]}_top1"

@@ -1,15 +1,10 @@
-"""The journal of a run, its documents and its lock.
+"""The run's journal: append-only JSON lines that hold every metric first, whatever happens to a tracker.
 
-One training at a time in a run folder.
+Events: ``start``, ``step``, ``eval``, ``checkpoint``, ``fault``, ``end``. Numbers are written by repr, so a line gives
+back the exact float. A process killed in mid-line leaves a torn last line, which the next start cuts off. A run's
+sequence is the last line of each step: an attempt that starts from an older checkpoint writes its steps again.
 
-JSON documents whose every byte is accounted for: canonical form, own hash, differences by field.
-
-The run's journal: append-only JSON lines that hold every metric first, whatever happens to a tracker.
-
-Events: ``start``, ``step``, ``eval``, ``checkpoint``, ``fault``, ``end``. Numbers are written by repr, so a line
-gives back the exact float. A process killed in mid-line leaves a torn last line, which the next start cuts off.
-A run's sequence is the last line of each step: an attempt that starts from an older checkpoint writes its steps
-again.
+Also here: the locks of a run folder, one training at a time; and sealed documents, whose every byte is accounted for.
 """
 
 import contextlib
@@ -62,17 +57,17 @@ def locked(folder: Path, *, name: str = LOCK_NAME, wait_seconds: float = 5.0) ->
 
 
 def sha256_of_document(document: Mapping[str, Any]) -> str:
-    """Hash of the canonical JSON of `document`."""
+    """Return the hash of the canonical JSON of `document`."""
     return hashlib.sha256(canonical_json(document)).hexdigest()
 
 
 def sealed_json(document: Mapping[str, Any]) -> bytes:
-    """Canonical JSON of `document` with ``self_sha256``, the hash of the rest."""
+    """Return the canonical JSON of `document` with ``self_sha256``, the hash of the rest."""
     return canonical_json({**document, "self_sha256": sha256_of_document(document)})
 
 
 def open_sealed_json(data: bytes, where: str) -> dict[str, Any]:
-    """The document inside `sealed_json` bytes, without its hash.
+    """Return the document inside `sealed_json` bytes, without its hash.
 
     Raises:
         CheckpointDamagedError: any byte differs from what was written, white space included.
@@ -88,7 +83,7 @@ def open_sealed_json(data: bytes, where: str) -> dict[str, Any]:
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Fields that differ, as ``path.of.field: was -> is``, sorted by path."""
+    """Return the fields that differ, as ``path.of.field: was -> is``, sorted by path."""
     before, after = flatten(was), flatten(now)
     return [
         f"{path}: {_shown(before, path)} -> {_shown(after, path)}"
@@ -98,7 +93,7 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def flatten(document: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of a document by dotted path; list items are numbered, empty containers are leaves."""
+    """Return the leaves of a document by dotted path; list items are numbered, empty containers are leaves."""
     items: list[tuple[str, Any]] = []
     if isinstance(document, Mapping):
         items = [(str(key), value) for key, value in document.items()]
@@ -204,7 +199,7 @@ def cut_torn_end(path: Path) -> int:
 
 
 def read_events(path: Path, *, event: str | None = None, kind: type | None = None) -> Iterator[dict[str, Any]]:
-    """Lines of a journal in order, all or those of one event; a torn last line is left out.
+    """Yield lines of a journal in order, all or those of one event; a torn last line is left out.
 
     A line that is not what was written is left out too, and a warning names it: the others are as good as before.
     `kind` as for `parse_event`.
@@ -223,7 +218,7 @@ def read_events(path: Path, *, event: str | None = None, kind: type | None = Non
 
 
 def parse_event(line: bytes, *, where: str, kind: type | None = None) -> dict[str, Any] | None:
-    """One line of a journal; None, and a warning with `where`, for one that is not what was written.
+    """Read one line of a journal; None, and a warning with `where`, for one that is not what was written.
 
     `kind`: a TypedDict of another file's lines; None: the journal's.
     """
@@ -269,13 +264,13 @@ def _warn_once(text: str) -> None:
 
 
 def run_sequence(path: Path) -> list[dict[str, Any]]:
-    """The run's steps in order: the last line of each."""
+    """Return the run's steps in order: the last line of each."""
     last = {line["step"]: line for line in read_events(path, event="step")}
     return [last[step] for step in sorted(last)]
 
 
 def last_attempt(path: Path) -> int:
-    """Number of the newest attempt in the journal; 0 when there is none."""
+    """Return the number of the newest attempt in the journal; 0 when there is none."""
     return max((line["attempt"] for line in read_events(path, event="start")), default=0)
 
 

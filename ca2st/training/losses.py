@@ -1,14 +1,10 @@
-"""Losses, and mixing of pairs.
-
-Partners mixed on the device: frames, spectrograms and targets as `ClipBatch.mixing` says.
-
-Clips 2k and 2k+1 are partners. A clip that keeps all of itself stays bit for bit what it was, and a partner whose
-numbers are not finite reaches only what is taken from it.
-
-Cross-entropy over class distributions, one number a clip.
+"""Losses as one number per clip, and the mixing of pairs on the device.
 
 A step's loss is the sum over clips and targets divided by the global number of clips, so no split into ranks and
 micro-batches changes it. Targets are distributions already, so mixed labels need no other code.
+
+Clips 2k and 2k+1 are partners (`ClipBatch.mixing`). A clip that keeps all of itself stays bit for bit what it was, and
+a partner whose numbers are not finite reaches only what is taken from it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,7 +21,7 @@ from ca2st.training.errors import LabelRangeError
 
 
 def mixed_video(batch: ClipBatch) -> Float[Tensor, "batch 3 time height width"]:
-    """The normalised frames that the model reads: mixed where the batch says so."""
+    """Return the normalised frames that the model reads: mixed where the batch says so."""
     video, mixing = batch.normalised_video(), batch.mixing
     if mixing is None:
         return video
@@ -39,7 +35,7 @@ def mixed_video(batch: ClipBatch) -> Float[Tensor, "batch 3 time height width"]:
 
 
 def mixed_mel(batch: ClipBatch) -> Float[Tensor, "batch rows bins"]:
-    """The spectrograms that the model reads: mixed where the batch says so; a clip without sound lends zeros."""
+    """Return the spectrograms that the model reads: mixed where the batch says so; a clip without sound lends zeros."""
     mel, mixing = batch.mel, batch.mixing
     if mixing is None:
         return mel
@@ -53,7 +49,7 @@ def mixed_mel(batch: ClipBatch) -> Float[Tensor, "batch rows bins"]:
 
 
 def mixed_targets(targets: Float[Tensor, "clips classes"], mixing: Mixing | None) -> Float[Tensor, "clips classes"]:
-    """Each clip's class distribution, mixed with its partner's by the share of the labels."""
+    """Return each clip's class distribution, mixed with its partner's by the share of the labels."""
     return targets if mixing is None else _blended(targets, mixing.label_share)
 
 
@@ -63,7 +59,7 @@ def partners(rows: Tensor) -> Tensor:
 
 
 def box_mask(boxes: Tensor, height: int, width: int) -> Bool[Tensor, "batch {height} {width}"]:
-    """True inside each (first row, first column, rows, columns)."""
+    """Return True inside each (first row, first column, rows, columns)."""
     top, left, tall, wide = (rearrange(column, "batch -> batch 1") for column in boxes.unbind(dim=1))
     rows, columns = torch.arange(height), torch.arange(width)
     in_rows, in_columns = (rows >= top) & (rows < top + tall), (columns >= left) & (columns < left + wide)
@@ -78,7 +74,7 @@ def _blended(own: Tensor, share: Tensor) -> Tensor:
 def smoothed_targets(
     labels: Int[Tensor, " clips"], num_classes: int, *, smoothing: float
 ) -> Float[Tensor, "clips {num_classes}"]:
-    """One distribution a clip: ``1 - smoothing`` on its label plus ``smoothing / num_classes`` on every class."""
+    """Return a distribution per clip: ``1 - smoothing`` on its label, ``smoothing / num_classes`` on every class."""
     hot = F.one_hot(labels.long(), num_classes).float()
     return hot * (1 - smoothing) + smoothing / num_classes
 
@@ -86,7 +82,7 @@ def smoothed_targets(
 def cross_entropy_per_clip(
     logits: Float[Tensor, "clips classes"], targets: Float[Tensor, "clips classes"]
 ) -> Float[Tensor, " clips"]:
-    """Cross-entropy of each clip in float32, whatever the precision of the logits."""
+    """Return the cross-entropy of each clip in float32, whatever the precision of the logits."""
     return -(targets * torch.log_softmax(logits.float(), dim=-1)).sum(dim=-1)
 
 
@@ -98,7 +94,7 @@ def loss_per_clip(
     smoothing: float,
     mixing: Mixing | None = None,
 ) -> Float[Tensor, " clips"]:
-    """Sum over the targets of each clip's smoothed cross-entropy; column i of `labels` belongs to ``targets[i]``.
+    """Return the sum over targets of each clip's smoothed cross-entropy; label column i belongs to ``targets[i]``.
 
     With `mixing` every head has its own soft targets: the clip's and its partner's, by the share of the labels.
     """

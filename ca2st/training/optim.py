@@ -1,10 +1,7 @@
-"""Parameter groups and learning rates.
+"""How fast each parameter is trained: learning rates, parameter groups and AdamW.
 
-Learning rate as a pure function of the step: nothing to save, nothing to lose.
-
-Which parameter is trained how fast, and which decays: parameter groups and AdamW.
-
-Every rule must match something: a rule that silently matches nothing is how a fine-tuning recipe goes wrong unseen.
+The learning rate is a pure function of the step: nothing to save, nothing to lose. Every rule must match something: a
+rule that silently matches nothing is how a fine-tuning recipe goes wrong unseen.
 """
 
 import math
@@ -36,7 +33,7 @@ class LearningRateSchedule:
     """Steps of the whole schedule, warm-up included."""
 
     def at(self, step: int) -> float:
-        """Rate of the update that follows `step` finished ones (0 <= step < total_steps)."""
+        """Return the rate of the update that follows `step` finished ones (0 <= step < total_steps)."""
         if step < self.warmup_steps:
             return self.peak * step / self.warmup_steps
         span = self.total_steps - self.warmup_steps
@@ -47,7 +44,7 @@ class LearningRateSchedule:
 def schedule_for(
     config: OptimConfig, *, global_batch_size: int, epochs: int, steps_per_epoch: int
 ) -> LearningRateSchedule:
-    """The schedule of a run: rates scaled by ``global_batch_size / 256``, epochs turned into steps.
+    """Return the schedule of a run: rates scaled by ``global_batch_size / 256``, epochs turned into steps.
 
     Raises:
         UserInputError: the warm-up is longer than the run.
@@ -113,7 +110,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig, *, rules: ParameterR
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, *, rules: ParameterRules) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; each group carries its ``names`` and ``lr_scale``.
+    """Return AdamW over `parameter_groups`; each group carries its ``names`` and ``lr_scale``.
 
     Rates are 0 until `set_learning_rate`.
     """
@@ -146,7 +143,7 @@ def _lr_scale(name: str, config: OptimConfig, rules: ParameterRules) -> float:
         return 1.0
     if not 0 <= layer < rules.num_layers:
         raise ParameterRuleError(
-            f"layer of {name}: expected 0..{rules.num_layers - 1}, found {layer}; mend the model's layer_index"
+            f"layer of {name}: expected 0..{rules.num_layers - 1}, found {layer}; fix the model's layer_index"
         )
     return float(config.layer_decay ** (rules.num_layers - layer))
 

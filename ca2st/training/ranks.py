@@ -106,7 +106,7 @@ class CountsStages(Protocol):
 
     @property
     def stats(self) -> StageTotals:
-        """A snapshot."""
+        """Return a snapshot."""
         ...
 
 
@@ -118,7 +118,7 @@ class SourceCounts:
         self._before = self._totals()
 
     def since_last(self) -> dict[str, int | float]:
-        """Totals now minus totals at the last call; empty where the source does not count.
+        """Return the totals now minus totals at the last call; empty where the source does not count.
 
         Work is counted where it ended: the threads run ahead, so a step's line may hold the decoding of a later batch.
         """
@@ -156,7 +156,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """True on the rank that writes journal and checkpoints."""
+        """Return True on the rank that writes journal and checkpoints."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:

@@ -55,7 +55,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def library_versions() -> dict[str, str]:
-    """Versions that training's numbers depend on; callers add those of their loaders."""
+    """Return the versions that training's numbers depend on; callers add those of their loaders."""
     return {"python": platform.python_version(), "ca2st": __version__} | {name: version(name) for name in _LIBRARIES}
 
 
@@ -86,7 +86,7 @@ class RunRecord:
             )
 
     def files(self) -> dict[str, bytes]:
-        """The record's files in a checkpoint folder."""
+        """Return the record's files in a checkpoint folder."""
         extra = {f"{name}.json": canonical_json(document) for name, document in self.documents.items()}
         return {RECIPE_FILE: canonical_json(self.recipe), **extra}
 
@@ -102,12 +102,12 @@ class RunRecord:
 
     @property
     def recipe_sha256(self) -> str:
-        """Hash of ``recipe.json``."""
+        """Return the hash of ``recipe.json``."""
         return sha256_of_document(self.recipe)
 
 
 def identity(record: RunRecord, *, seed: int, global_batch_size: int) -> dict[str, Any]:
-    """What must not change in a run's life, as one document."""
+    """Return what must not change in a run's life, as one document."""
     return {
         "seed": seed,
         "global_batch_size": global_batch_size,
@@ -120,7 +120,7 @@ def identity(record: RunRecord, *, seed: int, global_batch_size: int) -> dict[st
 
 
 def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The identity that a checkpoint was saved under."""
+    """Return the identity that a checkpoint was saved under."""
     marker = checkpoint.marker
     return {
         "seed": marker.seed,
@@ -135,7 +135,7 @@ def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunStart:
-    """How this attempt begins; decided on the main rank, told to all."""
+    """How this attempt begins; decided on the main rank for all."""
 
     attempt: int
     """1 for a new run."""
@@ -183,9 +183,9 @@ def open_run(
     changes: tuple[str, ...] = ()
     if checkpoint is not None:
         if changed := differences(identity_of(checkpoint), wanted):
-            listed = "\n  ".join(changed)
             raise ResumeRefusedError(
-                f"{checkpoint.folder}: saved by another run:\n  {listed}\nundo the change, or train into another folder"
+                f"{checkpoint.folder}: saved by another run:\n  {_LINE.join(changed)}\n"
+                "undo the change, or train into another folder"
             )
         changes = _tolerated_changes(checkpoint.marker, versions, topology, strict=strict)
     return RunStart(
@@ -224,7 +224,7 @@ class TrainedState:
 
 
 def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, bytes]:
-    """Files that hold the trained state: two of tensors, one of the optimizer's scalars and settings."""
+    """Return files that hold the trained state: two of tensors, one of the optimizer's scalars and settings."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for name, parameter in _optimized(model, optimizer):
@@ -303,7 +303,7 @@ def put_model_tensors(model: nn.Module, *, tensors: Mapping[str, Tensor]) -> Non
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Trained parameters, and the persistent buffers of modules that train, by name.
+    """Return trained parameters, and the persistent buffers of modules that train, by name.
 
     A buffer belongs to the nearest enclosing module that has parameters; it is kept when any of those is trained
     (running statistics of a trained BatchNorm), left out when all are frozen (they come with the expert).
@@ -335,7 +335,7 @@ def _optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[t
 
 
 def _group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Settings of each group but its rate, which is the schedule's."""
+    """Return the settings of each group but its rate, which is the schedule's."""
     return [
         {key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups
     ]

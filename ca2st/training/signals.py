@@ -31,7 +31,7 @@ class StopRequest:
 
     @property
     def signal_number(self) -> int:
-        """Number of the signal that asked, or 0."""
+        """Return the number of the signal that asked, or 0."""
         return self._signal_number
 
     def request(self, signal_number: int = signal.SIGTERM) -> None:
@@ -40,7 +40,7 @@ class StopRequest:
 
 
 def stopped_error(signal_number: int, message: str) -> RunStoppedError:
-    """The error that ends a run stopped by `signal_number`, with the shell's exit code for it."""
+    """Return the error that ends a run stopped by `signal_number`, with the shell's exit code for it."""
     kind = InterruptedRunError if signal_number == signal.SIGINT else TerminatedError
     return kind(message)
 
@@ -98,7 +98,7 @@ def _second_request(reader: socket.socket, grace_seconds: float) -> int | None:
 
 
 def _next_signal(reader: socket.socket, timeout: float | None) -> int | None:
-    """Number of the next stopping signal, 0 when none came in time, None when the block has ended."""
+    """Return the number of the next stopping signal, 0 when none came in time, None when the block has ended."""
     while True:
         if not select.select([reader], [], [], timeout)[0]:
             return 0

@@ -34,7 +34,7 @@ MIXED_PRECISION = {"fp32": "no", "bf16": "bf16"}
 
 
 def make_accelerator(config: TrainingConfig, *, cpu: bool = False) -> Accelerator:
-    """An Accelerator for this process; joins the process group that a launcher has described, if any.
+    """Return an Accelerator for this process; joins the process group that a launcher has described, if any.
 
     Micro-batches, schedules and data belong to the loop, so Accelerate's own are off. Frozen buffers are equal on all
     ranks by construction and are not broadcast. A process group that is there already keeps its own timeout.
@@ -70,7 +70,7 @@ def check_accelerator(accelerator: Accelerator, config: TrainingConfig) -> None:
         )
     if accelerator.num_processes > config.global_batch_size:
         raise UserInputError(
-            f"global_batch_size: expected at least one clip a rank ({accelerator.num_processes} ranks), "
+            f"global_batch_size: expected at least one clip per rank ({accelerator.num_processes} ranks), "
             f"found {config.global_batch_size}; enlarge it or use fewer workers"
         )
 
@@ -81,11 +81,11 @@ class TrainSource(Protocol):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of one epoch; the same on every rank."""
+        """Return steps of one epoch; the same on every rank."""
         ...
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[ClipBatch]:
-        """This rank's share of each step of `epoch` from `first_step` on; closing the iterator frees its threads."""
+        """Yield this rank's share of each step of `epoch` from `first_step` on; closing it frees its threads."""
         ...
 
 
@@ -104,7 +104,7 @@ class StepIntake:
 
     @property
     def sample_ids_hash(self) -> str:
-        """xxh3-64 (hex) of the keys in global order, joined by newlines."""
+        """Return the xxh3-64 (hex) of the keys in global order, joined by newlines."""
         return hash_of_keys([key for keys in self.keys_of_rank for key in keys])
 
 
@@ -116,7 +116,7 @@ class _Facts:
 
 
 def hash_of_keys(keys: Sequence[str]) -> str:
-    """xxh3-64 (hex) of `keys` joined by newlines."""
+    """Return the xxh3-64 (hex) of `keys` joined by newlines."""
     return xxhash.xxh3_64_hexdigest("\n".join(keys).encode())
 
 
@@ -143,7 +143,7 @@ class Intake:
         self._stages = stages or StageClock()
 
     def epoch(self, epoch: int, *, first_step: int) -> Generator[StepIntake]:
-        """Steps `first_step` .. of `epoch`; ends after a stop was asked for.
+        """Yield steps `first_step` .. of `epoch`; ends after a stop was asked for.
 
         Raises:
             SourceContractError: a share of the wrong size, padding, too few steps.
@@ -214,7 +214,7 @@ class StepResult:
 
 
 def draw_seed(seed: int, *, step: int, rank: int, micro_batch: int) -> int:
-    """Seed of torch's generators before a forward pass: a function of where the run is, so nothing is saved."""
+    """Return the seed of torch's generators before a forward pass, by where the run is: nothing has to be saved."""
     return xxhash.xxh3_64_intdigest(f"{seed}/{step}/{rank}/{micro_batch}".encode())
 
 
@@ -364,7 +364,7 @@ class HasLogits(Protocol):
 
     @property
     def logits(self) -> Mapping[str, Tensor]:
-        """One [clips, classes] tensor a head, by the head's name."""
+        """Return one [clips, classes] tensor per head, by the head's name."""
         ...
 
 

@@ -86,7 +86,7 @@ def train(
 
 
 def with_options(overrides: list[str] | None, *, data: str | None, workers: int | None) -> list[str]:
-    """All overrides, those that have an option of their own last."""
+    """Return all overrides, those that have an option of their own last."""
     settings = list(overrides or [])
     if data is not None:
         settings += [f"data.train={json.dumps(data, ensure_ascii=False)}", "data.mixture=[]"]

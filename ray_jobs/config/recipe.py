@@ -61,7 +61,7 @@ class SyntheticData:
         self.world("train")
 
     def world(self, split: str, *, workers: int = 1) -> SyntheticConfig:
-        """The settings of one split for those who make it.
+        """Return the settings of one split for those who make it.
 
         Raises:
             UserInputError: a value out of range.
@@ -133,7 +133,7 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random views in training."""
     views: EvaluationViews = field(default_factory=EvaluationViews)
-    """Views a sample in validation while training."""
+    """Views per sample in validation while training."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """Order, threads, backend."""
 
@@ -157,7 +157,7 @@ class DataConfig:
         self.order()
 
     def order(self) -> OrderConfig:
-        """What decides which samples a training reads, beside the sets themselves."""
+        """Return what decides which samples a training reads, beside the sets themselves."""
         weights = tuple(entry.weight for entry in self.mixture if entry.weight is not None)
         return OrderConfig(
             weights=weights or None,
@@ -196,7 +196,7 @@ class LaunchConfig:
     placement: Placement = "PACK"
     """Under Ray: ``PACK`` on few nodes or ``SPREAD`` over many where it can be; ``STRICT_``: or not at all."""
     max_failures: int = 3
-    """Restarts of the workers by Ray before it gives up; 0: none, -1: no limit. What no restart can mend (a wrong
+    """Restarts of the workers by Ray before it gives up; 0: none, -1: no limit. What no restart can fix (a wrong
     setting, damaged data, numbers that are not finite) ends the run at once and counts for none."""
     max_preemptions: int = -1
     """Restarts because a node was taken away with notice, counted apart from `max_failures`; -1: no limit."""
@@ -233,11 +233,11 @@ class LaunchConfig:
 
     @property
     def elastic(self) -> bool:
-        """Whether the number of workers may change while the run lasts."""
+        """Return whether the number of workers may change while the run lasts."""
         return self.min_workers is not None and self.min_workers < self.workers
 
     def torch_threads(self, num_cores: int) -> int:
-        """Torch threads of a worker on a CPU of `num_cores`: the same whatever the number of workers is just now."""
+        """Return the torch threads of a worker on a CPU of `num_cores`, whatever the number of workers is just now."""
         if self.threads_per_worker is not None:
             return self.threads_per_worker
         if self.cpus_per_worker is not None:
@@ -278,7 +278,7 @@ class TrackingConfig:
 
 
 def model_name(recipe_name: str, registered_model: str | None) -> str:
-    """The name a model is registered under: as set, or the recipe's name with what MLflow refuses replaced."""
+    """Return the name a model is registered under: as set, or the recipe's name with what MLflow refuses replaced."""
     if registered_model is not None:
         return registered_model
     return re.sub(f"[{_NOT_IN_MODEL_NAMES}]", "-", recipe_name).strip() or "ca2st"
@@ -301,12 +301,12 @@ class ExpertsConfig:
     under ``training.precision = "bf16"``, which it needs; ``auto``: bf16 on a GPU that trains in it, else fp32."""
 
     def sources(self) -> dict[ExpertName, str]:
-        """What is named, by expert: files and public names as they are written."""
+        """Return what is named, by expert: files and public names as they are written."""
         named: dict[ExpertName, str | None] = {"spatial": self.spatial, "temporal": self.temporal, "audio": self.audio}
         return {expert: source for expert, source in named.items() if source is not None}
 
     def files(self) -> dict[ExpertName, Path]:
-        """The named files by expert, once public names have become files."""
+        """Return the named files by expert, once public names have become files."""
         return {expert: Path(source) for expert, source in self.sources().items()}
 
 
@@ -419,12 +419,12 @@ def with_places(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
 
 
 def recipe_from_document(document: Mapping[str, Any]) -> Recipe:
-    """The recipe of a parsed TOML or JSON document; pydantic's ValidationError lists every mistake."""
+    """Return the recipe of a parsed TOML or JSON document; pydantic's ValidationError lists every mistake."""
     return _ADAPTER.validate_json(json.dumps(document))
 
 
 def recipe_document(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain JSON values; `recipe_from_document` is its inverse."""
+    """Return the recipe as plain JSON values; `recipe_from_document` is its inverse."""
     document: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
     return document
 
@@ -460,7 +460,7 @@ _NOT_IDENTITY = (
 
 
 def identity_settings(recipe: Recipe) -> dict[str, Any]:
-    """The settings a resumed run must share: those that change the numbers.
+    """Return the settings a resumed run must share: those that change the numbers.
 
     Left out: paths (data, experts and the checkpoint to start from count by their hashes, a mixture's weights by the
     loader's record), tracking, how many processes train, threads, how often checkpoints are kept, and what saves memory
@@ -504,7 +504,7 @@ MOST: Mapping[str, int] = {
 
 
 def beyond_limits(leaves: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with whole numbers among a recipe's settings by dotted path, one text a key."""
+    """Yield what is wrong with whole numbers among a recipe's settings by dotted path, one text a key."""
     for path, value in leaves.items():
         if not isinstance(value, int) or isinstance(value, bool):
             continue

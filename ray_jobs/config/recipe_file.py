@@ -70,7 +70,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 def _check_name(name: object, where: str) -> None:
     """Refuse a name that is no name of a folder: it would lead out of the runs' folder, or could not be made."""
     if not isinstance(name, str):
-        return  # told with the other mistakes
+        return  # reported with the other mistakes
     if not name or name in (".", "..") or len(name.encode()) > _MOST_NAME_BYTES or _NOT_IN_NAMES.search(name):
         raise RecipeError(
             f"{where}: name: expected a name for the run's folder, without / and of at most {_MOST_NAME_BYTES} bytes, "
@@ -79,7 +79,7 @@ def _check_name(name: object, where: str) -> None:
 
 
 def _is_deeper(document: Any, most: int) -> bool:
-    """Whether tables and lists lie in each other more than `most` deep; without recursion."""
+    """Return whether tables and lists lie in each other more than `most` deep; without recursion."""
     level = [document]
     for _ in range(most + 1):
         inner = [value for one in level for value in (one.values() if isinstance(one, dict) else one)]
@@ -97,17 +97,17 @@ def _every_mistake(
     lines: Mapping[str, int],
     overrides: Sequence[str],
 ) -> Iterator[str]:
-    """The mistakes of `error`, and those that hide behind them.
+    """Yield the mistakes of `error`, and those that hide behind them.
 
     A section names one value that it refuses at a time, and sections are compared once each of them is right. So what
     was refused is taken out and the rest is read again, as long as something is taken out. What is then refused and
-    speaks of a key that was taken out may be about its default, and is not told.
+    speaks of a key that was taken out may be about its default, and is not reported.
     """
     removed: set[str] = set()
     while True:
         before = frozenset(removed)
         for mistake in error.errors():
-            for key, line in told(mistake, Recipe, source=source, lines=lines, overrides=overrides):
+            for key, line in explained(mistake, Recipe, source=source, lines=lines, overrides=overrides):
                 if not before or not before & set(re.findall(r"\w+", line.removeprefix(source))):
                     yield line
                 if _take_out(document, key):
@@ -135,7 +135,7 @@ def _take_out(document: dict[str, Any], path: str) -> bool:
 
 
 def known_recipes() -> list[str]:
-    """File names of the recipes that ship with the package."""
+    """Return the file names of the recipes that ship with the package."""
     folder = resources.files("ray_jobs") / "recipes"
     return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
@@ -150,7 +150,7 @@ def _expand_preset(document: dict[str, Any]) -> None:
 
 
 def _below(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`own` over `base`, table by table."""
+    """Return `own` over `base`, table by table."""
     merged = dict(base)
     for key, value in own.items():
         inner = merged.get(key)
@@ -159,7 +159,7 @@ def _below(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_recipe(name_or_path: str) -> tuple[str, str]:
-    """A recipe's text as it was written, and where it is from: its path, or its name in the package.
+    """Return a recipe's text as it was written, and where it is from: its path, or its name in the package.
 
     Raises:
         UserInputError: no such recipe.
@@ -205,7 +205,7 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
 
 
 def stored_recipe(document: Mapping[str, Any], *, where: str) -> Recipe:
-    """The recipe that a run folder or checkpoint (`where`) keeps.
+    """Return the recipe that a run folder or checkpoint (`where`) keeps.
 
     Raises:
         RecipeError: it was written by a version whose recipes had other settings.
@@ -213,14 +213,16 @@ def stored_recipe(document: Mapping[str, Any], *, where: str) -> Recipe:
     try:
         return recipe_from_document(document)
     except pydantic.ValidationError as error:
-        mistakes = "\n  ".join(line for mistake in error.errors() for _, line in told(mistake, Recipe, source=where))
+        mistakes = "\n  ".join(
+            line for mistake in error.errors() for _, line in explained(mistake, Recipe, source=where)
+        )
         raise RecipeError(
             f"{where}: its recipe is none of this version of ca2st; use the version that wrote it:\n  {mistakes}"
         ) from error
 
 
 def key_lines(text: str) -> dict[str, int]:
-    """Line number (from 1) of every dotted key and table header in `text`; tables of an array are numbered from 0.
+    """Return the line (from 1) of every dotted key and table header in `text`; tables of an array count from 0.
 
     Lines inside multi-line strings may add entries that match no real key; they are never asked for.
     """
@@ -245,7 +247,7 @@ def _dotted(text: str) -> str:
 
 
 def line_of(lines: dict[str, int], path: str) -> int | None:
-    """Line of `path`, or of the nearest table around it; None when not even that is in the file."""
+    """Return the line of `path`, or of the nearest table around it; None when not even that is in the file."""
     while path:
         if path in lines:
             return lines[path]
@@ -253,7 +255,7 @@ def line_of(lines: dict[str, int], path: str) -> int | None:
     return None
 
 
-def told(
+def explained(
     mistake: Any,
     recipe_type: type,
     *,
@@ -261,13 +263,13 @@ def told(
     lines: Mapping[str, int] | None = None,
     overrides: Sequence[str] = (),
 ) -> list[tuple[str, str]]:
-    """One of pydantic's mistakes as (key to change, ``file:line: key: what is wrong``); more where sections disagree.
+    """Return pydantic's mistake as (key to change, ``file:line: key: what is wrong``); more where sections disagree.
 
     `recipe_type` is the dataclass that was read, `lines` where its keys stand in the file `source`; a key that an
-    override set is told as such.
+    override set is reported as such.
     """
     path = ".".join(str(part) for part in mistake["loc"])
-    kind, told_lines = mistake["type"], list[tuple[str, str]]()
+    kind, found = mistake["type"], list[tuple[str, str]]()
     for message in _messages(mistake):
         key, text = path, message
         if not path:  # sections at odds with each other: the recipe's own check names the key
@@ -280,12 +282,12 @@ def told(
             text = f"{message}, found {mistake['input']!r}"
         blamed = blamed_key(key, text, recipe_type, overrides) if kind == "value_error" else key
         place = place_of(blamed, source=source, lines=lines, overrides=overrides)
-        told_lines.append((blamed, f"{place}: {key}: {text}"))
-    return told_lines
+        found.append((blamed, f"{place}: {key}: {text}"))
+    return found
 
 
 def blamed_key(path: str, message: str, recipe_type: type, overrides: Sequence[str] = ()) -> str:
-    """The key that a refusal of the section `path` is about.
+    """Return the key that a refusal of the section `path` is about.
 
     It is the one that the message begins with, or one that it names and an override has set; else `path` itself.
     """
@@ -302,7 +304,7 @@ def blamed_key(path: str, message: str, recipe_type: type, overrides: Sequence[s
 
 
 def place_of(path: str, *, source: str, lines: Mapping[str, int] | None = None, overrides: Sequence[str] = ()) -> str:
-    """Where the key `path` was set: ``--set path``, ``file:line``, or the file alone where it is not in it.
+    """Return where the key `path` was set: ``--set path``, ``file:line``, or the file alone where it is not in it.
 
     An override of a section around the key has set it too.
     """
@@ -322,7 +324,7 @@ def _messages(mistake: Any) -> list[str]:
 
 
 def dates_in(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Key and text of every date or time in a TOML document: values that TOML has and no setting takes."""
+    """Yield key and text of every date or time in a TOML document: values that TOML has and no setting takes."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from dates_in(inner, f"{path}.{key}" if path else key)
@@ -340,7 +342,7 @@ def _suggestion(loc: Sequence[Any], recipe_type: type) -> str:
 
 
 def _known_keys(tables: Sequence[str], recipe_type: type) -> list[str]:
-    """Field names of the section at `tables`."""
+    """Return the field names of the section at `tables`."""
     current: Any = recipe_type
     for table in tables:
         if table.isdigit():  # a table of an array, whose kind was found under the array's name

@@ -36,25 +36,25 @@ class TrainingData:
 
     @property
     def train(self) -> ShardSet:
-        """The first training set; the others have the same classes of every target and the same sample rate."""
+        """Return the first training set; the others have the same classes of every target and the same sample rate."""
         return self.train_sets[0]
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Hash of each set's manifest, by role."""
+        """Return the hash of each set's manifest, by role."""
         sets: dict[str, ShardSet | None] = {"train": self.train, "validation": self.validation}
         sets |= {f"train_{number}": one for number, one in enumerate(self.train_sets[1:], start=2)}
         return {role: shard_set.manifest.fingerprint for role, shard_set in sets.items() if shard_set is not None}
 
     @property
     def datasets(self) -> dict[str, str]:
-        """Name of the dataset, by role; those of a mixture joined."""
+        """Return the name of the dataset, by role; those of a mixture joined."""
         names = {"train": " + ".join(dict.fromkeys(one.manifest.dataset for one in self.train_sets))}
         return names if self.validation is None else names | {"validation": self.validation.manifest.dataset}
 
     @property
     def classes(self) -> dict[str, list[str]]:
-        """Class names of each target."""
+        """Return the class names of each target."""
         return {name: list(self.train.manifest.label_space(name).classes) for name in self.targets}
 
 
@@ -155,7 +155,7 @@ def evaluation_loader(
     world_size: int,
     device: torch.device | None = None,
 ) -> EvaluationLoader:
-    """Every sample of `shard_set` once, in `views` each; with one lane in the set's own order.
+    """Return every sample of `shard_set` once, in `views` each; with one lane in the set's own order.
 
     `device`: as for `train_loader`.
     """
@@ -196,7 +196,7 @@ def validation_loader(
 
 
 def with_synthetic_shards(recipe: Recipe, runs_root: Path) -> Recipe:
-    """The recipe with `data.train` and `data.validation` naming shards, made now if they are not there yet."""
+    """Return the recipe with `data.train` and `data.validation` naming shards, made now if they are not there yet."""
     world = recipe.data.synthetic
     if world is None or recipe.data.train is not None:
         return recipe
@@ -207,7 +207,7 @@ def with_synthetic_shards(recipe: Recipe, runs_root: Path) -> Recipe:
 
 
 def synthetic_classes(recipe: Recipe) -> dict[str, list[str]] | None:
-    """Class names of each target of the shards that `with_synthetic_shards` would make; None where it makes none.
+    """Return the classes of each target of the shards that `with_synthetic_shards` would make, or None.
 
     Raises:
         UserInputError: an unknown task, or a target that its world does not label.

@@ -1,8 +1,4 @@
-"""Failures on record.
-
-What it means that a worker process ended without a word.
-
-``failure.json``: the first failure of an attempt, kept in the run folder by whoever saw it.
+"""``failure.json``: the first failure of an attempt, kept in the run folder by whoever saw it.
 
 When one rank fails the others fail after it, with errors that only say so. Whoever wants to know why a run ended, and
 whether starting it again can help, reads this file: it holds the newest attempt's own error, not its echoes.
@@ -27,7 +23,7 @@ from ray_jobs.redaction import redacted
 
 
 def death_of(rank: int, exit_code: int, *, peak_bytes: int, shared_free_bytes: int) -> WorkerFailedError:
-    """The error for a worker that ended without a word: what its exit code tells, and what to do.
+    """Return the error for a worker that ended without a word: what its exit code means, and what to do.
 
     `peak_bytes`: the most that any worker held; `shared_free_bytes`: what is free in /dev/shm.
     """
@@ -98,9 +94,9 @@ class FailureRecord:
 
 
 def is_final(error: BaseException, *, before: FailureRecord | None = None, launch: str = "") -> bool:
-    """Whether starting the run again cannot help.
+    """Return whether starting the run again cannot help.
 
-    Final: what the user gave, damaged data, numbers that are not finite, on this rank or told by another; and memory
+    Final: what the user gave, damaged data, numbers that are not finite, on this rank or another; and memory
     that did not suffice, when `before`, the failure that is on record, was the same one in the same `launch`. And that
     a person asked to stop, though the state could not be saved.
     """
@@ -114,14 +110,14 @@ def is_final(error: BaseException, *, before: FailureRecord | None = None, launc
 
 
 def is_echo(error: BaseException) -> bool:
-    """Whether `error` only says that another rank failed: told in words, or by a connection to it that was cut."""
+    """Return whether `error` only says that another rank failed, or that the connection to it was cut."""
     if isinstance(error, PeerFailedError):
         return True
     return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
 
 
 def message_of(error: BaseException) -> str:
-    """What `error` says, with the notes that were added on its way and without secrets."""
+    """Return what `error` says, with the notes that were added on its way and without secrets."""
     return redacted(f"{error}{''.join(f' [{note}]' for note in getattr(error, '__notes__', ()))}")
 
 
@@ -144,7 +140,7 @@ def record_of(
 
 
 def first_of(kept: FailureRecord | None, new: FailureRecord) -> FailureRecord:
-    """Which of two to keep: of one attempt the first that is no echo, else that of the newer attempt or launch."""
+    """Return which to keep: of one attempt the first that is no echo, else that of the newer attempt or launch."""
     if kept is None or kept.launch != new.launch or kept.attempt < new.attempt:
         return new
     if kept.attempt == new.attempt and kept.echo and not new.echo:
@@ -153,7 +149,7 @@ def first_of(kept: FailureRecord | None, new: FailureRecord) -> FailureRecord:
 
 
 def read_failure(run_dir: Path) -> FailureRecord | None:
-    """What is on record in `run_dir`; None: nothing, or nothing that can be read just now."""
+    """Return what is on record in `run_dir`; None: nothing, or nothing that can be read just now."""
     try:
         return read_json(run_dir / FAILURE_NAME, FailureRecord)
     except (OSError, EnvironmentFault, DocumentError):
@@ -168,7 +164,7 @@ def forget_failure(run_dir: Path) -> None:
 def keep_failure(run_dir: Path, new: FailureRecord) -> FailureRecord:
     """Put `new` on record unless an earlier one of its attempt is there; returns what is on record then.
 
-    A folder that cannot be written (a full disk may be what failed) is told in the log: the failure itself matters
+    A folder that cannot be written (a full disk may be what failed) is reported in the log: the failure itself matters
     more.
     """
     try:
@@ -186,12 +182,12 @@ def keep_failure(run_dir: Path, new: FailureRecord) -> FailureRecord:
 
 
 def error_of(record: FailureRecord) -> CA2STError:
-    """The error to end a command with for a failure on record: of its kind, with its exit code."""
+    """Return the error to end a command with for a failure on record: of its kind, with its exit code."""
     return error_told(str(record), record.exit_code)
 
 
 def error_told(message: str, exit_code: int) -> CA2STError:
-    """The error to end a command with for a failure that is only told of."""
+    """Return the error to end a command with of which only this is known."""
     kinds: tuple[type[CA2STError], ...] = (UserInputError, DataDamageError, EnvironmentFault, NumericError)
     kind = next((kind for kind in kinds if kind.exit_code == exit_code), CA2STError)
     return kind(message)

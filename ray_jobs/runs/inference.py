@@ -80,7 +80,7 @@ def trained_loader(
     num_lanes: int | None = None,
     device: torch.device | None = None,
 ) -> EvaluationLoader:
-    """Every sample of a set once, for a model that was trained on sets like it.
+    """Return every sample of a set once, for a model that was trained on sets like it.
 
     Raises:
         UserInputError: the model hears, and the set has no sound or spectrograms that were made otherwise.
@@ -107,7 +107,7 @@ def trained_loader(
 
 
 def output_of_set(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews, *, what: str) -> Path:
-    """The file in the run folder for what a checkpoint says of a set: another one for every set and choice of views."""
+    """Return the file in the run folder for what a checkpoint says of a set; one per set and choice of views."""
     folder, manifest = trained.checkpoint.folder, shard_set.manifest
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", f"{manifest.dataset}-{manifest.split}")[:_MOST_NAME]
     fingerprint = manifest.fingerprint[:_FINGERPRINT_CHARACTERS]
@@ -179,7 +179,7 @@ def evaluate_checkpoint(
 
 
 def score(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) -> EvaluationResult:
-    """Probabilities of every sample of a set, the mean over its views; raises as `place_model`."""
+    """Return the probabilities of every sample of a set, the mean over its views; raises as `place_model`."""
     accelerator = place_model(trained)
     targets = tuple(trained.classes)
     with (
@@ -196,7 +196,7 @@ def score(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) ->
 
 
 class _Shown:
-    """A loader whose batches are told as they come."""
+    """A loader whose batches are counted as they come."""
 
     def __init__(self, loader: EvaluationLoader, num_views: int, update: Update) -> None:
         self._loader, self._num_views, self._update = loader, num_views, update
@@ -304,14 +304,14 @@ def write_features(
 
 
 def _choose(known: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """The wanted experts, in the model's order."""
+    """Return the wanted experts, in the model's order."""
     for name in wanted or ():
         check_choice("--experts", name, known)
     return tuple(name for name in known if wanted is None or name in wanted)
 
 
 def _describe(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) -> dict[str, object]:
-    """What a reader of the file needs to know of its making."""
+    """Return what a reader of the file needs to know of its making."""
     manifest = shard_set.manifest
     return {
         "content": "pooled features of every expert as they go into the head, mean over the views of a sample",
@@ -330,7 +330,7 @@ def _describe(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews
 
 
 def _grouped(first: pa.Table, rest: Iterator[pa.Table], rows_a_group: int) -> Iterator[pa.Table]:
-    """Small tables joined until they have `rows_a_group` rows."""
+    """Yield small tables joined until they have `rows_a_group` rows."""
     waiting, count = [first], first.num_rows
     for table in rest:
         if count >= rows_a_group:
@@ -350,7 +350,7 @@ def _write_group(writer: pq.ParquetWriter, table: pa.Table) -> int:
 def _tables(
     trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews, experts: tuple[str, ...]
 ) -> Generator[pa.Table, None, None]:
-    """One table a batch, in the set's order."""
+    """Yield one table a batch, in the set's order."""
     targets = shard_set.manifest.targets
     accelerator = place_model(trained)
     total = shard_set.manifest.num_samples
@@ -368,7 +368,7 @@ def _tables(
 
 
 def _features(trained: TrainedModel, batch: ClipBatch, accelerator: Accelerator) -> dict[str, Tensor]:
-    """float32 `[views, dim]` of every expert, padding included."""
+    """Return float32 `[views, dim]` of every expert, padding included."""
     parts: list[Mapping[str, Tensor]] = []
     with torch.inference_mode(), accelerator.autocast():
         for part in batch.split(trained.recipe.training.per_device_batch_size):
@@ -384,7 +384,7 @@ def _table(
     views: EvaluationViews,
     experts: tuple[str, ...],
 ) -> pa.Table:
-    """A row for each sample of a batch that is no padding; the views of a sample follow each other."""
+    """Return a row for each sample of a batch that is no padding; the views of a sample follow each other."""
     first_views = slice(0, None, views.num_views)
     real = (~batch.is_padding[first_views]).nonzero().flatten()
     columns: dict[str, pa.Array] = {"key": pa.array([batch.sample_ids[first_views][index] for index in real.tolist()])}

@@ -42,11 +42,14 @@ _STOPPED = tuple(128 + number for number in STOPPING)
 def run_processes(job: Job, num_workers: int, faults: FaultPoints) -> Outcome:
     """Train in `num_workers` processes of this machine; SIGINT and SIGTERM are passed on to them.
 
-    When one fails the others are ended within seconds, and the first failure is what is told, with its rank.
+    When one fails the others are ended within seconds, and the first failure is reported, with its rank.
 
     Raises:
         WorkerFailedError: a worker process failed, with its exit code.
     """
+    # torch.distributed.launcher's elastic_launch was tried and does not pass the tests of failing and stopping: after a
+    # failure it asks the other ranks to save (SIGTERM) and waits 30 s; a stop loses its exit code and message; workers
+    # run the caller's main script, and live on when the launcher is killed.
     launch, port = f"local-{os.getpid()}-{time.time_ns()}", _free_port()
     stop_told, tell_stop = SPAWN.Pipe(duplex=False)
     begun = SPAWN.RawArray("b", num_workers)
@@ -115,7 +118,7 @@ def _exit_code(worker: BaseProcess) -> int:
 
 
 def how_it_stopped(told: Connection, exit_code: int) -> WorkerFailedError | None:
-    """What rank 0 said when a request to stop ended it with `exit_code`; None where it said nothing or another code."""
+    """Return what rank 0 said when a request to stop ended it with `exit_code`; None where it said nothing."""
     try:
         message, code = told.recv() if told.poll() else ("", None)
     except (EOFError, OSError):  # it ended without a word
@@ -124,7 +127,7 @@ def how_it_stopped(told: Connection, exit_code: int) -> WorkerFailedError | None
 
 
 def _failure(run_dir: Path, launch: str, *, rank: int, exit_code: int) -> WorkerFailedError:
-    """What is told of a failed launch: that it was stopped, the failure that came first, or what a signal means."""
+    """Return why a launch failed: it was stopped, the failure that came first, or what a signal means."""
     if exit_code in _STOPPED:
         return WorkerFailedError(
             f"stopped by signal {exit_code - 128} before it had saved; the newest checkpoint counts; rerun to resume",
@@ -179,7 +182,7 @@ def _worker_process(
     except CA2STError as error:
         _record(rank, error, Path(job.run_dir), launch)
         _leave(rank, error, error.exit_code)
-    except Exception as error:  # noqa: BLE001  # told with its stack, on record for the parent
+    except Exception as error:  # noqa: BLE001  # reported with its stack, on record for the parent
         _record(rank, error, Path(job.run_dir), launch)
         if not is_echo(error):
             traceback.print_exc()

@@ -149,9 +149,9 @@ def read_start(path: Path) -> StartSource:
 
 
 def start_sound(path: Path) -> AudioParameters | None:
-    """How the spectrograms were made that a model to start from was trained on; nothing else of it is read.
+    """Return how the spectrograms were made that a model to start from was trained on; nothing else of it is read.
 
-    None where it is not told (a file of `ca2st weights import`), the model does not hear, or nothing is at `path`.
+    None where nothing says it (a file of `ca2st weights import`), the model does not hear, or nothing is at `path`.
 
     Raises:
         DataDamageError: what should tell it cannot be read.
@@ -238,7 +238,7 @@ def _checkpoint_source(folder: Path) -> StartSource:
 
 
 def _own_marker(run_dir: Path) -> CheckpointMarker | None:
-    """The newest readable marker of the run's own checkpoints; which of them is sound is decided at resume."""
+    """Return the newest readable marker of the run's own checkpoints; which of them is sound is decided at resume."""
     for folder in list_checkpoints(run_dir / CHECKPOINTS_NAME):
         try:
             return read_marker(folder)
@@ -248,12 +248,12 @@ def _own_marker(run_dir: Path) -> CheckpointMarker | None:
 
 
 def target_specs(classes: Classes) -> tuple[TargetSpec, ...]:
-    """What the head predicts."""
+    """Return what the head predicts."""
     return tuple(TargetSpec(name=name, num_classes=len(names)) for name, names in classes.items())
 
 
 def make_model(recipe: Recipe, classes: Classes) -> HolisticModel:
-    """The recipe's model, with the weights of the expert files it names and what is trained marked so."""
+    """Return the recipe's model, with the weights of the expert files it names and what is trained marked so."""
     model = build_model(recipe.model, recipe.clip, target_specs(classes), seed=recipe.training.seed)
     _load_experts(model, recipe.experts.files())
     set_trainable(model, recipe.trainable)
@@ -261,7 +261,7 @@ def make_model(recipe: Recipe, classes: Classes) -> HolisticModel:
 
 
 def outline_model(recipe: Recipe, classes: Classes) -> HolisticModel:
-    """The model that `make_model` would make, on the meta device: names and shapes alone, refused for the same reasons.
+    """Return what `make_model` would make, on the meta device: names and shapes alone, refused for the same reasons.
 
     Expert files are compared by names and shapes; public names, which are no files yet, are left out.
     """
@@ -294,7 +294,7 @@ def keep_frozen(model: HolisticModel, run_dir: Path) -> dict[str, str]:
 
 
 def frozen_bytes(model: HolisticModel) -> int:
-    """Bytes of the tensors that `keep_frozen` keeps; works on the meta device too."""
+    """Return bytes of the tensors that `keep_frozen` keeps; works on the meta device too."""
     state, frozen = model.state_dict(), _frozen_names(model)
     whole = tuple(f"experts.{name}." for name in model.experts if _is_part(name, frozen))
     return sum(tensor.nbytes for name, tensor in state.items() if name in frozen or name.startswith(whole))
@@ -323,7 +323,7 @@ def load_frozen(model: HolisticModel, hashes: Mapping[str, str], run_dir: Path) 
 
 
 def frozen_state(hashes: Mapping[str, str], run_dir: Path) -> dict[str, Tensor]:
-    """What `keep_frozen` kept, under the names that the whole model has for it; raises as `load_frozen`."""
+    """Return what `keep_frozen` kept, under the names that the whole model has for it; raises as `load_frozen`."""
     store = ExpertStore(run_dir / EXPERTS_FOLDER)
     state: dict[str, Tensor] = {}
     for name, sha256 in hashes.items():
@@ -358,7 +358,7 @@ def _load_added(own: Mapping[str, Tensor], kept: Mapping[str, Tensor], *, where:
 
 
 def with_local_experts(recipe: Recipe, folder: Path, access: HubAccess) -> Recipe:
-    """The recipe with paths in place of public names (`hf-hub:`, `open_clip:`, `timm:`), imported into `folder`.
+    """Return the recipe with paths in place of public names (`hf-hub:`, `open_clip:`, `timm:`), imported into `folder`.
 
     Which layouts are read follows from the encoder that the model has in an expert's place.
 
@@ -416,7 +416,7 @@ class RunDocument:
 
 
 def read_run_document(data: bytes, *, where: str) -> RunDocument:
-    """What a checkpoint says of its run; `where` names the checkpoint.
+    """Return what a checkpoint says of its run; `where` names the checkpoint.
 
     Raises:
         DocumentError: it is no such document.
@@ -431,7 +431,7 @@ def read_run_document(data: bytes, *, where: str) -> RunDocument:
 
 
 def run_document_of(folder: Path) -> RunDocument:
-    """The document of a checkpoint; nothing else of it is read.
+    """Return the document of a checkpoint; nothing else of it is read.
 
     Raises:
         UserInputError: `folder` is no checkpoint, or keeps no such document.
@@ -449,7 +449,7 @@ def sound_metadata(audio: AudioParameters) -> dict[str, str]:
 
 
 def parse_sound(text: str, *, where: str) -> AudioParameters:
-    """What `sound_metadata` wrote.
+    """Return what `sound_metadata` wrote.
 
     Raises:
         DocumentError: it is something else.
@@ -458,7 +458,7 @@ def parse_sound(text: str, *, where: str) -> AudioParameters:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder itself, or the newest complete one of a run folder.
+    """Return a checkpoint folder itself, or the newest complete one of a run folder.
 
     Raises:
         UserInputError: `path` is neither.

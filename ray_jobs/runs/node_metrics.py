@@ -93,14 +93,14 @@ class NodeProbe:
     """Reads the counters of this machine."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder`: on the disk whose use is told."""
+        """`folder`: on the disk whose use is measured."""
         self._folder = folder
         self._start = psutil.net_io_counters()
         self._gpus = _Gpus.find()
         psutil.cpu_percent()  # the next call tells the mean since this one
 
     def measure(self) -> dict[str, float]:
-        """Percentages, megabytes of 10^6 bytes and watts; network traffic since this object was made."""
+        """Return the percentages, megabytes of 10^6 bytes and watts; network traffic since this object was made."""
         memory, disk, network = psutil.virtual_memory(), psutil.disk_usage(str(self._folder)), psutil.net_io_counters()
         found = {
             "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -136,7 +136,7 @@ class _Gpus:
         return cls(nvml)
 
     def measure(self) -> dict[str, float]:
-        """What each device tells; a number that a device does not have is left out."""
+        """Return what each device reports; a number that a device does not have is left out."""
         found: dict[str, float] = {}
         for index, handle in enumerate(self._handles):
             for read in (_gpu_memory, _gpu_utilization, _gpu_power):
@@ -165,12 +165,12 @@ def _gpu_power(nvml: Any, handle: Any) -> dict[str, float]:
 
 
 def node_file(run_dir: Path, node: str) -> Path:
-    """Where the numbers of `node` are kept; characters that a file name or MLflow would not take become ``-``."""
+    """Return where the numbers of `node` are kept; characters that files or MLflow do not take become ``-``."""
     return run_dir / SYSTEM_FOLDER / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', node).strip('.-') or 'node'}.jsonl"
 
 
 def node_files(run_dir: Path) -> dict[str, Path]:
-    """The files there are, by node; the last line of one may be torn."""
+    """Return the files there are, by node; the last line of one may be torn."""
     return {path.stem: path for path in sorted((run_dir / SYSTEM_FOLDER).glob("*.jsonl"))}
 
 

@@ -43,7 +43,7 @@ _UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
 def resume_plan(recipe: Recipe, run_dir: Path, *, fingerprints: Mapping[str, str] | None, steps: int) -> dict[str, Any]:
-    """What a start in `run_dir` would go on with; every byte of its newest checkpoint is verified.
+    """Return what a start in `run_dir` would go on with; every byte of its newest checkpoint is verified.
 
     `fingerprints`: those of the training's manifests, by role; None where its shards are not made yet. ``state`` is
     ``new``, ``begin again`` (a run that ended before its first checkpoint), ``resume`` or ``finished``.
@@ -75,7 +75,7 @@ def resume_plan(recipe: Recipe, run_dir: Path, *, fingerprints: Mapping[str, str
 
 
 def _topology(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe says of a checkpoint's topology."""
+    """Return what a recipe says of a checkpoint's topology."""
     training = recipe.training
     return {
         "world_size": recipe.launch.workers,
@@ -99,7 +99,7 @@ class Reading:
 
 
 def make_plan(recipe: Recipe, run_dir: Path, *, device: str) -> dict[str, Any]:
-    """The whole plan of ``ca2st train`` as plain values; `device` is torch's word for what would train here.
+    """Return the whole plan of ``ca2st train`` as plain values; `device` is torch's word for what would train here.
 
     Raises:
         UserInputError: what the training itself would refuse: settings, data, weights, a folder of another run.
@@ -170,7 +170,7 @@ def _reading_of_world(recipe: Recipe, classes: dict[str, list[str]]) -> Reading:
 
 
 def batch_plan(training: TrainingConfig, *, world_size: int) -> dict[str, int]:
-    """How a step's clips are cut: into ranks (pairs stay together), and those into micro-batches.
+    """Return how a step's clips are cut: into ranks (pairs stay together), and those into micro-batches.
 
     Raises:
         PlanError: a rank would get nothing.
@@ -188,7 +188,7 @@ def batch_plan(training: TrainingConfig, *, world_size: int) -> dict[str, int]:
 
 
 def rate_plan(recipe: Recipe, *, steps_per_epoch: int, steps: int) -> dict[str, float | int]:
-    """The schedule's peak and ends, and the factor of the slowest layer."""
+    """Return the schedule's peak and ends, and the factor of the slowest layer."""
     optim, training = recipe.optim, recipe.training
     schedule = schedule_for(
         optim,
@@ -224,7 +224,7 @@ def memory_plan(recipe: Recipe, model: HolisticModel, *, held: HeldPrecision) ->
 
 
 def waiting_bytes(recipe: Recipe) -> int:
-    """Bytes of this machine's memory that finished batches of one rank take: uint8 frames, float32 spectrograms."""
+    """Return bytes of memory that finished batches of one rank take: uint8 frames, float32 spectrograms."""
     clip, training = recipe.clip, recipe.training
     frames = 3 * clip.num_frames * clip.crop_size**2
     share = -(-training.global_batch_size // recipe.launch.workers)
@@ -232,7 +232,7 @@ def waiting_bytes(recipe: Recipe) -> int:
 
 
 def num_checkpoints(recipe: Recipe, *, steps: int, steps_per_epoch: int) -> int:
-    """How many a run of `steps` writes: at its cadence, before each validation, and at its end."""
+    """Return how many a run of `steps` writes: at its cadence, before each validation, and at its end."""
     training, data = recipe.training, recipe.data
     saved = {steps, *range(training.checkpoint_every_steps, steps, training.checkpoint_every_steps)}
     validates = data.validation is not None or data.synthetic is not None
@@ -244,7 +244,7 @@ def num_checkpoints(recipe: Recipe, *, steps: int, steps_per_epoch: int) -> int:
 def disk_plan(
     recipe: Recipe, model: HolisticModel, run_dir: Path, *, steps: int, steps_per_epoch: int
 ) -> dict[str, int]:
-    """Bytes that the run folder grows to, journal and tracking left out, and what is free where it will be.
+    """Return bytes that the run folder grows to, journal and tracking left out, and what is free where it will be.
 
     While a checkpoint is written those it will replace are still there.
     """
@@ -267,7 +267,7 @@ def _nearest_folder(path: Path) -> Path:
 
 
 def data_plan(recipe: Recipe, data: TrainingData | None) -> dict[str, Any]:
-    """Where samples come from, how much that is, and the cache that shards behind a URL go through."""
+    """Return where samples come from, how much that is, and the cache that shards behind a URL go through."""
     world = recipe.data.synthetic
     if data is None:
         assert world is not None
@@ -283,7 +283,7 @@ def data_plan(recipe: Recipe, data: TrainingData | None) -> dict[str, Any]:
 
 
 def set_facts(shard_set: ShardSet) -> dict[str, str | int]:
-    """Place, samples, shards and bytes of a set."""
+    """Return place, samples, shards and bytes of a set."""
     manifest = shard_set.manifest
     return {
         "place": shard_set.where,
@@ -308,28 +308,42 @@ def _cache_plan(recipe: Recipe, sets: list[ShardSet]) -> dict[str, str | int | N
 
 
 def plan_lines(plan: Mapping[str, Any]) -> str:
-    """The facts of `run_plan.make_plan`, aligned."""
+    """Return the facts of `make_plan`, aligned."""
     rows: dict[str, object] = {name: plan[name] for name in ("name", "model")}
     rows["trains"] = plan["trains"] if isinstance(plan["trains"], str) else ", ".join(plan["trains"])
-    if plan["start"] is not None:
-        rows["start"] = start_line(plan["start"])
-    rows["parameters"] = f"{plan['trainable']:,} trained of {plan['total']:,}; {plan['gmacs']:.2f} GMACs a view"
+    if plan["start"] is not None:  # of a list of tensors only how many they are
+        counts = {key: len(value) if isinstance(value, list) else value for key, value in plan["start"].items()}
+        rows["start"] = ", ".join(f"{key} {value}" for key, value in counts.items() if value is not None)
+    rows["parameters"] = f"{plan['trainable']:,} trained of {plan['total']:,}; {plan['gmacs']:.2f} GMACs per view"
     rows["length"] = (
         f"{plan['steps']} steps: {plan['epochs']} epochs of {plan['steps_per_epoch']} steps, "
         f"{plan['num_samples']} samples"
     )
-    rows["batches"] = batches_line(plan)
-    rows["learning rate"] = rate_line(plan["learning_rate"])
+    cut = plan["batches"]
+    least, most = cut["per_rank_least"], cut["per_rank"]
+    rows["batches"] = (
+        f"{cut['global_batch_size']} clips per step; {plan['workers']} workers of "
+        f"{most if least == most else f'{least} to {most}'}, in {cut['micro_batches']} micro-batches of at most "
+        f"{cut['per_device_batch_size']}"
+    )
+    rate = plan["learning_rate"]
+    rows["learning rate"] = (
+        f"{rate['first']:.3g} -> {rate['peak']:.3g} in {rate['warmup_steps']} steps -> {rate['last']:.3g} at the last "
+        f"(cosine to {rate['minimum']:.3g} at step {rate['schedule_steps']}); first layer x "
+        f"{rate['first_layer_factor']:.3g}"
+    )
     rows["precision"] = f"{plan['precision']}, frozen experts {plan['experts_precision']}, on {plan['device']}"
-    rows["memory"] = memory_line(plan["memory"], device=plan["device"])
-    rows["disk"] = disk_line(plan["disk"])
-    rows |= data_rows(plan["data"])
-    rows["run folder"] = resume_line(plan["resume"])
-    return table(rows)
+    memory = plan["memory"]
+    held = ", ".join(f"{name} {readable_bytes(memory[name])}" for name in ("parameters", "gradients", "optimizer"))
+    rows["memory"] = (
+        f"{held} per worker on its {plan['device']}, and activations, which the log of the first step reports; "
+        f"batches kept ready {readable_bytes(memory['batches_ready'])}"
+    )
+    return table(rows | {"disk": _disk_line(plan["disk"])} | _data_rows(plan["data"]) | _resume_row(plan["resume"]))
 
 
 def readable_bytes(count: float) -> str:
-    """``1.2 GB``: powers of 1000."""
+    """Return ``1.2 GB``: powers of 1000."""
     for unit in _UNITS[:-1]:
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -337,46 +351,7 @@ def readable_bytes(count: float) -> str:
     return f"{count:.3g} {_UNITS[-1]}"
 
 
-def start_line(start: Mapping[str, Any]) -> str:
-    """What a fine-tuning begins with; of a list of tensors only how many they are."""
-    counts = {key: len(value) if isinstance(value, list) else value for key, value in start.items()}
-    return ", ".join(f"{key} {value}" for key, value in counts.items() if value is not None)
-
-
-def batches_line(plan: Mapping[str, Any]) -> str:
-    """How a step's clips are cut."""
-    cut = plan["batches"]
-    share = (
-        f"{cut['per_rank']}"
-        if cut["per_rank"] == cut["per_rank_least"]
-        else (f"{cut['per_rank_least']} to {cut['per_rank']}")
-    )
-    return (
-        f"{cut['global_batch_size']} clips a step; {plan['workers']} workers of {share}, in {cut['micro_batches']} "
-        f"micro-batches of at most {cut['per_device_batch_size']}"
-    )
-
-
-def rate_line(rate: Mapping[str, Any]) -> str:
-    """The schedule's corners."""
-    return (
-        f"{rate['first']:.3g} -> {rate['peak']:.3g} in {rate['warmup_steps']} steps -> {rate['last']:.3g} at the last "
-        f"(cosine to {rate['minimum']:.3g} at step {rate['schedule_steps']}); first layer x "
-        f"{rate['first_layer_factor']:.3g}"
-    )
-
-
-def memory_line(memory: Mapping[str, int], *, device: str) -> str:
-    """What a worker holds besides the activations."""
-    parts = ", ".join(f"{name} {readable_bytes(memory[name])}" for name in ("parameters", "gradients", "optimizer"))
-    return (
-        f"{parts} per worker on its {device}, and activations, which the log of the first step tells; batches kept "
-        f"ready {readable_bytes(memory['batches_ready'])}"
-    )
-
-
-def disk_line(disk: Mapping[str, int]) -> str:
-    """What the run folder grows to."""
+def _disk_line(disk: Mapping[str, int]) -> str:
     warning = "" if disk["total"] <= disk["free"] else "; NOT ENOUGH SPACE"
     return (
         f"up to {readable_bytes(disk['total'])} of {readable_bytes(disk['free'])} free: checkpoints of "
@@ -385,15 +360,14 @@ def disk_line(disk: Mapping[str, int]) -> str:
     )
 
 
-def data_rows(data: Mapping[str, Any]) -> dict[str, object]:
-    """A row a shard set, and one of the cache where there is one."""
-    if data["made_first"] is not None:
-        made = data["made_first"]
+def _data_rows(data: Mapping[str, Any]) -> dict[str, object]:
+    """Return a row per shard set, and one of the cache where there is one."""
+    if (made := data["made_first"]) is not None:
         return {"data": f"made first: synthetic {made['task']}, {made['train']} + {made['validation']} clips"}
     rows: dict[str, object] = {}
     for number, one in enumerate(data["train"], start=1):
-        rows["train" if number == 1 else f"train {number}"] = set_line(one)
-    rows["validation"] = "none" if data["validation"] is None else set_line(data["validation"])
+        rows["train" if number == 1 else f"train {number}"] = _set_line(one)
+    rows["validation"] = "none" if data["validation"] is None else _set_line(data["validation"])
     if (cache := data["cache"]) is not None:
         limit = "half of the disk" if cache["limit_bytes"] is None else readable_bytes(cache["limit_bytes"])
         rows["cache"] = (
@@ -403,15 +377,14 @@ def data_rows(data: Mapping[str, Any]) -> dict[str, object]:
     return rows
 
 
-def set_line(one: Mapping[str, Any]) -> str:
-    """A shard set."""
+def _set_line(one: Mapping[str, Any]) -> str:
     size = readable_bytes(one["bytes"])
     return f"{one['place']}: {one['num_samples']} samples in {one['num_shards']} shards, {size}, {one['codec']}"
 
 
-def resume_line(resume: Mapping[str, Any]) -> str:
-    """What is found in the run folder, and what follows from it."""
-    told = {
+def _resume_row(resume: Mapping[str, Any]) -> dict[str, object]:
+    """Return what is found in the run folder, and what follows from it."""
+    state = {
         "new": "a new run",
         "begin again": "a run without a checkpoint, which begins again",
         "resume": f"resumes {resume['checkpoint']} after step {resume['step']}, attempt {resume['attempt']}",
@@ -419,4 +392,4 @@ def resume_line(resume: Mapping[str, Any]) -> str:
     }[resume["state"]]
     changes = f" (changed: {'; '.join(resume['changes'])})" if resume["changes"] else ""
     damaged = f"; passed over as damaged: {'; '.join(resume['damaged'])}" if resume["damaged"] else ""
-    return f"{resume['run_dir']}: {told}{changes}{damaged}"
+    return {"run folder": f"{resume['run_dir']}: {state}{changes}{damaged}"}

@@ -69,7 +69,7 @@ class PredictionReport:
 def predict_videos(
     checkpoint: Path, videos: Sequence[Path], *, top: int = 5, views: EvaluationViews | None = None
 ) -> list[VideoPrediction]:
-    """The `top` classes of every target for each video, in the order given.
+    """Return the `top` classes of every target for each video, in the order given.
 
     A video is read as in training: whole, with its sound where it has some; `views` None: one centred view.
 
@@ -156,7 +156,7 @@ def _damaged(rejects: Sequence[Reject]) -> list[DamagedVideo]:
 
 
 def find_videos(arguments: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """The videos that arguments name, and the files in folders that are none: left aside.
+    """Return the videos that arguments name, and the files in folders that are none: left aside.
 
     A file stands for itself, a folder for all videos in it and in its folders, and a pattern such as ``*/*.mp4`` for
     the videos that it matches (a shell puts their names in its place; between quotes it arrives here).
@@ -209,7 +209,7 @@ def require_videos(videos: Sequence[Path]) -> None:
 
 
 def _source_list(trained: TrainedModel, videos: Sequence[Path]) -> SourceList:
-    """The videos with a label that nobody reads."""
+    """Return the videos with a label that nobody reads."""
     return SourceList(
         dataset="videos",
         split="predict",
@@ -232,7 +232,7 @@ def _source_list(trained: TrainedModel, videos: Sequence[Path]) -> SourceList:
 def likeliest(
     classes: Mapping[str, Sequence[str]], probabilities: Mapping[str, Tensor], *, top: int
 ) -> list[Prediction]:
-    """The `top` classes of every target, the likeliest first; `probabilities` are one number a class."""
+    """Return the `top` classes of every target, the likeliest first; `probabilities` are one number a class."""
     found = []
     for target, names in classes.items():
         values, indices = probabilities[target].topk(min(top, len(names)))

@@ -160,7 +160,7 @@ def _setting_problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _source_problem(name: ExpertName, source: str, *, kind: ModelKind) -> str | None:
-    """What is wrong with the file or public name of an expert, or None."""
+    """Return what is wrong with the file or public name of an expert, or None."""
     own = EXPERTS[kind]
     if name not in own:
         return (
@@ -196,7 +196,7 @@ def refuse_other_recipe(recipe: Recipe, run_dir: Path) -> None:
 
 
 def kept_recipe(run_dir: Path) -> Recipe | None:
-    """The recipe of the run in a folder: its newest sound checkpoint's, else the one that was kept at its start.
+    """Return the recipe of the run in a folder: its newest sound checkpoint's, else the one that was kept at its start.
 
     None where there is neither. A damaged file is named in a warning.
     """

@@ -37,7 +37,7 @@ OUTCOME_NAME = "outcome.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """Everything a worker process is told; plain JSON values, so that it travels anywhere."""
+    """Everything a worker process needs; plain JSON values, so that it travels anywhere."""
 
     recipe: dict[str, Any]
     """The resolved recipe."""
@@ -47,7 +47,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a finished training leaves, as told by rank 0."""
+    """What a finished training leaves, as rank 0 reports it."""
 
     checkpoint: str
     """Folder of the last checkpoint."""
@@ -60,7 +60,7 @@ class Outcome:
 
 
 def read_outcome(run_dir: Path) -> Outcome:
-    """The outcome that rank 0 wrote.
+    """Return the outcome that rank 0 wrote.
 
     Raises:
         CA2STError: there is none although the workers ended well.
@@ -122,7 +122,7 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
 
 
 def _use_cpu_threads(recipe: Recipe) -> bool:
-    """Whether this machine has no GPU; torch then gets this worker's share of the cores."""
+    """Return whether this machine has no GPU; torch then gets this worker's share of the cores."""
     if torch.cuda.is_available():
         return False
     torch.set_num_threads(recipe.launch.torch_threads(num_cores()))
@@ -130,7 +130,7 @@ def _use_cpu_threads(recipe: Recipe) -> bool:
 
 
 def _make_ready(model: HolisticModel, recipe: Recipe, *, device: str) -> HeldPrecision:
-    """What saves memory and time and changes no number but by rounding; returns how the experts are held."""
+    """Apply what saves memory and time and changes numbers by rounding alone; return how the experts are held."""
     held = held_precision(recipe.experts.precision, training=recipe.training.precision, device=device)
     hold_experts(model, held)
     model.activation_checkpointing = recipe.training.activation_checkpointing

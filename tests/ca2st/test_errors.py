@@ -1,8 +1,11 @@
 """What every message has in common: choices by name, and lists that end."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import pytest
 
-from ca2st.errors import UserInputError, check_choice, listed
+from ca2st.errors import UserInputError, check_choice, check_literals, listed
 
 
 @pytest.mark.parametrize(
@@ -33,3 +36,15 @@ def test_a_choice_that_is_not_there_is_refused_with_those_there_are_and_the_near
         check_choice("codec", "mjpg", {"mjpeg": 1, "h264": 2})
     with pytest.raises(UserInputError, match=r"^head: expected one of keep, new, found None$"):
         check_choice("head", None, ("keep", "new"))
+
+
+@dataclass(frozen=True)
+class Settings:
+    kind: Literal["near", "far"] = "near"
+    name: str = "any"
+
+
+def test_a_field_with_literals_takes_only_those() -> None:
+    check_literals(Settings(name="other"))
+    with pytest.raises(UserInputError, match=r"^lens\.kind: expected one of near, far, found 'fat' \(did you mean"):
+        check_literals(Settings(kind="fat"), prefix="lens.")  # type: ignore[arg-type]  # refused

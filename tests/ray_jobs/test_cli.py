@@ -211,7 +211,7 @@ REFUSALS = {
         "expected a name for the run's folder, without /",
     ),
     "a run without a name": (["train", "smoke", "--set", 'name=""'], "expected a name for the run's folder"),
-    "more views than fit": (["predict", "x", "y", "--views", "100x100"], "expected at most 100 views a sample"),
+    "more views than fit": (["predict", "x", "y", "--views", "100x100"], "expected at most 100 views per sample"),
     "a size of thousands of digits": (
         ["shard", "build", "--dataset", "folder", "--media", ".", "--out", "set", "--shard-size", "9" * 5000],
         "expected a number with a unit",

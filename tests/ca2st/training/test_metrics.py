@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from ca2st.training.evaluate import (
-    confusion_matrix,
     evaluation_metrics,
     harmonic_mean,
     joint_label_ranks,
@@ -38,10 +37,6 @@ def test_mean_class_accuracy_weighs_classes_and_leaves_out_those_without_samples
     assert per_class_accuracy(PROBABILITIES, LABELS).tolist() == [1.0, 1.0, 0.0]
     assert mean_class_accuracy(PROBABILITIES, LABELS) == pytest.approx(2 / 3)
     assert mean_class_accuracy(PROBABILITIES[:2], LABELS[:2]) == 1.0
-
-
-def test_the_confusion_matrix_counts_label_by_prediction() -> None:
-    assert confusion_matrix(PROBABILITIES, LABELS).tolist() == [[1, 0, 0], [0, 1, 0], [1, 1, 0]]
 
 
 def test_views_are_averaged_as_probabilities_and_not_as_votes() -> None:
