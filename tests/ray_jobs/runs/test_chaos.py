@@ -97,7 +97,8 @@ def test_t18_a_run_through_many_random_faults_ends_with_the_numbers_of_an_undist
     assert journal(run_dir, "eval")[-1]["metrics"] == journal(tmp_path / "undisturbed", "eval")[-1]["metrics"]
     assert _gone(mark)
     assert set(Path("/dev/shm").iterdir()) - shared_memory == set()
-    assert list((tmp_path / "tmp").iterdir()) == []
+    left = [path.name for path in (tmp_path / "tmp").iterdir() if not path.name.startswith("torchinductor_")]
+    assert left == []  # torch's own cache of compiled code is for the next run
 
 
 def _attempt(
