@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
@@ -41,6 +42,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{source}: expected sections in sections at most {_MOST_NESTED} deep, found more") from None
     except ValueError as error:  # TOMLDecodeError is one; a number of thousands of digits gives another
         raise RecipeError(f"{source}: not valid TOML: {error}") from error
+    document = _extended(document, source)
     for override in overrides:
         _apply_override(document, override)
     if _is_deeper(document, _MOST_NESTED):
@@ -65,6 +67,27 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     except pydantic.ValidationError as error:
         mistakes = list(_every_mistake(document, error, source=source, lines=lines, overrides=overrides))
         raise RecipeError("\n".join(dict.fromkeys(mistakes))) from error
+
+
+def _extended(document: dict[str, Any], source: str) -> dict[str, Any]:
+    """`document` over the recipe of the package that it extends, if any, which may extend another one.
+
+    Raises:
+        RecipeError: there is no such recipe.
+    """
+    if (name := document.pop("extends", None)) is None:
+        return document
+    file = f"{name}.toml"
+    folder = resources.files("ray_jobs") / "recipes"
+    known = {entry: place / entry for place in (folder / "bases", folder) for entry in _names_in(place)}
+    if file not in known or file == source:
+        names = [known_name.removesuffix(".toml") for known_name in known]
+        raise RecipeError(
+            f"{source}: extends: expected a recipe of the package ({', '.join(names)}), found {shortened(name)}"
+        )
+    base = tomllib.loads(known[file].read_text(encoding="utf-8"))
+    base.pop("name", None)
+    return _below(_extended(base, file), document)
 
 
 def _check_name(name: object, where: str) -> None:
@@ -136,7 +159,10 @@ def _take_out(document: dict[str, Any], path: str) -> bool:
 
 def known_recipes() -> list[str]:
     """Return the file names of the recipes that ship with the package."""
-    folder = resources.files("ray_jobs") / "recipes"
+    return _names_in(resources.files("ray_jobs") / "recipes")
+
+
+def _names_in(folder: Traversable) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 

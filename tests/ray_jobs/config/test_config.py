@@ -1,5 +1,6 @@
 """Recipes are strict: every mistake is named with file, line and the nearest known name, before anything runs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,64 @@ def test_every_recipe_of_the_package_loads_and_says_how_to_run_it(name: str) -> 
     assert "ca2st " in head
     assert "Hardware:" in head
     assert "Published result:" in head
+
+
+# Source: the paper's tables; kind, base rate, layer decay, drop path, epochs, global batch, chance of mixup, sampling
+# scheme, rows of sound.
+PUBLISHED = {
+    "cast_epic_kitchens_100": ("cast", 1e-3, 0.75, 0.2, 50, 384, 0.9, "uniform", None),
+    "cast_something_something_v2": ("cast", 1e-3, 0.75, 0.3, 50, 384, 0.9, "uniform", None),
+    "cast_kinetics_400": ("cast", 1e-3, 0.75, 0.2, 70, 576, 0.5, "dense", None),
+    **{
+        f"{kind}_{dataset}": (kind, 5e-4, 0.8, 0.2, 50, 192, 0.9, scheme, None if kind == "cast" else rows)
+        for kind in ("cast", "cava", "ca2st")
+        for dataset, scheme, rows in (
+            ("epic_sounds", "uniform", 400),
+            ("vgg_sound", "dense", 1024),
+            ("kinetics_sound", "dense", 1024),
+            ("ucf_101", "dense", 1024),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_training_has_the_settings_of_the_paper(name: str) -> None:
+    recipe = load_recipe(name)
+    kind, rate, decay, drop_path, epochs, batch, mixup, scheme, rows = PUBLISHED[name]
+    assert (recipe.model.kind, recipe.model.dim, recipe.model.depth) == (kind, 768, 12)
+    assert (recipe.optim.base_lr, recipe.optim.layer_decay, recipe.optim.warmup_epochs) == (rate, decay, 5)
+    assert (recipe.model.drop_path_rate, recipe.training.epochs) == (drop_path, epochs)
+    assert (recipe.training.global_batch_size, recipe.training.precision) == (batch, "bf16")
+    assert (recipe.clip.num_frames, recipe.clip.crop_size, recipe.data.sampling.scheme) == (16, 224, scheme)
+    augment = recipe.data.augment
+    assert augment.rand_augment == "rand-m7-n4-mstd0.5-inc1"
+    assert augment.flip_probability == (0.0 if "something" in name else 0.5)
+    assert (augment.mixing.probability, augment.mixing.mixup_alpha, augment.mixing.switch_probability) == (
+        mixup,
+        0.8,
+        0,
+    )
+    assert recipe.optim.label_smoothing == 0.1
+    assert (augment.mixing.spectrogram == "cutmix") == (rows is not None)
+    assert rows is None or recipe.clip.mel_rows == rows
+    experts = {"cast": {"spatial", "temporal"}, "cava": {"spatial", "audio"}, "ca2st": {"spatial", "temporal", "audio"}}
+    assert recipe.experts.sources().keys() == experts[kind]
+
+
+def test_a_recipe_that_extends_one_of_the_package_changes_what_it_names_alone(tmp_path: Path) -> None:
+    text = 'name = "mine"\nextends = "ca2st_vgg_sound"\n[optim]\nbase_lr = 2e-4\n'
+    mine, theirs = load_recipe(recipe_file(tmp_path, text)), load_recipe("ca2st_vgg_sound")
+    assert mine == replace(theirs, name="mine", optim=replace(theirs.optim, base_lr=2e-4))
+    assert load_recipe(recipe_file(tmp_path, text), ["optim.base_lr=3e-4"]).optim.base_lr == 3e-4
+
+
+@pytest.mark.parametrize("name", ['"ca2st_vgg"', "7", '"../smoke"', '["smoke"]'])
+def test_a_recipe_that_extends_none_of_the_package_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(
+        RecipeError, match=r"mine\.toml: extends: expected a recipe of the package \(published, .*smoke"
+    ):
+        load_recipe(recipe_file(tmp_path, f'name = "mine"\nextends = {name}\n'))
 
 
 def test_a_recipe_is_found_by_its_name_alone() -> None:
