@@ -5,7 +5,7 @@ So two ranks that find the same damage write the same file, a kill leaves no hal
 number that the budget bounds, and a resumed run leaves the samples out without touching them.
 
 The place of a damaged sample is filled with the sample that the plan puts at the same position, hence in the same lane,
-one step later; where that one is damaged too, two steps later, and so on around the epoch; at last with the step's
+one step later; where that one is damaged too, two steps later, and so on around the epoch; finally with the step's
 other positions. So the filling follows from the plan and from what is damaged: not from ranks, threads, or when damage
 was found.
 """

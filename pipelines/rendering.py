@@ -51,7 +51,7 @@ class RenderRequest:
     augment: ImageAugment | None = None
     """RandAugment of every view after the flip; None: none."""
     erased: tuple[ErasedBox, ...] = ()
-    """Boxes of every view that are painted over at last."""
+    """Boxes of every view that are painted over last."""
 
 
 @runtime_checkable

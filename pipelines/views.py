@@ -45,7 +45,7 @@ class SamplingConfig:
     """``dense``: a window of `frame_stride` x num_frames (Kinetics-400, VGG-Sound, KineticsSound, UCF-101).
     ``uniform``: spread over the whole sample (Something-Something-V2, EPIC sets, ActivityNet, HD-EPIC)."""
     frame_stride: int = 4
-    """Source frames between two read ones in a dense window, at about 30 frames a second; other rates scale it."""
+    """Source frames between two read ones in a dense window, at about 30 frames per second; other rates scale it."""
     short_clip: ShortClip = "spread"
     """Uniform training of clips shorter than a view: ``spread`` uses all frames evenly, ``reference`` repeats the
     first one, as the published code does."""

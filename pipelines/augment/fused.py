@@ -1,10 +1,10 @@
 """The formulas of operations on a CPU: byte for byte `formulas.augmented`, eight times faster.
 
-Operations that are one table per frame and channel are not applied but composed, table behind table, and a run of them
+Operations that are one table per frame and channel are not applied but composed, one after the other, and a run of them
 costs one look-up per pixel. The statistics they need come from the histogram before the run, carried through the
 tables. A warp has one map for all frames of the clip, so a pixel is moved with all its frames and channels at once:
 48 bytes of 16 frames. Everything is done in blocks that fit the processor's cache, by NumPy without the interpreter's
-lock: several clips go on at once on several threads.
+lock: several clips are augmented at once on several threads.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ class _Planes:
         self._counts: NDArray[np.int64] | None = None
 
     def then(self, table: NDArray[np.int64]) -> None:
-        """Put `table` ([256] or [planes, 256]) behind what is to be applied."""
+        """Append `table` ([256] or [planes, 256]) to what is to be applied."""
         rows = np.broadcast_to(table, (len(self._pixels), 256))
         self._table = rows if self._table is None else np.take_along_axis(rows, self._table, axis=1)
 

@@ -68,7 +68,7 @@ class DrawnClips:
 def draw_clips(
     wanted: DrawnClips, folder: Path, *, update: Callable[[int], None] = lambda _done: None
 ) -> tuple[Path, ...]:
-    """Write the files that `folder` does not have yet, on all cores; `update` hears how many are there.
+    """Write the files that `folder` does not have yet, on all cores; `update` is called with how many are there.
 
     Raises:
         EnvironmentFault: this PyAV has no H.264 encoder.
@@ -335,7 +335,7 @@ def _normalised(frames: Sequence[Picture]) -> Float[Tensor, "3 time height width
 
 
 class RunningBatches(Sampler[list[int]]):
-    """Each pass gives one batch per worker, of indices that go on where the last pass ended."""
+    """Each pass gives one batch per worker, of indices that continue where the last pass ended."""
 
     def __init__(self, config: BaselineConfig) -> None:
         self._size, self._count, self._next = config.batch_size, max(1, config.num_workers), 0

@@ -70,7 +70,7 @@ class SplitReport:
     baseline_stages: Mapping[str, float] | None
     """Milliseconds per clip by stage, of a worker."""
     rounds: Spread
-    """Clips per second of ours."""
+    """Clips per second of our loader."""
     baseline_rounds: Spread | None
     processor_ms_per_clip: float
     """Processor time of all threads: on a busy machine it says more than the rate."""
@@ -152,12 +152,12 @@ class LoaderCase(Protocol):
     """Ours or the baseline."""
 
     def turn(self, seconds: float) -> Turn:
-        """Go on for at least that long; whole passes only, so nothing runs on behind it."""
+        """Run for at least that long, in whole passes, so that nothing still runs at the end."""
         ...
 
 
 class OwnCase:
-    """A loader of ours, pass after pass."""
+    """Our loader, pass after pass."""
 
     def __init__(self, loader: TrainLoader | EvaluationLoader, *, consumer: Consumer | None = None) -> None:
         self._loader, self._consumer, self._epoch = loader, consumer, 0
@@ -224,7 +224,7 @@ def normalise(batch: ClipBatch) -> None:
 def measure_headspace(
     loader: TrainLoader, consumer: Consumer, *, name: str, loader_clips_per_second: float, seconds: float
 ) -> Headspace:
-    """Measure the consumer alone and behind the loader, each for about `seconds`.
+    """Measure the consumer alone and fed by the loader, each for about `seconds`.
 
     `loader_clips_per_second` is the loader's rate with no consumer, measured already.
     """
@@ -257,7 +257,7 @@ def benchmark_loader(
 ) -> LoaderBenchmark:
     """Measure both loaders on `shard_set`, and the baseline on the original `files` of the same clips.
 
-    `consumer` stands behind the training loader when headspace is measured; `update` hears what is next.
+    `consumer` takes the training batches when headspace is measured; `update` is called with what comes next.
 
     Raises:
         UserInputError: fewer samples than a batch, or a file without a video.

@@ -10,7 +10,7 @@ decoder agree bit for bit on the frames of our shards (tests hold them to it).
 Resizing n source pixels to m: target pixel i has its centre at c = (i + 0.5) * n / m - 0.5 on the source grid. Its
 value is the mean of the source pixels j, weighted by max(0, 1 - |j - c| / r) with r = max(1, n / m): bilinear
 interpolation when growing, a triangle that covers all of the shrunk area when shrinking. Weights are scaled to sum
-1. Beyond its border the crop goes on with its last pixel, as in DALI; Pillow and torch leave those weights out, so
+1. Beyond its border the crop continues with its last pixel, as in DALI; Pillow and torch leave those weights out, so
 where a picture shrinks they differ in the outermost target pixels. Columns first, then rows, in float32; one
 rounding, half up, at the end.
 """

@@ -194,7 +194,7 @@ class EpochPlan:
     def _lane_slots(
         self, lane: int, slots: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-        """Return source and place on its line of a lane's slots, and which slots lie behind the lane's end."""
+        """Return source and place on its line of a lane's slots, and which slots lie beyond the lane's end."""
         start, end = self._lane_starts[lane], self._lane_starts[lane + 1]
         is_padding = slots >= end - start
         held = np.minimum(start + np.minimum(slots, max(end - start - 1, 0)), self.num_samples - 1)

@@ -199,7 +199,7 @@ def smallest(ranks: NDArray[np.uint64], limit: int) -> NDArray[np.bool_]:
 BalanceRule = Literal["none", "sqrt", "full", "repeat_factor"]
 _CHUNK = 1 << 18
 _SQRT_BITS = 40
-"""Square roots are compared as whole numbers of this many binary digits behind the point."""
+"""Square roots are compared as whole numbers of this many binary digits after the point."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -254,7 +254,7 @@ class ShardsAhead:
             self._threads.close()
 
     def reached(self, step: int) -> None:
-        """Say that the samples of `step` are about to be asked for."""
+        """Say that the samples of `step` are about to be read."""
         if self._threads is None:
             return
         if self._release_before(step - _GRACE_STEPS):

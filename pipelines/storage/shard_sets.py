@@ -1,4 +1,4 @@
-"""Several shard sets behind one table of shards, checked against what is asked of them before the first step."""
+"""Several shard sets under one table of shards, checked against what is asked of them before the first step."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
@@ -202,7 +202,7 @@ def require_sound(shard_set: ShardSet, *, whose: str) -> None:
     """Refuse a set that was made without any sound, for a model that hears.
 
     Raises:
-        UserInputError: as said; a set with sound where there is some (``--audio optional``) is none.
+        UserInputError: there is none; a set with sound where its videos have some (``--audio optional``) passes.
     """
     if shard_set.manifest.audio.policy == "none":
         raise UserInputError(

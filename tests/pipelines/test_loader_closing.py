@@ -25,7 +25,7 @@ from support.fake_shards import flip_byte
 
 
 class OpenBackend:
-    """A backend that tells whether it is open."""
+    """A backend that says whether it is open."""
 
     name = "open"
 

@@ -185,7 +185,7 @@ def test_p3_an_index_damaged_on_the_server_is_named(url: str, clip: ClipSpec, lo
 
 
 def flaky_files(local: ShardSet, tmp_path: Path, **behaviour: Any) -> tuple[CachedShards, StatsRecorder, ShardSet]:
-    """A set on storage that fails as it is told, without a pause."""
+    """A set on storage that fails as it is asked to, without a pause."""
     files = {f"bucket/set/{path.name}": path.read_bytes() for path in local.root.iterdir()}
     time, stats, folder = FakeTime(), StatsRecorder(), RemoteFolder("s3://bucket/set")
     retrier = Retrier(on_retry=lambda: stats.add("retries", 1), clock=time.clock, sleep=time.sleep)
