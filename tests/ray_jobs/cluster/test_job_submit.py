@@ -12,7 +12,7 @@ from ray_jobs.tracking.state import read_state
 from support.ray_head import RayHead, bare_python, ray_head
 from support.tiny_runs import ca2st, journal, make_tiny_run, sequence
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(580)]
 NO_TRACKING = ("--set", "tracking.enabled=false")
 UNAUTHORIZED = 401
 

@@ -20,7 +20,7 @@ from support.processes import python_path
 from support.shards import file_hashes, sample, small_config, source_list
 from support.stub_jobs import WAS_KILLED, kill_the_worker_once_at_b
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(580)]
 
 
 @pytest.fixture(scope="module", autouse=True)
