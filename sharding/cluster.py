@@ -18,9 +18,9 @@ from typing import Any, Self
 
 from ca2st.errors import EnvironmentFault
 from sharding.errors import UnlikeNodeError
-from sharding.media.decode_child import ClipJob, EncodedClip, Rejected, encode_clip
+from sharding.media.encode import ClipJob, EncodedClip, encode_clip
 from sharding.settings import ConversionConfig
-from sharding.workers import DecodePool
+from sharding.workers import DecodePool, Rejected
 
 _log = logging.getLogger(__name__)
 _MOST_LOSSES = 3

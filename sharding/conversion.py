@@ -1,66 +1,71 @@
 """Convert a list of sources into a shard set: decode in children, write shards in order, the manifest last.
 
-The end of a conversion: rejects held against the budget, the manifest, written last, and the report.
-
-What can be refused before anything is decoded or written.
+`convert` refuses what can be refused before anything is decoded or written. Decoded clips become samples (`assemble`),
+samples are cut into shards by size (`ShardCutter`). At the end rejects are held against the budget, and the manifest is
+written.
 """
 
-import contextlib
 import errno
 import functools
+import json
 import logging
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ca2st.durable import NO_FAULTS, FaultPoints, sweep_temporaries, write_bytes
-from ca2st.errors import EnvironmentFault, UserInputError
-from sharding.assembly import Outcome, ShardCutter, assemble
+from ca2st.errors import EnvironmentFault
 from sharding.errors import (
-    AllRejectedError,
-    AnnotationError,
     ConversionRefusedError,
-    RejectBudgetError,
+    MediaError,
     ShardDamageError,
 )
 from sharding.folder import (
     REJECTS_NAME,
+    SOURCES_NAME,
     DoneShard,
     Reject,
-    count_by_reason,
-    done_shards,
-    folder_lock,
-    read_done_shard,
-    refuse_another_conversion,
-    refuse_foreign_files,
-    rejects_file,
-    rejects_in_words,
-    remove_shards_from,
-    write_missing,
-)
-from sharding.format.shard_set import MANIFEST_NAME, read_shard_set, write_shard_set
-from sharding.format.writer import StoredSample, write_shard
-from sharding.media.decode_child import ClipJob, EncodedClip, encode_clip
-from sharding.settings import ConversionConfig, RejectBudget, conversion_identity, estimate_storage
-from sharding.source import MISSING_MEDIA, SourceList, SourceSample, refuse_doubtful
-from sharding.source_states import (
-    SOURCES_NAME,
     ShardSources,
     State,
     append_sources,
     changed_sources,
     changes_in_words,
+    count_by_reason,
+    done_shards,
+    folder_lock,
+    open_done_shard,
+    output_folder,
+    read_done_shard,
     read_sources,
+    refuse_another_conversion,
+    refuse_foreign_files,
+    rejects_file,
+    remove_shards_from,
+    require_within_budget,
     state_of,
+    write_missing,
     write_sources,
 )
+from sharding.format.index import sample_key
+from sharding.format.shard_set import MANIFEST_NAME, LabelSpace, read_shard_set, write_shard_set
+from sharding.format.writer import ShardRange, StoredSample, write_shard
+from sharding.media.audio import log_mel, no_spectrogram, npy_bytes
+from sharding.media.encode import ClipJob, EncodedClip, encode_clip
+from sharding.settings import TRAILER_BYTES, ConversionConfig, conversion_identity, estimate_storage
+from sharding.source import MISSING_MEDIA, SourceList, SourceSample, check_source, refuse_doubtful
 from sharding.verify import shard_problems
-from sharding.workers import ClipPool, DecodePool
+from sharding.workers import ClipPool, DecodePool, Rejected
+
+_log = logging.getLogger(__name__)
+OpenPool = Callable[[], AbstractContextManager[ClipPool]]
+"""Opens a pool for the clips of one conversion; leaving it ends everything that it started."""
+Outcome = StoredSample | Reject
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,153 +86,12 @@ class ConversionReport:
     """Clips converted in this run by its wall time; 0 when there was nothing left to do."""
 
 
-def require_within_budget(rejects: Sequence[Reject], source: SourceList, *, budget: RejectBudget, out: Path) -> None:
-    """Refuse a set with too many rejects, and list them in ``rejects.jsonl``.
-
-    Raises:
-        AllRejectedError: there is nothing but rejects.
-        RejectBudgetError: there are more than `budget` allows.
-    """
-    total = len(source.samples)
-    if len(rejects) == total:
-        (out / REJECTS_NAME).unlink(missing_ok=True)
-        raise AllRejectedError(
-            f"all {total} samples were rejected, nothing was written: {rejects_in_words(rejects, source)}",
-            rejects=tuple(rejects),
-        )
-    if not budget.allows(len(rejects), total):
-        write_bytes(out / REJECTS_NAME, rejects_file(rejects))
-        raise RejectBudgetError(
-            f"{len(rejects)} of {total} samples rejected, --max-rejects allows {budget}: "
-            f"{rejects_in_words(rejects, source)}; all are listed in {out / REJECTS_NAME}; "
-            "repair them and rerun (finished shards are kept), or raise --max-rejects"
-        )
-
-
-def count_notes(source: SourceList, shards: Sequence[DoneShard]) -> dict[str, int]:
-    """Return how often each kind of note was made about the source list and the clips."""
-    counts = Counter({kind: len(places) for kind, places in source.notes.items()})
-    for shard in shards:
-        counts.update(shard.notes)
-    return dict(sorted(counts.items()))
-
-
-def check_notes(
-    source: SourceList,
-    config: ConversionConfig,
-    shards: Sequence[DoneShard] = (),
-    examples: Mapping[str, Sequence[str]] | None = None,
-) -> None:
-    """Refuse notes that question the data where `config.strict`: of the source list, and of the clips in `shards`.
-
-    Raises:
-        UserInputError: naming kinds, counts and examples; `examples` are ids of clips by kind.
-    """
-    if config.strict:
-        kept = " (finished shards are kept, and a rerun goes on from them)" if shards else ""
-        rest = f"correct or remove them, or leave --strict out{kept}"
-        refuse_doubtful(count_notes(source, shards), {**(examples or {}), **source.notes}, rest=rest)
-
-
-def write_manifest(
-    out: Path,
-    shards: Sequence[DoneShard],
-    rejects: Sequence[Reject],
-    *,
-    source: SourceList,
-    config: ConversionConfig,
-    tool_versions: Mapping[str, str],
-    faults: FaultPoints,
-) -> None:
-    """Write the lists of rejects and of what is missing, where there are any, the shard table and the manifest."""
-    write_missing(out, source.notes.get(MISSING_MEDIA, ()))
-    if rejects:
-        write_bytes(out / REJECTS_NAME, rejects_file(rejects))
-    else:
-        (out / REJECTS_NAME).unlink(missing_ok=True)
-    fields = {
-        "dataset": source.dataset,
-        "split": source.split,
-        "label_spaces": source.label_spaces,
-        "targets": source.targets,
-        "audio": config.audio,
-        "video": config.video,
-        "tool_versions": tool_versions,
-        "source_list_sha256": source.sha256,
-        "rejected": count_by_reason(rejects),
-        "clock": config.clock,
-        "notes": count_notes(source, shards),
-    }
-    write_shard_set(out, fields, tuple(shard.entry for shard in shards), faults=faults)
-
-
-def check_source(source: SourceList) -> None:
-    """Refuse an empty list, ids that are no text or not unique, labels outside their space, no media file at all."""
-    if not source.samples:
-        raise UserInputError(f"{source.dataset} {source.split}: expected at least one sample, found none")
-    seen: dict[str, str] = {}
-    for sample in source.samples:
-        if sample.sample_id in seen:
-            raise AnnotationError(
-                f"{sample.where}: sample id {sample.sample_id!r} is there already, at {seen[sample.sample_id]}; "
-                "give each segment its own id"
-            )
-        seen[sample.sample_id] = sample.where
-        _check_is_text(sample)
-        sizes = [len(space.classes) for space in source.label_spaces]
-        if len(sample.labels) != len(sizes) or any(
-            not 0 <= at < size for at, size in zip(sample.labels, sizes, strict=True)
-        ):
-            raise AnnotationError(f"{sample.where}: expected a label in each of {sizes} classes, found {sample.labels}")
-    if not any(sample.path.is_file() for sample in source.samples):
-        first = source.samples[0]
-        raise UserInputError(
-            f"none of the {len(source.samples)} media files exists; "
-            f"the first is {first.path} ({first.where}); check --media"
-        )
-
-
-def _check_is_text(sample: SourceSample) -> None:
-    """Ids and file names go into the samples' JSON: names in bytes that are no UTF-8 cannot."""
-    for name in (sample.sample_id, sample.path.name):
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise AnnotationError(
-                f"{sample.where}: expected a name that UTF-8 can write, found {name!a}; rename the file"
-            ) from None
-
-
-@contextlib.contextmanager
-def output_folder(out: Path) -> Iterator[None]:
-    """`out` as an existing folder; removed again if it was made here and stays empty."""
-    existed = out.exists()
-    if existed and not out.is_dir():
-        raise UserInputError(f"{out}: expected a folder, found a file; choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EnvironmentFault(f"cannot make {out}: {error.strerror}; choose another --out") from error
-    try:
-        yield
-    finally:
-        if not existed:
-            with contextlib.suppress(OSError):
-                out.rmdir()
-
-
-_log = logging.getLogger(__name__)
-OpenPool = Callable[[], AbstractContextManager[ClipPool]]
-"""Opens a pool for the clips of one conversion; leaving it ends everything that it started."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionProgress:
     """Where a running conversion stands."""
 
     num_done: int
     """Sources dealt with, rejects and those of earlier runs included."""
-    num_total: int
     num_rejected: int
     num_shards: int
     clips_per_second: float
@@ -266,20 +130,106 @@ def convert(
     """
     check_source(source)
     check_notes(source, config)
-    pool = pool or partial(_local_pool, config, encode)
+    pool = pool or partial(
+        DecodePool,
+        encode,
+        num_workers=config.workers,
+        timeout_seconds=config.clip_timeout_seconds,
+        memory_bytes=config.clip_memory_bytes,
+    )
     with output_folder(out), folder_lock(out):
         refuse_foreign_files(out)
         sweep_temporaries(out)
         return _Conversion(source, out, config, faults=faults, progress=progress or (lambda _: None), pool=pool).run()
 
 
-def _local_pool(config: ConversionConfig, encode: Callable[[ClipJob], EncodedClip]) -> DecodePool:
-    return DecodePool(
-        encode,
-        num_workers=config.workers,
-        timeout_seconds=config.clip_timeout_seconds,
-        memory_bytes=config.clip_memory_bytes,
-    )
+def check_notes(
+    source: SourceList,
+    config: ConversionConfig,
+    shards: Sequence[DoneShard] = (),
+    examples: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Refuse notes that question the data where `config.strict`: of the source list, and of the clips in `shards`.
+
+    Raises:
+        UserInputError: naming kinds, counts and examples; `examples` are ids of clips by kind.
+    """
+    if config.strict:
+        kept = " (finished shards are kept, and a rerun goes on from them)" if shards else ""
+        rest = f"correct or remove them, or leave --strict out{kept}"
+        refuse_doubtful(_count_notes(source, shards), {**(examples or {}), **source.notes}, rest=rest)
+
+
+def _count_notes(source: SourceList, shards: Sequence[DoneShard]) -> dict[str, int]:
+    """Return how often each kind of note was made about the source list and the clips."""
+    counts = Counter({kind: len(places) for kind, places in source.notes.items()})
+    for shard in shards:
+        counts.update(shard.notes)
+    return dict(sorted(counts.items()))
+
+
+class ShardCutter:
+    """Cuts a stream of outcomes into shards by size.
+
+    A shard's range of sources ends right behind its last sample; rejects after it belong to the next shard, those at
+    the very end to the last one. So the cuts depend on the outcomes alone, not on where a conversion was interrupted.
+    """
+
+    def __init__(self, outcomes: Iterator[tuple[int, Outcome]], *, first: int, end: int, shard_bytes: int) -> None:
+        self._outcomes, self._last_end, self._room = outcomes, end, shard_bytes - TRAILER_BYTES
+        self._first = self._end = first
+        self._rejects: list[Reject] = []
+        self._before_next: list[Reject] = []
+        self._next: tuple[int, StoredSample] | None = None
+        self._advance()
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether at least one more sample is to be written."""
+        return self._next is not None
+
+    def samples(self) -> Iterator[StoredSample]:
+        """Yield the samples of the next shard; at least one when `has_samples`."""
+        self._first, self._rejects = self._end, []
+        num_bytes = 0
+        while self._next is not None:
+            position, sample = self._next
+            if num_bytes and num_bytes + sample.tar_bytes > self._room:
+                return
+            num_bytes += sample.tar_bytes
+            self._end = position + 1
+            self._take_rejects()
+            self._advance()
+            yield sample
+        self._end = self._last_end
+        self._take_rejects()
+
+    def covers(self) -> ShardRange:
+        """Return what the shard last cut covers; call it when its samples are used up."""
+        rejects: tuple[Mapping[str, Any], ...] = tuple(asdict(reject) for reject in self._rejects)
+        return ShardRange(first=self._first, end=self._end, rejects=rejects)
+
+    @property
+    def depends_end(self) -> int:
+        """Position behind the last source on which the shard last cut depends: the sample that no longer fitted."""
+        return self._last_end if self._next is None else self._next[0] + 1
+
+    @property
+    def rejects_without_shard(self) -> list[Reject]:
+        """Rejects behind the last sample that no shard has taken."""
+        return list(self._before_next)
+
+    def _take_rejects(self) -> None:
+        self._rejects += self._before_next
+        self._before_next = []
+
+    def _advance(self) -> None:
+        self._next = None
+        for position, outcome in self._outcomes:
+            if isinstance(outcome, StoredSample):
+                self._next = (position, outcome)
+                return
+            self._before_next.append(outcome)
 
 
 class _Conversion:
@@ -333,16 +283,30 @@ class _Conversion:
         require_within_budget(rejects, self._source, budget=self._config.max_rejects, out=self._out)
         check_notes(self._source, self._config, self._done, {kind: tuple(ids) for kind, ids in self._noted.items()})
         write_sources(self._out, self._known_of_done())
-        write_manifest(
-            self._out,
-            self._done,
-            rejects,
-            source=self._source,
-            config=self._config,
-            tool_versions=self._identity["tool_versions"],
-            faults=self._faults,
-        )
+        self._write_manifest(rejects)
         return self._report(count_by_reason(rejects))
+
+    def _write_manifest(self, rejects: Sequence[Reject]) -> None:
+        """Write the lists of rejects and of what is missing, where there are any, the shard table and the manifest."""
+        write_missing(self._out, self._source.notes.get(MISSING_MEDIA, ()))
+        if rejects:
+            write_bytes(self._out / REJECTS_NAME, rejects_file(rejects))
+        else:
+            (self._out / REJECTS_NAME).unlink(missing_ok=True)
+        fields = {
+            "dataset": self._source.dataset,
+            "split": self._source.split,
+            "label_spaces": self._source.label_spaces,
+            "targets": self._source.targets,
+            "audio": self._config.audio,
+            "video": self._config.video,
+            "tool_versions": self._identity["tool_versions"],
+            "source_list_sha256": self._source.sha256,
+            "rejected": count_by_reason(rejects),
+            "clock": self._config.clock,
+            "notes": _count_notes(self._source, self._done),
+        }
+        write_shard_set(self._out, fields, tuple(shard.entry for shard in self._done), faults=self._faults)
 
     def _finished_before(self) -> ConversionReport:
         shards = read_shard_set(self._out)
@@ -393,7 +357,7 @@ class _Conversion:
         return [self._known[shard.entry.name] for shard in self._done if shard.entry.name in self._known]
 
     def _bytes_to_come(self) -> float:
-        """Estimated size of what is not converted yet."""
+        """Return estimated size of what is not converted yet."""
         total = len(self._source.samples)
         num_done = self._done[-1].covers.end if self._done else 0
         return estimate_storage(self._source, self._config).total_bytes * (total - num_done) / total
@@ -414,9 +378,8 @@ class _Conversion:
             if not shard.covers.rejects:
                 continue
             positions = [reject["position"] for reject in shard.covers.rejects]
-            before = [(reject["reason"], reject["what"]) for reject in shard.covers.rejects]
-            now = [_fault(outcome) for _, outcome in self._outcomes(pool, positions)]
-            changed = [at for at, fault in enumerate(now) if fault != before[at]]
+            before = [Reject(**reject) for reject in shard.covers.rejects]
+            changed = [at for at, (_, outcome) in enumerate(self._outcomes(pool, positions)) if outcome != before[at]]
             if changed:
                 # A source before the first sample of its shard might have fitted into the one before.
                 leads = positions[changed[0]] == shard.covers.first + changed[0]
@@ -461,7 +424,6 @@ class _Conversion:
             self._progress(
                 ConversionProgress(
                     num_done=num_done,
-                    num_total=len(self._source.samples),
                     num_rejected=self._num_rejected,
                     num_shards=len(self._done),
                     clips_per_second=self._clips_per_second(),
@@ -470,37 +432,22 @@ class _Conversion:
             yield position, outcome
 
     def _write_shard(self, cutter: ShardCutter) -> None:
-        num_with_audio = 0
-        notes: Counter[str] = Counter()
-
-        def counted() -> Iterator[StoredSample]:
-            nonlocal num_with_audio
-            for sample in cutter.samples():
-                num_with_audio += sample.has_audio
-                notes.update(sample.notes)
-                yield sample
-
-        entry = write_shard(
+        number = len(self._done)
+        write_shard(
             self._out,
-            len(self._done),
-            counted(),
+            number,
+            cutter.samples(),
             covers=cutter.covers,
             conversion=self._identity,
             faults=self._faults,
         )
-        done = DoneShard(
-            entry=entry,
-            covers=cutter.covers(),
-            conversion=self._identity,
-            num_with_audio=num_with_audio,
-            notes=notes,
-        )
+        done = open_done_shard(self._out, number, with_tar=False)
         self._done.append(done)
-        first = done.covers.first
+        first, name = done.covers.first, done.entry.name
         states = tuple(self._states[position] for position in range(first, cutter.depends_end))
-        known = ShardSources(shard=entry.name, index_sha256=entry.index_sha256, first=first, states=states)
+        known = ShardSources(shard=name, index_sha256=done.entry.index_sha256, first=first, states=states)
         append_sources(self._out, known)
-        self._known[entry.name] = known
+        self._known[name] = known
         for position in range(first, done.covers.end):
             del self._states[position]
 
@@ -512,7 +459,7 @@ class _Conversion:
             num_shards=len(self._done),
             num_with_audio=sum(shard.num_with_audio for shard in self._done),
             rejected=rejected,
-            notes=count_notes(self._source, self._done),
+            notes=_count_notes(self._source, self._done),
             clips_per_second=self._clips_per_second(),
         )
 
@@ -520,6 +467,72 @@ class _Conversion:
         return self._num_converted / max(time.monotonic() - self._started, 1e-9)
 
 
-def _fault(outcome: Outcome) -> tuple[str, str] | None:
-    """Why a source gave no sample; None where it gave one."""
-    return (outcome.reason, outcome.what) if isinstance(outcome, Reject) else None
+def assemble(
+    position: int, sample: SourceSample, clip: EncodedClip | Rejected, source: SourceList, config: ConversionConfig
+) -> Outcome:
+    """Return the stored sample of a decoded clip, or the reject it is."""
+    if isinstance(clip, Rejected):
+        return Reject(position=position, sample_id=sample.sample_id, reason=clip.reason, what=clip.what)
+    try:
+        mel = log_mel(clip.audio.pcm, config.audio) if clip.audio and clip.has_audio else no_spectrogram(config.audio)
+    except MediaError as error:
+        return Reject(position=position, sample_id=sample.sample_id, reason=error.reason, what=str(error))
+    key = sample_key(sample.sample_id)
+    record = sample_record(key, sample, clip, source.label_spaces, config)
+    return StoredSample(
+        key=key,
+        labels=sample.labels,
+        video=clip.video.mp4,
+        mel=npy_bytes(mel),
+        json=json.dumps(record, sort_keys=True, ensure_ascii=False).encode(),
+        num_frames=len(clip.video.frame_ticks),
+        duration_seconds=clip.duration_seconds,
+        has_audio=clip.has_audio,
+        mel_rows=len(mel),
+        frame_data_offset=clip.video.frame_data_offset,
+        frame_bytes=clip.video.frame_bytes,
+        frame_ticks=clip.video.frame_ticks,
+        notes=clip.notes,
+    )
+
+
+def sample_record(
+    key: str, sample: SourceSample, clip: EncodedClip, spaces: tuple[LabelSpace, ...], config: ConversionConfig
+) -> dict[str, Any]:
+    """Return the contents of a sample's ``.json``."""
+    audio: dict[str, Any] = {"has_audio": False}
+    if clip.audio is not None:
+        audio = {
+            "has_audio": clip.has_audio,
+            "is_silent": clip.audio.is_silent,
+            "sample_rate_hz": config.sample_rate_hz,
+            "num_samples": len(clip.audio.pcm),
+            "source_sample_rate_hz": clip.audio.source_rate_hz,
+            "source_channels": clip.audio.source_channels,
+        }
+    record = {
+        "key": key,
+        "sample_id": sample.sample_id,
+        "source": sample.path.name,
+        "source_bytes": clip.source_bytes,
+        "start_seconds": sample.start_seconds,
+        "end_seconds": sample.end_seconds,
+        "duration_seconds": clip.duration_seconds,
+        "labels": {
+            space.name: {"index": index, "name": space.classes[index]}
+            for space, index in zip(spaces, sample.labels, strict=True)
+        },
+        "video": {
+            "codec": config.codec,
+            "width": clip.video.width,
+            "height": clip.video.height,
+            "num_frames": len(clip.video.frame_ticks),
+            "source_codec": clip.source_codec,
+            "source_width": clip.source_size[0],
+            "source_height": clip.source_size[1],
+            "source_frames_per_second": clip.source_frames_per_second,
+        },
+        "audio": audio,
+    }
+    said = {"changes": dict(clip.changes), "notes": list(clip.notes)}
+    return record | {name: value for name, value in said.items() if value}

@@ -1,10 +1,11 @@
-"""The folder of a conversion: its lock, its rejects, and what an unfinished run left in it.
+"""The folder of a conversion: its lock, its rejects, its shards so far, and what the sources were when they were made.
 
-One converter an output folder: an advisory lock that the kernel releases when its holder dies.
+One converter per output folder: the kernel releases the lock when its holder dies. A rerun continues behind the
+unbroken chain of complete shards that belong to the same conversion.
 
-Sources that gave no sample: what is kept about them and how they are named to the user.
-
-What an unfinished conversion left in its folder, and whether the one at hand may continue it.
+``sources.jsonl`` holds a sealed line per shard, so that a rerun notices sources that changed since. It is no part of
+the set: the shards' bytes depend on what is in the sources, not on when they were written; a set without it, as a copy
+may be, is a set like any other.
 """
 
 import contextlib
@@ -15,29 +16,50 @@ import os
 import platform
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
 import pyarrow as pa
 
-from ca2st.checked_json import DocumentError, checked, parse_json, read_json
-from ca2st.durable import fsync_folder, is_environment_error, take_lock, unwritable, write_bytes
-from ca2st.errors import CA2STError, EnvironmentFault, listed
-from sharding.errors import ConversionRefusedError, ShardDamageError
+from ca2st.checked_json import DocumentError, canonical_json, checked, parse_json, read_json, sha256_of_json
+from ca2st.durable import append_bytes, fsync_folder, is_environment_error, take_lock, unwritable, write_bytes
+from ca2st.errors import CA2STError, EnvironmentFault, UserInputError, listed
+from sharding.errors import AllRejectedError, ConversionRefusedError, MediaError, RejectBudgetError, ShardDamageError
 from sharding.format.index import decode_index, sample_key
 from sharding.format.shard_set import MANIFEST_NAME, SHARDS_NAME, ShardEntry, index_name
 from sharding.format.writer import ShardRange, shard_name
+from sharding.media.probe import source_state
+from sharding.settings import RejectBudget
 from sharding.source import SourceList
-from sharding.source_states import SOURCES_NAME
 
 LOCK_NAME = ".conversion.lock"
+SOURCES_NAME = "sources.jsonl"
+"""File beside a shard set, or in the folder of an unfinished conversion."""
 
 
 class _Holder(TypedDict):
     pid: int
     host: str
+
+
+@contextlib.contextmanager
+def output_folder(out: Path) -> Iterator[None]:
+    """`out` as an existing folder; removed again if it was made here and stays empty."""
+    existed = out.exists()
+    if existed and not out.is_dir():
+        raise UserInputError(f"{out}: expected a folder, found a file; choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot make {out}: {error.strerror}; choose another --out") from error
+    try:
+        yield
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):
+                out.rmdir()
 
 
 @contextlib.contextmanager
@@ -103,6 +125,7 @@ def _holder(path: Path) -> str:
 
 REJECTS_NAME = "rejects.jsonl"
 """File of a shard set, or of an unfinished conversion, that lists its rejects; absent when there are none."""
+
 MISSING_NAME = "missing.jsonl"
 """File of a shard set that lists the samples that ``--max-missing`` left out; absent when there are none."""
 
@@ -115,22 +138,22 @@ class Reject:
     """Place in the source list."""
     sample_id: str
     reason: str
-    """A key of `sharding.media.probe.REASONS`."""
+    """A `sharding.errors.RejectReason`."""
     what: str
 
 
 def count_by_reason(rejects: Sequence[Reject]) -> dict[str, int]:
-    """Number of rejects by reason, in alphabetical order."""
+    """Return number of rejects by reason, in alphabetical order."""
     return dict(sorted(Counter(reject.reason for reject in rejects).items()))
 
 
 def rejects_file(rejects: Sequence[Reject]) -> bytes:
-    """Contents of ``rejects.jsonl``: an object a line, in source order."""
+    """Return contents of ``rejects.jsonl``: an object per line, in source order."""
     return "".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects).encode()
 
 
 def read_rejects(root: Path) -> list[Reject]:
-    """The rejects of a shard set, or of an unfinished conversion; none where there is no such file.
+    """Return the rejects of a shard set, or of an unfinished conversion; none where there is no such file.
 
     Raises:
         DocumentError: it is not what was written.
@@ -150,17 +173,39 @@ def write_missing(root: Path, samples: Sequence[str]) -> None:
 
 
 def rejects_in_words(rejects: Sequence[Reject], source: SourceList) -> str:
-    """Counts by reason, each with the file, annotation and fault of the first few."""
+    """Return counts by reason, each with the file, annotation and fault of the first few."""
     parts = []
     for reason, count in count_by_reason(rejects).items():
-        named = [_name(reject, source) for reject in rejects if reject.reason == reason]
+        named = [
+            f"{source.samples[one.position].path} [{source.samples[one.position].where}]: {one.what}"
+            for one in rejects
+            if one.reason == reason
+        ]
         parts.append(f"{reason} {count} ({listed(named, most=3)})")
     return "; ".join(parts)
 
 
-def _name(reject: Reject, source: SourceList) -> str:
-    sample = source.samples[reject.position]
-    return f"{sample.path} [{sample.where}]: {reject.what}"
+def require_within_budget(rejects: Sequence[Reject], source: SourceList, *, budget: RejectBudget, out: Path) -> None:
+    """Refuse a set with too many rejects, and list them in ``rejects.jsonl``.
+
+    Raises:
+        AllRejectedError: there is nothing but rejects.
+        RejectBudgetError: there are more than `budget` allows.
+    """
+    total = len(source.samples)
+    if len(rejects) == total:
+        (out / REJECTS_NAME).unlink(missing_ok=True)
+        raise AllRejectedError(
+            f"all {total} samples were rejected, nothing was written: {rejects_in_words(rejects, source)}",
+            rejects=tuple(rejects),
+        )
+    if not budget.allows(len(rejects), total):
+        write_bytes(out / REJECTS_NAME, rejects_file(rejects))
+        raise RejectBudgetError(
+            f"{len(rejects)} of {total} samples rejected, --max-rejects allows {budget}: "
+            f"{rejects_in_words(rejects, source)}; all are listed in {out / REJECTS_NAME}; "
+            "repair them and rerun (finished shards are kept), or raise --max-rejects"
+        )
 
 
 _OURS = re.compile(r"ca2st-\d{6}\.(tar|index\.parquet)")
@@ -189,7 +234,7 @@ class _Written(TypedDict):
 
 
 def read_done_shard(root: Path, number: int) -> DoneShard | None:
-    """The shard of that number if its index is whole and its tar has the length the index says, else None."""
+    """Return the shard of that number if its index is whole and its tar has the length the index says, else None."""
     try:
         return open_done_shard(root, number)
     except ShardDamageError:
@@ -197,7 +242,7 @@ def read_done_shard(root: Path, number: int) -> DoneShard | None:
 
 
 def open_done_shard(root: Path, number: int, *, with_tar: bool = True) -> DoneShard:
-    """The shard of that number as its index tells; the length of its tar is compared unless `with_tar` is False.
+    """Return the shard of that number as its index tells; the length of its tar is compared unless `with_tar` is False.
 
     Raises:
         ShardDamageError: the index is missing or damaged, or its tar has not the length the index says.
@@ -266,7 +311,7 @@ def done_shards(
 
 
 def _holds(root: Path, shard: DoneShard, source: SourceList) -> bool:
-    """Whether a shard's index names the samples and labels of its range of the source list."""
+    """Return whether a shard's index names the samples and labels of its range of the source list."""
     rejected = {reject["position"] for reject in shard.covers.rejects}
     samples = source.samples[shard.covers.first : shard.covers.end]
     kept = [one for position, one in enumerate(samples, shard.covers.first) if position not in rejected]
@@ -317,3 +362,116 @@ def remove_shards_from(root: Path, number: int) -> None:
         if path.name >= f"ca2st-{number:06d}":
             path.unlink()
     fsync_folder(root)
+
+
+State = tuple[int, int] | None
+"""Size in bytes and modification time in ns of a source; None: there is no readable file."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardSources:
+    """The sources on which one shard depends."""
+
+    shard: str
+    """File name of the shard."""
+    index_sha256: str
+    """Of its index, which is thereby known to be the one that was written."""
+    first: int
+    """Position of the first source."""
+    states: tuple[tuple[int, int] | None, ...]
+    """State of it and of those behind it, up to the one that no longer fitted into the shard."""
+
+
+def state_of(path: Path) -> State:
+    """Return the state of a source now."""
+    try:
+        state = source_state(path)
+    except MediaError:
+        return None
+    return state.num_bytes, state.modified_ns
+
+
+def read_sources(root: Path) -> dict[str, ShardSources]:
+    """Return what is known by shard name; the last sound line of each counts, others (a kill cuts one) are left out."""
+    try:
+        lines = (root / SOURCES_NAME).read_bytes().splitlines()
+    except OSError:
+        return {}
+    known = {}
+    for line in lines:
+        try:
+            one = _opened(line)
+        except DocumentError:
+            continue
+        known[one.shard] = one
+    return known
+
+
+def append_sources(root: Path, sources: ShardSources) -> None:
+    """Add a line for a shard just written; raises as `append_bytes`."""
+    append_bytes(root / SOURCES_NAME, _sealed(sources))
+
+
+def write_sources(root: Path, known: Iterable[ShardSources]) -> None:
+    """Have the file hold these lines and no others; without any there is no file."""
+    path, data = root / SOURCES_NAME, b"".join(map(_sealed, known))
+    if not data:
+        path.unlink(missing_ok=True)
+    elif path.is_symlink() or not path.is_file() or path.read_bytes() != data:
+        write_bytes(path, data)
+
+
+def sources_damage(data: bytes, shards: Sequence[ShardEntry]) -> str:
+    """Return what is wrong with the file's bytes beside the finished set of `shards`; empty when nothing is."""
+    index_hashes = {shard.name: shard.index_sha256 for shard in shards}
+    try:
+        known = [_opened(line) for line in data.splitlines()]
+    except DocumentError as error:
+        return f"{error}; remove it"
+    if b"".join(map(_sealed, known)) != data:
+        return "its bytes are not those that were written; remove it"
+    if any(index_hashes.get(one.shard) != one.index_sha256 for one in known):
+        return "speaks of other shards than this set's; remove it"
+    return ""
+
+
+def changed_sources(known: ShardSources, source: SourceList, state: Callable[[Path], State]) -> list[int]:
+    """Return positions of the sources of a shard that are other files now; one that is gone cannot be compared."""
+    changed = []
+    for position, before in enumerate(known.states, known.first):
+        now = state(source.samples[position].path) if position < len(source.samples) else None
+        if now is not None and now != before:
+            changed.append(position)
+    return changed
+
+
+def changes_in_words(known: Sequence[ShardSources], source: SourceList, state: Callable[[Path], State]) -> str:
+    """Return how many files changed, and what of the first few; empty when none did."""
+    changes = {}
+    for one in known:
+        for position in changed_sources(one, source, state):
+            path = source.samples[position].path
+            changes[path] = (one.states[position - one.first], state(path))
+    if not changes:
+        return ""
+    found = [f"{path}: {_change_in_words(*change)}" for path, change in changes.items()]
+    return f"{len(changes)} source files ({listed(found, most=3, separator='; ')})"
+
+
+def _change_in_words(before: State, now: State) -> str:
+    if before is None or now is None:
+        return "was missing"
+    return f"{before[0]} bytes, now {now[0]}" if before[0] != now[0] else f"modified since, {now[0]} bytes as before"
+
+
+def _sealed(sources: ShardSources) -> bytes:
+    document = asdict(sources)
+    return canonical_json(document | {"sha256": sha256_of_json(document)}, is_compact=True) + b"\n"
+
+
+def _opened(line: bytes) -> ShardSources:
+    document = parse_json(line, dict[str, Any], where=SOURCES_NAME)
+    claimed = document.pop("sha256", None)
+    if sha256_of_json(document) != claimed:
+        raise DocumentError(f"{SOURCES_NAME}: a line is not as it was written")
+    return checked(document, ShardSources, where=SOURCES_NAME)

@@ -9,10 +9,9 @@ from typing import Any
 import av
 
 from ca2st.errors import UserInputError, check_choice
-from sharding.format.index import TICKS_PER_SECOND
 from sharding.format.shard_set import AudioParameters, VideoParameters
 from sharding.media.codecs import DEFAULT_GOP_FRAMES, MOST_GOP_FRAMES, StoredCodec, stored_codec
-from sharding.media.decode_child import ClipJob
+from sharding.media.encode import ClipJob
 from sharding.media.picture import HDR_POLICIES, INTERLACED_POLICIES
 from sharding.media.probe import MediaLimits
 from sharding.media.video import CLOCKS
@@ -23,6 +22,10 @@ AUDIO_POLICIES = {
     "optional": "a segment without sound, or of digital silence, is kept, with an empty spectrogram",
     "none": "sound is not read at all",
 }
+TRAILER_BYTES = 10_240
+"""A tar ends with zeros up to a multiple of this."""
+LEAST_SHARD_BYTES = TRAILER_BYTES + 3 * 2 * 512
+"""The smallest tar of a sample: three members, each a header and a block, and the end."""
 _TOOLS = ("ca2st", "av", "numpy", "pyarrow", "torch", "torchaudio", "webdataset")
 _SOURCE_FRAMES_PER_SECOND = 30.0
 _UNKNOWN_SECONDS = 10.0
@@ -55,7 +58,7 @@ class RejectBudget:
         raise UserInputError(f"{option}: expected a count such as 20 or a share such as 5%, found {text!r}")
 
     def allows(self, rejected: int, total: int) -> bool:
-        """Whether `rejected` of `total` samples stay within the budget."""
+        """Return whether `rejected` of `total` samples stay within the budget."""
         return rejected <= (self.count if self.fraction is None else self.fraction * total)
 
     def __str__(self) -> str:
@@ -75,7 +78,7 @@ class ConversionConfig:
     num_gop_frames: int = DEFAULT_GOP_FRAMES
     """Frames from one key frame to the next; mjpeg has none but key frames and ignores it."""
     frames_per_second: float | None = None
-    """Keep at most this many frames a second, by time; None keeps every frame."""
+    """Keep at most this many frames per second, by time; None keeps every frame."""
     hdr: str = "tone-map"
     """A name of HDR_POLICIES; sources of a high dynamic range look pale and dark when they are stored as they are."""
     interlaced: str = "deinterlace"
@@ -119,7 +122,12 @@ class ConversionConfig:
             raise UserInputError(f"frames_per_second: expected a rate above 0, found {self.frames_per_second}")
         if not 4000 <= self.sample_rate_hz <= 192_000:
             raise UserInputError(f"sample_rate_hz: expected 4000 to 192000, found {self.sample_rate_hz}")
-        for name in ("shard_bytes", "workers", "num_mel_bins", "clip_timeout_seconds", "clip_memory_bytes"):
+        if self.shard_bytes < LEAST_SHARD_BYTES:
+            raise UserInputError(
+                f"shard_bytes: expected at least {LEAST_SHARD_BYTES}, the size of a tar of one sample, found "
+                f"{self.shard_bytes}"
+            )
+        for name in ("workers", "num_mel_bins", "clip_timeout_seconds", "clip_memory_bytes"):
             if getattr(self, name) <= 0:
                 raise UserInputError(f"{name}: expected more than 0, found {getattr(self, name)}")
 
@@ -153,29 +161,20 @@ class ConversionConfig:
         )
 
     def job(self, sample: SourceSample) -> ClipJob:
-        """The decode child's part of converting `sample`."""
-        video = self.video
+        """Return the decode child's part of converting `sample`."""
         return ClipJob(
             path=sample.path.absolute(),  # a decode worker may run in another folder
             start_seconds=sample.start_seconds,
             end_seconds=sample.end_seconds,
-            codec=video.codec,
-            short_side=video.short_side,
-            quality=video.quality,
-            num_gop_frames=video.num_gop_frames,
-            frames_per_second=video.frames_per_second,
-            hdr=self.hdr,
-            interlaced=self.interlaced,
-            ticks_per_second=TICKS_PER_SECOND,
-            audio_policy=self.audio_policy,
-            sample_rate_hz=self.sample_rate_hz,
+            video=self.video,
+            audio=self.audio,
             limits=self.limits,
             clock=self.clock,
         )
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of everything that decides the bytes of a shard."""
+    """Return versions of everything that decides the bytes of a shard."""
     versions = {name: importlib.metadata.version(name) for name in _TOOLS}
     for library in ("libavcodec", "libavformat", "libswscale", "libswresample"):
         versions[library] = ".".join(str(part) for part in av.library_versions[library])
@@ -183,7 +182,7 @@ def tool_versions() -> dict[str, str]:
 
 
 def conversion_identity(source: SourceList, config: ConversionConfig) -> dict[str, Any]:
-    """Everything that must be equal for shards of two runs to belong to one set."""
+    """Return everything that must be equal for shards of two runs to belong to one set."""
     return {
         "dataset": source.dataset,
         "split": source.split,
@@ -202,9 +201,8 @@ class StorageEstimate:
     """What a conversion will take, from the annotations alone."""
 
     num_samples: int
-    num_timed_samples: int
-    """Samples whose annotation gives both times; the others are taken to be as long as these on average, or 10 s."""
     duration_seconds: float
+    """Of all samples; those without both times are taken to be as long as the others on average, or 10 s."""
     num_frames: int
     video_bytes: int
     mel_bytes: int
@@ -217,7 +215,7 @@ class StorageEstimate:
 
 
 def estimate_storage(source: SourceList, config: ConversionConfig) -> StorageEstimate:
-    """Expected storage, without opening any media: 30 source frames a second of ordinary content."""
+    """Return expected storage, without opening any media: 30 source frames per second of ordinary content."""
     timed = [
         max(0.0, sample.end_seconds - (sample.start_seconds or 0.0))
         for sample in source.samples
@@ -230,7 +228,6 @@ def estimate_storage(source: SourceList, config: ConversionConfig) -> StorageEst
     mel_bytes = 0 if config.audio_policy == "none" else round(seconds * 100) * config.num_mel_bins * 2
     return StorageEstimate(
         num_samples=len(source.samples),
-        num_timed_samples=len(timed),
         duration_seconds=seconds,
         num_frames=num_frames,
         video_bytes=video_bytes,

@@ -1,11 +1,8 @@
-"""What a dataset reader hands to the converter: annotated segments, and notes about them.
+"""What a dataset reader hands to the converter: a list of annotated segments of media files, and notes about them.
 
-What a dataset reader hands to the converter: a list of annotated segments of media files.
-
-Notes: what was unusual about a source list or its clips and was accepted, counted by kind, never passed over.
-
-Most kinds question the data: somebody should look, and ``--strict`` refuses them. `HARMLESS` names those that only say
-how a clip was converted to what players show.
+Notes say what was unusual about a source list or its clips and was accepted, counted by kind, never passed over. Most
+kinds question the data: somebody should look, and ``--strict`` refuses them. `HARMLESS` names those that only say how a
+clip was converted to what players show.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +11,7 @@ from pathlib import Path
 
 from ca2st.checked_json import sha256_of_json
 from ca2st.errors import UserInputError, listed
+from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
 
 
@@ -30,7 +28,7 @@ class SourceSample:
     end_seconds: float | None
     """End of the segment, exclusive."""
     labels: tuple[int, ...]
-    """One class index a label space of the list, in its order."""
+    """One class index per label space of the list, in its order."""
     where: str
     """Where the annotation stands, ``file:line``, for messages."""
 
@@ -127,3 +125,40 @@ def note_lines(notes: Mapping[str, Sequence[str]]) -> Iterator[str]:
 
 def _examples(places: Sequence[str], count: int) -> str:
     return f" ({listed(places, count=count)})" if places else ""
+
+
+def check_source(source: SourceList) -> None:
+    """Refuse an empty list, ids that are no text or not unique, labels outside their space, no media file at all."""
+    if not source.samples:
+        raise UserInputError(f"{source.dataset} {source.split}: expected at least one sample, found none")
+    seen: dict[str, str] = {}
+    for sample in source.samples:
+        if sample.sample_id in seen:
+            raise AnnotationError(
+                f"{sample.where}: sample id {sample.sample_id!r} is there already, at {seen[sample.sample_id]}; "
+                "give each segment its own id"
+            )
+        seen[sample.sample_id] = sample.where
+        _check_is_text(sample)
+        sizes = [len(space.classes) for space in source.label_spaces]
+        if len(sample.labels) != len(sizes) or any(
+            not 0 <= at < size for at, size in zip(sample.labels, sizes, strict=True)
+        ):
+            raise AnnotationError(f"{sample.where}: expected a label in each of {sizes} classes, found {sample.labels}")
+    if not any(sample.path.is_file() for sample in source.samples):
+        first = source.samples[0]
+        raise UserInputError(
+            f"none of the {len(source.samples)} media files exists; "
+            f"the first is {first.path} ({first.where}); check --media"
+        )
+
+
+def _check_is_text(sample: SourceSample) -> None:
+    """Ids and file names go into the samples' JSON: names in bytes that are no UTF-8 cannot."""
+    for name in (sample.sample_id, sample.path.name):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise AnnotationError(
+                f"{sample.where}: expected a name that UTF-8 can write, found {name!a}; rename the file"
+            ) from None

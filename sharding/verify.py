@@ -1,6 +1,6 @@
 """Check every byte of a shard set against its manifest, and say which file, sample and frame is damaged.
 
-Check every byte of a shard set behind a URL: shard after shard through a temporary folder, one at a time.
+A set behind a URL is checked shard after shard through a temporary folder, one at a time.
 """
 
 import contextlib
@@ -8,7 +8,7 @@ import hashlib
 import json
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NotRequired, TypedDict
@@ -23,10 +23,12 @@ from sharding.folder import (
     LOCK_NAME,
     MISSING_NAME,
     REJECTS_NAME,
+    SOURCES_NAME,
     Reject,
     UnnamedConversionError,
     open_done_shard,
     rejects_file,
+    sources_damage,
 )
 from sharding.format.index import MEMBER_SUFFIXES, MEMBERS, decode_index, frame_checksum, member_checksum
 from sharding.format.remote import RemoteFileMissingError, RemoteFiles, as_location
@@ -41,7 +43,6 @@ from sharding.format.shard_set import (
     read_shard_set,
 )
 from sharding.format.writer import member_header, padded
-from sharding.source_states import SOURCES_NAME, sources_damage
 
 _CHUNK_BYTES = 8 * 2**20
 _MOST_PER_SHARD = 20
@@ -84,22 +85,27 @@ class Problem:
 
 
 def verify_shard_set(root: Path, *, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
-    """Everything that is wrong with the set in `root`; an empty list means every byte is as it was written.
+    """Return everything that is wrong with the set in `root`; an empty list means every byte is as it was written.
 
     Args:
         root: The set's folder.
         progress: Called with (shards checked, shards) after each shard.
 
     Raises:
-        ManifestError: `root` is no folder.
+        ManifestError: `root` is no folder, or holds no manifest that this version reads.
     """
     if not root.is_dir():
         raise ManifestError(f"{root}: expected a folder with {MANIFEST_NAME}, found none; check the path")
     try:
         shard_set = read_shard_set(root)
-    except (ManifestError, ShardDamageError) as error:
-        return [set_problem(error)]
-    problems = [*_folder_problems(shard_set), *index_problems(shard_set)]
+    except ShardDamageError as error:
+        return [_set_problem(error)]
+
+    def read(name: str) -> bytes | None:
+        return _bytes_of(root / name) if (root / name).exists() else None
+
+    names = [path.name for path in root.iterdir()]
+    problems = [*_problems_beside(shard_set, names, read), *_index_problems(shard_set)]
     for number, shard in enumerate(shard_set.shards):
         problems += shard_problems(root, shard, shard_set.manifest.label_spaces)
         if progress:
@@ -107,33 +113,39 @@ def verify_shard_set(root: Path, *, progress: Callable[[int, int], None] | None 
     return problems
 
 
-def set_problem(error: Exception) -> Problem:
-    """What keeps a set from being read at all."""
+def _set_problem(error: Exception) -> Problem:
+    """Return what keeps a set from being read at all."""
     return Problem(shard=SHARDS_NAME if SHARDS_NAME in str(error) else MANIFEST_NAME, key="", what=str(error))
 
 
-def _folder_problems(shard_set: ShardSet) -> Iterator[Problem]:
-    """Files that the manifest does not account for, and a list of rejects that is not that of the indexes."""
-    expected = {
-        MANIFEST_NAME,
-        SHARDS_NAME,
-        MISSING_NAME,
-        LOCK_NAME,
-    }  # a converter that was killed at its end leaves its lock
+def _problems_beside(
+    shard_set: ShardSet, names: Iterable[str], read: Callable[[str], bytes | None]
+) -> Iterator[Problem]:
+    """Yield files that the manifest does not account for, and a list of rejects that is not that of the indexes.
+
+    Args:
+        shard_set: The set, whose indexes are in its folder.
+        names: What the place holds, as far as it can be listed.
+        read: A file's bytes; None where there is no such file.
+    """
+    rejects = _expected_rejects(shard_set)
+    # A converter that was killed at its end leaves its lock.
+    expected = {MANIFEST_NAME, SHARDS_NAME, LOCK_NAME, SOURCES_NAME, MISSING_NAME} | (
+        {REJECTS_NAME} if rejects is not None else set()
+    )
     for shard in shard_set.shards:
         expected |= {shard.name, shard.index_name}
-    rejects = expected_rejects(shard_set)
-    for path in sorted(shard_set.root.iterdir()):
-        if path.name == REJECTS_NAME and rejects is not None:
-            if _bytes_of(path) != rejects:
-                yield Problem(shard=REJECTS_NAME, key="", what="differs from what the shards' indexes say; remove it")
-        elif path.name == SOURCES_NAME:
-            if what := sources_damage(_bytes_of(path), shard_set.shards):
-                yield Problem(shard=SOURCES_NAME, key="", what=what)
-        elif path.name not in expected:
-            yield Problem(shard=path.name, key="", what="not named by the manifest; remove it")
-    if rejects is not None and not (shard_set.root / REJECTS_NAME).exists():
+    for name in sorted(set(names) - expected):
+        yield Problem(shard=name, key="", what="not named by the manifest; remove it")
+    if (sources := read(SOURCES_NAME)) is not None and (what := sources_damage(sources, shard_set.shards)):
+        yield Problem(shard=SOURCES_NAME, key="", what=what)
+    if rejects is None:
+        return
+    found = read(REJECTS_NAME)
+    if found is None:
         yield Problem(shard=REJECTS_NAME, key="", what="missing: the manifest counts rejects")
+    elif found != rejects:
+        yield Problem(shard=REJECTS_NAME, key="", what="differs from what the shards' indexes say; remove it")
 
 
 def _bytes_of(path: Path) -> bytes:
@@ -143,22 +155,22 @@ def _bytes_of(path: Path) -> bytes:
         return b""
 
 
-def expected_rejects(shard_set: ShardSet) -> bytes | None:
-    """Contents of ``rejects.jsonl`` by the indexes; None when there are no rejects and so no file."""
+def _expected_rejects(shard_set: ShardSet) -> bytes | None:
+    """Return contents of ``rejects.jsonl`` by the indexes; None when there are no rejects and so no file."""
     if not shard_set.manifest.rejected:
         return None
     rejects = []
     for number, entry in enumerate(shard_set.shards):
         if not _has_bytes_of(shard_set.root, entry):
             continue
-        with contextlib.suppress(ShardDamageError):  # named by `index_problems`
+        with contextlib.suppress(ShardDamageError):  # named by `_index_problems`
             shard = open_done_shard(shard_set.root, number, with_tar=False)
             rejects += [Reject(**reject) for reject in shard.covers.rejects]
     return rejects_file(rejects)
 
 
-def index_problems(shard_set: ShardSet) -> Iterator[Problem]:
-    """What the indexes say of their conversion otherwise than the manifest and than each other."""
+def _index_problems(shard_set: ShardSet) -> Iterator[Problem]:
+    """Yield what the indexes say of their conversion otherwise than the manifest and than each other."""
     end = 0
     expected = _conversion_of(shard_set.manifest)
     for number, entry in enumerate(shard_set.shards):
@@ -184,18 +196,18 @@ def index_problems(shard_set: ShardSet) -> Iterator[Problem]:
 
 
 def _has_bytes_of(root: Path, entry: ShardEntry) -> bool:
-    """Whether the index is the one that the shard table names: no other is read, for its claims could be any."""
+    """Return whether the index is the one that the shard table names: no other is read, for its claims could be any."""
     return hashlib.sha256(_bytes_of(root / entry.index_name)).hexdigest() == entry.index_sha256
 
 
 def _conversion_of(manifest: Manifest) -> dict[str, Any]:
-    """What of a conversion's identity the manifest says too."""
+    """Return what of a conversion's identity the manifest says too."""
     said = json.loads(manifest.to_json())
     return {name: said[name] for name in ("dataset", "split", "source_list_sha256", "video", "audio", "tool_versions")}
 
 
 def shard_problems(root: Path, shard: ShardEntry, spaces: Sequence[LabelSpace]) -> list[Problem]:
-    """What is wrong with a shard and its index in `root`, and where the two contradict each other."""
+    """Return what is wrong with a shard and its index in `root`, and where the two contradict each other."""
     index_problem = _file_problem(root / shard.index_name, shard.index_bytes, shard.index_sha256)
     tar_problem = _file_problem(root / shard.name, shard.bytes, shard.sha256)
     problems = [index_problem] if index_problem else []
@@ -206,7 +218,7 @@ def shard_problems(root: Path, shard: ShardEntry, spaces: Sequence[LabelSpace]) 
 
 
 def _contradictions(root: Path, shard: ShardEntry, spaces: Sequence[LabelSpace]) -> Iterator[Problem]:
-    """What a shard's samples say about themselves in their JSON and its index says otherwise."""
+    """Yield what a shard's samples say about themselves in their JSON and its index says otherwise."""
     try:
         table = decode_index((root / shard.index_name).read_bytes(), columns=_SAID_TWICE)
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -231,7 +243,7 @@ def _contradictions(root: Path, shard: ShardEntry, spaces: Sequence[LabelSpace])
 
 
 def _twice(row: _Row, said: "_Said", spaces: Sequence[LabelSpace]) -> Iterator[tuple[str, Any, Any]]:
-    """What is said twice: its name, what the index says, what the JSON says."""
+    """Yield what is said twice: its name, what the index says, what the JSON says."""
     labels = said.get("labels", {})
     named = {space.name: label for space, label in zip(spaces, row["labels"], strict=False)}
     if "labels" in said:
@@ -266,7 +278,7 @@ def _file_problem(path: Path, num_bytes: int, sha256: str) -> Problem | None:
 
 
 def _localised(root: Path, shard: ShardEntry) -> list[Problem]:
-    """Where in a damaged tar the damage is, as far as the index tells."""
+    """Return where in a damaged tar the damage is, as far as the index tells."""
     try:
         rows = decode_index((root / shard.index_name).read_bytes()).to_pylist()
         with (root / shard.name).open("rb") as file:
@@ -314,7 +326,7 @@ def _member_damage(file: IO[bytes], row: _Row, member: str) -> Iterator[str]:
 
 
 def _damaged_frames(data: bytes, row: _Row) -> str:
-    """Which frames of a damaged video differ, in words."""
+    """Return which frames of a damaged video differ, in words."""
     at, damaged = row["frame_data_offset"], []
     for number, (size, checksum) in enumerate(zip(row["frame_bytes"], row["frame_xxh32"], strict=True)):
         if frame_checksum(data[at : at + size]) != checksum:
@@ -327,7 +339,7 @@ def _damaged_frames(data: bytes, row: _Row) -> str:
 
 
 def verify_place(place: str, *, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
-    """Everything that is wrong with the set in a folder or behind a URL.
+    """Return everything that is wrong with the set in a folder or behind a URL.
 
     Raises:
         UserInputError: no folder, or a kind of URL that is not read.
@@ -340,7 +352,7 @@ def verify_place(place: str, *, progress: Callable[[int, int], None] | None = No
 
 
 def count_shards(place: str) -> int:
-    """Shards of the set at `place`, for a progress bar; 0 where its manifest cannot be read."""
+    """Return shards of the set at `place`, for a progress bar; 0 where its manifest cannot be read."""
     location = as_location(place)
     if isinstance(location, Path):
         return sum(1 for _ in location.glob("*.tar"))
@@ -352,11 +364,12 @@ def count_shards(place: str) -> int:
 
 
 def verify_remote_set(files: RemoteFiles, *, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
-    """Everything that is wrong with the set behind a URL; an empty list means every byte is as it was written.
+    """Return everything that is wrong with the set behind a URL; an empty list means every byte is as it was written.
 
     Needs room for one shard in the system's temporary folder (TMPDIR chooses another).
 
     Raises:
+        ManifestError: there is no manifest, or none that this version reads.
         EnvironmentFault: the server cannot be read, or the temporary folder not be written.
     """
     with tempfile.TemporaryDirectory(prefix="ca2st-verify-") as folder:
@@ -365,15 +378,28 @@ def verify_remote_set(files: RemoteFiles, *, progress: Callable[[int, int], None
             _fetch_small(files, name, root)
         try:
             shard_set = read_shard_set(root)
-        except (ManifestError, ShardDamageError) as error:
-            problem = set_problem(error)
+        except ManifestError as error:
+            raise ManifestError(str(error).replace(str(root), files.folder.url)) from error
+        except ShardDamageError as error:
+            problem = _set_problem(error)
             return [replace(problem, what=problem.what.replace(str(root), files.folder.url))]
         sizes, problems = files.sizes() or {}, list[Problem]()
         for number, shard in enumerate(shard_set.shards):
             problems += _checked(files, shard_set, shard, listed=sizes.get(shard.name, shard.bytes))
             if progress:
                 progress(number + 1, len(shard_set.shards))
-        return [*_remote_folder_problems(files, shard_set, sizes), *index_problems(shard_set), *problems]
+
+        def read(name: str) -> bytes | None:
+            try:
+                return files.read(name)
+            except RemoteFileMissingError:
+                return None
+            except EnvironmentFault:
+                if name != SOURCES_NAME:  # that one is no part of the set
+                    raise
+                return None
+
+        return [*_problems_beside(shard_set, sizes, read), *_index_problems(shard_set), *problems]
 
 
 def _checked(files: RemoteFiles, shard_set: ShardSet, shard: ShardEntry, *, listed: int) -> list[Problem]:
@@ -406,27 +432,3 @@ def _fetch_small(files: RemoteFiles, name: str, root: Path) -> None:
         (root / name).write_bytes(files.read(name))
     except RemoteFileMissingError:
         return  # the check of the copy names it
-
-
-def _remote_folder_problems(files: RemoteFiles, shard_set: ShardSet, sizes: Mapping[str, int]) -> Iterator[Problem]:
-    """Files that the manifest does not account for, as far as the server lists them, and other rejects."""
-    expected = {MANIFEST_NAME, SHARDS_NAME, REJECTS_NAME, MISSING_NAME, SOURCES_NAME}
-    for shard in shard_set.shards:
-        expected |= {shard.name, shard.index_name}
-    for name in sorted(set(sizes) - expected):
-        yield Problem(shard=name, key="", what="not named by the manifest; remove it")
-    try:
-        if what := sources_damage(files.read(SOURCES_NAME), shard_set.shards):
-            yield Problem(shard=SOURCES_NAME, key="", what=what)
-    except (RemoteFileMissingError, EnvironmentFault):
-        pass  # not a part of the set
-    rejects = expected_rejects(shard_set)
-    if rejects is None:
-        return
-    try:
-        found = files.read(REJECTS_NAME)
-    except RemoteFileMissingError:
-        yield Problem(shard=REJECTS_NAME, key="", what="missing: the manifest counts rejects")
-        return
-    if hashlib.sha256(found).digest() != hashlib.sha256(rejects).digest():
-        yield Problem(shard=REJECTS_NAME, key="", what="differs from what the shards' indexes say; remove it")

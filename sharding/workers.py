@@ -1,23 +1,53 @@
 """A pool of decode children: results in the order of the jobs, one bad clip never more than one reject.
 
 One thread of the parent moves everything: it hands jobs to idle children, waits on their pipes, kills the one whose
-clip takes too long, and replaces the one that died. Closing the pool ends every child at once.
+clip takes too long, and replaces the one that died. Closing the pool ends every child at once. A child (`serve`) limits
+its own memory, files and processor time, and gives up writing, starting programs and TCP where Linux offers Landlock.
 """
 
+import contextlib
+import ctypes
+import math
+import os
+import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from ca2st.errors import EnvironmentFault
-from ca2st.processes import SPAWN
-from sharding.media.decode_child import Rejected, serve
+import av
 
+from ca2st.errors import EnvironmentFault
+from ca2st.processes import SPAWN, die_with_parent
+from sharding.errors import MediaError, RejectReason
+
+_MAX_OPEN_FILES = 64
+_LONGEST_SECONDS = 1e9  # what a limit of the system can express on every machine
+_PR_SET_NO_NEW_PRIVS = 38
+_CLONE_NEWNET = 0x40000000
+_LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446  # the same numbers on every processor
+_LANDLOCK_VERSION = 1
+_READS = 1 << 2 | 1 << 3  # of files, of folders
+_FILE_ACTS = {1: 13, 2: 14, 3: 15}  # bits that each version of Landlock knows, the newest of these for all later ones
+_BIND_OR_CONNECT_TCP, _NET_VERSION = 0b11, 4
 _START_SECONDS = 120.0  # a cold interpreter on a busy machine
-_LOOK_AHEAD = 3  # jobs a child, finished or not, ahead of the one that is awaited
+_LOOK_AHEAD = 3  # jobs per child, finished or not, ahead of the one that is awaited
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Why a clip could not be made; `what` names no path, so that it is the same in every place."""
+
+    reason: RejectReason
+    what: str
+
+
 _LATE = Rejected("timeout", "expected the clip within the clip timeout, found it unfinished")
 
 
@@ -25,7 +55,7 @@ class ClipPool(Protocol):
     """What a conversion runs its clips on: children of this machine, or the workers of a cluster."""
 
     def map(self, jobs: Iterable[Any]) -> Iterator[Any]:
-        """A result or a `Rejected` for each job, in order; one map at a time."""
+        """Return a result or a `Rejected` for each job, in order; one map at a time."""
 
 
 class _Child:
@@ -103,7 +133,7 @@ class DecodePool:
             child.end()
 
     def map(self, jobs: Iterable[Any]) -> Iterator[Any]:
-        """Yield a result or a `Rejected` for each job, in order; at most a few jobs a child are read ahead.
+        """Yield a result or a `Rejected` for each job, in order; at most a few jobs per child are read ahead.
 
         One map at a time, used up or followed by `close`.
 
@@ -192,3 +222,77 @@ def _described(code: int | None) -> str:
     if code is not None and code < 0:
         return signal.Signals(-code).name
     return f"exit code {code}"
+
+
+def serve(
+    connection: Connection, job_function: Callable[[Any], Any], memory_bytes: int, timeout_seconds: float
+) -> None:
+    """Answer jobs from `connection` until it closes; the body of a child process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_parent()
+    _limit_resources(memory_bytes)
+    _give_up_privileges()
+    with contextlib.suppress(EOFError, ConnectionError):
+        connection.send("ready")
+        while True:
+            job = connection.recv()
+            _limit_processor_time(timeout_seconds)
+            connection.send(_answer(job_function, job))
+
+
+def _answer(job_function: Callable[[Any], Any], job: Any) -> Any:
+    try:
+        return job_function(job)
+    except MediaError as error:
+        return Rejected(error.reason, str(error))
+    except MemoryError:
+        return Rejected("out_of_memory", "decoding needed more memory than a child may have")
+    except av.error.FFmpegError as error:  # some are OSErrors, too
+        return Rejected("decode_error", f"FFmpeg: {error.strerror}")
+    except OSError as error:
+        return Rejected("missing_file", f"expected a readable file, found: {error.strerror}")
+    except Exception as error:  # noqa: BLE001  a fault on one file is counted with its name, not the end of a conversion
+        return Rejected("internal_error", f"{type(error).__name__}: {error}")
+
+
+def _limit_resources(memory_bytes: int) -> None:
+    """`memory_bytes` of address space more than the process has now, no core files, few open files and no writing."""
+    _lower(resource.RLIMIT_CORE, 0)
+    _lower(resource.RLIMIT_FSIZE, 0)  # a write fails; pipes have no size
+    _lower(resource.RLIMIT_NOFILE, _MAX_OPEN_FILES)
+    if sys.platform == "linux":
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        _lower(resource.RLIMIT_AS, now + memory_bytes)
+
+
+def _lower(limit: int, value: int) -> None:
+    """For good; a limit from outside that is lower stays."""
+    _, hard = resource.getrlimit(limit)
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(limit, (value, value))
+
+
+def _limit_processor_time(seconds: float) -> None:
+    """SIGXCPU ends a process that computes for as long as the clip may take, should nobody watch it any more."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    soft = math.ceil(time.process_time() + min(seconds, _LONGEST_SECONDS)) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+
+def _give_up_privileges() -> None:
+    """As much of the file system and the network as this system lets a process give up; see the module's text."""
+    if sys.platform != "linux":
+        return
+    linux = ctypes.CDLL(None)
+    linux.unshare(_CLONE_NEWNET)  # refused to most: no harm
+    linux.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    version = linux.syscall(_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_VERSION)
+    if version < 1:  # not in this kernel, or switched off
+        return
+    acts = ((1 << _FILE_ACTS[min(version, max(_FILE_ACTS))]) - 1) & ~_READS
+    rules = (ctypes.c_uint64 * 2)(acts, _BIND_OR_CONNECT_TCP if version >= _NET_VERSION else 0)
+    ruleset = linux.syscall(_LANDLOCK_CREATE_RULESET, rules, ctypes.sizeof(rules), 0)
+    if ruleset >= 0:
+        linux.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0)
+        os.close(ruleset)

@@ -1,15 +1,8 @@
-"""Public names of experts: hub names, configurations, downloads.
+"""Public checkpoints by name: `hf-hub:ORG/NAME[@REVISION]`, `open_clip:MODEL/TAG`, `timm:NAME`; fetched, never loaded.
 
-Names of public checkpoints: `hf-hub:ORG/NAME[@REVISION]`, `open_clip:MODEL/TAG`, `timm:NAME`.
-
-Only names are worked out here, by the tables of open_clip and timm: nothing is fetched, and neither package is ever
-asked to load a file.
-
-What no tensor shows and a repository tells: the activation that weights were trained with, and their network.
-
-The wrong one loads, and gives wrong features.
-
-Fetching a public checkpoint. What comes is a foreign file like any other: the importer reads it, no hub does.
+Names are worked out by the tables of open_clip and timm; neither package is ever asked to load a file. What comes is a
+foreign file like any other: the importer reads it. A repository also tells what no tensor shows, the activation that
+weights were trained with and their network: the wrong one loads, and gives wrong features.
 """
 
 import json
@@ -24,7 +17,7 @@ from typing import Any
 from ca2st.checked_json import read_json
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError, did_you_mean
 from ca2st.model.config import EncoderName
-from ca2st.weights.errors import WeightsMismatchError
+from ca2st.weights.tensor_files import WeightsMismatchError
 
 PLAIN_FILES = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
 """Files that are looked for in a repository, in this order."""
@@ -53,12 +46,12 @@ class HubSource:
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether `text` names a public checkpoint rather than a file."""
+    """Return whether `text` names a public checkpoint rather than a file."""
     return text.partition(":")[0] in _SCHEMES and ":" in text
 
 
 def resolve_hub_name(name: str) -> HubSource:
-    """The repository that a name stands for.
+    """Return the repository that a name stands for.
 
     Raises:
         UserInputError: the name is unknown, has no repository, or its weights are of another network than ours.
@@ -121,7 +114,7 @@ def _timm(name: str, rest: str) -> HubSource:
 
 
 def is_quick_gelu(full_name: str) -> bool:
-    """Whether timm's `ARCHITECTURE.TAG` is fit for an expert with QuickGELU; what is no CLIP passes.
+    """Return whether timm's `ARCHITECTURE.TAG` is fit for an expert with QuickGELU; what is no CLIP passes.
 
     Weights of CLIP that were trained with it are listed under an architecture of that name too.
     """
@@ -166,13 +159,13 @@ _ARCHITECTURES: dict[EncoderName, str] = {"resnet50": "resnet50"}
 
 
 def architecture_of(config: object) -> str:
-    """The network that one of `CONFIG_FILES` names in timm's words; empty where it names none."""
+    """Return the network that one of `CONFIG_FILES` names in timm's words; empty where it names none."""
     named = config.get("architecture") if isinstance(config, Mapping) else None
     return named if isinstance(named, str) else ""
 
 
 def activation_of(config: object, *, repository: str) -> str:
-    """The activation that one of `CONFIG_FILES` names, in transformers' words; empty where it names none.
+    """Return the activation that one of `CONFIG_FILES` names, in transformers' words; empty where it names none.
 
     transformers writes `hidden_act`, of CLIP's visual half below `vision_config`; open_clip writes `quick_gelu`, and
     leaves it out where it is false; timm's CLIPs have it in their `architecture`, or by their tag in timm's list. The
@@ -312,7 +305,7 @@ def fetch(name: str, access: HubAccess) -> FetchedFile:
 
 
 def configs_beside(file: Path) -> list[dict[str, Any]]:
-    """The configurations that lie in the folder of a checkpoint, as a repository's does.
+    """Return the configurations that lie in the folder of a checkpoint, as a repository's does.
 
     Raises:
         DocumentError: one of them is no JSON object.

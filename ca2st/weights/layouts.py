@@ -1,19 +1,9 @@
-"""Layouts of foreign checkpoints: CLIP, VideoMAE, AST, ResNet-50.
+"""Layouts of foreign checkpoints (CLIP, VideoMAE, AST, ResNet-50) and their translation by tables: nothing is guessed.
 
-What a layout of foreign names is, and the translation into ours: by tables, nothing is guessed.
-
-Names of CLIP's visual half. Which activation was trained is not written in any of them: ours is QuickGELU.
-
-Names of VideoMAE's encoder. q and v have biases, k has none: a file without them is refused, never filled up.
-
-Names of the audio spectrogram transformer.
-
-Names of ResNet-50 as torchvision and timm write it.
-
-Other networks have exactly these names and shapes (timm's resnetaa50 and resnetblur50 filter before each stride): a
-public name tells them apart (`hub_config.check_architecture`), in a plain file it cannot be seen.
-
-Names of the checkpoints that people have, one file an encoder, as plain tables.
+What the names do not tell: CLIP's activation (ours is QuickGELU), and the network of a ResNet-50: others have exactly
+its names and shapes (timm's resnetaa50 and resnetblur50 filter before each stride). A public name tells them apart
+(`ca2st.weights.hub.check_architecture`); in a plain file it cannot be seen. In VideoMAE q and v have biases and k has
+none: a file without them is refused, never filled up.
 """
 
 import re
@@ -25,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ca2st.model.config import EncoderName
-from ca2st.weights.errors import WeightsMismatchError
 from ca2st.weights.published import Names
-from ca2st.weights.tensor_files import refuse_mismatch
+from ca2st.weights.tensor_files import WeightsMismatchError, refuse_mismatch
 
 TIMM_LAYER = Names(
     modules={
@@ -116,7 +105,7 @@ def translate(state: Mapping[str, Tensor], layouts: Sequence[Layout], *, where: 
 
 
 def bare_names(names: Iterable[str], *, where: str) -> dict[str, str]:
-    """The names of a file by what is left of them without the parts that wrappers put in.
+    """Return the names of a file by what is left of them without the parts that wrappers put in.
 
     Raises:
         WeightsMismatchError: nothing but such parts tells two names apart.
@@ -131,7 +120,7 @@ def bare_names(names: Iterable[str], *, where: str) -> dict[str, str]:
 
 
 def common_prefix(names: Iterable[str]) -> str:
-    """What all names begin with, up to and with a dot; counters beside the model do not count."""
+    """Return what all names begin with, up to and with a dot; counters beside the model do not count."""
     folders = [name.split(".")[:-1] for name in names if name not in COUNTERS]
     common: list[str] = []
     for parts in zip(*folders, strict=False):
@@ -142,7 +131,7 @@ def common_prefix(names: Iterable[str]) -> str:
 
 
 def _detect(names: Iterable[str], layouts: Sequence[Layout], *, where: str) -> tuple[Layout, str, str]:
-    """The layout, its prefix, and what a wrapper put before both: empty, or a name that ends with a dot."""
+    """Return the layout, its prefix, and what a wrapper put before both: empty, or a name that ends with a dot."""
     state = frozenset(names)
     marks = [(layout, prefix, f"{prefix}{layout.marker}") for layout in layouts for prefix in layout.prefixes]
     for layout, prefix, mark in marks:
@@ -162,7 +151,7 @@ def _detect(names: Iterable[str], layouts: Sequence[Layout], *, where: str) -> t
 
 
 def _targets(names: Iterable[str], layout: Layout, prefix: str) -> dict[str, tuple[str, int]]:
-    """The file's name -> our name and its place among the joined parts."""
+    """Return the file's name -> our name and its place among the joined parts."""
     once, layer, outside = layout.once.pairs(), layout.layer.pairs(), layout.outside.pairs()
     joined = {theirs: (ours, place) for ours, parts in layout.joined.items() for place, theirs in enumerate(parts)}
     in_layer = re.compile(rf"{re.escape(prefix + layout.layer_prefix)}(\d+)\.(.+)")
@@ -444,7 +433,7 @@ _NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def _unit(theirs: tuple[str, str], ours: tuple[str, str]) -> dict[str, str]:
-    """A convolution without a bias and its BatchNorm."""
+    """Return a convolution without a bias and its BatchNorm."""
     (their_conv, their_norm), (our_conv, our_norm) = theirs, ours
     return {f"{their_conv}.weight": f"{our_conv}.weight"} | {
         f"{their_norm}.{tensor}": f"{our_norm}.{tensor}" for tensor in _NORM_TENSORS

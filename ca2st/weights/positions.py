@@ -1,24 +1,21 @@
-"""Position tables of experts, resized.
+"""Weights for another clip or head: position tables fitted or refused, and the start of fine-tuning.
 
-Learned positions of square pictures for another crop: of CLIP, and of the patches in cross-attention.
+A column of spectrogram patches stands for a fixed time (10 rows of 10 ms), so a shorter spectrogram gets a part of the
+table, around its centre, and only a longer one gets a stretched table. Learned tables show their grid by their number
+of rows. VideoMAE's fixed table is in no file, so only the file's header can tell which clip it was trained on.
+ResNet-50 has no tables: it runs on any crop.
 
-Learned positions of spectrogram patches for another length of spectrogram.
-
-A column of patches stands for a fixed time (10 rows of 10 ms), so a shorter spectrogram gets a part of the table,
-around its centre, and only a longer one gets a stretched table.
-
-Position tables of an expert file and the clip of a model: fitted where a setting says so, refused where none does.
-
-Learned tables show their grid by their number of rows. VideoMAE's fixed table is in no file, so only the file's header
-can tell which clip it was trained on. ResNet-50 has no tables: it runs on any crop.
-
-Which tensors of a whole model are position tables, what grid each belongs to, and its form for another clip.
+Fine-tuning's first step (`transfer_weights`) is strict but for two things. Position tables may belong to another grid
+(frames, crop, spectrogram length) and are interpolated when the caller says so; a classifier of another label space
+starts anew. Two models of other structure are refused with the full list of what differs, settings that no tensor shows
+included.
 """
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape
 
 import torch
 from einops import rearrange
@@ -26,17 +23,20 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ca2st.model.config import EncoderName, ModelConfig, all_bridges, encoder_of
+from ca2st.errors import listed
+from ca2st.model.config import EXPERTS, EncoderName, ModelConfig, all_bridges, bridges_of_layer, encoder_of
+from ca2st.model.network import HolisticModel
 from ca2st.model.tokens import NUM_AUDIO_PREFIX, audio_patches, resize_grid_table, resize_time_table
 from ca2st.spec import ClipSpec
-from ca2st.weights.errors import WeightsMismatchError
+from ca2st.weights.model_file import ModelDescription, least_mel_rows
+from ca2st.weights.tensor_files import WeightsMismatchError, load_strictly
 
 NUM_CLIP_PREFIX = 1
 """Rows before the patches of CLIP's table: that of the class token, which stays."""
 
 
 def square_side(num_patches: int) -> int | None:
-    """Patches on a side of a square grid; None where `num_patches` make no square."""
+    """Return patches per side of a square grid; None where `num_patches` make no square."""
     side = math.isqrt(max(num_patches, 0))
     return side if side and side * side == num_patches else None
 
@@ -44,7 +44,7 @@ def square_side(num_patches: int) -> int | None:
 def fit_image_positions(
     table: Float[Tensor, "tokens dim"], *, side: int, num_prefix: int = 0
 ) -> Float[Tensor, "fitted dim"]:
-    """Resize a table of `num_prefix` rows and a square of patches to `side` patches on a side (bicubic).
+    """Resize a table of `num_prefix` rows and a square of patches to `side` patches per side (bicubic).
 
     The caller has checked that the patches make a square.
     """
@@ -81,11 +81,6 @@ def fit_audio_positions(
     return torch.cat((prefix.to(grid.dtype), rearrange(grid, "1 d f t -> (f t) d")))
 
 
-def least_mel_rows(config: ModelConfig, columns: int) -> int:
-    """Rows of the shortest spectrogram that has `columns` columns of patches."""
-    return (columns - 1) * config.audio_stride + config.patch_size
-
-
 POSITIONS = "positions"
 """Name of the learned table in CLIP and AST."""
 
@@ -105,7 +100,7 @@ class ExpertPlace:
 def fit_positions(
     state: Mapping[str, Tensor], place: ExpertPlace, *, made_for: ClipSpec | None, where: str
 ) -> dict[str, Tensor]:
-    """The weights with position tables for the model's clip.
+    """Return the weights with position tables for the model's clip.
 
     `made_for` is the clip that the file's header names, None where it names none. Tables that are no grid at all are
     left to the strict loader, which lists them.
@@ -135,7 +130,7 @@ def _fit_clip(
 def _check_videomae(
     state: dict[str, Tensor], place: ExpertPlace, made_for: ClipSpec | None, where: str
 ) -> dict[str, Tensor]:
-    """The table is computed, by the model, from the same settings; here only whether they fit the file."""
+    """Return the table is computed, by the model, from the same settings; here only whether they fit the file."""
     if made_for is None:
         return state
     config, clip = place.config, place.clip
@@ -211,7 +206,7 @@ class PositionFitter:
     """The source, in messages."""
 
     def differs(self, name: str, table: Tensor, *, rows: int) -> bool:
-        """Whether a table is for another grid than the one wanted, which has `rows` rows in it.
+        """Return whether a table is for another grid than the one wanted, which has `rows` rows in it.
 
         A spectrogram's grid is compared by its columns: what is not a matter of the clip, such as another width, is
         left to the strict comparison of shapes.
@@ -223,7 +218,7 @@ class PositionFitter:
         return table.ndim == 2 and table.shape[0] != rows
 
     def fit(self, name: str, table: Tensor, *, rows: int) -> Tensor:
-        """The table with `rows` rows; unchanged where neither it nor what is wanted is a grid."""
+        """Return the table with `rows` rows; unchanged where neither it nor what is wanted is a grid."""
         encoder, axis, num_prefix = self._place(name)
         if axis == "time":
             return resize_time_table(table, rows)
@@ -238,7 +233,7 @@ class PositionFitter:
         return fit_image_positions(table, side=side, num_prefix=num_prefix)
 
     def _place(self, name: str) -> tuple[EncoderName, str, int]:
-        """Encoder whose tokens the table is for, its axis, and the rows before the patches."""
+        """Return encoder whose tokens the table is for, its axis, and the rows before the patches."""
         if match := _EXPERT_TABLE.fullmatch(name):
             encoder = encoder_of(self.config, match["expert"])
             return encoder, "space", _PREFIX.get(encoder, 0)
@@ -249,3 +244,168 @@ class PositionFitter:
         direction = directions[found["direction"]]
         expert = direction.queries if found["side"] == "query" else direction.keys
         return encoder_of(self.config, expert), found["axis"], 0
+
+
+SHOWN_BY_NO_TENSOR = (
+    "num_heads",
+    "audio_stride",
+    "fusion",
+    "combination",
+    "time_code_layout",
+    "resnet_grouping",
+)
+"""Settings that change what a model computes, and neither a name nor a shape of its tensors."""
+_HEAD = "head."
+_CLASSIFIER = re.compile(r"head\.classifiers\.(.+)\.(?:weight|bias)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransferReport:
+    """What became of every tensor of the new model, sorted."""
+
+    kept: tuple[str, ...]
+    """Taken as they were."""
+    resized: tuple[str, ...]
+    """Position tables that were fitted to the new clip."""
+    fresh: tuple[str, ...]
+    """Left as a new model starts: the head, or the parts of it that the label space changes."""
+
+
+def transfer_weights(
+    model: HolisticModel,
+    state: Mapping[str, Tensor],
+    *,
+    source: ModelDescription,
+    where: str,
+    resize_positions: bool,
+    new_head: bool = False,
+) -> TransferReport:
+    """Put the state of one of our whole models, `source`, into `model`, all that fits by these rules or nothing.
+
+    `new_head` leaves the whole head, last adapters included, as a new model starts; otherwise it is kept where the
+    targets agree in name and number of classes. `where` names the source in messages.
+
+    Raises:
+        WeightsMismatchError: structures differ beyond clip and head, a position table differs without
+            `resize_positions`, or VideoMAE's fixed table would become another one.
+    """
+    _refuse_other_settings(model, source, where=where)
+    own = model.state_dict()
+    fresh = _fresh_names(model, source, state, new_head=new_head)
+    dropped = _dropped_names(model, source, state, new_head=new_head)
+    fitter = PositionFitter(config=model.config, clip=model.clip, source=source.clip, where=where)
+    resized = _resized(own, state, fitter)
+    if resized and not resize_positions:
+        raise WeightsMismatchError(
+            f"{where}: expected position tables for the model's clip, found {len(resized)} for another: "
+            f"{listed(sorted(resized), most=4)}; "
+            "set start.resize_positions = true to interpolate them"
+        )
+    given = {name: tensor for name, tensor in (dict(state) | resized).items() if name not in fresh | dropped}
+    load_strictly(model, given, where=where, allow_missing=[escape(name) for name in sorted(fresh)])
+    return TransferReport(
+        kept=tuple(sorted(given.keys() - resized.keys())),
+        resized=tuple(sorted(resized)),
+        fresh=tuple(sorted(fresh)),
+    )
+
+
+def _resized(own: Mapping[str, Tensor], state: Mapping[str, Tensor], fitter: PositionFitter) -> dict[str, Tensor]:
+    tables = {name: own[name].shape[0] for name in own.keys() & state.keys() if is_position_table(name)}
+    return {
+        name: fitter.fit(name, state[name], rows=rows)
+        for name, rows in tables.items()
+        if fitter.differs(name, state[name], rows=rows)
+    }
+
+
+def _fresh_names(
+    model: HolisticModel, source: ModelDescription, state: Mapping[str, Tensor], *, new_head: bool
+) -> frozenset[str]:
+    """Tensors of the model's head that start anew: all, or those of label spaces that the source does not have."""
+    head = {name for name in model.state_dict() if name.startswith(_HEAD)}
+    if new_head:
+        return frozenset(head)
+    classes = {target.name: target.num_classes for target in source.targets}
+    others = {target.name for target in model.targets if classes.get(target.name) != target.num_classes}
+    classifiers = {name for name in head if (match := _CLASSIFIER.fullmatch(name)) is not None and match[1] in others}
+    adapters = head - state.keys() if _other_targets(model, source) else set()
+    return frozenset(classifiers | adapters)
+
+
+def _dropped_names(
+    model: HolisticModel, source: ModelDescription, state: Mapping[str, Tensor], *, new_head: bool
+) -> frozenset[str]:
+    """Return tensors of the source's head that the model has no place for, where that is no mistake."""
+    head = {name for name in state if name.startswith(_HEAD)}
+    if new_head:
+        return frozenset(head)
+    return frozenset(head - model.state_dict().keys()) if _other_targets(model, source) else frozenset()
+
+
+def _other_targets(model: HolisticModel, source: ModelDescription) -> bool:
+    """Return whether the label spaces have other names; then last adapters and classifiers may be others too."""
+    return {target.name for target in model.targets} != {target.name for target in source.targets}
+
+
+def _refuse_other_settings(model: HolisticModel, source: ModelDescription, *, where: str) -> None:
+    """Compare what no tensor shows; bridges are compared layer by layer, as their settings have many spellings."""
+    ours, theirs = model.config, source.model
+    _refuse(_other_experts(ours, theirs), where=where)
+    told = [
+        f"{name} {getattr(theirs, name)!r} there and {getattr(ours, name)!r} here"
+        for name in SHOWN_BY_NO_TENSOR
+        if getattr(theirs, name) != getattr(ours, name)
+    ]
+    if ours.depth == theirs.depth:
+        layers = [i for i in range(ours.depth) if bridges_of_layer(ours, i) != bridges_of_layer(theirs, i)]
+        told += [f"other cross-attention (windows, directions or positions) in layers {_numbers(layers)}"] * bool(
+            layers
+        )
+    told += _other_fixed_tables(model, source)
+    _refuse(told, where=where)
+
+
+def _refuse(told: Sequence[str], *, where: str) -> None:
+    if told:
+        raise WeightsMismatchError(
+            f"{where}: expected a model of the same structure, found {'; '.join(told)}. Change the [model] section, "
+            "or train from experts instead"
+        )
+
+
+def _other_experts(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+    """Which experts there are and what they are; where these differ all else does too, and is not worth naming."""
+    told = [f"kind {theirs.kind!r} there and {ours.kind!r} here"] * (ours.kind != theirs.kind)
+    shared = [name for name in EXPERTS[ours.kind] if name in EXPERTS[theirs.kind]]
+    return told + [
+        f"the {name} expert {encoder_of(theirs, name)} there and {encoder_of(ours, name)} here"
+        for name in shared
+        if encoder_of(theirs, name) != encoder_of(ours, name)
+    ]
+
+
+def _other_fixed_tables(model: HolisticModel, source: ModelDescription) -> list[str]:
+    """VideoMAE's table is computed from settings: a new clip must go on naming the clip it was pretrained on."""
+    experts = [name for name in EXPERTS[model.config.kind] if encoder_of(model.config, name) == "videomae"]
+    if not experts:
+        return []
+    before = _pretrained(source.model, source)
+    after = _pretrained(model.config, ModelDescription.of(model))
+    return [
+        f"a VideoMAE pretrained with {name} {before[name]} there and {after[name]} here "
+        f"(set model.pretrained_{name} = {before[name]})"
+        for name in before
+        if before[name] != after[name]
+    ]
+
+
+def _pretrained(config: ModelConfig, description: ModelDescription) -> dict[str, int]:
+    return {
+        "num_frames": config.pretrained_num_frames or description.clip.num_frames,
+        "crop_size": config.pretrained_crop_size or description.clip.crop_size,
+    }
+
+
+def _numbers(layers: list[int]) -> str:
+    return ", ".join(str(layer + 1) for layer in layers)

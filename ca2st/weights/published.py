@@ -1,17 +1,20 @@
-"""Names of tensors in the published checkpoints.
+"""Published names: released CAST, CAVA and CA2ST checkpoints beside ours, and the golden files that prove them.
 
-Names of the released CAST, CAVA and CA2ST checkpoints beside ours, as plain tables: published name -> our name.
+The tables go published name -> our name. The letters mislead: `S`/`s` is spatial and `T`/`t` temporal in the files of
+CAST and CA2ST, but audio and spatial in those of CAVA. X2Y here always has keys from X and queries from Y; a published
+`s2t_cross` need not.
 
-The letters mislead: `S`/`s` is spatial and `T`/`t` temporal in the files of CAST and CA2ST, but audio and spatial in
-those of CAVA. X2Y here always has keys from X and queries from Y; a published `s2t_cross` need not.
-
-Reading and writing whole models under the names of the released CAST, CAVA and CA2ST checkpoints.
+A golden file holds a small model and what an independent implementation computed for it.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ca2st.errors import UserInputError
@@ -27,10 +30,20 @@ from ca2st.model.config import (
     uses_time_codes,
 )
 from ca2st.model.layers import bottleneck_name
-from ca2st.model.network import HolisticModel, head_inputs, is_verb_noun
+from ca2st.model.network import HolisticModel, ModelOutput, head_inputs, is_verb_noun
+from ca2st.model.parameters import build_model
 from ca2st.model.tokens import clip_grid, pretrained_grid
-from ca2st.weights.errors import WeightsMismatchError
-from ca2st.weights.tensor_files import LoadReport, load_strictly, refuse_mismatch, without_leading_ones
+from ca2st.spec import ClipSpec
+from ca2st.weights.tensor_files import (
+    LoadReport,
+    TensorFile,
+    WeightsDamageError,
+    WeightsMismatchError,
+    load_strictly,
+    read_tensor_file,
+    refuse_mismatch,
+    without_leading_ones,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +56,7 @@ class Names:
     """Single tensors."""
 
     def pairs(self) -> dict[str, str]:
-        """Tensor names: published -> ours."""
+        """Return tensor names: published -> ours."""
         of_modules = {
             f"{theirs}.{k}": f"{ours}.{k}" for theirs, ours in self.modules.items() for k in ("weight", "bias")
         }
@@ -263,7 +276,7 @@ _PUBLISHED = {"spatial_encoder": "clip", "temporal_encoder": "videomae", "fusion
 
 
 def published_names(config: ModelConfig, targets: Sequence[TargetSpec]) -> dict[str, str]:
-    """Published tensor name -> our tensor name; several published names may share one of ours (down and up).
+    """Return published tensor name -> our tensor name; several published names may share one of ours (down and up).
 
     Raises:
         UserInputError: there is no published layout for this kind of model or these targets.
@@ -319,7 +332,7 @@ def load_published(
 
 
 def to_published(model: HolisticModel) -> dict[str, Tensor]:
-    """The model's tensors under published names; tensors that two names share are given under both.
+    """Return the model's tensors under published names; tensors that two names share are given under both.
 
     Raises:
         UserInputError: the model computes something that no released model does.
@@ -412,3 +425,131 @@ def _check_agreement(first: Tensor | None, second: Tensor, *, theirs: str, where
             f"{where}: {theirs} is shared with another name, expected equal values under both, found different ones; "
             "the file does not come from a model with shared down and up projections"
         )
+
+
+TOLERANCE = 2e-5
+"""Largest absolute difference allowed on any expected tensor, in float32."""
+
+_SINGLE_TARGET = "label"
+_VERB_NOUN = (TargetSpec(name="verb", num_classes=97), TargetSpec(name="noun", num_classes=300))
+_WEIGHTS, _EXPECTED, _INTERVALS = "weights/", "expected/", "input/intervals_seconds"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GoldenReport:
+    """How far our model is from one golden file."""
+
+    file: Path
+    """The file."""
+    max_abs_diff: dict[str, float]
+    """Largest absolute difference of every expected tensor; infinite where ours is not finite."""
+    ok: bool
+    """Whether all are within the tolerance."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Recipe:
+    """The metadata of a golden file."""
+
+    kind: str
+    dim: int
+    heads: int
+    depth: int
+    num_frames: int
+    audio_frames: int
+    classes: int
+    composition: bool
+    seed: int
+    batch: int
+
+
+def pix(shape: Sequence[int], *, salt: int) -> Float[Tensor, "..."]:
+    """Return reproducible input values in [-1, 1]: a multiplicative hash of the flat index.
+
+    v = ((i * 2654435761 + salt * 40503) mod 2^32) >> 16, value = (v mod 997) / 498 - 1.
+    """
+    index = np.arange(int(np.prod(shape)), dtype=np.uint64)
+    hashed = ((index * np.uint64(2654435761) + np.uint64(salt * 40503)) % np.uint64(2**32)) >> np.uint64(16)
+    return torch.from_numpy(((hashed % 997) / 498 - 1).astype(np.float32)).reshape(tuple(shape))
+
+
+def check_golden(paths: Sequence[Path], *, tolerance: float = TOLERANCE) -> list[GoldenReport]:
+    """Build the model of each file, load its weights, run its input and compare every expected tensor.
+
+    Raises:
+        UserInputError: a file is missing, is no golden file, or its weights do not fit the model it describes.
+        WeightsDamageError: a file is not a whole safetensors file.
+    """
+    return [_check(read_tensor_file(path), tolerance=tolerance) for path in paths]
+
+
+def golden_model(file: TensorFile) -> HolisticModel:
+    """Return the model that a golden file describes, with its weights, in evaluation mode.
+
+    Raises:
+        UserInputError: no golden file, or weights that do not fit.
+    """
+    recipe = _recipe(file)
+    config = ModelConfig(
+        kind=recipe.kind,  # type: ignore[arg-type]  # checked by the configuration
+        dim=recipe.dim,
+        num_heads=recipe.heads,
+        depth=recipe.depth,
+    )
+    clip = ClipSpec(num_frames=recipe.num_frames, mel_rows=recipe.audio_frames or ClipSpec().mel_rows)
+    single = (TargetSpec(name=_SINGLE_TARGET, num_classes=max(recipe.classes, 1)),)
+    model = build_model(config, clip, _VERB_NOUN if recipe.composition else single)
+    load_published(model, _tensors_below(file, _WEIGHTS), where=str(file.path))
+    return model.eval()
+
+
+def golden_output(model: HolisticModel, file: TensorFile) -> ModelOutput:
+    """Return what `model` says about the input of a golden file."""
+    recipe, clip = _recipe(file), model.clip
+    frames, side = clip.num_frames, clip.crop_size
+    no_intervals = torch.zeros(recipe.batch, 1 + frames // 2, 2)
+    with torch.no_grad():
+        output: ModelOutput = model(
+            pix((recipe.batch, 3, frames, side, side), salt=recipe.seed),
+            pix((recipe.batch, clip.mel_rows, clip.num_mel_bins), salt=recipe.seed + 1),
+            file.tensors.get(_INTERVALS, no_intervals),
+        )
+    return output
+
+
+def _check(file: TensorFile, *, tolerance: float) -> GoldenReport:
+    output = golden_output(golden_model(file), file)
+    differences = {
+        name: _largest_difference(_found(output, name, where=file.path), expected)
+        for name, expected in sorted(_tensors_below(file, _EXPECTED).items())
+    }
+    ok = bool(differences) and all(difference <= tolerance for difference in differences.values())
+    return GoldenReport(file=file.path, max_abs_diff=differences, ok=ok)
+
+
+def _found(output: ModelOutput, name: str, *, where: Path) -> Tensor:
+    logits = {f"logits_{target}": tensor for target, tensor in output.logits.items()}
+    known = {"logits" if key == f"logits_{_SINGLE_TARGET}" else key: tensor for key, tensor in logits.items()}
+    known |= {f"feature_{expert}": tensor for expert, tensor in output.features.items()}
+    if name not in known:
+        raise UserInputError(f"{where}: expected/{name}: expected one of {', '.join(sorted(known))}")
+    return known[name]
+
+
+def _largest_difference(ours: Tensor, expected: Tensor) -> float:
+    if ours.shape != expected.shape or not bool(torch.isfinite(ours).all()):
+        return float("inf")
+    return float((ours.double() - expected.double()).abs().max())
+
+
+def _tensors_below(file: TensorFile, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in file.tensors.items() if name.startswith(prefix)}
+
+
+def _recipe(file: TensorFile) -> _Recipe:
+    if "golden" not in file.metadata:
+        raise UserInputError(f"{file.path}: expected a golden file (metadata key 'golden'), found none; see its README")
+    try:
+        return _Recipe(**json.loads(file.metadata["golden"]))
+    except (ValueError, TypeError) as error:
+        raise WeightsDamageError(f"{file.path}: cannot read the metadata key 'golden': {error}") from error

@@ -1,8 +1,7 @@
-"""Tensors in safetensors files, read and compared strictly.
+"""Tensors in safetensors files, read and compared strictly, and the errors of weights.
 
-Loading that never loads half: every tensor of the model is given, and every given tensor is used.
-
-Safetensors files: the only weights format that is read at run time. Nothing is ever unpickled.
+Safetensors are the only weights format that is read at run time: nothing is ever unpickled. Loading never loads half:
+every tensor of the model is given, and every given tensor is used.
 """
 
 import hashlib
@@ -17,8 +16,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ca2st.durable import write_bytes
-from ca2st.errors import EnvironmentFault, UserInputError, listed
-from ca2st.weights.errors import WeightsDamageError, WeightsMismatchError
+from ca2st.errors import DataDamageError, EnvironmentFault, UserInputError, listed
+
+
+class WeightsMismatchError(UserInputError):
+    """Weights that do not fit the model: tensors missing, left over, of another shape or at odds with each other."""
+
+
+class ForeignFileRefusedError(UserInputError):
+    """A foreign checkpoint that is not read: it asks for code, for too much, or is no checkpoint at all."""
+
+
+class WeightsDamageError(DataDamageError):
+    """A weights file that is not what was written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +139,7 @@ def read_tensor_file(path: Path) -> TensorFile:
 
 
 def read_tensor_metadata(path: Path) -> dict[str, str]:
-    """The header's free text fields alone; raises as `read_tensor_file`."""
+    """Return the header's free text fields alone; raises as `read_tensor_file`."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}

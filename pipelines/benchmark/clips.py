@@ -35,7 +35,7 @@ from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.processes import SPAWN, num_cores
 from ca2st.spec import IMAGENET_MEAN, IMAGENET_STD, ClipSpec
 from pipelines.views import dense_train, dense_validation
-from sharding.datasets.media_root import VIDEO_SUFFIXES
+from sharding.datasets.request import VIDEO_SUFFIXES
 from sharding.format.shard_set import LabelSpace
 from sharding.settings import ConversionConfig
 from sharding.source import SourceList, SourceSample

@@ -16,9 +16,8 @@ from pipelines.storage.remote import CachedShards
 from pipelines.storage.samples import SampleReader
 from pipelines.storage.shard_files import Verify
 from pipelines.views import SamplingConfig, VaryingRate, frames_per_second, scaled_stride
-from sharding.datasets.label_spaces import classes_that_differ
 from sharding.format.index import TICKS_PER_SECOND
-from sharding.format.shard_set import AudioParameters, LabelSpace, ShardSet, VideoParameters
+from sharding.format.shard_set import AudioParameters, LabelSpace, ShardSet, VideoParameters, classes_that_differ
 from sharding.media.codecs import STORED_CODECS
 
 _SPECTROGRAM_FACTS = {

@@ -30,10 +30,10 @@ from ray_jobs.doctor.machine import Finding
 from sharding.cluster import ray_pool
 from sharding.conversion import ConversionReport
 from sharding.errors import UnlikeNodeError
-from sharding.media.decode_child import ClipJob, EncodedClip, Rejected, encode_clip
+from sharding.media.encode import ClipJob, EncodedClip, encode_clip
 from sharding.settings import ConversionConfig, tool_versions
 from sharding.source import SourceList
-from sharding.workers import ClipPool, DecodePool
+from sharding.workers import ClipPool, DecodePool, Rejected
 
 _COLD_SECONDS = 120.0  # a cold interpreter on a busy node, beside the limits of the clips
 _NUM_PATHS = 16

@@ -138,7 +138,7 @@ def import_file(
         list[str] | None,
         typer.Option(help="Pattern of our tensor names that may be missing (norm.*); repeatable. Default: none may."),
     ] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads; default: 64 features a head.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads; default: 64 features per head.")] = None,
     mel_rows: Annotated[
         int | None,
         typer.Option(min=16, help="Spectrogram rows the audio positions are cut or stretched to; default 400."),
@@ -161,7 +161,7 @@ def import_file(
     """
     from ca2st.weights.hub import fetch, is_hub_name
     from ca2st.weights.importer import ImportOptions, import_weights
-    from ca2st.weights.sizes import UnwrittenSizes
+    from ca2st.weights.model_file import UnwrittenSizes
     from ca2st.weights.tensor_files import check_writable_name
     from ray_jobs.console import print_json
     from ray_jobs.environment import hub_access
@@ -213,7 +213,7 @@ def check_golden_files(
     as_json: Json = False,
 ) -> None:
     """Compare our model with the outputs an independent implementation gave; ends with 3 on a difference."""
-    from ca2st.weights.golden import check_golden
+    from ca2st.weights.published import check_golden
     from ray_jobs.console import print_json, result
 
     reports = check_golden(files)

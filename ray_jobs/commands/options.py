@@ -1,8 +1,11 @@
 """Options that several commands share."""
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 from urllib.parse import urlsplit
 
 import typer
@@ -15,8 +18,35 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")]
 Out = Annotated[Path | None, typer.Option(help="File for the report, as JSON.")]
+_Options = TypeVar("_Options")
 _FIELDS = {"frame_rate": "frames_per_second"}
 """Options of the synthetic world whose setting has another name."""
+
+
+def takes(options: type[_Options]) -> Callable[[Callable[[_Options], None]], Callable[..., None]]:
+    """Make a command of a function of one dataclass: typer sees its fields as the options, in their order."""
+
+    def decorate(function: Callable[[_Options], None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(**given: Any) -> None:
+            function(options(**given))
+
+        hints = get_type_hints(options, include_extras=True)
+        command.__annotations__ = hints
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # what `inspect` asks for first
+            [
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+                    annotation=hints[field.name],
+                )
+                for field in dataclasses.fields(options)  # type: ignore[arg-type]  # a dataclass, as said
+            ]
+        )
+        return command
+
+    return decorate
 
 
 def refuse_without_ray(*, accept_open_ray: bool, ray: bool) -> None:

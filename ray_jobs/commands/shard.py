@@ -1,24 +1,27 @@
 """``ca2st shard build|verify|inspect``."""
 
+import signal
+from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ray_jobs.commands.options import gop_frames, refuse_without_ray, synthetic_config
+from ray_jobs.commands.options import Json, gop_frames, refuse_without_ray, synthetic_config, takes
 
 if TYPE_CHECKING:
     from pipelines.storage.index import SetFacts
     from sharding.conversion import ConversionReport
+    from sharding.datasets import DatasetRequest
     from sharding.format.shard_set import ShardSet
     from sharding.settings import ConversionConfig
     from sharding.source import SourceList
 
 
 app = typer.Typer(no_args_is_help=True)
-
-Json = Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")]
 
 
 class Clock(StrEnum):
@@ -50,185 +53,200 @@ class InterlacedPolicy(StrEnum):
     KEEP = "keep"
 
 
-@app.command(epilog="Example: ca2st shard build --dataset folder --media videos --split train --out shards/train")
-def build(  # noqa: PLR0913, RUF100  # the options are the contract
+def _option(panel: str, text: str, *names: str, **settings: Any) -> Any:
+    """Return an option with its help, in a panel of ``--help``."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
+
+
+_source = partial(_option, "Source")
+_video = partial(_option, "Video")
+_audio = partial(_option, "Audio")
+_output = partial(_option, "Output")
+_cluster = partial(_option, "Cluster")
+_world = partial(_option, "Synthetic world")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildOptions:
+    """The options of ``shard build``, by panel of its help."""
+
     dataset: Annotated[
-        str,
-        typer.Option(help="folder, csv, list, synthetic, or a published dataset: epic_kitchens_100, kinetics_400, ..."),
-    ],
-    split: Annotated[str, typer.Option(help="Name of the split: train, validation, test.")] = "train",
-    annotations: Annotated[
-        Path | None, typer.Option(help="The dataset's annotation file, as its owners publish it.")
-    ] = None,
-    media: Annotated[Path | None, typer.Option(help="Folder with the media files.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the shards; rerun with the same one to resume.")] = None,
-    codec: Annotated[
-        str, typer.Option(help="mjpeg: a JPEG a frame, for CPUs; h264, hevc: for GPUs; vp9: for GPUs, on CPUs by DALI.")
-    ] = "mjpeg",
-    quality: Annotated[
-        int | None, typer.Option(help="Lower is better; default: mjpeg 5 (of 2..31), h264 20, hevc 23, vp9 30.")
-    ] = None,
-    gop: Annotated[
-        int | None, typer.Option(help="h264, hevc, vp9: frames from one key frame to the next; default 8.")
-    ] = None,
-    short_side: Annotated[int, typer.Option(help="Pixels of the shorter side; smaller sources keep their size.")] = 256,
-    frames_per_second: Annotated[float | None, typer.Option(help="Thin to this rate; default: every frame.")] = None,
-    hdr: Annotated[
-        HdrPolicy, typer.Option(help="PQ and HLG clips: convert to BT.709, or reject.")
-    ] = HdrPolicy.TONE_MAP,
-    interlaced: Annotated[
-        InterlacedPolicy, typer.Option(help="Interlaced frames: deinterlace (yadif), or keep both fields as they are.")
-    ] = InterlacedPolicy.DEINTERLACE,
-    sample_rate: Annotated[int, typer.Option(help="Audio sample rate in Hz before the filter bank.")] = 16_000,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Decoding processes; default: the machine's cores, with --ray the cluster's."),
-    ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(help="Decode on a Ray cluster: auto, or host:port of its head.", metavar="ADDRESS"),
-    ] = None,
-    accept_open_ray: Annotated[
-        bool, typer.Option("--i-accept-open-ray", help="Join a cluster that asks nobody for a token.")
-    ] = False,
-    shard_size: Annotated[str, typer.Option(help="Size of a shard, as 1GB or 256MB.")] = "1GB",
-    audio: Annotated[
-        AudioPolicy, typer.Option(help="Clips without sound, or of digital silence: reject, keep, or no audio at all.")
-    ] = AudioPolicy.REQUIRED,
+        str, _source("folder, csv, list, synthetic, or a published dataset: epic_kitchens_100, kinetics_400, ...")
+    ]
+    split: Annotated[str, _source("Name of the split: train, validation, test.")] = "train"
+    annotations: Annotated[Path | None, _source("The dataset's annotation file, as its owners publish it.")] = None
+    media: Annotated[Path | None, _source("Folder with the media files.")] = None
+    classes: Annotated[
+        Path | None, _source("csv, folder: class names in label order, one per line; some may have no samples.")
+    ] = None
+    follow_links: Annotated[bool, _source("csv, folder: links may lead outside --media.", "--follow-links")] = False
     clock: Annotated[
         Clock,
-        typer.Option(
-            help="What seconds of annotations count from: the start of the file, its earliest stream, as players and "
+        _source(
+            "What seconds of annotations count from: the start of the file, its earliest stream, as players and "
             "ffmpeg -ss do, or the first picture."
         ),
-    ] = Clock.FILE,
-    max_rejects: Annotated[str, typer.Option(help="Samples that may be rejected: a number or a share like 2%.")] = "0",
+    ] = Clock.FILE
+    limit: Annotated[int | None, _source("Only the first N samples.")] = None
     max_missing: Annotated[
-        str, typer.Option(help="Samples that may have no media file and are left out: a number or a share like 5%.")
-    ] = "0",
-    update: Annotated[
-        bool,
-        typer.Option("--update", help="In a finished set, convert again from the first shard whose sources changed."),
-    ] = False,
-    limit: Annotated[int | None, typer.Option(help="Only the first N samples.")] = None,
+        str, _source("Samples that may have no media file and are left out: a number or a share like 5%.")
+    ] = "0"
     strict: Annotated[
         bool,
-        typer.Option(
+        _source(
+            "Refuse what questions the data and is only noted otherwise: labels that look alike or may be several, "
+            "files left aside, clips shorter than annotated, silent sound, ...",
             "--strict",
-            help="Refuse what questions the data and is only noted otherwise: labels that look alike or may be "
-            "several, files left aside, clips shorter than annotated, silent sound, ...",
         ),
-    ] = False,
-    classes: Annotated[
-        Path | None,
-        typer.Option(help="csv, folder: class names in label order, one a line; some may have no samples."),
-    ] = None,
-    follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="csv, folder: links may lead outside --media.")
-    ] = False,
-    task: Annotated[str | None, typer.Option(help="synthetic: space, time, audio, holistic or binding.")] = None,
-    num_samples: Annotated[int | None, typer.Option(help="synthetic: how many clips.")] = None,
-    seed: Annotated[int | None, typer.Option(help="synthetic: seed of the world; default 0.")] = None,
-    difficulty: Annotated[str | None, typer.Option(help="synthetic: easy (default), medium or hard.")] = None,
-    frame_size: Annotated[int | None, typer.Option(help="synthetic: width and height in pixels; default 64.")] = None,
-    frame_rate: Annotated[int | None, typer.Option(help="synthetic: frames a second it draws; default 16.")] = None,
-    min_frames: Annotated[int | None, typer.Option(help="synthetic: frames of the shortest clip; default 16.")] = None,
-    max_frames: Annotated[int | None, typer.Option(help="synthetic: frames of the longest clip; default 21.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read the annotations only; print the expected storage.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
+    ] = False
+
+    codec: Annotated[
+        str, _video("mjpeg: a JPEG per frame, for CPUs; h264, hevc: for GPUs; vp9: for GPUs, on CPUs by DALI.")
+    ] = "mjpeg"
+    quality: Annotated[
+        int | None, _video("Lower is better; default: mjpeg 5 (of 2..31), h264 20, hevc 23, vp9 30.")
+    ] = None
+    gop: Annotated[int | None, _video("h264, hevc, vp9: frames from one key frame to the next; default 8.")] = None
+    short_side: Annotated[int, _video("Pixels of the shorter side; smaller sources keep their size.")] = 256
+    frames_per_second: Annotated[float | None, _video("Thin to this rate; default: every frame.")] = None
+    hdr: Annotated[HdrPolicy, _video("PQ and HLG clips: convert to BT.709, or reject.")] = HdrPolicy.TONE_MAP
+    interlaced: Annotated[
+        InterlacedPolicy, _video("Interlaced frames: deinterlace (yadif), or keep both fields as they are.")
+    ] = InterlacedPolicy.DEINTERLACE
+
+    audio: Annotated[
+        AudioPolicy, _audio("Clips without sound, or of digital silence: reject, keep, or no audio at all.")
+    ] = AudioPolicy.REQUIRED
+    sample_rate: Annotated[int, _audio("Sample rate in Hz before the filter bank.")] = 16_000
+
+    out: Annotated[Path | None, _output("Folder for the shards; rerun with the same one to resume.")] = None
+    shard_size: Annotated[str, _output("Size of a shard, as 1GB or 256MB.")] = "1GB"
+    max_rejects: Annotated[str, _output("Samples that may be rejected: a number or a share like 2%.")] = "0"
+    update: Annotated[
+        bool, _output("In a finished set, convert again from the first shard whose sources changed.", "--update")
+    ] = False
+    dry_run: Annotated[bool, _output("Read the annotations only; print the expected storage.", "--dry-run")] = False
+    as_json: Annotated[bool, _output("Print the facts as one JSON object.", "--json")] = False
+
+    workers: Annotated[
+        int | None, _cluster("Decoding processes; default: the machine's cores, with --ray the cluster's.", min=1)
+    ] = None
+    ray: Annotated[
+        str | None, _cluster("Decode on a Ray cluster: auto, or host:port of its head.", metavar="ADDRESS")
+    ] = None
+    accept_open_ray: Annotated[
+        bool, _cluster("Join a cluster that asks nobody for a token.", "--i-accept-open-ray")
+    ] = False
+
+    task: Annotated[str | None, _world("space, time, audio, holistic or binding; default holistic.")] = None
+    num_samples: Annotated[int | None, _world("Number of clips; default 768.")] = None
+    seed: Annotated[int | None, _world("Seed of the world; default 0.")] = None
+    difficulty: Annotated[str | None, _world("easy (default), medium or hard.")] = None
+    frame_size: Annotated[int | None, _world("Width and height in pixels; default 64.")] = None
+    frame_rate: Annotated[int | None, _world("Frames per second; default 16.")] = None
+    min_frames: Annotated[int | None, _world("Frames of the shortest clip; default 16.")] = None
+    max_frames: Annotated[int | None, _world("Frames of the longest clip; default 21.")] = None
+
+    def config(self) -> "ConversionConfig":
+        """Return how sources become shards.
+
+        Raises:
+            UserInputError: a value is out of range.
+        """
+        from ca2st.processes import num_cores
+        from ray_jobs.console import parse_bytes
+        from sharding.settings import ConversionConfig, RejectBudget
+
+        return ConversionConfig(
+            codec=self.codec,
+            quality=self.quality,
+            num_gop_frames=gop_frames(self.gop, codec=self.codec),
+            short_side=self.short_side,
+            frames_per_second=self.frames_per_second,
+            hdr=self.hdr.value,
+            interlaced=self.interlaced.value,
+            sample_rate_hz=self.sample_rate,
+            workers=self.workers or num_cores(),
+            shard_bytes=parse_bytes(self.shard_size),
+            audio_policy=self.audio.value,
+            clock=self.clock.value,
+            max_rejects=RejectBudget.parse(self.max_rejects),
+            update=self.update,
+            strict=self.strict,
+        )
+
+    def request(self) -> "DatasetRequest":
+        """Return what to ask the dataset's reader for; raises as `config`."""
+        from sharding.datasets import DatasetRequest
+        from sharding.settings import RejectBudget
+
+        world = ("num_samples", "seed", "difficulty", "frame_size", "frame_rate", "min_frames", "max_frames")
+        return DatasetRequest(
+            annotations=self.annotations,
+            media=self.media,
+            split=self.split,
+            limit=self.limit,
+            check_media=not self.dry_run,
+            classes=self.classes,
+            follow_links=self.follow_links,
+            max_missing=RejectBudget.parse(self.max_missing, option="--max-missing"),
+            task=self.task,
+            synthetic=synthetic_config({name: getattr(self, name) for name in world}, dataset=self.dataset),
+        )
+
+
+@app.command(epilog="Example: ca2st shard build --dataset folder --media videos --split train --out shards/train")
+@takes(BuildOptions)
+def build(options: BuildOptions) -> None:
     """Convert one split of a dataset into shards; rerun the same command to resume."""
     from ca2st.errors import UserInputError
-    from ca2st.processes import num_cores
-    from ray_jobs.console import parse_bytes, say
+    from ray_jobs.console import say
     from ray_jobs.conversion import print_plan, print_report
     from sharding.conversion import check_notes
-    from sharding.datasets import DatasetRequest, read_dataset
-    from sharding.settings import ConversionConfig, RejectBudget
+    from sharding.datasets import read_dataset
     from sharding.source import note_lines
 
-    refuse_without_ray(accept_open_ray=accept_open_ray, ray=ray is not None)
-    world = {
-        "num_samples": num_samples,
-        "seed": seed,
-        "difficulty": difficulty,
-        "frame_size": frame_size,
-        "frame_rate": frame_rate,
-        "min_frames": min_frames,
-        "max_frames": max_frames,
-    }
-    config = ConversionConfig(
-        codec=codec,
-        quality=quality,
-        num_gop_frames=gop_frames(gop, codec=codec),
-        short_side=short_side,
-        frames_per_second=frames_per_second,
-        hdr=hdr.value,
-        interlaced=interlaced.value,
-        sample_rate_hz=sample_rate,
-        workers=workers or num_cores(),
-        shard_bytes=parse_bytes(shard_size),
-        audio_policy=audio.value,
-        clock=clock.value,
-        max_rejects=RejectBudget.parse(max_rejects),
-        update=update,
-        strict=strict,
-    )
-    if out is None and not dry_run:
+    refuse_without_ray(accept_open_ray=options.accept_open_ray, ray=options.ray is not None)
+    config = options.config()
+    if options.out is None and not options.dry_run:
         raise UserInputError("--out: required unless --dry-run is given; name a folder for the shards")
-    source = read_dataset(
-        dataset,
-        DatasetRequest(
-            annotations=annotations,
-            media=media,
-            split=split,
-            limit=limit,
-            check_media=not dry_run,
-            classes=classes,
-            follow_links=follow_links,
-            max_missing=RejectBudget.parse(max_missing, option="--max-missing"),
-            task=task,
-            synthetic=synthetic_config(world, dataset=dataset),
-        ),
-    )
+    signal.signal(signal.SIGTERM, _terminated)
+    source = read_dataset(options.dataset, options.request())
     for line in note_lines(source.notes):
         say(line)
-    if dry_run:
+    if options.dry_run:
         check_notes(source, config)
-        print_plan(source, config, as_json=as_json)
+        print_plan(source, config, as_json=options.as_json)
         return
-    assert out is not None
-    if ray is None:
-        report = _convert(source, out, config)
-    else:
-        report = _convert_on_cluster(source, out, config, ray, workers, accept_open_ray)
-    print_report(report, as_json=as_json)
+    assert options.out is not None
+    print_report(_convert(source, options.out, config, options), as_json=options.as_json)
 
 
-def _convert(source: "SourceList", out: Path, config: "ConversionConfig") -> "ConversionReport":
-    from ray_jobs.conversion import convert_shown
+def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
+    from ray_jobs.console import say
+
+    say("terminated; rerun the same command to go on where it stopped")
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def _convert(source: "SourceList", out: Path, config: "ConversionConfig", options: BuildOptions) -> "ConversionReport":
     from ray_jobs.environment import fault_points
 
-    return convert_shown(source, out, config, faults=fault_points())
+    if options.ray is None:
+        from ray_jobs.conversion import convert_shown
 
-
-def _convert_on_cluster(
-    source: "SourceList",
-    out: Path,
-    config: "ConversionConfig",
-    address: str,
-    num_workers: int | None,
-    accept_open: bool,
-) -> "ConversionReport":
+        return convert_shown(source, out, config, faults=fault_points())
     from ray_jobs.cluster.conversion import convert_on_cluster
     from ray_jobs.cluster.ray_access import found_access
-    from ray_jobs.environment import fault_points
 
-    access = found_access(accept_open=accept_open)
     return convert_on_cluster(
-        source, out, config, address=address, access=access, num_workers=num_workers, faults=fault_points()
+        source,
+        out,
+        config,
+        address=options.ray,
+        access=found_access(accept_open=options.accept_open_ray),
+        num_workers=options.workers,
+        faults=fault_points(),
     )
 
 

@@ -13,10 +13,9 @@ from torch import Tensor
 from ca2st.errors import UserInputError
 from ca2st.model.config import EXPERTS, EncoderName, ExpertName, ModelConfig, ModelKind
 from ca2st.spec import MEL_ROW_SECONDS, ClipSpec
-from ca2st.weights.errors import WeightsDamageError
-from ca2st.weights.expert_files import EXPERT_KEY
-from ca2st.weights.sizes import UnwrittenSizes, expert_sizes
-from ca2st.weights.tensor_files import TensorFile, read_tensor_file
+from ca2st.weights.importer import EXPERT_KEY
+from ca2st.weights.model_file import UnwrittenSizes, expert_sizes
+from ca2st.weights.tensor_files import TensorFile, WeightsDamageError, read_tensor_file
 
 Device = Literal["cpu", "cuda"]
 

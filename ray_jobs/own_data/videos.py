@@ -17,13 +17,13 @@ from ray_jobs.runs.inference import load_trained, score
 from ray_jobs.runs.worker import Outcome
 from sharding.datasets.folder import ClassFolders, list_class_folders, visible_entries
 from sharding.datasets.label_spaces import with_label_notes
-from sharding.datasets.media_root import VIDEO_SUFFIXES
+from sharding.datasets.request import VIDEO_SUFFIXES
 from sharding.errors import AnnotationError, RejectBudgetError
 from sharding.folder import REJECTS_NAME, Reject, read_rejects
 from sharding.format.index import decode_index, sample_key
 from sharding.format.shard_set import LabelSpace, read_shard_set
 from sharding.settings import ConversionConfig, RejectBudget, conversion_identity
-from sharding.source import SILENT_SOUND, SourceList, SourceSample
+from sharding.source import LEFT_ASIDE, SILENT_SOUND, SourceList, SourceSample
 
 VALIDATION_SHARE = 5
 """One in so many videos of a class validates, and at least one where there are two."""
@@ -46,7 +46,8 @@ class OwnVideos:
     only_trained: tuple[str, ...] = ()
     """Classes of which nothing validates: with a single video, or not in the folder's own validation split."""
     left_aside: tuple[str, ...] = ()
-    """Files that are no videos, and a test split, which a training must not see; relative to the folder."""
+    """Files that are no videos, a test split, which a training must not see, and folders beside the splits; relative to
+    the folder."""
     splits_given: bool = False
     """Whether the folder's own validation split is used."""
     follow_links: bool = False
@@ -60,6 +61,7 @@ class OwnVideos:
             label_spaces=(LabelSpace(name="label", classes=self.classes),),
             targets=("label",),
             samples=self.train if split == "train" else self.validation,
+            notes={LEFT_ASIDE: self.left_aside} if self.left_aside and split == "train" else {},
         )
         return with_label_notes(source)
 
@@ -293,19 +295,15 @@ def _split_folders(folder: Path) -> dict[str, Path]:
     if "train" not in splits:
         names = ", ".join(path.name for path in splits.values())
         raise AnnotationError(f"{folder}: expected a folder train beside {names}, found none; the form is {_FORM}")
-    if others := [entry.name for entry in visible_entries(folder) if entry.is_dir() and entry not in found]:
-        raise AnnotationError(
-            f"{folder}: expected only splits (train, val, test) beside each other, found {', '.join(others)} too; "
-            "move them into train and val, or elsewhere"
-        )
     return splits
 
 
 def _beside_splits(folder: Path, splits: Mapping[str, Path]) -> list[str]:
+    """Return what lies beside the splits that are read: files, a test split, and other folders."""
     if splits["train"] == folder:
         return []
-    aside = [entry.name for entry in visible_entries(folder) if not entry.is_dir()]
-    return aside + [f"{splits[name].name}/" for name in ("test",) if name in splits]
+    read = (splits["train"], splits.get("validation"))
+    return [f"{entry.name}{'/' * entry.is_dir()}" for entry in visible_entries(folder) if entry not in read]
 
 
 def _facts(videos: OwnVideos, sets: Mapping[str, Path]) -> OwnShards:

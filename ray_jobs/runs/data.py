@@ -19,8 +19,7 @@ from pipelines.storage.shard_sets import check_agreement, check_manifest, check_
 from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import Recipe, SyntheticData
 from ray_jobs.console import progress
-from sharding.datasets.label_spaces import classes_that_differ
-from sharding.format.shard_set import Manifest, ShardSet, read_shard_set
+from sharding.format.shard_set import Manifest, ShardSet, classes_that_differ, read_shard_set
 from sharding.synthetic.factors import label_spaces
 
 

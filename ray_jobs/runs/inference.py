@@ -32,8 +32,7 @@ from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import Update, progress, require_writable_place
 from ray_jobs.runs.data import evaluation_loader
 from ray_jobs.runs.model import RUN_DOCUMENT, find_checkpoint, load_frozen, read_run_document, target_specs
-from sharding.datasets.label_spaces import classes_that_differ
-from sharding.format.shard_set import AudioParameters, ShardSet, VideoParameters, read_shard_set
+from sharding.format.shard_set import AudioParameters, ShardSet, VideoParameters, classes_that_differ, read_shard_set
 
 _LOGGER = logging.getLogger(__name__)
 _MOST_NAME, _FINGERPRINT_CHARACTERS = 60, 8

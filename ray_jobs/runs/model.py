@@ -32,13 +32,11 @@ from ca2st.training.checkpoint import (
 )
 from ca2st.training.errors import CheckpointDamagedError
 from ca2st.training.resume import MODEL_FILE, trained_tensors
-from ca2st.weights.errors import WeightsMismatchError
-from ca2st.weights.expert_files import ExpertStore, expert_state, load_expert, load_expert_file
 from ca2st.weights.hub import HubAccess, is_hub_name
-from ca2st.weights.model_file import ModelDescription, read_description, refuse_published_names
-from ca2st.weights.sizes import UnwrittenSizes
-from ca2st.weights.tensor_files import read_tensor_file, read_tensor_metadata, refuse_mismatch
-from ca2st.weights.transfer import transfer_weights
+from ca2st.weights.importer import ExpertStore, expert_state, load_expert, load_expert_file
+from ca2st.weights.model_file import ModelDescription, UnwrittenSizes, read_description, refuse_published_names
+from ca2st.weights.positions import transfer_weights
+from ca2st.weights.tensor_files import WeightsMismatchError, read_tensor_file, read_tensor_metadata, refuse_mismatch
 from ray_jobs.config.recipe import Recipe, StartConfig
 from ray_jobs.config.recipe_file import stored_recipe
 from ray_jobs.console import say

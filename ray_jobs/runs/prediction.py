@@ -16,7 +16,7 @@ from ca2st.processes import num_cores
 from pipelines.views import EvaluationViews
 from ray_jobs.conversion import convert_shown
 from ray_jobs.runs.inference import TrainedModel, load_trained, score
-from sharding.datasets.media_root import VIDEO_SUFFIXES
+from sharding.datasets.request import VIDEO_SUFFIXES
 from sharding.errors import AllRejectedError, RejectBudgetError
 from sharding.folder import Reject, read_rejects
 from sharding.format.index import sample_key
@@ -51,7 +51,7 @@ class DamagedVideo:
 
     video: str
     reason: str
-    """A key of `sharding.media.probe.REASONS`."""
+    """A `sharding.errors.RejectReason`."""
     what: str
 
 

@@ -48,7 +48,7 @@ DATASETS: dict[str, Reader] = {
 
 
 def read_dataset(name: str, request: DatasetRequest) -> SourceList:
-    """The samples of one split of a dataset, with notes about its class names.
+    """Return the samples of one split of a dataset, with notes about its class names.
 
     Raises:
         UserInputError: an unknown dataset, or whatever its reader refuses.

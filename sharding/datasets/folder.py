@@ -1,4 +1,4 @@
-"""``folder``: a folder a class, videos inside; the names of the folders, sorted, are the classes."""
+"""``folder``: a folder per class, videos inside; the names of the folders, sorted, are the classes."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,7 @@ from pathlib import Path
 
 from ca2st.errors import did_you_mean
 from sharding.datasets.label_spaces import check_class_name, read_classes
-from sharding.datasets.media_root import VIDEO_SUFFIXES, MediaRoot
-from sharding.datasets.request import DatasetRequest, needed_media, refuse_unused
+from sharding.datasets.request import VIDEO_SUFFIXES, DatasetRequest, MediaRoot, needed_media, refuse_unused
 from sharding.datasets.table import CellError, Problems
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
@@ -46,7 +45,7 @@ class ClassFolders:
 
 
 def read(request: DatasetRequest) -> SourceList:
-    """Every video of every class folder, by class and then by name.
+    """Return every video of every class folder, by class and then by name.
 
     The folder is the annotation here, so it is listed for a dry run too; no video is opened.
 
@@ -55,7 +54,7 @@ def read(request: DatasetRequest) -> SourceList:
         AnnotationError: as `list_class_folders`.
     """
     refuse_unused(request, "folder", "annotations", "task")
-    media = needed_media(request, "folder", what="the folder that holds a folder a class")
+    media = needed_media(request, "folder", what="the folder that holds a folder per class")
     classes = None if request.classes is None else read_classes(request.classes)
     found = list_class_folders(media, classes=classes, follow_links=request.follow_links)
     unused = set(found.empty) - set(found.empty_folders)
@@ -80,7 +79,7 @@ def list_class_folders(
     classes: Sequence[str] | None = None,
     follow_links: bool = False,
     option: str = "--media",
-    form: str = "a folder a class with videos inside",
+    form: str = "a folder per class with videos inside",
 ) -> ClassFolders:
     """List the videos of class folders; hidden files and those of operating systems are passed over.
 
@@ -143,7 +142,7 @@ def _check_names(folders: Mapping[str, Path], classes: Sequence[str] | None, pro
 def _videos_of(
     folder: Path, label: int, *, root: MediaRoot, problems: Problems, aside: list[str]
 ) -> list[SourceSample]:
-    """The videos of one class; what is none goes to `aside`, what cannot be used to `problems`."""
+    """Return the videos of one class; what is none goes to `aside`, what cannot be used to `problems`."""
     samples = []
     for entry in visible_entries(folder):
         name = f"{folder.name}/{entry.name}"
@@ -169,7 +168,7 @@ def _videos_of(
 
 
 def visible_entries(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted by name, without hidden files and what operating systems leave.
+    """Return what lies in a folder, sorted by name, without hidden files and what operating systems leave.
 
     Raises:
         AnnotationError: the folder cannot be listed.

@@ -1,9 +1,4 @@
-"""Label spaces: class lists, labels found in the data, histograms.
-
-Class names: those of the public datasets, shipped as facts, and those in a file of the user's.
-
-Labels of somebody's own list: names or numbers, against a class list or making one.
-"""
+"""Label spaces: class names, shipped or of the user's own list, and labels in annotations, as names or numbers."""
 
 import functools
 import re
@@ -12,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ca2st.errors import did_you_mean, listed
+from ca2st.errors import did_you_mean
 from sharding.datasets.table import CellError, Problems, Row, read_cell, read_text, split_lines
 from sharding.errors import AnnotationError
-from sharding.format.shard_set import LabelSpace
+from sharding.format.shard_set import LabelSpace, written
 from sharding.source import INVISIBLE, LOOK_ALIKE, MISSING_LABELS, ONE_CLASS, SEVERAL_LABELS, SourceList
 
 NUM_CLASSES: dict[str, int] = {
@@ -33,14 +28,13 @@ NUM_CLASSES: dict[str, int] = {
 _MAX_HINTS = 20  # the search for a near name takes milliseconds
 _FOLDER = Path(__file__).parent / "classes"
 _MOST_CHARACTERS = 500
-_MOST_NAMED = 8
 _APART = re.compile(r"[|;]")
 _MISSING = re.compile(r"(?i:nan|null|n/a|#n/a|#value!|undefined)|None")
 _PERHAPS_APART = re.compile(r"[,/+&]")
 
 
 def published_classes(name: str) -> tuple[str, ...]:
-    """The class names of a public dataset in label order."""
+    """Return the class names of a public dataset in label order."""
     classes = read_classes(_FOLDER / f"{name}.txt")
     if len(classes) != NUM_CLASSES[name]:
         raise AnnotationError(f"{_FOLDER / name}.txt: expected {NUM_CLASSES[name]} classes, found {len(classes)}")
@@ -48,7 +42,7 @@ def published_classes(name: str) -> tuple[str, ...]:
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Class names from a text file, one a line; line 1 is label 0.
+    """Return class names from a text file, one per line; line 1 is label 0.
 
     Raises:
         AnnotationError: unreadable, no names, an empty line between names, or a name twice.
@@ -57,7 +51,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
     while names and not names[-1]:
         names.pop()
     if not names:
-        raise AnnotationError(f"{path}: expected class names, one a line, found none")
+        raise AnnotationError(f"{path}: expected class names, one per line, found none")
     problems = Problems(path)
     first: dict[str, int] = {}
     for line, name in enumerate(names, start=1):
@@ -90,7 +84,7 @@ def check_class_name(name: str) -> None:
 
 
 def label_notes(classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """What a user should know about class names: nothing is merged or split, whatever they look like.
+    """Return what a user should know about class names: nothing is merged or split, whatever they look like.
 
     Noted are names that look alike (Unicode normalisation, case, white space, dashes and invisible characters aside),
     one that seems to be several labels (``a|b``; ``a, b`` where a and b are classes too), what programs write where a
@@ -110,8 +104,17 @@ def label_notes(classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return {kind: tuple(places) for kind, places in found.items() if places}
 
 
+def spelled_alike(rows: Sequence[Row], column: str, labels: Sequence[int | None]) -> tuple[str, ...]:
+    """Return what became one class though it was written in several ways: the numbers ``01`` and ``1``."""
+    texts: dict[int, dict[str, None]] = {}
+    for row, label in zip(rows, labels, strict=True):
+        if label is not None:
+            texts.setdefault(label, {})[row[column]] = None
+    return tuple(" = ".join(map(written, several)) for several in texts.values() if len(several) > 1)
+
+
 def with_label_notes(source: SourceList) -> SourceList:
-    """The list with the notes about its class names behind its own."""
+    """Return the list with the notes about its class names behind its own."""
     notes = dict(source.notes)
     for space in source.label_spaces:
         for kind, places in label_notes(space.classes).items():
@@ -119,29 +122,8 @@ def with_label_notes(source: SourceList) -> SourceList:
     return replace(source, notes=notes)
 
 
-def written(name: str) -> str:
-    """A name between quotes; what is not ASCII is also given by its code points, which tell likenesses apart."""
-    return repr(name) if repr(name) == ascii(name) else f"{name!r} {name!a}"
-
-
-def classes_that_differ(here: Sequence[str], there: Sequence[str], *, where: tuple[str, str]) -> str:
-    """Say which of two unequal lists of classes has what alone, or where the order begins to differ.
-
-    `where` are words for the two lists: ``("in the model", "in the set")``.
-    """
-    alone = [sorted(set(here) - set(there)), sorted(set(there) - set(here))]
-    if not any(alone):
-        at = next(at for at, names in enumerate(zip(here, there, strict=True)) if names[0] != names[1])
-        found = f"{written(here[at])} {where[0]} and {written(there[at])} {where[1]}"
-        return f"the same names in another order (class {at} is {found})"
-    told = []
-    for place, names in zip(where, alone, strict=True):
-        told += [f"only {place} {listed([*map(written, names)], most=8)}"] if names else []
-    return "; ".join(told)
-
-
 def _look(name: str) -> str:
-    """What is left of a name when one only glances at it."""
+    """Return what is left of a name when one only glances at it."""
     dashes = "".join(" " if unicodedata.category(c) in ("Pd", "Pc") else c for c in unicodedata.normalize("NFKC", name))
     return " ".join(_visible(dashes).casefold().split())
 
@@ -163,7 +145,7 @@ def _is_several(name: str, known: frozenset[str]) -> bool:
 
 
 def class_index(num_classes: int) -> Callable[[str], int]:
-    """A cell parser for a label written as a number."""
+    """Return a cell parser for a label written as a number."""
 
     def parse(text: str) -> int:
         expected = f"a class index 0 to {num_classes - 1}"
@@ -177,7 +159,7 @@ def class_index(num_classes: int) -> Callable[[str], int]:
 
 
 def class_name(classes: tuple[str, ...]) -> Callable[[str], int]:
-    """A cell parser for a label written as a class name."""
+    """Return a cell parser for a label written as a class name."""
     indices = {name: index for index, name in enumerate(classes)}
     hint = functools.lru_cache(maxsize=None)(lambda text: did_you_mean(text, list(classes)))
 
@@ -197,7 +179,7 @@ def is_whole_number(text: str) -> bool:
 
 
 def label_histogram(source: SourceList) -> dict[str, dict[str, int]]:
-    """Samples a class, by label space; classes without samples are there with 0."""
+    """Return samples a class, by label space; classes without samples are there with 0."""
     return {
         space.name: _counted(space, [s.labels[number] for s in source.samples])
         for number, space in enumerate(source.label_spaces)
@@ -217,7 +199,7 @@ _DECIMAL = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?", re.ASCII)
 def label_column(
     rows: Sequence[Row], column: str, classes: Path | None, *, problems: Problems
 ) -> tuple[tuple[str, ...], list[int | None]]:
-    """The classes, and each row's label or None where it is wrong.
+    """Return the classes, and each row's label or None where it is wrong.
 
     With a class list: a column of numbers that are no names of it holds indices into it, any other column names.
     Without: all numbers are indices, which must run from 0 without gaps; names are sorted.

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ca2st.errors import UserInputError
-from sharding.datasets.media_root import VIDEO_SUFFIXES
-from sharding.datasets.request import DatasetRequest, needed_media
+from sharding.datasets.request import VIDEO_SUFFIXES, DatasetRequest, needed_media
 from sharding.datasets.table import Problems
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace

@@ -13,9 +13,8 @@ import pyarrow as pa
 
 from ca2st.checked_json import DocumentError, parse_json
 from ca2st.errors import UserInputError
-from sharding.datasets.label_spaces import label_column
-from sharding.datasets.media_root import MediaRoot
-from sharding.datasets.request import DatasetRequest, needed_annotations, needed_media, refuse_unused
+from sharding.datasets.label_spaces import label_column, spelled_alike
+from sharding.datasets.request import DatasetRequest, MediaRoot, needed_annotations, needed_media, refuse_unused
 from sharding.datasets.table import (
     CellError,
     Problems,
@@ -32,7 +31,7 @@ from sharding.datasets.table import (
 from sharding.errors import AnnotationError
 from sharding.format.index import read_parquet
 from sharding.format.shard_set import LabelSpace
-from sharding.source import MISSING_MEDIA, UNUSED_CLASSES, SourceList, SourceSample
+from sharding.source import LOOK_ALIKE, MISSING_MEDIA, UNUSED_CLASSES, SourceList, SourceSample
 
 _Segment = tuple[float | None, float | None]
 _TARGETS = (("label",), ("verb", "noun"))
@@ -76,7 +75,8 @@ def _read(request: DatasetRequest, dataset: str, *, what: str) -> SourceList:
     problems.refuse_any()
     spaces = tuple(LabelSpace(name=name, classes=names) for name, (names, _) in zip(targets, columns, strict=True))
     unused = _unused(spaces[0].classes, samples) if request.classes else ()
-    notes = {UNUSED_CLASSES: unused, MISSING_MEDIA: tuple(missing)}
+    alike = [spelled_alike(table.rows, name, found) for name, (_, found) in zip(targets, columns, strict=True)]
+    notes = {UNUSED_CLASSES: unused, MISSING_MEDIA: tuple(missing), LOOK_ALIKE: sum(alike, ())}
     return SourceList(
         dataset=dataset,
         split=request.split,

@@ -16,7 +16,7 @@ several objects keeps time with the sound, in scenes of their own."""
 
 
 def read(request: DatasetRequest) -> SourceList:
-    """The clips of one split, made where they are missing; a dry run only lists them.
+    """Return the clips of one split, made where they are missing; a dry run only lists them.
 
     Raises:
         UserInputError: an unknown task, an option this dataset does not use, no media folder, or one that holds

@@ -1,14 +1,8 @@
-"""Annotation tables: rows of CSV with their places, problems, times.
+"""Annotation tables: CSV with a header, row by row, with file:line:column in every message.
 
-Everything wrong with an annotation file, gathered before anything is refused: all rows are named at once.
-
-Annotation tables (CSV with a header) row by row, with file:line:column in every message.
-
-A record is one physical line: a line break inside quotes is refused where it starts, instead of swallowing rows.
-
-Times in annotation files, to seconds: exactly the nearest float to what is written, never a sum of roundings.
-
-A row's segment of a media file.
+Everything wrong with a file is gathered (`Problems`) before anything is refused, so all rows are named at once. A
+record is one physical line: a line break inside quotes is refused where it starts, instead of swallowing rows. Times
+become seconds: exactly the nearest float to what is written, never a sum of roundings.
 """
 
 import csv
@@ -99,7 +93,7 @@ class Row:
         return self.cells[self.columns.index(column)]
 
     def get(self, column: str) -> str:
-        """The cell, or an empty text where the table has no such column."""
+        """Return the cell, or an empty text where the table has no such column."""
         return self[column] if column in self.columns else ""
 
     @property
@@ -209,7 +203,7 @@ def read_document(path: Path, kind: type[_Kind] | types.GenericAlias) -> _Kind:
 
 
 def read_text(path: Path) -> str:
-    """The text of an annotation file.
+    """Return the text of an annotation file.
 
     Raises:
         AnnotationError: not readable, or not UTF-8; the message says what it looks like and where.
@@ -238,7 +232,7 @@ def read_text(path: Path) -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a text file: Unix, Windows and old Mac line ends, and no others."""
+    """Return the lines of a text file: Unix, Windows and old Mac line ends, and no others."""
     return _LINE_BREAK.split(text)
 
 
@@ -330,7 +324,7 @@ def _row(path: Path, number: int, line: str, columns: tuple[str, ...], problems:
 
 
 def _cells(line: str) -> tuple[str, ...] | None:
-    """The cells of a line without the spaces around them, or None when its quotes are broken."""
+    """Return the cells of a line without the spaces around them, or None when its quotes are broken."""
     try:
         (cells,) = csv.reader([line], strict=True, skipinitialspace=True)
     except (csv.Error, ValueError):
@@ -360,7 +354,7 @@ _SECONDS = re.compile(r"\d{1,9}(\.\d{1,12})?", re.ASCII)
 
 
 def clock_time(text: str) -> float:
-    """Seconds of ``HH:MM:SS`` or ``HH:MM:SS.fff``.
+    """Return seconds of ``HH:MM:SS`` or ``HH:MM:SS.fff``.
 
     Raises:
         CellError: another form.
@@ -373,7 +367,7 @@ def clock_time(text: str) -> float:
 
 
 def seconds_or_clock_time(text: str) -> float:
-    """Seconds of a plain number (``12.5``) or of a clock time.
+    """Return seconds of a plain number (``12.5``) or of a clock time.
 
     Raises:
         CellError: another form, a sign or an exponent.
@@ -388,7 +382,7 @@ def seconds_or_clock_time(text: str) -> float:
 def read_segment(
     row: Row, start_column: str, end_column: str, parse: Callable[[str], float], *, problems: Problems
 ) -> tuple[float, float] | None:
-    """Start and end in seconds; None, and a problem, where one is wrong or the end is not after the start."""
+    """Return start and end in seconds; None, and a problem, where one is wrong or the end is not after the start."""
     start = read_cell(row, start_column, parse, problems)
     end = read_cell(row, end_column, parse, problems)
     if start is None or end is None:

@@ -1,21 +1,16 @@
 """The per-shard index (format v1), sample keys, and the one reader of Parquet files.
 
-The one reader of Parquet files: without any thread of Arrow's, and within bounds that are checked before it reads.
+The index has a row per sample, with the place and checksum of every byte range. A reader needs it alone to fetch single
+frames of an MJPEG clip: frame i of a sample starts at ``video_offset + frame_data_offset + sum(frame_bytes[:i])`` of
+the tar and is ``frame_bytes[i]`` long. Frames of the other codecs depend on each other: ``frame_bytes`` and
+``frame_xxh32`` are empty, ``frame_ticks`` has every frame's time, and a reader takes the whole member, for which
+``video_xxh64`` vouches. Its key frames are every ``num_gop_frames``-th frame, as the manifest says.
 
-Arrow starts its thread pools at the first threaded read and leaves them to the process's end, where a busy machine
-now and then aborted an otherwise finished command ("terminate called without an active exception"). Indexes are a
-few megabytes: nothing is gained by threads. And a small file can unpack to any size: its footer says how many values
-it claims, and repeated texts are kept as numbers until it is known what they would fill.
-
-Sample keys: short ASCII names that every WebDataset reader splits alike.
-
-The per-shard index (format v1): a Parquet row a sample, with the place and checksum of every byte range.
-
-A reader needs the index alone to fetch single frames of an MJPEG clip: frame i of a sample starts at
-``video_offset + frame_data_offset + sum(frame_bytes[:i])`` of the tar and is ``frame_bytes[i]`` long. Frames of the
-other codecs depend on each other: ``frame_bytes`` and ``frame_xxh32`` are empty, ``frame_ticks`` has every frame's
-time, and a reader takes the whole member, for which ``video_xxh64`` vouches. Its key frames are every
-``num_gop_frames``-th frame, as the manifest says.
+Parquet is read without Arrow's threads, and within bounds that are checked before it reads. Arrow starts its thread
+pools at the first threaded read and leaves them to the process's end, where a busy machine now and then aborted an
+otherwise finished command ("terminate called without an active exception"). Indexes are a few megabytes: nothing is
+gained by threads. And a small file can unpack to any size: its footer says how many values it claims, and repeated
+texts are kept as numbers until it is known what they would fill.
 """
 
 import io
@@ -44,7 +39,7 @@ def read_parquet(
     num_rows: int | None = None,
     most_bytes: int = MOST_BYTES,
 ) -> pa.Table:
-    """The table of a Parquet file, given by its bytes or its path.
+    """Return the table of a Parquet file, given by its bytes or its path.
 
     Args:
         data: The file.
@@ -75,12 +70,12 @@ def read_parquet(
 
 
 def parquet_batches(data: Path, *, columns: Sequence[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
-    """The rows of a Parquet file that may be larger than memory; raises as `read_parquet`."""
+    """Yield the rows of a Parquet file that may be larger than memory; raises as `read_parquet`."""
     yield from _opened(data).iter_batches(batch_size=batch_rows, columns=list(columns), use_threads=False)
 
 
 def parquet_columns(data: Path) -> list[str]:
-    """Names of a Parquet file's columns; raises as `read_parquet`."""
+    """Return names of a Parquet file's columns; raises as `read_parquet`."""
     return list(_opened(data).schema_arrow.names)
 
 
@@ -162,7 +157,7 @@ def frame_checksum(data: bytes | memoryview) -> int:
 
 
 def encode_index(rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, str]) -> bytes:
-    """Parquet bytes of the index of one shard; the same rows give the same bytes.
+    """Return parquet bytes of the index of one shard; the same rows give the same bytes.
 
     `metadata` (text) goes into the Parquet schema: what the writer needs to resume behind this shard.
     """
@@ -179,7 +174,7 @@ def encode_index(rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, str])
 
 
 def decode_index(data: bytes, *, columns: Sequence[str] | None = None) -> pa.Table:
-    """The table of an index file's bytes, checked to have this format's schema; `columns` alone, or all.
+    """Return the table of an index file's bytes, checked to have this format's schema; `columns` alone, or all.
 
     Raises:
         pa.ArrowException: the bytes are not Parquet.

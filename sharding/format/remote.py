@@ -42,7 +42,7 @@ class RemoteFolder:
         return self.url.partition("://")[0]
 
     def file(self, name: str) -> str:
-        """The URL of a file in it."""
+        """Return the URL of a file in it."""
         return f"{self.url}/{name}"
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ Location = Path | RemoteFolder
 
 
 def as_location(place: str | Path | RemoteFolder) -> Location:
-    """The folder or URL that `place` names; anything without ``://`` is a path.
+    """Return the folder or URL that `place` names; anything without ``://`` is a path.
 
     Raises:
         UserInputError: a kind of URL that is not read, one without a bucket or host, or one that carries a secret:
@@ -106,7 +106,7 @@ class RetryConfig:
             raise UserInputError(f"retry.request_seconds: expected more than 0, found {self.request_seconds}")
 
     def pause_seconds(self, failures: int, fraction: float) -> float:
-        """The pause after that many failures; `fraction` in [0, 1) is the draw."""
+        """Return the pause after that many failures; `fraction` in [0, 1) is the draw."""
         longest = doubled_pause(failures, first_seconds=self.first_pause_seconds, longest=self.longest_pause_seconds)
         return longest * (1 + fraction) / 2
 
@@ -135,32 +135,29 @@ class Retrier:
     chance: Callable[[], float] = random.random
 
     def call(self, work: Callable[[], T], *, is_passing: Callable[[Exception], bool]) -> T:
-        """The result of `work`.
+        """Return the result of `work`.
 
         Raises:
             RetriesSpentError: attempts or time are used up; any error that `is_passing` denies is raised as it is.
         """
-        start = self.clock()
-        for failures in self._failures():
+        start, failures = self.clock(), 0
+        while True:
             try:
                 return work()
             except Exception as error:
                 if not is_passing(error):
                     raise
+                failures += 1
                 pause = self.config.pause_seconds(failures, self.chance())
                 spent = self.clock() - start
                 if failures == self.config.attempts or spent + pause > self.config.total_seconds:
                     raise RetriesSpentError(failures, spent, error) from error
                 self.on_retry()
                 self.sleep(pause)
-        raise AssertionError("the loop returns or raises")
-
-    def _failures(self) -> Iterator[int]:
-        yield from range(1, self.config.attempts + 1)
 
 
 def described(error: BaseException) -> str:
-    """An error in one line: its text, or its kind where it has none."""
+    """Return an error in one line: its text, or its kind where it has none."""
     text = " ".join(str(error).split())
     return text if text and isinstance(error, OSError) else f"{type(error).__name__}{f': {text}' if text else ''}"
 
@@ -234,7 +231,7 @@ class RemoteFiles:
             object.__setattr__(self, "filesystem", _open_filesystem(self.folder))
 
     def read(self, name: str) -> bytes:
-        """A whole small file.
+        """Return a whole small file.
 
         Raises:
             RemoteFileMissingError: there is none.
@@ -243,7 +240,7 @@ class RemoteFiles:
         return self._ask(name, lambda path: self._fetch(path, None, None))
 
     def ranges(self, name: str, num_bytes: int) -> Iterator[bytes]:
-        """A file of known size, piece by piece, each at most `RANGE_BYTES`; raises as `read`."""
+        """Yield a file of known size, piece by piece, each at most `RANGE_BYTES`; raises as `read`."""
         start = 0
         while start < num_bytes:
             piece = self.read_range(name, start, min(start + RANGE_BYTES, num_bytes), num_bytes)
@@ -251,7 +248,7 @@ class RemoteFiles:
             yield piece
 
     def read_range(self, name: str, start: int, end: int, num_bytes: int) -> bytes:
-        """Bytes `start` to `end` of a file of `num_bytes`; raises as `read`."""
+        """Return bytes `start` to `end` of a file of `num_bytes`; raises as `read`."""
 
         def fetch(path: str) -> bytes:
             data = self._fetch(path, start, end)
@@ -297,7 +294,7 @@ class RemoteFiles:
         return data
 
     def _call(self, method: str, path: str, **arguments: Any) -> Any:
-        """A method of the filesystem, given up after `request_seconds` where it waits for a network."""
+        """Return a method of the filesystem, given up after `request_seconds` where it waits for a network."""
         if not self.filesystem.async_impl:
             if method == "ls":
                 arguments.pop("refresh")
@@ -324,7 +321,7 @@ def may_pass(error: Exception) -> bool:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error, where there is one."""
+    """Return the HTTP status behind an error, where there is one."""
     for one in (error, error.__cause__):
         answer = getattr(one, "response", None)
         if isinstance(answer, dict):
@@ -348,7 +345,7 @@ def _remedy(error: Exception) -> str:
 
 
 def _open_filesystem(folder: RemoteFolder) -> Any:
-    """The fsspec filesystem of a URL, its own retries off: ours are the only ones, and they are counted.
+    """Return the fsspec filesystem of a URL, its own retries off: ours are the only ones, and they are counted.
 
     Raises:
         EnvironmentFault: the package that reads such URLs is not installed.

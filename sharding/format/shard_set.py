@@ -1,16 +1,12 @@
 """The manifest of a shard set and the table of its shards (format v1): written last, read from a folder or a URL.
 
-The manifest of a shard set (format v1): what the set holds and the hashes that prove it.
-
-``manifest.json`` is written last and names ``shards.parquet`` by hash, which names every shard and index by hash:
-one file vouches for every byte. Trainers take the manifest, never a glob.
-
-A shard set: the table of its shards, and how a set is written, then read from a folder or a URL.
+``manifest.json`` says what the set holds and names ``shards.parquet`` by hash, which names every shard and index by
+hash: one file vouches for every byte. Trainers take the manifest, never a glob.
 """
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,7 @@ import pyarrow.parquet as pq
 
 from ca2st.checked_json import DocumentError, canonical_json, checked, parse_json, sha256_of_json
 from ca2st.durable import NO_FAULTS, FaultPoints, write_bytes
-from ca2st.errors import EnvironmentFault
+from ca2st.errors import EnvironmentFault, listed
 from sharding.errors import ManifestError, ShardDamageError
 from sharding.format.index import read_parquet
 from sharding.format.remote import (
@@ -50,6 +46,27 @@ class LabelSpace:
     def sha256(self) -> str:
         """Hash of the class names in order."""
         return sha256_of_json(list(self.classes))
+
+
+def written(name: str) -> str:
+    """Return a name between quotes; what is not ASCII is also given by its code points, which tell likenesses apart."""
+    return repr(name) if repr(name) == ascii(name) else f"{name!r} {name!a}"
+
+
+def classes_that_differ(here: Sequence[str], there: Sequence[str], *, where: tuple[str, str]) -> str:
+    """Say which of two unequal lists of classes has what alone, or where the order begins to differ.
+
+    `where` are words for the two lists: ``("in the model", "in the set")``.
+    """
+    alone = [sorted(set(here) - set(there)), sorted(set(there) - set(here))]
+    if not any(alone):
+        at = next(at for at, names in enumerate(zip(here, there, strict=True)) if names[0] != names[1])
+        found = f"{written(here[at])} {where[0]} and {written(there[at])} {where[1]}"
+        return f"the same names in another order (class {at} is {found})"
+    told = []
+    for place, names in zip(where, alone, strict=True):
+        told += [f"only {place} {listed([*map(written, names)], most=8)}"] if names else []
+    return "; ".join(told)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +111,7 @@ class VideoParameters:
     shape stored as they were."""
 
     def as_json(self) -> dict[str, Any]:
-        """The fields; what a codec or an older set does not have is left out, so that their hashes stay."""
+        """Return the fields; what a codec or an older set does not have is left out, so that their hashes stay."""
         return {name: value for name, value in asdict(self).items() if name not in _OPTIONAL or value is not None}
 
 
@@ -134,7 +151,7 @@ class Manifest:
         return sha256_of_json(self._payload())
 
     def label_space(self, name: str) -> LabelSpace:
-        """The label space of that name.
+        """Return the label space of that name.
 
         Raises:
             ManifestError: the set has none of that name; the message lists those it has.
@@ -159,7 +176,7 @@ class Manifest:
         return payload
 
     def to_json(self) -> bytes:
-        """Indented JSON with `self_sha256` over the canonical JSON of everything else."""
+        """Return indented JSON with `self_sha256` over the canonical JSON of everything else."""
         payload = self._payload() | {"self_sha256": self.fingerprint}
         return canonical_json(payload)
 
@@ -183,7 +200,7 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def parse_manifest(text: bytes, *, where: str) -> Manifest:
-    """The manifest in the bytes of a ``manifest.json``; `where` names it in messages.
+    """Return the manifest in the bytes of a ``manifest.json``; `where` names it in messages.
 
     Raises:
         ManifestError: of another format version, or with other fields.
@@ -193,7 +210,7 @@ def parse_manifest(text: bytes, *, where: str) -> Manifest:
         payload = parse_json(text, dict[str, Any], where=where)
     except DocumentError as error:
         raise ShardDamageError(f"{error}; restore it or convert again") from error
-    if payload.get("format") != FORMAT_NAME:
+    if payload.get("format") != FORMAT_NAME or "format_version" not in payload:
         raise ShardDamageError(f"{where}: not a {FORMAT_NAME} manifest; restore it or convert again")
     if payload.get("format_version") != FORMAT_VERSION:
         raise ManifestError(

@@ -61,7 +61,7 @@ def shard_name(number: int) -> str:
 
 
 def member_header(key: str, suffix: str, size: int) -> bytes:
-    """The 512 bytes that stand before a member in our tars."""
+    """Return the 512 bytes that stand before a member in our tars."""
     info = tarfile.TarInfo(f"{key}.{suffix}")
     info.size, info.mtime, info.mode, info.uname, info.gname = size, 0, _MODE, _OWNER, _OWNER
     return info.tobuf(tarfile.USTAR_FORMAT)
@@ -206,5 +206,5 @@ class _HashingSink:
 
 
 def padded(size: int) -> int:
-    """The bytes that a member of `size` bytes takes in a tar, its header apart."""
+    """Return the bytes that a member of `size` bytes takes in a tar, its header apart."""
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

@@ -1,5 +1,10 @@
-"""Cut a segment's sound out of a media file, as mono samples at one rate, on the video's time base."""
+"""A segment's sound: cut out of a media file as mono samples at one rate, and its log-mel spectrogram.
 
+The samples are on the video's time base.
+"""
+
+import contextlib
+import io
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,9 +19,9 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 
 from sharding.errors import MediaError
-from sharding.media.decoding import audio_frames, frame_seconds
+from sharding.format.shard_set import AudioParameters
 from sharding.media.probe import MediaLimits
-from sharding.media.video import Segment
+from sharding.media.video import Segment, audio_frames, frame_seconds
 
 _PREROLL = Fraction(1)  # a codec that overlaps its blocks, and the resampler, are right again well within this
 _SEEK_FROM = Fraction(3)
@@ -48,7 +53,7 @@ class EncodedAudio:
 
 
 def is_silent(pcm: Samples) -> bool:
-    """Whether a waveform is digital silence: all samples within one step of 16-bit sound."""
+    """Return whether a waveform is digital silence: all samples within one step of 16-bit sound."""
     return bool(pcm.size == 0 or pcm.max() - pcm.min() < _LEAST_STEP)
 
 
@@ -87,7 +92,7 @@ class _Run:
         self._blocks: list[Samples] = []
 
     def continues_with(self, frame: av.AudioFrame, offset: float) -> bool:
-        """Whether the frame has the same format and lies where counting from the run's start puts it."""
+        """Return whether the frame has the same format and lies where counting from the run's start puts it."""
         return _format_of(frame) == self._format and self.keeps_time(offset)
 
     def keeps_time(self, offset: float) -> bool:
@@ -173,7 +178,7 @@ def cut_audio(
 def _between(
     frames: Iterator[av.AudioFrame], start: Fraction, end: Fraction
 ) -> Iterator[tuple[av.AudioFrame, Fraction]]:
-    """The frames that lie at least in part between the moments, each with its own."""
+    """Yield the frames that lie at least in part between the moments, each with its own."""
     for frame in frames:
         moment = frame_seconds(frame)
         if moment >= end:
@@ -208,7 +213,7 @@ def _runs(frames: Iterator[_Timed], rate_hz: int) -> Iterator[_Run]:
 
 
 def _steadied(frames: Iterator[_Timed]) -> Iterator[tuple[_Timed, float]]:
-    """Each frame with the median offset of its neighbours, as many before it as behind it.
+    """Yield each frame with the median offset of its neighbours, as many before it as behind it.
 
     Steps of the clock stay where they are (the median of a monotone sequence is its middle), jitter goes.
     """
@@ -248,7 +253,7 @@ def _placed(pieces: list[_Piece], length: int) -> Samples | None:
 
 
 def _notes(pieces: list[_Piece], num_wanted: int, *, few: int, is_to_end: bool) -> tuple[str, ...]:
-    """What is worth counting about the place of sound beside `num_wanted` samples of picture; `few` are not."""
+    """Return what is worth counting about the place of sound beside `num_wanted` samples of picture; `few` are not."""
     first, last = min(piece.first for piece in pieces), max(piece.end for piece in pieces)
     found = {
         "sound starts late": first > few,
@@ -257,3 +262,87 @@ def _notes(pieces: list[_Piece], num_wanted: int, *, few: int, is_to_end: bool) 
         "gaps or overlaps in the sound": any(piece.is_moved and 0 < piece.first < num_wanted for piece in pieces),
     }
     return tuple(kind for kind, is_so in found.items() if is_so)
+
+
+_FLOOR = float(np.log(np.finfo(np.float32).eps))
+"""Kaldi's floor: the value of a bin without energy."""
+_AUDIBLE = 1e-3  # peak of a waveform that cannot give a spectrogram of nothing but the floor
+
+Spectrogram = npt.NDArray[np.float16]
+
+
+def log_mel(pcm: npt.NDArray[np.float32], parameters: AudioParameters) -> Spectrogram:
+    """float16 [rows, num_mel_bins] of mono samples; sound shorter than a window is padded to one.
+
+    Raises:
+        MediaError: ``bad_spectrogram`` for NaN, infinity, or one value everywhere although there is sound.
+    """
+    window = round(parameters.sample_rate_hz * parameters.frame_length_ms / 1000)
+    if not np.isfinite(pcm).all():
+        raise MediaError("bad_spectrogram", "expected finite audio samples, found NaN or infinity")
+    centred = pcm - pcm.mean(dtype=np.float64).astype(np.float32)
+    mel = _filter_bank(np.pad(centred, (0, max(0, window - len(centred)))), parameters)
+    check_spectrogram(mel, parameters.num_mel_bins)
+    inner = centred[window:-window]  # a click at the very ends lies where the windows fade out, or behind the last one
+    if mel.max() == mel.min() and np.abs(inner).max(initial=0.0) > _AUDIBLE:
+        raise MediaError("bad_spectrogram", f"expected a picture of the sound, found {mel.flat[0]} everywhere")
+    return mel.astype(np.float16)
+
+
+def check_spectrogram(mel: npt.NDArray[np.floating], num_mel_bins: int) -> None:
+    """Refuse a spectrogram of another width, with NaN or infinity, or constant above the floor.
+
+    Raises:
+        MediaError: ``bad_spectrogram``.
+    """
+    if mel.ndim != 2 or mel.shape[1] != num_mel_bins:
+        raise MediaError("bad_spectrogram", f"expected [rows, {num_mel_bins}], found {list(mel.shape)}")
+    if not np.isfinite(mel).all():
+        raise MediaError("bad_spectrogram", "expected finite values, found NaN or infinity")
+    if mel.size and mel.max() == mel.min() and mel.flat[0] > _FLOOR + 0.01:
+        raise MediaError("bad_spectrogram", f"expected a picture of the sound, found {mel.flat[0]} everywhere")
+
+
+def no_spectrogram(parameters: AudioParameters) -> Spectrogram:
+    """Return the spectrogram of a sample without audio: no rows."""
+    return np.zeros((0, parameters.num_mel_bins), np.float16)
+
+
+def npy_bytes(mel: Spectrogram) -> bytes:
+    """Return the array as a .npy file (version 1.0, no pickle)."""
+    sink = io.BytesIO()
+    np.lib.format.write_array(sink, np.ascontiguousarray(mel), version=(1, 0), allow_pickle=False)
+    return sink.getvalue()
+
+
+def _filter_bank(pcm: npt.NDArray[np.float32], parameters: AudioParameters) -> npt.NDArray[np.float32]:
+    import torch
+    from torchaudio.compliance.kaldi import fbank
+
+    with _one_torch_thread(), torch.inference_mode():
+        mel = fbank(
+            torch.from_numpy(np.ascontiguousarray(pcm, np.float32))[None],
+            htk_compat=True,
+            sample_frequency=float(parameters.sample_rate_hz),
+            use_energy=False,
+            window_type="hanning",
+            num_mel_bins=parameters.num_mel_bins,
+            dither=0.0,
+            frame_length=parameters.frame_length_ms,
+            frame_shift=parameters.frame_shift_ms,
+        )
+    result: npt.NDArray[np.float32] = mel.numpy()
+    return result
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """The same sums in the same order on every machine; the caller's setting comes back."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

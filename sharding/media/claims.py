@@ -23,8 +23,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from sharding.errors import MediaError
-from sharding.media.decoding import frame_rate
-from sharding.media.probe import open_media
+from sharding.media.probe import frame_rate, open_media
 
 _MP4_BOXES = frozenset(
     {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"uuid", b"sidx", b"styp", b"mfra"}
@@ -122,7 +121,7 @@ def _check_matroska(file: IO[bytes], length: int) -> None:
 
 
 def _read_vint(file: IO[bytes] | mmap.mmap) -> int | None:
-    """The EBML size at the file's position, or None for an unknown one (a live recording) or none at all."""
+    """Return the EBML size at the file's position, or None for an unknown one (a live recording) or none at all."""
     first = file.read(1)
     if not first or first[0] == 0:
         return None
@@ -168,7 +167,7 @@ def check_ends_as_claimed(
 
 
 def _end_of_all_streams(path: Path) -> Fraction:
-    """Where the last packet of any stream ends; sound may be longer than the picture."""
+    """Return where the last packet of any stream ends; sound may be longer than the picture."""
     last = Fraction(0)
     with open_media(path) as container, contextlib.suppress(av.error.FFmpegError):
         for packet in container.demux():
@@ -233,12 +232,12 @@ def check_chunks(path: Path, stream: VideoStream, start: Fraction, end: Fraction
 
 
 def _bytes_needed(path: Path, stream: VideoStream, end: Fraction | None) -> int:
-    """Up to a second behind the moment `end`."""
+    """Return up to a second behind the moment `end`."""
     return path.stat().st_size if end is None else _place_of(path, stream, end + 1)
 
 
 def _place_of(path: Path, stream: VideoStream, moment: Fraction) -> int:
-    """The byte where the first packet of the picture behind a moment lies, else the file's length."""
+    """Return the byte where the first packet of the picture behind a moment lies, else the file's length."""
     if stream.time_base is None:
         return path.stat().st_size
     ticks = (stream.start_time or 0) + int(moment / stream.time_base)
@@ -268,7 +267,7 @@ def _check_elements(data: mmap.mmap, first: int, last: int) -> None:
 
 
 def _element(data: mmap.mmap, at: int) -> tuple[int, int]:
-    """Where an EBML element's contents start and end, far behind the file if nothing says; no element: `at`."""
+    """Return where an EBML element's contents start and end, far behind the file if nothing says; no element: `at`."""
     if at >= len(data) or data[at] < _LEAST_EBML_ID:
         return at, at
     data.seek(at + 9 - data[at].bit_length())
@@ -296,7 +295,7 @@ def _check_ogg_pages(data: mmap.mmap, num_bytes: int) -> None:
 
 
 def _ogg_checksum(page: bytes) -> int:
-    """The CRC-32 of zlib's polynomial with the bits in the other order, from 0."""
+    """Return the CRC-32 of zlib's polynomial with the bits in the other order, from 0."""
     reflected = zlib.crc32(page.translate(_MIRRORED_BYTES), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{reflected:032b}"[::-1], 2)
 
@@ -337,7 +336,7 @@ def _check_avi_chunks(data: mmap.mmap, stream: VideoStream, end: Fraction | None
 
 
 def _avi_lists(data: mmap.mmap) -> Iterator[tuple[bytes, tuple[int, int]]]:
-    """Place and length of the contents of the outermost chunks, lists by their type."""
+    """Yield place and length of the contents of the outermost chunks, lists by their type."""
     at = 12
     while at + 12 <= len(data):
         kind, num_bytes = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
@@ -346,14 +345,14 @@ def _avi_lists(data: mmap.mmap) -> Iterator[tuple[bytes, tuple[int, int]]]:
 
 
 def _num_needed(entries: NDArray[Any], stream: VideoStream, end: Fraction) -> int:
-    """Entries up to a second behind the moment `end`, by the chunks of the picture, one a frame."""
+    """Return entries up to a second behind the moment `end`, by the chunks of the picture, one per frame."""
     is_picture = np.char.startswith(entries["kind"], b"%02d" % stream.index)
     behind = np.flatnonzero(np.cumsum(is_picture) > int((end + 1) * frame_rate(stream)))
     return int(behind[0]) if len(behind) else len(entries)
 
 
 def _are_there(data: mmap.mmap, entries: NDArray[Any], base: int) -> NDArray[np.bool_]:
-    """Whether each entry's chunk, kind and size, is at its offset from `base`."""
+    """Return whether each entry's chunk, kind and size, is at its offset from `base`."""
     places = (entries["offset"].astype(np.int64) + base).tolist()
     headers = b"".join(data[place : place + 8].ljust(8, b"\0") for place in places)
     found = np.frombuffer(headers, np.dtype([("kind", "S4"), ("bytes", "<u4")]))

@@ -37,7 +37,7 @@ class StoredCodec:
     """A frame's size goes with quality to minus this power, measured near the default."""
 
     def expected_frame_bytes(self, short_side: int, quality: int) -> float:
-        """Bytes of a frame of ordinary content, 4:3 to 16:9."""
+        """Return bytes of a frame of ordinary content, 4:3 to 16:9."""
         relative: float = (self.default_quality / quality) ** self.quality_exponent
         return self.frame_bytes * (short_side / 256) ** 2 * relative
 
@@ -113,7 +113,7 @@ STORED_CODECS: dict[str, StoredCodec] = {codec.name: codec for codec in _CODECS}
 
 
 def stored_codec(name: str) -> StoredCodec:
-    """The codec of that name.
+    """Return the codec of that name.
 
     Raises:
         UserInputError: none has it; the message lists those there are.

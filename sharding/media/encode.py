@@ -1,36 +1,67 @@
-"""Encode the frames of a clip as it is stored: single JPEG frames, or short groups of pictures.
+"""Turn one source segment into a stored clip: decode it, encode its frames as JPEGs or short groups of pictures.
 
-What every encoder of clips gives, and the MP4 file that all of them write.
+``mjpeg``: every frame a whole JPEG at a known place, in full range. H.264, HEVC and VP9: limited range, tagged; short
+closed groups of pictures for decoders that want a video and not single frames. Every group starts with a key frame at
+a regular place and needs no other group: no open groups, no scene cuts of the encoder's choice. No B-frames: frame i is
+packet i, and decoding order is display order.
 
-MJPEG in MP4: every frame a whole JPEG at a known place.
-
-The bytes depend on the frames alone: one thread, fixed quantiser, bitexact encoder, muxer and scaler.
-
-H.264, HEVC and VP9 in MP4: short closed groups of pictures, for decoders that want a video and not single frames.
-
-Every group starts with a key frame at a regular place and needs no other group: no open groups, no scene cuts of the
-encoder's choice. No B-frames: frame i is packet i, and decoding order is display order. The bytes depend on the
-frames and their times alone: one thread, no look-ahead (libx264 with it gives other bytes now and then), a quality
-instead of a bit rate, bitexact encoder, muxer and scaler.
-
-Encode the frames of a clip for training, by the codec's name.
-
-What the pixels are is said in `sharding.media.picture`: ``mjpeg`` in full range, the others in limited range, tagged.
+The bytes depend on the frames and their times alone: one thread, no look-ahead (libx264 with it gives other bytes now
+and then), a quality instead of a bit rate, bitexact encoder, muxer and scaler.
 """
 
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Protocol, cast
+from pathlib import Path
+from typing import Any, cast
 
 import av
+from av.audio.stream import AudioStream
 from av.codec.context import Flags
+from av.video.stream import VideoStream
 
 from sharding.errors import MediaError
+from sharding.format.index import TICKS_PER_SECOND
+from sharding.format.shard_set import AudioParameters, VideoParameters
+from sharding.media.audio import EncodedAudio, cut_audio
+from sharding.media.claims import check_chunks, check_container_is_whole, check_no_zeros_at_end
 from sharding.media.codecs import stored_codec
-from sharding.media.picture import FULL_RANGE, LIMITED_RANGE, PictureMaker
-from sharding.media.video import TimedFrame
+from sharding.media.picture import FULL_RANGE, LIMITED_RANGE, PictureMaker, pixel_aspect_of
+from sharding.media.probe import (
+    MediaLimits,
+    audio_candidates,
+    be_strict,
+    check_unchanged,
+    moving_pictures,
+    open_media,
+    source_state,
+    video_stream,
+)
+from sharding.media.video import Segment, TimedFrame, VideoCut, thinned
+from sharding.source import SILENT_SOUND
+
+_TICK = Fraction(1, TICKS_PER_SECOND)
+_TRACKS = {"video_track": "pictures", "audio_track": "sound tracks"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipJob:
+    """What to cut out of which file, and how to store it."""
+
+    path: Path
+    start_seconds: float | None
+    end_seconds: float | None
+    video: VideoParameters
+    audio: AudioParameters
+    limits: MediaLimits
+    clock: str = "file"
+    """Where the seconds count from, a name of `sharding.media.video.CLOCKS`."""
+
+    @property
+    def clock_of_cut(self) -> str:
+        """The clock, or that of a whole file, which starts at its first frame."""
+        return "first-frame" if self.start_seconds is None and self.end_seconds is None else self.clock
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,113 +80,130 @@ class EncodedVideo:
     """Presentation times in ticks from the segment's start; increasing, >= 0."""
 
 
-class ClipEncoder(Protocol):
-    """Takes a clip's frames in order and gives its stored form."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedClip:
+    """A stored clip with the facts of its source."""
 
-    def add(self, frame: TimedFrame) -> None:
-        """Encode one more frame."""
+    video: EncodedVideo
+    audio: EncodedAudio | None
+    duration_seconds: float
+    source_frames_per_second: float
+    source_size: tuple[int, int]
+    source_bytes: int
+    source_codec: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """What was done to the source on the way (turned, scaled to square pixels, a track chosen), in JSON's types."""
+    notes: tuple[str, ...] = ()
+    """Kinds of what a user should know about this clip, counted over the set: ``tone-mapped``, ``silent sound``."""
 
-    def finish(self) -> EncodedVideo:
-        """Close the file and give its bytes; no more frames after this."""
-
-
-class ClipFile:
-    """The MP4 of one clip in memory: times exact to the tick, the same packets give the same bytes."""
-
-    def __init__(self, ticks_per_second: int) -> None:
-        ticks = str(ticks_per_second)  # of the movie too: a first frame behind the start is kept to the tick
-        options = {"fflags": "+bitexact", "movie_timescale": ticks, "video_track_timescale": ticks}
-        self.time_base = Fraction(1, ticks_per_second)
-        self.ticks: list[int] = []
-        """Times of the frames that `stamp` has seen."""
-        self.packets: list[bytes] = []
-        """Contents of the packets written."""
-        self._ticks_per_second = ticks_per_second
-        self._durations: list[int] = []
-        self._sink = io.BytesIO()
-        self.container = av.open(self._sink, "w", format="mp4", options=options)
-
-    def stamp(self, picture: av.VideoFrame, frame: TimedFrame) -> None:
-        """Give the picture its frame's time.
-
-        Raises:
-            MediaError: ``bad_timestamps`` when it is not behind the last one's.
-        """
-        tick = round(frame.seconds * self._ticks_per_second)
-        if self.ticks and tick <= self.ticks[-1]:
-            raise MediaError("bad_timestamps", f"expected frames at least a tick apart, found two at {tick}")
-        picture.pts, picture.time_base = tick, self.time_base
-        self.ticks.append(tick)
-        self._durations.append(max(1, round(frame.duration * self._ticks_per_second)))
-
-    def write(self, packets: "list[av.Packet[av.VideoStream]]") -> None:
-        """Write packets in the order of the frames; frame i must be packet i."""
-        for packet in packets:
-            number = len(self.packets)
-            if packet.pts != packet.dts or packet.pts != self.ticks[number]:
-                raise RuntimeError(f"packet {number} is not frame {number}; this FFmpeg cannot be used")
-            packet.duration = self._durations[number]
-            self.packets.append(bytes(packet))
-            self.container.mux(packet)
-
-    def close(self) -> bytes:
-        """The finished file.
-
-        Raises:
-            MediaError: ``decode_error`` when there was no frame.
-        """
-        if not self.ticks:
-            raise MediaError("decode_error", "expected at least one frame, found none")
-        if len(self.packets) != len(self.ticks):
-            raise RuntimeError("the encoder did not give one packet a frame; this FFmpeg cannot be used")
-        self.container.close()
-        return self._sink.getvalue()
+    @property
+    def has_audio(self) -> bool:
+        """Whether there is something to hear; digital silence counts as no sound."""
+        return self.audio is not None and not self.audio.is_silent
 
 
-class MjpegEncoder:
-    """`ClipEncoder` of codec ``mjpeg``."""
+def encode_clip(job: ClipJob) -> EncodedClip:
+    """Decode the job's segment completely and strictly, and encode it.
 
-    def __init__(self, *, pictures: PictureMaker, quality: int, ticks_per_second: int) -> None:
-        self._pictures = pictures
-        self._options = {"qmin": str(quality), "qmax": str(quality)}
-        self._file = ClipFile(ticks_per_second)
-        self._stream: av.VideoStream | None = None
+    Raises:
+        MediaError: for every `RejectReason` that a file can give.
+    """
+    before = source_state(job.path)
+    if before.num_bytes == 0:
+        raise MediaError("empty_file", "expected a video, found 0 bytes; fetch the file again")
+    if before.num_bytes > job.limits.max_file_bytes:
+        raise MediaError("too_large", f"expected at most {job.limits.max_file_bytes} bytes, found {before.num_bytes}")
+    check_container_is_whole(job.path)
+    try:
+        clip = _encoded(job, before.num_bytes)
+    except MediaError as error:
+        if error.reason == "decode_error":
+            check_no_zeros_at_end(job.path)  # the better reason
+        raise
+    check_unchanged(job.path, before)
+    return clip
 
-    def add(self, frame: TimedFrame) -> None:
-        """Make the frame ready and encode it."""
-        picture = self._pictures.upright(frame)
-        self._file.stamp(picture, frame)
-        if self._stream is None:
-            self._stream = self._open_stream(picture)
-        self._file.write(self._stream.encode(picture))
 
-    def finish(self) -> EncodedVideo:
-        """Close the MP4, check that its frames lie together, and give everything."""
-        if self._stream is None:
-            raise MediaError("decode_error", "expected at least one frame, found none")
-        self._file.write(self._stream.encode(None))
-        mp4, packets = self._file.close(), self._file.packets
-        offset, frames = mp4.find(packets[0]), b"".join(packets)
-        if mp4[offset : offset + len(frames)] != frames:
-            raise RuntimeError("the muxer did not write the frames' packets together; this FFmpeg cannot be used")
-        return EncodedVideo(
-            mp4=mp4,
-            width=self._stream.width,
-            height=self._stream.height,
-            frame_data_offset=offset,
-            frame_bytes=tuple(len(packet) for packet in packets),
-            frame_ticks=tuple(self._file.ticks),
+def _encoded(job: ClipJob, source_bytes: int) -> EncodedClip:
+    segment = Segment.of(job.start_seconds, job.end_seconds)
+    with open_media(job.path) as container:
+        stream = video_stream(container, job.limits)
+        source_size = stream.width, stream.height  # later ones may differ
+        cut = VideoCut(container, stream, segment, limits=job.limits, clock=job.clock_of_cut)
+        pictures = PictureMaker(
+            job.video.codec,
+            short_side=job.video.short_side,
+            hdr=job.video.hdr or "tone-map",
+            interlaced=job.video.interlaced or "deinterlace",
+            pixel_aspect=pixel_aspect_of(stream),
+        )
+        encoder = ClipEncoder(
+            job.video.codec, pictures=pictures, quality=job.video.quality, num_gop_frames=job.video.num_gop_frames
+        )
+        for frame in thinned(pictures.prepared(cut.frames()), job.video.frames_per_second):
+            encoder.add(frame)
+        check_chunks(job.path, stream, segment.start, segment.end)
+        candidates = [] if job.audio.policy == "none" else audio_candidates(container, stream)
+        audio, tracks = _audio(job, segment, cut, candidates)
+        tracks |= _of_several(stream, moving_pictures(container))
+        return EncodedClip(
+            video=encoder.finish(),
+            audio=audio,
+            duration_seconds=float(cut.duration),
+            source_frames_per_second=float(stream.average_rate or stream.guessed_rate or 0),
+            source_size=source_size,
+            source_bytes=source_bytes,
+            source_codec=stream.codec_context.name,
+            changes={**cut.changes, **pictures.changes, **tracks},
+            notes=(*cut.notes, *pictures.notes, *_notes(audio, tracks)),
         )
 
-    def _open_stream(self, picture: av.VideoFrame) -> av.VideoStream:
-        stream = self._file.container.add_stream("mjpeg", rate=30, options=self._options)
-        stream.width, stream.height, stream.pix_fmt = picture.width, picture.height, FULL_RANGE.pixel_format
-        stream.time_base = stream.codec_context.time_base = self._file.time_base
-        stream.codec_context.thread_count = 1
-        stream.codec_context.flags |= Flags.bitexact
-        stream.codec_context.color_range = FULL_RANGE.colour_range
-        stream.codec_context.colorspace = FULL_RANGE.colour_space
-        return stream
+
+def _audio(
+    job: ClipJob, segment: Segment, cut: VideoCut, candidates: Sequence[AudioStream]
+) -> tuple[EncodedAudio | None, dict[str, Any]]:
+    """Return the first sound track that is not silent in the segment, and which one it is where there is a choice."""
+    audio, tracks = None, dict[str, Any]()
+    for candidate in candidates:
+        with open_media(job.path) as container:
+            stream = cast(AudioStream, container.streams[candidate.index])
+            be_strict(stream)
+            heard = cut_audio(
+                container,
+                stream,
+                segment,
+                zero=cut.zero,
+                duration=cut.duration,
+                rate_hz=job.audio.sample_rate_hz,
+                limits=job.limits,
+            )
+            if candidate is candidates[0] or (heard is not None and (audio is None or not heard.is_silent)):
+                audio, tracks = heard, _of_several(stream, container.streams.audio)
+        if audio is not None and not audio.is_silent:
+            break
+    if job.audio.policy == "required":
+        _require_sound(audio, has_stream=bool(candidates))
+    return audio, tracks
+
+
+def _require_sound(audio: EncodedAudio | None, *, has_stream: bool) -> None:
+    if audio is not None and not audio.is_silent:
+        return
+    found = "digital silence" if audio else "an audio stream without samples there" if has_stream else "no audio stream"
+    raise MediaError("no_audio", f"expected sound in the segment, found {found}; --audio optional accepts it")
+
+
+def _of_several(stream: VideoStream | AudioStream, tracks: Sequence[object]) -> dict[str, Any]:
+    """Return which track was taken where a file has several of a kind: its index in the container and its language."""
+    if len(tracks) < 2:
+        return {}
+    language = {"language": stream.language} if stream.language else {}
+    return {f"{stream.type}_track": {"index": stream.index, "of": len(tracks)} | language}
+
+
+def _notes(audio: EncodedAudio | None, tracks: Mapping[str, Any]) -> tuple[str, ...]:
+    of_audio = () if audio is None else (SILENT_SOUND,) if audio.is_silent else audio.notes
+    return (*of_audio, *(f"one of several {_TRACKS[kind]}" for kind in tracks))
 
 
 _COLOUR_BT709 = 1  # primaries and transfer, which no conversion here changes; the matrix is LIMITED_RANGE's
@@ -163,27 +211,12 @@ _KEY_FRAMES = "keyint={gop}:min-keyint={gop}:scenecut=0:open-gop=0:bframes=0"
 _X264 = "threads=1:lookahead-threads=1:sliced-threads=0:sync-lookahead=0:rc-lookahead=0:mbtree=0"
 _X265 = "pools=none:frame-threads=1:wpp=0:lookahead-slices=0:rc-lookahead=0:cutree=0:info=0:log-level=none"
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GopEncoding:
-    """How FFmpeg encodes a codec of ours; `{gop}` and `{quality}` in the options are filled in."""
-
-    encoder: str
-    options: Mapping[str, str]
-
-
-GOP_ENCODINGS: dict[str, GopEncoding] = {
-    "h264": GopEncoding(
-        encoder="libx264",
-        options={"preset": "medium", "crf": "{quality}", "x264-params": f"{_KEY_FRAMES}:{_X264}"},
-    ),
-    "hevc": GopEncoding(
-        encoder="libx265",
-        options={"preset": "fast", "crf": "{quality}", "x265-params": f"{_KEY_FRAMES}:{_X265}"},
-    ),
-    "vp9": GopEncoding(
-        encoder="libvpx-vp9",
-        options={
+GOP_ENCODINGS: dict[str, tuple[str, Mapping[str, str]]] = {
+    "h264": ("libx264", {"preset": "medium", "crf": "{quality}", "x264-params": f"{_KEY_FRAMES}:{_X264}"}),
+    "hevc": ("libx265", {"preset": "fast", "crf": "{quality}", "x265-params": f"{_KEY_FRAMES}:{_X265}"}),
+    "vp9": (
+        "libvpx-vp9",
+        {
             "crf": "{quality}",
             "b": "0",
             "g": "{gop}",
@@ -197,98 +230,119 @@ GOP_ENCODINGS: dict[str, GopEncoding] = {
         },
     ),
 }
+"""FFmpeg's encoder of a codec of ours, and its options, in which `{gop}` and `{quality}` are filled in."""
+_MJPEG = ("mjpeg", {"qmin": "{quality}", "qmax": "{quality}"})
 
 
-def _pixels_alone(picture: av.VideoFrame) -> av.VideoFrame:
-    """The same pixels without what else a source's frame carries: a picture type would force key frames."""
-    alone = av.VideoFrame.from_ndarray(picture.to_ndarray(), format=LIMITED_RANGE.pixel_format)
-    alone.color_range, alone.colorspace = LIMITED_RANGE.colour_range, LIMITED_RANGE.colour_space
-    return alone
-
-
-class GopEncoder:
-    """`ClipEncoder` of the codecs of GOP_ENCODINGS."""
-
-    def __init__(
-        self, codec: str, *, pictures: PictureMaker, quality: int, num_gop_frames: int, ticks_per_second: int
-    ) -> None:
-        self._codec, self._num_gop_frames = codec, num_gop_frames
-        self._options = {
-            name: value.format(gop=num_gop_frames, quality=quality)
-            for name, value in GOP_ENCODINGS[codec].options.items()
-        }
-        self._pictures = pictures
-        self._file = ClipFile(ticks_per_second)
-        self._stream: av.VideoStream | None = None
-        self._num_checked = 0
-
-    def add(self, frame: TimedFrame) -> None:
-        """Make the frame ready and encode it."""
-        picture = _pixels_alone(self._pictures.upright(frame))
-        self._file.stamp(picture, frame)
-        if self._stream is None:
-            self._stream = self._open_stream(picture)
-        self._write(self._stream.encode(picture))
-
-    def finish(self) -> EncodedVideo:
-        """Close the MP4 and give everything."""
-        if self._stream is None:
-            raise MediaError("decode_error", "expected at least one frame, found none")
-        self._write(self._stream.encode(None))
-        return EncodedVideo(
-            mp4=self._file.close(),
-            width=self._stream.width,
-            height=self._stream.height,
-            frame_data_offset=0,
-            frame_bytes=(),
-            frame_ticks=tuple(self._file.ticks),
-        )
-
-    def _write(self, packets: "list[av.Packet[av.VideoStream]]") -> None:
-        for packet in packets:
-            if packet.is_keyframe != (self._num_checked % self._num_gop_frames == 0):
-                raise RuntimeError(
-                    f"frame {self._num_checked}: expected a key frame every {self._num_gop_frames} frames and nowhere "
-                    f"else; this FFmpeg's {GOP_ENCODINGS[self._codec].encoder} cannot be used"
-                )
-            self._num_checked += 1
-        self._file.write(packets)
-
-    def _open_stream(self, picture: av.VideoFrame) -> av.VideoStream:
-        least = stored_codec(self._codec).smallest_side
-        if min(picture.width, picture.height) < least:
-            found = f"{picture.width}x{picture.height}"
-            raise MediaError("too_small", f"expected at least {least} pixels a side for {self._codec}, found {found}")
-        stream = cast(
-            av.VideoStream,
-            self._file.container.add_stream(GOP_ENCODINGS[self._codec].encoder, rate=30, options=self._options),
-        )
-        context = stream.codec_context
-        stream.width, stream.height, stream.pix_fmt = picture.width, picture.height, LIMITED_RANGE.pixel_format
-        stream.time_base = context.time_base = self._file.time_base
-        context.thread_count, context.gop_size, context.max_b_frames = 1, self._num_gop_frames, 0
-        context.flags |= Flags.bitexact
-        context.color_range, context.colorspace = LIMITED_RANGE.colour_range, LIMITED_RANGE.colour_space
-        context.color_primaries = context.color_trc = _COLOUR_BT709
-        return stream
-
-
-def clip_encoder(
-    codec: str, *, pictures: PictureMaker, quality: int, num_gop_frames: int | None, ticks_per_second: int
-) -> ClipEncoder:
-    """A new encoder for one clip, whose frames `pictures` makes ready for this codec.
+class ClipEncoder:
+    """Takes a clip's frames in order, made ready by `pictures`, and gives its stored form.
 
     `num_gop_frames` is None for a codec whose frames stand alone, and only there.
 
     Raises:
         UserInputError: an unknown codec.
     """
-    if stored_codec(codec).has_frame_ranges or num_gop_frames is None:
-        return MjpegEncoder(pictures=pictures, quality=quality, ticks_per_second=ticks_per_second)
-    return GopEncoder(
-        codec,
-        pictures=pictures,
-        quality=quality,
-        num_gop_frames=num_gop_frames,
-        ticks_per_second=ticks_per_second,
-    )
+
+    def __init__(self, codec: str, *, pictures: PictureMaker, quality: int, num_gop_frames: int | None) -> None:
+        self._codec, self._pictures = stored_codec(codec), pictures
+        self._gop = 1 if self._codec.has_frame_ranges or num_gop_frames is None else num_gop_frames
+        self._form = FULL_RANGE if self._codec.has_frame_ranges else LIMITED_RANGE
+        self._encoder, options = GOP_ENCODINGS.get(codec, _MJPEG)
+        self._options = {name: value.format(gop=self._gop, quality=quality) for name, value in options.items()}
+        self._stream: av.VideoStream | None = None
+        self._ticks: list[int] = []
+        self._durations: list[int] = []
+        self._packets: list[bytes] = []
+        self._sink = io.BytesIO()
+        ticks = str(TICKS_PER_SECOND)  # of the movie too: a first frame behind the start is kept to the tick
+        settings = {"fflags": "+bitexact", "movie_timescale": ticks, "video_track_timescale": ticks}
+        self._container = av.open(self._sink, "w", format="mp4", options=settings)
+
+    def add(self, frame: TimedFrame) -> None:
+        """Make the frame ready and encode it.
+
+        Raises:
+            MediaError: ``bad_timestamps`` when it is not behind the last one; ``too_small``.
+        """
+        picture = self._pictures.upright(frame)
+        if not self._codec.has_frame_ranges:
+            picture = _pixels_alone(picture)
+        tick = round(frame.seconds * TICKS_PER_SECOND)
+        if self._ticks and tick <= self._ticks[-1]:
+            raise MediaError("bad_timestamps", f"expected frames at least a tick apart, found two at {tick}")
+        picture.pts, picture.time_base = tick, _TICK
+        self._ticks.append(tick)
+        self._durations.append(max(1, round(frame.duration * TICKS_PER_SECOND)))
+        if self._stream is None:
+            self._stream = self._open_stream(picture)
+        self._write(self._stream.encode(picture))
+
+    def finish(self) -> EncodedVideo:
+        """Close the MP4 and give everything; no more frames after this.
+
+        Raises:
+            MediaError: ``decode_error`` when there was no frame.
+        """
+        if self._stream is None:
+            raise MediaError("decode_error", "expected at least one frame, found none")
+        self._write(self._stream.encode(None))
+        if len(self._packets) != len(self._ticks):
+            raise RuntimeError("the encoder did not give a packet per frame; this FFmpeg cannot be used")
+        self._container.close()
+        mp4, offset = self._sink.getvalue(), 0
+        frame_bytes: tuple[int, ...] = ()
+        if self._codec.has_frame_ranges:
+            offset, frames = mp4.find(self._packets[0]), b"".join(self._packets)
+            if mp4[offset : offset + len(frames)] != frames:
+                raise RuntimeError("the muxer did not write the frames' packets together; this FFmpeg cannot be used")
+            frame_bytes = tuple(map(len, self._packets))
+        return EncodedVideo(
+            mp4=mp4,
+            width=self._stream.width,
+            height=self._stream.height,
+            frame_data_offset=offset,
+            frame_bytes=frame_bytes,
+            frame_ticks=tuple(self._ticks),
+        )
+
+    def _write(self, packets: "list[av.Packet[av.VideoStream]]") -> None:
+        """Write packets in the order of the frames; frame i must be packet i."""
+        for packet in packets:
+            number = len(self._packets)
+            if packet.pts != packet.dts or packet.pts != self._ticks[number]:
+                raise RuntimeError(f"packet {number} is not frame {number}; this FFmpeg cannot be used")
+            if packet.is_keyframe != (number % self._gop == 0):
+                raise RuntimeError(
+                    f"frame {number}: expected a key frame every {self._gop} frames and nowhere else; this FFmpeg's "
+                    f"{self._encoder} cannot be used"
+                )
+            packet.duration = self._durations[number]
+            self._packets.append(bytes(packet))
+            self._container.mux(packet)
+
+    def _open_stream(self, picture: av.VideoFrame) -> av.VideoStream:
+        codec, form = self._codec, self._form
+        if min(picture.width, picture.height) < codec.smallest_side:
+            raise MediaError(
+                "too_small",
+                f"expected at least {codec.smallest_side} pixels per side for {codec.name}, found "
+                f"{picture.width}x{picture.height}",
+            )
+        stream = cast(av.VideoStream, self._container.add_stream(self._encoder, rate=30, options=self._options))
+        context = stream.codec_context
+        stream.width, stream.height, stream.pix_fmt = picture.width, picture.height, form.pixel_format
+        stream.time_base = context.time_base = _TICK
+        context.thread_count = 1
+        context.flags |= Flags.bitexact
+        context.color_range, context.colorspace = form.colour_range, form.colour_space
+        if not codec.has_frame_ranges:
+            context.gop_size, context.max_b_frames = self._gop, 0
+            context.color_primaries = context.color_trc = _COLOUR_BT709
+        return stream
+
+
+def _pixels_alone(picture: av.VideoFrame) -> av.VideoFrame:
+    """Return the same pixels without what else a source's frame carries: a picture type would force key frames."""
+    alone = av.VideoFrame.from_ndarray(picture.to_ndarray(), format=LIMITED_RANGE.pixel_format)
+    alone.color_range, alone.colorspace = LIMITED_RANGE.colour_range, LIMITED_RANGE.colour_space
+    return alone

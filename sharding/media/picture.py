@@ -1,19 +1,16 @@
-"""One decoded frame made ready to be encoded: upright, square pixels, standard colours, one size.
-
-High dynamic range and wide gamut made into the BT.709 pictures that screens and models take frames for.
-
-PQ and HLG: signal -> light on a display of 1000 nits (SMPTE ST 2084; BT.2100's HLG with its system gamma of 1.2 on
-each of red, green and blue, as FFmpeg's zscale has it) -> BT.709 primaries -> tone curve -> BT.1886 (gamma 2.4). The
-unit of light is 203 nits, where BT.2408 puts the white of ordinary video: up to 0.7 of it the curve changes nothing,
-from there to 1000 nits it bends smoothly into white. What was ordinary video before it was put into PQ or HLG thus
-comes out as it was, but for white (239 instead of 255). The curve works on the largest of red, green and blue, so hue
-stays. Ordinary video of a wide gamut: primaries alone.
-
-One decoded frame made ready to be encoded: upright, progressive, square pixels, even sizes, BT.601.
+"""One decoded frame made ready to be encoded: upright, progressive, square pixels, even sizes, standard colours.
 
 A frame is deinterlaced and scaled as it lies in the source, then turned. The first frame decides the stored size; a
 later one of another shape is stretched to it, as FFmpeg does, and counted. A stream without a colour matrix is taken
 for BT.601 at any size, as FFmpeg takes it (players take large ones for BT.709): such large ones are counted.
+
+High dynamic range and wide gamut become the BT.709 pictures that screens and models take frames for. PQ and HLG: signal
+-> light on a display of 1000 nits (SMPTE ST 2084; BT.2100's HLG with its system gamma of 1.2 on each of red, green and
+blue, as FFmpeg's zscale has it) -> BT.709 primaries -> tone curve -> BT.1886 (gamma 2.4). The unit of light is 203
+nits, where BT.2408 puts the white of ordinary video: up to 0.7 of it the curve changes nothing, from there to 1000 nits
+it bends smoothly into white. What was ordinary video before it was put into PQ or HLG thus comes out as it was, but for
+white (239 instead of 255). The curve works on the largest of red, green and blue, so hue stays. Ordinary video of a
+wide gamut: primaries alone.
 """
 
 import math
@@ -85,7 +82,7 @@ def tone_curve(light: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _light_table(transfer: int) -> np.ndarray:
-    """Light of every 16-bit signal, float32 [65536], in units of 203 nits."""
+    """Return light of every 16-bit signal, float32 [65536], in units of 203 nits."""
     signal = np.arange(65_536) / 65_535
     name = HDR_TRANSFERS.get(transfer)
     if name == "PQ":
@@ -113,14 +110,14 @@ def _to_bt709(primaries: int) -> np.ndarray:
 
 
 def _to_xyz(chromaticities: tuple[tuple[float, float], ...]) -> np.ndarray:
-    """The matrix from linear RGB of these primaries and D65 to XYZ."""
+    """Return the matrix from linear RGB of these primaries and D65 to XYZ."""
     columns = np.array([[x / y, 1.0, (1 - x - y) / y] for x, y in (*chromaticities, _D65)]).T
     matrix: np.ndarray = columns[:, :3] * np.linalg.solve(columns[:, :3], columns[:, 3])
     return matrix
 
 
 INTERLACED_POLICIES = {
-    "deinterlace": "frames that are marked as interlaced are deinterlaced (yadif, a frame each), and counted",
+    "deinterlace": "frames that are marked as interlaced are deinterlaced (yadif, a frame per frame), and counted",
     "keep": "interlaced frames are stored with both fields, and counted",
 }
 _SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
@@ -149,7 +146,7 @@ LIMITED_RANGE = PictureForm(pixel_format="yuv420p", colour_range=ColorRange.MPEG
 
 
 def output_size(width: int, height: int, short_side: int, pixel_aspect: Fraction = Fraction(1)) -> tuple[int, int]:
-    """Even width and height of square pixels: the shape on display, the shorter side at most `short_side`.
+    """Return even width and height of square pixels: the shape on display, the shorter side at most `short_side`.
 
     As FFmpeg's ``scale=iw*sar:ih``: the width follows the pixels' width / height, the height stays, and nothing is
     enlarged beyond that.
@@ -182,12 +179,12 @@ class Orientation:
         return ", ".join(name for name, is_done in done if is_done)
 
     def applied(self, plane: np.ndarray) -> np.ndarray:
-        """The plane [rows, columns] as it is shown; a view."""
+        """Return the plane [rows, columns] as it is shown; a view."""
         plane = plane.T if self.transposed else plane
         return plane[:: -1 if self.top_down else 1, :: -1 if self.left_right else 1]
 
     def matrix(self) -> np.ndarray:
-        """The 2x2 matrix that takes a source's (x, y) to the screen's, but for the shift."""
+        """Return the 2x2 matrix that takes a source's (x, y) to the screen's, but for the shift."""
         x, y = -1.0 if self.left_right else 1.0, -1.0 if self.top_down else 1.0
         return np.array([[0.0, x], [y, 0.0]] if self.transposed else [[x, 0.0], [0.0, y]])
 
@@ -198,7 +195,7 @@ _ORIENTATIONS = tuple(Orientation(*flags) for flags in product((False, True), re
 
 @lru_cache(maxsize=16)
 def orientation_of(display_matrix: bytes) -> tuple[Orientation, bool]:
-    """The orientation nearest to a display matrix, and whether it is within a degree of it.
+    """Return the orientation nearest to a display matrix, and whether it is within a degree of it.
 
     Args:
         display_matrix: Nine 32-bit numbers in this machine's order, 16.16 but for every third, as FFmpeg gives them:
@@ -215,7 +212,7 @@ def orientation_of(display_matrix: bytes) -> tuple[Orientation, bool]:
 
 
 def pixel_aspect_of(stream: VideoStream) -> Callable[[], Fraction | None]:
-    """What says the width / height of the pixels now: the container if it does, else the frames last decoded."""
+    """Return what says the width / height of the pixels now: the container if it does, else the frames last decoded."""
     container, context = stream.sample_aspect_ratio, stream.codec_context
     is_said = container != context.sample_aspect_ratio
 
@@ -289,7 +286,7 @@ class PictureMaker:
         self._notes.add("interlaced, kept" if is_kept else "deinterlaced")
 
     def upright(self, frame: TimedFrame) -> av.VideoFrame:
-        """The frame's picture scaled to square pixels, converted and turned as its display matrix says.
+        """Return the frame's picture scaled to square pixels, converted and turned as its display matrix says.
 
         Raises:
             MediaError: ``decode_error`` for a pixel format or colour matrix that cannot be converted; ``hdr``.
@@ -298,7 +295,15 @@ class PictureMaker:
         width, height = self._stored_size(picture, orientation)
         if orientation.transposed:
             width, height = height, width
-        stored = self._converted(self._in_standard_colour(picture, width, height), width, height)
+        stored = self._reformatted(
+            self._scaler,
+            self._in_standard_colour(picture, width, height),
+            width,
+            height,
+            self._form.pixel_format,
+            self._form.colour_range,
+            self._form.colour_space,
+        )
         return stored if orientation == _UPRIGHT else self._turned(stored, orientation)
 
     def _orientation(self, display_matrix: bytes | None) -> Orientation:
@@ -324,7 +329,7 @@ class PictureMaker:
         return self._size
 
     def _fits(self, width: int, height: int, said_aspect: Fraction | None, orientation: Orientation) -> bool:
-        """Whether frames of that shape have the stored one, which the first frame decides."""
+        """Return whether frames of that shape have the stored one, which the first frame decides."""
         aspect = said_aspect or Fraction(1)
         if not _LEAST_ASPECT <= aspect <= _MOST_ASPECT:
             self._notes.add("absurd pixel aspect ignored")
@@ -339,7 +344,7 @@ class PictureMaker:
         return abs(shape / stored - 1) <= _SAME_SHAPE or abs(own[0] - self._size[0] * own[1] / self._size[1]) <= 2
 
     def _in_standard_colour(self, picture: av.VideoFrame, width: int, height: int) -> av.VideoFrame:
-        """The frame itself, or scaled and in BT.709 where it has a high dynamic range or a wide gamut."""
+        """Return the frame itself, or scaled and in BT.709 where it has a high dynamic range or a wide gamut."""
         transfer, primaries = picture.color_trc, picture.color_primaries
         if transfer in HDR_TRANSFERS:
             if self._hdr == "refuse":
@@ -355,12 +360,6 @@ class PictureMaker:
         wide = self._reformatted(self._rgb_scaler, picture, width, height, "rgb48le", colour_range=ColorRange.JPEG)
         rgb = standard_rgb(wide.to_ndarray(), transfer=transfer, primaries=primaries)
         return av.VideoFrame.from_ndarray(rgb, format="rgb24")
-
-    def _converted(self, picture: av.VideoFrame, width: int, height: int) -> av.VideoFrame:
-        form = self._form
-        return self._reformatted(
-            self._scaler, picture, width, height, form.pixel_format, form.colour_range, form.colour_space
-        )
 
     def _reformatted(
         self,
@@ -394,7 +393,7 @@ class PictureMaker:
             ) from error
 
     def _matrix(self, picture: av.VideoFrame) -> Colorspace | None:
-        """The source's colour matrix where the scaler needs to be told; None: the frame says it."""
+        """Return the source's colour matrix where the scaler needs to be told; None: the frame says it."""
         if picture.format.is_rgb or len(picture.format.components) < 3:
             return None
         if picture.colorspace == _DERIVED_MATRIX:
@@ -408,7 +407,7 @@ class PictureMaker:
         return Colorspace.ITU601
 
     def _turned(self, picture: av.VideoFrame, orientation: Orientation) -> av.VideoFrame:
-        """The planes of a 4:2:0 frame as they are shown."""
+        """Return the planes of a 4:2:0 frame as they are shown."""
         width, height = picture.width, picture.height
         flat = picture.to_ndarray().reshape(-1)
         luma, chroma = width * height, width * height // 4
@@ -453,7 +452,7 @@ class _FilterChain:
         self._graph.link_nodes(source, *filters).configure()
 
     def takes(self, picture: av.VideoFrame, *, deinterlace: bool) -> bool:
-        """Whether the frame can follow those before it."""
+        """Return whether the frame can follow those before it."""
         return _kind(picture) == self._kind and self._deinterlaces >= deinterlace
 
     def add(self, frame: TimedFrame | None) -> Iterator[TimedFrame]:

@@ -1,13 +1,14 @@
 """Open and probe one source video with PyAV; what may be read, what it may cost, why a source is rejected.
 
 Only the containers of FORMATS are opened, from plain files, so a playlist or a text file cannot lead the decoder
-anywhere else. Streams are set up to be decoded strictly (`sharding.media.decoding`).
+anywhere else. Streams are set up to be decoded strictly (`sharding.media.video`).
 """
 
 import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,29 +23,6 @@ from sharding.errors import MediaError
 
 FORMATS = ("mov", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg", "asf")
 """Demuxers that may read a source."""
-REASONS = {
-    "missing_file": "the file does not exist or cannot be read",
-    "empty_file": "the file has no bytes",
-    "not_a_video": "no known video container",
-    "no_index": "an MP4 without its moov box",
-    "no_video_stream": "a container without a video stream",
-    "truncated": "the container claims more than the file holds",
-    "decode_error": "a packet or frame that does not decode cleanly",
-    "bad_timestamps": "frame times that are missing or do not increase",
-    "hdr": "a high dynamic range (PQ, HLG) while --hdr refuse",
-    "encrypted": "a stream under DRM, which nobody without its key can decode",
-    "no_audio": "no sound in the segment, or digital silence, while --audio is required",
-    "bad_spectrogram": "a spectrogram with NaN, infinity or one value everywhere",
-    "too_large": "a limit on bytes, duration, frames or pixels",
-    "too_small": "frames smaller than the stored codec takes",
-    "segment_outside": "the annotated segment lies behind the end of the media",
-    "source_changed": "the file changed while it was read",
-    "timeout": "decoding took longer than the clip timeout",
-    "decoder_crash": "the decoding process died",
-    "out_of_memory": "decoding needed more memory than the limit",
-    "internal_error": "a fault of this program on this file; please report it",
-}
-"""Every reason a source can be rejected for, with its meaning."""
 _ENCRYPTED_TAG = "drms"  # sound of a shop; what the standard encrypts is marked packet by packet
 _STRICT = {"err_detect": "crccheck+explode"}
 _STILLS = Disposition.attached_pic | Disposition.timed_thumbnails
@@ -158,17 +136,19 @@ def video_stream(container: InputContainer, limits: MediaLimits) -> VideoStream:
     be_strict(stream)
     if _num_pixels(stream) > limits.max_frame_pixels:
         found_size = f"{stream.width}x{stream.height}"
-        raise MediaError("too_large", f"expected at most {limits.max_frame_pixels} pixels a frame, found {found_size}")
+        raise MediaError(
+            "too_large", f"expected at most {limits.max_frame_pixels} pixels per frame, found {found_size}"
+        )
     return stream
 
 
 def moving_pictures(container: InputContainer) -> list[VideoStream]:
-    """The video streams that are neither cover pictures nor thumbnails."""
+    """Return the video streams that are neither cover pictures nor thumbnails."""
     return [stream for stream in container.streams.video if not stream.disposition & _STILLS]
 
 
 def audio_candidates(container: InputContainer, video: VideoStream) -> list[AudioStream]:
-    """The audio streams that may be a clip's sound, the likeliest first: the first that is not silent is taken.
+    """Return the audio streams that may be a clip's sound, the likeliest first: the first that is not silent is taken.
 
     The container's one default stream has no rival. Of several, the one with the most channels comes first, as in
     FFmpeg; without any, they keep their order. In a broadcast with several programs, sound of the picture's own.
@@ -193,6 +173,11 @@ def _num_channels(stream: AudioStream) -> int:
 
 def _num_pixels(stream: VideoStream) -> int:
     return 0 if stream.codec_context is None else stream.width * stream.height
+
+
+def frame_rate(stream: VideoStream) -> Fraction:
+    """Return frames per second as the file says; 30 where it says nothing."""
+    return Fraction(stream.average_rate or stream.guessed_rate or 30)
 
 
 def be_strict(stream: VideoStream | AudioStream) -> None:

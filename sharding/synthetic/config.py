@@ -1,17 +1,11 @@
-"""Settings of the synthetic world: difficulty, rhythms, sizes.
+"""Settings of the synthetic world: sizes, rhythms, and how hard it is to see and to hear.
 
-Rhythms: in which two of a clip's four quarters there is a beat.
-
-Every rhythm has two beats and two rests, so nothing that is averaged over a clip (mean brightness, mean loudness)
-tells one from another. Quarters suit 8 and 16 uniformly sampled frames: of 8, two fall into each quarter, and a model
-that pairs its frames has one token time a quarter.
-
-How hard the synthetic world is to see and to hear: every number that makes a clip harder has a name here.
+Every rhythm has two beats and two rests in a clip's four quarters, so nothing that is averaged over a clip (mean
+brightness, mean loudness) tells one from another. Quarters suit 8 and 16 uniformly sampled frames: of 8, two fall into
+each quarter, and a model that pairs its frames has one token time per quarter.
 
 Difficulty never changes which label a clip has, nor how likely: it changes how the clip looks and sounds, and in the
 binding scenes how many objects there are to choose from.
-
-Settings of the synthetic world.
 """
 
 import itertools
@@ -34,22 +28,22 @@ RHYTHMS = tuple(
 
 
 def moments_of(num_frames: int) -> Float[np.ndarray, "frames"]:
-    """Middle of every frame as a share of the clip, 0 to 1."""
+    """Return middle of every frame as a share of the clip, 0 to 1."""
     return np.asarray((np.arange(num_frames) + 0.5) / num_frames)
 
 
 def quarters(moments: Float[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
-    """The quarter, 0 to 3, in which each moment (0: start of the clip, 1: its end) lies."""
+    """Return the quarter, 0 to 3, in which each moment (0: start of the clip, 1: its end) lies."""
     return np.asarray(np.clip((moments * NUM_QUARTERS).astype(int), 0, NUM_QUARTERS - 1))
 
 
 def phases(moments: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    """How far each moment lies through its quarter, 0 to 1."""
+    """Return how far each moment lies through its quarter, 0 to 1."""
     return np.asarray(moments * NUM_QUARTERS % 1.0)
 
 
 def beats(rhythm: str, moments: Float[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
-    """Whether each moment lies in a beat."""
+    """Return whether each moment lies in a beat."""
     return np.asarray(np.array([letter == "x" for letter in rhythm])[quarters(moments)])
 
 
@@ -64,7 +58,7 @@ class Difficulty:
     colours: tuple[str, ...] = ()
     """Named colours of the labelled object, a factor of its own; none: any bright colour, and nothing to name."""
     speeds: tuple[tuple[str, Range], ...] = (("steady", (0.6, 1.0)),)
-    """Speeds of the labelled object in frame sides a second; two or more are a factor of their own."""
+    """Speeds of the labelled object in frame sides per second; two or more are a factor of their own."""
     keyed_sound: bool = False
     """True: the tone sounds in two of the clip's four quarters, its rhythm, a factor of its own."""
     radius: Range = (0.2, 0.28)
@@ -157,7 +151,7 @@ DIFFICULTIES: dict[str, Difficulty] = {
 
 
 def difficulty_of(name: str) -> Difficulty:
-    """The settings of that name.
+    """Return the settings of that name.
 
     Raises:
         UserInputError: there are none of that name.
@@ -252,7 +246,7 @@ class SyntheticConfig:
         return self.num_shapes, self.num_motions, self.num_tones
 
     def content(self) -> dict[str, Any]:
-        """Settings that decide a clip's bytes: all but how many clips and how many workers.
+        """Return settings that decide a clip's bytes: all but how many clips and how many workers.
 
         Difficulty and binding are named where they are not the default, so that a folder made before they existed
         is still the same set.

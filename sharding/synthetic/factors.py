@@ -113,7 +113,7 @@ def _star(x: Plane, y: Plane) -> Plane:
 
 
 def _bar(x: Plane, y: Plane) -> Plane:
-    """Two radii wide and without ends."""
+    """Return a bar, two radii wide and without ends."""
     return np.asarray(np.abs(x) - 1.0 + 0.0 * y)
 
 
@@ -176,12 +176,12 @@ class Details:
 
 
 def generator(seed: int, split: str, purpose: int, index: int) -> np.random.Generator:
-    """Random numbers keyed by (seed, split, purpose, index) and by nothing else."""
+    """Return random numbers keyed by (seed, split, purpose, index) and by nothing else."""
     return np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(split.encode()), purpose, index]))
 
 
 def factors_of(config: SyntheticConfig, split: str, index: int) -> Factors:
-    """The combination of sample `index`.
+    """Return the combination of sample `index`.
 
     Samples come in blocks that hold every combination once. Any first N samples hold each combination, and each
     class of a factor, as evenly as N allows: counts differ by at most one.
@@ -191,7 +191,7 @@ def factors_of(config: SyntheticConfig, split: str, index: int) -> Factors:
 
 
 def details_of(config: SyntheticConfig, split: str, index: int) -> Details:
-    """Colour, speed and rhythm of sample `index`: three uniform draws."""
+    """Return colour, speed and rhythm of sample `index`: three uniform draws."""
     random, settings = generator(config.seed, split, _DETAILS, index), config.settings
     sizes = (len(settings.colours), len(settings.speeds), len(RHYTHMS) if settings.keyed_sound else 0)
     return Details(*(int(random.integers(max(size, 1))) for size in sizes))
@@ -199,7 +199,7 @@ def details_of(config: SyntheticConfig, split: str, index: int) -> Details:
 
 @functools.lru_cache(maxsize=64)
 def _block(sizes: tuple[int, int, int], seed: int, split: str, block: int) -> tuple[Factors, ...]:
-    """Every combination once, in an order whose beginnings are balanced in each factor.
+    """Return every combination once, in an order whose beginnings are balanced in each factor.
 
     All three factors step together along diagonals; a diagonal visits each class of a factor equally often. Class
     names, the diagonals' order and the starts are shuffled.
@@ -264,7 +264,7 @@ class Binding:
 
 
 def binding_of(config: SyntheticConfig, split: str, index: int) -> Binding:
-    """The objects' rhythms and the keeper of sample `index`; any first N samples hold the keepers evenly."""
+    """Return the objects' rhythms and the keeper of sample `index`; any first N samples hold the keepers evenly."""
     num_objects = config.settings.num_objects
     block, position = divmod(index, num_objects)
     random = generator(config.seed, split, BINDING, index).spawn(1)[0]
@@ -276,18 +276,18 @@ def binding_of(config: SyntheticConfig, split: str, index: int) -> Binding:
 
 
 def object_shapes(config: SyntheticConfig) -> tuple[str, ...]:
-    """The shapes of every clip, which are the classes."""
+    """Return the shapes of every clip, which are the classes."""
     return SHAPES[: config.settings.num_objects]
 
 
 @functools.lru_cache(maxsize=64)
 def _keepers(num_objects: int, seed: int, split: str, block: int) -> tuple[int, ...]:
-    """Every object once, in random order."""
+    """Return every object once, in random order."""
     return tuple(int(keeper) for keeper in generator(seed, split, BINDING, block).permutation(num_objects))
 
 
 def label_spaces(config: SyntheticConfig) -> tuple[LabelSpace, ...]:
-    """What the samples are labelled with.
+    """Return what the samples are labelled with.
 
     ``space``, ``time``, ``audio`` and ``holistic`` (the combination of the three), then ``colour``, ``speed`` and
     ``rhythm`` where the difficulty has them. Binding scenes: ``binding``, then ``audio`` and ``rhythm`` of the sound
@@ -298,7 +298,7 @@ def label_spaces(config: SyntheticConfig) -> tuple[LabelSpace, ...]:
 
 
 def labels_of(config: SyntheticConfig, split: str, index: int) -> tuple[int, ...]:
-    """Labels of sample `index` in the order of `label_spaces`."""
+    """Return labels of sample `index` in the order of `label_spaces`."""
     return _binding_labels(config, split, index) if config.binding else _factor_labels(config, split, index)
 
 
@@ -355,7 +355,7 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
 
 
 def ceilings(task: str, config: SyntheticConfig) -> dict[str, float]:
-    """Best possible top-1 accuracy (0 to 1) of `task` for every set of senses, by its name in SENSE_SETS.
+    """Return best possible top-1 accuracy (0 to 1) of `task` for every set of senses, by its name in SENSE_SETS.
 
     Raises:
         UserInputError: an unknown task.
@@ -371,7 +371,7 @@ def _ceiling(task: str, senses: frozenset[str], config: SyntheticConfig) -> floa
 
 
 def _share_told_apart(part: str, senses: frozenset[str], config: SyntheticConfig) -> float:
-    """Groups of classes that look or sound different, by number of classes; classes are equally likely."""
+    """Return groups of classes that look or sound different, by number of classes; classes are equally likely."""
     num_shapes, num_motions, num_tones = config.sizes
     if part == "space":
         return 1.0 if senses & {"spatial", "temporal"} else 1.0 / num_shapes
@@ -383,5 +383,5 @@ def _share_told_apart(part: str, senses: frozenset[str], config: SyntheticConfig
 
 
 def _num_lines(num_motions: int) -> int:
-    """Lines along which the first `num_motions` directions move: up and down share one."""
+    """Return lines along which the first `num_motions` directions move: up and down share one."""
     return len({max(step, (-step[0], -step[1])) for step in tuple(MOTIONS.values())[:num_motions]})

@@ -1,8 +1,6 @@
-"""Make the clips of the synthetic world as media files.
+"""Make the clips of the synthetic world as media files, in worker processes, continuing after a kill.
 
-Frames and sound into an ordinary mp4: H.264 where this PyAV has it (MPEG-4 part 2 where not) with AAC.
-
-Makes the files of a split: in worker processes, each clip by the write protocol, continuing after a kill.
+Frames and sound become an ordinary mp4: H.264 where this PyAV has it (MPEG-4 part 2 where not) with AAC.
 
 ::
 
@@ -14,7 +12,6 @@ Makes the files of a split: in worker processes, each clip by the write protocol
 import concurrent.futures
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,7 +22,7 @@ import av
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from ca2st.checked_json import canonical_json
+from ca2st.checked_json import DocumentError, canonical_json, read_json
 from ca2st.durable import sweep_temporaries, write_bytes
 from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.processes import SPAWN, die_with_parent
@@ -41,12 +38,12 @@ _ENCODERS: dict[str, dict[str, str]] = {
 
 
 def video_encoder() -> str:
-    """Name of the video encoder this machine's PyAV offers, the best first."""
+    """Return name of the video encoder this machine's PyAV offers, the best first."""
     return next(name for name in _ENCODERS if name in av.codecs_available)
 
 
 def tool_versions() -> dict[str, str]:
-    """What decides the bytes beside the settings."""
+    """Return what decides the bytes beside the settings."""
     libraries = {name: ".".join(map(str, version)) for name, version in av.library_versions.items()}
     return {"encoder": video_encoder(), "av": av.__version__, "numpy": np.__version__, **libraries}
 
@@ -58,7 +55,7 @@ def encode_clip(
     frames_per_second: int,
     sample_rate_hz: int,
 ) -> bytes:
-    """The bytes of an mp4 with one video and one mono audio stream; the same input gives the same bytes."""
+    """Return the bytes of an mp4 with one video and one mono audio stream; the same input gives the same bytes."""
     sink, name = io.BytesIO(), video_encoder()
     with av.open(sink, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         video = container.add_stream(name, rate=frames_per_second, options=_ENCODERS[name])
@@ -95,14 +92,13 @@ class ClipFile:
 
 
 def clip_file(config: SyntheticConfig, split: str, index: int) -> ClipFile:
-    """Name and labels of sample `index`; pure."""
+    """Return name and labels of sample `index`; pure."""
     return ClipFile(name=f"{split}-{index:06d}.mp4", labels=labels_of(config, split, index))
 
 
 def make_clip(config: SyntheticConfig, split: str, index: int) -> bytes:
-    """The mp4 of sample `index`: a pure function of its arguments under the same tool versions."""
-    from sharding.synthetic.pictures import draw_frames
-    from sharding.synthetic.sounding import sound_samples
+    """Return the mp4 of sample `index`: a pure function of its arguments under the same tool versions."""
+    from sharding.synthetic.clips import draw_frames, sound_samples
 
     frames = draw_frames(config, split, index)
     sound = sound_samples(config, split, index, num_frames=len(frames))
@@ -142,16 +138,16 @@ def _claim(folder: Path, split: str, config: SyntheticConfig) -> None:
         write_bytes(path, canonical_json(mine))
         return
     try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        theirs = None
-    if not isinstance(theirs, dict):
-        raise UserInputError(f"{path}: not the settings of a synthetic set; remove {folder} and run again")
+        theirs = read_json(path, dict[str, Any])
+    except DocumentError as error:
+        raise UserInputError(
+            f"{path}: not the settings of a synthetic set ({error}); remove {folder} and run again"
+        ) from error
     differing = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
     if differing:
-        listed = "; ".join(f"{name}: {theirs.get(name)} there, {mine.get(name)} now" for name in differing)
+        found = "; ".join(f"{name}: {theirs.get(name)} there, {mine.get(name)} now" for name in differing)
         raise UserInputError(
-            f"{folder}: holds a synthetic set of other settings ({listed}); choose another --media or remove it"
+            f"{folder}: holds a synthetic set of other settings ({found}); choose another --media or remove it"
         )
 
 

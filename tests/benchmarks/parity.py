@@ -37,9 +37,8 @@ from pipelines.decode.reference import ReferenceBackend, decode_frames, resized_
 from pipelines.rendering import ClipFrames, JpegFrames, RenderRequest, VideoMember, ViewBackend
 from pipelines.stats import StatsRecorder
 from pipelines.views import ClipFacts, SamplingConfig, TrainDraws
-from sharding.format.index import TICKS_PER_SECOND
 from sharding.media.codecs import stored_codec
-from sharding.media.encode import EncodedVideo, clip_encoder
+from sharding.media.encode import ClipEncoder, EncodedVideo
 from sharding.media.picture import PictureMaker
 from sharding.media.video import TimedFrame
 
@@ -77,12 +76,11 @@ def stored_clips(codec: str, drawn: DrawnClips, *, num_gop_frames: int | None, t
 
 
 def _encoded(codec: str, drawn: DrawnClips, seed: int, gop: int | None) -> EncodedVideo:
-    encoder = clip_encoder(
+    encoder = ClipEncoder(
         codec,
         pictures=PictureMaker(codec, short_side=min(drawn.width, drawn.height)),
         quality=stored_codec(codec).default_quality,
         num_gop_frames=gop,
-        ticks_per_second=TICKS_PER_SECOND,
     )
     step = Fraction(1, drawn.frames_per_second)
     for number, frame in enumerate(drawn_frames(drawn, seed=seed)):

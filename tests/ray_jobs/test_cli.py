@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -128,6 +129,27 @@ def test_an_unreadable_video_is_named_and_ends_with_3(ca2st: Command, tmp_path: 
     assert not (tmp_path / "set" / "manifest.json").exists()
     code, out, err = ca2st("shard", "build", *arguments, "--workers", 1, "--max-rejects", "50%", "--json")
     assert (code, sum(json.loads(out)["rejected"].values())) == (0, 1)
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_a_folder_without_a_manifest_is_no_shard_set_for_any_command(
+    ca2st: Command, tmp_path: Path, command: str
+) -> None:
+    code, out, err = ca2st("shard", command, tmp_path)
+    assert (code, out) == (2, "")
+    assert "manifest.json: no such file; is it a shard folder?" in err
+
+
+def test_the_options_of_a_conversion_stand_in_groups(ca2st: Command) -> None:
+    _, out, _ = ca2st("shard", "build", "--help")
+    groups = re.split(r"^\W* (Source|Video|Audio|Output|Cluster|Synthetic world) \W*$", out, flags=re.MULTILINE)
+    options = {name: re.findall(r"--[a-z-]+", text) for name, text in zip(groups[1::2], groups[2::2], strict=True)}
+    assert {"--dataset", "--media", "--clock"} <= set(options["Source"])
+    assert {"--codec", "--short-side", "--hdr"} <= set(options["Video"])
+    assert {"--audio", "--sample-rate"} <= set(options["Audio"])
+    assert {"--out", "--shard-size", "--dry-run"} <= set(options["Output"])
+    assert {"--workers", "--ray"} <= set(options["Cluster"])
+    assert {"--task", "--num-samples"} <= set(options["Synthetic world"])
 
 
 def test_verify_names_the_shard_and_the_key_and_ends_with_3(ca2st: Command, tmp_path: Path) -> None:
@@ -261,7 +283,12 @@ def test_a_reader_that_goes_away_changes_no_exit_code() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "what"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_ctrl_c_ends_with_130_and_sigterm_with_143_and_both_say_how_to_go_on(
+    tmp_path: Path, number: signal.Signals, code: int, what: str
+) -> None:
     os.mkfifo(tmp_path / "annotations.csv")  # whoever opens it waits for a writer
     arguments = [
         "shard",
@@ -278,13 +305,13 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path: Path) -> None:
         writer = os.open(tmp_path / "annotations.csv", os.O_WRONLY)  # returns once the command reads
         # A signal just before a blocking read is noticed only when that ends or the next one comes: press again.
         for _ in range(20):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=5)
                 break
         os.close(writer)
         _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "interrupted; rerun the same command to go on where it stopped\n")
+    assert (process.returncode, err) == (code, f"{what}; rerun the same command to go on where it stopped\n")
 
 
 def test_a_wrong_csv_row_is_told_with_file_line_and_column(ca2st: Command, tmp_path: Path) -> None:

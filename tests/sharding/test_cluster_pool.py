@@ -18,8 +18,8 @@ from sharding import cluster as cluster_pool
 from sharding.cluster import ClusterPool, Lost
 from sharding.errors import UnlikeNodeError
 from sharding.media.audio import EncodedAudio
-from sharding.media.decode_child import EncodedClip, Rejected
-from sharding.media.encode import EncodedVideo
+from sharding.media.encode import EncodedClip, EncodedVideo
+from sharding.workers import Rejected
 
 MISSING = Rejected("missing_file", "expected a readable file, found: No such file or directory")
 HANGS = object()

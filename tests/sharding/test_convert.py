@@ -21,7 +21,8 @@ from ca2st.errors import EnvironmentFault, UserInputError
 from sharding.conversion import ConversionProgress, convert
 from sharding.format.index import decode_index, sample_key
 from sharding.format.shard_set import read_shard_set
-from sharding.media.decode_child import ClipJob, EncodedClip, encode_clip
+from sharding.media.encode import ClipJob, EncodedClip, encode_clip
+from sharding.settings import LEAST_SHARD_BYTES
 from sharding.verify import verify_shard_set
 from support.media import Sound, make_clip
 from support.processes import python_path
@@ -218,7 +219,7 @@ def test_a_resumed_conversion_keeps_its_finished_shards(reference: Reference, tm
     convert(reference.source, tmp_path / "out", small_config(), progress=seen.append)
     assert file_hashes(tmp_path / "out") == reference.hashes
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in before} == before
-    assert [(step.num_done, step.num_total) for step in seen] == [(5, 5)]
+    assert [step.num_done for step in seen] == [5]
 
 
 def test_a_full_disk_names_the_file_keeps_finished_shards_and_leaves_no_partial_one(
@@ -296,7 +297,7 @@ def test_c2_an_interrupt_ends_the_run_leaves_no_process_and_can_be_resumed(
 
 
 def test_a_sample_larger_than_a_shard_gets_one_of_its_own(reference: Reference, tmp_path: Path) -> None:
-    report = convert(reference.source, tmp_path / "out", small_config(shard_bytes=1))
+    report = convert(reference.source, tmp_path / "out", small_config(shard_bytes=LEAST_SHARD_BYTES))
     assert report.num_shards == 5
     report = convert(reference.source, tmp_path / "one", small_config(shard_bytes=10**9))
     assert report.num_shards == 1

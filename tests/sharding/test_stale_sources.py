@@ -12,13 +12,13 @@ from ca2st.checked_json import sha256_of_json
 from ca2st.durable import FaultPoints, InjectedFault
 from sharding.conversion import convert
 from sharding.errors import ConversionRefusedError, ShardDamageError
+from sharding.folder import SOURCES_NAME
 from sharding.format.index import decode_index, encode_index
 from sharding.format.shard_set import read_shard_set
-from sharding.media import decode_child
-from sharding.media.decode_child import ClipJob, EncodedClip, encode_clip
-from sharding.settings import RejectBudget
+from sharding.media import encode
+from sharding.media.encode import ClipJob, EncodedClip, encode_clip
+from sharding.settings import LEAST_SHARD_BYTES, RejectBudget
 from sharding.source import SourceList
-from sharding.source_states import SOURCES_NAME
 from sharding.verify import verify_shard_set
 from support.media import make_clip
 from support.shards import file_hashes, sample, small_clips, small_config, source_list
@@ -139,7 +139,7 @@ def test_ranges_that_do_not_join_are_converted_again(source: SourceList, tmp_pat
     """The second shard is that of a list whose second and third source stood in each other's place."""
     out, other = tmp_path / "out", tmp_path / "other"
     begun(source, out)
-    convert(source, other, small_config(shard_bytes=1))
+    convert(source, other, small_config(shard_bytes=LEAST_SHARD_BYTES))
     for suffix in ("tar", "index.parquet"):
         (out / f"ca2st-000001.{suffix}").write_bytes((other / f"ca2st-000001.{suffix}").read_bytes())
     index = out / "ca2st-000001.index.parquet"
@@ -209,18 +209,18 @@ def test_c13_a_source_that_vanishes_before_it_is_read_is_a_reject_with_its_own_r
 
 def encode_while_another_writes(job: ClipJob) -> EncodedClip:
     """In a decode child: ``changing`` gets another time after it was looked at; writing itself is forbidden there."""
-    opened = decode_child.open_media
+    opened = encode.open_media
 
     def open_changed(path: Path) -> Any:
         if path.stem == "changing":
             os.utime(path, (1, 1))
         return opened(path)
 
-    decode_child.open_media = open_changed
+    encode.open_media = open_changed
     try:
         return encode_clip(job)
     finally:
-        decode_child.open_media = opened
+        encode.open_media = opened
 
 
 def test_c13_a_source_that_changes_while_it_is_read_is_a_reject_and_the_set_is_sound(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from sharding.conversion import convert
 from sharding.errors import ManifestError
 from sharding.folder import LOCK_NAME
 from sharding.format.index import decode_index
+from sharding.format.shard_set import read_shard_set
 from sharding.settings import RejectBudget
 from sharding.verify import Problem, verify_shard_set
 from support.media import Sound, damage, make_clip
@@ -185,12 +186,14 @@ def test_the_lock_of_a_converter_killed_at_its_very_end_is_no_damage(restored: P
     assert verify_shard_set(restored) == []
 
 
-def test_a_damaged_or_missing_manifest_is_a_problem_not_an_exception(restored: Path) -> None:
+def test_a_damaged_manifest_is_a_problem_and_a_missing_one_is_refused_as_everywhere(restored: Path) -> None:
     for data in (b"", b"{", b"[]", b'{"format": "ca2st-shards"}', b"\xff\xfe\x00", b'{"format": "other"}'):
         (restored / "manifest.json").write_bytes(data)
         assert [problem.shard for problem in verify_shard_set(restored)] == ["manifest.json"]
     (restored / "manifest.json").unlink()
-    assert [problem.shard for problem in verify_shard_set(restored)] == ["manifest.json"]
+    for read in (verify_shard_set, read_shard_set):
+        with pytest.raises(ManifestError, match=r"manifest\.json: no such file; the conversion has not finished"):
+            read(restored)
 
 
 def test_damage_everywhere_is_summed_up(restored: Path) -> None:

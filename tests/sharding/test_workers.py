@@ -14,9 +14,8 @@ import pytest
 
 from ca2st.errors import EnvironmentFault
 from ca2st.processes import SPAWN
-from sharding.media import decode_child
-from sharding.media.decode_child import Rejected
-from sharding.workers import DecodePool
+from sharding import workers
+from sharding.workers import DecodePool, Rejected
 from support.processes import python_path
 from support.stub_jobs import act
 
@@ -108,7 +107,7 @@ def test_c5_a_child_that_nobody_watches_computes_no_longer_than_a_clip_may_take(
 
 
 def _spin_under_the_limit() -> None:
-    decode_child._limit_processor_time(0.1)
+    workers._limit_processor_time(0.1)
     act(("spin", 60))
 
 

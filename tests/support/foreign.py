@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ca2st.model.experts import Expert
 from ca2st.spec import ClipSpec
-from ca2st.weights import foreign_child
-from ca2st.weights.foreign_child import ReadJob
+from ca2st.weights import foreign
+from ca2st.weights.foreign import ReadJob
 from support.models import TINY_CLIP, tiny_model, wake
 
 DEPTH = 2
@@ -170,5 +170,5 @@ def say_and_sleep(connection: Connection, job: ReadJob) -> None:
         time.sleep(600)
         return {}
 
-    foreign_child.answer = answer
-    foreign_child.serve(connection, job)
+    foreign.answer = answer
+    foreign.serve(connection, job)

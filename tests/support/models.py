@@ -1,6 +1,7 @@
 """Models small enough to run in milliseconds, and inputs for them."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from ca2st.model.experts import ClipInputs
 from ca2st.model.network import HolisticModel
 from ca2st.model.parameters import build_model
 from ca2st.spec import ClipSpec
+from ca2st.weights.model_file import build_described, read_description, refuse_published_names
+from ca2st.weights.tensor_files import read_tensor_file
 
 KINDS = ("cast", "cava", "ca2st", "spatial", "temporal", "audio")
 JOINED_KINDS = ("cast", "cava", "ca2st")
@@ -27,6 +30,16 @@ def tiny_model(
     kind: str, *, clip: ClipSpec = TINY_CLIP, targets: tuple[TargetSpec, ...] = ONE_TARGET, **changes: Any
 ) -> HolisticModel:
     return build_model(tiny_config(kind, **changes), clip, targets).eval()
+
+
+def model_of_file(path: Path) -> HolisticModel:
+    """The whole model in a file that `ca2st weights import` or `export` wrote with our names."""
+    file = read_tensor_file(path)
+    description = read_description(file.metadata, where=str(path))
+    assert description is not None, f"{path} holds no whole model"
+    refuse_published_names(file.tensors, description, path=path)
+    model, _ = build_described(description, file.tensors, where=str(path))
+    return model.eval()
 
 
 def inputs_for(clip: ClipSpec = TINY_CLIP, *, batch: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

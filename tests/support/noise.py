@@ -9,7 +9,7 @@ import av
 import numpy as np
 
 from sharding.media.codecs import STORED_CODECS
-from sharding.media.encode import GOP_ENCODINGS, GopEncoder
+from sharding.media.encode import GOP_ENCODINGS, ClipEncoder
 from sharding.media.picture import PictureMaker
 from sharding.media.video import TimedFrame
 
@@ -31,7 +31,7 @@ def encoded_noise(codec: str, frames: Sequence[TimedFrame], *, quality: int | No
     """The MP4 of the frames; quality None: the codec's default."""
     quality = STORED_CODECS[codec].default_quality if quality is None else quality
     pictures = PictureMaker(codec, short_side=256)
-    encoder = GopEncoder(codec, pictures=pictures, quality=quality, num_gop_frames=8, ticks_per_second=90_000)
+    encoder = ClipEncoder(codec, pictures=pictures, quality=quality, num_gop_frames=8)
     for frame in frames:
         encoder.add(frame)
     return encoder.finish().mp4

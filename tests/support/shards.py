@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from sharding.conversion import ConversionReport, convert
+from sharding.folder import SOURCES_NAME
 from sharding.format.shard_set import LabelSpace
 from sharding.settings import ConversionConfig
 from sharding.source import SourceList, SourceSample
-from sharding.source_states import SOURCES_NAME
 from support.media import Sound, make_clip
 
 COUNT = 5

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sharding.media.decode_child import EncodedClip, encode_clip
+from sharding.media.encode import EncodedClip, encode_clip
 from sharding.settings import ConversionConfig
 from sharding.source import SourceSample
 

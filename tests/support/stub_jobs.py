@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sharding.errors import MediaError
-from sharding.media.decode_child import encode_clip
+from sharding.media.encode import encode_clip
 
 WAS_KILLED = 0o700
 

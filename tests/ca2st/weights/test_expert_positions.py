@@ -6,9 +6,17 @@ import torch
 
 from ca2st.model.tokens import resize_grid_table
 from ca2st.spec import ClipSpec
-from ca2st.weights import ImportOptions, WeightsDamageError, WeightsMismatchError, import_weights
-from ca2st.weights.expert_files import EXPERT_KEY, expert_state, load_expert, load_expert_file, read_expert_file
-from ca2st.weights.sizes import UnwrittenSizes
+from ca2st.weights.importer import (
+    EXPERT_KEY,
+    ImportOptions,
+    expert_state,
+    import_weights,
+    load_expert,
+    load_expert_file,
+    read_expert_file,
+)
+from ca2st.weights.model_file import UnwrittenSizes
+from ca2st.weights.tensor_files import WeightsDamageError, WeightsMismatchError
 from support.foreign import ast_state, awake_expert, clip_state, videomae_state
 from support.models import TINY_CLIP, tiny_model
 

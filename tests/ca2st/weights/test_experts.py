@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from ca2st.weights import WeightsMismatchError, expert_state, load_expert
+from ca2st.weights.importer import expert_state, load_expert
+from ca2st.weights.tensor_files import WeightsMismatchError
 from support.models import expert_inputs, tiny_model, wake
 
 

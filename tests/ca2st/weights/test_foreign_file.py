@@ -16,10 +16,10 @@ import psutil
 import pytest
 import torch
 
-import ca2st.weights.foreign_child as foreign_child
-from ca2st.weights import ForeignFileRefusedError, ImportOptions, WeightsDamageError, import_weights
-from ca2st.weights.foreign_child import read
-from ca2st.weights.importer import read_foreign_file
+from ca2st.weights import foreign
+from ca2st.weights.foreign import read, read_foreign_file
+from ca2st.weights.importer import ImportOptions, import_weights
+from ca2st.weights.tensor_files import ForeignFileRefusedError, WeightsDamageError
 from support.foreign import torchscript_archive, training_checkpoint
 from support.processes import python_path
 
@@ -169,7 +169,7 @@ def test_5_1_a_zip_header_that_asks_for_what_no_reader_has_is_damage(tmp_path, o
 def test_5_1_a_truncated_old_pickle_is_damage(tmp_path, out):
     path = _saved(tmp_path, STATE, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes()[:-10])
-    assert foreign_child.answer(path, out)["kind"] != "ok"
+    assert foreign.answer(path, out)["kind"] != "ok"
     path.write_bytes(b"")
     with pytest.raises(WeightsDamageError, match="found 0 bytes"):
         read(path, out)
@@ -259,7 +259,7 @@ def test_damage_of_an_old_pickle_is_one_message_and_never_another_error(tmp_path
     answers = []
     for position in range(0, len(whole), 7):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x15]) + whole[position + 1 :])
-        answers.append(foreign_child.answer(path, out))
+        answers.append(foreign.answer(path, out))
     assert {found["kind"] for found in answers} >= {"ok", "refused"}
     messages = [found["message"] for found in answers if found["kind"] != "ok"]
     assert all(message.startswith("expected") or ": expected" in message for message in messages)
@@ -267,7 +267,7 @@ def test_damage_of_an_old_pickle_is_one_message_and_never_another_error(tmp_path
 
 
 def test_a_read_that_does_not_end_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr("ca2st.weights.importer.serve", _sleep)
+    monkeypatch.setattr("ca2st.weights.foreign.serve", _sleep)
     began = time.monotonic()
     with pytest.raises(ForeignFileRefusedError, match=r"expected it to be read within 0\.2 s, found it unfinished"):
         read_foreign_file(_saved(tmp_path, STATE), timeout_seconds=0.2)
@@ -275,13 +275,13 @@ def test_a_read_that_does_not_end_is_ended(tmp_path, monkeypatch):
 
 
 def test_a_child_that_dies_is_one_message(tmp_path, monkeypatch):
-    monkeypatch.setattr("ca2st.weights.importer.serve", _die)
+    monkeypatch.setattr("ca2st.weights.foreign.serve", _die)
     with pytest.raises(ForeignFileRefusedError, match=r"the process that read it died \(SIGSEGV\)"):
         read_foreign_file(_saved(tmp_path, STATE))
 
 
 def test_5_5_the_childs_memory_is_limited_and_it_can_reach_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("ca2st.weights.importer.serve", _try_things)
+    monkeypatch.setattr("ca2st.weights.foreign.serve", _try_things)
     with pytest.raises(ForeignFileRefusedError) as told:
         read_foreign_file(_saved(tmp_path, STATE))
     assert str(told.value).endswith(
@@ -299,8 +299,8 @@ def _die(_connection, _job):
 
 def _try_things(connection, job):
     """The child's whole life, but that it tries this instead of reading the file."""
-    foreign_child.answer = _tried
-    foreign_child.serve(connection, job)
+    foreign.answer = _tried
+    foreign.serve(connection, job)
 
 
 def _tried(_path, _out):
@@ -333,7 +333,7 @@ def test_a_child_ends_with_the_import_that_is_killed(tmp_path):
     script = tmp_path / "import.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\n"
-        "import ca2st.weights.importer as foreign_file\n"
+        "import ca2st.weights.foreign as foreign_file\n"
         "from support.foreign import say_and_sleep\n"
         "foreign_file.serve = say_and_sleep\n"
         "foreign_file.read_foreign_file(Path(sys.argv[1]))\n"
@@ -349,18 +349,18 @@ def test_a_child_ends_with_the_import_that_is_killed(tmp_path):
         time.sleep(0.02)
 
 
-def test_5_1_the_project_unpickles_in_one_place_and_never_without_the_check():
+def test_5_1_the_project_unpickles_in_two_places_and_never_without_the_check():
     sources = [
         path for package in ("ca2st", "sharding", "pipelines", "ray_jobs") for path in (ROOT / package).rglob("*.py")
     ]
     assert len(sources) > 80
     text = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sources}
     loads = {name for name, code in text.items() if "torch.load(" in code}
-    assert loads == {"ca2st/weights/foreign_child.py"}
-    assert text["ca2st/weights/foreign_child.py"].count("torch.load(") == 1
-    assert 'map_location="cpu", weights_only=True)' in text["ca2st/weights/foreign_child.py"]
+    assert loads == {"ca2st/weights/foreign.py"}
+    assert text["ca2st/weights/foreign.py"].count("torch.load(") == 1
+    assert 'map_location="cpu", weights_only=True)' in text["ca2st/weights/foreign.py"]
     pickles = {name for name, code in text.items() if "import pickle" in code}
-    assert pickles == {"ca2st/weights/foreign_child.py"}
+    assert pickles == {"ca2st/weights/foreign.py", "sharding/datasets/frame_pickle.py"}
     assert not any("pickle.load" in code for code in text.values())
     for forbidden in ("weights_only=False", "jit.load", "allow_pickle=True"):
         assert not {name for name, code in text.items() if forbidden in code}, forbidden
@@ -377,7 +377,7 @@ def test_5_1_an_evil_file_of_plain_pickle_is_refused(tmp_path, out):
 
 
 def test_the_longest_wait_of_an_import_is_the_callers(tmp_path, monkeypatch):
-    monkeypatch.setattr("ca2st.weights.importer.serve", _sleep)
+    monkeypatch.setattr("ca2st.weights.foreign.serve", _sleep)
     with pytest.raises(ForeignFileRefusedError, match=r"within 0\.1 s"):
         import_weights(
             _saved(tmp_path, STATE), tmp_path / "o.safetensors", kind="clip", options=ImportOptions(timeout_seconds=0.1)

@@ -8,9 +8,8 @@ import torch
 
 from ca2st.errors import UserInputError
 from ca2st.model.parameters import build_model
-from ca2st.weights import WeightsDamageError, WeightsMismatchError, check_golden
-from ca2st.weights.golden import TOLERANCE, golden_model, golden_output, pix
-from ca2st.weights.tensor_files import read_tensor_file
+from ca2st.weights.published import TOLERANCE, check_golden, golden_model, golden_output, pix
+from ca2st.weights.tensor_files import WeightsDamageError, WeightsMismatchError, read_tensor_file
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 FILES = sorted(GOLDEN.glob("*.safetensors"))

@@ -14,18 +14,15 @@ from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.model.experts import ACTIVATIONS as MODULES
 from ca2st.model.experts import build_expert
 from ca2st.spec import ClipSpec
-from ca2st.weights import (
+from ca2st.weights.hub import ACTIVATIONS, PLAIN_FILES, HubAccess, activation_of, fetch, is_hub_name, resolve_hub_name
+from ca2st.weights.importer import EXPERT_KEY, ImportedExperts, ImportOptions, import_weights
+from ca2st.weights.model_file import ALONE, UnwrittenSizes
+from ca2st.weights.tensor_files import (
     ForeignFileRefusedError,
-    ImportOptions,
     WeightsDamageError,
     WeightsMismatchError,
-    import_weights,
+    read_tensor_file,
 )
-from ca2st.weights.expert_files import EXPERT_KEY
-from ca2st.weights.hub import ACTIVATIONS, PLAIN_FILES, HubAccess, activation_of, fetch, is_hub_name, resolve_hub_name
-from ca2st.weights.importer import ImportedExperts
-from ca2st.weights.sizes import ALONE, UnwrittenSizes
-from ca2st.weights.tensor_files import read_tensor_file
 from support.fake_hub import COMMIT, fake_hub
 from support.foreign import awake_expert, clip_state, open_clip_state
 

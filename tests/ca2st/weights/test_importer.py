@@ -11,17 +11,15 @@ import torch
 from ca2st.checked_json import DocumentError
 from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.spec import ClipSpec
-from ca2st.weights import (
+from ca2st.weights.importer import EXPERT_KEY, ImportOptions, import_weights, load_expert
+from ca2st.weights.model_file import UnwrittenSizes
+from ca2st.weights.tensor_files import (
     ForeignFileRefusedError,
-    ImportOptions,
     WeightsDamageError,
     WeightsMismatchError,
-    import_weights,
-    load_expert,
+    checksum,
+    read_tensor_file,
 )
-from ca2st.weights.expert_files import EXPERT_KEY
-from ca2st.weights.sizes import UnwrittenSizes
-from ca2st.weights.tensor_files import checksum, read_tensor_file
 from support.foreign import (
     ast_state,
     awake_expert,
@@ -263,7 +261,7 @@ def test_the_official_grid_is_cut_from_column_50_minus_half():
 
 def test_the_number_of_heads_is_asked_for_where_the_width_does_not_tell(tmp_path, out):
     path = _safetensors(tmp_path, clip_state(awake_expert("spatial").state_dict()))
-    with pytest.raises(WeightsMismatchError, match=r"multiple of 64 features a head, found 32; give --heads"):
+    with pytest.raises(WeightsMismatchError, match=r"multiple of 64 features per head, found 32; give --heads"):
         import_weights(path, out, kind="clip")
 
 

@@ -7,10 +7,10 @@ import pytest
 
 from ca2st.model.config import AudioVisualConfig, ModelConfig, SpatialTemporalConfig, TargetSpec
 from ca2st.spec import ClipSpec
-from ca2st.weights import ImportOptions, WeightsDamageError, WeightsMismatchError, import_weights, read_model_file
+from ca2st.weights.importer import ImportOptions, import_weights
 from ca2st.weights.model_file import MODEL_KEY, ModelDescription, export_model, read_description
-from ca2st.weights.tensor_files import write_tensor_file
-from support.models import TINY_CLIP, tiny_model
+from ca2st.weights.tensor_files import WeightsDamageError, WeightsMismatchError, write_tensor_file
+from support.models import TINY_CLIP, model_of_file, tiny_model
 
 CHANGED = ModelConfig(
     kind="cast",
@@ -167,7 +167,7 @@ def test_a_header_that_lies_is_one_line_and_nothing_of_its_size_is_allocated(tmp
     with pytest.raises(WeightsMismatchError, match=message):
         import_weights(path, tmp_path / "o.safetensors", kind="cast")
     with pytest.raises(WeightsMismatchError, match=message):
-        read_model_file(path)
+        model_of_file(path)
 
 
 def test_what_may_be_missing_is_not_allocated_at_any_size(tmp_path):
@@ -187,7 +187,7 @@ def test_a_file_of_published_names_says_how_to_translate_them(tmp_path):
     export_model(tiny_model("cast"), path, names="published")
     message = rf"published names; run `ca2st weights import --kind cast {path} --out OURS\.safetensors` first"
     with pytest.raises(WeightsMismatchError, match=message):
-        read_model_file(path)
+        model_of_file(path)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +201,6 @@ def test_a_file_of_published_names_says_how_to_translate_them(tmp_path):
 def test_a_model_that_was_never_published_is_exported_and_read_back(tmp_path, changes):
     model = tiny_model("cast", **changes)
     export_model(model, tmp_path / "model.safetensors")
-    back = read_model_file(tmp_path / "model.safetensors")
+    back = model_of_file(tmp_path / "model.safetensors")
     assert (back.config, back.clip, back.targets) == (model.config, TINY_CLIP, model.targets)
     assert back.state_dict().keys() == model.state_dict().keys()

@@ -13,8 +13,8 @@ from torch.nn.functional import layer_norm
 from ca2st.model.config import ModelConfig
 from ca2st.model.experts import ClipInputs, build_expert
 from ca2st.spec import ClipSpec
-from ca2st.weights import ImportOptions, import_weights
-from ca2st.weights.sizes import UnwrittenSizes
+from ca2st.weights.importer import ImportOptions, import_weights
+from ca2st.weights.model_file import UnwrittenSizes
 from ca2st.weights.tensor_files import load_strictly, read_tensor_file
 from support.models import TINY_CLIP, expert_inputs
 

@@ -11,7 +11,7 @@ from torch import nn
 from ca2st.model.experts import ClipInputs, build_expert
 from ca2st.spec import ClipSpec
 from ca2st.weights.layouts import LAYOUTS_OF_ENCODER, translate
-from ca2st.weights.sizes import UnwrittenSizes, expert_sizes
+from ca2st.weights.model_file import UnwrittenSizes, expert_sizes
 from ca2st.weights.tensor_files import load_strictly, without_leading_ones
 
 TOLERANCE = 1e-4

@@ -7,10 +7,15 @@ import torch
 from ca2st.errors import UserInputError
 from ca2st.model.config import AudioVisualConfig, SpatialTemporalConfig, TargetSpec
 from ca2st.model.parameters import build_model
-from ca2st.weights import WeightsMismatchError, load_published, published_names, to_published
-from ca2st.weights.golden import golden_model, golden_output
-from ca2st.weights.published import NEVER_USED
-from ca2st.weights.tensor_files import read_tensor_file
+from ca2st.weights.published import (
+    NEVER_USED,
+    golden_model,
+    golden_output,
+    load_published,
+    published_names,
+    to_published,
+)
+from ca2st.weights.tensor_files import WeightsMismatchError, read_tensor_file
 from support.models import ONE_TARGET, TINY_CLIP, VERB_NOUN, tiny_config, tiny_model, wake
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"

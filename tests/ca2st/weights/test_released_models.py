@@ -9,20 +9,11 @@ import torch
 
 from ca2st.errors import UserInputError
 from ca2st.model.config import AudioVisualConfig, SpatialTemporalConfig
-from ca2st.weights import (
-    ImportOptions,
-    WeightsDamageError,
-    WeightsMismatchError,
-    export_model,
-    import_weights,
-    read_model_file,
-    to_published,
-)
-from ca2st.weights.golden import golden_model
-from ca2st.weights.model_file import MODEL_KEY, ModelDescription, read_description
-from ca2st.weights.sizes import UnwrittenSizes
-from ca2st.weights.tensor_files import read_tensor_file
-from support.models import JOINED_KINDS, ONE_TARGET, VERB_NOUN, tiny_model, wake
+from ca2st.weights.importer import ImportOptions, import_weights
+from ca2st.weights.model_file import MODEL_KEY, ModelDescription, UnwrittenSizes, export_model, read_description
+from ca2st.weights.published import golden_model, to_published
+from ca2st.weights.tensor_files import WeightsDamageError, WeightsMismatchError, read_tensor_file
+from support.models import JOINED_KINDS, ONE_TARGET, VERB_NOUN, model_of_file, tiny_model, wake
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 FILES = sorted(GOLDEN.glob("*.safetensors"))
@@ -60,7 +51,7 @@ def test_a_released_checkpoint_gives_the_model_of_the_golden_file(tmp_path, path
     out = tmp_path / "ours.safetensors"
     kind = golden.config.kind
     report = import_weights(tmp_path / "released.safetensors", out, kind=kind, options=ImportOptions(sizes=sizes))
-    imported = read_model_file(out)
+    imported = model_of_file(out)
     assert (imported.config, imported.clip, imported.targets) == (golden.config, golden.clip, golden.targets)
     assert _equal(imported, golden)
     assert (report.layout, report.missing) == (f"released {kind.upper()}", ())
@@ -75,7 +66,7 @@ def test_what_is_exported_and_imported_is_the_same_model(tmp_path, kind, targets
     model = _awake(kind, targets=targets, drop_path_rate=0.2, time_code_layout="aligned")
     exported = export_model(model, tmp_path / "exported.safetensors", names=names)
     report = import_weights(exported.out, tmp_path / "back.safetensors", kind=kind)
-    back = read_model_file(tmp_path / "back.safetensors")
+    back = model_of_file(tmp_path / "back.safetensors")
     assert _equal(back, model)
     assert (back.config, back.clip, back.targets) == (model.config, model.clip, model.targets)
     ours = export_model(model, tmp_path / "ours.safetensors")
@@ -91,7 +82,7 @@ def test_a_whole_model_is_read_without_what_was_wrapped_around_it(tmp_path, pref
     wrapped = {f"{prefix}{name}": tensor for name, tensor in file.tensors.items()} | {"n_averaged": torch.tensor(2)}
     safetensors.torch.save_file(wrapped, tmp_path / "wrapped.safetensors", metadata=file.metadata)
     report = import_weights(tmp_path / "wrapped.safetensors", tmp_path / "back.safetensors", kind="cast")
-    assert _equal(read_model_file(tmp_path / "back.safetensors"), model)
+    assert _equal(model_of_file(tmp_path / "back.safetensors"), model)
     assert report.unexpected == ("n_averaged",)
 
 
@@ -105,7 +96,7 @@ def test_a_file_without_a_description_is_understood_by_its_shapes(tmp_path, kind
         kind=kind,
         options=ImportOptions(sizes=sizes),
     )
-    back = read_model_file(tmp_path / "o.safetensors")
+    back = model_of_file(tmp_path / "o.safetensors")
     assert _equal(back, model)
     assert back.config == model.config
     rows = {"cast": 400}.get(kind, 46)  # no sound: the default; else the fewest rows that give its 4 columns
@@ -127,7 +118,7 @@ def test_other_layers_and_ratios_are_seen_in_the_tensors(tmp_path, kind, changes
     sizes = UnwrittenSizes(num_heads=2, num_frames=4)
     path = _released(tmp_path, model)
     import_weights(path, tmp_path / "o.safetensors", kind=kind, options=ImportOptions(sizes=sizes))
-    assert read_model_file(tmp_path / "o.safetensors").config == model.config
+    assert model_of_file(tmp_path / "o.safetensors").config == model.config
 
 
 def test_400_and_1024_spectrogram_rows_are_guessed_first_and_can_be_said(tmp_path):
@@ -193,7 +184,7 @@ def test_a_configuration_that_was_never_published_has_our_names_only(tmp_path):
     with pytest.raises(UserInputError, match="this configuration was never published"):
         export_model(model, tmp_path / "e.safetensors", names="published")
     export_model(model, tmp_path / "e.safetensors")
-    assert _equal(read_model_file(tmp_path / "e.safetensors"), model)
+    assert _equal(model_of_file(tmp_path / "e.safetensors"), model)
 
 
 def test_a_description_survives_its_own_writing_and_damage_is_told():
@@ -205,9 +196,3 @@ def test_a_description_survives_its_own_writing_and_damage_is_told():
     newer = description.metadata()[MODEL_KEY].replace('"format": 1', '"format": 2')
     with pytest.raises(WeightsMismatchError, match="expected a model of format 1, found 2; use a newer ca2st"):
         read_description({MODEL_KEY: newer}, where="here")
-
-
-def test_a_file_of_tensors_alone_is_no_model(tmp_path):
-    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(WeightsMismatchError, match="expected a whole model"):
-        read_model_file(tmp_path / "a.safetensors")

@@ -7,10 +7,9 @@ import torchvision
 
 from ca2st.model.experts import ClipInputs, build_expert
 from ca2st.spec import ClipSpec
-from ca2st.weights import WeightsDamageError, WeightsMismatchError, import_weights, load_expert
-from ca2st.weights.expert_files import load_expert_file
-from ca2st.weights.sizes import ALONE
-from ca2st.weights.tensor_files import load_strictly, read_tensor_file
+from ca2st.weights.importer import import_weights, load_expert, load_expert_file
+from ca2st.weights.model_file import ALONE
+from ca2st.weights.tensor_files import WeightsDamageError, WeightsMismatchError, load_strictly, read_tensor_file
 from support.models import tiny_model
 
 CLIP = ClipSpec(num_frames=2, crop_size=64)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ca2st.durable import FaultPoints, InjectedFault
 from ca2st.errors import DataDamageError, EnvironmentFault, UserInputError
-from ca2st.weights import ExpertStore
+from ca2st.weights.importer import ExpertStore
 
 STATE = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(2, dtype=torch.bfloat16)}
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ca2st.weights import WeightsMismatchError, load_strictly
+from ca2st.weights.tensor_files import WeightsMismatchError, load_strictly
 
 
 def _state(**changes):

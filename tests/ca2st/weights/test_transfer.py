@@ -8,10 +8,9 @@ import torch
 from ca2st.model.config import ModelConfig, SpatialTemporalConfig, TargetSpec
 from ca2st.model.tokens import resize_grid_table, resize_time_table
 from ca2st.spec import ClipSpec
-from ca2st.weights import WeightsMismatchError
 from ca2st.weights.model_file import ModelDescription
-from ca2st.weights.positions import fit_audio_positions
-from ca2st.weights.transfer import SHOWN_BY_NO_TENSOR, transfer_weights
+from ca2st.weights.positions import SHOWN_BY_NO_TENSOR, fit_audio_positions, transfer_weights
+from ca2st.weights.tensor_files import WeightsMismatchError
 from support.models import KINDS, ONE_TARGET, TINY_CLIP, VERB_NOUN, inputs_for, tiny_model, wake
 
 LONGER = ClipSpec(num_frames=8, crop_size=48, mel_rows=96)

@@ -1,6 +1,7 @@
 """Shard sets behind a URL: the batches of the local set, through a cache that may be smaller than the data."""
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -307,8 +308,8 @@ def test_verification_of_a_url_names_the_sample_and_the_files(local: ShardSet, u
     assert "found 5; copy it again" in what["ca2st-000005.tar"]
 
 
-def test_verification_of_a_url_without_a_manifest_is_one_problem(url: str) -> None:
+def test_verification_of_a_url_without_a_manifest_is_refused(url: str) -> None:
     change(url, "manifest.json", None)
-    [problem] = verify_place(url)
-    assert (problem.shard, count_shards(url)) == ("manifest.json", 0)
-    assert problem.what.startswith(f"{url}/manifest.json: no such file")
+    assert count_shards(url) == 0
+    with pytest.raises(ManifestError, match=f"^{re.escape(url)}/manifest.json: no such file"):
+        verify_place(url)

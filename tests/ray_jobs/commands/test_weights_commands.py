@@ -6,12 +6,12 @@ import os
 import sys
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import safetensors.torch
 import torch
 
-from ca2st.weights import read_model_file
 from ca2st.weights.tensor_files import read_tensor_file
 from ray_jobs.cli import main
 from ray_jobs.commands.models import WeightsKind
@@ -20,6 +20,7 @@ from ray_jobs.runs.inference import load_trained
 from ray_jobs.runs.model import make_model
 from support.fake_hub import COMMIT, fake_hub
 from support.foreign import awake_expert, clip_state, videomae_state
+from support.models import model_of_file
 from support.tiny_runs import make_tiny_run
 
 SIZES = ("--heads", 2, "--mel-rows", 48)
@@ -53,9 +54,10 @@ def test_every_weights_command_has_help_with_an_example(ca2st, command):
 
 
 def test_every_kind_of_the_command_has_an_importer():
-    from ca2st.weights.importer import _IMPORTERS
+    from ca2st.model.config import EncoderName
+    from ca2st.weights.importer import ReleasedKind
 
-    assert set(WeightsKind) == set(_IMPORTERS)
+    assert set(WeightsKind) == {*get_args(EncoderName), *get_args(ReleasedKind)}
 
 
 def test_the_report_as_json(ca2st, tmp_path, clip_file):
@@ -212,6 +214,6 @@ def test_a_trained_run_is_exported_and_imported_whole(ca2st, tmp_path):
         assert code == 0, err
         assert json.loads(text)["sha256"] == hashlib.sha256(exported.read_bytes()).hexdigest()
         assert ca2st("weights", "import", "--kind", "ca2st", exported, "--out", back)[0] == 0
-        found = read_model_file(back).state_dict()
+        found = model_of_file(back).state_dict()
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[name], found[name]) for name in expected)

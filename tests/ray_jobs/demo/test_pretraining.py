@@ -10,7 +10,7 @@ import pytest
 from ca2st.errors import EnvironmentFault
 from ca2st.model.parameters import build_model
 from ca2st.training.journal import read_events
-from ca2st.weights.expert_files import load_expert_file
+from ca2st.weights.importer import load_expert_file
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import say
 from ray_jobs.demo import pretraining

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
-from ca2st.weights.expert_files import EXPERT_KEY, expert_state
+from ca2st.weights.importer import EXPERT_KEY, expert_state
 from ca2st.weights.tensor_files import read_tensor_file, write_tensor_file
 from ray_jobs.commands.train import train
 from ray_jobs.config.recipe_file import load_recipe
@@ -109,7 +109,15 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
 
 def test_files_that_are_no_videos_are_left_aside_by_name(tmp_path: Path) -> None:
     touch(tmp_path, "notes.txt", ".DS_Store", *videos_of_classes(a=2, b=2), "a/Thumbs.db", "a/x.srt", "__MACOSX/a/x")
-    assert list_videos(tmp_path).left_aside == ("notes.txt", "a/x.srt")
+    videos = list_videos(tmp_path)
+    assert videos.left_aside == ("notes.txt", "a/x.srt")
+    assert videos.source("train").notes == {"files left aside": ("notes.txt", "a/x.srt")}
+    assert videos.source("validation").notes == {}
+
+
+def test_what_lies_beside_splits_is_left_aside_by_name(tmp_path: Path) -> None:
+    touch(tmp_path, "list.txt", "raw/x/1.mp4", *(f"train/{name}" for name in videos_of_classes(a=2, b=2)))
+    assert list_videos(tmp_path).left_aside == ("list.txt", "raw/")
 
 
 @pytest.mark.parametrize(
@@ -121,10 +129,6 @@ def test_files_that_are_no_videos_are_left_aside_by_name(tmp_path: Path) -> None
         (["a/1.mp4", "b/1.txt"], "expected videos .* of every class to train on, found none of the class 'b'"),
         (["a/1.mp4", "b/c/1.mp4"], "c: expected videos directly in a class folder, found a folder"),
         (["val/a/1.mp4", "val/b/1.mp4"], "expected a folder train beside val, found none"),
-        (
-            ["train/a/1.mp4", "train/b/1.mp4", "raw/x/1.mp4"],
-            "expected only splits .* beside each other, found raw too",
-        ),
         (
             ["train/a/1.mp4", "train/b/1.mp4", "val/a/1.mp4", "validation/a/1.mp4"],
             "expected one folder for validation, found val and validation",

@@ -35,9 +35,12 @@ def test_c9_the_same_name_in_two_folders_is_two_samples(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "expected a folder a class with videos inside, found an empty folder"),
-        (["a.mp4", "b.mp4"], "expected a folder a class with videos inside, found 2 files and no folder"),
-        (["a/.keep", "b/x.txt"], r"expected a folder a class .*endings: .*\.mp4.*found no video in any of its folders"),
+        ([], "expected a folder per class with videos inside, found an empty folder"),
+        (["a.mp4", "b.mp4"], "expected a folder per class with videos inside, found 2 files and no folder"),
+        (
+            ["a/.keep", "b/x.txt"],
+            r"expected a folder per class .*endings: .*\.mp4.*found no video in any of its folders",
+        ),
         (["a/x.mp4"], "expected at least two classes, found one, 'a'"),
         (["a/x.mp4", "b/x\ty.mp4"], r"b/x\\ty\.mp4: expected a file name without control"),
         (["a/x.mp4", "b\nc/y.mp4"], r"b\\nc: expected a class name without control or unwritable characters as the"),

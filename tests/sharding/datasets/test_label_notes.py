@@ -104,6 +104,17 @@ def test_a_name_and_its_other_normal_form_are_always_found(names: set[str]) -> N
         assert len(forms) == 1 or all(repr(form) in found for form in forms)
 
 
+def test_numbers_written_in_several_ways_become_one_class_and_are_noted(tmp_path: Path) -> None:
+    source = from_csv(tmp_path, ["0", "1", "01", "1", "001", "2"])
+    assert [one.labels for one in source.samples] == [(0,), (1,), (1,), (1,), (1,), (2,)]
+    assert source.notes == {"labels that look alike": ("'1' = '01' = '001'",)}
+    with pytest.raises(UserInputError, match=r"--strict: .*found 1 labels that look alike \('1' = '01' = '001'\)"):
+        check_notes(source, small_config(strict=True))
+    classes = write_lines(tmp_path / "classes.txt", ["ant", "bee"])
+    assert from_csv(tmp_path, ["00", "1"], classes=classes).notes == {}
+    assert from_csv(tmp_path, ["00", "0", "1"], classes=classes).notes == {"labels that look alike": ("'00' = '0'",)}
+
+
 def test_epic_sounds_and_folders_carry_the_notes_too(tmp_path: Path) -> None:
     media = touch(tmp_path / "media", "dog/1.mp4", "Dog/2.mp4")
     assert set(read_dataset("folder", DatasetRequest(media=media)).notes) == {"labels that look alike"}

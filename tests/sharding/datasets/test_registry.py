@@ -79,7 +79,7 @@ def test_the_shipped_class_lists_have_their_published_sizes(name: str) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([""], "expected class names, one a line, found none"),
+        ([""], "expected class names, one per line, found none"),
         (["a", "", "b"], r"c\.txt:2:1: expected a class name, found an empty line"),
         (["a", "b", "a"], r"c\.txt:3:1: expected every class once, found 'a' as on line 1"),
     ],

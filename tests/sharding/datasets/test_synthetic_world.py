@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ca2st.errors import UserInputError
+from sharding.synthetic.clips import draw_frames, scene_of, sound_samples
 from sharding.synthetic.config import SyntheticConfig
 from sharding.synthetic.factors import MOTIONS, SHAPES, TONES_HZ, factors_of, label_spaces, labels_of
-from sharding.synthetic.pictures import draw_frames, scene_of
-from sharding.synthetic.sounding import sound_samples
 
 SMALL = SyntheticConfig(frame_size=32, min_frames=8, max_frames=8)
 FACTORS = ("space", "time", "audio")

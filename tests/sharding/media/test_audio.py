@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from sharding.errors import MediaError
 from sharding.format.shard_set import AudioParameters
-from sharding.media.audio import is_silent
-from sharding.media.spectrogram import check_spectrogram, log_mel, no_spectrogram, npy_bytes
+from sharding.media.audio import check_spectrogram, is_silent, log_mel, no_spectrogram, npy_bytes
 from support.media import Sound, make_clip, remux
 from support.sound import RATE, convert_one, pcm_of, sounding
 
@@ -187,7 +186,7 @@ def test_a_click_at_the_edge_of_silence_is_no_fault(place: int) -> None:
 
 def test_a_spectrogram_that_shows_nothing_of_the_sound_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     floor = np.full((98, 128), np.log(np.finfo(np.float32).eps), np.float32)
-    monkeypatch.setattr("sharding.media.spectrogram._filter_bank", lambda *_: floor)
+    monkeypatch.setattr("sharding.media.audio._filter_bank", lambda *_: floor)
     with pytest.raises(MediaError, match=r"expected a picture of the sound, found -15.9.* everywhere"):
         log_mel(speech_like(1, RATE), PARAMETERS)
     assert len(log_mel(np.zeros(RATE, np.float32), PARAMETERS)) == 98

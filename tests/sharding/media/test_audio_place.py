@@ -14,7 +14,7 @@ from pipelines.views import ClipFacts, EvaluationDraws, EvaluationViews, Samplin
 from sharding.conversion import convert
 from sharding.errors import MediaError
 from sharding.format.shard_set import AudioParameters
-from sharding.media.spectrogram import log_mel
+from sharding.media.audio import log_mel
 from support.media import Sound, joined, make_clip, remux
 from support.shards import sample, small_config, source_list
 from support.sound import RATE, beeps_of, convert_one, pcm_of, sounding

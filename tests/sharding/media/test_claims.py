@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sharding.errors import MediaError
-from sharding.media.decode_child import EncodedClip, encode_clip
+from sharding.media.encode import EncodedClip, encode_clip
 from sharding.settings import ConversionConfig
 from sharding.source import SourceSample
 from support.media import Sound, make_clip

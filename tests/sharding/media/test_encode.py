@@ -16,8 +16,7 @@ from PIL import Image
 from ca2st.errors import UserInputError
 from sharding.errors import MediaError
 from sharding.media.codecs import STORED_CODECS
-from sharding.media.decode_child import EncodedClip, encode_clip
-from sharding.media.encode import ClipEncoder, EncodedVideo, clip_encoder
+from sharding.media.encode import ClipEncoder, EncodedClip, EncodedVideo, encode_clip
 from sharding.media.picture import PictureMaker, output_size
 from sharding.media.video import TimedFrame, thinned
 from sharding.settings import ConversionConfig
@@ -293,12 +292,8 @@ def test_an_unknown_codec_lists_the_known_ones() -> None:
 def new_encoder(name: str) -> ClipEncoder:
     codec = STORED_CODECS[name]
     gop = None if codec.has_frame_ranges else 8
-    return clip_encoder(
-        name,
-        pictures=PictureMaker(name, short_side=32),
-        quality=codec.default_quality,
-        num_gop_frames=gop,
-        ticks_per_second=TICK,
+    return ClipEncoder(
+        name, pictures=PictureMaker(name, short_side=32), quality=codec.default_quality, num_gop_frames=gop
     )
 
 

@@ -112,7 +112,7 @@ def test_variable_frame_rates_and_late_starts_are_kept_to_the_tick(tmp_path: Pat
 
 
 def encoded_segment(path: Path, start: float, end: float, **options: object) -> EncodedVideo:
-    from sharding.media.decode_child import encode_clip
+    from sharding.media.encode import encode_clip
 
     return encode_clip(small_config(**options).job(sample(path, start=start, end=end))).video
 
@@ -132,7 +132,7 @@ def test_one_frame_odd_sizes_and_turned_phones_are_stored_too(tmp_path: Path, co
 
 def test_frames_smaller_than_a_codec_takes_are_a_reject_with_the_sizes(tmp_path: Path) -> None:
     path = make_clip(tmp_path / "a.mkv", seconds=0.1, size=(64, 8), codec="ffv1")
-    with pytest.raises(MediaError, match="expected at least 16 pixels a side for hevc, found 64x8") as caught:
+    with pytest.raises(MediaError, match="expected at least 16 pixels per side for hevc, found 64x8") as caught:
         encoded(path, codec="hevc")
     assert caught.value.reason == "too_small"
     for codec in ("h264", "vp9"):

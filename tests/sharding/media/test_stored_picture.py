@@ -15,8 +15,7 @@ import pytest
 
 from ca2st.errors import UserInputError
 from sharding.errors import MediaError
-from sharding.media.decode_child import EncodedClip, encode_clip
-from sharding.media.encode import EncodedVideo
+from sharding.media.encode import EncodedClip, EncodedVideo, encode_clip
 from sharding.media.picture import Orientation, PictureMaker, orientation_of, output_size, standard_rgb, tone_curve
 from sharding.media.video import TimedFrame, display_matrix
 from sharding.settings import ConversionConfig

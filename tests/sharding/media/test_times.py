@@ -19,8 +19,7 @@ from sharding.conversion import convert
 from sharding.errors import ConversionRefusedError, MediaError
 from sharding.format.index import decode_index
 from sharding.format.shard_set import MANIFEST_NAME, read_manifest, read_shard_set
-from sharding.media.decode_child import EncodedClip, encode_clip
-from sharding.media.encode import EncodedVideo
+from sharding.media.encode import EncodedClip, EncodedVideo, encode_clip
 from sharding.settings import ConversionConfig, conversion_identity
 from sharding.source import SourceSample
 from support.media import Sound, make_clip, read_number

@@ -8,7 +8,7 @@ import pytest
 from av.stream import Disposition
 
 from sharding.errors import MediaError
-from sharding.media.decode_child import EncodedClip
+from sharding.media.encode import EncodedClip
 from support.media import Sound, Track, make_clip, with_tracks
 from support.sound import RATE, convert_one
 

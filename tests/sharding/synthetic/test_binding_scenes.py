@@ -7,10 +7,9 @@ from itertools import permutations
 import numpy as np
 import pytest
 
+from sharding.synthetic.clips import draw_frames, scene_of, sound_samples
 from sharding.synthetic.config import DIFFICULTIES, RHYTHMS, SyntheticConfig, beats, moments_of
 from sharding.synthetic.factors import Binding, binding_of, label_spaces, labels_of, object_shapes
-from sharding.synthetic.pictures import draw_frames, scene_of
-from sharding.synthetic.sounding import sound_samples
 from support.independence import dependence
 
 WORLDS = {name: SyntheticConfig(difficulty=name, binding=True) for name in DIFFICULTIES}

@@ -9,10 +9,9 @@ import pytest
 
 from ca2st.errors import UserInputError
 from sharding.datasets.synthetic import TASKS
+from sharding.synthetic.clips import heard, scene_of
 from sharding.synthetic.config import RHYTHMS, SyntheticConfig
 from sharding.synthetic.factors import SENSE_SETS, binding_of, ceilings, label_spaces, labels_of
-from sharding.synthetic.pictures import scene_of
-from sharding.synthetic.sounding import heard
 
 _CLIPS = 3_000
 """Half to learn from, half to be tested on."""

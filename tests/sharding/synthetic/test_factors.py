@@ -5,10 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
+from sharding.synthetic.clips import COLOURS, heard, scene_of
 from sharding.synthetic.config import RHYTHMS, SyntheticConfig, beats, moments_of, phases, quarters
 from sharding.synthetic.factors import MOTIONS, SHAPES, details_of, factors_of, label_spaces, labels_of
-from sharding.synthetic.pictures import COLOURS, scene_of
-from sharding.synthetic.sounding import heard
 from support.independence import dependence
 
 HARD = SyntheticConfig(difficulty="hard")

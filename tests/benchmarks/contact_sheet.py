@@ -2,7 +2,7 @@
 
 ::
 
-    python -m sharding.synthetic.contact_sheet sharding/synthetic/samples.png
+    PYTHONPATH=tests python -m benchmarks.contact_sheet sharding/synthetic/samples.png
 """
 
 import argparse
@@ -16,10 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ca2st.durable import write_bytes
 from sharding.format.shard_set import AudioParameters
+from sharding.synthetic.clips import draw_frames, sound_samples
 from sharding.synthetic.config import DIFFICULTIES, RHYTHMS, SyntheticConfig
 from sharding.synthetic.factors import Binding, binding_of, label_spaces, labels_of, object_shapes
-from sharding.synthetic.pictures import draw_frames
-from sharding.synthetic.sounding import sound_samples
 
 _NUM_STILLS = 8
 _SPECTROGRAM_HEIGHT = 56
@@ -116,7 +115,7 @@ def _stills(frames: UInt8[np.ndarray, "frames height width 3"]) -> UInt8[np.ndar
 
 def _spectrogram(sound: np.ndarray, *, sample_rate_hz: int, width: int) -> Image.Image:
     """The log-mel rows that the audio expert reads, time from left to right and low tones at the bottom."""
-    from sharding.media.spectrogram import log_mel
+    from sharding.media.audio import log_mel
 
     mel = log_mel(sound, AudioParameters(policy="required", sample_rate_hz=sample_rate_hz)).astype(np.float32)
     low, high = _MEL_RANGE

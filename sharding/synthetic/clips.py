@@ -1,6 +1,4 @@
-"""Draw the frames of a synthetic clip.
-
-What is in the picture of a clip: everything drawn by chance, before any pixel.
+"""What is seen and heard in a synthetic clip: scenes and clutter, drawn as pixels, and one tone with noise.
 
 One shape in steady motion on a frame whose edges meet: a single frame shows the shape and nothing of the motion, for
 the start is uniform over the frame, so at every moment the position is uniform whatever the motion. Size, tilt,
@@ -10,12 +8,12 @@ In the binding scenes (`sharding.synthetic.factors`) every object has a part of 
 place there in every quarter of the clip, so that no path gives the order of the frames away. In its beats it hops and
 shines, in its rests it stands and is dim.
 
-What stands between a clip and its labels: grain, distractors, an occluding bar, shake, flicker, weak contrast.
+Clutter stands between a clip and its labels: grain, distractors, an occluding bar, shake, flicker, weak contrast. All
+of it is drawn independently of every label, and none of it tells the order of a clip's frames: played backwards it is
+equally likely, and in the binding scenes also with its quarters in any other order.
 
-All of it is drawn independently of every label, and none of it tells the order of a clip's frames: played backwards
-it is equally likely, and in the binding scenes also with its quarters in any other order.
-
-The picture: a scene and its clutter as pixels.
+The sound is a tone with random timbre, loudness, wavering and noise; steady, or keyed on and off by a rhythm. Only its
+pitch is the label ``audio``; only its rhythm is the label ``rhythm`` and decides ``binding``.
 """
 
 from collections.abc import Mapping
@@ -36,11 +34,14 @@ from sharding.synthetic.config import (
 )
 from sharding.synthetic.factors import (
     BAR,
+    CLUTTERING,
     DISTURBING,
     DRAWING,
     MOTIONS,
     OUTLINES,
     SHAPES,
+    SOUNDING,
+    TONES_HZ,
     Plane,
     binding_of,
     details_of,
@@ -95,20 +96,20 @@ class Scene:
 
 
 def scene_of(config: SyntheticConfig, split: str, index: int) -> Scene:
-    """The scene of sample `index`."""
+    """Return the scene of sample `index`."""
     return (_binding_scene if config.binding else _factor_scene)(config, split, index)
 
 
 def glide(
     start: tuple[float, float], velocity: tuple[float, float], *, num_frames: int, frames_per_second: float
 ) -> Track:
-    """Steady motion at `velocity` frame sides a second, over edges that meet."""
+    """Return steady motion at `velocity` frame sides per second, over edges that meet."""
     seconds = np.arange(num_frames)[:, None] / frames_per_second
     return np.asarray((np.asarray(start) + seconds * np.asarray(velocity)) % 1.0)
 
 
 def stay(places: Float[np.ndarray, "quarters 2"], *, num_frames: int) -> Track:
-    """One place in each quarter of the clip, reached at a jump."""
+    """Return one place in each quarter of the clip, reached at a jump."""
     return np.asarray(places[quarters(moments_of(num_frames))] % 1.0)
 
 
@@ -171,7 +172,7 @@ def _colour(random: np.random.Generator, settings: Difficulty, number: int) -> F
 
 
 def _hopping(random: np.random.Generator, home: int, beating: Bool[np.ndarray, "frames"], *, hop: float) -> Track:
-    """A place about the middle of a part of the frame in every quarter, with one hop in every beat."""
+    """Return a place about the middle of a part of the frame in every quarter, with one hop in every beat."""
     middle = np.array([_COLUMNS[home % 2], _ROWS[home // 2]])
     places = middle + random.uniform(-_HOME_JITTER, _HOME_JITTER, (NUM_QUARTERS, 2))
     height = hop * beating * np.sin(np.pi * phases(moments_of(len(beating))))
@@ -182,7 +183,7 @@ Frames = Float[np.ndarray, "frames height width 3"]
 _GREYS = (0.3, 0.7)
 _BAR_GREYS = (0.15, 0.45)
 _DRIFT = 0.3
-"""Fastest drift of a distractor in either direction, frame sides a second."""
+"""Fastest drift of a distractor in either direction, frame sides per second."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,7 +204,7 @@ class Clutter:
 
 
 def clutter_of(config: SyntheticConfig, split: str, index: int, *, num_frames: int) -> Clutter:
-    """The clutter of sample `index`, which has `num_frames` frames."""
+    """Return the clutter of sample `index`, which has `num_frames` frames."""
     random, settings = generator(config.seed, split, DISTURBING, index), config.settings
     size = config.frame_size
     return Clutter(
@@ -220,7 +221,7 @@ def clutter_of(config: SyntheticConfig, split: str, index: int, *, num_frames: i
 
 
 def seen_through(frames: Frames, clutter: Clutter) -> Frames:
-    """The frames with brightness, contrast and shake applied; the same array where there is none of it."""
+    """Return the frames with brightness, contrast and shake applied; the same array where there is none of it."""
     if (clutter.gains != 1.0).any():
         frames = frames * clutter.gains.astype(np.float32)[:, None, None, None]
     if clutter.contrast != 1.0:
@@ -235,7 +236,7 @@ def seen_through(frames: Frames, clutter: Clutter) -> Frames:
 
 
 def _track(random: np.random.Generator, config: SyntheticConfig, *, num_frames: int) -> Track:
-    """A glide at random; in the binding scenes a place in each quarter, as their objects have."""
+    """Return a glide at random; in the binding scenes a place in each quarter, as their objects have."""
     if config.binding:
         return stay(random.random((NUM_QUARTERS, 2)), num_frames=num_frames)
     (x, y), (right, down) = random.random(2), random.uniform(-_DRIFT, _DRIFT, 2)
@@ -264,7 +265,7 @@ def _bar(random: np.random.Generator, settings: Difficulty, *, num_frames: int) 
 
 
 def draw_frames(config: SyntheticConfig, split: str, index: int) -> UInt8[np.ndarray, "frames height width 3"]:
-    """The RGB frames of sample `index`."""
+    """Return the RGB frames of sample `index`."""
     scene = scene_of(config, split, index)
     clutter = clutter_of(config, split, index, num_frames=scene.num_frames)
     behind = _texture(scene.background, config.frame_size) + clutter.grain[..., None]
@@ -279,7 +280,7 @@ def draw_frames(config: SyntheticConfig, split: str, index: int) -> UInt8[np.nda
 
 
 def _texture(colours: Float[np.ndarray, "4 4 3"], size: int) -> Float[np.ndarray, "height width 3"]:
-    """The colours of a 4 x 4 grid, blended smoothly and periodically over the frame."""
+    """Return the colours of a 4 x 4 grid, blended smoothly and periodically over the frame."""
     at = (np.arange(size, dtype=np.float32) + 0.5) * 4 / size
     near = np.abs((at[:, None] - np.arange(4) + 2.0) % 4 - 2.0)
     weights = np.clip(1.0 - near, 0.0, 1.0)
@@ -287,7 +288,7 @@ def _texture(colours: Float[np.ndarray, "4 4 3"], size: int) -> Float[np.ndarray
 
 
 def _cover(body: Body, size: int) -> Plane:
-    """How much of each pixel the body covers, 0 to 1, with edges one pixel soft."""
+    """Return how much of each pixel the body covers, 0 to 1, with edges one pixel soft."""
     pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
     centres = body.track.astype(np.float32)
     away_x = (pixels - centres[:, :1] + 0.5) % 1.0 - 0.5
@@ -296,3 +297,82 @@ def _cover(body: Body, size: int) -> Plane:
     cosine, sine = float(np.cos(body.tilt_radians)), float(np.sin(body.tilt_radians))
     distance = OUTLINES[body.shape](cosine * x + sine * y, cosine * y - sine * x)
     return np.asarray(np.clip(0.5 - distance * body.radius * size, 0.0, 1.0), dtype=np.float32)
+
+
+_NUM_HARMONICS = 4
+_JITTER_SEMITONES = 1.5
+"""Classes are six semitones apart: jittered pitches of two classes stay three apart."""
+_RAMP_SECONDS = 0.01
+"""Rise and fall of a keyed tone."""
+_CLICK_SECONDS = 0.004
+_HUM_HZ = (45.0, 65.0)
+_Sound = Float[np.ndarray, "num_samples"]
+
+
+def sound_samples(config: SyntheticConfig, split: str, index: int, *, num_frames: int) -> _Sound:
+    """Return mono sound of sample `index`, -1 to 1, exactly as long as `num_frames` of its video."""
+    random, settings = generator(config.seed, split, SOUNDING, index), config.settings
+    num_samples = round(num_frames * config.sample_rate_hz / config.frames_per_second)
+    seconds = np.arange(num_samples) / config.sample_rate_hz
+    number, rhythm = heard(config, split, index)
+    tone = _tone(random, seconds, TONES_HZ[number] * _jitter(random)) * _envelope(random, seconds, rhythm)
+    noise = random.standard_normal(num_samples)
+    noise /= np.sqrt(np.mean(noise**2))
+    loudness, noise_db = random.uniform(0.05, 0.3), random.uniform(*settings.hiss_db)
+    clutter = _clutter(generator(config.seed, split, CLUTTERING, index), seconds, settings)
+    mixed = loudness * (tone + 10 ** (noise_db / 20) * noise + clutter)
+    return np.asarray(np.clip(mixed, -1.0, 1.0), dtype=np.float32)
+
+
+def heard(config: SyntheticConfig, split: str, index: int) -> tuple[int, str | None]:
+    """Return pitch class and rhythm of the sound of sample `index`; None: a steady tone."""
+    if config.binding:
+        binding = binding_of(config, split, index)
+        return binding.tone, RHYTHMS[binding.heard]
+    rhythm = RHYTHMS[details_of(config, split, index).rhythm] if config.settings.keyed_sound else None
+    return factors_of(config, split, index).audio, rhythm
+
+
+def _jitter(random: np.random.Generator) -> float:
+    return float(2 ** (random.uniform(-_JITTER_SEMITONES, _JITTER_SEMITONES) / 12))
+
+
+def _tone(random: np.random.Generator, seconds: _Sound, pitch_hz: float) -> _Sound:
+    """Return harmonics of random strength and phase; pitch wavers by a quarter of a semitone. Mean square 1."""
+    waver = 0.25 / 12 * np.log(2) * np.sin(2 * np.pi * (random.uniform(3, 7) * seconds + random.random()))
+    phase = np.cumsum(pitch_hz * np.exp(waver)) * (seconds[1] - seconds[0])
+    strengths = random.uniform(0.0, 0.8, _NUM_HARMONICS) / np.arange(1, _NUM_HARMONICS + 1)
+    strengths[0] = 1.0
+    starts = random.random(_NUM_HARMONICS)
+    orders = np.arange(1, _NUM_HARMONICS + 1)
+    waves = np.sin(2 * np.pi * (orders[:, None] * phase + starts[:, None]))
+    tone = strengths @ waves
+    return np.asarray(tone / np.sqrt(np.mean(tone**2)))
+
+
+def _envelope(random: np.random.Generator, seconds: _Sound, rhythm: str | None) -> _Sound:
+    """Return a slow swell or fade; before it a short silence and rise, or the beats of `rhythm`."""
+    onset, rise = random.uniform(0.0, 0.3), random.uniform(0.01, 0.1)
+    slope = random.uniform(-0.5, 0.5)
+    swell = 1.0 + slope * (seconds / seconds[-1] - 0.5)
+    gate = np.clip((seconds - onset) / rise, 0.0, 1.0) if rhythm is None else _keyed(rhythm, seconds)
+    return np.asarray(gate * swell)
+
+
+def _keyed(rhythm: str, seconds: _Sound) -> _Sound:
+    """1 in the beats, 0 in the rests, with short ramps inside the beats; two beats in a row are two tones."""
+    duration_seconds = seconds[-1] + seconds[1]
+    moments = seconds / duration_seconds
+    from_edge = np.minimum(phases(moments), 1.0 - phases(moments)) * duration_seconds / NUM_QUARTERS
+    return np.asarray(beats(rhythm, moments) * np.clip(from_edge / _RAMP_SECONDS, 0.0, 1.0))
+
+
+def _clutter(random: np.random.Generator, seconds: _Sound, settings: Difficulty) -> _Sound:
+    """Return a hum below the tones, and clicks at random times."""
+    hum_hz, start = random.uniform(*_HUM_HZ), random.random()
+    sound = settings.hum * np.sin(2 * np.pi * (hum_hz * seconds + start))
+    for moment in random.uniform(0.0, seconds[-1], random.poisson(settings.clicks_per_second * seconds[-1])):
+        since = np.maximum(seconds - moment, 0.0)
+        fading = np.where(seconds >= moment, np.exp(-since / _CLICK_SECONDS), 0.0)
+        sound = sound + random.uniform(1.0, 3.0) * fading * random.standard_normal(len(seconds))
+    return np.asarray(sound)

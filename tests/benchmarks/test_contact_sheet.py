@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.contact_sheet import SheetEntry, caption, contact_sheet, default_entries, main
+from sharding.synthetic.clips import draw_frames
 from sharding.synthetic.config import DIFFICULTIES, Difficulty, SyntheticConfig
-from sharding.synthetic.contact_sheet import SheetEntry, caption, contact_sheet, default_entries, main
-from sharding.synthetic.pictures import draw_frames
 
-FOLDER = Path(__file__).parents[3] / "sharding" / "synthetic"
+FOLDER = Path(__file__).parents[2] / "sharding" / "synthetic"
 
 
 def test_a_sheet_shows_every_difficulty_with_factors_and_with_binding() -> None:

@@ -1,34 +1,247 @@
-"""Tensors out of a TorchScript archive (as the official CLIP `.pt` is) without running anything in it.
+"""Read files that others wrote: safetensors here, everything that needs unpickling in a limited child process.
 
-Such an archive is a zip: `data.pkl` describes the module tree, `data/<key>` hold the raw storages, `code/` holds
-programs, which are never opened. The description is read by an unpickler that knows nothing but tensor records, plain
-containers and inert stand-ins for the archive's own classes; every other name is refused.
+A TorchScript archive (as the official CLIP `.pt` is) is a zip: `data.pkl` describes the module tree, `data/<key>` hold
+the raw storages, `code/` holds programs, which are never opened. The description is read by an unpickler that knows
+nothing but tensor records, plain containers and inert replacements for the archive's own classes; every other name is
+refused.
 """
 
 import argparse
+import hashlib
 import io
 import json
 import os
 import pickle  # for the name of its error
+import re
 import resource
 import signal
 import sys
+import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from ca2st.errors import CA2STError
-from ca2st.processes import die_with_parent
-from ca2st.weights.errors import ForeignFileRefusedError, WeightsDamageError
+from ca2st.checked_json import DocumentError, read_json
+from ca2st.errors import CA2STError, EnvironmentFault
+from ca2st.processes import SPAWN, die_with_parent
+from ca2st.weights.tensor_files import (
+    ForeignFileRefusedError,
+    WeightsDamageError,
+    read_tensor_file,
+)
+
+MAX_FILE_BYTES = 16 * 2**30
+TIMEOUT_SECONDS = 600.0
+"""Wall time of reading one file, the start of the child included."""
+_MAX_ANSWER_BYTES = 2**20
+_MAX_INDEX_BYTES = 2**26
+_INDEX_ENDING = ".safetensors.index.json"
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForeignFile:
+    """The weights in a file, as they are."""
+
+    path: Path
+    """Where it was read."""
+    sha256: str
+    """Of the file's bytes, to compare with what its author published; of parts: of the lines ``sha256  name``."""
+    container: str
+    """`safetensors`, `safetensors in parts`, `TorchScript archive`, `torch.save zip` or `torch.save pickle`."""
+    wrapper: str
+    """The key that the weights were under, keys within keys joined by dots; or empty."""
+    tensors: dict[str, Tensor]
+    """Tensors by the file's own names, on the CPU."""
+    metadata: dict[str, str]
+    """Free text fields of a safetensors file."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadJob:
+    """What the child is to do."""
+
+    path: Path
+    out: Path
+    """Where the tensors go, as safetensors."""
+    cpu_seconds: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadFacts:
+    """What the child found besides the tensors."""
+
+    container: str
+    """`TorchScript archive`, `torch.save zip` or `torch.save pickle`."""
+    wrapper: str
+    """The key that the weights were under, keys within keys joined by dots; or empty."""
+
+
+class _Index(TypedDict):
+    """What is read of the index of a checkpoint in parts."""
+
+    weight_map: dict[str, str]
+
+
+def read_foreign_file(path: Path, *, timeout_seconds: float = TIMEOUT_SECONDS) -> ForeignFile:
+    """Read the tensors of a checkpoint in whatever container, without running anything in it.
+
+    A folder stands for the safetensors in it: one file, or parts with their index (``*.safetensors.index.json``).
+
+    Raises:
+        ForeignFileRefusedError: no such file, no checkpoint, or one that asks for code, time or memory.
+        WeightsDamageError: the file is not whole.
+        EnvironmentFault: the file may not be read.
+    """
+    path = _in_folder(path) if path.is_dir() else path
+    if not path.is_file():
+        raise ForeignFileRefusedError(f"expected a checkpoint, found no file at {path}; check the path")
+    if path.name.endswith(_INDEX_ENDING):
+        return _read_parts(path)
+    if part := _PART.fullmatch(path.name):
+        index = path.with_name(f"{part[1]}{_INDEX_ENDING}")
+        raise ForeignFileRefusedError(
+            f"{path}: expected a whole checkpoint, found part {int(part[2])} of {int(part[3])}; give {index} or the "
+            "folder, with all parts in it"
+        )
+    _require_size([path])
+    sha256 = _sha256(path)
+    if _is_safetensors(path):
+        plain = read_tensor_file(path)
+        facts = ReadFacts(container="safetensors", wrapper="")
+        tensors, metadata = plain.tensors, plain.metadata
+    else:
+        facts, tensors = _read_in_child(path, timeout_seconds)
+        metadata = {}
+    return ForeignFile(
+        path=path,
+        sha256=sha256,
+        container=facts.container,
+        wrapper=facts.wrapper,
+        tensors=tensors,
+        metadata=metadata,
+    )
+
+
+def _in_folder(folder: Path) -> Path:
+    """Return the one checkpoint in safetensors of a folder: an index of parts, or a single file."""
+    found = sorted(folder.glob(f"*{_INDEX_ENDING}")) or sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found[:6]) or "none"
+        raise ForeignFileRefusedError(
+            f"{folder}: expected one .safetensors file, or parts with one *{_INDEX_ENDING}, found {names}; give the "
+            "file itself"
+        )
+    return found[0]
+
+
+def _read_parts(index: Path) -> ForeignFile:
+    """Return all parts that an index names; each tensor must lie in the part that the index says, and in no other."""
+    try:
+        places = read_json(index, _Index, most_bytes=_MAX_INDEX_BYTES)["weight_map"]
+    except DocumentError as error:
+        raise WeightsDamageError(f"{error}; fetch it again") from error
+    names = sorted(set(places.values()))
+    if unsafe := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+        raise ForeignFileRefusedError(
+            f"{index}: expected names of .safetensors files beside it, found {unsafe[0]!r}; do not trust this file"
+        )
+    parts = [index.with_name(name) for name in names]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise WeightsDamageError(
+            f"{index}: expected {len(parts)} parts beside it, found no {', '.join(missing[:6])}; fetch the others too"
+        )
+    _require_size(parts)
+    tensors: dict[str, Tensor] = {}
+    for part in parts:
+        held = read_tensor_file(part).tensors
+        told = {tensor for tensor, place in places.items() if place == part.name}
+        if other := sorted(told ^ held.keys()):
+            raise WeightsDamageError(
+                f"{part}: expected the {len(told)} tensors that {index.name} names, found {len(held)}; the first that "
+                f"differs is {other[0]}; fetch the parts of one version"
+            )
+        tensors |= held
+    lines = "".join(f"{_sha256(file)}  {file.name}\n" for file in (index, *parts))
+    return ForeignFile(
+        path=index,
+        sha256=hashlib.sha256(lines.encode()).hexdigest(),
+        container="safetensors in parts",
+        wrapper="",
+        tensors=tensors,
+        metadata={},
+    )
+
+
+def _require_size(files: Sequence[Path]) -> None:
+    if (size := sum(file.stat().st_size for file in files)) > MAX_FILE_BYTES:
+        raise ForeignFileRefusedError(f"{files[0]}: expected at most {MAX_FILE_BYTES} bytes, found {size}")
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise EnvironmentFault(f"cannot read {path}: {error.strerror}; check its permissions") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its name, or because an 8-byte length is followed by JSON."""
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
+def _read_in_child(path: Path, timeout_seconds: float) -> tuple[ReadFacts, dict[str, Tensor]]:
+    with tempfile.TemporaryDirectory(prefix="ca2st-import-") as folder:
+        job = ReadJob(
+            path=path.resolve(), out=Path(folder) / "tensors.safetensors", cpu_seconds=int(timeout_seconds) + 1
+        )
+        answer = _ask_child(job, timeout_seconds)
+        if answer["kind"] == "ok":
+            facts = ReadFacts(container=answer["container"], wrapper=answer["wrapper"])
+            return facts, read_tensor_file(job.out).tensors
+    error = WeightsDamageError if answer["kind"] == "damage" else ForeignFileRefusedError
+    raise error(f"{path}: {answer['message']}")
+
+
+def _ask_child(job: ReadJob, timeout_seconds: float) -> dict[str, str]:
+    ours, theirs = SPAWN.Pipe(duplex=False)
+    child = SPAWN.Process(target=serve, args=(theirs, job), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        if not ours.poll(timeout_seconds):
+            return _refusal(f"expected it to be read within {timeout_seconds:g} s, found it unfinished")
+        answer: dict[str, str] = json.loads(ours.recv_bytes(_MAX_ANSWER_BYTES))
+        return answer
+    except EOFError:
+        child.join()
+        return _refusal(f"the process that read it died ({_described(child.exitcode)}); do not trust this file")
+    except OSError as error:
+        raise EnvironmentFault(f"cannot talk to the process that reads {job.path}: {error}") from error
+    finally:
+        child.kill()
+        child.join()
+        ours.close()
+
+
+def _refusal(message: str) -> dict[str, str]:
+    return {"kind": "refused", "message": message}
+
+
+def _described(code: int | None) -> str:
+    return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+
 
 MAX_DESCRIPTION_BYTES = 64 * 2**20
 """Largest `data.pkl` that is read; CLIP's has 0.2 MB."""
@@ -113,13 +326,13 @@ def _untagged(value: object, _type: str) -> object:
 
 
 def is_torchscript(archive: zipfile.ZipFile) -> bool:
-    """Whether a torch zip holds programs beside tensors."""
+    """Return whether a torch zip holds programs beside tensors."""
     names = [name.partition("/")[2] for name in archive.namelist()]
     return "constants.pkl" in names or any(name.startswith("code/") for name in names)
 
 
 def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
-    """Tensor attributes of all modules, under dotted names as in a state dict.
+    """Return tensor attributes of all modules, under dotted names as in a state dict.
 
     The caller has checked that members are stored uncompressed and whole.
 
@@ -179,26 +392,6 @@ _SPARE_BYTES = 2**30
 _NUMPY_SCALARS = ("Float16", "Float32", "Float64", "Int8", "Int16", "Int32", "Int64", "UInt8", "Bool")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReadJob:
-    """What the child is to do."""
-
-    path: Path
-    out: Path
-    """Where the tensors go, as safetensors."""
-    cpu_seconds: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReadFacts:
-    """What the child found besides the tensors."""
-
-    container: str
-    """`TorchScript archive`, `torch.save zip` or `torch.save pickle`."""
-    wrapper: str
-    """The key that the weights were under, keys within keys joined by dots; or empty."""
-
-
 def serve(connection: Connection, job: ReadJob) -> None:
     """Read, write, answer with one line of JSON; the child's whole life.
 
@@ -212,7 +405,7 @@ def serve(connection: Connection, job: ReadJob) -> None:
 
 
 def answer(path: Path, out: Path) -> dict[str, str]:
-    """What `read` gave or refused, as plain words: `kind` ok, damage or refused, with facts or a message."""
+    """Return what `read` gave or refused, as plain words: `kind` ok, damage or refused, with facts or a message."""
     try:
         facts = read(path, out)
     except CA2STError as error:
@@ -302,7 +495,7 @@ def _unpickle(path: Path) -> object:
 
 
 def _safe_globals() -> list[Any]:
-    """What training programs put beside the weights: parsed options and NumPy scalars (best accuracy so far)."""
+    """Return what training programs put beside the weights: parsed options and NumPy scalars (best accuracy so far)."""
     scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]  # NumPy pickles its scalars by this name
     types = [getattr(np.dtypes, f"{name}DType") for name in _NUMPY_SCALARS]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
@@ -378,7 +571,7 @@ def _refuse_reaching_out(event: str, _arguments: object) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """What was found, in a line: torch wraps it into a page of advice to switch checks off."""
+    """Return what was found, in a line: torch wraps it into a page of advice to switch checks off."""
     inner = error.__context__ if isinstance(error.__context__, pickle.UnpicklingError) else error
     line = str(inner).strip().partition("\n")[0].partition(" was not an allowed")[0]
     if not line or "weights_only" in line:
