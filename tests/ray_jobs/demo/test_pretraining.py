@@ -92,7 +92,7 @@ def test_finished_experts_are_tested_here_and_start_no_process(
 def test_a_process_that_dies_is_told_with_the_expert_and_the_log(world: World, tmp_path: Path) -> None:
     died: Future[PretrainedExpert] = Future()
     died.set_exception(BrokenProcessPool())
-    with pytest.raises(EnvironmentFault, match=r"before the audio expert was ready; .*expert-\*\.log may tell why"):
+    with pytest.raises(EnvironmentFault, match=r"before the audio expert was ready; .*expert-\*\.log may say why"):
         pretraining._result(died, run_of(world, tmp_path))
 
 
