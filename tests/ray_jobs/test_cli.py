@@ -300,14 +300,17 @@ def test_ctrl_c_ends_with_130_and_sigterm_with_143_and_both_say_how_to_go_on(
         "--media",
         tmp_path,
     ]
-    command = [sys.executable, "-m", "ray_jobs.cli", *map(str, arguments), "--out", str(tmp_path / "out")]
+    # Whoever starts the tests in the background ignores Ctrl-C, and so would the command.
+    heard = "import signal, ray_jobs.cli; signal.signal(signal.SIGINT, signal.default_int_handler); ray_jobs.cli.main()"
+    command = [sys.executable, "-c", heard, *map(str, arguments), "--out", str(tmp_path / "out")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         writer = os.open(tmp_path / "annotations.csv", os.O_WRONLY)  # returns once the command reads
-        # A signal just before a blocking read is noticed only when that ends or the next one comes: press again.
-        for _ in range(20):
+        # A signal just before a blocking read is noticed only when that ends or the next one comes: press again, but
+        # not so soon that it meets a command that is already on its way out.
+        for _ in range(4):
             process.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=5)
+                process.wait(timeout=60)
                 break
         os.close(writer)
         _, err = process.communicate(timeout=60)
