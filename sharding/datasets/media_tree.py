@@ -87,7 +87,7 @@ def located(
     if request.check_media:
         tree = MediaTree(needed_media(request, dataset, what=what), follow_links=request.follow_links)
         samples, missing = tree.locate(kept, split=request.split)
-        request.require_few_missing(missing, total=len(kept))
+        request.require_few_missing(missing, total=len(kept), hint=tree.hint)
         if missing:
             found[MISSING_MEDIA] = missing
     else:
@@ -120,8 +120,12 @@ class MediaTree:
     def __init__(self, folder: Path, *, follow_links: bool = False) -> None:
         self._folder, self._follow_links = folder, follow_links
         self._named: dict[str, list[str]] = {}
+        self.hint = ""
+        """What to try where files are missing, for messages."""
         for parent, folders, files in os.walk(folder, followlinks=follow_links):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if not follow_links and any(os.path.islink(os.path.join(parent, name)) for name in folders):  # noqa: PTH114, PTH118
+                self.hint = " (folders that are links were not searched: with --follow-links they are)"
             for name in sorted(files):
                 stem, dot, suffix = name.rpartition(".")
                 if dot and stem and not name.startswith(".") and f".{suffix.lower()}" in VIDEO_SUFFIXES:
@@ -162,7 +166,7 @@ class MediaTree:
             names = " or ".join(f"{name}.mp4" for name in (*first.videos, *first.clips))
             raise UserInputError(
                 f"--media {self._folder}: expected {names} and so on, in any folder and with any ending of a video, "
-                f"found none of {len(annotations)} segments; check --media"
+                f"found none of {len(annotations)} segments{self.hint}; check --media"
             )
         return samples, missing
 

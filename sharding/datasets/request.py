@@ -51,8 +51,8 @@ class DatasetRequest:
         if self.limit is not None and self.limit < 1:
             raise UserInputError(f"--limit: expected at least 1, found {self.limit}")
 
-    def require_few_missing(self, missing: Sequence[str], *, total: int) -> None:
-        """Refuse more samples without a file than `max_missing` allows; `missing` holds their ids.
+    def require_few_missing(self, missing: Sequence[str], *, total: int, hint: str = "") -> None:
+        """Refuse more samples without a file than `max_missing` allows; `missing` holds their ids, `hint` what to try.
 
         Raises:
             UserInputError: with the first of them.
@@ -61,7 +61,7 @@ class DatasetRequest:
             share = math.ceil(1000 * len(missing) / total) / 10
             raise UserInputError(
                 f"--media {self.media}: expected a file for each of {total} samples, found none for {len(missing)} "
-                f"({listed(missing)}); fetch them, or leave them out with --max-missing {share:g}%"
+                f"({listed(missing)}){hint}; fetch them, or leave them out with --max-missing {share:g}%"
             )
 
     def first(self, items: Sequence[_Item]) -> Sequence[_Item]:

@@ -108,6 +108,16 @@ def test_a_link_that_leads_outside_needs_the_option(tmp_path: Path) -> None:
     assert sample.path == media / "P01_11.MP4"
 
 
+def test_a_folder_that_is_a_link_is_named_where_files_are_missing(tmp_path: Path) -> None:
+    touch(tmp_path / "elsewhere", "P01_11.MP4")
+    media = touch(tmp_path / "media", "x.mp4")
+    (media / "P01").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserInputError, match=r"folders that are links were not searched: with --follow-links they are"):
+        MediaTree(media).locate([SEGMENT], split="train")
+    (sample,), _ = MediaTree(media, follow_links=True).locate([SEGMENT], split="train")
+    assert sample.path == media / "P01" / "P01_11.MP4"
+
+
 def read(tmp_path: Path, num_segments: int, *, budget: str) -> SourceList:
     media = touch(tmp_path / "media", *(f"P01_{number}.MP4" for number in range(8)))
     segments = [
