@@ -1,4 +1,4 @@
-"""``ca2st shard build|verify|inspect``."""
+"""``ca2st shard build|verify|inspect|overlap``."""
 
 import signal
 from dataclasses import dataclass
@@ -77,9 +77,10 @@ class BuildOptions:
     annotations: Annotated[Path | None, _source("The dataset's annotation file, as its owners publish it.")] = None
     media: Annotated[Path | None, _source("Folder with the media files.")] = None
     classes: Annotated[
-        Path | None, _source("csv, folder: class names in label order, one per line; some may have no samples.")
+        Path | None,
+        _source("csv, list, folder, kinetics_sound, activitynet: class names in label order, one per line."),
     ] = None
-    follow_links: Annotated[bool, _source("csv, folder: links may lead outside --media.", "--follow-links")] = False
+    follow_links: Annotated[bool, _source("Links may lead outside --media.", "--follow-links")] = False
     clock: Annotated[
         Clock,
         _source(

@@ -33,9 +33,9 @@ class DatasetRequest:
     check_media: bool = True
     """False (``--dry-run``): the annotations are read and checked, no media file is looked at."""
     classes: Path | None = None
-    """``csv`` and ``folder``: the class names in label order, one per line. Without it they follow from the labels."""
+    """Class names in label order, one per line; without it they follow from the labels, or are the published ones."""
     follow_links: bool = False
-    """``csv`` and ``folder``: whether links may lead outside `media`."""
+    """Whether links may lead outside `media`."""
     max_missing: RejectBudget = field(default_factory=RejectBudget)
     """How many samples may have no media file: public sets lose videos every year, which is not damage."""
     task: str | None = None
