@@ -4,6 +4,7 @@ A pickle names functions to call. Here every known name is an inert class that o
 other name is refused, and the tree of these is then read as data: pandas 1.5 to 3.1, pickle protocols 2 to 5.
 """
 
+import os
 import pickle
 import re
 import struct
@@ -56,10 +57,8 @@ def read_frame(path: Path) -> dict[str, list[Any]]:
     """
     try:
         with path.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
-            if len(data) > _MOST_BYTES:
-                raise AnnotationError(f"{path}: expected at most {_MOST_BYTES} bytes, found more; {_ADVICE}")
-            file.seek(0)
+            if (size := os.fstat(file.fileno()).st_size) > _MOST_BYTES:
+                raise AnnotationError(f"{path}: expected at most {_MOST_BYTES} bytes, found {size}; {_ADVICE}")
             frame = _Reader(file).load()
         return _columns(frame)
     except OSError as error:
