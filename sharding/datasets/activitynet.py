@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 from sharding.datasets.label_spaces import class_index, class_name, is_whole_number, published_classes, read_classes
 from sharding.datasets.media_tree import Annotation, located
 from sharding.datasets.request import DatasetRequest, needed_annotations, refuse_unused
-from sharding.datasets.table import CellError, Problems, numbered_lines, read_cell, read_document, read_table
+from sharding.datasets.table import CellError, Problems, first_line, read_cell, read_document, read_table
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
 from sharding.source import NO_LENGTH, REPEATED, SourceList
@@ -61,7 +61,7 @@ def read(request: DatasetRequest) -> SourceList:
     annotations = needed_annotations(request, "activitynet", what="the owners' activity_net.v1-3.min.json")
     classes = published_classes("activitynet") if request.classes is None else read_classes(request.classes)
     problems = Problems(annotations, advice="is this the owners' file? fetch it again")
-    if numbered_lines(annotations)[0][1].lstrip().startswith("{"):
+    if first_line(annotations).lstrip().startswith("{"):
         found = list(_of_document(annotations, request.split, class_name(classes), problems))
     else:
         found = list(_of_table(annotations, request, classes, problems))

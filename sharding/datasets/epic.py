@@ -17,7 +17,7 @@ from sharding.datasets.table import (
     Problems,
     Row,
     clock_time,
-    numbered_lines,
+    first_line,
     read_cell,
     read_rows,
     read_segment,
@@ -53,7 +53,7 @@ def read_kitchens(request: DatasetRequest) -> SourceList:
     refuse_unused(request, "epic_kitchens_100", "classes", "task")
     annotations = needed_annotations(request, "epic_kitchens_100", what="EPIC_100_train.csv or EPIC_100_validation.csv")
     problems = Problems(annotations, advice="is this the owners' file? fetch it again")
-    if _LABELS.fullmatch(numbered_lines(annotations)[0][1].strip()):
+    if _LABELS.fullmatch(first_line(annotations).strip()):
         rows = read_rows(annotations, columns=("narration_id", "verb_class", "noun_class"), problems=problems).rows
     else:
         rows = _owners(annotations, ("narration_id", *_SEGMENT), ("verb_class", "noun_class"), problems)

@@ -14,11 +14,12 @@ from sharding.datasets.table import (
     CellError,
     Problems,
     Row,
-    numbered_lines,
+    first_line,
     read_cell,
     read_pairs,
     read_rows,
     read_table,
+    whole_seconds,
 )
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
@@ -37,7 +38,6 @@ KINETICS_SOUND = (
 _COLUMNS = ("youtube_id", "time_start", "time_end", "split")
 _SPLITS = {"train": ("train",), "validation": ("val", "validate", "validation"), "test": ("test",)}
 """What the split column holds, by the name of our split."""
-_SECONDS = re.compile(r"\d{1,6}", re.ASCII)
 _NAME = re.compile(r"(?P<id>[A-Za-z0-9_-]{11})(_(?P<start>\d{1,6})(_(?P<end>\d{1,6}))?)?(\.\w{2,5})?", re.ASCII)
 _CLIP_SECONDS = 10
 _WHAT = "the folder with <id>_000417_000427.mp4 or <id>.mp4, flat, by split or by class"
@@ -67,7 +67,7 @@ def read_sound(request: DatasetRequest) -> SourceList:
 def _read(request: DatasetRequest, dataset: str, classes: tuple[str, ...], *, what: str) -> SourceList:
     annotations = needed_annotations(request, dataset, what=what)
     problems = Problems(annotations, advice="is this the owners' file? fetch it again")
-    first = numbered_lines(annotations)[0][1]
+    first = first_line(annotations)
     if "youtube_id" in first:
         found = _owners(annotations, classes, request.split, problems, partly=dataset == "kinetics_sound")
     elif "," in first:
@@ -101,7 +101,7 @@ def _owners(path: Path, classes: tuple[str, ...], split: str, problems: Problems
         if partly and row["label"] not in known:
             continue
         label = read_cell(row, "label", named, problems)
-        start, end = (read_cell(row, column, _whole_seconds, problems) for column in ("time_start", "time_end"))
+        start, end = (read_cell(row, column, whole_seconds, problems) for column in ("time_start", "time_end"))
         clip = read_cell(row, "youtube_id", _name, problems)
         if label is not None and start is not None and end is not None and clip is not None:
             found.append(_annotation(row, clip["id"], start, end, label, classes))
@@ -139,9 +139,3 @@ def _name(text: str) -> "re.Match[str]":
     if match is None:
         raise CellError("not a clip", "a YouTube id, perhaps with its seconds, as -5wLopwbGX0_000417_000427.mp4")
     return match
-
-
-def _whole_seconds(text: str) -> int:
-    if not _SECONDS.fullmatch(text):
-        raise CellError("not a time", "whole seconds")
-    return int(text)

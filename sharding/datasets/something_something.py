@@ -8,7 +8,7 @@ from typing import Required, TypedDict
 from sharding.datasets.label_spaces import class_index, class_name, published_classes
 from sharding.datasets.media_tree import Annotation, located
 from sharding.datasets.request import DatasetRequest, needed_annotations, refuse_unused
-from sharding.datasets.table import CellError, Problems, numbered_lines, read_cell, read_document, read_pairs
+from sharding.datasets.table import CellError, Problems, first_line, read_cell, read_document, read_pairs
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
 from sharding.source import SourceList
@@ -31,7 +31,7 @@ def read(request: DatasetRequest) -> SourceList:
     annotations = needed_annotations(request, "something_something_v2", what=what)
     classes = published_classes("something_something_v2")
     problems = Problems(annotations, advice="is this the owners' file? fetch it again")
-    first = numbered_lines(annotations)[0][1].lstrip()
+    first = first_line(annotations).lstrip()
     if first.startswith(("[", "{")):
         found = _entries(request, classes, problems)
     else:

@@ -185,6 +185,24 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
     return lines
 
 
+def first_line(path: Path) -> str:
+    """Return the first line that is not blank, without the rest of the file: it tells the form of a list.
+
+    Raises:
+        AnnotationError: not readable, or there is none.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            line = next(filter(str.strip, file), None)
+    except OSError as error:
+        raise AnnotationError(
+            f"{path}: expected an annotation file, found: {error.strerror}; check --annotations"
+        ) from error
+    if line is None:
+        raise AnnotationError(f"{path}: expected rows, found an empty file")
+    return line.rstrip("\r\n")
+
+
 _Kind = TypeVar("_Kind")
 
 
@@ -377,6 +395,17 @@ def seconds_or_clock_time(text: str) -> float:
     if ":" in text:
         return clock_time(text)
     raise CellError("not a time", "seconds (12.5) or a time HH:MM:SS.sss")
+
+
+def whole_seconds(text: str) -> int:
+    """Return the seconds of a whole number.
+
+    Raises:
+        CellError: another form.
+    """
+    if not re.fullmatch(r"\d{1,6}", text, re.ASCII):
+        raise CellError("not a time", "whole seconds")
+    return int(text)
 
 
 def read_segment(

@@ -10,7 +10,7 @@ import re
 from sharding.datasets.label_spaces import class_index, class_name, published_classes
 from sharding.datasets.media_tree import Annotation, located
 from sharding.datasets.request import DatasetRequest, needed_annotations, refuse_unused
-from sharding.datasets.table import CellError, Problems, Row, numbered_lines, read_cell, read_rows
+from sharding.datasets.table import CellError, Problems, Row, first_line, read_cell, read_rows, whole_seconds
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
 from sharding.source import OTHER_CLASS, SourceList
@@ -36,7 +36,7 @@ def read(request: DatasetRequest) -> SourceList:
     annotations = needed_annotations(request, "vgg_sound", what="the owners' vggsound.csv, train.csv or test.csv")
     classes = published_classes("vgg_sound")
     problems = Problems(annotations, advice="is this the owners' file? fetch it again")
-    (first,) = csv.reader([numbered_lines(annotations)[0][1]])
+    (first,) = csv.reader([first_line(annotations)])
     columns = _FORMS.get(len(first), _FORMS[2])
     rows = read_rows(annotations, columns=columns, problems=problems).rows
     if len(first) == len(_WITH_NUMBERS) and not first[-1].strip().isdigit():
@@ -83,7 +83,7 @@ def _annotation(row: Row, classes: tuple[str, ...], problems: Problems) -> Annot
 
 
 def _clip_or_none(row: Row, problems: Problems) -> tuple[str, int] | None:
-    video_id, start = read_cell(row, "id", _id, problems), read_cell(row, "start", _start, problems)
+    video_id, start = read_cell(row, "id", _id, problems), read_cell(row, "start", whole_seconds, problems)
     return None if video_id is None or start is None else (video_id, start)
 
 
@@ -98,9 +98,3 @@ def _id(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_-]{11}", text):
         raise CellError("not an id", "a YouTube id of 11 letters, digits, _ and -")
     return text
-
-
-def _start(text: str) -> int:
-    if not re.fullmatch(r"\d{1,6}", text, re.ASCII):
-        raise CellError("not a time", "whole seconds")
-    return int(text)
