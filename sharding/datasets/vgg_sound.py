@@ -36,7 +36,8 @@ def read(request: DatasetRequest) -> SourceList:
     annotations = needed_annotations(request, "vgg_sound", what="the owners' vggsound.csv, train.csv or test.csv")
     classes = published_classes("vgg_sound")
     problems = Problems(annotations, advice="is this the owners' file? fetch it again")
-    (first,) = csv.reader([first_line(annotations)])
+    line = first_line(annotations)
+    first = next(csv.reader([line])) if len(line) <= csv.field_size_limit() else [line]
     columns = _FORMS.get(len(first), _FORMS[2])
     rows = read_rows(annotations, columns=columns, problems=problems).rows
     if len(first) == len(_WITH_NUMBERS) and not first[-1].strip().isdigit():
