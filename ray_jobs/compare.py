@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ca2st import __version__
 from ca2st.durable import write_bytes
 from ca2st.errors import UserInputError, check_choice, did_you_mean
-from ca2st.training.evaluate import harmonic_mean
+from ca2st.training.metrics import harmonic_mean
 from ray_jobs.pages.charts import Curve, metric_charts, page_environment, tone
 from ray_jobs.redaction import without_credentials
 from ray_jobs.tracking.client import open_client, reachable, sqlite_path

@@ -1,8 +1,4 @@
-"""Evaluation: every sample exactly once, by all its views, at any number of ranks, or no metric at all.
-
-The metrics are pure functions of probabilities and labels. Source: the paper's evaluation protocol. Ties are broken
-towards the lower class index everywhere, so a constant prediction scores no better than chance.
-"""
+"""Evaluation: every sample exactly once, by all its views, at any number of ranks, or no metric at all."""
 
 import itertools
 from collections import Counter
@@ -12,18 +8,16 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ca2st.batch import ClipBatch
 from ca2st.errors import listed
 from ca2st.training.errors import IncompleteEvaluationError, SourceContractError
 from ca2st.training.losses import check_label_range, check_targets
+from ca2st.training.metrics import evaluation_metrics
 from ca2st.training.ranks import Ranks
 from ca2st.training.step import model_logits
-
-VERB, NOUN = "verb", "noun"
-_JOINT_CHUNK = 256
 
 
 @runtime_checkable
@@ -124,7 +118,7 @@ def _combine(views: Sequence[_Views], targets: tuple[str, ...]) -> EvaluationRes
         for name in targets
     }
     return EvaluationResult(
-        metrics=evaluation_metrics(probabilities, labels),
+        metrics=evaluation_metrics({name: one.numpy() for name, one in probabilities.items()}, labels.numpy()),
         sample_ids=tuple(order),
         labels=labels,
         probabilities=probabilities,
@@ -199,98 +193,3 @@ def mean_over_views(
     sums = wide.new_zeros(num_samples, wide.shape[1]).index_add_(0, sample_of_view, wide)
     counts = torch.bincount(sample_of_view, minlength=num_samples)
     return sums / counts.unsqueeze(1)
-
-
-def label_ranks(
-    probabilities: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]
-) -> Int[Tensor, " samples"]:
-    """Return how many classes stand before the label in each sample's ranking; 0 is first."""
-    own = probabilities.gather(1, labels.unsqueeze(1))
-    before = torch.arange(probabilities.shape[1], device=labels.device) < labels.unsqueeze(1)
-    return ((probabilities > own) | ((probabilities == own) & before)).sum(dim=1)
-
-
-def top_k_hits(
-    probabilities: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"], k: int
-) -> Bool[Tensor, " samples"]:
-    """Return whether the label is among the k most probable classes; NaN probabilities never hit."""
-    finite = probabilities.isfinite().all(dim=1)
-    return (label_ranks(probabilities, labels) < k) & finite
-
-
-def per_class_accuracy(
-    probabilities: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]
-) -> Float[Tensor, " classes"]:
-    """Return the top-1 accuracy of the samples of each class; NaN for a class without samples."""
-    num_classes = probabilities.shape[1]
-    hits = top_k_hits(probabilities, labels, 1).double()
-    right = hits.new_zeros(num_classes).index_add_(0, labels, hits)
-    return right / torch.bincount(labels, minlength=num_classes)
-
-
-def mean_class_accuracy(probabilities: Float[Tensor, "samples classes"], labels: Int[Tensor, " samples"]) -> float:
-    """Return the mean of the per-class accuracies over the classes that have samples."""
-    return float(per_class_accuracy(probabilities, labels).nanmean())
-
-
-def harmonic_mean(values: Sequence[float]) -> float:
-    """Return the harmonic mean across data sets; 0 when any value is 0."""
-    return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
-
-
-def joint_label_ranks(
-    first: Float[Tensor, "samples verbs"],
-    second: Float[Tensor, "samples nouns"],
-    labels: Int[Tensor, "samples 2"],
-) -> Int[Tensor, " samples"]:
-    """Return the rank of the true pair among all pairs by product of probabilities, as EPIC-KITCHENS ranks actions."""
-    ranks = []
-    for start in range(0, len(labels), _JOINT_CHUNK):
-        part = slice(start, start + _JOINT_CHUNK)
-        pairs = (first[part].unsqueeze(2) * second[part].unsqueeze(1)).flatten(1)
-        ranks.append(label_ranks(pairs, labels[part, 0] * second.shape[1] + labels[part, 1]))
-    return torch.cat(ranks)
-
-
-def evaluation_metrics(probabilities: Mapping[str, Tensor], labels: Int[Tensor, "samples targets"]) -> dict[str, float]:
-    """Return all metrics of a set as fractions of 1; column i of `labels` belongs to the i-th entry of `probabilities`.
-
-    One target: ``top1``, ``top5``, ``mean_class``. Several: the same with the target's name before. With verb and
-    noun also ``action_top1`` (both right), ``action_top5`` (both among their own five) and
-    ``action_joint_top1/5`` (ranking of pairs by product).
-    """
-    metrics: dict[str, float] = {}
-    for column, (name, values) in enumerate(probabilities.items()):
-        prefix = f"{name}_" if len(probabilities) > 1 else ""
-        own = labels[:, column]
-        metrics[f"{prefix}top1"] = _share(top_k_hits(values, own, 1))
-        metrics[f"{prefix}top5"] = _share(top_k_hits(values, own, 5))
-        metrics[f"{prefix}mean_class"] = mean_class_accuracy(values, own)
-    if {VERB, NOUN} <= probabilities.keys():
-        metrics |= _action_metrics(probabilities, labels)
-    return metrics
-
-
-def main_metric(targets: Sequence[str]) -> str:
-    """Return the name of the metric that stands for a run: ``top1``, ``action_top1``, or the first target's."""
-    if len(targets) == 1:
-        return "top1"
-    return "action_top1" if {VERB, NOUN} <= set(targets) else f"{targets[0]}_top1"
-
-
-def _action_metrics(probabilities: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
-    names = list(probabilities)
-    both = labels[:, [names.index(VERB), names.index(NOUN)]]
-    verb, noun = probabilities[VERB], probabilities[NOUN]
-    finite = verb.isfinite().all(dim=1) & noun.isfinite().all(dim=1)
-    joint = joint_label_ranks(verb, noun, both)
-    return {
-        "action_top1": _share(top_k_hits(verb, both[:, 0], 1) & top_k_hits(noun, both[:, 1], 1)),
-        "action_top5": _share(top_k_hits(verb, both[:, 0], 5) & top_k_hits(noun, both[:, 1], 5)),
-        "action_joint_top1": _share((joint < 1) & finite),
-        "action_joint_top5": _share((joint < 5) & finite),
-    }
-
-
-def _share(hits: Tensor) -> float:
-    return int(hits.sum()) / len(hits)

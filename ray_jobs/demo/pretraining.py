@@ -12,7 +12,7 @@ from ca2st.durable import NO_FAULTS
 from ca2st.errors import EnvironmentFault
 from ca2st.model.config import ExpertName, ModelKind
 from ca2st.processes import SPAWN, die_with_parent, num_cores
-from ca2st.training.evaluate import main_metric
+from ca2st.training.metrics import main_metric
 from ca2st.weights.importer import ExpertStore, expert_state
 from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import Recipe

@@ -22,7 +22,8 @@ from ca2st.errors import DataDamageError, UserInputError, check_choice
 from ca2st.model.network import HolisticModel
 from ca2st.model.parameters import build_model, held_precision, hold_experts, set_trainable
 from ca2st.training.checkpoint import Checkpoint, read_checkpoint
-from ca2st.training.evaluate import EvaluationResult, evaluate, main_metric
+from ca2st.training.evaluate import EvaluationResult, evaluate
+from ca2st.training.metrics import main_metric
 from ca2st.training.resume import MODEL_FILE, put_model_tensors, read_model_tensors
 from ca2st.training.step import make_accelerator, model_logits
 from pipelines.loader import EvaluationLoader

@@ -17,8 +17,8 @@ from ca2st.model.config import HeldPrecision
 from ca2st.model.network import HolisticModel, compile_layers
 from ca2st.model.parameters import held_precision, hold_experts, layer_index, no_weight_decay
 from ca2st.processes import num_cores
-from ca2st.training.evaluate import main_metric
 from ca2st.training.loop import TrainingProgress, TrainingSettings, train
+from ca2st.training.metrics import main_metric
 from ca2st.training.optim import ParameterRules
 from ca2st.training.resume import RunRecord, library_versions
 from ca2st.training.signals import StopRequest, stop_on_signals

@@ -1,0 +1,251 @@
+"""Metrics as the field reports them: pure functions of scores and labels, in numpy.
+
+Scores are probabilities or any numbers of which a larger one stands for a likelier class. All of it is exact: no
+binning, no sampling. A score that is not a number is taken as the least likely of all.
+
+Ties: in a ranking of classes the lower class index stands first, so a constant prediction is no better than chance.
+In a ranking of samples (average precision, area under the curve) equal scores are one threshold, as in scikit-learn.
+A class without samples counts in no mean over classes.
+
+Sources: the evaluation code that EPIC-KITCHENS-100, EPIC-SOUNDS and VGG-Sound publish, and the paper's protocol.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+
+VERB, NOUN, ACTION = "verb", "noun", "action"
+NUM_JOINT = 100
+"""EPIC-KITCHENS-100 ranks the pairs of so many likeliest verbs and nouns."""
+_JOINT_CHUNK = 256
+
+
+def label_ranks(
+    scores: Float[np.ndarray, "samples classes"], labels: Int[np.ndarray, " samples"]
+) -> Int[np.ndarray, " samples"]:
+    """Return how many classes stand before the label in each sample's ranking; 0 is first.
+
+    The rank of a sample with a score that is not a number is the number of classes: it is never right.
+    """
+    own = np.take_along_axis(scores, labels[:, None], axis=1)
+    before = np.arange(scores.shape[1]) < labels[:, None]
+    ranks = ((scores > own) | ((scores == own) & before)).sum(axis=1)
+    finite: NDArray[np.bool_] = np.isfinite(scores).all(axis=1)
+    found: NDArray[np.int64] = np.where(finite, ranks, scores.shape[1])
+    return found
+
+
+def top_k_hits(
+    scores: Float[np.ndarray, "samples classes"], labels: Int[np.ndarray, " samples"], k: int
+) -> Bool[np.ndarray, " samples"]:
+    """Return whether the label is among the k likeliest classes."""
+    hits: NDArray[np.bool_] = label_ranks(scores, labels) < min(k, scores.shape[1])
+    return hits
+
+
+def share(hits: Bool[np.ndarray, " samples"]) -> float:
+    """Return the share of samples that are true; NaN of none."""
+    return int(hits.sum()) / len(hits) if len(hits) else math.nan
+
+
+def predicted_classes(scores: Float[np.ndarray, "samples classes"]) -> Int[np.ndarray, " samples"]:
+    """Return the likeliest class of each sample, the lowest of equal ones; -1 where a score is not a number."""
+    found: NDArray[np.int64] = np.where(np.isfinite(scores).all(axis=1), np.argmax(scores, axis=1), -1)
+    return found
+
+
+def confusion_matrix(
+    labels: Int[np.ndarray, " samples"], predicted: Int[np.ndarray, " samples"], *, num_classes: int
+) -> Int[np.ndarray, "classes classes"]:
+    """Return counts with a row per true class and a column per predicted class; predictions of -1 are in no column."""
+    known = predicted >= 0
+    cells = labels[known].astype(np.int64) * num_classes + predicted[known]
+    counts: NDArray[np.int64] = np.bincount(cells, minlength=num_classes * num_classes)
+    return counts.reshape(num_classes, num_classes)
+
+
+def per_class_accuracy(
+    hits: Bool[np.ndarray, " samples"], labels: Int[np.ndarray, " samples"], *, num_classes: int
+) -> Float[np.ndarray, " classes"]:
+    """Return the share of each class's samples that are hits (its recall); NaN for a class without samples."""
+    right = np.bincount(labels[hits], minlength=num_classes)
+    counts = np.bincount(labels, minlength=num_classes)
+    return np.divide(right, counts, out=np.full(num_classes, np.nan), where=counts > 0)
+
+
+def mean_over_classes(values: Float[np.ndarray, " classes"]) -> float:
+    """Return the mean over the classes whose value is a number: macro over classes present; NaN of none."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """How well the scores of one class rank the samples."""
+
+    average_precision: float
+    """Sum over thresholds of precision times the recall gained; NaN without a positive sample."""
+    area: float
+    """Under the ROC curve: how often a positive stands before a negative; NaN without a positive or a negative."""
+
+
+def class_ranking(scores: Float[np.ndarray, " samples"], positives: Bool[np.ndarray, " samples"]) -> Ranking:
+    """Return how the scores of one class rank its positive samples among all.
+
+    Source: scikit-learn's ``average_precision_score`` and ``roc_auc_score`` define both so; equal scores are one
+    threshold.
+    """
+    num_positives = int(positives.sum())
+    num_negatives = len(positives) - num_positives
+    if num_positives == 0:
+        return Ranking(math.nan, math.nan)
+    wide = np.where(np.isfinite(scores), scores, -np.inf)
+    order = np.argsort(-wide, kind="stable")
+    ranked = wide[order]
+    ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
+    true = np.cumsum(positives[order])[ends]
+    gained = np.diff(true, prepend=0)
+    precision = float((true / (ends + 1) * gained).sum() / num_positives)
+    if num_negatives == 0:
+        return Ranking(precision, math.nan)
+    false = ends + 1 - true
+    lost = np.diff(false, prepend=0)
+    # A negative of a threshold is beaten by the positives before it, and ties with those of its own threshold.
+    won = ((true - gained) * lost).sum() + 0.5 * (gained * lost).sum()
+    return Ranking(precision, float(won / (num_positives * num_negatives)))
+
+
+def class_rankings(
+    scores: Float[np.ndarray, "samples classes"],
+    truth: Int[np.ndarray, " samples"] | Bool[np.ndarray, "samples classes"],
+) -> list[Ranking]:
+    """Return the ranking of each class; `truth` is one label per sample, or which classes each sample has."""
+    columns = range(scores.shape[1])
+    if truth.ndim == 1:
+        return [class_ranking(scores[:, column], truth == column) for column in columns]
+    return [class_ranking(scores[:, column], truth[:, column]) for column in columns]
+
+
+def mean_average_precision(
+    scores: Float[np.ndarray, "samples classes"],
+    truth: Int[np.ndarray, " samples"] | Bool[np.ndarray, "samples classes"],
+) -> float:
+    """Return the mean over the classes present of their average precisions; `truth` as for `class_rankings`."""
+    return mean_over_classes(np.array([one.average_precision for one in class_rankings(scores, truth)]))
+
+
+def mean_area(
+    scores: Float[np.ndarray, "samples classes"],
+    truth: Int[np.ndarray, " samples"] | Bool[np.ndarray, "samples classes"],
+) -> float:
+    """Return the mean over the classes present of the areas under their ROC curves; `truth` as for `class_rankings`."""
+    return mean_over_classes(np.array([one.area for one in class_rankings(scores, truth)]))
+
+
+def d_prime(area: float) -> float:
+    """Return the separation of two normal distributions of variance 1 whose ROC curve has this area.
+
+    sqrt(2) times the inverse of the normal distribution function; infinite for areas of 0 and 1.
+    """
+    if not 0 < area < 1:
+        return math.nan if math.isnan(area) else math.copysign(math.inf, area - 0.5)
+    return math.sqrt(2) * NormalDist().inv_cdf(area)
+
+
+def joint_label_ranks(
+    verb: Float[np.ndarray, "samples verbs"],
+    noun: Float[np.ndarray, "samples nouns"],
+    labels: Int[np.ndarray, "samples 2"],
+) -> Int[np.ndarray, " samples"]:
+    """Return the rank of the true action by P(verb) * P(noun), among the pairs of the best 100 verbs and nouns.
+
+    A pair that is not among them has the rank of the number of all pairs. Columns of `labels`: verb, noun.
+
+    Source: the evaluation of EPIC-KITCHENS-100's action recognition challenge.
+    """
+    num_verbs, num_nouns = verb.shape[1], noun.shape[1]
+    ranks = [
+        _joint_ranks(verb[part].astype(np.float64), noun[part].astype(np.float64), labels[part])
+        for part in (slice(first, first + _JOINT_CHUNK) for first in range(0, len(labels), _JOINT_CHUNK))
+    ]
+    found = np.concatenate(ranks) if ranks else np.zeros(0, np.int64)
+    finite = np.isfinite(verb).all(axis=1) & np.isfinite(noun).all(axis=1)
+    return np.where(finite, found, num_verbs * num_nouns)
+
+
+def _joint_ranks(verb: NDArray[np.float64], noun: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    best = [np.argsort(-scores, axis=1, kind="stable")[:, :NUM_JOINT] for scores in (verb, noun)]
+    held = [np.take_along_axis(scores, one, axis=1) for scores, one in zip((verb, noun), best, strict=True)]
+    products = (held[0][:, :, None] * held[1][:, None, :]).reshape(len(labels), -1)
+    pairs = (best[0][:, :, None] * noun.shape[1] + best[1][:, None, :]).reshape(len(labels), -1)
+    wanted = labels[:, :1] * noun.shape[1] + labels[:, 1:]
+    own = np.where(pairs == wanted, products, -np.inf).max(axis=1, keepdims=True)
+    before = (products > own) | ((products == own) & (pairs < wanted))
+    ranks: NDArray[np.int64] = np.where(np.isfinite(own[:, 0]), before.sum(axis=1), verb.shape[1] * noun.shape[1])
+    return ranks
+
+
+def action_hits(
+    verb: Float[np.ndarray, "samples verbs"],
+    noun: Float[np.ndarray, "samples nouns"],
+    labels: Int[np.ndarray, "samples 2"],
+) -> dict[str, Bool[np.ndarray, " samples"]]:
+    """Return which samples are right as actions, by rule; columns of `labels`: verb, noun.
+
+    ``action_top1``: verb and noun both right. ``action_top5``: each among its own five (CAST's rule).
+    ``action_joint_top1``, ``action_joint_top5``: by the ranking of pairs (the challenge's rule).
+    """
+    joint = joint_label_ranks(verb, noun, labels)
+    own = [label_ranks(scores, labels[:, column]) for column, scores in enumerate((verb, noun))]
+    return {
+        "action_top1": (own[0] < 1) & (own[1] < 1),
+        "action_top5": (own[0] < min(5, verb.shape[1])) & (own[1] < min(5, noun.shape[1])),
+        "action_joint_top1": joint < 1,
+        "action_joint_top5": joint < min(5, verb.shape[1] * noun.shape[1]),
+    }
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """Return the harmonic mean across data sets; 0 when any value is 0."""
+    return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
+
+
+def evaluation_metrics(
+    probabilities: Mapping[str, Float[np.ndarray, "samples _"]], labels: Int[np.ndarray, "samples targets"]
+) -> dict[str, float]:
+    """Return the metrics of a set as fractions of 1; column i of `labels` belongs to the i-th entry of `probabilities`.
+
+    One target: ``top1``, ``top5``, ``mean_class``. Several: the same with the target's name before. With verb and
+    noun also those of `action_hits`.
+    """
+    metrics: dict[str, float] = {}
+    for column, (name, values) in enumerate(probabilities.items()):
+        prefix, own = target_prefix(name, tuple(probabilities)), labels[:, column]
+        ranks = label_ranks(values, own)
+        first, five = ranks < 1, ranks < min(5, values.shape[1])
+        accuracies = per_class_accuracy(first, own, num_classes=values.shape[1])
+        metrics |= {f"{prefix}top1": share(first), f"{prefix}top5": share(five)}
+        metrics[f"{prefix}mean_class"] = mean_over_classes(accuracies)
+    if {VERB, NOUN} <= probabilities.keys():
+        names = list(probabilities)
+        both = labels[:, [names.index(VERB), names.index(NOUN)]]
+        hits = action_hits(probabilities[VERB], probabilities[NOUN], both)
+        metrics |= {name: share(values) for name, values in hits.items()}
+    return metrics
+
+
+def target_prefix(target: str, targets: Sequence[str]) -> str:
+    """Return what stands before the names of a target's metrics: nothing where it is the only one."""
+    return f"{target}_" if len(targets) > 1 else ""
+
+
+def main_metric(targets: Sequence[str]) -> str:
+    """Return the name of the metric that stands for a run: ``top1``, ``action_top1``, or the first target's."""
+    if len(targets) == 1:
+        return "top1"
+    return "action_top1" if {VERB, NOUN} <= set(targets) else f"{targets[0]}_top1"
