@@ -65,8 +65,9 @@ def confusion_matrix(
     """Return counts with a row per true class and a column per predicted class; predictions of -1 are in no column."""
     known = predicted >= 0
     cells = labels[known].astype(np.int64) * num_classes + predicted[known]
-    counts: NDArray[np.int64] = np.bincount(cells, minlength=num_classes * num_classes)
-    return counts.reshape(num_classes, num_classes)
+    counts = np.bincount(cells, minlength=num_classes * num_classes)
+    matrix: NDArray[np.int64] = counts.reshape(num_classes, num_classes)
+    return matrix
 
 
 def per_class_accuracy(
