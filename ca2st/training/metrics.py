@@ -76,7 +76,8 @@ def per_class_accuracy(
     """Return the share of each class's samples that are hits (its recall); NaN for a class without samples."""
     right = np.bincount(labels[hits], minlength=num_classes)
     counts = np.bincount(labels, minlength=num_classes)
-    return np.divide(right, counts, out=np.full(num_classes, np.nan), where=counts > 0)
+    found: NDArray[np.float64] = np.divide(right, counts, out=np.full(num_classes, np.nan), where=counts > 0)
+    return found
 
 
 def mean_over_classes(values: Float[np.ndarray, " classes"]) -> float:
