@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from ca2st.errors import CA2STError as CA2STError
     from ca2st.model.config import AudioVisualConfig as AudioVisualConfig
     from ca2st.model.network import HolisticModel as HolisticModel
-    from ca2st.model.parameters import build_model as build_model
+    from ca2st.model.network import build_model as build_model
     from ca2st.spec import ClipSpec as ClipSpec
 
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ _HOMES = {
     "ClipBatch": "ca2st.batch",
     "ClipSpec": "ca2st.spec",
     "HolisticModel": "ca2st.model.network",
-    "build_model": "ca2st.model.parameters",
+    "build_model": "ca2st.model.network",
 }
 
 __all__ = [

@@ -23,8 +23,8 @@ from ca2st.durable import write_bytes
 from ca2st.errors import DataDamageError, EnvironmentFault, listed
 from pipelines.errors import QuarantineBudgetError, SampleDamageError
 from pipelines.order.plan import EpochPlan, PlannedSamples
-from pipelines.stats import StatsRecorder
 from pipelines.storage.shard_sets import SetReaders
+from pipelines.threads import StatsRecorder
 
 OnError = Literal["fail", "quarantine"]
 FOLDER_NAME = "quarantine"

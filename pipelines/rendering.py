@@ -7,8 +7,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import UInt8
 from torch import Tensor
 
-from pipelines.augment.crops import CropBox
-from pipelines.augment.erasing import ErasedBox
+from pipelines.augment.boxes import CropBox, ErasedBox
 from pipelines.augment.rand_augment import ImageAugment
 
 

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from ca2st.errors import UserInputError, check_choice
 from ca2st.spec import ClipSpec
+from pipelines.augment.boxes import Crop, ErasedBox, RandomCrop, SquareCrop
 from pipelines.augment.config import AugmentConfig
-from pipelines.augment.crops import Crop, RandomCrop, SquareCrop
-from pipelines.augment.erasing import ErasedBox
 from pipelines.augment.mixing import MixingDraws, PairMixing
 from pipelines.augment.rand_augment import NUMBERS_PER_OPERATION, ImageAugment, parse_rand_augment
 from pipelines.augment.spectrogram import UNCHANGED, SpectrogramDraw

@@ -17,7 +17,7 @@ import typer.core
 from ca2st import __version__
 from ca2st.durable import is_environment_error, what_is_needed
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError
-from ray_jobs.commands import machine, models, runs, shard, submit, train
+from ray_jobs.commands import machine, models, runs, shard, train
 from ray_jobs.console import say, show_log, stdout_for_results
 from ray_jobs.environment import wait_passively
 
@@ -50,7 +50,7 @@ app = typer.Typer(
 for command in (
     machine.demo,
     train.train,
-    submit.submit,
+    train.submit,
     runs.evaluate,
     runs.predict,
     runs.compare,

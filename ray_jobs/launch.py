@@ -5,15 +5,41 @@ checkpoints, and calling `launch` again with the same recipe resumes.
 """
 
 import json
+import multiprocessing.connection
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator, MutableSequence, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NoReturn
 
 from ca2st.durable import FaultPoints, write_bytes
+from ca2st.processes import SPAWN, die_with_parent
 from ca2st.training.journal import LAUNCH_LOCK_NAME, locked
 from ca2st.training.resume import RECIPE_FILE
 from ray_jobs import environment
 from ray_jobs.config.recipe import Recipe, recipe_document
+from ray_jobs.console import say, show_log
+from ray_jobs.errors import WorkerFailedError
+from ray_jobs.runs.failures import (
+    death_of,
+    is_echo,
+    keep_failure,
+    message_of,
+    read_failure,
+    record_of,
+    shared_memory_free,
+)
 from ray_jobs.runs.start import finished, prepare
-from ray_jobs.runs.worker import Job, Outcome, run
+from ray_jobs.runs.worker import Job, Outcome, read_outcome, run
 from ray_jobs.tracking.following import followed
 
 
@@ -57,6 +83,238 @@ def launch(
         with tracked:
             if recipe.launch.workers == 1:
                 return run(job, faults=faults)
-            from ray_jobs.runs.local_processes import run_processes
-
             return run_processes(job, recipe.launch.workers, faults)
+
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+_LAST_WORDS_SECONDS = 5.0
+"""What the others get to end by themselves once a worker has failed: they may be stuck waiting for it for ever."""
+_SAVING_SECONDS = 30.0
+"""The same once one has ended because the run was asked to stop."""
+_STOPPED = tuple(128 + number for number in STOPPING)
+
+
+def run_processes(job: Job, num_workers: int, faults: FaultPoints) -> Outcome:
+    """Train in `num_workers` processes of this machine; SIGINT and SIGTERM are passed on to them.
+
+    When one fails the others are ended within seconds, and the first failure is reported, with its rank.
+
+    Raises:
+        WorkerFailedError: a worker process failed, with its exit code.
+    """
+    # torch.distributed.launcher's elastic_launch was tried and does not pass the tests of failing and stopping: after a
+    # failure it asks the other ranks to save (SIGTERM) and waits 30 s; a stop loses its exit code and message; workers
+    # run the caller's main script, and live on when the launcher is killed.
+    launch, port = f"local-{os.getpid()}-{time.time_ns()}", _free_port()
+    stop_told, tell_stop = SPAWN.Pipe(duplex=False)
+    begun = SPAWN.RawArray("b", num_workers)
+    workers: list[BaseProcess] = [
+        SPAWN.Process(
+            target=_worker_process,
+            args=(rank, job, num_workers, port, faults, launch),
+            kwargs={"begun": begun, "tell_stop": tell_stop if rank == 0 else None},
+            name=f"rank {rank}",
+        )
+        for rank in range(num_workers)
+    ]
+    with ExitStack() as stack:
+        ended_unbegun = stack.enter_context(signals_to(workers, begun))
+        with signals_held():
+            for worker in workers:
+                worker.start()
+        tell_stop.close()
+        failed = ended_badly(workers)
+    if ended_unbegun:
+        number = ended_unbegun[0]
+        raise WorkerFailedError(f"stopped by signal {number} before it had begun; rerun to resume", 128 + number)
+    if failed is not None:
+        code = _exit_code(workers[failed])
+        raise how_it_stopped(stop_told, code) or _failure(Path(job.run_dir), launch, rank=failed, exit_code=code)
+    return read_outcome(Path(job.run_dir))
+
+
+def ended_badly(workers: Sequence[BaseProcess]) -> int | None:
+    """Wait until all workers have ended; returns the rank that is to blame where not all ended well.
+
+    Once one fails the others have seconds to end by themselves (longer after a request to stop: they save). A SIGTERM
+    would not reach one that is stuck in an exchange, nor one that is stopped: what is left then is killed. To blame is
+    who was ended by a signal, since that cuts the connections of the others, else who failed first.
+    """
+    running: dict[object, int] = {worker.sentinel: rank for rank, worker in enumerate(workers)}
+    failed: list[int] = []
+    deadline: float | None = None
+    while running and (deadline is None or time.monotonic() < deadline):
+        wait = None if deadline is None else max(0.0, deadline - time.monotonic())
+        sentinels = [workers[rank].sentinel for rank in running.values()]
+        for sentinel in multiprocessing.connection.wait(sentinels, wait):
+            rank = running.pop(sentinel)
+            workers[rank].join()
+            if (code := _exit_code(workers[rank])) != 0:
+                failed.append(rank)
+                deadline = deadline or time.monotonic() + _last_words_seconds(code)
+    for rank in running.values():
+        workers[rank].kill()
+        workers[rank].join()
+    return min(failed, key=lambda rank: (not _is_signalled(workers[rank]), failed.index(rank)), default=None)
+
+
+def _last_words_seconds(exit_code: int) -> float:
+    return _SAVING_SECONDS if exit_code in _STOPPED else _LAST_WORDS_SECONDS
+
+
+def _is_signalled(worker: BaseProcess) -> bool:
+    return worker.exitcode is not None and worker.exitcode < 0
+
+
+def _exit_code(worker: BaseProcess) -> int:
+    """As a shell has it: 128 + n for signal n."""
+    assert worker.exitcode is not None  # it has been joined
+    return worker.exitcode if worker.exitcode >= 0 else 128 - worker.exitcode
+
+
+def how_it_stopped(told: Connection, exit_code: int) -> WorkerFailedError | None:
+    """Return what rank 0 said when a request to stop ended it with `exit_code`; None where it said nothing."""
+    try:
+        message, code = told.recv() if told.poll() else ("", None)
+    except (EOFError, OSError):  # it ended without a word
+        return None
+    return WorkerFailedError(message, exit_code) if code == exit_code else None
+
+
+def _failure(run_dir: Path, launch: str, *, rank: int, exit_code: int) -> WorkerFailedError:
+    """Return why a launch failed: it was stopped, the failure that came first, or what a signal means."""
+    if exit_code in _STOPPED:
+        return WorkerFailedError(
+            f"stopped by signal {exit_code - 128} before it had saved; the newest checkpoint counts; rerun to resume",
+            exit_code,
+        )
+    record = read_failure(run_dir)
+    record = record if record is not None and record.launch == launch else None
+    if record is not None and (not record.echo or exit_code < 128):  # nobody died, and nobody knows more than the first
+        return WorkerFailedError(
+            f"first failure, on rank {record.rank}: {record.kind}: {record.message}", record.exit_code
+        )
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    death = death_of(rank, exit_code, peak_bytes=peak, shared_free_bytes=shared_memory_free())
+    _record(rank, death, run_dir, launch)
+    return death
+
+
+def _worker_process(
+    rank: int,
+    job: Job,
+    world_size: int,
+    port: int,
+    faults: FaultPoints,
+    launch: str,
+    *,
+    begun: MutableSequence[int],
+    tell_stop: Connection | None,
+) -> None:
+    from ca2st.errors import CA2STError
+    from ca2st.training.errors import RunStoppedError, StopNotSavedError
+
+    die_with_parent()
+    take_signals()
+    begun[rank] = 1
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    if rank == 0:
+        show_log()
+    try:
+        run(job, faults=faults.on_rank(rank))
+    except (RunStoppedError, StopNotSavedError) as error:  # the same on every rank: the parent says it once
+        if tell_stop is not None:
+            tell_stop.send((message_of(error), error.exit_code))
+        _end_at_once(error.exit_code)
+    except CA2STError as error:
+        _record(rank, error, Path(job.run_dir), launch)
+        _leave(rank, error, error.exit_code)
+    except Exception as error:  # noqa: BLE001  # reported with its stack, on record for the parent
+        _record(rank, error, Path(job.run_dir), launch)
+        if not is_echo(error):
+            traceback.print_exc()
+        _leave(rank, error, CA2STError.exit_code)
+
+
+def _record(rank: int, error: Exception, run_dir: Path, launch: str) -> None:
+    keep_failure(run_dir, record_of(error, rank=rank, node=socket.gethostname(), attempt=1, launch=launch))
+
+
+def _leave(rank: int, error: Exception, exit_code: int) -> NoReturn:
+    """End at once, without the shutdown of libraries that may wait for the other ranks."""
+    if not is_echo(error):
+        say(f"error (rank {rank}): {type(error).__name__}: {error}")
+    _end_at_once(exit_code)
+
+
+def _end_at_once(exit_code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait, here and in processes that are started meanwhile, until somebody can answer them.
+
+    Here a mask is not enough: the kernel gives a signal to any thread that does not mask it, as those of a library.
+    """
+    resource_tracker.ensure_running()  # when first needed it would let them through
+    came: list[int] = []
+    handlers = {number: signal.signal(number, lambda number, _frame: came.append(number)) for number in STOPPING}
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for one in came:
+            signal.raise_signal(one)
+
+
+def take_signals() -> None:
+    """In a worker: until there is something to save, a signal ends it at once, and its parent says so."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+@contextmanager
+def signals_to(workers: Sequence[BaseProcess], begun: Sequence[int]) -> Iterator[list[int]]:
+    """Pass SIGINT and SIGTERM on to the workers, which checkpoint and end; this process waits for them.
+
+    A worker that has not `begun` hears no signal yet and is killed. Gives the signals for which that was done.
+    """
+    ended_unbegun: list[int] = []
+
+    def forward(number: int, _frame: object) -> None:
+        for worker, has_begun in zip(workers, begun, strict=True):
+            if worker.pid is None:
+                continue
+            if not has_begun:
+                ended_unbegun.append(number)
+            with suppress(ProcessLookupError):  # ended already
+                os.kill(worker.pid, number if has_begun else signal.SIGKILL)
+
+    previous = {number: signal.signal(number, forward) for number in STOPPING}
+    try:
+        yield ended_unbegun
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

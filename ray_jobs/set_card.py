@@ -10,8 +10,7 @@ from ca2st import __version__
 from ca2st.durable import write_bytes
 from pipelines.storage.index import SetFacts
 from ray_jobs.console import counted
-from ray_jobs.pages.charts import page_environment
-from ray_jobs.pages.pictures import StoredClip, read_spread_clips
+from ray_jobs.pages.charts import StoredClip, page_environment, read_spread_clips
 from sharding.format.shard_set import ShardSet
 from sharding.source import SILENT_SOUND
 

@@ -30,7 +30,7 @@ from sharding.errors import AllRejectedError, ConversionRefusedError, MediaError
 from sharding.format.index import decode_index, sample_key
 from sharding.format.shard_set import MANIFEST_NAME, SHARDS_NAME, ShardEntry, index_name
 from sharding.format.writer import ShardRange, shard_name
-from sharding.media.probe import source_state
+from sharding.media.claims import source_state
 from sharding.settings import RejectBudget
 from sharding.source import SourceList
 

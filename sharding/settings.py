@@ -10,10 +10,10 @@ import av
 
 from ca2st.errors import UserInputError, check_choice
 from sharding.format.shard_set import AudioParameters, VideoParameters
+from sharding.media.claims import MediaLimits
 from sharding.media.codecs import DEFAULT_GOP_FRAMES, MOST_GOP_FRAMES, StoredCodec, stored_codec
 from sharding.media.encode import ClipJob
 from sharding.media.picture import HDR_POLICIES, INTERLACED_POLICIES
-from sharding.media.probe import MediaLimits
 from sharding.media.video import CLOCKS
 from sharding.source import SourceList, SourceSample
 

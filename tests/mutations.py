@@ -144,14 +144,14 @@ MUTATIONS = (
     ),
     Mutation(
         name="a container may name any protocol",
-        file="sharding/media/probe.py",
+        file="sharding/media/claims.py",
         source=', "protocol_whitelist": "file"',
         replacement="",
         tests=("tests/sharding/media/test_media.py", "-k", "only_plain_files"),
     ),
     Mutation(
         name="any demuxer may read a source",
-        file="sharding/media/probe.py",
+        file="sharding/media/claims.py",
         source='"format_whitelist": _whitelist(), ',
         replacement="",
         tests=("tests/sharding/media/test_media.py", "-k", "only_names"),

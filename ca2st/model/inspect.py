@@ -25,8 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ca2st.model.attention import CrossAttention, into_windows
 from ca2st.model.config import Direction, ModelConfig, TargetSpec, Trainable
 from ca2st.model.layers import DirectedAttention
-from ca2st.model.network import HolisticModel
-from ca2st.model.parameters import build_model, set_trainable
+from ca2st.model.network import HolisticModel, build_model, set_trainable
 from ca2st.model.tokens import audio_patches
 from ca2st.spec import ClipSpec
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ca2st.errors import CA2STError
 from ca2st.model.config import EXPERTS, BridgeName, EncoderName, ModelConfig, ModelKind, TargetSpec, bridges_of_layer
-from ca2st.model.network import HolisticModel
-from ca2st.model.parameters import build_model
+from ca2st.model.network import HolisticModel, build_model
 from ca2st.model.tokens import NUM_AUDIO_PREFIX, audio_patches, clip_grid, pretrained_grid
 from ca2st.spec import ClipSpec
 from ca2st.weights.published import to_published

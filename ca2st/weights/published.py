@@ -30,8 +30,7 @@ from ca2st.model.config import (
     uses_time_codes,
 )
 from ca2st.model.layers import bottleneck_name
-from ca2st.model.network import HolisticModel, ModelOutput, head_inputs, is_verb_noun
-from ca2st.model.parameters import build_model
+from ca2st.model.network import HolisticModel, ModelOutput, build_model, head_inputs, is_verb_noun
 from ca2st.model.tokens import clip_grid, pretrained_grid
 from ca2st.spec import ClipSpec
 from ca2st.weights.tensor_files import (

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ca2st.errors import UserInputError
-from pipelines.augment.erasing import ErasingConfig
+from pipelines.augment.boxes import ErasingConfig
 from pipelines.augment.mixing import MixingConfig
 from pipelines.augment.rand_augment import parse_rand_augment
 from pipelines.augment.spectrogram import SpectrogramConfig

@@ -23,7 +23,7 @@ from jaxtyping import Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment.erasing import NOISE_LEVELS, ErasedBox
+from pipelines.augment.boxes import NOISE_LEVELS, ErasedBox
 from pipelines.augment.rand_augment import FILL, ImageAugment, Operation, OperationName, gain_of
 from pipelines.keyed_random import raw_words
 

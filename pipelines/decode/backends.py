@@ -22,7 +22,7 @@ from torch import Tensor
 from ca2st.errors import EnvironmentFault
 from pipelines.config import BackendName
 from pipelines.rendering import JpegFrames, RenderRequest, ViewBackend
-from pipelines.stats import StatsRecorder
+from pipelines.threads import StatsRecorder
 
 _log = logging.getLogger(__name__)
 DALI_ON_CPU = {"mjpeg": "JPEG frames", "vp9": "VP9 videos"}

@@ -53,7 +53,7 @@ from pipelines.augment.fused import augment_in_place
 from pipelines.decode.reference import decode_frames
 from pipelines.errors import LoaderClosedError
 from pipelines.rendering import RenderRequest, VideoMember
-from pipelines.stats import StatsRecorder
+from pipelines.threads import StatsRecorder
 
 # DALI fills its modules at import, which its type stubs do not say.
 fn: Any = nvidia.dali.fn

@@ -33,12 +33,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipelines.augment.crops import CropBox
+from pipelines.augment.boxes import CropBox
 from pipelines.augment.formulas import augmented, erase_in_place
 from pipelines.errors import SampleDamageError
 from pipelines.rendering import JpegFrames, RenderRequest, VideoMember
-from pipelines.stats import StatsRecorder
 from pipelines.storage.samples import video_facts
+from pipelines.threads import StatsRecorder
 from sharding.media.codecs import stored_codec
 
 _TO_RGB = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT

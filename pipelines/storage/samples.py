@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from pipelines.errors import SampleDamageError
 from pipelines.rendering import ClipFrames, JpegFrames, VideoMember
-from pipelines.stats import StatsRecorder
 from pipelines.storage.index import SampleEntry, ShardIndexCache
 from pipelines.storage.remote import open_files
 from pipelines.storage.shard_files import Verify
+from pipelines.threads import StatsRecorder
 from sharding.format.index import frame_checksum, member_checksum
 from sharding.format.shard_set import ShardSet
 from sharding.media.codecs import StoredCodec

@@ -10,11 +10,11 @@ import numpy as np
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
 from pipelines.errors import SampleDamageError
-from pipelines.stats import StatsRecorder
 from pipelines.storage.index import SampleEntry
 from pipelines.storage.remote import CachedShards
 from pipelines.storage.samples import SampleReader
 from pipelines.storage.shard_files import Verify
+from pipelines.threads import StatsRecorder
 from pipelines.views import SamplingConfig, VaryingRate, frames_per_second, scaled_stride
 from sharding.format.index import TICKS_PER_SECOND
 from sharding.format.shard_set import AudioParameters, LabelSpace, ShardSet, VideoParameters, classes_that_differ

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from ca2st.durable import NO_FAULTS, FaultPoints
 from ca2st.errors import UserInputError
-from ray_jobs.cluster.every_node import Node, ask_every_node, living_nodes, this_node
 from ray_jobs.cluster.node_check import (
     NodeFacts,
     by_name,
@@ -23,10 +22,10 @@ from ray_jobs.cluster.node_check import (
     refuse,
     split_answers,
 )
-from ray_jobs.cluster.ray_access import LOCAL, RayAccess, ray_session
+from ray_jobs.cluster.ray_access import LOCAL, Node, RayAccess, ask_every_node, living_nodes, ray_session, this_node
 from ray_jobs.console import say
 from ray_jobs.conversion import convert_shown
-from ray_jobs.doctor.machine import Finding
+from ray_jobs.doctor import Finding
 from sharding.cluster import ray_pool
 from sharding.conversion import ConversionReport
 from sharding.errors import UnlikeNodeError

@@ -20,9 +20,16 @@ from typing import Any, TypeVar
 
 from ca2st.durable import write_bytes
 from ca2st.errors import CA2STError, EnvironmentFault
-from ray_jobs.cluster.every_node import Node, NodeFailure, ask_every_node, gathered, living_nodes, this_node
-from ray_jobs.cluster.ray_access import who_listens
-from ray_jobs.doctor.machine import Finding, check_folder, examine, machine_checks
+from ray_jobs.cluster.ray_access import (
+    Node,
+    NodeFailure,
+    ask_every_node,
+    gathered,
+    living_nodes,
+    this_node,
+    who_listens,
+)
+from ray_jobs.doctor import Finding, check_folder, examine, machine_checks
 from ray_jobs.environment import versions
 
 _EXAMINATION_SECONDS = 300.0  # imports torch and DALI on a cold node, and tries every codec

@@ -24,8 +24,7 @@ from ray.train.v2.api.callback import UserCallback
 from ca2st.durable import write_bytes
 from ca2st.errors import EnvironmentFault
 from ca2st.training.signals import ONE_REQUEST_SECONDS, StopRequest, stop_on_signals, stopped_error
-from ray_jobs.cluster.every_node import living_nodes
-from ray_jobs.cluster.ray_access import first_line
+from ray_jobs.cluster.ray_access import first_line, living_nodes
 from ray_jobs.console import say
 from ray_jobs.runs.failures import FailureRecord, error_of, error_told, keep_failure, read_failure
 

@@ -142,9 +142,8 @@ def loader(
     frame, timm's RandAugment on Pillow frames, torchvision. The variants take turns; medians are reported.
     """
     from pipelines.benchmark.loader import NUM_STEPS, LoaderBenchConfig, benchmark_loader
-    from ray_jobs.bench_report import bench_facts, write_report
+    from ray_jobs.bench_report import bench_facts, bench_sources, write_report
     from ray_jobs.console import progress, require_writable_place
-    from ray_jobs.runs.bench_data import bench_sources
     from sharding.format.shard_set import read_shard_set
 
     config = LoaderBenchConfig(
@@ -244,8 +243,7 @@ def model(
 
 def _examine_machine(out: Path, tracking_uri: str | None, *, show: bool) -> "list[Finding]":
     from ray_jobs.console import result
-    from ray_jobs.doctor.examination import all_checks
-    from ray_jobs.doctor.machine import examine
+    from ray_jobs.doctor import all_checks, examine
 
     findings = []
     for finding in examine(all_checks(out, tracking_uri=tracking_uri)):
@@ -360,7 +358,7 @@ def _consumer(kind: ConsumerKind, size: str, layers: int | None, clip: "ClipSpec
         from pipelines.benchmark.loader import NORMALISE, normalise
 
         return normalise, NORMALISE
-    from ray_jobs.runs.bench_data import training_consumer
+    from ray_jobs.bench_report import training_consumer
 
     return training_consumer(kind.value, size, num_layers=layers, clip=clip)
 
@@ -427,4 +425,4 @@ if TYPE_CHECKING:
     from ca2st.spec import ClipSpec
     from pipelines.benchmark.loader import Consumer, LoaderBenchmark, SplitReport
     from ray_jobs.demo.answers import DemoReport
-    from ray_jobs.doctor.machine import Finding
+    from ray_jobs.doctor import Finding

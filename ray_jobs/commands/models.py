@@ -63,8 +63,8 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Structure, parameters and multiply-adds of a model, without building its weights."""
+    from ca2st.model.config import SIZES
     from ca2st.model.inspect import model_info
-    from ca2st.model.presets import SIZES
     from ca2st.spec import ClipSpec
     from ray_jobs.console import print_json, result
 
@@ -87,7 +87,7 @@ def info(
 @model.command(epilog="Example: ca2st model presets")
 def presets(as_json: Json = False) -> None:
     """Configurations by name: published models and the rows of their ablations, for `[model] preset` and `info`."""
-    from ca2st.model.presets import PRESETS
+    from ca2st.model.config import PRESETS
     from ray_jobs.console import print_json, result
 
     if as_json:
@@ -229,8 +229,7 @@ def check_golden_files(
 
 
 def _base(kind: ModelKind | None, preset: str | None) -> "ModelConfig":
-    from ca2st.model.config import ModelConfig
-    from ca2st.model.presets import find_preset
+    from ca2st.model.config import ModelConfig, find_preset
 
     if (kind is None) == (preset is None):
         raise UserInputError("expected either --model KIND or --preset NAME")

@@ -17,7 +17,7 @@ from typing import Any
 import pydantic
 
 from ca2st.errors import UserInputError
-from ca2st.model.presets import find_preset
+from ca2st.model.config import find_preset
 from ray_jobs.config.recipe import Recipe, recipe_from_document
 from ray_jobs.errors import ConflictsError, RecipeError
 

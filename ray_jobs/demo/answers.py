@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ca2st.errors import DataDamageError
-from ray_jobs.demo.comparison import ComparisonRow
-from ray_jobs.demo.pretraining import PretrainedExpert
+from ray_jobs.demo.comparison import ComparisonRow, PretrainedExpert
 from ray_jobs.runs.prediction import VideoPrediction
 from sharding.format.index import read_parquet
 from sharding.format.shard_set import Manifest

@@ -12,9 +12,8 @@ from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.console import say
 from ray_jobs.conversion import convert_shown
 from ray_jobs.demo.answers import DemoReport
-from ray_jobs.demo.comparison import Contest, run_contest
+from ray_jobs.demo.comparison import Contest, Lesson, pretrain, run_contest
 from ray_jobs.demo.page import PAGE_NAME, write_demo_page
-from ray_jobs.demo.pretraining import Lesson, pretrain
 from ray_jobs.own_data.example_videos import real_clips_folder, write_annotations
 from ray_jobs.runs.data import make_split
 from ray_jobs.runs.prediction import predict_videos

@@ -18,8 +18,19 @@ from ray_jobs.config.recipe import Recipe
 from ray_jobs.config.recipe_file import stored_recipe
 from ray_jobs.demo.answers import Answers, DemoReport, Factors, factors_of_set, next_steps, read_all_answers, shown
 from ray_jobs.demo.comparison import COMPARED, ComparisonRow
-from ray_jobs.pages.charts import Chart, Curve, Frame, Level, Line, Mark, page_environment, places, thinned
-from ray_jobs.pages.pictures import Pictures, read_pictures
+from ray_jobs.pages.charts import (
+    Chart,
+    Curve,
+    Frame,
+    Level,
+    Line,
+    Mark,
+    Pictures,
+    page_environment,
+    places,
+    read_pictures,
+    thinned,
+)
 from sharding.format.index import sample_key
 from sharding.format.shard_set import read_manifest, read_shard_set
 from sharding.synthetic.factors import ceilings

@@ -19,8 +19,20 @@ from ca2st.model.inspect import AttentionMap
 from ca2st.spec import MEL_ROW_SECONDS
 from ray_jobs.console import require_writable_place
 from ray_jobs.explain.explanation import AudioBox, Explanation, Places, Sound, require_attention, run_recorded
-from ray_jobs.pages.charts import Chart, Frame, Line, Mark, Tick, hertz_ticks, page_environment, places, seconds_ticks
-from ray_jobs.pages.pictures import data_uri, frame_jpeg, spectrogram_png
+from ray_jobs.pages.charts import (
+    Chart,
+    Frame,
+    Line,
+    Mark,
+    Tick,
+    data_uri,
+    frame_jpeg,
+    hertz_ticks,
+    page_environment,
+    places,
+    seconds_ticks,
+    spectrogram_png,
+)
 from ray_jobs.runs.inference import load_trained
 from ray_jobs.runs.prediction import Prediction, require_videos
 

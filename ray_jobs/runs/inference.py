@@ -19,8 +19,7 @@ from torch import Tensor
 from ca2st.batch import ClipBatch
 from ca2st.durable import write_bytes, writing
 from ca2st.errors import DataDamageError, UserInputError, check_choice
-from ca2st.model.network import HolisticModel
-from ca2st.model.parameters import build_model, held_precision, hold_experts, set_trainable
+from ca2st.model.network import HolisticModel, build_model, held_precision, hold_experts, set_trainable
 from ca2st.training.checkpoint import Checkpoint, read_checkpoint
 from ca2st.training.evaluate import EvaluationResult, evaluate
 from ca2st.training.metrics import main_metric

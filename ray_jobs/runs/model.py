@@ -19,8 +19,7 @@ from torch import Tensor
 from ca2st.checked_json import parse_json
 from ca2st.errors import UserInputError
 from ca2st.model.config import EXPERTS, EncoderName, ExpertName, TargetSpec, encoder_of
-from ca2st.model.network import HolisticModel
-from ca2st.model.parameters import build_model, set_trainable
+from ca2st.model.network import HolisticModel, build_model, set_trainable
 from ca2st.training.checkpoint import (
     CHECKPOINTS_NAME,
     MARKER_NAME,

@@ -13,8 +13,7 @@ from typing import Any
 
 from ca2st.model.config import HeldPrecision
 from ca2st.model.inspect import info_of
-from ca2st.model.network import HolisticModel
-from ca2st.model.parameters import held_precision, hold_experts
+from ca2st.model.network import HolisticModel, held_precision, hold_experts
 from ca2st.training.checkpoint import (
     CHECKPOINTS_NAME,
     checkpoint_name,

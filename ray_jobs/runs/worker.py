@@ -14,8 +14,14 @@ from ca2st.checked_json import encoded, read_json
 from ca2st.durable import FaultPoints, write_bytes
 from ca2st.errors import CA2STError
 from ca2st.model.config import HeldPrecision
-from ca2st.model.network import HolisticModel, compile_layers
-from ca2st.model.parameters import held_precision, hold_experts, layer_index, no_weight_decay
+from ca2st.model.network import (
+    HolisticModel,
+    compile_layers,
+    held_precision,
+    hold_experts,
+    layer_index,
+    no_weight_decay,
+)
 from ca2st.processes import num_cores
 from ca2st.training.loop import TrainingProgress, TrainingSettings, train
 from ca2st.training.metrics import main_metric

@@ -6,9 +6,9 @@ from pathlib import Path
 from ca2st.errors import UserInputError, check_choice
 from sharding.datasets.request import DatasetRequest, refuse_unused
 from sharding.source import SourceList, SourceSample
+from sharding.synthetic.clips import ANNOTATIONS_NAME, clip_file, generate_split
 from sharding.synthetic.config import SyntheticConfig
 from sharding.synthetic.factors import label_spaces
-from sharding.synthetic.generation import ANNOTATIONS_NAME, clip_file, generate_split
 
 TASKS = ("space", "time", "audio", "holistic", "binding")
 """What can be learned: one factor, the combination of all three (those shards carry all four labels), or which of

@@ -20,7 +20,7 @@ from av.container import InputContainer
 
 from sharding.errors import MediaError
 from sharding.format.shard_set import AudioParameters
-from sharding.media.probe import MediaLimits
+from sharding.media.claims import MediaLimits
 from sharding.media.video import Segment, audio_frames, frame_seconds
 
 _PREROLL = Fraction(1)  # a codec that overlaps its blocks, and the resampler, are right again well within this

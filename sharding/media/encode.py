@@ -25,19 +25,21 @@ from sharding.errors import MediaError
 from sharding.format.index import TICKS_PER_SECOND
 from sharding.format.shard_set import AudioParameters, VideoParameters
 from sharding.media.audio import EncodedAudio, cut_audio
-from sharding.media.claims import check_chunks, check_container_is_whole, check_no_zeros_at_end
-from sharding.media.codecs import stored_codec
-from sharding.media.picture import FULL_RANGE, LIMITED_RANGE, PictureMaker, pixel_aspect_of
-from sharding.media.probe import (
+from sharding.media.claims import (
     MediaLimits,
     audio_candidates,
     be_strict,
+    check_chunks,
+    check_container_is_whole,
+    check_no_zeros_at_end,
     check_unchanged,
     moving_pictures,
     open_media,
     source_state,
     video_stream,
 )
+from sharding.media.codecs import stored_codec
+from sharding.media.picture import FULL_RANGE, LIMITED_RANGE, PictureMaker, pixel_aspect_of
 from sharding.media.video import Segment, TimedFrame, VideoCut, thinned
 from sharding.source import SILENT_SOUND
 

@@ -22,8 +22,7 @@ from av.sidedata.sidedata import SideData
 from av.video.stream import VideoStream
 
 from sharding.errors import MediaError
-from sharding.media.claims import check_ends_as_claimed
-from sharding.media.probe import MediaLimits, frame_rate
+from sharding.media.claims import MediaLimits, check_ends_as_claimed, frame_rate
 
 _NO_FRAME = av.VideoFrame()
 _SEEK_FROM = Fraction(2)  # nearer starts are reached by decoding on from the first frame

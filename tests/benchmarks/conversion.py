@@ -26,12 +26,11 @@ from benchmarks.programs import make_command
 from ca2st.benchmark.measure import spread
 from ca2st.processes import num_cores
 from pipelines.benchmark.clips import source_list
-from ray_jobs.bench_report import bench_facts, write_report
+from ray_jobs.bench_report import bench_facts, source_files, work_folder, write_report
 from ray_jobs.cli import main
 from ray_jobs.commands.machine import Clips, Codec, Media, Work
 from ray_jobs.commands.options import Json, Out
 from ray_jobs.console import progress, require_writable_place
-from ray_jobs.runs.bench_data import source_files, work_folder
 from sharding.conversion import convert
 from sharding.format.shard_set import AudioParameters, read_shard_set
 from sharding.settings import ConversionConfig

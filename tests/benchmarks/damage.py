@@ -26,11 +26,11 @@ import torch
 from benchmarks.parity import StoredClip, backend_on, compare
 from ca2st.errors import CA2STError
 from ca2st.spec import ClipSpec
-from pipelines.augment.crops import CropBox
+from pipelines.augment.boxes import CropBox
 from pipelines.decode.reference import ReferenceBackend
 from pipelines.rendering import RenderRequest, VideoMember
-from pipelines.stats import StatsRecorder
 from pipelines.storage.samples import video_facts
+from pipelines.threads import StatsRecorder
 from sharding.media.codecs import stored_codec
 
 

@@ -22,9 +22,17 @@ from ray_jobs.bench_report import bench_facts, write_report
 from ray_jobs.cli import main
 from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.console import require_writable_place
-from ray_jobs.demo.comparison import COMPARED, ComparedModel, ComparisonRow, Contest, run_contest
+from ray_jobs.demo.comparison import (
+    COMPARED,
+    ComparedModel,
+    ComparisonRow,
+    Contest,
+    Lesson,
+    PretrainedExpert,
+    pretrain,
+    run_contest,
+)
 from ray_jobs.demo.demo import EXPERT_RECIPE, RECIPE, VIEWS
-from ray_jobs.demo.pretraining import Lesson, PretrainedExpert, pretrain
 from ray_jobs.runs.data import make_split
 
 _PLACES = ("run_dir", "checkpoint", "predictions", "run_id")

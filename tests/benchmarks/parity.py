@@ -26,8 +26,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from ca2st.spec import ClipSpec
+from pipelines.augment.boxes import CropBox
 from pipelines.augment.config import AugmentConfig
-from pipelines.augment.crops import CropBox
 from pipelines.augment.formulas import augmented
 from pipelines.augment.rand_augment import GEOMETRIC, ImageAugment, Operation
 from pipelines.benchmark.clips import DrawnClips, drawn_frames
@@ -35,7 +35,7 @@ from pipelines.decode.backends import make_backend
 from pipelines.decode.dali import finish_view
 from pipelines.decode.reference import ReferenceBackend, decode_frames, resized_crop
 from pipelines.rendering import ClipFrames, JpegFrames, RenderRequest, VideoMember, ViewBackend
-from pipelines.stats import StatsRecorder
+from pipelines.threads import StatsRecorder
 from pipelines.views import ClipFacts, SamplingConfig, TrainDraws
 from sharding.media.codecs import stored_codec
 from sharding.media.encode import ClipEncoder, EncodedVideo

@@ -22,9 +22,8 @@ from benchmarks.fusion import (
 from ca2st.errors import UserInputError
 from ray_jobs.cli import main
 from ray_jobs.config.recipe_file import load_recipe
-from ray_jobs.demo.comparison import COMPARED, ComparisonRow, Contest, recipe_of
+from ray_jobs.demo.comparison import COMPARED, ComparisonRow, Contest, PretrainedExpert, recipe_of
 from ray_jobs.demo.demo import LESSONS
-from ray_jobs.demo.pretraining import PretrainedExpert
 from ray_jobs.runs.data import synthetic_classes
 from ray_jobs.runs.model import outline_model
 from sharding.synthetic.factors import SENSE_SETS

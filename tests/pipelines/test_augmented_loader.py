@@ -11,9 +11,8 @@ import torch
 from ca2st.batch import MIXING_FIELDS, ClipBatch
 from ca2st.errors import UserInputError
 from ca2st.spec import MEL_ROW_SECONDS, ClipSpec
+from pipelines.augment.boxes import CropBox, ErasedBox, ErasingConfig
 from pipelines.augment.config import AugmentConfig
-from pipelines.augment.crops import CropBox
-from pipelines.augment.erasing import ErasedBox, ErasingConfig
 from pipelines.augment.formulas import augmented, erase_in_place
 from pipelines.augment.mixing import MixingConfig
 from pipelines.augment.rand_augment import ImageAugment, Operation
@@ -23,7 +22,7 @@ from pipelines.decode.dali import dali_backend
 from pipelines.decode.reference import ReferenceBackend
 from pipelines.loader import TrainLoader
 from pipelines.rendering import JpegFrames, RenderRequest, ViewBackend
-from pipelines.stats import StatsRecorder
+from pipelines.threads import StatsRecorder
 from sharding.format.shard_set import ShardSet
 from support.fake_shards import FakeSample, make_samples, make_shard_set
 

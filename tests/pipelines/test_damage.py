@@ -17,10 +17,10 @@ from ca2st.spec import ClipSpec
 from pipelines.config import EvaluationSetup, LoaderConfig
 from pipelines.errors import SampleDamageError, ShardSetDamageError
 from pipelines.loader import EvaluationLoader
-from pipelines.stats import StatsRecorder
 from pipelines.storage.index import ShardIndexCache
 from pipelines.storage.samples import SampleReader, coalesce, jpeg_size, parse_mel
 from pipelines.storage.shard_files import ShardFiles, Verify
+from pipelines.threads import StatsRecorder
 from sharding.format.shard_set import ShardSet
 from support.fake_shards import FakeSample, flip_byte, make_samples, make_shard_set, members_of, rewrite_manifest
 

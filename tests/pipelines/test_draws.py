@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
+from pipelines.augment.boxes import CropBox, ErasingConfig, RandomCrop, SquareCrop
 from pipelines.augment.config import AugmentConfig
-from pipelines.augment.crops import CropBox, RandomCrop, SquareCrop
-from pipelines.augment.erasing import ErasingConfig
 from pipelines.augment.spectrogram import UNCHANGED, SpectrogramConfig
 from pipelines.keyed_random import permutation, raw_words, uniforms
 from pipelines.views import (

@@ -177,7 +177,7 @@ from sharding.format.shard_set import LabelSpace
 from sharding.format.shard_set import read_shard_set
 from sharding.source import SourceList, SourceSample
 from sharding.synthetic.config import SyntheticConfig
-from sharding.synthetic.generation import generate_split
+from sharding.synthetic.clips import generate_split
 
 print("started")
 root = Path(sys.argv[1])

@@ -17,8 +17,8 @@ from pipelines.decode.backends import make_backend
 from pipelines.errors import ShardSetDamageError
 from pipelines.loader import EvaluationLoader, TrainLoader
 from pipelines.rendering import RenderRequest
-from pipelines.stats import StatsRecorder
 from pipelines.storage.shard_sets import SetReaders
+from pipelines.threads import StatsRecorder
 from pipelines.views import SamplingConfig
 from sharding.format.shard_set import ShardSet
 from support.fake_shards import flip_byte

@@ -6,8 +6,7 @@ from collections.abc import Generator
 
 import pytest
 
-from pipelines.stats import StatsRecorder
-from pipelines.threads import StallWatch, prefetched
+from pipelines.threads import StallWatch, StatsRecorder, prefetched
 
 
 def watch(seconds: float = 60.0) -> StallWatch:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ca2st.spec import ClipSpec
-from pipelines.augment.erasing import ErasingConfig
+from pipelines.augment.boxes import ErasingConfig
 from pipelines.augment.mixing import MixingConfig
 from pipelines.augment.spectrogram import SpectrogramConfig
 from pipelines.config import LoaderConfig, TrainSetup

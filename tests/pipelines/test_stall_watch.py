@@ -15,9 +15,8 @@ from pipelines import threads
 from pipelines.config import LoaderConfig, TrainSetup
 from pipelines.errors import LoaderStalledError
 from pipelines.loader import TrainLoader
-from pipelines.stats import StatsRecorder
 from pipelines.storage.shard_files import OpenShard, ShardFiles
-from pipelines.threads import FetchThreads, StallWatch, prefetched
+from pipelines.threads import FetchThreads, StallWatch, StatsRecorder, prefetched
 from sharding.format.shard_set import ShardEntry, ShardSet
 from support.fake_shards import make_samples, make_shard_set
 
@@ -129,7 +128,7 @@ def test_p8_a_process_with_a_hanging_read_still_ends() -> None:
     script = """
 import threading, sys
 from pipelines.threads import FetchThreads, StallWatch, prefetched
-from pipelines.stats import StatsRecorder
+from pipelines.threads import StatsRecorder
 stats = StatsRecorder()
 def source():
     pool = FetchThreads(2)

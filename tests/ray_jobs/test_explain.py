@@ -27,8 +27,7 @@ from ray_jobs.explain import explanation
 from ray_jobs.explain import page as explaining
 from ray_jobs.explain.explanation import Explanation, Places, run_recorded
 from ray_jobs.explain.page import LESS, MORE, direction_views, heat_png, levels, render_page
-from ray_jobs.pages.charts import hertz_of_bin, hertz_ticks, seconds_ticks
-from ray_jobs.pages.pictures import spectrogram_png
+from ray_jobs.pages.charts import hertz_of_bin, hertz_ticks, seconds_ticks, spectrogram_png
 from ray_jobs.runs.data import evaluation_loader
 from sharding.format.shard_set import ShardSet
 from support.fake_shards import make_samples, make_shard_set
@@ -123,7 +122,7 @@ def test_what_is_shown_is_one_centred_view_run_by_hand(sets, loud):
         torch.testing.assert_close(ours.given, theirs.given)
         torch.testing.assert_close(ours.entropy_bits, theirs.entropy_bits)
     likeliest = output.logits["label"][0].softmax(dim=-1).sort(descending=True)
-    assert [p.probability for p in loud.predictions] == pytest.approx(likeliest.values.tolist())
+    assert [p.probability for p in loud.predictions] == pytest.approx(likeliest.values.tolist(), rel=1e-5)
     assert [p.label for p in loud.predictions] == [trained.classes["label"][index] for index in likeliest.indices]
 
 

@@ -61,7 +61,7 @@ def test_a_finished_run_says_so_and_starts_no_worker(
     ray_address: str | None,
 ) -> None:
     run_dir, outcome = finished
-    for starter in ("ray_jobs.launch.run", "ray_jobs.runs.local_processes.run_processes"):
+    for starter in ("ray_jobs.launch.run", "ray_jobs.launch.run_processes"):
         monkeypatch.setattr(starter, refuse)
     if ray_address is not None:
         monkeypatch.setattr("ray_jobs.cluster.driver.joined", refuse)

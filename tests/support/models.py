@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ca2st.model.config import ModelConfig, TargetSpec
 from ca2st.model.experts import ClipInputs
-from ca2st.model.network import HolisticModel
-from ca2st.model.parameters import build_model
+from ca2st.model.network import HolisticModel, build_model
 from ca2st.spec import ClipSpec
 from ca2st.weights.model_file import build_described, read_description, refuse_published_names
 from ca2st.weights.tensor_files import read_tensor_file

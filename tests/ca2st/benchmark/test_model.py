@@ -10,8 +10,7 @@ from ca2st.benchmark.case import CaseSpec, LocalCase, ModelBenchConfig, model_co
 from ca2st.benchmark.measure import Limit, machine, measure_limit
 from ca2st.benchmark.model import benchmark_models, settle, spread
 from ca2st.errors import EnvironmentFault, UserInputError
-from ca2st.model.config import bridges_of_layer
-from ca2st.model.presets import SIZES
+from ca2st.model.config import SIZES, bridges_of_layer
 from support.models import TINY_CLIP
 from support.refusals import forced
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ca2st.benchmark.plain import plain_model
+from ca2st.benchmark.case import plain_model
 from ca2st.errors import CA2STError
 from ca2st.model.config import SpatialTemporalConfig
 from support.models import JOINED_KINDS, inputs_for, tiny_model, wake

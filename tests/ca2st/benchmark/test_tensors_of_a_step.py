@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ca2st.benchmark.plain import plain_model
-from ca2st.model.network import HolisticModel
-from ca2st.model.parameters import set_trainable
+from ca2st.benchmark.case import plain_model
+from ca2st.model.network import HolisticModel, set_trainable
 from ca2st.spec import ClipSpec
 from support.models import inputs_for, tiny_model
 

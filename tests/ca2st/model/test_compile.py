@@ -10,7 +10,7 @@ from support.processes import python_path
 
 SCRIPT = """
 import torch
-from ca2st.model.parameters import build_model
+from ca2st.model.network import build_model
 from ca2st.model.config import ModelConfig, TargetSpec
 from ca2st.spec import ClipSpec
 
@@ -38,10 +38,10 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from ca2st.model.experts import Adapter
-from ca2st.model.parameters import build_model
+from ca2st.model.network import build_model
 from ca2st.model.network import compile_layers
 from ca2st.model.config import ModelConfig, TargetSpec
-from ca2st.model.parameters import set_trainable
+from ca2st.model.network import set_trainable
 from ca2st.spec import ClipSpec
 from ca2st.training.journal import run_sequence
 from ca2st.training.loop import train

@@ -5,7 +5,7 @@ import torch
 
 from ca2st.errors import UserInputError
 from ca2st.model.config import EXPERTS, AudioVisualConfig, SpatialTemporalConfig
-from ca2st.model.parameters import build_model, set_trainable
+from ca2st.model.network import build_model, set_trainable
 from ca2st.spec import ClipSpec
 from support.models import (
     JOINED_KINDS,

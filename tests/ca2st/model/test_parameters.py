@@ -5,7 +5,7 @@ import torch
 
 from ca2st.errors import UserInputError
 from ca2st.model.config import AudioVisualConfig, ModelConfig, SpatialTemporalConfig, TargetSpec
-from ca2st.model.parameters import (
+from ca2st.model.network import (
     RuleMatchesNothingError,
     added_rules,
     build_model,

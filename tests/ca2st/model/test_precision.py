@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ca2st.errors import UserInputError
-from ca2st.model.parameters import held_precision, hold_experts, set_trainable
+from ca2st.model.network import held_precision, hold_experts, set_trainable
 from support.models import KINDS, inputs_for, tiny_model, wake
 
 WEIGHTS = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from ca2st.errors import UserInputError
-from ca2st.model.config import EXPERTS, all_bridges, bridges_of_layer
+from ca2st.model.config import EXPERTS, PRESETS, SIZES, all_bridges, bridges_of_layer, find_preset
 from ca2st.model.inspect import model_info
-from ca2st.model.parameters import build_model
-from ca2st.model.presets import PRESETS, SIZES, find_preset
+from ca2st.model.network import build_model
 from ca2st.spec import ClipSpec
 from support.models import VERB_NOUN, inputs_for
 

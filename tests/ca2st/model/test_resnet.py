@@ -6,7 +6,7 @@ import torch
 from ca2st.errors import UserInputError
 from ca2st.model.config import ModelConfig, SpatialTemporalConfig, bridges_of_layer, stage_of_layer
 from ca2st.model.experts import ResNetExpert
-from ca2st.model.parameters import build_model
+from ca2st.model.network import build_model
 from ca2st.spec import ClipSpec
 from support.models import ONE_TARGET, VERB_NOUN, expert_inputs, inputs_for, tiny_config, tiny_model, wake
 

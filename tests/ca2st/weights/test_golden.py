@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 from ca2st.errors import UserInputError
-from ca2st.model.parameters import build_model
+from ca2st.model.network import build_model
 from ca2st.weights.published import TOLERANCE, check_golden, golden_model, golden_output, pix
 from ca2st.weights.tensor_files import WeightsDamageError, WeightsMismatchError, read_tensor_file
 

@@ -6,7 +6,7 @@ import torch
 
 from ca2st.errors import UserInputError
 from ca2st.model.config import AudioVisualConfig, SpatialTemporalConfig, TargetSpec
-from ca2st.model.parameters import build_model
+from ca2st.model.network import build_model
 from ca2st.weights.published import (
     NEVER_USED,
     golden_model,

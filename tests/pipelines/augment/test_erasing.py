@@ -8,8 +8,7 @@ import torch
 
 from ca2st.errors import UserInputError
 from ca2st.spec import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.augment.crops import CropBox
-from pipelines.augment.erasing import ErasedBox, ErasingConfig
+from pipelines.augment.boxes import CropBox, ErasedBox, ErasingConfig
 from pipelines.augment.formulas import FILL, erase_in_place
 from support.refusals import forced
 

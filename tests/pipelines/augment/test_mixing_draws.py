@@ -12,8 +12,8 @@ from timm.data.mixup import rand_bbox
 from ca2st.batch import MIXING_FIELDS
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
-from pipelines.assembly import mixing_of
 from pipelines.augment.mixing import NO_BOX, UNMIXED, MixingConfig, MixingDraws, PairMixing, beta, cut_box
+from pipelines.loader import mixing_of
 from support.refusals import forced
 
 CLIP = ClipSpec(num_frames=8, crop_size=64, mel_rows=96)

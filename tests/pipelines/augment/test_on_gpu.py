@@ -8,12 +8,11 @@ from hypothesis import strategies as st
 from ca2st.batch import MIXING_FIELDS, ClipBatch
 from ca2st.spec import ClipSpec
 from ca2st.training.losses import mixed_mel, mixed_video
-from pipelines.assembly import mixing_of
-from pipelines.augment.crops import CropBox
-from pipelines.augment.erasing import ErasedBox
+from pipelines.augment.boxes import CropBox, ErasedBox
 from pipelines.augment.mixing import MixingConfig, MixingDraws
 from pipelines.augment.rand_augment import OPERATION_NAMES, ImageAugment, Operation, argument_of
 from pipelines.decode.dali import finish_view
+from pipelines.loader import mixing_of
 from pipelines.rendering import JpegFrames, RenderRequest
 from support.gpu import require_gpu
 from support.tiny_training import batch_of, clip

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ca2st.errors import EnvironmentFault
-from pipelines.augment.crops import CropBox
+from pipelines.augment.boxes import CropBox
 from pipelines.config import BackendName
 from pipelines.decode import backends
 from pipelines.decode.backends import make_backend
@@ -20,7 +20,7 @@ from pipelines.decode.dali import GraphBackend, dali_backend
 from pipelines.decode.reference import ReferenceBackend, decode_frames, resized_crop, triangle_taps
 from pipelines.errors import LoaderClosedError, SampleDamageError
 from pipelines.rendering import JpegFrames, RenderRequest, ViewBackend
-from pipelines.stats import StatsRecorder
+from pipelines.threads import StatsRecorder
 from support.fake_shards import FakeSample
 
 FRAMES, SIZE, VIEWS = 4, 40, 3

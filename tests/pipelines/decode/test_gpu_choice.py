@@ -18,7 +18,7 @@ from pipelines.decode import backends as cuda_decoders
 from pipelines.decode.backends import CudaDecoders, VideoDecoder, asked, choose_backend, make_backend
 from pipelines.decode.reference import ReferenceBackend
 from pipelines.loader import EvaluationLoader
-from pipelines.stats import StatsRecorder
+from pipelines.threads import StatsRecorder
 from sharding.format.shard_set import ShardSet
 from sharding.media.codecs import STORED_CODECS
 from support.gpu import require_gpu

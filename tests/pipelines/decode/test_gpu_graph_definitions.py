@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.parity import stored_clips
 from ca2st.errors import CA2STError, UserInputError
-from pipelines.augment.crops import CropBox
+from pipelines.augment.boxes import CropBox
 from pipelines.augment.rand_augment import ImageAugment, Operation
 from pipelines.benchmark.clips import DrawnClips
 from pipelines.decode import dali
@@ -29,7 +29,7 @@ from pipelines.decode.dali import (
 from pipelines.decode.reference import ReferenceBackend
 from pipelines.errors import LoaderClosedError, SampleDamageError
 from pipelines.rendering import JpegFrames, RenderRequest, VideoMember
-from pipelines.stats import StatsRecorder
+from pipelines.threads import StatsRecorder
 from support.fake_shards import FakeSample
 
 FRAMES, SIZE = 3, 24

@@ -30,7 +30,7 @@ from pipelines.decode.reference import ReferenceBackend
 from pipelines.errors import SampleDamageError
 from pipelines.loader import EvaluationLoader
 from pipelines.rendering import RenderRequest, VideoMember
-from pipelines.stats import StatsRecorder
+from pipelines.threads import StatsRecorder
 from pipelines.views import SamplingConfig
 from sharding.media.codecs import STORED_CODECS
 from support.gpu import require_gpu

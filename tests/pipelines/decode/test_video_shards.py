@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from ca2st.batch import ClipBatch
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError
 from ca2st.spec import ClipSpec
-from pipelines.augment.crops import CropBox
-from pipelines.augment.erasing import ErasedBox
+from pipelines.augment.boxes import CropBox, ErasedBox
 from pipelines.augment.rand_augment import ImageAugment, Operation
 from pipelines.config import BackendName, EvaluationSetup, LoaderConfig, TrainSetup
 from pipelines.decode import backends
@@ -28,10 +27,10 @@ from pipelines.decode.reference import ReferenceBackend, decode_frames, decode_v
 from pipelines.errors import LoaderClosedError, SampleDamageError
 from pipelines.loader import EvaluationLoader, TrainLoader
 from pipelines.rendering import JpegFrames, RenderRequest, VideoMember
-from pipelines.stats import StatsRecorder
 from pipelines.storage import samples
 from pipelines.storage.index import SampleEntry
 from pipelines.storage.samples import SampleReader, video_facts
+from pipelines.threads import StatsRecorder
 from pipelines.views import SamplingConfig
 from sharding.format.shard_set import ShardSet, VideoParameters
 from sharding.media.codecs import STORED_CODECS

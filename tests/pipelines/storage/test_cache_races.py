@@ -12,10 +12,9 @@ import fsspec
 import pytest
 
 from pipelines.errors import SampleDamageError
-from pipelines.stats import StatsRecorder
-from pipelines.storage.cache import ShardCache
-from pipelines.storage.remote import open_files
+from pipelines.storage.remote import ShardCache, open_files
 from pipelines.storage.samples import FetchedSample, SampleReader
+from pipelines.threads import StatsRecorder
 from sharding.format.remote import StorageConfig
 from sharding.format.shard_set import ShardSet, read_shard_set
 from support.fake_shards import flip_byte, make_samples, make_shard_set, members_of
@@ -77,7 +76,7 @@ def test_p1_a_cached_copy_that_the_disk_damaged_is_fetched_again_where_whole_sha
 
 _EVICTS = """
 import os, pathlib, sys
-from pipelines.storage.cache import ShardCache
+from pipelines.storage.remote import ShardCache
 cache = ShardCache(pathlib.Path(sys.argv[1]), most_bytes=2000)
 for number in range(1, 4):
     path = pathlib.Path(sys.argv[1]) / "set" / f"ca2st-{number:06d}.tar"

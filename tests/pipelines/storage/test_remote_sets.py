@@ -16,8 +16,8 @@ from ca2st.spec import ClipSpec
 from pipelines.config import EvaluationSetup, LoaderConfig, TrainSetup
 from pipelines.errors import SampleDamageError, ShardSetDamageError
 from pipelines.loader import EvaluationLoader, TrainLoader
-from pipelines.stats import StageStats, StatsRecorder
 from pipelines.storage.remote import CachedShards
+from pipelines.threads import StageStats, StatsRecorder
 from sharding.errors import ManifestError, ShardDamageError
 from sharding.format.remote import RemoteFiles, RemoteFolder, Retrier, RetryConfig, StorageConfig
 from sharding.format.shard_set import ShardSet, read_shard_set

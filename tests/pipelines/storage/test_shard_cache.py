@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ca2st.errors import EnvironmentFault, UserInputError
-from pipelines.storage.cache import NoRoomError, ShardCache
+from pipelines.storage.remote import NoRoomError, ShardCache
 
 SIZE = 1000
 
@@ -164,7 +164,7 @@ def test_a_failed_fetch_leaves_nothing_and_the_next_one_succeeds(folder: Path) -
 
 _KILLED = """
 import os, sys, signal, pathlib
-from pipelines.storage.cache import ShardCache
+from pipelines.storage.remote import ShardCache
 def fill(descriptor):
     os.write(descriptor, b"half")
     os.kill(os.getpid(), signal.SIGKILL)

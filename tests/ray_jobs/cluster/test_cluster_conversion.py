@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from ca2st.errors import UserInputError
 from ray_jobs.cli import app
 from ray_jobs.cluster.conversion import workers_on
-from ray_jobs.cluster.every_node import Node
+from ray_jobs.cluster.ray_access import Node
 from support.media import make_clip
 
 

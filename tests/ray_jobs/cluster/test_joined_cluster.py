@@ -10,9 +10,17 @@ import pytest
 
 from ca2st.errors import UserInputError
 from ray_jobs.cluster.conversion import joined_pool
-from ray_jobs.cluster.every_node import NodeFailure, ask_every_node, living_nodes, this_node
 from ray_jobs.cluster.node_check import examine_cluster
-from ray_jobs.cluster.ray_access import LOCAL, RayAccess, has_dashboard, ray_session
+from ray_jobs.cluster.ray_access import (
+    LOCAL,
+    NodeFailure,
+    RayAccess,
+    ask_every_node,
+    has_dashboard,
+    living_nodes,
+    ray_session,
+    this_node,
+)
 from sharding.conversion import convert
 from sharding.settings import RejectBudget
 from support.media import Sound, make_clip

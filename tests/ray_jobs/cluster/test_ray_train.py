@@ -10,8 +10,8 @@ import pytest
 from ca2st.errors import EnvironmentFault
 from ray_jobs.cluster import node_check
 from ray_jobs.cluster.driver import check_demand, demand_of, hosts, most_workers, with_absolute_paths
-from ray_jobs.cluster.every_node import Node, NodeFailure
 from ray_jobs.cluster.node_check import NodeFacts, check_training_nodes, look_at_data, unseen_tokens
+from ray_jobs.cluster.ray_access import Node, NodeFailure
 from ray_jobs.cluster.supervision import LaunchFolder
 from ray_jobs.config.recipe import ExpertsConfig, LaunchConfig, MixtureSet, StartConfig, recipe_document
 from ray_jobs.config.recipe_file import load_recipe

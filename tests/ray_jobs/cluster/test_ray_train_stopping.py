@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from ca2st.training.errors import InterruptedRunError, TerminatedError
+from ray_jobs.cluster.driver import hold, preemption_notice, watching
 from ray_jobs.cluster.supervision import LaunchFolder, ended_by_signals
-from ray_jobs.cluster.worker_life import hold, preemption_notice, watching
 
 
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, TerminatedError), (signal.SIGINT, InterruptedRunError)])

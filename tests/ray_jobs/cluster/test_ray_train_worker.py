@@ -16,10 +16,10 @@ from ray.train.v2._internal.logging.patch_print import redirected_print
 from ca2st.durable import InjectedFault
 from ca2st.errors import DataDamageError
 from ca2st.training.errors import PeerFailedError, StopNotSavedError, TerminatedError
+from ray_jobs.cluster import driver
 from ray_jobs.cluster import supervision as lost_workers
-from ray_jobs.cluster import worker_life
 from ray_jobs.cluster.driver import Fleet, demand_of
-from ray_jobs.cluster.every_node import Node
+from ray_jobs.cluster.ray_access import Node
 from ray_jobs.cluster.supervision import LaunchFolder, LostWorkers, death_record, died_of
 from ray_jobs.config.recipe import LaunchConfig
 from ray_jobs.config.recipe_file import load_recipe
@@ -52,11 +52,11 @@ class Group:
             "ray.train.collective.broadcast_from_rank_zero",
             lambda value: value if rank == 0 else (attempt, None),
         )
-        self._patch.setattr(worker_life, "preemption_notice", lambda: None)
-        self._patch.setattr(worker_life, "node_name", lambda: f"host{rank} (10.0.0.{rank})")
-        self._patch.setattr(worker_life, "run", lambda *_arguments, **_options: training())
+        self._patch.setattr(driver, "preemption_notice", lambda: None)
+        self._patch.setattr(driver, "node_name", lambda: f"host{rank} (10.0.0.{rank})")
+        self._patch.setattr(driver, "run", lambda *_arguments, **_options: training())
         settings = {"recipe": {}, "run_dir": str(self.folder.run_dir), "folder": str(self.folder.path)}
-        return worker_life.train_on_worker(settings)
+        return driver.train_on_worker(settings)
 
 
 @pytest.fixture
@@ -96,9 +96,9 @@ def test_t4_workers_started_again_after_a_final_failure_return_at_once(group: Gr
 
 
 def test_t13_a_failure_that_may_pass_is_raised_for_ray_to_start_the_workers_again(group: Group) -> None:
-    with pytest.raises(worker_life.AttemptFailedError, match="attempt 1: InjectedFault: boom"):
+    with pytest.raises(driver.AttemptFailedError, match="attempt 1: InjectedFault: boom"):
         group.worker(raising(InjectedFault("boom")))
-    with pytest.raises(worker_life.AttemptFailedError, match="attempt 2: InjectedFault: bang"):
+    with pytest.raises(driver.AttemptFailedError, match="attempt 2: InjectedFault: bang"):
         group.worker(raising(InjectedFault("bang")))
     failure = read_failure(group.folder.run_dir)
     assert failure is not None
@@ -124,7 +124,7 @@ def test_t14_after_a_preemption_a_worker_holds_its_place_until_ray_takes_it_down
     def take_down(_until: object) -> None:
         raise TakenDownError
 
-    monkeypatch.setattr(worker_life, "hold", take_down)
+    monkeypatch.setattr(driver, "hold", take_down)
     with pytest.raises(TakenDownError):
         group.worker(raising(TerminatedError("stopped by signal 1 after step 6")))
     assert read_failure(group.folder.run_dir) is None
@@ -142,8 +142,8 @@ def test_t14_a_worker_that_holds_its_place_outlives_storage_that_does_not_answer
         return answer
 
     monkeypatch.setattr(LaunchFolder, "stop_signal", stop_signal)
-    monkeypatch.setattr(worker_life, "hold", partial(worker_life.hold, poll_seconds=0.0))
-    monkeypatch.setattr(worker_life, "watching", lambda _ask: contextlib.nullcontext())
+    monkeypatch.setattr(driver, "hold", partial(driver.hold, poll_seconds=0.0))
+    monkeypatch.setattr(driver, "watching", lambda _ask: contextlib.nullcontext())
     assert group.worker(raising(TerminatedError("stopped by signal 1 after step 6")))["status"] == "stopped"
     assert (answers, caplog.text.count("stale")) == ([], 1)
 
@@ -151,7 +151,7 @@ def test_t14_a_worker_that_holds_its_place_outlives_storage_that_does_not_answer
 def test_t14_what_a_full_disk_keeps_off_the_record_the_driver_is_told_with_its_exit_code(
     group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_life, "keep_failure", lambda _folder, new: new)
+    monkeypatch.setattr(driver, "keep_failure", lambda _folder, new: new)
     ended = group.worker(raising(StopNotSavedError("its state is NOT saved", signal_number=signal.SIGTERM)))
     assert (ended["status"], ended["exit_code"]) == ("failed", "4")
     assert ended["message"].endswith("its state is NOT saved")
@@ -191,14 +191,14 @@ def test_t2_a_death_counts_for_more_than_what_the_others_say_of_a_cut_connection
 ) -> None:
     monkeypatch.setattr(lost_workers, "living_nodes", lambda: [Node(address="10.0.0.0", node_id="a")])
     group.folder.begin(1, rank=1, node="host1 (10.0.0.1)")
-    with pytest.raises(worker_life.AttemptFailedError):
+    with pytest.raises(driver.AttemptFailedError):
         group.worker(raising(RuntimeError("[gloo] Connection closed by peer")))
     told = LostWorkers(group.folder.path)
-    told.after_exception(None, {0: worker_life.AttemptFailedError("cut")})
+    told.after_exception(None, {0: driver.AttemptFailedError("cut")})
     failure = read_failure(group.folder.run_dir)
     assert failure is not None
     assert failure.rank == 0
-    told.after_exception(None, {0: worker_life.AttemptFailedError("cut"), 1: HEALTH})
+    told.after_exception(None, {0: driver.AttemptFailedError("cut"), 1: HEALTH})
     failure = read_failure(group.folder.run_dir)
     assert failure is not None
     assert (failure.kind, failure.rank) == ("WorkerDiedError", 1)

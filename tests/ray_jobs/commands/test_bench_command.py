@@ -12,7 +12,7 @@ import torch
 from ca2st.benchmark import measure as limits
 from ca2st.benchmark import model
 from ca2st.benchmark.case import CaseSpec, LocalCase
-from ca2st.model.presets import SIZES
+from ca2st.model.config import SIZES
 from ray_jobs import console as output_file
 from ray_jobs.cli import main
 

@@ -14,7 +14,7 @@ from ca2st.errors import DataDamageError
 from pipelines.errors import ShardSetDamageError
 from pipelines.storage.index import set_facts
 from ray_jobs.cli import app
-from ray_jobs.pages.pictures import read_spread_clips
+from ray_jobs.pages.charts import read_spread_clips
 from ray_jobs.set_card import class_table, duration_bars, facts_in_words, render_set_card, size_in_words
 from sharding.format.shard_set import LabelSpace, ShardSet
 from support.fake_shards import FakeSample, flip_byte, make_samples, make_shard_set, members_of

@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from ca2st.errors import UserInputError
-from ca2st.model.parameters import count_parameters
+from ca2st.model.network import count_parameters
 from ca2st.training.journal import read_events
 from pipelines.views import EvaluationViews
 from ray_jobs.demo.comparison import (

@@ -23,7 +23,7 @@ from ca2st.training.losses import smoothed_targets
 from ray_jobs.commands.machine import _print_demo
 from ray_jobs.config.recipe import recipe_document
 from ray_jobs.demo.answers import Answers, DemoReport, Factors, factors_of_set, next_steps, read_all_answers, shown
-from ray_jobs.demo.comparison import COMPARED, ComparisonRow
+from ray_jobs.demo.comparison import COMPARED, ComparisonRow, PretrainedExpert
 from ray_jobs.demo.page import (
     MODEL_NAMES,
     choose_clips,
@@ -35,8 +35,7 @@ from ray_jobs.demo.page import (
     smoothed,
     write_demo_page,
 )
-from ray_jobs.demo.pretraining import PretrainedExpert
-from ray_jobs.pages.pictures import read_pictures
+from ray_jobs.pages.charts import read_pictures
 from ray_jobs.runs.prediction import Prediction, VideoPrediction
 from sharding.format.shard_set import read_manifest, read_shard_set
 from sharding.synthetic.factors import labels_of

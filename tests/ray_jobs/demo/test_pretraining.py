@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from ca2st.errors import EnvironmentFault
-from ca2st.model.parameters import build_model
+from ca2st.model.network import build_model
 from ca2st.training.journal import read_events
 from ca2st.weights.importer import load_expert_file
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import say
-from ray_jobs.demo import pretraining
-from ray_jobs.demo.pretraining import Lesson, PretrainedExpert, _recipe_of, _Run, _views_of, pretrain
+from ray_jobs.demo import comparison
+from ray_jobs.demo.comparison import Lesson, PretrainedExpert, _recipe_of, _Run, _views_of, pretrain
 from ray_jobs.runs.inference import load_trained
 from ray_jobs.runs.worker import OUTCOME_NAME
 from support.tiny_world import make_world_set, tiny_recipe
@@ -49,7 +49,7 @@ def run_of(world: World, out: Path, lesson: Lesson = HEAR) -> _Run:
 
 
 def test_an_expert_is_trained_alone_tested_on_its_own_labels_and_kept_as_a_file(world: World, tmp_path: Path) -> None:
-    expert = pretraining._learn(run_of(world, tmp_path))
+    expert = comparison._learn(run_of(world, tmp_path))
     assert (expert.expert, expert.factor) == ("audio", "audio+time")
     assert 0 <= expert.top1 <= 1
     assert len(list(read_events(tmp_path / "expert-audio" / "journal.jsonl", event="step"))) == 4
@@ -81,8 +81,8 @@ def test_a_lesson_of_fewer_frames_is_tested_in_views_that_read_as_many_as_the_mo
 def test_finished_experts_are_tested_here_and_start_no_process(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretraining, "_learn", lambda _: DONE)
-    monkeypatch.setattr(pretraining, "_learn_quietly", None)  # could not even be sent to a process
+    monkeypatch.setattr(comparison, "_learn", lambda _: DONE)
+    monkeypatch.setattr(comparison, "_learn_quietly", None)  # could not even be sent to a process
     (tmp_path / "expert-audio").mkdir()
     (tmp_path / "expert-audio" / OUTCOME_NAME).write_text("{}")
     found = pretrain([HEAR], expert_recipe(world), train=world.train, test=world.test, out=tmp_path)
@@ -93,7 +93,7 @@ def test_a_process_that_dies_is_told_with_the_expert_and_the_log(world: World, t
     died: Future[PretrainedExpert] = Future()
     died.set_exception(BrokenProcessPool())
     with pytest.raises(EnvironmentFault, match=r"before the audio expert was ready; .*expert-\*\.log may say why"):
-        pretraining._result(died, run_of(world, tmp_path))
+        comparison._result(died, run_of(world, tmp_path))
 
 
 def test_what_a_process_prints_goes_to_the_log_of_its_expert(
@@ -103,7 +103,7 @@ def test_what_a_process_prints_goes_to_the_log_of_its_expert(
         say("learning")
         return DONE
 
-    monkeypatch.setattr(pretraining, "_learn", speak)
-    assert pretraining._learn_quietly(run_of(world, tmp_path)) == DONE
+    monkeypatch.setattr(comparison, "_learn", speak)
+    assert comparison._learn_quietly(run_of(world, tmp_path)) == DONE
     assert (tmp_path / "expert-audio.log").read_text() == "learning\n"
     assert capsys.readouterr().err == ""

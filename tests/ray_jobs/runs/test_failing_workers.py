@@ -15,9 +15,8 @@ from ca2st.durable import FaultPoints
 from ca2st.training.errors import RunFolderBusyError
 from ca2st.training.journal import LAUNCH_LOCK_NAME, locked, read_events
 from ray_jobs.config.recipe_file import load_recipe
-from ray_jobs.launch import launch
+from ray_jobs.launch import _failure, _record, death_of, ended_badly, how_it_stopped, launch
 from ray_jobs.runs.failures import read_failure
-from ray_jobs.runs.local_processes import _failure, _record, death_of, ended_badly, how_it_stopped
 from support.tiny_runs import ca2st, journal, make_tiny_run, sequence
 
 
@@ -45,7 +44,7 @@ def test_t4_workers_that_end_well_are_waited_for() -> None:
 
 
 def test_t4_who_fails_first_is_blamed_and_the_rest_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray_jobs.runs.local_processes._LAST_WORDS_SECONDS", 1.0)
+    monkeypatch.setattr("ray_jobs.launch._LAST_WORDS_SECONDS", 1.0)
     assert blamed((end, 0, 60), (end, 3), (end, 4, 0.3)) == (1, [-signal.SIGKILL, 3, 4])
 
 
@@ -54,7 +53,7 @@ def test_t12_who_is_ended_by_a_signal_is_blamed_for_the_connections_that_broke()
 
 
 def test_t3_a_stopped_worker_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray_jobs.runs.local_processes._LAST_WORDS_SECONDS", 0.5)
+    monkeypatch.setattr("ray_jobs.launch._LAST_WORDS_SECONDS", 0.5)
     assert blamed((end, 4, 0.2), (end_by, signal.SIGSTOP)) == (0, [4, -signal.SIGKILL])
 
 

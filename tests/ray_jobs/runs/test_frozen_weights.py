@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ca2st.model.parameters import set_trainable
+from ca2st.model.network import set_trainable
 from ca2st.training.resume import trained_tensors
 from ca2st.weights.tensor_files import WeightsDamageError, WeightsMismatchError
 from ray_jobs.runs.model import ADDED, EXPERTS_FOLDER, frozen_state, keep_frozen, load_frozen

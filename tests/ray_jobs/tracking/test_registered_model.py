@@ -18,7 +18,7 @@ from ca2st.training.errors import CheckpointDamagedError
 from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import TrackingConfig, model_name
 from ray_jobs.runs.prediction import predict_videos
-from ray_jobs.tracking.registered_model import SHA256_TAG, register, signature_of
+from ray_jobs.tracking.artefacts import SHA256_TAG, register, signature_of
 from support.media import Sound, make_clip
 from support.mlflow_runs import new_run
 from support.tiny_runs import ca2st, make_tiny_run

@@ -18,8 +18,7 @@ from ca2st.errors import CA2STError, UserInputError
 from sharding.datasets import DatasetRequest, SyntheticConfig, read_dataset
 from sharding.folder import folder_lock
 from sharding.source import SourceList
-from sharding.synthetic.clips import draw_frames
-from sharding.synthetic.generation import make_clip
+from sharding.synthetic.clips import draw_frames, make_clip
 from support.annotations import touch
 
 SMALL = SyntheticConfig(num_samples=6, frame_size=32, workers=1)
@@ -121,7 +120,7 @@ def test_a_killed_generation_continues_and_leaves_no_workers(tmp_path: Path) -> 
     script.write_text(
         "from pathlib import Path\n"
         "from sharding.synthetic.config import SyntheticConfig\n"
-        "from sharding.synthetic.generation import generate_split\n"
+        "from sharding.synthetic.clips import generate_split\n"
         "if __name__ == '__main__':\n"
         "    generate_split(Path('killed'), 'train', SyntheticConfig(num_samples=300))\n"
     )

@@ -12,8 +12,8 @@ import pytest
 from ca2st.errors import UserInputError
 from sharding.errors import MediaError, RejectReason
 from sharding.media import encode
+from sharding.media.claims import MediaLimits, check_unchanged, source_state
 from sharding.media.encode import EncodedClip, encode_clip
-from sharding.media.probe import MediaLimits, check_unchanged, source_state
 from sharding.settings import ConversionConfig
 from sharding.source import SourceSample
 from support.media import DAMAGES, Sound, boxes, damage, make_clip

@@ -5,10 +5,9 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from sharding.synthetic.clips import clutter_of, draw_frames, scene_of, sound_samples
+from sharding.synthetic.clips import clutter_of, draw_frames, make_clip, scene_of, sound_samples
 from sharding.synthetic.config import DIFFICULTIES, Difficulty, SyntheticConfig
 from sharding.synthetic.factors import BAR
-from sharding.synthetic.generation import make_clip
 
 SETTINGS = DIFFICULTIES["hard"]
 FIELDS = [setting.name for setting in fields(Difficulty)]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from ca2st.errors import UserInputError
-from ray_jobs.cluster import every_node
-from ray_jobs.cluster.every_node import living_nodes
+from ray_jobs.cluster import ray_access
+from ray_jobs.cluster.ray_access import living_nodes
 
 
 def entry(address: str, node_id: str, *, alive: bool = True) -> dict[str, Any]:
@@ -36,4 +36,4 @@ def test_the_dead_are_left_out_and_two_nodes_of_one_machine_are_told_apart(monke
     ],
 )
 def test_what_was_raised_on_a_node_is_told_in_a_line(cause: Exception, what: str) -> None:
-    assert every_node._raised(SimpleNamespace(cause=cause)).what == what
+    assert ray_access._raised(SimpleNamespace(cause=cause)).what == what

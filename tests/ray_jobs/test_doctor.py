@@ -14,13 +14,9 @@ from typer.testing import CliRunner
 
 from ca2st.errors import EnvironmentFault
 from pipelines.decode.reference import ReferenceBackend
+from ray_jobs import doctor
 from ray_jobs.cli import app
-from ray_jobs.doctor import examination as services
-from ray_jobs.doctor import machine
-from ray_jobs.doctor import machine as libraries
-from ray_jobs.doctor import machine as media
-from ray_jobs.doctor.examination import all_checks
-from ray_jobs.doctor.machine import Finding, examine
+from ray_jobs.doctor import Finding, all_checks, examine
 from ray_jobs.environment import basic_authorization
 
 
@@ -33,9 +29,9 @@ def test_a_healthy_environment_passes_all_that_is_needed(tmp_path: Path) -> None
 
 def test_a_missing_and_a_wrong_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        libraries.metadata, "requires", lambda _: ["numpy<1", "not-there==3", "ruff; extra == 'dev'", "einops"]
+        doctor.metadata, "requires", lambda _: ["numpy<1", "not-there==3", "ruff; extra == 'dev'", "einops"]
     )
-    finding = libraries.check_packages()
+    finding = doctor.check_packages()
     assert not finding.ok
     numpy = metadata.version("numpy")
     assert finding.what == f"numpy: expected <1, found {numpy}; not-there: expected ==3, found none"
@@ -51,35 +47,35 @@ def test_a_check_that_breaks_is_a_finding_with_its_error() -> None:
 
 
 def test_an_encoder_that_ffmpeg_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(media._ENCODERS, "hevc", "no_such_encoder")
-    finding = media.check_video("hevc")
+    monkeypatch.setitem(doctor._ENCODERS, "hevc", "no_such_encoder")
+    finding = doctor.check_video("hevc")
     assert (finding.ok, finding.needed, finding.what) == (False, False, "no encoder no_such_encoder")
 
 
 def test_a_decoder_that_gives_other_pixels_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     true_render = ReferenceBackend.render
     monkeypatch.setattr(ReferenceBackend, "render", lambda self, requests: true_render(self, requests) // 2)
-    finding = media.check_dali()
+    finding = doctor.check_dali()
     assert not finding.ok
     assert "of 255 off Pillow" in finding.what
 
 
 def test_a_folder_that_cannot_be_written_is_told_and_one_to_come_is_judged_by_its_parent(tmp_path: Path) -> None:
-    assert machine.check_folder("disk runs", tmp_path / "a" / "b").ok
+    assert doctor.check_folder("disk runs", tmp_path / "a" / "b").ok
     assert list(tmp_path.iterdir()) == []
-    finding = machine.check_folder("disk runs", Path("/proc/1"))
+    finding = doctor.check_folder("disk runs", Path("/proc/1"))
     assert not finding.ok
     assert "cannot write there" in finding.what
 
 
 def test_a_held_sqlite_store_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(services, "_ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(doctor, "_ANSWER_SECONDS", 0.1)
     path = tmp_path / "mlflow.db"
     holder = sqlite3.connect(path, isolation_level=None)
     holder.execute("CREATE TABLE runs (id)")
-    assert services.check_tracking(f"sqlite:///{path}").ok
+    assert doctor.check_tracking(f"sqlite:///{path}").ok
     holder.execute("BEGIN IMMEDIATE")
-    finding = services.check_tracking(f"sqlite:///{path}")
+    finding = doctor.check_tracking(f"sqlite:///{path}")
     holder.close()
     assert not finding.ok
     assert "locked" in finding.what
@@ -101,16 +97,16 @@ def test_a_tracking_server_is_asked_and_passwords_are_never_shown() -> None:
     with HTTPServer(("127.0.0.1", 0), _Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{server.server_port}"
-        good = services.check_tracking(f"http://{address}/open")
-        refused = services.check_tracking(f"http://{address}/closed")
-        known = services.check_tracking(f"http://someone:secret@{address}/closed")
-        also_known = services.check_tracking(f"http://{address}/closed", basic_authorization("someone", "secret"))
+        good = doctor.check_tracking(f"http://{address}/open")
+        refused = doctor.check_tracking(f"http://{address}/closed")
+        known = doctor.check_tracking(f"http://someone:secret@{address}/closed")
+        also_known = doctor.check_tracking(f"http://{address}/closed", basic_authorization("someone", "secret"))
         server.shutdown()
     assert known == also_known
     assert (known.ok, known.what) == (True, f"http://{address}/closed answers, version 3.17.0")
-    without_port = services.check_tracking("http://someone:secret@host.invalid")
+    without_port = doctor.check_tracking("http://someone:secret@host.invalid")
     assert "secret" not in without_port.what + without_port.mend
-    silent = services.check_tracking(f"http://someone:secret@{address}")
+    silent = doctor.check_tracking(f"http://someone:secret@{address}")
     assert (good.ok, good.what) == (True, f"http://{address}/open answers, version 3.17.0")
     assert (refused.ok, refused.what) == (False, f"http://{address}/closed answers 401")
     assert not silent.ok
@@ -121,13 +117,13 @@ def test_a_tracking_server_is_asked_and_passwords_are_never_shown() -> None:
 def test_a_taken_port_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        finding = services.check_ports({"MLflow": port})
+        finding = doctor.check_ports({"MLflow": port})
     assert (finding.ok, finding.what) == (False, f"taken: {port} (MLflow)")
 
 
 def test_a_port_that_other_machines_can_reach_is_listed_and_one_on_the_loopback_is_not() -> None:
     with socket.create_server(("127.0.0.1", 0)) as inside, socket.create_server(("0.0.0.0", 0)) as outside:
-        what = services.check_listening().what
+        what = doctor.check_listening().what
         ports = what.replace(",", "").replace(";", "").split()
         assert what.startswith("to other machines: ")
         assert str(outside.getsockname()[1]) in ports
@@ -143,13 +139,13 @@ def test_an_ipv6_socket_on_the_loopback_is_no_port_for_other_machines(host: str,
     except OSError as error:
         pytest.skip(f"no IPv6 here: {error}")
     with server:
-        ports = services.check_listening().what.replace(",", "").replace(";", "").split()
+        ports = doctor.check_listening().what.replace(",", "").replace(";", "").split()
         assert (str(server.getsockname()[1]) not in ports) == is_inside
 
 
 def test_a_cluster_without_a_token_is_warned_of() -> None:
-    assert services.check_ray("token").ok
-    assert "RAY_AUTH_MODE=token" in services.check_ray(None).mend
+    assert doctor.check_ray("token").ok
+    assert "RAY_AUTH_MODE=token" in doctor.check_ray(None).mend
 
 
 def test_the_command_reports_and_ends_with_4_when_something_needed_is_broken(
@@ -160,7 +156,7 @@ def test_the_command_reports_and_ends_with_4_when_something_needed_is_broken(
         other = Finding(name="gpu", ok=False, what="none", mend="use one", needed=False)
         return {"memory": lambda: one, "gpu": lambda: other}
 
-    module = sys.modules["ray_jobs.doctor.examination"]
+    module = sys.modules["ray_jobs.doctor"]
     monkeypatch.setattr(module, "all_checks", lambda *_, **__: checks(ok=True))
     done = CliRunner().invoke(app, ["doctor", "--json"])
     assert done.exit_code == 0

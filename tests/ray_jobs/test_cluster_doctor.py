@@ -16,7 +16,6 @@ from ca2st import __version__
 from ca2st.errors import EnvironmentFault, UserInputError
 from ray_jobs.cli import app
 from ray_jobs.cluster import node_check
-from ray_jobs.cluster.every_node import Node
 from ray_jobs.cluster.node_check import (
     ClockReading,
     Door,
@@ -30,8 +29,9 @@ from ray_jobs.cluster.node_check import (
     unseen_tokens,
     write_own_token,
 )
+from ray_jobs.cluster.ray_access import Node
 from ray_jobs.commands.machine import merged
-from ray_jobs.doctor.machine import Finding
+from ray_jobs.doctor import Finding
 
 A, B, C = "10.0.0.1 (aa)", "10.0.0.2 (bb)", "10.0.0.3 (cc)"
 
