@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from ca2st.errors import CA2STError
 from ca2st.spec import IMAGENET_MEAN, IMAGENET_STD
+
+Labelling = Literal["one", "several", "none"]
+"""What the labels of a batch are: a class of every target, the classes of one target that apply, or nothing."""
 
 
 class BatchContractError(CA2STError):
@@ -68,14 +72,17 @@ class ClipBatch:
     intervals_seconds: Float[Tensor, "batch intervals 2"]
     """(start, end) in seconds from the first moment of the sample: row 0 the spectrogram crop's, then one row a
     pair of frames: the times of frames 2k and 2k+1. `intervals` = 1 + time / 2."""
-    labels: Int[Tensor, "batch targets"]
-    """Class indices, one column a target (verb, noun, ...), in the order of the recipe's targets."""
+    labels: Int[Tensor, "batch columns"]
+    """Class indices, one column a target (verb, noun, ...), in the order of the recipe's targets; of several labels a
+    clip a column a class of the one target, 1 where it applies and 0 elsewhere; without labels no column."""
     sample_ids: tuple[str, ...]
     """Keys of the samples; the views of one sample repeat its key."""
     has_audio: Bool[Tensor, " batch"]
     """False where the source has no audio track."""
     is_padding: Bool[Tensor, " batch"]
     """True for entries that only fill the last batch of an evaluation; they count nowhere."""
+    labelling: Labelling = "one"
+    """How `labels` are to be read."""
     mixing: Mixing | None = None
     """How pairs are to be mixed in the training step; None in evaluation, and where nothing is mixed."""
 
@@ -90,6 +97,8 @@ class ClipBatch:
         for name in ("mel", "labels", "has_audio", "is_padding"):
             if getattr(self, name).shape[0] != batch:
                 raise BatchContractError(f"{name}: expected {batch} rows, found {_describe(getattr(self, name))}")
+        if self.labelling == "none" and self.labels.shape[1]:
+            raise BatchContractError(f"labels: expected no column without labels, found {_describe(self.labels)}")
         if len(self.sample_ids) != batch:
             raise BatchContractError(f"sample_ids: expected {batch} keys, found {len(self.sample_ids)}")
         if self.mixing is not None and self.mixing.video_share.shape[0] != batch:
@@ -111,6 +120,7 @@ class ClipBatch:
         return ClipBatch(
             **{name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS},
             sample_ids=self.sample_ids,
+            labelling=self.labelling,
             mixing=self.mixing,
         )
 
@@ -125,6 +135,7 @@ class ClipBatch:
             yield ClipBatch(
                 **{name: getattr(self, name)[part] for name in _TENSORS},
                 sample_ids=self.sample_ids[part],
+                labelling=self.labelling,
                 mixing=self.mixing.part(part) if self.mixing is not None else None,
             )
 

@@ -384,6 +384,7 @@ class BatchAssembler:
             mel=torch.from_numpy(np.stack([self._mel(one.sample, view) for one, view in flat])),
             intervals_seconds=torch.stack([self._intervals(one.sample.entry, view) for one, view in flat]),
             labels=torch.tensor([one.labels for one, _ in flat], dtype=torch.int64),
+            labelling=self.sets.labelling,
             sample_ids=tuple(one.sample.entry.key for one, _ in flat),
             has_audio=torch.tensor(has_audio),
             is_padding=torch.tensor([one.cell.is_padding for one, _ in flat]),

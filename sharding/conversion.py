@@ -53,7 +53,7 @@ from sharding.folder import (
     write_sources,
 )
 from sharding.format.index import sample_key
-from sharding.format.shard_set import MANIFEST_NAME, LabelSpace, read_shard_set, write_shard_set
+from sharding.format.shard_set import MANIFEST_NAME, read_shard_set, write_shard_set
 from sharding.format.writer import ShardRange, StoredSample, write_shard
 from sharding.media.audio import log_mel, no_spectrogram, npy_bytes
 from sharding.media.encode import ClipJob, EncodedClip, encode_clip
@@ -305,6 +305,7 @@ class _Conversion:
             "rejected": count_by_reason(rejects),
             "clock": self._config.clock,
             "notes": _count_notes(self._source, self._done),
+            "labelling": self._source.labelling,
         }
         write_shard_set(self._out, fields, tuple(shard.entry for shard in self._done), faults=self._faults)
 
@@ -478,7 +479,7 @@ def assemble(
     except MediaError as error:
         return Reject(position=position, sample_id=sample.sample_id, reason=error.reason, what=str(error))
     key = sample_key(sample.sample_id)
-    record = sample_record(key, sample, clip, source.label_spaces, config)
+    record = sample_record(key, sample, clip, source, config)
     return StoredSample(
         key=key,
         labels=sample.labels,
@@ -497,7 +498,7 @@ def assemble(
 
 
 def sample_record(
-    key: str, sample: SourceSample, clip: EncodedClip, spaces: tuple[LabelSpace, ...], config: ConversionConfig
+    key: str, sample: SourceSample, clip: EncodedClip, source: SourceList, config: ConversionConfig
 ) -> dict[str, Any]:
     """Return the contents of a sample's ``.json``."""
     audio: dict[str, Any] = {"has_audio": False}
@@ -518,10 +519,7 @@ def sample_record(
         "start_seconds": sample.start_seconds,
         "end_seconds": sample.end_seconds,
         "duration_seconds": clip.duration_seconds,
-        "labels": {
-            space.name: {"index": index, "name": space.classes[index]}
-            for space, index in zip(spaces, sample.labels, strict=True)
-        },
+        "labels": source.named_labels(sample),
         "video": {
             "codec": config.codec,
             "width": clip.video.width,

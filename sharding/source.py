@@ -8,11 +8,12 @@ clip was converted to what players show.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ca2st.checked_json import sha256_of_json
 from ca2st.errors import UserInputError, listed
 from sharding.errors import AnnotationError
-from sharding.format.shard_set import LabelSpace
+from sharding.format.shard_set import Labelling, LabelSpace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +29,8 @@ class SourceSample:
     end_seconds: float | None
     """End of the segment, exclusive."""
     labels: tuple[int, ...]
-    """One class index per label space of the list, in its order."""
+    """Class indices, as the list's `labelling` says: one per label space in its order, or those of the one space that
+    apply, ascending, or none."""
     where: str
     """Where the annotation stands, ``file:line``, for messages."""
 
@@ -45,6 +47,8 @@ class SourceList:
     samples: tuple[SourceSample, ...]
     notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """What a user should know about the list and was accepted: kind to the places or names concerned."""
+    labelling: Labelling = "one"
+    """How many labels each sample has."""
 
     @property
     def sha256(self) -> str:
@@ -53,6 +57,7 @@ class SourceList:
             [
                 self.dataset,
                 self.split,
+                *([] if self.labelling == "one" else [self.labelling]),
                 [[space.name, *space.classes] for space in self.label_spaces],
                 [
                     [sample.sample_id, sample.path.name, sample.start_seconds, sample.end_seconds, *sample.labels]
@@ -60,6 +65,17 @@ class SourceList:
                 ],
             ]
         )
+
+    def named_labels(self, sample: SourceSample) -> dict[str, Any]:
+        """Return what a sample's JSON says of its labels: by label space an ``index`` and ``name``, or a list of them.
+
+        Empty where the list has no labels.
+        """
+        if self.labelling == "several":
+            (space,) = self.label_spaces
+            return {space.name: [{"index": at, "name": space.classes[at]} for at in sample.labels]}
+        labelled = zip(self.label_spaces, sample.labels, strict=self.labelling == "one")
+        return {space.name: {"index": at, "name": space.classes[at]} for space, at in labelled}
 
     @property
     def num_classes(self) -> dict[str, int]:
@@ -69,6 +85,8 @@ class SourceList:
 
 LOOK_ALIKE = "labels that look alike"
 SEVERAL_LABELS = "labels that may be several"
+NO_LABEL = "samples of no class"
+"""Kept, in a set of several labels a sample."""
 INVISIBLE = "labels with invisible characters"
 MISSING_LABELS = "labels that may be missing values"
 ONE_CLASS = "class alone"
@@ -117,10 +135,19 @@ def refuse_doubtful(notes: Mapping[str, int], examples: Mapping[str, Sequence[st
         raise UserInputError(f"--strict: expected nothing that questions the data, found {told}; {rest}")
 
 
+_ADVICE = {
+    SEVERAL_LABELS: "each is one class; for several labels a sample name the column `labels`, and give what stands "
+    "between them with --label-separator",
+}
+"""What to do about a kind of note, behind its line."""
+
+
 def note_lines(notes: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """Yield a line for each kind of note of a source list, with its first examples."""
     for kind, places in notes.items():
-        yield f"{'note' if kind in HARMLESS else 'warning'}: {len(places)} {kind}{_examples(places, len(places))}"
+        advice = f"; {_ADVICE[kind]}" if kind in _ADVICE else ""
+        told = f"{len(places)} {kind}{_examples(places, len(places))}{advice}"
+        yield f"{'note' if kind in HARMLESS else 'warning'}: {told}"
 
 
 def _examples(places: Sequence[str], count: int) -> str:
@@ -140,17 +167,26 @@ def check_source(source: SourceList) -> None:
             )
         seen[sample.sample_id] = sample.where
         _check_is_text(sample)
-        sizes = [len(space.classes) for space in source.label_spaces]
-        if len(sample.labels) != len(sizes) or any(
-            not 0 <= at < size for at, size in zip(sample.labels, sizes, strict=True)
-        ):
-            raise AnnotationError(f"{sample.where}: expected a label in each of {sizes} classes, found {sample.labels}")
+        if expected := _unmet(sample.labels, [len(space.classes) for space in source.label_spaces], source.labelling):
+            raise AnnotationError(f"{sample.where}: expected {expected}, found {sample.labels}")
     if not any(sample.path.is_file() for sample in source.samples):
         first = source.samples[0]
         raise UserInputError(
             f"none of the {len(source.samples)} media files exists; "
             f"the first is {first.path} ({first.where}); check --media"
         )
+
+
+def _unmet(labels: tuple[int, ...], sizes: list[int], labelling: Labelling) -> str:
+    """Return what was expected of a sample's labels and is not so, in words; empty where they are right."""
+    if labelling == "none":
+        return "no label" if labels else ""
+    if labelling == "several":
+        (size,) = sizes
+        ascends = all(0 <= at < size for at in labels) and sorted(set(labels)) == list(labels)
+        return "" if ascends else f"ascending labels of {size} classes"
+    is_right = len(labels) == len(sizes) and all(0 <= at < size for at, size in zip(labels, sizes, strict=True))
+    return "" if is_right else f"a label in each of {sizes} classes"
 
 
 def _check_is_text(sample: SourceSample) -> None:

@@ -67,7 +67,7 @@ class _Said(TypedDict):
     """What of a sample's JSON the index says too; a writer other than ours may leave it out."""
 
     key: NotRequired[str]
-    labels: NotRequired[dict[str, _SaidLabel]]
+    labels: NotRequired[dict[str, _SaidLabel | list[_SaidLabel]]]
     duration_seconds: NotRequired[float]
     video: NotRequired[_SaidVideo]
     audio: NotRequired[_SaidAudio]
@@ -245,13 +245,17 @@ def _contradictions(root: Path, shard: ShardEntry, spaces: Sequence[LabelSpace])
 def _twice(row: _Row, said: "_Said", spaces: Sequence[LabelSpace]) -> Iterator[tuple[str, Any, Any]]:
     """Yield what is said twice: its name, what the index says, what the JSON says."""
     labels = said.get("labels", {})
-    named = {space.name: label for space, label in zip(spaces, row["labels"], strict=False)}
-    if "labels" in said:
-        yield "labels", named, {name: label["index"] for name, label in labels.items()}
+    lists = [label for label in labels.values() if isinstance(label, list)]
+    if lists:  # several labels a sample, of the one space
+        yield "labels", row["labels"], [label["index"] for label in lists[0]]
+    elif "labels" in said:
+        named = {space.name: label for space, label in zip(spaces, row["labels"], strict=False)}
+        yield "labels", named, {name: label["index"] for name, label in labels.items() if not isinstance(label, list)}
     for space in spaces:
-        label = labels.get(space.name)
-        if label is not None and 0 <= label["index"] < len(space.classes):
-            yield f"class of {space.name}", space.classes[label["index"]], label["name"]
+        found = labels.get(space.name, [])
+        for label in found if isinstance(found, list) else [found]:
+            if 0 <= label["index"] < len(space.classes):
+                yield f"class of {space.name}", space.classes[label["index"]], label["name"]
     if "video" in said:
         yield "num_frames", row["num_frames"], said["video"]["num_frames"]
     if "audio" in said:

@@ -1,7 +1,8 @@
 """Losses as one number per clip, and the mixing of pairs on the device.
 
 A step's loss is the sum over clips and targets divided by the global number of clips, so no split into ranks and
-micro-batches changes it. Targets are distributions already, so mixed labels need no other code.
+micro-batches changes it. Targets are distributions already, so mixed labels need no other code. Where a clip may have
+several labels, each class is a question of its own: binary cross-entropy, the mean over the classes.
 
 Clips 2k and 2k+1 are partners (`ClipBatch.mixing`). A clip that keeps all of itself stays bit for bit what it was, and
 a partner whose numbers are not finite reaches only what is taken from it.
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from ca2st.batch import ClipBatch, Mixing
+from ca2st.batch import ClipBatch, Labelling, Mixing
 from ca2st.errors import UserInputError
 from ca2st.training.errors import LabelRangeError
 
@@ -75,8 +76,12 @@ def smoothed_targets(
     labels: Int[Tensor, " clips"], num_classes: int, *, smoothing: float
 ) -> Float[Tensor, "clips {num_classes}"]:
     """Return a distribution per clip: ``1 - smoothing`` on its label, ``smoothing / num_classes`` on every class."""
-    hot = F.one_hot(labels.long(), num_classes).float()
-    return hot * (1 - smoothing) + smoothing / num_classes
+    return smoothed(F.one_hot(labels.long(), num_classes), smoothing=smoothing)
+
+
+def smoothed(hot: Int[Tensor, "clips classes"], *, smoothing: float) -> Float[Tensor, "clips classes"]:
+    """Return targets of 0 and 1 less `smoothing`, of which ``smoothing / classes`` goes to every class."""
+    return hot.float() * (1 - smoothing) + smoothing / hot.shape[1]
 
 
 def cross_entropy_per_clip(
@@ -86,19 +91,32 @@ def cross_entropy_per_clip(
     return -(targets * torch.log_softmax(logits.float(), dim=-1)).sum(dim=-1)
 
 
+def binary_cross_entropy_per_clip(
+    logits: Float[Tensor, "clips classes"], targets: Float[Tensor, "clips classes"]
+) -> Float[Tensor, " clips"]:
+    """Return the mean over the classes of each clip's binary cross-entropy, in float32."""
+    return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(dim=-1)
+
+
 def loss_per_clip(
     logits: Mapping[str, Tensor],
-    labels: Int[Tensor, "clips targets"],
+    labels: Int[Tensor, "clips columns"],
     *,
     targets: tuple[str, ...],
     smoothing: float,
+    labelling: Labelling = "one",
     mixing: Mixing | None = None,
 ) -> Float[Tensor, " clips"]:
     """Return the sum over targets of each clip's smoothed cross-entropy; label column i belongs to ``targets[i]``.
 
-    With `mixing` every head has its own soft targets: the clip's and its partner's, by the share of the labels.
+    `labelling` ``several``: the binary cross-entropy of the one target, whose classes the columns are. With `mixing`
+    every head has its own soft targets: the clip's and its partner's, by the share of the labels.
     """
     check_targets(logits, targets)
+    if labelling == "several":
+        (name,) = targets
+        hot = smoothed(labels, smoothing=smoothing)
+        return binary_cross_entropy_per_clip(logits[name], mixed_targets(hot, mixing))
     terms = []
     for column, name in enumerate(targets):
         wanted = smoothed_targets(labels[:, column], logits[name].shape[-1], smoothing=smoothing)
@@ -122,13 +140,27 @@ def check_targets(logits: Iterable[str], targets: tuple[str, ...]) -> None:
 
 
 def check_label_range(
-    labels: Int[Tensor, "clips targets"], sample_ids: tuple[str, ...], *, num_classes: Mapping[str, int]
+    labels: Int[Tensor, "clips columns"],
+    sample_ids: tuple[str, ...],
+    *,
+    num_classes: Mapping[str, int],
+    labelling: Labelling = "one",
 ) -> None:
-    """Refuse labels outside the heads' classes, naming the first sample.
+    """Refuse labels outside the heads' classes, naming the first sample; of several labels a clip, other columns.
 
     Raises:
-        LabelRangeError: a label is negative or not less than its head's number of classes.
+        LabelRangeError: a label is negative or not less than its head's number of classes, or of several labels a clip
+            there is not a column for each class.
     """
+    if labelling == "none":
+        return
+    if labelling == "several":
+        if [labels.shape[1]] != list(num_classes.values()):
+            raise LabelRangeError(
+                f"sample {sample_ids[0]}: expected labels of {dict(num_classes)} classes (the head's), found "
+                f"{labels.shape[1]}; the shards and the model's head belong to different class lists"
+            )
+        return
     sizes = torch.tensor(list(num_classes.values()), device=labels.device)
     wrong = ((labels < 0) | (labels >= sizes)).nonzero()
     if len(wrong):

@@ -193,12 +193,14 @@ class Intake:
     def _check(self, share: ClipBatch, where: str) -> None:
         if share.num_clips == 0 or bool(share.is_padding.any()):
             raise SourceContractError(f"{where}: expected clips without padding, found {share.num_clips} with padding")
-        if share.labels.shape[1] != len(self._targets):
+        if share.labelling == "none":
+            raise SourceContractError(f"{where}: expected clips with labels, found clips without any")
+        if share.labelling == "one" and share.labels.shape[1] != len(self._targets):
             raise SourceContractError(
                 f"{where}: expected one label column for each of {', '.join(self._targets)}, "
                 f"found {share.labels.shape[1]}"
             )
-        check_label_range(share.labels, share.sample_ids, num_classes=self._targets)
+        check_label_range(share.labels, share.sample_ids, num_classes=self._targets, labelling=share.labelling)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -304,6 +306,7 @@ class Stepper:
                 part.labels,
                 targets=self._targets,
                 smoothing=self._optim.label_smoothing,
+                labelling=part.labelling,
                 mixing=part.mixing,
             )
         # DistributedDataParallel averages over ranks: times world_size makes it the sum over ranks.

@@ -20,6 +20,10 @@ Gupta et al., "LVIS" (CVPR 2019), with the number of repeats of a class instead 
 Each sample of class c is read floor(Q_c / n_c) times, and Q_c mod n_c of them, drawn anew every pass, once more: sample
 number j of the class sits at place (a * j + b) mod n_c, with keyed a (without a common divisor with n_c) and b, and the
 first Q_c mod n_c places are read once more. So every sample of a class has the same chance in every pass.
+
+A sample of several labels counts as one of the rarest of them, c, and is read as often as a sample of a class that
+occurs in as many samples as c: 1 / n_c (``full``) or 1 / sqrt(n_c) (``sqrt``) in proportion, the pass staying of N
+samples, or max(1, sqrt(threshold / (n_c / N))) times, as LVIS defines it for pictures.
 """
 
 import fnmatch
@@ -115,12 +119,14 @@ class SampleSelector:
         self._participants = _Patterns(config.participants, [f"{name}[_-]*" for name in config.participants])
         self._keys = _Patterns(config.keys, config.keys)
 
-    def mask(self, keys: Sequence[str] | None, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return which samples of a shard are selected; `limit` is not looked at."""
+    def mask(self, keys: Sequence[str] | None, labels: "LabelLists") -> NDArray[np.bool_]:
+        """Return which samples of a shard are selected, by any of their labels; `limit` is not looked at."""
         mask = np.ones(len(labels), np.bool_)
         if len(self._labels):
-            mask &= np.isin(labels, self._labels)
-            self._seen_labels.update(np.unique(labels[mask]).tolist())
+            wanted = np.isin(labels.flat, self._labels)
+            mask[:] = False
+            mask[labels.rows[wanted]] = True
+            self._seen_labels.update(np.unique(labels.flat[wanted]).tolist())
         for patterns in (self._participants, self._keys):
             if patterns.names and keys is not None:
                 mask &= np.fromiter((patterns.match(key) for key in keys), np.bool_, len(keys))
@@ -196,6 +202,39 @@ def smallest(ranks: NDArray[np.uint64], limit: int) -> NDArray[np.bool_]:
     return mask
 
 
+@dataclass(frozen=True, slots=True)
+class LabelLists:
+    """The labels of some samples in one label space: one each, or any number."""
+
+    flat: NDArray[np.integer]
+    """All labels, sample after sample."""
+    sizes: NDArray[np.integer]
+    """How many each sample has."""
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """Return which sample each of `flat` is of."""
+        return np.repeat(np.arange(len(self.sizes)), self.sizes)
+
+    def where(self, mask: NDArray[np.bool_]) -> "LabelLists":
+        """Return those of the samples that `mask` is true for."""
+        return LabelLists(self.flat[np.repeat(mask, self.sizes)], self.sizes[mask])
+
+    def part(self, samples: slice) -> "LabelLists":
+        """Return those of consecutive samples."""
+        start, stop = (int(self.sizes[: at or 0].sum()) for at in (samples.start, samples.stop))
+        return LabelLists(self.flat[start:stop], self.sizes[samples])
+
+    @classmethod
+    def joined(cls, parts: Sequence["LabelLists"], kind: type[np.integer]) -> "LabelLists":
+        """Return the samples of all parts, their labels as `kind`."""
+        flat = np.concatenate([np.empty(0, kind), *(part.flat.astype(kind) for part in parts)])
+        return cls(flat, np.concatenate([np.empty(0, np.uint16), *(part.sizes.astype(np.uint16) for part in parts)]))
+
+
 BalanceRule = Literal["none", "sqrt", "full", "repeat_factor"]
 _CHUNK = 1 << 18
 _SQRT_BITS = 40
@@ -225,29 +264,66 @@ class BalanceConfig:
             )
 
 
-def class_quotas(counts: NDArray[np.int64], config: BalanceConfig) -> NDArray[np.int64]:
-    """Return the readings of each class in a pass, for classes of `counts` samples; none for an empty class."""
+def class_quotas(
+    counts: NDArray[np.int64], config: BalanceConfig, *, occurrences: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """Return the readings of each class in a pass, for classes of `counts` samples; none for an empty class.
+
+    `occurrences`: how many samples a class occurs in, where `counts` are those of which it is the rarest; None: as
+    many. Each of the samples is then read as often as a sample of a class that occurs so often.
+    """
     sizes: list[int] = counts.tolist()
     total = sum(sizes)
     if config.rule == "none":
         return counts
+    occurs = sizes if occurrences is None else [max(1, n) for n in occurrences.tolist()]
+    pairs = list(zip(sizes, occurs, strict=True))
     if config.rule == "repeat_factor":
         threshold = Fraction(repr(config.threshold))
-        wanted = [size * total * threshold for size in sizes]  # its square root, rounded to the nearest
+        # size * sqrt(total * threshold / occurs), rounded to the nearest
+        wanted = [Fraction(n * n, max(1, times)) * total * threshold for n, times in pairs]
         return np.array([max(n, (math.isqrt(math.floor(4 * x)) + 1) // 2) for n, x in zip(sizes, wanted, strict=True)])
-    if config.rule == "sqrt":
-        return np.array(apportion([math.isqrt(size << 2 * _SQRT_BITS) for size in sizes], total))
-    return np.array(apportion([int(size > 0) for size in sizes], total))
+    if occurrences is None:
+        weights = [math.isqrt(n << 2 * _SQRT_BITS) if config.rule == "sqrt" else int(n > 0) for n in sizes]
+    elif config.rule == "sqrt":
+        weights = [n * math.isqrt((1 << 2 * _SQRT_BITS) // times) for n, times in pairs]
+    else:
+        weights = [(n << _SQRT_BITS) // times for n, times in pairs]
+    return np.array(apportion(weights, total))
+
+
+def rarest_classes(labels: LabelLists) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+    """Return the rarest class of each sample, and how many samples each class occurs in.
+
+    Samples without any label are a class of their own, behind the others. Of equally rare classes the first counts.
+    """
+    num_classes = int(labels.flat.max()) + 1 if len(labels.flat) else 0
+    counts = np.bincount(labels.flat, minlength=num_classes)
+    by_rarity = np.lexsort((np.arange(num_classes), counts))
+    place = np.empty(num_classes, np.int64)
+    place[by_rarity] = np.arange(num_classes)
+    rarest = np.full(len(labels), num_classes, np.int64)
+    np.minimum.at(rarest, labels.rows, place[labels.flat])
+    classes = np.append(by_rarity, num_classes)[rarest]
+    return classes.astype(np.min_scalar_type(num_classes)), np.append(counts, (labels.sizes == 0).sum())[
+        : int(classes.max(initial=0)) + 1
+    ]
 
 
 class ClassBalance:
     """How often a pass reads each sample of one source. Memory: two or four bytes per sample, and one more per pass."""
 
-    def __init__(self, classes: NDArray[np.integer], config: BalanceConfig) -> None:
-        """`classes`: the label of every sample in stored order."""
-        self._classes = classes
-        self._sizes = np.bincount(classes) if len(classes) else np.zeros(1, np.int64)
-        self._quotas = class_quotas(self._sizes, config)
+    def __init__(self, labels: NDArray[np.integer] | LabelLists, config: BalanceConfig) -> None:
+        """`labels`: the label of every sample in stored order, or its labels.
+
+        A sample of several labels is read as often as the rarest of them asks for.
+        """
+        if isinstance(labels, LabelLists):
+            self._classes, counts = rarest_classes(labels)
+        else:
+            self._classes, counts = labels, None
+        self._sizes = np.bincount(self._classes) if len(self._classes) else np.zeros(1, np.int64)
+        self._quotas = class_quotas(self._sizes, config, occurrences=counts)
         self.num_readings = int(self._quotas.sum())
         """Readings of a pass: the same in every pass."""
         self.most_readings = int(max((-(-self._quotas // np.maximum(self._sizes, 1))).max(), 1))

@@ -26,8 +26,16 @@ from numpy.typing import NDArray
 from ca2st.errors import UserInputError
 from pipelines.errors import ShardSetDamageError
 from pipelines.keyed_random import Key, permutation
-from pipelines.order.selection import BalanceConfig, ClassBalance, SampleSelector, SelectionConfig, key_ranks, smallest
-from pipelines.storage.index import read_columns
+from pipelines.order.selection import (
+    BalanceConfig,
+    ClassBalance,
+    LabelLists,
+    SampleSelector,
+    SelectionConfig,
+    key_ranks,
+    smallest,
+)
+from pipelines.storage.index import num_labels, read_columns
 from sharding.format.shard_set import LabelSpace, ShardEntry, ShardSet
 
 
@@ -202,8 +210,8 @@ class _Scanned:
     sizes: NDArray[np.int64]
     """How many of each shard."""
     rows: NDArray[np.int32]
-    balanced: NDArray[np.integer]
-    """Label of the balanced target; empty where none is balanced."""
+    balanced: LabelLists
+    """Labels of the balanced target; empty where none is balanced."""
 
 
 def make_sources(
@@ -235,10 +243,15 @@ def make_sources(
                 sizes=scanned.sizes[shards],
                 first_shard=shards.start,
                 rows=None if selection.is_everything else scanned.rows[samples],
-                balance=None if balance.rule == "none" else ClassBalance(scanned.balanced[samples], balance),
+                balance=None if balance.rule == "none" else _balance(scanned.balanced.part(samples), balance),
             )
         )
     return tuple(sources)
+
+
+def _balance(labels: LabelLists, config: BalanceConfig) -> ClassBalance:
+    """The balance of samples of one label each, or of several."""
+    return ClassBalance(labels.flat if bool((labels.sizes == 1).all()) else labels, config)
 
 
 def _stored_sizes(group: Sequence[ShardSet]) -> NDArray[np.int64]:
@@ -254,12 +267,14 @@ def _scan(
     kind = np.uint16 if len(balanced.classes) <= 1 << 16 else np.uint32
     rows: list[NDArray[np.int32]] = []
     ranks: list[NDArray[np.uint64]] = []
-    classes: list[NDArray[np.integer]] = []
+    classes: list[LabelLists] = []
     for keys, labels in _shards(shard_sets, (selected.name, balanced.name), with_keys=selection.needs_keys):
         chosen = np.flatnonzero(selector.mask(keys, labels[0])).astype(np.int32)
         rows.append(chosen)
         if balance.rule != "none":
-            classes.append(labels[1][chosen].astype(kind))
+            mask = np.zeros(len(labels[1]), np.bool_)
+            mask[chosen] = True
+            classes.append(labels[1].where(mask))
         if selection.limit is not None and keys is not None:
             ranks.append(key_ranks((keys[row] for row in chosen), limit_seed=selection.limit_seed))
     sizes = np.array([len(one) for one in rows], np.int64)
@@ -267,7 +282,7 @@ def _scan(
     whole = _Scanned(
         sizes=sizes,
         rows=np.concatenate([np.empty(0, np.int32), *rows]),
-        balanced=np.concatenate([np.empty(0, kind), *classes]),
+        balanced=LabelLists.joined(classes, kind),
     )
     return whole if selection.limit is None else _limited(whole, smallest(np.concatenate(ranks), selection.limit))
 
@@ -277,13 +292,13 @@ def _limited(whole: _Scanned, mask: NDArray[np.bool_]) -> _Scanned:
     return _Scanned(
         sizes=np.diff(ends, prepend=0),
         rows=whole.rows[mask],
-        balanced=whole.balanced[mask] if len(whole.balanced) else whole.balanced,
+        balanced=whole.balanced.where(mask) if len(whole.balanced) else whole.balanced,
     )
 
 
 def _shards(
     shard_sets: Sequence[ShardSet], names: Sequence[str], *, with_keys: bool
-) -> Iterator[tuple[list[str] | None, list[NDArray[np.int64]]]]:
+) -> Iterator[tuple[list[str] | None, list[LabelLists]]]:
     """Yield the keys and the labels of the named spaces, shard by shard."""
     for shard_set in shard_sets:
         manifest = shard_set.manifest
@@ -291,24 +306,31 @@ def _shards(
             (manifest.label_space(name), manifest.label_spaces.index(manifest.label_space(name))) for name in names
         ]
         for shard, table in read_columns(shard_set, ["key", "labels"] if with_keys else ["labels"]):
-            labels = _labels(table, shard, len(manifest.label_spaces))
+            labels = _labels(table, shard, num_labels(manifest))
             keys = table.column("key").to_pylist() if with_keys else None
-            yield keys, [_checked(labels[:, column], space, shard) for space, column in spaces]
+            yield keys, [_checked(labels[column], space, shard) for space, column in spaces]
 
 
-def _checked(labels: NDArray[np.int64], space: LabelSpace, shard: ShardEntry) -> NDArray[np.int64]:
-    if len(labels) and not (labels.min() >= 0 and labels.max() < len(space.classes)):
+def _checked(labels: LabelLists, space: LabelSpace, shard: ShardEntry) -> LabelLists:
+    flat = labels.flat
+    if len(flat) and not (flat.min() >= 0 and flat.max() < len(space.classes)):
         raise ShardSetDamageError(
             f"{shard.index_name}: expected a {space.name} of 0..{len(space.classes) - 1} in every row, found "
-            f"{labels.min()}..{labels.max()}; convert the set again"
+            f"{flat.min()}..{flat.max()}; convert the set again"
         )
     return labels
 
 
-def _labels(table: pa.Table, shard: ShardEntry, num_spaces: int) -> NDArray[np.int64]:
+def _labels(table: pa.Table, shard: ShardEntry, expected: int | None) -> list[LabelLists]:
+    """The labels of a shard by label space; `expected` labels a sample, or None: any number of the one space."""
     try:
-        flat = table.column("labels").combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return flat.astype(np.int64).reshape(shard.num_samples, num_spaces)  # type: ignore[no-any-return]  # pyarrow
+        column = table.column("labels").combine_chunks()
+        flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+        if expected is None:
+            sizes = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+            return [LabelLists(flat, sizes)]
+        one = np.ones(shard.num_samples, np.int64)
+        return [LabelLists(labels, one) for labels in flat.reshape(shard.num_samples, expected).T]
     except (pa.ArrowException, ValueError) as error:
         raise ShardSetDamageError(
             f"{shard.index_name}: not this shard's index ({error}); convert the set again"

@@ -15,7 +15,7 @@ from pipelines.errors import SampleDamageError, ShardSetDamageError
 from pipelines.storage.remote import open_files
 from pipelines.storage.shard_files import ShardFiles
 from sharding.format.index import decode_index, read_parquet
-from sharding.format.shard_set import LabelSpace, ShardEntry, ShardSet
+from sharding.format.shard_set import LabelSpace, Manifest, ShardEntry, ShardSet
 from sharding.media.codecs import StoredCodec, stored_codec
 
 _KEY = re.compile(r"[a-z0-9_-]{1,80}")
@@ -31,7 +31,7 @@ class SampleEntry:
     shard: ShardEntry
     key: str
     labels: tuple[int, ...]
-    """One per label space of the manifest."""
+    """One per label space of the manifest; in a set of several labels a sample, those of its one space, ascending."""
     has_audio: bool
     mel_rows: int
     mel_offset: int
@@ -62,8 +62,10 @@ class SampleEntry:
 class ShardIndex:
     """The rows of one shard's index, held as the arrays of its table."""
 
-    def __init__(self, shard: ShardEntry, table: pa.Table, *, num_labels: int, codec: StoredCodec) -> None:
+    def __init__(self, shard: ShardEntry, table: pa.Table, *, num_labels: int | None, codec: StoredCodec) -> None:
         """Take the columns as NumPy arrays; by DLPack, as pyarrow's `to_numpy` would import pandas first.
+
+        `num_labels` None: any number of labels a sample, ascending.
 
         Raises:
             ShardSetDamageError: it has another number of rows, or places with nothing in them.
@@ -120,7 +122,11 @@ class ShardIndex:
         num_ranges = value["num_frames"] if self._codec.has_frame_ranges else 0
         rules = {
             "a key of [a-z0-9_-], 1 to 80 characters": bool(_KEY.fullmatch(value["key"])),
-            f"{self._num_labels} labels": len(arrays["labels"]) == self._num_labels,
+            "ascending labels" if self._num_labels is None else f"{self._num_labels} labels": (
+                bool((np.diff(arrays["labels"]) > 0).all())
+                if self._num_labels is None
+                else len(arrays["labels"]) == self._num_labels
+            ),
             "byte ranges of whole numbers >= 0": all(value[name] >= 0 for name in _RANGES),
             "at least one frame, none empty": value["num_frames"] > 0 and bool((frames > 0).all()),
             "as many sizes, times and checksums as num_frames"
@@ -189,7 +195,12 @@ class ShardIndexCache:
         except (pa.ArrowException, ValueError) as error:
             raise ShardSetDamageError(f"{shard.index_name}: not an index ({error}); convert the set again") from error
         codec = stored_codec(manifest.video.codec)
-        return ShardIndex(shard, table, num_labels=len(manifest.label_spaces), codec=codec)
+        return ShardIndex(shard, table, num_labels=num_labels(manifest), codec=codec)
+
+
+def num_labels(manifest: Manifest) -> int | None:
+    """Return the labels of each sample; None where each has any number."""
+    return {"one": len(manifest.label_spaces), "several": None, "none": 0}[manifest.labelling]
 
 
 def read_columns(shard_set: ShardSet, columns: Sequence[str]) -> Iterator[tuple[ShardEntry, pa.Table]]:
@@ -251,7 +262,10 @@ class SetFacts:
     notes: Mapping[str, int]
     """What was unusual about the sources and accepted, by kind."""
     classes: Mapping[str, Mapping[str, int]]
-    """Samples of each class, by label space."""
+    """Samples of each class, by label space; without labels none."""
+    labelling: str
+    """How many labels a sample has: ``one`` of each label space, ``several`` or ``none``."""
+    labels_per_sample: Spread
     duration_seconds: Spread
     num_frames: Spread
     frames_per_second: Spread
@@ -273,11 +287,12 @@ def set_facts(shard_set: ShardSet) -> SetFacts:
     """
     manifest = shard_set.manifest
     counts: list[Counter[int]] = [Counter() for _ in manifest.label_spaces]
+    num_of_each: list[int] = []
     columns: dict[str, list[NDArray[np.float64]]] = {name: [] for name in _COLUMNS if name != "labels"}
     for shard, table in read_columns(shard_set, _COLUMNS):
         for name, parts in columns.items():
             parts.append(table.column(name).to_numpy(zero_copy_only=False).astype(np.float64))
-        _count_labels(counts, table, shard)
+        num_of_each += _count_labels(counts, table, shard, num_labels(manifest))
     values = {name: np.concatenate(parts) for name, parts in columns.items()}
     durations = values["duration_seconds"]
     return SetFacts(
@@ -290,7 +305,13 @@ def set_facts(shard_set: ShardSet) -> SetFacts:
         shard_bytes=sum(shard.bytes + shard.index_bytes for shard in shard_set.shards),
         rejected=dict(manifest.rejected),
         notes=dict(manifest.notes),
-        classes={space.name: _named(space, found) for space, found in zip(manifest.label_spaces, counts, strict=True)},
+        classes={
+            space.name: _named(space, found)
+            for space, found in zip(manifest.label_spaces, counts, strict=True)
+            if manifest.labelling != "none"
+        },
+        labelling=manifest.labelling,
+        labels_per_sample=Spread.of(np.array(num_of_each, np.float64)),
         duration_seconds=Spread.of(durations),
         num_frames=Spread.of(values["num_frames"]),
         frames_per_second=Spread.of(values["num_frames"] / np.maximum(durations, 1e-9)),
@@ -302,14 +323,17 @@ def set_facts(shard_set: ShardSet) -> SetFacts:
     )
 
 
-def _count_labels(counts: Sequence[Counter[int]], table: pa.Table, shard: ShardEntry) -> None:
+def _count_labels(
+    counts: Sequence[Counter[int]], table: pa.Table, shard: ShardEntry, expected: int | None
+) -> list[int]:
+    """Count a shard's labels into `counts`; how many each sample has is returned."""
     labels = table.column("labels").to_pylist()
-    if any(len(row) != len(counts) for row in labels):
-        raise ShardSetDamageError(
-            f"{shard.index_name}: expected {len(counts)} labels per sample; convert the set again"
-        )
-    for column, counter in enumerate(counts):
-        counter.update(row[column] for row in labels)
+    sizes = [len(row) for row in labels]
+    if expected is not None and any(size != expected for size in sizes):
+        raise ShardSetDamageError(f"{shard.index_name}: expected {expected} labels per sample; convert the set again")
+    for column, counter in enumerate(counts if expected != 0 else ()):
+        counter.update(label for row in labels for label in (row if expected is None else [row[column]]))
+    return sizes
 
 
 def _named(space: LabelSpace, found: Counter[int]) -> dict[str, int]:

@@ -49,7 +49,7 @@ class SetReaders:
             UserInputError: a target, codec or mel size that a set does not have.
             ShardSetDamageError: files of a set are missing or of another size.
         """
-        if not targets:
+        if not targets and shard_sets[0].manifest.labelling != "none":
             raise UserInputError("targets: expected at least one label space, found none")
         for shard_set in shard_sets:
             check_manifest(shard_set, clip)
@@ -59,6 +59,8 @@ class SetReaders:
         ]
         for reader in self._readers:
             reader.files.check()
+        self.labelling = shard_sets[0].manifest.labelling
+        """Of all the sets."""
         self._spaces = [_label_columns(shard_set, targets) for shard_set in shard_sets]
         self._ends = [*accumulate(len(shard_set.shards) for shard_set in shard_sets)]
 
@@ -68,21 +70,21 @@ class SetReaders:
         return self._readers[number], shard - (self._ends[number - 1] if number else 0)
 
     def labels(self, shard: int, entry: SampleEntry) -> list[int]:
-        """Return the labels of a sample of a shard, in the order of the targets.
+        """Return a sample's row of `ClipBatch.labels`: its labels in the order of the targets, or 0 and 1 by class.
 
         Raises:
             SampleDamageError: one is outside its label space.
         """
-        labels = []
-        for column, space in self._spaces[self._number(shard)]:
-            label = entry.labels[column]
-            if not 0 <= label < len(space.classes):
-                raise SampleDamageError(
-                    f"{entry.where}: expected a {space.name} of 0..{len(space.classes) - 1}, found {label}; "
-                    "convert the set again"
-                )
-            labels.append(label)
-        return labels
+        if self.labelling == "none":
+            return []
+        spaces = self._spaces[self._number(shard)]
+        if self.labelling == "several":
+            ((_, space),) = spaces
+            hot = [0] * len(space.classes)
+            for label in entry.labels:
+                hot[_inside(label, space, entry)] = 1
+            return hot
+        return [_inside(entry.labels[column], space, entry) for column, space in spaces]
 
     def stride_notes(self, sampling: SamplingConfig) -> list[str]:
         """See `stride_note`: one line for each of the sets whose clips run at other rates."""
@@ -125,14 +127,16 @@ def check_agreement(shard_sets: Sequence[ShardSet], targets: Sequence[str]) -> N
 
     Raises:
         UserInputError: no set or target, one set twice, or sets whose targets have other classes or whose
-            spectrograms were made otherwise; names the sets.
+            spectrograms were made otherwise, or a set without labels; names the sets.
     """
     if not shard_sets:
         raise UserInputError("shard sets: expected at least one, found none")
+    require_labels(shard_sets[0], what="training", labelling=shard_sets[0].manifest.labelling)
     if not targets:
         raise UserInputError("targets: expected at least one label space, found none")
     first, places = shard_sets[0], dict[str, str]()
     for shard_set in shard_sets:
+        require_labels(shard_set, what="training", labelling=first.manifest.labelling)
         if (fingerprint := shard_set.manifest.fingerprint) in places:
             raise UserInputError(
                 f"{places[fingerprint]} and {shard_set.where} are the same shard set; name it once, with the "
@@ -150,6 +154,26 @@ def check_agreement(shard_sets: Sequence[ShardSet], targets: Sequence[str]) -> N
                 )
         if "none" not in (first.manifest.audio.policy, shard_set.manifest.audio.policy):
             check_sound(shard_set, first.manifest.audio, whose=first.where)
+
+
+def require_labels(shard_set: ShardSet, *, what: str, labelling: str) -> None:
+    """Refuse a set without labels for `what`, and one whose samples have one label where others have several.
+
+    Raises:
+        UserInputError: as said.
+    """
+    found = shard_set.manifest.labelling
+    if found == "none":
+        raise UserInputError(
+            f"{shard_set.where}: expected labels, which {what} needs, found a set without any "
+            f"({shard_set.manifest.dataset}, {shard_set.manifest.split}); choose a labelled split (`ca2st evaluate` "
+            "writes predictions for this one)"
+        )
+    if found != labelling:
+        raise UserInputError(
+            f"{shard_set.where}: expected {labelling} label{'s' * (labelling != 'one')} a sample, as in the first "
+            f"training set, found {found}; convert both with the same column of labels"
+        )
 
 
 def check_manifest(shard_set: ShardSet, clip: ClipSpec) -> None:
@@ -270,6 +294,15 @@ def stride_note(reader: SampleReader, sampling: SamplingConfig) -> str | None:
     return f"{shard_set.where}: {'; '.join(parts)}" if parts else None
 
 
+def _inside(label: int, space: LabelSpace, entry: SampleEntry) -> int:
+    if not 0 <= label < len(space.classes):
+        raise SampleDamageError(
+            f"{entry.where}: expected a {space.name} of 0..{len(space.classes) - 1}, found {label}; "
+            "convert the set again"
+        )
+    return label
+
+
 def _range(values: Collection[float | int]) -> str:
     low, high = f"{min(values):.4g}", f"{max(values):.4g}"
     return low if low == high else f"{low} to {high}"
@@ -278,5 +311,7 @@ def _range(values: Collection[float | int]) -> str:
 def _label_columns(shard_set: ShardSet, targets: Sequence[str]) -> list[tuple[int, LabelSpace]]:
     """Return the place in the index's ``labels`` of each label space named by `targets`, and the space."""
     manifest = shard_set.manifest
+    if manifest.labelling == "none":
+        return []
     spaces = [manifest.label_space(name) for name in targets]
     return [(manifest.label_spaces.index(space), space) for space in spaces]

@@ -80,6 +80,9 @@ class BuildOptions:
         Path | None,
         _source("csv, list, folder, kinetics_sound, activitynet: class names in label order, one per line."),
     ] = None
+    label_separator: Annotated[
+        str | None, _source("csv: what stands between the labels of the column `labels`; default |.")
+    ] = None
     follow_links: Annotated[bool, _source("Links may lead outside --media.", "--follow-links")] = False
     clock: Annotated[
         Clock,
@@ -189,6 +192,7 @@ class BuildOptions:
             limit=self.limit,
             check_media=not self.dry_run,
             classes=self.classes,
+            label_separator=self.label_separator,
             follow_links=self.follow_links,
             max_missing=RejectBudget.parse(self.max_missing, option="--max-missing"),
             task=self.task,

@@ -5,20 +5,9 @@ checks every row before any video is decoded. Adding a dataset = one module with
 """
 
 from collections.abc import Callable
+from importlib import import_module
 
-from ca2st.errors import check_choice
-from sharding.datasets import (
-    activitynet,
-    epic,
-    folder,
-    hd_epic,
-    kinetics,
-    own_list,
-    something_something,
-    synthetic,
-    ucf_101,
-    vgg_sound,
-)
+from ca2st.errors import UserInputError, check_choice
 from sharding.datasets.label_spaces import with_label_notes
 from sharding.datasets.request import DatasetRequest
 from sharding.source import SourceList
@@ -28,23 +17,25 @@ __all__ = ["DATASETS", "DatasetRequest", "Reader", "SyntheticConfig", "read_data
 
 Reader = Callable[[DatasetRequest], SourceList]
 
-DATASETS: dict[str, Reader] = {
-    "activitynet": activitynet.read,
-    "csv": own_list.read,
-    "epic_kitchens_100": epic.read_kitchens,
-    "epic_sounds": epic.read_sounds,
-    "folder": folder.read,
-    "hd_epic": hd_epic.read,
-    "hd_epic_sounds": epic.read_hd_sounds,
-    "kinetics_400": kinetics.read,
-    "kinetics_sound": kinetics.read_sound,
-    "list": own_list.read_list,
-    "something_something_v2": something_something.read,
-    "synthetic": synthetic.read,
-    "ucf_101": ucf_101.read,
-    "vgg_sound": vgg_sound.read,
+DATASETS: dict[str, str] = {
+    "activitynet": "activitynet.read",
+    "csv": "own_list.read",
+    "epic_kitchens_100": "epic.read_kitchens",
+    "epic_sounds": "epic.read_sounds",
+    "folder": "folder.read",
+    "hd_epic": "hd_epic.read",
+    "hd_epic_sounds": "epic.read_hd_sounds",
+    "kinetics_400": "kinetics.read",
+    "kinetics_sound": "kinetics.read_sound",
+    "list": "own_list.read_list",
+    "something_something_v2": "something_something.read",
+    "synthetic": "synthetic.read",
+    "ucf_101": "ucf_101.read",
+    "vgg_sound": "vgg_sound.read",
 }
-"""Every dataset by the name that ``--dataset`` takes."""
+"""Every dataset by the name that ``--dataset`` takes: its module here and the reader in it, loaded when asked for."""
+_ONLY = {"label_separator": ("csv",)}
+"""Fields of a request that single datasets use."""
 
 
 def read_dataset(name: str, request: DatasetRequest) -> SourceList:
@@ -54,5 +45,12 @@ def read_dataset(name: str, request: DatasetRequest) -> SourceList:
         UserInputError: an unknown dataset, or whatever its reader refuses.
     """
     check_choice("--dataset", name, DATASETS)
-    source = DATASETS[name](request)
-    return with_label_notes(source)
+    for field, names in _ONLY.items():
+        if getattr(request, field) is not None and name not in names:
+            raise UserInputError(
+                f"--{field.replace('_', '-')}: --dataset {name} does not use it, only {' and '.join(names)} does; "
+                "leave it out"
+            )
+    module, _, function = DATASETS[name].partition(".")
+    read: Reader = getattr(import_module(f"{__name__}.{module}"), function)
+    return with_label_notes(read(request))

@@ -16,6 +16,7 @@ from sharding.datasets.table import (
     CellError,
     Problems,
     Row,
+    check_columns,
     clock_time,
     first_line,
     read_cell,
@@ -23,7 +24,6 @@ from sharding.datasets.table import (
     read_segment,
     read_table,
 )
-from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
 from sharding.source import SourceList
 
@@ -48,7 +48,7 @@ def read_kitchens(request: DatasetRequest) -> SourceList:
 
     Raises:
         UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
-        AnnotationError: a wrong file or rows, or the test list, which has no labels.
+        AnnotationError: a wrong file or rows, or a list without labels of another split than ``test``.
     """
     refuse_unused(request, "epic_kitchens_100", "classes", "task")
     annotations = needed_annotations(request, "epic_kitchens_100", what="EPIC_100_train.csv or EPIC_100_validation.csv")
@@ -56,9 +56,11 @@ def read_kitchens(request: DatasetRequest) -> SourceList:
     if _LABELS.fullmatch(first_line(annotations).strip()):
         rows = read_rows(annotations, columns=("narration_id", "verb_class", "noun_class"), problems=problems).rows
     else:
-        rows = _owners(annotations, ("narration_id", *_SEGMENT), ("verb_class", "noun_class"), problems)
+        rows = _owners(annotations, ("narration_id", *_SEGMENT), ("verb_class", "noun_class"), request, problems)
 
     def labels(row: Row) -> _Labels:
+        if "verb_class" not in row.columns:
+            return ()
         read = [read_cell(row, f"{space.name}_class", class_index(len(space.classes)), problems) for space in VERB_NOUN]
         return None if None in read else tuple(label for label in read if label is not None)
 
@@ -71,7 +73,7 @@ def read_sounds(request: DatasetRequest) -> SourceList:
 
     Raises:
         UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
-        AnnotationError: a wrong file or rows, or a list without classes.
+        AnnotationError: a wrong file or rows, or a list without classes of another split than ``test``.
     """
     what = "EPIC_Sounds_train.csv or EPIC_Sounds_validation.csv"
     return _read_sounds(request, "epic_sounds", "annotation_id", what=what)
@@ -90,21 +92,23 @@ def _read_sounds(request: DatasetRequest, dataset: str, id_column: str | None, *
     annotations = needed_annotations(request, dataset, what=what)
     problems = Problems(annotations, advice="is this the owners' file? fetch it again")
     identity = ("start_sample", "stop_sample") if id_column is None else (id_column,)
-    rows = _owners(annotations, (*identity, *_SEGMENT), ("class", "class_id"), problems)
+    rows = _owners(annotations, (*identity, *_SEGMENT), ("class", "class_id"), request, problems)
     classes = published_classes("epic_sounds")
     found = _annotations(rows, id_column, lambda row: _sound_label(row, classes, problems), problems)
     space = LabelSpace(name="label", classes=classes)
     return located(found, request, dataset=dataset, spaces=[space], what=_MEDIA, suffix=".MP4")
 
 
-def _owners(path: Path, segment: Sequence[str], labels: Sequence[str], problems: Problems) -> tuple[Row, ...]:
-    """The rows of an owners' CSV; a list of test segments has no labels and is refused in those words."""
+def _owners(
+    path: Path, segment: Sequence[str], labels: Sequence[str], request: DatasetRequest, problems: Problems
+) -> tuple[Row, ...]:
+    """The rows of an owners' CSV; a list of test segments has no columns of labels."""
     table = read_table(path, required=segment, others=True, problems=problems)
-    if missing := [name for name in labels if name not in table.columns]:
-        raise AnnotationError(
-            f"{path}:1:1: expected the columns {', '.join(labels)}, found no labels; missing: {', '.join(missing)} "
-            "(a test list cannot be learned)"
-        )
+    missing = [name for name in labels if name not in table.columns]
+    if len(missing) == len(labels):
+        request.require_labels(f"{path}:1:1: expected the columns {', '.join(labels)}")
+    elif missing:
+        check_columns(f"{path}:1:1", table.columns, required=labels, others=True)
     return table.rows
 
 
@@ -147,7 +151,9 @@ def _annotation(
 
 
 def _sound_label(row: Row, classes: tuple[str, ...], problems: Problems) -> _Labels:
-    """The class index, which must agree with the class name beside it."""
+    """The class index, which must agree with the class name beside it; none in a list without classes."""
+    if "class_id" not in row.columns:
+        return ()
     index = read_cell(row, "class_id", class_index(len(classes)), problems)
     named = read_cell(row, "class", class_name(classes), problems)
     if index is not None and named is not None and index != named:

@@ -48,7 +48,7 @@ def read(request: DatasetRequest) -> SourceList:
 
     Raises:
         UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
-        AnnotationError: a wrong file or rows, or a list without labels.
+        AnnotationError: a wrong file or rows, or a list without labels of another split than ``test``.
     """
     refuse_unused(request, "kinetics_400", "classes", "task")
     return _read(request, "kinetics_400", published_classes("kinetics_400"), what="the owners' train.csv or val.csv")
@@ -69,7 +69,7 @@ def _read(request: DatasetRequest, dataset: str, classes: tuple[str, ...], *, wh
     problems = Problems(annotations, advice="is this the owners' file? fetch it again")
     first = first_line(annotations)
     if "youtube_id" in first:
-        found = _owners(annotations, classes, request.split, problems, partly=dataset == "kinetics_sound")
+        found = _owners(annotations, classes, request, problems, partly=dataset == "kinetics_sound")
     elif "," in first:
         columns = ("name", "label") if first.count(",") == 1 else ("name", "seconds", "label")
         found = _listed(read_rows(annotations, columns=columns, problems=problems).rows, classes, problems)
@@ -85,25 +85,31 @@ def _read(request: DatasetRequest, dataset: str, classes: tuple[str, ...], *, wh
     )
 
 
-def _owners(path: Path, classes: tuple[str, ...], split: str, problems: Problems, *, partly: bool) -> list[Annotation]:
-    """The rows of `split` in the owners' CSV; `partly`: those of other classes are no part of the dataset."""
+def _owners(
+    path: Path, classes: tuple[str, ...], request: DatasetRequest, problems: Problems, *, partly: bool
+) -> list[Annotation]:
+    """The rows of the split in the owners' CSV; `partly`: those of other classes are no part of the dataset."""
+    split = request.split
     table = read_table(path, required=_COLUMNS, others=True, problems=problems)
     rows = [row for row in table.rows if row["split"] in _SPLITS.get(split, (split,))]
     if not rows:
         held = sorted({row["split"] for row in table.rows})
         raise AnnotationError(f"{path}: expected rows of --split {split}, found those of {', '.join(held)}")
-    if "label" not in table.columns:
-        raise AnnotationError(f"{path}:1:1: expected the column label, found no labels; a test list cannot be learned")
+    is_labelled = "label" in table.columns
+    if not is_labelled and partly:
+        raise AnnotationError(f"{path}:1:1: expected the column label, whose classes are chosen by, found no labels")
+    if not is_labelled:
+        request.require_labels(f"{path}:1:1: expected the column label")
     known = set(classes)
     named = class_name(classes)
     found = []
     for row in rows:
         if partly and row["label"] not in known:
             continue
-        label = read_cell(row, "label", named, problems)
+        label = read_cell(row, "label", named, problems) if is_labelled else None
         start, end = (read_cell(row, column, whole_seconds, problems) for column in ("time_start", "time_end"))
         clip = read_cell(row, "youtube_id", _name, problems)
-        if label is not None and start is not None and end is not None and clip is not None:
+        if (label is not None or not is_labelled) and start is not None and end is not None and clip is not None:
             found.append(_annotation(row, clip["id"], start, end, label, classes))
     return found
 
@@ -122,15 +128,15 @@ def _listed(rows: tuple[Row, ...], classes: tuple[str, ...], problems: Problems)
 
 
 def _annotation(
-    row: Row, video_id: str, start: int | None, end: int | None, label: int, classes: tuple[str, ...]
+    row: Row, video_id: str, start: int | None, end: int | None, label: int | None, classes: tuple[str, ...]
 ) -> Annotation:
     cut = () if start is None else (f"{video_id}_{start:06d}_{end:06d}", f"{video_id}_{start}")
     return Annotation(
         sample_id=cut[0] if cut else video_id,
-        labels=(label,),
+        labels=() if label is None else (label,),
         where=row.where,
         clips=(*cut, video_id),
-        folder=classes[label],
+        folder="" if label is None else classes[label],
     )
 
 

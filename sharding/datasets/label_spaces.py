@@ -179,7 +179,12 @@ def is_whole_number(text: str) -> bool:
 
 
 def label_histogram(source: SourceList) -> dict[str, dict[str, int]]:
-    """Return samples a class, by label space; classes without samples are there with 0."""
+    """Return samples a class, by label space; classes without samples are there with 0. None without labels."""
+    if source.labelling == "none":
+        return {}
+    if source.labelling == "several":
+        (space,) = source.label_spaces
+        return {space.name: _counted(space, [label for sample in source.samples for label in sample.labels])}
     return {
         space.name: _counted(space, [s.labels[number] for s in source.samples])
         for number, space in enumerate(source.label_spaces)

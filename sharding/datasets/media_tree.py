@@ -20,10 +20,10 @@ from sharding.source import MISSING_MEDIA, OTHER_COUNT, SourceList, SourceSample
 
 PUBLISHED_ROWS: dict[str, dict[str, tuple[int, ...]]] = {
     "activitynet": {"train": (14_822,), "validation": (7_273,)},
-    "epic_kitchens_100": {"train": (67_217,), "validation": (9_668,)},
-    "epic_sounds": {"train": (60_055,), "validation": (8_035,)},
+    "epic_kitchens_100": {"train": (67_217,), "validation": (9_668,), "test": (13_092,)},
+    "epic_sounds": {"train": (60_055,), "validation": (8_035,), "test": (5_131,)},
     "hd_epic_sounds": {"test": (50_968,)},
-    "kinetics_400": {"train": (246_534,), "validation": (19_906, 19_796)},
+    "kinetics_400": {"train": (246_534,), "validation": (19_906, 19_796), "test": (38_685,)},
     "kinetics_sound": {"train": (14_799,), "validation": (1_544, 1_594), "test": (2_597,)},
     "something_something_v2": {"train": (168_913,), "validation": (24_777,), "test": (27_157,)},
     "ucf_101": {"train": (9_537, 9_586, 9_624), "test": (3_783, 3_734, 3_696)},
@@ -70,7 +70,8 @@ def located(
         annotations: In the order of the owners' file.
         request: What the user asked for.
         dataset: The dataset's name.
-        spaces: Label spaces in the order of `Annotation.labels`; all of them are targets.
+        spaces: Label spaces in the order of `Annotation.labels`; all of them are targets. Annotations without any
+            label make a set without labels.
         what: What the media folder holds, for messages.
         suffix: Ending of a file that is not looked for (``--dry-run``).
         notes: What was unusual and accepted: kind to places.
@@ -100,6 +101,7 @@ def located(
         targets=tuple(space.name for space in spaces),
         samples=tuple(samples),
         notes={kind: tuple(places) for kind, places in found.items() if places},
+        labelling="one" if any(one.labels for one in listed) else "none",
     )
 
 

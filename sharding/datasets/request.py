@@ -11,11 +11,14 @@ from typing import TypeVar
 
 from ca2st.errors import UserInputError, listed
 from sharding.datasets.table import CellError
+from sharding.errors import AnnotationError
 from sharding.settings import RejectBudget
 from sharding.synthetic.config import SyntheticConfig
 
 _SPLIT = re.compile(r"[a-z0-9_-]{1,40}")
 _Item = TypeVar("_Item")
+UNLABELLED_SPLIT = "test"
+"""The split that may be without labels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +41,8 @@ class DatasetRequest:
     """Whether links may lead outside `media`."""
     max_missing: RejectBudget = field(default_factory=RejectBudget)
     """How many samples may have no media file: public sets lose videos every year, which is not damage."""
+    label_separator: str | None = None
+    """``csv`` only: what stands between the labels of the column ``labels``; None: ``|``."""
     task: str | None = None
     """``synthetic`` only: the label space to learn."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
@@ -48,6 +53,10 @@ class DatasetRequest:
     def __post_init__(self) -> None:
         if not _SPLIT.fullmatch(self.split):
             raise UserInputError(f"--split: expected 1 to 40 of a-z, 0-9, _ and -, found {self.split!r}")
+        if self.label_separator is not None and not self.label_separator.strip():
+            raise UserInputError(
+                f"--label-separator: expected one or more characters, no spaces, found {self.label_separator!r}"
+            )
         if self.limit is not None and self.limit < 1:
             raise UserInputError(f"--limit: expected at least 1, found {self.limit}")
 
@@ -62,6 +71,18 @@ class DatasetRequest:
             raise UserInputError(
                 f"--media {self.media}: expected a file for each of {total} samples, found none for {len(missing)} "
                 f"({listed(missing)}){hint}; fetch them, or leave them out with --max-missing {share:g}%"
+            )
+
+    def require_labels(self, found: str) -> None:
+        """Refuse a list without labels of any split but the test split, whose labels owners keep; `found` says where.
+
+        Raises:
+            AnnotationError: as said.
+        """
+        if self.split != UNLABELLED_SPLIT:
+            raise AnnotationError(
+                f"{found}, found no labels; a list without labels cannot be learned, with --split {UNLABELLED_SPLIT} "
+                "it becomes a set without labels"
             )
 
     def first(self, items: Sequence[_Item]) -> Sequence[_Item]:

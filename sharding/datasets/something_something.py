@@ -9,7 +9,6 @@ from sharding.datasets.label_spaces import class_index, class_name, published_cl
 from sharding.datasets.media_tree import Annotation, located
 from sharding.datasets.request import DatasetRequest, needed_annotations, refuse_unused
 from sharding.datasets.table import CellError, Problems, first_line, read_cell, read_document, read_pairs
-from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
 from sharding.source import SourceList
 
@@ -20,11 +19,13 @@ class _Entry(TypedDict, total=False):
 
 
 def read(request: DatasetRequest) -> SourceList:
-    """Read ``train.json`` or ``validation.json``, ``test-answers.csv``, or a list ``<id>.mp4 <class number>``.
+    """Read ``train.json``, ``validation.json``, ``test.json`` (without labels) or ``test-answers.csv``, or a list.
+
+    Its lines are ``<id>.mp4 <class number>``.
 
     Raises:
         UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
-        AnnotationError: a wrong file or rows, or the test list, which has no labels.
+        AnnotationError: a wrong file or rows, or a list without labels of another split than ``test``.
     """
     refuse_unused(request, "something_something_v2", "classes", "task")
     what = "the owners' train.json, validation.json or test-answers.csv"
@@ -41,7 +42,7 @@ def read(request: DatasetRequest) -> SourceList:
         names = [read_cell(row, "id", _video_id, problems) for row in rows]
         labels = [read_cell(row, "label", parse, problems) for row in rows]
         found = [
-            _annotation(name, label, row.where)
+            _annotation(name, (label,), row.where)
             for row, name, label in zip(rows, names, labels, strict=True)
             if name is not None and label is not None
         ]
@@ -59,27 +60,27 @@ def read(request: DatasetRequest) -> SourceList:
 def _entries(request: DatasetRequest, classes: tuple[str, ...], problems: Problems) -> list[Annotation]:
     path = needed_annotations(request, "something_something_v2", what="a list")
     entries = read_document(path, list[_Entry])
-    if entries and not any("template" in entry for entry in entries):
-        raise AnnotationError(
-            f"{path}: expected entries with a template, found no labels; a test list cannot be learned"
-        )
+    is_labelled = any("template" in entry for entry in entries) or not entries
+    if not is_labelled:
+        request.require_labels(f"{path}: expected entries with a template")
     named = class_name(classes)
     found = []
     for number, entry in enumerate(entries, start=1):
         where = f"{path}: entry {number}"
         try:
             name = _video_id(entry["id"])
-            label = named(entry.get("template", "").translate({ord("["): None, ord("]"): None}))
+            template = entry.get("template", "").translate({ord("["): None, ord("]"): None})
+            labels = (named(template),) if is_labelled else ()
         except CellError as error:
             shown = entry.get("template", "")
             problems.add(error.kind, f"{where} (id {entry['id']!r}): expected {error.expected}, found {shown!r}")
         else:
-            found.append(_annotation(name, label, where))
+            found.append(_annotation(name, labels, where))
     return found
 
 
-def _annotation(name: str, label: int, where: str) -> Annotation:
-    return Annotation(sample_id=name, labels=(label,), where=where, clips=(name,))
+def _annotation(name: str, labels: tuple[int, ...], where: str) -> Annotation:
+    return Annotation(sample_id=name, labels=labels, where=where, clips=(name,))
 
 
 def _video_id(text: str) -> str:

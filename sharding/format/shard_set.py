@@ -9,7 +9,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,6 +31,9 @@ from sharding.format.remote import (
 FORMAT_NAME = "ca2st-shards"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+Labelling = Literal["one", "several", "none"]
+"""Labels of a sample: ``one`` in each label space; ``several``: any number of the one label space; ``none``: a test set
+whose owners keep them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +147,8 @@ class Manifest:
     out."""
     notes: Mapping[str, int] = field(default_factory=dict)
     """What was unusual about the sources and accepted, by kind; a set without any leaves the field out."""
+    labelling: Labelling = "one"
+    """How many labels a sample has, in its JSON and in the index; ``one`` is left out, as in sets from before it."""
 
     @property
     def fingerprint(self) -> str:
@@ -168,6 +173,8 @@ class Manifest:
             del payload["notes"]
         if self.clock == "first-frame":
             del payload["clock"]
+        if self.labelling == "one":
+            del payload["labelling"]
         payload["format"], payload["format_version"] = FORMAT_NAME, FORMAT_VERSION
         payload["label_spaces"] = [asdict(space) | {"sha256": space.sha256} for space in self.label_spaces]
         payload["audio_sha256"] = sha256_of_json(asdict(self.audio))

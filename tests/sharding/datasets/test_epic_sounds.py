@@ -128,7 +128,7 @@ def test_c9_an_id_twice_is_listed_with_both_lines(tmp_path: Path) -> None:
 def test_a_test_list_without_classes_is_refused(tmp_path: Path) -> None:
     columns = EPIC_SOUNDS_HEADER.split(",")[:7]
     path = write_lines(tmp_path / "test.csv", [",".join(columns), "a,P01,P01_01,00:00:00.0,00:00:01.0,0,24000"])
-    with pytest.raises(AnnotationError, match="missing: class, class_id"):
+    with pytest.raises(AnnotationError, match="expected the columns class, class_id, found no labels"):
         read_dataset("epic_sounds", DatasetRequest(annotations=path, check_media=False))
 
 

@@ -9,7 +9,7 @@ from sharding.datasets import DatasetRequest, read_dataset
 from sharding.datasets.label_spaces import label_histogram
 from sharding.errors import AnnotationError
 from sharding.settings import RejectBudget
-from sharding.source import MISSING_MEDIA, SourceList
+from sharding.source import MISSING_MEDIA, NO_LABEL, SEVERAL_LABELS, UNUSED_CLASSES, SourceList, note_lines
 from support.annotations import touch, write_lines
 
 
@@ -253,3 +253,90 @@ def test_what_is_missing_is_asked_for(tmp_path: Path) -> None:
         read_dataset("csv", DatasetRequest(annotations=annotations, media=tmp_path / "none"))
     with pytest.raises(UserInputError, match="--task: --dataset csv does not use it"):
         read_dataset("csv", DatasetRequest(annotations=annotations, media=tmp_path, task="space"))
+
+
+def test_several_labels_a_sample_are_ascending_classes_of_one_space(tmp_path: Path) -> None:
+    source = read(tmp_path, ["a.mp4,dog|cat", "b.mp4,  cat ", "c.mp4,dog | ant"], header="path,labels")
+    assert source.labelling == "several"
+    assert (source.targets, source.label_spaces[0].classes) == (("label",), ("ant", "cat", "dog"))
+    assert [sample.labels for sample in source.samples] == [(1, 2), (1,), (0, 2)]
+    assert label_histogram(source) == {"label": {"ant": 1, "cat": 2, "dog": 2}}
+    assert source.named_labels(source.samples[0]) == {
+        "label": [{"index": 1, "name": "cat"}, {"index": 2, "name": "dog"}]
+    }
+
+
+def test_the_separator_of_labels_is_an_option(tmp_path: Path) -> None:
+    rows = ["a.mp4,x|y;z", 'b.mp4,"z, w"']
+    semicolons = read(tmp_path, rows, header="path,labels", label_separator=";")
+    assert semicolons.label_spaces[0].classes == ("x|y", "z", "z, w")
+    commas = read(tmp_path, rows, header="path,labels", label_separator=",")
+    assert [sample.labels for sample in commas.samples] == [(1,), (0, 2)]
+    with pytest.raises(UserInputError, match="--label-separator: expected one or more characters, no spaces"):
+        read(tmp_path, rows, header="path,labels", label_separator=" ")
+    with pytest.raises(UserInputError, match="--label-separator: --dataset list does not use it, only csv"):
+        read_dataset("list", DatasetRequest(annotations=tmp_path / "list.csv", label_separator=";"))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_lists_of_labels_are_read_as_they_are(tmp_path: Path, ending: str) -> None:
+    rows = pd.DataFrame({"path": ["a.mp4", "b.mp4", "c.mp4"], "labels": [["x|y", "z"], ["z"], []]})
+    path = tmp_path / f"list.{ending}"
+    if ending == "parquet":
+        rows.to_parquet(path)
+    else:
+        rows.to_json(path, orient="records", lines=True)
+    source = read_dataset("csv", DatasetRequest(annotations=path, check_media=False))
+    assert source.label_spaces[0].classes == ("x|y", "z")
+    assert [sample.labels for sample in source.samples] == [(0, 1), (1,), ()]
+    assert source.notes[NO_LABEL] == (f"{path}:3",)
+
+
+def test_numbers_and_class_lists_serve_several_labels_too(tmp_path: Path) -> None:
+    assert [s.labels for s in read(tmp_path, ["a.mp4,2|0", "b.mp4,1"], header="path,labels").samples] == [(0, 2), (1,)]
+    classes = write_lines(tmp_path / "classes.txt", ["dog", "bee", "ant"])
+    source = read(tmp_path, ["a.mp4,ant|dog"], header="path,labels", classes=classes)
+    assert source.samples[0].labels == (0, 2)
+    assert source.notes[UNUSED_CLASSES] == ("bee",)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("x||y", r":2:7: labels: expected a class name, found ''"),
+        ("x|y|x", r":2:7: labels: expected each label once, found 'x' again"),
+        ("1|3", "expected class numbers from 0 without gaps"),
+        ("", "labels: expected at least one label, found none in any row"),
+    ],
+)
+def test_c11_several_labels_that_cannot_be_meant_are_refused(tmp_path: Path, labels: str, message: str) -> None:
+    with pytest.raises(AnnotationError, match=message):
+        read(tmp_path, [f"a.mp4,{labels}"], header="path,labels")
+
+
+def test_labels_that_are_no_texts_or_numbers_are_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "list.jsonl", ['{"path": "a.mp4", "labels": [["x"]]}'])
+    with pytest.raises(AnnotationError, match="labels: expected a text or a number, found"):
+        read_dataset("csv", DatasetRequest(annotations=path, check_media=False))
+    with pytest.raises(AnnotationError, match="expected only the columns path, label, start, end, found"):
+        read(tmp_path, ["a.mp4,x,y"], header="path,label,labels")
+
+
+def test_c11_a_label_that_may_be_several_is_noted_with_what_to_do(tmp_path: Path) -> None:
+    source = read(tmp_path, ["a.mp4,dog|cat", "b.mp4,cat"])
+    assert source.notes[SEVERAL_LABELS] == ("'dog|cat'",)
+    (line,) = (line for line in note_lines(source.notes) if SEVERAL_LABELS in line)
+    assert "each is one class; for several labels a sample name the column `labels`" in line
+
+
+def test_a_test_list_may_be_without_labels_and_no_other(tmp_path: Path) -> None:
+    rows = ["a.mp4,1,2", "b.mp4,,"]
+    source = read(tmp_path, rows, header="path,start,end", split="test")
+    assert (source.labelling, source.label_spaces, source.targets) == ("none", (), ())
+    assert [sample.labels for sample in source.samples] == [(), ()]
+    classes = write_lines(tmp_path / "classes.txt", ["ant", "bee"])
+    assert read(tmp_path, rows, header="path,start,end", split="test", classes=classes).num_classes == {"label": 2}
+    with pytest.raises(AnnotationError, match="missing: label"):
+        read(tmp_path, rows, header="path,start,end", split="validation")
+    with pytest.raises(AnnotationError, match="lable"):
+        read(tmp_path, ["a.mp4,x"], header="path,lable", split="test")

@@ -73,12 +73,12 @@ def test_epic_kitchens_reads_the_list_of_ready_cut_clips(tmp_path: Path) -> None
         (
             "epic_kitchens_100",
             EK100_HEADER.rpartition(",narration,")[0],
-            "found no labels; missing: verb_class, noun_class",
+            "expected the columns verb_class, noun_class, found no labels; a list without labels cannot be learned",
         ),
         (
             "epic_sounds",
             "annotation_id,participant_id,video_id,start_timestamp,stop_timestamp,start_sample,stop_sample,description",
-            "found no labels; missing: class, class_id",
+            "expected the columns class, class_id, found no labels; .* with --split test it becomes",
         ),
     ],
 )
@@ -88,6 +88,42 @@ def test_a_list_of_the_kitchens_without_labels_is_refused_in_these_words(
     row = ",".join(["x"] * (header.count(",") + 1))
     with pytest.raises(AnnotationError, match=message):
         read_rows(tmp_path, dataset, [header, row])
+    column = "verb_class" if dataset == "epic_kitchens_100" else "class"
+    with pytest.raises(AnnotationError, match=r"missing: (noun_class|class_id)"):
+        read_rows(tmp_path, dataset, [f"{header},{column}", f"{row},x"], split="test")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "rows", "num_classes"),
+    [
+        (
+            "epic_kitchens_100",
+            [
+                "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,"
+                "start_frame,stop_frame",
+                "P01_101_0,P01,P01_101,00:00:02.851,00:00:02.86,00:00:03.87,143,193",
+            ],
+            {"verb": 97, "noun": 300},
+        ),
+        (
+            "epic_sounds",
+            [
+                "annotation_id,participant_id,video_id,start_timestamp,stop_timestamp,start_sample,stop_sample",
+                "P02_106_0,P02,P02_106,00:00:03.855,00:00:04.142,92520,99408",
+            ],
+            {"label": 44},
+        ),
+        ("something_something_v2", ['[{"id":"1420"},', '{"id":"166429"}]'], {"label": 174}),
+        ("kinetics_400", ["youtube_id,time_start,time_end,split", "--6bJUbfpnQ,17,27,test"], {"label": 400}),
+    ],
+)
+def test_the_owners_test_lists_become_sets_without_labels(
+    tmp_path: Path, dataset: str, rows: list[str], num_classes: dict[str, int]
+) -> None:
+    source = read_rows(tmp_path, dataset, rows, split="test")
+    assert source.labelling == "none"
+    assert source.num_classes == num_classes
+    assert {sample.labels for sample in source.samples} == {()}
 
 
 @pytest.mark.parametrize(("verb", "noun", "column"), [("97", "0", "verb_class"), ("0", "300", "noun_class")])
@@ -204,8 +240,8 @@ def test_something_something_reads_answers_and_the_list_of_numbers(tmp_path: Pat
 
 
 def test_something_something_without_labels_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AnnotationError, match="found no labels; a test list cannot be learned"):
-        read_rows(tmp_path, "something_something_v2", ['[{"id":"1420"},', '{"id":"166429"}]'], split="test")
+    with pytest.raises(AnnotationError, match="expected entries with a template, found no labels; a list without"):
+        read_rows(tmp_path, "something_something_v2", ['[{"id":"1420"},', '{"id":"166429"}]'], split="validation")
     with pytest.raises(AnnotationError, match=r"entry 1 \(id '1'\): expected one of the 174 class names"):
         read_rows(tmp_path, "something_something_v2", ['[{"id":"1","template":"Flying [something]"}]'])
 
@@ -237,9 +273,11 @@ def test_kinetics_reads_the_list_of_ids_to_its_last_line(tmp_path: Path) -> None
 
 
 def test_kinetics_without_labels_is_refused(tmp_path: Path) -> None:
-    rows = ["youtube_id,time_start,time_end,split", "--6bJUbfpnQ,17,27,test"]
+    rows = ["youtube_id,time_start,time_end,split", "--6bJUbfpnQ,17,27,train"]
     with pytest.raises(AnnotationError, match="expected the column label, found no labels"):
-        read_rows(tmp_path, "kinetics_400", rows, split="test")
+        read_rows(tmp_path, "kinetics_400", rows, split="train")
+    with pytest.raises(AnnotationError, match="expected the column label, whose classes are chosen by"):
+        read_rows(tmp_path, "kinetics_sound", rows, split="train")
 
 
 def test_kinetics_sound_is_the_part_of_kinetics_that_can_be_heard(tmp_path: Path) -> None:
