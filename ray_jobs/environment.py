@@ -2,10 +2,13 @@
 
 import base64
 import contextlib
+import getpass
+import json
 import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +35,8 @@ RECORDED_PACKAGES = (
 )
 """Packages that can change a run's numbers."""
 _GIT_VARIABLE = "CA2ST_GIT"
+_RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray's job server tells an entrypoint by it which job it is."""
 _GIT_FACTS = ("git.commit", "git.dirty")
 
 
@@ -130,6 +135,44 @@ def git_state(folder: Path) -> dict[str, str]:
         return _git_state_of(os.environ.get(_GIT_VARIABLE))
     changes = _git(folder, "status", "--porcelain")
     return {"git.commit": commit} | ({} if changes is None else {"git.dirty": str(bool(changes)).lower()})
+
+
+def code_state() -> dict[str, str]:
+    """Return `git_state` of the checkout that this very code lies in; without one, or in a job, of where it runs.
+
+    The working directory may be a checkout of something else.
+    """
+    own = Path(__file__)
+    is_own = _GIT_VARIABLE not in os.environ and _git(own.parent, "ls-files", "--error-unmatch", own.name) is not None
+    return git_state(own.parent if is_own else Path.cwd())
+
+
+def command_line() -> str:
+    """Return how this program was started, the name of the program without its folder."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def user_name() -> str | None:
+    """Return who started it; None where the system does not know (a container with a bare number)."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return None
+
+
+def ray_job() -> dict[str, str]:
+    """Return the Ray job that this process drives: ``ray.submission_id`` where it was submitted.
+
+    And ``ray.job_id`` where it has joined a cluster. Empty without Ray.
+    """
+    found = {}
+    with contextlib.suppress(ValueError, AttributeError):  # written by Ray: of another form, it tells nothing
+        metadata = json.loads(os.environ.get(_RAY_JOB_VARIABLE, "{}")).get("metadata", {})
+        found = {"ray.submission_id": str(metadata["job_submission_id"])} if "job_submission_id" in metadata else {}
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        found["ray.job_id"] = str(ray.get_runtime_context().get_job_id())
+    return found
 
 
 def git_variable(state: Mapping[str, str]) -> dict[str, str]:

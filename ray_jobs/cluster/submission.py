@@ -217,7 +217,7 @@ def run_folder(recipe: Recipe, out: Path | None) -> str:
     Raises:
         UserInputError: it is relative, and would lie in a temporary folder of the head node.
     """
-    folder = PurePosixPath(out) if out is not None else PurePosixPath(recipe.launch.runs_folder) / recipe.name
+    folder = PurePosixPath(out) if out is not None else PurePosixPath(recipe.folder)
     if not folder.is_absolute():
         raise UserInputError(
             f"run folder {folder}: expected an absolute path on storage that all nodes share, by --out DIR or "

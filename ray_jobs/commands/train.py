@@ -81,7 +81,7 @@ def train(
     from ray_jobs.config.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, settings)
-    run_dir = out or Path(loaded.launch.runs_folder) / loaded.name
+    run_dir = out or loaded.folder
     if dry_run:
         _print_plan(loaded, run_dir, as_json=as_json)
     else:
@@ -102,7 +102,8 @@ def _train(recipe: "Recipe", run_dir: Path, ray_address: str | None, *, accept_o
     from ray_jobs.environment import fault_points
     from ray_jobs.launch import launch
     from ray_jobs.runs.model import run_document_of
-    from ray_jobs.tracking.state import read_state
+    from ray_jobs.tracking.following import how_to_serve
+    from ray_jobs.tracking.state import link_of, read_state
 
     outcome = launch(recipe, run_dir, faults=fault_points(), ray_address=ray_address, accept_open_ray=accept_open_ray)
     state = read_state(run_dir) if recipe.tracking.enabled else None
@@ -113,6 +114,7 @@ def _train(recipe: "Recipe", run_dir: Path, ray_address: str | None, *, accept_o
         "top1": outcome.metrics.get(outcome.main_metric),
         "metrics": outcome.metrics,
         "run_dir": str(run_dir),
+        "mlflow": link_of(state) if state else None,
     }
     if as_json:
         print_json(facts)
@@ -120,7 +122,8 @@ def _train(recipe: "Recipe", run_dir: Path, ray_address: str | None, *, accept_o
     document = run_document_of(Path(outcome.checkpoint))
     del facts["metrics"]
     facts |= _how_it_went(document.classes, outcome, run_dir)
-    facts["mlflow"] = state.uri if state else None
+    if state is not None:
+        facts["mlflow"] = f"{facts['mlflow'] or state.uri}{how_to_serve(state.uri)}"
     result(table({name: value for name, value in facts.items() if value is not None}))
     result(f"\nnext: ca2st predict {run_dir} VIDEO")
     if (validation := recipe.data.validation or document.recipe.data.validation) is not None:

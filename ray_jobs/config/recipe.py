@@ -23,6 +23,7 @@ from pipelines.augment.config import AugmentConfig
 from pipelines.config import LoaderConfig
 from pipelines.order.selection import BalanceConfig, OrderConfig, SelectionConfig, TrainRemainder
 from pipelines.views import EvaluationViews, SamplingConfig
+from ray_jobs.console import parse_views
 from ray_jobs.errors import ConflictsError
 from ray_jobs.redaction import refuse_credentials
 from sharding.format.remote import as_location
@@ -124,6 +125,9 @@ class DataConfig:
     the batch with the beginning of one more pass, so that all are read, even where they are fewer than a batch."""
     validation: str | None = None
     """Folder or URL of the validation split's shards; None: no validation."""
+    split: int | None = None
+    """Which of several splits of one dataset (UCF-101 has three): the number that stands for ``{split}`` in `train` and
+    `validation`; the run's default folder ends in it."""
     synthetic: SyntheticData | None = None
     """Make this world's shards first, where `train` names none."""
     targets: tuple[str, ...] | None = None
@@ -246,6 +250,7 @@ class LaunchConfig:
 
 
 _NOT_IN_MODEL_NAMES = "/:"
+_OWN_TAGS = ("ca2st.", "mlflow.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -262,6 +267,12 @@ class TrackingConfig:
     """Register the finished model: a few kB that name its checkpoint, whose bytes stay where they are."""
     registered_model: str | None = None
     """Name under which it is registered; None: the recipe's name."""
+    run_name: str | None = None
+    """Name of the run in MLflow; None: the run folder's name."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Tags of the run in MLflow beside those that ca2st sets itself."""
+    note: str | None = None
+    """What MLflow shows as the run's description; Markdown."""
     system_metrics_seconds: float = 10.0
     """Time between two measurements of each node's processors, memory, GPUs, disk and network; 0: none."""
 
@@ -274,6 +285,13 @@ class TrackingConfig:
         if name is not None and (not name.strip() or any(letter in name for letter in _NOT_IN_MODEL_NAMES)):
             raise UserInputError(
                 f"registered_model: expected a name without / and : (MLflow refuses them), found {name!r}"
+            )
+        if self.run_name is not None and not self.run_name.strip():
+            raise UserInputError("run_name: expected a name, found none; leave it out for the run folder's")
+        if own := sorted(name for name in self.tags if not name.strip() or name.startswith(_OWN_TAGS)):
+            raise UserInputError(
+                f"tags: expected names that do not begin with {' or '.join(_OWN_TAGS)}, found {own[0]!r}; "
+                "these are set by ca2st and MLflow (the description by tracking.note)"
             )
 
 
@@ -327,12 +345,32 @@ class StartConfig:
         check_choice("head", self.head, ("keep", "new"))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedConfig:
+    """What the paper reports for this training: shown beside what was reached; it changes nothing."""
+
+    dataset: str
+    """Its dataset, by the name that ``ca2st shard build --dataset`` has for it."""
+    top1: float | None = None
+    """Top-1 in percent, of verb and noun both right; None: the paper has no such row."""
+    views: str = "2x3"
+    """Clips x crops per sample of its test."""
+
+    def __post_init__(self) -> None:
+        try:
+            parse_views(self.views)
+        except UserInputError as error:
+            raise UserInputError(str(error).removeprefix("--")) from None
+        if self.top1 is not None and not 0 <= self.top1 <= 100:
+            raise UserInputError(f"top1: expected 0 to 100 percent, found {self.top1}")
+
+
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, slots=True, config=_STRICT)
 class Recipe:
     """Everything that decides a training run."""
 
     name: str
-    """Name of the run: its folder under ``runs/`` and its name in MLflow."""
+    """Name of the training: its folder under ``runs/``, and the name its models are registered under."""
     model: ModelConfig
     clip: ClipSpec
     data: DataConfig = field(default_factory=DataConfig)
@@ -346,6 +384,14 @@ class Recipe:
     training: TrainingConfig
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    published: PublishedConfig | None = None
+    """What this training aims at; None: nothing published."""
+
+    @property
+    def folder(self) -> Path:
+        """Return the run's default folder."""
+        split = self.data.split
+        return Path(self.launch.runs_folder) / (self.name if split is None else f"{self.name}_split{split}")
 
     def __post_init__(self) -> None:
         """What sections ask of each other; every message begins with the key to change."""
@@ -433,8 +479,10 @@ _NOT_IDENTITY = (
     "name",
     "tracking.",
     "launch.",
+    "published.",
     "data.train",
     "data.mixture",
+    "data.split",
     "data.validation",
     "data.synthetic",
     "data.loader.fetch_threads",

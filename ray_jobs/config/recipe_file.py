@@ -6,7 +6,7 @@ import json
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -24,6 +24,7 @@ from ray_jobs.errors import ConflictsError, RecipeError
 _MOST_NESTED = 20
 _MOST_NAME_BYTES = 200
 _NOT_IN_NAMES = re.compile(r"[/\x00-\x1f\x7f]")
+_SPLIT = "{split}"
 _TABLE = re.compile(r"^\s*(\[\[?)\s*([^\[\]]+?)\s*\]")
 _KEY = re.compile(r"""^\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
 
@@ -57,6 +58,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
                 for key, found in dates
             )
         )
+    _fill_split(document, lambda key: place_of(key, source=source, lines=lines, overrides=overrides))
     try:
         _expand_preset(document)
     except UserInputError as error:
@@ -173,6 +175,29 @@ def _expand_preset(document: dict[str, Any]) -> None:
         return
     own = {key: value for key, value in model.items() if key != "preset"}
     document["model"] = _below(json.loads(json.dumps(asdict(find_preset(str(model["preset"])).config))), own)
+
+
+def _fill_split(document: dict[str, Any], where: Callable[[str], str]) -> None:
+    """Put `data.split` in place of ``{split}`` in the places of the shards."""
+    data = document.get("data")
+    if not isinstance(data, dict):
+        return
+    marked = [key for key in ("train", "validation") if _SPLIT in str(data.get(key))]
+    split = data.get("split")
+    if marked and split is None:
+        key = f"data.{marked[0]}"
+        raise RecipeError(
+            f"{where(key)}: {key}: expected data.split beside {_SPLIT}, found none; add --set data.split=1"
+        )
+    if split is not None and not marked:
+        if (place := where("data.split")).startswith("--set"):
+            raise RecipeError(
+                f"{place}: expected {_SPLIT} in data.train or data.validation, which it stands for, found it in "
+                "neither; leave data.split out"
+            )
+        del data["split"]  # the recipe's own, where other shards are given
+    for key in marked:
+        data[key] = str(data[key]).replace(_SPLIT, str(split))
 
 
 def _below(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -306,7 +306,7 @@ def _decided(videos: OwnVideos, facts: Facts, overrides: tuple[str, ...], *, out
     choices = choose(facts)
     chosen = {"name": run_name(videos.folder), **settings_of(choices)}
     recipe = load_recipe(RECIPE, [*_as_overrides(chosen), *overrides])
-    run_dir = out or Path(recipe.launch.runs_folder) / recipe.name
+    run_dir = out or recipe.folder
     return OwnPlan(
         videos=videos,
         facts=facts,

@@ -39,6 +39,7 @@ from ray_jobs.tracking.client import (
     open_client,
     pause_seconds,
     reachable,
+    sqlite_path,
     whole_uri,
 )
 from ray_jobs.tracking.run_record import MetricWriter, Value, clean_name
@@ -53,6 +54,7 @@ from ray_jobs.tracking.state import (
     TrackingState,
     alive,
     is_ready,
+    link_of,
     open_tracking,
     read_state,
     show_ready,
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
 _SILENT_SECONDS = 10.0
 _WORKING_SECONDS = 60.0
 _POLL_SECONDS = 0.1
+_TELL_SECONDS = 1.0
 _SYNC_WAIT_SECONDS = 60.0
 """For a follower to end that is still sending the run."""
 _LAST_WAIT_SECONDS = 5.0
@@ -86,10 +89,28 @@ def followed(recipe: "Recipe", run_dir: Path, data: "TrainingData") -> Iterator[
         return
     with open_itself(run_dir / "follower.log", "ab") as log:
         follower = _start_follower(run_dir, log)
+    is_over = threading.Event()
+    threading.Thread(target=_tell_link, args=(run_dir, is_over), daemon=True).start()
     try:
         yield
     finally:
+        is_over.set()
         finish_following(run_dir, follower)
+
+
+def _tell_link(run_dir: Path, is_over: threading.Event) -> None:
+    """Say where the run can be watched, once MLflow has it."""
+    while not is_over.wait(_TELL_SECONDS):
+        with suppress(CA2STError, OSError):
+            state = read_state(run_dir)
+            if (link := link_of(state)) is not None:
+                say(f"MLflow: {link}{how_to_serve(state.uri)}")
+                return
+
+
+def how_to_serve(uri: str) -> str:
+    """Return what to start first where the store is a file; nothing where a server has it."""
+    return f" (after `mlflow ui --backend-store-uri {uri}`)" if sqlite_path(uri) is not None else ""
 
 
 def finish_following(run_dir: Path, follower: "subprocess.Popen[bytes]") -> None:
@@ -243,17 +264,22 @@ def _signs_of_work(run_dir: Path, follower_pid: int) -> tuple[object, ...]:
 def _tracking_state(recipe: "Recipe", run_dir: Path, data: "TrainingData") -> TrackingState:
     from ray_jobs.config.recipe import recipe_document
 
-    tags = {FOLDER_TAG: str(run_dir.resolve()), HOST_TAG: socket.gethostname(), "ca2st.name": recipe.name}
-    tags |= environment.git_state(Path.cwd())
+    tracking, code, jobs = recipe.tracking, environment.code_state(), environment.ray_job()
+    tags = {**tracking.tags, FOLDER_TAG: str(run_dir.resolve()), HOST_TAG: socket.gethostname()}
+    tags |= {"ca2st.name": recipe.name, "mlflow.source.name": environment.command_line()}
+    tags |= {"mlflow.source.type": "JOB" if "ray.submission_id" in jobs else "LOCAL", **jobs, **code}
+    tags |= {"mlflow.source.git.commit": code["git.commit"]} if "git.commit" in code else {}
+    tags |= {"mlflow.user": user} if (user := environment.user_name()) else {}
+    tags |= {"mlflow.note.content": tracking.note} if tracking.note else {}
     tags |= {f"version.{name}": version for name, version in environment.versions().items()}
     tags |= environment.hardware()
     tags |= {f"data.{role}.fingerprint": fingerprint for role, fingerprint in data.fingerprints.items()}
     tags |= {f"data.{role}.dataset": name for role, name in data.datasets.items()}
     settings = flatten(recipe_document(recipe))
     return TrackingState(
-        uri=without_credentials(anchored(recipe.tracking.uri or environment.default_tracking_uri(run_dir.parent))),
-        experiment=recipe.tracking.experiment,
-        run_name=recipe.name,
+        uri=without_credentials(anchored(tracking.uri or environment.default_tracking_uri(run_dir.parent))),
+        experiment=tracking.experiment,
+        run_name=tracking.run_name or run_dir.resolve().name,
         params=redacted_values({name: str(value) for name, value in settings.items() if value is not None}),
         tags=redacted_values(tags),
     )

@@ -46,8 +46,10 @@ SYSTEM_PREFIX = "system/"
 """Of what is measured on a node, beside the run and not of it."""
 
 
-def create_run(client: "MlflowClient", state: TrackingState, say: Say, *, begun: int | None) -> str:
-    """Make a run of `state` with its settings and tags, or find the one that a lost answer left behind; return its id.
+def create_run(client: "MlflowClient", state: TrackingState, say: Say, *, begun: int | None) -> tuple[str, str]:
+    """Make a run of `state` with its settings and tags, or find the one that a lost answer left behind.
+
+    Returns its id, and that of its experiment.
 
     `begun`: when the training did, in milliseconds since 1970; MLflow may hear of it much later.
 
@@ -65,7 +67,7 @@ def create_run(client: "MlflowClient", state: TrackingState, say: Say, *, begun:
         run_id = client.create_run(experiment_id, start_time=begun, run_name=name, tags=tags).info.run_id
     _log_params(client, run_id, state.params, say, known=known)
     log_tags(client, run_id, state.tags, say)
-    return run_id
+    return run_id, experiment_id
 
 
 def update_params(

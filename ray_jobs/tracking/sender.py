@@ -140,10 +140,11 @@ class Sender:
     def _send_all(self, client: "MlflowClient", state: TrackingState, *, is_last: bool) -> int:
         run_id = self._progress.run_id
         if run_id is None:
-            run_id = create_run(client, state, self._say, begun=begin_milliseconds(self._run_dir / JOURNAL_NAME))
+            begun = begin_milliseconds(self._run_dir / JOURNAL_NAME)
+            run_id, experiment_id = create_run(client, state, self._say, begun=begun)
             self._tried.clear()
             self._progress = Progress()
-            self._keep(run_id=run_id, params=state.params, pending=_AT_BEGIN)
+            self._keep(run_id=run_id, experiment_id=experiment_id, params=state.params, pending=_AT_BEGIN)
         sent = self._send_journal(client, run_id, state) + self._send_system(client, run_id)
         self._send_extras(client, run_id, is_last=is_last)
         return sent

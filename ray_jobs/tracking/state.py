@@ -28,6 +28,7 @@ LOCK_NAME = "tracking.lock"
 FOLLOWER_LOCK_NAME = "follower.lock"
 FOLDER_TAG, COPY_TAG, HOST_TAG = "ca2st.run_dir", "ca2st.copied_from", "ca2st.host"
 """Where the run lives; of a run whose folder was copied, where that was; the machine that trains."""
+_LOCAL_SERVER = "http://127.0.0.1:5000"
 _LOOK_SECONDS = 0.15
 _BLOCK_BYTES = 65_536
 
@@ -42,6 +43,8 @@ class Progress:
 
     run_id: str | None = None
     """MLflow's run, made at the first sync."""
+    experiment_id: str | None = None
+    """The experiment that it is in."""
     attempt: int = 0
     """The newest whose start was sent."""
     sent_bytes: int = 0
@@ -77,6 +80,19 @@ class TrackingState:
     def run_id(self) -> str | None:
         """MLflow's run; None before the first sync."""
         return self.progress.run_id
+
+
+def link_of(state: TrackingState) -> str | None:
+    """Return the page of the run's experiment, shown as model training; None before the first sync.
+
+    A browser that MLflow 3 has not met shows every experiment as one of GenAI, without its runs: neither a tag of the
+    experiment nor a setting of the server decides it, only the link. An SQLite store has no server: the link is that of
+    ``mlflow ui``.
+    """
+    if state.progress.experiment_id is None:
+        return None
+    server = state.uri.rstrip("/") if state.uri.startswith(("http://", "https://")) else _LOCAL_SERVER
+    return f"{server}/#/experiments/{state.progress.experiment_id}/runs?workflowType=machine_learning"
 
 
 def open_tracking(run_dir: Path, state: TrackingState) -> TrackingState:

@@ -99,6 +99,63 @@ def test_a_published_training_has_the_settings_of_the_paper(name: str) -> None:
     assert recipe.experts.sources().keys() == experts[kind]
 
 
+# Source: the paper's main tables, in percent; of EPIC-KITCHENS-100 the action.
+RESULTS = {
+    "cast_epic_kitchens_100": 49.3,
+    "cast_epic_kitchens_100_resnet50": 43.8,
+    "cast_epic_kitchens_100_ablations": 48.7,
+    "cast_something_something_v2": 71.6,
+    "cast_kinetics_400": 85.3,
+    "cast_activitynet": None,
+    **dict(zip(("cast_epic_sounds", "cava_epic_sounds", "ca2st_epic_sounds"), (47.8, 60.3, 61.0), strict=True)),
+    **dict(zip(("cast_vgg_sound", "cava_vgg_sound", "ca2st_vgg_sound"), (54.7, 68.2, 68.3), strict=True)),
+    **dict(
+        zip(("cast_kinetics_sound", "cava_kinetics_sound", "ca2st_kinetics_sound"), (91.6, 92.9, 93.3), strict=True)
+    ),
+    **dict(zip(("cast_ucf_101", "cava_ucf_101", "ca2st_ucf_101"), (96.9, 96.1, 97.2), strict=True)),
+}
+
+
+def test_the_published_recipes_are_the_rows_of_the_paper() -> None:
+    found = {name: load_recipe(name).published for name in known_recipes()}
+    published = {name.removesuffix(".toml"): one for name, one in found.items() if one is not None}
+    assert {name: one.top1 for name, one in published.items()} == RESULTS
+    assert {name for name, one in published.items() if one.views != "2x3"} == {"cast_kinetics_400"}
+    assert all(one.dataset in name for name, one in published.items())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("published.top1=101", r"published: top1: expected 0 to 100 percent, found 101"),
+        ("published.views=six", r"published: views: expected CLIPSxCROPS such as 2x3, found 'six'"),
+        ("tracking.run_name= ", r"tracking: run_name: expected a name, found none"),
+        ("tracking.tags={'mlflow.user'='me'}", r"tracking: tags: expected names that do not begin .*'mlflow\.user'"),
+    ],
+)
+def test_a_wrong_claim_or_name_is_refused(override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("cast_vgg_sound", [override])
+
+
+def test_one_of_several_splits_is_chosen_by_a_number() -> None:
+    first, second = load_recipe("cava_ucf_101"), load_recipe("ca2st_ucf_101", ["data.split=2"])
+    assert (first.data.train, first.folder) == ("shards/ucf_101/split1/train", Path("runs/cava_ucf_101_split1"))
+    assert (second.data.validation, second.name) == ("shards/ucf_101/split2/test", "ca2st_ucf_101")
+    assert str(second.folder) == "runs/ca2st_ucf_101_split2"
+    assert identity_settings(load_recipe("ca2st_ucf_101")) == identity_settings(second)
+    other = load_recipe("cava_ucf_101", ["data.train=mine/train", "data.validation=mine/test"])
+    assert (other.data.split, other.folder) == (None, Path("runs/cava_ucf_101"))
+
+
+def test_a_split_that_stands_for_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--set data\.split: expected \{split\} in data\.train or data\.validation"):
+        load_recipe(recipe_file(tmp_path), ["data.split=2"])
+    text = RECIPE.replace("shards/train", "shards/{split}/train")
+    with pytest.raises(RecipeError, match=r"mine\.toml:14: data\.train: expected data\.split beside \{split\}"):
+        load_recipe(recipe_file(tmp_path, text))
+
+
 def test_a_recipe_that_extends_one_of_the_package_changes_what_it_names_alone(tmp_path: Path) -> None:
     text = 'name = "mine"\nextends = "ca2st_vgg_sound"\n[optim]\nbase_lr = 2e-4\n'
     mine, theirs = load_recipe(recipe_file(tmp_path, text)), load_recipe("ca2st_vgg_sound")

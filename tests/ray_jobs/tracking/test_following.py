@@ -1,5 +1,6 @@
 """What is written about a run before it is followed, and by the process that follows it."""
 
+import getpass
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +17,13 @@ import pytest
 import ray_jobs
 from ray_jobs.runs.data import TrainingData
 from ray_jobs.tracking import following
-from ray_jobs.tracking.following import _start_follower, followed
+from ray_jobs.tracking.following import _start_follower, _tell_link, followed, sync
 from ray_jobs.tracking.run_card import RECIPE_NAME, read_run
-from ray_jobs.tracking.state import read_state, unsent_bytes
+from ray_jobs.tracking.state import TrackingState, link_of, read_state, unsent_bytes
 from support.fake_shards import make_samples, make_shard_set
 from support.processes import python_path
 from support.tiny_world import tiny_recipe
-from support.tracked_runs import end, start, tracked_run, write
+from support.tracked_runs import end, run_of, start, tracked_run, write
 
 SECRET = "hunter2"
 
@@ -77,6 +79,76 @@ def test_a_submitted_job_is_recorded_with_the_commit_it_was_sent_from(
     told = {"git.commit": "a" * 40, "git.dirty": "false"}
     assert read_state(run_dir).tags.items() >= told.items()
     assert read_run(run_dir).tags.items() >= told.items()
+
+
+def followed_state(tmp_path: Path, **tracking: object) -> TrackingState:
+    """What is kept of a run in the folder ``tmp_path / "second try"``."""
+    shards = make_shard_set(tmp_path / "shards", make_samples(3))
+    data = TrainingData(train_sets=(shards,), validation=None, targets=("label",))
+    recipe, run_dir = tiny_recipe(tmp_path / "shards"), tmp_path / "second try"
+    run_dir.mkdir()
+    changed = replace(recipe.tracking, **tracking)  # type: ignore[arg-type]  # its fields
+    with followed(replace(recipe, tracking=changed), run_dir, data):
+        pass
+    return read_state(run_dir)
+
+
+def test_a_run_is_named_after_its_folder_and_has_the_tags_that_mlflow_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no checkout is here
+    monkeypatch.delenv("CA2ST_GIT", raising=False)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/ca2st", "train", "tiny"])
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "raysubmit_1"}}')
+    state = followed_state(tmp_path)
+    commit = subprocess.run(
+        ["git", "-C", str(Path(ray_jobs.__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    assert state.run_name == "second try"
+    expected = {
+        "mlflow.source.name": "ca2st train tiny",
+        "mlflow.source.type": "JOB",
+        "mlflow.user": getpass.getuser(),
+        "ray.submission_id": "raysubmit_1",
+        "ca2st.name": "tiny",
+    } | ({"mlflow.source.git.commit": commit, "git.commit": commit} if commit else {})
+    assert state.tags.items() >= expected.items()
+    assert "mlflow.note.content" not in state.tags
+
+
+def test_a_recipe_names_its_run_and_adds_tags_and_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    state = followed_state(tmp_path, run_name="the long one", tags={"table": "main"}, note="Row **three**.")
+    assert state.run_name == "the long one"
+    assert state.tags.items() >= {"table": "main", "mlflow.note.content": "Row **three**."}.items()
+    assert state.tags["mlflow.source.type"] == "LOCAL"
+
+
+@pytest.mark.parametrize(
+    ("uri", "server"),
+    [("https://mlflow.example.org/", "https://mlflow.example.org"), ("sqlite:////a/b.db", "http://127.0.0.1:5000")],
+)
+def test_the_link_opens_the_experiment_as_model_training(uri: str, server: str) -> None:
+    state = TrackingState(uri=uri, experiment="e", run_name="r", params={}, tags={})
+    assert link_of(state) is None
+    known = replace(state, progress=replace(state.progress, experiment_id="7"))
+    assert link_of(known) == f"{server}/#/experiments/7/runs?workflowType=machine_learning"
+
+
+def test_the_link_is_told_as_soon_as_mlflow_has_the_run(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(following, "_TELL_SECONDS", 0.05)
+    run_dir = tracked_run(tmp_path / "run", store)
+    write(run_dir, start())
+    teller = threading.Thread(target=_tell_link, args=(run_dir, threading.Event()))
+    teller.start()
+    sync(run_dir)
+    teller.join()
+    experiment = run_of(run_dir).info.experiment_id
+    told = capsys.readouterr().err
+    assert f"MLflow: http://127.0.0.1:5000/#/experiments/{experiment}/runs?workflowType=machine_learning" in told
+    assert f"(after `mlflow ui --backend-store-uri {store}`)" in told
 
 
 def test_a_follower_takes_no_folder_of_the_working_directory_for_a_package(
