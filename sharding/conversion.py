@@ -58,7 +58,7 @@ from sharding.format.writer import ShardRange, StoredSample, write_shard
 from sharding.media.audio import log_mel, no_spectrogram, npy_bytes
 from sharding.media.encode import ClipJob, EncodedClip, encode_clip
 from sharding.settings import TRAILER_BYTES, ConversionConfig, conversion_identity, estimate_storage
-from sharding.source import MISSING_MEDIA, SourceList, SourceSample, check_source, refuse_doubtful
+from sharding.source import MISSING_MEDIA, SourceList, SourceSample, check_source, named_labels, refuse_doubtful
 from sharding.verify import shard_problems
 from sharding.workers import ClipPool, DecodePool, Rejected
 
@@ -519,7 +519,7 @@ def sample_record(
         "start_seconds": sample.start_seconds,
         "end_seconds": sample.end_seconds,
         "duration_seconds": clip.duration_seconds,
-        "labels": source.named_labels(sample),
+        "labels": named_labels(sample.labels, source.label_spaces, source.labelling),
         "video": {
             "codec": config.codec,
             "width": clip.video.width,

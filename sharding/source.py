@@ -66,21 +66,22 @@ class SourceList:
             ]
         )
 
-    def named_labels(self, sample: SourceSample) -> dict[str, Any]:
-        """Return what a sample's JSON says of its labels: by label space an ``index`` and ``name``, or a list of them.
-
-        Empty where the list has no labels.
-        """
-        if self.labelling == "several":
-            (space,) = self.label_spaces
-            return {space.name: [{"index": at, "name": space.classes[at]} for at in sample.labels]}
-        labelled = zip(self.label_spaces, sample.labels, strict=self.labelling == "one")
-        return {space.name: {"index": at, "name": space.classes[at]} for space, at in labelled}
-
     @property
     def num_classes(self) -> dict[str, int]:
         """Number of classes by target."""
         return {space.name: len(space.classes) for space in self.label_spaces if space.name in self.targets}
+
+
+def named_labels(labels: tuple[int, ...], spaces: tuple[LabelSpace, ...], labelling: Labelling) -> dict[str, Any]:
+    """Return what a sample's JSON says of its labels: by label space an ``index`` and ``name``, or a list of them.
+
+    Empty without labels.
+    """
+    if labelling == "several":
+        (space,) = spaces
+        return {space.name: [{"index": at, "name": space.classes[at]} for at in labels]}
+    labelled = zip(spaces, labels, strict=labelling == "one")
+    return {space.name: {"index": at, "name": space.classes[at]} for space, at in labelled}
 
 
 LOOK_ALIKE = "labels that look alike"

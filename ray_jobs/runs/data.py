@@ -15,11 +15,11 @@ from pipelines.config import EvaluationSetup, TrainSetup
 from pipelines.loader import EvaluationLoader, TrainLoader
 from pipelines.order.plan import SamplePlan
 from pipelines.quarantine import FOLDER_NAME as QUARANTINE_FOLDER
-from pipelines.storage.shard_sets import check_agreement, check_manifest, check_sound, require_sound
+from pipelines.storage.shard_sets import check_agreement, check_manifest, check_sound, require_labels, require_sound
 from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import Recipe, SyntheticData
 from ray_jobs.console import progress
-from sharding.format.shard_set import Manifest, ShardSet, classes_that_differ, read_shard_set
+from sharding.format.shard_set import Labelling, Manifest, ShardSet, classes_that_differ, read_shard_set
 from sharding.synthetic.factors import label_spaces
 
 
@@ -52,6 +52,11 @@ class TrainingData:
         return names if self.validation is None else names | {"validation": self.validation.manifest.dataset}
 
     @property
+    def labelling(self) -> Labelling:
+        """Return how many labels a sample has: ``one`` of each target, or ``several``."""
+        return self.train.manifest.labelling
+
+    @property
     def classes(self) -> dict[str, list[str]]:
         """Return the class names of each target."""
         return {name: list(self.train.manifest.label_space(name).classes) for name in self.targets}
@@ -74,6 +79,9 @@ def open_data(recipe: Recipe) -> TrainingData:
     place = recipe.data.validation
     validation = read_shard_set(place, storage=storage) if place is not None else None
     targets = recipe.data.targets or train.manifest.targets
+    for shard_set in (*train_sets, *([] if validation is None else [validation])):
+        what = "validation" if shard_set is validation else "training"
+        require_labels(shard_set, what=what, labelling=train.manifest.labelling)
     for name in targets:
         train.manifest.label_space(name)
         if validation is not None:

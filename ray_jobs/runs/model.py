@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from safetensors.torch import load
@@ -39,7 +39,7 @@ from ca2st.weights.tensor_files import WeightsMismatchError, read_tensor_file, r
 from ray_jobs.config.recipe import Recipe, StartConfig
 from ray_jobs.config.recipe_file import stored_recipe
 from ray_jobs.console import say
-from sharding.format.shard_set import AudioParameters, VideoParameters
+from sharding.format.shard_set import AudioParameters, Labelling, VideoParameters
 
 Classes = Mapping[str, Sequence[str]]
 """Class names of each label space."""
@@ -397,6 +397,7 @@ class _StoredDocument(TypedDict):
     classes: dict[str, list[str]]
     audio: AudioParameters
     video: VideoParameters
+    labelling: NotRequired[Labelling]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -410,6 +411,8 @@ class RunDocument:
     """How the spectrograms of the training shards were made, of a mixture's first set."""
     video: VideoParameters
     """How their videos were encoded."""
+    labelling: Labelling = "one"
+    """How many labels a sample has: ``one``, for a softmax over the classes, or ``several``, for a sigmoid of each."""
 
 
 def read_run_document(data: bytes, *, where: str) -> RunDocument:
@@ -424,6 +427,7 @@ def read_run_document(data: bytes, *, where: str) -> RunDocument:
         classes=document["classes"],
         audio=document["audio"],
         video=document["video"],
+        labelling=document.get("labelling", "one"),
     )
 
 

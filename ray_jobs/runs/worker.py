@@ -177,6 +177,7 @@ def _record(
                 "classes": data.classes,
                 "audio": asdict(data.train.manifest.audio),
                 "video": asdict(data.train.manifest.video),
+                **({} if data.labelling == "one" else {"labelling": data.labelling}),
             }
         },
     )

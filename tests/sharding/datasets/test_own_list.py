@@ -9,7 +9,15 @@ from sharding.datasets import DatasetRequest, read_dataset
 from sharding.datasets.label_spaces import label_histogram
 from sharding.errors import AnnotationError
 from sharding.settings import RejectBudget
-from sharding.source import MISSING_MEDIA, NO_LABEL, SEVERAL_LABELS, UNUSED_CLASSES, SourceList, note_lines
+from sharding.source import (
+    MISSING_MEDIA,
+    NO_LABEL,
+    SEVERAL_LABELS,
+    UNUSED_CLASSES,
+    SourceList,
+    named_labels,
+    note_lines,
+)
 from support.annotations import touch, write_lines
 
 
@@ -261,7 +269,7 @@ def test_several_labels_a_sample_are_ascending_classes_of_one_space(tmp_path: Pa
     assert (source.targets, source.label_spaces[0].classes) == (("label",), ("ant", "cat", "dog"))
     assert [sample.labels for sample in source.samples] == [(1, 2), (1,), (0, 2)]
     assert label_histogram(source) == {"label": {"ant": 1, "cat": 2, "dog": 2}}
-    assert source.named_labels(source.samples[0]) == {
+    assert named_labels((1, 2), source.label_spaces, source.labelling) == {
         "label": [{"index": 1, "name": "cat"}, {"index": 2, "name": "dog"}]
     }
 
