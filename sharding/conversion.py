@@ -49,6 +49,7 @@ from sharding.folder import (
     remove_shards_from,
     require_within_budget,
     state_of,
+    state_of_sample,
     write_missing,
     write_sources,
 )
@@ -413,7 +414,7 @@ class _Conversion:
 
     def _job(self, position: int) -> ClipJob:
         sample = self._source.samples[position]
-        self._states[position] = state_of(sample.path)
+        self._states[position] = state_of_sample(sample)
         return self._config.job(sample)
 
     def _reported(self, outcomes: Iterator[tuple[int, Outcome]], num_done: int) -> Iterator[tuple[int, Outcome]]:
@@ -511,6 +512,8 @@ def sample_record(
             "source_sample_rate_hz": clip.audio.source_rate_hz,
             "source_channels": clip.audio.source_channels,
         }
+    if sample.sound_path is not None and clip.sound_bytes is not None:
+        audio |= {"source": sample.sound_path.name, "source_bytes": clip.sound_bytes}
     record = {
         "key": key,
         "sample_id": sample.sample_id,

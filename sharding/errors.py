@@ -12,6 +12,7 @@ RejectReason = Literal[
     "missing_file",  # the file does not exist or cannot be read
     "empty_file",  # the file has no bytes
     "not_a_video",  # no known video container
+    "not_a_sound",  # a file of its own for the sound that is no known container
     "no_index",  # an MP4 without its moov box
     "no_video_stream",  # a container without a video stream
     "truncated",  # the container claims more than the file holds

@@ -32,7 +32,7 @@ from sharding.format.shard_set import MANIFEST_NAME, SHARDS_NAME, ShardEntry, in
 from sharding.format.writer import ShardRange, shard_name
 from sharding.media.claims import source_state
 from sharding.settings import RejectBudget
-from sharding.source import SourceList
+from sharding.source import SourceList, SourceSample
 
 LOCK_NAME = ".conversion.lock"
 SOURCES_NAME = "sources.jsonl"
@@ -364,8 +364,9 @@ def remove_shards_from(root: Path, number: int) -> None:
     fsync_folder(root)
 
 
-State = tuple[int, int] | None
-"""Size in bytes and modification time in ns of a source; None: there is no readable file."""
+State = tuple[int, ...] | None
+"""Size in bytes and modification time in ns of a source, then those of the file that its sound has of its own; None:
+there is no readable file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -378,7 +379,7 @@ class ShardSources:
     """Of its index, which is thereby known to be the one that was written."""
     first: int
     """Position of the first source."""
-    states: tuple[tuple[int, int] | None, ...]
+    states: tuple[tuple[int, ...] | None, ...]
     """State of it and of those behind it, up to the one that no longer fitted into the shard."""
 
 
@@ -389,6 +390,15 @@ def state_of(path: Path) -> State:
     except MediaError:
         return None
     return state.num_bytes, state.modified_ns
+
+
+def state_of_sample(sample: SourceSample, state: Callable[[Path], State] = state_of) -> State:
+    """Return the state of a sample's file, and behind it that of the file which its sound has of its own."""
+    own = state(sample.path)
+    if own is None or sample.sound_path is None:
+        return own
+    sound = state(sample.sound_path)
+    return None if sound is None else (*own, *sound)
 
 
 def read_sources(root: Path) -> dict[str, ShardSources]:
@@ -439,7 +449,7 @@ def changed_sources(known: ShardSources, source: SourceList, state: Callable[[Pa
     """Return positions of the sources of a shard that are other files now; one that is gone cannot be compared."""
     changed = []
     for position, before in enumerate(known.states, known.first):
-        now = state(source.samples[position].path) if position < len(source.samples) else None
+        now = state_of_sample(source.samples[position], state) if position < len(source.samples) else None
         if now is not None and now != before:
             changed.append(position)
     return changed
@@ -447,11 +457,15 @@ def changed_sources(known: ShardSources, source: SourceList, state: Callable[[Pa
 
 def changes_in_words(known: Sequence[ShardSources], source: SourceList, state: Callable[[Path], State]) -> str:
     """Return how many files changed, and what of the first few; empty when none did."""
-    changes = {}
+    changes: dict[Path, tuple[State, State]] = {}
     for one in known:
         for position in changed_sources(one, source, state):
-            path = source.samples[position].path
-            changes[path] = (one.states[position - one.first], state(path))
+            sample, before = source.samples[position], one.states[position - one.first]
+            now = state_of_sample(sample, state)
+            if sample.sound_path is not None and before and now and before[:2] == now[:2]:
+                changes[sample.sound_path] = before[2:], now[2:]
+            else:
+                changes[sample.path] = before, now
     if not changes:
         return ""
     found = [f"{path}: {_change_in_words(*change)}" for path, change in changes.items()]

@@ -170,6 +170,7 @@ class ConversionConfig:
             audio=self.audio,
             limits=self.limits,
             clock=self.clock,
+            sound_path=sample.sound_path.absolute() if sample.sound_path and self.audio_policy != "none" else None,
         )
 
 

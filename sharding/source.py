@@ -33,6 +33,8 @@ class SourceSample:
     apply, ascending, or none."""
     where: str
     """Where the annotation stands, ``file:line``, for messages."""
+    sound_path: Path | None = None
+    """A file of its own for the sound, which begins when the media file does; None: the media file's own sound."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +62,10 @@ class SourceList:
                 *([] if self.labelling == "one" else [self.labelling]),
                 [[space.name, *space.classes] for space in self.label_spaces],
                 [
-                    [sample.sample_id, sample.path.name, sample.start_seconds, sample.end_seconds, *sample.labels]
+                    [
+                        *(sample.sample_id, sample.path.name, sample.start_seconds, sample.end_seconds, *sample.labels),
+                        *([] if sample.sound_path is None else [{"sound": sample.sound_path.name}]),
+                    ]
                     for sample in self.samples
                 ],
             ]
@@ -192,7 +197,7 @@ def _unmet(labels: tuple[int, ...], sizes: list[int], labelling: Labelling) -> s
 
 def _check_is_text(sample: SourceSample) -> None:
     """Ids and file names go into the samples' JSON: names in bytes that are no UTF-8 cannot."""
-    for name in (sample.sample_id, sample.path.name):
+    for name in (sample.sample_id, sample.path.name, *([sample.sound_path.name] if sample.sound_path else [])):
         try:
             name.encode()
         except UnicodeEncodeError:

@@ -80,6 +80,9 @@ class BuildOptions:
         Path | None,
         _source("csv, list, folder, kinetics_sound, activitynet: class names in label order, one per line."),
     ] = None
+    audio_root: Annotated[
+        Path | None, _source("csv: folder that paths of the column `audio`, a file for the sound, start from.")
+    ] = None
     label_separator: Annotated[
         str | None, _source("csv: what stands between the labels of the column `labels`; default |.")
     ] = None
@@ -192,6 +195,7 @@ class BuildOptions:
             limit=self.limit,
             check_media=not self.dry_run,
             classes=self.classes,
+            audio_root=self.audio_root,
             label_separator=self.label_separator,
             follow_links=self.follow_links,
             max_missing=RejectBudget.parse(self.max_missing, option="--max-missing"),

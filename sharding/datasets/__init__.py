@@ -34,7 +34,7 @@ DATASETS: dict[str, str] = {
     "vgg_sound": "vgg_sound.read",
 }
 """Every dataset by the name that ``--dataset`` takes: its module here and the reader in it, loaded when asked for."""
-_ONLY = {"label_separator": ("csv",)}
+_ONLY = {"label_separator": ("csv",), "audio_root": ("csv",)}
 """Fields of a request that single datasets use."""
 
 

@@ -2,8 +2,8 @@
 
 ``csv``: columns ``path,label[,start,end]``, ``path,verb,noun[,start,end]`` or ``path,labels[,start,end]`` (several a
 row, as ``a|b`` or as a list), labels as names or numbers, in CSV, Parquet (``.parquet``) or JSON Lines (``.jsonl``); a
-test split may be without labels. ``list``: lines ``path label`` without a header, as many projects write them; the last
-field is the label, paths may hold spaces.
+test split may be without labels. A column ``audio`` names a file of its own for the sound. ``list``: lines ``path
+label`` without a header, as many projects write them; the last field is the label, paths may hold spaces.
 """
 
 from collections.abc import Sequence
@@ -48,6 +48,7 @@ _TARGETS = (("label",), ("verb", "noun"), ("labels",))
 _APART = "\x1f"
 """Stands before each label of a list in Parquet or JSON Lines, when it has become the text of a cell."""
 _TIMES = ("start", "end")
+_SOUND = "audio"
 _MISSING_FILE = "missing file"
 
 
@@ -75,10 +76,10 @@ def _read(request: DatasetRequest, dataset: str, *, what: str) -> SourceList:
     problems = Problems(annotations, advice="correct the file and run again")
     table = _table(annotations, dataset, request.split, problems)
     found = _labels(table, request, problems)
-    root = MediaRoot(request.media or Path(), check=request.check_media, follow_links=request.follow_links)
-    missing: dict[str, Row] = {}
-    samples = _samples(table, found.of_row, root, problems=problems, missing=missing)
-    _count_missing(missing, request, root, problems, total=len(table.rows))
+    roots = _roots(request, table)
+    missing: dict[str, tuple[Row, str]] = {}
+    samples = _samples(table, found.of_row, roots, problems=problems, missing=missing)
+    _count_missing(missing, request, roots, problems, total=len(table.rows))
     problems.refuse_any()
     has_list = request.classes is not None and found.labelling != "none"
     notes = {
@@ -96,6 +97,23 @@ def _read(request: DatasetRequest, dataset: str, *, what: str) -> SourceList:
         notes={kind: places for kind, places in notes.items() if places},
         labelling=found.labelling,
     )
+
+
+def _roots(request: DatasetRequest, table: Table) -> dict[str, MediaRoot]:
+    """The folders that the paths of a column start from."""
+    media = MediaRoot(request.media or Path(), check=request.check_media, follow_links=request.follow_links)
+    if _SOUND not in table.columns:
+        if request.audio_root is not None:
+            raise UserInputError(f"--audio-root: expected a column {_SOUND} in {table.path}, found none; leave it out")
+        return {"path": media}
+    if request.audio_root is None:
+        return {"path": media, _SOUND: media}
+    if request.check_media and not request.audio_root.is_dir():
+        raise UserInputError(f"--audio-root {request.audio_root}: expected a folder, found none; check it")
+    sound = MediaRoot(
+        request.audio_root, check=request.check_media, follow_links=request.follow_links, option="--audio-root"
+    )
+    return {"path": media, _SOUND: sound}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,7 +208,7 @@ def _table(path: Path, dataset: str, split: str, problems: Problems) -> Table:
         except DocumentError as error:
             raise AnnotationError(f"{error}; expected one row per line (JSON Lines)") from error
     else:
-        optional = (*sum(_TARGETS, ()), *_TIMES)
+        optional = (*sum(_TARGETS, ()), *_TIMES, _SOUND)
         table = read_table(path, required=("path",), optional=optional, others=False, problems=problems)
         _check(path, table.columns, split)
         return table
@@ -202,7 +220,7 @@ def _table(path: Path, dataset: str, split: str, problems: Problems) -> Table:
 
 def _check(path: Path, columns: tuple[str, ...], split: str) -> None:
     targets = _targets(columns) or (() if split == UNLABELLED_SPLIT else _TARGETS[0])
-    check_columns(f"{path}:1:1", columns, required=("path", *targets), optional=_TIMES)
+    check_columns(f"{path}:1:1", columns, required=("path", *targets), optional=(*_TIMES, _SOUND))
 
 
 def _row(path: Path, number: int, row: dict[str, Any], columns: tuple[str, ...], problems: Problems) -> Row | None:
@@ -232,27 +250,25 @@ def _unused(classes: tuple[str, ...], samples: Sequence[SourceSample]) -> tuple[
 def _samples(
     table: Table,
     labels: Sequence[tuple[int, ...] | None],
-    root: MediaRoot,
+    roots: dict[str, MediaRoot],
     *,
     problems: Problems,
-    missing: dict[str, Row],
+    missing: dict[str, tuple[Row, str]],
 ) -> list[SourceSample]:
-    """The samples; rows whose file is not there go to `missing`, by what they name."""
+    """The samples; rows whose file is not there go to `missing`, by where they stand, with the column that names it."""
     first_rows: dict[str, Row] = {}
     samples = []
     for row, of_row in zip(table.rows, labels, strict=True):
-        try:
-            path = root.resolve(row["path"])
-        except CellError as error:
-            if error.kind == _MISSING_FILE:
-                missing[row.where] = row
-            else:
-                problems.add(error.kind, f"{row.place('path')}: expected {error.expected}, found {row['path']!r}")
+        paths = {name: _resolved(row, name, root, problems, missing) for name, root in roots.items() if row.get(name)}
+        if not row["path"]:
+            read_cell(row, "path", roots["path"].resolve, problems)
+        path = paths.get("path")
+        if path is None or None in paths.values():
             continue
         segment = _segment(row, problems)
         if segment is None:
             continue
-        sample_id = _sample_id(root.name_of(path), segment)
+        sample_id = _sample_id(roots["path"].name_of(path), segment)
         first = first_rows.setdefault(sample_id, row)
         if first is not row:
             problems.add(
@@ -267,18 +283,38 @@ def _samples(
                     end_seconds=segment[1],
                     labels=of_row,
                     where=row.where,
+                    sound_path=paths.get(_SOUND),
                 )
             )
     return samples
 
 
+def _resolved(
+    row: Row, column: str, root: MediaRoot, problems: Problems, missing: dict[str, tuple[Row, str]]
+) -> Path | None:
+    """The file that a cell names; None where it is missing, which is counted, or cannot be meant: a problem."""
+    try:
+        return root.resolve(row[column])
+    except CellError as error:
+        if error.kind == _MISSING_FILE:
+            missing.setdefault(row.where, (row, column))
+        else:
+            problems.add(error.kind, f"{row.place(column)}: expected {error.expected}, found {row[column]!r}")
+    return None
+
+
 def _count_missing(
-    missing: dict[str, Row], request: DatasetRequest, root: MediaRoot, problems: Problems, *, total: int
+    missing: dict[str, tuple[Row, str]],
+    request: DatasetRequest,
+    roots: dict[str, MediaRoot],
+    problems: Problems,
+    *,
+    total: int,
 ) -> None:
     """Within ``--max-missing`` the rows are left out; otherwise each is a problem with its place."""
     if not request.max_missing.allows(len(missing), total):
-        for row in missing.values():
-            read_cell(row, "path", root.resolve, problems)
+        for row, column in missing.values():
+            read_cell(row, column, roots[column].resolve, problems)
 
 
 def _sample_id(name: str, segment: _Segment) -> str:

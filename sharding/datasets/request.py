@@ -41,6 +41,8 @@ class DatasetRequest:
     """Whether links may lead outside `media`."""
     max_missing: RejectBudget = field(default_factory=RejectBudget)
     """How many samples may have no media file: public sets lose videos every year, which is not damage."""
+    audio_root: Path | None = None
+    """``csv`` only: the folder that the paths of the column ``audio`` start from; None: `media`."""
     label_separator: str | None = None
     """``csv`` only: what stands between the labels of the column ``labels``; None: ``|``."""
     task: str | None = None

@@ -12,7 +12,7 @@ import mmap
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -27,7 +27,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from ca2st.errors import UserInputError
-from sharding.errors import MediaError
+from sharding.errors import MediaError, RejectReason
 
 _MP4_BOXES = frozenset(
     {b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"uuid", b"sidx", b"styp", b"mfra"}
@@ -170,10 +170,10 @@ def check_ends_as_claimed(
         )
 
 
-def _end_of_all_streams(path: Path) -> Fraction:
+def _end_of_all_streams(path: Path, *, is_sound: bool = False) -> Fraction:
     """Return where the last packet of any stream ends; sound may be longer than the picture."""
     last = Fraction(0)
-    with open_media(path) as container, contextlib.suppress(av.error.FFmpegError):
+    with open_media(path, is_sound=is_sound) as container, contextlib.suppress(av.error.FFmpegError):
         for packet in container.demux():
             if packet.pts is not None and packet.time_base is not None:
                 last = max(last, (packet.pts + (packet.duration or 0)) * packet.time_base)
@@ -366,6 +366,8 @@ def _are_there(data: mmap.mmap, entries: NDArray[Any], base: int) -> NDArray[np.
 
 FORMATS = ("mov", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg", "asf")
 """Demuxers that may read a source."""
+SOUND_FORMATS = ("wav", "flac", "mp3", "aac", "w64")
+"""Demuxers that may also read a file of its own for the sound."""
 _ENCRYPTED_TAG = "drms"  # sound of a shop; what the standard encrypts is marked packet by packet
 _STRICT = {"err_detect": "crccheck+explode"}
 _STILLS = Disposition.attached_pic | Disposition.timed_thumbnails
@@ -441,26 +443,28 @@ def check_unchanged(path: Path, before: SourceState) -> None:
 
 
 @contextlib.contextmanager
-def open_media(path: Path) -> Iterator[InputContainer]:
-    """The opened container of a local file.
+def open_media(path: Path, *, is_sound: bool = False) -> Iterator[InputContainer]:
+    """The opened container of a local file; `is_sound`: one for sound alone, which may be of other formats too.
 
     Raises:
-        MediaError: ``not_a_video`` when no allowed demuxer takes it.
+        MediaError: ``not_a_video`` or ``not_a_sound`` when no allowed demuxer takes it.
     """
-    options = {"format_whitelist": _whitelist(), "protocol_whitelist": "file"}
+    formats = (*SOUND_FORMATS, *FORMATS) if is_sound else FORMATS
+    options = {"format_whitelist": _whitelist(formats), "protocol_whitelist": "file"}
     try:
         container = av.open(f"file:{path}", "r", options=options, metadata_errors="replace")  # titles in any encoding
     except av.error.MemoryError:
         raise
     except av.error.FFmpegError as error:
-        raise MediaError("not_a_video", f"expected one of {', '.join(FORMATS)}, found: {error.strerror}") from error
+        reason: RejectReason = "not_a_sound" if is_sound else "not_a_video"
+        raise MediaError(reason, f"expected one of {', '.join(formats)}, found: {error.strerror}") from error
     with container:
         yield container
 
 
-def _whitelist() -> str:
+def _whitelist(formats: Sequence[str]) -> str:
     # FFmpeg compares a demuxer's whole name ("matroska,webm"), and each of its aliases, with these entries.
-    return ",".join((*FORMATS, "mp4", "m4a", "3gp", "3g2", "mj2"))
+    return ",".join((*formats, "mp4", "m4a", "3gp", "3g2", "mj2"))
 
 
 def video_stream(container: InputContainer, limits: MediaLimits) -> VideoStream:
@@ -490,14 +494,34 @@ def moving_pictures(container: InputContainer) -> list[VideoStream]:
     return [stream for stream in container.streams.video if not stream.disposition & _STILLS]
 
 
-def audio_candidates(container: InputContainer, video: VideoStream) -> list[AudioStream]:
+def check_sound_is_whole(path: Path) -> None:
+    """Hold the last packet of a file for sound alone against the length it claims; formats that claim none pass.
+
+    Raises:
+        MediaError: ``truncated``.
+    """
+    with open_media(path, is_sound=True) as container:
+        if container.format.name not in (*_STREAM_CLAIMS, *_FILE_CLAIMS, "flac", "wav") or not container.duration:
+            return
+        first = Fraction(container.start_time or 0, av.time_base)
+        claimed = first + Fraction(container.duration, av.time_base)
+    found = _end_of_all_streams(path, is_sound=True)
+    if found < claimed - _SLACK:
+        raise MediaError(
+            "truncated",
+            f"expected sound to {float(claimed):.3f} s as the file says, found it to {float(found):.3f} s; "
+            "fetch the file again",
+        )
+
+
+def audio_candidates(container: InputContainer, video: VideoStream | None) -> list[AudioStream]:
     """Return the audio streams that may be a clip's sound, the likeliest first: the first that is not silent is taken.
 
     The container's one default stream has no rival. Of several, the one with the most channels comes first, as in
     FFmpeg; without any, they keep their order. In a broadcast with several programs, sound of the picture's own.
     """
     streams = list(container.streams.audio)
-    own = [stream for stream in streams if container.streams.best("video", stream) == video]
+    own = [stream for stream in streams if video is not None and container.streams.best("video", stream) == video]
     chosen = _default_or_all(own or streams)
     is_default = bool(chosen) and bool(chosen[0].disposition & Disposition.default)
     return sorted(chosen, key=_num_channels, reverse=True) if is_default else chosen

@@ -9,8 +9,9 @@ The bytes depend on the frames and their times alone: one thread, no look-ahead 
 and then), a quality instead of a bit rate, bitexact encoder, muxer and scaler.
 """
 
+import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -27,11 +28,13 @@ from sharding.format.shard_set import AudioParameters, VideoParameters
 from sharding.media.audio import EncodedAudio, cut_audio
 from sharding.media.claims import (
     MediaLimits,
+    SourceState,
     audio_candidates,
     be_strict,
     check_chunks,
     check_container_is_whole,
     check_no_zeros_at_end,
+    check_sound_is_whole,
     check_unchanged,
     moving_pictures,
     open_media,
@@ -40,7 +43,7 @@ from sharding.media.claims import (
 )
 from sharding.media.codecs import stored_codec
 from sharding.media.picture import FULL_RANGE, LIMITED_RANGE, PictureMaker, pixel_aspect_of
-from sharding.media.video import Segment, TimedFrame, VideoCut, thinned
+from sharding.media.video import Segment, TimedFrame, VideoCut, clock_zero, file_start, thinned
 from sharding.source import SILENT_SOUND
 
 _TICK = Fraction(1, TICKS_PER_SECOND)
@@ -59,6 +62,8 @@ class ClipJob:
     limits: MediaLimits
     clock: str = "file"
     """Where the seconds count from, a name of `sharding.media.video.CLOCKS`."""
+    sound_path: Path | None = None
+    """A file of its own for the sound; None: that of `path`."""
 
     @property
     def clock_of_cut(self) -> str:
@@ -97,6 +102,8 @@ class EncodedClip:
     """What was done to the source on the way (turned, scaled to square pixels, a track chosen), in JSON's types."""
     notes: tuple[str, ...] = ()
     """Kinds of what a user should know about this clip, counted over the set: ``tone-mapped``, ``silent sound``."""
+    sound_bytes: int | None = None
+    """Of the file that the sound has of its own; None: it is the video's."""
 
     @property
     def has_audio(self) -> bool:
@@ -110,23 +117,44 @@ def encode_clip(job: ClipJob) -> EncodedClip:
     Raises:
         MediaError: for every `RejectReason` that a file can give.
     """
-    before = source_state(job.path)
-    if before.num_bytes == 0:
-        raise MediaError("empty_file", "expected a video, found 0 bytes; fetch the file again")
-    if before.num_bytes > job.limits.max_file_bytes:
-        raise MediaError("too_large", f"expected at most {job.limits.max_file_bytes} bytes, found {before.num_bytes}")
-    check_container_is_whole(job.path)
+    before, sound_before = _state_to_begin(job.path, job.limits), None
+    if job.sound_path is not None:
+        with _naming_sound(job.sound_path):
+            sound_before = _state_to_begin(job.sound_path, job.limits)
     try:
-        clip = _encoded(job, before.num_bytes)
+        clip = _encoded(job, before.num_bytes, None if sound_before is None else sound_before.num_bytes)
     except MediaError as error:
         if error.reason == "decode_error":
             check_no_zeros_at_end(job.path)  # the better reason
         raise
     check_unchanged(job.path, before)
+    if job.sound_path is not None and sound_before is not None:
+        with _naming_sound(job.sound_path):
+            check_unchanged(job.sound_path, sound_before)
     return clip
 
 
-def _encoded(job: ClipJob, source_bytes: int) -> EncodedClip:
+def _state_to_begin(path: Path, limits: MediaLimits) -> SourceState:
+    """Return the state of a file that may be decoded."""
+    state = source_state(path)
+    if state.num_bytes == 0:
+        raise MediaError("empty_file", "expected a video or sound, found 0 bytes; fetch the file again")
+    if state.num_bytes > limits.max_file_bytes:
+        raise MediaError("too_large", f"expected at most {limits.max_file_bytes} bytes, found {state.num_bytes}")
+    check_container_is_whole(path)
+    return state
+
+
+@contextlib.contextmanager
+def _naming_sound(path: Path) -> Iterator[None]:
+    """What is wrong with a file of its own for the sound is said of that."""
+    try:
+        yield
+    except MediaError as error:
+        raise MediaError(error.reason, f"the sound's own file {path.name}: {error}") from error
+
+
+def _encoded(job: ClipJob, source_bytes: int, sound_bytes: int | None) -> EncodedClip:
     segment = Segment.of(job.start_seconds, job.end_seconds)
     with open_media(job.path) as container:
         stream = video_stream(container, job.limits)
@@ -145,8 +173,13 @@ def _encoded(job: ClipJob, source_bytes: int) -> EncodedClip:
         for frame in thinned(pictures.prepared(cut.frames()), job.video.frames_per_second):
             encoder.add(frame)
         check_chunks(job.path, stream, segment.start, segment.end)
-        candidates = [] if job.audio.policy == "none" else audio_candidates(container, stream)
-        audio, tracks = _audio(job, segment, cut, candidates)
+        if job.sound_path is not None:
+            behind_start = cut.zero - clock_zero(container, cut.zero, "file")
+            with _naming_sound(job.sound_path):
+                audio, tracks = _sound_of_its_own(job, job.sound_path, segment, cut, behind_start=behind_start)
+        else:
+            candidates = [] if job.audio.policy == "none" else audio_candidates(container, stream)
+            audio, tracks = _audio(job, segment, cut, [one.index for one in candidates])
         tracks |= _of_several(stream, moving_pictures(container))
         return EncodedClip(
             video=encoder.finish(),
@@ -158,28 +191,51 @@ def _encoded(job: ClipJob, source_bytes: int) -> EncodedClip:
             source_codec=stream.codec_context.name,
             changes={**cut.changes, **pictures.changes, **tracks},
             notes=(*cut.notes, *pictures.notes, *_notes(audio, tracks)),
+            sound_bytes=sound_bytes,
         )
 
 
-def _audio(
-    job: ClipJob, segment: Segment, cut: VideoCut, candidates: Sequence[AudioStream]
+def _sound_of_its_own(
+    job: ClipJob, path: Path, segment: Segment, cut: VideoCut, *, behind_start: Fraction
 ) -> tuple[EncodedAudio | None, dict[str, Any]]:
-    """Return the first sound track that is not silent in the segment, and which one it is where there is a choice."""
+    """As `_audio`, of another file; the media clock's zero lies `behind_start` seconds behind the start of both."""
+    with open_media(path, is_sound=True) as container:
+        zero = (file_start(container) or Fraction(0)) + behind_start
+        candidates = [one.index for one in audio_candidates(container, None)]
+    audio, tracks = _audio(job, segment, cut, candidates, path=path, zero=zero)
+    if audio is None or "sound ends early" in audio.notes:
+        check_sound_is_whole(path)
+    return audio, tracks
+
+
+def _audio(
+    job: ClipJob,
+    segment: Segment,
+    cut: VideoCut,
+    candidates: Sequence[int],
+    *,
+    path: Path | None = None,
+    zero: Fraction | None = None,
+) -> tuple[EncodedAudio | None, dict[str, Any]]:
+    """Return the first sound track that is not silent in the segment, and which one it is where there is a choice.
+
+    `candidates` are places of streams in the file at `path` (None: the job's), `zero` of the media's clock in it.
+    """
     audio, tracks = None, dict[str, Any]()
     for candidate in candidates:
-        with open_media(job.path) as container:
-            stream = cast(AudioStream, container.streams[candidate.index])
+        with open_media(path or job.path, is_sound=path is not None) as container:
+            stream = cast(AudioStream, container.streams[candidate])
             be_strict(stream)
             heard = cut_audio(
                 container,
                 stream,
                 segment,
-                zero=cut.zero,
+                zero=cut.zero if zero is None else zero,
                 duration=cut.duration,
                 rate_hz=job.audio.sample_rate_hz,
                 limits=job.limits,
             )
-            if candidate is candidates[0] or (heard is not None and (audio is None or not heard.is_silent)):
+            if candidate == candidates[0] or (heard is not None and (audio is None or not heard.is_silent)):
                 audio, tracks = heard, _of_several(stream, container.streams.audio)
         if audio is not None and not audio.is_silent:
             break

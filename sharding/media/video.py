@@ -66,16 +66,26 @@ def clock_zero(container: InputContainer, first_picture: Fraction, clock: str) -
         first_picture: Time of its first displayed frame on the container's clock.
         clock: A name of CLOCKS.
     """
-    if clock == "first-frame" or container.start_time is None:
-        return first_picture
-    rounded = Fraction(container.start_time, av.time_base)
+    start = None if clock == "first-frame" else file_start(container)
+    return first_picture if start is None else min(first_picture, start)
+
+
+def file_start(container: InputContainer) -> Fraction | None:
+    """Return where the earliest stream of a file starts on the container's clock, in seconds; None where it is unknown.
+
+    Files that belong together, picture in one and sound in the other, start at the same moment.
+    """
+    start: int | None = container.start_time
+    if start is None:
+        return None
+    rounded = Fraction(start, av.time_base)
     starts = [
         stream.start_time * stream.time_base
         for stream in container.streams
         if stream.start_time is not None and stream.time_base is not None
     ]
     exact = [start for start in starts if abs(start - rounded) < Fraction(1, av.time_base)]
-    return min([first_picture, *(exact or [rounded])])
+    return min(exact or [rounded])
 
 
 @dataclass(frozen=True, slots=True)
