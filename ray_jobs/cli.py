@@ -52,6 +52,7 @@ for command in (
     train.train,
     train.submit,
     runs.evaluate,
+    runs.significance,
     runs.predict,
     runs.compare,
     runs.explain,

@@ -19,6 +19,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 
+from ca2st.batch import Labelling
+
 VERB, NOUN, ACTION = "verb", "noun", "action"
 NUM_JOINT = 100
 """EPIC-KITCHENS-100 ranks the pairs of so many likeliest verbs and nouns."""
@@ -217,28 +219,100 @@ def harmonic_mean(values: Sequence[float]) -> float:
     return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
 
 
+class MetricSums:
+    """Counts from which the metrics of a set follow exactly, added up batch by batch and rank by rank.
+
+    A sample that has no label of a target (-1), or a batch without labels, counts in none of the target's metrics.
+    """
+
+    def __init__(self, targets: Mapping[str, int]) -> None:
+        """`targets`: classes of each target, in the order of the label columns."""
+        self._targets = dict(targets)
+        self.right = {name: np.zeros(size, np.int64) for name, size in targets.items()}
+        """Samples of each class whose likeliest class is the right one."""
+        self.counts = {name: np.zeros(size, np.int64) for name, size in targets.items()}
+        """Samples of each class."""
+        self.hits: dict[str, list[int]] = {}
+        """By metric: samples that are right, and samples that could be."""
+
+    def add(
+        self,
+        probabilities: Mapping[str, Float[np.ndarray, "samples _"]],
+        labels: Int[np.ndarray, "samples columns"],
+        *,
+        labelling: Labelling = "one",
+    ) -> None:
+        """Count samples; column i of `labels` belongs to the i-th target.
+
+        Of samples of several labels ``top1`` counts alone: whether the likeliest class is one of theirs.
+        """
+        names = list(self._targets)
+        if labelling == "several":
+            answered = predicted_classes(probabilities[names[0]])
+            self._count("top1", (labels[np.arange(len(answered)), answered] > 0) & (answered >= 0))
+        if labelling != "one":
+            return
+        for column, name in enumerate(names):
+            known, values = labels[:, column] >= 0, probabilities[name]
+            own = labels[known, column]
+            ranks = label_ranks(values[known], own)
+            self.right[name] += np.bincount(own[ranks < 1], minlength=len(self.right[name]))
+            self.counts[name] += np.bincount(own, minlength=len(self.counts[name]))
+            prefix = target_prefix(name, names)
+            self._count(f"{prefix}top1", ranks < 1)
+            self._count(f"{prefix}top5", ranks < min(5, values.shape[1]))
+        if {VERB, NOUN} <= set(names):
+            both = labels[:, [names.index(VERB), names.index(NOUN)]]
+            known = (both[:, 0] >= 0) & (both[:, 1] >= 0)
+            for rule, hits in action_hits(probabilities[VERB][known], probabilities[NOUN][known], both[known]).items():
+                self._count(rule, hits)
+
+    def _count(self, metric: str, hits: Bool[np.ndarray, " samples"]) -> None:
+        own = self.hits.setdefault(metric, [0, 0])
+        own[0] += int(hits.sum())
+        own[1] += len(hits)
+
+    @classmethod
+    def total(cls, parts: Sequence["MetricSums"]) -> "MetricSums":
+        """Return the counts of all parts together."""
+        whole = cls(parts[0]._targets)
+        for part in parts:
+            for name in whole._targets:
+                whole.right[name] += part.right[name]
+                whole.counts[name] += part.counts[name]
+            for metric, (right, count) in part.hits.items():
+                own = whole.hits.setdefault(metric, [0, 0])
+                own[0], own[1] = own[0] + right, own[1] + count
+        return whole
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics as fractions of 1; none of a target of which no sample has a label.
+
+        One target: ``top1``, ``top5``, ``mean_class``. Several: the same with the target's name before. With verb and
+        noun also those of `action_hits`.
+        """
+        found = {metric: right / count for metric, (right, count) in self.hits.items() if count}
+        for name in self._targets:
+            if self.counts[name].any():
+                present = self.counts[name] > 0
+                accuracies = self.right[name][present] / self.counts[name][present]
+                found[f"{target_prefix(name, tuple(self._targets))}mean_class"] = mean_over_classes(accuracies)
+        return found
+
+
 def evaluation_metrics(
     probabilities: Mapping[str, Float[np.ndarray, "samples _"]], labels: Int[np.ndarray, "samples targets"]
 ) -> dict[str, float]:
-    """Return the metrics of a set as fractions of 1; column i of `labels` belongs to the i-th entry of `probabilities`.
+    """Return the metrics of a set: see `MetricSums.metrics`; column i of `labels` is of the i-th of `probabilities`."""
+    sums = MetricSums({name: values.shape[1] for name, values in probabilities.items()})
+    sums.add(probabilities, labels)
+    return sums.metrics()
 
-    One target: ``top1``, ``top5``, ``mean_class``. Several: the same with the target's name before. With verb and
-    noun also those of `action_hits`.
-    """
-    metrics: dict[str, float] = {}
-    for column, (name, values) in enumerate(probabilities.items()):
-        prefix, own = target_prefix(name, tuple(probabilities)), labels[:, column]
-        ranks = label_ranks(values, own)
-        first, five = ranks < 1, ranks < min(5, values.shape[1])
-        accuracies = per_class_accuracy(first, own, num_classes=values.shape[1])
-        metrics |= {f"{prefix}top1": share(first), f"{prefix}top5": share(five)}
-        metrics[f"{prefix}mean_class"] = mean_over_classes(accuracies)
-    if {VERB, NOUN} <= probabilities.keys():
-        names = list(probabilities)
-        both = labels[:, [names.index(VERB), names.index(NOUN)]]
-        hits = action_hits(probabilities[VERB], probabilities[NOUN], both)
-        metrics |= {name: share(values) for name, values in hits.items()}
-    return metrics
+
+def metric_names(targets: Sequence[str]) -> list[str]:
+    """Return the names of the metrics that a validation of these targets has."""
+    even = {name: np.full((1, 2), 0.5) for name in targets}
+    return sorted(evaluation_metrics(even, np.zeros((1, len(targets)), np.int64)))
 
 
 def target_prefix(target: str, targets: Sequence[str]) -> str:

@@ -1,12 +1,13 @@
-"""Commands on finished runs: evaluate, predict, features, explain, compare, and ``track sync``."""
+"""Commands on finished runs: evaluate, significance, predict, features, explain, compare, and ``track sync``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ca2st.errors import EnvironmentFault, UserInputError, listed
-from ray_jobs.commands.options import Json
+from ray_jobs.commands.options import Json, refuse_without_ray
 
 if TYPE_CHECKING:
     from pipelines.views import EvaluationViews
@@ -19,34 +20,110 @@ _MOST_SHOWN_CHARACTERS = 32
 
 
 def evaluate(
-    checkpoint: Checkpoint,
-    data: Annotated[str, typer.Option(help="Shards to test on: a folder or a URL.")],
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(help="Checkpoint folders, or run folders for their newest one; one a --data, or one."),
+    ],
+    data: Annotated[list[str], typer.Option(help="Shards to test on: a folder or a URL; may be repeated.")],
     views: Annotated[str, typer.Option(help="Clips x crops per sample: 2x3 as published, Kinetics-400: 5x3.")] = "2x3",
+    workers: Annotated[int, typer.Option(help="Processes that score; one a GPU where there are GPUs.")] = 1,
+    ray: Annotated[bool, typer.Option("--ray", help="Score in tasks of Ray.")] = False,
+    ray_address: Annotated[
+        str, typer.Option(help="With --ray: auto, or HEAD:6379; default: a Ray of our own.")
+    ] = "local",
+    open_ray: Annotated[bool, typer.Option("--i-accept-open-ray", help="Join a cluster without a token.")] = False,
     predictions: Annotated[
         Path | None, typer.Option(help="Parquet file for the predictions; default: in the run folder.")
     ] = None,
+    submission: Annotated[
+        str | None,
+        typer.Option(help="Write a challenge's file: epic_kitchens_100, epic_sounds or something_something_v2."),
+    ] = None,
+    sls: Annotated[
+        str | None,
+        typer.Option(help="With --submission of EPIC: sls_pt,sls_tl,sls_td[,t_mod] by the challenge's rules."),
+    ] = None,
+    track: Annotated[bool, typer.Option("--track/--no-track", help="Results go to the run in MLflow.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Score every sample once: softmax per view, mean over the views of a sample, arg-max.
+    """Score every sample once: softmax per view, mean over the views of a sample, arg-max. Several runs: their means.
 
     Example: ca2st evaluate runs/smoke --data shards/validation --views 2x3
     """
     from ray_jobs.console import print_json, result, table
-    from ray_jobs.runs.inference import evaluate_checkpoint
+    from ray_jobs.evaluation.submissions import parse_supervision
+    from ray_jobs.evaluation.workers import Workers, evaluate_checkpoint, facts_of, log_to_run, means_of
 
-    report = evaluate_checkpoint(checkpoint, data, _test_views(views), predictions=predictions)
-    facts = {
-        **report.metrics,
-        "top1": report.metrics[report.main_metric],
-        "num_samples": report.num_samples,
-        "views": views,
-        "predictions": str(report.predictions),
-        "checkpoint": str(report.checkpoint),
-    }
+    if ray_address != "local" and not ray:
+        raise UserInputError(f"--ray-address {ray_address}: expected --ray beside it; without, Ray is not used at all")
+    refuse_without_ray(accept_open_ray=open_ray, ray=ray)
+    pairs = _pairs(checkpoints, data, alone={"--predictions": predictions, "--submission": submission})
+    supervision = None if submission is None else parse_supervision(sls, submission=submission)
+    who = Workers(number=workers, ray_address=ray_address if ray else None, accept_open_ray=open_ray)
+    reports = []
+    for checkpoint, place in pairs:
+        reports.append(evaluate_checkpoint(checkpoint, place, _test_views(views), predictions=predictions, workers=who))
+    runs = [facts_of(report, views) for report in reports]
+    facts: dict[str, object] = runs[0] if len(runs) == 1 else {"runs": runs, **means_of(reports)}
+    if submission is not None:
+        from ray_jobs.evaluation.submissions import SUBMISSIONS, write_submission
+
+        file = reports[0].predictions.with_suffix(f".{submission}{SUBMISSIONS[submission].suffix}")
+        facts["submitted"] = write_submission(submission, reports[0].predictions, file, supervision)
+        facts["submission"] = str(file)
     if as_json:
         print_json(facts)
     else:
-        result(table(facts))
+        for one in runs:
+            result(table({name: value for name, value in one.items() if not isinstance(value, dict | list)}))
+        if len(reports) > 1:
+            result(table({name: facts[name] for name in ("mean", "harmonic_mean")}))
+    for report in reports if track else []:
+        log_to_run(report)
+
+
+def _pairs(checkpoints: list[Path], data: list[str], *, alone: Mapping[str, object | None]) -> list[tuple[Path, str]]:
+    """Return each checkpoint with its set: one with each set, each with the one set, or by their order."""
+    if len(checkpoints) != len(data) and 1 not in (len(checkpoints), len(data)):
+        raise UserInputError(
+            f"expected one --data for all checkpoints or one for each, found {len(data)} for {len(checkpoints)}"
+        )
+    count = max(len(checkpoints), len(data))
+    pairs = list(zip(checkpoints * (count // len(checkpoints)), data * (count // len(data)), strict=True))
+    if len(pairs) > 1 and (given := [name for name, value in alone.items() if value is not None]):
+        raise UserInputError(f"{given[0]}: expected one checkpoint and one --data beside it, found {len(pairs)} pairs")
+    return pairs
+
+
+def significance(
+    first: Annotated[Path, typer.Argument(help="Predictions of `ca2st evaluate`, Parquet.")],
+    second: Annotated[Path, typer.Argument(help="Those of another model on the same set.")],
+    draws: Annotated[int, typer.Option(help="Bootstrap draws.")] = 10_000,
+    confidence: Annotated[float, typer.Option(help="Of the interval.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare two models on the same samples: McNemar's exact test, and a bootstrap interval of the difference.
+
+    Example: ca2st significance runs/a/predictions.parquet runs/b/predictions.parquet
+    """
+    from ray_jobs.console import print_json, result
+    from ray_jobs.evaluation.significance import compare_predictions
+
+    found = compare_predictions(first, second, draws=draws, confidence=confidence, seed=seed)
+    if as_json:
+        print_json({"first": str(first), "second": str(second), "comparisons": found})
+        return
+    for one in found:
+        result(
+            f"{one.metric}: {one.first:.2%} and {one.second:.2%} of {one.num_samples} samples, difference "
+            f"{100 * one.difference:+.2f} points ({confidence:.0%} interval {100 * one.low:+.2f} to "
+            f"{100 * one.high:+.2f})"
+        )
+        result(
+            f"  only the first right {one.only_first}, only the second {one.only_second}; McNemar's exact test: "
+            f"p = {one.p_value:.3g}"
+        )
 
 
 def predict(

@@ -19,13 +19,14 @@ from ca2st.model.config import EXPERTS, ExpertName, ModelKind
 from ca2st.model.network import count_parameters
 from ca2st.processes import SPAWN, die_with_parent, num_cores
 from ca2st.training.journal import JOURNAL_NAME, read_events, run_sequence
-from ca2st.training.metrics import main_metric
+from ca2st.training.metrics import evaluation_metrics, main_metric
 from ca2st.weights.importer import ExpertStore, expert_state
 from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import progress
+from ray_jobs.evaluation.workers import evaluate_checkpoint
 from ray_jobs.launch import launch
-from ray_jobs.runs.inference import evaluate_checkpoint, load_trained, score
+from ray_jobs.runs.inference import load_trained, score
 from ray_jobs.runs.worker import OUTCOME_NAME
 from ray_jobs.tracking.following import log_metrics, read_metrics
 from ray_jobs.tracking.state import read_state
@@ -125,7 +126,8 @@ def _learn(run: _Run) -> PretrainedExpert:
     trained = load_trained(Path(outcome.checkpoint))
     store = ExpertStore(run.out / "experts")
     file = store.path(store.put(expert_state(trained.model, lesson.expert)))
-    metrics = score(trained, read_shard_set(run.test), run.views).metrics
+    scored = score(trained, read_shard_set(run.test), run.views)
+    metrics = evaluation_metrics(scored.probabilities, scored.labels)
     several = len(lesson.targets) > 1
     scores = [metrics[f"{name}_top1" if several else main_metric(lesson.targets)] for name in lesson.targets]
     return PretrainedExpert(

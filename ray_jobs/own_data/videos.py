@@ -177,8 +177,8 @@ def judge(outcome: Outcome, videos: OwnVideos, validation: Path) -> Judgement:
     scored = score(trained, read_shard_set(validation), trained.recipe.data.views)
     files = {sample_key(sample.sample_id): sample.path for sample in videos.validation}
     (probabilities,), labels = scored.probabilities.values(), scored.labels[:, 0].tolist()
-    likeliest = probabilities.max(dim=1)
-    rows = zip(scored.sample_ids, labels, likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    answers, surest = probabilities.argmax(axis=1).tolist(), probabilities.max(axis=1).tolist()
+    rows = zip(scored.sample_ids, labels, answers, surest, strict=True)
     mistakes = [
         Mistake(video=str(files[key]), label=videos.classes[label], said=videos.classes[said], probability=probability)
         for key, label, said, probability in rows

@@ -1,6 +1,5 @@
 """Trained models at work: loaded from a checkpoint, tested on shard sets, their features written."""
 
-import io
 import json
 import logging
 import re
@@ -17,12 +16,11 @@ from einops import rearrange
 from torch import Tensor
 
 from ca2st.batch import ClipBatch
-from ca2st.durable import write_bytes, writing
-from ca2st.errors import DataDamageError, UserInputError, check_choice
+from ca2st.durable import writing
+from ca2st.errors import DataDamageError, check_choice
 from ca2st.model.network import HolisticModel, build_model, held_precision, hold_experts, set_trainable
 from ca2st.training.checkpoint import Checkpoint, read_checkpoint
-from ca2st.training.evaluate import EvaluationResult, evaluate
-from ca2st.training.metrics import main_metric
+from ca2st.training.evaluate import SampleTally, Scored, compare_with_set, joined, refuse_findings, scored_batches
 from ca2st.training.resume import MODEL_FILE, put_model_tensors, read_model_tensors
 from ca2st.training.step import make_accelerator, model_logits
 from pipelines.loader import EvaluationLoader
@@ -32,7 +30,7 @@ from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import Update, progress, require_writable_place
 from ray_jobs.runs.data import evaluation_loader
 from ray_jobs.runs.model import RUN_DOCUMENT, find_checkpoint, load_frozen, read_run_document, target_specs
-from sharding.format.shard_set import AudioParameters, ShardSet, VideoParameters, classes_that_differ, read_shard_set
+from sharding.format.shard_set import AudioParameters, ShardSet, VideoParameters, read_shard_set
 
 _LOGGER = logging.getLogger(__name__)
 _MOST_NAME, _FINGERPRINT_CHARACTERS = 60, 8
@@ -54,6 +52,11 @@ class TrainedModel:
     video: VideoParameters
     """How their videos were encoded."""
     checkpoint: Checkpoint
+
+    @property
+    def targets(self) -> dict[str, int]:
+        """Number of classes of each target."""
+        return {name: len(classes) for name, classes in self.classes.items()}
 
     def logits(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Return the scores of every target, float32 [views, classes], without gradients."""
@@ -77,9 +80,11 @@ def trained_loader(
     *,
     views: EvaluationViews,
     num_lanes: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
     device: torch.device | None = None,
 ) -> EvaluationLoader:
-    """Return every sample of a set once, for a model that was trained on sets like it.
+    """Return every sample of a set once over all ranks, for a model that was trained on sets like it.
 
     Raises:
         UserInputError: the model hears, and the set has no sound or spectrograms that were made otherwise.
@@ -99,18 +104,23 @@ def trained_loader(
         targets,
         views=views,
         num_lanes=num_lanes,
-        rank=0,
-        world_size=1,
+        rank=rank,
+        world_size=world_size,
         device=device,
     )
 
 
+def set_name(shard_set: ShardSet) -> str:
+    """Return what a set is called in names of files and metrics: ``<dataset>-<split>``."""
+    manifest = shard_set.manifest
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", f"{manifest.dataset}-{manifest.split}")[:_MOST_NAME]
+
+
 def output_of_set(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews, *, what: str) -> Path:
     """Return the file in the run folder for what a checkpoint says of a set; one per set and choice of views."""
-    folder, manifest = trained.checkpoint.folder, shard_set.manifest
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", f"{manifest.dataset}-{manifest.split}")[:_MOST_NAME]
-    fingerprint = manifest.fingerprint[:_FINGERPRINT_CHARACTERS]
-    return folder.parent.parent / (f"{what}.{folder.name}.{name}-{fingerprint}.{views.clips}x{views.crops}.parquet")
+    folder, fingerprint = trained.checkpoint.folder, shard_set.manifest.fingerprint[:_FINGERPRINT_CHARACTERS]
+    name = f"{set_name(shard_set)}-{fingerprint}"
+    return folder.parent.parent / f"{what}.{folder.name}.{name}.{views.clips}x{views.crops}.parquet"
 
 
 def load_trained(path: Path) -> TrainedModel:
@@ -137,73 +147,46 @@ def load_trained(path: Path) -> TrainedModel:
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluationReport:
-    """What a test found."""
+def score(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) -> Scored:
+    """Return the probabilities of every sample of a small set, in its own order, the mean over its views.
 
-    metrics: dict[str, float]
-    main_metric: str
-    """Which of the metrics stands for the model."""
-    num_samples: int
-    predictions: Path
-    """Parquet file: key, labels, probabilities by target."""
-    checkpoint: Path
-
-
-def evaluate_checkpoint(
-    path: Path, data: str | Path, views: EvaluationViews, *, predictions: Path | None = None
-) -> EvaluationReport:
-    """Test the model of a checkpoint or run folder on the shards in `data`, a folder or a URL.
+    Labels are those of the set. Raises as `place_model` and `trained_loader`.
 
     Raises:
-        UserInputError: the shards have other classes than the model was trained on.
-        DataDamageError: checkpoint or shards are damaged; nothing is skipped, no metric is reported.
+        IncompleteEvaluationError: the samples scored are not those of the set.
     """
-    if predictions is not None:
-        require_writable_place(predictions, "--predictions")
-    trained = load_trained(path)
-    shard_set = read_shard_set(data, storage=trained.recipe.data.loader.storage)
-    _require_same_classes(trained, shard_set)
-    result = score(trained, shard_set, views)
-    folder = trained.checkpoint.folder
-    out = predictions or output_of_set(trained, shard_set, views, what="predictions")
-    write_bytes(out, _predictions_parquet(result))
-    return EvaluationReport(
-        metrics=dict(result.metrics),
-        main_metric=main_metric(tuple(trained.classes)),
-        num_samples=result.num_samples,
-        predictions=out,
-        checkpoint=folder,
-    )
-
-
-def score(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) -> EvaluationResult:
-    """Return the probabilities of every sample of a set, the mean over its views; raises as `place_model`."""
     accelerator = place_model(trained)
-    targets = tuple(trained.classes)
+    targets, manifest = trained.targets, shard_set.manifest
     with (
-        trained_loader(trained, shard_set, targets, views=views, device=accelerator.device) as loader,
+        trained_loader(
+            trained, shard_set, tuple(targets), views=views, num_lanes=1, device=accelerator.device
+        ) as loader,
         progress("Scoring", loader.num_samples) as update,
     ):
-        return evaluate(
-            accelerator.prepare_model(trained.model, evaluation_mode=True),
-            _Shown(loader, views.num_views, update),
-            accelerator=accelerator,
-            targets={name: len(classes) for name, classes in trained.classes.items()},
-            per_device_batch_size=trained.recipe.training.per_device_batch_size,
+        found = joined(
+            scored_batches(
+                accelerator.prepare_model(trained.model, evaluation_mode=True),
+                CountedSource(loader, views, update),
+                accelerator=accelerator,
+                targets=targets,
+                per_device_batch_size=trained.recipe.training.per_device_batch_size,
+                label_classes={name: len(manifest.label_space(name).classes) for name in targets},
+            )
         )
+        tally = SampleTally()
+        tally.add(found.sample_ids, found.num_views)
+        findings = compare_with_set([tally], loader)
+    named = {what: one.with_names(tally.names_of(one.unnamed)) for what, one in findings.items()}
+    refuse_findings(named, num_samples=loader.num_samples)
+    return found
 
 
-class _Shown:
-    """A loader whose batches are counted as they come."""
+class CountedSource:
+    """A loader whose samples are counted as they come."""
 
-    def __init__(self, loader: EvaluationLoader, num_views: int, update: Update) -> None:
-        self._loader, self._num_views, self._update = loader, num_views, update
+    def __init__(self, loader: EvaluationLoader, views: EvaluationViews, update: Update) -> None:
+        self._loader, self._num_views, self._update = loader, views.num_views, update
         self.num_samples = loader.num_samples
-
-    def sample_ids(self) -> list[str]:
-        """As the loader's."""
-        return self._loader.sample_ids()
 
     def batches(self) -> Iterator[ClipBatch]:
         """As the loader's."""
@@ -225,27 +208,6 @@ def place_model(trained: TrainedModel) -> Accelerator:
     hold_experts(trained.model, held)
     trained.model.to(accelerator.device)
     return accelerator
-
-
-def _require_same_classes(trained: TrainedModel, shard_set: ShardSet) -> None:
-    for name, classes in trained.classes.items():
-        found = list(shard_set.manifest.label_space(name).classes)
-        if found != classes:
-            differing = classes_that_differ(classes, found, where=("in the model", "in the set"))
-            raise UserInputError(
-                f"{shard_set.where}: label space {name!r} has {len(found)} classes that are not the {len(classes)} the "
-                f"model was trained on: {differing}; convert with the same class list (--classes)"
-            )
-
-
-def _predictions_parquet(result: EvaluationResult) -> bytes:
-    columns: dict[str, pa.Array] = {"key": pa.array(result.sample_ids)}
-    for column, (name, probabilities) in enumerate(result.probabilities.items()):
-        columns[f"{name}_label"] = pa.array(result.labels[:, column].tolist(), pa.int32())
-        columns[f"{name}_probabilities"] = pa.array(probabilities.tolist(), pa.list_(pa.float32()))
-    sink = io.BytesIO()
-    pq.write_table(pa.table(columns), sink, compression="zstd")
-    return sink.getvalue()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import ArrayLike
 
 from ca2st.errors import UserInputError
 from ca2st.processes import num_cores
@@ -230,12 +231,14 @@ def _source_list(trained: TrainedModel, videos: Sequence[Path]) -> SourceList:
 
 
 def likeliest(
-    classes: Mapping[str, Sequence[str]], probabilities: Mapping[str, Tensor], *, top: int
+    classes: Mapping[str, Sequence[str]], probabilities: Mapping[str, ArrayLike], *, top: int
 ) -> list[Prediction]:
     """Return the `top` classes of every target, the likeliest first; `probabilities` are one number a class."""
     found = []
     for target, names in classes.items():
-        values, indices = probabilities[target].topk(min(top, len(names)))
-        for value, index in zip(values.tolist(), indices.tolist(), strict=True):
-            found.append(Prediction(target=target, label=names[index], probability=value))
+        values = np.asarray(probabilities[target])
+        found += [
+            Prediction(target=target, label=names[index], probability=float(values[index]))
+            for index in np.argsort(-values, kind="stable")[:top].tolist()
+        ]
     return found

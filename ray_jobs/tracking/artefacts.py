@@ -95,7 +95,8 @@ def collect(run_dir: Path) -> dict[str, bytes]:
     run, predictions = read_run(run_dir), newest_predictions(run_dir)
     files: dict[str, bytes] = {}
     large: list[LargeFile] = []
-    kept = [path for path in (run_dir / JOURNAL_NAME, predictions) if path is not None and path.exists()]
+    tables = [] if predictions is None else sorted(run_dir.glob(f"{predictions.stem}.*"))
+    kept = [path for path in (run_dir / JOURNAL_NAME, *tables) if path.is_file()]
     for name, data in [*_made(run, predictions), *((path.name, None) for path in kept)]:
         path = run_dir / name
         size = path.stat().st_size if data is None else len(data)
@@ -150,7 +151,7 @@ def confusion_tables(predictions: Path, classes: Mapping[str, list[str]]) -> dic
     return {
         target: _table(_counts(predictions, target), names)
         for target, names in classes.items()
-        if f"{target}_probabilities" in columns
+        if {f"{target}_probabilities", f"{target}_label"} <= set(columns)
     }
 
 
@@ -174,8 +175,9 @@ def _counts(predictions: Path, target: str) -> Counter[tuple[int, int]]:
     found: Counter[tuple[int, int]] = Counter()
     columns = [f"{target}_label", f"{target}_probabilities"]
     for batch in parquet_batches(predictions, columns=columns, batch_rows=_BATCH_ROWS):
-        values = np.asarray(batch.column(1).flatten()).reshape(batch.num_rows, -1)
-        found.update(zip(batch.column(0).to_pylist(), values.argmax(axis=1).tolist(), strict=True))
+        answers = np.asarray(batch.column(1).flatten()).reshape(batch.num_rows, -1).argmax(axis=1).tolist()
+        pairs = zip(batch.column(0).to_pylist(), answers, strict=True)
+        found.update(pair for pair in pairs if isinstance(pair[0], int))  # neither without a label nor with several
     return found
 
 

@@ -79,6 +79,11 @@ def parquet_columns(data: Path) -> list[str]:
     return list(_opened(data).schema_arrow.names)
 
 
+def parquet_metadata(data: Path) -> dict[bytes, bytes]:
+    """Return a Parquet file's own metadata; raises as `read_parquet`."""
+    return dict(_opened(data).schema_arrow.metadata or {})
+
+
 def _opened(data: bytes | Path, texts: Sequence[str] = ()) -> pq.ParquetFile:
     source = io.BytesIO(data) if isinstance(data, bytes) else data
     return pq.ParquetFile(source, pre_buffer=False, read_dictionary=list(texts))

@@ -13,11 +13,13 @@ from ca2st.errors import UserInputError
 from ca2st.weights.model_file import export_model
 from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import MixtureSet, Recipe, StartConfig
+from ray_jobs.evaluation import workers as evaluation
+from ray_jobs.evaluation.workers import evaluate_checkpoint
 from ray_jobs.launch import launch
 from ray_jobs.own_data.training import plan_training
-from ray_jobs.runs import inference as evaluation
+from ray_jobs.runs import inference
 from ray_jobs.runs.data import open_data
-from ray_jobs.runs.inference import TrainedModel, evaluate_checkpoint, score, write_features
+from ray_jobs.runs.inference import TrainedModel, score, write_features
 from ray_jobs.runs.model import SOUND_KEY, sound_metadata, start_sound
 from sharding.format.shard_set import AudioParameters, ShardSet, VideoParameters
 from support.fake_shards import make_samples, make_shard_set
@@ -59,7 +61,8 @@ def test_a_checkpoint_that_hears_is_neither_tested_on_other_sounds_nor_asked_for
 ) -> None:
     trained = in_run_folder(trained_model(tmp_path / "run"))
     other = set_of(tmp_path / "other", changes)
-    monkeypatch.setattr(evaluation, "load_trained", lambda _: trained)
+    for module in (evaluation, inference):
+        monkeypatch.setattr(module, "load_trained", lambda _: trained)
     with pytest.raises(UserInputError, match=message):
         evaluate_checkpoint(tmp_path / "run", other.root, ONE_VIEW)
     with pytest.raises(UserInputError, match=message):
@@ -70,7 +73,7 @@ def test_a_checkpoint_that_hears_is_neither_tested_on_other_sounds_nor_asked_for
 @pytest.mark.parametrize("changes", [changes for changes, _ in MADE_OTHERWISE.values()])
 def test_a_checkpoint_that_does_not_hear_reads_any_sounds(tmp_path: Path, changes: dict[str, Any]) -> None:
     trained = trained_model(tmp_path / "run", "cast")
-    assert score(trained, set_of(tmp_path / "set", changes), ONE_VIEW).num_samples == 8
+    assert len(score(trained, set_of(tmp_path / "set", changes), ONE_VIEW)) == 8
 
 
 def test_a_checkpoint_of_silent_shards_reads_silent_ones_and_says_so_of_others(

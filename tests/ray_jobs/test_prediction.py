@@ -1,4 +1,4 @@
-"""`ca2st predict` and `evaluate`: which files are read, which cannot be, and which classes a model knows."""
+"""`ca2st predict`: which files are read and which cannot be."""
 
 from pathlib import Path
 
@@ -6,13 +6,10 @@ import pytest
 
 from ca2st.errors import UserInputError
 from pipelines.views import EvaluationViews
-from ray_jobs.runs import inference as evaluation
 from ray_jobs.runs import prediction
 from ray_jobs.runs.prediction import find_videos, predict_readable, predict_videos
 from sharding.errors import RejectBudgetError
-from sharding.format.shard_set import LabelSpace
 from support.annotations import touch
-from support.fake_shards import make_samples, make_shard_set
 from support.media import damage, make_clip
 from support.trained import trained_model
 
@@ -36,8 +33,7 @@ def test_files_folders_and_patterns_name_videos(tmp_path: Path) -> None:
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     trained = trained_model(tmp_path / "run")
-    for module in (prediction, evaluation):
-        monkeypatch.setattr(module, "load_trained", lambda _: trained)
+    monkeypatch.setattr(prediction, "load_trained", lambda _: trained)
     return tmp_path / "run"
 
 
@@ -60,26 +56,3 @@ def test_nothing_but_damaged_videos_is_a_report_too(checkpoint: Path, tmp_path: 
     (tmp_path / "text.mp4").write_text("no video")
     report = predict_readable(checkpoint, [tmp_path / "text.mp4"], top=1, views=VIEWS)
     assert (report.videos, [one.reason for one in report.damaged]) == ([], ["not_a_video"])
-
-
-@pytest.mark.parametrize(
-    ("classes", "message"),
-    [
-        (("red", "green", "violet", "brown"), "only in the model 'blue'; only in the set 'brown', 'violet'; convert"),
-        (
-            ("red", "green"),
-            r"2 classes that are not the 3 .*: only in the model 'blue'; convert with the same class list",
-        ),
-        (
-            ("red", "blue", "green"),
-            r"same names in another order \(class 1 is 'green' in the model and 'blue' in the set",
-        ),
-        (("red", "green", "blue", "bl\u00fce"), r"only in the set 'blüe' 'bl\\xfce'; convert"),
-    ],
-)
-def test_evaluate_names_the_classes_that_differ(
-    checkpoint: Path, tmp_path: Path, classes: tuple[str, ...], message: str
-) -> None:
-    make_shard_set(tmp_path / "set", make_samples(2), label_spaces=(LabelSpace(name="label", classes=classes),))
-    with pytest.raises(UserInputError, match=message):
-        evaluation.evaluate_checkpoint(checkpoint, tmp_path / "set", VIEWS)

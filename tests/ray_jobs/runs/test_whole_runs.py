@@ -139,6 +139,13 @@ def test_a_checkpoint_is_evaluated_with_every_sample_once(recipe: Path, undistur
     table = pq.read_table(facts["predictions"])
     assert sorted(table["key"].to_pylist()) == [f"clip-{index:04d}" for index in range(5)]
     assert table["label_probabilities"].to_pylist()[0] == pytest.approx([1 / 3] * 3, abs=0.5)
+    where = ("--data", recipe.parent / "shards" / "validation", "--predictions", recipe.parent / "two.parquet")
+    done = ca2st("evaluate", undisturbed, *where, "--workers", 2, "--no-track", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["top1"] == facts["top1"]
+    assert pq.read_table(recipe.parent / "two.parquet")["key"] == table["key"]
+    done = ca2st("significance", facts["predictions"], recipe.parent / "two.parquet", "--json")
+    assert json.loads(done.stdout)["comparisons"][0]["p_value"] == 1.0
 
 
 def test_videos_of_ones_own_are_classified_with_and_without_sound(undisturbed: Path, tmp_path: Path) -> None:

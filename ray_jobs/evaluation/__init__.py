@@ -1,0 +1,1 @@
+"""Trained models tested: predictions, metrics by protocol, submissions, significance and robustness."""

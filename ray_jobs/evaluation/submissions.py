@@ -1,0 +1,195 @@
+"""Files for the challenge servers, from a predictions file of a test set, whose labels only the server knows.
+
+The servers take scores and apply the softmax themselves. What is written is the logarithm of the probabilities (the
+mean over the views): its softmax gives just these probabilities again.
+
+Keys of shards are made of the owners' ids one for one; an id is found again from its key and proved by its hash, so no
+shard is read.
+"""
+
+import csv
+import io
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ca2st.checked_json import encoded
+from ca2st.durable import write_bytes
+from ca2st.errors import UserInputError, check_choice
+from ray_jobs.evaluation.predictions import PredictionFacts, read_facts, read_rows
+from sharding.format.index import sample_key
+
+_FILE_IN_ZIP = "test.json"
+_BEST = 5
+_EPOCH_OF_ZIP = (1980, 1, 1, 0, 0, 0)
+"""Of the file in a zip: the same predictions give the same bytes."""
+_LEAST_PROBABILITY = 1e-30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Supervision:
+    """How a model was trained, in the numbers of the challenges' rules, where their meaning stands."""
+
+    pretraining: int
+    """``sls_pt``, 0 to 5."""
+    training_labels: int
+    """``sls_tl``, 0 to 5."""
+    training_data: int
+    """``sls_td``, 0 to 5."""
+    modalities: int = 0
+    """``t_mod`` of EPIC-SOUNDS, 0 to 2."""
+
+    def __post_init__(self) -> None:
+        for name, most in (("pretraining", 5), ("training_labels", 5), ("training_data", 5), ("modalities", 2)):
+            if not 0 <= (value := getattr(self, name)) <= most:
+                raise UserInputError(f"--sls: {name}: expected 0..{most}, found {value}; see the challenge's rules")
+
+
+def parse_supervision(text: str | None, *, submission: str) -> Supervision | None:
+    """Return the numbers of ``PT,TL,TD`` or ``PT,TL,TD,T_MOD``; None where the challenge asks for none.
+
+    Raises:
+        UserInputError: another form, or none where the challenge asks for them: nobody else can know them.
+    """
+    check_choice("--submission", submission, SUBMISSIONS)
+    asked = SUBMISSIONS[submission].asks
+    if asked == 0:
+        return None
+    parts = [] if text is None else text.split(",")
+    if len(parts) != asked or not all(part.strip().isdecimal() for part in parts):
+        form = "sls_pt,sls_tl,sls_td,t_mod"[: 20 if asked == 3 else None]
+        raise UserInputError(
+            f"--sls: expected {asked} numbers {form} for {submission}, as its rules define them, found {text!r}"
+        )
+    return Supervision(**dict(zip(Supervision.__slots__, map(int, parts), strict=False)))
+
+
+def write_submission(name: str, predictions: Path, out: Path, supervision: Supervision | None) -> int:
+    """Write the file of a challenge's server; returns how many samples it has.
+
+    Raises:
+        UserInputError: no such challenge, other targets than the challenge has, or ids that cannot be found again.
+    """
+    check_choice("--submission", name, SUBMISSIONS)
+    facts = read_facts(predictions)
+    submission = SUBMISSIONS[name]
+    found = {target: len(classes) for target, classes in facts.targets.items()}
+    if list(found.values()) != list(submission.classes.values()):
+        raise UserInputError(
+            f"--submission {name}: expected a model of {_words(submission.classes)} classes, found {_words(found)}"
+        )
+    write_bytes(out, submission.write(_samples(predictions, facts), facts, supervision))
+    return facts.num_samples
+
+
+def _words(classes: Mapping[str, int]) -> str:
+    return ", ".join(f"{size} {target}" for target, size in classes.items())
+
+
+def _samples(predictions: Path, facts: PredictionFacts) -> Iterator[tuple[str, dict[str, NDArray[np.float32]]]]:
+    """Yield the owner's id and the probabilities of each sample, in the set's order."""
+    for rows in read_rows(predictions, facts):
+        for index, key in enumerate(rows.keys):
+            yield owners_id(key), {target: values[index] for target, values in rows.probabilities.items()}
+
+
+def owners_id(key: str) -> str:
+    """Return the owner's id of a sample: narration, annotation or video.
+
+    Raises:
+        UserInputError: the key is of an id that is not written as EPIC-KITCHENS and Something-Something write theirs.
+    """
+    slug = key.rpartition("-")[0]
+    for candidate in (slug.upper(), slug):
+        if sample_key(candidate) == key:
+            return candidate
+    raise UserInputError(
+        f"{key}: expected the key of an id such as P01_11_0 or 74225, found another; convert the owners' test list"
+    )
+
+
+def _scores(probabilities: NDArray[np.float32]) -> dict[str, float]:
+    values = np.log(np.maximum(probabilities.astype(np.float64), _LEAST_PROBABILITY))
+    return {str(index): round(float(value), 6) for index, value in enumerate(values)}
+
+
+def _zipped(document: Mapping[str, Any]) -> bytes:
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as archive:
+        entry = zipfile.ZipInfo(_FILE_IN_ZIP, _EPOCH_OF_ZIP)
+        entry.compress_type = zipfile.ZIP_DEFLATED
+        archive.writestr(entry, encoded(json.dumps(document)))
+    return sink.getvalue()
+
+
+Samples = Iterator[tuple[str, dict[str, NDArray[np.float32]]]]
+
+
+def _epic_kitchens(samples: Samples, facts: PredictionFacts, supervision: Supervision | None) -> bytes:  # noqa: ARG001  # as the others
+    assert supervision is not None
+    results = {
+        name: {target: _scores(probabilities[target]) for target in ("verb", "noun")} for name, probabilities in samples
+    }
+    return _zipped(
+        {
+            "version": "0.2",
+            "challenge": "action_recognition",
+            "sls_pt": supervision.pretraining,
+            "sls_tl": supervision.training_labels,
+            "sls_td": supervision.training_data,
+            "results": results,
+        }
+    )
+
+
+def _epic_sounds(samples: Samples, facts: PredictionFacts, supervision: Supervision | None) -> bytes:
+    assert supervision is not None
+    (target,) = facts.targets
+    return _zipped(
+        {
+            "version": "0.1",
+            "challenge": "audio_based_interaction_recognition",
+            "sls_pt": supervision.pretraining,
+            "sls_tl": supervision.training_labels,
+            "sls_td": supervision.training_data,
+            "t_mod": supervision.modalities,
+            "results": {name: {"interaction": _scores(probabilities[target])} for name, probabilities in samples},
+        }
+    )
+
+
+def _something_something(samples: Samples, facts: PredictionFacts, supervision: Supervision | None) -> bytes:  # noqa: ARG001  # as the others
+    (target,) = facts.targets
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=";", lineterminator="\n")
+    for name, probabilities in samples:
+        best = np.argsort(-probabilities[target], kind="stable")[:_BEST]
+        writer.writerow((name, *best.tolist()))
+    return encoded(text.getvalue())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """A challenge's server."""
+
+    classes: Mapping[str, int]
+    """What a model must predict, in this order; the name of a single target may be another."""
+    suffix: str
+    """Of the file."""
+    asks: int
+    """Numbers of `Supervision` that it takes."""
+    write: Callable[[Samples, PredictionFacts, Supervision | None], bytes]
+
+
+SUBMISSIONS: dict[str, Submission] = {
+    "epic_kitchens_100": Submission(classes={"verb": 97, "noun": 300}, suffix=".zip", asks=3, write=_epic_kitchens),
+    "epic_sounds": Submission(classes={"interaction": 44}, suffix=".zip", asks=4, write=_epic_sounds),
+    "something_something_v2": Submission(classes={"class": 174}, suffix=".csv", asks=0, write=_something_something),
+}
+"""By the name of the dataset."""

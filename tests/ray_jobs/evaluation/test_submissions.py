@@ -1,0 +1,84 @@
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ca2st.errors import UserInputError
+from ray_jobs.evaluation.submissions import Supervision, owners_id, parse_supervision, write_submission
+from sharding.format.index import sample_key
+from support.predictions import random_probabilities, write_predictions
+
+IDS = ["P01_11_0", "P01_11_1", "P37_103_12"]
+NONE = np.zeros((3, 0), np.int64)
+SLS = Supervision(pretraining=2, training_labels=3, training_data=4, modalities=1)
+
+
+def sent(path: Path) -> dict[str, object]:
+    with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
+        assert archive.namelist() == ["test.json"]
+        found: dict[str, object] = json.loads(archive.read("test.json"))
+    return found
+
+
+def softmax(scores: dict[str, float]) -> np.ndarray:
+    values = np.exp([scores[str(index)] for index in range(len(scores))])
+    return values / values.sum()
+
+
+def test_epic_kitchens_takes_scores_of_verbs_and_nouns_by_narration(tmp_path: Path) -> None:
+    scores = {"verb": random_probabilities(3, 97, seed=0), "noun": random_probabilities(3, 300, seed=1)}
+    write_predictions(tmp_path / "p", NONE, scores, ids=IDS, labelled=False)
+    assert write_submission("epic_kitchens_100", tmp_path / "p", tmp_path / "s.zip", SLS) == 3
+    found = sent(tmp_path / "s.zip")
+    results = found.pop("results")
+    assert found == {"version": "0.2", "challenge": "action_recognition", "sls_pt": 2, "sls_tl": 3, "sls_td": 4}
+    assert list(results) == IDS
+    for index, name in enumerate(IDS):
+        for target, values in scores.items():
+            np.testing.assert_allclose(softmax(results[name][target]), values[index], atol=1e-6)
+
+
+def test_epic_sounds_takes_scores_of_interactions_by_annotation(tmp_path: Path) -> None:
+    scores = {"label": random_probabilities(3, 44, seed=2)}
+    write_predictions(tmp_path / "p", NONE, scores, ids=IDS, labelled=False)
+    write_submission("epic_sounds", tmp_path / "p", tmp_path / "s.zip", SLS)
+    first = (tmp_path / "s.zip").read_bytes()
+    found = sent(tmp_path / "s.zip")
+    assert (found["version"], found["challenge"], found["t_mod"]) == ("0.1", "audio_based_interaction_recognition", 1)
+    np.testing.assert_allclose(softmax(found["results"]["P37_103_12"]["interaction"]), scores["label"][2], atol=1e-6)
+    write_submission("epic_sounds", tmp_path / "p", tmp_path / "s.zip", SLS)
+    assert (tmp_path / "s.zip").read_bytes() == first
+
+
+def test_something_something_takes_the_five_likeliest_classes(tmp_path: Path) -> None:
+    scores = {"label": random_probabilities(3, 174, seed=3)}
+    write_predictions(tmp_path / "p", NONE, scores, ids=["74225", "1", "220847"], labelled=False)
+    write_submission("something_something_v2", tmp_path / "p", tmp_path / "s.csv", None)
+    lines = (tmp_path / "s.csv").read_text().splitlines()
+    assert lines[0].split(";") == ["74225", *map(str, np.argsort(-scores["label"][0])[:5])]
+    assert [line.split(";")[0] for line in lines] == ["74225", "1", "220847"]
+
+
+def test_what_does_not_fit_a_challenge_is_refused(tmp_path: Path) -> None:
+    write_predictions(tmp_path / "p", NONE, {"label": random_probabilities(3, 5, seed=4)}, ids=IDS, labelled=False)
+    with pytest.raises(UserInputError, match="expected a model of 97 verb, 300 noun classes, found 5 label"):
+        write_submission("epic_kitchens_100", tmp_path / "p", tmp_path / "s", SLS)
+    with pytest.raises(UserInputError, match="--submission: expected one of epic_kitchens_100"):
+        write_submission("kinetics", tmp_path / "p", tmp_path / "s", SLS)
+    with pytest.raises(UserInputError, match="expected the key of an id such as P01_11_0 or 74225, found another"):
+        owners_id(sample_key("My Holiday.mp4"))
+    with pytest.raises(UserInputError, match=r"pretraining: expected 0\.\.5, found 6"):
+        Supervision(pretraining=6, training_labels=0, training_data=0)
+
+
+def test_supervision_is_asked_for_where_a_challenge_wants_it() -> None:
+    assert parse_supervision("2,3,4", submission="epic_kitchens_100") == Supervision(
+        pretraining=2, training_labels=3, training_data=4
+    )
+    assert parse_supervision("2,3,4,1", submission="epic_sounds") == SLS
+    assert parse_supervision(None, submission="something_something_v2") is None
+    with pytest.raises(UserInputError, match=r"--sls: expected 4 numbers sls_pt,sls_tl,sls_td,t_mod for epic_sounds"):
+        parse_supervision("2,3,4", submission="epic_sounds")
