@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -21,6 +21,7 @@ from ca2st.errors import CA2STError, UserInputError, check_choice
 from ca2st.model.attention import CrossAttention, SelfAttention, TokenLinear, into_windows, out_of_windows
 from ca2st.model.config import SIZES, AudioVisualConfig, ModelConfig, ModelKind, TargetSpec, find_preset
 from ca2st.model.experts import QuickGELU
+from ca2st.model.layers import HolisticLayer
 from ca2st.model.network import (
     HolisticModel,
     build_model,
@@ -249,7 +250,10 @@ class PlainSelfAttention(nn.Module):
         self.v_bias = ours.v_bias
 
     def forward(
-        self, tokens: Float[Tensor, "batch sequences tokens dim"]
+        self,
+        tokens: Float[Tensor, "batch sequences tokens dim"],
+        *,
+        num_queries: None = None,  # noqa: ARG002  # as ours; the baseline computes every row
     ) -> Float[Tensor, "batch sequences tokens dim"]:
         """Attend among the tokens of each sequence."""
         bias: Tensor | None = self.qkv.bias
@@ -311,6 +315,7 @@ def plain_model(model: HolisticModel) -> HolisticModel:
         CA2STError: the model has none of the parts that are to be replaced: model and baseline have grown apart.
     """
     plain = copy.deepcopy(model)
+    cast("HolisticLayer", plain.layers[-1]).whole = True
     replaced = 0
     for parent in list(plain.modules()):
         for name, child in list(parent.named_children()):

@@ -16,6 +16,7 @@ Scores are never materialised: both attentions go through scaled_dot_product_att
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -100,6 +101,32 @@ def _is_faster_by_onednn(tokens: Tensor, weight: Tensor) -> bool:
 
 
 STANDARD_DEVIATION = 0.02
+
+
+def with_zero_gradients(
+    tensor: Float[Tensor, "*shape"], idle: Iterable[nn.Module], codes: Iterable[Tensor] = ()
+) -> Float[Tensor, "*shape"]:
+    """Return `tensor` as it is; in the backward pass the trained parameters of `idle`, and `codes`, get zeros.
+
+    For parameters that reach no output: the optimiser decays them all the same, and DistributedDataParallel waits for
+    the gradient of every parameter.
+    """
+    trained = [x for x in (*(p for module in idle for p in module.parameters()), *codes) if x.requires_grad]
+    if not trained or not torch.is_grad_enabled():
+        return tensor
+    out: Tensor = _ZeroGradients.apply(tensor, *trained)  # type: ignore[no-untyped-call]  # torch's own
+    return out
+
+
+class _ZeroGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, tensor: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return (gradients[0], *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors))
 
 
 def new_linear(num_in: int, num_out: int) -> nn.Linear:
@@ -215,11 +242,19 @@ class SelfAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim)) if bias == "qv" else None
 
     def forward(
-        self, tokens: Float[Tensor, "batch sequences tokens dim"]
-    ) -> Float[Tensor, "batch sequences tokens dim"]:
-        """Attend among the tokens of each sequence."""
-        qkv = token_linear(tokens, self.qkv.weight, self._qkv_bias())
-        q, k, v = rearrange(qkv, "b s n (three h e) -> three (b s) h n e", three=3, h=self.num_heads)
+        self, tokens: Float[Tensor, "batch sequences tokens dim"], *, num_queries: int | None = None
+    ) -> Float[Tensor, "batch sequences queries dim"]:
+        """Attend among the tokens of each sequence; `num_queries`: only the first ones ask, all are listened to."""
+        weight, bias = self.qkv.weight, self._qkv_bias()
+        if num_queries is None:
+            qkv = token_linear(tokens, weight, bias)
+            q, k, v = rearrange(qkv, "b s n (three h e) -> three (b s) h n e", three=3, h=self.num_heads)
+        else:
+            dim = tokens.shape[-1]
+            asking = token_linear(tokens[:, :, :num_queries], weight[:dim], None if bias is None else bias[:dim])
+            kv = token_linear(tokens, weight[dim:], None if bias is None else bias[dim:])
+            q = rearrange(asking, "b s n (h e) -> (b s) h n e", h=self.num_heads)
+            k, v = rearrange(kv, "b s n (two h e) -> two (b s) h n e", two=2, h=self.num_heads)
         attended = rearrange(scaled_dot_product_attention(q, k, v), "(b s) h n e -> b s n (h e)", s=tokens.shape[1])
         projected: Tensor = self.proj(attended)
         return projected

@@ -163,6 +163,8 @@ class Expert(nn.Module, ABC):
     runs whole before the exchange and has no adapters."""
     drops_attended: ClassVar[bool] = False
     """Whether DropPath also falls on the first half of its layers."""
+    pools_prefix: ClassVar[bool] = False
+    """Whether `pool` reads nothing but the prefix tokens, so that the last layer need not make new patches."""
     feature_dim: int
     """Width of the pooled feature."""
 
@@ -223,6 +225,8 @@ class ClipExpert(TransformerExpert):
 
     Each of the frames 1, 3, 5, ... (the second of each tubelet) is an image of one cls token and its patches.
     """
+
+    pools_prefix = True
 
     def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
         grid = image_grid(config, clip)
@@ -287,6 +291,7 @@ class ASTExpert(TransformerExpert):
     """
 
     drops_attended = True
+    pools_prefix = True
 
     def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
         grid = spectrogram_grid(config, clip)

@@ -4,8 +4,8 @@ Parameters and multiply-adds are counted part by part on the meta device.
 
 Attention is recorded while the model runs as it always does. The forward pass goes through
 scaled_dot_product_attention, which keeps no weights. Here they are computed a second time from the queries and keys
-that the module saw, a chunk at a time, and only their sums are kept: the model's output is not touched, and no score
-matrix is ever held whole.
+that the module saw, a chunk at a time, and only their sums are kept: the model's output changes by rounding at most,
+and no score matrix is ever held whole.
 """
 
 import math
@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ca2st.model.attention import CrossAttention, into_windows
 from ca2st.model.config import Direction, ModelConfig, TargetSpec, Trainable
 from ca2st.model.layers import DirectedAttention
-from ca2st.model.network import HolisticModel, build_model, set_trainable
+from ca2st.model.network import HolisticModel, build_model, set_trainable, whole_last_layer
 from ca2st.model.tokens import audio_patches
 from ca2st.spec import ClipSpec
 
@@ -55,7 +55,9 @@ class ModelInfo:
     total: int
     """Parameters."""
     gmacs: float
-    """10^9 multiply-adds of the forward pass of one view: convolutions, Linears and attention."""
+    """10^9 multiply-adds of the forward pass of one view, as published: convolutions, Linears and attention."""
+    computed_gmacs: float
+    """The same without what reaches no output in the last layer, which is not computed."""
     parts: tuple[PartInfo, ...]
     """Experts first, then what is added."""
 
@@ -76,7 +78,9 @@ def model_info(
 
 def info_of(outline: HolisticModel) -> ModelInfo:
     """Count parameters and multiply-adds of a model on the meta device."""
-    macs = _multiply_adds(outline)
+    computed = _multiply_adds(outline)
+    with whole_last_layer(outline):
+        macs = _multiply_adds(outline)
     trained: Counter[str | None] = Counter()
     total: Counter[str | None] = Counter()
     for name, parameter in outline.named_parameters():
@@ -88,7 +92,11 @@ def info_of(outline: HolisticModel) -> ModelInfo:
         if total[part]
     )
     return ModelInfo(
-        trainable=sum(trained.values()), total=sum(total.values()), gmacs=sum(macs.values()) / 1e9, parts=parts
+        trainable=sum(trained.values()),
+        total=sum(total.values()),
+        gmacs=sum(macs.values()) / 1e9,
+        computed_gmacs=sum(computed.values()) / 1e9,
+        parts=parts,
     )
 
 
@@ -229,10 +237,12 @@ def record_attention(model: HolisticModel) -> Iterator[list[AttentionMap]]:
     """Record every cross-attention of the forward passes inside the block.
 
     The list grows with each pass: by layer, and inside a layer in the order of computation. It stays empty for a model
-    without cross-attention. Run the model itself inside, not a compiled or wrapped copy, whose hooks may not fire.
+    without cross-attention. Run the model itself inside, not a compiled or wrapped copy, whose hooks may not fire. The
+    last layer runs whole inside, so that its idle directions are seen too.
     """
     maps: list[AttentionMap] = []
     with ExitStack() as hooks:
+        hooks.enter_context(whole_last_layer(model))
         for number, layer in enumerate(model.layers, start=1):
             for module in layer.modules():
                 if isinstance(module, DirectedAttention):

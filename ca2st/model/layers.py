@@ -17,14 +17,15 @@ cls and prefix tokens are neither queries nor keys: their rows of l~ pass throug
 codes are added to the patches of both sides after the LN, so values carry them too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ca2st.model.attention import CrossAttention, Grouping, new_linear, zero_linear
+from ca2st.model.attention import CrossAttention, Grouping, new_linear, with_zero_gradients, zero_linear
 from ca2st.model.config import Bridge, BridgeName, Direction, ExpertName, Fusion, ModelConfig, Positions, encoder_of
 from ca2st.model.experts import Adapter, EncoderLayer, Expert
 from ca2st.model.tokens import LearnedPositions, TimeCodes, TokenGrid
@@ -146,20 +147,35 @@ class BottleneckCrossAttention(nn.Module):
         )
 
     def forward(
-        self, tokens: Mapping[ExpertName, Tensor], bottlenecks: Mapping[ExpertName, Bottleneck], codes: TimeCodes | None
+        self,
+        tokens: Mapping[ExpertName, Tensor],
+        bottlenecks: Mapping[ExpertName, Bottleneck],
+        codes: TimeCodes | None,
+        live: Set[str] | None = None,
     ) -> dict[ExpertName, Tensor]:
         """Return the updates of the listening experts, to be added to their tokens.
 
-        `tokens` are the experts' Y, `[batch, sequences, tokens, dim]` each; so are the updates.
+        `tokens` are the experts' Y, `[batch, sequences, tokens, dim]` each; so are the updates. The update of a
+        direction that is not `live` (None: all are) is that of the prefix tokens alone.
         """
-        narrow = {name: self.norms[name](bottlenecks[name].narrow(tokens[name])) for name in self.bridge.experts}
-        split = {name: grid.split(narrow[name]) for name, grid in self.grids.items()}
+        directions = self.bridge.directions
+        whole = {name for d in directions if live is None or d.name in live for name in (d.queries, d.keys)}
+        narrow: dict[ExpertName, Tensor] = {}
+        for name in whole | self.bridge.updated:
+            rows = tokens[name] if name in whole else self.grids[name].prefix(tokens[name])
+            narrow[name] = self.norms[name](bottlenecks[name].narrow(rows))
         updates: dict[ExpertName, Tensor] = {}
-        for direction in self.directions.values():
-            listener, speaker = direction.direction.queries, direction.direction.keys
-            prefix, queries = split[listener]
-            attended = direction(queries, split[speaker][1], codes)
-            updates[listener] = bottlenecks[listener].widen(self.grids[listener].join(prefix, attended))
+        for direction in directions:
+            listener, speaker = direction.queries, direction.keys
+            grid, module = self.grids[listener], self.directions[direction.name]
+            if live is None or direction.name in live:
+                prefix, queries = grid.split(narrow[listener])
+                heard = grid.join(prefix, module(queries, self.grids[speaker].split(narrow[speaker])[1], codes))
+            else:
+                idle = (module, self.norms[speaker], bottlenecks[speaker])
+                unheard = [codes.of(side) for side in (listener, speaker)] if codes and module.uses_time_codes else []
+                heard = with_zero_gradients(grid.prefix(narrow[listener]), idle, unheard)
+            updates[listener] = bottlenecks[listener].widen(heard)
         return updates
 
 
@@ -193,15 +209,22 @@ class LateralConnection(nn.Module):
         tokens: Mapping[ExpertName, Tensor],
         bottlenecks: Mapping[ExpertName, Bottleneck],  # noqa: ARG002  # as B-CA
         codes: TimeCodes | None,  # noqa: ARG002  # as B-CA
+        live: Set[str] | None = None,
     ) -> dict[ExpertName, Tensor]:
-        """Return updates of the listening experts, to be added to their tokens `[batch, sequences, tokens, dim]`."""
-        split = {name: grid.split(tokens[name]) for name, grid in self.grids.items()}
+        """Return updates of the listening experts, to be added to their tokens `[batch, sequences, tokens, dim]`.
+
+        The update of a direction that is not `live` (None: all are) is that of the prefix tokens alone.
+        """
         updates: dict[ExpertName, Tensor] = {}
         for direction in self.bridge.directions:
-            prefix, own = split[direction.queries]
-            heard = _matched(split[direction.keys][1], own)
-            update = self.directions[direction.name](heard).expand(*own.shape)
-            updates[direction.queries] = self.grids[direction.queries].join(prefix.new_zeros(prefix.shape), update)
+            grid, module = self.grids[direction.queries], self.directions[direction.name]
+            nothing = torch.zeros_like(grid.prefix(tokens[direction.queries]))
+            if live is None or direction.name in live:
+                own = grid.split(tokens[direction.queries])[1]
+                heard = _matched(self.grids[direction.keys].split(tokens[direction.keys])[1], own)
+                updates[direction.queries] = grid.join(nothing, module(heard).expand(*own.shape))
+            else:
+                updates[direction.queries] = with_zero_gradients(nothing, (module,))
         return updates
 
 
@@ -232,15 +255,15 @@ class AdaptedHalves(nn.Module):
         self.drop_parallel = drop_path(drop_path_rate)
 
     def attend(
-        self, layer: nn.Module, tokens: Float[Tensor, "batch sequences tokens dim"]
-    ) -> Float[Tensor, "batch sequences tokens dim"]:
-        """Return Y from X; `layer` is an `EncoderLayer`."""
+        self, layer: nn.Module, tokens: Float[Tensor, "batch sequences tokens dim"], *, num_rows: int | None = None
+    ) -> Float[Tensor, "batch sequences rows dim"]:
+        """Return Y from X, or the first `num_rows` of each sequence of it; `layer` is an `EncoderLayer`."""
         assert isinstance(layer, EncoderLayer)
-        attended: Tensor = layer.attention(layer.norm1(tokens))
+        attended: Tensor = layer.attention(layer.norm1(tokens), num_queries=num_rows)
         if self.serial is not None:
             attended = self.serial(attended)
         residual: Tensor = self.drop_attended(attended)
-        return tokens + residual
+        return tokens[:, :, :num_rows] + residual
 
     def feed_forward(
         self, layer: nn.Module, tokens: Float[Tensor, "batch sequences tokens dim"]
@@ -258,7 +281,11 @@ class WholeLayer(nn.Module):
     """An expert's layer that has no halves: it runs before the exchange, and nothing is added to it."""
 
     def attend(
-        self, layer: nn.Module, tokens: Float[Tensor, "batch sequences tokens dim"]
+        self,
+        layer: nn.Module,
+        tokens: Float[Tensor, "batch sequences tokens dim"],
+        *,
+        num_rows: int | None = None,  # noqa: ARG002  # as `AdaptedHalves`
     ) -> Float[Tensor, "batch new_sequences new_tokens new_dim"]:
         """Run the whole layer."""
         out: Tensor = layer(tokens)
@@ -273,8 +300,24 @@ class WholeLayer(nn.Module):
         return tokens
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reads:
+    """What of a layer is read by anybody."""
+
+    live: frozenset[str] | None = None
+    """Names of the directions that reach an output by their listener's patches; None: all."""
+    returned: dict[ExpertName, int] = field(default_factory=dict)
+    """How many rows at the head of each sequence the layer returns of an expert; those not named return all."""
+    attended: dict[ExpertName, int] = field(default_factory=dict)
+    """The same for the first half of the layer: fewer rows only where the patches speak in no live direction either."""
+
+
 class HolisticLayer(nn.Module):
-    """Layer `index` of all experts together; owns everything that is added, not the experts' own layers."""
+    """Layer `index` of all experts together; owns everything that is added, not the experts' own layers.
+
+    CLIP and AST are pooled over their prefix tokens alone: in the last layer their patches' FFN, parallel adapter and
+    the directions that feed nothing but these patches reach no output. They are not computed, unless `whole` is set.
+    """
 
     def __init__(
         self, config: ModelConfig, experts: Mapping[ExpertName, Expert], bridges: Sequence[Bridge], *, index: int
@@ -301,33 +344,69 @@ class HolisticLayer(nn.Module):
             nn.ModuleDict({bridge.name: exchange(config, bridge, grids) for bridge in bridges}),
         )
         self.drop_update = drop_path(rate)
+        self.whole = False
+        self.everything = Reads()
+        pooled = {name: grids[name].num_prefix for name, expert in experts.items() if expert.pools_prefix}
+        self.needed = _reads(bridges, pooled, parallel=self.parallel) if index == config.depth - 1 else self.everything
 
     def forward(
         self, tokens: dict[ExpertName, Tensor], layers: dict[ExpertName, nn.Module], codes: TimeCodes | None
     ) -> dict[ExpertName, Tensor]:
-        """Return the tokens of the next layer. `layers` are the experts' own layers of this index."""
-        attended = {name: halves.attend(layers[name], tokens[name]) for name, halves in self.adapters.items()}
-        exchanged = self._parallel(attended, codes) if self.parallel else self._sequential(attended, codes)
-        return {name: halves.feed_forward(layers[name], exchanged[name]) for name, halves in self.adapters.items()}
+        """Return the tokens of the next layer, or those that are pooled. `layers`: the experts' own of this index."""
+        reads = self.everything if self.whole else self.needed
+        attended = {
+            name: halves.attend(layers[name], tokens[name], num_rows=reads.attended.get(name))
+            for name, halves in self.adapters.items()
+        }
+        exchange = self._parallel if self.parallel else self._sequential
+        read = {
+            name: rows[:, :, : reads.returned.get(name)] for name, rows in exchange(attended, codes, reads.live).items()
+        }
+        return {name: halves.feed_forward(layers[name], read[name]) for name, halves in self.adapters.items()}
 
     def bottlenecks_of(self, bridge: Bridge) -> dict[ExpertName, Bottleneck]:
         """Return the down/up pairs that the experts of `bridge` use in this layer; lateral connections have none."""
         names = {name: bottleneck_name(bridge.name, name, shared=self.shared_bottleneck) for name in bridge.experts}
         return {name: self.bottlenecks[pair] for name, pair in names.items() if pair in self.bottlenecks}
 
-    def _sequential(self, tokens: dict[ExpertName, Tensor], codes: TimeCodes | None) -> dict[ExpertName, Tensor]:
+    def _sequential(
+        self, tokens: dict[ExpertName, Tensor], codes: TimeCodes | None, live: Set[str] | None
+    ) -> dict[ExpertName, Tensor]:
         for bridge in self.bridges.values():
-            updates = bridge(tokens, self.bottlenecks_of(bridge.bridge), codes)
-            tokens = tokens | {name: tokens[name] + self.drop_update(update) for name, update in updates.items()}
+            updates = bridge(tokens, self.bottlenecks_of(bridge.bridge), codes, live)
+            tokens = tokens | {name: self._updated(tokens[name], update) for name, update in updates.items()}
         return tokens
 
-    def _parallel(self, tokens: dict[ExpertName, Tensor], codes: TimeCodes | None) -> dict[ExpertName, Tensor]:
+    def _parallel(
+        self, tokens: dict[ExpertName, Tensor], codes: TimeCodes | None, live: Set[str] | None
+    ) -> dict[ExpertName, Tensor]:
         gathered: dict[ExpertName, list[Tensor]] = {}
         for bridge in self.bridges.values():
-            for name, update in bridge(tokens, self.bottlenecks_of(bridge.bridge), codes).items():
+            for name, update in bridge(tokens, self.bottlenecks_of(bridge.bridge), codes, live).items():
                 gathered.setdefault(name, []).append(update)
         means = {name: torch.stack(updates).mean(dim=0) for name, updates in gathered.items()}
-        return tokens | {name: tokens[name] + self.drop_update(mean) for name, mean in means.items()}
+        return tokens | {name: self._updated(tokens[name], mean) for name, mean in means.items()}
+
+    def _updated(self, tokens: Tensor, update: Tensor) -> Tensor:
+        """Return tokens + DropPath(update), of the rows that `update` has."""
+        added: Tensor = self.drop_update(update)
+        return tokens[:, :, : added.shape[2]] + added
+
+
+def _reads(bridges: Sequence[Bridge], pooled: dict[ExpertName, int], *, parallel: bool) -> Reads:
+    """Return what is read when nothing but the first `pooled` rows of these experts is.
+
+    A direction is live if its listener's patches are read or, one bridge after the other, speak in a later live one.
+    """
+    live: set[str] = set()
+    speaking: set[ExpertName] = set()
+    for bridge in reversed(bridges):
+        later = frozenset() if parallel else frozenset(speaking)
+        found = [d for d in bridge.directions if d.queries not in pooled or d.queries in later]
+        live.update(direction.name for direction in found)
+        speaking.update(direction.keys for direction in found)
+    silent = {name: rows for name, rows in pooled.items() if name not in speaking}
+    return Reads(live=frozenset(live), returned=pooled, attended=silent)
 
 
 def bottleneck_name(bridge: BridgeName, expert: ExpertName, *, shared: bool) -> str:

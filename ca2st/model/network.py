@@ -18,7 +18,8 @@ skip. Baselines: `late_add` reads the sum of the features, `late_concat` all of 
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import translate
 from typing import Literal, NamedTuple, TypeVar, cast
@@ -123,6 +124,17 @@ class HolisticModel(nn.Module):
             return again
         out: dict[ExpertName, Tensor] = layer(tokens, own, codes)
         return out
+
+
+@contextmanager
+def whole_last_layer(model: HolisticModel) -> Iterator[None]:
+    """Compute all of the last layer inside the block, also what reaches no output."""
+    last = cast("HolisticLayer", model.layers[-1])
+    before, last.whole = last.whole, True
+    try:
+        yield
+    finally:
+        last.whole = before
 
 
 _RECOMPILE_LIMIT = 64

@@ -52,6 +52,12 @@ class TokenGrid:
         """Return the tokens of one sequence, prefix included."""
         return self.num_prefix + self.num_frames * self.num_patches // self.num_sequences
 
+    def prefix(
+        self, tokens: Float[Tensor, "batch sequences tokens dim"]
+    ) -> Float[Tensor, "batch sequences prefix dim"]:
+        """Return the prefix tokens."""
+        return tokens[:, :, : self.num_prefix]
+
     def split(
         self, tokens: Float[Tensor, "batch sequences tokens dim"]
     ) -> tuple[Float[Tensor, "batch sequences prefix dim"], Float[Tensor, "batch frames patches dim"]]:

@@ -90,7 +90,8 @@ def test_tflops_follow_from_multiply_adds_and_the_share_from_the_limit_of_the_sa
     )
     (report,) = found.models
     forward = report.variants["ours"]["forward"]
-    assert forward.tflops == pytest.approx(2 * report.gmacs / 1e3 * 2 / 0.5)
+    assert report.computed_gmacs < report.gmacs
+    assert forward.tflops == pytest.approx(2 * report.computed_gmacs / 1e3 * 2 / 0.5)
     assert forward.share_of_limit == pytest.approx(forward.tflops / LIMIT.tflops)
     assert report.variants["ours"]["training"].tflops is None
     assert found.baseline_clips_per_second is None

@@ -18,6 +18,7 @@ from ca2st.model.inspect import (
     visual_places,
     window_tokens,
 )
+from ca2st.model.network import whole_last_layer
 from support.models import inputs_for, tiny_model, wake
 
 HEADS, FRAMES, PATCHES = 2, 3, 4
@@ -209,7 +210,7 @@ def test_one_key_alone_counts_as_even_attention():
 def test_recording_changes_no_bit_of_the_output():
     model = tiny_model("ca2st")
     wake(model)
-    with torch.no_grad():
+    with torch.no_grad(), whole_last_layer(model):
         before = model(*inputs_for())
         with record_attention(model) as maps:
             during = model(*inputs_for())

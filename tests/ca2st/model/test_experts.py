@@ -87,6 +87,7 @@ def test_a_fourth_expert_joins_without_a_change_of_the_layer(fusion):
     own = {name: expert.layer_at(1) for name, expert in experts.items()}
     tokens = {name: expert.embed(expert_inputs()) for name, expert in experts.items()}
     wake(layer)
+    layer.whole = True
     before = layer(tokens, own, None)
     for speaker, listener in (("depth", "spatial"), ("spatial", "depth")):
         louder = tokens | {speaker: tokens[speaker] + 1}

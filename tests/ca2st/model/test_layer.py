@@ -13,6 +13,7 @@ def _layer(kind: str, **changes):
     wake(model)
     tokens = {name: expert.embed(expert_inputs()) for name, expert in model.experts.items()}
     codes = model.time_codes(inputs_for()[2]) if model.time_codes is not None else None
+    model.layers[-1].whole = True
     return model.layers[-1], {name: expert.layers[-1] for name, expert in model.experts.items()}, tokens, codes
 
 
