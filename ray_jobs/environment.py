@@ -54,6 +54,20 @@ def wait_passively() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def use_deterministic_kernels() -> None:
+    """Let torch use kernels alone that give the same bits each time, and raise where it has none.
+
+    Of attention's kernels FlashAttention has a deterministic backward pass on request, and the plain formula needs
+    none; the others are left out.
+    """
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first product
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def default_tracking_uri(runs_root: Path) -> str:
     """Return ``MLFLOW_TRACKING_URI``, or an SQLite file under the folder of all runs."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(runs_root / 'mlflow.db').resolve()}"

@@ -41,15 +41,16 @@ def check_trainable(which: Trainable) -> None:
         raise UserInputError("trainable: expected at least one pattern of parameter names, found an empty list")
 
 
-def check_expert_precision(wanted: ExpertPrecision, *, training: HeldPrecision) -> None:
+def check_expert_precision(wanted: ExpertPrecision, *, training: str) -> None:
     """Refuse experts in bfloat16 beside float32 computation, which cannot read them.
 
     Raises:
         UserInputError: as said.
     """
-    if wanted == "bf16" and training == "fp32":
+    if wanted == "bf16" and training != "bf16":
         raise UserInputError(
-            'experts.precision: "bf16" is read under bfloat16 autocast only, found training.precision = "fp32"; '
+            'experts.precision: "bf16" is read under bfloat16 autocast only, found training.precision = '
+            f'"{training}"; '
             'set training.precision = "bf16", or experts.precision = "auto"'
         )
 

@@ -329,7 +329,7 @@ def build_model(config: ModelConfig, clip: ClipSpec, targets: Sequence[TargetSpe
     return model
 
 
-def held_precision(wanted: ExpertPrecision, *, training: HeldPrecision, device: str) -> HeldPrecision:
+def held_precision(wanted: ExpertPrecision, *, training: str, device: str) -> HeldPrecision:
     """Return what `auto` means here: bfloat16 on a GPU that computes in it, float32 otherwise.
 
     `training` is the precision of the computation, `device` torch's word for the kind of device. Raises as

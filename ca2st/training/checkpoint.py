@@ -8,7 +8,7 @@ and its own hash. A folder without it does not exist for readers and is swept at
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -108,6 +108,11 @@ def list_checkpoints(root: Path) -> list[Path]:
     A later attempt started from what an earlier one left, so its checkpoints are the run's present.
     """
     return sorted((path for path in _folders(root) if (path / MARKER_NAME).exists()), key=_age, reverse=True)
+
+
+def step_of_checkpoint(folder: Path) -> int:
+    """Return the step in a checkpoint folder's name."""
+    return _age(folder)[1]
 
 
 def last_attempt_of_checkpoints(root: Path) -> int:
@@ -260,20 +265,26 @@ class SaveOutcome:
 
 
 class CheckpointKeeper:
-    """Writes checkpoints below one folder and keeps the newest few. Lives on the main rank."""
+    """Writes checkpoints below one folder and keeps the newest and the best few. Lives on the main rank."""
 
-    def __init__(self, root: Path, *, keep: int, faults: FaultPoints) -> None:
+    def __init__(self, root: Path, *, keep: int, faults: FaultPoints, keep_best: int = 0) -> None:
         self._root = root
-        self._keep = keep
+        self._keep, self._keep_best = keep, keep_best
         self._faults = faults
         self._num_failed = 0
 
     def save(
-        self, files: Mapping[str, bytes], marker: CheckpointMarker, *, before: Callable[[], None] = lambda: None
+        self,
+        files: Mapping[str, bytes],
+        marker: CheckpointMarker,
+        *,
+        best: Sequence[int] = (),
+        before: Callable[[], None] = lambda: None,
     ) -> SaveOutcome:
         """Write a checkpoint, then clear old ones away once the new one is verified. A full disk is an outcome.
 
-        `before` makes durable what must not be older than the checkpoint: the journal.
+        `best`: validated steps, the best first. `before` makes durable what must not be older than the checkpoint: the
+        journal.
         """
         try:
             before()
@@ -283,7 +294,7 @@ class CheckpointKeeper:
             self._num_failed += 1
             return SaveOutcome(folder=None, problems=(str(error),), num_failed=self._num_failed)
         self._num_failed = 0
-        return SaveOutcome(folder=folder, problems=tuple(self._prune(folder)))
+        return SaveOutcome(folder=folder, problems=tuple(self.prune(best=best)))
 
     def _discard_unmarked(self, marker: CheckpointMarker) -> None:
         """Clear what an earlier failed save of this very checkpoint could not remove."""
@@ -291,12 +302,18 @@ class CheckpointKeeper:
         if folder.exists() and folder not in list_checkpoints(self._root):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _prune(self, newest: Path) -> list[str]:
-        old = [folder for folder in list_checkpoints(self._root) if folder != newest][self._keep - 1 :]
+    def prune(self, *, best: Sequence[int]) -> list[str]:
+        """Remove what is neither among the newest nor among the best; returns what went wrong.
+
+        Nothing is removed while the newest checkpoint is not sound.
+        """
+        folders = list_checkpoints(self._root)
+        kept = {*folders[: self._keep], *folders_of_steps(folders, best)[: self._keep_best]}
+        old = [folder for folder in folders if folder not in kept]
         if not old:
             return []
         try:
-            verify_checkpoint(newest)
+            verify_checkpoint(folders[0])
         except CA2STError as error:
             return [f"kept {len(old)} old checkpoints, the new one is not sound: {error}"]
         problems = []
@@ -306,3 +323,12 @@ class CheckpointKeeper:
             except OSError as error:
                 problems.append(f"cannot remove old checkpoint {folder}: {error.strerror}")
         return problems
+
+
+def folders_of_steps(folders: Sequence[Path], steps: Sequence[int]) -> list[Path]:
+    """Return the checkpoints of `steps`, in their order, that are among `folders`; of one step the newest attempt's.
+
+    `folders` as `list_checkpoints` gives them.
+    """
+    newest = {step_of_checkpoint(folder): folder for folder in reversed(folders)}
+    return [newest[step] for step in steps if step in newest]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ca2st.errors import UserInputError, check_literals
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,10 +68,36 @@ class TrainingConfig:
     """Steps between checkpoints: the most work that a kill can cost."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; older ones go once the newest is verified."""
+    keep_best: int = 1
+    """Best checkpoints kept beside the newest, by `best_metric`; every validation has a checkpoint. 0: none."""
+    best_metric: str | None = None
+    """Validation metric that tells which checkpoint is the best, ``top1``, ``mean_class``, ``verb_top1``, ...; None:
+    the one that stands for the run (``top1``, or ``action_top1`` of verb and noun). Of equal ones the earlier."""
     validate_every_epochs: int = 1
     """Epochs between validations; 0: only at the end. The last step is always validated."""
+    validate_every_steps: int | None = None
+    """Steps between validations, besides those of `validate_every_epochs`; None: none."""
+    early_stopping: int | None = None
+    """End the run once so many validations in a row were no better than the best before them; None: never. A rerun
+    with more of them goes on."""
+    least_improvement: float = 0.0
+    """What `early_stopping` takes for better: `best_metric` must be better by more than this."""
+    stop_at: float | None = None
+    """End the run once `best_metric` is at least this; None: never."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the trained weights, with this decay per step; None: none. Warm-up: the
+    decay of step t is at most (1 + t) / (10 + t). Validation, tests and predictions then use the average."""
+    max_hours: float | None = None
+    """Save and end, as SIGTERM would, once this attempt has lasted so long; None: no limit. A rerun goes on."""
+    profile_steps: int = 0
+    """Steps of this attempt, from its third on, that torch's profiler records, rank by rank, into ``profile/`` of the
+    run folder, for chrome://tracing or Perfetto; 0: none."""
     precision: Precision = "fp32"
-    """``fp32``, or ``bf16`` autocast with float32 parameters, optimizer and losses."""
+    """``fp32``, or ``bf16`` or ``fp16`` autocast with float32 parameters, optimizer and losses. ``fp16`` scales its
+    losses so that small gradients survive; a step whose gradients overflow is left out, and the scale halved."""
+    deterministic: bool = False
+    """On a GPU: only kernels that give the same bits each time, attention's backward pass too, or an error where there
+    is none. Slower. A CPU needs no such setting."""
     activation_checkpointing: bool = False
     """Keep only the inputs of each layer and compute the layer again for its gradients: the same numbers, much less
     memory, about a third more time."""
@@ -88,12 +114,19 @@ class TrainingConfig:
         counts = ("epochs", "global_batch_size", "per_device_batch_size", "checkpoint_every_steps", "keep_checkpoints")
         for name in counts:
             _check(name, getattr(self, name), lambda x: x >= 1, "an integer >= 1")
-        _check("validate_every_epochs", self.validate_every_epochs, _not_negative, "an integer >= 0")
+        for name in ("validate_every_epochs", "keep_best", "profile_steps"):
+            _check(name, getattr(self, name), _not_negative, "an integer >= 0")
+        _check("least_improvement", self.least_improvement, _not_negative, "a finite number >= 0")
         _check("seed", self.seed, lambda x: 0 <= x < 2**63, "an integer in [0, 2**63)")
         for name in ("grace_seconds", "collective_timeout_seconds"):
             _check(name, getattr(self, name), _positive, "a finite number > 0")
-        if self.max_steps is not None:
-            _check("max_steps", self.max_steps, lambda x: x >= 1, "an integer >= 1, or none")
+        for name in ("max_steps", "validate_every_steps", "early_stopping"):
+            if (value := getattr(self, name)) is not None:
+                _check(name, value, lambda x: x >= 1, "an integer >= 1, or none")
+        if self.max_hours is not None:
+            _check("max_hours", self.max_hours, _positive, "a finite number > 0, or none")
+        if self.ema_decay is not None:
+            _check("ema_decay", self.ema_decay, lambda x: 0 < x < 1, "a number in (0, 1), or none")
         check_literals(self)
 
     def total_steps(self, steps_per_epoch: int) -> int:

@@ -8,7 +8,7 @@
                           StopNotSavedError
     NumericError          NonFiniteError
     CA2STError            SourceContractError, IncompleteEvaluationError, PeerFailedError,
-                          RunStoppedError -> TerminatedError (143), InterruptedRunError (130)
+                          RunStoppedError -> TerminatedError (143; TimeUpError), InterruptedRunError (130)
 """
 
 import signal
@@ -104,6 +104,10 @@ class TerminatedError(RunStoppedError):
     """Stopped by SIGTERM."""
 
     exit_code: ClassVar[int] = 128 + signal.SIGTERM
+
+
+class TimeUpError(TerminatedError):
+    """Stopped because its `max_hours` have passed."""
 
 
 class InterruptedRunError(RunStoppedError):

@@ -7,20 +7,21 @@ a request to stop.
 import contextlib
 import json
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from ca2st.batch import ClipBatch
 from ca2st.checked_json import canonical_json
-from ca2st.durable import NO_FAULTS, FaultPoints
-from ca2st.errors import EnvironmentFault, UserInputError
+from ca2st.errors import EnvironmentFault, UserInputError, check_choice
+from ca2st.training.averaging import WeightAverage
+from ca2st.training.best import Metrics, best_steps, reason_to_end, score_at
 from ca2st.training.checkpoint import (
     CHECKPOINTS_NAME,
     MAX_FAILED_SAVES,
@@ -29,7 +30,6 @@ from ca2st.training.checkpoint import (
     SaveOutcome,
     read_checkpoint,
 )
-from ca2st.training.config import OptimConfig, TrainingConfig
 from ca2st.training.errors import (
     NonFiniteError,
     RanksDisagreeError,
@@ -39,7 +39,8 @@ from ca2st.training.errors import (
 )
 from ca2st.training.evaluate import EvaluationSource, evaluate
 from ca2st.training.journal import JOURNAL_NAME, Journal, differences, locked
-from ca2st.training.optim import LearningRateSchedule, ParameterRules, build_optimizer, schedule_for
+from ca2st.training.metrics import evaluation_metrics, main_metric
+from ca2st.training.optim import build_optimizer
 from ca2st.training.ranks import (
     Heartbeat,
     Ranks,
@@ -49,20 +50,21 @@ from ca2st.training.ranks import (
     memory_fault,
     naming_memory_faults,
     peak_memory,
+    profiled,
 )
 from ca2st.training.resume import (
+    AVERAGE_FILE,
     LOADER_FILE,
     SCHEDULE_FILE,
-    RunRecord,
     RunStart,
     TrainedState,
     collect_state,
-    identity,
     open_run,
     put_state,
     read_state,
 )
-from ca2st.training.signals import StopRequest, stopped_error
+from ca2st.training.settings import TrainingProgress, TrainingResult, TrainingSettings
+from ca2st.training.signals import TIME_UP, StopRequest, stopped_error
 from ca2st.training.step import (
     Intake,
     StepIntake,
@@ -74,89 +76,6 @@ from ca2st.training.step import (
 )
 
 _LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingProgress:
-    """What a progress bar shows after a step."""
-
-    step: int
-    total_steps: int
-    epoch: int
-    loss: float
-    lr: float
-    clips_per_second: float
-    data_wait_fraction: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingSettings:
-    """A run, as its caller describes it; the same on every rank."""
-
-    folder: Path
-    """The run's folder: journal, checkpoints, lock."""
-    config: TrainingConfig
-    """Length, batch, cadence, precision."""
-    optim: OptimConfig
-    """AdamW, schedule, smoothing."""
-    rules: ParameterRules
-    """Layers and decay of the model's parameters."""
-    targets: Mapping[str, int]
-    """Number of classes by target, in the order of the batches' label columns."""
-    record: RunRecord
-    """What checkpoints remember, and what must be equal at resume."""
-    topology: Mapping[str, Any] = field(default_factory=dict)
-    """Facts besides those of the processes that the last bits of a sum depend on: how frozen weights are held."""
-    started_from: Mapping[str, Any] = field(default_factory=dict)
-    """For the journal's start line: which trained model the weights came from, and what of it was taken."""
-    strict_resume: bool = False
-    """Refuse a damaged newest checkpoint and other library versions, instead of warning."""
-    lock_wait_seconds: float = 5.0
-    """How long to wait for a predecessor in the folder to finish dying."""
-    faults: FaultPoints = NO_FAULTS
-    """For tests: the points of `checkpoint`, ``step.received``, ``step.updated``, ``step.logged`` and
-    ``validation.begun``."""
-    progress: Callable[[TrainingProgress], None] | None = None
-    """Called on the main rank after every step."""
-    clock: Callable[[], float] = time.perf_counter
-    """Seconds, for durations only."""
-    wall_clock: Callable[[], float] = time.time
-    """Seconds since 1970, for the journal only."""
-
-    def identity(self) -> dict[str, Any]:
-        """Return what must not change in the run's life."""
-        return identity(self.record, seed=self.config.seed, global_batch_size=self.config.global_batch_size)
-
-    def schedule(self, steps_per_epoch: int) -> LearningRateSchedule:
-        """Return the learning rate of every step.
-
-        Raises:
-            UserInputError: a warm-up longer than the run.
-        """
-        return schedule_for(
-            self.optim,
-            global_batch_size=self.config.global_batch_size,
-            epochs=self.config.epochs,
-            steps_per_epoch=steps_per_epoch,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingResult:
-    """What a finished run leaves."""
-
-    steps: int
-    """Updates made in all attempts together."""
-    checkpoint: Path
-    """Folder of the last checkpoint."""
-    metrics: Mapping[str, float | None]
-    """Last validation metrics; empty without a validation set."""
-    attempt: int
-    """Attempt that finished the run."""
-    resumed_step: int
-    """Step this attempt started from; 0 for a fresh start."""
-    damaged_checkpoints: tuple[str, ...]
-    """Checkpoints passed over at the start because they are damaged: what and where."""
 
 
 def train(
@@ -223,12 +142,27 @@ def _check_setup(ranks: Ranks, accelerator: Accelerator, settings: TrainingSetti
     if steps_per_epoch < 1:
         raise UserInputError(f"steps_per_epoch: expected at least 1, found {steps_per_epoch}; add samples")
     settings.schedule(steps_per_epoch)
+    ranking_metric(settings)
     own = {**settings.identity(), "versions": dict(settings.record.versions), "steps_per_epoch": steps_per_epoch}
     first, *others = ranks.gather(own)
     for rank, other in enumerate(others, start=1):
         changed = differences(first, other)
         if changed:
             raise RanksDisagreeError(f"rank {rank} was started otherwise than rank 0: {'; '.join(changed)}")
+
+
+def ranking_metric(settings: TrainingSettings) -> str:
+    """Return the validation metric that tells which checkpoint is the best.
+
+    Raises:
+        UserInputError: validations have no such metric; lists those that they have.
+    """
+    targets = settings.targets
+    metric = settings.config.best_metric or main_metric(tuple(targets))
+    even = {name: np.full((1, size), 1 / size) for name, size in targets.items()}
+    known = evaluation_metrics(even, np.zeros((1, len(targets)), dtype=np.int64))
+    check_choice("training.best_metric", metric, sorted(known))
+    return metric
 
 
 def _open(
@@ -279,6 +213,7 @@ def _topology(accelerator: Accelerator, settings: TrainingSettings) -> dict[str,
         "precision": settings.config.precision,
         "cpu_threads": torch.get_num_threads() if on_cpu else None,
         "compile": settings.config.compile,
+        **({"deterministic": True} if settings.config.deterministic else {}),
         **settings.topology,
     }
 
@@ -318,8 +253,11 @@ class _Run:
             clock=settings.clock,
             stages=stages,
         )
+        prepared = accelerator.prepare(model, self._optimizer)
+        decay = self._config.ema_decay
+        self._average = None if decay is None else WeightAverage(model, decay)
         self._stepper = Stepper(
-            *accelerator.prepare(model, self._optimizer),
+            *prepared,
             accelerator=accelerator,
             config=self._config,
             optim=settings.optim,
@@ -328,14 +266,17 @@ class _Run:
             stages=stages,
         )
         self._keeper = CheckpointKeeper(
-            settings.folder / CHECKPOINTS_NAME, keep=self._config.keep_checkpoints, faults=settings.faults
+            settings.folder / CHECKPOINTS_NAME,
+            keep=self._config.keep_checkpoints,
+            keep_best=self._config.keep_best,
+            faults=settings.faults,
         )
         self._checkpoint, self._saved_step = start.folder, start.step
         self._share: ClipBatch | None = None
         self._step = start.step
-        last = start.last_eval
-        self._evaluated_step = int(last["step"]) if last else -1
-        self._metrics: Mapping[str, float | None] = dict(last["metrics"]) if last else {}
+        self._scores: dict[int, Metrics] = dict(start.validations)
+        self._metric = ranking_metric(settings)
+        self._stop_request, self._begun = stop, settings.clock()
 
     def where(self) -> Whereabouts:
         """Return where this rank stands now; called from another thread."""
@@ -349,23 +290,39 @@ class _Run:
         if self._step > 0 and self._is_validation_due():
             self._validate()  # a kill between a checkpoint and its validation
         self._stages.restart()
-        while self._step < self._total_steps:
-            epoch, first_step = divmod(self._step, self._steps_per_epoch)
-            with contextlib.closing(self._intake.epoch(epoch, first_step=first_step)) as steps:
-                for intake in steps:
-                    self._advance(intake, epoch)
-                    if self._step == self._total_steps:
-                        break
-        self._log("end", status="done", step=self._step)
+        config = self._config
+        with profiled(self._settings.folder, steps=config.profile_steps, rank=self._ranks.rank) as self._mark_step:
+            while not self._is_over():
+                epoch, first_step = divmod(self._step, self._steps_per_epoch)
+                with contextlib.closing(self._intake.epoch(epoch, first_step=first_step)) as steps:
+                    for intake in steps:
+                        self._advance(intake, epoch)
+                        if self._is_over():
+                            break
+        ended = self._reason_to_end()
+        if self._saved_step < self._step:  # the save before the last validation failed
+            self._save(required=True)
+        self._log("end", status="done", step=self._step, **({"reason": ended} if ended else {}))
         assert self._checkpoint is not None  # the last step's save is required
         return TrainingResult(
             steps=self._step,
             checkpoint=self._checkpoint,
-            metrics=self._metrics,
+            metrics=self._scores[max(self._scores)] if self._scores else {},
+            best=score_at(self._settings.folder, self._scores, self._metric, best_steps(self._scores, self._metric)),
+            ended_early=ended,
             attempt=self._start.attempt,
             resumed_step=self._start.step,
             damaged_checkpoints=self._start.damaged,
         )
+
+    def _is_over(self) -> bool:
+        return self._step >= self._total_steps or self._reason_to_end() is not None
+
+    def _reason_to_end(self) -> str | None:
+        """Return why the run ends before its last step, equal on every rank; None: it does not."""
+        if self._step >= self._total_steps or self._step not in self._scores:
+            return None
+        return reason_to_end(self._config, self._scores, self._metric)
 
     def keep_evidence(self, error: BaseException) -> None:
         """Write what a failure leaves: journal lines, and the clips whose numbers were not finite."""
@@ -406,7 +363,7 @@ class _Run:
             cut_bytes=start.cut_bytes,
         )
         if start.folder is not None and self._ranks.is_main:
-            what = "already finished, nothing to train:" if start.step >= self._total_steps else "resuming"
+            what = "already finished, nothing to train:" if self._is_over() else "resuming"
             _LOGGER.info("%s step %d of %d from %s", what, start.step, self._total_steps, start.folder)
         for problem in start.damaged:
             self._log("fault", kind="damaged_checkpoint", step=start.step, error=problem)
@@ -425,9 +382,14 @@ class _Run:
                 if changed:
                     raise ResumeRefusedError(f"{folder / name}: saved by another run: {'; '.join(changed)}")
             states.append(read_state(self._model, self._optimizer, files=files))
+            if self._average is not None and states[0].average is None:
+                raise ResumeRefusedError(f"{folder}: expected {AVERAGE_FILE} for training.ema_decay, found none")
 
         self._ranks.together(read)
         put_state(self._model, self._optimizer, state=states[0])
+        self._stepper.loss_scale.put(states[0].loss_scale)
+        if self._average is not None and states[0].average is not None:
+            self._average.put(states[0].average)
 
     def _position(self, step: int) -> dict[str, Any]:
         return self._settings.record.loader_position(step, steps_per_epoch=self._steps_per_epoch)
@@ -440,14 +402,18 @@ class _Run:
         self._settings.faults.reach("step.received")
         result = self._stepper.update(intake.share, intake.keys_of_rank, step=self._step + 1)
         self._step += 1
+        if self._average is not None:
+            self._average.update(self._step)
         self._settings.faults.reach("step.updated")
         self._report(intake, result, epoch)
         self._settings.faults.reach("step.logged")
+        self._watch_the_time()
         validate, last = self._is_validation_due(), self._step == self._total_steps
         if validate or last or self._step % self._config.checkpoint_every_steps == 0:
             self._save(required=last)
         if validate:
             self._validate()
+        self._mark_step()
         self._stages.restart()
 
     def _report(self, intake: StepIntake, result: StepResult, epoch: int) -> None:
@@ -468,6 +434,7 @@ class _Run:
             "step",
             **fields,
             grad_norm=result.grad_norm,
+            **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
             sample_ids_hash=intake.sample_ids_hash,
             step_seconds=seconds,
             stages={f"{stage}_seconds": spent for stage, spent in stages.items()},
@@ -478,16 +445,24 @@ class _Run:
         if self._settings.progress is not None and self._ranks.is_main:
             self._settings.progress(progress)
 
+    def _watch_the_time(self) -> None:
+        """Ask this rank, and through it all, to stop once the attempt has lasted long enough."""
+        limit = self._config.max_hours
+        if limit is not None and self._settings.clock() - self._begun >= 3600 * limit:
+            self._stop_request.request(TIME_UP)
+
     def _is_validation_due(self) -> bool:
-        every = self._config.validate_every_epochs
         epochs, rest = divmod(self._step, self._steps_per_epoch)
-        due = self._step == self._total_steps or (every > 0 and rest == 0 and epochs % every == 0)
-        return due and self._validation is not None and self._evaluated_step != self._step
+        of_epochs, of_steps = self._config.validate_every_epochs, self._config.validate_every_steps
+        due = self._step == self._total_steps or (of_epochs > 0 and rest == 0 and epochs % of_epochs == 0)
+        due = due or (of_steps is not None and self._step % of_steps == 0)
+        return due and self._validation is not None and self._step not in self._scores
 
     def _validate(self) -> None:
         assert self._validation is not None
         begin = self._settings.clock()
-        with self._stages.stage("validation"):
+        averaged = contextlib.nullcontext() if self._average is None else self._average.in_place()
+        with self._stages.stage("validation"), averaged:
             self._settings.faults.reach("validation.begun")
             result = evaluate(
                 self._model,
@@ -497,7 +472,9 @@ class _Run:
                 per_device_batch_size=self._config.per_device_batch_size,
                 ranks=self._ranks,
             )
-        self._metrics, self._evaluated_step = result.metrics, self._step
+        self._scores[self._step] = {
+            name: value if math.isfinite(value) else None for name, value in result.metrics.items()
+        }
         if self._ranks.is_main:
             metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
             _LOGGER.info("validation after step %d of %d: %s", self._step, self._total_steps, metrics)
@@ -510,7 +487,14 @@ class _Run:
                 split="validation",
                 num_samples=result.num_samples,
                 seconds=self._settings.clock() - begin,
+                **({} if self._average is None else {"weights": "average"}),
             )
+        self._ranks.on_main(self._prune)
+
+    def _prune(self) -> None:
+        """Let go of what is neither new nor among the best any more; what it loses is in the journal already."""
+        for problem in self._keeper.prune(best=best_steps(self._scores, self._metric)):
+            self._log("fault", kind="checkpoint", step=self._step, error=problem)
 
     def _save(self, *, required: bool) -> None:
         outcome = self._write_checkpoint()
@@ -542,7 +526,12 @@ class _Run:
         record = self._settings.record
         files = {
             **record.files(),
-            **collect_state(self._model, self._optimizer),
+            **collect_state(
+                self._model,
+                self._optimizer,
+                average=None if self._average is None else self._average.tensors,
+                loss_scale=self._stepper.loss_scale.state(),
+            ),
             LOADER_FILE: canonical_json(self._position(self._step)),
             SCHEDULE_FILE: canonical_json(asdict(self._schedule)),
         }
@@ -559,12 +548,14 @@ class _Run:
             start=record.start,
         )
         assert self._journal is not None
-        return self._keeper.save(files, marker, before=self._journal.sync)
+        best = best_steps(self._scores, self._metric)
+        return self._keeper.save(files, marker, best=best, before=self._journal.sync)
 
     def _stop(self, signal_number: int) -> None:
         """Save what is not saved and end: a stop without its checkpoint is a failure of the machine's."""
         self._log("fault", kind="signal", step=self._step, signal=signal_number)
-        stopped = f"stopped by signal {signal_number} after step {self._step}"
+        why = "because max_hours are over" if signal_number == TIME_UP else f"by signal {signal_number}"
+        stopped = f"stopped {why} after step {self._step}"
         if self._step > self._saved_step:
             outcome = self._write_checkpoint()
             if outcome.folder is None:

@@ -42,6 +42,10 @@ from ca2st.errors import CA2STError
 from ca2st.training.errors import OutOfMemoryFault, PeerFailedError, RanksSilentError
 
 T = TypeVar("T")
+PROFILE_NAME = "profile"
+"""Folder of traces in a run folder."""
+_UNPROFILED_STEPS = 2
+"""The first steps are unlike the rest."""
 _LOGGER = logging.getLogger(__name__)
 
 Stage = Literal["data_wait", "to_device", "forward", "backward", "optimizer", "gather", "other"]
@@ -89,6 +93,41 @@ class StageClock:
         self._seconds[charged] += now - self._since
         outer, self._stage, self._since = self._stage, name, now
         return outer
+
+
+@contextmanager
+def profiled(folder: Path, *, steps: int, rank: int) -> Iterator[Callable[[], None]]:
+    """Record `steps` steps with torch's profiler, from the third on; call what is yielded after each step.
+
+    The trace is ``profile/rank-<r>.json.gz`` of the run folder, for chrome://tracing and Perfetto. 0 steps: nothing.
+    """
+    if steps == 0:
+        yield lambda: None
+        return
+    path = folder / PROFILE_NAME / f"rank-{rank}.json.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler, done = torch.profiler.profile(acc_events=True), 0
+
+    def finish() -> None:
+        profiler.stop()
+        profiler.export_chrome_trace(str(path))
+        _LOGGER.info("trace of %d steps: %s", done - _UNPROFILED_STEPS, path)
+
+    def mark() -> None:
+        nonlocal done
+        done += 1
+        if done == _UNPROFILED_STEPS:
+            profiler.start()
+        elif _UNPROFILED_STEPS < done < _UNPROFILED_STEPS + steps:
+            profiler.step()
+        elif done == _UNPROFILED_STEPS + steps:
+            finish()
+
+    try:
+        yield mark
+    finally:
+        if _UNPROFILED_STEPS < done < _UNPROFILED_STEPS + steps:
+            finish()
 
 
 @runtime_checkable

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ca2st import __version__
 from ca2st.checked_json import canonical_json
 from ca2st.errors import UserInputError, listed
+from ca2st.training.best import validations
 from ca2st.training.checkpoint import (
     CHECKPOINTS_NAME,
     Checkpoint,
@@ -37,7 +38,6 @@ from ca2st.training.journal import (
     cut_torn_end,
     differences,
     last_attempt,
-    read_events,
     sha256_of_document,
 )
 
@@ -45,9 +45,12 @@ RECIPE_FILE = "recipe.json"
 LOADER_FILE = "loader.json"
 SCHEDULE_FILE = "schedule.json"
 MODEL_FILE = "model.safetensors"
+AVERAGE_FILE = "average.safetensors"
+"""The moving average of the trained weights, of a run that keeps one."""
 OPTIMIZER_FILE = "optimizer.safetensors"
 OPTIMIZER_SCALARS_FILE = "optimizer.json"
 _RESERVED = ("recipe", "loader", "schedule", "optimizer", "COMPLETE")
+_LOSS_SCALE = "loss_scale"
 _NAME = re.compile(r"[a-z0-9_-]+")
 _LIBRARIES = ("torch", "accelerate", "safetensors", "numpy")
 _LINE = "\n  "
@@ -151,8 +154,8 @@ class RunStart:
     """Bytes of a torn last journal line that were cut."""
     swept: tuple[str, ...]
     """Names of half-written checkpoint folders that were removed."""
-    last_eval: Mapping[str, Any] | None
-    """Newest ``eval`` line of the journal."""
+    validations: Mapping[int, Mapping[str, float | None]]
+    """Metrics of each validated step up to `step`, as the journal has them."""
 
 
 def open_run(
@@ -188,15 +191,16 @@ def open_run(
                 "undo the change, or train into another folder"
             )
         changes = _tolerated_changes(checkpoint.marker, versions, topology, strict=strict)
+    step = checkpoint.marker.step if checkpoint else 0
     return RunStart(
         attempt=attempt,
         folder=checkpoint.folder if checkpoint else None,
-        step=checkpoint.marker.step if checkpoint else 0,
+        step=step,
         damaged=damaged,
         changes=changes,
         cut_bytes=cut_bytes,
         swept=swept,
-        last_eval=max(read_events(journal, event="eval"), key=lambda line: int(line["step"]), default=None),
+        validations=validations(journal, until=step),
     )
 
 
@@ -221,10 +225,23 @@ class TrainedState:
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Mapping[str, Tensor]]
     """State of each parameter by its name: ``exp_avg``, ``exp_avg_sq``, ``step``."""
+    average: Mapping[str, Tensor] | None = None
+    """The moving average of the trained weights, where there is one."""
+    loss_scale: Mapping[str, float] | None = None
+    """What the losses of a run in fp16 are scaled by."""
 
 
-def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, bytes]:
-    """Return files that hold the trained state: two of tensors, one of the optimizer's scalars and settings."""
+def collect_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    average: Mapping[str, Tensor] | None = None,
+    loss_scale: Mapping[str, float] | None = None,
+) -> dict[str, bytes]:
+    """Return files that hold the trained state: two of tensors, one of the optimizer's scalars and settings.
+
+    `average`, where there is one, is a third file of tensors; `loss_scale` goes to the scalars.
+    """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for name, parameter in _optimized(model, optimizer):
@@ -233,11 +250,22 @@ def collect_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
                 tensors[f"{key}/{name}"] = _portable(value)
             else:
                 scalars.setdefault(name, {})[key] = float(value)
-    return {
+    document: dict[str, Any] = {"state": scalars, "groups": _group_settings(optimizer)}
+    files = {
         MODEL_FILE: save({name: _portable(tensor) for name, tensor in trained_tensors(model).items()}),
         OPTIMIZER_FILE: save(tensors),
-        OPTIMIZER_SCALARS_FILE: canonical_json({"state": scalars, "groups": _group_settings(optimizer)}),
+        OPTIMIZER_SCALARS_FILE: canonical_json(
+            document if loss_scale is None else document | {_LOSS_SCALE: dict(loss_scale)}
+        ),
     }
+    if average is not None:
+        files[AVERAGE_FILE] = save({name: _portable(tensor) for name, tensor in average.items()})
+    return files
+
+
+def tensors_to_use(files: Mapping[str, bytes]) -> bytes:
+    """Return the file of a checkpoint whose weights are tested and predict: the average where there is one."""
+    return files.get(AVERAGE_FILE, files[MODEL_FILE])
 
 
 def read_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, files: Mapping[str, bytes]) -> TrainedState:
@@ -262,7 +290,8 @@ def read_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, files: Map
         states.setdefault(name, {}).update({key: torch.tensor(value) for key, value in scalars.items()})
     problems += [f"{name}: optimizer state of a parameter that is not trained" for name in states.keys() - expected]
     _refuse(sorted(problems))
-    return TrainedState(model=tensors, optimizer=states)
+    average = read_model_tensors(model, data=files[AVERAGE_FILE]) if AVERAGE_FILE in files else None
+    return TrainedState(model=tensors, optimizer=states, average=average, loss_scale=document.get(_LOSS_SCALE))
 
 
 def put_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, state: TrainedState) -> None:

@@ -15,9 +15,11 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-from ca2st.training.errors import InterruptedRunError, RunStoppedError, TerminatedError
+from ca2st.training.errors import InterruptedRunError, RunStoppedError, TerminatedError, TimeUpError
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
+TIME_UP = int(signal.SIGALRM)
+"""Stands among the requests to stop for a run that has lasted `max_hours`; nobody sends the signal."""
 ONE_REQUEST_SECONDS = 0.5
 """One request may come as several signals: a terminal's Ctrl-C, timeout(1) and Slurm reach every process of a group,
 and the parent of a group passes on to its workers what they have got already."""
@@ -41,6 +43,8 @@ class StopRequest:
 
 def stopped_error(signal_number: int, message: str) -> RunStoppedError:
     """Return the error that ends a run stopped by `signal_number`, with the shell's exit code for it."""
+    if signal_number == TIME_UP:
+        return TimeUpError(message)
     kind = InterruptedRunError if signal_number == signal.SIGINT else TerminatedError
     return kind(message)
 

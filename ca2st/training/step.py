@@ -29,7 +29,7 @@ from ca2st.training.signals import StopRequest
 
 FAILURES_NAME = "failures"
 _MAX_CLIPS = 8
-MIXED_PRECISION = {"fp32": "no", "bf16": "bf16"}
+MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 """Accelerate's word for each of our precisions."""
 
 
@@ -37,9 +37,10 @@ def make_accelerator(config: TrainingConfig, *, cpu: bool = False) -> Accelerato
     """Return an Accelerator for this process; joins the process group that a launcher has described, if any.
 
     Micro-batches, schedules and data belong to the loop, so Accelerate's own are off. Frozen buffers are equal on all
-    ranks by construction and are not broadcast. A process group that is there already keeps its own timeout.
+    ranks by construction and are not broadcast. A process group that is there already keeps its own timeout. In fp16
+    Accelerate casts, and the loop's `LossScale` scales: its state is ours to save.
     """
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=MIXED_PRECISION[config.precision],
         gradient_accumulation_steps=1,
@@ -49,6 +50,10 @@ def make_accelerator(config: TrainingConfig, *, cpu: bool = False) -> Accelerato
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.collective_timeout_seconds)),
         ],
     )
+    if config.precision == "fp16":
+        accelerator.scaler = None
+        accelerator.native_amp = True  # Accelerate leaves a CPU in fp32, without a word
+    return accelerator
 
 
 def check_accelerator(accelerator: Accelerator, config: TrainingConfig) -> None:
@@ -211,8 +216,47 @@ class StepResult:
     """Sum over clips and targets divided by the global number of clips."""
     lr: float
     """Scheduled rate of the update, before layer-wise decay."""
-    grad_norm: float
-    """Global gradient norm before clipping."""
+    grad_norm: float | None
+    """Global gradient norm before clipping; None: it was not finite, and the update was left out (fp16 alone)."""
+    loss_scale: float | None = None
+    """What the losses were scaled by; None: not scaled."""
+
+
+class LossScale:
+    """Factor on the losses of fp16, so that small gradients do not vanish; the same on every rank.
+
+    Halved when gradients overflow, doubled after 2000 steps without; powers of two, so that scaling changes no digit.
+    Source: Micikevicius et al., "Mixed precision training" (ICLR 2018); the numbers are those of torch's GradScaler.
+    """
+
+    GROWTH_STEPS = 2000
+
+    def __init__(self, *, is_on: bool) -> None:
+        self._is_on = is_on
+        self.factor = 2.0**16 if is_on else 1.0
+        self._good_steps = 0
+
+    def state(self) -> dict[str, float] | None:
+        """Return what a checkpoint keeps; None where nothing is scaled."""
+        return {"factor": self.factor, "good_steps": self._good_steps} if self._is_on else None
+
+    def put(self, state: Mapping[str, float] | None) -> None:
+        """Go on from a saved state."""
+        if state is not None:
+            self.factor, self._good_steps = float(state["factor"]), int(state["good_steps"])
+
+    def overflowed(self) -> bool:
+        """Halve the factor; False where none is left to halve: then it is no overflow of scaled gradients."""
+        if not self._is_on or self.factor <= 1:
+            return False
+        self.factor, self._good_steps = self.factor / 2, 0
+        return True
+
+    def held(self) -> None:
+        """Count a step whose gradients were finite."""
+        self._good_steps += 1
+        if self._is_on and self._good_steps == self.GROWTH_STEPS:
+            self.factor, self._good_steps = self.factor * 2, 0
 
 
 def draw_seed(seed: int, *, step: int, rank: int, micro_batch: int) -> int:
@@ -253,6 +297,8 @@ class Stepper:
             if parameter.requires_grad
         }
         self._settled = self._ranks.world_size == 1
+        self.loss_scale = LossScale(is_on=config.precision == "fp16")
+        """What the losses are scaled by."""
 
     def update(self, share: ClipBatch, keys_of_rank: Sequence[tuple[str, ...]], *, step: int) -> StepResult:
         """Make update number `step` (from 1) from this rank's share of its clips.
@@ -267,16 +313,22 @@ class Stepper:
             losses_of_rank = self._ranks.gather(losses.tolist())
         _check_losses(losses_of_rank, keys_of_rank, step)
         rate = self._schedule.at(step - 1)
+        scaled_by = self.loss_scale.factor if self._config.precision == "fp16" else None
         with self._stages.stage("optimizer"):
             norm = self._optimize(share, rate=rate, step=step)
         total = math.fsum(loss for rank_losses in losses_of_rank for loss in rank_losses)
-        return StepResult(loss=total / self._config.global_batch_size, lr=rate, grad_norm=norm)
+        mean = total / self._config.global_batch_size
+        return StepResult(loss=mean, lr=rate, grad_norm=norm, loss_scale=scaled_by)
 
-    def _optimize(self, share: ClipBatch, *, rate: float, step: int) -> float:
-        """Check the gradient, clip it, update; returns its norm before clipping."""
+    def _optimize(self, share: ClipBatch, *, rate: float, step: int) -> float | None:
+        """Check the gradient, clip it, update; returns its norm before clipping, None where it overflowed."""
         norm = self._gradient_norm()
         if not math.isfinite(norm):
+            if self.loss_scale.overflowed():
+                self._optimizer.zero_grad(set_to_none=True)
+                return None
             self._blame_gradient(share, step)
+        self.loss_scale.held()
         if self._optim.clip_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(
                 self._trained.values(), self._optim.clip_grad_norm, torch.tensor(norm, device=self._accelerator.device)
@@ -310,7 +362,7 @@ class Stepper:
                 mixing=part.mixing,
             )
         # DistributedDataParallel averages over ranks: times world_size makes it the sum over ranks.
-        scale = self._ranks.world_size / self._config.global_batch_size
+        scale = self._ranks.world_size / self._config.global_batch_size * self.loss_scale.factor
         with self._stages.stage("backward"):
             self._accelerator.backward(losses.sum() * scale)
         return losses.detach()
@@ -333,6 +385,9 @@ class Stepper:
 
     def _gradient_norm(self) -> float:
         gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
+        if self.loss_scale.factor != 1:
+            for gradient in gradients:
+                gradient.mul_(1 / self.loss_scale.factor)
         return float(torch.nn.utils.get_total_norm(gradients))
 
     def _blame_gradient(self, share: ClipBatch, step: int) -> None:

@@ -28,7 +28,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from ca2st.errors import CA2STError, EnvironmentFault, RetriesUsedUpError
 from ca2st.processes import num_cores
-from ca2st.training.errors import RunStoppedError
+from ca2st.training.errors import RunStoppedError, TimeUpError
 from ca2st.training.journal import JOURNAL_NAME
 from ca2st.training.signals import StopRequest, stop_on_signals
 from ca2st.weights.hub import is_hub_name
@@ -382,7 +382,7 @@ def train_on_worker(settings: dict[str, Any]) -> dict[str, str]:
             outcome = run(job, faults=faults, stop=stop)
     except RunStoppedError as error:
         asked = patient(folder.stop_signal)  # a worker that fails here is a failure to Ray, and ends all too early
-        if not asked():
+        if not asked() and not isinstance(error, TimeUpError):
             if rank == 0:
                 say(f"{_announced()}: the state is saved; Ray starts the workers again when the notice has run out")
             hold(asked)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from ray_jobs.compare import Comparison
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder for its newest one.")]
+Which = Annotated[
+    str, typer.Option("--checkpoint", help="Of a run folder: best (of validation), last, or the number of a step.")
+]
 _MOST_SHOWN_SETTINGS = 40
 _LINE = "\n  "
 _MOST_SHOWN_CHARACTERS = 32
@@ -44,6 +47,7 @@ def evaluate(
         typer.Option(help="With --submission of EPIC: sls_pt,sls_tl,sls_td[,t_mod] by the challenge's rules."),
     ] = None,
     track: Annotated[bool, typer.Option("--track/--no-track", help="Results go to the run in MLflow.")] = True,
+    which: Which = "last",
     as_json: Json = False,
 ) -> None:
     """Score every sample once: softmax per view, mean over the views of a sample, arg-max. Several runs: their means.
@@ -53,6 +57,7 @@ def evaluate(
     from ray_jobs.console import print_json, result, table
     from ray_jobs.evaluation.submissions import parse_supervision
     from ray_jobs.evaluation.workers import Workers, evaluate_checkpoint, facts_of, log_to_run, means_of
+    from ray_jobs.runs.model import find_checkpoint
 
     if ray_address != "local" and not ray:
         raise UserInputError(f"--ray-address {ray_address}: expected --ray beside it; without, Ray is not used at all")
@@ -61,7 +66,8 @@ def evaluate(
     supervision = None if submission is None else parse_supervision(sls, submission=submission)
     who = Workers(number=workers, ray_address=ray_address if ray else None, accept_open_ray=open_ray)
     reports = []
-    for checkpoint, place in pairs:
+    for run, place in pairs:
+        checkpoint = find_checkpoint(run, which)
         reports.append(evaluate_checkpoint(checkpoint, place, _test_views(views), predictions=predictions, workers=who))
     runs = [facts_of(report, views) for report in reports]
     facts: dict[str, object] = runs[0] if len(runs) == 1 else {"runs": runs, **means_of(reports)}

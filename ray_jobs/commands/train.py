@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
     from ray_jobs.cluster.submission import PreparedJob
     from ray_jobs.config.recipe import Recipe
-    from ray_jobs.runs.worker import Outcome
+    from ray_jobs.runs.model import RunDocument
 
 _ONE_OF_TWO = (
     "expected either a recipe (with --data where it names no shards) or --data-folder DIR, a folder of videos; "
@@ -42,6 +41,12 @@ def train(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Training processes; one a GPU where there are GPUs.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: launch.runs_folder/<recipe's name>.")] = None,
+    max_hours: Annotated[
+        float | None, typer.Option(help="Save and end after so many hours (exit code 143); rerun to go on.")
+    ] = None,
+    profile: Annotated[
+        int | None, typer.Option(help="Record so many steps with torch's profiler, into profile/ of the run folder.")
+    ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="Train under Ray Train, which restarts failed workers.")] = False,
     ray_address: Annotated[
         str, typer.Option(help="With --ray: auto, or HEAD:6379; default: a Ray of our own.")
@@ -60,6 +65,8 @@ def train(
     if out is not None:
         require_folder_place(out, "--out")
     settings = with_options(overrides, data=data, workers=workers)
+    settings += [] if max_hours is None else [f"training.max_hours={float(max_hours)}"]
+    settings += [] if profile is None else [f"training.profile_steps={profile}"]
     if data_folder is not None and recipe is None and data is None:
         from ray_jobs.own_data.training import train_own_videos
 
@@ -113,6 +120,8 @@ def _train(recipe: "Recipe", run_dir: Path, ray_address: str | None, *, accept_o
         "steps": outcome.steps,
         "top1": outcome.metrics.get(outcome.main_metric),
         "metrics": outcome.metrics,
+        "best": outcome.best,
+        "ended_early": outcome.ended_early,
         "run_dir": str(run_dir),
         "mlflow": link_of(state) if state else None,
     }
@@ -120,30 +129,33 @@ def _train(recipe: "Recipe", run_dir: Path, ray_address: str | None, *, accept_o
         print_json(facts)
         return
     document = run_document_of(Path(outcome.checkpoint))
-    del facts["metrics"]
-    facts |= _how_it_went(document.classes, outcome, run_dir)
+    for name in ("metrics", "best"):
+        del facts[name]
+    facts |= _how_it_went(document, run_dir)
     if state is not None:
         facts["mlflow"] = f"{facts['mlflow'] or state.uri}{how_to_serve(state.uri)}"
     result(table({name: value for name, value in facts.items() if value is not None}))
     result(f"\nnext: ca2st predict {run_dir} VIDEO")
     if (validation := recipe.data.validation or document.recipe.data.validation) is not None:
-        result(f"next: ca2st evaluate {run_dir} --data {validation} --views 2x3")
+        result(f"next: ca2st evaluate {run_dir} --checkpoint best --data {validation} --views 2x3")
 
 
-def _how_it_went(classes: Mapping[str, list[str]], outcome: "Outcome", run_dir: Path) -> dict[str, object]:
+def _how_it_went(document: "RunDocument", run_dir: Path) -> dict[str, object]:
     """Return best and last validation beside chance, and how long it took in all attempts."""
-    from ca2st.training.journal import JOURNAL_NAME, read_events, run_sequence
+    from ca2st.training.best import best_and_last
+    from ca2st.training.journal import JOURNAL_NAME, run_sequence
+    from ray_jobs.runs.model import ranking_metric
 
-    journal, name = run_dir / JOURNAL_NAME, outcome.main_metric
-    tests = {line["step"]: line["metrics"].get(name) for line in read_events(journal, event="eval")}
-    scores = {step: value for step, value in tests.items() if value is not None}
     facts: dict[str, object] = {}
-    if scores:
-        best = max(scores, key=lambda step: scores[step])
-        chance = 1 / math.prod(len(names) for names in classes.values())
-        facts["top1"] = f"{scores[max(scores)]:.4f} at the last step, best {scores[best]:.4f} at step {best}"
+    metric = ranking_metric(document)
+    best, last = best_and_last(run_dir, metric)
+    if best is not None and last is not None:
+        chance = 1 / math.prod(len(names) for names in document.classes.values())
+        where = "its checkpoint is not kept" if best.checkpoint is None else best.checkpoint.name
+        facts["top1" if metric == "top1" else metric] = f"{last.value:.4f} at the last step ({last.step})"
+        facts["best"] = f"{best.value:.4f} at step {best.step} ({where})"
         facts["chance"] = f"{chance:.4f}"
-    seconds = sum(line.get("step_seconds", 0.0) for line in run_sequence(journal))
+    seconds = sum(line.get("step_seconds", 0.0) for line in run_sequence(run_dir / JOURNAL_NAME))
     facts["training_time"] = duration(seconds)
     return facts
 

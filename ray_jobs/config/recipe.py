@@ -424,6 +424,12 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
             f"optim.layer_decay: expected 1 where only the head is trained, found {recipe.optim.layer_decay}; "
             "no layer is there to be slowed down"
         )
+    ends_early = [name for name in ("early_stopping", "stop_at") if getattr(training, name) is not None]
+    if ends_early and recipe.data.validation is None and recipe.data.synthetic is None:
+        yield (
+            f"training.{ends_early[0]}: expected data.validation beside it, whose results it waits for, found none; "
+            "name the shards of a validation split or remove it"
+        )
     if recipe.optim.warmup_epochs > training.epochs:
         yield (
             f"optim.warmup_epochs: expected at most training.epochs = {training.epochs}, found "
@@ -501,21 +507,39 @@ _NOT_IDENTITY = (
     "start.checkpoint",
     "training.checkpoint_every_steps",
     "training.keep_checkpoints",
+    "training.keep_best",
+    "training.best_metric",
+    "training.validate_every_steps",
+    "training.early_stopping",
+    "training.least_improvement",
+    "training.stop_at",
+    "training.max_hours",
+    "training.profile_steps",
+    "training.deterministic",
     "training.activation_checkpointing",
     "training.compile",
     "training.collective_timeout_seconds",
 )
 
 
+_LATER: Mapping[str, Any] = {"training.ema_decay": None}
+"""Settings that came after the first runs, and the value that does what was done before there were any. Where they have
+it they are no part of the identity, so older runs can be resumed."""
+
+
 def identity_settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings a resumed run must share: those that change the numbers.
 
     Left out: paths (data, experts and the checkpoint to start from count by their hashes, a mixture's weights by the
-    loader's record), tracking, how many processes train, threads, how often checkpoints are kept, and what saves memory
-    or time at equal numbers up to rounding.
+    loader's record), tracking, how many processes train, threads, how often checkpoints are kept and validated, when a
+    run ends early, and what saves memory or time at equal numbers up to rounding.
     """
     flat = flatten(recipe_document(recipe))
-    return {name: value for name, value in flat.items() if not name.startswith(_NOT_IDENTITY)}
+    return {
+        name: value
+        for name, value in flat.items()
+        if not name.startswith(_NOT_IDENTITY) and not (name in _LATER and value == _LATER[name])
+    }
 
 
 _MOST_OF_ANY = 10**12

@@ -21,7 +21,7 @@ from ca2st.errors import DataDamageError, check_choice
 from ca2st.model.network import HolisticModel, build_model, held_precision, hold_experts, set_trainable
 from ca2st.training.checkpoint import Checkpoint, read_checkpoint
 from ca2st.training.evaluate import SampleTally, Scored, compare_with_set, joined, refuse_findings, scored_batches
-from ca2st.training.resume import MODEL_FILE, put_model_tensors, read_model_tensors
+from ca2st.training.resume import put_model_tensors, read_model_tensors, tensors_to_use
 from ca2st.training.step import make_accelerator, model_logits
 from pipelines.loader import EvaluationLoader
 from pipelines.storage.shard_sets import check_sound, picture_notes, require_sound
@@ -136,7 +136,7 @@ def load_trained(path: Path) -> TrainedModel:
     model = build_model(recipe.model, recipe.clip, target_specs(classes), seed=recipe.training.seed)
     set_trainable(model, recipe.trainable)
     load_frozen(model, checkpoint.marker.experts, checkpoint.folder.parent.parent)
-    put_model_tensors(model, tensors=read_model_tensors(model, data=checkpoint.files[MODEL_FILE]))
+    put_model_tensors(model, tensors=read_model_tensors(model, data=tensors_to_use(checkpoint.files)))
     return TrainedModel(
         model=model.eval(),
         recipe=recipe,

@@ -20,17 +20,21 @@ from ca2st.checked_json import parse_json
 from ca2st.errors import UserInputError
 from ca2st.model.config import EXPERTS, EncoderName, ExpertName, TargetSpec, encoder_of
 from ca2st.model.network import HolisticModel, build_model, set_trainable
+from ca2st.training.best import best_and_last
 from ca2st.training.checkpoint import (
     CHECKPOINTS_NAME,
     MARKER_NAME,
     CheckpointMarker,
+    folders_of_steps,
     list_checkpoints,
     read_checkpoint,
     read_checkpoint_file,
     read_marker,
+    step_of_checkpoint,
 )
 from ca2st.training.errors import CheckpointDamagedError
-from ca2st.training.resume import MODEL_FILE, trained_tensors
+from ca2st.training.metrics import main_metric
+from ca2st.training.resume import tensors_to_use, trained_tensors
 from ca2st.weights.hub import HubAccess, is_hub_name
 from ca2st.weights.importer import ExpertStore, expert_state, load_expert, load_expert_file
 from ca2st.weights.model_file import ModelDescription, UnwrittenSizes, read_description, refuse_published_names
@@ -228,7 +232,7 @@ def _checkpoint_source(folder: Path) -> StartSource:
     return StartSource(
         where=folder,
         sha256=hashlib.sha256((folder / MARKER_NAME).read_bytes()).hexdigest(),
-        state=frozen | load(checkpoint.files[MODEL_FILE]),
+        state=frozen | load(tensors_to_use(checkpoint.files)),
         description=ModelDescription(model=recipe.model, clip=recipe.clip, targets=target_specs(classes)),
         classes=classes,
     )
@@ -458,15 +462,45 @@ def parse_sound(text: str, *, where: str) -> AudioParameters:
     return parse_json(text, AudioParameters, where=f"{where}: metadata key {SOUND_KEY!r}")
 
 
-def find_checkpoint(path: Path) -> Path:
-    """Return a checkpoint folder itself, or the newest complete one of a run folder.
+def find_checkpoint(path: Path, which: str = "last") -> Path:
+    """Return a checkpoint folder itself, or one of a run folder's: ``last`` (newest), ``best``, or that of a step.
 
     Raises:
-        UserInputError: `path` is neither.
+        UserInputError: `path` is neither, or the run has no such checkpoint; lists those it has.
     """
     if not (path / CHECKPOINTS_NAME).is_dir():
+        if which != "last":
+            raise UserInputError(f"--checkpoint {which}: expected a run folder to choose from, found {path}")
         return path
     found = list_checkpoints(path / CHECKPOINTS_NAME)
     if not found:
         raise UserInputError(f"{path}: a run folder without a complete checkpoint; train longer or name another")
-    return found[0]
+    if which == "last":
+        return found[0]
+    if which == "best":
+        return _best_checkpoint(path, found[0])
+    of_step = folders_of_steps(found, [int(which)]) if which.isdecimal() else []
+    if not of_step:
+        kept = ", ".join(str(step_of_checkpoint(folder)) for folder in found)
+        raise UserInputError(
+            f"--checkpoint: expected best, last or a step of which {path} keeps the checkpoint ({kept}), "
+            f"found {which!r}; training.keep_checkpoints and training.keep_best keep more of them"
+        )
+    return of_step[0]
+
+
+def ranking_metric(run: RunDocument) -> str:
+    """Return the validation metric by which a run's checkpoints are ranked."""
+    return run.recipe.training.best_metric or main_metric(tuple(run.classes))
+
+
+def _best_checkpoint(run_dir: Path, newest: Path) -> Path:
+    best, _ = best_and_last(run_dir, ranking_metric(run_document_of(newest)))
+    if best is None:
+        raise UserInputError(f"--checkpoint best: {run_dir} has no validation yet; train longer, or choose last")
+    if best.checkpoint is None:
+        raise UserInputError(
+            f"--checkpoint best: the best validation of {run_dir}, {best.metric} {best.value:.4f}, was at step "
+            f"{best.step}, whose checkpoint is not kept (training.keep_best); choose last"
+        )
+    return best.checkpoint

@@ -218,6 +218,7 @@ def memory_plan(recipe: Recipe, model: HolisticModel, *, held: HeldPrecision) ->
         "parameters": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         "gradients": trained * (2 if recipe.launch.workers > 1 else 1),  # ranks exchange them in buckets of their own
         "optimizer": _MOMENTS * trained,
+        "average": 0 if recipe.training.ema_decay is None else 2 * trained,  # twice while a validation uses it
         "batches_ready": waiting_bytes(recipe),
     }
 
@@ -235,8 +236,9 @@ def num_checkpoints(recipe: Recipe, *, steps: int, steps_per_epoch: int) -> int:
     training, data = recipe.training, recipe.data
     saved = {steps, *range(training.checkpoint_every_steps, steps, training.checkpoint_every_steps)}
     validates = data.validation is not None or data.synthetic is not None
-    if validates and (every := training.validate_every_epochs * steps_per_epoch) > 0:
-        saved |= set(range(every, steps, every))
+    for every in (training.validate_every_epochs * steps_per_epoch, training.validate_every_steps or 0):
+        if validates and every > 0:
+            saved |= set(range(every, steps, every))
     return len(saved)
 
 
@@ -248,9 +250,12 @@ def disk_plan(
     While a checkpoint is written those it will replace are still there.
     """
     parameters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    checkpoint = sum(tensor.nbytes for tensor in trained_tensors(model).values()) + _MOMENTS * parameters
+    trained = sum(tensor.nbytes for tensor in trained_tensors(model).values())
+    checkpoint = trained * (1 if recipe.training.ema_decay is None else 2) + _MOMENTS * parameters
     written = num_checkpoints(recipe, steps=steps, steps_per_epoch=steps_per_epoch)
-    kept, frozen = min(recipe.training.keep_checkpoints, written), frozen_bytes(model)
+    validates = recipe.data.validation is not None or recipe.data.synthetic is not None
+    kept = min(recipe.training.keep_checkpoints + (recipe.training.keep_best if validates else 0), written)
+    frozen = frozen_bytes(model)
     return {
         "checkpoint": checkpoint,
         "num_written": written,
@@ -333,7 +338,8 @@ def plan_lines(plan: Mapping[str, Any]) -> str:
     )
     rows["precision"] = f"{plan['precision']}, frozen experts {plan['experts_precision']}, on {plan['device']}"
     memory = plan["memory"]
-    held = ", ".join(f"{name} {readable_bytes(memory[name])}" for name in ("parameters", "gradients", "optimizer"))
+    parts = ("parameters", "gradients", "optimizer", *(("average",) if memory["average"] else ()))
+    held = ", ".join(f"{name} {readable_bytes(memory[name])}" for name in parts)
     rows["memory"] = (
         f"{held} per worker on its {plan['device']}, and activations, which the log of the first step reports; "
         f"batches kept ready {readable_bytes(memory['batches_ready'])}"

@@ -23,10 +23,12 @@ from ca2st.model.network import (
     no_weight_decay,
 )
 from ca2st.processes import num_cores
-from ca2st.training.loop import TrainingProgress, TrainingSettings, train
+from ca2st.training.best import Score
+from ca2st.training.loop import train
 from ca2st.training.metrics import main_metric
 from ca2st.training.optim import ParameterRules
 from ca2st.training.resume import RunRecord, library_versions
+from ca2st.training.settings import TrainingProgress, TrainingSettings
 from ca2st.training.signals import StopRequest, stop_on_signals
 from ca2st.training.step import make_accelerator
 from pipelines.loader import TrainLoader
@@ -63,6 +65,10 @@ class Outcome:
     """Last validation metrics."""
     main_metric: str
     """Which of them the run is judged by: ``top1``, or ``action_top1`` of verb and noun."""
+    best: dict[str, str | int | float | None] | None = None
+    """The best validation: ``metric``, ``value``, ``step``, and ``checkpoint`` where that is kept."""
+    ended_early: str | None = None
+    """Why it ended before its last step; None: it did not."""
 
 
 def read_outcome(run_dir: Path) -> Outcome:
@@ -119,12 +125,19 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
         steps=result.steps,
         metrics=dict(result.metrics),
         main_metric=main_metric(data.targets),
+        best=None if result.best is None else _plain(result.best),
+        ended_early=result.ended_early,
     )
     if rank == 0:
         write_bytes(run_dir / OUTCOME_NAME, encoded(json.dumps(asdict(outcome), indent=1, ensure_ascii=False) + "\n"))
         forget_failure(run_dir)
     accelerator.end_training()
     return outcome
+
+
+def _plain(score: Score) -> dict[str, str | int | float | None]:
+    kept = None if score.checkpoint is None else str(score.checkpoint)
+    return {"metric": score.metric, "value": score.value, "step": score.step, "checkpoint": kept}
 
 
 def _use_cpu_threads(recipe: Recipe) -> bool:
@@ -142,6 +155,8 @@ def _make_ready(model: HolisticModel, recipe: Recipe, *, device: str) -> HeldPre
     model.activation_checkpointing = recipe.training.activation_checkpointing
     if recipe.training.compile:
         compile_layers(model)
+    if recipe.training.deterministic and device == "cuda":
+        environment.use_deterministic_kernels()
     return held
 
 

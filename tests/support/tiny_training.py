@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ca2st.batch import ClipBatch
 from ca2st.training.config import OptimConfig, TrainingConfig
-from ca2st.training.loop import TrainingSettings
 from ca2st.training.optim import ParameterRules
 from ca2st.training.resume import RunRecord
+from ca2st.training.settings import TrainingSettings
 from ca2st.training.step import make_accelerator
 
 TARGETS = {"verb": 5, "noun": 7}

@@ -17,7 +17,8 @@ from torch import Tensor
 from ca2st.batch import ClipBatch
 from ca2st.durable import NO_FAULTS, FaultPoints
 from ca2st.errors import CA2STError, DataDamageError
-from ca2st.training.loop import TrainingProgress, train
+from ca2st.training.loop import train
+from ca2st.training.settings import TrainingProgress
 from ca2st.training.signals import stop_on_signals
 from ca2st.training.step import make_accelerator
 from support.tiny_training import TinyEvaluation, TinyModel, TinySource, tiny_settings

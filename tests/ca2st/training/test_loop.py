@@ -30,7 +30,8 @@ from ca2st.training.errors import (
     TerminatedError,
 )
 from ca2st.training.journal import Journal, locked, read_events, run_sequence
-from ca2st.training.loop import TrainingProgress, TrainingResult, TrainingSettings, train
+from ca2st.training.loop import train
+from ca2st.training.settings import TrainingProgress, TrainingResult, TrainingSettings
 from ca2st.training.signals import StopRequest
 from ca2st.training.step import draw_seed, hash_of_keys
 from support.tiny_training import (

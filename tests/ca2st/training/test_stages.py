@@ -10,8 +10,9 @@ import pytest
 
 from ca2st.batch import ClipBatch
 from ca2st.training.journal import read_events
-from ca2st.training.loop import TrainingProgress, train
+from ca2st.training.loop import train
 from ca2st.training.ranks import STAGES, SourceCounts, StageClock
+from ca2st.training.settings import TrainingProgress
 from support.tiny_training import TinyModel, TinySource, fresh_accelerator, tiny_settings
 
 

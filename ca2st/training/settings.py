@@ -1,0 +1,100 @@
+"""A run as its caller describes it, what it shows while it goes, and what it leaves."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ca2st.durable import NO_FAULTS, FaultPoints
+from ca2st.training.best import Score
+from ca2st.training.config import OptimConfig, TrainingConfig
+from ca2st.training.optim import LearningRateSchedule, ParameterRules, schedule_for
+from ca2st.training.resume import RunRecord, identity
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingProgress:
+    """What a progress bar shows after a step."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    loss: float
+    lr: float
+    clips_per_second: float
+    data_wait_fraction: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSettings:
+    """A run, as its caller describes it; the same on every rank."""
+
+    folder: Path
+    """The run's folder: journal, checkpoints, lock."""
+    config: TrainingConfig
+    """Length, batch, cadence, precision."""
+    optim: OptimConfig
+    """AdamW, schedule, smoothing."""
+    rules: ParameterRules
+    """Layers and decay of the model's parameters."""
+    targets: Mapping[str, int]
+    """Number of classes by target, in the order of the batches' label columns."""
+    record: RunRecord
+    """What checkpoints remember, and what must be equal at resume."""
+    topology: Mapping[str, Any] = field(default_factory=dict)
+    """Facts besides those of the processes that the last bits of a sum depend on: how frozen weights are held."""
+    started_from: Mapping[str, Any] = field(default_factory=dict)
+    """For the journal's start line: which trained model the weights came from, and what of it was taken."""
+    strict_resume: bool = False
+    """Refuse a damaged newest checkpoint and other library versions, instead of warning."""
+    lock_wait_seconds: float = 5.0
+    """How long to wait for a predecessor in the folder to finish dying."""
+    faults: FaultPoints = NO_FAULTS
+    """For tests: the points of `checkpoint`, ``step.received``, ``step.updated``, ``step.logged`` and
+    ``validation.begun``."""
+    progress: Callable[[TrainingProgress], None] | None = None
+    """Called on the main rank after every step."""
+    clock: Callable[[], float] = time.perf_counter
+    """Seconds, for durations only."""
+    wall_clock: Callable[[], float] = time.time
+    """Seconds since 1970, for the journal only."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must not change in the run's life."""
+        return identity(self.record, seed=self.config.seed, global_batch_size=self.config.global_batch_size)
+
+    def schedule(self, steps_per_epoch: int) -> LearningRateSchedule:
+        """Return the learning rate of every step.
+
+        Raises:
+            UserInputError: a warm-up longer than the run.
+        """
+        return schedule_for(
+            self.optim,
+            global_batch_size=self.config.global_batch_size,
+            epochs=self.config.epochs,
+            steps_per_epoch=steps_per_epoch,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingResult:
+    """What a finished run leaves."""
+
+    steps: int
+    """Updates made in all attempts together."""
+    checkpoint: Path
+    """Folder of the last checkpoint."""
+    metrics: Mapping[str, float | None]
+    """Last validation metrics; empty without a validation set."""
+    best: Score | None
+    """The best validation of all attempts; None without a validation set."""
+    ended_early: str | None
+    """Why the run ended before its last step (`early_stopping`, `stop_at`); None: it did not."""
+    attempt: int
+    """Attempt that finished the run."""
+    resumed_step: int
+    """Step this attempt started from; 0 for a fresh start."""
+    damaged_checkpoints: tuple[str, ...]
+    """Checkpoints passed over at the start because they are damaged: what and where."""
