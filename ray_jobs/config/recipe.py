@@ -265,6 +265,9 @@ class TrackingConfig:
     """False: only the journal is written; ``ca2st track sync`` can send it later."""
     register_model: bool = True
     """Register the finished model: a few kB that name its checkpoint, whose bytes stay where they are."""
+    upload_model: bool = False
+    """Copy the weights of the registered checkpoints, frozen experts included, into MLflow, so that the models stand by
+    themselves. False: they name the checkpoint in the run folder."""
     registered_model: str | None = None
     """Name under which it is registered; None: the recipe's name."""
     run_name: str | None = None

@@ -13,6 +13,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 _MARKER = "COMPLETE.json"
+_UPLOADED = "run"
 _VIEWS = {"clips": 2, "crops": 3}
 
 
@@ -27,6 +28,8 @@ class CheckpointModel(PythonModel):
             CheckpointDamagedError: the folder holds another checkpoint than the registered one.
         """
         self._checkpoint = Path(context.model_config["checkpoint"])
+        if (copied := context.artifacts.get(_UPLOADED)) is not None:  # it stands by itself
+            self._checkpoint = Path(copied) / "checkpoints" / self._checkpoint.name
         self._sha256 = context.model_config["sha256"]
         require_checkpoint(self._checkpoint, self._sha256)
 

@@ -16,8 +16,9 @@ from ca2st.training.journal import JOURNAL_NAME, parse_event, read_events
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.redaction import redacted
 from ray_jobs.runs.node_metrics import SystemLine, node_files
-from ray_jobs.tracking.artefacts import log_artefacts, log_inputs, register
+from ray_jobs.tracking.artefacts import log_artefacts, log_inputs
 from ray_jobs.tracking.client import Say, StoreError, check_health, open_client, reachable, whole_uri
+from ray_jobs.tracking.models import register
 from ray_jobs.tracking.run_record import (
     MetricWriter,
     Value,

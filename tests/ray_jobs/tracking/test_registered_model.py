@@ -18,7 +18,7 @@ from ca2st.training.errors import CheckpointDamagedError
 from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import TrackingConfig, model_name
 from ray_jobs.runs.prediction import predict_videos
-from ray_jobs.tracking.artefacts import SHA256_TAG, register, signature_of
+from ray_jobs.tracking.models import SHA256_TAG, register, signature_of
 from support.media import Sound, make_clip
 from support.mlflow_runs import new_run
 from support.tiny_runs import ca2st, make_tiny_run
@@ -139,6 +139,87 @@ def test_a_run_without_a_checkpoint_has_no_model(client: MlflowClient, run_id: s
     assert client.get_run(run_id).outputs.model_outputs == []
 
 
+def validate(run_dir: Path, scores: dict[int, float]) -> None:
+    """Validations in the journal, and the shard set they were made on."""
+    lines = [
+        {
+            "event": "eval",
+            "attempt": 1,
+            "time": 1e9 + step,
+            "step": step,
+            "split": "validation",
+            "metrics": {"top1": top1},
+        }
+        for step, top1 in scores.items()
+    ]
+    (run_dir / "journal.jsonl").write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
+    facts = {"role": "validation", "dataset": "birds", "split": "val", "fingerprint": "f" * 64}
+    (run_dir / "inputs.json").write_text(json.dumps([facts]))
+
+
+def test_every_kept_checkpoint_is_a_model_that_its_validation_ranks(
+    client: MlflowClient, run_id: str, run_dir: Path
+) -> None:
+    checkpoint(run_dir, "step-8.attempt-1", marker='{"step": 8}')
+    checkpoint(run_dir, "step-12.attempt-1", marker='{"step": 12}')
+    validate(run_dir, {4: 0.5, 8: 0.75, 12: 0.25})
+    for _ in range(2):
+        register(client, run_id, run_dir)
+    experiment = client.get_run(run_id).info.experiment_id
+    ranked = client.search_logged_models(
+        [experiment],
+        filter_string=f"source_run_id = '{run_id}'",
+        order_by=[{"field_name": "metrics.validation_top1", "ascending": False}],
+    )
+    assert [model.tags["ca2st.step"] for model in ranked] == ["8", "4", "12"]
+    assert {one.step for one in client.get_run(run_id).outputs.model_outputs} == {4, 8, 12}
+    (metric,) = ranked[0].metrics
+    assert (metric.value, metric.step) == (0.75, 8)
+    assert (metric.dataset_name, metric.dataset_digest) == ("birds/val", "f" * 36)
+    assert ranked[0].params["step"] == "8"
+    assert ranked[0].params["name"] == run_dir.name
+
+
+def test_registered_are_the_best_and_the_last_with_their_accuracy_and_an_alias(
+    client: MlflowClient, run_id: str, run_dir: Path
+) -> None:
+    checkpoint(run_dir, "step-8.attempt-1", marker='{"step": 8}')
+    checkpoint(run_dir, "step-12.attempt-1", marker='{"step": 12}')
+    validate(run_dir, {4: 0.5, 8: 0.75, 12: 0.25})
+    register(client, run_id, run_dir)
+    described = [version.description.split(";")[0] for version in versions(client, run_dir.name)]
+    assert described == [
+        "validation top1 0.7500 at step 8, the best of its run",
+        "validation top1 0.2500 at step 12",
+    ]
+    aliased = {alias: str(client.get_model_version_by_alias(run_dir.name, alias).version) for alias in ("best", "last")}
+    assert aliased == {"best": "1", "last": "2"}
+
+
+@pytest.mark.parametrize(("score", "best"), [(0.9, "2"), (0.1, "1"), (0.5, "1")])
+def test_the_alias_best_stays_with_the_better_run(
+    client: MlflowClient, run_id: str, run_dir: Path, score: float, best: str
+) -> None:
+    validate(run_dir, {4: 0.5})
+    register(client, run_id, run_dir)
+    other = run_dir.with_name("other")
+    checkpoint(other, "step-4.attempt-1", marker='{"run": 2}')
+    recipe(other, registered_model=run_dir.name)
+    validate(other, {4: score})
+    register(client, new_run(client, other), other)
+    assert str(client.get_model_version_by_alias(run_dir.name, "best").version) == best
+
+
+def test_a_model_whose_checkpoint_was_cleared_away_says_so(client: MlflowClient, run_id: str, run_dir: Path) -> None:
+    register(client, run_id, run_dir)
+    checkpoint(run_dir, "step-8.attempt-1", marker='{"step": 8}')
+    shutil.rmtree(run_dir / "checkpoints" / "step-4.attempt-1")
+    register(client, run_id, run_dir)
+    outputs = client.get_run(run_id).outputs.model_outputs
+    tags = [client.get_logged_model(one.model_id).tags for one in outputs]
+    assert {one["ca2st.step"]: one.get("ca2st.checkpoint_kept") for one in tags} == {"4": "no", "8": None}
+
+
 def remove(folder: Path) -> None:
     folder.rename(folder.with_name("moved"))
 
@@ -242,3 +323,23 @@ def test_a_trained_run_is_loaded_from_mlflow_and_labels_videos(tmp_path: Path, s
     assert list(found.columns) == ["label", "probability"]
     assert found["label"].tolist() == [one.predictions[0].label for one in expected]
     assert found["probability"].tolist() == [one.predictions[0].probability for one in expected]
+
+
+@pytest.mark.slow
+def test_an_uploaded_model_predicts_without_its_run_folder(tmp_path: Path, store: str) -> None:
+    import mlflow.pyfunc
+    import pandas
+
+    shutil.copy(store.removeprefix("sqlite:///"), tmp_path / "mlflow.db")
+    run_dir = tmp_path / "runs" / "tiny"
+    done = ca2st("train", make_tiny_run(tmp_path), "--out", run_dir, "--set", "tracking.upload_model=true")
+    assert done.returncode == 0, done.stderr
+    video = make_clip(tmp_path / "a.mp4", sound=Sound())
+    views = EvaluationViews(protocol="test", clips=1, crops=1)
+    (expected,) = predict_videos(run_dir, [video], top=1, views=views)
+    source = versions(MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), "tiny")[-1].source
+    shutil.rmtree(run_dir)
+    found = mlflow.pyfunc.load_model(source).predict(
+        pandas.DataFrame({"video": [str(video)]}), params={"clips": 1, "crops": 1}
+    )
+    assert found["probability"].tolist() == [expected.predictions[0].probability]
