@@ -6,7 +6,7 @@
 import datetime
 import statistics
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,14 @@ from ca2st.training.metrics import harmonic_mean
 from ray_jobs.pages.charts import Curve, metric_charts, page_environment, tone
 from ray_jobs.redaction import without_credentials
 from ray_jobs.tracking.client import open_client, reachable, sqlite_path
+from ray_jobs.tracking.run_card import duration_in_words
 from ray_jobs.tracking.run_record import SYSTEM_PREFIX, WORLD_SIZE
 
 CLIPS_PER_SECOND = "train/clips_per_second"
 _LOSS = "train/loss"
 _ACCURACIES = ("test/top1", "validation/top1", "test/action_top1", "validation/action_top1")
 _PAGE_RUNS = 200
+_MOST_LABEL_CHARACTERS = 40
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +109,8 @@ class ComparedRun:
 
     run_id: str
     name: str
+    label: str
+    """The name, with what tells it from other runs of that name."""
     experiment: str
     status: str
     started: str
@@ -115,8 +119,14 @@ class ComparedRun:
     deltas: Mapping[str, float]
     """Each metric minus the baseline's, where both have it."""
     accuracy: float | None
-    """The metric that stands for the run, 0 to 1."""
+    """The newest value of the metric that stands for the run, 0 to 1."""
     accuracy_name: str | None
+    last_step: int | None
+    """The step of `accuracy`."""
+    best: float | None
+    """The largest value that metric ever had."""
+    best_step: int | None
+    """The step of `best`; of equal ones the earlier."""
     device_hours: float | None
     device: str
     hours_per_point: float | None
@@ -151,13 +161,13 @@ def compare(runs: Sequence[TrackedRun], *, baseline: str | None = None) -> Compa
     """Put `runs` side by side; `baseline` is a run's name or the beginning of its id, else the first.
 
     Raises:
-        UserInputError: no run is called so.
+        UserInputError: no run is called so, or several are.
     """
     first = _baseline(runs, baseline)
     base = _metrics(first)
     differing, num_equal = differing_settings(runs)
     return Comparison(
-        runs=[_compared(run, base) for run in runs],
+        runs=[_compared(run, base, label) for run, label in zip(runs, labels(runs), strict=True)],
         baseline=first.run_id,
         settings=differing,
         num_equal_settings=num_equal,
@@ -176,6 +186,32 @@ def differing_settings(runs: Sequence[TrackedRun]) -> tuple[dict[str, list[str |
         if len(set(values)) > 1:
             differing[name] = values
     return differing, num_equal
+
+
+def labels(runs: Sequence[TrackedRun]) -> list[str]:
+    """Return a name for each run that no other one has: its own, else with what differs, else with its id.
+
+    What differs is the experiment, or the one setting that alone tells runs of one name apart.
+    """
+    found = []
+    for run in runs:
+        alike = [other for other in runs if other.name == run.name]
+        if len(alike) == 1:
+            found.append(run.name)
+            continue
+        told = next((f"{run.name} ({words})" for words in _telling(run, alike)), None)
+        found.append(told or f"{run.name} ({run.run_id[:8]})")
+    return found
+
+
+def _telling(run: TrackedRun, alike: Sequence[TrackedRun]) -> Iterator[str]:
+    if len({other.experiment for other in alike}) == len(alike):
+        yield run.experiment
+    settings, _ = differing_settings(alike)
+    for name, values in settings.items():
+        value = values[alike.index(run)]
+        if len(set(values)) == len(alike) and value is not None and len(value) <= _MOST_LABEL_CHARACTERS:
+            yield f"{name.rpartition('.')[2]} {value}"
 
 
 def across_datasets(runs: Sequence[TrackedRun]) -> list[AcrossDatasets]:
@@ -208,10 +244,11 @@ def render_comparison_page(comparison: Comparison, *, source: str) -> str:
     environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
     environment.filters["points"] = lambda share: f"{100 * share:+.1f}"
     environment.filters["number"] = lambda value: f"{value:.4g}"
+    environment.filters["duration"] = duration_in_words
     return environment.get_template("compare.html").render(
         version=__version__,
         comparison=comparison,
-        charts=metric_charts([run.curves for run in comparison.runs], names=[run.name for run in comparison.runs]),
+        charts=metric_charts([run.curves for run in comparison.runs], names=[run.label for run in comparison.runs]),
         names=metric_names(comparison),
         source=source,
     )
@@ -343,11 +380,15 @@ def _model(run: TrackedRun, runs: Sequence[TrackedRun]) -> str:
 def _baseline(runs: Sequence[TrackedRun], name: str | None) -> TrackedRun:
     if name is None:
         return runs[0]
-    for run in runs:
-        if run.name == name or run.run_id.startswith(name):
-            return run
     names = [run.name for run in runs]
     known = [run.name if names.count(run.name) == 1 else f"{run.name} ({run.run_id[:8]})" for run in runs]
+    found = [run for run in runs if run.run_id == name or run.name == name]
+    found = found or [run for run in runs if run.run_id.startswith(name)]
+    if len(found) > 1:
+        told = ", ".join(f"{run.run_id[:8]} ({label})" for run, label in zip(found, labels(found), strict=True))
+        raise UserInputError(f"--baseline {name!r}: expected one run, found {len(found)}: {told}; give the id of one")
+    if found:
+        return found[0]
     raise UserInputError(f"--baseline {name!r}: expected one of {', '.join(known)}{did_you_mean(name, names)}")
 
 
@@ -358,13 +399,16 @@ def _metrics(run: TrackedRun) -> dict[str, float]:
     return dict(sorted((own | speed).items()))
 
 
-def _compared(run: TrackedRun, base: Mapping[str, float]) -> ComparedRun:
+def _compared(run: TrackedRun, base: Mapping[str, float], label: str) -> ComparedRun:
     metrics, name = _metrics(run), run.accuracy_name
     accuracy = None if name is None else metrics[name]
+    curve = run.curves.get(name or "", ())
+    best = max(curve, key=lambda point: (point[1], -point[0]), default=None)
     hours = run.device_hours
     return ComparedRun(
         run_id=run.run_id,
         name=run.name,
+        label=label,
         experiment=run.experiment,
         status=run.status,
         started=run.started,
@@ -372,6 +416,9 @@ def _compared(run: TrackedRun, base: Mapping[str, float]) -> ComparedRun:
         deltas={name: value - base[name] for name, value in metrics.items() if name in base},
         accuracy=accuracy,
         accuracy_name=name,
+        last_step=curve[-1][0] if curve else None,
+        best=None if best is None else best[1],
+        best_step=None if best is None else best[0],
         device_hours=hours,
         device=run.device,
         hours_per_point=hours / (100 * accuracy) if hours is not None and accuracy else None,

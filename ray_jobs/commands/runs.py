@@ -11,7 +11,7 @@ from ray_jobs.commands.options import Json, refuse_without_ray
 
 if TYPE_CHECKING:
     from pipelines.views import EvaluationViews
-    from ray_jobs.compare import Comparison
+    from ray_jobs.compare import ComparedRun, Comparison
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder for its newest one.")]
 Which = Annotated[
@@ -234,7 +234,7 @@ def compare(
     html: Annotated[Path | None, typer.Option(help="Write the comparison as one HTML file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """MLflow runs side by side: settings that differ, accuracies and differences, curves, device hours.
+    """MLflow runs side by side: settings that differ, last and best accuracy with their steps, curves, device time.
 
     Example: ca2st compare --experiment ca2st --html compare.html
     """
@@ -267,17 +267,22 @@ def compare(
 
 
 def _lines(comparison: "Comparison") -> list[str]:
-    width = max(len(run.name) for run in comparison.runs)
-    lines = [f"{'run':<{width}}  {'id':<8}  {'status':<8}  {'top-1':>7}  {'delta':>6}  {'hours':>9}  {'clips/s':>8}"]
+    from ray_jobs.tracking.run_card import duration_in_words
+
+    width = max(len(run.label) for run in comparison.runs)
+    lines = [
+        f"{'run':<{width}}  {'id':<8}  {'status':<8}  {'last':>6} {'step':>7}  {'best':>6} {'step':>7}  {'delta':>6}  "
+        f"{'device time':>16}  {'clips/s':>8}"
+    ]
     for run in comparison.runs:
-        accuracy = "-" if run.accuracy is None else f"{run.accuracy:.1%}"
+        last, best = (("-", "-") if one is None else (f"{one:.1%}", at) for one, at in _accuracies(run))
         delta = run.deltas.get(run.accuracy_name or "")
         shown = "base" if run.run_id == comparison.baseline else "-" if delta is None else f"{100 * delta:+.1f}"
-        hours = "-" if run.device_hours is None else f"{run.device_hours:.3g} {run.device}"
+        spent = "-" if run.device_hours is None else f"{duration_in_words(3600 * run.device_hours)} {run.device}"
         speed = run.metrics.get("train/clips_per_second")
         lines.append(
-            f"{run.name:<{width}}  {run.run_id[:8]}  {run.status.lower():<8}  {accuracy:>7}  {shown:>6}  {hours:>9}  "
-            f"{'-' if speed is None else format(speed, '.0f'):>8}"
+            f"{run.label:<{width}}  {run.run_id[:8]}  {run.status.lower():<8}  {last[0]:>6} {last[1]!s:>7}  "
+            f"{best[0]:>6} {best[1]!s:>7}  {shown:>6}  {spent:>16}  {'-' if speed is None else format(speed, '.0f'):>8}"
         )
     for one in comparison.across_datasets:
         sets = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in one.accuracies.items())
@@ -287,6 +292,10 @@ def _lines(comparison: "Comparison") -> list[str]:
     if len(settings) > _MOST_SHOWN_SETTINGS:
         lines.append("--html and --json show all of them; the first:")
     return [*lines, f"  {listed(settings, most=_MOST_SHOWN_SETTINGS, separator=_LINE)}"] if settings else lines
+
+
+def _accuracies(run: "ComparedRun") -> tuple[tuple[float | None, int | None], tuple[float | None, int | None]]:
+    return (run.accuracy, run.last_step), (run.best, run.best_step)
 
 
 def _short(value: str | None) -> str:

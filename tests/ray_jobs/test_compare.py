@@ -166,6 +166,30 @@ def test_deltas_refer_to_the_baseline_and_cost_to_a_point_of_accuracy() -> None:
         compare(twins, baseline="d")
 
 
+def test_best_and_last_come_with_their_steps() -> None:
+    curve = ((10, 0.5), (20, 0.75), (30, 0.75), (40, 0.25))
+    (found,) = compare([run("a", metrics={"validation/top1": 0.25}, curves={"validation/top1": curve})]).runs
+    assert (found.accuracy, found.last_step, found.best, found.best_step) == (0.25, 40, 0.75, 20)
+
+
+def test_an_ambiguous_baseline_is_refused_with_the_ids() -> None:
+    twins = [run("a", settings={"seed": "0"}), run("a", run_id="other-id", settings={"seed": "1"}), run("b")]
+    with pytest.raises(
+        UserInputError, match=r"--baseline 'a': expected one run, found 2: id-a .* other-id"
+    ):
+        compare(twins, baseline="a")
+    assert compare(twins, baseline="other").baseline == "other-id"
+
+
+def test_runs_of_one_name_are_told_apart_by_experiment_setting_or_id() -> None:
+    by_seed = [run("a", run_id=f"{seed}-id", settings={"training.seed": seed, "lr": "1"}) for seed in ("0", "1")]
+    assert [one.label for one in compare([*by_seed, run("b")]).runs] == ["a (seed 0)", "a (seed 1)", "b"]
+    by_experiment = [run("a", run_id=name, experiment=name) for name in ("first", "second")]
+    assert [one.label for one in compare(by_experiment).runs] == ["a (first)", "a (second)"]
+    twins = [run("a", run_id="1234567890"), run("a", run_id="abcdefghij")]
+    assert [one.label for one in compare(twins).runs] == ["a (12345678)", "a (abcdefgh)"]
+
+
 def test_a_model_on_several_datasets_has_the_harmonic_mean_of_the_means_of_its_seeds() -> None:
     def one(kind: str, dataset: str, top1: float) -> TrackedRun:
         tags = {"data.train.dataset": dataset}
@@ -230,7 +254,7 @@ def test_the_command_prints_a_table_json_and_a_page(store: str, tmp_path: Path) 
     options = ["compare", "--tracking-uri", store, "--experiment", "first"]
     shown = CliRunner().invoke(app, [*options, "--html", str(page)])
     assert shown.exit_code == 0, shown.exception
-    assert re.search(r"cava +\w{8} +finished +60.0% +\+10.0", shown.stdout)
+    assert re.search(r"cava +\w{8} +finished +60.0% +10 +60.0% +10 +\+10.0 +16 s CPU +20", shown.stdout)
     assert "model.kind: cast | cava" in shown.stdout
     assert "&lt;b&gt;" in page.read_text()
     facts = json.loads(CliRunner().invoke(app, [*options, "--json", "--baseline", "cava"]).stdout)
