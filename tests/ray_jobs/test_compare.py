@@ -174,9 +174,7 @@ def test_best_and_last_come_with_their_steps() -> None:
 
 def test_an_ambiguous_baseline_is_refused_with_the_ids() -> None:
     twins = [run("a", settings={"seed": "0"}), run("a", run_id="other-id", settings={"seed": "1"}), run("b")]
-    with pytest.raises(
-        UserInputError, match=r"--baseline 'a': expected one run, found 2: id-a .* other-id"
-    ):
+    with pytest.raises(UserInputError, match=r"--baseline 'a': expected one run, found 2: id-a .* other-id"):
         compare(twins, baseline="a")
     assert compare(twins, baseline="other").baseline == "other-id"
 
