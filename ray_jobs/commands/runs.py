@@ -1,6 +1,6 @@
 """Commands on finished runs: evaluate, significance, predict, features, explain, compare, and ``track sync``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,7 @@ from ray_jobs.commands.options import Json, refuse_without_ray
 if TYPE_CHECKING:
     from pipelines.views import EvaluationViews
     from ray_jobs.compare import ComparedRun, Comparison
+    from ray_jobs.runs.timeline import TimelineReport
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder for its newest one.")]
 Which = Annotated[
@@ -139,19 +140,39 @@ def predict(
         typer.Argument(help="Video files of any kind FFmpeg reads, folders of them, or patterns: 'clips/**/*.mp4'."),
     ],
     top: Annotated[int, typer.Option(min=1, help="How many classes per video.")] = 5,
-    views: Annotated[str, typer.Option(help="Clips x crops per video.")] = "2x3",
+    views: Annotated[str, typer.Option(help="Clips x crops per video, or per window.")] = "2x3",
+    which: Which = "last",
+    window: Annotated[
+        float | None, typer.Option(help="Seconds of a window: videos of any length, a row per window.")
+    ] = None,
+    stride: Annotated[float | None, typer.Option(help="Seconds from window to window; default: half a window.")] = None,
+    threshold: Annotated[float, typer.Option(help="With --window: probability from which a class is an event.")] = 0.5,
+    out: Annotated[
+        Path | None, typer.Option(help="With --window: folder for rows (CSV), events (JSON) and timeline (SVG).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Classify video files with a trained model; ends with 3 when some cannot be read, and names them.
 
-    Example: ca2st predict runs/smoke holiday.mp4 --top 3
+    Example: ca2st predict runs/smoke holiday.mp4 --top 3, or: ca2st predict runs/smoke film.mp4 --window 2 --stride 1
     """
     from ray_jobs.console import counted, print_json, result, say
+    from ray_jobs.runs.model import find_checkpoint
     from ray_jobs.runs.prediction import find_videos, predict_readable
+    from ray_jobs.runs.timeline import WindowConfig, predict_timeline
 
     files, aside = find_videos(videos)
     if aside:
         say(f"left aside, no videos by their endings: {listed(aside)}")
+    checkpoint = find_checkpoint(checkpoint, which)
+    if window is not None:
+        step = window / 2 if stride is None else stride
+        cut = WindowConfig(window_seconds=window, stride_seconds=step, threshold=threshold, top=top)
+        found = predict_timeline(checkpoint, files, cut, views=_test_views(views), out=out or Path("timelines"))
+        _show_timelines(found, as_json=as_json)
+        return
+    if stride is not None or out is not None:
+        raise UserInputError("--stride, --out: expected --window beside them; for example --window 2 --stride 1")
     report = predict_readable(checkpoint, files, top=top, views=_test_views(views))
     if as_json:
         print_json(report)
@@ -163,8 +184,28 @@ def predict(
         say(f"notes: {counted(report.notes)}")
     for damaged in report.damaged:
         say(f"cannot be read: {damaged.video}: {damaged.reason} ({damaged.what})")
+    if any(damaged.reason == "too_large" for damaged in report.damaged):
+        say("videos of any length are read in windows: add --window 2 --stride 1")
     if report.damaged:
         say(f"{len(report.videos)} of {len(files)} videos predicted, {len(report.damaged)} cannot be read")
+        raise typer.Exit(3)
+
+
+def _show_timelines(found: Sequence["TimelineReport"], *, as_json: bool) -> None:
+    from ray_jobs.console import print_json, result, say
+    from ray_jobs.runs.timeline import clock
+
+    if as_json:
+        print_json({"videos": found})
+    for report in found:
+        for event in () if as_json else report.events:
+            span = f"{clock(event.start_seconds):>9} - {clock(event.end_seconds):>9}"
+            result(f"  {span}  {event.probability:6.1%}  {event.target}: {event.label}")
+        say(f"{report.video}: {report.num_windows} windows to {clock(report.seconds)}, {len(report.events)} events")
+        say(f"  {report.windows}, {report.document}, {report.timeline}")
+        for damaged in report.damaged:
+            say(f"cannot be read: {damaged.video}: {damaged.reason} ({damaged.what})")
+    if any(report.damaged or not report.num_windows for report in found):
         raise typer.Exit(3)
 
 

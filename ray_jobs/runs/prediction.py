@@ -6,7 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from ca2st.processes import num_cores
 from pipelines.views import EvaluationViews
 from ray_jobs.conversion import convert_shown
 from ray_jobs.runs.inference import TrainedModel, load_trained, score
+from sharding.conversion import convert
 from sharding.datasets.request import VIDEO_SUFFIXES
 from sharding.errors import AllRejectedError, RejectBudgetError
 from sharding.folder import Reject, read_rejects
@@ -91,7 +92,7 @@ def predict_readable(checkpoint: Path, videos: Sequence[Path], *, top: int, view
     """
     require_videos(videos)
     trained = load_trained(checkpoint)
-    with _converted(trained, videos) as (shard_set, damaged):
+    with converted(trained, whole_videos(videos)) as (shard_set, damaged):
         result = None if shard_set is None else score(trained, shard_set, views)
         notes = {} if shard_set is None else dict(shard_set.manifest.notes)
     if result is None:
@@ -113,7 +114,7 @@ def shards_of_videos(trained: TrainedModel, videos: Sequence[Path]) -> Iterator[
     Raises:
         RejectBudgetError: a video cannot be decoded; the message says which and why.
     """
-    with _converted(trained, videos) as (shard_set, damaged):
+    with converted(trained, whole_videos(videos)) as (shard_set, damaged):
         _refuse_damaged(damaged)
         assert shard_set is not None
         yield shard_set
@@ -126,8 +127,13 @@ def _refuse_damaged(damaged: Sequence[DamagedVideo]) -> None:
 
 
 @contextmanager
-def _converted(trained: TrainedModel, videos: Sequence[Path]) -> Iterator[tuple[ShardSet | None, list[DamagedVideo]]]:
-    """The readable videos as a shard set in a temporary folder (None: not one is), and the others."""
+def converted(
+    trained: TrainedModel, samples: Sequence[SourceSample], *, is_shown: bool = True
+) -> Iterator[tuple[ShardSet | None, list[DamagedVideo]]]:
+    """The readable samples as a shard set in a temporary folder (None: not one is), and the others.
+
+    `is_shown`: with a progress bar.
+    """
     gop = trained.video.num_gop_frames
     config = ConversionConfig(
         codec=trained.video.codec,
@@ -139,13 +145,13 @@ def _converted(trained: TrainedModel, videos: Sequence[Path]) -> Iterator[tuple[
         audio_policy="none" if trained.audio.policy == "none" else "optional",
         sample_rate_hz=trained.audio.sample_rate_hz,
         num_mel_bins=trained.audio.num_mel_bins,
-        workers=min(num_cores(), len(videos)),
-        max_rejects=RejectBudget(count=len(videos)),
+        workers=min(num_cores(), len(samples)),
+        max_rejects=RejectBudget(count=len(samples)),
     )
     with tempfile.TemporaryDirectory(prefix="ca2st-videos-") as folder:
         root = Path(folder) / "shards"
         try:
-            convert_shown(_source_list(trained, videos), root, config)
+            (convert_shown if is_shown else convert)(_source_list(trained, samples), root, config)
         except AllRejectedError as error:
             yield None, _damaged(error.rejects)
             return
@@ -209,24 +215,26 @@ def require_videos(videos: Sequence[Path]) -> None:
         raise UserInputError(f"expected each video once, found twice: {', '.join(twice)}")
 
 
-def _source_list(trained: TrainedModel, videos: Sequence[Path]) -> SourceList:
-    """Return the videos with a label that nobody reads."""
+def whole_videos(videos: Sequence[Path]) -> list[SourceSample]:
+    """Return each video as a sample, from its beginning to its end."""
+    return [segment_of(video, None, None, name=str(video)) for video in videos]
+
+
+def segment_of(video: Path, start_seconds: float | None, end_seconds: float | None, *, name: str) -> SourceSample:
+    """Return a part of a video as the sample `name`, without labels yet."""
+    return SourceSample(
+        sample_id=name, path=video, start_seconds=start_seconds, end_seconds=end_seconds, labels=(), where=str(video)
+    )
+
+
+def _source_list(trained: TrainedModel, samples: Sequence[SourceSample]) -> SourceList:
+    """Return the samples with a label that nobody reads."""
     return SourceList(
         dataset="videos",
         split="predict",
         label_spaces=tuple(LabelSpace(name=name, classes=tuple(classes)) for name, classes in trained.classes.items()),
         targets=tuple(trained.classes),
-        samples=tuple(
-            SourceSample(
-                sample_id=str(video),
-                path=video,
-                start_seconds=None,
-                end_seconds=None,
-                labels=(0,) * len(trained.classes),
-                where=f"argument {number}",
-            )
-            for number, video in enumerate(videos, start=1)
-        ),
+        samples=tuple(replace(sample, labels=(0,) * len(trained.classes)) for sample in samples),
     )
 
 
