@@ -9,7 +9,7 @@ BENCH = PYTHONPATH=tests $(BIN)/python -m benchmarks
 PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 SLOW := -m "slow and not gpu and not soak"
 
-.PHONY: install check audit test test-slow test-cluster mutations demo gpu bench-convert bench-fusion test-gpu format lock clean
+.PHONY: install check audit test test-slow test-cluster mutations demo gpu bench-convert bench-scale bench-fusion test-gpu format lock clean
 
 install: $(STAMP)
 
@@ -61,6 +61,9 @@ gpu: install
 
 bench-convert: install
 	$(BENCH).conversion $(ARGS)
+
+bench-scale: install
+	$(BENCH).conversion_scale $(ARGS)
 
 bench-fusion: install
 	$(BENCH).fusion $(ARGS)

@@ -25,8 +25,7 @@ from ca2st.processes import num_cores
 from ca2st.spec import ClipSpec
 from ca2st.training.losses import loss_per_clip
 from pipelines.benchmark.clips import BenchSources, DrawnClips, draw_clips, source_list, video_files
-from ray_jobs.console import print_json, progress, result
-from ray_jobs.conversion import convert_shown
+from ray_jobs.console import convert_shown, print_json, progress, result
 from ray_jobs.environment import RECORDED_PACKAGES
 from sharding.settings import ConversionConfig
 

@@ -1,4 +1,4 @@
-"""What commands read and print: sizes (``1GB``), views (``2x3``), places of files, lines, tables, progress, JSON."""
+"""What commands read and print: sizes (``1GB``), views (``2x3``), places of files, lines, tables, JSON, progress."""
 
 import contextlib
 import io
@@ -12,9 +12,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from ca2st.durable import NO_FAULTS, FaultPoints
 from ca2st.errors import UserInputError
+
+if TYPE_CHECKING:
+    from sharding.conversion import ConversionProgress, ConversionReport, OpenPool
+    from sharding.settings import ConversionConfig
+    from sharding.source import SourceList
 
 _MOST_VIEWS = 100
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -237,3 +243,30 @@ def duration(seconds: float) -> str:
 def counted(counts: Mapping[str, Any]) -> str:
     """Return ``{"a": 1, "b": 2}`` as ``1 a, 2 b``; ``none`` when empty."""
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+
+
+def convert_shown(
+    source: "SourceList",
+    out: str | Path,
+    config: "ConversionConfig",
+    *,
+    faults: FaultPoints = NO_FAULTS,
+    pool: "OpenPool | None" = None,
+) -> "ConversionReport":
+    """Run `sharding.conversion.convert` with a progress bar; raises as it does."""
+    from sharding.conversion import convert
+
+    with progress(f"Converting {source.dataset}/{source.split}", len(source.samples)) as update:
+        return convert(
+            source,
+            out,
+            config,
+            faults=faults,
+            pool=pool,
+            progress=lambda state: update(state.num_done, _rate_and_rejects(state)),
+        )
+
+
+def _rate_and_rejects(state: "ConversionProgress") -> str:
+    rejected = f"  {state.num_rejected} rejected" if state.num_rejected else ""
+    return f"{state.clips_per_second:.1f} clips/s{rejected}"

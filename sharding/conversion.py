@@ -1,79 +1,86 @@
-"""Convert a list of sources into a shard set: decode in children, write shards in order, the manifest last.
+"""Convert a list of sources into a shard set: shards planned ahead and made by workers, the manifest last.
 
-`convert` refuses what can be refused before anything is decoded or written. Decoded clips become samples (`assemble`),
-samples are cut into shards by size (`ShardCutter`). At the end rejects are held against the budget, and the manifest is
-written.
+`convert` refuses what can be refused before anything is decoded or written. The list is cut into shards by a forecast
+(`plan_shards`); workers make whole shards by themselves (`sharding.shard_task`). This process counts, holds the rejects
+against the budget, and writes the manifest. No byte of a shard passes through it.
 """
 
+import contextlib
 import errno
 import functools
-import json
+import hashlib
 import logging
+import os
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ca2st.checked_json import sha256_of_json
 from ca2st.durable import NO_FAULTS, FaultPoints, sweep_temporaries, write_bytes
-from ca2st.errors import EnvironmentFault
-from sharding.errors import (
-    ConversionRefusedError,
-    MediaError,
-    ShardDamageError,
-)
+from ca2st.errors import EnvironmentFault, UserInputError, listed
+from sharding.errors import ConversionRefusedError, ShardDamageError
 from sharding.folder import (
+    MISSING_NAME,
     REJECTS_NAME,
     SOURCES_NAME,
     DoneShard,
     Reject,
     ShardSources,
-    State,
-    append_sources,
+    SourcesFile,
     changed_sources,
     changes_in_words,
+    claimed,
     count_by_reason,
-    done_shards,
-    folder_lock,
-    open_done_shard,
-    output_folder,
+    missing_file,
+    planned_shard,
     read_done_shard,
-    read_sources,
     refuse_another_conversion,
     refuse_foreign_files,
     rejects_file,
-    remove_shards_from,
+    remove_shard,
+    remove_shards_but,
     require_within_budget,
+    shard_number,
+    shards_there,
     state_of,
-    state_of_sample,
-    write_missing,
-    write_sources,
+    write_or_remove,
 )
-from sharding.format.index import sample_key
-from sharding.format.shard_set import MANIFEST_NAME, read_shard_set, write_shard_set
-from sharding.format.writer import ShardRange, StoredSample, write_shard
-from sharding.media.audio import log_mel, no_spectrogram, npy_bytes
+from sharding.format.index import decode_index, sample_key
+from sharding.format.remote import (
+    LocalFiles,
+    RemoteFileMissingError,
+    RemoteFiles,
+    RemoteFolder,
+    as_location,
+    files_of,
+)
+from sharding.format.shard_set import MANIFEST_NAME, Manifest, ShardEntry, ShardSet, read_shard_set, write_shard_set
+from sharding.format.writer import ShardRange, shard_name
 from sharding.media.encode import ClipJob, EncodedClip, encode_clip
-from sharding.settings import TRAILER_BYTES, ConversionConfig, conversion_identity, estimate_storage
-from sharding.source import MISSING_MEDIA, SourceList, SourceSample, check_source, named_labels, refuse_doubtful
-from sharding.verify import shard_problems
-from sharding.workers import ClipPool, DecodePool, Rejected
+from sharding.settings import ConversionConfig, conversion_identity, plan_shards
+from sharding.shard_task import LocalWorkers, MadeShard, ShardPool, ShardSetup, ShardTask
+from sharding.source import MISSING_MEDIA, SourceList, SourceSample, check_source, refuse_doubtful
+from sharding.verify import remote_shard_problems, shard_problems
 
 _log = logging.getLogger(__name__)
-OpenPool = Callable[[], AbstractContextManager[ClipPool]]
-"""Opens a pool for the clips of one conversion; leaving it ends everything that it started."""
-Outcome = StoredSample | Reject
+OpenPool = Callable[[ShardSetup, int], AbstractContextManager[ShardPool]]
+"""Opens a pool for so many shards of one conversion; leaving it ends everything that it started."""
+_WRITABLE = ("s3", "gs", "memory")
+_MOST_STATES = 100_000  # of files, remembered: several samples may be cut out of one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionReport:
     """What a finished conversion made."""
 
-    manifest_path: Path
+    manifest_path: Path | str
+    """File, or its URL."""
     num_classes: Mapping[str, int]
     """Classes by target."""
     num_samples: int
@@ -101,7 +108,7 @@ class ConversionProgress:
 
 def convert(
     source: SourceList,
-    out: Path,
+    out: str | Path,
     config: ConversionConfig,
     *,
     faults: FaultPoints = NO_FAULTS,
@@ -109,39 +116,49 @@ def convert(
     encode: Callable[[ClipJob], EncodedClip] = encode_clip,
     pool: OpenPool | None = None,
 ) -> ConversionReport:
-    """Convert `source` into a shard set in the folder `out`, or finish a conversion begun there.
+    """Convert `source` into a shard set in `out`, finish a conversion begun there, or add to the set that is there.
 
     Args:
         source: The samples, in the order in which they are stored.
-        out: A new or empty folder, or that of the same conversion.
+        out: A new or empty folder, or that of the same conversion; or the URL of one (s3, gs).
         config: Parameters.
         faults: Fault points (tests).
         progress: Called after every source.
         encode: What the decode children run; a module-level function.
-        pool: Opened when there is work; None: `config.workers` children of this process that run `encode`.
+        pool: Opened with the number of shards to make, where there are any; None: this machine's processes.
 
     Raises:
         UserInputError: no samples, or every one of them rejected, and nothing is left behind; or `config.strict`, and
             notes question the data.
         ConversionRefusedError: `out` holds something else, another process converts into it, or it holds a finished
-            set and sources changed since (`config.update` converts them again).
+            set and sources changed since (`config.update` converts them again), or one to which nothing can be added.
         RejectBudgetError: more rejects than `config.max_rejects`; they are listed in ``rejects.jsonl``, no manifest.
         ShardDamageError: `out` holds a finished set that is damaged.
         EnvironmentFault: the folder cannot be written.
     """
     check_source(source)
     check_notes(source, config)
-    pool = pool or partial(
-        DecodePool,
-        encode,
-        num_workers=config.workers,
-        timeout_seconds=config.clip_timeout_seconds,
-        memory_bytes=config.clip_memory_bytes,
+    place = as_location(out)
+    if isinstance(place, RemoteFolder) and place.scheme not in _WRITABLE:
+        raise UserInputError(
+            f"--out {place}: expected a folder or a URL of {', '.join(_WRITABLE)}; others are read only"
+        )
+    setup = ShardSetup(
+        out=place.absolute() if isinstance(place, Path) else place,
+        config=config,
+        source=replace(source, samples=(), notes={}),
+        identity=conversion_identity(source, config),
+        faults=faults,
+        encode=encode,
     )
-    with output_folder(out), folder_lock(out):
-        refuse_foreign_files(out)
-        sweep_temporaries(out)
-        return _Conversion(source, out, config, faults=faults, progress=progress or (lambda _: None), pool=pool).run()
+    with claimed(place) as home:
+        refuse_foreign_files(files_of(place))
+        sweep_temporaries(home)
+        conversion = _Conversion(source, setup, home, pool=pool or LocalWorkers, progress=progress or (lambda _: None))
+        try:
+            return conversion.run()
+        finally:
+            sweep_temporaries(home)  # of workers that were ended
 
 
 def check_notes(
@@ -169,202 +186,365 @@ def _count_notes(source: SourceList, shards: Sequence[DoneShard]) -> dict[str, i
     return dict(sorted(counts.items()))
 
 
-class ShardCutter:
-    """Cuts a stream of outcomes into shards by size.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Earlier:
+    """A finished set that is added to."""
 
-    A shard's range of sources ends right behind its last sample; rejects after it belong to the next shard, those at
-    the very end to the last one. So the cuts depend on the outcomes alone, not on where a conversion was interrupted.
-    """
-
-    def __init__(self, outcomes: Iterator[tuple[int, Outcome]], *, first: int, end: int, shard_bytes: int) -> None:
-        self._outcomes, self._last_end, self._room = outcomes, end, shard_bytes - TRAILER_BYTES
-        self._first = self._end = first
-        self._rejects: list[Reject] = []
-        self._before_next: list[Reject] = []
-        self._next: tuple[int, StoredSample] | None = None
-        self._advance()
+    manifest: Manifest
+    shards: tuple[ShardEntry, ...]
+    rejects: bytes
+    """Its lines of ``rejects.jsonl``."""
+    missing: bytes
 
     @property
-    def has_samples(self) -> bool:
-        """Whether at least one more sample is to be written."""
-        return self._next is not None
-
-    def samples(self) -> Iterator[StoredSample]:
-        """Yield the samples of the next shard; at least one when `has_samples`."""
-        self._first, self._rejects = self._end, []
-        num_bytes = 0
-        while self._next is not None:
-            position, sample = self._next
-            if num_bytes and num_bytes + sample.tar_bytes > self._room:
-                return
-            num_bytes += sample.tar_bytes
-            self._end = position + 1
-            self._take_rejects()
-            self._advance()
-            yield sample
-        self._end = self._last_end
-        self._take_rejects()
-
-    def covers(self) -> ShardRange:
-        """Return what the shard last cut covers; call it when its samples are used up."""
-        rejects: tuple[Mapping[str, Any], ...] = tuple(asdict(reject) for reject in self._rejects)
-        return ShardRange(first=self._first, end=self._end, rejects=rejects)
+    def source_lists(self) -> tuple[str, ...]:
+        return self.manifest.source_lists or (self.manifest.source_list_sha256,)
 
     @property
-    def depends_end(self) -> int:
-        """Position behind the last source on which the shard last cut depends: the sample that no longer fitted."""
-        return self._last_end if self._next is None else self._next[0] + 1
-
-    @property
-    def rejects_without_shard(self) -> list[Reject]:
-        """Rejects behind the last sample that no shard has taken."""
-        return list(self._before_next)
-
-    def _take_rejects(self) -> None:
-        self._rejects += self._before_next
-        self._before_next = []
-
-    def _advance(self) -> None:
-        self._next = None
-        for position, outcome in self._outcomes:
-            if isinstance(outcome, StoredSample):
-                self._next = (position, outcome)
-                return
-            self._before_next.append(outcome)
+    def next_number(self) -> int:
+        return 1 + max(shard_number(entry.name) for entry in self.shards)
 
 
 class _Conversion:
-    """One run of `convert`, with the folder locked."""
+    """One run of `convert`, with its output claimed."""
 
     def __init__(
         self,
         source: SourceList,
-        out: Path,
-        config: ConversionConfig,
+        setup: ShardSetup,
+        home: Path,
         *,
-        faults: FaultPoints,
-        progress: Callable[[ConversionProgress], None],
         pool: OpenPool,
+        progress: Callable[[ConversionProgress], None],
     ) -> None:
-        self._source, self._out, self._config = source, out, config
-        self._faults, self._progress, self._pool = faults, progress, pool
-        self._identity = conversion_identity(source, config)
-        self._done: list[DoneShard] = []
-        self._known: dict[str, ShardSources] = {}
-        self._states: dict[int, State] = {}  # of the sources of shards that are not written yet
-        self._noted: dict[str, dict[str, None]] = {}  # ids by kind of note, of this run, each once
-        self._num_converted = self._num_rejected = 0
+        self._source, self._setup, self._out, self._config = source, setup, setup.out, setup.config
+        self._pool, self._progress, self._home = pool, progress, home
+        self._files = files_of(setup.out)
+        self._plan = plan_shards(source, setup.config)
+        self._earlier: _Earlier | None = None
+        self._first_number = 0
+        self._fetch_sources()
+        self._sources = SourcesFile(home)
+        self._done: dict[int, DoneShard] = {}
+        self._rejects: dict[int, tuple[Reject, ...]] = {}
+        self._examples: dict[int, Mapping[str, tuple[str, ...]]] = {}
+        self._sampled: dict[int, tuple[int, int]] = {}  # of shards being made: sources so far, rejects among them
+        self._num_done = self._num_rejected = self._num_converted = 0
         self._started = time.monotonic()
 
     def run(self) -> ConversionReport:
-        self._known = read_sources(self._out)
-        if (self._out / MANIFEST_NAME).exists():
-            report = self._finished_before()
-            if not self._sources_changed():
-                _log.info("already finished, nothing to convert: %s", self._out)
-                return report
-            (self._out / MANIFEST_NAME).unlink()
+        if MANIFEST_NAME in (self._files.sizes() or {}):
+            shards = read_shard_set(self._out)
+            if self._config.append and shards.manifest.source_lists[-1:] != (self._list_hash,):
+                self._earlier = self._set_to_add_to(shards)
+                self._first_number = self._earlier.next_number
+                _log.info("adding to the %d samples in %s", shards.manifest.num_samples, self._out)
+            else:
+                report = self._finished_before(shards)
+                if not self._drop_changed(finished=True):
+                    _log.info("already finished, nothing to convert: %s", self._out)
+                    return report
+                self._files.remove(MANIFEST_NAME)
+        elif self._config.append:
+            raise ConversionRefusedError(
+                f"{self._out}: --append: expected a finished set to add to, found no {MANIFEST_NAME}; "
+                "leave --append out to make one, or to finish the one that was begun"
+            )
         else:
-            self._done = done_shards(self._out, self._identity, self._source, is_whole=self._is_whole)
-            self._sources_changed()
-            if self._done:
-                _log.info("resuming after %d finished shards of an earlier run", len(self._done))
-        with self._pool() as pool:
-            self._drop_shards_with_other_rejects(pool)
-            remove_shards_from(self._out, len(self._done))
-            write_sources(self._out, self._known_of_done())
-            self._warn_of_space()
-            try:
-                leftover = self._convert_rest(pool)
-            except EnvironmentFault as fault:
-                if getattr(fault.__cause__, "errno", None) == errno.ENOSPC:
-                    fault.add_note(f"about {self._bytes_to_come() / 1e6:.0f} MB are still to come; rerun to go on")
-                raise
-        rejects = [Reject(**reject) for shard in self._done for reject in shard.covers.rejects] + leftover
-        require_within_budget(rejects, self._source, budget=self._config.max_rejects, out=self._out)
-        check_notes(self._source, self._config, self._done, {kind: tuple(ids) for kind, ids in self._noted.items()})
-        write_sources(self._out, self._known_of_done())
-        self._write_manifest(rejects)
-        return self._report(count_by_reason(rejects))
+            self._find_done()
+            self._drop_changed(finished=False)
+        if self._earlier is not None:
+            self._find_done()
+            self._drop_changed(finished=False)
+        if self._done:
+            _log.info("resuming after %d finished shards of an earlier run", len(self._done))
+        earlier = () if self._earlier is None else self._earlier.shards
+        names = [entry.name for entry in earlier]
+        remove_shards_but(self._files, {*map(shard_number, names), *self._done})
+        self._sources.keep([*names, *map(shard_name, sorted(self._done))])
+        self._make_shards()
+        rejects = [reject for number in sorted(self._rejects) for reject in self._rejects[number]]
+        files = self._files if self._earlier is None else None
+        require_within_budget(rejects, self._source, budget=self._config.max_rejects, files=files)
+        shards_made = [self._done[number] for number in sorted(self._done)]
+        check_notes(self._source, self._config, shards_made, self._examples_by_kind())
+        self._sources.keep([*names, *(shard.entry.name for shard in shards_made)])
+        return self._finish(shards_made, rejects)
 
-    def _write_manifest(self, rejects: Sequence[Reject]) -> None:
-        """Write the lists of rejects and of what is missing, where there are any, the shard table and the manifest."""
-        write_missing(self._out, self._source.notes.get(MISSING_MEDIA, ()))
-        if rejects:
-            write_bytes(self._out / REJECTS_NAME, rejects_file(rejects))
-        else:
-            (self._out / REJECTS_NAME).unlink(missing_ok=True)
-        fields = {
+    @property
+    def _list_hash(self) -> str:
+        return str(self._setup.identity["source_list_sha256"])
+
+    def _fetch_sources(self) -> None:
+        """Fetch what another machine left beside a set behind a URL about its sources."""
+        if isinstance(self._files, RemoteFiles) and not (self._home / SOURCES_NAME).exists():
+            with contextlib.suppress(RemoteFileMissingError):
+                write_bytes(self._home / SOURCES_NAME, self._files.read(SOURCES_NAME))
+
+    def _set_to_add_to(self, shards: ShardSet) -> _Earlier:
+        """Return a finished set, once it was seen that the list can be added to it.
+
+        Raises:
+            ConversionRefusedError: it has other classes or parameters, or samples of the same ids.
+        """
+        ours, theirs = self._manifest_fields(), shards.manifest
+        for name in ("dataset", "split", "label_spaces", "targets", "labelling", "audio", "video", "clock"):
+            if ours[name] != getattr(theirs, name):
+                found, expected = f"{ours[name]!r:.200}", f"{getattr(theirs, name)!r:.200}"
+                raise ConversionRefusedError(
+                    f"{self._out}: --append: expected the {name} of the set that is there, {expected}, found {found}; "
+                    "add with the same classes and parameters, or choose another --out"
+                )
+        if ours["tool_versions"] != theirs.tool_versions:
+            _log.warning("%s: what is added is made by other versions than what is there", self._out)
+        keys = {sample_key(sample.sample_id): sample for sample in self._source.samples}
+        for entry in shards.shards:
+            for key in decode_index(self._files.read(entry.index_name), columns=["key"])["key"].to_pylist():
+                if key in keys:
+                    raise ConversionRefusedError(
+                        f"{keys[key].where}: sample id {keys[key].sample_id!r} is in {self._out} already, in "
+                        f"{entry.name}; --append takes new samples only"
+                    )
+        num_rejects, num_missing = sum(theirs.rejected.values()), theirs.notes.get(MISSING_MEDIA, 0)
+        return _Earlier(
+            manifest=theirs,
+            shards=shards.shards,
+            rejects=self._first_lines(REJECTS_NAME, num_rejects),
+            missing=self._first_lines(MISSING_NAME, num_missing),
+        )
+
+    def _first_lines(self, name: str, count: int) -> bytes:
+        """Return so many lines of a list; an addition that was stopped at its end may have left more."""
+        return b"".join(self._files.read(name).splitlines(keepends=True)[:count]) if count else b""
+
+    def _manifest_fields(self) -> dict[str, Any]:
+        return {
             "dataset": self._source.dataset,
             "split": self._source.split,
             "label_spaces": self._source.label_spaces,
             "targets": self._source.targets,
             "audio": self._config.audio,
             "video": self._config.video,
-            "tool_versions": self._identity["tool_versions"],
-            "source_list_sha256": self._source.sha256,
-            "rejected": count_by_reason(rejects),
+            "tool_versions": self._setup.identity["tool_versions"],
+            "source_list_sha256": self._list_hash,
             "clock": self._config.clock,
-            "notes": _count_notes(self._source, self._done),
             "labelling": self._source.labelling,
         }
-        write_shard_set(self._out, fields, tuple(shard.entry for shard in self._done), faults=self._faults)
 
-    def _finished_before(self) -> ConversionReport:
-        shards = read_shard_set(self._out)
-        for number in range(len(shards.shards)):
-            shard = read_done_shard(self._out, number)
-            if shard is None or shard.entry != shards.shards[number]:
-                name = shards.shards[number].name
+    def _finish(self, shards: Sequence[DoneShard], rejects: Sequence[Reject]) -> ConversionReport:
+        """Write the lists of rejects and of what is missing, the table of shards, and the manifest, last."""
+        fields, earlier = self._manifest_fields(), self._earlier
+        rejected, notes = Counter(count_by_reason(rejects)), Counter(_count_notes(self._source, shards))
+        lines, entries = rejects_file(rejects), tuple(shard.entry for shard in shards)
+        missing = missing_file(self._source.notes.get(MISSING_MEDIA, ()))
+        if earlier is not None:
+            rejected.update(earlier.manifest.rejected)
+            notes.update(earlier.manifest.notes)
+            lines, missing = earlier.rejects + lines, earlier.missing + missing
+            entries = earlier.shards + entries
+            lists = (*earlier.source_lists, self._list_hash)
+            fields |= {"source_lists": lists, "source_list_sha256": sha256_of_json(list(lists))}
+            fields["table"] = f"shards-{len(lists)}.parquet"
+        fields |= {"rejected": dict(sorted(rejected.items())), "notes": dict(sorted(notes.items()))}
+        fields["rejects_sha256"] = hashlib.sha256(lines).hexdigest() if lines else None
+        write_or_remove(self._files, MISSING_NAME, missing)
+        write_or_remove(self._files, REJECTS_NAME, lines)
+        if isinstance(self._files, RemoteFiles):
+            write_or_remove(self._files, SOURCES_NAME, (self._home / SOURCES_NAME).read_bytes())
+        manifest = write_shard_set(self._files, fields, entries, faults=self._setup.faults)
+        if earlier is not None:
+            self._files.remove(earlier.manifest.table)
+        return self._report(manifest)
+
+    def _finished_before(self, shards: ShardSet) -> ConversionReport:
+        """Take the shards of a finished set; of one that was added to, those that the same list added last."""
+        for entry in shards.shards:
+            number = shard_number(entry.name)
+            shard = read_done_shard(self._files, number)
+            if shard is None or shard.entry != entry:
                 raise ShardDamageError(
-                    f"{self._out}: {name} or its index is missing, cut short or changed; "
+                    f"{self._out}: {entry.name} or its index is missing, cut short or changed; "
                     f"see `ca2st shard verify {self._out}`"
                 )
-            refuse_another_conversion(self._out, shard.conversion, self._identity)
-            self._done.append(shard)
-        check_notes(self._source, self._config, self._done)
-        return self._report(shards.manifest.rejected)
+            if self._config.append and shard.conversion.get("source_list_sha256") != self._list_hash:
+                continue
+            refuse_another_conversion(self._out, shard.conversion, self._setup.identity, finished=True)
+            self._keep(number, shard)
+        check_notes(self._source, self._config, list(self._done.values()))
+        return self._report(shards.manifest)
+
+    def _find_done(self) -> None:
+        """Find the complete shards of an earlier run."""
+        for number in sorted(shards_there(self._files)):
+            if number < self._first_number:
+                continue
+            covers, identity = self._range(number), self._setup.identity
+            shard = planned_shard(
+                self._files, number, covers=covers, identity=identity, source=self._source, is_whole=self._is_whole
+            )
+            if shard is not None:
+                self._keep(number, shard)
+
+    def _range(self, number: int) -> range:
+        """Return positions of the sources of a shard; none of a shard that the plan does not have."""
+        return self._plan.range(number - self._first_number)
 
     def _is_whole(self, shard: DoneShard) -> bool:
         """Whether a shard is as it was written: by the hash of its index kept beside it, else by every byte of it."""
-        known = self._known.get(shard.entry.name)
+        known = self._sources.of(shard.entry.name)
         if known is not None:
             return known.index_sha256 == shard.entry.index_sha256 and known.first == shard.covers.first
-        return not shard_problems(self._out, shard.entry, self._source.label_spaces)
+        spaces = self._source.label_spaces
+        if isinstance(self._files, LocalFiles):
+            return not shard_problems(self._files.folder, shard.entry, spaces)
+        with tempfile.TemporaryDirectory(prefix="ca2st-verify-") as folder:
+            listed = shard.entry.bytes
+            return not remote_shard_problems(self._files, shard.entry, spaces, root=Path(folder), listed=listed)
 
-    def _sources_changed(self) -> bool:
-        """Whether sources are other files than when the shards were made; from the first of these shards on all go.
+    def _keep(self, number: int, shard: DoneShard) -> None:
+        """Count a shard as done; what all of them have in common is not kept so often."""
+        rejects = tuple(Reject(**reject) for reject in shard.covers.rejects)
+        self._done[number] = replace(shard, conversion={}, covers=replace(shard.covers, rejects=()))
+        self._rejects[number] = rejects
+        self._num_done += shard.covers.end - shard.covers.first
+        self._num_rejected += len(rejects)
+
+    def _drop(self, number: int) -> None:
+        covers = self._done.pop(number).covers
+        self._num_done -= covers.end - covers.first
+        self._num_rejected -= len(self._rejects.pop(number))
+
+    def _known(self, numbers: Sequence[int]) -> Iterator[ShardSources]:
+        for number in numbers:
+            if (known := self._sources.of(shard_name(number))) is not None:
+                yield known
+
+    def _drop_changed(self, *, finished: bool) -> bool:
+        """Whether sources are other files than when the shards were made; these shards are to be made again.
 
         Raises:
             ConversionRefusedError: the set is finished, and `config.update` is not given.
         """
-        state = functools.cache(state_of)
-        for number, shard in enumerate(self._done):
-            known = self._known.get(shard.entry.name)
-            if known is None or not changed_sources(known, self._source, state):
-                continue
-            words = changes_in_words(self._known_of_done(), self._source, state)
-            if (self._out / MANIFEST_NAME).exists() and not self._config.update:
+        state = functools.lru_cache(_MOST_STATES)(state_of)
+        changed = [
+            number
+            for number in self._done
+            if any(changed_sources(known, self._source, state) for known in self._known([number]))
+        ]
+        if not changed:
+            return False
+        words = changes_in_words(self._known(changed), self._source, state)
+        names = listed([shard_name(number) for number in changed])
+        if finished:
+            if not self._config.update:
                 raise ConversionRefusedError(
-                    f"{self._out}: holds a finished set, but {words} changed since; to convert again from "  # noqa: S608  # words, no SQL
-                    f"{shard.entry.name} on give --update (runs begun on this set will not resume on the new one), or "
-                    f"choose another --out; if only times changed, remove {self._out / SOURCES_NAME} to keep the set"
+                    f"{self._out}: holds a finished set, but {words} changed since; to convert {names} again give "  # noqa: S608  # words, no SQL
+                    "--update (runs begun on this set will not resume on the new one), or choose another --out; if "
+                    f"only times changed, remove {self._home / SOURCES_NAME} to keep the set"
                 )
-            _log.warning("%s changed since they were converted: converting again from %s", words, shard.entry.name)
-            del self._done[number:]
-            return True
-        return False
+            if any(self._done[number].covers != self._covers(number) for number in self._done):
+                raise ConversionRefusedError(
+                    f"{self._out}: {words} changed since; this set was made by an earlier ca2st, which cut shards as "
+                    "they filled: --update cannot replace single ones, choose another --out"
+                )
+        _log.warning("%s changed since they were converted: converting %s again", words, names)
+        for number in changed:
+            self._drop(number)
+        return True
 
-    def _known_of_done(self) -> list[ShardSources]:
-        return [self._known[shard.entry.name] for shard in self._done if shard.entry.name in self._known]
+    def _covers(self, number: int) -> ShardRange:
+        covers = self._range(number)
+        return ShardRange(first=covers.start, end=covers.stop, rejects=())
+
+    def _make_shards(self) -> None:
+        """Make the shards that are missing, and try the rejects of the others again: sources may be repaired."""
+        again = {number for number, rejects in self._rejects.items() if rejects}
+        planned = range(self._first_number, self._first_number + len(self._plan))
+        numbers = [number for number in planned if number not in self._done or number in again]
+        if not numbers:
+            return
+        self._warn_of_space()
+        with self._pool(self._setup, len(numbers)) as pool:
+            try:
+                for made in pool.run(map(self._task, numbers), on_sample=self._count):
+                    self._take(made)
+            except EnvironmentFault as fault:
+                if os.strerror(errno.ENOSPC) in str(fault):
+                    fault.add_note(f"about {self._bytes_to_come() / 1e6:.0f} MB are still to come; rerun to go on")
+                raise
+
+    def _task(self, number: int) -> ShardTask:
+        covers = self._range(number)
+        return ShardTask(
+            number=number,
+            first=covers.start,
+            samples=tuple(map(_with_absolute_path, self._source.samples[covers.start : covers.stop])),
+            rejects=self._rejects.get(number),
+        )
+
+    def _count(self, number: int, is_rejected: bool) -> None:
+        """Count a source of a shard that is being made."""
+        if number in self._done:
+            self._drop(number)  # its rejects came out otherwise: it is made again
+        num_counted, num_rejected = self._sampled.get(number, (0, 0))
+        self._sampled[number] = num_counted + 1, num_rejected + is_rejected
+        self._num_converted += 1
+        self._num_done += 1
+        self._num_rejected += is_rejected
+        self._setup.faults.reach("sample")
+        self._say()
+
+    def _take(self, made: MadeShard) -> None:
+        """Take what became of a shard."""
+        if made.is_kept:
+            return
+        num_counted, num_rejected = self._sampled.pop(made.number, (0, 0))
+        self._num_done -= num_counted
+        self._num_rejected -= num_rejected
+        self._num_converted += made.num_sources - num_counted
+        if made.number in self._done:
+            self._drop(made.number)
+        self._examples[made.number] = made.examples
+        if made.shard is None:
+            remove_shard(self._files, made.number)
+            self._rejects[made.number] = made.rejects
+            self._num_done += made.num_sources
+            self._num_rejected += len(made.rejects)
+        else:
+            self._keep(made.number, made.shard)
+            name, digest = made.shard.entry.name, made.shard.entry.index_sha256
+            first = made.shard.covers.first
+            self._sources.append(ShardSources(shard=name, index_sha256=digest, first=first, states=made.states))
+        self._setup.faults.reach("made")
+        if num_counted == 0:
+            self._say()
+
+    def _say(self) -> None:
+        self._progress(
+            ConversionProgress(
+                num_done=self._num_done,
+                num_rejected=self._num_rejected,
+                num_shards=len(self._done),
+                clips_per_second=self._clips_per_second(),
+            )
+        )
+
+    def _examples_by_kind(self) -> dict[str, tuple[str, ...]]:
+        found: dict[str, tuple[str, ...]] = {}
+        for number in sorted(self._examples):
+            for kind, ids in self._examples[number].items():
+                found[kind] = found.get(kind, ()) + ids
+        return found
 
     def _bytes_to_come(self) -> float:
         """Return estimated size of what is not converted yet."""
-        total = len(self._source.samples)
-        num_done = self._done[-1].covers.end if self._done else 0
-        return estimate_storage(self._source, self._config).total_bytes * (total - num_done) / total
+        total = self._plan.num_sources
+        num_done = sum(shard.covers.end - shard.covers.first for shard in self._done.values())
+        return self._plan.num_bytes * (total - num_done) / total
 
     def _warn_of_space(self) -> None:
+        if not isinstance(self._out, Path):
+            return
         needed, free = self._bytes_to_come(), shutil.disk_usage(self._out).free
         if needed > free:
             _log.warning(
@@ -374,94 +554,17 @@ class _Conversion:
                 free / 1e6,
             )
 
-    def _drop_shards_with_other_rejects(self, pool: ClipPool) -> None:
-        """Try the rejects of complete shards again: where a source was repaired, go on from its shard."""
-        for number, shard in enumerate(self._done):
-            if not shard.covers.rejects:
-                continue
-            positions = [reject["position"] for reject in shard.covers.rejects]
-            before = [Reject(**reject) for reject in shard.covers.rejects]
-            changed = [at for at, (_, outcome) in enumerate(self._outcomes(pool, positions)) if outcome != before[at]]
-            if changed:
-                # A source before the first sample of its shard might have fitted into the one before.
-                leads = positions[changed[0]] == shard.covers.first + changed[0]
-                del self._done[max(0, number - leads) :]
-                return
-
-    def _convert_rest(self, pool: ClipPool) -> list[Reject]:
-        """Write the shards that are missing; the rejects no shard could take when there is no sample at all."""
-        while True:
-            first, end = (self._done[-1].covers.end if self._done else 0), len(self._source.samples)
-            self._num_rejected = sum(len(shard.covers.rejects) for shard in self._done)
-            outcomes = self._reported(self._outcomes(pool, range(first, end)), first)
-            cutter = ShardCutter(outcomes, first=first, end=end, shard_bytes=self._config.shard_bytes)
-            while cutter.has_samples:
-                self._write_shard(cutter)
-            if not cutter.rejects_without_shard or not self._done:
-                return cutter.rejects_without_shard
-            # A source behind the last shard was good when that was written and is not any more: write it again.
-            self._done.pop()
-            remove_shards_from(self._out, len(self._done))
-
-    def _outcomes(self, pool: ClipPool, positions: list[int] | range) -> Iterator[tuple[int, Outcome]]:
-        samples = [self._source.samples[position] for position in positions]
-        clips = pool.map(self._job(position) for position in positions)
-        for position, sample, clip in zip(positions, samples, clips, strict=True):
-            outcome = assemble(position, sample, clip, self._source, self._config)
-            for kind in outcome.notes if isinstance(outcome, StoredSample) else ():
-                self._noted.setdefault(kind, {})[sample.sample_id] = None
-            yield position, outcome
-
-    def _job(self, position: int) -> ClipJob:
-        sample = self._source.samples[position]
-        self._states[position] = state_of_sample(sample)
-        return self._config.job(sample)
-
-    def _reported(self, outcomes: Iterator[tuple[int, Outcome]], num_done: int) -> Iterator[tuple[int, Outcome]]:
-        for position, outcome in outcomes:
-            num_done += 1
-            self._num_converted += 1
-            self._num_rejected += isinstance(outcome, Reject)
-            self._faults.reach("sample")
-            self._progress(
-                ConversionProgress(
-                    num_done=num_done,
-                    num_rejected=self._num_rejected,
-                    num_shards=len(self._done),
-                    clips_per_second=self._clips_per_second(),
-                )
-            )
-            yield position, outcome
-
-    def _write_shard(self, cutter: ShardCutter) -> None:
-        number = len(self._done)
-        write_shard(
-            self._out,
-            number,
-            cutter.samples(),
-            covers=cutter.covers,
-            conversion=self._identity,
-            faults=self._faults,
-        )
-        done = open_done_shard(self._out, number, with_tar=False)
-        self._done.append(done)
-        first, name = done.covers.first, done.entry.name
-        states = tuple(self._states[position] for position in range(first, cutter.depends_end))
-        known = ShardSources(shard=name, index_sha256=done.entry.index_sha256, first=first, states=states)
-        append_sources(self._out, known)
-        self._known[name] = known
-        for position in range(first, done.covers.end):
-            del self._states[position]
-
-    def _report(self, rejected: Mapping[str, int]) -> ConversionReport:
+    def _report(self, manifest: Manifest) -> ConversionReport:
+        shards = list(self._done.values())
+        path = self._out / MANIFEST_NAME if isinstance(self._out, Path) else self._out.file(MANIFEST_NAME)
         return ConversionReport(
-            manifest_path=self._out / MANIFEST_NAME,
+            manifest_path=path,
             num_classes=self._source.num_classes,
-            num_samples=sum(shard.entry.num_samples for shard in self._done),
-            num_shards=len(self._done),
-            num_with_audio=sum(shard.num_with_audio for shard in self._done),
-            rejected=rejected,
-            notes=_count_notes(self._source, self._done),
+            num_samples=manifest.num_samples,
+            num_shards=manifest.num_shards,
+            num_with_audio=sum(shard.num_with_audio for shard in shards),
+            rejected=manifest.rejected,
+            notes=manifest.notes,
             clips_per_second=self._clips_per_second(),
         )
 
@@ -469,71 +572,9 @@ class _Conversion:
         return self._num_converted / max(time.monotonic() - self._started, 1e-9)
 
 
-def assemble(
-    position: int, sample: SourceSample, clip: EncodedClip | Rejected, source: SourceList, config: ConversionConfig
-) -> Outcome:
-    """Return the stored sample of a decoded clip, or the reject it is."""
-    if isinstance(clip, Rejected):
-        return Reject(position=position, sample_id=sample.sample_id, reason=clip.reason, what=clip.what)
-    try:
-        mel = log_mel(clip.audio.pcm, config.audio) if clip.audio and clip.has_audio else no_spectrogram(config.audio)
-    except MediaError as error:
-        return Reject(position=position, sample_id=sample.sample_id, reason=error.reason, what=str(error))
-    key = sample_key(sample.sample_id)
-    record = sample_record(key, sample, clip, source, config)
-    return StoredSample(
-        key=key,
-        labels=sample.labels,
-        video=clip.video.mp4,
-        mel=npy_bytes(mel),
-        json=json.dumps(record, sort_keys=True, ensure_ascii=False).encode(),
-        num_frames=len(clip.video.frame_ticks),
-        duration_seconds=clip.duration_seconds,
-        has_audio=clip.has_audio,
-        mel_rows=len(mel),
-        frame_data_offset=clip.video.frame_data_offset,
-        frame_bytes=clip.video.frame_bytes,
-        frame_ticks=clip.video.frame_ticks,
-        notes=clip.notes,
-    )
-
-
-def sample_record(
-    key: str, sample: SourceSample, clip: EncodedClip, source: SourceList, config: ConversionConfig
-) -> dict[str, Any]:
-    """Return the contents of a sample's ``.json``."""
-    audio: dict[str, Any] = {"has_audio": False}
-    if clip.audio is not None:
-        audio = {
-            "has_audio": clip.has_audio,
-            "is_silent": clip.audio.is_silent,
-            "sample_rate_hz": config.sample_rate_hz,
-            "num_samples": len(clip.audio.pcm),
-            "source_sample_rate_hz": clip.audio.source_rate_hz,
-            "source_channels": clip.audio.source_channels,
-        }
-    if sample.sound_path is not None and clip.sound_bytes is not None:
-        audio |= {"source": sample.sound_path.name, "source_bytes": clip.sound_bytes}
-    record = {
-        "key": key,
-        "sample_id": sample.sample_id,
-        "source": sample.path.name,
-        "source_bytes": clip.source_bytes,
-        "start_seconds": sample.start_seconds,
-        "end_seconds": sample.end_seconds,
-        "duration_seconds": clip.duration_seconds,
-        "labels": named_labels(sample.labels, source.label_spaces, source.labelling),
-        "video": {
-            "codec": config.codec,
-            "width": clip.video.width,
-            "height": clip.video.height,
-            "num_frames": len(clip.video.frame_ticks),
-            "source_codec": clip.source_codec,
-            "source_width": clip.source_size[0],
-            "source_height": clip.source_size[1],
-            "source_frames_per_second": clip.source_frames_per_second,
-        },
-        "audio": audio,
-    }
-    said = {"changes": dict(clip.changes), "notes": list(clip.notes)}
-    return record | {name: value for name, value in said.items() if value}
+def _with_absolute_path(sample: SourceSample) -> SourceSample:
+    """Return a sample for a worker, which may run in another folder."""
+    sound = sample.sound_path
+    if sample.path.is_absolute() and (sound is None or sound.is_absolute()):
+        return sample
+    return replace(sample, path=sample.path.absolute(), sound_path=sound.absolute() if sound else None)

@@ -1,7 +1,7 @@
 """The folder of a conversion: its lock, its rejects, its shards so far, and what the sources were when they were made.
 
-One converter per output folder: the kernel releases the lock when its holder dies. A rerun continues behind the
-unbroken chain of complete shards that belong to the same conversion.
+One converter per output folder: the kernel releases the lock when its holder dies. A rerun keeps every complete shard
+that holds its range of the same conversion's plan, and makes the others.
 
 ``sources.jsonl`` holds a sealed line per shard, so that a rerun notices sources that changed since. It is no part of
 the set: the shards' bytes depend on what is in the sources, not on when they were written; a set without it, as a copy
@@ -16,7 +16,7 @@ import os
 import platform
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -24,15 +24,22 @@ from typing import Any, TypedDict
 import pyarrow as pa
 
 from ca2st.checked_json import DocumentError, canonical_json, checked, parse_json, read_json, sha256_of_json
-from ca2st.durable import append_bytes, fsync_folder, is_environment_error, take_lock, unwritable, write_bytes
+from ca2st.durable import (
+    append_bytes,
+    is_environment_error,
+    take_lock,
+    unwritable,
+    writing,
+)
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError, listed
 from sharding.errors import AllRejectedError, ConversionRefusedError, MediaError, RejectBudgetError, ShardDamageError
 from sharding.format.index import decode_index, sample_key
-from sharding.format.shard_set import MANIFEST_NAME, SHARDS_NAME, ShardEntry, index_name
+from sharding.format.remote import Files, Location, RemoteFileMissingError, files_of
+from sharding.format.shard_set import MANIFEST_NAME, TABLE_NAMES, ShardEntry, index_name
 from sharding.format.writer import ShardRange, shard_name
 from sharding.media.claims import source_state
 from sharding.settings import RejectBudget
-from sharding.source import SourceList, SourceSample
+from sharding.source import SourceList
 
 LOCK_NAME = ".conversion.lock"
 SOURCES_NAME = "sources.jsonl"
@@ -60,6 +67,26 @@ def output_folder(out: Path) -> Iterator[None]:
         if not existed:
             with contextlib.suppress(OSError):
                 out.rmdir()
+
+
+STATE_FOLDER = Path("~/.cache/ca2st/conversions")
+"""Of conversions to a URL: their locks, and what their sources were."""
+
+
+@contextlib.contextmanager
+def claimed(place: Location) -> Iterator[Path]:
+    """Hold an output for this process; yield the folder of what is the conversion's own and no part of the set.
+
+    Behind a URL nothing can be locked: there the lock holds on this machine alone.
+
+    Raises:
+        ConversionRefusedError: another process holds it; the message names it.
+        EnvironmentFault: the folder or its lock cannot be made.
+    """
+    key = hashlib.sha256(str(place).encode()).hexdigest()[:16]
+    home = place if isinstance(place, Path) else STATE_FOLDER.expanduser() / key
+    with output_folder(home), folder_lock(home):
+        yield home
 
 
 @contextlib.contextmanager
@@ -163,13 +190,17 @@ def read_rejects(root: Path) -> list[Reject]:
     return [parse_json(line, Reject, where=f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
-def write_missing(root: Path, samples: Sequence[str]) -> None:
-    """Write ``missing.jsonl``, an object per line, or remove it where nothing is missing."""
-    if samples:
-        lines = (json.dumps({"sample": sample}, ensure_ascii=False) + "\n" for sample in samples)
-        write_bytes(root / MISSING_NAME, "".join(lines).encode())
+def missing_file(samples: Sequence[str]) -> bytes:
+    """Return contents of ``missing.jsonl``: an object per line."""
+    return "".join(json.dumps({"sample": sample}, ensure_ascii=False) + "\n" for sample in samples).encode()
+
+
+def write_or_remove(files: Files, name: str, data: bytes) -> None:
+    """Write a list of the set, or remove it where there is nothing to list."""
+    if data:
+        files.write(name, data)
     else:
-        (root / MISSING_NAME).unlink(missing_ok=True)
+        files.remove(name)
 
 
 def rejects_in_words(rejects: Sequence[Reject], source: SourceList) -> str:
@@ -185,8 +216,10 @@ def rejects_in_words(rejects: Sequence[Reject], source: SourceList) -> str:
     return "; ".join(parts)
 
 
-def require_within_budget(rejects: Sequence[Reject], source: SourceList, *, budget: RejectBudget, out: Path) -> None:
-    """Refuse a set with too many rejects, and list them in ``rejects.jsonl``.
+def require_within_budget(
+    rejects: Sequence[Reject], source: SourceList, *, budget: RejectBudget, files: Files | None
+) -> None:
+    """Refuse a set with too many rejects, and list them in ``rejects.jsonl`` of `files`; None: that is another's.
 
     Raises:
         AllRejectedError: there is nothing but rejects.
@@ -194,22 +227,26 @@ def require_within_budget(rejects: Sequence[Reject], source: SourceList, *, budg
     """
     total = len(source.samples)
     if len(rejects) == total:
-        (out / REJECTS_NAME).unlink(missing_ok=True)
+        if files is not None:
+            files.remove(REJECTS_NAME)
         raise AllRejectedError(
             f"all {total} samples were rejected, nothing was written: {rejects_in_words(rejects, source)}",
             rejects=tuple(rejects),
         )
     if not budget.allows(len(rejects), total):
-        write_bytes(out / REJECTS_NAME, rejects_file(rejects))
+        listed_in = ""
+        if files is not None:
+            files.write(REJECTS_NAME, rejects_file(rejects))
+            listed_in = f"all are listed in {files.folder}/{REJECTS_NAME}; "
         raise RejectBudgetError(
             f"{len(rejects)} of {total} samples rejected, --max-rejects allows {budget}: "
-            f"{rejects_in_words(rejects, source)}; all are listed in {out / REJECTS_NAME}; "
+            f"{rejects_in_words(rejects, source)}; {listed_in}"
             "repair them and rerun (finished shards are kept), or raise --max-rejects"
         )
 
 
 _OURS = re.compile(r"ca2st-\d{6}\.(tar|index\.parquet)")
-_OTHERS_OF_OURS = (MANIFEST_NAME, SHARDS_NAME, REJECTS_NAME, MISSING_NAME, SOURCES_NAME, LOCK_NAME)
+_OTHERS_OF_OURS = (MANIFEST_NAME, REJECTS_NAME, MISSING_NAME, SOURCES_NAME, LOCK_NAME)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,7 +270,7 @@ class _Written(TypedDict):
     sha256: str
 
 
-def read_done_shard(root: Path, number: int) -> DoneShard | None:
+def read_done_shard(root: Path | Files, number: int) -> DoneShard | None:
     """Return the shard of that number if its index is whole and its tar has the length the index says, else None."""
     try:
         return open_done_shard(root, number)
@@ -241,35 +278,35 @@ def read_done_shard(root: Path, number: int) -> DoneShard | None:
         return None
 
 
-def open_done_shard(root: Path, number: int, *, with_tar: bool = True) -> DoneShard:
-    """Return the shard of that number as its index tells; the length of its tar is compared unless `with_tar` is False.
+def open_done_shard(root: Path | Files, shard: int | str, *, with_tar: bool = True) -> DoneShard:
+    """Return the shard of that number or name as its index tells, the length of its tar compared if `with_tar`.
 
     Raises:
         ShardDamageError: the index is missing or damaged, or its tar has not the length the index says.
     """
-    name = shard_name(number)
+    files, name = files_of(root), shard_name(shard) if isinstance(shard, int) else shard
     where = index_name(name)
     try:
-        data = (root / where).read_bytes()
+        data = files.read(where)
         table = decode_index(data, columns=["has_audio"])
         metadata = table.schema.metadata or {}
         if not metadata:
             raise UnnamedConversionError(f"{where}: expected the metadata of a conversion, found none")
-        shard = parse_json(metadata[b"shard"], _Written, where=f"{where}: shard")
+        written = parse_json(metadata[b"shard"], _Written, where=f"{where}: shard")
         covers = parse_json(metadata[b"range"], ShardRange, where=f"{where}: range")
         _check_range(covers, table.num_rows, where)
         conversion = parse_json(metadata[b"conversion"], dict[str, Any], where=f"{where}: conversion")
         notes = parse_json(metadata.get(b"notes", b"{}"), dict[str, int], where=f"{where}: notes")
-        if with_tar and (found := (root / name).stat().st_size) != shard["bytes"]:
-            raise ShardDamageError(f"{name}: expected {shard['bytes']} bytes, found {found}")
+        if with_tar and (found := files.size(name)) != written["bytes"]:
+            raise ShardDamageError(f"{name}: expected {written['bytes']} bytes, found {found}")
     except KeyError as error:
         raise ShardDamageError(f"{where}: expected the metadata {error}, found none") from error
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, RemoteFileMissingError, pa.ArrowException) as error:
         raise ShardDamageError(f"{where}: not the index of a shard ({error})") from error
     entry = ShardEntry(
         name=name,
-        bytes=shard["bytes"],
-        sha256=shard["sha256"],
+        bytes=written["bytes"],
+        sha256=written["sha256"],
         index_bytes=len(data),
         index_sha256=hashlib.sha256(data).hexdigest(),
         num_samples=table.num_rows,
@@ -291,41 +328,53 @@ def _check_range(covers: ShardRange, num_rows: int, where: str) -> None:
         )
 
 
-def done_shards(
-    root: Path, identity: Mapping[str, Any], source: SourceList, *, is_whole: Callable[[DoneShard], bool]
-) -> list[DoneShard]:
-    """The unbroken chain of complete shards from number 0 on that hold what `source` says and that `is_whole` accepts.
+def planned_shard(
+    files: Files,
+    number: int,
+    *,
+    covers: range,
+    identity: Mapping[str, Any],
+    source: SourceList,
+    is_whole: Callable[[DoneShard], bool],
+) -> DoneShard | None:
+    """Return the shard of that number if it is complete, holds that range of `source`, and `is_whole` accepts it.
 
     Raises:
-        ConversionRefusedError: one of them belongs to another conversion; the message shows the difference.
+        ConversionRefusedError: it belongs to another conversion; the message shows the difference.
     """
-    chain: list[DoneShard] = []
-    while (shard := read_done_shard(root, len(chain))) is not None:
-        refuse_another_conversion(root, shard.conversion, identity)
-        if shard.covers.first != (chain[-1].covers.end if chain else 0):
-            break
-        if not (_holds(root, shard, source) and is_whole(shard)):
-            break
-        chain.append(shard)
-    return chain
+    shard = read_done_shard(files, number)
+    if shard is None:
+        return None
+    refuse_another_conversion(files.folder, shard.conversion, identity)
+    if (shard.covers.first, shard.covers.end) != (covers.start, covers.stop):
+        return None
+    return shard if _holds(files, shard, source) and is_whole(shard) else None
 
 
-def _holds(root: Path, shard: DoneShard, source: SourceList) -> bool:
+def _holds(files: Files, shard: DoneShard, source: SourceList) -> bool:
     """Return whether a shard's index names the samples and labels of its range of the source list."""
     rejected = {reject["position"] for reject in shard.covers.rejects}
     samples = source.samples[shard.covers.first : shard.covers.end]
     kept = [one for position, one in enumerate(samples, shard.covers.first) if position not in rejected]
-    rows = decode_index((root / shard.entry.index_name).read_bytes(), columns=["key", "labels"]).to_pydict()
+    rows = decode_index(files.read(shard.entry.index_name), columns=["key", "labels"]).to_pydict()
     expected = {"key": [sample_key(one.sample_id) for one in kept], "labels": [list(one.labels) for one in kept]}
     return bool(rows == expected)
 
 
 _IN_WORDS = {"source_list_sha256": "another list of files, segments, labels or classes (source_list_sha256)"}
+_BEFORE_PLANS = "shard_plan"
 
 
-def refuse_another_conversion(root: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raise ConversionRefusedError with every field that differs, if any does."""
-    before, now = (_flat({"clock": "first-frame"} | dict(one)) for one in (theirs, json.loads(json.dumps(ours))))
+def refuse_another_conversion(
+    root: Location, theirs: Mapping[str, Any], ours: Mapping[str, Any], *, finished: bool = False
+) -> None:
+    """Raise ConversionRefusedError with every field that differs, if any does.
+
+    Shards of a `finished` set may have been cut by the rule before `plan_shards`; an unfinished one cannot go on so.
+    """
+    has_plan = _BEFORE_PLANS in theirs
+    ours = {name: value for name, value in json.loads(json.dumps(ours)).items() if has_plan or name != _BEFORE_PLANS}
+    before, now = (_flat({"clock": "first-frame", **one}) for one in (theirs, ours))
     before, now = ({_IN_WORDS.get(name, name): value for name, value in one.items()} for one in (before, now))
     differences = [
         f"{name}: there {before.get(name)!r}, now {now.get(name)!r}"
@@ -337,6 +386,11 @@ def refuse_another_conversion(root: Path, theirs: Mapping[str, Any], ours: Mappi
             f"{root}: holds shards of another conversion ({'; '.join(differences)}); "
             "convert with the same sources, parameters and versions, or choose another --out"
         )
+    if not has_plan and not finished:
+        raise ConversionRefusedError(
+            f"{root}: holds an unfinished conversion of an earlier ca2st, which cut shards as they filled, not ahead; "
+            "finish it with that version, or empty the folder or choose another --out to convert anew"
+        )
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -346,22 +400,39 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def refuse_foreign_files(root: Path) -> None:
-    """Raise ConversionRefusedError if the folder holds anything that no conversion of ours wrote."""
-    for path in sorted(root.iterdir()):
-        temporary = path.name.startswith(".") and path.name.endswith(".tmp")
-        if not (_OURS.fullmatch(path.name) or path.name in _OTHERS_OF_OURS or temporary):
+def refuse_foreign_files(files: Files) -> None:
+    """Raise ConversionRefusedError if the place holds anything that no conversion of ours wrote."""
+    for name in sorted(files.sizes() or {}):
+        temporary = name.startswith(".") and name.endswith(".tmp")
+        if not (_OURS.fullmatch(name) or TABLE_NAMES.fullmatch(name) or name in _OTHERS_OF_OURS or temporary):
             raise ConversionRefusedError(
-                f"{root}: expected an empty folder or an unfinished conversion, found {path.name}; choose another --out"
+                f"{files.folder}: expected an empty folder or an unfinished conversion, found {name}; "
+                "choose another --out"
             )
 
 
-def remove_shards_from(root: Path, number: int) -> None:
-    """Remove every shard and index with that number or a higher one, the last first."""
-    for path in sorted((path for path in root.iterdir() if _OURS.fullmatch(path.name)), reverse=True):
-        if path.name >= f"ca2st-{number:06d}":
-            path.unlink()
-    fsync_folder(root)
+def shard_number(name: str) -> int:
+    """Return the number in the file name of a shard or an index."""
+    return int(name.removeprefix("ca2st-")[:6])
+
+
+def shards_there(files: Files) -> set[int]:
+    """Return numbers of which there is a shard or an index."""
+    return {shard_number(name) for name in files.sizes() or {} if _OURS.fullmatch(name)}
+
+
+def remove_shards_but(files: Files, kept: Container[int]) -> None:
+    """Remove every shard and index of a number that is not `kept`."""
+    for number in shards_there(files):
+        if number not in kept:
+            remove_shard(files, number)
+
+
+def remove_shard(files: Files, number: int) -> None:
+    """Remove a shard and its index, as far as they are there; the tar first."""
+    name = shard_name(number)
+    files.remove(name)
+    files.remove(index_name(name))
 
 
 State = tuple[int, ...] | None
@@ -379,8 +450,8 @@ class ShardSources:
     """Of its index, which is thereby known to be the one that was written."""
     first: int
     """Position of the first source."""
-    states: tuple[tuple[int, ...] | None, ...]
-    """State of it and of those behind it, up to the one that no longer fitted into the shard."""
+    states: tuple[tuple[int, int] | None, ...]
+    """State of it and of those behind it, to the end of the shard's range."""
 
 
 def state_of(path: Path) -> State:
@@ -392,43 +463,58 @@ def state_of(path: Path) -> State:
     return state.num_bytes, state.modified_ns
 
 
-def state_of_sample(sample: SourceSample, state: Callable[[Path], State] = state_of) -> State:
-    """Return the state of a sample's file, and behind it that of the file which its sound has of its own."""
-    own = state(sample.path)
-    if own is None or sample.sound_path is None:
-        return own
-    sound = state(sample.sound_path)
-    return None if sound is None else (*own, *sound)
+class SourcesFile:
+    """The ``sources.jsonl`` of a folder: the last sound line of each shard counts, others (a kill cuts one) do not.
 
+    Lines stay on disk, since all of them can be more than fits into memory.
+    """
 
-def read_sources(root: Path) -> dict[str, ShardSources]:
-    """Return what is known by shard name; the last sound line of each counts, others (a kill cuts one) are left out."""
-    try:
-        lines = (root / SOURCES_NAME).read_bytes().splitlines()
-    except OSError:
-        return {}
-    known = {}
-    for line in lines:
-        try:
-            one = _opened(line)
-        except DocumentError:
-            continue
-        known[one.shard] = one
-    return known
+    def __init__(self, root: Path) -> None:
+        self._root, self._path = root, root / SOURCES_NAME
+        self._places: dict[str, tuple[int, int]] = {}
+        self._end = 0
+        for line in self._lines():
+            with contextlib.suppress(DocumentError):
+                self._places[_opened(line).shard] = (self._end, len(line))
+            self._end += len(line)
 
+    def _lines(self) -> Iterator[bytes]:
+        with contextlib.suppress(OSError), self._path.open("rb") as file:
+            yield from file
 
-def append_sources(root: Path, sources: ShardSources) -> None:
-    """Add a line for a shard just written; raises as `append_bytes`."""
-    append_bytes(root / SOURCES_NAME, _sealed(sources))
+    def of(self, shard: str) -> ShardSources | None:
+        """Return what is known of a shard's sources."""
+        return _opened(self._line(shard)) if shard in self._places else None
 
+    def _line(self, shard: str) -> bytes:
+        start, size = self._places[shard]
+        with self._path.open("rb") as file:
+            file.seek(start)
+            return file.read(size)
 
-def write_sources(root: Path, known: Iterable[ShardSources]) -> None:
-    """Have the file hold these lines and no others; without any there is no file."""
-    path, data = root / SOURCES_NAME, b"".join(map(_sealed, known))
-    if not data:
-        path.unlink(missing_ok=True)
-    elif path.is_symlink() or not path.is_file() or path.read_bytes() != data:
-        write_bytes(path, data)
+    def append(self, sources: ShardSources) -> None:
+        """Add a line for a shard just made; raises as `append_bytes`."""
+        line = _sealed(sources)
+        append_bytes(self._path, line)
+        self._places[sources.shard] = (self._end, len(line))
+        self._end += len(line)
+
+    def keep(self, shards: Iterable[str]) -> None:
+        """Have the file hold the lines of these shards, in this order, and no others; without any there is no file."""
+        shards = [shard for shard in shards if shard in self._places]
+        if not shards:
+            self._path.unlink(missing_ok=True)
+            self._places, self._end = {}, 0
+            return
+        places, end = dict[str, tuple[int, int]](), 0
+        for shard in shards:
+            size = self._places[shard][1]
+            places[shard] = (end, size)
+            end += size
+        if self._path.is_symlink() or (places, end) != (self._places, self._end):
+            with writing(self._path) as file:
+                file.writelines(map(self._line, shards))
+            self._places, self._end = places, end
 
 
 def sources_damage(data: bytes, shards: Sequence[ShardEntry]) -> str:
@@ -455,7 +541,7 @@ def changed_sources(known: ShardSources, source: SourceList, state: Callable[[Pa
     return changed
 
 
-def changes_in_words(known: Sequence[ShardSources], source: SourceList, state: Callable[[Path], State]) -> str:
+def changes_in_words(known: Iterable[ShardSources], source: SourceList, state: Callable[[Path], State]) -> str:
     """Return how many files changed, and what of the first few; empty when none did."""
     changes: dict[Path, tuple[State, State]] = {}
     for one in known:
@@ -479,7 +565,7 @@ def _change_in_words(before: State, now: State) -> str:
 
 
 def _sealed(sources: ShardSources) -> bytes:
-    document = asdict(sources)
+    document = {name: getattr(sources, name) for name in ("shard", "index_sha256", "first", "states")}
     return canonical_json(document | {"sha256": sha256_of_json(document)}, is_compact=True) + b"\n"
 
 

@@ -3,6 +3,8 @@
 import importlib.metadata
 import platform
 import re
+from array import array
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,6 +31,10 @@ LEAST_SHARD_BYTES = TRAILER_BYTES + 3 * 2 * 512
 _TOOLS = ("ca2st", "av", "numpy", "pyarrow", "torch", "torchaudio", "webdataset")
 _SOURCE_FRAMES_PER_SECOND = 30.0
 _UNKNOWN_SECONDS = 10.0
+_BESIDE_BYTES = 4096
+"""Of a sample in a tar: three headers, the JSON, padding."""
+_PLAN_VERSION = 1
+"""Of the rule of `plan_shards`; the same list is cut otherwise under another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +90,10 @@ class ConversionConfig:
     interlaced: str = "deinterlace"
     """A name of INTERLACED_POLICIES; fields a moment apart make combs that no progressive source has."""
     shard_bytes: int = 1_000_000_000
-    """A shard is closed before it would grow beyond this; a single larger sample gets a shard of its own."""
+    """Bytes that a shard is planned to have (see `plan_shards`); its content decides how close it comes."""
+    clip_seconds: float | None = None
+    """What samples without times are taken to last when shards are planned; None: as long as the others on average, or
+    10 s."""
     workers: int = 1
     """Decode children; the bytes written do not depend on it."""
     audio_policy: str = "required"
@@ -101,6 +110,8 @@ class ConversionConfig:
     """Refuse notes that question the data (see `sharding.source`): no manifest is written."""
     update: bool = False
     """Convert again what changed since a set was finished; otherwise such a set is refused and stays as it is."""
+    append: bool = False
+    """Add the list to a finished set: new shards, and a new manifest over old and new ones."""
     clip_timeout_seconds: float = 300.0
     """Wall time for one clip before it counts as a ``timeout`` reject."""
     clip_memory_bytes: int = 4 * 2**30
@@ -120,6 +131,10 @@ class ConversionConfig:
             raise UserInputError(f"short_side: expected an even number of at least 16 pixels, found {self.short_side}")
         if self.frames_per_second is not None and not 0 < self.frames_per_second <= 1000:
             raise UserInputError(f"frames_per_second: expected a rate above 0, found {self.frames_per_second}")
+        if self.append and self.update:
+            raise UserInputError("append, update: expected one of them at a time, found both; a set is updated first")
+        if self.clip_seconds is not None and not 0 < self.clip_seconds <= 1e6:
+            raise UserInputError(f"clip_seconds: expected seconds above 0, found {self.clip_seconds}")
         if not 4000 <= self.sample_rate_hz <= 192_000:
             raise UserInputError(f"sample_rate_hz: expected 4000 to 192000, found {self.sample_rate_hz}")
         if self.shard_bytes < LEAST_SHARD_BYTES:
@@ -191,6 +206,7 @@ def conversion_identity(source: SourceList, config: ConversionConfig) -> dict[st
         "video": config.video.as_json(),
         "audio": asdict(config.audio),
         "shard_bytes": config.shard_bytes,
+        "shard_plan": {"version": _PLAN_VERSION, "clip_seconds": config.clip_seconds},
         "limits": asdict(config.limits),
         "tool_versions": tool_versions(),
         "clock": config.clock,
@@ -207,7 +223,6 @@ class StorageEstimate:
     num_frames: int
     video_bytes: int
     mel_bytes: int
-    num_shards: int
 
     @property
     def total_bytes(self) -> int:
@@ -217,21 +232,81 @@ class StorageEstimate:
 
 def estimate_storage(source: SourceList, config: ConversionConfig) -> StorageEstimate:
     """Return expected storage, without opening any media: 30 source frames per second of ordinary content."""
-    timed = [
-        max(0.0, sample.end_seconds - (sample.start_seconds or 0.0))
-        for sample in source.samples
-        if sample.end_seconds is not None
-    ]
-    each = sum(timed) / len(timed) if timed else _UNKNOWN_SECONDS
-    seconds = sum(timed) + each * (len(source.samples) - len(timed))
+    num_timed, timed_seconds = _timed(source)
+    seconds = timed_seconds + _seconds_without_times(config, num_timed, timed_seconds) * (
+        len(source.samples) - num_timed
+    )
+    return _estimate(seconds, config, num_samples=len(source.samples))
+
+
+def _estimate(seconds: float, config: ConversionConfig, *, num_samples: int) -> StorageEstimate:
     num_frames = round(seconds * min(config.frames_per_second or _SOURCE_FRAMES_PER_SECOND, _SOURCE_FRAMES_PER_SECOND))
-    video_bytes = round(num_frames * config.stored_codec.expected_frame_bytes(config.short_side, config.video.quality))
-    mel_bytes = 0 if config.audio_policy == "none" else round(seconds * 100) * config.num_mel_bins * 2
+    frame_bytes = config.stored_codec.expected_frame_bytes(config.short_side, config.video.quality)
     return StorageEstimate(
-        num_samples=len(source.samples),
+        num_samples=num_samples,
         duration_seconds=seconds,
         num_frames=num_frames,
-        video_bytes=video_bytes,
-        mel_bytes=mel_bytes,
-        num_shards=-(-(video_bytes + mel_bytes) // config.shard_bytes),
+        video_bytes=round(num_frames * frame_bytes),
+        mel_bytes=0 if config.audio_policy == "none" else round(seconds * 100) * config.num_mel_bins * 2,
     )
+
+
+def _timed(source: SourceList) -> tuple[int, float]:
+    """Return the number of samples with times, and their seconds."""
+    num_timed, seconds = 0, 0.0
+    for sample in source.samples:
+        if sample.end_seconds is not None:
+            num_timed += 1
+            seconds += max(0.0, sample.end_seconds - (sample.start_seconds or 0.0))
+    return num_timed, seconds
+
+
+def _seconds_without_times(config: ConversionConfig, num_timed: int, timed_seconds: float) -> float:
+    return config.clip_seconds or (timed_seconds / num_timed if num_timed else _UNKNOWN_SECONDS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardPlan:
+    """Which sources go into which shard."""
+
+    starts: Sequence[int]
+    """Position of every shard's first source."""
+    num_sources: int
+    num_bytes: float
+    """Forecast of all shards."""
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def range(self, place: int) -> range:
+        """Return positions of the sources of the shard at that place; none behind the last one."""
+        if place >= len(self.starts):
+            return range(0)
+        return range(*(*self.starts[place : place + 2], self.num_sources)[:2])
+
+
+def plan_shards(source: SourceList, config: ConversionConfig) -> ShardPlan:
+    """Cut the list into shards; the same list and parameters give the same plan.
+
+    Each sample's bytes are forecast from its annotated times, and a shard ends before it is expected to grow beyond
+    `config.shard_bytes`. Nothing that a worker finds out changes the plan: so every shard can be made by itself, and a
+    rejected source leaves its shard smaller.
+    """
+    each = config.clip_seconds
+    bytes_per_second = _estimate(1000.0, config, num_samples=1).total_bytes / 1000
+    room = config.shard_bytes - TRAILER_BYTES
+    starts, filled, total = array("q"), 0.0, 0.0
+    for position, sample in enumerate(source.samples):
+        end = sample.end_seconds
+        if end is not None:
+            seconds = max(0.0, end - (sample.start_seconds or 0.0))
+        else:
+            each = each or _seconds_without_times(config, *_timed(source))
+            seconds = each
+        num_bytes = _BESIDE_BYTES + seconds * bytes_per_second
+        if not starts or filled + num_bytes > room:
+            starts.append(position)
+            total += filled
+            filled = 0.0
+        filled += num_bytes
+    return ShardPlan(starts=starts, num_sources=len(source.samples), num_bytes=total + filled)

@@ -5,15 +5,22 @@ kinds question the data: somebody should look, and ``--strict`` refuses them. `H
 clip was converted to what players show.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ca2st.checked_json import sha256_of_json
+import numpy as np
+import numpy.typing as npt
+
+from ca2st.checked_json import canonical_json
 from ca2st.errors import UserInputError, listed
 from sharding.errors import AnnotationError
+from sharding.format.index import id_hash
 from sharding.format.shard_set import Labelling, LabelSpace
+
+_HASHED_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +53,8 @@ class SourceList:
     label_spaces: tuple[LabelSpace, ...]
     targets: tuple[str, ...]
     """Label spaces that a training reads by default."""
-    samples: tuple[SourceSample, ...]
+    samples: Sequence[SourceSample]
+    """Read from front to back, and by ranges; so it need not be in memory."""
     notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """What a user should know about the list and was accepted: kind to the places or names concerned."""
     labelling: Labelling = "one"
@@ -55,21 +63,21 @@ class SourceList:
     @property
     def sha256(self) -> str:
         """Hash of everything that decides the shards: ids, file names, times, labels and classes, not folders."""
-        return sha256_of_json(
-            [
-                self.dataset,
-                self.split,
-                *([] if self.labelling == "one" else [self.labelling]),
-                [[space.name, *space.classes] for space in self.label_spaces],
+        spaces = [[space.name, *space.classes] for space in self.label_spaces]
+        labelling = [] if self.labelling == "one" else [self.labelling]
+        head = canonical_json([self.dataset, self.split, *labelling, spaces], is_compact=True)
+        digest = hashlib.sha256(head.removesuffix(b"]") + b",[")  # as of one JSON, which a long list has no memory for
+        for first in range(0, len(self.samples), _HASHED_AT_ONCE):
+            rows = [
                 [
-                    [
-                        *(sample.sample_id, sample.path.name, sample.start_seconds, sample.end_seconds, *sample.labels),
-                        *([] if sample.sound_path is None else [{"sound": sample.sound_path.name}]),
-                    ]
-                    for sample in self.samples
-                ],
+                    *(sample.sample_id, sample.path.name, sample.start_seconds, sample.end_seconds, *sample.labels),
+                    *([] if sample.sound_path is None else [{"sound": sample.sound_path.name}]),
+                ]
+                for sample in self.samples[first : first + _HASHED_AT_ONCE]
             ]
-        )
+            digest.update(b"," * (first > 0) + canonical_json(rows, is_compact=True)[1:-1])
+        digest.update(b"]]")
+        return digest.hexdigest()
 
     @property
     def num_classes(self) -> dict[str, int]:
@@ -164,17 +172,16 @@ def check_source(source: SourceList) -> None:
     """Refuse an empty list, ids that are no text or not unique, labels outside their space, no media file at all."""
     if not source.samples:
         raise UserInputError(f"{source.dataset} {source.split}: expected at least one sample, found none")
-    seen: dict[str, str] = {}
-    for sample in source.samples:
-        if sample.sample_id in seen:
-            raise AnnotationError(
-                f"{sample.where}: sample id {sample.sample_id!r} is there already, at {seen[sample.sample_id]}; "
-                "give each segment its own id"
-            )
-        seen[sample.sample_id] = sample.where
-        _check_is_text(sample)
-        if expected := _unmet(sample.labels, [len(space.classes) for space in source.label_spaces], source.labelling):
-            raise AnnotationError(f"{sample.where}: expected {expected}, found {sample.labels}")
+    sizes = [len(space.classes) for space in source.label_spaces]
+
+    def hashes() -> Iterator[int]:
+        for sample in source.samples:
+            _check_is_text(sample)
+            if expected := _unmet(sample.labels, sizes, source.labelling):
+                raise AnnotationError(f"{sample.where}: expected {expected}, found {sample.labels}")
+            yield id_hash(sample.sample_id)
+
+    _refuse_repeated_ids(source, np.fromiter(hashes(), np.uint64, len(source.samples)))
     if not any(sample.path.is_file() for sample in source.samples):
         first = source.samples[0]
         raise UserInputError(
@@ -195,9 +202,29 @@ def _unmet(labels: tuple[int, ...], sizes: list[int], labelling: Labelling) -> s
     return "" if is_right else f"a label in each of {sizes} classes"
 
 
+def _refuse_repeated_ids(source: SourceList, hashes: npt.NDArray[np.uint64]) -> None:
+    """Refuse an id that is there twice; the hashes find it, which take 8 bytes of memory per sample."""
+    hashes.sort()
+    suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    seen: dict[str, str] = {}
+    for sample in source.samples if suspects else ():
+        if id_hash(sample.sample_id) not in suspects:
+            continue
+        if sample.sample_id in seen:
+            raise AnnotationError(
+                f"{sample.where}: sample id {sample.sample_id!r} is there already, at {seen[sample.sample_id]}; "
+                "give each segment its own id"
+            )
+        seen[sample.sample_id] = sample.where
+    if suspects:
+        raise AnnotationError(f"{source.dataset} {source.split}: two sample ids have one hash; change one of {seen}")
+
+
 def _check_is_text(sample: SourceSample) -> None:
     """Ids and file names go into the samples' JSON: names in bytes that are no UTF-8 cannot."""
     for name in (sample.sample_id, sample.path.name, *([sample.sound_path.name] if sample.sound_path else [])):
+        if name.isascii():
+            continue
         try:
             name.encode()
         except UnicodeEncodeError:

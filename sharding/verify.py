@@ -34,12 +34,13 @@ from sharding.format.index import MEMBER_SUFFIXES, MEMBERS, decode_index, frame_
 from sharding.format.remote import RemoteFileMissingError, RemoteFiles, as_location
 from sharding.format.shard_set import (
     MANIFEST_NAME,
-    SHARDS_NAME,
+    TABLE_NAMES,
     LabelSpace,
     Manifest,
     ShardEntry,
     ShardSet,
     parse_manifest,
+    read_manifest,
     read_shard_set,
 )
 from sharding.format.writer import member_header, padded
@@ -115,7 +116,8 @@ def verify_shard_set(root: Path, *, progress: Callable[[int, int], None] | None 
 
 def _set_problem(error: Exception) -> Problem:
     """Return what keeps a set from being read at all."""
-    return Problem(shard=SHARDS_NAME if SHARDS_NAME in str(error) else MANIFEST_NAME, key="", what=str(error))
+    table = TABLE_NAMES.search(str(error))
+    return Problem(shard=table[0] if table else MANIFEST_NAME, key="", what=str(error))
 
 
 def _problems_beside(
@@ -128,23 +130,24 @@ def _problems_beside(
         names: What the place holds, as far as it can be listed.
         read: A file's bytes; None where there is no such file.
     """
-    rejects = _expected_rejects(shard_set)
+    has_rejects = bool(shard_set.manifest.rejected)
     # A converter that was killed at its end leaves its lock.
-    expected = {MANIFEST_NAME, SHARDS_NAME, LOCK_NAME, SOURCES_NAME, MISSING_NAME} | (
-        {REJECTS_NAME} if rejects is not None else set()
-    )
+    table = shard_set.manifest.table
+    expected = {MANIFEST_NAME, table, LOCK_NAME, SOURCES_NAME, MISSING_NAME, *[REJECTS_NAME][:has_rejects]}
     for shard in shard_set.shards:
         expected |= {shard.name, shard.index_name}
     for name in sorted(set(names) - expected):
         yield Problem(shard=name, key="", what="not named by the manifest; remove it")
     if (sources := read(SOURCES_NAME)) is not None and (what := sources_damage(sources, shard_set.shards)):
         yield Problem(shard=SOURCES_NAME, key="", what=what)
-    if rejects is None:
+    if not has_rejects:
         return
-    found = read(REJECTS_NAME)
+    found, digest = read(REJECTS_NAME), shard_set.manifest.rejects_sha256
     if found is None:
         yield Problem(shard=REJECTS_NAME, key="", what="missing: the manifest counts rejects")
-    elif found != rejects:
+    elif digest is not None and hashlib.sha256(found).hexdigest() != digest:
+        yield Problem(shard=REJECTS_NAME, key="", what="sha256 differs from the manifest's; restore it")
+    elif digest is None and found != _rejects_of_indexes(shard_set):
         yield Problem(shard=REJECTS_NAME, key="", what="differs from what the shards' indexes say; remove it")
 
 
@@ -155,16 +158,14 @@ def _bytes_of(path: Path) -> bytes:
         return b""
 
 
-def _expected_rejects(shard_set: ShardSet) -> bytes | None:
-    """Return contents of ``rejects.jsonl`` by the indexes; None when there are no rejects and so no file."""
-    if not shard_set.manifest.rejected:
-        return None
+def _rejects_of_indexes(shard_set: ShardSet) -> bytes:
+    """Return contents of ``rejects.jsonl`` by the indexes."""
     rejects = []
-    for number, entry in enumerate(shard_set.shards):
+    for entry in shard_set.shards:
         if not _has_bytes_of(shard_set.root, entry):
             continue
         with contextlib.suppress(ShardDamageError):  # named by `_index_problems`
-            shard = open_done_shard(shard_set.root, number, with_tar=False)
+            shard = open_done_shard(shard_set.root, entry.name, with_tar=False)
             rejects += [Reject(**reject) for reject in shard.covers.rejects]
     return rejects_file(rejects)
 
@@ -172,19 +173,32 @@ def _expected_rejects(shard_set: ShardSet) -> bytes | None:
 def _index_problems(shard_set: ShardSet) -> Iterator[Problem]:
     """Yield what the indexes say of their conversion otherwise than the manifest and than each other."""
     end = 0
-    expected = _conversion_of(shard_set.manifest)
-    for number, entry in enumerate(shard_set.shards):
+    # Behind a hash of all rejects, ranges may leave out sources that were all rejected: their shards have no file.
+    left_out = sum(shard_set.manifest.rejected.values()) if shard_set.manifest.rejects_sha256 else 0
+    expected, lists = _conversion_of(shard_set.manifest), list(shard_set.manifest.source_lists)
+    for entry in shard_set.shards:
         if not _has_bytes_of(shard_set.root, entry):
             return  # named by the check of its bytes
         try:
-            shard = open_done_shard(shard_set.root, number, with_tar=False)
+            shard = open_done_shard(shard_set.root, entry.name, with_tar=False)
         except UnnamedConversionError:
             return  # not a conversion of ours: nothing is said twice
         except ShardDamageError as error:
             yield Problem(shard=entry.index_name, key="", what=f"{error}; restore it or convert again")
             return
+        if lists and shard.conversion.get("source_list_sha256") != lists[0]:  # the first shard of what was added
+            del lists[0]
+            end = 0
+        if shard_set.manifest.source_lists:
+            said = {
+                "source_list_sha256": lists[0] if lists else "",
+                "tool_versions": shard.conversion.get("tool_versions"),
+            }
+            expected |= said
+        gap = shard.covers.first - end
+        left_out -= max(0, gap) + len(shard.covers.rejects)
         for what, found, wanted in (
-            ("first source", shard.covers.first, end),
+            ("first source", shard.covers.first, end if gap < 0 or left_out < 0 else shard.covers.first),
             ("bytes of the shard", shard.entry.bytes, entry.bytes),
             ("sha256 of the shard", shard.entry.sha256, entry.sha256),
             *((name, shard.conversion.get(name, value), value) for name, value in expected.items()),
@@ -378,9 +392,9 @@ def verify_remote_set(files: RemoteFiles, *, progress: Callable[[int, int], None
     """
     with tempfile.TemporaryDirectory(prefix="ca2st-verify-") as folder:
         root = Path(folder)
-        for name in (MANIFEST_NAME, SHARDS_NAME):
-            _fetch_small(files, name, root)
+        _fetch_small(files, MANIFEST_NAME, root)
         try:
+            _fetch_small(files, read_manifest(root).table, root)
             shard_set = read_shard_set(root)
         except ManifestError as error:
             raise ManifestError(str(error).replace(str(root), files.folder.url)) from error
@@ -389,7 +403,8 @@ def verify_remote_set(files: RemoteFiles, *, progress: Callable[[int, int], None
             return [replace(problem, what=problem.what.replace(str(root), files.folder.url))]
         sizes, problems = files.sizes() or {}, list[Problem]()
         for number, shard in enumerate(shard_set.shards):
-            problems += _checked(files, shard_set, shard, listed=sizes.get(shard.name, shard.bytes))
+            listed = sizes.get(shard.name, shard.bytes)
+            problems += remote_shard_problems(files, shard, shard_set.manifest.label_spaces, root=root, listed=listed)
             if progress:
                 progress(number + 1, len(shard_set.shards))
 
@@ -406,8 +421,10 @@ def verify_remote_set(files: RemoteFiles, *, progress: Callable[[int, int], None
         return [*_problems_beside(shard_set, sizes, read), *_index_problems(shard_set), *problems]
 
 
-def _checked(files: RemoteFiles, shard_set: ShardSet, shard: ShardEntry, *, listed: int) -> list[Problem]:
-    root = shard_set.root
+def remote_shard_problems(
+    files: RemoteFiles, shard: ShardEntry, spaces: Sequence[LabelSpace], *, root: Path, listed: int
+) -> list[Problem]:
+    """Return what is wrong with a shard behind a URL that is `listed` with so many bytes; `root` is for its copy."""
     if listed != shard.bytes:
         what = f"expected {shard.bytes} bytes, found {listed}; copy it again"
         return [Problem(shard=shard.name, key="", what=what)]
@@ -426,7 +443,7 @@ def _checked(files: RemoteFiles, shard_set: ShardSet, shard: ShardEntry, *, list
         if not is_environment_error(error):
             raise
         raise EnvironmentFault(f"{path}: {error.strerror}; set TMPDIR to a folder with room for a shard") from error
-    problems = shard_problems(root, shard, shard_set.manifest.label_spaces)
+    problems = shard_problems(root, shard, spaces)
     path.unlink(missing_ok=True)
     return problems
 

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import av
 
@@ -49,13 +49,6 @@ class Rejected:
 
 
 _LATE = Rejected("timeout", "expected the clip within the clip timeout, found it unfinished")
-
-
-class ClipPool(Protocol):
-    """What a conversion runs its clips on: children of this machine, or the workers of a cluster."""
-
-    def map(self, jobs: Iterable[Any]) -> Iterator[Any]:
-        """Return a result or a `Rejected` for each job, in order; one map at a time."""
 
 
 class _Child:
@@ -201,7 +194,7 @@ class DecodePool:
         if index is not None and code == -signal.SIGXCPU:
             done[index] = _LATE
         elif index is not None:
-            done[index] = Rejected("decoder_crash", f"the decoding process died: {_described(code)}")
+            done[index] = Rejected("decoder_crash", f"the decoding process died: {exit_in_words(code)}")
 
     def _give_up_on(self, child: _Child, done: dict[int, Any]) -> None:
         index, ready = child.index, child.ready
@@ -218,7 +211,8 @@ class DecodePool:
         return child.end(dying=dying)
 
 
-def _described(code: int | None) -> str:
+def exit_in_words(code: int | None) -> str:
+    """Return how a process ended: the name of its signal, or its exit code."""
     if code is not None and code < 0:
         return signal.Signals(-code).name
     return f"exit code {code}"

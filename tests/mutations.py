@@ -192,17 +192,17 @@ MUTATIONS = (
         tests=("tests/sharding/format/test_manifest.py",),
     ),
     Mutation(
-        name="shards that do not join are taken for done",
+        name="shards of another range are taken for done",
         file="sharding/folder.py",
-        source="if shard.covers.first != (chain[-1].covers.end if chain else 0):",
+        source="if (shard.covers.first, shard.covers.end) != (covers.start, covers.stop):",
         replacement="if False:",
         tests=("tests/sharding/test_stale_sources.py", "-k", "join"),
     ),
     Mutation(
         name="stale shards are kept",
         file="sharding/conversion.py",
-        source="            remove_shards_from(self._out, len(self._done))\n            write_sources",
-        replacement="            write_sources",
+        source="        remove_shards_but(self._files, {*map(shard_number, names), *self._done})\n",
+        replacement="",
         tests=("tests/sharding/test_convert.py", "tests/sharding/test_rejects.py"),
     ),
     Mutation(

@@ -1,11 +1,11 @@
-"""A conversion by the workers of a Ray cluster, its nodes compared with this machine first.
+"""A conversion by tasks on a Ray cluster, its nodes compared with this machine first.
 
 A few clips are converted on every node: two processors may round differently under equal versions, and two nodes may
 have mounted different copies of a folder.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,21 +18,23 @@ from ray_jobs.cluster.node_check import (
     by_name,
     finding,
     judge_data,
+    judge_storage,
     judge_versions,
     refuse,
     split_answers,
+    try_storage,
 )
 from ray_jobs.cluster.ray_access import LOCAL, Node, RayAccess, ask_every_node, living_nodes, ray_session, this_node
-from ray_jobs.console import say
-from ray_jobs.conversion import convert_shown
+from ray_jobs.console import convert_shown, say
 from ray_jobs.doctor import Finding
-from sharding.cluster import ray_pool
+from sharding.cluster import RayShards
 from sharding.conversion import ConversionReport
 from sharding.errors import UnlikeNodeError
 from sharding.media.encode import ClipJob, EncodedClip, encode_clip
 from sharding.settings import ConversionConfig, tool_versions
+from sharding.shard_task import ShardPool, ShardSetup
 from sharding.source import SourceList
-from sharding.workers import ClipPool, DecodePool, Rejected
+from sharding.workers import DecodePool, Rejected
 
 _COLD_SECONDS = 120.0  # a cold interpreter on a busy node, beside the limits of the clips
 _NUM_PATHS = 16
@@ -41,7 +43,7 @@ _NUM_ENCODED = 2
 
 def convert_on_cluster(
     source: SourceList,
-    out: Path,
+    out: str | Path,
     config: ConversionConfig,
     *,
     address: str,
@@ -49,30 +51,30 @@ def convert_on_cluster(
     num_workers: int | None,
     faults: FaultPoints = NO_FAULTS,
 ) -> ConversionReport:
-    """Run `convert_shown`, the clips converted by Ray actors; this process writes the shards, to the same bytes.
+    """Run `convert_shown`, the shards made by Ray tasks on the nodes, to the same bytes.
 
-    The nodes need the media under the same paths, and nothing else of this machine's folders.
+    The nodes need the media and a folder `out` under the same paths.
 
     Args:
         source: The samples.
-        out: A folder of this machine.
-        config: Parameters; `workers` is replaced by `num_workers`.
+        out: A folder that all nodes share, or a URL.
+        config: Parameters.
         address: ``local`` (a Ray of this machine alone), ``auto`` or ``host:port``.
         access: The cluster's token, or the word that it needs none.
-        num_workers: Actors, one CPU each; None: all CPUs of the cluster.
+        num_workers: Shards that are made at a time, one CPU each; None: all CPUs of the cluster.
         faults: Fault points (tests).
 
     Raises:
         UserInputError: more workers than the cluster has CPUs, or no token.
-        UnlikeNodeError: a node does not see the media, or would write other bytes.
+        UnlikeNodeError: a node does not see the media or `out`, or would write other bytes.
         EnvironmentFault: no cluster answers, or its workers are lost again and again.
     """
 
     @contextmanager
-    def pool() -> Iterator[ClipPool]:
+    def pool(setup: ShardSetup, _num_tasks: int) -> Iterator[ShardPool]:
         with (
             ray_session(address, access=access, num_cpus=num_workers if address == LOCAL else None),
-            joined_pool(source, config, num_workers) as joined,
+            joined_pool(source, num_workers, setup) as joined,
         ):
             yield joined
 
@@ -80,27 +82,24 @@ def convert_on_cluster(
 
 
 @contextmanager
-def joined_pool(
-    source: SourceList,
-    config: ConversionConfig,
-    num_workers: int | None,
-    *,
-    encode: Callable[[ClipJob], EncodedClip] = encode_clip,
-) -> Iterator[ClipPool]:
+def joined_pool(source: SourceList, num_workers: int | None, setup: ShardSetup) -> Iterator[ShardPool]:
     """Open the pool of a cluster that is joined already, once its nodes were compared with this machine.
 
-    `encode` is what the decode children run, a module-level function. Raises as `convert_on_cluster` does.
+    Raises as `convert_on_cluster` does.
     """
     nodes = [node for node in living_nodes() if node.resources.get("CPU", 0) >= 1]
-    config = replace(config, workers=workers_on(nodes, num_workers))
-    probe = probe_of(source, config)
-    say(f"{config.workers} workers on {len(nodes)} nodes, each of which tries {len(probe.jobs)} clips first")
+    num_workers = workers_on(nodes, num_workers)
+    probe = probe_of(source, setup.config)
+    say(f"{num_workers} workers on {len(nodes)} nodes, each of which tries {len(probe.jobs)} clips first")
+    if isinstance(setup.out, Path):
+        shared = judge_storage(str(setup.out), try_storage(str(setup.out), nodes))
+        refuse(shared, "every node to write into the folder of --out", error=UnlikeNodeError)
     here = try_clips(probe)
     seconds = _COLD_SECONDS + len(probe.jobs) * probe.timeout_seconds
     found, silence = split_answers(ask_every_node(try_clips, probe, nodes=nodes, timeout_seconds=seconds))
     refuse_other_clips(probe, here, by_name(found), silence)
-    vetted = [node.node_id for node in nodes]
-    with ray_pool(config, vet=partial(check_this_node, probe, here), vetted=vetted, encode=encode) as pool:
+    vet, vetted = partial(check_this_node, probe, here), [node.node_id for node in nodes]
+    with RayShards(setup, num_workers=num_workers, vet=vet, vetted=vetted) as pool:
         yield pool
 
 
@@ -126,7 +125,7 @@ class Probe:
     """A few clips of a conversion that every node tries first."""
 
     paths: tuple[Path, ...]
-    """Media files, absolute, that the machine which writes the shards can see."""
+    """Media files, absolute, that the machine which runs the conversion can see."""
     jobs: tuple[ClipJob, ...]
     """Clips that are converted on trial."""
     timeout_seconds: float
@@ -162,7 +161,7 @@ def try_clips(probe: Probe) -> NodeFacts:
 
 
 def check_this_node(probe: Probe, here: NodeFacts) -> None:
-    """Compare the node this is called on, which joined later, with `here`: the machine that writes the shards.
+    """Compare the node this is called on, which joined later, with `here`: the machine that runs the conversion.
 
     Raises:
         UnlikeNodeError: it does not see the media, or would write other bytes.

@@ -1,6 +1,7 @@
 """``ca2st shard build|verify|inspect|overlap``."""
 
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -126,12 +127,20 @@ class BuildOptions:
     ] = AudioPolicy.REQUIRED
     sample_rate: Annotated[int, _audio("Sample rate in Hz before the filter bank.")] = 16_000
 
-    out: Annotated[Path | None, _output("Folder for the shards; rerun with the same one to resume.")] = None
-    shard_size: Annotated[str, _output("Size of a shard, as 1GB or 256MB.")] = "1GB"
+    out: Annotated[
+        str | None,
+        _output("Folder or URL (s3, gs) for the shards; rerun with the same one to resume.", metavar="DIR_OR_URL"),
+    ] = None
+    shard_size: Annotated[str, _output("Size that shards are planned for, as 1GB or 256MB.")] = "1GB"
+    clip_seconds: Annotated[
+        float | None,
+        _output("Length that samples without times are planned with; default: the others' mean, or 10 seconds."),
+    ] = None
     max_rejects: Annotated[str, _output("Samples that may be rejected: a number or a share like 2%.")] = "0"
     update: Annotated[
-        bool, _output("In a finished set, convert again from the first shard whose sources changed.", "--update")
+        bool, _output("In a finished set, convert the shards again whose sources changed.", "--update")
     ] = False
+    append: Annotated[bool, _output("Add these samples to the finished set in --out.", "--append")] = False
     dry_run: Annotated[bool, _output("Read the annotations only; print the expected storage.", "--dry-run")] = False
     as_json: Annotated[bool, _output("Print the facts as one JSON object.", "--json")] = False
 
@@ -139,7 +148,7 @@ class BuildOptions:
         int | None, _cluster("Decoding processes; default: the machine's cores, with --ray the cluster's.", min=1)
     ] = None
     ray: Annotated[
-        str | None, _cluster("Decode on a Ray cluster: auto, or host:port of its head.", metavar="ADDRESS")
+        str | None, _cluster("Make the shards on a Ray cluster: auto, or host:port of its head.", metavar="ADDRESS")
     ] = None
     accept_open_ray: Annotated[
         bool, _cluster("Join a cluster that asks nobody for a token.", "--i-accept-open-ray")
@@ -175,10 +184,12 @@ class BuildOptions:
             sample_rate_hz=self.sample_rate,
             workers=self.workers or num_cores(),
             shard_bytes=parse_bytes(self.shard_size),
+            clip_seconds=self.clip_seconds,
             audio_policy=self.audio.value,
             clock=self.clock.value,
             max_rejects=RejectBudget.parse(self.max_rejects),
             update=self.update,
+            append=self.append,
             strict=self.strict,
         )
 
@@ -210,7 +221,6 @@ def build(options: BuildOptions) -> None:
     """Convert one split of a dataset into shards; rerun the same command to resume."""
     from ca2st.errors import UserInputError
     from ray_jobs.console import say
-    from ray_jobs.conversion import print_plan, print_report
     from sharding.conversion import check_notes
     from sharding.datasets import read_dataset
     from sharding.source import note_lines
@@ -225,10 +235,10 @@ def build(options: BuildOptions) -> None:
         say(line)
     if options.dry_run:
         check_notes(source, config)
-        print_plan(source, config, as_json=options.as_json)
+        _print_plan(source, config, as_json=options.as_json)
         return
     assert options.out is not None
-    print_report(_convert(source, options.out, config, options), as_json=options.as_json)
+    _print_report(_convert(source, options.out, config, options), as_json=options.as_json)
 
 
 def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -238,11 +248,11 @@ def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + signal.SIGTERM)
 
 
-def _convert(source: "SourceList", out: Path, config: "ConversionConfig", options: BuildOptions) -> "ConversionReport":
+def _convert(source: "SourceList", out: str, config: "ConversionConfig", options: BuildOptions) -> "ConversionReport":
     from ray_jobs.environment import fault_points
 
     if options.ray is None:
-        from ray_jobs.conversion import convert_shown
+        from ray_jobs.console import convert_shown
 
         return convert_shown(source, out, config, faults=fault_points())
     from ray_jobs.cluster.conversion import convert_on_cluster
@@ -257,6 +267,59 @@ def _convert(source: "SourceList", out: Path, config: "ConversionConfig", option
         num_workers=options.workers,
         faults=fault_points(),
     )
+
+
+def _print_plan(source: "SourceList", config: "ConversionConfig", *, as_json: bool) -> None:
+    """Print the samples, classes and bytes to expect."""
+    from ray_jobs.console import counted, print_json, result, table
+    from sharding.datasets.label_spaces import label_histogram
+    from sharding.settings import estimate_storage, plan_shards
+
+    estimate = estimate_storage(source, config)
+    facts: dict[str, object] = {
+        "dataset": source.dataset,
+        "split": source.split,
+        "manifest": None,
+        "num_samples": len(source.samples),
+        "num_classes": _class_count(source.num_classes),
+        "num_shards": len(plan_shards(source, config)),
+        "estimated_bytes": estimate.total_bytes,
+        "rejected": {},
+        "notes": {kind: len(places) for kind, places in source.notes.items()},
+        "clips_per_second": None,
+    }
+    histogram = label_histogram(source)
+    if as_json:
+        print_json(facts | {"samples_per_class": histogram})
+        return
+    empty = {space: sum(count == 0 for count in counts.values()) for space, counts in histogram.items()}
+    facts["notes"] = counted({kind: len(places) for kind, places in source.notes.items()})
+    facts["classes without samples"] = counted(empty)
+    result(table({name: value for name, value in facts.items() if value is not None}))
+
+
+def _print_report(report: "ConversionReport", *, as_json: bool) -> None:
+    """Print what a finished conversion made, and what it left out."""
+    from ray_jobs.console import counted, print_json, result, table
+
+    facts = {
+        "manifest": str(report.manifest_path),
+        "num_samples": report.num_samples,
+        "num_classes": _class_count(report.num_classes),
+        "num_shards": report.num_shards,
+        "rejected": dict(report.rejected),
+        "notes": dict(report.notes),
+        "clips_per_second": round(report.clips_per_second, 2),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    result(table(facts | {"rejected": counted(report.rejected), "notes": counted(report.notes)}))
+
+
+def _class_count(num_classes: Mapping[str, int]) -> int | dict[str, int]:
+    """Return one number where one label is learned, a number per target otherwise."""
+    return next(iter(num_classes.values())) if len(num_classes) == 1 else dict(num_classes)
 
 
 @app.command(epilog="Example: ca2st shard verify shards/train, or: ca2st shard verify s3://bucket/shards/train")

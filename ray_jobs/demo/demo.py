@@ -9,8 +9,7 @@ from ca2st.processes import num_cores
 from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.config.recipe_file import load_recipe
-from ray_jobs.console import say
-from ray_jobs.conversion import convert_shown
+from ray_jobs.console import convert_shown, say
 from ray_jobs.demo.answers import DemoReport
 from ray_jobs.demo.comparison import Contest, Lesson, pretrain, run_contest
 from ray_jobs.demo.page import PAGE_NAME, write_demo_page

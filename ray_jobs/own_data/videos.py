@@ -12,7 +12,7 @@ import xxhash
 from ca2st.checked_json import sha256_of_json
 from ca2st.errors import UserInputError
 from ca2st.processes import num_cores
-from ray_jobs.conversion import convert_shown
+from ray_jobs.console import convert_shown
 from ray_jobs.runs.inference import load_trained, score
 from ray_jobs.runs.worker import Outcome
 from sharding.datasets.folder import ClassFolders, list_class_folders, visible_entries

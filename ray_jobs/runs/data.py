@@ -237,7 +237,7 @@ def synthetic_classes(recipe: Recipe) -> dict[str, list[str]] | None:
 
 def make_split(world: SyntheticData, split: str, folder: Path) -> Path:
     """Draw, sound and convert one split under `folder`; finished parts are kept, so calling again is cheap."""
-    from ray_jobs.conversion import convert_shown
+    from ray_jobs.console import convert_shown
     from sharding.datasets import DatasetRequest, read_dataset
     from sharding.settings import ConversionConfig
 

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from ca2st.errors import UserInputError
 from ca2st.processes import num_cores
 from pipelines.views import EvaluationViews
-from ray_jobs.conversion import convert_shown
+from ray_jobs.console import convert_shown
 from ray_jobs.runs.inference import TrainedModel, load_trained, score
 from sharding.conversion import convert
 from sharding.datasets.request import VIDEO_SUFFIXES

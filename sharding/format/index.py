@@ -118,8 +118,12 @@ def sample_key(sample_id: str) -> str:
     """
     plain = unicodedata.normalize("NFKD", sample_id).encode("ascii", "ignore").decode().lower()
     slug = re.sub(r"[^a-z0-9_]+", "-", plain).strip("-")[:_LONGEST_SLUG].strip("-")
-    digest = xxhash.xxh3_64_hexdigest(sample_id.encode("utf-8", "surrogateescape"))
-    return f"{slug or 'sample'}-{digest}"
+    return f"{slug or 'sample'}-{id_hash(sample_id):016x}"
+
+
+def id_hash(sample_id: str) -> int:
+    """xxh3-64 of a sample's id, which its key ends with."""
+    return xxhash.xxh3_64_intdigest(sample_id.encode("utf-8", "surrogateescape"))
 
 
 TICKS_PER_SECOND = 90_000

@@ -13,6 +13,7 @@ configuration files (AWS_*, GOOGLE_APPLICATION_CREDENTIALS, FSSPEC_*), which nev
 """
 
 import asyncio
+import contextlib
 import errno
 import random
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from ca2st.durable import NO_FAULTS, FaultPoints, write_bytes
 from ca2st.errors import EnvironmentFault, UserInputError, check_choice
 
 SCHEMES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "memory": "fsspec"}
@@ -190,6 +192,7 @@ class StorageConfig:
 RANGE_BYTES = 16 << 20
 """Most bytes of one request: what a failed request loses, and what a download holds in memory."""
 _PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+_LEAST_BYTES_PER_SECOND = 1 << 18  # of an upload that is not given up
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _LASTING_ERRNOS = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
 _PASSING_KINDS = frozenset(
@@ -260,19 +263,64 @@ class RemoteFiles:
 
         return self._ask(name, fetch)
 
+    def size(self, name: str) -> int:
+        """Return the size of a file; raises as `read`."""
+        return int(self._ask(name, lambda path: self._call("info", path))["size"])
+
     def sizes(self) -> dict[str, int] | None:
-        """Size of every file of the folder by name; None where the server does not tell (http, or no permission)."""
+        """Size of every file of the folder by name; None where the server does not tell (http, or no permission).
+
+        What is not there is empty: object stores have no folders.
+        """
         if self.folder.scheme in ("http", "https"):
             return None
         try:
             listed = self._ask("", lambda path: self._call("ls", path, detail=True, refresh=True))
+        except RemoteFileMissingError:
+            return {}
         except EnvironmentFault as fault:
             if isinstance(fault.__cause__, PermissionError):
                 return None
             raise
         return {entry["name"].rpartition("/")[2]: int(entry["size"]) for entry in listed if entry["type"] == "file"}
 
-    def _ask(self, name: str, work: Callable[[str], T]) -> T:
+    def write(self, name: str, data: bytes, *, faults: FaultPoints = NO_FAULTS, point: str = "file") -> None:
+        """Write a whole small file, which is there completely or not at all; fault points as `ca2st.durable.writing`.
+
+        Raises:
+            EnvironmentFault: refused, or not to be had within the retries.
+        """
+        faults.reach(f"{point}.written")
+        self._ask(name, lambda path: self._call("pipe_file", path, data), doing="written")
+        faults.reach(f"{point}.renamed")
+
+    def upload(self, name: str, file: Path) -> None:
+        """Write a file of this machine there, a large one in parts that are tried again alone; raises as `write`."""
+        seconds = self.retrier.config.request_seconds + file.stat().st_size / _LEAST_BYTES_PER_SECOND
+
+        def put(path: str) -> None:
+            if not self.filesystem.async_impl:
+                self.filesystem.put_file(str(file), path)
+                return
+            from fsspec.asyn import sync
+
+            before = getattr(self.filesystem, "retries", None)
+            try:
+                if before is not None:
+                    self.filesystem.retries = self.retrier.config.attempts  # of each part
+                sync(self.filesystem.loop, self.filesystem._put_file, str(file), path, timeout=seconds)
+            finally:
+                if before is not None:
+                    self.filesystem.retries = before
+
+        self._ask(name, put, doing="written")
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there; raises as `write`."""
+        with contextlib.suppress(RemoteFileMissingError):
+            self._ask(name, lambda path: self._call("rm_file", path), doing="removed")
+
+    def _ask(self, name: str, work: Callable[[str], T], *, doing: str = "read") -> T:
         url = self.folder.file(name) if name else self.folder.url
         path = self.filesystem._strip_protocol(url)
         try:
@@ -281,11 +329,15 @@ class RemoteFiles:
             raise RemoteFileMissingError(f"{url}: no such file") from error
         except RetriesSpentError as error:
             raise EnvironmentFault(
-                f"{url}: cannot be read: {error}; check the server and the network, or raise loader.retry.attempts and "
-                "loader.retry.total_seconds"
+                f"{url}: cannot be {doing}: {error}; check the server and the network"
+                + (
+                    ", or raise loader.retry.attempts and loader.retry.total_seconds"
+                    if doing == "read"
+                    else ", and rerun"
+                )
             ) from error.__cause__
         except Exception as error:  # every backend has errors of its own; all end here
-            raise EnvironmentFault(f"{url}: cannot be read: {described(error)}; {_remedy(error)}") from error
+            raise EnvironmentFault(f"{url}: cannot be {doing}: {described(error)}; {_remedy(error)}") from error
 
     def _fetch(self, path: str, start: int | None, end: int | None) -> bytes:
         begin = time.perf_counter()
@@ -293,16 +345,56 @@ class RemoteFiles:
         self.on_bytes(len(data), time.perf_counter() - begin)
         return data
 
-    def _call(self, method: str, path: str, **arguments: Any) -> Any:
+    def _call(self, method: str, path: str, *values: Any, **arguments: Any) -> Any:
         """Return a method of the filesystem, given up after `request_seconds` where it waits for a network."""
         if not self.filesystem.async_impl:
             if method == "ls":
                 arguments.pop("refresh")
-            return getattr(self.filesystem, method)(path, **arguments)
+            if method == "rm_file" and not self.filesystem.exists(path):
+                raise FileNotFoundError(path)
+            return getattr(self.filesystem, method)(path, *values, **arguments)
         from fsspec.asyn import sync
 
         coroutine = getattr(self.filesystem, f"_{method}")
-        return sync(self.filesystem.loop, coroutine, path, timeout=self.retrier.config.request_seconds, **arguments)
+        seconds = self.retrier.config.request_seconds
+        return sync(self.filesystem.loop, coroutine, path, *values, timeout=seconds, **arguments)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalFiles:
+    """The files of a folder of this machine, read and written as `RemoteFiles` are; errors name the path."""
+
+    folder: Path
+
+    def size(self, name: str) -> int:
+        """Return the size of a file."""
+        return (self.folder / name).stat().st_size
+
+    def sizes(self) -> dict[str, int]:
+        """Return size of every file of the folder by name."""
+        return {path.name: path.lstat().st_size for path in self.folder.iterdir()}
+
+    def read(self, name: str) -> bytes:
+        """Return a whole small file."""
+        return (self.folder / name).read_bytes()
+
+    def write(self, name: str, data: bytes, *, faults: FaultPoints = NO_FAULTS, point: str = "file") -> None:
+        """Write a file by the protocol of `ca2st.durable.writing`; raises as it does."""
+        write_bytes(self.folder / name, data, faults=faults, point=point)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        (self.folder / name).unlink(missing_ok=True)
+
+
+Files = LocalFiles | RemoteFiles
+
+
+def files_of(place: Location | Files) -> Files:
+    """Return the files of a folder or URL."""
+    if isinstance(place, RemoteFolder):
+        return RemoteFiles(folder=place)
+    return LocalFiles(folder=place) if isinstance(place, Path) else place
 
 
 def may_pass(error: Exception) -> bool:

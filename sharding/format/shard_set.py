@@ -6,6 +6,7 @@ hash: one file vouches for every byte. Trainers take the manifest, never a glob.
 
 import hashlib
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,12 +21,15 @@ from ca2st.errors import EnvironmentFault, listed
 from sharding.errors import ManifestError, ShardDamageError
 from sharding.format.index import read_parquet
 from sharding.format.remote import (
+    Files,
+    Location,
     RemoteFileMissingError,
     RemoteFiles,
     RemoteFolder,
     Retrier,
     StorageConfig,
     as_location,
+    files_of,
 )
 
 FORMAT_NAME = "ca2st-shards"
@@ -34,6 +38,7 @@ MANIFEST_NAME = "manifest.json"
 Labelling = Literal["one", "several", "none"]
 """Labels of a sample: ``one`` in each label space; ``several``: any number of the one label space; ``none``: a test set
 whose owners keep them."""
+SHARDS_NAME = "shards.parquet"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +154,14 @@ class Manifest:
     """What was unusual about the sources and accepted, by kind; a set without any leaves the field out."""
     labelling: Labelling = "one"
     """How many labels a sample has, in its JSON and in the index; ``one`` is left out, as in sets from before it."""
+    rejects_sha256: str | None = None
+    """Hash of ``rejects.jsonl``; None: no rejects, or a set from before this field, whose indexes name them all."""
+
+    source_lists: tuple[str, ...] = ()
+    """Hashes of the lists of a set that was added to, in order, over which `source_list_sha256` goes; () for a set of
+    one list."""
+    table: str = SHARDS_NAME
+    """File name of the table of shards: another one after each addition, so that either manifest has its own."""
 
     @property
     def fingerprint(self) -> str:
@@ -175,6 +188,9 @@ class Manifest:
             del payload["clock"]
         if self.labelling == "one":
             del payload["labelling"]
+        for name, absent in (("rejects_sha256", None), ("source_lists", ()), ("table", SHARDS_NAME)):
+            if getattr(self, name) == absent:
+                del payload[name]
         payload["format"], payload["format_version"] = FORMAT_NAME, FORMAT_VERSION
         payload["label_spaces"] = [asdict(space) | {"sha256": space.sha256} for space in self.label_spaces]
         payload["audio_sha256"] = sha256_of_json(asdict(self.audio))
@@ -245,11 +261,14 @@ def _manifest_from(payload: dict[str, Any], where: str) -> Manifest:
     fields = {name: value for name, value in payload.items() if name not in derived}
     spaces = checked(payload.get("label_spaces"), list[dict[str, Any]], where=f"{where}: label_spaces")
     fields["label_spaces"] = [{name: value for name, value in space.items() if name != "sha256"} for space in spaces]
-    return checked(fields, Manifest, where=where)
+    manifest = checked(fields, Manifest, where=where)
+    if not TABLE_NAMES.fullmatch(manifest.table):
+        raise DocumentError(f"{where}: table: expected {SHARDS_NAME} or shards-N.parquet, found {manifest.table!r}")
+    return manifest
 
 
-SHARDS_NAME = "shards.parquet"
-
+TABLE_NAMES = re.compile(r"shards(-\d{1,6})?\.parquet")
+"""Of tables of shards."""
 _SHARDS_SCHEMA = pa.schema(
     [
         ("name", pa.string()),
@@ -305,13 +324,18 @@ class ShardSet:
 
 
 def write_shard_set(
-    root: Path, manifest_fields: Mapping[str, Any], shards: tuple[ShardEntry, ...], *, faults: FaultPoints = NO_FAULTS
+    place: Location | Files,
+    manifest_fields: Mapping[str, Any],
+    shards: tuple[ShardEntry, ...],
+    *,
+    faults: FaultPoints = NO_FAULTS,
 ) -> Manifest:
-    """Write ``shards.parquet`` and then, last, ``manifest.json``.
+    """Write the table of shards and then, last, ``manifest.json``.
 
     `manifest_fields` are Manifest's fields except `num_samples`, `num_shards` and `shards_sha256`, which follow
     from `shards`.
     """
+    files = files_of(place)
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([asdict(shard) for shard in shards], schema=_SHARDS_SCHEMA), sink)
     data = sink.getvalue()
@@ -321,8 +345,8 @@ def write_shard_set(
         num_shards=len(shards),
         shards_sha256=hashlib.sha256(data).hexdigest(),
     )
-    write_bytes(root / SHARDS_NAME, data, faults=faults, point="shards_table")
-    write_bytes(root / MANIFEST_NAME, manifest.to_json(), faults=faults, point="manifest")
+    files.write(manifest.table, data, faults=faults, point="shards_table")
+    files.write(MANIFEST_NAME, manifest.to_json(), faults=faults, point="manifest")
     return manifest
 
 
@@ -343,7 +367,7 @@ def read_shard_set(place: str | Path | RemoteFolder, *, storage: StorageConfig |
         settings = storage or StorageConfig()
         return _read_remote(RemoteFiles(folder=location, retrier=Retrier(config=settings.retry)), settings)
     manifest = read_manifest(location)
-    path = location / SHARDS_NAME
+    path = location / manifest.table
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -359,14 +383,14 @@ def _read_remote(files: RemoteFiles, storage: StorageConfig) -> ShardSet:
     except RemoteFileMissingError:
         raise ManifestError(f"{where}: no such file; is it the URL of a shard set, and is its copy complete?") from None
     manifest = parse_manifest(text, where=where)
-    where = files.folder.file(SHARDS_NAME)
+    where = files.folder.file(manifest.table)
     try:
-        table = files.read(SHARDS_NAME)
+        table = files.read(manifest.table)
     except RemoteFileMissingError:
         raise ShardDamageError(f"{where}: named by {MANIFEST_NAME} but missing; copy the set again") from None
     shards = _parse_table(table, manifest, where=where)
     root = storage.folder / manifest.fingerprint[:32]
-    _keep(root, {SHARDS_NAME: table, MANIFEST_NAME: text})
+    _keep(root, {manifest.table: table, MANIFEST_NAME: text})
     return ShardSet(root=root, manifest=manifest, shards=shards, origin=files.folder, storage=storage)
 
 

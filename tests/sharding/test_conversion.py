@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ca2st.errors import UserInputError
 from sharding.format.index import sample_key
-from sharding.settings import ConversionConfig, RejectBudget, conversion_identity, estimate_storage
+from sharding.settings import ConversionConfig, RejectBudget, conversion_identity, estimate_storage, plan_shards
 from support.shards import sample, source_list
 
 
@@ -26,6 +26,7 @@ from support.shards import sample, source_list
         ({"frames_per_second": 0.0}, "frames_per_second: expected a rate above 0"),
         ({"sample_rate_hz": 44}, "sample_rate_hz: expected 4000"),
         ({"shard_bytes": 3}, "shard_bytes: expected at least 13312, the size of a tar of one sample, found 3"),
+        ({"clip_seconds": 0.0}, "clip_seconds: expected seconds above 0, found 0.0"),
         ({"workers": 0}, "workers: expected more than 0, found 0"),
         ({"clip_timeout_seconds": -1.0}, "clip_timeout_seconds: expected more than 0"),
     ],
@@ -65,11 +66,48 @@ def test_the_estimate_follows_the_annotated_times() -> None:
     assert estimate.video_bytes == pytest.approx(44 * 30 * 13_600)
     assert estimate.mel_bytes == 44 * 100 * 128 * 2
     assert estimate.total_bytes == estimate.video_bytes + estimate.mel_bytes
-    assert estimate.num_shards == 1
     thin = estimate_storage(source_list(timed), ConversionConfig(frames_per_second=10, audio_policy="none"))
     assert thin.num_frames == 400
     assert thin.mel_bytes == 0
     assert estimate_storage(source_list([sample(Path("a.mp4"))]), ConversionConfig()).duration_seconds == 10
+
+
+PLANNED = st.lists(st.one_of(st.none(), st.floats(0.1, 900)), min_size=1, max_size=60)
+"""Seconds of the samples of a list; None: a whole file."""
+
+
+@given(PLANNED, st.integers(20_000, 10**9))
+def test_the_plan_covers_every_sample_once_and_no_shard_is_forecast_beyond_its_size(
+    seconds: list[float | None], shard_bytes: int
+) -> None:
+    samples = [
+        sample(Path(f"{number}.mp4"), start=None if one is None else 5.0, end=None if one is None else 5.0 + one)
+        for number, one in enumerate(seconds)
+    ]
+    config = ConversionConfig(shard_bytes=shard_bytes)
+    starts = plan_shards(source_list(samples), config).starts
+    assert starts[0] == 0
+    assert list(starts) == sorted(set(starts))
+    for first, end in zip(starts, (*starts[1:], len(samples)), strict=True):
+        if end - first > 1:
+            part = estimate_storage(source_list(samples[first:end]), config).total_bytes
+            untimed = sum(one is None for one in seconds[first:end])
+            assert part <= shard_bytes or untimed, "those without times are as long as the others of the whole list"
+    assert plan_shards(source_list(samples), replace(config, workers=7)).starts == starts
+
+
+def test_the_plan_is_that_of_a_hand_calculation() -> None:
+    """30 frames of 13 600 bytes and 100 rows of 256 a second: a 10 s clip is 4 336 000 bytes and 4 096 beside them."""
+    clips = source_list([sample(Path(f"{number}.mp4"), start=0.0, end=10.0) for number in range(7)])
+    for shard_bytes, starts in ((3 * 4_340_096 + 10_240, [0, 3, 6]), (3 * 4_340_096 + 10_239, [0, 2, 4, 6])):
+        plan = plan_shards(clips, ConversionConfig(shard_bytes=shard_bytes))
+        assert (list(plan.starts), plan.num_bytes) == (starts, 7 * 4_340_096)
+        assert [plan.range(place) for place in (0, len(plan) - 1, len(plan))] == [
+            range(starts[1]), range(6, 7), range(0),
+        ]  # fmt: skip
+    whole = source_list([sample(Path(f"{number}.mp4")) for number in range(4)])
+    assert list(plan_shards(whole, ConversionConfig(clip_seconds=300)).starts) == [0]
+    assert list(plan_shards(whole, ConversionConfig(clip_seconds=1000)).starts) == [0, 2]
 
 
 @given(st.text(max_size=400))

@@ -29,7 +29,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     bad = damage(clips[1], folder / "bad.mp4", "text")
     source = source_list([sample(path) for path in [*clips[:2], bad, *clips[2:]]])
-    config = small_config(audio_policy="optional", shard_bytes=30_000, max_rejects=RejectBudget(count=1))
+    config = small_config(audio_policy="optional", shard_bytes=14_000_000, max_rejects=RejectBudget(count=1))
     report = convert(source, folder / "out", config)
     assert report.num_shards >= 2
     assert verify_shard_set(folder / "out") == []

@@ -13,12 +13,12 @@ _START_SECONDS = 20.0
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[dict[str, str]]:
-    """Serve `folder`, read-only, requests signed; gives the environment variables that its clients need."""
+def s3_server(folder: Path, *, writable: bool = False) -> Iterator[dict[str, str]]:
+    """Serve `folder`, requests signed; gives the environment variables that its clients need."""
     port = _free_port()
     command = [
         str(Path(sys.executable).with_name("rclone")),
-        *("serve", "s3", "--read-only", "--addr", f"127.0.0.1:{port}"),
+        *("serve", "s3", "--addr", f"127.0.0.1:{port}", *(() if writable else ("--read-only",))),
         *("--auth-key", f"{ACCESS_KEY},{SECRET_KEY}", "--config", str(folder / "no-rclone.conf"), str(folder)),
     ]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

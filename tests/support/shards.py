@@ -47,9 +47,13 @@ def small_clips(folder: Path, count: int, *, sound: Sound | None = None, **optio
     return source_list(clips)
 
 
+TWO_CLIPS = 8_400_000
+"""Bytes that are forecast for two silent clips of unknown length, 10 s each."""
+
+
 def small_config(**options: Any) -> ConversionConfig:
-    """Silent, small shards: no torch is needed."""
-    return ConversionConfig(**({"audio_policy": "none", "shard_bytes": 22_000, "workers": 1} | options))
+    """Silent, two clips in a shard."""
+    return ConversionConfig(**({"audio_policy": "none", "shard_bytes": TWO_CLIPS, "workers": 1} | options))
 
 
 def small_set(root: Path, media: Path, *, count: int = 5, **options: Any) -> tuple[SourceList, ConversionReport]:

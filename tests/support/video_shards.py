@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from sharding.conversion import assemble
 from sharding.format.shard_set import ShardSet, read_shard_set, write_shard_set
 from sharding.format.writer import ShardRange, StoredSample, write_shard
 from sharding.media.encode import EncodedClip, encode_clip
 from sharding.settings import ConversionConfig, conversion_identity
+from sharding.shard_task import assemble
 from sharding.source import SourceList
 from support.shards import sample, small_config, source_list
 

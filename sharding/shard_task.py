@@ -1,0 +1,363 @@
+"""Make one whole shard: decode its clips in children, make spectrograms, write the tar and its index.
+
+A task is a range of the source list that was cut beforehand, so no task needs another. It runs in the process of the
+conversion, in a worker process of this machine, or on a node of a cluster, to the same bytes.
+"""
+
+import contextlib
+import itertools
+import json
+import signal
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, cast
+
+from ca2st.durable import NO_FAULTS, FaultPoints
+from ca2st.errors import EnvironmentFault
+from ca2st.processes import SPAWN, die_with_parent
+from sharding.errors import MediaError
+from sharding.folder import DoneShard, Reject, State, open_done_shard, state_of_sample
+from sharding.format.index import sample_key
+from sharding.format.remote import Location, RemoteFiles
+from sharding.format.writer import ShardRange, StoredSample, shard_name, write_shard
+from sharding.media.audio import log_mel, no_spectrogram, npy_bytes
+from sharding.media.encode import ClipJob, EncodedClip, encode_clip
+from sharding.settings import ConversionConfig
+from sharding.source import SourceList, SourceSample, named_labels
+from sharding.workers import DecodePool, Rejected, exit_in_words
+
+Outcome = StoredSample | Reject
+_MOST_EXAMPLES = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardSetup:
+    """What all tasks of a conversion have in common."""
+
+    out: Location
+    """The set's folder, absolute, or its URL."""
+    config: ConversionConfig
+    source: SourceList
+    """The list, without its samples."""
+    identity: Mapping[str, Any]
+    """Of the conversion; it goes into every index."""
+    faults: FaultPoints = NO_FAULTS
+    encode: Callable[[ClipJob], EncodedClip] = encode_clip
+    """What the decode children run; a module-level function."""
+
+    def decode_pool(self, num_children: int = 1) -> DecodePool:
+        """Return the children of one worker."""
+        return DecodePool(
+            self.encode,
+            num_workers=num_children,
+            timeout_seconds=self.config.clip_timeout_seconds,
+            memory_bytes=self.config.clip_memory_bytes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardTask:
+    """One shard to make."""
+
+    number: int
+    """Of the shard."""
+    first: int
+    """Position of its first sample in the source list."""
+    samples: tuple[SourceSample, ...]
+    """Of its whole range, with absolute paths."""
+    rejects: tuple[Reject, ...] | None = None
+    """Of a shard that is there: it stays where these come out the same again. None: there is none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MadeShard:
+    """What became of a task."""
+
+    number: int
+    num_sources: int
+    is_kept: bool = False
+    """The shard that was there stays; nothing else is said about it."""
+    shard: DoneShard | None = None
+    """None where every sample was rejected: then there is no file."""
+    rejects: tuple[Reject, ...] = ()
+    states: tuple[State, ...] = ()
+    """Of the sources of the range, before they were read."""
+    examples: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Ids of some samples by kind of note."""
+
+
+def make_shard(
+    setup: ShardSetup, task: ShardTask, pool: DecodePool, *, on_sample: Callable[[bool], None] = lambda _: None
+) -> MadeShard:
+    """Make the task's shard in `setup.out`; `on_sample` hears of every source whether it was rejected.
+
+    Raises:
+        EnvironmentFault: the shard cannot be written, or a decode child not be started.
+    """
+    if task.rejects is not None and _rejected_again(setup, task, task.rejects, pool):
+        return MadeShard(number=task.number, num_sources=len(task.samples), is_kept=True)
+    states, rejects, examples = list[State](), list[Reject](), dict[str, dict[str, None]]()
+
+    def stored() -> Iterator[StoredSample]:
+        for sample, outcome in _outcomes(setup, task, range(len(task.samples)), pool, states):
+            on_sample(isinstance(outcome, Reject))
+            if isinstance(outcome, Reject):
+                rejects.append(outcome)
+                continue
+            for kind in outcome.notes:
+                if len(of_kind := examples.setdefault(kind, {})) < _MOST_EXAMPLES:
+                    of_kind[sample.sample_id] = None
+            yield outcome
+
+    samples = stored()
+    shard = None
+    if (first := next(samples, None)) is not None:
+
+        def covers() -> ShardRange:
+            end = task.first + len(task.samples)
+            return ShardRange(first=task.first, end=end, rejects=tuple(map(asdict, rejects)))
+
+        shard = _written(setup, task.number, itertools.chain([first], samples), covers)
+    return MadeShard(
+        number=task.number,
+        num_sources=len(task.samples),
+        shard=shard,
+        rejects=tuple(rejects),
+        states=tuple(states),
+        examples={kind: tuple(ids) for kind, ids in examples.items()},
+    )
+
+
+def _written(
+    setup: ShardSetup, number: int, samples: Iterable[StoredSample], covers: Callable[[], ShardRange]
+) -> DoneShard:
+    """Write a shard into the set's folder, or into one of this machine's and from there to the set's URL."""
+
+    def write(root: Path) -> DoneShard:
+        write_shard(root, number, samples, covers=covers, conversion=setup.identity, faults=setup.faults)
+        return open_done_shard(root, number, with_tar=False)
+
+    if isinstance(setup.out, Path):
+        return write(setup.out)
+    files = RemoteFiles(folder=setup.out)
+    with tempfile.TemporaryDirectory(prefix="ca2st-shard-") as folder:
+        shard = write(Path(folder))
+        for name in (shard.entry.index_name, shard.entry.name):  # a tar is never there without its index
+            files.upload(name, Path(folder) / name)
+        return shard
+
+
+def _rejected_again(setup: ShardSetup, task: ShardTask, rejects: Sequence[Reject], pool: DecodePool) -> bool:
+    places = [reject.position - task.first for reject in rejects]
+    return [outcome for _, outcome in _outcomes(setup, task, places, pool, [])] == list(rejects)
+
+
+def _outcomes(
+    setup: ShardSetup, task: ShardTask, places: Sequence[int], pool: DecodePool, states: list[State]
+) -> Iterator[tuple[SourceSample, Outcome]]:
+    """Yield the samples at `places` of the task with what became of them; `states` takes those of their files."""
+    samples = [task.samples[place] for place in places]
+
+    def jobs() -> Iterator[ClipJob]:
+        for sample in samples:
+            states.append(state_of_sample(sample))
+            yield setup.config.job(sample)
+
+    for place, sample, clip in zip(places, samples, pool.map(jobs()), strict=True):
+        yield sample, assemble(task.first + place, sample, clip, setup.source, setup.config)
+
+
+def assemble(
+    position: int,
+    sample: SourceSample,
+    clip: EncodedClip | Rejected,
+    source: SourceList,
+    config: ConversionConfig,
+) -> Outcome:
+    """Return the stored sample of a decoded clip, or the reject it is."""
+    if isinstance(clip, Rejected):
+        return Reject(position=position, sample_id=sample.sample_id, reason=clip.reason, what=clip.what)
+    try:
+        mel = log_mel(clip.audio.pcm, config.audio) if clip.audio and clip.has_audio else no_spectrogram(config.audio)
+    except MediaError as error:
+        return Reject(position=position, sample_id=sample.sample_id, reason=error.reason, what=str(error))
+    key = sample_key(sample.sample_id)
+    record = sample_record(key, sample, clip, source, config)
+    return StoredSample(
+        key=key,
+        labels=sample.labels,
+        video=clip.video.mp4,
+        mel=npy_bytes(mel),
+        json=json.dumps(record, sort_keys=True, ensure_ascii=False).encode(),
+        num_frames=len(clip.video.frame_ticks),
+        duration_seconds=clip.duration_seconds,
+        has_audio=clip.has_audio,
+        mel_rows=len(mel),
+        frame_data_offset=clip.video.frame_data_offset,
+        frame_bytes=clip.video.frame_bytes,
+        frame_ticks=clip.video.frame_ticks,
+        notes=clip.notes,
+    )
+
+
+def sample_record(
+    key: str, sample: SourceSample, clip: EncodedClip, source: SourceList, config: ConversionConfig
+) -> dict[str, Any]:
+    """Return the contents of a sample's ``.json``."""
+    audio: dict[str, Any] = {"has_audio": False}
+    if clip.audio is not None:
+        audio = {
+            "has_audio": clip.has_audio,
+            "is_silent": clip.audio.is_silent,
+            "sample_rate_hz": config.sample_rate_hz,
+            "num_samples": len(clip.audio.pcm),
+            "source_sample_rate_hz": clip.audio.source_rate_hz,
+            "source_channels": clip.audio.source_channels,
+        }
+    if sample.sound_path is not None and clip.sound_bytes is not None:
+        audio |= {"source": sample.sound_path.name, "source_bytes": clip.sound_bytes}
+    record = {
+        "key": key,
+        "sample_id": sample.sample_id,
+        "source": sample.path.name,
+        "source_bytes": clip.source_bytes,
+        "start_seconds": sample.start_seconds,
+        "end_seconds": sample.end_seconds,
+        "duration_seconds": clip.duration_seconds,
+        "labels": named_labels(sample.labels, source.label_spaces, source.labelling),
+        "video": {
+            "codec": config.codec,
+            "width": clip.video.width,
+            "height": clip.video.height,
+            "num_frames": len(clip.video.frame_ticks),
+            "source_codec": clip.source_codec,
+            "source_width": clip.source_size[0],
+            "source_height": clip.source_size[1],
+            "source_frames_per_second": clip.source_frames_per_second,
+        },
+        "audio": audio,
+    }
+    said = {"changes": dict(clip.changes), "notes": list(clip.notes)}
+    return record | {name: value for name, value in said.items() if value}
+
+
+class ShardPool(Protocol):
+    """What makes the shards of a conversion: processes of this machine, or the nodes of a cluster."""
+
+    def run(self, tasks: Iterable[ShardTask], *, on_sample: Callable[[int, bool], None]) -> Iterator[MadeShard]:
+        """Yield what became of each task, as it is done; `on_sample` may hear of sources before (shard, rejected)."""
+
+
+class LocalWorkers:
+    """Makes shards with `config.workers` decode children on this machine.
+
+    They are shared by as many worker processes as there are shards to make; a single worker is this process itself.
+    """
+
+    def __init__(self, setup: ShardSetup, num_tasks: int) -> None:
+        num_children = setup.config.workers
+        num_workers = min(num_children, num_tasks)
+        each, more = divmod(num_children, max(1, num_workers))
+        self._setup, self._children_of = setup, [each + (number < more) for number in range(num_workers)]
+        self._own_pool: DecodePool | None = None
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._own_pool is not None:
+            self._own_pool.close()
+        for worker in self._workers:
+            worker.process.kill()  # its decode child ends with it
+        for worker in self._workers:
+            worker.process.join()
+            worker.connection.close()
+
+    def run(self, tasks: Iterable[ShardTask], *, on_sample: Callable[[int, bool], None]) -> Iterator[MadeShard]:
+        """Yield what became of each task, as it is done.
+
+        Raises:
+            EnvironmentFault: as `make_shard`, or a worker cannot be started or is killed.
+        """
+        if len(self._children_of) == 1:
+            self._own_pool = self._setup.decode_pool(self._children_of[0])
+            for task in tasks:
+                yield make_shard(self._setup, task, self._own_pool, on_sample=partial(on_sample, task.number))
+            return
+        for num_children in self._children_of:
+            self._workers.append(_Worker(self._setup, num_children))
+        waiting = iter(tasks)
+        while True:
+            for worker in self._workers:
+                if worker.task is None and (following := next(waiting, None)) is not None:
+                    worker.give(following)
+            busy = {worker.connection: worker for worker in self._workers if worker.task is not None}
+            if not busy:
+                return
+            for connection in wait(list(busy)):
+                worker = busy[cast(Connection, connection)]
+                message, number = worker.receive()
+                if isinstance(message, MadeShard):
+                    yield message
+                else:
+                    on_sample(number, message)
+
+
+class _Worker:
+    """A process that makes shards, its pipe, and what it is making."""
+
+    def __init__(self, setup: ShardSetup, num_children: int) -> None:
+        self.connection, theirs = SPAWN.Pipe()
+        self.process = SPAWN.Process(target=serve_shards, args=(theirs, setup, num_children), daemon=False)
+        self.process.start()
+        theirs.close()
+        self.task: ShardTask | None = None
+
+    def give(self, task: ShardTask) -> None:
+        self.task = task
+        with contextlib.suppress(OSError):  # it died: `receive` says so
+            self.connection.send(task)
+
+    def receive(self) -> tuple[MadeShard | bool, int]:
+        """Return the shard it made, or whether a source was rejected, and the shard's number; raises its error."""
+        assert self.task is not None
+        try:
+            message = self.connection.recv()
+        except (EOFError, OSError) as error:
+            self.process.join(timeout=5.0)
+            raise EnvironmentFault(
+                f"a conversion worker ended while it made {shard_name(self.task.number)} "
+                f"({exit_in_words(self.process.exitcode)}); is memory short? finished shards are kept: rerun, with "
+                "fewer --workers if need be"
+            ) from error
+        if isinstance(message, BaseException):
+            raise message
+        number = self.task.number
+        if isinstance(message, MadeShard):
+            self.task = None
+        return message, number
+
+
+def serve_shards(connection: Connection, setup: ShardSetup, num_children: int) -> None:
+    """Make shards as `connection` asks for them, until it closes; the body of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the conversion decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_parent()
+    with contextlib.suppress(EOFError, ConnectionError), setup.decode_pool(num_children) as pool:
+        while True:
+            task = connection.recv()
+            try:
+                made: MadeShard | Exception = make_shard(setup, task, pool, on_sample=connection.send)
+            except (EOFError, ConnectionError):
+                raise
+            except Exception as error:  # noqa: BLE001  told to the conversion, which ends with it
+                made = error
+            connection.send(made)
