@@ -39,7 +39,7 @@ from sharding.format.shard_set import MANIFEST_NAME, TABLE_NAMES, ShardEntry, in
 from sharding.format.writer import ShardRange, shard_name
 from sharding.media.claims import source_state
 from sharding.settings import RejectBudget
-from sharding.source import SourceList
+from sharding.source import SourceList, SourceSample
 
 LOCK_NAME = ".conversion.lock"
 SOURCES_NAME = "sources.jsonl"
@@ -450,7 +450,7 @@ class ShardSources:
     """Of its index, which is thereby known to be the one that was written."""
     first: int
     """Position of the first source."""
-    states: tuple[tuple[int, int] | None, ...]
+    states: tuple[tuple[int, ...] | None, ...]
     """State of it and of those behind it, to the end of the shard's range."""
 
 
@@ -461,6 +461,15 @@ def state_of(path: Path) -> State:
     except MediaError:
         return None
     return state.num_bytes, state.modified_ns
+
+
+def state_of_sample(sample: SourceSample, state: Callable[[Path], State] = state_of) -> State:
+    """Return the state of a sample's file, and behind it that of the file which its sound has of its own."""
+    own = state(sample.path)
+    if own is None or sample.sound_path is None:
+        return own
+    sound = state(sample.sound_path)
+    return None if sound is None else (*own, *sound)
 
 
 class SourcesFile:

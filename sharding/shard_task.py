@@ -276,7 +276,10 @@ class LocalWorkers:
         if self._own_pool is not None:
             self._own_pool.close()
         for worker in self._workers:
-            worker.process.kill()  # its decode child ends with it
+            if kind is None:
+                worker.connection.close()  # it ends by itself
+                worker.process.join(timeout=5.0)
+            worker.process.kill()  # its decode children end with it
         for worker in self._workers:
             worker.process.join()
             worker.connection.close()

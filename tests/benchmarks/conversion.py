@@ -1,15 +1,19 @@
-"""``make bench-convert``: the converter beside the plain loop that people write first, on the same files, in turns.
+"""``make bench-convert``: the converter beside FFmpeg and beside the plain loop that people write first, in turns.
 
-The plain loop is one process: PyAV, Pillow, torchaudio, webdataset's ShardWriter. No strict decoding, no checks, no
-index, no resuming: every frame as a JPEG member, the log-mel spectrogram as an npy.
+FFmpeg does the least there is to do, on one thread: decode, scale, a JPEG per frame, 16 kHz sound. The plain loop is
+one process: PyAV, Pillow, torchaudio, webdataset's ShardWriter; no strict decoding, no checks, no index, no resuming:
+every frame as a JPEG member, the log-mel spectrogram as an npy. Each way runs in a process of its own, so that every
+one pays for its start; processor time is that of the process and all it started.
 """
 
 import io
 import os
+import resource
 import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.programs import make_command
 from ca2st.benchmark.measure import spread
-from ca2st.processes import num_cores
+from ca2st.processes import SPAWN, num_cores
 from pipelines.benchmark.clips import source_list
 from ray_jobs.bench_report import bench_facts, source_files, work_folder, write_report
 from ray_jobs.cli import main
@@ -32,30 +36,41 @@ from ray_jobs.commands.machine import Clips, Codec, Media, Work
 from ray_jobs.commands.options import Json, Out
 from ray_jobs.console import progress, require_writable_place
 from sharding.conversion import convert
-from sharding.format.shard_set import AudioParameters, read_shard_set
-from sharding.settings import ConversionConfig
+from sharding.format.shard_set import AudioParameters
+from sharding.settings import LEAST_SHARD_BYTES, TRAILER_BYTES, ConversionConfig, plan_shards
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Way:
+    """One way to convert; the medians of its rounds."""
+
+    seconds: float
+    """From the start of its process to its end."""
+    cpu_seconds: float
+    clips_per_second: float
+    bytes_per_clip: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionBenchmark:
-    """The converter beside the plain loop."""
+    """The converter beside FFmpeg and the plain loop."""
 
+    ways: Mapping[str, Way]
+    """``workers``, ``one worker``, ``ffmpeg`` where it is installed, ``baseline``."""
     clips_per_second: float
-    """On all cores: how one converts."""
-    one_worker_clips_per_second: float
-    """With one decoding process beside the writing one."""
+    """With all workers."""
     baseline_clips_per_second: float
     """One process: PyAV, Pillow, torchaudio, webdataset's ShardWriter."""
-    ratio: float
-    """`clips_per_second` over the baseline's."""
+    workers_speedup: float
+    """Wall time of one worker over that of all."""
+    share_of_ffmpeg: float | None
+    """Processor time of FFmpeg over that of one worker: 1 is as fast per core; None without FFmpeg."""
     workers: int
-    """Decoding processes of the first figure."""
     num_clips: int
+    num_shards: int
     codec: str
-    shard_bytes_per_clip: float
-    baseline_bytes_per_clip: float
     load_before: float
-    """The machine's load average over the minute before."""
+    """The machine's load average over the minute before; wall times mean something on an idle machine only."""
 
 
 _JPEG_QUALITY = 85
@@ -67,7 +82,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command(epilog='Example: make bench-convert ARGS="--clips 8 --json"')
 def bench(
-    clips: Clips = 12,
+    clips: Clips = 24,
     rounds: Annotated[int, typer.Option(min=1, help="Conversions in each way.")] = 2,
     codec: Codec = "mjpeg",
     workers: Annotated[
@@ -78,7 +93,7 @@ def bench(
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Measure clips per second of `ca2st shard build`, beside a plain loop in the same run.
+    """Measure clips per second and processor time of `ca2st shard build`, beside FFmpeg and a plain loop.
 
     The baseline is one process: PyAV, Pillow, torchaudio, webdataset's ShardWriter, without a check of anything.
     """
@@ -87,19 +102,24 @@ def bench(
         require_writable_place(out, "--out")
     with work_folder(work) as folder:
         files = source_files(clips, media, folder)
-        with progress("Converting", rounds * len(_VARIANTS)) as update:
+        with progress("Converting", rounds * len(_WAYS)) as update:
             found = benchmark_conversion(config, files, folder, rounds=rounds, update=update)
     facts = bench_facts(asdict(found), command=make_command("bench-convert", sys.argv[1:]))
     write_report(facts, _lines(found), out=out, as_json=as_json)
 
 
 def _lines(found: ConversionBenchmark) -> list[str]:
-    return [
-        f"{found.num_clips} clips to {found.codec}; load before: {found.load_before:.1f}",
-        f"  {found.workers} workers  {found.clips_per_second:7.2f} clips/s  {found.ratio:.2f}x the baseline",
-        f"  1 worker   {found.one_worker_clips_per_second:7.2f} clips/s",
-        f"  baseline   {found.baseline_clips_per_second:7.2f} clips/s",
+    lines = [
+        f"{found.num_clips} clips to {found.codec}, {found.num_shards} shards; load before: {found.load_before:.1f}"
     ]
+    lines.append(f"  {'':<12}{'seconds':>9}{'processor':>11}{'clips/s':>9}")
+    for name, way in found.ways.items():
+        told = f"{found.workers} workers" if name == "workers" else name
+        lines.append(f"  {told:<12}{way.seconds:9.1f}{way.cpu_seconds:11.1f}{way.clips_per_second:9.2f}")
+    lines.append(f"{found.workers} workers are {found.workers_speedup:.2f}x one worker")
+    if found.share_of_ffmpeg is not None:
+        lines.append(f"one worker has {found.share_of_ffmpeg:.2f} of FFmpeg's speed per core")
+    return lines
 
 
 def convert_plainly(files: Sequence[Path], out: Path, *, short_side: int, audio: AudioParameters) -> int:
@@ -152,14 +172,22 @@ def _log_mel(file: Path, audio: AudioParameters) -> np.ndarray[tuple[int, int], 
     return np.asarray(rows.numpy(), dtype=np.float16)
 
 
+def convert_by_ffmpeg(files: Sequence[Path], out: Path, *, short_side: int, quality: int) -> int:
+    """Have FFmpeg decode `files` on one thread into JPEGs and 16 kHz sound in the new folder `out`; returns bytes."""
+    out.mkdir()
+    scale = f"scale='if(gt(iw,ih),-2,min(iw,{short_side}))':'if(gt(iw,ih),min(ih,{short_side}),-2)'"
+    for number, file in enumerate(files):
+        command = ["ffmpeg", "-v", "error", "-threads", "1", "-filter_threads", "1", "-i", f"file:{file}"]
+        command += ["-map", "0:v:0", "-vf", scale, "-c:v", "mjpeg", "-q:v", str(quality), "-pix_fmt", "yuvj420p"]
+        command += ["-threads", "1", str(out / f"{number}.mov")]
+        command += ["-map", "0:a:0?", "-ac", "1", "-ar", "16000", "-c:a", "pcm_s16le", str(out / f"{number}.wav")]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    return sum(path.stat().st_size for path in out.iterdir())
+
+
 Update = Callable[[int, str], None]
-_VARIANTS = ("all cores", "one worker", "baseline")
-
-
-@dataclass(frozen=True, slots=True)
-class _Passed:
-    seconds: float
-    bytes_per_clip: float
+_WAYS = ("workers", "one worker", "ffmpeg", "baseline")
+_SHARDS_PER_WORKER = 2
 
 
 def benchmark_conversion(
@@ -172,49 +200,68 @@ def benchmark_conversion(
 ) -> ConversionBenchmark:
     """Convert `files` under the folder `work` in each way, `rounds` times in turn; what was written is removed.
 
-    `config.workers` decode in the first way. Wall times from the call to the finished manifest, processes' starts
-    included. `update` hears how many of ``rounds * 3`` conversions are done.
+    The shards are cut so that every worker has two. `update` hears how many conversions are done.
 
     Raises:
-        CA2STError: whatever the converter refuses.
+        RuntimeError: a way ended with an error.
     """
-    load_before = os.getloadavg()[0]
-    passed: dict[str, list[_Passed]] = {variant: [] for variant in _VARIANTS}
-    for number in range(rounds * len(_VARIANTS)):
-        variant = _VARIANTS[number % len(_VARIANTS)]
-        update(number, variant)
-        passed[variant].append(_convert(variant, config, files, work / "converted"))
-    update(rounds * len(_VARIANTS), "")
-    rates = {
-        variant: spread([len(files) / one.seconds for one in of_variant]).median
-        for variant, of_variant in passed.items()
+    load_before, source = os.getloadavg()[0], source_list(files)
+    each = plan_shards(source, config).num_bytes / (_SHARDS_PER_WORKER * config.workers)
+    config = replace(config, shard_bytes=max(LEAST_SHARD_BYTES, min(config.shard_bytes, round(each) + TRAILER_BYTES)))
+    ways = [way for way in _WAYS if way != "ffmpeg" or shutil.which("ffmpeg")]
+    passed: dict[str, list[Way]] = {way: [] for way in ways}
+    for number in range(rounds * len(ways)):
+        way = ways[number % len(ways)]
+        update(number, way)
+        passed[way].append(_measured(way, config, files, work / "converted"))
+    update(rounds * len(ways), "")
+    medians = {
+        way: Way(**{name: spread([getattr(one, name) for one in found]).median for name in asdict(found[0])})
+        for way, found in passed.items()
     }
+    one = medians["one worker"]
     return ConversionBenchmark(
-        clips_per_second=rates["all cores"],
-        one_worker_clips_per_second=rates["one worker"],
-        baseline_clips_per_second=rates["baseline"],
-        ratio=rates["all cores"] / rates["baseline"],
+        ways=medians,
+        clips_per_second=medians["workers"].clips_per_second,
+        baseline_clips_per_second=medians["baseline"].clips_per_second,
+        workers_speedup=one.seconds / medians["workers"].seconds,
+        share_of_ffmpeg=medians["ffmpeg"].cpu_seconds / one.cpu_seconds if "ffmpeg" in medians else None,
         workers=config.workers,
         num_clips=len(files),
+        num_shards=len(plan_shards(source, config)),
         codec=config.codec,
-        shard_bytes_per_clip=passed["all cores"][0].bytes_per_clip,
-        baseline_bytes_per_clip=passed["baseline"][0].bytes_per_clip,
         load_before=load_before,
     )
 
 
-def _convert(variant: str, config: ConversionConfig, files: Sequence[Path], out: Path) -> _Passed:
-    begin = time.perf_counter()
+def _measured(way: str, config: ConversionConfig, files: Sequence[Path], out: Path) -> Way:
+    """Convert in one way, in a process of its own."""
+    begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     try:
-        if variant == "baseline":
-            num_bytes = convert_plainly(files, out, short_side=config.short_side, audio=config.audio)
-        else:
-            workers = config.workers if variant == "all cores" else 1
-            convert(source_list(files), out, replace(config, workers=workers))
-            num_bytes = sum(shard.bytes for shard in read_shard_set(out).shards)
-        return _Passed(time.perf_counter() - begin, num_bytes / len(files))
+        process = SPAWN.Process(target=convert_in, args=(way, config, files, out), daemon=False)
+        process.start()
+        process.join()
+        seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+        if process.exitcode != 0:
+            raise RuntimeError(f"{way}: ended with {process.exitcode}")
+        return Way(
+            seconds=seconds,
+            cpu_seconds=after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime,
+            clips_per_second=len(files) / seconds,
+            bytes_per_clip=sum(path.stat().st_size for path in out.iterdir()) / len(files),
+        )
     finally:
         shutil.rmtree(out, ignore_errors=True)
+
+
+def convert_in(way: str, config: ConversionConfig, files: Sequence[Path], out: Path) -> None:
+    """Convert in one of `_WAYS`; what the process of a measurement runs."""
+    if way == "baseline":
+        convert_plainly(files, out, short_side=config.short_side, audio=config.audio)
+    elif way == "ffmpeg":
+        convert_by_ffmpeg(files, out, short_side=config.short_side, quality=config.video.quality)
+    else:
+        convert(source_list(files), out, replace(config, workers=config.workers if way == "workers" else 1))
 
 
 if __name__ == "__main__":

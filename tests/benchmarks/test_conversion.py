@@ -1,13 +1,12 @@
 """``make bench-convert``: what it measures, prints and refuses."""
 
 import json
+import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from benchmarks import conversion
 from benchmarks.conversion import app, benchmark_conversion
 from ray_jobs.cli import main
 from sharding.settings import ConversionConfig
@@ -30,23 +29,16 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-def test_conversion_is_measured_in_three_ways_and_leaves_nothing(
-    files: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ways: list[int] = []
-    convert: Callable[..., object] = conversion.convert
-
-    def counted(source: object, out: Path, config: ConversionConfig) -> object:
-        ways.append(config.workers)
-        return convert(source, out, config)
-
-    monkeypatch.setattr(conversion, "convert", counted)
-    config = ConversionConfig(workers=2, audio_policy="optional")
-    report = benchmark_conversion(config, files, tmp_path, rounds=1)
-    assert ways == [2, 1]
-    assert min(report.clips_per_second, report.one_worker_clips_per_second, report.baseline_clips_per_second) > 0
-    assert report.ratio == pytest.approx(report.clips_per_second / report.baseline_clips_per_second)
-    assert min(report.shard_bytes_per_clip, report.baseline_bytes_per_clip) > 1000
+def test_each_way_is_measured_and_nothing_is_left(files: tuple[Path, ...], tmp_path: Path) -> None:
+    report = benchmark_conversion(ConversionConfig(workers=2, audio_policy="optional"), files, tmp_path, rounds=1)
+    ways = ["workers", "one worker", *(["ffmpeg"] if shutil.which("ffmpeg") else []), "baseline"]
+    assert list(report.ways) == ways
+    for way in report.ways.values():
+        assert min(way.seconds, way.cpu_seconds, way.clips_per_second) > 0
+        assert way.bytes_per_clip > 1000
+    assert report.num_shards == 2, "each worker has something to do"
+    assert report.workers_speedup == report.ways["one worker"].seconds / report.ways["workers"].seconds
+    assert (report.share_of_ffmpeg is None) == ("ffmpeg" not in ways)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -115,3 +115,14 @@ def kill_the_worker(job: Any) -> Any:
     """End the process that started this child, with every clip."""
     os.kill(os.getppid(), signal.SIGKILL)
     return encode_clip(job)
+
+
+def kill_the_worker_once_at_each(job: Any) -> Any:
+    """`encode_clip`, but whoever meets a file first is killed, with the process that started it.
+
+    A child cannot make a file: that it was done is kept in the mode of the clip.
+    """
+    if job.path.stat().st_mode & 0o777 != WAS_KILLED:
+        job.path.chmod(WAS_KILLED)
+        os.kill(os.getppid(), signal.SIGKILL)
+    return encode_clip(job)

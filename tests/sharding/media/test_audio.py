@@ -184,7 +184,7 @@ def test_a_click_at_the_edge_of_silence_is_no_fault(place: int) -> None:
     assert len(log_mel(pcm, PARAMETERS)) == 98
 
 
-def test_a_spectrogram_that_shows_nothing_of_the_sound_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_c17_a_spectrogram_that_shows_nothing_of_the_sound_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     floor = np.full((98, 128), np.log(np.finfo(np.float32).eps), np.float32)
     monkeypatch.setattr("sharding.media.audio._filter_bank", lambda *_: floor)
     with pytest.raises(MediaError, match=r"expected a picture of the sound, found -15.9.* everywhere"):
@@ -193,7 +193,7 @@ def test_a_spectrogram_that_shows_nothing_of_the_sound_is_rejected(monkeypatch: 
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_samples_that_are_no_numbers_are_rejected(bad: float) -> None:
+def test_c17_samples_that_are_no_numbers_are_rejected(bad: float) -> None:
     pcm = speech_like(1, RATE)
     pcm[100] = bad
     with pytest.raises(MediaError, match="found NaN or infinity") as caught:
@@ -210,7 +210,7 @@ def test_samples_that_are_no_numbers_are_rejected(bad: float) -> None:
         (np.full((3, 128), 2.0, np.float16), "found 2.0 everywhere"),
     ],
 )
-def test_a_wrong_spectrogram_is_refused(mel: np.ndarray, message: str) -> None:
+def test_c17_a_wrong_spectrogram_is_refused(mel: np.ndarray, message: str) -> None:
     with pytest.raises(MediaError, match=message):
         check_spectrogram(mel, 128)
 
