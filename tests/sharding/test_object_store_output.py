@@ -75,14 +75,14 @@ def test_changed_sources_and_damage_behind_a_url_are_noticed(
         assert file_hashes(root) == file_hashes(tmp_path / "fresh")
     finally:
         path.write_bytes(whole)
-    (root / "manifest.json").unlink()
-    (root / SOURCES_NAME).unlink()
+    files = RemoteFiles(folder=RemoteFolder(url))
+    files.remove("manifest.json")
+    files.remove(SOURCES_NAME)
     for known in (tmp_path / "home").rglob(SOURCES_NAME):
         known.unlink()
-    tar = root / "ca2st-000001.tar"
-    data = bytearray(tar.read_bytes())
+    data = bytearray((root / "ca2st-000001.tar").read_bytes())
     data[tarfile.BLOCKSIZE + 7] ^= 1
-    tar.write_bytes(bytes(data))
+    files.write("ca2st-000001.tar", bytes(data))
     convert(reference.source, url, small_config())
     assert file_hashes(root) == reference.hashes, "a damaged shard of an unfinished conversion is made again"
 

@@ -25,13 +25,13 @@ from functools import partial
 from pathlib import Path
 from ca2st.durable import FaultPoints
 from ray_jobs.cluster.conversion import joined_pool
-from ray_jobs.cluster.ray_access import RayAccess, ray_session
+from ray_jobs.cluster.ray_access import found_access, ray_session
 from sharding.conversion import convert
 from support.shards import sample, small_config, source_list
 from support.stub_jobs import kill_the_worker_once_at_each
 media, out, address, fault = sys.argv[1:]
 source = source_list([sample(Path(media) / f"clip_{{n}}.mp4", label=n % 2) for n in range({NUM_CLIPS})])
-with ray_session(address, access=RayAccess(), num_cpus=None):
+with ray_session(address, access=found_access(accept_open=False), num_cpus=None):
     convert(source, Path(out), small_config(), faults=FaultPoints.parse(fault), encode=kill_the_worker_once_at_each,
             pool=lambda setup, _: joined_pool(source, None, setup))
 """
