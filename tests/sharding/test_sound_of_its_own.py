@@ -14,7 +14,7 @@ from ca2st.errors import UserInputError
 from sharding.conversion import convert
 from sharding.datasets import DatasetRequest, read_dataset
 from sharding.errors import AnnotationError, ConversionRefusedError, MediaError
-from sharding.folder import read_rejects, read_sources
+from sharding.folder import SourcesFile, read_rejects
 from sharding.media.encode import encode_clip
 from sharding.settings import ConversionConfig, RejectBudget
 from sharding.source import SourceList, SourceSample
@@ -155,7 +155,8 @@ def test_a_list_names_the_files_of_picture_and_sound(tmp_path: Path) -> None:
     size = (tmp_path / "sound/a.wav").stat().st_size
     assert (said[0]["source"], said[0]["source_bytes"], "source" in said[1]) == ("a.wav", size, False)
     assert verify_shard_set(out) == []
-    (known,) = read_sources(out).values()
+    known = SourcesFile(out).of("ca2st-000000.tar")
+    assert known is not None
     assert [len(state) for state in known.states] == [4, 4, 2]
     write_beeps(tmp_path / "sound/a.wav", codec="pcm_s16le", seconds=3)
     with pytest.raises(ConversionRefusedError, match=r"1 source files \(.*sound/a\.wav: .* bytes, now"):
