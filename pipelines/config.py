@@ -37,7 +37,8 @@ class LoaderConfig:
     fetch_threads: int = 4
     """Threads that read bytes; more hide slower storage."""
     decode_threads: int | None = None
-    """Threads of the decoding backend; None: the processor cores this process may use."""
+    """Threads of the decoding backend; None: the processor cores this process may use, shared with the other workers
+    of a training on its machine."""
     prefetch_steps: int = 2
     """Finished batches kept ready; 0 makes each one when it is asked for, without a thread."""
     backend: BackendName = "auto"

@@ -114,6 +114,11 @@ def tracking_authorization() -> str | None:
     return f"Bearer {token}" if token else None
 
 
+def local_world_size() -> int:
+    """Return how many workers of this training run on this machine, as its launcher says; 1 where none does."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def basic_authorization(user: str, password: str) -> str:
     """Return the HTTP header ``Authorization`` of a user with a password."""
     return f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"

@@ -21,7 +21,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from ca2st.durable import FaultPoints, write_bytes
+from ca2st.errors import UserInputError
 from ca2st.processes import SPAWN, die_with_parent
 from ca2st.training.journal import LAUNCH_LOCK_NAME, locked
 from ca2st.training.resume import RECIPE_FILE
@@ -83,7 +86,21 @@ def launch(
         with tracked:
             if recipe.launch.workers == 1:
                 return run(job, faults=faults)
+            refuse_more_workers_than_gpus(recipe.launch.workers, torch.cuda.device_count())
             return run_processes(job, recipe.launch.workers, faults)
+
+
+def refuse_more_workers_than_gpus(num_workers: int, num_gpus: int) -> None:
+    """Refuse workers that would share a GPU, before any is started: NCCL refuses it minutes later, in its own words.
+
+    Raises:
+        UserInputError: this machine has GPUs, and fewer than `num_workers`.
+    """
+    if 0 < num_gpus < num_workers:
+        raise UserInputError(
+            f"launch.workers = {num_workers}: expected at most one worker per GPU, found {num_gpus} of them here; "
+            f"use --workers {num_gpus}, or CUDA_VISIBLE_DEVICES= to train on the processor"
+        )
 
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)

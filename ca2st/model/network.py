@@ -150,8 +150,10 @@ def compile_layers(model: HolisticModel) -> None:
     stay eager: they take a few per cent of the time.
 
     Raises dynamo's recompile limit for the whole process and leaves it raised: it is read at every later call, and
-    other compiled functions of the process only get more room.
+    other compiled functions of the process only get more room. Nor are graphs cut at the buckets of
+    DistributedDataParallel: a layer is small beside a bucket, and the cuts would double the compilations.
     """
+    torch._dynamo.config.optimize_ddp = False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
     for layer in model.layers:
         layer.compile(fullgraph=True, options={"fallback_random": True})

@@ -33,6 +33,10 @@ MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 """Accelerate's word for each of our precisions."""
 
 
+GPU_BACKEND = "cpu:gloo,cuda:nccl"
+"""Gradients go over NCCL; what the ranks tell each other in words goes over gloo, and no GPU waits for the host."""
+
+
 def make_accelerator(config: TrainingConfig, *, cpu: bool = False) -> Accelerator:
     """Return an Accelerator for this process; joins the process group that a launcher has described, if any.
 
@@ -47,7 +51,10 @@ def make_accelerator(config: TrainingConfig, *, cpu: bool = False) -> Accelerato
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.collective_timeout_seconds)),
+            InitProcessGroupKwargs(
+                backend=None if cpu or not torch.cuda.is_available() else GPU_BACKEND,
+                timeout=timedelta(seconds=config.collective_timeout_seconds),
+            ),
         ],
     )
     if config.precision == "fp16":

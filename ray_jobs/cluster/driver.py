@@ -31,6 +31,7 @@ from ca2st.processes import num_cores
 from ca2st.training.errors import RunStoppedError, TimeUpError
 from ca2st.training.journal import JOURNAL_NAME
 from ca2st.training.signals import StopRequest, stop_on_signals
+from ca2st.training.step import GPU_BACKEND
 from ca2st.weights.hub import is_hub_name
 from ray_jobs import environment
 from ray_jobs.cluster.node_check import check_training_nodes
@@ -127,7 +128,7 @@ class Fleet:
                 placement_strategy=demand.placement,
             ),
             torch_config=TorchConfig(
-                backend="nccl" if demand.gpus else "gloo",
+                backend=GPU_BACKEND if demand.gpus else "gloo",
                 timeout_s=round(self.recipe.training.collective_timeout_seconds),
             ),
             run_config=RunConfig(

@@ -41,6 +41,13 @@ def death_of(rank: int, exit_code: int, *, peak_bytes: int, shared_free_bytes: i
             "read (`ca2st shard verify` tells); then rerun to resume",
             EnvironmentFault.exit_code,
         )
+    if exit_code == 128 + signal.SIGABRT:
+        return WorkerFailedError(
+            f"rank {rank} was ended by a library (SIGABRT); on GPUs most likely by NCCL's watchdog, because another "
+            "rank was silent for training.collective_timeout_seconds: the lines above name the collective and the "
+            "ranks that came to it; rerun to resume",
+            exit_code,
+        )
     return WorkerFailedError(f"rank {rank} ended with exit code {exit_code}", exit_code)
 
 

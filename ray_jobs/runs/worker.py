@@ -1,9 +1,10 @@
 """What every training process runs, however it was started: recipe in, trained run folder out."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from ray_jobs.runs.model import RUN_DOCUMENT, begin_model, keep_frozen
 from ray_jobs.runs.node_metrics import NodeMetrics
 
 OUTCOME_NAME = "outcome.json"
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,10 +96,11 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     with ExitStack() as stack:
         data = open_data(recipe)
-        source = train_loader(recipe, data, rank=rank, world_size=world_size, run_dir=run_dir, device=device)
+        reading = _with_own_cores(recipe)
+        source = train_loader(reading, data, rank=rank, world_size=world_size, run_dir=run_dir, device=device)
         loader = stack.enter_context(source)
         validation = stack.enter_context(
-            validation_loader(recipe, data, rank=rank, world_size=world_size, device=device)
+            validation_loader(reading, data, rank=rank, world_size=world_size, device=device)
         )
         begun = begin_model(recipe, data.classes, run_dir)
         frozen = keep_frozen(begun.model, run_dir)
@@ -148,8 +152,21 @@ def _use_cpu_threads(recipe: Recipe) -> bool:
     return True
 
 
+def _with_own_cores(recipe: Recipe) -> Recipe:
+    """Return the recipe with decoding threads for this worker's share of the machine's cores, where it names none."""
+    if recipe.data.loader.decode_threads is not None:
+        return recipe
+    threads = max(1, num_cores() // environment.local_world_size())
+    return replace(recipe, data=replace(recipe.data, loader=replace(recipe.data.loader, decode_threads=threads)))
+
+
 def _make_ready(model: HolisticModel, recipe: Recipe, *, device: str) -> HeldPrecision:
     """Apply what saves memory and time and changes numbers by rounding alone; return how the experts are held."""
+    if device == "cuda" and recipe.training.precision == "fp32":
+        _LOGGER.warning(
+            "training.precision = fp32 on a GPU: the recipes of the published table say bf16, which is much faster "
+            "(--set training.precision=bf16)"
+        )
     held = held_precision(recipe.experts.precision, training=recipe.training.precision, device=device)
     hold_experts(model, held)
     model.activation_checkpointing = recipe.training.activation_checkpointing

@@ -12,11 +12,21 @@ import psutil
 import pytest
 
 from ca2st.durable import FaultPoints
+from ca2st.errors import UserInputError
 from ca2st.training.errors import RunFolderBusyError
 from ca2st.training.journal import LAUNCH_LOCK_NAME, locked, read_events
 from ray_jobs.config.recipe_file import load_recipe
-from ray_jobs.launch import _failure, _record, death_of, ended_badly, how_it_stopped, launch
+from ray_jobs.launch import (
+    _failure,
+    _record,
+    death_of,
+    ended_badly,
+    how_it_stopped,
+    launch,
+    refuse_more_workers_than_gpus,
+)
 from ray_jobs.runs.failures import read_failure
+from ray_jobs.runs.worker import _with_own_cores
 from support.tiny_runs import ca2st, journal, make_tiny_run, sequence
 
 
@@ -62,6 +72,7 @@ def test_t3_a_stopped_worker_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> No
     [
         (137, 4, ("rank 1 was killed (SIGKILL)", "2.50 GB", "dmesg", "training.per_device_batch_size")),
         (135, 4, ("bus error", "/dev/shm is full (12 MB are free now", "ca2st shard verify")),
+        (134, 134, ("rank 1 was ended by a library (SIGABRT)", "training.collective_timeout_seconds", "rerun")),
         (139, 139, ("rank 1 ended with exit code 139",)),
         (143, 143, ("rank 1 ended with exit code 143",)),
     ],
@@ -73,6 +84,25 @@ def test_t12_a_worker_that_ended_without_a_word_is_explained_by_its_exit_code(
     assert error.exit_code == exit_code
     for word in words:
         assert word in str(error)
+
+
+def test_more_workers_than_gpus_are_refused_before_anything_starts() -> None:
+    with pytest.raises(UserInputError, match=r"launch.workers = 3: expected at most one worker per GPU, found 2"):
+        refuse_more_workers_than_gpus(3, 2)
+    for num_workers, num_gpus in ((2, 2), (1, 8), (16, 0)):
+        refuse_more_workers_than_gpus(num_workers, num_gpus)
+
+
+@pytest.mark.parametrize(("others", "threads"), [("1", 8), ("4", 2), ("16", 1)])
+def test_workers_of_one_machine_share_its_cores_for_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: str, threads: int
+) -> None:
+    recipe = load_recipe(str(make_tiny_run(tmp_path)), [])
+    monkeypatch.setattr("ray_jobs.runs.worker.num_cores", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", others)
+    assert _with_own_cores(recipe).data.loader.decode_threads == threads
+    named = load_recipe(str(tmp_path / "tiny.toml"), ["data.loader.decode_threads=3"])
+    assert _with_own_cores(named).data.loader.decode_threads == 3
 
 
 @pytest.mark.parametrize("ray_address", [None, "local"])
