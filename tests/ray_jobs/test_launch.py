@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,7 @@ from ray_jobs.runs.worker import Job, Outcome
 from support.fake_shards import make_samples, make_shard_set
 from support.trained import trained_model
 
-
-@pytest.fixture(autouse=True)
-def _own_process() -> Iterator[None]:
-    """Every run makes its Accelerator as a new process would."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("own_process")
 
 
 @pytest.fixture(scope="module")

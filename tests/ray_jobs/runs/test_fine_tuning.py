@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,12 +36,7 @@ HEAD_ONLY = ("trainable=head", "start.head=new", "optim.layer_decay=1")
 VIEWS = EvaluationViews(protocol="test", clips=1, crops=1)
 
 
-@pytest.fixture(autouse=True)
-def _own_process() -> Iterator[None]:
-    """Every run makes its Accelerator as a new process would."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("own_process")
 
 
 @pytest.fixture(scope="module")
