@@ -141,7 +141,9 @@ class BuildOptions:
         bool, _output("In a finished set, convert the shards again whose sources changed.", "--update")
     ] = False
     append: Annotated[bool, _output("Add these samples to the finished set in --out.", "--append")] = False
-    dry_run: Annotated[bool, _output("Read the annotations only; print the expected storage.", "--dry-run")] = False
+    dry_run: Annotated[
+        bool, _output("Read the annotations, and pieces of a few videos; print the expected storage.", "--dry-run")
+    ] = False
     as_json: Annotated[bool, _output("Print the facts as one JSON object.", "--json")] = False
 
     workers: Annotated[
@@ -270,12 +272,13 @@ def _convert(source: "SourceList", out: str, config: "ConversionConfig", options
 
 
 def _print_plan(source: "SourceList", config: "ConversionConfig", *, as_json: bool) -> None:
-    """Print the samples, classes and bytes to expect."""
+    """Print the samples, classes and bytes to expect; pieces of a few videos, where they are there, are encoded."""
     from ray_jobs.console import counted, print_json, result, table
     from sharding.datasets.label_spaces import label_histogram
-    from sharding.settings import estimate_storage, plan_shards
+    from sharding.forecast import forecast_storage
+    from sharding.settings import plan_shards
 
-    estimate = estimate_storage(source, config)
+    estimate = forecast_storage(source, config)
     facts: dict[str, object] = {
         "dataset": source.dataset,
         "split": source.split,
@@ -284,6 +287,7 @@ def _print_plan(source: "SourceList", config: "ConversionConfig", *, as_json: bo
         "num_classes": _class_count(source.num_classes),
         "num_shards": len(plan_shards(source, config)),
         "estimated_bytes": estimate.total_bytes,
+        "num_probed": estimate.num_probed,
         "rejected": {},
         "notes": {kind: len(places) for kind, places in source.notes.items()},
         "clips_per_second": None,
