@@ -1,6 +1,6 @@
 """The card of a shard set: its facts in a few lines, and as one HTML file that asks nothing of any network."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from ca2st.durable import write_bytes
 from pipelines.storage.index import SetFacts
 from ray_jobs.console import counted
 from ray_jobs.pages.charts import StoredClip, page_environment, read_spread_clips
-from sharding.format.shard_set import ShardSet
+from sharding.format.shard_set import Manifest, ShardSet
 from sharding.source import SILENT_SOUND
 
 NUM_CLIPS = 12
@@ -68,17 +68,22 @@ def render_set_card(shard_set: ShardSet, facts: SetFacts, clips: list[StoredClip
     """Return the whole page."""
     environment = page_environment()
     environment.filters["size"] = size_in_words
-    spaces = shard_set.manifest.label_spaces
+    manifest = shard_set.manifest
     return environment.get_template("set_card.html").render(
         version=__version__,
-        manifest=shard_set.manifest,
+        manifest=manifest,
         facts=facts,
         tables=[class_table(name, counts, targets=facts.targets) for name, counts in facts.classes.items()],
         durations=duration_bars(facts.durations),
-        clips=[
-            (clip, [space.classes[label] for space, label in zip(spaces, clip.labels, strict=True)]) for clip in clips
-        ],
+        clips=[(clip, _names(manifest, clip.labels)) for clip in clips],
     )
+
+
+def _names(manifest: Manifest, labels: Sequence[int]) -> list[str]:
+    """Return the classes of a clip."""
+    spaces = manifest.label_spaces
+    several = spaces[:1] * len(labels) if manifest.labelling == "several" else spaces[: len(labels)]
+    return [space.classes[label] for space, label in zip(several, labels, strict=True)] or ["no label"]
 
 
 def class_table(space: str, counts: Mapping[str, int], *, targets: tuple[str, ...]) -> ClassTable:
@@ -133,6 +138,10 @@ def facts_in_words(facts: SetFacts) -> dict[str, object]:
         "rejected": counted(facts.rejected),
         "notes": counted(facts.notes),
     }
+    if facts.labelling != "one":
+        labels = facts.labels_per_sample
+        most = f"{labels.least:.0f} to {labels.most:.0f} a sample, mean {labels.mean:.2f}"
+        words["labels"] = most if facts.labelling == "several" else "none: a set to predict on"
     for space, counts in facts.classes.items():
         sizes = sorted(counts.values())
         target = " (target)" if space in facts.targets else ""

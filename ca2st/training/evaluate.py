@@ -199,11 +199,13 @@ def scored_batches(
     targets: Mapping[str, int],
     per_device_batch_size: int,
     label_classes: Mapping[str, int] | None = None,
+    labelling: Labelling | None = None,
 ) -> Generator[Scored, None, None]:
     """Yield what `model` says of the samples of each batch, padding left out; raises as `evaluate`.
 
-    `label_classes`: classes of the batches' label columns, where they are not those of the model's `targets`. The model
-    is in evaluation mode until the iterator ends or is closed.
+    `label_classes`: classes of the batches' label columns, where they are not those of the model's `targets`.
+    `labelling`: how many labels a sample of its training had, which decides between softmax and sigmoid; None: as many
+    as those here. The model is in evaluation mode until the iterator ends or is closed.
     """
     training = model.training
     known = targets if label_classes is None else label_classes
@@ -219,19 +221,29 @@ def scored_batches(
                 parts = batch.split(per_device_batch_size)
                 logits = [model_logits(model, part.to(accelerator.device)) for part in parts]
             check_targets(logits[0], tuple(targets))
-            yield _of_samples(batch, logits, tuple(targets))
+            yield _of_samples(batch, logits, tuple(targets), labelling=labelling or batch.labelling)
     finally:
         model.train(training)
 
 
-def _of_samples(batch: ClipBatch, logits: Sequence[Mapping[str, Tensor]], targets: tuple[str, ...]) -> Scored:
-    """Average the softmax of the views of each sample, in float64; views of one sample stand side by side."""
+def probabilities_of(logits: Float[Tensor, "*views classes"], labelling: Labelling) -> Float[Tensor, "*views classes"]:
+    """Return float32 probabilities: that each class applies where `several` may, else which one does."""
+    wide = logits.float()
+    return wide.sigmoid() if labelling == "several" else wide.softmax(dim=-1)
+
+
+def _of_samples(
+    batch: ClipBatch, logits: Sequence[Mapping[str, Tensor]], targets: tuple[str, ...], *, labelling: Labelling
+) -> Scored:
+    """Average the probabilities of the views of each sample, in float64; views of one sample stand side by side."""
     real = (~batch.is_padding).cpu().nonzero().flatten()
     keys = [batch.sample_ids[view] for view in real.tolist()]
     firsts = [view for view, key in enumerate(keys) if view == 0 or key != keys[view - 1]]
     sizes = np.diff([*firsts, len(keys)])
     sample_of_view = torch.from_numpy(np.repeat(np.arange(len(firsts)), sizes))
-    wide = {name: torch.cat([part[name].float().softmax(dim=-1).cpu() for part in logits])[real] for name in targets}
+    wide = {
+        name: torch.cat([probabilities_of(part[name], labelling).cpu() for part in logits])[real] for name in targets
+    }
     means = {name: mean_over_views(views, sample_of_view, num_samples=len(firsts)) for name, views in wide.items()}
     first_views = real[firsts]
     return Scored(
@@ -247,7 +259,7 @@ def _of_samples(batch: ClipBatch, logits: Sequence[Mapping[str, Tensor]], target
 def mean_over_views(
     probabilities: Float[Tensor, "views classes"], sample_of_view: Int[Tensor, " views"], *, num_samples: int
 ) -> Float[Tensor, "samples classes"]:
-    """Return the mean of the softmax of each sample's views, in float64; samples without a view are NaN."""
+    """Return the mean of the probabilities of each sample's views, in float64; samples without a view are NaN."""
     wide = probabilities.double()
     sums = wide.new_zeros(num_samples, wide.shape[1]).index_add_(0, sample_of_view, wide)
     counts = torch.bincount(sample_of_view, minlength=num_samples)

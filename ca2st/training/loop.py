@@ -158,10 +158,10 @@ def ranking_metric(settings: TrainingSettings) -> str:
         UserInputError: validations have no such metric; lists those that they have.
     """
     targets = settings.targets
-    metric = settings.config.best_metric or main_metric(tuple(targets))
+    metric = settings.config.best_metric or main_metric(tuple(targets), labelling=settings.labelling)
     even = {name: np.full((1, size), 1 / size) for name, size in targets.items()}
-    known = evaluation_metrics(even, np.zeros((1, len(targets)), dtype=np.int64))
-    check_choice("training.best_metric", metric, sorted(known))
+    known = [*evaluation_metrics(even, np.zeros((1, len(targets)), dtype=np.int64))]
+    check_choice("training.best_metric", metric, ["map", "top1"] if settings.labelling == "several" else sorted(known))
     return metric
 
 

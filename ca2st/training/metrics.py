@@ -320,8 +320,13 @@ def target_prefix(target: str, targets: Sequence[str]) -> str:
     return f"{target}_" if len(targets) > 1 else ""
 
 
-def main_metric(targets: Sequence[str]) -> str:
-    """Return the name of the metric that stands for a run: ``top1``, ``action_top1``, or the first target's."""
+def main_metric(targets: Sequence[str], *, labelling: Labelling = "one") -> str:
+    """Return the name of the metric that stands for a run: ``top1``, ``action_top1``, or the first target's.
+
+    Of several labels a sample it is ``map``: the likeliest class alone says little there.
+    """
+    if labelling == "several":
+        return "map"
     if len(targets) == 1:
         return "top1"
     return "action_top1" if {VERB, NOUN} <= set(targets) else f"{targets[0]}_top1"

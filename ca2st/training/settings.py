@@ -40,6 +40,8 @@ class TrainingSettings:
     """Layers and decay of the model's parameters."""
     targets: Mapping[str, int]
     """Number of classes by target, in the order of the batches' label columns."""
+    labelling: Labelling = "one"
+    """How many labels a sample has; it decides which metric tells the best checkpoint."""
     record: RunRecord
     """What checkpoints remember, and what must be equal at resume."""
     topology: Mapping[str, Any] = field(default_factory=dict)

@@ -51,7 +51,7 @@ def evaluate(
     which: Which = "last",
     as_json: Json = False,
 ) -> None:
-    """Score every sample once: softmax per view, mean over the views of a sample, arg-max. Several runs: their means.
+    """Score every sample once: the mean over its views' softmax (several labels: sigmoid). Several runs: their means.
 
     Example: ca2st evaluate runs/smoke --data shards/validation --views 2x3
     """

@@ -118,7 +118,7 @@ def _train(recipe: "Recipe", run_dir: Path, ray_address: str | None, *, accept_o
         "run_id": state.run_id if state else None,
         "checkpoint": outcome.checkpoint,
         "steps": outcome.steps,
-        "top1": outcome.metrics.get(outcome.main_metric),
+        "top1": outcome.metrics.get("top1", outcome.metrics.get(outcome.main_metric)),
         "metrics": outcome.metrics,
         "best": outcome.best,
         "ended_early": outcome.ended_early,
@@ -150,11 +150,11 @@ def _how_it_went(document: "RunDocument", run_dir: Path) -> dict[str, object]:
     metric = ranking_metric(document)
     best, last = best_and_last(run_dir, metric)
     if best is not None and last is not None:
-        chance = 1 / math.prod(len(names) for names in document.classes.values())
         where = "its checkpoint is not kept" if best.checkpoint is None else best.checkpoint.name
         facts["top1" if metric == "top1" else metric] = f"{last.value:.4f} at the last step ({last.step})"
         facts["best"] = f"{best.value:.4f} at step {best.step} ({where})"
-        facts["chance"] = f"{chance:.4f}"
+        if metric.endswith("top1"):
+            facts["chance"] = f"{1 / math.prod(len(names) for names in document.classes.values()):.4f}"
     seconds = sum(line.get("step_seconds", 0.0) for line in run_sequence(run_dir / JOURNAL_NAME))
     facts["training_time"] = duration(seconds)
     return facts

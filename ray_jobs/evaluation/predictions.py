@@ -7,8 +7,8 @@ thousand rows at a time.
 
 Columns: ``key``, ``has_audio``, for each target ``<target>_label`` (null where the sample has no label that the model
 knows; a set without labels has no such column; several labels per sample: a list) and ``<target>_probabilities``
-(float32, one number per class of the model: the softmax, averaged over the views). The metadata key ``ca2st`` holds a
-JSON object that says what made the file.
+(float32, one number per class of the model: the softmax, of a model of several labels the sigmoid, averaged over the
+views). The metadata key ``ca2st`` holds a JSON object that says what made the file.
 """
 
 import json

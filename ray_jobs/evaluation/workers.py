@@ -270,7 +270,7 @@ def _report(
         )
     report = EvaluationReport(
         metrics=measures.metrics,
-        main_metric=main_metric(tuple(trained.classes)),
+        main_metric=main_metric(tuple(trained.classes), labelling=shard_set.manifest.labelling),
         num_samples=measures.num_samples,
         predictions=out,
         tables=write_tables(measures, out),
@@ -328,6 +328,7 @@ def score_part(job: _Job, rank: int, trained: TrainedModel, shard_set: ShardSet,
             targets=trained.targets,
             per_device_batch_size=trained.recipe.training.per_device_batch_size,
             label_classes={name: len(classes) for name, classes in spaces.items()},
+            labelling=trained.labelling,
         )
         for scored in stack.enter_context(closing(batches)):
             add(match.mapped(scored))
@@ -438,7 +439,7 @@ def facts_of(report: EvaluationReport, views: str) -> dict[str, object]:
     """Return what a person or a program is told of a test."""
     return {
         **report.metrics,
-        "top1": report.top1,
+        "top1": report.metrics.get("top1", report.top1),
         "num_samples": report.num_samples,
         "num_unmatched": report.num_unmatched,
         "unmatched": report.unmatched,

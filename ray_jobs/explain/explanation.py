@@ -18,6 +18,7 @@ from ca2st.model.inspect import AttentionMap, has_cross_attention, record_attent
 from ca2st.model.network import ModelOutput
 from ca2st.model.tokens import audio_patches
 from ca2st.spec import MEL_ROW_SECONDS, ClipSpec
+from ca2st.training.evaluate import probabilities_of
 from pipelines.storage.samples import SampleReader
 from pipelines.views import EvaluationViews
 from ray_jobs.pages.charts import Tick, hertz_of_bin, seconds_ticks
@@ -94,7 +95,9 @@ def run_recorded(trained: TrainedModel, video: Path) -> Explanation:
     with torch.no_grad(), accelerator.autocast(), record_attention(trained.model) as maps:
         output: ModelOutput = trained.model(here.normalised_video(), here.mel, here.intervals_seconds)
     _check_finite(trained, output, maps)
-    probabilities = {name: logits[0].float().softmax(dim=-1).cpu() for name, logits in output.logits.items()}
+    probabilities = {
+        name: probabilities_of(logits[0], trained.labelling).cpu() for name, logits in output.logits.items()
+    }
     return Explanation(
         video=str(video),
         model=trained.recipe.model,

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from einops import rearrange
 from torch import Tensor
 
-from ca2st.batch import ClipBatch
+from ca2st.batch import ClipBatch, Labelling
 from ca2st.durable import writing
 from ca2st.errors import DataDamageError, check_choice
 from ca2st.model.network import HolisticModel, build_model, held_precision, hold_experts, set_trainable
@@ -37,6 +37,7 @@ _MOST_NAME, _FINGERPRINT_CHARACTERS = 60, 8
 METADATA_KEY = b"ca2st"
 """Key of a features file's metadata that holds one JSON object: where the features come from."""
 _ROWS_A_GROUP = 1024
+_SEVERAL = pa.list_(pa.int32())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +53,8 @@ class TrainedModel:
     video: VideoParameters
     """How their videos were encoded."""
     checkpoint: Checkpoint
+    labelling: Labelling = "one"
+    """How many labels a sample of its training had: ``one``, for a softmax, or ``several``, for sigmoids."""
 
     @property
     def targets(self) -> dict[str, int]:
@@ -144,6 +147,7 @@ def load_trained(path: Path) -> TrainedModel:
         audio=run.audio,
         video=run.video,
         checkpoint=checkpoint,
+        labelling=run.labelling,
     )
 
 
@@ -171,6 +175,7 @@ def score(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) ->
                 targets=targets,
                 per_device_batch_size=trained.recipe.training.per_device_batch_size,
                 label_classes={name: len(manifest.label_space(name).classes) for name in targets},
+                labelling=trained.labelling,
             )
         )
         tally = SampleTally()
@@ -233,8 +238,9 @@ def write_features(
     """Write what goes into the head of the model of a checkpoint or run folder, for every sample in `data`.
 
     Columns: `key`; `<target>_label` for each of the set's own targets, which need not be those the model was trained
-    on; `has_audio`; and for each of `experts` (None: all) its feature, the mean over the views. Rows are in the set's
-    order. At most about `rows_a_group` rows are held at a time.
+    on (a list of several labels; no column of a set without labels); `has_audio`; and for each of `experts` (None: all)
+    its feature, the mean over the views. Rows are in the set's order. At most about `rows_a_group` rows are held at a
+    time.
 
     Raises:
         UserInputError: the model has no such expert.
@@ -350,7 +356,9 @@ def _table(
     real = (~batch.is_padding[first_views]).nonzero().flatten()
     columns: dict[str, pa.Array] = {"key": pa.array([batch.sample_ids[first_views][index] for index in real.tolist()])}
     labels = batch.labels[first_views][real]
-    for column, target in enumerate(targets):
+    if batch.labelling == "several":
+        columns[f"{targets[0]}_label"] = pa.array([row.nonzero().flatten().tolist() for row in labels], _SEVERAL)
+    for column, target in enumerate(targets if batch.labelling == "one" else ()):
         columns[f"{target}_label"] = pa.array(labels[:, column].numpy(), pa.int32())
     columns["has_audio"] = pa.array(batch.has_audio[first_views][real].tolist(), pa.bool_())
     for name in experts:

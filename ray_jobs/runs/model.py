@@ -491,7 +491,7 @@ def find_checkpoint(path: Path, which: str = "last") -> Path:
 
 def ranking_metric(run: RunDocument) -> str:
     """Return the validation metric by which a run's checkpoints are ranked."""
-    return run.recipe.training.best_metric or main_metric(tuple(run.classes))
+    return run.recipe.training.best_metric or main_metric(tuple(run.classes), labelling=run.labelling)
 
 
 def _best_checkpoint(run_dir: Path, newest: Path) -> Path:

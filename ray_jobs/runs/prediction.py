@@ -6,7 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -221,20 +221,21 @@ def whole_videos(videos: Sequence[Path]) -> list[SourceSample]:
 
 
 def segment_of(video: Path, start_seconds: float | None, end_seconds: float | None, *, name: str) -> SourceSample:
-    """Return a part of a video as the sample `name`, without labels yet."""
+    """Return a part of a video as the sample `name`."""
     return SourceSample(
         sample_id=name, path=video, start_seconds=start_seconds, end_seconds=end_seconds, labels=(), where=str(video)
     )
 
 
 def _source_list(trained: TrainedModel, samples: Sequence[SourceSample]) -> SourceList:
-    """Return the samples with a label that nobody reads."""
+    """Return the samples without labels."""
     return SourceList(
         dataset="videos",
         split="predict",
         label_spaces=tuple(LabelSpace(name=name, classes=tuple(classes)) for name, classes in trained.classes.items()),
         targets=tuple(trained.classes),
-        samples=tuple(replace(sample, labels=(0,) * len(trained.classes)) for sample in samples),
+        labelling="none",
+        samples=tuple(samples),
     )
 
 

@@ -67,7 +67,7 @@ class Outcome:
     metrics: dict[str, float | None]
     """Last validation metrics."""
     main_metric: str
-    """Which of them the run is judged by: ``top1``, or ``action_top1`` of verb and noun."""
+    """Which of them the run is judged by: ``top1``, ``action_top1`` of verb and noun, or ``map`` of several labels."""
     best: dict[str, str | int | float | None] | None = None
     """The best validation: ``metric``, ``value``, ``step``, and ``checkpoint`` where that is kept."""
     ended_early: str | None = None
@@ -111,6 +111,7 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
             optim=recipe.optim,
             rules=_parameter_rules(begun.model),
             targets={name: len(classes) for name, classes in data.classes.items()},
+            labelling=data.labelling,
             record=_record(recipe, data, loader, frozen=frozen, start=begun.identity),
             topology={"experts_precision": held},
             started_from=begun.note,
@@ -128,7 +129,7 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
         checkpoint=str(result.checkpoint),
         steps=result.steps,
         metrics=dict(result.metrics),
-        main_metric=main_metric(data.targets),
+        main_metric=main_metric(data.targets, labelling=data.labelling),
         best=None if result.best is None else _plain(result.best),
         ended_early=result.ended_early,
     )

@@ -31,7 +31,7 @@ from ca2st.training.journal import JOURNAL_NAME, flatten, read_events
 from ca2st.training.metrics import main_metric
 from ray_jobs.redaction import redacted_values
 from ray_jobs.tracking.artefacts import DIGEST_CHARACTERS, dataset_name
-from ray_jobs.tracking.run_card import class_names, read_inputs, read_recipe, registered_name
+from ray_jobs.tracking.run_card import class_names, labelling_of, read_inputs, read_recipe, registered_name
 from ray_jobs.tracking.run_record import clean_params, milliseconds
 
 if TYPE_CHECKING:
@@ -93,7 +93,9 @@ def register(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
     found = references(run_dir)
     if not found:
         return
-    metric = recipe.get("training", {}).get("best_metric") or main_metric(found[0].targets)
+    metric = recipe.get("training", {}).get("best_metric") or main_metric(
+        found[0].targets, labelling=labelling_of(found[0].folder)
+    )
     ranked = best_steps(validations(run_dir / JOURNAL_NAME), metric)
     best = next(iter(_of_steps(found, ranked)), None)
     chosen = {one.folder: one for one in (found[0], *([best] if best else []))}

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from ca2st.batch import Mixing
 from ca2st.errors import UserInputError
 from ca2st.training.errors import LabelRangeError
 from ca2st.training.losses import check_label_range, cross_entropy_per_clip, loss_per_clip, smoothed_targets
@@ -81,3 +82,32 @@ def test_a_label_outside_the_head_is_refused_with_its_sample(label: int) -> None
     labels = torch.tensor([[0, 6], [4, label]])
     with pytest.raises(LabelRangeError, match=rf"sample second: noun label expected in 0..6 .* found {label}"):
         check_label_range(labels, ("first", "second"), num_classes={"verb": 5, "noun": 7})
+
+
+def test_the_loss_of_several_labels_is_torchs_binary_cross_entropy() -> None:
+    logits, labels = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)), torch.randint(0, 2, (4, 6))
+    found = loss_per_clip({"label": logits}, labels, targets=("label",), smoothing=0.0, labelling="several")
+    expected = [F.binary_cross_entropy_with_logits(row, own.float()) for row, own in zip(logits, labels, strict=True)]
+    assert torch.allclose(found, torch.stack(expected))
+
+
+def test_several_labels_are_smoothed_and_mixed_like_one() -> None:
+    logits, labels = torch.tensor([[2.0, -1.0], [0.5, 0.0]]), torch.tensor([[1, 1], [0, 1]])
+    none = torch.zeros(2, 4, dtype=torch.long)
+    share, whole = torch.tensor([0.75, 0.75]), torch.ones(2)
+    mixing = Mixing(video_share=whole, video_box=none, mel_share=whole, mel_box=none, label_share=share)
+    found = loss_per_clip(
+        {"label": logits}, labels, targets=("label",), smoothing=0.1, labelling="several", mixing=mixing
+    )
+    smooth = torch.tensor([[0.95, 0.95], [0.05, 0.95]])  # 0.9 + 0.1 / 2 and 0.1 / 2
+    targets = 0.75 * smooth + 0.25 * smooth.flip(0)
+    probabilities = torch.sigmoid(logits)
+    terms = -(targets * probabilities.log() + (1 - targets) * (1 - probabilities).log())
+    assert torch.allclose(found, terms.mean(dim=1), atol=1e-6)
+
+
+def test_labels_of_another_number_of_classes_are_refused() -> None:
+    labels = torch.zeros(1, 3, dtype=torch.long)
+    with pytest.raises(LabelRangeError, match=r"sample a: expected labels of \{'label': 4\} classes .*, found 3"):
+        check_label_range(labels, ("a",), num_classes={"label": 4}, labelling="several")
+    check_label_range(labels, ("a",), num_classes={"label": 3}, labelling="several")

@@ -185,5 +185,6 @@ def test_the_harmonic_mean_falls_to_the_worst() -> None:
 
 def test_a_run_is_judged_by_its_one_target_or_by_the_action() -> None:
     assert main_metric(["label"]) == "top1"
+    assert main_metric(["label"], labelling="several") == "map"
     assert main_metric(["verb", "noun"]) == "action_top1"
     assert main_metric(["shape", "tone"]) == "shape_top1"
