@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ca2st.batch import Labelling
 from ca2st.durable import NO_FAULTS, FaultPoints
 from ca2st.training.best import Score
 from ca2st.training.config import OptimConfig, TrainingConfig

@@ -6,10 +6,9 @@ The card says what was trained on what, what it reached, and how to use it.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 from ca2st import __version__
-from ca2st.batch import Labelling
 from ca2st.checked_json import read_json
 from ca2st.training.checkpoint import CHECKPOINTS_NAME, list_checkpoints
 from ca2st.training.journal import JOURNAL_NAME, flatten, read_events
@@ -158,7 +157,7 @@ def class_names(checkpoint: Path) -> dict[str, list[str]]:
     return read_json(path, _Classes)["classes"] if path.exists() else {}
 
 
-def labelling_of(checkpoint: Path) -> Labelling:
+def labelling_of(checkpoint: Path) -> Literal["one", "several", "none"]:
     """Return how many labels a sample of the training had."""
     path = checkpoint / _CLASSES_DOCUMENT
     return read_json(path, _Classes).get("labelling", "one") if path.exists() else "one"
@@ -224,7 +223,7 @@ def _surroundings(run: RunFacts) -> Mapping[str, str]:
 
 class _Classes(TypedDict):
     classes: dict[str, list[str]]
-    labelling: NotRequired[Labelling]
+    labelling: NotRequired[Literal["one", "several", "none"]]
 
 
 class _Tags(TypedDict):
