@@ -18,6 +18,7 @@ from sharding.source import SourceList, SourceSample
 from sharding.workers import DecodePool, Rejected
 
 NUM_PROBED = 8
+_LOOKED_AT = 8  # files that are looked for, for each that is probed
 _NUM_PIECES, _PIECE_SECONDS = 3, 1.0
 _MP4_BYTES = 900  # of a container around no frames
 _JSON_BYTES = 900
@@ -65,8 +66,8 @@ def forecast_storage(source: SourceList, config: ConversionConfig, *, most: int 
 
     Samples whose file is not there, or cannot be decoded, are taken to be like the others.
     """
-    there = [place for place, sample in enumerate(source.samples) if sample.path.is_file()]
-    places = [there[number * len(there) // most] for number in range(most)] if len(there) > most else there
+    looked_at = _spread(range(len(source.samples)), _LOOKED_AT * most)
+    places = _spread([place for place in looked_at if source.samples[place].path.is_file()], most)
     if not places:
         return forecast_of(source, config, {})
     with DecodePool(
@@ -79,6 +80,10 @@ def forecast_storage(source: SourceList, config: ConversionConfig, *, most: int 
     return forecast_of(
         source, config, {place: one for place, one in zip(places, found, strict=True) if not isinstance(one, Rejected)}
     )
+
+
+def _spread(places: Sequence[int], most: int) -> Sequence[int]:
+    return [places[number * len(places) // most] for number in range(most)] if len(places) > most else places
 
 
 def _job(sample: SourceSample, config: ConversionConfig) -> ClipJob:
