@@ -78,7 +78,7 @@ class ClipBatch:
     sample_ids: tuple[str, ...]
     """Keys of the samples; the views of one sample repeat its key."""
     has_audio: Bool[Tensor, " batch"]
-    """False where the source has no audio track."""
+    """False where the source has no audio track: the model masks it, and no zero of `mel` is taken for silence."""
     is_padding: Bool[Tensor, " batch"]
     """True for entries that only fill the last batch of an evaluation; they count nowhere."""
     labelling: Labelling = "one"

@@ -53,6 +53,7 @@ for command in (
     train.submit,
     runs.evaluate,
     runs.significance,
+    runs.robustness,
     runs.predict,
     runs.compare,
     runs.explain,

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ca2st.model.attention import CrossAttention, Grouping, new_linear, with_zero_gradients, zero_linear
@@ -350,18 +350,25 @@ class HolisticLayer(nn.Module):
         self.needed = _reads(bridges, pooled, parallel=self.parallel) if index == config.depth - 1 else self.everything
 
     def forward(
-        self, tokens: dict[ExpertName, Tensor], layers: dict[ExpertName, nn.Module], codes: TimeCodes | None
+        self,
+        tokens: dict[ExpertName, Tensor],
+        layers: dict[ExpertName, nn.Module],
+        codes: TimeCodes | None,
+        audio_keys: Bool[Tensor, " batch"] | None = None,
     ) -> dict[ExpertName, Tensor]:
-        """Return the tokens of the next layer, or those that are pooled. `layers`: the experts' own of this index."""
+        """Return the tokens of the next layer, or those that are pooled. `layers`: the experts' own of this index.
+
+        `audio_keys`: the clips whose sound the visual experts hear; for the others nothing of the audio expert reaches
+        them, as if its bridges were not there. None: all.
+        """
         reads = self.everything if self.whole else self.needed
         attended = {
             name: halves.attend(layers[name], tokens[name], num_rows=reads.attended.get(name))
             for name, halves in self.adapters.items()
         }
         exchange = self._parallel if self.parallel else self._sequential
-        read = {
-            name: rows[:, :, : reads.returned.get(name)] for name, rows in exchange(attended, codes, reads.live).items()
-        }
+        exchanged = exchange(attended, codes, reads.live, audio_keys)
+        read = {name: rows[:, :, : reads.returned.get(name)] for name, rows in exchanged.items()}
         return {name: halves.feed_forward(layers[name], read[name]) for name, halves in self.adapters.items()}
 
     def bottlenecks_of(self, bridge: Bridge) -> dict[ExpertName, Bottleneck]:
@@ -370,21 +377,38 @@ class HolisticLayer(nn.Module):
         return {name: self.bottlenecks[pair] for name, pair in names.items() if pair in self.bottlenecks}
 
     def _sequential(
-        self, tokens: dict[ExpertName, Tensor], codes: TimeCodes | None, live: Set[str] | None
+        self,
+        tokens: dict[ExpertName, Tensor],
+        codes: TimeCodes | None,
+        live: Set[str] | None,
+        audio_keys: Tensor | None,
     ) -> dict[ExpertName, Tensor]:
         for bridge in self.bridges.values():
             updates = bridge(tokens, self.bottlenecks_of(bridge.bridge), codes, live)
+            if audio_keys is not None and "audio" in bridge.bridge.experts:
+                updates = {name: _heard(name, update, audio_keys) for name, update in updates.items()}
             tokens = tokens | {name: self._updated(tokens[name], update) for name, update in updates.items()}
         return tokens
 
     def _parallel(
-        self, tokens: dict[ExpertName, Tensor], codes: TimeCodes | None, live: Set[str] | None
+        self,
+        tokens: dict[ExpertName, Tensor],
+        codes: TimeCodes | None,
+        live: Set[str] | None,
+        audio_keys: Tensor | None,
     ) -> dict[ExpertName, Tensor]:
         gathered: dict[ExpertName, list[Tensor]] = {}
+        apart: dict[ExpertName, list[Tensor]] = {}
+        """What comes without sound."""
         for bridge in self.bridges.values():
             for name, update in bridge(tokens, self.bottlenecks_of(bridge.bridge), codes, live).items():
                 gathered.setdefault(name, []).append(update)
+                if name == "audio" or "audio" not in bridge.bridge.experts:
+                    apart.setdefault(name, []).append(update)
         means = {name: torch.stack(updates).mean(dim=0) for name, updates in gathered.items()}
+        if audio_keys is not None:
+            silent = {name: torch.stack(updates).mean(dim=0) for name, updates in apart.items()}
+            means = {name: only_where(audio_keys, mean, silent.get(name)) for name, mean in means.items()}
         return tokens | {name: self._updated(tokens[name], mean) for name, mean in means.items()}
 
     def _updated(self, tokens: Tensor, update: Tensor) -> Tensor:
@@ -407,6 +431,16 @@ def _reads(bridges: Sequence[Bridge], pooled: dict[ExpertName, int], *, parallel
         speaking.update(direction.keys for direction in found)
     silent = {name: rows for name, rows in pooled.items() if name not in speaking}
     return Reads(live=frozenset(live), returned=pooled, attended=silent)
+
+
+def only_where(mask: Bool[Tensor, " batch"], value: Tensor, other: Tensor | None = None) -> Tensor:
+    """Return `value` of the clips that `mask` is true for, `other` (None: zero) of the rest; nothing is multiplied."""
+    return torch.where(mask.view(-1, *[1] * (value.ndim - 1)), value, value.new_zeros(()) if other is None else other)
+
+
+def _heard(expert: ExpertName, update: Tensor, audio_keys: Tensor) -> Tensor:
+    """What an expert gets in a bridge with the audio expert: it itself goes on to see."""
+    return update if expert == "audio" else only_where(audio_keys, update)
 
 
 def bottleneck_name(bridge: BridgeName, expert: ExpertName, *, shared: bool) -> str:

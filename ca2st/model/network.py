@@ -25,7 +25,7 @@ from fnmatch import translate
 from typing import Literal, NamedTuple, TypeVar, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -50,7 +50,7 @@ from ca2st.model.config import (
     uses_time_codes,
 )
 from ca2st.model.experts import Adapter, ClipInputs, Expert, build_expert
-from ca2st.model.layers import HolisticLayer
+from ca2st.model.layers import HolisticLayer, only_where
 from ca2st.model.tokens import TimeCodes, TimeEncoder
 from ca2st.spec import ClipSpec
 
@@ -96,20 +96,28 @@ class HolisticModel(nn.Module):
         video: Float[Tensor, "batch 3 time height width"],
         mel: Float[Tensor, "batch rows bins"],
         intervals_seconds: Float[Tensor, "batch intervals 2"],
+        has_audio: Bool[Tensor, " batch"] | None = None,
+        *,
+        audio_keys: Bool[Tensor, " batch"] | None = None,
     ) -> ModelOutput:
         """Return logits and features of a batch of clips.
 
-        `video` is normalised; `mel` is normalised and zero where a clip has no sound; row 0 of `intervals_seconds` is
-        the spectrogram's (start, end), the rest the video token times. What a model has no expert for is not read.
+        `video` is normalised; `mel` is normalised; row 0 of `intervals_seconds` is the spectrogram's (start, end), the
+        rest the video token times. What a model has no expert for is not read.
+
+        `has_audio`: which clips have sound; None: all. Of the others the spectrogram reaches nothing: the visual
+        experts get no update from the audio expert, and the head does not read its feature (`late_concat`: zeros).
+        `audio_keys`: whose sound the visual experts hear; None: that of `has_audio`.
         """
+        keys = (has_audio if audio_keys is None else audio_keys) if "audio" in self.experts else None
         inputs = ClipInputs(video, mel)
         codes = self.time_codes(intervals_seconds) if self.time_codes is not None else None
         tokens = {name: expert.embed(inputs) for name, expert in self.experts.items()}
         for index, layer in enumerate(self.layers):
             own = {name: expert.layer_at(index) for name, expert in self.experts.items()}
-            tokens = self._run(layer, tokens, own, codes)
+            tokens = self._run(layer, tokens, own, codes, keys)
         features = {name: expert.pool(tokens[name]) for name, expert in self.experts.items()}
-        return ModelOutput(logits=self.head(features), features=features)
+        return ModelOutput(logits=self.head(features, has_audio), features=features)
 
     def _run(
         self,
@@ -117,12 +125,13 @@ class HolisticModel(nn.Module):
         tokens: dict[ExpertName, Tensor],
         own: dict[ExpertName, nn.Module],
         codes: TimeCodes | None,
+        audio_keys: Tensor | None,
     ) -> dict[ExpertName, Tensor]:
         """Run a layer. With activation checkpointing only its inputs are kept, and it runs again for its gradients."""
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            again: dict[ExpertName, Tensor] = checkpoint(layer, tokens, own, codes, use_reentrant=False)
+            again: dict[ExpertName, Tensor] = checkpoint(layer, tokens, own, codes, audio_keys, use_reentrant=False)
             return again
-        out: dict[ExpertName, Tensor] = layer(tokens, own, codes)
+        out: dict[ExpertName, Tensor] = layer(tokens, own, codes, audio_keys)
         return out
 
 
@@ -276,20 +285,27 @@ class Head(nn.Module):
             for classifier in self.classifiers.values():
                 classifier.weight.mul_(config.head_init_scale)
 
-    def forward(self, features: Mapping[ExpertName, Float[Tensor, "batch _"]]) -> dict[str, Tensor]:
-        """Return logits `[batch, num_classes]` of every target."""
-        joined = {name: self._join(read, features) for name, read in self.inputs.items()}
+    def forward(
+        self, features: Mapping[ExpertName, Float[Tensor, "batch _"]], has_audio: Bool[Tensor, " batch"] | None = None
+    ) -> dict[str, Tensor]:
+        """Return logits `[batch, num_classes]` of every target; `has_audio`: clips whose sound is read, None: all."""
+        joined = {name: self._join(read, features, has_audio) for name, read in self.inputs.items()}
         return {name: classifier(self._of(name, joined)) for name, classifier in self.classifiers.items()}
 
     @staticmethod
     def _of(target: str, by_target: Mapping[str, _T]) -> _T:
         return by_target[target if target in by_target else EVERY_TARGET]
 
-    def _join(self, read: HeadInput, features: Mapping[ExpertName, Tensor]) -> Tensor:
+    def _join(self, read: HeadInput, features: Mapping[ExpertName, Tensor], has_audio: Tensor | None) -> Tensor:
         adapted = [
             features[term.expert] if term.kind == "none" else self.adapters[term.adapter](features[term.expert])
             for term in read.terms
         ]
+        if has_audio is not None:
+            adapted = [
+                only_where(has_audio, value) if term.expert == "audio" else value
+                for term, value in zip(read.terms, adapted, strict=True)
+            ]
         if read.join == "concat":
             return torch.cat(adapted, dim=-1)
         total = adapted[0]

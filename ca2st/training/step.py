@@ -435,7 +435,7 @@ class HasLogits(Protocol):
 
 def model_logits(model: nn.Module, batch: ClipBatch) -> Mapping[str, Tensor]:
     """Run the model on a batch that lies on its device, its pairs mixed as it says; the logits of each head."""
-    output = model(mixed_video(batch), mixed_mel(batch), batch.intervals_seconds)
+    output = model(mixed_video(batch), mixed_mel(batch), batch.intervals_seconds, batch.has_audio)
     assert isinstance(output, HasLogits)
     return output.logits
 

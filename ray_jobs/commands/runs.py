@@ -1,6 +1,7 @@
-"""Commands on finished runs: evaluate, significance, predict, features, explain, compare, and ``track sync``."""
+"""Commands on finished runs: tests, predictions, features, attention, comparisons, and ``track sync``."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -131,6 +132,54 @@ def significance(
             f"  only the first right {one.only_first}, only the second {one.only_second}; McNemar's exact test: "
             f"p = {one.p_value:.3g}"
         )
+
+
+def robustness(
+    checkpoint: Checkpoint,
+    data: Annotated[str, typer.Option(help="Shards to test on: a folder or a URL.")],
+    views: Annotated[str, typer.Option(help="Clips x crops per sample.")] = "2x3",
+    conditions: Annotated[
+        str | None, typer.Option(help="Some of them, such as white_noise,time_shift; default: all.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn: noise, shifts, places.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that score; one a GPU where there are GPUs.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report, plot and predictions; default: in the run.")
+    ] = None,
+    which: Which = "last",
+    as_json: Json = False,
+) -> None:
+    """Test a model that hears with its sound disturbed: noise, shifts, missing or masked sound; with a plot.
+
+    Example: ca2st robustness runs/smoke --data shards/validation --views 1x1
+    """
+    from ray_jobs.console import print_json, result
+    from ray_jobs.evaluation.perturbations import PERTURBATIONS
+    from ray_jobs.evaluation.robustness import PLOT_NAME, measure_robustness
+    from ray_jobs.evaluation.workers import Workers
+    from ray_jobs.runs.model import find_checkpoint
+
+    chosen = tuple(PERTURBATIONS) if conditions is None else tuple(name.strip() for name in conditions.split(","))
+    report, folder = measure_robustness(
+        find_checkpoint(checkpoint, which),
+        data,
+        _test_views(views),
+        conditions=chosen,
+        seed=seed,
+        out=out,
+        workers=Workers(number=workers),
+    )
+    if as_json:
+        print_json({**asdict(report), "plot": str(folder / PLOT_NAME)})
+        return
+    result(f"undisturbed: {report.main_metric} {report.clean[report.main_metric]:.2%} of {report.num_samples} samples")
+    for one in report.conditions:
+        against = one.against_clean
+        result(
+            f"{one.says}: {against.second:.2%}, {100 * against.difference:+.2f} points (95% interval "
+            f"{100 * against.low:+.2f} to {100 * against.high:+.2f})"
+        )
+    result(f"plot: {folder / PLOT_NAME}")
 
 
 def predict(

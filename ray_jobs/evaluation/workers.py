@@ -21,17 +21,19 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from torch import nn
 
 from ca2st.checked_json import encoded
 from ca2st.durable import write_bytes
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError, listed
 from ca2st.processes import SPAWN, die_with_parent, num_cores
-from ca2st.training.evaluate import Scored, scored_batches
+from ca2st.training.evaluate import EvaluationSource, Scored, scored_batches
 from ca2st.training.metrics import harmonic_mean, main_metric
 from pipelines.storage.index import read_columns
 from pipelines.views import EvaluationViews, Protocol
 from ray_jobs.console import progress, require_writable_place, say, show_log
 from ray_jobs.errors import WorkerFailedError
+from ray_jobs.evaluation.perturbations import PERTURBATIONS, DeafVisualExperts, PerturbedSource
 from ray_jobs.evaluation.predictions import ExpectedKeys, PredictionFacts, join_parts, label_counts, writing_part
 from ray_jobs.evaluation.protocols import Measures, measure, write_tables
 from ray_jobs.launch import ended_badly, signals_held, signals_to, take_signals
@@ -149,6 +151,8 @@ class EvaluationReport:
     """What the set is called in MLflow: ``test/<set>/...``."""
     step: int
     """Updates that the model had."""
+    tracked: bool = True
+    """Whether the run that trained the model is followed by MLflow."""
     targets: dict[str, list[str]] = field(default_factory=dict)
     """Class names of each target of the model."""
     unmatched: dict[str, dict[str, list[str]]] = field(default_factory=dict)
@@ -176,6 +180,10 @@ class _Job:
     facts: dict[str, Any]
     """Fields of the `PredictionFacts`."""
     world_size: int
+    perturbation: str = ""
+    """A name of `PERTURBATIONS`; empty: samples as they are."""
+    seed: int = 0
+    """Of the perturbation's draws."""
 
     def part(self, rank: int) -> Path:
         """Return the file of a rank."""
@@ -188,9 +196,14 @@ def evaluate_checkpoint(
     views: EvaluationViews,
     *,
     predictions: Path | None = None,
-    workers: Workers = Workers(),  # frozen
+    workers: Workers | None = None,
+    perturbation: str = "",
+    seed: int = 0,
 ) -> EvaluationReport:
     """Test the model of a checkpoint or run folder on the shards in `data`, a folder or a URL.
+
+    `workers` None: this process. `perturbation`: a name of `ray_jobs.evaluation.perturbations.PERTURBATIONS`, drawn
+    from `seed`; empty: none.
 
     Raises:
         UserInputError: the shards have no class that the model knows.
@@ -200,11 +213,11 @@ def evaluate_checkpoint(
     """
     if predictions is not None:
         require_writable_place(predictions, "--predictions")
-    trained = load_trained(path)
+    trained, workers = load_trained(path), workers or Workers()
     shard_set = read_shard_set(data, storage=trained.recipe.data.loader.storage)
     match = match_labels(trained.classes, shard_set.manifest, where=shard_set.where)
     out = predictions or output_of_set(trained, shard_set, views, what="predictions")
-    facts = _facts(trained, shard_set, match, views)
+    facts = replace(_facts(trained, shard_set, match, views), perturbation=perturbation)
     with ExitStack() as stack:
         parts = out.with_name(f"{out.name}.parts").resolve()
         shutil.rmtree(parts, ignore_errors=True)
@@ -219,6 +232,8 @@ def evaluate_checkpoint(
             parts=str(parts),
             facts=asdict(facts),
             world_size=min(workers.number, max(1, shard_set.manifest.num_samples)),
+            perturbation=perturbation,
+            seed=seed,
         )
         _score_all(job, workers, trained, shard_set)
         expected = ExpectedKeys(
@@ -277,6 +292,7 @@ def _report(
         checkpoint=trained.checkpoint.folder,
         set_name=set_name(shard_set),
         step=trained.checkpoint.marker.step,
+        tracked=trained.recipe.tracking.enabled,
         targets=dict(trained.classes),
         unmatched=match.unmatched,
         num_unmatched=lost,
@@ -321,9 +337,14 @@ def score_part(job: _Job, rank: int, trained: TrainedModel, shard_set: ShardSet,
         update = stack.enter_context(progress("Scoring", own)) if shown else (lambda _done, _what: None)
         add = stack.enter_context(writing_part(job.part(rank), facts))
         spaces = {name: shard_set.manifest.label_space(space).classes for name, space in match.spaces.items()}
+        model: nn.Module = accelerator.prepare_model(trained.model, evaluation_mode=True)
+        source: EvaluationSource = CountedSource(loader, views, update)
+        if job.perturbation:
+            source = PerturbedSource(source, job.perturbation, seed=job.seed, audio=shard_set.manifest.audio)
+            model = model if PERTURBATIONS[job.perturbation].audio_keys else DeafVisualExperts(trained.model)
         batches = scored_batches(
-            accelerator.prepare_model(trained.model, evaluation_mode=True),
-            CountedSource(loader, views, update),
+            model,
+            source,
             accelerator=accelerator,
             targets=trained.targets,
             per_device_batch_size=trained.recipe.training.per_device_batch_size,
@@ -470,7 +491,7 @@ def log_to_run(report: EvaluationReport) -> bool:
     from ray_jobs.tracking.state import STATE_NAME
 
     run_dir = report.checkpoint.parent.parent
-    if not (run_dir / STATE_NAME).exists():
+    if not report.tracked or not (run_dir / STATE_NAME).exists():
         say(f"{run_dir} is no folder of a tracked run: nothing goes to MLflow")
         return False
     metrics = {f"test/{report.set_name}/{name}": value for name, value in report.metrics.items()}

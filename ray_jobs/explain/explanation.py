@@ -93,7 +93,7 @@ def run_recorded(trained: TrainedModel, video: Path) -> Explanation:
     accelerator = place_model(trained)
     here = batch.to(accelerator.device)
     with torch.no_grad(), accelerator.autocast(), record_attention(trained.model) as maps:
-        output: ModelOutput = trained.model(here.normalised_video(), here.mel, here.intervals_seconds)
+        output: ModelOutput = trained.model(here.normalised_video(), here.mel, here.intervals_seconds, here.has_audio)
     _check_finite(trained, output, maps)
     probabilities = {
         name: probabilities_of(logits[0], trained.labelling).cpu() for name, logits in output.logits.items()

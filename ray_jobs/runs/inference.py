@@ -340,7 +340,9 @@ def _features(trained: TrainedModel, batch: ClipBatch, accelerator: Accelerator)
     with torch.inference_mode(), accelerator.autocast():
         for part in batch.split(trained.recipe.training.per_device_batch_size):
             here = part.to(accelerator.device)
-            parts.append(trained.model(here.normalised_video(), here.mel, here.intervals_seconds).features)
+            parts.append(
+                trained.model(here.normalised_video(), here.mel, here.intervals_seconds, here.has_audio).features
+            )
     return {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
 
 

@@ -200,10 +200,11 @@ def _record(
         loader=asdict(loader.record),
         experts=frozen,
         start=start,
-        # Older runs chose frames of a varying rate by number: they go on with a warning, for those clips differ.
+        # Older runs chose frames of a varying rate by number, and took clips without sound for ones of an even sound:
+        # they go on with a warning, for those clips differ.
         versions=library_versions()
         | environment.versions()
-        | {"backend": loader.backend_name, "frames_of_varying_rates": "by time"},
+        | {"backend": loader.backend_name, "frames_of_varying_rates": "by time", "clips_without_sound": "masked"},
         documents={
             RUN_DOCUMENT: {
                 "recipe": recipe_document(recipe),

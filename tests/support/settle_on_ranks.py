@@ -24,7 +24,9 @@ class WideModel(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(300, 300) for _ in range(8))
         self.head = nn.ModuleDict({name: nn.Linear(300, size) for name, size in TARGETS.items()})
 
-    def forward(self, video: Tensor, mel: Tensor, intervals_seconds: Tensor) -> TinyOutput:
+    def forward(
+        self, video: Tensor, mel: Tensor, intervals_seconds: Tensor, has_audio: Tensor | None = None
+    ) -> TinyOutput:
         hidden = nn.functional.pad(mel.flatten(1), (0, 284))
         for index in (3, 1, 7, 0, 2, 6, 4, 5):
             hidden = torch.tanh(self.layers[index](hidden))

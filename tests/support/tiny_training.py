@@ -43,7 +43,9 @@ class TinyModel(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.expert.requires_grad_(False)
 
-    def forward(self, video: Tensor, mel: Tensor, intervals_seconds: Tensor) -> TinyOutput:
+    def forward(
+        self, video: Tensor, mel: Tensor, intervals_seconds: Tensor, has_audio: Tensor | None = None
+    ) -> TinyOutput:
         parts = [video.mean(dim=(2, 3, 4)), mel.mean(dim=1)[:, :2], intervals_seconds[:, 0, :1]]
         hidden = self.expert(torch.cat(parts, dim=1)) + self.positions + self.expert.table * 0
         for layer in self.layers:

@@ -282,7 +282,9 @@ def test_t11_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_sam
 class BadGradient(TinyModel):
     """Finite logits whose gradient is not finite where a clip carries a mark."""
 
-    def forward(self, video: Tensor, mel: Tensor, intervals_seconds: Tensor) -> TinyOutput:
+    def forward(
+        self, video: Tensor, mel: Tensor, intervals_seconds: Tensor, has_audio: Tensor | None = None
+    ) -> TinyOutput:
         output = super().forward(video, mel, intervals_seconds)
         if not bool((mel[:, 0, 3] == 77).any()):
             return output

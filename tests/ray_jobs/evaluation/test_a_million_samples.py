@@ -1,0 +1,56 @@
+"""Every sample counts exactly once at any number of processes, and no process holds a set of a million."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parents[2]
+MILLION = 1_000_000
+MOST_BYTES = 1_000_000_000
+
+
+def start(**options: Any) -> "subprocess.Popen[str]":
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "support.score_many", json.dumps(options)]
+    return subprocess.Popen(command, cwd=TESTS.parent, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def scored(folder: Path, world_size: int, *, num_samples: int = MILLION, **options: Any) -> dict[str, Any]:
+    """The join's answer; the peaks of all processes under ``peaks``."""
+    folder.mkdir()
+    about = {"folder": str(folder), "num_samples": num_samples, "world_size": world_size}
+    ranks = [answer(one) for one in [start(**about, rank=rank, **options) for rank in range(world_size)]]
+    joined = answer(start(**about))
+    return joined | {"peaks": [one["peak_bytes"] for one in (*ranks, joined)]}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_p13_a_million_samples_count_once_at_1_2_and_3_processes_within_a_gigabyte(tmp_path: Path) -> None:
+    found = [scored(tmp_path / str(world_size), world_size) for world_size in (1, 2, 3)]
+    for one in found:
+        assert one["num_samples"] == MILLION
+        assert max(one["peaks"]) < MOST_BYTES
+        assert one["metrics"] == found[0]["metrics"]
+    assert {"top1", "map", "d_prime"} <= found[0]["metrics"].keys()
+    files = [(tmp_path / str(world_size) / "all.parquet").stat().st_size for world_size in (1, 2, 3)]
+    assert max(files) < 1.1 * min(files)
+
+
+@pytest.mark.slow
+def test_p13_one_sample_that_is_lost_among_many_is_named(tmp_path: Path) -> None:
+    found = scored(tmp_path / "lost", 2, num_samples=100_000, lose=77_777)
+    assert "found 1 never scored: video-00077777-0123456789abcdef; no metric is reported" in found["error"]
+    assert not (tmp_path / "lost" / "all.parquet").exists()

@@ -1,0 +1,48 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from ca2st.errors import UserInputError
+from pipelines.views import EvaluationViews
+from ray_jobs.evaluation import robustness, workers
+from ray_jobs.evaluation.perturbations import PERTURBATIONS
+from ray_jobs.evaluation.robustness import measure_robustness
+from support.fake_shards import make_samples, make_shard_set
+from support.trained import trained_model
+
+ONE_VIEW = EvaluationViews(protocol="test", clips=1, crops=1)
+
+
+def use_model(monkeypatch: pytest.MonkeyPatch, run_dir: Path, kind: str) -> None:
+    trained = trained_model(run_dir, kind)
+    trained.checkpoint.folder.mkdir(parents=True)
+    monkeypatch.setattr(workers, "load_trained", lambda _: trained)
+    monkeypatch.setattr(robustness, "find_checkpoint", lambda _: trained.checkpoint.folder)
+    monkeypatch.setattr(robustness, "run_document_of", lambda _: trained)
+
+
+def test_every_condition_is_tested_on_the_same_samples_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_model(monkeypatch, tmp_path / "run", "ca2st")
+    shards = make_shard_set(tmp_path / "set", make_samples(12), samples_per_shard=4, split="validation")
+    report, folder = measure_robustness(tmp_path / "run", str(shards.root), ONE_VIEW)
+    assert [one.name for one in report.conditions] == list(PERTURBATIONS)
+    for one in report.conditions:
+        assert one.against_clean.num_samples == 12
+        assert one.against_clean.first == report.clean["top1"]
+        assert one.against_clean.second == one.metrics["top1"]
+    assert json.loads((folder / "robustness.json").read_text())["how_noise_is_added"].startswith("in the power of")
+    plot = (folder / "robustness.svg").read_text()
+    assert all(one.says in plot for one in PERTURBATIONS.values())
+    again, _ = measure_robustness(tmp_path / "run", str(shards.root), ONE_VIEW, conditions=["pink_noise"])
+    assert again.conditions[0].metrics == report.conditions[1].metrics
+
+
+def test_what_cannot_be_tested_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_model(monkeypatch, tmp_path / "run", "cast")
+    with pytest.raises(UserInputError, match="expected a model that hears, found cast"):
+        measure_robustness(tmp_path / "run", "set", ONE_VIEW)
+    with pytest.raises(UserInputError, match=r"--conditions: expected one of white_noise, .*found 'pink'"):
+        measure_robustness(tmp_path / "run", "set", ONE_VIEW, conditions=["pink"])
