@@ -74,8 +74,15 @@ class TrackedRun:
 
     @property
     def accuracy_name(self) -> str | None:
-        """The metric that stands for the run: test before validation, top-1."""
-        known = [*_ACCURACIES, *sorted(name for name in self.metrics if name.endswith("_top1"))]
+        """The metric that stands for the run: test before validation, top-1; tests on other datasets do not count."""
+        own, ends = f"test/{_dataset(self)}-", ("/top1", "/action_top1")
+        tests = sorted(name for name in self.metrics if name.startswith(own) and name.endswith(ends))
+        known = [
+            _ACCURACIES[0],
+            *tests,
+            *_ACCURACIES[1:],
+            *sorted(name for name in self.metrics if name.endswith("_top1")),
+        ]
         return next((name for name in known if name in self.metrics), None)
 
 

@@ -166,6 +166,14 @@ def test_deltas_refer_to_the_baseline_and_cost_to_a_point_of_accuracy() -> None:
         compare(twins, baseline="d")
 
 
+def test_a_test_on_the_runs_own_dataset_stands_for_it_and_a_transfer_does_not() -> None:
+    tags = {"data.train.dataset": "epic_sounds"}
+    metrics = {"test/hd_epic_sounds-test/top1": 0.3, "validation/top1": 0.6}
+    assert run("a", tags=tags, metrics=metrics).accuracy_name == "validation/top1"
+    metrics["test/epic_sounds-validation/top1"] = 0.5
+    assert run("a", tags=tags, metrics=metrics).accuracy_name == "test/epic_sounds-validation/top1"
+
+
 def test_best_and_last_come_with_their_steps() -> None:
     curve = ((10, 0.5), (20, 0.75), (30, 0.75), (40, 0.25))
     (found,) = compare([run("a", metrics={"validation/top1": 0.25}, curves={"validation/top1": curve})]).runs

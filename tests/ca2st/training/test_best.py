@@ -244,8 +244,14 @@ def test_t8_fp16_with_its_scale_trains_and_resumes_exactly(tmp_path: Path) -> No
 class SteepModel(TinyModel):
     """Its logits are the same, its gradients a hundred thousand times as large: in fp16 they overflow at first."""
 
-    def forward(self, video: torch.Tensor, mel: torch.Tensor, intervals_seconds: torch.Tensor) -> object:
-        output = super().forward(video, mel, intervals_seconds)
+    def forward(
+        self,
+        video: torch.Tensor,
+        mel: torch.Tensor,
+        intervals_seconds: torch.Tensor,
+        has_audio: torch.Tensor | None = None,
+    ) -> object:
+        output = super().forward(video, mel, intervals_seconds, has_audio)
         steep = {name: value + (value - value.detach()) * 1e5 for name, value in output.logits.items()}
         return output._replace(logits=steep)
 

@@ -78,6 +78,30 @@ def test_a_transfer_matches_classes_by_name_and_reports_what_has_no_match(
     assert report.top1 == expected
 
 
+def test_a_set_without_labels_has_predictions_and_no_metric(trained: TrainedModel, tmp_path: Path) -> None:
+    samples = [replace(sample, labels=()) for sample in make_samples(5)]
+    shards = make_shard_set(tmp_path / "set", samples, label_spaces=(), targets=(), labelling="none")
+    report = evaluate_checkpoint(tmp_path / "run", shards.root, VIEWS)
+    assert (report.metrics, report.top1, report.num_samples, report.tables) == ({}, None, 5, [])
+    rows = rows_of(report)
+    assert rows.labels == {}
+    assert rows.probabilities["label"].sum(axis=1) == pytest.approx(np.ones(5))
+
+
+def test_samples_of_several_labels_are_matched_by_name_and_ranked(trained: TrainedModel, tmp_path: Path) -> None:
+    hers = [(0,), (0, 1), (1, 2), (2,), ()]
+    samples = [replace(sample, labels=labels) for sample, labels in zip(make_samples(5), hers, strict=True)]
+    spaces = (LabelSpace(name="label", classes=("blue", "violet", "red")),)
+    shards = make_shard_set(tmp_path / "set", samples, label_spaces=spaces, labelling="several")
+    report = evaluate_checkpoint(tmp_path / "run", shards.root, VIEWS)
+    rows = rows_of(report)
+    assert rows.labels["label"].tolist() == [[0, 0, 1], [0, 0, 1], [1, 0, 0], [1, 0, 0], [0, 0, 0]]
+    known = rows.labels["label"][:, [0, 2]]
+    expected = oracle.average_precision_score(known, rows.probabilities["label"][:, [0, 2]], average="macro")
+    assert report.metrics["map"] == pytest.approx(expected)
+    assert report.unmatched == {"label": {"model": ["green"], "set": ["violet"]}}
+
+
 def manifest_of(*spaces: LabelSpace, root: Path) -> Manifest:
     sample = make_samples(1)[0]
     made = make_shard_set(root, [type(sample)(key="a", labels=(0,) * len(spaces))], label_spaces=spaces)
