@@ -8,10 +8,10 @@ part of the same video is found by its source's name alone.
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from einops import rearrange
@@ -93,15 +93,21 @@ def _overlap(by: str, one: _Sample, other: _Sample) -> Overlap:
 
 def _samples(shard_set: ShardSet) -> Iterator[_Sample]:
     """What every sample's JSON says of its origin, in stored order."""
+    for shard, row, key, record in read_records(shard_set):
+        names = {by: str(record.get(field, key)) for by, field in _FIELDS.items()}
+        yield _Sample(shard=shard, row=row, names=names)
+
+
+def read_records(shard_set: ShardSet) -> Generator[tuple[int, int, str, dict[str, Any]], None, None]:
+    """Yield the JSON of every sample in stored order, with the numbers of its shard and row and its key."""
     with closing(SampleReader(shard_set)) as reader:
         tables = read_columns(shard_set, ["key", "json_offset", "json_bytes"])
         for number, (shard, table) in enumerate(tables):
             with reader.files.opened(shard) as file:
                 for row, cells in enumerate(table.to_pylist()):
                     data = file.read(cells["json_offset"], cells["json_bytes"])
-                    record = parse_json(data, dict[str, object], where=f"{shard.name}, {cells['key']}.json")
-                    names = {by: str(record.get(field, cells["key"])) for by, field in _FIELDS.items()}
-                    yield _Sample(shard=number, row=row, names=names)
+                    where = f"{shard.name}, {cells['key']}.json"
+                    yield number, row, cells["key"], parse_json(data, dict[str, Any], where=where)
 
 
 def _hashes(shard_set: ShardSet, samples: list[_Sample], step: Callable[[], None]) -> NDArray[np.uint64]:

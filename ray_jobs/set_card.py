@@ -1,7 +1,9 @@
 """The card of a shard set: its facts in a few lines, and as one HTML file that asks nothing of any network."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,19 @@ from ca2st import __version__
 from ca2st.durable import write_bytes
 from pipelines.storage.index import SetFacts
 from ray_jobs.console import counted
+from ray_jobs.overlap import read_records
 from ray_jobs.pages.charts import StoredClip, page_environment, read_spread_clips
+from sharding.folder import read_rejects
 from sharding.format.shard_set import Manifest, ShardSet
-from sharding.source import SILENT_SOUND
+from sharding.source import DONE, SILENT_SOUND
 
 NUM_CLIPS = 12
 _MOST_CLASSES = 30
 _NUM_BARS = 24
+_MOST_EXAMPLES = 3
+_KEPT = "kept as it is"
+_CHANGES = {"orientation": "turned or mirrored by the display matrix", "pixel_aspect": "pixels that are not square"}
+"""Of the changes in a sample's JSON those that no note counts, in words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +62,57 @@ class DurationBar:
     """Of the highest bar."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quirk:
+    """Something unusual that was found in the sources."""
+
+    kind: str
+    count: int
+    done: str
+    """What was done about it."""
+    examples: tuple[str, ...]
+    """Keys of samples, ids of rejected ones, or places in the annotations."""
+
+
+def read_quirks(shard_set: ShardSet, *, most: int = 5000) -> tuple[list[Quirk], int]:
+    """Return what was unusual, the commonest first, and how many samples were looked into for it.
+
+    Notes and rejects are counted over the whole set. Examples of them, and what was turned or scaled, come from the
+    JSON of the first `most` samples; of a remote set, those of its first shard.
+
+    Raises:
+        DataDamageError: a shard or an index cannot be read.
+    """
+    manifest = shard_set.manifest
+    most = min(most, shard_set.shards[0].num_samples) if shard_set.origin is not None else most
+    keys: dict[str, list[str]] = {}
+    num_read = 0
+    with closing(read_records(shard_set)) as records:
+        for _, _, key, record in islice(records, most):
+            num_read += 1
+            found = [*record.get("notes", []), *(name for name in _CHANGES if name in record.get("changes", {}))]
+            for kind in found:
+                keys.setdefault(kind, []).append(key)
+    quirks = [
+        Quirk(kind=kind, count=count, done=DONE.get(kind, _KEPT), examples=_examples(manifest.examples, keys, kind))
+        for kind, count in manifest.notes.items()
+    ]
+    quirks += [
+        Quirk(kind=words, count=len(keys[name]), done=DONE[name], examples=tuple(keys[name][:_MOST_EXAMPLES]))
+        for name, words in _CHANGES.items()
+        if name in keys
+    ]
+    rejects = read_rejects(shard_set.root)
+    for reason, count in manifest.rejected.items():
+        ids = tuple(one.sample_id for one in rejects if one.reason == reason)[:_MOST_EXAMPLES]
+        quirks.append(Quirk(kind=f"rejected: {reason}", count=count, done="left out", examples=ids))
+    return sorted(quirks, key=lambda quirk: -quirk.count), num_read
+
+
+def _examples(of_list: Mapping[str, Sequence[str]], keys: Mapping[str, Sequence[str]], kind: str) -> tuple[str, ...]:
+    return tuple([*of_list.get(kind, ()), *keys.get(kind, ())][:_MOST_EXAMPLES])
+
+
 def write_set_card(shard_set: ShardSet, facts: SetFacts, file: Path) -> None:
     """Write the card to `file`.
 
@@ -65,7 +124,8 @@ def write_set_card(shard_set: ShardSet, facts: SetFacts, file: Path) -> None:
 
 
 def render_set_card(shard_set: ShardSet, facts: SetFacts, clips: list[StoredClip]) -> str:
-    """Return the whole page."""
+    """Return the whole page; raises as `read_quirks`."""
+    quirks, num_read = read_quirks(shard_set)
     environment = page_environment()
     environment.filters["size"] = size_in_words
     manifest = shard_set.manifest
@@ -75,6 +135,8 @@ def render_set_card(shard_set: ShardSet, facts: SetFacts, clips: list[StoredClip
         facts=facts,
         tables=[class_table(name, counts, targets=facts.targets) for name, counts in facts.classes.items()],
         durations=duration_bars(facts.durations),
+        quirks=quirks,
+        num_read=num_read,
         clips=[(clip, _names(manifest, clip.labels)) for clip in clips],
     )
 

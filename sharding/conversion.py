@@ -65,7 +65,7 @@ from sharding.format.writer import ShardRange, shard_name
 from sharding.media.encode import ClipJob, EncodedClip, encode_clip
 from sharding.settings import ConversionConfig, conversion_identity, plan_shards
 from sharding.shard_task import LocalWorkers, MadeShard, ShardPool, ShardSetup, ShardTask
-from sharding.source import MISSING_MEDIA, SourceList, SourceSample, check_source, refuse_doubtful
+from sharding.source import MISSING_MEDIA, SourceList, SourceSample, check_source, examples_of, refuse_doubtful
 from sharding.verify import remote_shard_problems, shard_problems
 
 _log = logging.getLogger(__name__)
@@ -337,7 +337,9 @@ class _Conversion:
         rejected, notes = Counter(count_by_reason(rejects)), Counter(_count_notes(self._source, shards))
         lines, entries = rejects_file(rejects), tuple(shard.entry for shard in shards)
         missing = missing_file(self._source.notes.get(MISSING_MEDIA, ()))
+        examples = examples_of(self._source.notes)
         if earlier is not None:
+            examples |= earlier.manifest.examples
             rejected.update(earlier.manifest.rejected)
             notes.update(earlier.manifest.notes)
             lines, missing = earlier.rejects + lines, earlier.missing + missing
@@ -346,6 +348,7 @@ class _Conversion:
             fields |= {"source_lists": lists, "source_list_sha256": sha256_of_json(list(lists))}
             fields["table"] = f"shards-{len(lists)}.parquet"
         fields |= {"rejected": dict(sorted(rejected.items())), "notes": dict(sorted(notes.items()))}
+        fields["examples"] = dict(sorted(examples.items()))
         fields["rejects_sha256"] = hashlib.sha256(lines).hexdigest() if lines else None
         write_or_remove(self._files, MISSING_NAME, missing)
         write_or_remove(self._files, REJECTS_NAME, lines)

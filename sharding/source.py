@@ -6,6 +6,7 @@ clip was converted to what players show.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,6 +132,41 @@ HARMLESS = frozenset(
     }
 )
 """Kinds that question nothing; a kind that is not named here does."""
+
+
+DONE: dict[str, str] = {
+    **dict.fromkeys((NO_LENGTH, REPEATED, OTHER_CLASS, ERRATUM, MISSING_MEDIA, LEFT_ASIDE), "left out"),
+    "began inside a group of pictures": "its first pictures, which need earlier ones, left out",
+    "deinterlaced": "deinterlaced (yadif)",
+    "frames at the same time": "the later one kept",
+    "gaps or overlaps in the sound": "sound placed by its timestamps",
+    "large picture without a colour matrix, taken for BT.601": "read as BT.601",
+    "mirrored": "stored as players show it",
+    "one of several pictures": "the default one taken",
+    "one of several sound tracks": "the default one, or the first that is not silent, taken",
+    "picture starts late": "sound and seconds kept on the file's clock",
+    "shape changes inside the clip": "stretched to the first frame's shape",
+    "shorter than annotated": "clipped to the end of the video",
+    "silent sound": "kept as a clip without sound",
+    "sound ends early": "no sound behind its end",
+    "sound goes on behind the picture": "cut at the end of the picture",
+    "sound starts late": "silence before it",
+    "tone-mapped": "converted to BT.709",
+    "wide gamut converted": "converted to BT.709",
+    "pixel_aspect": "scaled to square pixels",
+    "orientation": "turned upright",
+}
+"""What was done about a kind of note, or of change in a sample's JSON; the others are kept as they are."""
+_MOST_EXAMPLES = 3
+
+
+def examples_of(notes: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Return the first places of each kind of note; of files with a line their names, wherever they lay."""
+    return {
+        kind: tuple(re.sub(r"^.*/(?=[^/]+:\d+$)", "", place) for place in places[:_MOST_EXAMPLES])
+        for kind, places in notes.items()
+        if places
+    }
 
 
 def doubtful(notes: Mapping[str, int]) -> dict[str, int]:

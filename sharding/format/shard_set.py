@@ -152,6 +152,9 @@ class Manifest:
     out."""
     notes: Mapping[str, int] = field(default_factory=dict)
     """What was unusual about the sources and accepted, by kind; a set without any leaves the field out."""
+    examples: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of notes about the source list: kind to the first places, ``file:line`` or a name; left out where there are none.
+    Those of the samples are in their JSON."""
     labelling: Labelling = "one"
     """How many labels a sample has, in its JSON and in the index; ``one`` is left out, as in sets from before it."""
     rejects_sha256: str | None = None
@@ -182,8 +185,9 @@ class Manifest:
 
     def _payload(self) -> dict[str, Any]:
         payload = asdict(self)
-        if not self.notes:
-            del payload["notes"]
+        for name in ("notes", "examples"):
+            if not payload[name]:
+                del payload[name]
         if self.clock == "first-frame":
             del payload["clock"]
         if self.labelling == "one":

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,21 @@ from pipelines.errors import ShardSetDamageError
 from pipelines.storage.index import set_facts
 from ray_jobs.cli import app
 from ray_jobs.pages.charts import read_spread_clips
-from ray_jobs.set_card import class_table, duration_bars, facts_in_words, render_set_card, size_in_words
-from sharding.format.shard_set import LabelSpace, ShardSet
+from ray_jobs.set_card import (
+    class_table,
+    duration_bars,
+    facts_in_words,
+    read_quirks,
+    render_set_card,
+    size_in_words,
+)
+from sharding.conversion import convert
+from sharding.datasets import DatasetRequest, read_dataset
+from sharding.format.index import sample_key
+from sharding.format.shard_set import LabelSpace, ShardSet, read_shard_set
+from sharding.settings import ConversionConfig, RejectBudget
+from sharding.verify import verify_shard_set
+from support.annotations import write_lines
 from support.fake_shards import FakeSample, flip_byte, make_samples, make_shard_set, members_of
 from support.media import make_clip
 from support.video_shards import video_shard_set
@@ -136,3 +150,40 @@ def test_silence_is_told_apart_from_no_sound(tmp_path: Path) -> None:
     assert facts_in_words(facts)["with sound"] == f"{facts.num_with_audio} of 4, 3 with silence alone"
     facts = set_facts(make_shard_set(tmp_path / "other", make_samples(4)))
     assert facts_in_words(facts)["with sound"] == f"{facts.num_with_audio} of 4"
+
+
+def test_the_page_lists_what_was_found_and_what_was_done_about_it(tmp_path: Path) -> None:
+    media = tmp_path / "media"
+    media.mkdir()
+    make_clip(media / "a.mp4", seconds=1, rotation=90)
+    make_clip(media / "b.mp4", seconds=1, pixel_aspect=Fraction(4, 3))
+    (media / "c.mp4").write_text("no video")
+    rows = ["path,label,start,end", "a.mp4,x|y,0,5", "b.mp4,x,,", "c.mp4,x,,", "d.mp4,x,,"]
+    annotations = write_lines(tmp_path / "list.csv", rows)
+    one = RejectBudget(count=1)
+    request = DatasetRequest(annotations=annotations, media=media, max_missing=one)
+    source = read_dataset("csv", request)
+    convert(source, tmp_path / "out", ConversionConfig(audio_policy="none", max_rejects=one))
+    shard_set = read_shard_set(tmp_path / "out")
+    quirks, num_read = read_quirks(shard_set)
+    found = {quirk.kind: (quirk.count, quirk.done, quirk.examples) for quirk in quirks}
+    keys = [sample_key(one.sample_id) for one in source.samples]
+    assert num_read == 2
+    assert found == {
+        "labels that may be several": (1, "kept as it is", ("'x|y'",)),
+        "samples without a media file": (1, "left out", ("list.csv:5",)),
+        "shorter than annotated": (1, "clipped to the end of the video", (keys[0],)),
+        "turned or mirrored by the display matrix": (1, "turned upright", (keys[0],)),
+        "pixels that are not square": (1, "scaled to square pixels", (keys[1],)),
+        "rejected: not_a_video": (1, "left out", ("c.mp4",)),
+    }
+    html = render_set_card(shard_set, set_facts(shard_set), read_spread_clips(shard_set, most=2))
+    assert "<code>list.csv:5</code>" in html
+    assert str(tmp_path) not in html
+    assert verify_shard_set(tmp_path / "out") == []
+
+
+def test_the_page_says_where_nothing_unusual_was_found(tmp_path: Path) -> None:
+    shard_set = make_shard_set(tmp_path, make_samples(2))
+    html = render_set_card(shard_set, set_facts(shard_set), read_spread_clips(shard_set, most=1))
+    assert "Nothing unusual." in html
