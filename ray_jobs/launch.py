@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -24,10 +25,13 @@ from typing import NoReturn
 import torch
 
 from ca2st.durable import FaultPoints, write_bytes
-from ca2st.errors import UserInputError
+from ca2st.errors import NumericError, UserInputError
 from ca2st.processes import SPAWN, die_with_parent
-from ca2st.training.journal import LAUNCH_LOCK_NAME, locked
+from ca2st.training.journal import JOURNAL_NAME, LAUNCH_LOCK_NAME, locked, run_sequence
+from ca2st.training.optim import REFERENCE_BATCH
 from ca2st.training.resume import RECIPE_FILE
+from pipelines.augment.config import AugmentConfig
+from pipelines.order.selection import BalanceConfig
 from ray_jobs import environment
 from ray_jobs.config.recipe import Recipe, recipe_document
 from ray_jobs.console import say, show_log
@@ -44,6 +48,84 @@ from ray_jobs.runs.failures import (
 from ray_jobs.runs.start import finished, prepare
 from ray_jobs.runs.worker import Job, Outcome, read_outcome, run
 from ray_jobs.tracking.following import followed
+
+OVERFIT_STEPS = 400
+OVERFIT_SHARE = 0.95
+_OVERFIT_PEAK, _OVERFIT_WIDTH = 1e-3, 768
+"""Peak rate of a model of this width; narrower ones take more."""
+
+
+def overfitting(recipe: Recipe, num_clips: int) -> Recipe:
+    """Return the sanity run of a recipe: learn `num_clips` of its clips by heart, in at most 400 steps of all of them.
+
+    Data, model, experts and what trains are the recipe's. Whatever makes learning harder is off: augmentation, mixing,
+    label smoothing, DropPath, weight decay, layer decay. Shards of a validation split are left out.
+
+    Raises:
+        UserInputError: less than one clip.
+    """
+    if num_clips < 1:
+        raise UserInputError(f"--overfit: expected at least 1 clip, found {num_clips}")
+    training, optim, data = recipe.training, recipe.optim, recipe.data
+    base_lr = _OVERFIT_PEAK * (_OVERFIT_WIDTH / recipe.model.dim) ** 0.5 * REFERENCE_BATCH / num_clips
+    return replace(
+        recipe,
+        name=f"{recipe.name}-overfit-{num_clips}",
+        model=replace(recipe.model, drop_path_rate=0.0),
+        data=replace(
+            data,
+            select=replace(data.select, limit=num_clips),
+            balance=BalanceConfig(),
+            repeats=1,
+            epoch_samples=None,
+            remainder="drop",
+            augment=AugmentConfig(crop_area=(1.0, 1.0), flip_probability=0.0),
+            validation=None,
+        ),
+        optim=replace(
+            optim,
+            base_lr=base_lr,
+            min_lr=base_lr / 100,
+            warmup_epochs=10.0,
+            weight_decay=0.0,
+            layer_decay=1.0,
+            label_smoothing=0.0,
+            clip_grad_norm=1.0,
+        ),
+        training=replace(
+            training,
+            epochs=OVERFIT_STEPS,
+            max_steps=None,
+            global_batch_size=num_clips,
+            per_device_batch_size=min(num_clips, training.per_device_batch_size),
+            validate_every_epochs=0,
+            validate_every_steps=None,
+            early_stopping=None,
+            stop_at=None,
+            stop_at_fit=OVERFIT_SHARE,
+            ema_decay=None,
+            keep_checkpoints=1,
+            checkpoint_every_steps=OVERFIT_STEPS,
+        ),
+        tracking=replace(recipe.tracking, register_model=False),
+    )
+
+
+def check_overfit(run_dir: Path) -> float:
+    """Return the share of its clips that a run of `overfitting` answered right in its last step.
+
+    Raises:
+        NumericError: it did not learn them by heart.
+    """
+    last = run_sequence(run_dir / JOURNAL_NAME)[-1]
+    share = float(last.get("top1", 0.0))
+    if share < OVERFIT_SHARE:
+        raise NumericError(
+            f"{run_dir}: expected {OVERFIT_SHARE:.0%} of the clips learned by heart after {last['step']} steps, found "
+            f"{share:.0%} with loss {last['loss']:.4f}; look at the labels, what trains (trainable) and the experts "
+            "before training for longer"
+        )
+    return share
 
 
 def launch(

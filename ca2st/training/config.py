@@ -84,6 +84,9 @@ class TrainingConfig:
     """What `early_stopping` takes for better: `best_metric` must be better by more than this."""
     stop_at: float | None = None
     """End the run once `best_metric` is at least this; None: never."""
+    stop_at_fit: float | None = None
+    """End the run once at least this share of an epoch's training clips was answered right; None: never. For sanity
+    runs: it says that the model can learn, not that it has learned anything of use."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the trained weights, with this decay per step; None: none. Warm-up: the
     decay of step t is at most (1 + t) / (10 + t). Validation, tests and predictions then use the average."""

@@ -274,6 +274,7 @@ class _Run:
         self._checkpoint, self._saved_step = start.folder, start.step
         self._share: ClipBatch | None = None
         self._step = start.step
+        self._fit: list[float] = []
         self._scores: dict[int, Metrics] = dict(start.validations)
         self._metric = ranking_metric(settings)
         self._stop_request, self._begun = stop, settings.clock()
@@ -320,7 +321,13 @@ class _Run:
 
     def _reason_to_end(self) -> str | None:
         """Return why the run ends before its last step, equal on every rank; None: it does not."""
-        if self._step >= self._total_steps or self._step not in self._scores:
+        if self._step >= self._total_steps:
+            return None
+        if (fit := self._config.stop_at_fit) is not None and len(self._fit) == self._steps_per_epoch:
+            share = sum(self._fit) / len(self._fit)
+            if share >= fit:
+                return f"{share:.1%} of the training clips right in the last epoch (stop_at_fit = {fit})"
+        if self._step not in self._scores:
             return None
         return reason_to_end(self._config, self._scores, self._metric)
 
@@ -402,6 +409,7 @@ class _Run:
         self._settings.faults.reach("step.received")
         result = self._stepper.update(intake.share, intake.keys_of_rank, step=self._step + 1)
         self._step += 1
+        self._fit = [*self._fit, result.top1 or 0.0][-self._steps_per_epoch :]
         if self._average is not None:
             self._average.update(self._step)
         self._settings.faults.reach("step.updated")
@@ -434,6 +442,7 @@ class _Run:
             "step",
             **fields,
             grad_norm=result.grad_norm,
+            **({} if result.top1 is None else {"top1": result.top1}),
             **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
             sample_ids_hash=intake.sample_ids_hash,
             step_seconds=seconds,

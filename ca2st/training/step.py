@@ -13,7 +13,7 @@ import torch
 import xxhash
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -227,6 +227,9 @@ class StepResult:
     """Global gradient norm before clipping; None: it was not finite, and the update was left out (fp16 alone)."""
     loss_scale: float | None = None
     """What the losses were scaled by; None: not scaled."""
+    top1: float | None = None
+    """Share of the step's clips that were answered right before the update, every target of them; None where clips are
+    mixed or have several labels."""
 
 
 class LossScale:
@@ -315,9 +318,10 @@ class Stepper:
                 optimizer has changed anything, with the samples' keys.
         """
         self._settle(share)
-        losses = self._backward(share, step=step)
+        losses, right = self._backward(share, step=step)
         with self._stages.stage("gather"):
-            losses_of_rank = self._ranks.gather(losses.tolist())
+            gathered = self._ranks.gather((losses.tolist(), None if right is None else int(right.sum())))
+        losses_of_rank, right_of_rank = [one for one, _ in gathered], [count for _, count in gathered]
         _check_losses(losses_of_rank, keys_of_rank, step)
         rate = self._schedule.at(step - 1)
         scaled_by = self.loss_scale.factor if self._config.precision == "fp16" else None
@@ -325,7 +329,9 @@ class Stepper:
             norm = self._optimize(share, rate=rate, step=step)
         total = math.fsum(loss for rank_losses in losses_of_rank for loss in rank_losses)
         mean = total / self._config.global_batch_size
-        return StepResult(loss=mean, lr=rate, grad_norm=norm, loss_scale=scaled_by)
+        known = [count for count in right_of_rank if count is not None]
+        top1 = sum(known) / self._config.global_batch_size if len(known) == len(right_of_rank) else None
+        return StepResult(loss=mean, lr=rate, grad_norm=norm, loss_scale=scaled_by, top1=top1)
 
     def _optimize(self, share: ClipBatch, *, rate: float, step: int) -> float | None:
         """Check the gradient, clip it, update; returns its norm before clipping, None where it overflowed."""
@@ -345,23 +351,32 @@ class Stepper:
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _backward(self, share: ClipBatch, *, step: int) -> Float[Tensor, " clips"]:
+    def _backward(
+        self, share: ClipBatch, *, step: int
+    ) -> tuple[Float[Tensor, " clips"], Bool[Tensor, " clips"] | None]:
+        """Return the loss of each clip, and whether it was answered right, where that is one label's question."""
         parts = list(share.split(self._config.per_device_batch_size))
-        losses = []
+        losses, right = [], []
         for index, part in enumerate(parts):
             synchronise = index == len(parts) - 1
             with contextlib.nullcontext() if synchronise else self._accelerator.no_sync(self._model):
-                losses.append(self._backward_part(part, step=step, micro_batch=index))
-        return torch.cat(losses)
+                of_part, right_of_part = self._backward_part(part, step=step, micro_batch=index)
+                losses.append(of_part)
+                right.append(right_of_part)
+        told = [one for one in right if one is not None]
+        return torch.cat(losses), torch.cat(told) if len(told) == len(right) else None
 
-    def _backward_part(self, part: ClipBatch, *, step: int, micro_batch: int) -> Float[Tensor, " clips"]:
+    def _backward_part(
+        self, part: ClipBatch, *, step: int, micro_batch: int
+    ) -> tuple[Float[Tensor, " clips"], Bool[Tensor, " clips"] | None]:
         seed = draw_seed(self._config.seed, step=step, rank=self._ranks.rank, micro_batch=micro_batch)
         torch.manual_seed(seed)
         with self._stages.stage("to_device"):
             part = part.to(self._accelerator.device)
         with self._stages.stage("forward"):
+            logits = model_logits(self._model, part)
             losses = loss_per_clip(
-                model_logits(self._model, part),
+                logits,
                 part.labels,
                 targets=self._targets,
                 smoothing=self._optim.label_smoothing,
@@ -372,7 +387,7 @@ class Stepper:
         scale = self._ranks.world_size / self._config.global_batch_size * self.loss_scale.factor
         with self._stages.stage("backward"):
             self._accelerator.backward(losses.sum() * scale)
-        return losses.detach()
+        return losses.detach(), _answered_right(part, logits, self._targets)
 
     def _settle(self, share: ClipBatch) -> None:
         """Let DistributedDataParallel choose its buckets before the first update of an attempt.
@@ -438,6 +453,16 @@ def model_logits(model: nn.Module, batch: ClipBatch) -> Mapping[str, Tensor]:
     output = model(mixed_video(batch), mixed_mel(batch), batch.intervals_seconds, batch.has_audio)
     assert isinstance(output, HasLogits)
     return output.logits
+
+
+def _answered_right(
+    part: ClipBatch, logits: Mapping[str, Tensor], targets: tuple[str, ...]
+) -> Bool[Tensor, " clips"] | None:
+    """Return whether each clip's likeliest class is its label, for all targets; None where that is not the question."""
+    if part.mixing is not None or part.labelling != "one":
+        return None
+    right = [logits[name].detach().argmax(dim=-1) == part.labels[:, column] for column, name in enumerate(targets)]
+    return torch.stack(right).all(dim=0)
 
 
 def _check_losses(losses_of_rank: Sequence[Sequence[float]], keys_of_rank: Sequence[Sequence[str]], step: int) -> None:

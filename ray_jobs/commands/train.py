@@ -41,6 +41,9 @@ def train(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Training processes; one a GPU where there are GPUs.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: launch.runs_folder/<recipe's name>.")] = None,
+    overfit: Annotated[
+        int | None, typer.Option(help="Sanity run: learn so many clips of the recipe by heart; fails below 95 %.")
+    ] = None,
     max_hours: Annotated[
         float | None, typer.Option(help="Save and end after so many hours (exit code 143); rerun to go on.")
     ] = None,
@@ -67,6 +70,8 @@ def train(
     settings = with_options(overrides, data=data, workers=workers)
     settings += [] if max_hours is None else [f"training.max_hours={float(max_hours)}"]
     settings += [] if profile is None else [f"training.profile_steps={profile}"]
+    if overfit is not None and recipe is None:
+        raise UserInputError("--overfit: expected a recipe beside it; for example: ca2st train smoke --overfit 8")
     if data_folder is not None and recipe is None and data is None:
         from ray_jobs.own_data.training import train_own_videos
 
@@ -88,11 +93,20 @@ def train(
     from ray_jobs.config.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, settings)
+    if overfit is not None:
+        from ray_jobs.launch import overfitting
+
+        loaded = overfitting(loaded, overfit)
     run_dir = out or loaded.folder
     if dry_run:
         _print_plan(loaded, run_dir, as_json=as_json)
     else:
         _train(loaded, run_dir, ray_address if ray else None, accept_open_ray=open_ray, as_json=as_json)
+        if overfit is not None:
+            from ray_jobs.console import say
+            from ray_jobs.launch import check_overfit
+
+            say(f"sanity run passed: {check_overfit(run_dir):.0%} of {overfit} clips learned by heart")
 
 
 def with_options(overrides: list[str] | None, *, data: str | None, workers: int | None) -> list[str]:

@@ -515,7 +515,7 @@ _NOT_IDENTITY = (
     "training.validate_every_steps",
     "training.early_stopping",
     "training.least_improvement",
-    "training.stop_at",
+    "training.stop_at",  # and stop_at_fit
     "training.max_hours",
     "training.profile_steps",
     "training.deterministic",

@@ -176,6 +176,33 @@ def step_values(event: Mapping[str, Any]) -> Iterator[Value]:
             yield Value(name, float(value), milliseconds(event), event["step"])
 
 
+_RATES = ("clips_per_second", "data_wait_fraction")
+
+
+def mean_values(steps: Sequence[Mapping[str, Any]], end: Mapping[str, Any]) -> Iterator[Value]:
+    """Yield the means over a whole run of what varies from step to step and tells how fast it was: rates and stages.
+
+    They take the place of the last step's values, which MLflow's tables show, and are of the moment of the line `end`.
+    Rates are weighed by the time of their steps.
+    """
+    if not steps:
+        return
+    seconds = [float(line.get("step_seconds", 0.0)) for line in steps]
+    named: dict[str, float] = {}
+    for rate in _RATES:
+        if sum(seconds) > 0 and all(_is_number(line.get(rate)) for line in steps):
+            weighed = sum(line[rate] * spent for line, spent in zip(steps, seconds, strict=True))
+            named[f"train/{rate}"] = weighed / sum(seconds)
+    if all("step_seconds" in line for line in steps):
+        named["train/step_seconds"] = sum(seconds) / len(steps)
+    for times in ("stages", "loader"):
+        for name in steps[-1].get(times, {}):
+            values = [line.get(times, {}).get(name, 0) for line in steps]
+            named[_stage_name(name)] = sum(values) / len(steps)
+    for name, value in named.items():
+        yield Value(name, float(value), milliseconds(end), steps[-1]["step"])
+
+
 def system_values(line: Mapping[str, Any], node: str) -> Iterator[Value]:
     """Yield the numbers of a line of ``system/<node>.jsonl`` as ``system/<node>/<name>``."""
     for name, value in line["metrics"].items():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ca2st.errors import CA2STError, UserInputError
-from ca2st.training.journal import JOURNAL_NAME, parse_event, read_events
+from ca2st.training.journal import JOURNAL_NAME, parse_event, read_events, run_sequence
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.redaction import redacted
 from ray_jobs.runs.node_metrics import SystemLine, node_files
@@ -25,6 +25,7 @@ from ray_jobs.tracking.run_record import (
     create_run,
     is_gone,
     log_tags,
+    mean_values,
     milliseconds,
     step_values,
     system_values,
@@ -213,6 +214,9 @@ class Sender:
             log_tags(client, run_id, tags, self._say)
             client.set_terminated(run_id, status=_STATUSES.get(status, "FAILED"), end_time=milliseconds(event))
             if status == "done":
+                self._metrics.write(
+                    client, run_id, list(mean_values(run_sequence(self._run_dir / JOURNAL_NAME), event))
+                )
                 self._tried.difference_update(_AT_END)
                 self._progress = replace(progress, pending=tuple(dict.fromkeys((*progress.pending, *_AT_END))))
 

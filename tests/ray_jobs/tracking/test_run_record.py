@@ -15,6 +15,7 @@ from ca2st.training.errors import RunFolderBusyError
 from ca2st.training.journal import locked
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.tracking.following import log_metrics, sync
+from ray_jobs.tracking.run_record import mean_values
 from ray_jobs.tracking.sender import Sender, end_orphans
 from ray_jobs.tracking.state import (
     FOLDER_TAG,
@@ -319,3 +320,31 @@ def test_two_followers_of_one_run_may_live_at_once(run_dir: Path) -> None:
     with alive(run_dir), alive(run_dir):
         assert is_alive(run_dir)
     assert not is_alive(run_dir)
+
+
+def test_rates_and_stages_end_with_their_means_over_the_run() -> None:
+    steps = [
+        {
+            "step": 1,
+            "step_seconds": 1.0,
+            "clips_per_second": 8.0,
+            "data_wait_fraction": 0.5,
+            "stages": {"f_seconds": 0.2},
+        },
+        {
+            "step": 2,
+            "step_seconds": 3.0,
+            "clips_per_second": 4.0,
+            "data_wait_fraction": 0.1,
+            "stages": {"f_seconds": 0.6},
+        },
+    ]
+    found = {one.name: one.value for one in mean_values(steps, {"time": 5.0})}
+    assert found == {
+        "train/clips_per_second": pytest.approx(20 / 4),
+        "train/data_wait_fraction": pytest.approx(0.8 / 4),
+        "train/step_seconds": 2.0,
+        "stage/f_seconds": pytest.approx(0.4),
+    }
+    assert {(one.step, one.milliseconds) for one in mean_values(steps, {"time": 5.0})} == {(2, 5000)}
+    assert list(mean_values([], {"time": 5.0})) == []
