@@ -156,7 +156,7 @@ class MetricWriter:
 
 
 def step_values(event: Mapping[str, Any]) -> Iterator[Value]:
-    """Yield the numbers of a line: ``train/loss``, ``stage/decode_seconds``, ``validation/top1``, ``train/world_size``.
+    """Yield the numbers of a line: ``train/loss``, ``validation/top1``, ``work/stage/decode_seconds``, ...
 
     A metric of an evaluation that was not finite, which the journal holds by name only, is NaN.
     """
@@ -220,8 +220,11 @@ def _is_number(value: object) -> bool:
 
 
 def _stage_name(name: str) -> str:
-    """Return ``stage/...`` for times, of the step and the loader's threads alike, and ``data/...`` for counts."""
-    return f"stage/{name}" if name.endswith("_seconds") else f"data/{name}"
+    """Return ``work/stage/...`` for times, ``work/data/...`` for counts.
+
+    MLflow draws sections by the alphabet: ``train`` and ``validation`` come first.
+    """
+    return f"work/stage/{name}" if name.endswith("_seconds") else f"work/data/{name}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

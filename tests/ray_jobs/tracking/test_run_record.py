@@ -344,7 +344,7 @@ def test_rates_and_stages_end_with_their_means_over_the_run() -> None:
         "train/clips_per_second": pytest.approx(20 / 4),
         "train/data_wait_fraction": pytest.approx(0.8 / 4),
         "train/step_seconds": 2.0,
-        "stage/f_seconds": pytest.approx(0.4),
+        "work/stage/f_seconds": pytest.approx(0.4),
     }
     assert {(one.step, one.milliseconds) for one in mean_values(steps, {"time": 5.0})} == {(2, 5000)}
     assert list(mean_values([], {"time": 5.0})) == []

@@ -28,11 +28,11 @@ def test_stage_times_and_counts_of_the_loader_arrive_under_flat_names(run_dir: P
         "train/loss": 2.5,
         "train/lr": 0.1,
         "train/step_seconds": 0.75,
-        "stage/data_wait_seconds": 0.25,
-        "stage/forward_seconds": 0.5,
-        "stage/decode_seconds": 1.5,
-        "data/bytes_read": 4096,
-        "data/quarantined": 2,
+        "work/stage/data_wait_seconds": 0.25,
+        "work/stage/forward_seconds": 0.5,
+        "work/stage/decode_seconds": 1.5,
+        "work/data/bytes_read": 4096,
+        "work/data/quarantined": 2,
     }
 
 
