@@ -123,11 +123,12 @@ def test_a_follower_that_outlives_its_attempt_and_the_next_ones_make_one_run(
     write(run_dir, start(), step(1, 3.0))
     create, begun, made = sender.create_run, threading.Event(), []
 
-    def slowly(client: MlflowClient, state: TrackingState, say: Any, **named: Any) -> str:
+    def slowly(client: MlflowClient, state: TrackingState, say: Any, **named: Any) -> tuple[str, str]:
         begun.set()
         time.sleep(0.3)
-        made.append(create(client, state, say, **named))
-        return str(made[-1])
+        run_id, experiment_id = create(client, state, say, **named)
+        made.append(run_id)
+        return run_id, experiment_id
 
     monkeypatch.setattr(sender, "create_run", slowly)
     first = threading.Thread(target=sync, args=(run_dir,))
