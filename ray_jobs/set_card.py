@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,11 +13,12 @@ from ca2st import __version__
 from ca2st.durable import write_bytes
 from pipelines.storage.index import SetFacts
 from ray_jobs.console import counted
-from ray_jobs.overlap import read_records
-from ray_jobs.pages.charts import StoredClip, page_environment, read_spread_clips
 from sharding.folder import read_rejects
 from sharding.format.shard_set import Manifest, ShardSet
 from sharding.source import DONE, SILENT_SOUND
+
+if TYPE_CHECKING:  # the pages import torch: whoever asks for the facts alone does not wait for it
+    from ray_jobs.pages.charts import StoredClip
 
 NUM_CLIPS = 12
 _MOST_CLASSES = 30
@@ -83,6 +85,8 @@ def read_quirks(shard_set: ShardSet, *, most: int = 5000) -> tuple[list[Quirk], 
     Raises:
         DataDamageError: a shard or an index cannot be read.
     """
+    from ray_jobs.overlap import read_records
+
     manifest = shard_set.manifest
     most = min(most, shard_set.shards[0].num_samples) if shard_set.origin is not None else most
     keys: dict[str, list[str]] = {}
@@ -119,12 +123,16 @@ def write_set_card(shard_set: ShardSet, facts: SetFacts, file: Path) -> None:
     Raises:
         DataDamageError: the shards are not what was written.
     """
+    from ray_jobs.pages.charts import read_spread_clips
+
     clips = read_spread_clips(shard_set, most=NUM_CLIPS)
     write_bytes(file, render_set_card(shard_set, facts, clips).encode())
 
 
-def render_set_card(shard_set: ShardSet, facts: SetFacts, clips: list[StoredClip]) -> str:
+def render_set_card(shard_set: ShardSet, facts: SetFacts, clips: "list[StoredClip]") -> str:
     """Return the whole page; raises as `read_quirks`."""
+    from ray_jobs.pages.charts import page_environment
+
     quirks, num_read = read_quirks(shard_set)
     environment = page_environment()
     environment.filters["size"] = size_in_words

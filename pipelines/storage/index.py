@@ -291,7 +291,7 @@ def set_facts(shard_set: ShardSet) -> SetFacts:
     columns: dict[str, list[NDArray[np.float64]]] = {name: [] for name in _COLUMNS if name != "labels"}
     for shard, table in read_columns(shard_set, _COLUMNS):
         for name, parts in columns.items():
-            parts.append(table.column(name).to_numpy(zero_copy_only=False).astype(np.float64))
+            parts.append(_numbers(table, name, shard))
         num_of_each += _count_labels(counts, table, shard, num_labels(manifest))
     values = {name: np.concatenate(parts) for name, parts in columns.items()}
     durations = values["duration_seconds"]
@@ -321,6 +321,17 @@ def set_facts(shard_set: ShardSet) -> SetFacts:
         mel_bytes=Spread.of(values["mel_bytes"]),
         durations=tuple(durations.tolist()),
     )
+
+
+def _numbers(table: pa.Table, name: str, shard: ShardEntry) -> NDArray[np.float64]:
+    """A column as NumPy has it; by DLPack, as pyarrow's `to_numpy` would import pandas first, which takes seconds."""
+    column = table.column(name).combine_chunks()
+    if column.null_count:
+        raise ShardSetDamageError(
+            f"{shard.index_name}: expected a {name} in every row, found none in {column.null_count}; "
+            "convert the set again"
+        )
+    return np.from_dlpack(column.cast(pa.int8()) if pa.types.is_boolean(column.type) else column).astype(np.float64)
 
 
 def _count_labels(

@@ -187,3 +187,19 @@ def test_the_page_says_where_nothing_unusual_was_found(tmp_path: Path) -> None:
     shard_set = make_shard_set(tmp_path, make_samples(2))
     html = render_set_card(shard_set, set_facts(shard_set), read_spread_clips(shard_set, most=1))
     assert "Nothing unusual." in html
+
+
+def test_the_facts_of_a_set_need_neither_torch_nor_pandas(shard_set: ShardSet) -> None:
+    script = (
+        "import sys; from ray_jobs.cli import app; "
+        f"app(['shard', 'inspect', {str(shard_set.root)!r}], standalone_mode=False); "
+        "print([name for name in ('torch', 'pandas', 'jinja2') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_p3_an_index_with_empty_places_is_named(tmp_path: Path) -> None:
+    shard_set = make_shard_set(tmp_path, make_samples(2), row_edits={"clip-0001": {"duration_seconds": None}})
+    with pytest.raises(ShardSetDamageError, match="expected a duration_seconds in every row, found none in 1"):
+        set_facts(shard_set)

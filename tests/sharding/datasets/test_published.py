@@ -382,6 +382,13 @@ def test_vgg_sound_reads_the_whole_list_by_split_without_the_label_that_no_split
     assert labels(read_rows(tmp_path, "vgg_sound", rows, name="vggsound.csv")) == [("people marching",)]
 
 
+@pytest.mark.parametrize("wide", ["x" * 200_000, f'xElEg-6DBtM_000018.mp4,"{"x" * 200_000}"'])
+def test_c10_a_first_line_of_vgg_sound_of_any_length_is_refused_in_words(tmp_path: Path, wide: str) -> None:
+    message = rf"list\.csv:1:1: expected a line of at most 131072 characters, found {len(wide)};"
+    with pytest.raises(AnnotationError, match=message):
+        read_rows(tmp_path, "vgg_sound", [wide, "xElEg-6DBtM_000018.mp4,hail"])
+
+
 def test_vgg_sound_reads_the_lists_of_a_split_and_numbers_that_must_agree(tmp_path: Path) -> None:
     source = read_rows(tmp_path, "vgg_sound", ['-XxUW9gW6mc_000060.mp4,"pigeon, dove cooing"'], line_end="\r\n")
     assert (ids(source), labels(source)) == (["-XxUW9gW6mc_000060"], [("pigeon, dove cooing",)])
