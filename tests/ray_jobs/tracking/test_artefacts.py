@@ -221,6 +221,10 @@ def test_the_newest_predictions_are_sent(run_dir: Path) -> None:
     os.utime(old, (1, 1))
     assert newest_predictions(run_dir) == new
     assert [name for name in collect(run_dir) if name.startswith("predictions")] == ["predictions.a.parquet"]
+    (run_dir / "predictions.a.classes.label.csv").write_text("class,samples\n")
+    (run_dir / "predictions.z.classes.label.csv").write_text("class,samples\n")
+    found = {name for name in collect(run_dir) if name.startswith("predictions")}
+    assert found == {"predictions.a.parquet", "predictions.a.classes.label.csv"}
 
 
 def test_a_run_that_made_no_step_has_a_card_all_the_same(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from ca2st.errors import UserInputError
+from ray_jobs.evaluation.workers import EvaluationReport, log_to_run
 from ray_jobs.tracking import sender
 from ray_jobs.tracking.following import log_metrics, read_metrics, sync
 from ray_jobs.tracking.run_record import clean_name
@@ -209,6 +211,32 @@ def test_numbers_of_a_later_test_are_added_and_the_artefacts_sent_again(run_dir:
     assert extras.count("artefacts") == 2
     assert extras.count("registered_model") == 1
     assert read_state(run_dir).progress.pending == ()
+
+
+def test_an_evaluation_adds_its_metrics_under_the_name_of_its_set_unless_nothing_is_tracked(
+    run_dir: Path, extras: list[str]
+) -> None:
+    write(run_dir, start(), step(1, 0.5), end("done", 1))
+    report = EvaluationReport(
+        metrics={"top1": 0.75, "map": 0.5},
+        main_metric="top1",
+        num_samples=4,
+        predictions=run_dir / "predictions.parquet",
+        tables=[],
+        checkpoint=run_dir / "checkpoints" / "step-1.attempt-1",
+        set_name="vgg_sound-test",
+        step=1,
+    )
+    assert not log_to_run(replace(report, tracked=False))
+    assert read_state(run_dir).run_id is None
+    assert log_to_run(report)
+    found = run_of(run_dir).data.metrics
+    assert {name: found[f"test/vgg_sound-test/{name}"] for name in ("top1", "map", "num_samples")} == {
+        "top1": 0.75,
+        "map": 0.5,
+        "num_samples": 4,
+    }
+    assert not log_to_run(replace(report, checkpoint=run_dir.parent / "pulled" / "checkpoints" / "step-1.attempt-1"))
 
 
 def test_k7_numbers_of_a_later_test_are_cleaned_as_the_journals_are_and_read_back_by_their_own_names(
