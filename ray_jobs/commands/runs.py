@@ -57,7 +57,7 @@ def evaluate(
     Example: ca2st evaluate runs/smoke --data shards/validation --views 2x3
     """
     from ray_jobs.console import print_json, result, table
-    from ray_jobs.evaluation.submissions import parse_supervision
+    from ray_jobs.evaluation.submissions import parse_supervision, write_beside
     from ray_jobs.evaluation.workers import Workers, evaluate_checkpoint, facts_of, log_to_run, means_of
     from ray_jobs.runs.model import find_checkpoint
 
@@ -74,11 +74,7 @@ def evaluate(
     runs = [facts_of(report, views) for report in reports]
     facts: dict[str, object] = runs[0] if len(runs) == 1 else {"runs": runs, **means_of(reports)}
     if submission is not None:
-        from ray_jobs.evaluation.submissions import SUBMISSIONS, write_submission
-
-        file = reports[0].predictions.with_suffix(f".{submission}{SUBMISSIONS[submission].suffix}")
-        facts["submitted"] = write_submission(submission, reports[0].predictions, file, supervision)
-        facts["submission"] = str(file)
+        facts |= write_beside(submission, reports[0].predictions, supervision)
     if as_json:
         print_json(facts)
     else:

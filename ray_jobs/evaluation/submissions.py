@@ -70,6 +70,12 @@ def parse_supervision(text: str | None, *, submission: str) -> Supervision | Non
     return Supervision(**dict(zip(Supervision.__slots__, map(int, parts), strict=False)))
 
 
+def write_beside(name: str, predictions: Path, supervision: Supervision | None) -> dict[str, object]:
+    """Write the file of a challenge's server beside the predictions; returns its place and how many samples it has."""
+    out = predictions.with_suffix(f".{name}{SUBMISSIONS[name].suffix}")
+    return {"submitted": write_submission(name, predictions, out, supervision), "submission": str(out)}
+
+
 def write_submission(name: str, predictions: Path, out: Path, supervision: Supervision | None) -> int:
     """Write the file of a challenge's server; returns how many samples it has.
 

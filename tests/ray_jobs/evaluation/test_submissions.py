@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ca2st.errors import UserInputError
-from ray_jobs.evaluation.submissions import Supervision, owners_id, parse_supervision, write_submission
+from ray_jobs.evaluation.submissions import Supervision, owners_id, parse_supervision, write_beside, write_submission
 from sharding.format.index import sample_key
 from support.predictions import random_probabilities, write_predictions
 
@@ -56,8 +56,9 @@ def test_epic_sounds_takes_scores_of_interactions_by_annotation(tmp_path: Path) 
 def test_something_something_takes_the_five_likeliest_classes(tmp_path: Path) -> None:
     scores = {"label": random_probabilities(3, 174, seed=3)}
     write_predictions(tmp_path / "p", NONE, scores, ids=["74225", "1", "220847"], labelled=False)
-    write_submission("something_something_v2", tmp_path / "p", tmp_path / "s.csv", None)
-    lines = (tmp_path / "s.csv").read_text().splitlines()
+    told = write_beside("something_something_v2", tmp_path / "p", None)
+    assert told == {"submitted": 3, "submission": str(tmp_path / "p.something_something_v2.csv")}
+    lines = (tmp_path / "p.something_something_v2.csv").read_text().splitlines()
     assert lines[0].split(";") == ["74225", *map(str, np.argsort(-scores["label"][0])[:5])]
     assert [line.split(";")[0] for line in lines] == ["74225", "1", "220847"]
 
