@@ -488,7 +488,7 @@ _NOT_IDENTITY = (
     "name",
     "tracking.",
     "launch.",
-    "published.",
+    "published",
     "data.train",
     "data.mixture",
     "data.split",

@@ -86,6 +86,7 @@ def test_a_best_that_is_not_kept_or_not_known_is_never_replaced_silently(run_dir
 def test_settings_that_came_later_are_no_part_of_an_older_runs_identity() -> None:
     settings = identity_settings(load_recipe("smoke"))
     assert "training.ema_decay" not in settings
+    assert not [name for name in settings if name.startswith("published")]
     averaged = identity_settings(load_recipe("smoke", ["training.ema_decay=0.99"]))
     assert averaged["training.ema_decay"] == 0.99
     free = ["training.keep_best=3", "training.early_stopping=2", "training.validate_every_steps=5"]

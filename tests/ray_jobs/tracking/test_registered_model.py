@@ -309,7 +309,7 @@ def test_a_trained_run_is_loaded_from_mlflow_and_labels_videos(tmp_path: Path, s
         done = ca2st(*words)
         assert done.returncode == 0, done.stderr
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    (version,) = versions(client, "tiny")
+    version = versions(client, "tiny")[-1]
     run = client.get_run(version.run_id)
     assert {one.tags[0].value for one in run.inputs.dataset_inputs} == {"training", "validation"}
     assert "run_card.html" in {file.path for file in client.list_artifacts(version.run_id)}
@@ -332,8 +332,10 @@ def test_an_uploaded_model_predicts_without_its_run_folder(tmp_path: Path, store
 
     shutil.copy(store.removeprefix("sqlite:///"), tmp_path / "mlflow.db")
     run_dir = tmp_path / "runs" / "tiny"
-    done = ca2st("train", make_tiny_run(tmp_path), "--out", run_dir, "--set", "tracking.upload_model=true")
-    assert done.returncode == 0, done.stderr
+    train = ("train", make_tiny_run(tmp_path), "--out", run_dir, "--set", "tracking.upload_model=true")
+    for words in (train, ("track", "sync", run_dir)):
+        done = ca2st(*words)
+        assert done.returncode == 0, done.stderr
     video = make_clip(tmp_path / "a.mp4", sound=Sound())
     views = EvaluationViews(protocol="test", clips=1, crops=1)
     (expected,) = predict_videos(run_dir, [video], top=1, views=views)
