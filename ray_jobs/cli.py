@@ -50,6 +50,7 @@ app = typer.Typer(
 for command in (
     machine.demo,
     train.train,
+    train.recipes,
     train.submit,
     runs.evaluate,
     runs.significance,

@@ -37,6 +37,7 @@ RECORDED_PACKAGES = (
 _GIT_VARIABLE = "CA2ST_GIT"
 _RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray's job server tells an entrypoint by it which job it is."""
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _GIT_FACTS = ("git.commit", "git.dirty")
 
 
@@ -154,6 +155,25 @@ def git_state(folder: Path) -> dict[str, str]:
         return _git_state_of(os.environ.get(_GIT_VARIABLE))
     changes = _git(folder, "status", "--porcelain")
     return {"git.commit": commit} | ({} if changes is None else {"git.dirty": str(bool(changes)).lower()})
+
+
+def launched_ranks() -> tuple[int, int] | None:
+    """Return (rank, world size) where a launcher as torchrun started this process beside others; else None.
+
+    Raises:
+        UserInputError: only a part of what such a launcher sets is there.
+    """
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size == "1":
+        return None
+    missing = [name for name in _LAUNCHER_VARIABLES if not os.environ.get(name)]
+    if missing or not (world_size.isdecimal() and os.environ["RANK"].isdecimal()):
+        found = f"{', '.join(missing)} missing" if missing else "other text"
+        raise UserInputError(
+            f"WORLD_SIZE={world_size}: expected numbers, and {', '.join(_LAUNCHER_VARIABLES)} beside it, as torchrun "
+            f"sets them, found {found}; start by torchrun, or unset WORLD_SIZE"
+        )
+    return int(os.environ["RANK"]), int(world_size)
 
 
 def code_state() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Start a training here: in this process, in several processes of this machine, or under Ray.
+"""Start a training here: in this process, in several processes of this machine, under Ray, or as a rank of torchrun.
 
 Whatever the way, the workers run the same function (`ray_jobs.runs.worker.run`), the run folder is the only owner of
 checkpoints, and calling `launch` again with the same recipe resumes.
@@ -29,7 +29,9 @@ from ca2st.errors import NumericError, UserInputError
 from ca2st.processes import SPAWN, die_with_parent
 from ca2st.training.journal import JOURNAL_NAME, LAUNCH_LOCK_NAME, locked, run_sequence
 from ca2st.training.optim import REFERENCE_BATCH
+from ca2st.training.ranks import Ranks
 from ca2st.training.resume import RECIPE_FILE
+from ca2st.training.step import make_accelerator
 from pipelines.augment.config import AugmentConfig
 from pipelines.order.selection import BalanceConfig
 from ray_jobs import environment
@@ -46,7 +48,7 @@ from ray_jobs.runs.failures import (
     shared_memory_free,
 )
 from ray_jobs.runs.start import finished, prepare
-from ray_jobs.runs.worker import Job, Outcome, read_outcome, run
+from ray_jobs.runs.worker import Job, Outcome, read_outcome, run, use_cpu_threads
 from ray_jobs.tracking.following import followed
 
 OVERFIT_STEPS = 400
@@ -149,6 +151,8 @@ def launch(
         EnvironmentFault: the cluster cannot train this run; see `ray_jobs.cluster.driver.joined`.
         RetriesUsedUpError: under Ray, it failed in every attempt.
     """
+    if (ranks := environment.launched_ranks()) is not None:
+        return _launch_on_rank(recipe, run_dir, faults=faults, rank=ranks[0], world_size=ranks[1])
     ready = prepare(recipe, run_dir, environment.hub_access())
     recipe, document = ready.recipe, recipe_document(ready.recipe)
     with locked(run_dir, name=LAUNCH_LOCK_NAME):
@@ -191,6 +195,40 @@ _LAST_WORDS_SECONDS = 5.0
 _SAVING_SECONDS = 30.0
 """The same once one has ended because the run was asked to stop."""
 _STOPPED = tuple(128 + number for number in STOPPING)
+
+
+def _launch_on_rank(recipe: Recipe, run_dir: Path, *, faults: FaultPoints, rank: int, world_size: int) -> Outcome:
+    """Train as one of the processes that torchrun, or a launcher that sets the same variables, has started.
+
+    The first rank checks everything, holds the folder and follows the run; the others hear from it what to run.
+
+    Raises:
+        UserInputError: the recipe asks for another number of workers; and as `launch`, on the first rank.
+        PeerFailedError: another rank failed.
+    """
+    if recipe.launch.workers not in (1, world_size):
+        raise UserInputError(
+            f"launch.workers: expected the {world_size} processes that torchrun started, found "
+            f"{recipe.launch.workers}; leave --workers out"
+        )
+    recipe = replace(recipe, launch=replace(recipe.launch, workers=world_size))
+    accelerator = make_accelerator(recipe.training, cpu=use_cpu_threads(recipe))
+    with ExitStack() as stack:
+
+        def begin() -> Job | Outcome:
+            ready = prepare(recipe, run_dir, environment.hub_access())
+            document = recipe_document(ready.recipe)
+            stack.enter_context(locked(run_dir, name=LAUNCH_LOCK_NAME))
+            write_bytes(run_dir / RECIPE_FILE, (json.dumps(document, indent=1) + "\n").encode())
+            outcome = finished(ready, run_dir)
+            stack.enter_context(followed(ready.recipe, run_dir, ready.data))
+            return outcome or Job(recipe=document, run_dir=str(run_dir.resolve()))
+
+        begun = Ranks(accelerator).on_main(begin)
+        if isinstance(begun, Outcome):
+            accelerator.end_training()
+            return begun
+        return run(begun, faults=faults.on_rank(rank))
 
 
 def run_processes(job: Job, num_workers: int, faults: FaultPoints) -> Outcome:

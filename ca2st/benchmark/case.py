@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ca2st.benchmark.measure import Limit, PeakMemory, measure_limit, synchronise
 from ca2st.errors import CA2STError, UserInputError, check_choice
 from ca2st.model.attention import CrossAttention, SelfAttention, TokenLinear, into_windows, out_of_windows
-from ca2st.model.config import SIZES, AudioVisualConfig, ModelConfig, ModelKind, TargetSpec, find_preset
+from ca2st.model.config import SIZES, AudioVisualConfig, ModelConfig, ModelKind, TargetSpec, Trainable, find_preset
 from ca2st.model.experts import QuickGELU
 from ca2st.model.layers import HolisticLayer
 from ca2st.model.network import (
@@ -30,6 +30,7 @@ from ca2st.model.network import (
     hold_experts,
     layer_index,
     no_weight_decay,
+    set_trainable,
 )
 from ca2st.spec import ClipSpec
 from ca2st.training.config import OptimConfig, Precision
@@ -118,9 +119,15 @@ class CaseSpec:
     device: str
     """torch's word for the device: `cpu` or `cuda`."""
     precision: Precision
-    """`fp32`, or `bf16` autocast."""
+    """`fp32`, or `bf16` or `fp16` autocast."""
     variant: Variant
     """`ours`, the plain `baseline`, or ours with `compiled` layers."""
+    targets: tuple[TargetSpec, ...] = TARGETS
+    """What the head predicts."""
+    trainable: Trainable = "added"
+    """What is trained; of the baseline always what is published."""
+    activation_checkpointing: bool = False
+    """Layers are computed again for their gradients."""
 
 
 @runtime_checkable
@@ -154,7 +161,9 @@ class LocalCase:
         self._memory = PeakMemory(self._device)
         self._model = _model(spec).to(self._device)
         self._inputs = _inputs(spec, self._device)
-        self._labels = torch.zeros(spec.per_device_batch_size, 1, dtype=torch.long, device=self._device)
+        self._targets = tuple(target.name for target in spec.targets)
+        shape = (spec.per_device_batch_size, len(spec.targets))
+        self._labels = torch.zeros(*shape, dtype=torch.long, device=self._device)
         rules = ParameterRules(
             layer_index=partial(layer_index, depth=spec.config.depth),
             num_layers=spec.config.depth,
@@ -182,7 +191,7 @@ class LocalCase:
         """Forward, loss, backward, and an AdamW step of the published trained set."""
         with self._autocast():
             logits = self._model(*self._inputs).logits
-        loss_per_clip(logits, self._labels, targets=("label",), smoothing=0.1).mean().backward()  # type: ignore[no-untyped-call]  # torch's own
+        loss_per_clip(logits, self._labels, targets=self._targets, smoothing=0.1).mean().backward()  # type: ignore[no-untyped-call]  # torch's own
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
@@ -199,13 +208,16 @@ class LocalCase:
         return measure_limit(self._device, self._spec.precision)
 
     def _autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._spec.precision == "bf16")
+        dtype = torch.float16 if self._spec.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self._device.type, dtype=dtype, enabled=self._spec.precision != "fp32")
 
 
 def _model(spec: CaseSpec) -> HolisticModel:
-    model = build_model(spec.config, spec.clip, TARGETS)
+    model = build_model(spec.config, spec.clip, spec.targets)
     if spec.variant == "baseline":
         return plain_model(model)
+    set_trainable(model, spec.trainable)
+    model.activation_checkpointing = spec.activation_checkpointing
     hold_experts(model, held_precision("auto", training=spec.precision, device=spec.device))
     if spec.variant == "compiled":
         compile_layers(model)

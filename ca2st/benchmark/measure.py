@@ -20,7 +20,7 @@ from ca2st.training.config import Precision
 _SIZE = {"cuda": 8192, "cpu": 3072}
 """Rows and columns of both factors. On two slow cores 3072 takes about half a second."""
 _REPEATS = {"cuda": 20, "cpu": 3}
-_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,14 +3,16 @@
 import json
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ca2st.errors import UserInputError
-from ray_jobs.commands.options import refuse_unused_ca_file, refuse_without_ray
-from ray_jobs.console import duration, print_json, require_folder_place, result, table
+from ray_jobs import environment
+from ray_jobs.commands.options import refuse_unused_ca_file, refuse_without_ray, takes
+from ray_jobs.console import duration, parse_views, print_json, require_folder_place, result, table
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -25,88 +27,194 @@ _ONE_OF_TWO = (
 )
 
 
-def train(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOptions:
+    """The options of ``train``."""
+
     recipe: Annotated[
-        str | None, typer.Argument(help="A recipe file, or the name of one that ships with ca2st.")
-    ] = None,
+        str | None, typer.Argument(help="A recipe file, or the name of one that ships with ca2st (ca2st recipes).")
+    ] = None
     data_folder: Annotated[
         Path | None, typer.Option(help="A folder of your own videos, a folder a class, instead of a recipe.")
-    ] = None,
+    ] = None
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="--data-folder: links in it may lead outside.")
-    ] = False,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Training shards, a folder or a URL, instead of the recipe's.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(help="Training processes; one a GPU where there are GPUs.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default: launch.runs_folder/<recipe's name>.")] = None,
+    ] = False
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value.")] = None
+    data: Annotated[str | None, typer.Option(help="Training shards, a folder or a URL, instead of the recipe's.")] = (
+        None
+    )
+    splits: Annotated[
+        str | None, typer.Option(help="Train and test each of these splits (1,2,3), and print the mean of their top-1.")
+    ] = None
+    workers: Annotated[int | None, typer.Option(help="Training processes; one a GPU where there are GPUs.")] = None
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: launch.runs_folder/<recipe's name>.")] = None
     overfit: Annotated[
         int | None, typer.Option(help="Sanity run: learn so many clips of the recipe by heart; fails below 95 %.")
-    ] = None,
+    ] = None
     max_hours: Annotated[
         float | None, typer.Option(help="Save and end after so many hours (exit code 143); rerun to go on.")
-    ] = None,
+    ] = None
     profile: Annotated[
         int | None, typer.Option(help="Record so many steps with torch's profiler, into profile/ of the run folder.")
-    ] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="Train under Ray Train, which restarts failed workers.")] = False,
-    ray_address: Annotated[
-        str, typer.Option(help="With --ray: auto, or HEAD:6379; default: a Ray of our own.")
-    ] = "local",
-    open_ray: Annotated[bool, typer.Option("--i-accept-open-ray", help="Join a cluster without a token.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan; train and make nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,
-) -> None:
+    ] = None
+    ray: Annotated[bool, typer.Option("--ray", help="Train under Ray Train, which restarts failed workers.")] = False
+    ray_address: Annotated[str, typer.Option(help="With --ray: auto, or HEAD:6379; default: a Ray of our own.")] = (
+        "local"
+    )
+    open_ray: Annotated[bool, typer.Option("--i-accept-open-ray", help="Join a cluster without a token.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan; train and make nothing.")] = False
+    measure: Annotated[
+        bool, typer.Option("--measure", help="--dry-run: the hours from a few steps on random clips on this machine.")
+    ] = False
+    device: Annotated[str | None, typer.Option(help="--dry-run: the hours on another device, such as H200.")] = None
+    assume_counts: Annotated[
+        bool,
+        typer.Option("--assume-published-counts", help="--dry-run: without shards, by the dataset's published counts."),
+    ] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False
+
+    def check(self) -> None:
+        """Refuse options that need another one.
+
+        Raises:
+            UserInputError: as said.
+        """
+        if self.ray_address != "local" and not self.ray:
+            raise UserInputError(
+                f"--ray-address {self.ray_address}: expected --ray beside it; without, Ray is not used at all"
+            )
+        refuse_without_ray(accept_open_ray=self.open_ray, ray=self.ray)
+        if self.out is not None:
+            require_folder_place(self.out, "--out")
+        plans = {
+            "--measure": self.measure,
+            "--device": self.device is not None,
+            "--assume-published-counts": self.assume_counts,
+        }
+        for name, given in plans.items():
+            if given and (not self.dry_run or self.data_folder is not None):
+                raise UserInputError(f"{name}: expected a recipe and --dry-run beside it, which it is about")
+        if self.measure and self.device is not None:
+            raise UserInputError(f"--measure: expected no --device {self.device}; only this machine can be measured")
+        if environment.launched_ranks() is not None and (self.ray or self.data_folder is not None or self.splits):
+            raise UserInputError(
+                "torchrun: expected a recipe without --ray, --splits and --data-folder, found one of them; start it "
+                "without torchrun (--workers N starts processes too), or unset RANK and WORLD_SIZE"
+            )
+        if self.overfit is not None and (self.recipe is None or self.splits is not None):
+            raise UserInputError("--overfit: expected a recipe beside it; for example: ca2st train smoke --overfit 8")
+        if self.splits is not None and (self.dry_run or self.data_folder is not None):
+            raise UserInputError("--splits: expected a recipe and no --dry-run; plan one split by --set data.split=1")
+
+
+@takes(TrainOptions)
+def train(options: TrainOptions) -> None:
     """Train by a recipe, or on a folder of videos. Rerun the same command to resume where it stopped.
 
     Example: ca2st train smoke, or: ca2st train --data-folder videos
     """
-    if ray_address != "local" and not ray:
-        raise UserInputError(f"--ray-address {ray_address}: expected --ray beside it; without, Ray is not used at all")
-    refuse_without_ray(accept_open_ray=open_ray, ray=ray)
-    if out is not None:
-        require_folder_place(out, "--out")
-    settings = with_options(overrides, data=data, workers=workers)
-    settings += [] if max_hours is None else [f"training.max_hours={float(max_hours)}"]
-    settings += [] if profile is None else [f"training.profile_steps={profile}"]
-    if overfit is not None and recipe is None:
-        raise UserInputError("--overfit: expected a recipe beside it; for example: ca2st train smoke --overfit 8")
-    if data_folder is not None and recipe is None and data is None:
+    options.check()
+    settings = with_options(options.overrides, data=options.data, workers=options.workers)
+    settings += [] if options.max_hours is None else [f"training.max_hours={float(options.max_hours)}"]
+    settings += [] if options.profile is None else [f"training.profile_steps={options.profile}"]
+    ray_address = options.ray_address if options.ray else None
+    if options.data_folder is not None and options.recipe is None and options.data is None:
         from ray_jobs.own_data.training import train_own_videos
 
         train_own_videos(
-            data_folder,
+            options.data_folder,
             settings,
-            out=out,
-            follow_links=follow_links,
-            ray_address=ray_address if ray else None,
-            accept_open_ray=open_ray,
-            dry_run=dry_run,
-            as_json=as_json,
+            out=options.out,
+            follow_links=options.follow_links,
+            ray_address=ray_address,
+            accept_open_ray=options.open_ray,
+            dry_run=options.dry_run,
+            as_json=options.as_json,
         )
         return
-    if recipe is None or data_folder is not None:
+    if options.recipe is None or options.data_folder is not None:
         raise UserInputError(_ONE_OF_TWO)
-    if follow_links:
+    if options.follow_links:
         raise UserInputError("--follow-links: expected --data-folder beside it, found a recipe; leave it out")
+    if options.splits is not None:
+        _train_splits(options, options.recipe, settings)
+        return
     from ray_jobs.config.recipe_file import load_recipe
 
-    loaded = load_recipe(recipe, settings)
-    if overfit is not None:
+    loaded = load_recipe(options.recipe, settings)
+    if options.overfit is not None:
         from ray_jobs.launch import overfitting
 
-        loaded = overfitting(loaded, overfit)
-    run_dir = out or loaded.folder
-    if dry_run:
-        _print_plan(loaded, run_dir, as_json=as_json)
+        loaded = overfitting(loaded, options.overfit)
+    run_dir = options.out or loaded.folder
+    if options.dry_run:
+        _print_plan(loaded, run_dir, options)
     else:
-        _train(loaded, run_dir, ray_address if ray else None, accept_open_ray=open_ray, as_json=as_json)
-        if overfit is not None:
+        _train(loaded, run_dir, ray_address, accept_open_ray=options.open_ray, as_json=options.as_json)
+        if options.overfit is not None:
             from ray_jobs.console import say
             from ray_jobs.launch import check_overfit
 
-            say(f"sanity run passed: {check_overfit(run_dir):.0%} of {overfit} clips learned by heart")
+            say(f"sanity run passed: {check_overfit(run_dir):.0%} of {options.overfit} clips learned by heart")
+
+
+def _train_splits(options: TrainOptions, recipe: str, settings: list[str]) -> None:
+    """Train each split in a run of its own, test it in its published views, and print the mean."""
+    from pipelines.views import EvaluationViews
+    from ray_jobs.config.recipe_file import load_recipe
+    from ray_jobs.environment import fault_points
+    from ray_jobs.evaluation.workers import Workers, evaluate_checkpoint, log_to_run, means_of
+    from ray_jobs.launch import launch
+
+    splits = [split.strip() for split in (options.splits or "").split(",")]
+    if not all(split.isdecimal() for split in splits) or len(set(splits)) < len(splits):
+        raise UserInputError(f"--splits: expected different numbers with commas between them (1,2,3), found {splits}")
+    recipes = [load_recipe(recipe, [*settings, f"data.split={split}"]) for split in splits]
+    address = options.ray_address if options.ray else None
+    facts: list[dict[str, object]] = []
+    reports = []
+    for split, loaded in zip(splits, recipes, strict=True):
+        run_dir = loaded.folder if options.out is None else options.out / f"split{split}"
+        launch(loaded, run_dir, faults=fault_points(), ray_address=address, accept_open_ray=options.open_ray)
+        if loaded.data.validation is None:
+            raise UserInputError("data.validation: expected the shards that a split is tested on, found none")
+        views = loaded.published.views if loaded.published is not None else "2x3"
+        clips, crops = parse_views(views)
+        test = EvaluationViews(protocol="test", clips=clips, crops=crops)
+        who = Workers(number=loaded.launch.workers, ray_address=address, accept_open_ray=options.open_ray)
+        reports.append(evaluate_checkpoint(run_dir, loaded.data.validation, test, workers=who))
+        if loaded.tracking.enabled:
+            log_to_run(reports[-1])
+        facts.append({"split": int(split), "run_dir": str(run_dir), "top1": reports[-1].top1, "views": views})
+    mean = means_of(reports)["mean"]
+    if options.as_json:
+        print_json({"splits": facts, "top1": mean})
+        return
+    for one in facts:
+        result(f"  split {one['split']}  top1 {one['top1']:.4f}  ({one['views']} views)  {one['run_dir']}")
+    result(f"  mean     top1 {mean:.4f}")
+
+
+def recipes(
+    plan: Annotated[bool, typer.Option("--plan", help="Hours of each training on this machine.")] = False,
+    device: Annotated[str | None, typer.Option(help="--plan: on another device, such as H200.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="--plan: on so many GPUs.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,
+) -> None:
+    """The published trainings: what each reached in the paper, and whether its shards are here.
+
+    Example: ca2st recipes --plan --device H200 --workers 8
+    """
+    from ray_jobs.runs.published import published_recipes, published_rows, rows_lines
+
+    if not plan and (device is not None or workers > 1):
+        raise UserInputError("--device, --workers: expected --plan beside them, which they are about")
+    rows = published_rows(published_recipes(), with_hours=plan, device=device, workers=workers)
+    if as_json:
+        print_json({"recipes": rows})
+    else:
+        result(rows_lines(rows))
 
 
 def with_options(overrides: list[str] | None, *, data: str | None, workers: int | None) -> list[str]:
@@ -127,6 +235,8 @@ def _train(recipe: "Recipe", run_dir: Path, ray_address: str | None, *, accept_o
     from ray_jobs.tracking.state import link_of, read_state
 
     outcome = launch(recipe, run_dir, faults=fault_points(), ray_address=ray_address, accept_open_ray=accept_open_ray)
+    if (environment.launched_ranks() or (0,))[0] > 0:
+        return  # the first rank reports
     state = read_state(run_dir) if recipe.tracking.enabled else None
     facts: dict[str, object] = {
         "run_id": state.run_id if state else None,
@@ -174,13 +284,25 @@ def _how_it_went(document: "RunDocument", run_dir: Path) -> dict[str, object]:
     return facts
 
 
-def _print_plan(recipe: "Recipe", run_dir: Path, *, as_json: bool) -> None:
+def _print_plan(recipe: "Recipe", run_dir: Path, options: TrainOptions) -> None:
     import torch
 
     from ray_jobs.runs.plan import make_plan, plan_lines
 
-    plan = make_plan(recipe, run_dir, device="cuda" if torch.cuda.is_available() else "cpu")
-    if as_json:
+    try:
+        plan = make_plan(
+            recipe,
+            run_dir,
+            device="cuda" if options.device is not None or torch.cuda.is_available() else "cpu",
+            other_device=options.device,
+            measure=options.measure,
+            assume_counts=options.assume_counts,
+        )
+    except UserInputError as error:
+        if recipe.published is not None and not options.assume_counts:
+            error.add_note("--assume-published-counts plans it without shards and weights")
+        raise
+    if options.as_json:
         print_json(plan)
     else:
         result(plan_lines(plan))

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ca2st.errors import UserInputError
 from ca2st.model.config import HeldPrecision
-from ca2st.model.inspect import info_of
+from ca2st.model.inspect import ModelInfo, info_of
 from ca2st.model.network import HolisticModel, held_precision, hold_experts
 from ca2st.training.checkpoint import (
     CHECKPOINTS_NAME,
@@ -27,12 +28,16 @@ from ca2st.training.errors import ResumeRefusedError
 from ca2st.training.journal import JOURNAL_NAME, differences, last_attempt
 from ca2st.training.optim import schedule_for
 from ca2st.training.resume import RECIPE_FILE, trained_tensors
+from ca2st.weights.hub import is_hub_name
 from pipelines.order.plan import count_steps, rank_positions, require_enough_samples
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import table
 from ray_jobs.runs.data import TrainingData, synthetic_classes
-from ray_jobs.runs.model import check_model, frozen_bytes
+from ray_jobs.runs.hours import counted_hours, hours_line, measured_hours, rate_of, work_of
+from ray_jobs.runs.model import check_model, frozen_bytes, target_specs
+from ray_jobs.runs.published import count_notes, published_count, published_spaces, validation_split
 from ray_jobs.runs.start import check_settings, open_checked, refuse_other_recipe
+from sharding.datasets.media_tree import PUBLISHED_ROWS
 from sharding.format.remote import RemoteFolder, as_location
 from sharding.format.shard_set import ShardSet
 
@@ -94,23 +99,43 @@ class Reading:
     """Different samples."""
     steps_per_epoch: int
     data: TrainingData | None
-    """The opened sets; None for shards of a synthetic world that are made when the training starts."""
+    """The opened sets; None for shards of a synthetic world that are made when the training starts, and for published
+    counts."""
+    num_validation: int = 0
+    """Samples of the validation split."""
 
 
-def make_plan(recipe: Recipe, run_dir: Path, *, device: str) -> dict[str, Any]:
+def make_plan(
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    device: str,
+    other_device: str | None = None,
+    measure: bool = False,
+    assume_counts: bool = False,
+) -> dict[str, Any]:
     """Return the whole plan of ``ca2st train`` as plain values; `device` is torch's word for what would train here.
+
+    `other_device`: plan the hours for this one of `PEAKS`. `measure`: a few steps here say how long it takes.
+    `assume_counts`: of a published training without its shards; experts' files that are not here are then a note.
 
     Raises:
         UserInputError: what the training itself would refuse: settings, data, weights, a folder of another run.
         DataDamageError: damaged manifests, or a run folder without a sound checkpoint.
     """
-    reading = read_without_traces(recipe)
+    notes: list[str] = []
+    if assume_counts:
+        recipe, notes = without_missing_experts(recipe)
+        reading = assumed_reading(recipe)
+    else:
+        reading = read_without_traces(recipe)
     begun = check_model(recipe, reading.classes, run_dir)
     training, world_size = recipe.training, recipe.launch.workers
     held = held_precision(recipe.experts.precision, training=training.precision, device=device)
     info = info_of(begun.model)
     steps = training.total_steps(reading.steps_per_epoch)
     fingerprints = None if reading.data is None else reading.data.fingerprints
+    time = _time_plan(recipe, reading, info, steps=steps, other_device=other_device, measure=measure)
     return {
         "name": recipe.name,
         "model": recipe.model.kind,
@@ -134,7 +159,59 @@ def make_plan(recipe: Recipe, run_dir: Path, *, device: str) -> dict[str, Any]:
         "memory": memory_plan(recipe, begun.model, held=held),
         "data": data_plan(recipe, reading.data),
         "resume": resume_plan(recipe, run_dir, fingerprints=fingerprints, steps=steps),
+        "hours": time["hours"],
+        "time": time,
+        "notes": [*notes, *count_notes(reading.data)],
     }
+
+
+def _time_plan(
+    recipe: Recipe, reading: Reading, info: ModelInfo, *, steps: int, other_device: str | None, measure: bool
+) -> dict[str, Any]:
+    training, workers = recipe.training, recipe.launch.workers
+    epoch, num_validation = reading.steps_per_epoch, reading.num_validation
+    work = work_of(recipe, info, steps=steps, steps_per_epoch=epoch, num_validation=num_validation)
+    if measure:
+        most = batch_plan(training, world_size=workers)["per_rank"]
+        return measured_hours(recipe, work, target_specs(reading.classes), share_of_rank=most)
+    return counted_hours(work, rate_of(other_device, training.precision), workers=workers)
+
+
+def without_missing_experts(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """Return the recipe without the experts' files that are not here, and a note of each."""
+    experts = recipe.experts
+    missing = [name for name, file in experts.files().items() if not is_hub_name(str(file)) and not file.is_file()]
+    notes = [f"experts.{name}: {experts.sources()[name]} is not here yet (ca2st weights import)" for name in missing]
+    left = dict.fromkeys(missing)
+    return replace(recipe, experts=replace(experts, **left)), notes  # type: ignore[arg-type]  # names of experts
+
+
+def assumed_reading(recipe: Recipe) -> Reading:
+    """Return what a published training reads, by the numbers of its dataset's lists.
+
+    Raises:
+        UserInputError: the recipe is of no published dataset, or its split is none of theirs; and as `check_settings`.
+    """
+    check_settings(recipe)
+    if recipe.published is None or recipe.published.dataset not in PUBLISHED_ROWS:
+        raise UserInputError(
+            "--assume-published-counts: expected a recipe with [published] dataset = one of "
+            f"{', '.join(PUBLISHED_ROWS)}, found {recipe.name}; give its shards by --data"
+        )
+    dataset, training = recipe.published.dataset, recipe.training
+    num_samples = published_count(dataset, "train", recipe.data.split)
+    split = validation_split(recipe)
+    num_validation = published_count(dataset, split, recipe.data.split) if recipe.data.validation else 0
+    limit, order = recipe.data.select.limit, recipe.data.order()
+    num_samples = min(num_samples, limit or num_samples)
+    num_clips = (order.epoch_samples or num_samples) * order.repeats
+    return Reading(
+        classes=published_spaces(dataset),
+        num_samples=num_samples,
+        steps_per_epoch=count_steps(num_clips, training.global_batch_size, remainder=order.remainder),
+        data=None,
+        num_validation=num_validation,
+    )
 
 
 def read_without_traces(recipe: Recipe) -> Reading:
@@ -149,7 +226,13 @@ def read_without_traces(recipe: Recipe) -> Reading:
     with tempfile.TemporaryDirectory(prefix="ca2st-plan-") as folder:
         aside = replace(recipe.data, loader=replace(recipe.data.loader, cache_dir=folder))
         data, plan = open_checked(replace(recipe, data=aside))
-    return Reading(classes=data.classes, num_samples=plan.num_samples, steps_per_epoch=plan.num_steps, data=data)
+    return Reading(
+        classes=data.classes,
+        num_samples=plan.num_samples,
+        steps_per_epoch=plan.num_steps,
+        data=data,
+        num_validation=0 if data.validation is None else data.validation.manifest.num_samples,
+    )
 
 
 def _reading_of_world(recipe: Recipe, classes: dict[str, list[str]]) -> Reading:
@@ -165,7 +248,13 @@ def _reading_of_world(recipe: Recipe, classes: dict[str, list[str]]) -> Reading:
         remainder=order.remainder,
     )
     steps = count_steps(num_clips, batch, remainder=order.remainder)
-    return Reading(classes=classes, num_samples=num_samples, steps_per_epoch=steps, data=None)
+    return Reading(
+        classes=classes,
+        num_samples=num_samples,
+        steps_per_epoch=steps,
+        data=None,
+        num_validation=world.num_validation,
+    )
 
 
 def batch_plan(training: TrainingConfig, *, world_size: int) -> dict[str, int]:
@@ -273,6 +362,9 @@ def _nearest_folder(path: Path) -> Path:
 def data_plan(recipe: Recipe, data: TrainingData | None) -> dict[str, Any]:
     """Return where samples come from, how much that is, and the cache that shards behind a URL go through."""
     world = recipe.data.synthetic
+    if data is None and world is None:
+        places = {"train": recipe.data.train, "validation": recipe.data.validation}
+        return {"train": [], "validation": None, "made_first": None, "cache": None, "assumed": places}
     if data is None:
         assert world is not None
         made = {"task": world.task, "train": world.num_train, "validation": world.num_validation}
@@ -344,6 +436,8 @@ def plan_lines(plan: Mapping[str, Any]) -> str:
         f"{held} per worker on its {plan['device']}, and activations, which the log of the first step reports; "
         f"batches kept ready {readable_bytes(memory['batches_ready'])}"
     )
+    rows["time"] = hours_line(plan["time"])
+    rows |= {"note" if number == 1 else f"note {number}": note for number, note in enumerate(plan["notes"], start=1)}
     return table(rows | {"disk": _disk_line(plan["disk"])} | _data_rows(plan["data"]) | _resume_row(plan["resume"]))
 
 
@@ -369,6 +463,8 @@ def _data_rows(data: Mapping[str, Any]) -> dict[str, object]:
     """Return a row per shard set, and one of the cache where there is one."""
     if (made := data["made_first"]) is not None:
         return {"data": f"made first: synthetic {made['task']}, {made['train']} + {made['validation']} clips"}
+    if (assumed := data.get("assumed")) is not None:
+        return {"data": f"the published counts; {assumed['train']} and {assumed['validation']} are not read"}
     rows: dict[str, object] = {}
     for number, one in enumerate(data["train"], start=1):
         rows["train" if number == 1 else f"train {number}"] = _set_line(one)

@@ -92,7 +92,7 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
     `stop`: where a request to save and end arrives; None: SIGTERM and SIGINT are one, only in a process's main thread.
     """
     recipe, run_dir = recipe_from_document(job.recipe), Path(job.run_dir)
-    accelerator = make_accelerator(recipe.training, cpu=_use_cpu_threads(recipe))
+    accelerator = make_accelerator(recipe.training, cpu=use_cpu_threads(recipe))
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     with ExitStack() as stack:
         data = open_data(recipe)
@@ -145,7 +145,7 @@ def _plain(score: Score) -> dict[str, str | int | float | None]:
     return {"metric": score.metric, "value": score.value, "step": score.step, "checkpoint": kept}
 
 
-def _use_cpu_threads(recipe: Recipe) -> bool:
+def use_cpu_threads(recipe: Recipe) -> bool:
     """Return whether this machine has no GPU; torch then gets this worker's share of the cores."""
     if torch.cuda.is_available():
         return False

@@ -30,6 +30,10 @@ PUBLISHED_ROWS: dict[str, dict[str, tuple[int, ...]]] = {
     "vgg_sound": {"train": (183_730,), "test": (15_446,), "validation": (15_446,)},
 }
 """Samples per split of the published lists, after what is left out; several where there are several lists."""
+PUBLISHED_WITH_SOUND: dict[str, dict[str, tuple[int, ...]]] = {
+    "ucf_101": {"train": (4_893, 4_926, 4_941), "test": (1_944, 1_911, 1_896)},
+}
+"""The same where only samples with sound are kept, as the audio-visual papers do."""
 _REPLACEMENTS = "replacement"
 """Folders of this name or beginning hold files that stand for damaged ones of the same name."""
 _ALSO_CALLED = {"train": ("training",), "validation": ("val", "valid", "validate"), "test": ("testing",)}

@@ -1,7 +1,10 @@
 """What a launch checks, how often, and that a finished run starts nothing."""
 
+import json
 import logging
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +13,18 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from ca2st.durable import NO_FAULTS
+from ca2st.errors import UserInputError
 from ca2st.model.network import HolisticModel
 from ca2st.training.checkpoint import list_checkpoints
 from ca2st.training.errors import ResumeRefusedError
 from ray_jobs.config.recipe import Recipe
+from ray_jobs.config.recipe_file import load_recipe
+from ray_jobs.environment import launched_ranks
 from ray_jobs.launch import launch
 from ray_jobs.runs.plan import make_plan
 from ray_jobs.runs.worker import Job, Outcome
 from support.fake_shards import make_samples, make_shard_set
+from support.tiny_runs import make_tiny_run, sequence
 from support.trained import trained_model
 
 pytestmark = pytest.mark.usefixtures("own_process")
@@ -116,3 +123,63 @@ def test_settings_and_the_outline_of_the_model_are_checked_once_before_a_worker_
     assert counts == {"model": 1, "settings": 1}
     make_plan(recipe, tmp_path / "run", device="cpu")
     assert counts == {"model": 2, "settings": 2}
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({"WORLD_SIZE": "1"}, None),
+        ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, (3, 4)),
+    ],
+)
+def test_a_rank_of_torchrun_is_known_by_its_variables(
+    variables: dict[str, str], found: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launched_ranks() == found
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [("", r"WORLD_SIZE=2: .*found RANK missing; start by torchrun"), ("one", r"WORLD_SIZE=2: .*found other text")],
+)
+def test_half_of_what_torchrun_sets_is_refused(rank: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for name, value in named.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserInputError, match=message):
+        launched_ranks()
+
+
+def test_another_number_of_workers_than_torchrun_started_is_refused(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    three = replace(recipe, launch=replace(recipe.launch, workers=3))
+    with pytest.raises(
+        UserInputError, match=r"launch\.workers: expected the 2 processes .* found 3; leave --workers out"
+    ):
+        launch(three, tmp_path / "run", faults=NO_FAULTS)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_ranks_of_torchrun_train_as_one_process_does_and_say_the_end_once(tmp_path: Path) -> None:
+    path = str(make_tiny_run(tmp_path))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "ray_jobs.cli", "train", path, "--out", str(tmp_path / "two"), "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["steps"] == 16
+    launch(load_recipe(path, ["tracking.enabled=false"]), tmp_path / "one", faults=NO_FAULTS)
+    two, one = sequence(tmp_path / "two"), sequence(tmp_path / "one")
+    assert [line[:2] for line in two] == [line[:2] for line in one], "the same samples in the same order"
+    assert [line[2] for line in two] == pytest.approx([line[2] for line in one], abs=1e-5)

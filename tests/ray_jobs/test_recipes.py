@@ -1,0 +1,336 @@
+"""Every recipe of the package at a tiny size: its plan without shards, and the very commands of its head.
+
+The head's ``shard build`` lines convert eight generated clips in the dataset's own form, its ``train`` line trains two
+steps, its ``evaluate`` line tests in the published views. Sets are shared by the recipes of a dataset.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ca2st.errors import UserInputError
+from ca2st.model.config import PRESETS
+from ray_jobs.cli import main
+from ray_jobs.config.recipe import Recipe
+from ray_jobs.config.recipe_file import known_recipes, load_recipe, read_recipe
+from ray_jobs.runs.plan import make_plan
+from ray_jobs.runs.published import PublishedRow, published_recipes, published_rows, rows_lines
+from support.annotations import EPIC_SOUNDS_HEADER, epic_sounds_row, write_lines
+from support.media import Sound, make_clip
+
+pytestmark = pytest.mark.usefixtures("own_process")
+RECIPES = [name.removesuffix(".toml") for name in known_recipes()]
+PUBLISHED = [name for name in RECIPES if load_recipe(name).published is not None]
+NUM_CLIPS = 8
+EK100 = (
+    "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,start_frame,stop_frame,"
+    "narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes"
+)
+TINY = (
+    *("model.dim=48", "model.num_heads=3", "model.depth=2", "clip.num_frames=4", "clip.crop_size=64"),
+    *("training.epochs=1", "training.max_steps=2", "training.global_batch_size=4", "training.per_device_batch_size=4"),
+    *("optim.warmup_epochs=0", "training.precision=fp32", "experts={}", "tracking.enabled=false"),
+    "launch.threads_per_worker=1",  # beside other tests more threads mostly wait for each other
+)
+
+
+def tiny(name: str) -> list[str]:
+    """Settings that make a recipe small: two layers (four where ResNet's stages divide them), 64 pixels, two steps."""
+    recipe = load_recipe(name)
+    settings = [*TINY, f"clip.mel_rows={min(recipe.clip.mel_rows, 96)}"]
+    if recipe.model.spatial_encoder == "resnet50":
+        settings.append("model.depth=4")
+    if recipe.data.synthetic is not None:
+        settings += ["data.synthetic.num_train=8", "data.synthetic.num_validation=4"]
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+def ids(split: str) -> list[str]:
+    """Eleven characters each, some of which would be options; no video is in two splits."""
+    return [f"-{split[0]}{number}a_b-c_d{number}" for number in range(NUM_CLIPS)]
+
+
+def epic_kitchens_100(split: str) -> tuple[list[str], list[str]]:
+    rows = [
+        f"P01_{split}_{n},P01,P01_1,,00:00:00.{n}0,00:00:00.{n + 2}0,1,2,x,take,{n},plate,{n},['plate'],[{n}]"
+        for n in range(NUM_CLIPS)
+    ]
+    return [EK100, *rows], ["P01/videos/P01_1.mp4"]
+
+
+def epic_sounds(split: str) -> tuple[list[str], list[str]]:
+    times = [{"start": f"00:00:00.{n}00", "stop": f"00:00:00.{n + 2}00"} for n in range(NUM_CLIPS)]
+    rows = [epic_sounds_row(f"P01_1_{split}_{n}", video="P01_1", **time) for n, time in enumerate(times)]
+    return [EPIC_SOUNDS_HEADER, *rows], ["P01/videos/P01_1.mp4"]
+
+
+def something_something_v2(split: str) -> tuple[list[str], list[str]]:
+    names = [f"{len(split)}{n}" for n in range(NUM_CLIPS)]
+    return [json.dumps([{"id": name, "template": "Closing [something]"} for name in names])], [
+        f"{n}.mp4" for n in names
+    ]
+
+
+def kinetics_400(split: str) -> tuple[list[str], list[str]]:
+    word = {"validation": "val"}.get(split, split)
+    rows = [f"abseiling,{name},417,427,{word}" for name in ids(split)]
+    return ["label,youtube_id,time_start,time_end,split", *rows], [f"{word}/{name}.mp4" for name in ids(split)]
+
+
+def kinetics_sound(split: str) -> tuple[list[str], list[str]]:
+    return [f"{name}_{n},10,{n}" for n, name in enumerate(ids(split))], [f"{name}.mp4" for name in ids(split)]
+
+
+def activitynet(split: str) -> tuple[list[str], list[str]]:
+    del split  # one file has all
+    segment = [{"segment": [0.1, 0.9], "label": "Ballet"}]
+    subsets = [(subset, name) for subset in ("training", "validation") for name in ids(subset)]
+    database = {name: {"subset": subset, "annotations": segment} for subset, name in subsets}
+    return [json.dumps({"database": database})], [f"v_{name}.mp4" for name in database]
+
+
+def vgg_sound(split: str) -> tuple[list[str], list[str]]:
+    return [f"{name}_000060.mp4,helicopter" for name in ids(split)], [f"{name}_60.mp4" for name in ids(split)]
+
+
+def ucf_101(split: str) -> tuple[list[str], list[str]]:
+    group = {"train": 1, "test": 2}[split]
+    names = [f"Hammering/v_Hammering_g0{group}_c0{n}.avi" for n in range(NUM_CLIPS)]
+    return [f"{name} 35" if split == "train" else name for name in names], names
+
+
+FORMS: dict[str, Callable[[str], tuple[list[str], list[str]]]] = {
+    function.__name__: function
+    for function in (
+        *(epic_kitchens_100, epic_sounds, something_something_v2, kinetics_400),
+        *(kinetics_sound, activitynet, vgg_sound, ucf_101),
+    )
+}
+"""By dataset: the lines of its owners' file of a split, and its media."""
+
+
+@cache
+def rows_by_name() -> dict[str, PublishedRow]:
+    return {row.name: row for row in published_rows(published_recipes(), with_hours=False)}
+
+
+def commands_of(name: str, word: str) -> list[list[str]]:
+    """The commands of a recipe's head that begin with ``ca2st <word>``, the first of a loop over splits."""
+    head = read_recipe(name)[0].split("\nname = ")[0]
+    text = re.sub(r"\\\n#\s*", " ", head).replace("$split", "1")
+    lines = [line.lstrip("# ").partition("  #")[0] for line in text.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith(f"ca2st {word}")]
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+class Desk:
+    """A folder for each dataset, in which the commands of its recipes are run."""
+
+    def __init__(self, root: Path, clip: Path) -> None:
+        self._root, self._clip = root, clip
+
+    def folder(self, dataset: str) -> Path:
+        (self._root / dataset).mkdir(exist_ok=True)
+        return self._root / dataset
+
+    def lay_out(self, command: list[str]) -> None:
+        """Write the annotations and media that a ``shard build`` reads."""
+        dataset = option(command, "--dataset")
+        lines, media = FORMS[dataset](option(command, "--split"))
+        write_lines(self.folder(dataset) / option(command, "--annotations"), lines)
+        for name in media:
+            target = self.folder(dataset) / option(command, "--media") / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self._clip, target)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    root = tmp_path_factory.mktemp("recipes")
+    return Desk(root, make_clip(root / "clip.mp4", size=(64, 64), sound=Sound()))
+
+
+@pytest.fixture
+def ca2st(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Run a command in this process; returns what it prints as JSON."""
+
+    def run(*arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["ca2st", *arguments, "--json"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capsys.readouterr()
+        assert (ended.value.code or 0) == 0, told.err
+        return dict(json.loads(told.out))
+
+    return run
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_recipe_is_planned_without_shards_and_weights(
+    name: str, tmp_path: Path, ca2st: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    size = [part for part in tiny(name) if part != "--set" and part.startswith(("model.", "clip."))]
+    settings = [part for setting in size for part in ("--set", setting)]
+    plan = ca2st("train", name, *settings, "--dry-run", "--assume-published-counts", "--device", "H200")
+    recipe = load_recipe(name)
+    row = rows_by_name()[name]
+    assert plan["num_samples"] == row.clips
+    assert plan["steps"] == recipe.training.epochs * (row.clips // recipe.training.global_batch_size)
+    assert plan["hours"] > 0
+    assert len(plan["notes"]) == len(recipe.experts.sources()), "each file of weights is a note"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_head_of_a_published_recipe_says_all_that_is_asked_of_it(name: str) -> None:
+    recipe = load_recipe(name)
+    head = read_recipe(name)[0].split("\nname = ")[0]
+    assert recipe.published is not None
+    assert recipe.published.top1 is None or f"{recipe.published.top1}" in head
+    assert "Ours: not run yet" in head
+    assert all(option(one, "--views") == recipe.published.views for one in commands_of(name, "evaluate"))
+    assert any(name in one for one in commands_of(name, "train"))
+    if name != "cast_epic_kitchens_100_ablations":  # whose shards and weights are those of the main recipe
+        built = {option(one, "--out") for one in commands_of(name, "shard build")}
+        assert {recipe.data.train, recipe.data.validation} <= built
+        imported = {option(one, "--out") for one in commands_of(name, "weights import")}
+        assert imported == set(recipe.experts.sources().values())
+
+
+def test_the_ablations_name_a_preset_and_the_published_figure_of_each_row() -> None:
+    name = "cast_epic_kitchens_100_ablations"
+    rows = dict(re.findall(r"(cast_\w+) +(\d\d\.\d) ", read_recipe(name)[0]))
+    published = {preset: one.published_top1 for preset, one in PRESETS.items() if preset in rows}
+    assert {preset: float(figure) for preset, figure in rows.items()} == published
+    missing = {preset for preset, one in PRESETS.items() if one.published_top1 is not None} - rows.keys()
+    assert missing == {"cast", "cast_resnet50"}, "the two rows of the main table have recipes of their own"
+    for preset in rows:
+        assert load_recipe(name, [f"model.preset={preset}"]).model == PRESETS[preset].config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_commands_of_a_published_recipe_convert_train_and_test(
+    name: str, desk: Desk, ca2st: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(name)
+    assert recipe.published is not None
+    monkeypatch.chdir(desk.folder(recipe.published.dataset))
+    places = {recipe.data.train, recipe.data.validation}
+    source = "cast_epic_kitchens_100" if name.endswith("_ablations") else name
+    for command in commands_of(source, "shard build"):
+        out = option(command, "--out")
+        if out in places and not (Path(out) / "manifest.json").exists():
+            desk.lay_out(command)
+            assert ca2st(*command, "--workers", "1")["num_samples"] == NUM_CLIPS
+    trained = ca2st("train", name, *tiny(name))
+    assert trained["steps"] == 2
+    assert (Path(recipe.folder) / "journal.jsonl").is_file()
+    evaluate = next(one for one in commands_of(name, "evaluate"))
+    evaluate = [evaluate[0], str(recipe.folder), "--data", str(recipe.data.validation), *evaluate[4:]]
+    tested = ca2st(*evaluate, "--no-track")
+    assert (tested["num_samples"], tested["views"]) == (NUM_CLIPS, recipe.published.views)
+    assert 0 <= tested["top1"] <= 1
+
+
+@pytest.mark.slow
+def test_several_splits_are_trained_tested_and_averaged_by_one_command(
+    desk: Desk, ca2st: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(desk.folder("ucf_101"))
+    for number in ("1", "2"):
+        for command in commands_of("cast_ucf_101", "shard build"):
+            command = [part.replace("split1", f"split{number}").replace("list01", f"list0{number}") for part in command]
+            if not (Path(option(command, "--out")) / "manifest.json").exists():
+                desk.lay_out(command)
+                ca2st(*command, "--workers", "1")
+    found = ca2st("train", "cast_ucf_101", "--splits", "1,2", *tiny("cast_ucf_101"))
+    assert [(one["split"], one["run_dir"]) for one in found["splits"]] == [
+        (1, "runs/cast_ucf_101_split1"),
+        (2, "runs/cast_ucf_101_split2"),
+    ]
+    assert found["top1"] == pytest.approx(sum(one["top1"] for one in found["splits"]) / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in PUBLISHED and name != "own_data"])
+def test_a_recipe_on_a_drawn_world_trains_and_is_tested(
+    name: str, tmp_path: Path, ca2st: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ca2st("train", name, *tiny(name), "--dry-run")["steps"] == 2
+    assert ca2st("train", name, *tiny(name))["steps"] == 2
+    (validation,) = tmp_path.glob("runs/data/*/shards/validation")
+    assert ca2st("evaluate", f"runs/{name}", "--data", str(validation), "--no-track")["num_samples"] == 4
+
+
+def test_the_table_of_recipes_has_a_row_of_each_and_says_which_shards_are_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards/vgg_sound/train").mkdir(parents=True)
+    (tmp_path / "shards/vgg_sound/train/manifest.json").touch()
+    rows = published_rows(published_recipes(), with_hours=False)
+    assert [row.name for row in rows] == PUBLISHED
+    assert {row.name: row.shards for row in rows if row.shards} == {
+        f"{model}_vgg_sound": ["train"] for model in ("cast", "cava", "ca2st")
+    }
+    told = rows_lines(rows)
+    assert re.search(r"cast_kinetics_400 +kinetics_400 +cast +85\.3 +5x3 +246,534 +70 +none", told)
+
+
+def small(name: str) -> Recipe:
+    """The recipe at the published length, of a model that is counted in no time."""
+    return load_recipe(name, [setting for setting in tiny(name) if setting.startswith(("model.", "clip."))])
+
+
+def test_hours_of_all_recipes_follow_from_clips_epochs_and_the_model() -> None:
+    recipes = [small(name) for name in PUBLISHED]
+    one = {row.name: row.hours for row in published_rows(recipes, with_hours=True, device="h200")}
+    eight = {row.name: row.hours for row in published_rows(recipes, with_hours=True, device="H200", workers=8)}
+    assert all(hours is not None and hours > 0 for hours in one.values())
+    assert eight == {name: pytest.approx((hours or 0) / 8) for name, hours in one.items()}
+    ratio = (one["cast_epic_sounds"] or 0) / (one["cast_kinetics_sound"] or 1)
+    assert ratio == pytest.approx(60_055 / 14_799, rel=0.05), "the same model on more clips"
+
+
+@pytest.mark.slow
+def test_the_hours_of_a_whole_recipe_are_those_of_a_calculation_by_hand(tmp_path: Path) -> None:
+    recipe = load_recipe("cast_epic_kitchens_100")
+    plan = make_plan(recipe, tmp_path / "run", device="cuda", other_device="H200", assume_counts=True)
+    # 67 217 clips x 50 epochs x 1.80 TFLOP / (0.3 x 989 TFLOP/s); our last layer computes less.
+    assert plan["hours"] == pytest.approx(67_217 * 50 * 1.8 / (0.3 * 989) / 3600, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--measure",), r"--measure: expected a recipe and --dry-run beside it"),
+        (("--device", "H200"), r"--device: expected a recipe and --dry-run beside it"),
+        (("--dry-run", "--measure", "--device", "H200"), r"--measure: expected no --device H200"),
+        (("--splits", "1,2", "--dry-run"), r"--splits: expected a recipe and no --dry-run"),
+        (("--splits", "1,1"), r"--splits: expected different numbers with commas between them"),
+        (("--dry-run", "--assume-published-counts"), r"expected a recipe with \[published\] dataset = one of"),
+        (("--dry-run", "--device", "H2000"), r"--device: expected one of .*found 'H2000' \(did you mean 'H200'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ca2st", "train", "smoke", *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == UserInputError.exit_code
+    assert re.search(message, capsys.readouterr().err)
