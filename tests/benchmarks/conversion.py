@@ -238,7 +238,9 @@ def _measured(way: str, config: ConversionConfig, files: Sequence[Path], out: Pa
     """Convert in one way, in a process of its own."""
     begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     try:
-        process = SPAWN.Process(target=convert_in, args=(way, config, files, out), daemon=False)
+        from benchmarks import conversion  # this module, by a name that a child can import when it is the main script
+
+        process = SPAWN.Process(target=conversion.convert_in, args=(way, config, files, out), daemon=False)
         process.start()
         process.join()
         seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
