@@ -78,10 +78,9 @@ def evaluate(
     if as_json:
         print_json(facts)
     else:
-        for one in runs:
+        means = [{name: facts[name] for name in ("mean", "harmonic_mean")}] if len(runs) > 1 else []
+        for one in [*runs, *means]:
             result(table({name: value for name, value in one.items() if not isinstance(value, dict | list)}))
-        if len(reports) > 1:
-            result(table({name: facts[name] for name in ("mean", "harmonic_mean")}))
     for report in reports if track else []:
         log_to_run(report)
 
