@@ -1,5 +1,6 @@
 """What every test runs under."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -24,8 +25,18 @@ def _one_torch_thread() -> Iterator[None]:
 @pytest.fixture
 def own_process() -> Iterator[None]:
     """Every run makes its Accelerator as a new process would."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
+    _forget_accelerator()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    _forget_accelerator()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_accelerator_of_other_modules() -> Iterator[None]:
+    """Accelerate keeps the precision of a process's first Accelerator for all later ones."""
+    yield
+    _forget_accelerator()
+
+
+def _forget_accelerator() -> None:
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)

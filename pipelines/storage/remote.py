@@ -375,7 +375,7 @@ class ShardCache:
                     return held
                 part = self._claim(path, num_bytes, ahead=ahead)
             if part is not None:
-                return _fill(part, path, fill)
+                return self._fill(part, path, fill)
             if time.monotonic() - start > self._patience_seconds:
                 raise EnvironmentFault(
                     f"{path}: no room for {num_bytes} bytes within {self._patience_seconds:.0f} s: all of the "
@@ -426,6 +426,28 @@ class ShardCache:
         if ahead:
             raise NoRoomError
         return None
+
+    def _fill(self, part: int, path: Path, fill: Callable[[int], None]) -> int:
+        """Fill the locked part file of `path`, give it that name and a shared lock; on any error close and remove it.
+
+        Raises:
+            EnvironmentFault: as `_naming_place`; and whatever `fill` raises.
+        """
+        part_path = _part_of(path)
+        try:
+            with _naming_place(path):
+                fill(part)
+                os.fsync(part)
+                with self._locked():  # or whoever counts what is held sees neither of the two names
+                    part_path.rename(path)
+                fsync_folder(path.parent)
+                take_lock(part, shared=True, wait_seconds=math.inf)
+                os.utime(part, ns=(time.time_ns(), os.fstat(part).st_mtime_ns))
+        except BaseException:
+            part_path.unlink(missing_ok=True)
+            os.close(part)
+            raise
+        return part
 
     def _make_room(self, num_bytes: int, *, ahead: bool) -> bool:
         """Evict what may go, what dead processes left first, until `num_bytes` fit; return whether they do."""
@@ -504,28 +526,6 @@ def _evict(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-def _fill(part: int, path: Path, fill: Callable[[int], None]) -> int:
-    """Fill the locked part file of `path`, and give it that name and a shared lock; on any error close and remove it.
-
-    Raises:
-        EnvironmentFault: as `_naming_place`; and whatever `fill` raises.
-    """
-    part_path = _part_of(path)
-    try:
-        with _naming_place(path):
-            fill(part)
-            os.fsync(part)
-            part_path.rename(path)
-            fsync_folder(path.parent)
-            take_lock(part, shared=True, wait_seconds=math.inf)
-            os.utime(part, ns=(time.time_ns(), os.fstat(part).st_mtime_ns))
-    except BaseException:
-        part_path.unlink(missing_ok=True)
-        os.close(part)
-        raise
-    return part
 
 
 @contextmanager

@@ -262,7 +262,7 @@ def test_t2_ray_gets_the_resources_placement_and_restarts_of_the_recipe(
     assert scaling.resources_per_worker == resources
     assert scaling.use_gpu == ("GPU" in resources)
     assert scaling.placement_strategy == launch.placement
-    assert trainer.backend_config.backend == ("nccl" if scaling.use_gpu else "gloo")
+    assert trainer.backend_config.backend == ("cpu:gloo,cuda:nccl" if scaling.use_gpu else "gloo")
     assert trainer.backend_config.timeout_s == 70
     hidden = run_config.worker_runtime_env.get("env_vars", {}).get("CUDA_VISIBLE_DEVICES")
     assert hidden == (None if scaling.use_gpu else ""), "workers without a GPU must see none"

@@ -49,7 +49,7 @@ def _by_hand(trained, shards: ShardSet, views: EvaluationViews, expert: str) -> 
     with evaluation_loader(trained.recipe, shards, ("label",), views=views, rank=0, world_size=1) as loader:
         for batch in loader.batches():
             with torch.no_grad():
-                output = trained.model(batch.normalised_video(), batch.mel, batch.intervals_seconds)
+                output = trained.model(batch.normalised_video(), batch.mel, batch.intervals_seconds, batch.has_audio)
             for index, key in enumerate(batch.sample_ids):
                 if not batch.is_padding[index]:
                     by_key.setdefault(key, []).append(output.features[expert][index])

@@ -19,8 +19,9 @@ from pipelines.views import EvaluationViews
 from ray_jobs.cli import main
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.config.recipe_file import load_recipe
+from ray_jobs.evaluation.workers import EvaluationReport, evaluate_checkpoint
 from ray_jobs.launch import launch
-from ray_jobs.runs.inference import EvaluationReport, evaluate_checkpoint, load_trained
+from ray_jobs.runs.inference import load_trained
 from ray_jobs.runs.model import begin_model, check_label_spaces, find_checkpoint, read_start
 from sharding.format.shard_set import LabelSpace
 from support.fake_shards import make_samples, make_shard_set

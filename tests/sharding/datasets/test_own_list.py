@@ -326,7 +326,7 @@ def test_labels_that_are_no_texts_or_numbers_are_refused(tmp_path: Path) -> None
     path = write_lines(tmp_path / "list.jsonl", ['{"path": "a.mp4", "labels": [["x"]]}'])
     with pytest.raises(AnnotationError, match="labels: expected a text or a number, found"):
         read_dataset("csv", DatasetRequest(annotations=path, check_media=False))
-    with pytest.raises(AnnotationError, match="expected only the columns path, label, start, end, found"):
+    with pytest.raises(AnnotationError, match="expected only the columns path, label, start, end, audio, found"):
         read(tmp_path, ["a.mp4,x,y"], header="path,label,labels")
 
 

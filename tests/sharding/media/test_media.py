@@ -232,9 +232,9 @@ def test_a_source_that_changes_while_it_is_read_is_rejected(
     path.write_bytes(clip.read_bytes())
     real = encode.open_media
 
-    def touching(target: Path):
+    def touching(target: Path, **kind: bool):
         path.write_bytes(clip.read_bytes() + b"\0" * 16)
-        return real(target)
+        return real(target, **kind)
 
     monkeypatch.setattr(encode, "open_media", touching)
     assert reason_of(path) == "source_changed"
