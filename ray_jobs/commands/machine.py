@@ -142,7 +142,8 @@ def loader(
     frame, timm's RandAugment on Pillow frames, torchvision. The variants take turns; medians are reported.
     """
     from pipelines.benchmark.loader import NUM_STEPS, LoaderBenchConfig, benchmark_loader
-    from ray_jobs.bench_report import bench_facts, bench_sources, write_report
+    from ray_jobs.bench_data import bench_sources
+    from ray_jobs.bench_report import bench_facts, write_report
     from ray_jobs.console import progress, require_writable_place
     from sharding.format.shard_set import read_shard_set
 
@@ -358,7 +359,7 @@ def _consumer(kind: ConsumerKind, size: str, layers: int | None, clip: "ClipSpec
         from pipelines.benchmark.loader import NORMALISE, normalise
 
         return normalise, NORMALISE
-    from ray_jobs.bench_report import training_consumer
+    from ray_jobs.bench_data import training_consumer
 
     return training_consumer(kind.value, size, num_layers=layers, clip=clip)
 

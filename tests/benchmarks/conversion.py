@@ -30,7 +30,8 @@ from benchmarks.programs import make_command
 from ca2st.benchmark.measure import spread
 from ca2st.processes import SPAWN, num_cores
 from pipelines.benchmark.clips import source_list
-from ray_jobs.bench_report import bench_facts, source_files, work_folder, write_report
+from ray_jobs.bench_data import source_files
+from ray_jobs.bench_report import bench_facts, work_folder, write_report
 from ray_jobs.cli import main
 from ray_jobs.commands.machine import Clips, Codec, Media, Work
 from ray_jobs.commands.options import Json, Out

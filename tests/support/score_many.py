@@ -6,7 +6,7 @@ JSON: ``peak_bytes`` and, of the join, ``metrics`` and ``num_samples``, or the `
 """
 
 import json
-import resource
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +25,12 @@ FACTS = PredictionFacts(
     targets={"label": [f"class {index}" for index in range(12)]}, labelled=("label",), dataset="vgg_sound"
 )
 BATCH = 8192
+
+
+def peak_bytes() -> int:
+    """The most memory this process held; getrusage would count what its parent held when it was started."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]  # Linux has the line
 
 
 def key_of(number: int) -> str:
@@ -77,7 +83,7 @@ def main() -> None:
             answer |= {"metrics": found.metrics, "num_samples": found.num_samples}
         except CA2STError as error:
             answer["error"] = str(error)
-    print(json.dumps(answer | {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    print(json.dumps(answer | {"peak_bytes": peak_bytes()}))
 
 
 if __name__ == "__main__":

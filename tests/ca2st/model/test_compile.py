@@ -76,7 +76,7 @@ assert result.resumed_step == 5, result
 torch.testing.assert_close(torch.tensor(compiled), torch.tensor(eager), rtol=1e-5, atol=1e-5)
 assert len(set(eager)) == 8, "nothing was learned"
 from torch._dynamo.utils import counters
-assert counters["stats"]["unique_graphs"] == 1, counters
+assert counters["stats"]["unique_graphs"] == 2, counters  # the last layer is one of its own
 assert '"compile":true' in (root / "compiled" / "journal.jsonl").read_text()
 
 def breaks(self, x):
