@@ -64,7 +64,7 @@ def test_conversion_by_ray_gives_the_bytes_of_a_local_one_though_a_worker_is_kil
     pool = partial(one_pool, source)
     report = convert(source, tmp_path / "there", config, pool=pool, encode=kill_the_worker_once_at_b)
     assert (tmp_path / "media").stat().st_mode & 0o777 == WAS_KILLED
-    assert "a conversion worker was lost on " in caplog.text
+    assert "a conversion worker was lost while it made ca2st-000002.tar" in caplog.text
     assert (report.num_with_audio, dict(report.rejected)) == (1, {"not_a_video": 1})
     assert file_hashes(tmp_path / "there") == file_hashes(tmp_path / "here")
     # Finished: the same command again neither needs a pool nor changes anything.
