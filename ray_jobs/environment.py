@@ -115,6 +115,16 @@ def tracking_authorization() -> str | None:
     return f"Bearer {token}" if token else None
 
 
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [one for one in named.split(",") if one]
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
 def local_world_size() -> int:
     """Return how many workers of this training run on this machine, as its launcher says; 1 where none does."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

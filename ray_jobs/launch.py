@@ -370,7 +370,7 @@ def _worker_process(
     except (RunStoppedError, StopNotSavedError) as error:  # the same on every rank: the parent says it once
         if tell_stop is not None:
             tell_stop.send((message_of(error), error.exit_code))
-        _end_at_once(error.exit_code)
+        end_at_once(error.exit_code)
     except CA2STError as error:
         _record(rank, error, Path(job.run_dir), launch)
         _leave(rank, error, error.exit_code)
@@ -389,10 +389,11 @@ def _leave(rank: int, error: Exception, exit_code: int) -> NoReturn:
     """End at once, without the shutdown of libraries that may wait for the other ranks."""
     if not is_echo(error):
         say(f"error (rank {rank}): {type(error).__name__}: {error}")
-    _end_at_once(exit_code)
+    end_at_once(exit_code)
 
 
-def _end_at_once(exit_code: int) -> NoReturn:
+def end_at_once(exit_code: int) -> NoReturn:
+    """End this process as it is: no thread or connection is waited for."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

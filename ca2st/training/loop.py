@@ -20,7 +20,6 @@ from torch import nn
 from ca2st.batch import ClipBatch
 from ca2st.checked_json import canonical_json
 from ca2st.errors import EnvironmentFault, UserInputError, check_choice
-from ca2st.training.averaging import WeightAverage
 from ca2st.training.best import Metrics, best_steps, reason_to_end, score_at
 from ca2st.training.checkpoint import (
     CHECKPOINTS_NAME,
@@ -40,7 +39,7 @@ from ca2st.training.errors import (
 from ca2st.training.evaluate import EvaluationSource, evaluate
 from ca2st.training.journal import JOURNAL_NAME, Journal, differences, locked
 from ca2st.training.metrics import evaluation_metrics, main_metric
-from ca2st.training.optim import build_optimizer
+from ca2st.training.optim import WeightAverage, build_optimizer
 from ca2st.training.ranks import (
     Heartbeat,
     Ranks,

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +32,12 @@ from ca2st.training.metrics import harmonic_mean, main_metric
 from pipelines.storage.index import read_columns
 from pipelines.views import EvaluationViews, Protocol
 from ray_jobs.console import progress, require_writable_place, say, show_log
+from ray_jobs.environment import visible_gpus
 from ray_jobs.errors import WorkerFailedError
 from ray_jobs.evaluation.perturbations import PERTURBATIONS, DeafVisualExperts, PerturbedSource
 from ray_jobs.evaluation.predictions import ExpectedKeys, PredictionFacts, join_parts, label_counts, writing_part
 from ray_jobs.evaluation.protocols import Measures, measure, write_tables
-from ray_jobs.launch import ended_badly, signals_held, signals_to, take_signals
+from ray_jobs.launch import end_at_once, ended_badly, signals_held, signals_to, take_signals
 from ray_jobs.runs.inference import (
     CountedSource,
     TrainedModel,
@@ -400,7 +401,7 @@ def _worker_process(rank: int, job: _Job, begun: Any, tell: Any) -> None:
     die_with_parent()
     take_signals()
     begun[rank] = 1
-    if visible := _visible_gpus():
+    if visible := visible_gpus():
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[rank % len(visible)]
     if rank == 0:
         show_log()
@@ -408,18 +409,7 @@ def _worker_process(rank: int, job: _Job, begun: Any, tell: Any) -> None:
         _score_as_worker(job, rank, shown=rank == 0)
     except CA2STError as error:
         tell.send((f"rank {rank}: {type(error).__name__}: {error}", error.exit_code))
-        _end_at_once(error.exit_code)
-
-
-def _visible_gpus() -> list[str]:
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [one for one in named.split(",") if one]
-    return [str(number) for number in range(torch.cuda.device_count())]
-
-
-def _end_at_once(exit_code: int) -> NoReturn:
-    os._exit(exit_code)
+        end_at_once(error.exit_code)
 
 
 def _score_on_ray(job: _Job, workers: Workers) -> None:

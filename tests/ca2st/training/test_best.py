@@ -11,13 +11,13 @@ import torch
 
 from ca2st.durable import FaultPoints, InjectedFault
 from ca2st.errors import UserInputError
-from ca2st.training.averaging import WeightAverage, decay_at
 from ca2st.training.best import best_and_last, best_steps, reason_to_end
 from ca2st.training.checkpoint import list_checkpoints, read_checkpoint
 from ca2st.training.config import TrainingConfig
 from ca2st.training.errors import TimeUpError
 from ca2st.training.evaluate import evaluate
 from ca2st.training.loop import train
+from ca2st.training.optim import WeightAverage, decay_at
 from ca2st.training.resume import put_model_tensors, read_model_tensors, tensors_to_use
 from ca2st.training.settings import TrainingResult, TrainingSettings
 from ca2st.training.step import LossScale
