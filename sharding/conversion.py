@@ -233,6 +233,7 @@ class _Conversion:
         self._started = time.monotonic()
 
     def run(self) -> ConversionReport:
+        is_update = False
         if MANIFEST_NAME in (self._files.sizes() or {}):
             shards = read_shard_set(self._out)
             if self._config.append and shards.manifest.source_lists[-1:] != (self._list_hash,):
@@ -245,15 +246,13 @@ class _Conversion:
                     _log.info("already finished, nothing to convert: %s", self._out)
                     return report
                 self._files.remove(MANIFEST_NAME)
+                is_update = True
         elif self._config.append:
             raise ConversionRefusedError(
                 f"{self._out}: --append: expected a finished set to add to, found no {MANIFEST_NAME}; "
                 "leave --append out to make one, or to finish the one that was begun"
             )
-        else:
-            self._find_done()
-            self._drop_changed(finished=False)
-        if self._earlier is not None:
+        if not is_update:
             self._find_done()
             self._drop_changed(finished=False)
         if self._done:

@@ -22,7 +22,7 @@ from ca2st.batch import ClipBatch, Labelling
 from ca2st.errors import listed
 from ca2st.training.errors import IncompleteEvaluationError, SourceContractError
 from ca2st.training.losses import check_label_range, check_targets
-from ca2st.training.metrics import MetricSums, class_rankings, mean_over_classes
+from ca2st.training.metrics import MetricSums, Ranking, class_rankings, ranking_metrics
 from ca2st.training.ranks import Ranks
 from ca2st.training.step import model_logits
 
@@ -182,13 +182,13 @@ class _SeveralLabels:
             return {}
         scores = np.concatenate(self._scores or [np.zeros((0, num_classes), np.float32)])
         truth = np.concatenate(self._truth or [np.zeros((0, num_classes), np.bool_)])
-        precisions: list[float] = []
+        rankings: list[Ranking] = []
         for first in range(0, num_classes, _CLASSES_AT_A_TIME):
             some = slice(first, first + _CLASSES_AT_A_TIME)
             parts = ranks.gather((scores[:, some], truth[:, some]))
             of_all = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
-            precisions += [one.average_precision for one in class_rankings(of_all[0], of_all[1])]
-        return {"map": mean_over_classes(np.array(precisions))}
+            rankings += class_rankings(of_all[0], of_all[1])
+        return {"map": ranking_metrics(rankings)["map"]}
 
 
 def scored_batches(

@@ -42,19 +42,6 @@ def label_ranks(
     return found
 
 
-def top_k_hits(
-    scores: Float[np.ndarray, "samples classes"], labels: Int[np.ndarray, " samples"], k: int
-) -> Bool[np.ndarray, " samples"]:
-    """Return whether the label is among the k likeliest classes."""
-    hits: NDArray[np.bool_] = label_ranks(scores, labels) < min(k, scores.shape[1])
-    return hits
-
-
-def share(hits: Bool[np.ndarray, " samples"]) -> float:
-    """Return the share of samples that are true; NaN of none."""
-    return int(hits.sum()) / len(hits) if len(hits) else math.nan
-
-
 def predicted_classes(scores: Float[np.ndarray, "samples classes"]) -> Int[np.ndarray, " samples"]:
     """Return the likeliest class of each sample, the lowest of equal ones; -1 where a score is not a number."""
     found: NDArray[np.int64] = np.where(np.isfinite(scores).all(axis=1), np.argmax(scores, axis=1), -1)
@@ -70,16 +57,6 @@ def confusion_matrix(
     counts = np.bincount(cells, minlength=num_classes * num_classes)
     matrix: NDArray[np.int64] = counts.reshape(num_classes, num_classes)
     return matrix
-
-
-def per_class_accuracy(
-    hits: Bool[np.ndarray, " samples"], labels: Int[np.ndarray, " samples"], *, num_classes: int
-) -> Float[np.ndarray, " classes"]:
-    """Return the share of each class's samples that are hits (its recall); NaN for a class without samples."""
-    right = np.bincount(labels[hits], minlength=num_classes)
-    counts = np.bincount(labels, minlength=num_classes)
-    found: NDArray[np.float64] = np.divide(right, counts, out=np.full(num_classes, np.nan), where=counts > 0)
-    return found
 
 
 def mean_over_classes(values: Float[np.ndarray, " classes"]) -> float:
@@ -135,20 +112,11 @@ def class_rankings(
     return [class_ranking(scores[:, column], truth[:, column]) for column in columns]
 
 
-def mean_average_precision(
-    scores: Float[np.ndarray, "samples classes"],
-    truth: Int[np.ndarray, " samples"] | Bool[np.ndarray, "samples classes"],
-) -> float:
-    """Return the mean over the classes present of their average precisions; `truth` as for `class_rankings`."""
-    return mean_over_classes(np.array([one.average_precision for one in class_rankings(scores, truth)]))
-
-
-def mean_area(
-    scores: Float[np.ndarray, "samples classes"],
-    truth: Int[np.ndarray, " samples"] | Bool[np.ndarray, "samples classes"],
-) -> float:
-    """Return the mean over the classes present of the areas under their ROC curves; `truth` as for `class_rankings`."""
-    return mean_over_classes(np.array([one.area for one in class_rankings(scores, truth)]))
+def ranking_metrics(rankings: Sequence[Ranking]) -> dict[str, float]:
+    """Return ``map``, ``auc`` and ``d_prime``: the means over the classes present, and the separation of that area."""
+    area = mean_over_classes(np.array([one.area for one in rankings]))
+    precision = mean_over_classes(np.array([one.average_precision for one in rankings]))
+    return {"map": precision, "auc": area, "d_prime": d_prime(area)}
 
 
 def d_prime(area: float) -> float:

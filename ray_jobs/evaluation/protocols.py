@@ -32,9 +32,8 @@ from ca2st.training.metrics import (
     Ranking,
     class_ranking,
     confusion_matrix,
-    d_prime,
-    mean_over_classes,
     predicted_classes,
+    ranking_metrics,
     target_prefix,
 )
 from ray_jobs.evaluation.predictions import PredictionFacts, Rows, read_facts, read_rows
@@ -169,32 +168,23 @@ def measure(predictions: Path) -> Measures:
         (target,) = facts.labelled[:1]
         prefix = target_prefix(target, tuple(targets))
         rankings[target] = rank_classes(predictions, facts, target)
-        metrics |= _ranking_metrics(rankings[target], prefix)
+        metrics |= {f"{prefix}{name}": value for name, value in ranking_metrics(rankings[target]).items()}
         for name, part in parts.items():
             if part.ranked:
-                metrics |= _ranking_metrics(
-                    rank_classes(predictions, facts, target, part=part.rows), f"{name}_{prefix}"
-                )
+                ranked = ranking_metrics(rank_classes(predictions, facts, target, part=part.rows))
+                metrics |= {f"{name}_{prefix}{metric}": value for metric, value in ranked.items()}
     return Measures(facts=facts, metrics=metrics, num_samples=facts.num_samples, confusion=confusion, rankings=rankings)
 
 
 def _measure_several(predictions: Path, facts: PredictionFacts) -> Measures:
     """Measure samples of several labels: how they are ranked, and whether the likeliest class is one of theirs."""
     (target,) = facts.labelled
-    hits = count = 0
+    sums = MetricSums({target: len(facts.targets[target])})
     for rows in read_rows(predictions, facts):
-        answered = predicted_classes(rows.probabilities[target])
-        hits += int(rows.labels[target][np.arange(len(answered)), answered][answered >= 0].sum())
-        count += len(answered)
+        sums.add(rows.probabilities, rows.labels[target], labelling="several")
     rankings = rank_classes(predictions, facts, target)
-    metrics = {"top1": hits / count if count else math.nan, **_ranking_metrics(rankings, "")}
-    return Measures(facts=facts, metrics=metrics, num_samples=count, rankings={target: rankings})
-
-
-def _ranking_metrics(rankings: Sequence[Ranking], prefix: str) -> dict[str, float]:
-    area = mean_over_classes(np.array([one.area for one in rankings]))
-    precision = mean_over_classes(np.array([one.average_precision for one in rankings]))
-    return {f"{prefix}map": precision, f"{prefix}auc": area, f"{prefix}d_prime": d_prime(area)}
+    metrics = sums.metrics() | ranking_metrics(rankings)
+    return Measures(facts=facts, metrics=metrics, num_samples=facts.num_samples, rankings={target: rankings})
 
 
 def rank_classes(

@@ -37,11 +37,6 @@ class StoredSample:
     notes: tuple[str, ...] = ()
     """Kinds of what was unusual about the source; the index counts them."""
 
-    @property
-    def tar_bytes(self) -> int:
-        """Bytes the sample takes in a tar, headers and padding included."""
-        return sum(tarfile.BLOCKSIZE + padded(len(getattr(self, member))) for member in MEMBERS)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardRange:

@@ -8,8 +8,10 @@ from sklearn import metrics as oracle
 
 from ca2st.training.evaluate import mean_over_views
 from ca2st.training.metrics import (
+    MetricSums,
     action_hits,
     class_ranking,
+    class_rankings,
     confusion_matrix,
     d_prime,
     evaluation_metrics,
@@ -17,13 +19,8 @@ from ca2st.training.metrics import (
     joint_label_ranks,
     label_ranks,
     main_metric,
-    mean_area,
-    mean_average_precision,
-    mean_over_classes,
-    per_class_accuracy,
     predicted_classes,
-    share,
-    top_k_hits,
+    ranking_metrics,
 )
 
 PROBABILITIES = np.array([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.5, 0.1, 0.4], [0.2, 0.5, 0.3]])
@@ -48,13 +45,15 @@ def test_ranks_count_the_classes_before_the_label() -> None:
 
 def test_a_constant_prediction_is_right_for_the_first_class_only() -> None:
     flat = np.full((3, 3), 1 / 3)
-    assert top_k_hits(flat, np.array([0, 1, 2]), 1).tolist() == [True, False, False]
-    assert top_k_hits(flat, np.array([0, 1, 2]), 2).tolist() == [True, True, False]
+    assert (label_ranks(flat, np.array([0, 1, 2])) < 1).tolist() == [True, False, False]
+    assert (label_ranks(flat, np.array([0, 1, 2])) < 2).tolist() == [True, True, False]
+    assert evaluation_metrics({"label": flat}, np.array([[0], [1], [2]]))["top1"] == pytest.approx(1 / 3)
 
 
 def test_a_prediction_that_is_not_a_number_is_never_right_and_of_no_class() -> None:
     lost = np.full((1, 3), math.nan)
-    assert top_k_hits(lost, np.array([0]), 3).tolist() == [False]
+    assert (label_ranks(lost, np.array([0])) < 3).tolist() == [False]
+    assert evaluation_metrics({"label": lost}, np.array([[0]]))["top5"] == 0.0  # though there are but three classes
     assert predicted_classes(lost).tolist() == [-1]
     assert confusion_matrix(np.array([0]), np.array([-1]), num_classes=3).sum() == 0
     both = {"verb": lost, "noun": np.array([[0.9, 0.1]])}
@@ -71,7 +70,9 @@ def test_a_sample_whose_score_is_not_a_number_stands_last_in_its_class() -> None
 def test_top_k_is_that_of_scikit_learn(k: int) -> None:
     scores, labels = random_scores(500, 11, seed=k), random_labels(500, 11, seed=k)
     expected = oracle.top_k_accuracy_score(labels, scores, k=k, labels=range(11))
-    assert share(top_k_hits(scores, labels, k)) == pytest.approx(expected, abs=EXACT)
+    assert (label_ranks(scores, labels) < k).mean() == pytest.approx(expected, abs=EXACT)
+    metrics = evaluation_metrics({"label": scores}, labels[:, None])
+    assert metrics.get(f"top{k}", expected) == pytest.approx(expected, abs=EXACT)
 
 
 def test_confusion_and_mean_class_accuracy_are_those_of_scikit_learn() -> None:
@@ -79,16 +80,17 @@ def test_confusion_and_mean_class_accuracy_are_those_of_scikit_learn() -> None:
     predicted = predicted_classes(scores)
     matrix = confusion_matrix(labels, predicted, num_classes=7)
     assert matrix.tolist() == oracle.confusion_matrix(labels, predicted, labels=range(7)).tolist()
-    accuracies = per_class_accuracy(predicted == labels, labels, num_classes=7)
-    assert math.isnan(accuracies[6])  # no sample has it
+    assert not (labels == 6).any()  # a class that no sample has
     with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
         expected = oracle.balanced_accuracy_score(labels, predicted)
-    assert mean_over_classes(accuracies) == pytest.approx(expected, abs=EXACT)
+    found = evaluation_metrics({"label": scores}, labels[:, None])
+    assert found["mean_class"] == pytest.approx(expected, abs=EXACT)
 
 
 def test_mean_class_accuracy_weighs_classes_and_leaves_out_those_without_samples() -> None:
-    hits = top_k_hits(PROBABILITIES, LABELS, 1)
-    assert per_class_accuracy(hits, LABELS, num_classes=3).tolist() == [1.0, 1.0, 0.0]
+    sums = MetricSums({"label": 3})
+    sums.add({"label": PROBABILITIES}, LABELS[:, None])
+    assert (sums.right["label"] / sums.counts["label"]).tolist() == [1.0, 1.0, 0.0]
     assert evaluation_metrics({"label": PROBABILITIES[:2]}, LABELS[:2, None])["mean_class"] == 1.0
 
 
@@ -97,9 +99,9 @@ def test_map_and_area_of_one_label_per_sample_are_those_of_scikit_learn(steps: i
     scores, labels = random_scores(600, 9, seed=3, steps=steps), random_labels(600, 8, seed=3)
     truth = labels[:, None] == np.arange(8)
     expected = oracle.average_precision_score(truth, scores[:, :8], average="macro")
-    assert mean_average_precision(scores, labels) == pytest.approx(expected, abs=EXACT)
+    assert ranking_metrics(class_rankings(scores, labels))["map"] == pytest.approx(expected, abs=EXACT)
     area = oracle.roc_auc_score(truth, scores[:, :8], average="macro")
-    assert mean_area(scores, labels) == pytest.approx(area, abs=EXACT)
+    assert ranking_metrics(class_rankings(scores, labels))["auc"] == pytest.approx(area, abs=EXACT)
     assert d_prime(area) == pytest.approx(math.sqrt(2) * norm.ppf(area), abs=EXACT)
 
 
@@ -109,9 +111,9 @@ def test_map_and_area_of_several_labels_per_sample_are_those_of_scikit_learn(ste
     truth = np.random.default_rng(5).random((300, 6)) < 0.3
     truth[:, 5] = False  # a class that no sample has
     expected = oracle.average_precision_score(truth[:, :5], scores[:, :5], average="macro")
-    assert mean_average_precision(scores, truth) == pytest.approx(expected, abs=EXACT)
+    assert ranking_metrics(class_rankings(scores, truth))["map"] == pytest.approx(expected, abs=EXACT)
     area = oracle.roc_auc_score(truth[:, :5], scores[:, :5], average="macro")
-    assert mean_area(scores, truth) == pytest.approx(area, abs=EXACT)
+    assert ranking_metrics(class_rankings(scores, truth))["auc"] == pytest.approx(area, abs=EXACT)
 
 
 def test_a_class_that_every_sample_has_counts_in_map_and_in_no_area() -> None:
