@@ -265,7 +265,7 @@ def run_processes(job: Job, num_workers: int, faults: FaultPoints) -> Outcome:
         number = ended_unbegun[0]
         raise WorkerFailedError(f"stopped by signal {number} before it had begun; rerun to resume", 128 + number)
     if failed is not None:
-        code = _exit_code(workers[failed])
+        code = shell_exit_code(workers[failed])
         raise how_it_stopped(stop_told, code) or _failure(Path(job.run_dir), launch, rank=failed, exit_code=code)
     return read_outcome(Path(job.run_dir))
 
@@ -286,7 +286,7 @@ def ended_badly(workers: Sequence[BaseProcess]) -> int | None:
         for sentinel in multiprocessing.connection.wait(sentinels, wait):
             rank = running.pop(sentinel)
             workers[rank].join()
-            if (code := _exit_code(workers[rank])) != 0:
+            if (code := shell_exit_code(workers[rank])) != 0:
                 failed.append(rank)
                 deadline = deadline or time.monotonic() + _last_words_seconds(code)
     for rank in running.values():
@@ -303,7 +303,7 @@ def _is_signalled(worker: BaseProcess) -> bool:
     return worker.exitcode is not None and worker.exitcode < 0
 
 
-def _exit_code(worker: BaseProcess) -> int:
+def shell_exit_code(worker: BaseProcess) -> int:
     """As a shell has it: 128 + n for signal n."""
     assert worker.exitcode is not None  # it has been joined
     return worker.exitcode if worker.exitcode >= 0 else 128 - worker.exitcode

@@ -12,9 +12,10 @@ two has is reported; a sample of a class that the model does not know has no lab
 import json
 import math
 import os
+import resource
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ from ray_jobs.errors import WorkerFailedError
 from ray_jobs.evaluation.perturbations import PERTURBATIONS, DeafVisualExperts, PerturbedSource
 from ray_jobs.evaluation.predictions import ExpectedKeys, PredictionFacts, join_parts, label_counts, writing_part
 from ray_jobs.evaluation.protocols import Measures, measure, write_tables
-from ray_jobs.launch import end_at_once, ended_badly, signals_held, signals_to, take_signals
+from ray_jobs.launch import end_at_once, ended_badly, shell_exit_code, signals_held, signals_to, take_signals
+from ray_jobs.runs.failures import death_of, shared_memory_free
 from ray_jobs.runs.inference import (
     CountedSource,
     TrainedModel,
@@ -388,13 +390,12 @@ def _score_in_processes(job: _Job) -> None:
         return
     if ended_unbegun:
         raise WorkerFailedError(f"stopped by signal {ended_unbegun[0]}; no metric is reported", 128 + ended_unbegun[0])
-    try:
-        message, code = told.recv() if told.poll() else (None, None)
-    except EOFError:
-        message, code = None, None
-    exit_code = workers[failed].exitcode or 0
-    code = code if code is not None else exit_code if exit_code >= 0 else 128 - exit_code
-    raise WorkerFailedError(message or f"rank {failed} ended with exit code {code}; no metric is reported", code)
+    with suppress(EOFError):  # it ended without a word
+        if told.poll():
+            raise WorkerFailedError(*told.recv())
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    exit_code = shell_exit_code(workers[failed])
+    raise death_of(failed, exit_code, peak_bytes=peak, shared_free_bytes=shared_memory_free())
 
 
 def _worker_process(rank: int, job: _Job, begun: Any, tell: Any) -> None:

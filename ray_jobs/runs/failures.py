@@ -48,7 +48,9 @@ def death_of(rank: int, exit_code: int, *, peak_bytes: int, shared_free_bytes: i
             "ranks that came to it; rerun to resume",
             exit_code,
         )
-    return WorkerFailedError(f"rank {rank} ended with exit code {exit_code}", exit_code)
+    return WorkerFailedError(
+        f"rank {rank} ended with exit code {exit_code}; its last lines above say more; then rerun", exit_code
+    )
 
 
 def shared_memory_free() -> int:

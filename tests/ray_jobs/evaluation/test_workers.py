@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -6,8 +8,9 @@ import numpy as np
 import pytest
 from sklearn import metrics as oracle
 
-from ca2st.errors import UserInputError
+from ca2st.errors import EnvironmentFault, UserInputError
 from pipelines.views import EvaluationViews
+from ray_jobs.errors import WorkerFailedError
 from ray_jobs.evaluation import workers
 from ray_jobs.evaluation.predictions import Rows, read_facts, read_rows
 from ray_jobs.evaluation.workers import EvaluationReport, Workers, evaluate_checkpoint, match_labels, means_of
@@ -152,3 +155,35 @@ def test_several_runs_have_the_mean_of_their_splits_and_the_harmonic_mean(tmp_pa
     means = means_of([report(0.2), report(0.6), report(0.4)])
     assert means == pytest.approx({"mean": 0.4, "harmonic_mean": 3 / (5 + 5 / 3 + 2.5)})
     assert asdict(report(0.5))["set_name"] == "ucf_101-validation"
+
+
+def job_of_two(checkpoint: Path, parts: Path) -> workers._Job:
+    return workers._Job(
+        checkpoint=str(checkpoint),
+        data=str(parts / "no set"),
+        protocol="test",
+        clips=1,
+        crops=1,
+        parts=str(parts),
+        facts={},
+        world_size=2,
+    )
+
+
+def test_what_failed_in_a_worker_is_told_with_its_rank_and_exit_code(tmp_path: Path) -> None:
+    with pytest.raises(WorkerFailedError, match=r"rank [01]: \w+: .*no run") as caught:
+        workers._score_in_processes(job_of_two(tmp_path / "no run", tmp_path))
+    assert caught.value.exit_code == UserInputError.exit_code
+
+
+def kill_itself(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_was_killed_is_explained_as_one_of_a_training_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_worker_process", kill_itself)
+    with pytest.raises(WorkerFailedError, match=r"rank [01] was killed \(SIGKILL\).*dmesg") as caught:
+        workers._score_in_processes(job_of_two(tmp_path, tmp_path))
+    assert caught.value.exit_code == EnvironmentFault.exit_code
