@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from ca2st.errors import CA2STError, EnvironmentFault
 from sharding.format.writer import shard_name
-from sharding.shard_task import MadeShard, ShardSetup, ShardTask, make_shard
+from sharding.shard_task import MadeShard, OnSample, ShardSetup, ShardTask, make_shards
 from sharding.source import SourceSample
 
 _log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class RayShards:
         self,
         tasks: Iterable[ShardTask],
         *,
-        on_sample: Callable[[int, bool], None],  # noqa: ARG002  a task tells of its sources when it is done
+        on_sample: OnSample,  # noqa: ARG002  a task tells of its sources when it is done
     ) -> Iterator[MadeShard]:
         """Yield what became of each task, as it is done; single sources are not heard of.
 
@@ -174,7 +174,7 @@ def _make_on_node(
         _examined.add(node_id)
     address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray has no types there
     with setup.decode_pool() as pool:
-        return f"{address} ({node_id[:8]})", make_shard(setup, task, pool)
+        return f"{address} ({node_id[:8]})", next(make_shards(setup, iter([task]), pool))
 
 
 def _readable_here(task: ShardTask, made: MadeShard) -> SourceSample | None:

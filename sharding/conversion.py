@@ -462,7 +462,7 @@ class _Conversion:
         """Make the shards that are missing, and try the rejects of the others again: sources may be repaired."""
         again = {number for number, rejects in self._rejects.items() if rejects}
         planned = range(self._first_number, self._first_number + len(self._plan))
-        numbers = [number for number in planned if number not in self._done or number in again]
+        numbers = [*sorted(again), *(number for number in planned if number not in self._done)]
         if not numbers:
             return
         self._warn_of_space()

@@ -7,11 +7,12 @@ conversion, in a worker process of this machine, or on a node of a cluster, to t
 import contextlib
 import itertools
 import json
+import math
 import signal
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
@@ -91,21 +92,66 @@ class MadeShard:
     """Ids of some samples by kind of note."""
 
 
-def make_shard(
-    setup: ShardSetup, task: ShardTask, pool: DecodePool, *, on_sample: Callable[[bool], None] = lambda _: None
-) -> MadeShard:
-    """Make the task's shard in `setup.out`; `on_sample` hears of every source whether it was rejected.
+OnSample = Callable[[int, bool], None]
+"""Called with a shard's number for every source that was read for it, and whether it was rejected."""
+
+
+def make_shards(
+    setup: ShardSetup,
+    tasks: Iterator[ShardTask],
+    pool: DecodePool,
+    *,
+    on_sample: OnSample = lambda _number, _is_reject: None,
+) -> Iterator[MadeShard]:
+    """Make the shard of each task in `setup.out`; children that find nothing more to do for one begin with the next.
+
+    Tasks of shards that are there, with their rejects, come before all others.
 
     Raises:
-        EnvironmentFault: the shard cannot be written, or a decode child not be started.
+        EnvironmentFault: a shard cannot be written, or a decode child not be started.
     """
-    if task.rejects is not None and _rejected_again(setup, task, task.rejects, pool):
-        return MadeShard(number=task.number, num_sources=len(task.samples), is_kept=True)
-    states, rejects, examples = list[State](), list[Reject](), dict[str, dict[str, None]]()
+    for task in tasks:
+        if task.rejects is None:
+            yield from _made_in_turn(setup, itertools.chain([task], tasks), pool, on_sample)
+        elif _rejected_again(setup, task, task.rejects, pool):
+            yield MadeShard(number=task.number, num_sources=len(task.samples), is_kept=True)
+        else:
+            yield from _made_in_turn(setup, iter([task]), pool, on_sample)
+
+
+def _made_in_turn(
+    setup: ShardSetup, tasks: Iterator[ShardTask], pool: DecodePool, on_sample: OnSample
+) -> Iterator[MadeShard]:
+    begun = deque[tuple[ShardTask, list[State]]]()
+
+    def jobs() -> Iterator[ClipJob]:
+        for task in tasks:
+            begun.append((task, states := []))
+            for sample in task.samples:
+                states.append(state_of_sample(sample))
+                yield setup.config.job(sample)
+
+    clips = pool.map(jobs())
+    for clip in clips:
+        task, states = begun.popleft()
+        of_task = itertools.chain([clip], itertools.islice(clips, len(task.samples) - 1))
+        yield _made(setup, task, of_task, states, on_sample)
+
+
+def _made(
+    setup: ShardSetup,
+    task: ShardTask,
+    clips: Iterable[EncodedClip | Rejected],
+    states: list[State],
+    on_sample: OnSample,
+) -> MadeShard:
+    """Write the shard of the task from its decoded clips; `states` of its sources are complete when these end."""
+    rejects, examples = list[Reject](), dict[str, dict[str, None]]()
 
     def stored() -> Iterator[StoredSample]:
-        for sample, outcome in _outcomes(setup, task, range(len(task.samples)), pool, states):
-            on_sample(isinstance(outcome, Reject))
+        for position, (sample, clip) in enumerate(zip(task.samples, clips, strict=True), task.first):
+            outcome = assemble(position, sample, clip, setup.source, setup.config)
+            on_sample(task.number, isinstance(outcome, Reject))
             if isinstance(outcome, Reject):
                 rejects.append(outcome)
                 continue
@@ -133,6 +179,16 @@ def make_shard(
     )
 
 
+def _rejected_again(setup: ShardSetup, task: ShardTask, rejects: Sequence[Reject], pool: DecodePool) -> bool:
+    samples = [task.samples[reject.position - task.first] for reject in rejects]
+    clips = pool.map(map(setup.config.job, samples))
+    found = [
+        assemble(reject.position, sample, clip, setup.source, setup.config)
+        for reject, sample, clip in zip(rejects, samples, clips, strict=True)
+    ]
+    return found == list(rejects)
+
+
 def _written(
     setup: ShardSetup, number: int, samples: Iterable[StoredSample], covers: Callable[[], ShardRange]
 ) -> DoneShard:
@@ -150,26 +206,6 @@ def _written(
         for name in (shard.entry.index_name, shard.entry.name):  # a tar is never there without its index
             files.upload(name, Path(folder) / name)
         return shard
-
-
-def _rejected_again(setup: ShardSetup, task: ShardTask, rejects: Sequence[Reject], pool: DecodePool) -> bool:
-    places = [reject.position - task.first for reject in rejects]
-    return [outcome for _, outcome in _outcomes(setup, task, places, pool, [])] == list(rejects)
-
-
-def _outcomes(
-    setup: ShardSetup, task: ShardTask, places: Sequence[int], pool: DecodePool, states: list[State]
-) -> Iterator[tuple[SourceSample, Outcome]]:
-    """Yield the samples at `places` of the task with what became of them; `states` takes those of their files."""
-    samples = [task.samples[place] for place in places]
-
-    def jobs() -> Iterator[ClipJob]:
-        for sample in samples:
-            states.append(state_of_sample(sample))
-            yield setup.config.job(sample)
-
-    for place, sample, clip in zip(places, samples, pool.map(jobs()), strict=True):
-        yield sample, assemble(task.first + place, sample, clip, setup.source, setup.config)
 
 
 def assemble(
@@ -249,19 +285,20 @@ def sample_record(
 class ShardPool(Protocol):
     """What makes the shards of a conversion: processes of this machine, or the nodes of a cluster."""
 
-    def run(self, tasks: Iterable[ShardTask], *, on_sample: Callable[[int, bool], None]) -> Iterator[MadeShard]:
-        """Yield what became of each task, as it is done; `on_sample` may hear of sources before (shard, rejected)."""
+    def run(self, tasks: Iterable[ShardTask], *, on_sample: OnSample) -> Iterator[MadeShard]:
+        """Yield what became of each task, as it is done; `on_sample` may hear of its sources before."""
 
 
 class LocalWorkers:
     """Makes shards with `config.workers` decode children on this machine.
 
-    They are shared by as many worker processes as there are shards to make; a single worker is this process itself.
+    A process keeps several children busy: its own share of a clip, spectrogram and tar, is a twentieth of the decoding.
+    A single process is this one; others would each import torch for the spectrograms.
     """
 
-    def __init__(self, setup: ShardSetup, num_tasks: int) -> None:
+    def __init__(self, setup: ShardSetup, num_tasks: int, *, children_per_process: int = 8) -> None:
         num_children = setup.config.workers
-        num_workers = min(num_children, num_tasks)
+        num_workers = min(math.ceil(num_children / children_per_process), num_tasks)
         each, more = divmod(num_children, max(1, num_workers))
         self._setup, self._children_of = setup, [each + (number < more) for number in range(num_workers)]
         self._own_pool: DecodePool | None = None
@@ -284,16 +321,15 @@ class LocalWorkers:
             worker.process.join()
             worker.connection.close()
 
-    def run(self, tasks: Iterable[ShardTask], *, on_sample: Callable[[int, bool], None]) -> Iterator[MadeShard]:
+    def run(self, tasks: Iterable[ShardTask], *, on_sample: OnSample) -> Iterator[MadeShard]:
         """Yield what became of each task, as it is done.
 
         Raises:
-            EnvironmentFault: as `make_shard`, or a worker cannot be started or is killed.
+            EnvironmentFault: as `make_shards`, or a worker cannot be started or is killed.
         """
         if len(self._children_of) == 1:
             self._own_pool = self._setup.decode_pool(self._children_of[0])
-            for task in tasks:
-                yield make_shard(self._setup, task, self._own_pool, on_sample=partial(on_sample, task.number))
+            yield from make_shards(self._setup, iter(tasks), self._own_pool, on_sample=on_sample)
             return
         for num_children in self._children_of:
             self._workers.append(_Worker(self._setup, num_children))
@@ -307,7 +343,7 @@ class LocalWorkers:
                 return
             for connection in wait(list(busy)):
                 worker = busy[cast(Connection, connection)]
-                message, number = worker.receive()
+                number, message = worker.receive()
                 if isinstance(message, MadeShard):
                     yield message
                 else:
@@ -329,8 +365,8 @@ class _Worker:
         with contextlib.suppress(OSError):  # it died: `receive` says so
             self.connection.send(task)
 
-    def receive(self) -> tuple[MadeShard | bool, int]:
-        """Return the shard it made, or whether a source was rejected, and the shard's number; raises its error."""
+    def receive(self) -> tuple[int, MadeShard | bool]:
+        """Return a shard's number, and the shard or whether one more of its sources was rejected; raise its error."""
         assert self.task is not None
         try:
             message = self.connection.recv()
@@ -346,7 +382,7 @@ class _Worker:
         number = self.task.number
         if isinstance(message, MadeShard):
             self.task = None
-        return message, number
+        return number, message
 
 
 def serve_shards(connection: Connection, setup: ShardSetup, num_children: int) -> None:
@@ -358,7 +394,9 @@ def serve_shards(connection: Connection, setup: ShardSetup, num_children: int) -
         while True:
             task = connection.recv()
             try:
-                made: MadeShard | Exception = make_shard(setup, task, pool, on_sample=connection.send)
+                made: MadeShard | Exception = next(
+                    make_shards(setup, iter([task]), pool, on_sample=lambda _, is_reject: connection.send(is_reject))
+                )
             except (EOFError, ConnectionError):
                 raise
             except Exception as error:  # noqa: BLE001  told to the conversion, which ends with it

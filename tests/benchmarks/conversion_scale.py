@@ -29,7 +29,7 @@ from sharding.folder import DoneShard
 from sharding.format.shard_set import LabelSpace, ShardEntry
 from sharding.format.writer import ShardRange, shard_name
 from sharding.settings import ConversionConfig, plan_shards
-from sharding.shard_task import MadeShard, ShardSetup, ShardTask
+from sharding.shard_task import MadeShard, OnSample, ShardSetup, ShardTask
 from sharding.source import SourceList, SourceSample, check_source
 
 app = typer.Typer(add_completion=False)
@@ -85,7 +85,7 @@ class _SimulatedWorkers:
     ) -> None:
         """Nothing was started."""
 
-    def run(self, tasks: Iterable[ShardTask], *, on_sample: Callable[[int, bool], None]) -> Iterator[MadeShard]:
+    def run(self, tasks: Iterable[ShardTask], *, on_sample: OnSample) -> Iterator[MadeShard]:
         del on_sample
         for task in tasks:
             digest = hashlib.sha256(pickle.dumps(task)).hexdigest()

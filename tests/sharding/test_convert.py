@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from sharding.format.index import decode_index, encode_index, sample_key
 from sharding.format.shard_set import read_shard_set, write_shard_set
 from sharding.media.encode import ClipJob, EncodedClip, encode_clip
 from sharding.settings import LEAST_SHARD_BYTES, RejectBudget
+from sharding.shard_task import LocalWorkers
 from sharding.verify import verify_shard_set
 from support.media import Sound, make_clip
 from support.processes import python_path
@@ -148,9 +151,11 @@ def test_c15_the_bytes_do_not_depend_on_the_number_of_workers_or_where_the_files
         reference.source,
         samples=tuple(replace(one, path=media / one.path.name) for one in reference.source.samples),
     )
-    for workers in (2, 4):  # two processes; three, of which one has two decode children
-        convert(source, tmp_path / f"out{workers}", small_config(workers=workers))
-        assert file_hashes(tmp_path / f"out{workers}") == reference.hashes
+    convert(source, tmp_path / "children", small_config(workers=3))
+    assert file_hashes(tmp_path / "children") == reference.hashes
+    processes = partial(LocalWorkers, children_per_process=2)  # two, of which one has a single child
+    convert(source, tmp_path / "processes", small_config(workers=3), pool=processes)
+    assert file_hashes(tmp_path / "processes") == reference.hashes
 
 
 def test_a_second_run_finds_the_set_finished_and_touches_nothing(reference: Reference) -> None:
@@ -208,6 +213,21 @@ def test_c1_killed_thirty_times_by_progress_with_one_worker_and_with_two_it_ends
         assert finals.items() <= reference.hashes.items()
         convert(reference.source, out / "sample", small_config())
         assert file_hashes(out / "sample") == reference.hashes
+
+
+def test_a_worker_process_that_is_killed_ends_the_conversion_with_its_shard_and_a_rerun_goes_on(
+    reference: Reference, tmp_path: Path
+) -> None:
+    def kill_a_worker(_step: ConversionProgress) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    processes = partial(LocalWorkers, children_per_process=1)
+    ended = r"a conversion worker ended while it made ca2st-00000\d.tar \(SIGKILL\); is memory short\? finished shards"
+    with pytest.raises(EnvironmentFault, match=ended):
+        convert(reference.source, tmp_path / "out", small_config(workers=2), pool=processes, progress=kill_a_worker)
+    convert(reference.source, tmp_path / "out", small_config(workers=2), pool=processes)
+    assert file_hashes(tmp_path / "out") == reference.hashes
 
 
 def test_a_resumed_conversion_keeps_its_finished_shards(reference: Reference, tmp_path: Path) -> None:

@@ -2,19 +2,21 @@
 
 ``python -c "from support.convert_and_die import main; main()" MEDIA OUT COUNT point:nth[:kind] ...`` converts
 MEDIA/clip_*.mp4 into OUT/<fault> and prints a line ``<fault> <exit status>`` each; ``sample:N`` kills the
-conversion after N samples and uses OUT/sample every time. WORKERS in the environment is the number of workers.
-Forking is safe here: nothing but imports has happened before. Not run as a file, since every decode child would
-import that file, and with it torch.
+conversion after N samples and uses OUT/sample every time. WORKERS in the environment is the number of processes
+that make shards. Forking is safe here: nothing but imports has happened before. Not run as a file, since every decode
+child would import that file, and with it torch.
 """
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import webdataset.writer  # noqa: F401  imported once here instead of seconds in every fork
 
 from ca2st.durable import FaultPoints
 from sharding.conversion import convert
+from sharding.shard_task import LocalWorkers
 from support.shards import sample, small_config, source_list
 
 
@@ -27,6 +29,7 @@ def main() -> None:
         folder = "sample" if fault.startswith("sample:") else fault
         child = os.fork()
         if child == 0:
-            convert(source, out / folder, small_config(workers=workers), faults=FaultPoints.parse(fault))
+            config, processes = small_config(workers=workers), partial(LocalWorkers, children_per_process=1)
+            convert(source, out / folder, config, faults=FaultPoints.parse(fault), pool=processes)
             os._exit(0)
         print(fault, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
