@@ -275,7 +275,8 @@ def _quarantine(setup: TrainSetup, num_samples: int) -> Quarantine | None:
 
 def _backend(setup: TrainSetup | EvaluationSetup, stats: StatsRecorder) -> ViewBackend:
     short_sides: dict[str, int] = {}  # by codec, the smallest of the sets
-    for video in (shard_set.manifest.video for shard_set in setup.shard_sets):
+    videos = [shard_set.manifest.video for shard_set in setup.shard_sets]
+    for video in videos:
         short_sides[video.codec] = min(video.short_side, short_sides.get(video.codec, video.short_side))
     return make_backend(
         setup.loader.backend,
@@ -287,6 +288,7 @@ def _backend(setup: TrainSetup | EvaluationSetup, stats: StatsRecorder) -> ViewB
         stats=stats,
         device=setup.device if setup.loader.decode_on == "auto" else None,
         short_sides=short_sides,
+        uneven={video.codec for video in videos if video.side_multiple is None},
     )
 
 

@@ -53,6 +53,7 @@ from sharding.folder import (
 )
 from sharding.format.index import decode_index, sample_key
 from sharding.format.remote import (
+    Files,
     LocalFiles,
     RemoteFileMissingError,
     RemoteFiles,
@@ -143,22 +144,36 @@ def convert(
         raise UserInputError(
             f"--out {place}: expected a folder or a URL of {', '.join(_WRITABLE)}; others are read only"
         )
-    setup = ShardSetup(
-        out=place.absolute() if isinstance(place, Path) else place,
-        config=config,
-        source=replace(source, samples=(), notes={}),
-        identity=conversion_identity(source, config),
-        faults=faults,
-        encode=encode,
-    )
     with claimed(place) as home:
         refuse_foreign_files(files_of(place))
         sweep_temporaries(home)
+        config = _as_begun(files_of(place), config)
+        setup = ShardSetup(
+            out=place.absolute() if isinstance(place, Path) else place,
+            config=config,
+            source=replace(source, samples=(), notes={}),
+            identity=conversion_identity(source, config),
+            faults=faults,
+            encode=encode,
+        )
         conversion = _Conversion(source, setup, home, pool=pool or LocalWorkers, progress=progress or (lambda _: None))
         try:
             return conversion.run()
         finally:
             sweep_temporaries(home)  # of workers that were ended
+
+
+def _as_begun(files: Files, config: ConversionConfig) -> ConversionConfig:
+    """Return the settings, with the sides of pictures as the set has them that was begun or finished there."""
+    multiple, first = config.side_multiple, min(shards_there(files), default=None)
+    shard = None if first is None else read_done_shard(files, first)
+    if shard is not None and multiple is not None and shard.conversion["video"].get("side_multiple") is None:
+        _log.info("%s: its pictures have even sides, not multiples of %d: what is made now too", files.folder, multiple)
+        return replace(config, side_multiple=None)
+    if multiple is not None and config.short_side % multiple:
+        most = config.short_side // multiple * multiple
+        _log.warning("short side %d: sides are multiples of %d, so it is at most %d", config.short_side, multiple, most)
+    return config
 
 
 def check_notes(

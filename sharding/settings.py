@@ -13,7 +13,7 @@ import av
 from ca2st.errors import UserInputError, check_choice
 from sharding.format.shard_set import AudioParameters, VideoParameters
 from sharding.media.claims import MediaLimits
-from sharding.media.codecs import DEFAULT_GOP_FRAMES, MOST_GOP_FRAMES, StoredCodec, stored_codec
+from sharding.media.codecs import DEFAULT_GOP_FRAMES, MOST_GOP_FRAMES, SIDE_MULTIPLE, StoredCodec, stored_codec
 from sharding.media.encode import ClipJob
 from sharding.media.picture import HDR_POLICIES, INTERLACED_POLICIES
 from sharding.media.video import CLOCKS
@@ -78,7 +78,9 @@ class ConversionConfig:
     codec: str = "mjpeg"
     """Stored video codec, a name of `sharding.media.codecs.STORED_CODECS`; mjpeg is read by byte ranges anywhere."""
     short_side: int = 256
-    """Pixels of the shorter side, even; sources that are smaller keep their size. 256 serves crops of 224."""
+    """Most pixels of the shorter side, even; sources that are smaller keep their size. 256 serves crops of 224."""
+    side_multiple: int | None = SIDE_MULTIPLE
+    """Both sides are the multiples of this nearest to the source's shape; None: even sides, as in older sets."""
     quality: int | None = None
     """On the codec's scale, lower is better; None: its default, mjpeg 5 (visually clean), h264 20, hevc 23, vp9 30."""
     num_gop_frames: int = DEFAULT_GOP_FRAMES
@@ -159,6 +161,7 @@ class ConversionConfig:
         return VideoParameters(
             codec=codec.name,
             short_side=self.short_side,
+            side_multiple=self.side_multiple,
             quality=codec.default_quality if self.quality is None else self.quality,
             frames_per_second=self.frames_per_second,
             num_gop_frames=None if alone else self.num_gop_frames,

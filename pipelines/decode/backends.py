@@ -10,7 +10,7 @@ A batch of shard sets of several codecs is routed: every clip goes to the backen
 import ctypes
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -23,10 +23,15 @@ from ca2st.errors import EnvironmentFault
 from pipelines.config import BackendName
 from pipelines.rendering import JpegFrames, RenderRequest, ViewBackend
 from pipelines.threads import StatsRecorder
+from sharding.media.codecs import SIDE_MULTIPLE
 
 _log = logging.getLogger(__name__)
 DALI_ON_CPU = {"mjpeg": "JPEG frames", "vp9": "VP9 videos"}
 """Codecs that DALI decodes without a GPU, with what it is given."""
+_UNEVEN = (
+    "%s shards from before sides were multiples of %d: DALI 2.4 makes a GPU decoder anew for every such clip (tens of "
+    "milliseconds), and rarely decodes wrong colours; convert them again, or decode_on = 'cpu'"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +103,13 @@ def make_backend(
     stats: StatsRecorder,
     device: torch.device | None = None,
     short_sides: Mapping[str, int] | None = None,
+    uneven: Collection[str] = (),
 ) -> ViewBackend:
     """Return the backend for shards of `codecs`; each choice is explained in a log line, a slow one in a warning.
 
     `device`: the rank's own, used where it is a GPU that decodes the codec; `short_sides`: pixels of the shorter
-    side, by codec. Where one of several backends cannot be made, those made before it are closed.
+    side, by codec; `uneven`: codecs of sets whose sides are not all multiples of `SIDE_MULTIPLE`. Where one of several
+    backends cannot be made, those made before it are closed.
 
     Raises:
         EnvironmentFault: as `choose_backend`.
@@ -116,6 +123,8 @@ def make_backend(
     for choice in dict.fromkeys(choices.values()):
         level = logging.WARNING if choice.is_slow else logging.INFO
         _log.log(level, "backend %s: %s", choice.backend, choice.reason)
+    if slow := sorted(codec for codec in uneven if codec != "mjpeg" and choices[codec].backend == "dali-gpu"):
+        _log.warning(_UNEVEN, ", ".join(slow), SIDE_MULTIPLE)
     backends: dict[str, ViewBackend] = {}
     with ExitStack() as on_error:
         for codec, choice in choices.items():

@@ -16,6 +16,7 @@ from ca2st.spec import MEL_ROW_SECONDS, ClipSpec
 from ca2st.weights.importer import EXPERT_KEY
 from ca2st.weights.model_file import UnwrittenSizes, expert_sizes
 from ca2st.weights.tensor_files import TensorFile, WeightsDamageError, read_tensor_file
+from sharding.media.codecs import SIDE_MULTIPLE
 
 Device = Literal["cpu", "cuda"]
 
@@ -100,8 +101,8 @@ def settings_of(choices: tuple[Choice, ...]) -> dict[str, Any]:
 
 
 def short_side(crop_size: int) -> int:
-    """Return the stored height of the videos in pixels: 8/7 of the crop, as 256 is of the published 224, and even."""
-    return 2 * math.ceil(crop_size * 4 / 7)
+    """Return the stored height of the videos in pixels: 8/7 of the crop, as 256 is of 224, or the next 16 pixels."""
+    return SIDE_MULTIPLE * math.ceil(crop_size * 8 / 7 / SIDE_MULTIPLE)
 
 
 _USUAL: Mapping[ExpertName, EncoderName] = {"spatial": "clip", "temporal": "videomae", "audio": "ast"}

@@ -140,6 +140,7 @@ def converted(
         quality=trained.video.quality,
         num_gop_frames=DEFAULT_GOP_FRAMES if gop is None else gop,
         short_side=trained.video.short_side,
+        side_multiple=trained.video.side_multiple,
         frames_per_second=trained.video.frames_per_second,
         interlaced=trained.video.interlaced or "deinterlace",
         audio_policy="none" if trained.audio.policy == "none" else "optional",

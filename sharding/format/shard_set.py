@@ -100,7 +100,9 @@ class VideoParameters:
     codec: str = "mjpeg"
     """A name of `sharding.media.codecs.STORED_CODECS`."""
     short_side: int = 256
-    """Pixels of the shorter side; smaller sources keep their size."""
+    """Most pixels of the shorter side; smaller sources keep their size."""
+    side_multiple: int | None = None
+    """Both sides are multiples of this; None: a set from before it, of even sides."""
     quality: int = 5
     """On the codec's own scale: mjpeg's quantiser, 2 (best) to 31; the others' constant rate factor."""
     frames_per_second: float | None = None
@@ -123,7 +125,7 @@ class VideoParameters:
         return {name: value for name, value in asdict(self).items() if name not in _OPTIONAL or value is not None}
 
 
-_OPTIONAL = ("num_gop_frames", "pixel_format", "colour", "hdr", "interlaced")
+_OPTIONAL = ("side_multiple", "num_gop_frames", "pixel_format", "colour", "hdr", "interlaced")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

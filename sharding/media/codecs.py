@@ -7,6 +7,9 @@ from ca2st.errors import UserInputError, check_choice
 DEFAULT_GOP_FRAMES = 8
 """Frames from one key frame to the next: half a second at 16 fps; a reader decodes at most this many for one."""
 MOST_GOP_FRAMES = 600
+SIDE_MULTIPLE = 16
+"""Both sides of stored pictures are multiples of this: a block of every codec. A GPU's decoder, made for whole blocks,
+then serves the next clip of its size too; for other sizes DALI 2.4 makes another for every clip, some 50 ms each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -163,6 +163,7 @@ def _encoded(job: ClipJob, source_bytes: int, sound_bytes: int | None) -> Encode
         pictures = PictureMaker(
             job.video.codec,
             short_side=job.video.short_side,
+            side_multiple=job.video.side_multiple,
             hdr=job.video.hdr or "tone-map",
             interlaced=job.video.interlaced or "deinterlace",
             pixel_aspect=pixel_aspect_of(stream),

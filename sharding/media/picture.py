@@ -145,15 +145,28 @@ LIMITED_RANGE = PictureForm(pixel_format="yuv420p", colour_range=ColorRange.MPEG
 """16..235, as video has it."""
 
 
-def output_size(width: int, height: int, short_side: int, pixel_aspect: Fraction = Fraction(1)) -> tuple[int, int]:
-    """Return even width and height of square pixels: the shape on display, the shorter side at most `short_side`.
+def output_size(
+    width: int, height: int, short_side: int, pixel_aspect: Fraction = Fraction(1), *, multiple: int | None = None
+) -> tuple[int, int]:
+    """Return width and height of square pixels: the shape on display, the shorter side at most `short_side`.
 
-    As FFmpeg's ``scale=iw*sar:ih``: the width follows the pixels' width / height, the height stays, and nothing is
-    enlarged beyond that.
+    As FFmpeg's ``scale=iw*sar:ih``: the width follows the pixels' width / height, the height stays. With `multiple`
+    the shorter side is its multiple nearest to what it would be, the longer side then the multiple nearest to the
+    shape: 640 x 480 at 256 becomes 336 x 256, a shape off by at most `multiple` / 2 pixels of the longer side. A side
+    of a small picture grows so by at most `multiple` / 2, or to `multiple`. None: even sides, nothing is enlarged.
     """
-    wide = width * pixel_aspect
-    scale = min(Fraction(1), short_side / min(wide, Fraction(height)))
-    return _even(wide * scale), _even(height * scale)
+    wide, high = width * pixel_aspect, Fraction(height)
+    shorter = min(wide, high)
+    if multiple is None:
+        scale = min(Fraction(1), short_side / shorter)
+        return _even(wide * scale), _even(high * scale)
+    most = short_side // multiple * multiple
+    scale = min(Fraction(2), Fraction(min(most, _nearest(shorter, multiple))) / shorter)
+    return _nearest(wide * scale, multiple), _nearest(high * scale, multiple)
+
+
+def _nearest(pixels: Fraction, multiple: int) -> int:
+    return max(multiple, multiple * math.floor(pixels / multiple + Fraction(1, 2)))
 
 
 def _even(pixels: Fraction) -> int:
@@ -229,6 +242,7 @@ class PictureMaker:
     Args:
         codec: Decides pixel format and colours.
         short_side: Largest number of pixels of the shorter side.
+        side_multiple: As `output_size`'s.
         hdr: A name of `sharding.media.picture.HDR_POLICIES`.
         interlaced: A name of INTERLACED_POLICIES.
         pixel_aspect: Width / height of the source's pixels now; None: unknown, hence square.
@@ -239,14 +253,16 @@ class PictureMaker:
         codec: str,
         *,
         short_side: int,
+        side_multiple: int | None = None,
         hdr: str = "tone-map",
         interlaced: str = "deinterlace",
         pixel_aspect: Callable[[], Fraction | None] = lambda: None,
     ) -> None:
         self._form = FULL_RANGE if stored_codec(codec).has_frame_ranges else LIMITED_RANGE
-        self._short_side, self._hdr, self._interlaced, self._pixel_aspect = short_side, hdr, interlaced, pixel_aspect
+        self._hdr, self._interlaced, self._pixel_aspect = hdr, interlaced, pixel_aspect
+        self._short_side, self._side_multiple = short_side, side_multiple
         self._scaler, self._rgb_scaler = VideoReformatter(), VideoReformatter()
-        self._size = (0, 0)
+        self._size = self._even_size = (0, 0)
         self._shape: tuple[int, int, Fraction | None, Orientation] | None = None
         self._is_stretched = False
         self._facts: dict[str, str] = {}
@@ -336,12 +352,16 @@ class PictureMaker:
             aspect = Fraction(1)
         if aspect != 1:
             self._facts["pixel_aspect"] = f"{aspect.numerator}:{aspect.denominator}"
-        width, height = output_size(width, height, self._short_side, aspect)
-        own = (height, width) if orientation.transposed else (width, height)
+        even, stored = (
+            output_size(width, height, self._short_side, aspect, multiple=multiple)
+            for multiple in (None, self._side_multiple)
+        )
+        own = (even[1], even[0]) if orientation.transposed else even
         if self._size == (0, 0):
-            self._size = own
-        shape, stored = own[0] / own[1], self._size[0] / self._size[1]
-        return abs(shape / stored - 1) <= _SAME_SHAPE or abs(own[0] - self._size[0] * own[1] / self._size[1]) <= 2
+            self._size, self._even_size = (stored[1], stored[0]) if orientation.transposed else stored, own
+        first_width, first_height = self._even_size  # shapes are compared before they are rounded to larger multiples
+        shape, first = own[0] / own[1], first_width / first_height
+        return abs(shape / first - 1) <= _SAME_SHAPE or abs(own[0] - first_width * own[1] / first_height) <= 2
 
     def _in_standard_colour(self, picture: av.VideoFrame, width: int, height: int) -> av.VideoFrame:
         """Return the frame itself, or scaled and in BT.709 where it has a high dynamic range or a wide gamut."""

@@ -42,7 +42,7 @@ def small_clips(folder: Path, count: int, *, sound: Sound | None = None, **optio
     clips = []
     for number in range(count):
         path = folder / f"clip_{number}.mp4"
-        make_clip(path, seconds=(3 + number % 3) / 30, size=(32, 32), sound=sound, **options)
+        make_clip(path, seconds=(3 + number % 3) / 30, sound=sound, **({"size": (32, 32)} | options))
         clips.append(sample(path, label=number % 2))
     return source_list(clips)
 

@@ -147,12 +147,16 @@ def test_the_choice_is_one_log_line_per_codec(
             stats=StatsRecorder(),
             device=torch.device("cuda", 3),
             short_sides={"h264": 256, "mjpeg": 32},
+            uneven={"h264", "mjpeg"},
         ).close()
     assert made == [("h264", torch.device("cuda", 3)), ("mjpeg", torch.device("cuda", 3))]
     assert caplog.messages == [
         "backend dali-gpu: chosen by auto; h264 is decoded and augmented on Imagined",
         "backend dali-gpu: chosen by auto; mjpeg is decoded and augmented on Imagined",
+        "h264 shards from before sides were multiples of 16: DALI 2.4 makes a GPU decoder anew for every such clip "
+        "(tens of milliseconds), and rarely decodes wrong colours; convert them again, or decode_on = 'cpu'",
     ]
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO", "WARNING"]
 
 
 @pytest.mark.parametrize(("decode_on", "expected"), [("auto", 1), ("cpu", 0)])

@@ -196,9 +196,30 @@ def test_output_sizes_are_even_never_larger_and_keep_the_shape(width: int, heigh
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [((321, 241), (256, 192)), ((175, 143), (174, 142)), ((100, 400), (100, 400))]
+    ("size", "expected"),
+    [((640, 480), (336, 256)), ((1920, 1080), (448, 256)), ((1080, 1920), (256, 448)), ((640, 272), (608, 256))],
 )
-def test_odd_sizes_become_even_and_small_ones_stay_small(
+def test_usual_shapes_in_multiples_of_16(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert output_size(*size, 256, multiple=16) == expected
+
+
+@given(width=st.integers(1, 5000), height=st.integers(1, 5000), short_side=st.integers(8, 300).map(lambda n: 2 * n))
+def test_sides_in_multiples_of_16_are_those_nearest_to_the_shape(width: int, height: int, short_side: int) -> None:
+    out = output_size(width, height, short_side, multiple=16)
+    (short, long), (out_short, out_long) = sorted((width, height)), sorted(out)
+    assert (out[0] % 16, out[1] % 16) == (0, 0)
+    assert out_short <= max(16, short_side)
+    assert out_short <= max(16, short + 8)
+    if short >= 8:
+        assert abs(out_short - min(short, short_side)) <= 16
+        assert abs(out_long - out_short * long / short) <= 8
+    assert out_long <= max(16, 2 * long + 8)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((321, 241), (256, 192)), ((175, 143), (176, 144)), ((100, 400), (96, 384))]
+)
+def test_sizes_become_multiples_of_16_and_small_ones_stay_small(
     tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
     path = make_clip(tmp_path / "a.mkv", seconds=0.1, size=size, codec="libx264", pixel_format="yuv444p")

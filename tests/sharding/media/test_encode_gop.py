@@ -123,7 +123,7 @@ def test_one_frame_odd_sizes_and_turned_phones_are_stored_too(tmp_path: Path, co
     assert (numbers(one), one.frame_ticks) == ([0], (0,))
     odd = make_clip(tmp_path / "odd.mkv", seconds=0.1, size=(175, 143), pixel_format="yuv444p")
     video = encoded(odd, codec=codec).video
-    assert (video.width, video.height, numbers(video)) == (174, 142, [0, 1, 2])
+    assert (video.width, video.height, numbers(video)) == (176, 144, [0, 1, 2])
     turned = encoded(make_clip(tmp_path / "t.mp4", seconds=0.1, size=(64, 48), rotation=90), codec=codec).video
     upright = [np.rot90(frame.to_ndarray(format="rgb24"), -1) for frame in pictures(turned.mp4)]
     assert (turned.width, turned.height) == (48, 64)
@@ -133,10 +133,11 @@ def test_one_frame_odd_sizes_and_turned_phones_are_stored_too(tmp_path: Path, co
 def test_frames_smaller_than_a_codec_takes_are_a_reject_with_the_sizes(tmp_path: Path) -> None:
     path = make_clip(tmp_path / "a.mkv", seconds=0.1, size=(64, 8), codec="ffv1")
     with pytest.raises(MediaError, match="expected at least 16 pixels per side for hevc, found 64x8") as caught:
-        encoded(path, codec="hevc")
+        encoded(path, codec="hevc", side_multiple=None)
     assert caught.value.reason == "too_small"
     for codec in ("h264", "vp9"):
-        assert encoded(path, codec=codec).video.height == 8
+        assert encoded(path, codec=codec, side_multiple=None).video.height == 8
+        assert encoded(path, codec=codec).video.height == 16
 
 
 # Colours.
@@ -269,9 +270,34 @@ def test_manifests_from_before_other_codecs_and_treated_pictures_are_read_and_no
     assert written["video_sha256"] == "04746ea91c481e73daba28b2fb71b5270dfa98528a23b13480b2f55372140303"
     assert read_shard_set(tmp_path).manifest.video == VideoParameters(**OLD_VIDEO)
     now = conversion_identity(source_list([]), ConversionConfig())
-    assert now["video"] == OLD_VIDEO | {"hdr": "tone-map", "interlaced": "deinterlace"}
+    assert now["video"] == OLD_VIDEO | {"hdr": "tone-map", "interlaced": "deinterlace", "side_multiple": 16}
     with pytest.raises(ConversionRefusedError, match=r"video\.hdr: there None, now 'tone-map'; video\.interl"):
         refuse_another_conversion(tmp_path, now | {"video": OLD_VIDEO}, now)
+
+
+@pytest.mark.parametrize("lost", ["unfinished", "finished"])
+def test_a_set_of_even_sides_begun_earlier_goes_on_to_the_bytes_it_would_have_had(tmp_path: Path, lost: str) -> None:
+    source, root = small_clips(tmp_path / "media", 3, size=(36, 34)), tmp_path / "out"
+    convert(source, root, small_config(side_multiple=None))
+    whole, manifest = file_hashes(root), read_shard_set(root).manifest
+    assert (manifest.video.side_multiple, "side_multiple" in manifest.video.as_json()) == (None, False)
+    for name in ("manifest.json", "shards.parquet", "ca2st-000001.tar") if lost == "unfinished" else ():
+        (root / name).unlink()
+    assert convert(source, root, small_config()).num_samples == 3
+    assert file_hashes(root) == whole
+    assert verify_shard_set(root) == []
+    convert(source, tmp_path / "new", small_config())
+    assert read_shard_set(tmp_path / "new").manifest.video.side_multiple == 16
+
+
+def test_a_short_side_between_multiples_of_16_is_told_and_the_pictures_are_no_larger(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = small_clips(tmp_path / "media", 1, size=(64, 48))
+    with caplog.at_level("WARNING"):
+        convert(source, tmp_path / "out", small_config(short_side=40))
+    assert "short side 40: sides are multiples of 16, so it is at most 32" in caplog.messages
+    assert encoded(source.samples[0].path, codec="mjpeg", short_side=40).video.height == 32
 
 
 def test_the_manifest_of_another_codec_says_how_its_video_is_decoded() -> None:

@@ -192,7 +192,7 @@ def test_pixels_of_a_source_become_square(tmp_path: Path, name: str, codec: str)
     rate = 25 if codec == "mpeg2video" else 30
     path = make_clip(tmp_path / name, seconds=0.2, fps=rate, size=(96, 72), codec=codec, pixel_aspect=Fraction(4, 3))
     clip = convert_one(path)
-    assert (clip.video.width, clip.video.height) == (128, 72)
+    assert (clip.video.width, clip.video.height) == (144, 80)
     assert clip.changes == {"pixel_aspect": "4:3"}
     assert clip.source_size == (96, 72)
     assert [read_number(image) for image in stored(clip.video)] == list(range(round(0.2 * rate)))
