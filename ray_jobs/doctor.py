@@ -55,7 +55,7 @@ class Finding:
     ok: bool
     what: str
     """What was found."""
-    mend: str = ""
+    fix: str = ""
     """What to do where it is not ok."""
     needed: bool = True
     """False where the project works without it, only slower or with less."""
@@ -90,7 +90,7 @@ def examine(checks: dict[str, Check]) -> Iterator[Finding]:
             yield check()
         except Exception as error:  # noqa: BLE001 - a broken library may raise anything, and that is what is asked
             fix = "install the package again in a fresh environment (make install)"
-            yield Finding(name=name, ok=False, what=f"{type(error).__name__}: {error}", mend=fix)
+            yield Finding(name=name, ok=False, what=f"{type(error).__name__}: {error}", fix=fix)
 
 
 def check_processor() -> Finding:
@@ -109,7 +109,7 @@ def check_memory() -> Finding:
         name="memory",
         ok=usable >= _LEAST_MEMORY_BYTES,
         what=f"{usable / _GIB:.1f} GiB usable",
-        mend=f"a worker with a small model needs 2 GiB: give the machine {_LEAST_MEMORY_BYTES // _GIB} or more",
+        fix=f"a worker with a small model needs 2 GiB: give the machine {_LEAST_MEMORY_BYTES // _GIB} or more",
     )
 
 
@@ -120,7 +120,7 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Finding:  # noqa: S1
         name="shared memory",
         ok=free >= _LEAST_SHARED_BYTES,
         what=f"{free / _GIB:.2f} GiB free in {folder}",
-        mend="start the container with --shm-size=8g; Ray falls back to slower files without",
+        fix="start the container with --shm-size=8g; Ray falls back to slower files without",
         needed=False,
     )
 
@@ -132,7 +132,7 @@ def check_open_files() -> Finding:
         name="open files",
         ok=soft >= _LEAST_OPEN_FILES or soft == resource.RLIM_INFINITY,
         what=f"{soft} per process (at most {hard})",
-        mend="ulimit -n 65536 before the command, or LimitNOFILE= of the service",
+        fix="ulimit -n 65536 before the command, or LimitNOFILE= of the service",
     )
 
 
@@ -151,13 +151,13 @@ def check_folder(name: str, folder: Path) -> Finding:
             name=name,
             ok=False,
             what=f"{place}: cannot write there ({error.strerror})",
-            mend="give another folder, or the right to write to it",
+            fix="give another folder, or the right to write to it",
         )
     return Finding(
         name=name,
         ok=free >= _LEAST_DISK_BYTES,
         what=f"{place}: writable, {free / _GIB:.0f} GiB free",
-        mend=f"make room: at least {_LEAST_DISK_BYTES // _GIB} GiB for checkpoints and logs",
+        fix=f"make room: at least {_LEAST_DISK_BYTES // _GIB} GiB for checkpoints and logs",
     )
 
 
@@ -168,7 +168,7 @@ def check_compiler() -> Finding:
         name="c++ compiler",
         ok=found is not None,
         what=found or "none on PATH",
-        mend="apt-get install g++; only training.compile needs it",
+        fix="apt-get install g++; only training.compile needs it",
         needed=False,
     )
 
@@ -183,7 +183,7 @@ def check_gpu() -> Finding:
             name=name,
             ok=False,
             what="torch sees no CUDA device",
-            mend="small models train on the CPU; for ViT-B use a machine with a GPU and a driver for "
+            fix="small models train on the CPU; for ViT-B use a machine with a GPU and a driver for "
             f"CUDA {torch.version.cuda}",
             needed=False,
         )
@@ -192,8 +192,8 @@ def check_gpu() -> Finding:
         with torch.cuda.device(index):
             ones = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
             if float((ones @ ones).sum()) != 64**3:
-                mend = "the device gives wrong sums: check its driver and its memory (nvidia-smi -q)"
-                return Finding(name=name, ok=False, what=f"device {index} multiplies wrongly", mend=mend)
+                fix = "the device gives wrong sums: check its driver and its memory (nvidia-smi -q)"
+                return Finding(name=name, ok=False, what=f"device {index} multiplies wrongly", fix=fix)
             free, total = torch.cuda.mem_get_info()
             found.append(f"{torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
     return Finding(name=name, ok=True, what="; ".join(found))
@@ -208,7 +208,7 @@ def check_packages() -> Finding:
     wrong = [problem for one in wanted if (problem := _problem(one))]
     name = "packages"
     if wrong:
-        return Finding(name=name, ok=False, what="; ".join(wrong), mend=_INSTALL)
+        return Finding(name=name, ok=False, what="; ".join(wrong), fix=_INSTALL)
     return Finding(name=name, ok=True, what=f"Python {platform.python_version()}, all of {len(wanted)} as asked for")
 
 
@@ -240,16 +240,16 @@ def check_video(codec: str) -> Finding:
 
     name, encoder = f"video {codec}", _ENCODERS[codec]
     if encoder not in av.codecs_available:
-        return Finding(name=name, ok=False, what=f"no encoder {encoder}", mend=_FIX, needed=codec == "mjpeg")
+        return Finding(name=name, ok=False, what=f"no encoder {encoder}", fix=_FIX, needed=codec == "mjpeg")
     frames = _frames()
     with av.open(io.BytesIO(_encoded(encoder, frames)), "r") as container:
         found = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     if len(found) != len(frames):
-        return Finding(name=name, ok=False, what=f"{len(frames)} frames in, {len(found)} out", mend=_FIX)
+        return Finding(name=name, ok=False, what=f"{len(frames)} frames in, {len(found)} out", fix=_FIX)
     error = float(np.abs(np.stack(found).astype(float) - frames).mean())
     ok = error < 16
     return Finding(
-        name=name, ok=ok, what=f"{encoder} and back: {error:.1f} of 255 off on average", mend="" if ok else _FIX
+        name=name, ok=ok, what=f"{encoder} and back: {error:.1f} of 255 off on average", fix="" if ok else _FIX
     )
 
 
@@ -271,7 +271,7 @@ def check_audio() -> Finding:
         found = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
     ok = len(found) >= rate and float(np.abs(found).max()) > 0.5
     return Finding(
-        name="audio aac", ok=ok, what=f"{rate} samples in, {len(found)} out", mend="" if ok else _FIX, needed=False
+        name="audio aac", ok=ok, what=f"{rate} samples in, {len(found)} out", fix="" if ok else _FIX, needed=False
     )
 
 
@@ -279,9 +279,9 @@ def check_dali() -> Finding:
     """Decode a JPEG by DALI on the CPU, as training does, and compare with the pixels of Pillow."""
     from pipelines.decode.backends import dali_is_installed
 
-    name, mend = "dali cpu", "pip install nvidia-dali-cuda130==2.4.0; until then the slower reference backend is used"
+    name, fix = "dali cpu", "pip install nvidia-dali-cuda130==2.4.0; until then the slower reference backend is used"
     if not dali_is_installed():
-        return Finding(name=name, ok=False, what="nvidia-dali is not installed", mend=mend, needed=False)
+        return Finding(name=name, ok=False, what="nvidia-dali is not installed", fix=fix, needed=False)
     from importlib import metadata
 
     from pipelines.augment.boxes import CropBox
@@ -305,7 +305,7 @@ def check_dali() -> Finding:
     worst = int((found.int() - expected.int()).abs().max())
     version = metadata.version("nvidia-dali-cuda130")
     return Finding(
-        name=name, ok=worst <= 1, what=f"DALI {version}: at most {worst} of 255 off Pillow", mend=mend, needed=False
+        name=name, ok=worst <= 1, what=f"DALI {version}: at most {worst} of 255 off Pillow", fix=fix, needed=False
     )
 
 
@@ -366,7 +366,7 @@ def check_tracking(uri: str, authorization: str | None = None) -> Finding:
         return _check_sqlite(path)
     if uri.startswith(("http://", "https://")):
         return _check_server(uri, authorization)
-    return Finding(name="mlflow", ok=True, what=f"a {urlsplit(uri).scheme} store: not tried", mend="", needed=False)
+    return Finding(name="mlflow", ok=True, what=f"a {urlsplit(uri).scheme} store: not tried", fix="", needed=False)
 
 
 def _check_sqlite(path: Path) -> Finding:
@@ -376,9 +376,9 @@ def _check_sqlite(path: Path) -> Finding:
             name="mlflow",
             ok=os.access(folder, os.W_OK),
             what=f"SQLite, not there yet: {path}",
-            mend=f"make {folder} writable, or set MLFLOW_TRACKING_URI",
+            fix=f"make {folder} writable, or set MLFLOW_TRACKING_URI",
         )
-    mend = "another process may hold it for long: end that, or set MLFLOW_TRACKING_URI to another store"
+    fix = "another process may hold it for long: end that, or set MLFLOW_TRACKING_URI to another store"
     try:
         connection = sqlite3.connect(path, timeout=_ANSWER_SECONDS, isolation_level=None)
         try:
@@ -387,7 +387,7 @@ def _check_sqlite(path: Path) -> Finding:
         finally:
             connection.close()
     except sqlite3.Error as error:
-        return Finding(name="mlflow", ok=False, what=f"{path}: {error}", mend=mend)
+        return Finding(name="mlflow", ok=False, what=f"{path}: {error}", fix=fix)
     return Finding(name="mlflow", ok=True, what=f"SQLite, writable: {path}")
 
 
@@ -402,12 +402,12 @@ def _check_server(uri: str, authorization: str | None) -> Finding:
         with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:  # noqa: S310 - as above
             version = answer.read(64).decode(errors="replace")
     except urllib.error.HTTPError as error:
-        what, mend = f"{where} answers {error.code}", "set MLFLOW_TRACKING_TOKEN, or user and password"
-        return Finding(name="mlflow", ok=False, what=what, mend=mend)
+        what, fix = f"{where} answers {error.code}", "set MLFLOW_TRACKING_TOKEN, or user and password"
+        return Finding(name="mlflow", ok=False, what=what, fix=fix)
     except OSError as error:
         reason = getattr(error, "reason", error)
-        mend = "start the server or correct MLFLOW_TRACKING_URI; runs go on without it, `ca2st track sync` sends later"
-        return Finding(name="mlflow", ok=False, what=f"{where}: no answer ({reason})", mend=mend, needed=False)
+        fix = "start the server or correct MLFLOW_TRACKING_URI; runs go on without it, `ca2st track sync` sends later"
+        return Finding(name="mlflow", ok=False, what=f"{where}: no answer ({reason})", fix=fix, needed=False)
     return Finding(name="mlflow", ok=True, what=f"{where} answers, version {version}")
 
 
@@ -429,7 +429,7 @@ def check_ports(ports: dict[str, int]) -> Finding:
         name="ports",
         ok=not taken,
         what=f"taken: {', '.join(taken)}" if taken else f"free: {', '.join(str(port) for port in ports.values())}",
-        mend="a server of yours may be running already; otherwise start ours on other ports",
+        fix="a server of yours may be running already; otherwise start ours on other ports",
         needed=False,
     )
 
@@ -469,6 +469,6 @@ def check_ray(auth_mode: str | None) -> Finding:
         name="ray",
         ok=ok,
         what=f"Ray {version}, RAY_AUTH_MODE={auth_mode or 'not set'}",
-        mend="export RAY_AUTH_MODE=token before `ray start`: without it anybody who reaches the cluster can run jobs",
+        fix="export RAY_AUTH_MODE=token before `ray start`: without it anybody who reaches the cluster can run jobs",
         needed=False,
     )

@@ -180,11 +180,11 @@ def refuse_other_clips(
     expected = "every node to convert as this machine does"
     findings = [*silence, *judge_data(here, there), *judge_versions(here.versions, there)]
     refuse(findings, expected, error=UnlikeNodeError)
-    mend = "is the processor of another type? take the node out of the cluster"
+    fix = "is the processor of another type? take the node out of the cluster"
     for node, facts in there.items():
         for job, ours, theirs in zip(probe.jobs, here.clips, facts.clips, strict=True):
             wrong = f"converts {job.path} to other bytes under equal versions" if ours != theirs else ""
-            findings.append(finding("clips", node, wrong, mend=mend))
+            findings.append(finding("clips", node, wrong, fix=fix))
     refuse(findings, expected, error=UnlikeNodeError)
 
 

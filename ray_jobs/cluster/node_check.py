@@ -153,8 +153,8 @@ def judge_versions(here: Mapping[str, str], there: Mapping[str, NodeFacts]) -> l
             for name in sorted(here.keys() | facts.versions.keys())
         }
         wrong = [f"{name} {theirs}, here {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
-        mend = "install one environment on all nodes: requirements.lock, or one container image"
-        findings.append(finding("versions", node, "; ".join(wrong), fine=f"{len(here)} packages as here", mend=mend))
+        fix = "install one environment on all nodes: requirements.lock, or one container image"
+        findings.append(finding("versions", node, "; ".join(wrong), fine=f"{len(here)} packages as here", fix=fix))
     return findings
 
 
@@ -169,8 +169,8 @@ def judge_data(here: NodeFacts, there: Mapping[str, NodeFacts]) -> list[Finding]
             wrong = f"cannot read {missing[0]} ({len(missing)} of {len(here.data)} tried)"
         elif other and not wrong:
             wrong = f"{other[0]}: {facts.data[other[0]]}, here {here.data[other[0]]}"
-        mend = "put one copy on storage that all nodes mount at the same place, or give a URL"
-        findings.append(finding("data", node, wrong, mend=mend))
+        fix = "put one copy on storage that all nodes mount at the same place, or give a URL"
+        findings.append(finding("data", node, wrong, fix=fix))
     return findings
 
 
@@ -181,7 +181,7 @@ def judge_gpus(seen: Mapping[Node, int]) -> list[Finding]:
             name="gpus for ray",
             ok=(given := int(node.resources.get("GPU", 0))) == num_seen,
             what=f"Ray gives out {given}, torch sees {num_seen}",
-            mend="restart the node with `ray start --num-gpus`, or fix its driver",
+            fix="restart the node with `ray start --num-gpus`, or fix its driver",
             needed=given > num_seen,
             node=node.name,
         )
@@ -196,7 +196,7 @@ def judge_clocks(readings: Mapping[str, ClockReading]) -> list[Finding]:
             name="clock",
             ok=abs(reading.ahead_seconds) - reading.error_seconds <= _MOST_OFF_SECONDS,
             what=f"{reading.ahead_seconds:.3f} s ahead of here, known to {reading.error_seconds:.3f} s",
-            mend="let chrony or another NTP client keep the node's clock",
+            fix="let chrony or another NTP client keep the node's clock",
             needed=abs(reading.ahead_seconds) > _HARMFUL_OFF_SECONDS,
             node=node,
         )
@@ -206,9 +206,9 @@ def judge_clocks(readings: Mapping[str, ClockReading]) -> list[Finding]:
 
 def judge_storage(folder: str, problems: Mapping[str, str]) -> list[Finding]:
     """Judge whether every node writes into the folder and reads what others wrote; of this process only failures."""
-    mend = f"mount the same storage at {folder} on every node, writable by this user"
+    fix = f"mount the same storage at {folder} on every node, writable by this user"
     return [
-        finding(f"storage {folder}", node, problem, fine="written, and read what all others wrote", mend=mend)
+        finding(f"storage {folder}", node, problem, fine="written, and read what all others wrote", fix=fix)
         for node, problem in problems.items()
         if problem or node != _HERE
     ]
@@ -217,22 +217,22 @@ def judge_storage(folder: str, problems: Mapping[str, str]) -> list[Finding]:
 def judge_reach(out_of_reach: Mapping[str, Mapping[str, str]]) -> list[Finding]:
     """Judge whether every node opens connections to every node, on ports that no rule was made for."""
     fine = f"reaches all {len(out_of_reach)} on a free port"
-    mend = "open all ports between the nodes, to them alone: torch's process groups choose free ones"
+    fix = "open all ports between the nodes, to them alone: torch's process groups choose free ones"
     return [
         finding(
             "network",
             node,
             "; ".join(f"cannot reach {other} at {why}" for other, why in closed.items()),
             fine=fine,
-            mend=mend,
+            fix=fix,
         )
         for node, closed in out_of_reach.items()
     ]
 
 
-def finding(name: str, node: str, wrong: str, *, mend: str, fine: str = "as here") -> Finding:
+def finding(name: str, node: str, wrong: str, *, fix: str, fine: str = "as here") -> Finding:
     """Return what was found on a node: `wrong`, or where that is empty what is `fine`."""
-    return Finding(name=name, ok=not wrong, what=wrong or fine, mend=mend, node=node)
+    return Finding(name=name, ok=not wrong, what=wrong or fine, fix=fix, node=node)
 
 
 def refuse(findings: Sequence[Finding], expected: str, *, error: type[EnvironmentFault] = EnvironmentFault) -> None:
@@ -245,8 +245,8 @@ def refuse(findings: Sequence[Finding], expected: str, *, error: type[Environmen
         by_node.setdefault(str(one.node), []).append(one.what)
     width = max(map(len, by_node))
     lines = "".join(f"\n  {node:<{width}}  {'; '.join(what)}" for node, what in by_node.items())
-    mends = "".join(f"\n{mend}" for mend in dict.fromkeys(one.mend for one in wrong))
-    raise error(f"expected {expected}, found {len(by_node)} that do not:{lines}{mends}")
+    fixes = "".join(f"\n{fix}" for fix in dict.fromkeys(one.fix for one in wrong))
+    raise error(f"expected {expected}, found {len(by_node)} that do not:{lines}{fixes}")
 
 
 # Between the nodes.
@@ -410,7 +410,7 @@ def _whole(nodes: Sequence[Node]) -> list[Finding]:
             name="ray token",
             ok=is_closed,
             what="the cluster asks for one" if is_closed else "open: everybody who reaches the cluster runs code there",
-            mend="start every node with RAY_AUTH_MODE=token and one token",
+            fix="start every node with RAY_AUTH_MODE=token and one token",
             needed=False,
         ),
     ]
@@ -418,9 +418,9 @@ def _whole(nodes: Sequence[Node]) -> list[Finding]:
 
 def split_answers(asked: Mapping[Node, T | NodeFailure]) -> tuple[dict[Node, T], list[Finding]]:
     """Split the answers of nodes from what is to be said of those that gave none."""
-    mend = "see to the node, install ca2st there as here, or take it out of the cluster"
+    fix = "see to the node, install ca2st there as here, or take it out of the cluster"
     silence = [
-        Finding(name="answer", ok=False, what=answer.what, mend=mend, node=node.name)
+        Finding(name="answer", ok=False, what=answer.what, fix=fix, node=node.name)
         for node, answer in asked.items()
         if isinstance(answer, NodeFailure)
     ]

@@ -304,7 +304,7 @@ def _name(finding: "Finding") -> str:
 def _line(finding: "Finding") -> str:
     mark = "ok" if finding.ok else "NOT OK" if finding.needed else "optional"
     node = f"  [{finding.node}]" if finding.node is not None else ""
-    fix = f"\n{'':<25}fix: {finding.mend}" if not finding.ok else ""
+    fix = f"\n{'':<25}fix: {finding.fix}" if not finding.ok else ""
     return f"{mark:<9}{finding.name:<16}{finding.what}{node}{fix}"
 
 

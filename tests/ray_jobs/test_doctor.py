@@ -24,7 +24,7 @@ def test_a_healthy_environment_passes_all_that_is_needed(tmp_path: Path) -> None
     findings = {one.name: one for one in examine(all_checks(tmp_path, tracking_uri=f"sqlite:///{tmp_path}/m.db"))}
     assert not {name: one.what for name, one in findings.items() if one.needed and not one.ok}
     assert {"packages", "torch", "dali cpu", "video h264", "video mjpeg", "mlflow", "disk runs"} <= findings.keys()
-    assert all(one.mend for one in findings.values() if not one.ok)
+    assert all(one.fix for one in findings.values() if not one.ok)
 
 
 def test_a_missing_and_a_wrong_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,13 +105,13 @@ def test_a_tracking_server_is_asked_and_passwords_are_never_shown() -> None:
     assert known == also_known
     assert (known.ok, known.what) == (True, f"http://{address}/closed answers, version 3.17.0")
     without_port = doctor.check_tracking("http://someone:secret@host.invalid")
-    assert "secret" not in without_port.what + without_port.mend
+    assert "secret" not in without_port.what + without_port.fix
     silent = doctor.check_tracking(f"http://someone:secret@{address}")
     assert (good.ok, good.what) == (True, f"http://{address}/open answers, version 3.17.0")
     assert (refused.ok, refused.what) == (False, f"http://{address}/closed answers 401")
     assert not silent.ok
     assert not silent.needed
-    assert "secret" not in silent.what + silent.mend
+    assert "secret" not in silent.what + silent.fix
 
 
 def test_a_taken_port_is_named() -> None:
@@ -145,15 +145,15 @@ def test_an_ipv6_socket_on_the_loopback_is_no_port_for_other_machines(host: str,
 
 def test_a_cluster_without_a_token_is_warned_of() -> None:
     assert doctor.check_ray("token").ok
-    assert "RAY_AUTH_MODE=token" in doctor.check_ray(None).mend
+    assert "RAY_AUTH_MODE=token" in doctor.check_ray(None).fix
 
 
 def test_the_command_reports_and_ends_with_4_when_something_needed_is_broken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def checks(ok: bool) -> dict[str, object]:
-        one = Finding(name="memory", ok=ok, what="1.0 GiB usable", mend="give it more")
-        other = Finding(name="gpu", ok=False, what="none", mend="use one", needed=False)
+        one = Finding(name="memory", ok=ok, what="1.0 GiB usable", fix="give it more")
+        other = Finding(name="gpu", ok=False, what="none", fix="use one", needed=False)
         return {"memory": lambda: one, "gpu": lambda: other}
 
     module = sys.modules["ray_jobs.doctor"]

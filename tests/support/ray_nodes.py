@@ -113,7 +113,7 @@ class Machine:
         """Pull its cable at the switch: packets vanish, and both ends see a link that is up."""
         _ip("-n", self.switch, "link", "set", self.port_name, "nomaster")
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Put the cable back."""
         _ip("-n", self.switch, "link", "set", self.port_name, "master", "br0")
 

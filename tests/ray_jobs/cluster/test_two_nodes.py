@@ -131,7 +131,7 @@ def test_t3_a_cut_link_is_noticed_and_the_run_goes_on_when_the_node_is_back(
     def cut_for_a_while(log: Path) -> None:
         far.cut()
         wait_until(lambda: f"({far.address}) was lost" in log.read_text())
-        far.mend()
+        far.repair()
         # The cluster has gone on without the node, which learns of it now and ends; whoever started it starts it again.
         wait_until(lambda: far.started[-1].poll() is not None)
         far.kill()

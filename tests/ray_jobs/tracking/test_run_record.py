@@ -137,8 +137,8 @@ def test_k3_a_deleted_experiment_is_told_with_its_mend_and_nothing_is_lost(run_d
     experiment = run_of(run_dir).info.experiment_id
     client.delete_experiment(experiment)
     write(run_dir, step(2, 2.0))
-    mend = rf"was deleted there.*mlflow experiments restore --experiment-id {experiment}.*ca2st track sync"
-    with pytest.raises(TrackingUnavailableError, match=mend):
+    fix = rf"was deleted there.*mlflow experiments restore --experiment-id {experiment}.*ca2st track sync"
+    with pytest.raises(TrackingUnavailableError, match=fix):
         sync(run_dir)
     client.restore_experiment(experiment)
     sync(run_dir)
