@@ -38,15 +38,7 @@ from ray_jobs import environment
 from ray_jobs.config.recipe import Recipe, recipe_document
 from ray_jobs.console import say, show_log
 from ray_jobs.errors import WorkerFailedError
-from ray_jobs.runs.failures import (
-    death_of,
-    is_echo,
-    keep_failure,
-    message_of,
-    read_failure,
-    record_of,
-    shared_memory_free,
-)
+from ray_jobs.runs import failures
 from ray_jobs.runs.start import finished, prepare
 from ray_jobs.runs.worker import Job, Outcome, read_outcome, run, use_cpu_threads
 from ray_jobs.tracking.following import followed
@@ -325,14 +317,14 @@ def _failure(run_dir: Path, launch: str, *, rank: int, exit_code: int) -> Worker
             f"stopped by signal {exit_code - 128} before it had saved; the newest checkpoint counts; rerun to resume",
             exit_code,
         )
-    record = read_failure(run_dir)
+    record = failures.read_failure(run_dir)
     record = record if record is not None and record.launch == launch else None
     if record is not None and (not record.echo or exit_code < 128):  # nobody died, and nobody knows more than the first
         return WorkerFailedError(
             f"first failure, on rank {record.rank}: {record.kind}: {record.message}", record.exit_code
         )
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    death = death_of(rank, exit_code, peak_bytes=peak, shared_free_bytes=shared_memory_free())
+    death = failures.death_of(rank, exit_code, peak_bytes=peak, shared_free_bytes=failures.shared_memory_free())
     _record(rank, death, run_dir, launch)
     return death
 
@@ -369,25 +361,27 @@ def _worker_process(
         run(job, faults=faults.on_rank(rank))
     except (RunStoppedError, StopNotSavedError) as error:  # the same on every rank: the parent says it once
         if tell_stop is not None:
-            tell_stop.send((message_of(error), error.exit_code))
+            tell_stop.send((failures.message_of(error), error.exit_code))
         end_at_once(error.exit_code)
     except CA2STError as error:
         _record(rank, error, Path(job.run_dir), launch)
         _leave(rank, error, error.exit_code)
     except Exception as error:  # noqa: BLE001  # reported with its stack, on record for the parent
         _record(rank, error, Path(job.run_dir), launch)
-        if not is_echo(error):
+        if not failures.is_echo(error):
             traceback.print_exc()
         _leave(rank, error, CA2STError.exit_code)
 
 
 def _record(rank: int, error: Exception, run_dir: Path, launch: str) -> None:
-    keep_failure(run_dir, record_of(error, rank=rank, node=socket.gethostname(), attempt=1, launch=launch))
+    failures.keep_failure(
+        run_dir, failures.record_of(error, rank=rank, node=socket.gethostname(), attempt=1, launch=launch)
+    )
 
 
 def _leave(rank: int, error: Exception, exit_code: int) -> NoReturn:
     """End at once, without the shutdown of libraries that may wait for the other ranks."""
-    if not is_echo(error):
+    if not failures.is_echo(error):
         say(f"error (rank {rank}): {type(error).__name__}: {error}")
     end_at_once(exit_code)
 

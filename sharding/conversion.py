@@ -51,16 +51,8 @@ from sharding.folder import (
     state_of,
     write_or_remove,
 )
+from sharding.format import remote
 from sharding.format.index import decode_index, sample_key
-from sharding.format.remote import (
-    Files,
-    LocalFiles,
-    RemoteFileMissingError,
-    RemoteFiles,
-    RemoteFolder,
-    as_location,
-    files_of,
-)
 from sharding.format.shard_set import MANIFEST_NAME, Manifest, ShardEntry, ShardSet, read_shard_set, write_shard_set
 from sharding.format.writer import ShardRange, shard_name
 from sharding.media.encode import ClipJob, EncodedClip, encode_clip
@@ -139,15 +131,15 @@ def convert(
     """
     check_source(source)
     check_notes(source, config)
-    place = as_location(out)
-    if isinstance(place, RemoteFolder) and place.scheme not in _WRITABLE:
+    place = remote.as_location(out)
+    if isinstance(place, remote.RemoteFolder) and place.scheme not in _WRITABLE:
         raise UserInputError(
             f"--out {place}: expected a folder or a URL of {', '.join(_WRITABLE)}; others are read only"
         )
     with claimed(place) as home:
-        refuse_foreign_files(files_of(place))
+        refuse_foreign_files(remote.files_of(place))
         sweep_temporaries(home)
-        config = _as_begun(files_of(place), config)
+        config = _as_begun(remote.files_of(place), config)
         setup = ShardSetup(
             out=place.absolute() if isinstance(place, Path) else place,
             config=config,
@@ -163,7 +155,7 @@ def convert(
             sweep_temporaries(home)  # of workers that were ended
 
 
-def _as_begun(files: Files, config: ConversionConfig) -> ConversionConfig:
+def _as_begun(files: remote.Files, config: ConversionConfig) -> ConversionConfig:
     """Return the settings, with the sides of pictures as the set has them that was begun or finished there."""
     multiple, first = config.side_multiple, min(shards_there(files), default=None)
     shard = None if first is None else read_done_shard(files, first)
@@ -234,7 +226,7 @@ class _Conversion:
     ) -> None:
         self._source, self._setup, self._out, self._config = source, setup, setup.out, setup.config
         self._pool, self._progress, self._home = pool, progress, home
-        self._files = files_of(setup.out)
+        self._files = remote.files_of(setup.out)
         self._plan = plan_shards(source, setup.config)
         self._earlier: _Earlier | None = None
         self._first_number = 0
@@ -291,8 +283,8 @@ class _Conversion:
 
     def _fetch_sources(self) -> None:
         """Fetch what another machine left beside a set behind a URL about its sources."""
-        if isinstance(self._files, RemoteFiles) and not (self._home / SOURCES_NAME).exists():
-            with contextlib.suppress(RemoteFileMissingError):
+        if isinstance(self._files, remote.RemoteFiles) and not (self._home / SOURCES_NAME).exists():
+            with contextlib.suppress(remote.RemoteFileMissingError):
                 write_bytes(self._home / SOURCES_NAME, self._files.read(SOURCES_NAME))
 
     def _set_to_add_to(self, shards: ShardSet) -> _Earlier:
@@ -366,7 +358,7 @@ class _Conversion:
         fields["rejects_sha256"] = hashlib.sha256(lines).hexdigest() if lines else None
         write_or_remove(self._files, MISSING_NAME, missing)
         write_or_remove(self._files, REJECTS_NAME, lines)
-        if isinstance(self._files, RemoteFiles):
+        if isinstance(self._files, remote.RemoteFiles):
             write_or_remove(self._files, SOURCES_NAME, (self._home / SOURCES_NAME).read_bytes())
         manifest = write_shard_set(self._files, fields, entries, faults=self._setup.faults)
         if earlier is not None:
@@ -412,7 +404,7 @@ class _Conversion:
         if known is not None:
             return known.index_sha256 == shard.entry.index_sha256 and known.first == shard.covers.first
         spaces = self._source.label_spaces
-        if isinstance(self._files, LocalFiles):
+        if isinstance(self._files, remote.LocalFiles):
             return not shard_problems(self._files.folder, shard.entry, spaces)
         with tempfile.TemporaryDirectory(prefix="ca2st-verify-") as folder:
             listed = shard.entry.bytes

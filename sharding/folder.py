@@ -23,14 +23,8 @@ from typing import Any, TypedDict
 
 import pyarrow as pa
 
+from ca2st import durable
 from ca2st.checked_json import DocumentError, canonical_json, checked, parse_json, read_json, sha256_of_json
-from ca2st.durable import (
-    append_bytes,
-    is_environment_error,
-    take_lock,
-    unwritable,
-    writing,
-)
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError, listed
 from sharding.errors import AllRejectedError, ConversionRefusedError, MediaError, RejectBudgetError, ShardDamageError
 from sharding.format.index import decode_index, sample_key
@@ -113,7 +107,7 @@ def _acquire(path: Path) -> int:
         descriptor = -1
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-            is_ours = take_lock(descriptor)
+            is_ours = durable.take_lock(descriptor)
         except OSError as error:
             if descriptor >= 0:
                 os.close(descriptor)
@@ -121,8 +115,8 @@ def _acquire(path: Path) -> int:
                 raise EnvironmentFault(
                     f"cannot lock {path}: expected a file of a conversion, found a symbolic link; remove it"
                 ) from error
-            if is_environment_error(error):
-                raise unwritable(path.parent, error) from error
+            if durable.is_environment_error(error):
+                raise durable.unwritable(path.parent, error) from error
             raise EnvironmentFault(f"cannot lock {path}: {error.strerror}; choose another folder") from error
         if is_ours and _is_at(path, descriptor):
             return descriptor
@@ -504,7 +498,7 @@ class SourcesFile:
     def append(self, sources: ShardSources) -> None:
         """Add a line for a shard just made; raises as `append_bytes`."""
         line = _sealed(sources)
-        append_bytes(self._path, line)
+        durable.append_bytes(self._path, line)
         self._places[sources.shard] = (self._end, len(line))
         self._end += len(line)
 
@@ -521,7 +515,7 @@ class SourcesFile:
             places[shard] = (end, size)
             end += size
         if self._path.is_symlink() or (places, end) != (self._places, self._end):
-            with writing(self._path) as file:
+            with durable.writing(self._path) as file:
                 file.writelines(map(self._line, shards))
             self._places, self._end = places, end
 

@@ -18,20 +18,11 @@ from torch import Tensor, nn
 
 from ca2st.benchmark.measure import Limit, PeakMemory, measure_limit, synchronise
 from ca2st.errors import CA2STError, UserInputError, check_choice
+from ca2st.model import network
 from ca2st.model.attention import CrossAttention, SelfAttention, TokenLinear, into_windows, out_of_windows
 from ca2st.model.config import SIZES, AudioVisualConfig, ModelConfig, ModelKind, TargetSpec, Trainable, find_preset
 from ca2st.model.experts import QuickGELU
 from ca2st.model.layers import HolisticLayer
-from ca2st.model.network import (
-    HolisticModel,
-    build_model,
-    compile_layers,
-    held_precision,
-    hold_experts,
-    layer_index,
-    no_weight_decay,
-    set_trainable,
-)
 from ca2st.spec import ClipSpec
 from ca2st.training.config import OptimConfig, Precision
 from ca2st.training.losses import loss_per_clip
@@ -165,9 +156,9 @@ class LocalCase:
         shape = (spec.per_device_batch_size, len(spec.targets))
         self._labels = torch.zeros(*shape, dtype=torch.long, device=self._device)
         rules = ParameterRules(
-            layer_index=partial(layer_index, depth=spec.config.depth),
+            layer_index=partial(network.layer_index, depth=spec.config.depth),
             num_layers=spec.config.depth,
-            no_weight_decay=no_weight_decay(self._model),
+            no_weight_decay=network.no_weight_decay(self._model),
         )
         self._optimizer = build_optimizer(self._model, OptimConfig(), rules=rules)
         set_learning_rate(self._optimizer, _RATE)
@@ -212,15 +203,15 @@ class LocalCase:
         return torch.autocast(self._device.type, dtype=dtype, enabled=self._spec.precision != "fp32")
 
 
-def _model(spec: CaseSpec) -> HolisticModel:
-    model = build_model(spec.config, spec.clip, spec.targets)
+def _model(spec: CaseSpec) -> network.HolisticModel:
+    model = network.build_model(spec.config, spec.clip, spec.targets)
     if spec.variant == "baseline":
         return plain_model(model)
-    set_trainable(model, spec.trainable)
+    network.set_trainable(model, spec.trainable)
     model.activation_checkpointing = spec.activation_checkpointing
-    hold_experts(model, held_precision("auto", training=spec.precision, device=spec.device))
+    network.hold_experts(model, network.held_precision("auto", training=spec.precision, device=spec.device))
     if spec.variant == "compiled":
-        compile_layers(model)
+        network.compile_layers(model)
     return model
 
 
@@ -320,7 +311,7 @@ class PlainQuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-def plain_model(model: HolisticModel) -> HolisticModel:
+def plain_model(model: network.HolisticModel) -> network.HolisticModel:
     """Return a copy of `model`, weights included, that computes everything the plain way.
 
     Raises:

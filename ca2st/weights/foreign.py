@@ -33,11 +33,7 @@ from torch import Tensor
 from ca2st.checked_json import DocumentError, read_json
 from ca2st.errors import CA2STError, EnvironmentFault
 from ca2st.processes import SPAWN, die_with_parent
-from ca2st.weights.tensor_files import (
-    ForeignFileRefusedError,
-    WeightsDamageError,
-    read_tensor_file,
-)
+from ca2st.weights import tensor_files
 
 MAX_FILE_BYTES = 16 * 2**30
 TIMEOUT_SECONDS = 600.0
@@ -104,19 +100,19 @@ def read_foreign_file(path: Path, *, timeout_seconds: float = TIMEOUT_SECONDS) -
     """
     path = _in_folder(path) if path.is_dir() else path
     if not path.is_file():
-        raise ForeignFileRefusedError(f"expected a checkpoint, found no file at {path}; check the path")
+        raise tensor_files.ForeignFileRefusedError(f"expected a checkpoint, found no file at {path}; check the path")
     if path.name.endswith(_INDEX_ENDING):
         return _read_parts(path)
     if part := _PART.fullmatch(path.name):
         index = path.with_name(f"{part[1]}{_INDEX_ENDING}")
-        raise ForeignFileRefusedError(
+        raise tensor_files.ForeignFileRefusedError(
             f"{path}: expected a whole checkpoint, found part {int(part[2])} of {int(part[3])}; give {index} or the "
             "folder, with all parts in it"
         )
     _require_size([path])
     sha256 = _sha256(path)
     if _is_safetensors(path):
-        plain = read_tensor_file(path)
+        plain = tensor_files.read_tensor_file(path)
         facts = ReadFacts(container="safetensors", wrapper="")
         tensors, metadata = plain.tensors, plain.metadata
     else:
@@ -137,7 +133,7 @@ def _in_folder(folder: Path) -> Path:
     found = sorted(folder.glob(f"*{_INDEX_ENDING}")) or sorted(folder.glob("*.safetensors"))
     if len(found) != 1:
         names = ", ".join(path.name for path in found[:6]) or "none"
-        raise ForeignFileRefusedError(
+        raise tensor_files.ForeignFileRefusedError(
             f"{folder}: expected one .safetensors file, or parts with one *{_INDEX_ENDING}, found {names}; give the "
             "file itself"
         )
@@ -149,24 +145,24 @@ def _read_parts(index: Path) -> ForeignFile:
     try:
         places = read_json(index, _Index, most_bytes=_MAX_INDEX_BYTES)["weight_map"]
     except DocumentError as error:
-        raise WeightsDamageError(f"{error}; fetch it again") from error
+        raise tensor_files.WeightsDamageError(f"{error}; fetch it again") from error
     names = sorted(set(places.values()))
     if unsafe := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-        raise ForeignFileRefusedError(
+        raise tensor_files.ForeignFileRefusedError(
             f"{index}: expected names of .safetensors files beside it, found {unsafe[0]!r}; do not trust this file"
         )
     parts = [index.with_name(name) for name in names]
     if missing := [part.name for part in parts if not part.is_file()]:
-        raise WeightsDamageError(
+        raise tensor_files.WeightsDamageError(
             f"{index}: expected {len(parts)} parts beside it, found no {', '.join(missing[:6])}; fetch the others too"
         )
     _require_size(parts)
     tensors: dict[str, Tensor] = {}
     for part in parts:
-        held = read_tensor_file(part).tensors
+        held = tensor_files.read_tensor_file(part).tensors
         told = {tensor for tensor, place in places.items() if place == part.name}
         if other := sorted(told ^ held.keys()):
-            raise WeightsDamageError(
+            raise tensor_files.WeightsDamageError(
                 f"{part}: expected the {len(told)} tensors that {index.name} names, found {len(held)}; the first that "
                 f"differs is {other[0]}; fetch the parts of one version"
             )
@@ -184,7 +180,7 @@ def _read_parts(index: Path) -> ForeignFile:
 
 def _require_size(files: Sequence[Path]) -> None:
     if (size := sum(file.stat().st_size for file in files)) > MAX_FILE_BYTES:
-        raise ForeignFileRefusedError(f"{files[0]}: expected at most {MAX_FILE_BYTES} bytes, found {size}")
+        raise tensor_files.ForeignFileRefusedError(f"{files[0]}: expected at most {MAX_FILE_BYTES} bytes, found {size}")
 
 
 def _sha256(path: Path) -> str:
@@ -209,8 +205,8 @@ def _read_in_child(path: Path, timeout_seconds: float) -> tuple[ReadFacts, dict[
         answer = _ask_child(job, timeout_seconds)
         if answer["kind"] == "ok":
             facts = ReadFacts(container=answer["container"], wrapper=answer["wrapper"])
-            return facts, read_tensor_file(job.out).tensors
-    error = WeightsDamageError if answer["kind"] == "damage" else ForeignFileRefusedError
+            return facts, tensor_files.read_tensor_file(job.out).tensors
+    error = tensor_files.WeightsDamageError if answer["kind"] == "damage" else tensor_files.ForeignFileRefusedError
     raise error(f"{path}: {answer['message']}")
 
 
@@ -300,7 +296,7 @@ class _Description(pickle.Unpickler):
             ("torch.jit._pickle", "restore_type_tag"): _untagged,
         }
         if (module, name) not in known:
-            raise ForeignFileRefusedError(
+            raise tensor_files.ForeignFileRefusedError(
                 f"expected tensors and containers only, found the name {module}.{name} in data.pkl; "
                 "an archive of weights does not need it, do not trust this file"
             )
@@ -310,7 +306,9 @@ class _Description(pickle.Unpickler):
         """('storage', type, key, device, number of elements): only type and key matter, sizes come from the zip."""
         kind, dtype, key = pid[:3]
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
-            raise ForeignFileRefusedError("expected a storage, found another persistent object in data.pkl")
+            raise tensor_files.ForeignFileRefusedError(
+                "expected a storage, found another persistent object in data.pkl"
+            )
         return dtype, key
 
 
@@ -342,9 +340,9 @@ def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     """
     described = [info for info in archive.infolist() if info.filename.partition("/")[2] == "data.pkl"]
     if len(described) != 1:
-        raise WeightsDamageError(f"expected one data.pkl in the archive, found {len(described)}")
+        raise tensor_files.WeightsDamageError(f"expected one data.pkl in the archive, found {len(described)}")
     if described[0].file_size > MAX_DESCRIPTION_BYTES:
-        raise ForeignFileRefusedError(
+        raise tensor_files.ForeignFileRefusedError(
             f"expected a data.pkl of at most {MAX_DESCRIPTION_BYTES} bytes, found {described[0].file_size}"
         )
     root = _Description(io.BytesIO(archive.read(described[0]))).load()
@@ -365,17 +363,23 @@ def _tensor(archive: zipfile.ZipFile, folder: str, record: _TensorRecord, name: 
     try:
         data = bytearray(archive.read(f"{folder}data/{record.key}"))
     except KeyError:
-        raise WeightsDamageError(f"{name}: expected its storage data/{record.key} in the archive, found none") from None
+        raise tensor_files.WeightsDamageError(
+            f"{name}: expected its storage data/{record.key} in the archive, found none"
+        ) from None
     if sys.byteorder != "little":
-        raise ForeignFileRefusedError("expected a little-endian machine: the archive's storages are little-endian")
+        raise tensor_files.ForeignFileRefusedError(
+            "expected a little-endian machine: the archive's storages are little-endian"
+        )
     flat = torch.frombuffer(data, dtype=record.dtype) if data else torch.empty(0, dtype=record.dtype)
     numbers = (record.offset, *record.shape, *record.stride)
     if len(record.shape) != len(record.stride) or any(not isinstance(n, int) or n < 0 for n in numbers):
-        raise WeightsDamageError(f"{name}: expected sizes and strides >= 0, found {record.shape}, {record.stride}")
+        raise tensor_files.WeightsDamageError(
+            f"{name}: expected sizes and strides >= 0, found {record.shape}, {record.stride}"
+        )
     last = record.offset + sum((size - 1) * step for size, step in zip(record.shape, record.stride, strict=True))
     wanted = torch.Size(record.shape).numel()
     if wanted > flat.numel() or (wanted and last >= flat.numel()):
-        raise WeightsDamageError(
+        raise tensor_files.WeightsDamageError(
             f"{name}: expected a storage for shape {list(record.shape)}, found {flat.numel()} elements"
         )
     return flat.as_strided(record.shape, record.stride, record.offset).clone()
@@ -409,7 +413,10 @@ def answer(path: Path, out: Path) -> dict[str, str]:
     try:
         facts = read(path, out)
     except CA2STError as error:
-        return {"kind": "damage" if isinstance(error, WeightsDamageError) else "refused", "message": str(error)}
+        return {
+            "kind": "damage" if isinstance(error, tensor_files.WeightsDamageError) else "refused",
+            "message": str(error),
+        }
     except (MemoryError, RecursionError) as error:
         told = f"expected a checkpoint that needs memory for its own size, found {type(error).__name__}"
         return {"kind": "refused", "message": told}
@@ -428,13 +435,13 @@ def read(path: Path, out: Path) -> ReadFacts:
     with path.open("rb") as file:
         magic = file.read(16)
     if not magic:
-        raise WeightsDamageError("expected a checkpoint, found 0 bytes; fetch the file again")
+        raise tensor_files.WeightsDamageError("expected a checkpoint, found 0 bytes; fetch the file again")
     if magic.startswith(_ZIP_MAGIC):
         container, found = _read_zip(path)
     elif magic.startswith(_PICKLE_MAGIC):
         container, found = "torch.save pickle", _unpickle(path)
     else:
-        raise ForeignFileRefusedError(
+        raise tensor_files.ForeignFileRefusedError(
             f"expected a safetensors file, a torch.save file or a TorchScript archive, found a file that begins with "
             f"{magic!r}"
         )
@@ -453,7 +460,9 @@ def _read_zip(path: Path) -> tuple[str, object]:
                 return "TorchScript archive", read_torchscript(archive)
     # NotImplementedError is zipfile's own, for a method or feature no torch.save writes: a damaged header
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        raise WeightsDamageError(f"expected a whole zip archive, found: {error}; fetch the file again") from error
+        raise tensor_files.WeightsDamageError(
+            f"expected a whole zip archive, found: {error}; fetch the file again"
+        ) from error
     return "torch.save zip", _unpickle(path)
 
 
@@ -464,13 +473,13 @@ def _check_archive(archive: zipfile.ZipFile, file_bytes: int, *, scripted: bool)
         infos = [info for info in infos if info.filename.partition("/")[2].startswith("data")]
     packed = [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]
     if packed:
-        raise ForeignFileRefusedError(
+        raise tensor_files.ForeignFileRefusedError(
             f"expected members stored without compression, as torch.save writes them, found {packed[0]} compressed; "
             "a small file could unpack to any size"
         )
     claimed = sum(info.file_size for info in infos)
     if claimed > file_bytes or len({info.filename for info in infos}) != len(infos):
-        raise ForeignFileRefusedError(
+        raise tensor_files.ForeignFileRefusedError(
             f"expected distinct members that fit into the file's {file_bytes} bytes, found {len(infos)} of "
             f"{claimed} bytes together"
         )
@@ -486,12 +495,14 @@ def _unpickle(path: Path) -> object:
             warnings.simplefilter("ignore")  # about pickles that are refused right after
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ForeignFileRefusedError(
+        raise tensor_files.ForeignFileRefusedError(
             f"expected tensors, containers, numbers and argparse.Namespace only, found: {_first_line(error)}; "
             "nothing of the file was run. Ask its author for a safetensors file"
         ) from error
     except (EOFError, OSError) as error:
-        raise WeightsDamageError(f"expected a whole torch.save file, found: {_first_line(error)}") from error
+        raise tensor_files.WeightsDamageError(
+            f"expected a whole torch.save file, found: {_first_line(error)}"
+        ) from error
 
 
 def _safe_globals() -> list[Any]:
@@ -508,13 +519,15 @@ def _unwrap(found: object) -> tuple[str, dict[str, Tensor]]:
         keys.append(key)
         found = found[key]
     if not isinstance(found, Mapping) or not found:
-        raise ForeignFileRefusedError(
+        raise tensor_files.ForeignFileRefusedError(
             f"expected a dict of tensors, or one under {', '.join(WRAPPERS)}, found {type(found).__name__}"
         )
     others = [str(name) for name, value in found.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
     if others:
         shown = json.dumps(others[:8])
-        raise ForeignFileRefusedError(f"expected tensors only among the weights, found other values under {shown}")
+        raise tensor_files.ForeignFileRefusedError(
+            f"expected tensors only among the weights, found other values under {shown}"
+        )
     return ".".join(keys), dict(found)
 
 
@@ -524,7 +537,7 @@ def _wrapper(found: Mapping[Any, object]) -> str:
         return known
     states = [name for name, value in found.items() if isinstance(name, str) and _is_state(value)]
     if len(states) > 1:
-        raise ForeignFileRefusedError(
+        raise tensor_files.ForeignFileRefusedError(
             f"expected one set of weights, found several, under {', '.join(map(repr, states[:8]))}; save the one that "
             "is wanted alone"
         )
@@ -540,11 +553,11 @@ def _is_state(value: object) -> bool:
 def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu" or tensor.is_complex():
-            raise ForeignFileRefusedError(
+            raise tensor_files.ForeignFileRefusedError(
                 f"{name}: expected a plain dense tensor, found {tensor.layout} {tensor.dtype}"
             )
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ForeignFileRefusedError(
+            raise tensor_files.ForeignFileRefusedError(
                 f"{name}: expected {list(tensor.shape)} values in the file, found "
                 f"{tensor.untyped_storage().nbytes()} bytes that claim to be as many"
             )
@@ -567,7 +580,9 @@ def _limit(job: ReadJob) -> None:
 
 def _refuse_reaching_out(event: str, _arguments: object) -> None:
     if event.startswith(_FORBIDDEN_EVENTS):
-        raise ForeignFileRefusedError(f"expected a file of weights, found one that tries {event}; do not trust it")
+        raise tensor_files.ForeignFileRefusedError(
+            f"expected a file of weights, found one that tries {event}; do not trust it"
+        )
 
 
 def _first_line(error: BaseException) -> str:

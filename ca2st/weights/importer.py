@@ -25,32 +25,12 @@ from ca2st.model.experts import build_expert
 from ca2st.model.network import HolisticModel
 from ca2st.model.tokens import audio_patches
 from ca2st.spec import ClipSpec
+from ca2st.weights import model_file, tensor_files
 from ca2st.weights.foreign import TIMEOUT_SECONDS, ForeignFile, read_foreign_file
 from ca2st.weights.hub import HubAccess, Origin, check_activation, check_architecture, configs_beside, fetch, with_told
 from ca2st.weights.layouts import COUNTERS, LAYOUTS_OF_ENCODER, bare_names, common_prefix, translate
-from ca2st.weights.model_file import (
-    ModelDescription,
-    ModelLoader,
-    UnwrittenSizes,
-    build_described,
-    expert_sizes,
-    read_description,
-    released_sizes,
-)
 from ca2st.weights.positions import ExpertPlace, fit_audio_positions, fit_positions
 from ca2st.weights.published import load_published
-from ca2st.weights.tensor_files import (
-    LoadReport,
-    WeightsDamageError,
-    WeightsMismatchError,
-    check_finite,
-    check_writable_name,
-    checksum,
-    load_strictly,
-    read_tensor_file,
-    without_leading_ones,
-    write_tensor_file,
-)
 
 EXPERT_KEY = "ca2st_expert"
 """Metadata key of an expert file. Tensors are loaded by names and shapes; the header adds what no shape tells."""
@@ -107,7 +87,7 @@ def read_expert_file(path: Path) -> ExpertFile:
         UserInputError: there is no such file.
         WeightsDamageError: the file or its header cannot be read.
     """
-    file = read_tensor_file(path)
+    file = tensor_files.read_tensor_file(path)
     return ExpertFile(path=path, tensors=file.tensors, made_for=_clip_of(file.metadata, where=str(path)))
 
 
@@ -117,7 +97,9 @@ def _clip_of(metadata: Mapping[str, str], *, where: str) -> ClipSpec | None:
     try:
         return ClipSpec(**json.loads(metadata[EXPERT_KEY])["clip"])
     except (KeyError, TypeError, ValueError) as error:
-        raise WeightsDamageError(f"{where}: cannot read the metadata key {EXPERT_KEY!r}: {error!r}") from error
+        raise tensor_files.WeightsDamageError(
+            f"{where}: cannot read the metadata key {EXPERT_KEY!r}: {error!r}"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +138,7 @@ class ExpertStore:
         data = path.read_bytes()
         found = hashlib.sha256(data).hexdigest()
         if found != sha256:
-            raise WeightsDamageError(
+            raise tensor_files.WeightsDamageError(
                 f"{path}: expected sha256 {sha256}, found {found}: the file is damaged; restore it from a copy"
             )
         return load(data)
@@ -189,7 +171,7 @@ def load_expert(
     *,
     where: str = "",
     made_for: ClipSpec | None = None,
-) -> LoadReport:
+) -> tensor_files.LoadReport:
     """Put the weights of `expert_state` into the expert `name` of `model`; `where` names their source in messages.
 
     CLIP's positions for crops of `config.pretrained_crop_size` pixels are interpolated to the model's crop. `made_for`
@@ -205,10 +187,10 @@ def load_expert(
     if state.keys() == expert.state_dict().keys():  # else it is another encoder, and the strict loader lists the names
         place = ExpertPlace(encoder=encoder_of(model.config, name), config=model.config, clip=model.clip)
         state = fit_positions(state, place, made_for=made_for, where=where)
-    return load_strictly(expert, state, where=where)
+    return tensor_files.load_strictly(expert, state, where=where)
 
 
-def load_expert_file(model: HolisticModel, name: ExpertName, path: Path) -> LoadReport:
+def load_expert_file(model: HolisticModel, name: ExpertName, path: Path) -> tensor_files.LoadReport:
     """Put the expert that `ca2st weights import` or a run wrote into the expert `name` of `model`.
 
     Raises:
@@ -221,7 +203,7 @@ def load_expert_file(model: HolisticModel, name: ExpertName, path: Path) -> Load
 
 def _check_expert(model: HolisticModel, name: ExpertName) -> None:
     if name not in model.experts:
-        raise WeightsMismatchError(
+        raise tensor_files.WeightsMismatchError(
             f"expert {name!r}: expected one of {', '.join(model.experts)} for a {model.config.kind} model"
         )
 
@@ -236,7 +218,7 @@ class ImportOptions:
 
     allow_missing: tuple[str, ...] = ()
     """Patterns of our tensor names that the file need not have; they get the value a new model starts with."""
-    sizes: UnwrittenSizes = field(default_factory=UnwrittenSizes)
+    sizes: model_file.UnwrittenSizes = field(default_factory=model_file.UnwrittenSizes)
     """What the shapes of tensors do not tell."""
     timeout_seconds: float = TIMEOUT_SECONDS
     """Wall time of reading a file that needs a child process."""
@@ -284,7 +266,7 @@ class _Imported:
     config: ModelConfig
     clip: ClipSpec
     layout: str
-    report: LoadReport
+    report: tensor_files.LoadReport
     metadata: dict[str, str]
 
 
@@ -297,7 +279,7 @@ def import_weights(path: Path, out: Path, *, kind: ImportKind, options: ImportOp
         WeightsDamageError: the file is not whole, or holds values that are not finite. Nothing is written.
         EnvironmentFault: the output cannot be written.
     """
-    check_writable_name(out, source=path)
+    tensor_files.check_writable_name(out, source=path)
     options = options or ImportOptions()
     file = read_foreign_file(path, timeout_seconds=options.timeout_seconds)
     with torch.random.fork_rng(devices=[]):
@@ -307,8 +289,8 @@ def import_weights(path: Path, out: Path, *, kind: ImportKind, options: ImportOp
         else:
             imported = _import_expert(cast(EncoderName, kind), file, options)
     state = imported.module.state_dict()
-    check_finite(state, where=str(path))
-    sha256 = write_tensor_file(out, state, metadata=imported.metadata)
+    tensor_files.check_finite(state, where=str(path))
+    sha256 = tensor_files.write_tensor_file(out, state, metadata=imported.metadata)
     return ImportReport(
         kind=kind,
         layout=imported.layout,
@@ -318,7 +300,7 @@ def import_weights(path: Path, out: Path, *, kind: ImportKind, options: ImportOp
         loaded=imported.report.loaded,
         missing=imported.report.missing,
         unexpected=imported.report.unexpected,
-        checksums={name: checksum(tensor) for name, tensor in sorted(state.items())},
+        checksums={name: tensor_files.checksum(tensor) for name, tensor in sorted(state.items())},
         origin=_origin(file, options),
         source_sha256=file.sha256,
         sha256=sha256,
@@ -337,19 +319,19 @@ def _import_expert(encoder: EncoderName, file: ForeignFile, options: ImportOptio
     if origin.repository or origin.architecture:
         check_architecture(origin.architecture, encoder, where=origin.source)
     translation = translate(file.tensors, LAYOUTS_OF_ENCODER[encoder], where=where)
-    config, clip = expert_sizes(encoder, translation.tensors, options.sizes, where=where)
+    config, clip = model_file.expert_sizes(encoder, translation.tensors, options.sizes, where=where)
     check_clip(config, clip)
     module = build_expert(config.kind, config, clip)
     own = module.state_dict()
     tensors = {
-        name: without_leading_ones(tensor, own[name].ndim) if name in own else tensor
+        name: tensor_files.without_leading_ones(tensor, own[name].ndim) if name in own else tensor
         for name, tensor in translation.tensors.items()
     }
     if encoder == "ast" and "positions" in tensors and tensors["positions"].ndim == 2:
         rows, columns = audio_patches(config, clip)
         tensors["positions"] = fit_audio_positions(tensors["positions"], rows=rows, columns=columns, where=where)
-    loaded = load_strictly(module, tensors, where=where, allow_missing=options.allow_missing)
-    report = LoadReport(loaded=translation.used, missing=loaded.missing, unexpected=translation.ignored)
+    loaded = tensor_files.load_strictly(module, tensors, where=where, allow_missing=options.allow_missing)
+    report = tensor_files.LoadReport(loaded=translation.used, missing=loaded.missing, unexpected=translation.ignored)
     description = ExpertDescription(
         encoder=encoder,
         layout=translation.layout.name,
@@ -373,8 +355,10 @@ def _import_released(kind: ReleasedKind, file: ForeignFile, options: ImportOptio
     tensors, counters = _without_wrappers(file.tensors, where=where)
     ours = any(name.startswith("experts.") for name in tensors)
     description = _description(kind, file, tensors, options, ours=ours)
-    load: ModelLoader = load_strictly if ours else load_published
-    model, report = build_described(description, tensors, where=where, load=load, allow_missing=options.allow_missing)
+    load: model_file.ModelLoader = tensor_files.load_strictly if ours else load_published
+    model, report = model_file.build_described(
+        description, tensors, where=where, load=load, allow_missing=options.allow_missing
+    )
     return _Imported(
         module=model,
         config=description.model,
@@ -387,23 +371,25 @@ def _import_released(kind: ReleasedKind, file: ForeignFile, options: ImportOptio
 
 def _description(
     kind: ModelKind, file: ForeignFile, tensors: Mapping[str, Tensor], options: ImportOptions, *, ours: bool
-) -> ModelDescription:
+) -> model_file.ModelDescription:
     """Return what our exports say about themselves, or what shapes tell about files of others."""
     where = str(file.path)
-    written = read_description(file.metadata, where=where)
+    written = model_file.read_description(file.metadata, where=where)
     if written is None and ours:
-        raise WeightsMismatchError(
+        raise tensor_files.WeightsMismatchError(
             f"{where}: expected our names with the model's description, found none in its header"
         )
     if written is None:
-        return released_sizes(kind, tensors, options.sizes, where=where)
+        return model_file.released_sizes(kind, tensors, options.sizes, where=where)
     asked = {name: value for name, value in asdict(options.sizes).items() if name != "target"}
     has = asdict(written.model) | asdict(written.clip)
     wrong = [f"{name} {value} (it has {has[name]})" for name, value in asked.items() if value not in (None, has[name])]
     if written.model.kind != kind:
         wrong.append(f"--kind {kind} (it is {written.model.kind})")
     if wrong:
-        raise WeightsMismatchError(f"{where}: expected the sizes that the file names, found {', '.join(wrong)}")
+        raise tensor_files.WeightsMismatchError(
+            f"{where}: expected the sizes that the file names, found {', '.join(wrong)}"
+        )
     return written
 
 
@@ -437,7 +423,7 @@ class ImportedExperts:
     folder: Path
     """Usually `imported` beside the runs; made when the first name is imported."""
 
-    def get(self, name: str, encoder: EncoderName, sizes: UnwrittenSizes, access: HubAccess) -> Path:
+    def get(self, name: str, encoder: EncoderName, sizes: model_file.UnwrittenSizes, access: HubAccess) -> Path:
         """Return the file of the public checkpoint `name`, fetched and imported the first time it is asked for.
 
         Raises:
@@ -456,16 +442,22 @@ class ImportedExperts:
         try:
             sha256: str = json.loads(note.read_text())["sha256"]
         except (KeyError, TypeError, ValueError) as error:
-            raise WeightsDamageError(f"{note}: cannot read it ({error!r}); remove it to import anew") from error
+            raise tensor_files.WeightsDamageError(
+                f"{note}: cannot read it ({error!r}); remove it to import anew"
+            ) from error
         path = self.folder / f"{sha256}.safetensors"
         if path.is_file():
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != sha256:
-                raise WeightsDamageError(f"{path}: expected that sha256, found {found}; remove it to import anew")
+                raise tensor_files.WeightsDamageError(
+                    f"{path}: expected that sha256, found {found}; remove it to import anew"
+                )
         return path
 
-    def _import(self, name: str, encoder: EncoderName, sizes: UnwrittenSizes, access: HubAccess, note: Path) -> Path:
+    def _import(
+        self, name: str, encoder: EncoderName, sizes: model_file.UnwrittenSizes, access: HubAccess, note: Path
+    ) -> Path:
         fetched = fetch(name, access)
         new = self.folder / f".{note.stem}.{os.getpid()}.safetensors"
         options = ImportOptions(sizes=sizes, origin=fetched.origin)

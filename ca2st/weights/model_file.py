@@ -19,14 +19,8 @@ from ca2st.model.config import EXPERTS, BridgeName, EncoderName, ModelConfig, Mo
 from ca2st.model.network import HolisticModel, build_model
 from ca2st.model.tokens import NUM_AUDIO_PREFIX, audio_patches, clip_grid, pretrained_grid
 from ca2st.spec import ClipSpec
+from ca2st.weights import tensor_files
 from ca2st.weights.published import to_published
-from ca2st.weights.tensor_files import (
-    LoadReport,
-    WeightsDamageError,
-    WeightsMismatchError,
-    load_strictly,
-    write_tensor_file,
-)
 
 MODEL_KEY = "ca2st_model"
 """Metadata key of the description."""
@@ -87,7 +81,7 @@ def read_description(metadata: Mapping[str, str], *, where: str) -> ModelDescrip
         written = from_json(text)
         number = written.get("format", _FORMAT) if isinstance(written, dict) else _FORMAT
         if number != _FORMAT:
-            raise WeightsMismatchError(
+            raise tensor_files.WeightsMismatchError(
                 f"{where}: expected a model of format {_FORMAT}, found {shortened(number)}; use a newer ca2st"
             )
         header = _HEADER.validate_json(text)
@@ -96,7 +90,9 @@ def read_description(metadata: Mapping[str, str], *, where: str) -> ModelDescrip
     except (ValueError, OverflowError) as error:  # the last: a width of hundreds of digits
         if isinstance(error, CA2STError):
             raise
-        raise WeightsDamageError(f"{where}: cannot read the metadata key {MODEL_KEY!r}: {error}") from error
+        raise tensor_files.WeightsDamageError(
+            f"{where}: cannot read the metadata key {MODEL_KEY!r}: {error}"
+        ) from error
     description = ModelDescription(model=header.model, clip=header.clip, targets=header.targets)
     _check_sizes(description, where=where)
     return description
@@ -107,7 +103,7 @@ def _not_understood(error: ValidationError, *, where: str) -> CA2STError:
     mistakes = error.errors(include_url=False)
     if all(mistake["type"] in _NEWER for mistake in mistakes):
         names = [".".join(map(str, mistake["loc"])).removeprefix("model.") for mistake in mistakes]
-        return WeightsMismatchError(
+        return tensor_files.WeightsMismatchError(
             f"{where}: expected settings that this ca2st knows, found {', '.join(sorted(names))}; use a newer ca2st"
         )
     told = [
@@ -115,7 +111,7 @@ def _not_understood(error: ValidationError, *, where: str) -> CA2STError:
         f"found {shortened(mistake['input'])}"
         for mistake in mistakes[:_MOST_MISTAKES]
     ]
-    return WeightsDamageError(f"{where}: cannot read the metadata key {MODEL_KEY!r}: {'; '.join(told)}")
+    return tensor_files.WeightsDamageError(f"{where}: cannot read the metadata key {MODEL_KEY!r}: {'; '.join(told)}")
 
 
 def _check_sizes(description: ModelDescription, *, where: str) -> None:
@@ -135,7 +131,9 @@ def _check_sizes(description: ModelDescription, *, where: str) -> None:
     }
     told = [f"{name} {size} (most: {most})" for name, (size, most) in sizes.items() if size > most]
     if told:
-        raise WeightsDamageError(f"{where}: expected the sizes of a model in its header, found {', '.join(told)}")
+        raise tensor_files.WeightsDamageError(
+            f"{where}: expected the sizes of a model in its header, found {', '.join(told)}"
+        )
 
 
 @runtime_checkable
@@ -144,7 +142,7 @@ class ModelLoader(Protocol):
 
     def __call__(
         self, model: HolisticModel, state: Mapping[str, Tensor], /, *, where: str, allow_missing: Sequence[str] = ()
-    ) -> LoadReport:
+    ) -> tensor_files.LoadReport:
         """Put all of `state` into `model`, or nothing."""
 
 
@@ -153,9 +151,9 @@ def build_described(
     tensors: Mapping[str, Tensor],
     *,
     where: str,
-    load: ModelLoader = load_strictly,
+    load: ModelLoader = tensor_files.load_strictly,
     allow_missing: Sequence[str] = (),
-) -> tuple[HolisticModel, LoadReport]:
+) -> tuple[HolisticModel, tensor_files.LoadReport]:
     """A model as described, with `tensors` in it; nothing is allocated before all names and shapes are those described.
 
     Raises:
@@ -164,7 +162,7 @@ def build_described(
     """
     config, clip, targets = description.model, description.clip, description.targets
     if config.depth > len(tensors):
-        raise WeightsMismatchError(
+        raise tensor_files.WeightsMismatchError(
             f"{where}: expected the tensors of {config.depth} layers, as described, found {len(tensors)} in all"
         )
     with torch.device("meta"):
@@ -172,7 +170,7 @@ def build_described(
     load(tried, tensors, where=where, allow_missing=allow_missing)
     left = sum(x.numel() for x in (*tried.parameters(), *tried.buffers())) - sum(x.numel() for x in tensors.values())
     if left > _MOST_LEFT_OPEN:
-        raise WeightsDamageError(
+        raise tensor_files.WeightsDamageError(
             f"{where}: expected at most {_MOST_LEFT_OPEN} numbers that the file does not give, found {left}"
         )
     model = build_model(config, clip, targets)
@@ -186,7 +184,7 @@ def refuse_published_names(names: Iterable[str], description: ModelDescription, 
         WeightsMismatchError: saying how to translate them.
     """
     if not any(name.startswith("experts.") for name in names):
-        raise WeightsMismatchError(
+        raise tensor_files.WeightsMismatchError(
             f"{path}: expected tensors under our names (experts.*), found none: published names; run "
             f"`ca2st weights import --kind {description.model.kind} {path} --out OURS.safetensors` first and give that"
         )
@@ -219,7 +217,9 @@ def export_model(
         EnvironmentFault: the file cannot be written.
     """
     tensors = to_published(model) if names == "published" else model.state_dict()
-    sha256 = write_tensor_file(out, tensors, metadata=ModelDescription.of(model).metadata() | dict(notes or {}))
+    sha256 = tensor_files.write_tensor_file(
+        out, tensors, metadata=ModelDescription.of(model).metadata() | dict(notes or {})
+    )
     return ExportReport(out=out, names=names, num_tensors=len(tensors), sha256=sha256)
 
 
@@ -349,14 +349,14 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, *, ndim: int, where: str)
     """
     if name not in tensors:
         found = ", ".join(sorted(tensors)[:6])
-        raise WeightsMismatchError(
+        raise tensor_files.WeightsMismatchError(
             f"{where}: expected the tensor {name}, which decides a size, found none (but {found}, ...); check --kind"
         )
     shape = tuple(tensors[name].shape)
     while len(shape) > ndim and shape[0] == 1:
         shape = shape[1:]
     if len(shape) != ndim or 0 in shape:
-        raise WeightsMismatchError(
+        raise tensor_files.WeightsMismatchError(
             f"{where}: {name}: expected {ndim} axes that are not empty, found shape {list(tensors[name].shape)}"
         )
     return shape
@@ -365,15 +365,17 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, *, ndim: int, where: str)
 def _depth(names: Iterable[str], pattern: str, *, where: str) -> int:
     layers = {int(match[1]) for name in names if (match := re.match(pattern, name))}
     if not layers:
-        raise WeightsMismatchError(f"{where}: expected at least one layer, found none; check --kind")
+        raise tensor_files.WeightsMismatchError(f"{where}: expected at least one layer, found none; check --kind")
     if absent := sorted(set(range(max(layers) + 1)) - layers)[:8]:
-        raise WeightsMismatchError(f"{where}: expected all layers up to {max(layers)}, found none of number {absent}")
+        raise tensor_files.WeightsMismatchError(
+            f"{where}: expected all layers up to {max(layers)}, found none of number {absent}"
+        )
     return max(layers) + 1
 
 
 def _num_heads(dim: int, sizes: UnwrittenSizes, *, where: str) -> int:
     if sizes.num_heads is None and dim % HEAD_DIM:
-        raise WeightsMismatchError(
+        raise tensor_files.WeightsMismatchError(
             f"{where}: expected a width that is a multiple of {HEAD_DIM} features per head, found {dim}; give --heads"
         )
     return sizes.num_heads or dim // HEAD_DIM
@@ -383,11 +385,11 @@ def _crop_size(tensors: Mapping[str, Tensor], name: str, patch: int, sizes: Unwr
     rows = shape_of(tensors, name, ndim=2, where=where)[0]
     side = math.isqrt(max(rows - 1, 0))
     if side * side != rows - 1 or not side:
-        raise WeightsMismatchError(
+        raise tensor_files.WeightsMismatchError(
             f"{where}: {name}: expected one cls token and a square of patches, found {rows} rows"
         )
     if sizes.crop_size not in (None, side * patch):
-        raise WeightsMismatchError(
+        raise tensor_files.WeightsMismatchError(
             f"{where}: expected crops of {sizes.crop_size} pixels as asked, found positions for {side * patch}"
         )
     return side * patch
@@ -399,7 +401,9 @@ def _num_frames(kind: ModelKind, tensors: Mapping[str, Tensor], last: str, sizes
     table = "s_t_b_cast.r2l_cross.clip_time_pos" if kind == "ca2st" else "t2s_cross.clip_time_pos"
     found = 2 * shape_of(tensors, last + table, ndim=2, where=where)[0]
     if sizes.num_frames not in (None, found):
-        raise WeightsMismatchError(f"{where}: expected {sizes.num_frames} frames as asked, found tables for {found}")
+        raise tensor_files.WeightsMismatchError(
+            f"{where}: expected {sizes.num_frames} frames as asked, found tables for {found}"
+        )
     return found
 
 
@@ -408,13 +412,13 @@ def _mel_rows(config: ModelConfig, tensors: Mapping[str, Tensor], sizes: Unwritt
     frequencies = audio_patches(config, ClipSpec())[0]
     columns, rest = divmod(tokens, frequencies)
     if rest or columns < 1:
-        raise WeightsMismatchError(
+        raise tensor_files.WeightsMismatchError(
             f"{where}: ast_pos_embed: expected a grid of {frequencies} rows, found {tokens} patches"
         )
     least = least_mel_rows(config, columns)
     fitting = range(least, least + config.audio_stride)
     if sizes.mel_rows is not None and sizes.mel_rows not in fitting:
-        raise WeightsMismatchError(
+        raise tensor_files.WeightsMismatchError(
             f"{where}: expected positions for {sizes.mel_rows} mel rows, found them for {least} to {fitting[-1]}"
         )
     return sizes.mel_rows or next((rows for rows in _USUAL_MEL_ROWS if rows in fitting), least)

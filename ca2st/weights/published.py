@@ -33,16 +33,7 @@ from ca2st.model.layers import bottleneck_name
 from ca2st.model.network import HolisticModel, ModelOutput, build_model, head_inputs, is_verb_noun
 from ca2st.model.tokens import clip_grid, pretrained_grid
 from ca2st.spec import ClipSpec
-from ca2st.weights.tensor_files import (
-    LoadReport,
-    TensorFile,
-    WeightsDamageError,
-    WeightsMismatchError,
-    load_strictly,
-    read_tensor_file,
-    refuse_mismatch,
-    without_leading_ones,
-)
+from ca2st.weights import tensor_files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -301,7 +292,7 @@ def published_names(config: ModelConfig, targets: Sequence[TargetSpec]) -> dict[
 
 def load_published(
     model: HolisticModel, state: Mapping[str, Tensor], *, where: str, allow_missing: Sequence[str] = ()
-) -> LoadReport:
+) -> tensor_files.LoadReport:
     """Put the tensors of a released checkpoint into `model`, all or nothing; the report speaks published names.
 
     `audio_ln_post.*`, which the method never uses, is the only thing left aside. `allow_missing` are patterns of our
@@ -312,18 +303,18 @@ def load_published(
     """
     names = _names_of(model)
     unexpected = sorted(state.keys() - names.keys() - NEVER_USED)
-    refuse_mismatch({"unexpected": unexpected}, where=where)
+    tensor_files.refuse_mismatch({"unexpected": unexpected}, where=where)
     own = model.state_dict()
     translated: dict[str, Tensor] = {}
     for theirs, ours in names.items():
         if theirs in state:
-            tensor = without_leading_ones(state[theirs], own[ours].ndim)
+            tensor = tensor_files.without_leading_ones(state[theirs], own[ours].ndim)
             _check_agreement(translated.get(ours), tensor, theirs=theirs, where=where)
             translated[ours] = tensor
     incomplete = sorted(theirs for theirs, ours in names.items() if ours in translated and theirs not in state)
-    refuse_mismatch({"missing": incomplete}, where=where)
-    report = load_strictly(model, translated, where=where, allow_missing=allow_missing)
-    return LoadReport(
+    tensor_files.refuse_mismatch({"missing": incomplete}, where=where)
+    report = tensor_files.load_strictly(model, translated, where=where, allow_missing=allow_missing)
+    return tensor_files.LoadReport(
         loaded=tuple(sorted(state.keys() & names.keys())),
         missing=tuple(sorted(theirs for theirs, ours in names.items() if ours in report.missing)),
         unexpected=tuple(sorted(state.keys() & NEVER_USED)),
@@ -420,7 +411,7 @@ def _below(theirs: str, ours: str, pairs: Mapping[str, str]) -> dict[str, str]:
 
 def _check_agreement(first: Tensor | None, second: Tensor, *, theirs: str, where: str) -> None:
     if first is not None and not torch.equal(first, second):
-        raise WeightsMismatchError(
+        raise tensor_files.WeightsMismatchError(
             f"{where}: {theirs} is shared with another name, expected equal values under both, found different ones; "
             "the file does not come from a model with shared down and up projections"
         )
@@ -479,10 +470,10 @@ def check_golden(paths: Sequence[Path], *, tolerance: float = TOLERANCE) -> list
         UserInputError: a file is missing, is no golden file, or its weights do not fit the model it describes.
         WeightsDamageError: a file is not a whole safetensors file.
     """
-    return [_check(read_tensor_file(path), tolerance=tolerance) for path in paths]
+    return [_check(tensor_files.read_tensor_file(path), tolerance=tolerance) for path in paths]
 
 
-def golden_model(file: TensorFile) -> HolisticModel:
+def golden_model(file: tensor_files.TensorFile) -> HolisticModel:
     """Return the model that a golden file describes, with its weights, in evaluation mode.
 
     Raises:
@@ -502,7 +493,7 @@ def golden_model(file: TensorFile) -> HolisticModel:
     return model.eval()
 
 
-def golden_output(model: HolisticModel, file: TensorFile) -> ModelOutput:
+def golden_output(model: HolisticModel, file: tensor_files.TensorFile) -> ModelOutput:
     """Return what `model` says about the input of a golden file."""
     recipe, clip = _recipe(file), model.clip
     frames, side = clip.num_frames, clip.crop_size
@@ -516,7 +507,7 @@ def golden_output(model: HolisticModel, file: TensorFile) -> ModelOutput:
     return output
 
 
-def _check(file: TensorFile, *, tolerance: float) -> GoldenReport:
+def _check(file: tensor_files.TensorFile, *, tolerance: float) -> GoldenReport:
     output = golden_output(golden_model(file), file)
     differences = {
         name: _largest_difference(_found(output, name, where=file.path), expected)
@@ -541,14 +532,14 @@ def _largest_difference(ours: Tensor, expected: Tensor) -> float:
     return float((ours.double() - expected.double()).abs().max())
 
 
-def _tensors_below(file: TensorFile, prefix: str) -> dict[str, Tensor]:
+def _tensors_below(file: tensor_files.TensorFile, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in file.tensors.items() if name.startswith(prefix)}
 
 
-def _recipe(file: TensorFile) -> _Recipe:
+def _recipe(file: tensor_files.TensorFile) -> _Recipe:
     if "golden" not in file.metadata:
         raise UserInputError(f"{file.path}: expected a golden file (metadata key 'golden'), found none; see its README")
     try:
         return _Recipe(**json.loads(file.metadata["golden"]))
     except (ValueError, TypeError) as error:
-        raise WeightsDamageError(f"{file.path}: cannot read the metadata key 'golden': {error}") from error
+        raise tensor_files.WeightsDamageError(f"{file.path}: cannot read the metadata key 'golden': {error}") from error

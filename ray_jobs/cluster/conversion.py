@@ -13,17 +13,7 @@ from pathlib import Path
 
 from ca2st.durable import NO_FAULTS, FaultPoints
 from ca2st.errors import UserInputError
-from ray_jobs.cluster.node_check import (
-    NodeFacts,
-    by_name,
-    finding,
-    judge_data,
-    judge_storage,
-    judge_versions,
-    refuse,
-    split_answers,
-    try_storage,
-)
+from ray_jobs.cluster import node_check
 from ray_jobs.cluster.ray_access import LOCAL, Node, RayAccess, ask_every_node, living_nodes, ray_session, this_node
 from ray_jobs.console import convert_shown, say
 from ray_jobs.doctor import Finding
@@ -92,12 +82,12 @@ def joined_pool(source: SourceList, num_workers: int | None, setup: ShardSetup) 
     probe = probe_of(source, setup.config)
     say(f"{num_workers} workers on {len(nodes)} nodes, each of which tries {len(probe.jobs)} clips first")
     if isinstance(setup.out, Path):
-        shared = judge_storage(str(setup.out), try_storage(str(setup.out), nodes))
-        refuse(shared, "every node to write into the folder of --out", error=UnlikeNodeError)
+        shared = node_check.judge_storage(str(setup.out), node_check.try_storage(str(setup.out), nodes))
+        node_check.refuse(shared, "every node to write into the folder of --out", error=UnlikeNodeError)
     here = try_clips(probe)
     seconds = _COLD_SECONDS + len(probe.jobs) * probe.timeout_seconds
-    found, silence = split_answers(ask_every_node(try_clips, probe, nodes=nodes, timeout_seconds=seconds))
-    refuse_other_clips(probe, here, by_name(found), silence)
+    found, silence = node_check.split_answers(ask_every_node(try_clips, probe, nodes=nodes, timeout_seconds=seconds))
+    refuse_other_clips(probe, here, node_check.by_name(found), silence)
     vet, vetted = partial(check_this_node, probe, here), [node.node_id for node in nodes]
     with RayShards(setup, num_workers=num_workers, vet=vet, vetted=vetted) as pool:
         yield pool
@@ -145,7 +135,7 @@ def probe_of(source: SourceList, config: ConversionConfig) -> Probe:
     )
 
 
-def try_clips(probe: Probe) -> NodeFacts:
+def try_clips(probe: Probe) -> node_check.NodeFacts:
     """Return what the machine this is called on makes of `probe`.
 
     Raises:
@@ -157,10 +147,10 @@ def try_clips(probe: Probe) -> NodeFacts:
         clips = tuple(_hash_of(clip) for clip in pool.map(probe.jobs))
     sizes = {path: _size_of(path) for path in probe.paths}
     data = {str(path): f"{size} bytes" for path, size in sizes.items() if size is not None}
-    return NodeFacts(versions=tool_versions(), data=data, clips=clips)
+    return node_check.NodeFacts(versions=tool_versions(), data=data, clips=clips)
 
 
-def check_this_node(probe: Probe, here: NodeFacts) -> None:
+def check_this_node(probe: Probe, here: node_check.NodeFacts) -> None:
     """Compare the node this is called on, which joined later, with `here`: the machine that runs the conversion.
 
     Raises:
@@ -170,7 +160,7 @@ def check_this_node(probe: Probe, here: NodeFacts) -> None:
 
 
 def refuse_other_clips(
-    probe: Probe, here: NodeFacts, there: Mapping[str, NodeFacts], silence: Sequence[Finding] = ()
+    probe: Probe, here: node_check.NodeFacts, there: Mapping[str, node_check.NodeFacts], silence: Sequence[Finding] = ()
 ) -> None:
     """Refuse nodes that do not make the same of a probe as this machine.
 
@@ -178,14 +168,14 @@ def refuse_other_clips(
         UnlikeNodeError: a node gave no answer (`silence`), does not see the media, or would write other bytes.
     """
     expected = "every node to convert as this machine does"
-    findings = [*silence, *judge_data(here, there), *judge_versions(here.versions, there)]
-    refuse(findings, expected, error=UnlikeNodeError)
+    findings = [*silence, *node_check.judge_data(here, there), *node_check.judge_versions(here.versions, there)]
+    node_check.refuse(findings, expected, error=UnlikeNodeError)
     fix = "is the processor of another type? take the node out of the cluster"
     for node, facts in there.items():
         for job, ours, theirs in zip(probe.jobs, here.clips, facts.clips, strict=True):
             wrong = f"converts {job.path} to other bytes under equal versions" if ours != theirs else ""
-            findings.append(finding("clips", node, wrong, fix=fix))
-    refuse(findings, expected, error=UnlikeNodeError)
+            findings.append(node_check.finding("clips", node, wrong, fix=fix))
+    node_check.refuse(findings, expected, error=UnlikeNodeError)
 
 
 def _size_of(path: Path) -> int | None:

@@ -20,15 +20,7 @@ from typing import Any, TypeVar
 
 from ca2st.durable import write_bytes
 from ca2st.errors import CA2STError, EnvironmentFault
-from ray_jobs.cluster.ray_access import (
-    Node,
-    NodeFailure,
-    ask_every_node,
-    gathered,
-    living_nodes,
-    this_node,
-    who_listens,
-)
+from ray_jobs.cluster import ray_access
 from ray_jobs.doctor import Finding, check_folder, examine, machine_checks
 from ray_jobs.environment import versions
 
@@ -78,8 +70,10 @@ def examine_cluster(storage: Sequence[str] = ()) -> list[Finding]:
 
     `storage`: absolute paths of folders that all nodes should share.
     """
-    nodes = living_nodes()
-    found, silence = split_answers(ask_every_node(examine_machine, nodes=nodes, timeout_seconds=_EXAMINATION_SECONDS))
+    nodes = ray_access.living_nodes()
+    found, silence = split_answers(
+        ray_access.ask_every_node(examine_machine, nodes=nodes, timeout_seconds=_EXAMINATION_SECONDS)
+    )
     findings = _whole(nodes) + silence + [one for facts in found.values() for one in facts.findings]
     findings += judge_versions(versions(), by_name(found))
     findings += judge_gpus({node: facts.num_gpus for node, facts in found.items()})
@@ -88,14 +82,14 @@ def examine_cluster(storage: Sequence[str] = ()) -> list[Finding]:
     return findings + _between(list(found))
 
 
-def check_training_nodes(recipe: Mapping[str, Any], folder: Path, nodes: Sequence[Node]) -> None:
+def check_training_nodes(recipe: Mapping[str, Any], folder: Path, nodes: Sequence[ray_access.Node]) -> None:
     """Compare code, data and run folder of `nodes` with this process's; `folder` lies in the run folder.
 
     Raises:
         EnvironmentFault: a node gives no answer, has other versions or other data, or does not share the folder.
     """
     here = look_at_data(recipe)
-    found, silence = split_answers(ask_every_node(look_at_data, dict(recipe), nodes=nodes))
+    found, silence = split_answers(ray_access.ask_every_node(look_at_data, dict(recipe), nodes=nodes))
     refuse(
         silence
         + judge_versions(here.versions, by_name(found))
@@ -110,7 +104,7 @@ def check_training_nodes(recipe: Mapping[str, Any], folder: Path, nodes: Sequenc
 
 def examine_machine() -> NodeFacts:
     """Try all that a training needs of the machine this is called on; what is missing there is a finding."""
-    node = this_node().name
+    node = ray_access.this_node().name
     folder = partial(check_folder, "disk temporary", Path(tempfile.gettempdir()))
     findings = examine({**machine_checks(), "disk temporary": folder})
     return NodeFacts(
@@ -174,7 +168,7 @@ def judge_data(here: NodeFacts, there: Mapping[str, NodeFacts]) -> list[Finding]
     return findings
 
 
-def judge_gpus(seen: Mapping[Node, int]) -> list[Finding]:
+def judge_gpus(seen: Mapping[ray_access.Node, int]) -> list[Finding]:
     """Judge whether Ray gives out the GPUs that torch finds on a node; fewer may be what the user wants."""
     return [
         Finding(
@@ -252,14 +246,14 @@ def refuse(findings: Sequence[Finding], expected: str, *, error: type[Environmen
 # Between the nodes.
 
 
-def try_storage(folder: str, nodes: Sequence[Node]) -> dict[str, str]:
+def try_storage(folder: str, nodes: Sequence[ray_access.Node]) -> dict[str, str]:
     """Have each of `nodes`, and this process, write a file into `folder` and look for those of all that could.
 
     Returns:
         By node, what is wrong with the folder there; empty where nothing is.
     """
     prefix = str(Path(folder) / f".ca2st-{uuid.uuid4().hex}-")
-    mine, ask = f"{prefix}here", partial(ask_every_node, nodes=nodes, timeout_seconds=_ANSWER_SECONDS)
+    mine, ask = f"{prefix}here", partial(ray_access.ask_every_node, nodes=nodes, timeout_seconds=_ANSWER_SECONDS)
     owners = {mine: _HERE} | {f"{prefix}{node.node_id}": node.name for node in nodes}
     try:
         problems = {_HERE: write_token(mine), **_words(ask(write_own_token, prefix))}
@@ -269,25 +263,28 @@ def try_storage(folder: str, nodes: Sequence[Node]) -> dict[str, str]:
         ask(remove_own_token, prefix)
         remove_token(mine)
     for owner, answer in unseen.items():
-        if isinstance(answer, NodeFailure):
+        if isinstance(answer, ray_access.NodeFailure):
             problems[owner] = problems[owner] or answer.what
         elif not problems[owner]:
             problems[owner] = ", ".join(f"does not see the file of {owners[place]}" for place in answer)
     return problems
 
 
-def _words(asked: Mapping[Node, str | NodeFailure]) -> dict[str, str]:
-    return {node.name: answer.what if isinstance(answer, NodeFailure) else answer for node, answer in asked.items()}
+def _words(asked: Mapping[ray_access.Node, str | ray_access.NodeFailure]) -> dict[str, str]:
+    return {
+        node.name: answer.what if isinstance(answer, ray_access.NodeFailure) else answer
+        for node, answer in asked.items()
+    }
 
 
 def write_own_token(prefix: str) -> str:
     """Run `write_token` for the node this is called on."""
-    return write_token(f"{prefix}{this_node().node_id}")
+    return write_token(f"{prefix}{ray_access.this_node().node_id}")
 
 
 def remove_own_token(prefix: str) -> None:
     """Run `remove_token` for the node this is called on."""
-    remove_token(f"{prefix}{this_node().node_id}")
+    remove_token(f"{prefix}{ray_access.this_node().node_id}")
 
 
 def write_token(place: str) -> str:
@@ -337,7 +334,7 @@ class Door:
 
     def open(self) -> tuple[str, int]:
         """Listen on a free port of the address that the cluster knows this node by."""
-        self._socket = socket.create_server((this_node().address, 0))
+        self._socket = socket.create_server((ray_access.this_node().address, 0))
         address, port = self._socket.getsockname()
         return address, port
 
@@ -356,42 +353,44 @@ class Door:
         return found
 
 
-def _between(nodes: Sequence[Node]) -> list[Finding]:
+def _between(nodes: Sequence[ray_access.Node]) -> list[Finding]:
     """Judge connections and clocks, by an actor on every node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     actor = ray.remote(num_cpus=0, max_restarts=0)(Door)
-    doors: dict[Node, Any] = {
+    doors: dict[ray_access.Node, Any] = {
         node: actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote()
         for node in nodes
     }
     try:
         opened = {doors[node].open.remote(): node for node in nodes}
-        places, silence = split_answers(gathered(opened, timeout_seconds=_ANSWER_SECONDS))
+        places, silence = split_answers(ray_access.gathered(opened, timeout_seconds=_ANSWER_SECONDS))
         clocks = _clocks({node: doors[node] for node in places})
         asked = {doors[node].out_of_reach.remote(by_name(places)): node for node in places}
-        closed, lost = split_answers(gathered(asked, timeout_seconds=_ANSWER_SECONDS + _REACH_SECONDS * len(places)))
+        closed, lost = split_answers(
+            ray_access.gathered(asked, timeout_seconds=_ANSWER_SECONDS + _REACH_SECONDS * len(places))
+        )
     finally:
         for door in doors.values():
             ray.kill(door)
     return [*judge_reach(by_name(closed)), *judge_clocks(clocks), *silence, *lost]
 
 
-def _clocks(doors: Mapping[Node, Any]) -> dict[str, ClockReading]:
+def _clocks(doors: Mapping[ray_access.Node, Any]) -> dict[str, ClockReading]:
     """Ask each node's clock, one after the other: an answer that waits for another one's would look late."""
     readings = {}
     for node, door in doors.items():
         before = time.time()
-        answer = gathered({door.seconds.remote(): node}, timeout_seconds=_ANSWER_SECONDS)[node]
+        answer = ray_access.gathered({door.seconds.remote(): node}, timeout_seconds=_ANSWER_SECONDS)[node]
         after = time.time()
-        if not isinstance(answer, NodeFailure):
+        if not isinstance(answer, ray_access.NodeFailure):
             ahead = answer - (before + after) / 2
             readings[node.name] = ClockReading(ahead_seconds=ahead, error_seconds=(after - before) / 2)
     return readings
 
 
-def _whole(nodes: Sequence[Node]) -> list[Finding]:
+def _whole(nodes: Sequence[ray_access.Node]) -> list[Finding]:
     """Say how large the cluster is, and whether it asks for a token."""
     import ray
 
@@ -403,7 +402,7 @@ def _whole(nodes: Sequence[Node]) -> list[Finding]:
         f"{total['memory'] / _GIB:.0f} GiB memory"
     )
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-    is_closed = who_listens(host.strip("[]"), int(port), token="") != "open cluster"
+    is_closed = ray_access.who_listens(host.strip("[]"), int(port), token="") != "open cluster"
     return [
         Finding(name="ray cluster", ok=True, what=what),
         Finding(
@@ -416,17 +415,19 @@ def _whole(nodes: Sequence[Node]) -> list[Finding]:
     ]
 
 
-def split_answers(asked: Mapping[Node, T | NodeFailure]) -> tuple[dict[Node, T], list[Finding]]:
+def split_answers(
+    asked: Mapping[ray_access.Node, T | ray_access.NodeFailure],
+) -> tuple[dict[ray_access.Node, T], list[Finding]]:
     """Split the answers of nodes from what is to be said of those that gave none."""
     fix = "see to the node, install ca2st there as here, or take it out of the cluster"
     silence = [
         Finding(name="answer", ok=False, what=answer.what, fix=fix, node=node.name)
         for node, answer in asked.items()
-        if isinstance(answer, NodeFailure)
+        if isinstance(answer, ray_access.NodeFailure)
     ]
-    return {node: answer for node, answer in asked.items() if not isinstance(answer, NodeFailure)}, silence
+    return {node: answer for node, answer in asked.items() if not isinstance(answer, ray_access.NodeFailure)}, silence
 
 
-def by_name(found: Mapping[Node, T]) -> dict[str, T]:
+def by_name(found: Mapping[ray_access.Node, T]) -> dict[str, T]:
     """Return what was found by the names of the nodes."""
     return {node.name: what for node, what in found.items()}

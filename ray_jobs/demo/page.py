@@ -18,19 +18,7 @@ from ray_jobs.config.recipe import Recipe
 from ray_jobs.config.recipe_file import stored_recipe
 from ray_jobs.demo.answers import Answers, DemoReport, Factors, factors_of_set, next_steps, read_all_answers, shown
 from ray_jobs.demo.comparison import COMPARED, ComparisonRow
-from ray_jobs.pages.charts import (
-    Chart,
-    Curve,
-    Frame,
-    Level,
-    Line,
-    Mark,
-    Pictures,
-    page_environment,
-    places,
-    read_pictures,
-    thinned,
-)
+from ray_jobs.pages import charts
 from sharding.format.index import sample_key
 from sharding.format.shard_set import read_manifest, read_shard_set
 from sharding.synthetic.factors import ceilings
@@ -161,9 +149,9 @@ class ConfusionChart:
     num_clips: int
     cells: list[Cell]
     kinds: list[Kind]
-    blocks: list[Mark]
+    blocks: list[charts.Mark]
     """Classes of the first factor."""
-    inner: list[Mark]
+    inner: list[charts.Mark]
     """Classes of the second within each."""
     step: float
     """Side of a cell."""
@@ -195,10 +183,13 @@ def confusion_chart(answers: Answers, factors: Factors) -> ConfusionChart:
         ],
         kinds=[Kind(key=key, says=says, count=kinds.count(key)) for key, says in _KINDS.items()],
         blocks=[
-            Mark(at=SIDE * (index + 0.5) / first, label=shown(name)) for index, name in enumerate(factors.classes[0])
+            charts.Mark(at=SIDE * (index + 0.5) / first, label=shown(name))
+            for index, name in enumerate(factors.classes[0])
         ],
         inner=[
-            Mark(at=SIDE * (block * second + index + 0.5) / (first * second), label=_ARROWS.get(name, shown(name)))
+            charts.Mark(
+                at=SIDE * (block * second + index + 0.5) / (first * second), label=_ARROWS.get(name, shown(name))
+            )
             for block in range(first)
             for index, name in enumerate(factors.classes[1])
         ],
@@ -229,7 +220,7 @@ class SampleClip:
     answers: list[Answer]
     alike: int
     """Clips of the test set, this one included, on which the same models were right."""
-    pictures: Pictures
+    pictures: charts.Pictures
 
 
 def choose_clips(answers: Sequence[Answers], *, most: int = 6) -> list[tuple[int, int]]:
@@ -255,7 +246,7 @@ def sample_clips(answers: Sequence[Answers], factors: Factors, shards: Path, *, 
     """
     chosen = choose_clips(answers, most=most)
     keys = answers[0].keys
-    pictures = read_pictures(read_shard_set(shards), [keys[sample] for sample, _ in chosen])
+    pictures = charts.read_pictures(read_shard_set(shards), [keys[sample] for sample, _ in chosen])
     return [
         SampleClip(
             key=keys[sample],
@@ -272,7 +263,7 @@ def sample_clips(answers: Sequence[Answers], factors: Factors, shards: Path, *, 
 class LossChart:
     """The losses of all runs, with their figures."""
 
-    chart: Chart
+    chart: charts.Chart
     guess: float
     """The loss of a model that knows nothing."""
     least: Mapping[str, float]
@@ -311,8 +302,8 @@ def loss_chart(
     last = max((step for steps in losses.values() for step, _ in steps), default=1)
     highest = max([guess, *(loss for steps in losses.values() for _, loss in steps)])
     top = 0.5 * math.ceil(highest / 0.5 + 1e-9)
-    frame = Frame(x_range=(0, last), y_range=(0, top), height=360)
-    faint, strong, final = list[Line](), list[Line](), dict[str, float]()
+    frame = charts.Frame(x_range=(0, last), y_range=(0, top), height=360)
+    faint, strong, final = list[charts.Line](), list[charts.Line](), dict[str, float]()
     for model, steps in losses.items():
         mean = smoothed([loss for _, loss in steps], reach=max(1, len(steps) // 20))
         of_steps = tuple((step, loss) for (step, _), loss in zip(steps, mean, strict=True))
@@ -322,16 +313,18 @@ def loss_chart(
     floors_drawn = [
         _floor(frame, model, floors[model], place) for place, model in enumerate(reversed([*losses]), start=1)
     ]
-    knows_nothing = Level(css="guess", y=frame.y(guess), left=frame.left, right=frame.right, text="knows nothing")
-    chart = Chart(
+    knows_nothing = charts.Level(
+        css="guess", y=frame.y(guess), left=frame.left, right=frame.right, text="knows nothing"
+    )
+    chart = charts.Chart(
         title="Loss",
         says="Training loss by step, a line per model",
         x_label="training step",
         y_label="loss (nats)",
         frame=frame,
         lines=[*faint, *strong],
-        x_marks=[Mark(at=frame.x(step), label=f"{step:g}") for step in places(0, last, whole=True)],
-        y_marks=[Mark(at=frame.y(loss), label=str(loss)) for loss in range(math.floor(top) + 1)],
+        x_marks=[charts.Mark(at=frame.x(step), label=f"{step:g}") for step in charts.places(0, last, whole=True)],
+        y_marks=[charts.Mark(at=frame.y(loss), label=str(loss)) for loss in range(math.floor(top) + 1)],
         levels=[knows_nothing, *floors_drawn],
     )
     return LossChart(chart=chart, guess=guess, least=floors, final=final)
@@ -359,7 +352,7 @@ def render_demo_page(report: DemoReport) -> str:
     factors, answers = factors_of_set(manifest), read_all_answers(report.runs)
     recipe = recipe_of_run(report.runs[-1])
     assert recipe.data.train is not None  # the contest names its shards
-    environment = page_environment()
+    environment = charts.page_environment()
     environment.filters["shown"] = shown
     return environment.get_template("demo.html").render(
         version=__version__,
@@ -428,16 +421,16 @@ def _answer(answers: Answers, factors: Factors, sample: int) -> Answer:
     )
 
 
-def _line(frame: Frame, model: str, values: Curve, *, is_faint: bool = False) -> Line:
-    points = frame.points(thinned(values), lambda step, loss: f"step {step:g}: {loss:.2f}")
-    return Line(css=f"m-{model}", name=MODEL_NAMES[model], points=points, is_faint=is_faint)
+def _line(frame: charts.Frame, model: str, values: charts.Curve, *, is_faint: bool = False) -> charts.Line:
+    points = frame.points(charts.thinned(values), lambda step, loss: f"step {step:g}: {loss:.2f}")
+    return charts.Line(css=f"m-{model}", name=MODEL_NAMES[model], points=points, is_faint=is_faint)
 
 
-def _floor(frame: Frame, model: str, loss: float, place: int) -> Level:
+def _floor(frame: charts.Frame, model: str, loss: float, place: int) -> charts.Level:
     """Return a short mark at the right end, beside those of the other models."""
     left = frame.right - 20 * place
     title = f"{MODEL_NAMES[model]}: least loss {loss:.2f}"
-    return Level(css=f"m-{model}", y=frame.y(loss), left=left, right=left + 17, title=title)
+    return charts.Level(css=f"m-{model}", y=frame.y(loss), left=left, right=left + 17, title=title)
 
 
 def _truth(answers: Answers, factors: Factors, video: str) -> str | None:

@@ -19,18 +19,8 @@ from ca2st.checked_json import DocumentError, canonical_json, checked, parse_jso
 from ca2st.durable import NO_FAULTS, FaultPoints, write_bytes
 from ca2st.errors import EnvironmentFault, listed
 from sharding.errors import ManifestError, ShardDamageError
+from sharding.format import remote
 from sharding.format.index import read_parquet
-from sharding.format.remote import (
-    Files,
-    Location,
-    RemoteFileMissingError,
-    RemoteFiles,
-    RemoteFolder,
-    Retrier,
-    StorageConfig,
-    as_location,
-    files_of,
-)
 
 FORMAT_NAME = "ca2st-shards"
 FORMAT_VERSION = 1
@@ -318,9 +308,9 @@ class ShardSet:
     """Folder of the shards; of a remote set its folder in this machine's cache, filled when shards are first needed."""
     manifest: Manifest
     shards: tuple[ShardEntry, ...]
-    origin: RemoteFolder | None = None
+    origin: remote.RemoteFolder | None = None
     """Where a remote set comes from."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
+    storage: remote.StorageConfig = field(default_factory=remote.StorageConfig)
     """How a remote set is kept on this machine."""
 
     @property
@@ -330,7 +320,7 @@ class ShardSet:
 
 
 def write_shard_set(
-    place: Location | Files,
+    place: remote.Location | remote.Files,
     manifest_fields: Mapping[str, Any],
     shards: tuple[ShardEntry, ...],
     *,
@@ -341,7 +331,7 @@ def write_shard_set(
     `manifest_fields` are Manifest's fields except `num_samples`, `num_shards` and `shards_sha256`, which follow
     from `shards`.
     """
-    files = files_of(place)
+    files = remote.files_of(place)
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([asdict(shard) for shard in shards], schema=_SHARDS_SCHEMA), sink)
     data = sink.getvalue()
@@ -356,7 +346,7 @@ def write_shard_set(
     return manifest
 
 
-def read_shard_set(place: str | Path | RemoteFolder, *, storage: StorageConfig | None = None) -> ShardSet:
+def read_shard_set(place: str | Path | remote.RemoteFolder, *, storage: remote.StorageConfig | None = None) -> ShardSet:
     """Read and check ``manifest.json`` and ``shards.parquet``; shards themselves are not opened.
 
     Args:
@@ -368,10 +358,12 @@ def read_shard_set(place: str | Path | RemoteFolder, *, storage: StorageConfig |
         ShardDamageError: the manifest or the shard table is not what its hash says.
         EnvironmentFault: the URL cannot be read, or the cache not be written.
     """
-    location = as_location(place)
-    if isinstance(location, RemoteFolder):
-        settings = storage or StorageConfig()
-        return _read_remote(RemoteFiles(folder=location, retrier=Retrier(config=settings.retry)), settings)
+    location = remote.as_location(place)
+    if isinstance(location, remote.RemoteFolder):
+        settings = storage or remote.StorageConfig()
+        return _read_remote(
+            remote.RemoteFiles(folder=location, retrier=remote.Retrier(config=settings.retry)), settings
+        )
     manifest = read_manifest(location)
     path = location / manifest.table
     try:
@@ -381,18 +373,18 @@ def read_shard_set(place: str | Path | RemoteFolder, *, storage: StorageConfig |
     return ShardSet(root=location, manifest=manifest, shards=_parse_table(data, manifest, where=str(path)))
 
 
-def _read_remote(files: RemoteFiles, storage: StorageConfig) -> ShardSet:
+def _read_remote(files: remote.RemoteFiles, storage: remote.StorageConfig) -> ShardSet:
     """The set behind a URL; its folder in the cache is named by the manifest's hash, so no other set is ever in it."""
     where = files.folder.file(MANIFEST_NAME)
     try:
         text = files.read(MANIFEST_NAME)
-    except RemoteFileMissingError:
+    except remote.RemoteFileMissingError:
         raise ManifestError(f"{where}: no such file; is it the URL of a shard set, and is its copy complete?") from None
     manifest = parse_manifest(text, where=where)
     where = files.folder.file(manifest.table)
     try:
         table = files.read(manifest.table)
-    except RemoteFileMissingError:
+    except remote.RemoteFileMissingError:
         raise ShardDamageError(f"{where}: named by {MANIFEST_NAME} but missing; copy the set again") from None
     shards = _parse_table(table, manifest, where=where)
     root = storage.folder / manifest.fingerprint[:32]

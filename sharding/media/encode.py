@@ -25,22 +25,8 @@ from av.video.stream import VideoStream
 from sharding.errors import MediaError
 from sharding.format.index import TICKS_PER_SECOND
 from sharding.format.shard_set import AudioParameters, VideoParameters
+from sharding.media import claims
 from sharding.media.audio import EncodedAudio, cut_audio
-from sharding.media.claims import (
-    MediaLimits,
-    SourceState,
-    audio_candidates,
-    be_strict,
-    check_chunks,
-    check_container_is_whole,
-    check_no_zeros_at_end,
-    check_sound_is_whole,
-    check_unchanged,
-    moving_pictures,
-    open_media,
-    source_state,
-    video_stream,
-)
 from sharding.media.codecs import stored_codec
 from sharding.media.picture import FULL_RANGE, LIMITED_RANGE, PictureMaker, pixel_aspect_of
 from sharding.media.video import Segment, TimedFrame, VideoCut, clock_zero, file_start, thinned
@@ -59,7 +45,7 @@ class ClipJob:
     end_seconds: float | None
     video: VideoParameters
     audio: AudioParameters
-    limits: MediaLimits
+    limits: claims.MediaLimits
     clock: str = "file"
     """Where the seconds count from, a name of `sharding.media.video.CLOCKS`."""
     sound_path: Path | None = None
@@ -125,23 +111,23 @@ def encode_clip(job: ClipJob) -> EncodedClip:
         clip = _encoded(job, before.num_bytes, None if sound_before is None else sound_before.num_bytes)
     except MediaError as error:
         if error.reason == "decode_error":
-            check_no_zeros_at_end(job.path)  # the better reason
+            claims.check_no_zeros_at_end(job.path)  # the better reason
         raise
-    check_unchanged(job.path, before)
+    claims.check_unchanged(job.path, before)
     if job.sound_path is not None and sound_before is not None:
         with _naming_sound(job.sound_path):
-            check_unchanged(job.sound_path, sound_before)
+            claims.check_unchanged(job.sound_path, sound_before)
     return clip
 
 
-def _state_to_begin(path: Path, limits: MediaLimits) -> SourceState:
+def _state_to_begin(path: Path, limits: claims.MediaLimits) -> claims.SourceState:
     """Return the state of a file that may be decoded."""
-    state = source_state(path)
+    state = claims.source_state(path)
     if state.num_bytes == 0:
         raise MediaError("empty_file", "expected a video or sound, found 0 bytes; fetch the file again")
     if state.num_bytes > limits.max_file_bytes:
         raise MediaError("too_large", f"expected at most {limits.max_file_bytes} bytes, found {state.num_bytes}")
-    check_container_is_whole(path)
+    claims.check_container_is_whole(path)
     return state
 
 
@@ -156,8 +142,8 @@ def _naming_sound(path: Path) -> Iterator[None]:
 
 def _encoded(job: ClipJob, source_bytes: int, sound_bytes: int | None) -> EncodedClip:
     segment = Segment.of(job.start_seconds, job.end_seconds)
-    with open_media(job.path) as container:
-        stream = video_stream(container, job.limits)
+    with claims.open_media(job.path) as container:
+        stream = claims.video_stream(container, job.limits)
         source_size = stream.width, stream.height  # later ones may differ
         cut = VideoCut(container, stream, segment, limits=job.limits, clock=job.clock_of_cut)
         pictures = PictureMaker(
@@ -173,15 +159,15 @@ def _encoded(job: ClipJob, source_bytes: int, sound_bytes: int | None) -> Encode
         )
         for frame in thinned(pictures.prepared(cut.frames()), job.video.frames_per_second):
             encoder.add(frame)
-        check_chunks(job.path, stream, segment.start, segment.end)
+        claims.check_chunks(job.path, stream, segment.start, segment.end)
         if job.sound_path is not None:
             behind_start = cut.zero - clock_zero(container, cut.zero, "file")
             with _naming_sound(job.sound_path):
                 audio, tracks = _sound_of_its_own(job, job.sound_path, segment, cut, behind_start=behind_start)
         else:
-            candidates = [] if job.audio.policy == "none" else audio_candidates(container, stream)
+            candidates = [] if job.audio.policy == "none" else claims.audio_candidates(container, stream)
             audio, tracks = _audio(job, segment, cut, [one.index for one in candidates])
-        tracks |= _of_several(stream, moving_pictures(container))
+        tracks |= _of_several(stream, claims.moving_pictures(container))
         return EncodedClip(
             video=encoder.finish(),
             audio=audio,
@@ -200,12 +186,12 @@ def _sound_of_its_own(
     job: ClipJob, path: Path, segment: Segment, cut: VideoCut, *, behind_start: Fraction
 ) -> tuple[EncodedAudio | None, dict[str, Any]]:
     """As `_audio`, of another file; the media clock's zero lies `behind_start` seconds behind the start of both."""
-    with open_media(path, is_sound=True) as container:
+    with claims.open_media(path, is_sound=True) as container:
         zero = (file_start(container) or Fraction(0)) + behind_start
-        candidates = [one.index for one in audio_candidates(container, None)]
+        candidates = [one.index for one in claims.audio_candidates(container, None)]
     audio, tracks = _audio(job, segment, cut, candidates, path=path, zero=zero)
     if audio is None or "sound ends early" in audio.notes:
-        check_sound_is_whole(path)
+        claims.check_sound_is_whole(path)
     return audio, tracks
 
 
@@ -224,9 +210,9 @@ def _audio(
     """
     audio, tracks = None, dict[str, Any]()
     for candidate in candidates:
-        with open_media(path or job.path, is_sound=path is not None) as container:
+        with claims.open_media(path or job.path, is_sound=path is not None) as container:
             stream = cast(AudioStream, container.streams[candidate])
-            be_strict(stream)
+            claims.be_strict(stream)
             heard = cut_audio(
                 container,
                 stream,

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from ca2st import __version__
 from ca2st.errors import EnvironmentFault, UserInputError
 from ray_jobs.cli import app
-from ray_jobs.cluster import node_check
+from ray_jobs.cluster import node_check, ray_access
 from ray_jobs.cluster.node_check import (
     ClockReading,
     Door,
@@ -115,7 +115,7 @@ def test_a_closed_way_between_two_nodes_is_told() -> None:
 
 
 def test_a_door_can_be_entered_until_it_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_check, "this_node", lambda: Node(address="127.0.0.1", node_id="aa"))
+    monkeypatch.setattr(ray_access, "this_node", lambda: Node(address="127.0.0.1", node_id="aa"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         nobody = free.getsockname()[1]
@@ -130,7 +130,9 @@ def test_tokens_are_written_seen_and_removed(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(node_check, "_SEEN_WITHIN_SECONDS", 0.0)
     prefix = f"{tmp_path}/t-"
     for node_id in ("aa", "bb"):
-        monkeypatch.setattr(node_check, "this_node", lambda node_id=node_id: Node(address="x", node_id=node_id))
+        monkeypatch.setattr(
+            "ray_jobs.cluster.ray_access.this_node", lambda node_id=node_id: Node(address="x", node_id=node_id)
+        )
         assert write_own_token(prefix) == ""
     assert unseen_tokens([f"{prefix}aa", f"{prefix}bb", f"{prefix}cc"]) == [f"{prefix}cc"]
     remove_own_token(prefix)
@@ -181,7 +183,9 @@ def test_options_of_the_other_examination_are_refused(options: list[str], told: 
 
 
 def test_a_node_examines_itself_and_signs_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_check, "this_node", lambda: Node(address="10.0.0.1", node_id="aabbccddeeff"))
+    monkeypatch.setattr(
+        "ray_jobs.cluster.ray_access.this_node", lambda: Node(address="10.0.0.1", node_id="aabbccddeeff")
+    )
     one = Finding(name="memory", ok=True, what="1 GiB usable")
     monkeypatch.setattr(node_check, "machine_checks", lambda: {"memory": lambda: one})
     report = node_check.examine_machine()
@@ -196,8 +200,8 @@ def test_a_node_without_some_packages_still_tells_everything_else() -> None:
     code = (
         "import sys\n"
         "sys.modules |= dict.fromkeys(('torch', 'av', 'packaging'))\n"
-        "from ray_jobs.cluster import node_check\n"
-        "node_check.this_node = lambda: node_check.Node(address='x', node_id='aabbccddeeff')\n"
+        "from ray_jobs.cluster import ray_access, node_check\n"
+        "ray_access.this_node = lambda: ray_access.Node(address='x', node_id='aabbccddeeff')\n"
         "report = node_check.examine_machine()\n"
         "findings = (f'{one.name}: {one.ok}' for one in report.findings)\n"
         "print(report.num_gpus, report.versions['ca2st'], *findings, sep=';')\n"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ca2st.errors import EnvironmentFault
-from ray_jobs.cluster import node_check
+from ray_jobs.cluster import node_check, ray_access
 from ray_jobs.cluster.driver import check_demand, demand_of, hosts, most_workers, with_absolute_paths
 from ray_jobs.cluster.node_check import NodeFacts, check_training_nodes, look_at_data, unseen_tokens
 from ray_jobs.cluster.ray_access import Node, NodeFailure
@@ -111,7 +111,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]
 
     def check(small: NodeFacts | NodeFailure, storage: dict[str, str] = SHARED) -> str:
         monkeypatch.setattr(node_check, "look_at_data", lambda _recipe: MINE)
-        monkeypatch.setattr(node_check, "ask_every_node", lambda *_, **__: {BIG: MINE, SMALL: small})
+        monkeypatch.setattr(ray_access, "ask_every_node", lambda *_, **__: {BIG: MINE, SMALL: small})
         monkeypatch.setattr(node_check, "try_storage", lambda *_: storage)
         try:
             check_training_nodes({}, folder.path, [BIG, SMALL])
@@ -178,12 +178,12 @@ def test_j4_every_node_and_the_driver_read_what_the_others_wrote(
     ) -> dict[Node, object]:
         found: dict[Node, object] = {}
         for node in nodes:
-            monkeypatch.setattr(node_check, "this_node", lambda node=node: node)
+            monkeypatch.setattr(ray_access, "this_node", lambda node=node: node)
             shared = function(argument) if node is BIG else None
             found[node] = shared if node is BIG else argument[:2] if isinstance(argument, list) else ""
         return found
 
-    monkeypatch.setattr(node_check, "ask_every_node", answers)
+    monkeypatch.setattr(ray_access, "ask_every_node", answers)
     assert node_check.try_storage(str(tmp_path), [BIG, SMALL]) == {
         "this process": f"does not see the file of {SMALL}",
         BIG.name: f"does not see the file of {SMALL}",

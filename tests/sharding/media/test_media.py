@@ -11,7 +11,7 @@ import pytest
 
 from ca2st.errors import UserInputError
 from sharding.errors import MediaError, RejectReason
-from sharding.media import encode
+from sharding.media import claims
 from sharding.media.claims import MediaLimits, check_unchanged, source_state
 from sharding.media.encode import EncodedClip, encode_clip
 from sharding.settings import ConversionConfig
@@ -230,13 +230,13 @@ def test_a_source_that_changes_while_it_is_read_is_rejected(
 ) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(clip.read_bytes())
-    real = encode.open_media
+    real = claims.open_media
 
     def touching(target: Path, **kind: bool):
         path.write_bytes(clip.read_bytes() + b"\0" * 16)
         return real(target, **kind)
 
-    monkeypatch.setattr(encode, "open_media", touching)
+    monkeypatch.setattr(claims, "open_media", touching)
     assert reason_of(path) == "source_changed"
 
 
