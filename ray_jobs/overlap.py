@@ -92,7 +92,7 @@ def _overlap(by: str, one: _Sample, other: _Sample) -> Overlap:
 
 
 def _samples(shard_set: ShardSet) -> Iterator[_Sample]:
-    """What every sample's JSON says of its origin, in stored order."""
+    """Yield what every sample's JSON says of its origin, in stored order."""
     for shard, row, key, record in read_records(shard_set):
         names = {by: str(record.get(field, key)) for by, field in _FIELDS.items()}
         yield _Sample(shard=shard, row=row, names=names)
@@ -143,7 +143,7 @@ def difference_hash(picture: Image.Image) -> int:
 
 
 def _alike(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
-    """Pairs whose stills that can be compared, one at least, all agree, and whose sounds do where both have one."""
+    """Yield pairs whose comparable stills (one at least) all agree, and whose sounds do where both have one."""
     most = np.array([*[_MOST_BITS] * len(_STILLS), _MOST_SOUND_BITS])
     for start in range(0, len(first), _ROWS_AT_ONCE):
         rows = first[start : start + _ROWS_AT_ONCE]

@@ -158,7 +158,7 @@ def _wait_for_room() -> None:
 
 
 def _nothing() -> None:
-    """What `_wait_for_room` runs."""
+    """Return what `_wait_for_room` runs."""
 
 
 def _make_on_node(

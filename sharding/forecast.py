@@ -151,7 +151,7 @@ def probe_clip(job: ClipJob) -> ProbedClip:
 
 
 def _length(job: ClipJob, start: float) -> float | None:
-    """Seconds of the segment that the file holds, as it claims; None where it claims nothing."""
+    """Return seconds of the segment that the file holds, as it claims; None where it claims nothing."""
     with open_media(job.path) as container:
         stream = video_stream(container, job.limits)
         if stream.duration is not None and stream.time_base is not None:
@@ -164,7 +164,7 @@ def _length(job: ClipJob, start: float) -> float | None:
 
 
 def _pieces(start: float, length: float | None) -> Sequence[tuple[float, float]]:
-    """Spans of the segment that are encoded, evenly spread; none: all of it is."""
+    """Return the spans of the segment to encode, evenly spread; none: all of it."""
     if length is None or length <= _NUM_PIECES * _PIECE_SECONDS:
         return ()
     gap = (length - _NUM_PIECES * _PIECE_SECONDS) / _NUM_PIECES

@@ -257,7 +257,7 @@ def _refuse_repeated_ids(source: SourceList, hashes: npt.NDArray[np.uint64]) -> 
 
 
 def _check_is_text(sample: SourceSample) -> None:
-    """Ids and file names go into the samples' JSON: names in bytes that are no UTF-8 cannot."""
+    """Refuse ids and file names whose bytes are no UTF-8: they go into the samples' JSON."""
     for name in (sample.sample_id, sample.path.name, *([sample.sound_path.name] if sample.sound_path else [])):
         if name.isascii():
             continue

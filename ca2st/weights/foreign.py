@@ -467,7 +467,7 @@ def _read_zip(path: Path) -> tuple[str, object]:
 
 
 def _check_archive(archive: zipfile.ZipFile, file_bytes: int, *, scripted: bool) -> None:
-    """Members are stored as they are and fit into the file (no bombs), and their checksums are right."""
+    """Check that members are stored as they are and fit into the file (no bombs), with right checksums."""
     infos = archive.infolist()
     if scripted:  # the programs are compressed, and never opened
         infos = [info for info in infos if info.filename.partition("/")[2].startswith("data")]
@@ -532,7 +532,7 @@ def _unwrap(found: object) -> tuple[str, dict[str, Tensor]]:
 
 
 def _wrapper(found: Mapping[Any, object]) -> str:
-    """The key of the weights: a known one, or the only one that holds nothing but named tensors; empty: no such key."""
+    """Return the key of the weights: a known one, else the only one of nothing but named tensors, else nothing."""
     if known := next((key for key in WRAPPERS if isinstance(found.get(key), Mapping)), ""):
         return known
     states = [name for name, value in found.items() if isinstance(name, str) and _is_state(value)]

@@ -154,7 +154,7 @@ def build_described(
     load: ModelLoader = tensor_files.load_strictly,
     allow_missing: Sequence[str] = (),
 ) -> tuple[HolisticModel, tensor_files.LoadReport]:
-    """A model as described, with `tensors` in it; nothing is allocated before all names and shapes are those described.
+    """Return a model as described, with `tensors` in it; nothing is allocated before all names and shapes are right.
 
     Raises:
         WeightsMismatchError: the tensors are not those of such a model.

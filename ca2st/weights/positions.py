@@ -322,7 +322,7 @@ def _resized(own: Mapping[str, Tensor], state: Mapping[str, Tensor], fitter: Pos
 def _fresh_names(
     model: HolisticModel, source: ModelDescription, state: Mapping[str, Tensor], *, new_head: bool
 ) -> frozenset[str]:
-    """Tensors of the model's head that start anew: all, or those of label spaces that the source does not have."""
+    """Return the head's tensors that start anew: all, or those of label spaces that the source does not have."""
     head = {name for name in model.state_dict() if name.startswith(_HEAD)}
     if new_head:
         return frozenset(head)
@@ -375,7 +375,7 @@ def _refuse(told: Sequence[str], *, where: str) -> None:
 
 
 def _other_experts(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
-    """Which experts there are and what they are; where these differ all else does too, and is not worth naming."""
+    """Return where the experts themselves differ; all else then does too, and is not worth naming."""
     told = [f"kind {theirs.kind!r} there and {ours.kind!r} here"] * (ours.kind != theirs.kind)
     shared = [name for name in EXPERTS[ours.kind] if name in EXPERTS[theirs.kind]]
     return told + [

@@ -406,7 +406,7 @@ def _judgement_lines(judgement: Judgement) -> Iterator[str]:
 
 
 def _near(path: Path) -> Path:
-    """Relative to the working folder where it lies inside."""
+    """Return the path, relative to the working folder where it lies inside."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 

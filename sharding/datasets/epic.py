@@ -102,7 +102,7 @@ def _read_sounds(request: DatasetRequest, dataset: str, id_column: str | None, *
 def _owners(
     path: Path, segment: Sequence[str], labels: Sequence[str], request: DatasetRequest, problems: Problems
 ) -> tuple[Row, ...]:
-    """The rows of an owners' CSV; a list of test segments has no columns of labels."""
+    """Return the rows of an owners' CSV; a list of test segments has no columns of labels."""
     table = read_table(path, required=segment, others=True, problems=problems)
     missing = [name for name in labels if name not in table.columns]
     if len(missing) == len(labels):
@@ -115,7 +115,7 @@ def _owners(
 def _annotations(
     rows: Sequence[Row], id_column: str | None, labels: Callable[[Row], _Labels], problems: Problems
 ) -> list[Annotation]:
-    """The segments with their labels; every wrong row is a problem, and so is an id that comes twice."""
+    """Return the segments with their labels; every wrong row is a problem, and so is an id that comes twice."""
     first_rows: dict[str, Row] = {}
     found = [_annotation(row, id_column, labels(row), first_rows, problems) for row in rows]
     problems.refuse_any()
@@ -151,7 +151,7 @@ def _annotation(
 
 
 def _sound_label(row: Row, classes: tuple[str, ...], problems: Problems) -> _Labels:
-    """The class index, which must agree with the class name beside it; none in a list without classes."""
+    """Return the class index, which must agree with the class name beside it; none in a list without classes."""
     if "class_id" not in row.columns:
         return ()
     index = read_cell(row, "class_id", class_index(len(classes)), problems)
@@ -165,7 +165,7 @@ def _sound_label(row: Row, classes: tuple[str, ...], problems: Problems) -> _Lab
 
 
 def _plain_name(text: str) -> str:
-    """An id that is safe as part of a file name."""
+    """Return an id that is safe as part of a file name."""
     if not _NAME.fullmatch(text):
         raise CellError("not an id", "an id of letters, digits, _ and -")
     return text

@@ -164,7 +164,7 @@ def _array(made: Any) -> "np.ndarray[Any, Any]":
 
 
 def _flat(state: Any) -> list[Any]:
-    """The parts of a state of tuples in tuples."""
+    """Return the parts of a state of tuples in tuples."""
     parts: list[Any] = []
     waiting = [state]
     while waiting:

@@ -64,7 +64,7 @@ def read(request: DatasetRequest) -> SourceList:
 def _annotation(
     row: Mapping[str, Any], where: str, notes: dict[str, list[str]], problems: Problems
 ) -> Annotation | None:
-    """The narration, or None with a note or a problem."""
+    """Return the narration, or None with a note or a problem."""
     name, video, start, end, actions = (row.get(column) for column in _COLUMNS)
     if not (isinstance(name, str) and name and isinstance(video, str) and video):
         problems.add(
@@ -108,7 +108,7 @@ def _pair(actions: "list[Any] | tuple[Any, ...]") -> tuple[int, int] | None:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a file of any of the forms, with where each stands."""
+    """Yield the rows of a file of any of the forms, with where each stands."""
     suffix = path.suffix.lower()
     if suffix in (".pkl", ".pickle"):
         columns = read_frame(path)
@@ -140,7 +140,7 @@ def _lines_of_json(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _lines_of_csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows of a CSV export, whose lists are written as JSON or as Python writes them."""
+    """Yield rows of a CSV export, whose lists are written as JSON or as Python writes them."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     _require_columns(path, reader.fieldnames or ())
     for row in reader:

@@ -88,7 +88,7 @@ def _read(request: DatasetRequest, dataset: str, classes: tuple[str, ...], *, wh
 def _owners(
     path: Path, classes: tuple[str, ...], request: DatasetRequest, problems: Problems, *, partly: bool
 ) -> list[Annotation]:
-    """The rows of the split in the owners' CSV; `partly`: those of other classes are no part of the dataset."""
+    """Return the rows of the split in the owners' CSV; `partly`: those of other classes are no part of the dataset."""
     split = request.split
     table = read_table(path, required=_COLUMNS, others=True, problems=problems)
     rows = [row for row in table.rows if row["split"] in _SPLITS.get(split, (split,))]
@@ -115,7 +115,7 @@ def _owners(
 
 
 def _listed(rows: tuple[Row, ...], classes: tuple[str, ...], problems: Problems) -> list[Annotation]:
-    """Rows of a name with its seconds or without, and a class number."""
+    """Return rows of a name with its seconds or without, and a class number."""
     indexed = class_index(len(classes))
     found = []
     for row in rows:

@@ -68,7 +68,7 @@ def located(
     suffix: str = ".mp4",
     notes: Mapping[str, Sequence[str]] | None = None,
 ) -> SourceList:
-    """The source list of `annotations`: ids made unique, files found, what is missing within ``--max-missing`` noted.
+    """Return the source list of `annotations`: unique ids, their files, what is missing within ``--max-missing``.
 
     Args:
         annotations: In the order of the owners' file.
@@ -141,7 +141,7 @@ class MediaTree:
             self._lower.setdefault(stem.lower(), []).append(stem)
 
     def locate(self, annotations: Sequence[Annotation], *, split: str) -> tuple[list[SourceSample], list[str]]:
-        """The annotations with their files, and the ids of those without any.
+        """Return the annotations with their files, and the ids of those without any.
 
         Raises:
             UserInputError: not one file was found.
@@ -177,7 +177,7 @@ class MediaTree:
         return samples, missing
 
     def _files(self, names: Sequence[str], folder: str, split: str) -> list[str]:
-        """The files of the first name that has any, less those that a replacement, split or folder rules out."""
+        """Return the files of the first name that has any, less those that a replacement, split or folder rules out."""
         for name in names:
             if files := self._named.get(name) or self._alike(name):
                 for wanted in (_is_replacement, _is_of(split, *_ALSO_CALLED.get(split, ())), _is_of(folder)):
@@ -188,7 +188,7 @@ class MediaTree:
         return []
 
     def _alike(self, name: str) -> list[str]:
-        """Files whose name differs by case alone, where there is one such name."""
+        """Return files whose name differs by case alone, where there is one such name."""
         names = self._lower.get(name.lower(), [])
         return self._named[names[0]] if len(names) == 1 else []
 
@@ -218,7 +218,7 @@ class _Wanted:
 
 
 def _unique(annotations: Iterable[Annotation]) -> list[Annotation]:
-    """Ids that come again get ``#2``, ``#3``, ... behind them."""
+    """Put ``#2``, ``#3``, ... behind ids that come again."""
     times: Counter[str] = Counter()
     unique = []
     for one in annotations:

@@ -100,7 +100,7 @@ def _read(request: DatasetRequest, dataset: str, *, what: str) -> SourceList:
 
 
 def _roots(request: DatasetRequest, table: Table) -> dict[str, MediaRoot]:
-    """The folders that the paths of a column start from."""
+    """Return the folders that the paths of a column start from."""
     media = MediaRoot(request.media or Path(), check=request.check_media, follow_links=request.follow_links)
     if _SOUND not in table.columns:
         if request.audio_root is not None:
@@ -148,7 +148,7 @@ def _labels(table: Table, request: DatasetRequest, problems: Problems) -> _Label
 
 
 def _several_labels(table: Table, request: DatasetRequest, problems: Problems) -> _Labels:
-    """The labels of the column ``labels``; every one of them is read as a cell of its own."""
+    """Return the labels of the column ``labels``; every one of them is read as a cell of its own."""
     at = table.columns.index("labels")
     cells: list[Row] = []
     counts = []
@@ -185,7 +185,7 @@ def _known(labels: tuple[int | None, ...]) -> tuple[int, ...] | None:
 
 
 def _targets(columns: Sequence[str]) -> tuple[str, ...] | None:
-    """The columns of labels that a table has, or begins to have; None: not one of them."""
+    """Return the columns of labels that a table has, or begins to have; None: not one of them."""
     return next((names for names in _TARGETS if set(names) & set(columns)), None)
 
 
@@ -224,7 +224,7 @@ def _check(path: Path, columns: tuple[str, ...], split: str) -> None:
 
 
 def _row(path: Path, number: int, row: dict[str, Any], columns: tuple[str, ...], problems: Problems) -> Row | None:
-    """A row of texts and numbers as a row of cells."""
+    """Return a row of texts and numbers as a row of cells."""
     cells = []
     for name in columns:
         value = row.get(name)
@@ -255,7 +255,7 @@ def _samples(
     problems: Problems,
     missing: dict[str, tuple[Row, str]],
 ) -> list[SourceSample]:
-    """The samples; rows whose file is not there go to `missing`, by where they stand, with the column that names it."""
+    """Return the samples; rows without their file go to `missing`, by place, with the column that names it."""
     first_rows: dict[str, Row] = {}
     samples = []
     for row, of_row in zip(table.rows, labels, strict=True):
@@ -292,7 +292,7 @@ def _samples(
 def _resolved(
     row: Row, column: str, root: MediaRoot, problems: Problems, missing: dict[str, tuple[Row, str]]
 ) -> Path | None:
-    """The file that a cell names; None where it is missing, which is counted, or cannot be meant: a problem."""
+    """Return the file that a cell names; None where it is missing, which is counted, or cannot be meant: a problem."""
     try:
         return root.resolve(row[column])
     except CellError as error:
@@ -322,7 +322,7 @@ def _sample_id(name: str, segment: _Segment) -> str:
 
 
 def _segment(row: Row, problems: Problems) -> _Segment | None:
-    """The times of a row: (None, None) for the whole file, None when they are wrong."""
+    """Return the times of a row: (None, None) for the whole file, None when they are wrong."""
     given = [column for column in _TIMES if row.get(column)]
     if not given:
         return None, None

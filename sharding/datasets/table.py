@@ -174,7 +174,7 @@ def read_pairs(path: Path, *, columns: tuple[str, str], problems: Problems, sepa
 
 
 def numbered_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a text file that are not blank, with their numbers from 1.
+    """Return the lines of a text file that are not blank, with their numbers from 1.
 
     Raises:
         AnnotationError: as `read_text`, or there are none.
@@ -207,7 +207,7 @@ _Kind = TypeVar("_Kind")
 
 
 def read_document(path: Path, kind: type[_Kind] | types.GenericAlias) -> _Kind:
-    """The JSON document of an annotation file, checked to be of type `kind` (see `ca2st.checked_json`).
+    """Return the JSON document of an annotation file, checked to be of type `kind` (see `ca2st.checked_json`).
 
     Raises:
         AnnotationError: not readable, no JSON, or of another form.
@@ -351,7 +351,7 @@ def _cells(line: str) -> tuple[str, ...] | None:
 
 
 def _cell_start(line: str, number: int) -> int:
-    """Which character of a line, from 1, the cell of that number starts at; commas inside quotes do not count."""
+    """Return the character of a line, from 1, that the cell of that number starts at; quoted commas do not count."""
     start, in_quotes, is_quoted_cell = 0, False, False
     for position, character in enumerate(line):
         if number == 0:

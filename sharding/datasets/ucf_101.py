@@ -71,5 +71,5 @@ def _video(text: str) -> "re.Match[str]":
 
 
 def _class_of(action: str, classes: tuple[str, ...]) -> str:
-    """The class that a file name means: one is spelled otherwise there (HandStandPushups)."""
+    """Return the class that a file name means: one is spelled otherwise there (HandStandPushups)."""
     return next((name for name in classes if name.lower() == action.lower()), action)

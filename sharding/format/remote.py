@@ -268,7 +268,7 @@ class RemoteFiles:
         return int(self._ask(name, lambda path: self._call("info", path))["size"])
 
     def sizes(self) -> dict[str, int] | None:
-        """Size of every file of the folder by name; None where the server does not tell (http, or no permission).
+        """Return the size of every file by name; None where the server does not tell (http, or no permission).
 
         What is not there is empty: object stores have no folders.
         """

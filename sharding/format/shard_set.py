@@ -374,7 +374,7 @@ def read_shard_set(place: str | Path | remote.RemoteFolder, *, storage: remote.S
 
 
 def _read_remote(files: remote.RemoteFiles, storage: remote.StorageConfig) -> ShardSet:
-    """The set behind a URL; its folder in the cache is named by the manifest's hash, so no other set is ever in it."""
+    """Return the set behind a URL; the manifest's hash names its folder in the cache, so it is there alone."""
     where = files.folder.file(MANIFEST_NAME)
     try:
         text = files.read(MANIFEST_NAME)

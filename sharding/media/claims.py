@@ -280,7 +280,7 @@ def _element(data: mmap.mmap, at: int) -> tuple[int, int]:
 
 
 def _check_ogg_pages(data: mmap.mmap, num_bytes: int) -> None:
-    """Pages follow each other without a gap; those of a stream are counted, and each has a checksum."""
+    """Check that pages follow each other without a gap: those of a stream are counted, each has a checksum."""
     at, numbers = 0, dict[bytes, int]()
     while at < num_bytes:
         header = data[at : at + _OGG_HEADER_BYTES]
@@ -528,7 +528,7 @@ def audio_candidates(container: InputContainer, video: VideoStream | None) -> li
 
 
 def _default_or_all(streams: list[_Stream]) -> list[_Stream]:
-    """The decodable streams that are flagged as default, else all of them; a commentary only if there is no other."""
+    """Return the decodable streams flagged as default, else all; a commentary only if there is no other."""
     decodable = [stream for stream in streams if stream.codec_context is not None] or streams
     main = [stream for stream in decodable if not stream.disposition & _ASIDE] or decodable
     return [stream for stream in main if stream.disposition & Disposition.default] or main

@@ -133,7 +133,7 @@ def _state_to_begin(path: Path, limits: claims.MediaLimits) -> claims.SourceStat
 
 @contextlib.contextmanager
 def _naming_sound(path: Path) -> Iterator[None]:
-    """What is wrong with a file of its own for the sound is said of that."""
+    """Say of a file of its own for the sound what is wrong with it."""
     try:
         yield
     except MediaError as error:

@@ -98,7 +98,7 @@ def _light_table(transfer: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _pixels_of_roots() -> np.ndarray:
-    """Pixels by the square root of light, uint8 [4096]: the root is fast, and fine enough where light is little."""
+    """Return pixels by the square root of light, uint8 [4096]: it is fast, and fine where light is little."""
     pixels: np.ndarray = np.round(255 * np.linspace(0, 1, 4096) ** (2 / _GAMMA)).astype(np.uint8)
     return pixels
 

@@ -353,7 +353,7 @@ def can_seek(container: InputContainer, stream: VideoStream | AudioStream) -> bo
 
 
 def _first_after_seek(frames: Iterator[Any]) -> Any:
-    """The first frame, or None where decoding cannot begin here: an open group of pictures, the middle of a packet."""
+    """Return the first frame; None where decoding cannot begin: an open group of pictures, a packet's middle."""
     try:
         return next(frames, None)
     except MediaError as error:
