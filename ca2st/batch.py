@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -111,14 +112,13 @@ class ClipBatch:
 
     def normalised_video(self) -> Float[Tensor, "batch 3 time height width"]:
         """Return frames as float32 with ImageNet mean and standard deviation, which every expert reads (CLIP too)."""
-        mean = torch.tensor(IMAGENET_MEAN, device=self.video.device).view(3, 1, 1, 1)
-        std = torch.tensor(IMAGENET_STD, device=self.video.device).view(3, 1, 1, 1)
+        mean, std = _normalisation(self.video.device)
         return (self.video.float() / 255 - mean) / std
 
     def to(self, device: torch.device) -> "ClipBatch":
         """Return the same batch with its tensors on `device`; `mixing` stays on the CPU."""
         return ClipBatch(
-            **{name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS},
+            **{name: on_device(getattr(self, name), device) for name in _TENSORS},
             sample_ids=self.sample_ids,
             labelling=self.labelling,
             mixing=self.mixing,
@@ -141,6 +141,20 @@ class ClipBatch:
 
 
 _TENSORS = ("video", "mel", "intervals_seconds", "labels", "has_audio", "is_padding")
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return `tensor` on `device`; a copy to a GPU goes through pinned memory: the host need not wait for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+@cache
+def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, copied to each device once: every copy of them would make the host wait."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean, std
 
 
 def _describe(tensor: Tensor) -> str:

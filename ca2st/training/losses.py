@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from ca2st.batch import ClipBatch, Labelling, Mixing
+from ca2st.batch import ClipBatch, Labelling, Mixing, on_device
 from ca2st.errors import UserInputError
 from ca2st.training.errors import LabelRangeError
 
@@ -30,7 +30,7 @@ def mixed_video(batch: ClipBatch) -> Float[Tensor, "batch 3 time height width"]:
     if bool((mixing.video_share < 1).any()):
         video = _blended(own, mixing.video_share)
     if bool(mixing.video_box[:, 2:].any()):
-        inside = box_mask(mixing.video_box, video.shape[3], video.shape[4]).to(video.device)
+        inside = box_mask(on_device(mixing.video_box, video.device), video.shape[3], video.shape[4])
         video = torch.where(rearrange(inside, "batch h w -> batch 1 1 h w"), partners(own), video)
     return video
 
@@ -44,7 +44,7 @@ def mixed_mel(batch: ClipBatch) -> Float[Tensor, "batch rows bins"]:
     if bool((mixing.mel_share < 1).any()):
         mel = _blended(own, mixing.mel_share)
     if bool(mixing.mel_box[:, 2:].any()):
-        inside = box_mask(mixing.mel_box, mel.shape[1], mel.shape[2]).to(mel.device)
+        inside = box_mask(on_device(mixing.mel_box, mel.device), mel.shape[1], mel.shape[2])
         mel = torch.where(inside, partners(own), mel)
     return mel
 
@@ -62,13 +62,13 @@ def partners(rows: Tensor) -> Tensor:
 def box_mask(boxes: Tensor, height: int, width: int) -> Bool[Tensor, "batch {height} {width}"]:
     """Return True inside each (first row, first column, rows, columns)."""
     top, left, tall, wide = (rearrange(column, "batch -> batch 1") for column in boxes.unbind(dim=1))
-    rows, columns = torch.arange(height), torch.arange(width)
+    rows, columns = (torch.arange(size, device=boxes.device) for size in (height, width))
     in_rows, in_columns = (rows >= top) & (rows < top + tall), (columns >= left) & (columns < left + wide)
     return rearrange(in_rows, "batch h -> batch h 1") & rearrange(in_columns, "batch w -> batch 1 w")
 
 
 def _blended(own: Tensor, share: Tensor) -> Tensor:
-    weight = share.to(own.device, own.dtype).view(-1, *(1 for _ in own.shape[1:]))
+    weight = on_device(share, own.device).to(own.dtype).view(-1, *(1 for _ in own.shape[1:]))
     return torch.where(weight < 1, own * weight + partners(own) * (1 - weight), own)
 
 

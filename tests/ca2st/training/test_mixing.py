@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from timm.data.mixup import mixup_target
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ca2st.batch import MIXING_FIELDS, BatchContractError, ClipBatch, Mixing
 from ca2st.training.errors import NonFiniteError, SourceContractError
@@ -25,6 +26,7 @@ from ca2st.training.losses import (
 )
 from ca2st.training.optim import LearningRateSchedule
 from ca2st.training.step import Stepper, keep_failing_clips, model_logits
+from support.gpu import require_gpu
 from support.refusals import forced
 from support.tiny_training import TARGETS, TinyEvaluation, TinyModel, batch_of, clip, fresh_accelerator, tiny_settings
 
@@ -244,3 +246,46 @@ def test_evaluation_refuses_a_batch_that_is_to_be_mixed(tmp_path: Path) -> None:
     accelerator = fresh_accelerator(tiny_settings(tmp_path))
     with pytest.raises(SourceContractError, match="evaluation: expected clips as they are"):
         evaluate(TinyModel(), Mixed(), accelerator=accelerator, targets=TARGETS, per_device_batch_size=4)
+
+
+class _Crossings(TorchDispatchMode):
+    """Elements of every tensor that is copied from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        source = args[1] if func is torch.ops.aten.copy_.default else args[0] if args else None
+        if isinstance(found, torch.Tensor) and isinstance(source, torch.Tensor) and found.device != source.device:
+            self.sizes.append(source.numel())
+        return found
+
+
+def test_a_step_reads_nothing_from_the_device_and_copies_a_few_numbers_a_clip_to_it():
+    # A tensor on "meta" has no values: whoever asks for one, as a wait for a GPU would, gets an error.
+    there = batch(mixed=mixing()).to(torch.device("meta"))
+    mixed_video(there)
+    with _Crossings() as crossings:
+        video, mel = mixed_video(there), mixed_mel(there)
+        logits = {name: torch.zeros(CLIPS, size, device="meta") for name, size in TARGETS.items()}
+        losses = loss_per_clip(logits, there.labels, targets=tuple(TARGETS), smoothing=0.1, mixing=there.mixing)
+    assert {x.device.type for x in (video, mel, losses)} == {"meta"}
+    assert max(crossings.sizes) <= CLIPS * 4
+    assert len(crossings.sizes) <= 4 + len(TARGETS)  # shares and boxes of frames and sound, and the labels' shares
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_host_does_not_wait_while_a_batch_is_moved_normalised_and_mixed():
+    device = require_gpu()
+    here = batch(mixed=mixing())
+    mixed_video(here.to(device))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there = here.to(device)
+        found = mixed_video(there), mixed_mel(there)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, expected in zip(found, (mixed_video(here), mixed_mel(here)), strict=True):
+        torch.testing.assert_close(ours.cpu(), expected)
