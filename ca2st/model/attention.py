@@ -24,6 +24,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ca2st.model.config import Window
@@ -227,6 +228,24 @@ def _regroup(patches: Tensor, pattern: str, *, num_places: int, grouping: Groupi
     return rearrange(patches, pattern, gy=rows, gx=rows, y=side, x=side)
 
 
+class Attend(nn.Module):
+    """softmax(q k^T / sqrt(head_dim)) v, by torch's own choice of a kernel or by the one that was set."""
+
+    kernel: SDPBackend | None = None
+
+    def forward(
+        self,
+        q: Float[Tensor, "windows heads queries head_dim"],
+        k: Float[Tensor, "windows heads keys head_dim"],
+        v: Float[Tensor, "windows heads keys head_dim"],
+    ) -> Float[Tensor, "windows heads queries head_dim"]:
+        """Let every query gather from all keys of its window."""
+        if self.kernel is None:
+            return scaled_dot_product_attention(q, k, v)
+        with sdpa_kernel(self.kernel):
+            return scaled_dot_product_attention(q, k, v)
+
+
 QkvBias = Literal["qkv", "qv"]
 
 
@@ -238,6 +257,7 @@ class SelfAttention(nn.Module):
         self.num_heads = num_heads
         self.qkv = expert_linear(dim, 3 * dim, bias=bias == "qkv")
         self.proj = expert_linear(dim, dim)
+        self.attend = Attend()
         self.q_bias = nn.Parameter(torch.zeros(dim)) if bias == "qv" else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if bias == "qv" else None
 
@@ -255,7 +275,7 @@ class SelfAttention(nn.Module):
             kv = token_linear(tokens, weight[dim:], None if bias is None else bias[dim:])
             q = rearrange(asking, "b s n (h e) -> (b s) h n e", h=self.num_heads)
             k, v = rearrange(kv, "b s n (two h e) -> two (b s) h n e", two=2, h=self.num_heads)
-        attended = rearrange(scaled_dot_product_attention(q, k, v), "(b s) h n e -> b s n (h e)", s=tokens.shape[1])
+        attended = rearrange(self.attend(q, k, v), "(b s) h n e -> b s n (h e)", s=tokens.shape[1])
         projected: Tensor = self.proj(attended)
         return projected
 
@@ -276,6 +296,7 @@ class CrossAttention(nn.Module):
         self.q = new_linear(dim, dim)
         self.kv = new_linear(dim, 2 * dim)
         self.proj = new_linear(dim, dim)
+        self.attend = Attend()
 
     def forward(
         self,
@@ -289,7 +310,7 @@ class CrossAttention(nn.Module):
         q, k, v = self.projections(queries, keys)
         batch, frames, num_patches, _ = queries.shape
         attended = out_of_windows(
-            scaled_dot_product_attention(q, k, v),
+            self.attend(q, k, v),
             self.window,
             batch=batch,
             frames=frames,

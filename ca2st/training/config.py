@@ -8,6 +8,7 @@ from typing import Literal
 from ca2st.errors import UserInputError, check_literals
 
 Precision = Literal["fp32", "bf16", "fp16"]
+AttentionChoice = Literal["auto", "flash", "cudnn", "efficient", "math"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +102,9 @@ class TrainingConfig:
     deterministic: bool = False
     """On a GPU: only kernels that give the same bits each time, attention's backward pass too, or an error where there
     is none. Slower. A CPU needs no such setting."""
+    attention: AttentionChoice = "auto"
+    """Kernel of all attentions, by torch's names for them. ``auto``: on a GPU the fastest one for each shape, measured
+    when the run first starts there; on a CPU the only one that makes no matrix of scores."""
     activation_checkpointing: bool = False
     """Keep only the inputs of each layer and compute the layer again for its gradients: the same numbers, much less
     memory, about a third more time."""

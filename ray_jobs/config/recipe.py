@@ -519,6 +519,7 @@ _NOT_IDENTITY = (
     "training.max_hours",
     "training.profile_steps",
     "training.deterministic",
+    "training.attention",
     "training.activation_checkpointing",
     "training.compile",
     "training.collective_timeout_seconds",

@@ -24,10 +24,12 @@ from ca2st.model.network import (
     no_weight_decay,
 )
 from ca2st.processes import num_cores
+from ca2st.training.attention_kernel import settle_attention
 from ca2st.training.best import Score
 from ca2st.training.loop import train
 from ca2st.training.metrics import main_metric
 from ca2st.training.optim import ParameterRules
+from ca2st.training.ranks import Ranks
 from ca2st.training.resume import RunRecord, library_versions
 from ca2st.training.settings import TrainingProgress, TrainingSettings
 from ca2st.training.signals import StopRequest, stop_on_signals
@@ -105,6 +107,8 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
         begun = begin_model(recipe, data.classes, run_dir)
         frozen = keep_frozen(begun.model, run_dir)
         held = _make_ready(begun.model, recipe, device=accelerator.device.type)
+        ranks = Ranks(accelerator)
+        kernels = settle_attention(begun.model, recipe.training, ranks=ranks, device=device, folder=run_dir)
         settings = TrainingSettings(
             folder=run_dir,
             config=recipe.training,
@@ -113,7 +117,7 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
             targets={name: len(classes) for name, classes in data.classes.items()},
             labelling=data.labelling,
             record=_record(recipe, data, loader, frozen=frozen, start=begun.identity),
-            topology={"experts_precision": held},
+            topology={"experts_precision": held, **({"attention": kernels} if kernels else {})},
             started_from=begun.note,
             faults=faults,
             progress=stack.enter_context(_shown(recipe, loader)) if rank == 0 else None,
