@@ -28,6 +28,17 @@ class LoaderStalledError(EnvironmentFault):
     """A thread of the loader hangs or is gone: storage or decoder; the message names the stage and the sample."""
 
 
+class DecoderMemoryError(EnvironmentFault):
+    """Memory did not suffice to decode a run of clips, which are not to blame."""
+
+    def __init__(self, backend: str, *, num_clips: int) -> None:
+        super().__init__(
+            f"backend {backend}: out of memory while decoding {num_clips} clips; lower training.per_device_batch_size, "
+            "data.loader.prefetch_steps or data.loader.decode_threads, set data.loader.decode_on = 'cpu', or convert "
+            "with a smaller --short-side"
+        )
+
+
 class QuarantineBudgetError(DataDamageError):
     """More samples are damaged than the quarantine's budget allows; names some."""
 

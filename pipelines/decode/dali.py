@@ -1,21 +1,22 @@
-"""The DALI backends: one graph from the bytes of clips to their views, on DALI's own threads or on a GPU.
+"""The DALI backends: from the bytes of clips to their views, on DALI's own threads and ours, or on a GPU.
 
-Bytes come in through external sources. Single frames come each as one image, with the box of its clip::
+Bytes come in through external sources. On a CPU, DALI decodes; threads of this module do all that follows, a view
+after the other (`finish_crop`): libswscale resizes it in a third of the time that DALI's resize takes::
 
-    jpeg ──> image_slice(box) ──> resize ──> uint8 HWC         on a CPU, one view per clip: only the box is decoded
-    jpeg ──> image ──┬─> slice(box 0) ──> resize ──> flip      on a GPU, or several views: decoded once
+    jpeg ──> image_slice(box around the boxes)       only that part is decoded
+    member, frames ──> decoders.video
+
+On a GPU all of it is one graph, and one for videos::
+
+    jpeg ──> image ──┬─> slice(box 0) ──> resize ──> flip
                      └─> slice(box 1) ──> resize ──> flip
+    member, frames ──> decoders.video ──┬─> slice(box 0) ──> resize ──> flip
+                                        └─> slice(box 1) ──> resize ──> flip
 
-Videos come as whole members::
-
-    member ──┐
-    frames ──┴─> decoders.video ──┬─> slice(box 0) ──> resize ──> flip ──> uint8 THWC
-                                  └─> slice(box 1) ──> resize ──> flip
-
-There is no randomness in a graph: boxes and flips are data. (FrameGraph flips in the copy out of DALI's memory.)
-RandAugment and erasing follow on the finished views, on threads of this module: on a CPU a clip costs a few
-milliseconds there (augment/fused.py) where DALI's warps alone cost 20 to 30; on a GPU the formulas of
-augment/formulas.py run on the device. Either gives the same bytes as the reference backend from the same view.
+There is no randomness in a graph: boxes and flips are data. RandAugment and erasing follow on the finished views, on
+threads of this module: on a CPU a clip costs a few milliseconds there (augment/fused.py) where DALI's warps alone cost
+20 to 30; on a GPU the formulas of augment/formulas.py run on the device. Either gives the same bytes as the reference
+backend from the same view.
 
 On a CPU, DALI decodes VP9 and no other video codec that shards are stored in. It decodes from the key frame before
 each wanted frame, and takes every video for BT.601 in limited range, whatever its tags say: so that is how shards are
@@ -31,9 +32,11 @@ its own, and the resize rounds elsewhere. `make gpu` measures how far.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -48,10 +51,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ca2st.errors import CA2STError, UserInputError
-from pipelines.augment.formulas import augmented, erase_in_place
-from pipelines.augment.fused import augment_in_place
+from pipelines.augment.boxes import CropBox
+from pipelines.decode.finishing import finish_crop, finish_view
 from pipelines.decode.reference import decode_frames
-from pipelines.errors import LoaderClosedError
+from pipelines.errors import DecoderMemoryError, LoaderClosedError
 from pipelines.rendering import RenderRequest, VideoMember
 from pipelines.threads import StatsRecorder
 
@@ -62,6 +65,14 @@ Pipeline: Any = nvidia.dali.pipeline.Pipeline
 
 MOST_FRAMES = 256
 """Frames of one run: bounds the decoded pictures at full size that wait for their resize, about 65 MB at 256 x 340."""
+_REFUSED_ALLOCATIONS = (
+    "CUDA allocation failed",  # DALI's own
+    "cudaErrorMemoryAllocation",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "CUDA error: out of memory",
+    "NVJPEG_STATUS_ALLOCATOR_FAILURE",
+    "bad_alloc",
+)
 Fed = dict[str, list[NDArray[Any]]]
 """What goes into a run, by the name of the external source."""
 
@@ -78,21 +89,23 @@ def dali_backend(
 ) -> "GraphBackend":
     """Return the backend for clips of `codec` on the CPU, or on the CUDA `device`; `threads` decode or feed it."""
     graph: ClipGraph
-    if codec != "mjpeg":
-        graph = VideoGraph(
-            crop_size=crop_size, views_per_clip=views_per_clip, decoder="cpu" if device is None else "mixed"
-        )
-    elif device is None:
-        graph = FrameGraph(num_frames=num_frames, crop_size=crop_size, views_per_clip=views_per_clip)
+    if device is None:
+        graph = VideoOnCpu(crop_size) if codec != "mjpeg" else FramesOnCpu(crop_size, num_frames)
+    elif codec != "mjpeg":
+        graph = VideoGraph(crop_size=crop_size, views_per_clip=views_per_clip)
     else:
         graph = GpuFrameGraph(num_frames=num_frames, crop_size=crop_size, views_per_clip=views_per_clip)
     name, place = ("dali", OnCpu()) if device is None else ("dali-gpu", OnGpu(device))
     return GraphBackend(graph, name=name, num_frames=num_frames, threads=threads, stats=stats, place=place)
 
 
+Job = Callable[[], None]
+"""What is left to do for one view."""
+
+
 @runtime_checkable
 class ClipGraph(Protocol):
-    """From the stored bytes of clips to their views, before RandAugment and erasing."""
+    """From the stored bytes of clips to their views."""
 
     samples_per_clip: int
     """What DALI counts as samples."""
@@ -100,7 +113,7 @@ class ClipGraph(Protocol):
     """Who decodes, one by one, the clips of a run that DALI fails on."""
 
     def operators(self) -> list[Any]:
-        """Define the graph in the current pipeline; return its outputs, one per view."""
+        """Define the graph in the current pipeline; return its outputs."""
         ...
 
     def fed(self, requests: Sequence[RenderRequest]) -> Fed:
@@ -109,8 +122,11 @@ class ClipGraph(Protocol):
 
     def views(
         self, outputs: Sequence[Any], requests: Sequence[RenderRequest]
-    ) -> UInt8[Tensor, "views 3 time height width"]:
-        """Return the outputs of a run as contiguous memory of torch, clip by clip; DALI writes over its own."""
+    ) -> tuple[UInt8[Tensor, "views 3 time height width"], list[Job]]:
+        """Return contiguous memory of torch for the views of a run, clip by clip, and the jobs that finish them.
+
+        Nothing of it is DALI's memory, which the next run writes over.
+        """
         ...
 
 
@@ -185,13 +201,15 @@ class GraphBackend:
     def __init__(
         self, graph: ClipGraph, *, name: str, num_frames: int, threads: int, stats: StatsRecorder, place: Placement
     ) -> None:
-        """`threads` decode, and as many others augment."""
+        """`threads` decode, and as many others finish views."""
         self.name = name
         self._graph, self._place, self._threads, self._stats = graph, place, threads, stats
         self._clips_per_run = max(1, MOST_FRAMES // num_frames)
         self._lock = threading.Lock()
         self._finishers = ThreadPoolExecutor(threads, thread_name_prefix="clip-augment")
+        self._is_closed = False
         self._pipeline: Any = self._build()
+        """None after a failure: the next run makes another."""
 
     def render(self, requests: Sequence[RenderRequest]) -> UInt8[Tensor, "views 3 time height width"]:
         """See `ViewBackend.render`."""
@@ -199,12 +217,13 @@ class GraphBackend:
         unfinished: list[Future[None]] = []
         with self._place.inside():
             with self._lock, self._stats.timed("decode_seconds"):
-                if self._pipeline is None:
+                if self._is_closed:
                     raise LoaderClosedError(f"backend {self.name}: closed; make a new loader")
                 for start in range(0, len(requests), self._clips_per_run):
                     part = requests[start : start + self._clips_per_run]
-                    parts.append(self._run(part))
-                    unfinished += self._finished_soon(parts[-1], part)
+                    views, jobs = self._run(part)
+                    parts.append(views)
+                    unfinished += [self._finishers.submit(self._finish, job) for job in jobs]
             with self._stats.timed("augment_seconds"):
                 for future in unfinished:
                     future.result()
@@ -215,7 +234,7 @@ class GraphBackend:
     def close(self) -> None:
         """End DALI's threads and ours."""
         with self._lock:
-            self._pipeline = None
+            self._is_closed, self._pipeline = True, None
         self._finishers.shutdown(wait=True, cancel_futures=True)
 
     def _build(self) -> Any:
@@ -230,12 +249,14 @@ class GraphBackend:
         pipeline.build()
         return pipeline
 
-    def _run(self, requests: Sequence[RenderRequest]) -> UInt8[Tensor, "views 3 time height width"]:
+    def _run(self, requests: Sequence[RenderRequest]) -> tuple[UInt8[Tensor, "views 3 time height width"], list[Job]]:
         try:
             outputs = self._outputs(requests)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            self._pipeline = None  # before another is made: there may be no memory for two
+            if isinstance(error, MemoryError) or any(words in str(error) for words in _REFUSED_ALLOCATIONS):
+                raise DecoderMemoryError(self.name, num_clips=len(requests)) from error
             # One clip fails the whole run and ends the pipeline: the oracle says which one it was, or DALI itself.
-            self._pipeline = self._build()
             for request in requests:
                 decode_frames(request)
             culprits = [request for request in requests if len(requests) > 1 and not self._runs_alone(request)]
@@ -246,6 +267,8 @@ class GraphBackend:
         return self._graph.views(outputs, requests)
 
     def _outputs(self, requests: Sequence[RenderRequest]) -> Sequence[Any]:
+        if self._pipeline is None:
+            self._pipeline = self._build()
         for name, arrays in self._graph.fed(requests).items():
             self._pipeline.feed_input(name, arrays)
         return self._place.run(self._pipeline)
@@ -254,75 +277,112 @@ class GraphBackend:
         try:
             self._outputs([request])
         except RuntimeError:
-            self._pipeline = self._build()
+            self._pipeline = None
             return False
         return True
 
-    def _finished_soon(
-        self, views: UInt8[Tensor, "views 3 time size size"], requests: Sequence[RenderRequest]
-    ) -> list[Future[None]]:
-        """Begin to augment and erase the views of the requests, equally many each, in place."""
-        per_clip = len(views) // len(requests)
-        return [
-            self._finishers.submit(self._finish, views[clip * per_clip + view], request)
-            for clip, request in enumerate(requests)
-            for view in range(per_clip)
-            if request.augment is not None or request.erased
-        ]
-
-    def _finish(self, view: UInt8[Tensor, "3 time size size"], request: RenderRequest) -> None:
+    def _finish(self, job: Job) -> None:
         with self._place.inside():
-            finish_view(view, request)
+            job()
 
 
-def finish_view(view: UInt8[Tensor, "3 time size size"], request: RenderRequest) -> None:
-    """Augment and erase one contiguous view in place."""
-    if request.augment is not None:
-        if view.device.type == "cpu":
-            augment_in_place(view.numpy(), request.augment)
-        else:
-            view.copy_(augmented(view, request.augment))
-    erase_in_place(view, request.erased)
+def _finishing(
+    views: UInt8[Tensor, "views 3 time size size"], requests: Sequence[RenderRequest]
+) -> tuple[UInt8[Tensor, "views 3 time size size"], list[Job]]:
+    """Return the views, equally many for each request, and a job for each that is augmented or erased in place."""
+    owners = [request for request in requests for _ in range(len(views) // len(requests))]
+    return views, [
+        partial(finish_view, view, request)
+        for view, request in zip(views, owners, strict=True)
+        if request.augment is not None or request.erased
+    ]
 
 
-class FrameGraph:
-    """`ClipGraph` of JPEG frames, decoded on the CPU."""
+class FramesOnCpu:
+    """`ClipGraph` of JPEG frames of which DALI decodes the smallest box around those of the views."""
 
     oracle = "Pillow"
 
-    def __init__(self, *, num_frames: int, crop_size: int, views_per_clip: int) -> None:
-        self.samples_per_clip = num_frames
-        self._crop_size, self._views = crop_size, views_per_clip
+    def __init__(self, crop_size: int, num_frames: int) -> None:
+        self.samples_per_clip, self._crop_size = num_frames, crop_size
 
     def operators(self) -> list[Any]:
         """See `ClipGraph.operators`."""
-        jpegs, boxes = _jpeg_source(), box_sources(self._views)
-        if self._views > 1:
-            images = fn.decoders.image(jpegs, device="cpu", output_type=types.RGB)
-            return crops_resized(images, boxes, self._crop_size)
-        crop = fn.decoders.image_slice(jpegs, **_region(boxes[0]), device="cpu", output_type=types.RGB)
-        return [_resized(crop, self._crop_size)]
+        (box,) = box_sources(1)
+        return [fn.decoders.image_slice(_jpeg_source(), **_region(box), device="cpu", output_type=types.RGB)]
 
     def fed(self, requests: Sequence[RenderRequest]) -> Fed:
         """See `ClipGraph.fed`."""
-        return _fed_jpegs(requests) | _fed_boxes(requests, views_per_clip=self._views, times=self.samples_per_clip)
+        around = [replace(request, boxes=(box_around(request.boxes),)) for request in requests]
+        return _fed_jpegs(requests) | _fed_boxes(around, views_per_clip=1, times=self.samples_per_clip)
 
     def views(
         self, outputs: Sequence[Any], requests: Sequence[RenderRequest]
-    ) -> UInt8[Tensor, "views 3 time height width"]:
-        """Make one copy, in the order of the batch, by NumPy.
+    ) -> tuple[UInt8[Tensor, "views 3 time height width"], list[Job]]:
+        """Copy the decoded boxes; everything else is left to the jobs."""
+        pictures = iter(range(len(requests) * self.samples_per_clip))
+        clips = [[np.array(outputs[0].at(next(pictures))) for _ in range(self.samples_per_clip)] for _ in requests]
+        return _resizing(clips, [box_around(request.boxes) for request in requests], requests, self._crop_size)
 
-        It turns pixels into planes four times as fast as torch, and mirrors on the way at no cost.
-        """
-        views = [
-            rearrange(np.asarray(output.as_tensor()), "(clip t) h w c -> clip c t h w", t=self.samples_per_clip)
-            for output in outputs
-        ]
-        ordered = np.empty((len(requests), self._views, *views[0].shape[1:]), np.uint8)
-        for number, view in enumerate(views):
-            for clip, request in enumerate(requests):
-                ordered[clip, number] = view[clip, ..., ::-1] if request.flip else view[clip]
-        return torch.from_numpy(rearrange(ordered, "clip view c t h w -> (clip view) c t h w"))
+
+class VideoOnCpu:
+    """`ClipGraph` of video members that DALI decodes."""
+
+    oracle = "FFmpeg"
+    samples_per_clip = 1
+
+    def __init__(self, crop_size: int) -> None:
+        self._crop_size = crop_size
+
+    def operators(self) -> list[Any]:
+        """See `ClipGraph.operators`."""
+        return [_decoded_videos("cpu")]
+
+    def fed(self, requests: Sequence[RenderRequest]) -> Fed:
+        """See `ClipGraph.fed`."""
+        return _fed_videos(requests)
+
+    def views(
+        self, outputs: Sequence[Any], requests: Sequence[RenderRequest]
+    ) -> tuple[UInt8[Tensor, "views 3 time height width"], list[Job]]:
+        """Copy the decoded boxes; everything else is left to the jobs."""
+        around = [box_around(request.boxes) for request in requests]
+        clips = [list(np.array(cut_out(np.asarray(outputs[0].at(clip)), box))) for clip, box in enumerate(around)]
+        return _resizing(clips, around, requests, self._crop_size)
+
+
+def box_around(boxes: Sequence[CropBox]) -> CropBox:
+    """Return the smallest box that holds all of them."""
+    top, left = min(box.top for box in boxes), min(box.left for box in boxes)
+    bottom, right = max(box.top + box.height for box in boxes), max(box.left + box.width for box in boxes)
+    return CropBox(top=top, left=left, height=bottom - top, width=right - left)
+
+
+def cut_out(
+    pictures: UInt8[np.ndarray, "*time height width 3"], box: CropBox
+) -> UInt8[np.ndarray, "*time cut_height cut_width 3"]:
+    """Return the pixels of the box; the same memory."""
+    return pictures[..., box.top : box.top + box.height, box.left : box.left + box.width, :]
+
+
+def _resizing(
+    clips: Sequence[Sequence[UInt8[np.ndarray, "_ _ 3"]]],
+    around: Sequence[CropBox],
+    requests: Sequence[RenderRequest],
+    size: int,
+) -> tuple[UInt8[Tensor, "views 3 time size size"], list[Job]]:
+    """Return memory for the views, and the jobs that fill it, from pictures of the boxes `around` theirs."""
+    owners = [
+        (clip, outer, box, request)
+        for clip, outer, request in zip(clips, around, requests, strict=True)
+        for box in request.boxes
+    ]
+    views = torch.empty(len(owners), 3, len(clips[0]), size, size, dtype=torch.uint8)
+    jobs: list[Job] = []
+    for view, (clip, outer, box, request) in zip(views, owners, strict=True):
+        inside = replace(box, top=box.top - outer.top, left=box.left - outer.left)
+        jobs.append(partial(finish_crop, view, [cut_out(picture, inside) for picture in clip], request))
+    return views, jobs
 
 
 class GpuFrameGraph:
@@ -354,49 +414,55 @@ class GpuFrameGraph:
     def views(
         self,
         outputs: Sequence[Any],
-        requests: Sequence[RenderRequest],  # noqa: ARG002 - the graph flips
-    ) -> UInt8[Tensor, "views 3 time height width"]:
+        requests: Sequence[RenderRequest],
+    ) -> tuple[UInt8[Tensor, "views 3 time height width"], list[Job]]:
         """Make one copy on the device, in the order of the batch."""
         pictures = [as_torch(output) for output in outputs]
         time = self.samples_per_clip
-        return _in_batch_order([rearrange(view, "(clip t) h w c -> clip t h w c", t=time) for view in pictures])
+        views = _in_batch_order([rearrange(view, "(clip t) h w c -> clip t h w c", t=time) for view in pictures])
+        return _finishing(views, requests)
 
 
 class VideoGraph:
-    """`ClipGraph` of video members; what follows the decoder runs where the decoder leaves its pictures."""
+    """`ClipGraph` of video members, decoded by a GPU's video engines."""
 
     oracle = "FFmpeg"
     samples_per_clip = 1
 
-    def __init__(self, *, crop_size: int, views_per_clip: int, decoder: Literal["cpu", "mixed"]) -> None:
-        """`decoder` is DALI's word: on the CPU, or by a GPU's video engines."""
-        self._crop_size, self._views, self._decoder = crop_size, views_per_clip, decoder
+    def __init__(self, *, crop_size: int, views_per_clip: int) -> None:
+        self._crop_size, self._views = crop_size, views_per_clip
 
     def operators(self) -> list[Any]:
         """See `ClipGraph.operators`."""
-        videos = fn.external_source(name="videos", dtype=types.UINT8, ndim=1)
-        frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
-        # A frame that is not there is an error; by default it would be black.
-        decoded = fn.decoders.video(videos, frames=frames, device=self._decoder, pad_mode="none")
-        return _flipped(crops_resized(decoded, box_sources(self._views), self._crop_size))
+        return _flipped(crops_resized(_decoded_videos("mixed"), box_sources(self._views), self._crop_size))
 
     def fed(self, requests: Sequence[RenderRequest]) -> Fed:
         """See `ClipGraph.fed`."""
-        members = [_member(request) for request in requests]
-        return {
-            "videos": [np.frombuffer(member.data, np.uint8) for member in members],
-            "frames": [np.array(member.frame_indices, np.int32) for member in members],
-            **_fed_flips(requests, times=1),
-            **_fed_boxes(requests, views_per_clip=self._views, times=1),
-        }
+        fed = _fed_videos(requests) | _fed_flips(requests, times=1)
+        return fed | _fed_boxes(requests, views_per_clip=self._views, times=1)
 
     def views(
         self,
         outputs: Sequence[Any],
-        requests: Sequence[RenderRequest],  # noqa: ARG002 - the graph flips
-    ) -> UInt8[Tensor, "views 3 time height width"]:
-        """Make one copy, in the order of the batch, on the device that the outputs are on."""
-        return _in_batch_order([as_torch(output) for output in outputs])
+        requests: Sequence[RenderRequest],
+    ) -> tuple[UInt8[Tensor, "views 3 time height width"], list[Job]]:
+        """Make one copy on the device, in the order of the batch."""
+        return _finishing(_in_batch_order([as_torch(output) for output in outputs]), requests)
+
+
+def _decoded_videos(device: Literal["cpu", "mixed"]) -> Any:
+    """Return the decoder of members, on the CPU or by a GPU's engines; a missing frame is an error, never black."""
+    videos = fn.external_source(name="videos", dtype=types.UINT8, ndim=1)
+    frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
+    return fn.decoders.video(videos, frames=frames, device=device, pad_mode="none")
+
+
+def _fed_videos(requests: Sequence[RenderRequest]) -> Fed:
+    members = [_member(request) for request in requests]
+    return {
+        "videos": [np.frombuffer(member.data, np.uint8) for member in members],
+        "frames": [np.array(member.frame_indices, np.int32) for member in members],
+    }
 
 
 def as_torch(output: Any) -> UInt8[Tensor, "samples *shape"]:

@@ -178,8 +178,22 @@ def resized_crop(
     # Frames and colours last: every tap then copies whole runs of memory.
     planes = rearrange(crop, "t c h w -> h w (t c)").astype(np.float32)
     resized = _resize(_resize(planes, axis=1, size=size), axis=0, size=size)
-    pixels = np.floor(resized + np.float32(0.5)).clip(0, 255).astype(np.uint8)
-    return torch.from_numpy(rearrange(pixels, "h w (t c) -> t c h w", c=3))
+    return torch.from_numpy(rearrange(_rounded(resized), "h w (t c) -> t c h w", c=3))
+
+
+def first_row_resized(
+    frames: Sequence[UInt8[np.ndarray, "height width 3"]], *, size: int
+) -> UInt8[np.ndarray, "3 time size"]:
+    """Return the first row of the frames resized to `size` x `size`."""
+    taps, weights = triangle_taps(len(frames[0]), size)
+    rows = np.stack([frame[taps[:, 0]] for frame in frames], axis=1).astype(np.float32)
+    row = rearrange(np.tensordot(weights[:, 0], rows, axes=1), "t w c -> 1 w (t c)")
+    return rearrange(_rounded(_resize(row, axis=1, size=size)), "1 w (t c) -> c t w", c=3)
+
+
+def _rounded(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    pixels: NDArray[np.uint8] = np.floor(values + np.float32(0.5)).clip(0, 255).astype(np.uint8)
+    return pixels
 
 
 def _resize(planes: NDArray[np.float32], *, axis: int, size: int) -> NDArray[np.float32]:

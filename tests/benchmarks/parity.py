@@ -32,7 +32,7 @@ from pipelines.augment.formulas import augmented
 from pipelines.augment.rand_augment import GEOMETRIC, ImageAugment, Operation
 from pipelines.benchmark.clips import DrawnClips, drawn_frames
 from pipelines.decode.backends import make_backend
-from pipelines.decode.dali import finish_view
+from pipelines.decode.finishing import finish_view
 from pipelines.decode.reference import ReferenceBackend, decode_frames, resized_crop
 from pipelines.rendering import ClipFrames, JpegFrames, RenderRequest, VideoMember, ViewBackend
 from pipelines.threads import StatsRecorder

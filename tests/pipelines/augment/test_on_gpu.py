@@ -11,7 +11,7 @@ from ca2st.training.losses import mixed_mel, mixed_video
 from pipelines.augment.boxes import CropBox, ErasedBox
 from pipelines.augment.mixing import MixingConfig, MixingDraws
 from pipelines.augment.rand_augment import OPERATION_NAMES, ImageAugment, Operation, argument_of
-from pipelines.decode.dali import finish_view
+from pipelines.decode.finishing import finish_view
 from pipelines.loader import mixing_of
 from pipelines.rendering import JpegFrames, RenderRequest
 from support.gpu import require_gpu

@@ -1,6 +1,7 @@
 """The graphs for a GPU as far as they can be tried without one: how they are defined, fed, read and rebuilt."""
 
 import dataclasses
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,17 +18,18 @@ from pipelines.decode import dali
 from pipelines.decode.backends import RoutedBackend
 from pipelines.decode.dali import (
     ClipGraph,
-    FrameGraph,
+    FramesOnCpu,
     GpuFrameGraph,
     GraphBackend,
     OnCpu,
     Pipeline,
     Placement,
     VideoGraph,
+    VideoOnCpu,
     dali_backend,
 )
 from pipelines.decode.reference import ReferenceBackend
-from pipelines.errors import LoaderClosedError, SampleDamageError
+from pipelines.errors import DecoderMemoryError, LoaderClosedError, SampleDamageError
 from pipelines.rendering import JpegFrames, RenderRequest, VideoMember
 from pipelines.threads import StatsRecorder
 from support.fake_shards import FakeSample
@@ -37,7 +39,7 @@ BOXES = (CropBox(top=1, left=2, height=40, width=36), CropBox(top=0, left=9, hei
 ON_HOST = {"ExternalSource", "_TensorSubscript"}
 GRAPHS: dict[str, ClipGraph] = {
     "mjpeg": GpuFrameGraph(num_frames=FRAMES, crop_size=SIZE, views_per_clip=2),
-    "videos": VideoGraph(crop_size=SIZE, views_per_clip=2, decoder="mixed"),
+    "videos": VideoGraph(crop_size=SIZE, views_per_clip=2),
 }
 
 
@@ -120,8 +122,10 @@ class _FrameGraphOnCpu(GpuFrameGraph):
 class Recorder(OnCpu):
     """The CPU as if it were a device: notes what is asked of it, and may fail."""
 
-    def __init__(self, *, fail_at: tuple[int, ...] = ()) -> None:
-        self.runs, self.handed_over, self._fail_at = 0, 0, fail_at
+    def __init__(
+        self, *, fail_at: tuple[int, ...] = (), why: str = "Current pipeline object is no longer valid"
+    ) -> None:
+        self.runs, self.handed_over, self._fail_at, self._why = 0, 0, fail_at, why
         self.entered: list[str] = []
 
     def inside(self) -> AbstractContextManager[object]:
@@ -133,7 +137,7 @@ class Recorder(OnCpu):
     def run(self, pipeline: Any) -> Sequence[Any]:
         self.runs += 1
         if self.runs in self._fail_at:
-            raise RuntimeError("Current pipeline object is no longer valid")
+            raise RuntimeError(self._why)
         return super().run(pipeline)
 
     def hand_over(self, views: torch.Tensor) -> None:
@@ -202,6 +206,23 @@ def test_a_clip_that_only_the_device_fails_on_is_found_by_running_each_alone() -
     assert len(ours.render([request(0)])) == 1
 
 
+@pytest.mark.parametrize("why", ["CUDA allocation failed", "cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY", "std::bad_alloc"])
+def test_t12_a_device_out_of_memory_is_no_damaged_clip_and_no_second_pipeline_is_made_beside_the_first(
+    monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    ours = backend(Recorder(fail_at=(1,), why=why))
+    alive, made = weakref.ref(ours._pipeline), list[bool]()
+    build = ours._build
+    monkeypatch.setattr(ours, "_build", lambda: made.append(alive() is None) or build())
+    with pytest.raises(
+        DecoderMemoryError, match=r"dali-gpu: out of memory while decoding 2 clips; lower training\.per"
+    ):
+        ours.render([request(0), request(1)])
+    assert made == []
+    assert len(ours.render([request(0), request(1)])) == 2
+    assert made == [True]
+
+
 def test_codecs_that_the_device_does_not_decode_follow_the_others_to_it() -> None:
     class OnDevice:
         name = "device"
@@ -229,15 +250,14 @@ def test_a_closed_backend_of_a_device_refuses_to_render() -> None:
 def test_the_cpu_and_the_gpu_run_the_same_engine() -> None:
     cpu = dali_backend("mjpeg", num_frames=FRAMES, crop_size=SIZE, views_per_clip=1, threads=1, stats=StatsRecorder())
     assert isinstance(cpu, GraphBackend)
-    assert isinstance(FrameGraph(num_frames=FRAMES, crop_size=SIZE, views_per_clip=1), ClipGraph)
+    assert isinstance(FramesOnCpu(SIZE, FRAMES), ClipGraph)
     assert isinstance(OnCpu(), Placement)
     cpu.close()
 
 
 def test_a_frame_behind_the_end_of_a_video_is_an_error_of_the_graph_and_never_black() -> None:
     (clip,) = stored_clips("vp9", DrawnClips(count=1, width=64, height=48, num_frames=9), num_gop_frames=4, threads=1)
-    graph = VideoGraph(crop_size=SIZE, views_per_clip=1, decoder="cpu")
-    ours = GraphBackend(graph, name="dali", num_frames=2, threads=1, stats=StatsRecorder(), place=OnCpu())
+    ours = GraphBackend(VideoOnCpu(SIZE), name="dali", num_frames=2, threads=1, stats=StatsRecorder(), place=OnCpu())
     one = dataclasses.replace(request(0), frames=clip.frames((0, 8)))
     assert ours.render([one]).float().std() > 1
     with pytest.raises(SampleDamageError, match=r"sample s0: the vp9 video .*expected frame 9, found 9 frames"):
