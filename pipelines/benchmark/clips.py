@@ -11,6 +11,10 @@ frame before the first frame that is needed, decodes from there and turns only t
 and torchvision crop, resize and flip; timm's own RandAugment works on the Pillow frames, one draw per clip; torchvision
 makes normalised tensors. The order is ours (crop before RandAugment), which costs the baseline less than the published
 order, in which whole frames are augmented.
+
+The second baseline is the fastest stack we know of: a DataLoader of torchcodec's decoder, torchvision's v2 transforms
+on the uint8 tensors of a clip, one draw per clip; it hands over bytes, as we do. Its RandAugment applies all operations
+it draws: two, as many as are applied of our four, at the same magnitude.
 """
 
 import math
@@ -21,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import av
 import numpy as np
@@ -196,10 +200,13 @@ def video_files(folder: Path) -> tuple[Path, ...]:
     return found
 
 
+Stack = Literal["pyav", "torchcodec"]
 STAGES = ("decode", "augment", "transform")
 """``augment``: RandAugment; ``transform``: crop, resize, flip, to tensor, normalise."""
 PROCESSOR = "processor"
 """Behind the stages: processor time of the worker for the item, its decoder's threads included."""
+PEAK = "peak"
+"""Behind that: most bytes that the worker held in memory so far."""
 RAND_AUGMENT = "rand-m7-n4-mstd0.5-inc1"
 _FRAME_STRIDE = 4
 _AREA, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -216,32 +223,41 @@ class BaselineConfig:
     rand_augment: bool
     batch_size: int
     num_workers: int
+    stack: Stack = "pyav"
+    """What it is made of."""
 
 
 class VideoClips(Dataset[tuple[Tensor, Tensor]]):
-    """Item i: one view of file i modulo their number, and the seconds of each of `STAGES` and of `PROCESSOR`."""
+    """Item i: one view of file i modulo their number, and what it took: seconds of `STAGES` and `PROCESSOR`, `PEAK`."""
 
     def __init__(self, files: Sequence[Path], config: BaselineConfig) -> None:
         self._files, self._config = list(files), config
         self._augment: Callable[[Picture], Picture] | None = None
 
-    def __getitem__(self, index: int) -> tuple[Float[Tensor, "3 time height width"], Float[Tensor, " seconds"]]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Float[Tensor, " costs"]]:
         marks, processor = [time.perf_counter()], time.process_time()
         draws = random.Random(index)  # noqa: S311 - crops, not secrets
-        frames = decode_frames(self._files[index % len(self._files)], self._config, draws.random())
+        frames = self._decoded(self._files[index % len(self._files)], draws.random())
         marks.append(time.perf_counter())
         frames = self._cropped(frames, draws)
         marks.append(time.perf_counter())
         if self._config.training and self._config.rand_augment:
             frames = self._augmented(frames, index)
         marks.append(time.perf_counter())
-        video = _normalised(frames)
+        video = self._finished(frames)
         marks.append(time.perf_counter())
-        decode, crop, augment, normalise = np.diff(marks).tolist()
-        return video, torch.tensor([decode, augment, crop + normalise, time.process_time() - processor])
+        decode, crop, augment, finish = np.diff(marks).tolist()
+        costs = [decode, augment, crop + finish, time.process_time() - processor, float(peak_bytes())]
+        return video, torch.tensor(costs, dtype=torch.float64)
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def _decoded(self, path: Path, u: float) -> Any:
+        return decode_frames(path, self._config, u)
+
+    def _finished(self, frames: Any) -> Tensor:
+        return _normalised(frames)
 
     def _cropped(self, frames: list[Picture], draws: random.Random) -> list[Picture]:
         from torchvision.transforms import functional as F
@@ -263,6 +279,53 @@ class VideoClips(Dataset[tuple[Tensor, Tensor]]):
             np.random.seed(index % 2**32)  # noqa: NPY002, RUF100 - timm's own generator
             augmented.append(self._augment(frame))
         return augmented
+
+
+class TorchcodecClips(VideoClips):
+    """The same views by torchcodec and torchvision's v2 transforms, as uint8 [time, 3, height, width]."""
+
+    def _decoded(self, path: Path, u: float) -> Any:
+        from torchcodec.decoders import VideoDecoder
+
+        decoder = VideoDecoder(str(path), num_ffmpeg_threads=1, seek_mode="approximate")
+        return decoder.get_frames_at(indices=list(_indices(len(decoder), self._config, u))).data
+
+    def _finished(self, frames: Any) -> Tensor:
+        return cast(Tensor, frames)
+
+    def _cropped(self, frames: Any, draws: random.Random) -> Any:
+        from torchvision.transforms.v2 import functional as F
+
+        size = self._config.clip.crop_size
+        if not self._config.training:
+            return F.center_crop(F.resize(frames, [size], antialias=True), [size, size])
+        height, width = frames.shape[-2:]
+        box, mirrored = _random_box(width, height, draws), draws.random() < 0.5
+        cut = F.resized_crop(frames, *box, [size, size], antialias=True)
+        return F.horizontal_flip(cut) if mirrored else cut
+
+    def _augmented(self, frames: Any, index: int) -> Any:
+        from torchvision.transforms import v2
+
+        torch.manual_seed(index)
+        bilinear, fill = v2.InterpolationMode.BILINEAR, [round(255 * part) for part in IMAGENET_MEAN]
+        return v2.RandAugment(num_ops=2, magnitude=21, interpolation=bilinear, fill=fill)(frames)
+
+
+def torchcodec_missing() -> str | None:
+    """Return why the second baseline cannot run here; None: it can."""
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"torchcodec is not measured: it, or FFmpeg's shared libraries that it needs, cannot be loaded ({first})"
+    return None
+
+
+def peak_bytes() -> int:
+    """Return the most bytes that this process has held in memory so far (VmHWM: not those of who started it)."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def _timm_augment(crop_size: int) -> Callable[[Picture], Picture]:
@@ -352,8 +415,9 @@ class RunningBatches(Sampler[list[int]]):
 def make_dataloader(files: Sequence[Path], config: BaselineConfig) -> "DataLoader[tuple[Tensor, Tensor]]":
     """Return a DataLoader whose workers outlive a pass; spawned, since forking after decoding hangs."""
     several: dict[str, Any] = {"persistent_workers": True, "multiprocessing_context": SPAWN}
+    clips = TorchcodecClips if config.stack == "torchcodec" else VideoClips
     return DataLoader(
-        VideoClips(files, config),
+        clips(files, config),
         batch_sampler=RunningBatches(config),
         num_workers=config.num_workers,
         **(several if config.num_workers else {}),

@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -17,10 +18,19 @@ import torch
 from ca2st.batch import ClipBatch
 from ca2st.benchmark.measure import Spread, spread
 from ca2st.errors import UserInputError
-from ca2st.processes import num_cores
+from ca2st.processes import SPAWN, num_cores
 from ca2st.spec import ClipSpec
 from pipelines.augment.config import AugmentConfig
-from pipelines.benchmark.clips import PROCESSOR, STAGES, BaselineConfig, make_dataloader
+from pipelines.benchmark.clips import (
+    PEAK,
+    PROCESSOR,
+    STAGES,
+    BaselineConfig,
+    Stack,
+    make_dataloader,
+    peak_bytes,
+    torchcodec_missing,
+)
 from pipelines.config import BackendName, EvaluationSetup, LoaderConfig, TrainSetup
 from pipelines.errors import check_range
 from pipelines.loader import EvaluationLoader, TrainLoader
@@ -44,7 +54,9 @@ class LoaderBenchConfig:
     rand_augment: bool = True
     """Train with RandAugment (rand-m7-n4-mstd0.5-inc1), ours and the baseline alike."""
     baseline: bool = True
-    """Measure the baseline too."""
+    """Measure the baseline too, and torchcodec's where that is installed."""
+    footprint: bool = True
+    """Measure memory and the time to the first batch too, each in a process of its own."""
     clip: ClipSpec = field(default_factory=ClipSpec)
     """Sizes of a view. Default: 16 frames of 224 pixels, 4 s of sound."""
 
@@ -78,6 +90,33 @@ class SplitReport:
     """The same of the baseline and its workers."""
     bytes_per_clip: float
     """Read by ours."""
+    torchcodec: "TorchcodecReport | None" = None
+    """The second baseline; None where it was not measured."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TorchcodecReport:
+    """The second baseline: torchcodec and torchvision v2 in a DataLoader."""
+
+    clips_per_second: float
+    ratio: Spread
+    """Ours over it, round by round."""
+    stages: Mapping[str, float]
+    """Milliseconds per clip by stage, of a worker."""
+    processor_ms_per_clip: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """A training loader in a fresh process."""
+
+    first_batch_seconds: float
+    """From making it to its first batch, workers' starts and imports included."""
+    process_bytes: int
+    """Most memory of the process that takes the batches (VmHWM), imports included."""
+    worker_bytes: int
+    """The most of one worker process; 0: it has none."""
+    num_workers: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +155,10 @@ class LoaderBenchmark:
     source_bytes_per_clip: float
     """Of the original files, sound included."""
     shard_bytes_per_clip: float
+    torchcodec_missing: str | None
+    """Why the second baseline was not measured; None: it was, or no baseline was asked for."""
+    footprints: Mapping[str, Footprint]
+    """Memory and start of each loader, by name."""
     load_before: float
     """The machine's load average over the minute before: well below one per core, or others were computing too."""
 
@@ -198,9 +241,9 @@ class BaselineCase:
         """See `LoaderCase`."""
         begin, processor, clips, spent = time.perf_counter(), time.process_time(), 0, Counter[str]()
         while time.perf_counter() - begin < seconds or not clips:
-            for video, seconds_of_clip in self._dataloader:
+            for video, costs in self._dataloader:
                 clips += len(video)
-                spent.update(dict(zip((*STAGES, PROCESSOR), seconds_of_clip.sum(dim=0).tolist(), strict=True)))
+                spent.update(dict(zip((*STAGES, PROCESSOR, PEAK), costs.sum(dim=0).tolist(), strict=True)))
         workers = spent.pop(PROCESSOR) if self._dataloader.num_workers else 0.0  # without workers it is this process's
         return Turn(
             clips=clips,
@@ -240,9 +283,56 @@ def measure_headspace(
     )
 
 
-Variant = Literal["ours", "baseline"]
+def footprint_of_ours(config: LoaderBenchConfig, shard_set: ShardSet) -> Footprint:
+    """Measure our training loader, in this process."""
+    begin = time.perf_counter()
+    with _train_loader(config, shard_set, None) as loader:
+        batches = loader.batches(0)
+        next(batches)
+        first = time.perf_counter() - begin
+        for _, _batch in zip(range(_FOOTPRINT_BATCHES), batches, strict=False):
+            pass
+        return Footprint(first_batch_seconds=first, process_bytes=peak_bytes(), worker_bytes=0, num_workers=0)
+
+
+def footprint_of_baseline(files: Sequence[Path], config: BaselineConfig) -> Footprint:
+    """Measure a baseline in training, in this process and its workers."""
+    begin, first, worker = time.perf_counter(), 0.0, 0
+    dataloader = make_dataloader(files, config)
+    for _ in range(-(-_FOOTPRINT_BATCHES // max(1, config.num_workers))):
+        for _video, costs in dataloader:
+            first = first or time.perf_counter() - begin
+            worker = max(worker, int(costs[:, -1].max()))
+    return Footprint(
+        first_batch_seconds=first,
+        process_bytes=peak_bytes(),
+        worker_bytes=worker if config.num_workers else 0,
+        num_workers=config.num_workers,
+    )
+
+
+_FOOTPRINT_BATCHES = 8
+
+
+def _footprints(
+    config: LoaderBenchConfig, shard_set: ShardSet, files: Sequence[Path], stacks: Sequence[Stack]
+) -> dict[str, Footprint]:
+    """Measure every loader in a process of its own, one after the other."""
+
+    def fresh(measure: Callable[..., Footprint], *arguments: object) -> Footprint:
+        # A worker of a pool could have no children of its own.
+        with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
+            return pool.submit(measure, *arguments).result()
+
+    found = {"ours": fresh(footprint_of_ours, config, shard_set)}
+    for stack in stacks:
+        found[stack] = fresh(footprint_of_baseline, files, _baseline_config(config, stack, training=True))
+    return found
+
+
+Variant = Literal["ours", "pyav", "torchcodec"]
 Update = Callable[[int, str], None]
-NUM_STEPS = 3
+NUM_STEPS = 4
 """How often `update` is called."""
 
 
@@ -264,12 +354,14 @@ def benchmark_loader(
         CA2STError: whatever the loaders refuse.
     """
     load_before = os.getloadavg()[0]
+    missing = torchcodec_missing() if config.baseline else None
+    stacks: list[Stack] = [] if not config.baseline else ["pyav"] if missing else ["pyav", "torchcodec"]
     device = torch.device("cuda") if torch.cuda.is_available() else None
     with _train_loader(config, shard_set, device) as train, _evaluation_loader(config, shard_set, device) as validation:
         update(0, "training")
-        train_report = _split_report(config, OwnCase(train), files, training=True)
+        train_report = _split_report(config, OwnCase(train), files, stacks, training=True)
         update(1, "validation")
-        validation_report = _split_report(config, OwnCase(validation), files, training=False)
+        validation_report = _split_report(config, OwnCase(validation), files, stacks, training=False)
         update(2, "headspace")
         headspace = measure_headspace(
             train,
@@ -278,7 +370,9 @@ def benchmark_loader(
             loader_clips_per_second=train_report.clips_per_second,
             seconds=config.seconds / config.rounds,
         )
-        update(NUM_STEPS, "")
+    update(3, "memory and start")
+    footprints = _footprints(config, shard_set, files, stacks) if config.footprint else {}
+    update(NUM_STEPS, "")
     return LoaderBenchmark(
         train=train_report,
         validation=validation_report,
@@ -289,6 +383,8 @@ def benchmark_loader(
         codec=shard_set.manifest.video.codec,
         source_bytes_per_clip=sum(file.stat().st_size for file in files) / max(1, len(files)),
         shard_bytes_per_clip=sum(shard.bytes for shard in shard_set.shards) / shard_set.manifest.num_samples,
+        torchcodec_missing=missing,
+        footprints=footprints,
         load_before=load_before,
     )
 
@@ -357,25 +453,30 @@ def _threads(config: LoaderBenchConfig) -> int:
     return config.threads or num_cores()
 
 
-def _split_report(config: LoaderBenchConfig, ours: LoaderCase, files: Sequence[Path], *, training: bool) -> SplitReport:
+def _baseline_config(config: LoaderBenchConfig, stack: Stack, *, training: bool) -> BaselineConfig:
+    return BaselineConfig(
+        clip=config.clip,
+        training=training,
+        rand_augment=config.rand_augment,
+        batch_size=config.batch_size,
+        num_workers=_threads(config),
+        stack=stack,
+    )
+
+
+def _split_report(
+    config: LoaderBenchConfig, ours: LoaderCase, files: Sequence[Path], stacks: Sequence[Stack], *, training: bool
+) -> SplitReport:
     cases: dict[Variant, LoaderCase] = {"ours": ours}
-    if config.baseline:
-        baseline = BaselineConfig(
-            clip=config.clip,
-            training=training,
-            rand_augment=config.rand_augment,
-            batch_size=config.batch_size,
-            num_workers=_threads(config),
-        )
-        cases["baseline"] = BaselineCase(files, baseline)
+    for stack in stacks:
+        cases[stack] = BaselineCase(files, _baseline_config(config, stack, training=training))
     turns = take_turns(cases, rounds=config.rounds, seconds=config.seconds / config.rounds)
-    mine, theirs = turns["ours"], turns.get("baseline", [])
+    mine, theirs, second = turns["ours"], turns.get("pyav", []), turns.get("torchcodec", [])
     rates, whole = _rates(mine), _added(mine)
-    ratios = [a.clips_per_second / b.clips_per_second for a, b in zip(mine, theirs, strict=False)]
     return SplitReport(
         clips_per_second=rates.median,
         baseline_clips_per_second=_rates(theirs).median if theirs else None,
-        ratio=spread(ratios) if theirs else None,
+        ratio=_ratios(mine, theirs) if theirs else None,
         stages=whole.stages_ms(),
         baseline_stages=_added(theirs).stages_ms() if theirs else None,
         rounds=rates,
@@ -383,7 +484,19 @@ def _split_report(config: LoaderBenchConfig, ours: LoaderCase, files: Sequence[P
         processor_ms_per_clip=_processor_ms(mine),
         baseline_processor_ms_per_clip=_processor_ms(theirs) if theirs else None,
         bytes_per_clip=whole.bytes_read / whole.clips,
+        torchcodec=TorchcodecReport(
+            clips_per_second=_rates(second).median,
+            ratio=_ratios(mine, second),
+            stages=_added(second).stages_ms(),
+            processor_ms_per_clip=_processor_ms(second),
+        )
+        if second
+        else None,
     )
+
+
+def _ratios(mine: Sequence[Turn], theirs: Sequence[Turn]) -> Spread:
+    return spread([a.clips_per_second / b.clips_per_second for a, b in zip(mine, theirs, strict=True)])
 
 
 def _processor_ms(turns: Sequence[Turn]) -> float:

@@ -6,6 +6,7 @@ round twice, which is a level in one of five (55 dB).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import av
 import numpy as np
@@ -71,5 +72,7 @@ def resize_into(view: UInt8[np.ndarray, "3 time size size"], crop: Sequence[Pict
 
 def _planes(frame: av.VideoFrame) -> list[UInt8[np.ndarray, "height width"]]:
     """Return the planes of a frame whose planes are all of its size; the same memory."""
-    rows = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes]
+    lines = [plane.line_size for plane in frame.planes]
+    planes: list[Any] = [*frame.planes]  # buffers, which PyAV's types do not say
+    rows = [np.frombuffer(plane, np.uint8).reshape(-1, line) for plane, line in zip(planes, lines, strict=True)]
     return [pixels[: frame.height, : frame.width] for pixels in rows]

@@ -139,7 +139,8 @@ def loader(
     """Measure clips per second of the training and the validation loader, beside what people use today in the same run.
 
     The baseline is a torch DataLoader with one worker per core over the original H.264 files: PyAV from the nearest key
-    frame, timm's RandAugment on Pillow frames, torchvision. The variants take turns; medians are reported.
+    frame, timm's RandAugment on Pillow frames, torchvision. The second one, where it is installed, is torchcodec with
+    torchvision's v2 transforms. The variants take turns; medians are reported, then memory and the first batch.
     """
     from pipelines.benchmark.loader import NUM_STEPS, LoaderBenchConfig, benchmark_loader
     from ray_jobs.bench_data import bench_sources
@@ -370,11 +371,17 @@ def _loader_lines(found: "LoaderBenchmark") -> list[str]:
         f"{found.num_clips} clips, shards {found.codec} ({found.shard_bytes_per_clip / 1e6:.2f} MB per clip, originals "
         f"{found.source_bytes_per_clip / 1e6:.2f} MB), backend {found.backend}, {found.threads} threads; "
         f"load before: {found.load_before:.1f}",
+        *([found.torchcodec_missing] if found.torchcodec_missing else []),
         *_split_lines("train", found.train),
         *_split_lines("validation", found.validation),
         f"headspace: {head.limited_by} is the limit: loader alone {head.loader_clips_per_second:.1f} clips/s, consumer "
         f"alone {head.consumer_clips_per_second:.1f}, together {head.together_clips_per_second:.1f}, waiting "
         f"{head.data_wait_fraction:.0%} of the time ({head.consumer})",
+        *(
+            f"{name:<10} first batch after {one.first_batch_seconds:.1f} s; memory {one.process_bytes / 1e6:.0f} MB"
+            + (f" and {one.num_workers} workers of {one.worker_bytes / 1e6:.0f} MB" if one.num_workers else "")
+            for name, one in found.footprints.items()
+        ),
     ]
 
 
@@ -382,10 +389,14 @@ def _split_lines(name: str, report: "SplitReport") -> list[str]:
     ours = f"{name:<10} {report.clips_per_second:7.1f} clips/s  {_stages(report.stages)}"
     if report.ratio is None or report.baseline_stages is None:
         return [ours]
-    return [
+    lines = [
         f"{ours}  {report.ratio.median:.1f}x the baseline",
         f"  baseline {report.baseline_clips_per_second:7.1f} clips/s  {_stages(report.baseline_stages)}",
     ]
+    if (other := report.torchcodec) is not None:
+        lines[0] += f", {other.ratio.median:.1f}x torchcodec"
+        lines.append(f"  torchcodec {other.clips_per_second:5.1f} clips/s  {_stages(other.stages)}")
+    return lines
 
 
 def _stages(stages: Any) -> str:

@@ -14,9 +14,11 @@ from ca2st.spec import IMAGENET_MEAN, IMAGENET_STD, ClipSpec
 from pipelines.benchmark.clips import (
     BaselineConfig,
     RunningBatches,
+    TorchcodecClips,
     VideoClips,
     decode_frames,
     make_dataloader,
+    torchcodec_missing,
 )
 from pipelines.views import dense_train, dense_validation
 from support.media import Sound, make_clip, read_number
@@ -78,7 +80,7 @@ def test_every_pass_goes_on_where_the_last_one_ended(clip_file: Path) -> None:
     assert len(sampler) == 2
     ((video, seconds),) = make_dataloader([clip_file], VALIDATION)
     assert video.shape == (2, 3, 4, 32, 32)
-    assert seconds.shape == (2, 4)
+    assert seconds.shape == (2, 5)
 
 
 def test_a_file_without_a_video_is_told(tmp_path: Path) -> None:
@@ -98,3 +100,17 @@ def test_a_file_without_a_video_is_told(tmp_path: Path) -> None:
 def test_a_clip_with_sound_is_read_alike(tmp_path: Path) -> None:
     path = make_clip(tmp_path / "with_sound.mp4", seconds=1.0, sound=Sound())
     assert len(decode_frames(path, VALIDATION, 0.0)) == 4
+
+
+def test_the_torchcodec_stack_reads_the_same_frames_and_hands_over_bytes(clip_file: Path) -> None:
+    if missing := torchcodec_missing():
+        pytest.skip(missing)
+    plain = replace(VALIDATION, stack="torchcodec", clip=ClipSpec(num_frames=4, crop_size=48))
+    frames = TorchcodecClips([clip_file], plain)._decoded(clip_file, 0.0)
+    found = [read_number(frame.permute(1, 2, 0).numpy()) for frame in frames]
+    assert tuple(found) == dense_validation(60, num_frames=4, stride=4)
+    view, _ = TorchcodecClips([clip_file], plain)[0]
+    assert (view.shape, view.dtype) == ((4, 3, 48, 48), torch.uint8)
+    training = TorchcodecClips([clip_file], replace(plain, training=True))
+    assert torch.equal(training[3][0], training[3][0])
+    assert not torch.equal(training[3][0], training[4][0])

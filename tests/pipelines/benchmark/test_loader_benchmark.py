@@ -17,13 +17,21 @@ from pipelines.benchmark.loader import (
     LoaderBenchmark,
     Turn,
     benchmark_loader,
+    footprint_of_baseline,
+    footprint_of_ours,
     take_turns,
 )
 from sharding.format.shard_set import ShardSet
 from support.media import Sound, make_clip
 
 SMALL = LoaderBenchConfig(
-    seconds=0.02, rounds=2, batch_size=4, threads=1, backend="reference", clip=ClipSpec(num_frames=8, crop_size=32)
+    seconds=0.02,
+    rounds=2,
+    batch_size=4,
+    threads=1,
+    backend="reference",
+    clip=ClipSpec(num_frames=8, crop_size=32),
+    footprint=False,
 )
 
 
@@ -55,7 +63,7 @@ def small(intact_set: ShardSet, files: tuple[Path, ...]) -> Iterator[LoaderBench
 
 def test_variants_take_turns_after_a_first_pass_that_does_not_count() -> None:
     log: list[str] = []
-    cases = {"ours": FakeCase("ours", log, [1, 20, 30]), "baseline": FakeCase("theirs", log, [1, 10, 5])}
+    cases = {"ours": FakeCase("ours", log, [1, 20, 30]), "pyav": FakeCase("theirs", log, [1, 10, 5])}
     turns = take_turns(cases, rounds=2, seconds=3.0)  # type: ignore[arg-type]
     assert log == ["ours 0", "theirs 0", *["ours 3", "theirs 3"] * 2]
     assert [turn.clips_per_second for turn in turns["ours"]] == pytest.approx([20, 30])
@@ -65,7 +73,7 @@ def test_the_report_holds_medians_ratios_round_by_round_and_times_a_clip(monkeyp
     log: list[str] = []
     monkeypatch.setattr(loader, "BaselineCase", lambda *_: FakeCase("theirs", log, [1, 10, 5]))
     ours = FakeCase("ours", log, [1, 20, 30])
-    report = loader._split_report(SMALL, ours, [], training=True)
+    report = loader._split_report(SMALL, ours, [], ["pyav"], training=True)
     assert (report.clips_per_second, report.baseline_clips_per_second) == pytest.approx((25, 7.5))
     assert report.ratio is not None
     assert (report.ratio.lowest, report.ratio.median, report.ratio.highest) == pytest.approx((2, 4, 6))
@@ -82,10 +90,26 @@ def test_a_whole_benchmark_measures_both_loaders_their_stages_and_headspace(smal
         assert set(report.baseline_stages or ()) == {"decode_ms", "augment_ms", "transform_ms"}
         assert report.bytes_per_clip > 1000
         assert report.rounds.count == 2
+        assert (report.torchcodec is None) is (small.torchcodec_missing is not None)
+        if report.torchcodec is not None:
+            assert report.torchcodec.clips_per_second > 0
+            assert report.torchcodec.ratio.count == 2
     assert small.headspace.loader_clips_per_second == small.train.clips_per_second
     assert 0 <= small.headspace.data_wait_fraction <= 1
     assert small.headspace.limited_by in ("data", "compute")
     assert (small.backend, small.num_clips, small.codec) == ("reference", 27, "mjpeg")
+
+
+def test_memory_and_start_of_ours_and_of_a_baseline_with_a_worker(
+    intact_set: ShardSet, files: tuple[Path, ...]
+) -> None:
+    ours = footprint_of_ours(SMALL, intact_set)
+    theirs = footprint_of_baseline(files, loader._baseline_config(SMALL, "pyav", training=True))
+    assert (ours.num_workers, ours.worker_bytes, theirs.num_workers) == (0, 0, 1)
+    for found in (ours, theirs):
+        assert found.first_batch_seconds > 0
+        assert found.process_bytes > 100e6  # torch alone takes more
+    assert 100e6 < theirs.worker_bytes < theirs.process_bytes * 2
 
 
 def test_a_slow_consumer_is_found_to_be_the_limit(intact_set: ShardSet) -> None:

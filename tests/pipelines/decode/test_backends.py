@@ -17,6 +17,7 @@ from pipelines.config import BackendName
 from pipelines.decode import backends
 from pipelines.decode.backends import make_backend
 from pipelines.decode.dali import GraphBackend, dali_backend
+from pipelines.decode.finishing import resize_into
 from pipelines.decode.reference import ReferenceBackend, decode_frames, resized_crop, triangle_taps
 from pipelines.errors import LoaderClosedError, SampleDamageError
 from pipelines.rendering import JpegFrames, RenderRequest, ViewBackend
@@ -152,6 +153,20 @@ def test_dali_resizes_and_flips_as_the_reference_does_within_the_stated_toleranc
     assert ours.shape == (3, 3, FRAMES, SIZE, SIZE)
     assert (ours.int() - oracle.int()).abs().max() <= MOST_LEVELS
     assert psnr_db(ours, oracle) >= LEAST_PSNR_DB
+
+
+@pytest.mark.parametrize("size", [8, 40, 224])
+def test_every_crop_is_resized_as_by_the_reference_to_its_border(size: int) -> None:
+    random = np.random.default_rng(size)
+    shapes = [(1, 1), (3, 60), (4, 4), (37, 2), (size, size), *random.integers(4, 500, (12, 2)).tolist()]
+    for height, width in shapes:
+        noise = random.integers(0, 256, (1, 3, height, width), np.uint8)
+        found = np.empty((3, 1, size, size), np.uint8)
+        resize_into(found, [noise[0].transpose(1, 2, 0)])
+        expected = resized_crop(torch.from_numpy(noise), box(0, 0, height, width), size=size)
+        ours = torch.from_numpy(found).transpose(0, 1)
+        assert (ours.int() - expected.int()).abs().max() <= MOST_LEVELS, (height, width)
+        assert psnr_db(ours, expected) >= LEAST_PSNR_DB - 1, (height, width)  # of noise; of pictures 70
 
 
 def test_views_come_request_by_request_and_box_by_box(dali_views: GraphBackend, reference: ReferenceBackend) -> None:
