@@ -15,7 +15,7 @@ bytes: with weights v, w of 0..127 in 128ths, top = a + ((b - a) * w + 64) // 12
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from jaxtyping import Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ca2st.batch import on_device
 from pipelines.augment.boxes import NOISE_LEVELS, ErasedBox
 from pipelines.augment.rand_augment import FILL, ImageAugment, Operation, OperationName, gain_of
 from pipelines.keyed_random import raw_words
@@ -45,6 +46,10 @@ class WarpPlan:
     outside: NDArray[np.bool_]
     """Pixels that get the fill colour."""
 
+    def packed(self) -> NDArray[np.int32]:
+        """Return all of it as rows of one array, which goes to a device in one copy."""
+        return np.stack([*self.corners, self.right, self.below, self.outside], dtype=np.int32)
+
 
 def warp_plan(operations: Sequence[Operation], *, size: int) -> WarpPlan:
     """Return the warp of a run of geometric operations on a `size` x `size` picture."""
@@ -66,17 +71,20 @@ def warp(
     frames: UInt8[Tensor, "3 time size size"], operations: Sequence[Operation]
 ) -> UInt8[Tensor, "3 time size size"]:
     """Apply the module's formula, written for reading; on any device."""
-    plan = warp_plan(operations, size=frames.shape[-1])
+    packed = on_device(torch.from_numpy(warp_plan(operations, size=frames.shape[-1]).packed()), frames.device)
+    *corners, right, below, outside = packed.unbind()
     flat = frames.flatten(2).int()
-    a, b, c, d = (flat[..., torch.from_numpy(corner).to(frames.device).long()] for corner in plan.corners)
-    right, below = (torch.from_numpy(part).to(frames.device).int() for part in (plan.right, plan.below))
+    a, b, c, d = (flat[..., corner] for corner in corners)
     top, bottom = (
         left + ((other - left) * right + 64).div(_PARTS, rounding_mode="floor") for left, other in ((a, b), (c, d))
     )
     mixed = top + ((bottom - top) * below + 64).div(_PARTS, rounding_mode="floor")
-    fill = torch.tensor(FILL, device=frames.device, dtype=torch.int32).view(3, 1, 1)
-    outside = torch.from_numpy(plan.outside).to(frames.device)
-    return torch.where(outside, fill, mixed).to(torch.uint8).reshape(frames.shape)
+    return torch.where(outside.bool(), _fill(frames.device), mixed).to(torch.uint8).reshape(frames.shape)
+
+
+@cache
+def _fill(device: torch.device) -> Int[Tensor, "3 1 1"]:
+    return torch.tensor(FILL, device=device, dtype=torch.int32).view(3, 1, 1)
 
 
 def _places(

@@ -73,6 +73,7 @@ _REFUSED_ALLOCATIONS = (
     "NVJPEG_STATUS_ALLOCATOR_FAILURE",
     "bad_alloc",
 )
+_FINISHERS_ON_GPU = 2
 Fed = dict[str, list[NDArray[Any]]]
 """What goes into a run, by the name of the external source."""
 
@@ -178,7 +179,8 @@ class OnGpu:
         self._consumer = torch.cuda.current_stream(self.device_id)
 
     def inside(self) -> AbstractContextManager[object]:
-        """See `Placement.inside`: the stream, which is a thread's own affair, and its device."""
+        """See `Placement.inside`: the device and the stream, which are a thread's own affair."""
+        torch.cuda.set_device(self.device_id)  # threads start on device 0, and would leave a context there
         return torch.cuda.stream(self._stream)
 
     def run(self, pipeline: Any) -> Sequence[Any]:
@@ -201,12 +203,14 @@ class GraphBackend:
     def __init__(
         self, graph: ClipGraph, *, name: str, num_frames: int, threads: int, stats: StatsRecorder, place: Placement
     ) -> None:
-        """`threads` decode, and as many others finish views."""
+        """`threads` decode, and as many others finish views: on a GPU, which computes these, at most two."""
         self.name = name
         self._graph, self._place, self._threads, self._stats = graph, place, threads, stats
         self._clips_per_run = max(1, MOST_FRAMES // num_frames)
         self._lock = threading.Lock()
-        self._finishers = ThreadPoolExecutor(threads, thread_name_prefix="clip-augment")
+        self._finishers = ThreadPoolExecutor(
+            threads if place.device_id is None else min(threads, _FINISHERS_ON_GPU), thread_name_prefix="clip-augment"
+        )
         self._is_closed = False
         self._pipeline: Any = self._build()
         """None after a failure: the next run makes another."""

@@ -174,6 +174,21 @@ def test_a_batch_of_several_runs_is_handed_over_once_and_augmented_in_the_device
     assert torch.equal(views, expected)
 
 
+def test_every_thread_that_touches_a_device_is_set_to_it_and_two_finish_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[str, object]] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda index: f"stream of {index}")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: f"consumer of {index}")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: called.append(("device", index)))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: called.append(("stream", stream)) or nullcontext())
+    with dali.OnGpu(torch.device("cuda", 3)).inside():
+        assert called == [("device", 3), ("stream", "stream of 3")]
+    monkeypatch.setattr(GraphBackend, "_build", lambda _: None)
+    options = {"name": "dali-gpu", "num_frames": FRAMES, "threads": 12, "stats": StatsRecorder()}
+    places = (dali.OnGpu(torch.device("cuda", 3)), OnCpu())
+    made = [GraphBackend(GRAPHS["mjpeg"], place=place, **options) for place in places]  # type: ignore[arg-type]
+    assert [one._finishers._max_workers for one in made] == [2, 12]
+
+
 # Rebuilding.
 
 
