@@ -27,9 +27,9 @@ _OWN_TO_CONSUMER = ("steps", "wait_seconds")
 class StageStats:
     """Running totals of a loader; subtract an earlier snapshot to get those of a stretch.
 
-    Index, fetch and checksum run on several threads, so their seconds are thread seconds. DALI decodes, crops and
-    resizes in one graph, picture by picture, and does not say how long each took: all three are decode there, and
-    augment is RandAugment and erasing. In the reference backend decode is decoding alone.
+    Index, fetch and checksum run on several threads, so their seconds are thread seconds. Decode and augment are those
+    of the thread that renders: on a GPU crop and resize are part of DALI's graph and count as decode, on a CPU threads
+    of ours do them, and augment is the wait for these.
     """
 
     steps: int = 0
@@ -44,7 +44,7 @@ class StageStats:
     checksum_seconds: float = 0.0
     """Comparing them with the index."""
     decode_seconds: float = 0.0
-    """JPEG to pixels."""
+    """Stored bytes to pixels."""
     augment_seconds: float = 0.0
     """Crop, resize, flip where no graph does them; RandAugment and erasing."""
     wait_seconds: float = 0.0
