@@ -24,7 +24,14 @@ from ca2st.model.config import SIZES, AudioVisualConfig, ModelConfig, ModelKind,
 from ca2st.model.experts import QuickGELU
 from ca2st.model.layers import HolisticLayer
 from ca2st.spec import ClipSpec
-from ca2st.training.config import OptimConfig, Precision
+from ca2st.training.attention_kernel import (
+    KernelStopwatch,
+    attention_shapes,
+    fastest,
+    set_kernels,
+    set_kernels_by_shape,
+)
+from ca2st.training.config import AttentionChoice, OptimConfig, Precision
 from ca2st.training.losses import loss_per_clip
 from ca2st.training.optim import ParameterRules, build_optimizer, set_learning_rate
 
@@ -119,6 +126,8 @@ class CaseSpec:
     """What is trained; of the baseline always what is published."""
     activation_checkpointing: bool = False
     """Layers are computed again for their gradients."""
+    attention: AttentionChoice = "auto"
+    """Kernel of all attentions but the baseline's, as `TrainingConfig.attention`."""
 
 
 @runtime_checkable
@@ -210,9 +219,21 @@ def _model(spec: CaseSpec) -> network.HolisticModel:
     network.set_trainable(model, spec.trainable)
     model.activation_checkpointing = spec.activation_checkpointing
     network.hold_experts(model, network.held_precision("auto", training=spec.precision, device=spec.device))
+    _set_attention(model, spec)
     if spec.variant == "compiled":
         network.compile_layers(model)
     return model
+
+
+def _set_attention(model: network.HolisticModel, spec: CaseSpec) -> None:
+    if spec.attention == "auto" and spec.device != "cuda":
+        return
+    shapes = attention_shapes(model, num_clips=spec.per_device_batch_size)
+    if spec.attention != "auto":
+        set_kernels(model, dict.fromkeys(shapes, spec.attention))
+        return
+    stopwatch = KernelStopwatch(precision=spec.precision, device=torch.device(spec.device))
+    set_kernels_by_shape(model, shapes, fastest(shapes.values(), stopwatch, deterministic=False))
 
 
 def _inputs(spec: CaseSpec, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,8 +24,7 @@ from ca2st.durable import write_bytes
 from ca2st.errors import UserInputError
 from ca2st.model.attention import Attend
 from ca2st.model.network import HolisticModel, build_model, whole_last_layer
-from ca2st.training.config import TrainingConfig
-from ca2st.training.ranks import Ranks
+from ca2st.training.config import Precision, TrainingConfig
 
 FILE_NAME = "attention.json"
 KERNELS: Mapping[str, SDPBackend] = {
@@ -100,15 +99,26 @@ def set_kernels(model: nn.Module, kernels: Mapping[str, str]) -> None:
         attend.kernel = KERNELS[kernel]
 
 
+def set_kernels_by_shape(model: nn.Module, shapes: Mapping[str, AttentionShape], of_shape: Mapping[str, str]) -> None:
+    """Set the kernel that `fastest` found for its shape to each `Attend`."""
+    set_kernels(model, {name: of_shape[str(shape)] for name, shape in shapes.items() if str(shape) in of_shape})
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Stopwatch:
-    dtype: torch.dtype
+class KernelStopwatch:
+    """Measures kernels: a `Seconds`."""
+
+    precision: Precision
+    """Of queries, keys and values."""
     device: torch.device
+    """Where."""
 
     def __call__(self, shape: AttentionShape, kernel: str) -> float | None:
+        """Return the mean time of a forward and backward pass."""
+
         def rows(tokens: int) -> Tensor:
             size = (shape.windows, tokens, shape.heads, shape.head_dim)
-            return torch.randn(size, dtype=self.dtype, device=self.device).transpose(1, 2).requires_grad_()
+            return torch.randn(size, dtype=_DTYPES[self.precision], device=self.device).transpose(1, 2).requires_grad_()
 
         try:
             with sdpa_kernel(KERNELS[kernel]), warnings.catch_warnings(action="ignore"):  # it says why it is not taken
@@ -131,8 +141,12 @@ class _Stopwatch:
             torch.cuda.synchronize(self.device)
 
 
+OnMain = Callable[[Callable[[], dict[str, str]]], dict[str, str]]
+"""`Ranks.on_main`: what the main rank finds is what every rank gets."""
+
+
 def settle_attention(
-    model: HolisticModel, config: TrainingConfig, *, ranks: Ranks, device: torch.device, folder: Path
+    model: HolisticModel, config: TrainingConfig, *, device: torch.device, folder: Path, on_main: OnMain
 ) -> dict[str, str]:
     """Set the kernels of a training, the same on every rank; returns the kernel of each shape, for the topology.
 
@@ -141,15 +155,15 @@ def settle_attention(
     """
     if config.attention == "auto" and device.type != "cuda":
         return {}
-    stopwatch = _Stopwatch(dtype=_DTYPES[config.precision], device=device)
+    stopwatch = KernelStopwatch(precision=config.precision, device=device)
     shapes = attention_shapes(model, num_clips=config.per_device_batch_size)
     if config.attention == "auto":
         where = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {config.precision}"
         path, deterministic = folder / FILE_NAME, config.deterministic
-        of_shape = ranks.on_main(
+        of_shape = on_main(
             lambda: kept_or_measured(path, where, shapes.values(), stopwatch, deterministic=deterministic)
         )
-        set_kernels(model, {name: of_shape[str(shape)] for name, shape in shapes.items() if str(shape) in of_shape})
+        set_kernels_by_shape(model, shapes, of_shape)
         return of_shape
     for shape in sorted({shape._replace(windows=1, heads=1) for shape in shapes.values()}):
         if stopwatch(shape, config.attention) is None:

@@ -107,8 +107,8 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
         begun = begin_model(recipe, data.classes, run_dir)
         frozen = keep_frozen(begun.model, run_dir)
         held = _make_ready(begun.model, recipe, device=accelerator.device.type)
-        ranks = Ranks(accelerator)
-        kernels = settle_attention(begun.model, recipe.training, ranks=ranks, device=device, folder=run_dir)
+        on_main = Ranks(accelerator).on_main
+        kernels = settle_attention(begun.model, recipe.training, device=device, folder=run_dir, on_main=on_main)
         settings = TrainingSettings(
             folder=run_dir,
             config=recipe.training,

@@ -4,6 +4,7 @@ Only ``parity``, ``speed`` and ``damage`` need DALI, PyAV and the packages of th
 """
 
 import contextlib
+import statistics
 import tempfile
 import time
 import traceback
@@ -11,30 +12,33 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from ca2st.benchmark.case import Case, CaseSpec, LocalCase, ModelBenchConfig
+from ca2st.benchmark.case import Case, CaseSpec, LocalCase, ModelBenchConfig, model_config
 from ca2st.benchmark.measure import Limit, machine, measure_limit, synchronise
 from ca2st.benchmark.model import benchmark_models
 from ca2st.errors import EnvironmentFault
 from ca2st.processes import SPAWN
 from ca2st.spec import ClipSpec
+from ca2st.training.attention_kernel import KERNELS
+from ca2st.training.config import AttentionChoice
 
 if TYPE_CHECKING:
     from benchmarks.parity import StoredClip
 
-PartName = Literal["device", "limits", "parity", "speed", "damage", "model"]
+PartName = Literal["device", "limits", "parity", "speed", "damage", "model", "training"]
 BUDGETS: dict[PartName, float] = {
-    "device": 40.0,
-    "limits": 40.0,
-    "parity": 70.0,
-    "speed": 190.0,
-    "damage": 100.0,
-    "model": 150.0,
+    "device": 30.0,
+    "limits": 30.0,
+    "parity": 50.0,
+    "speed": 110.0,
+    "damage": 60.0,
+    "model": 130.0,
+    "training": 65.0,
 }
-"""Seconds that a part may take, its process's start included; together less than ten minutes."""
+"""Seconds that a part may take, its process's start included; together less than eight minutes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +85,7 @@ class GpuCheckSettings:
     """Layers of every expert; None: all."""
     model_batch: int = 24
     """Clips of a pass of the model."""
-    model_seconds: float | None = 6.0
+    model_seconds: float | None = 3.0
     """For each model's forward pass, and again for its training step; None: two passes."""
 
     @property
@@ -382,6 +386,49 @@ def _model_rows(settings: GpuCheckSettings) -> Iterator[Row]:
         yield asdict(benchmark_models(config, start_case=_small_case if settings.is_dry else None))
 
 
+def _training_rows(settings: GpuCheckSettings) -> Iterator[Row]:
+    """Yield training steps: of the first model by each kernel of attention, of all with more clips and checkpointed."""
+    clips, first = settings.model_batch, settings.models[0]
+    ways = [(first, name, False, clips) for name in KERNELS]
+    for kind in settings.models:
+        ways += [
+            (kind, "auto", is_checkpointed, clips * n) for is_checkpointed, n in ((False, 2), (True, 1), (True, 4))
+        ]
+    for kind, attention, is_checkpointed, num_clips in ways:
+        spec = CaseSpec(
+            config=model_config(kind, settings.model_size, num_layers=settings.num_layers),
+            clip=settings.clip,
+            per_device_batch_size=num_clips,
+            device=settings.device,
+            precision="fp32" if settings.is_dry else "bf16",
+            variant="ours",
+            attention=cast("AttentionChoice", attention),
+            activation_checkpointing=is_checkpointed,
+        )
+        way = {"model": kind, "attention": attention, "checkpointed": is_checkpointed, "clips": num_clips}
+        try:
+            yield way | _training_row(spec, settings.model_seconds or 0.0)
+        except RuntimeError as error:  # no such kernel here, or too little memory: the next way may do
+            yield way | {"error": str(error).splitlines()[0]}
+
+
+def _training_row(spec: CaseSpec, seconds: float) -> Row:
+    case, begin, taken = LocalCase(spec), 0.0, list[float]()
+    for _ in range(_WARM_UP_STEPS):
+        case.seconds("training")
+    case.reset_peak()
+    begin = time.monotonic()
+    while not taken or time.monotonic() - begin < seconds:
+        taken.append(case.seconds("training"))
+    return {
+        "clips_per_second": spec.per_device_batch_size / statistics.median(taken),
+        "peak_memory_bytes": case.peak_bytes(),
+    }
+
+
+_WARM_UP_STEPS = 2
+
+
 @contextlib.contextmanager
 def _small_case(spec: CaseSpec) -> Iterator[Case]:
     yield _SmallCase(spec)
@@ -402,5 +449,6 @@ PARTS: dict[PartName, Callable[[GpuCheckSettings], Iterator[Row]]] = {
     "speed": _speed_rows,
     "damage": _damage_rows,
     "model": _model_rows,
+    "training": _training_rows,
 }
 """In the order in which they are run."""

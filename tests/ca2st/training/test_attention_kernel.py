@@ -100,7 +100,7 @@ def _settled(name: str, tmp_path):
     wake(model)
     config = TrainingConfig(attention=name, per_device_batch_size=2, global_batch_size=2)
     ranks = Ranks(fresh_accelerator(tiny_settings(tmp_path)))
-    kept = settle_attention(model, config, ranks=ranks, device=torch.device("cpu"), folder=tmp_path)
+    kept = settle_attention(model, config, device=torch.device("cpu"), folder=tmp_path, on_main=ranks.on_main)
     return model, kept
 
 
@@ -152,7 +152,7 @@ def test_on_a_gpu_every_shape_gets_a_kernel_and_logits_are_equal(tmp_path):
     with torch.autocast("cuda", dtype=torch.bfloat16):
         expected = model(*inputs).logits["label"]
         ranks = Ranks(fresh_accelerator(tiny_settings(tmp_path)))
-        settle_attention(model, config, ranks=ranks, device=device, folder=tmp_path)
+        settle_attention(model, config, device=device, folder=tmp_path, on_main=ranks.on_main)
         found = model(*inputs).logits["label"]
     assert all(module.kernel for module in model.modules() if isinstance(module, Attend))
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
