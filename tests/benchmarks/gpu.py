@@ -221,7 +221,7 @@ def _speed(row: Mapping[str, Any]) -> list[str]:
     return [
         f"{case['codec']:<6} gop {gop:>3}  threads {case['threads']:>2}  {row['clips_per_second']:8.1f} clips/s  "
         f"decode {row['decode_ms']:.2f} ms, augment {row['augment_ms']:.2f} ms per clip  {row['backend']}"
-        f"{'  RandAugment' if case['rand_augment'] else ''}"
+        f"{'  RandAugment' if case['rand_augment'] else ''}{'  uneven width' if case.get('is_uneven') else ''}"
     ]
 
 

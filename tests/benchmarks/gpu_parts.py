@@ -53,7 +53,9 @@ class GpuCheckSettings:
     """Those that are tried; None: all."""
     num_drawn: int = 8
     """Different clips in each codec."""
-    drawn_width: int = 340
+    drawn_width: int = 352
+    uneven_width: int = 340
+    """Of the pictures that older sets have, no multiple of 16."""
     drawn_height: int = 256
     """The short side that shards have, and more than the engines' smallest pictures."""
     drawn_frames: int = 96
@@ -101,6 +103,7 @@ def dry_settings() -> GpuCheckSettings:
         clip=ClipSpec(num_frames=4, crop_size=32, mel_rows=32, num_mel_bins=32),
         num_drawn=2,
         drawn_width=80,
+        uneven_width=84,
         drawn_height=64,
         drawn_frames=20,
         batch=2,
@@ -298,13 +301,13 @@ def _codecs(settings: GpuCheckSettings) -> tuple[str, ...]:
     return tuple(STORED_CODECS) if settings.codecs is None else settings.codecs
 
 
-def _clips(settings: GpuCheckSettings, codec: str, gop: int | None) -> "list[StoredClip]":
+def _clips(settings: GpuCheckSettings, codec: str, gop: int | None, *, is_uneven: bool = False) -> "list[StoredClip]":
     from benchmarks.parity import stored_clips
     from pipelines.benchmark.clips import DrawnClips
 
     drawn = DrawnClips(
         count=settings.num_drawn,
-        width=settings.drawn_width,
+        width=settings.uneven_width if is_uneven else settings.drawn_width,
         height=settings.drawn_height,
         num_frames=settings.drawn_frames,
     )
@@ -327,7 +330,7 @@ def _parity_rows(settings: GpuCheckSettings) -> Iterator[Row]:
 def _speed_rows(settings: GpuCheckSettings) -> Iterator[Row]:
     from benchmarks.parity import measure_speed, speed_cases
 
-    device, stored = torch.device(settings.device), dict[tuple[str, int | None], "list[StoredClip]"]()
+    device, stored = torch.device(settings.device), dict[tuple[str, int | None, bool], "list[StoredClip]"]()
     cases = speed_cases(
         _codecs(settings),
         gops=settings.gops,
@@ -336,9 +339,9 @@ def _speed_rows(settings: GpuCheckSettings) -> Iterator[Row]:
         usual_threads=settings.usual_threads,
     )
     for case in cases:
-        key = (case.codec, case.num_gop_frames)
+        key = (case.codec, case.num_gop_frames, case.is_uneven)
         if key not in stored:
-            stored[key] = _clips(settings, *key)
+            stored[key] = _clips(settings, case.codec, case.num_gop_frames, is_uneven=case.is_uneven)
         report = measure_speed(
             case, stored[key], settings.clip, device, batch=settings.batch, seconds=settings.seconds_per_case
         )

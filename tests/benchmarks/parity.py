@@ -292,6 +292,8 @@ class SpeedCase:
     """Threads that feed the decoders: of a GPU's video engines one each, others wait."""
     rand_augment: bool
     """With RandAugment as published, or crop, resize and flip alone."""
+    is_uneven: bool = False
+    """Pictures whose width is no multiple of 16, as older sets have them: does the device reuse its decoders?"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -340,7 +342,10 @@ def measure_speed(
 def speed_cases(
     codecs: Sequence[str], *, gops: Sequence[int], threads: Sequence[int], usual_gop: int, usual_threads: int
 ) -> list[SpeedCase]:
-    """Return a case per distance of key frames and per number of threads, the other as usual; then one augmented."""
+    """Return a case per distance of key frames and per number of threads, the other as usual.
+
+    Then one of uneven pictures for every video codec, and one augmented.
+    """
     cases = []
     for codec in codecs:
         has_gops = not stored_codec(codec).has_frame_ranges
@@ -351,5 +356,6 @@ def speed_cases(
             SpeedCase(codec=codec, num_gop_frames=gop, threads=count, rand_augment=False)
             for gop, count in dict.fromkeys(pairs)
         ]
-        cases.append(SpeedCase(codec=codec, num_gop_frames=usual, threads=usual_threads, rand_augment=True))
+        last = SpeedCase(codec=codec, num_gop_frames=usual, threads=usual_threads, rand_augment=True)
+        cases += [replace(last, rand_augment=False, is_uneven=True), last] if has_gops else [last]
     return cases

@@ -96,14 +96,16 @@ def test_speed_counts_what_was_rendered(stored: dict[str, list[StoredClip]]) -> 
 
 def test_cases_vary_one_thing_at_a_time_and_no_case_twice() -> None:
     cases = speed_cases(("h264", "mjpeg"), gops=(4, 8), threads=(1, 7), usual_gop=8, usual_threads=7)
-    assert [(case.codec, case.num_gop_frames, case.threads, case.rand_augment) for case in cases] == [
-        ("h264", 4, 7, False),
-        ("h264", 8, 7, False),
-        ("h264", 8, 1, False),
-        ("h264", 8, 7, True),
-        ("mjpeg", None, 7, False),
-        ("mjpeg", None, 1, False),
-        ("mjpeg", None, 7, True),
+    found = [(case.codec, case.num_gop_frames, case.threads, case.rand_augment, case.is_uneven) for case in cases]
+    assert found == [
+        ("h264", 4, 7, False, False),
+        ("h264", 8, 7, False, False),
+        ("h264", 8, 1, False, False),
+        ("h264", 8, 7, False, True),
+        ("h264", 8, 7, True, False),
+        ("mjpeg", None, 7, False, False),
+        ("mjpeg", None, 1, False, False),
+        ("mjpeg", None, 7, True, False),
     ]
 
 
