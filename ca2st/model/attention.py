@@ -133,7 +133,8 @@ class _ZeroGradients(torch.autograd.Function):
 def new_linear(num_in: int, num_out: int) -> nn.Linear:
     """Return a Linear that starts trunc-normal (0.02) with bias 0."""
     linear = TokenLinear(num_in, num_out)
-    nn.init.trunc_normal_(linear.weight, std=STANDARD_DEVIATION)
+    if not linear.weight.is_meta:  # there it would be traced, at length, for no numbers
+        nn.init.trunc_normal_(linear.weight, std=STANDARD_DEVIATION)
     nn.init.zeros_(linear.bias)
     return linear
 
@@ -164,7 +165,8 @@ def start_patch_embedding(convolution: nn.Conv2d | nn.Conv3d) -> None:
 
 def new_table(*shape: int, standard_deviation: float = STANDARD_DEVIATION) -> nn.Parameter:
     """Return a learned token or position table that starts normal."""
-    return nn.Parameter(nn.init.normal_(torch.empty(*shape), std=standard_deviation))
+    table = torch.empty(*shape)
+    return nn.Parameter(table if table.is_meta else nn.init.normal_(table, std=standard_deviation))
 
 
 Grouping = Literal["raster", "square"]

@@ -4,7 +4,6 @@ Every comparison is between a model that computes the whole last layer and one t
 """
 
 import copy
-import multiprocessing
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from ca2st.model.network import HolisticModel, layer_index, no_weight_decay, set
 from ca2st.spec import ClipSpec
 from ca2st.training.config import OptimConfig
 from ca2st.training.optim import ParameterRules, build_optimizer, set_learning_rate
-from support.models import KINDS, ONE_TARGET, VERB_NOUN, inputs_for, tiny_model
+from support.models import KINDS, ONE_TARGET, TINY_CLIP, VERB_NOUN, inputs_for, tiny_config, tiny_model
 
 ONE_WAY = {
     "spatial_temporal": SpatialTemporalConfig(directions="t2s"),
@@ -91,7 +90,7 @@ def test_with_every_weight_trained_the_gradients_are_those_of_the_whole_layer(ki
 
 
 def _train(model: nn.Module, plain: HolisticModel, num_steps: int) -> None:
-    """Train ten steps as a recipe would: AdamW with weight decay, which also shrinks what gets a gradient of zero."""
+    """Train as a recipe would: AdamW with weight decay, which also shrinks what gets a gradient of zero."""
     rules = ParameterRules(
         layer_index=partial(layer_index, depth=plain.config.depth),
         num_layers=plain.config.depth,
@@ -107,14 +106,14 @@ def _train(model: nn.Module, plain: HolisticModel, num_steps: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ten_steps_of_training_end_in_the_parameters_of_the_whole_layer(kind):
+def test_four_steps_of_training_end_in_the_parameters_of_the_whole_layer(kind):
     model = tiny_model(kind).train()
     _wake_gently(model)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     reference = copy.deepcopy(model)
     with whole_last_layer(reference):
-        _train(reference, reference, 10)
-    _train(model, model, 10)
+        _train(reference, reference, 4)
+    _train(model, model, 4)
     expected = dict(reference.named_parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, expected[name], atol=2e-4, rtol=1e-3, msg=name)
@@ -123,37 +122,21 @@ def test_ten_steps_of_training_end_in_the_parameters_of_the_whole_layer(kind):
     assert all(not torch.equal(dict(model.named_parameters())[name], start[name]) for name in idle)
 
 
-def _on_rank(rank: int, rendezvous: str, answers: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+def test_data_parallel_training_waits_for_no_parameter_that_reaches_no_output(tmp_path: Path):
+    """DistributedDataParallel ends with an error where a parameter got no gradient, at any number of processes."""
+    model, alone = tiny_model("cava").train(), tiny_model("cava").train()
+    for one in (model, alone):
+        _wake_gently(one)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
     try:
-        model = tiny_model("cava").train()
-        _wake_gently(model)
         _train(DistributedDataParallel(model), model, 3)
-        torch.save({name: parameter.detach() for name, parameter in model.named_parameters()}, f"{answers}-{rank}")
     finally:
         torch.distributed.destroy_process_group()
-
-
-def test_two_processes_train_it_although_some_parameters_reach_no_output(tmp_path: Path):
-    """Both read the same clips, so they must end where one process ends."""
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [
-        spawn.Process(target=_on_rank, args=(rank, str(tmp_path / "meet"), str(tmp_path / "end"))) for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=200)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    alone = tiny_model("cava").train()
-    _wake_gently(alone)
     with whole_last_layer(alone):
         _train(alone, alone, 3)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"end-{rank}", weights_only=True)
-        for name, parameter in alone.named_parameters():
-            torch.testing.assert_close(found[name], parameter.detach(), atol=2e-4, rtol=1e-3, msg=name)
+    expected = dict(alone.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], atol=2e-4, rtol=1e-3, msg=name)
 
 
 def _of_one_row(dim: int) -> float:
@@ -169,11 +152,11 @@ HAND_COUNTED: dict[str, Callable[[], float]] = {
 
 @pytest.mark.parametrize("kind", HAND_COUNTED)
 def test_what_is_left_out_is_what_a_count_by_hand_says(kind):
-    info = model_info(ModelConfig(kind=kind), ClipSpec(), ONE_TARGET)
+    info = model_info(ModelConfig(kind=kind, depth=1), ClipSpec(), ONE_TARGET)
     assert (info.gmacs - info.computed_gmacs) * 1e9 == pytest.approx(HAND_COUNTED[kind](), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_experts_that_are_pooled_by_a_prefix_save_anything(kind):
-    info = model_info(ModelConfig(kind=kind), ClipSpec(), ONE_TARGET)
+    info = model_info(tiny_config(kind), TINY_CLIP, ONE_TARGET)
     assert (info.computed_gmacs < info.gmacs) == (kind != "temporal")
