@@ -185,23 +185,23 @@ def test_c1_a_killed_conversion_resumes_to_the_same_bytes(reference: Reference, 
 
 @pytest.mark.slow
 def test_c1_killed_at_every_fault_point_it_resumes_to_the_same_bytes(reference: Reference, tmp_path: Path) -> None:
-    points = [
-        f"{point}.{step}:{nth}" for point in ("index", "shard") for step in ("written", "renamed") for nth in (1, 2, 3)
-    ]
+    points = [f"{point}.{step}:{nth}" for point in ("index", "shard") for step, nth in (("written", 1), ("renamed", 3))]
     points += [f"{point}.{step}:1" for point in ("shards_table", "manifest") for step in ("written", "renamed")]
     check_killed_conversions(reference, tmp_path, points)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "wanted", [pytest.param(5, marks=pytest.mark.slow), pytest.param(30, marks=pytest.mark.soak)]
+)
 @pytest.mark.timeout(580)
-def test_c1_killed_thirty_times_by_progress_with_one_worker_and_with_two_it_ends_with_the_same_bytes(
-    reference: Reference, tmp_path: Path
+def test_c1_killed_by_progress_with_one_worker_and_with_two_it_ends_with_the_same_bytes(
+    reference: Reference, tmp_path: Path, wanted: int
 ) -> None:
     """Kills after a random number of samples, of conversions that go on from one another until they are done."""
     numbers, num_kills, series = random.Random(0), 0, 0
-    while num_kills < 30:
+    while num_kills < wanted or series < 2:
         out, series = tmp_path / str(series), series + 1
-        faults = [f"sample:{numbers.randint(1, 3)}" for _ in range(5)]
+        faults = [f"sample:{numbers.randint(1, 3)}" for _ in range(3 if wanted < 30 else 5)]
         process = python("-c", DIE, str(reference.media), str(out), str(COUNT), *faults, WORKERS=str(1 + series % 2))
         output, _ = process.communicate(timeout=240)
         statuses = [int(line.split()[1]) for line in output.splitlines()]

@@ -81,7 +81,7 @@ def test_c19_one_changed_byte_anywhere_in_any_file_is_found_and_its_file_named(
     check_one_changed_byte(root, place, change)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @settings(max_examples=1000, deadline=None)
 @given(place=PLACES, change=CHANGES)
 def test_c19_a_thousand_of_a_thousand(root: Path, place: float, change: int) -> None:

@@ -44,9 +44,9 @@ def undisturbed(media: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.mark.slow
 @pytest.mark.timeout(580)
-@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
-    ("number", "code", "times"), [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 2)]
+    ("number", "code", "times", "workers"),
+    [(signal.SIGTERM, 143, 1, 1), (signal.SIGINT, 130, 1, 2), (signal.SIGTERM, 143, 2, 2)],
 )
 def test_c2_a_signal_while_clips_are_converted_ends_with_its_code_and_the_same_command_goes_on(
     media: Path,

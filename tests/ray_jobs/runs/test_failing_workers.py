@@ -242,12 +242,12 @@ def test_t4_t12_an_exception_and_then_a_kill_on_one_rank_end_both_and_are_told(t
 @pytest.mark.slow
 def test_t3_a_stopped_rank_is_found_named_and_ended_and_the_rerun_goes_on(tmp_path: Path) -> None:
     recipe, run_dir = make_tiny_run(tmp_path), tmp_path / "run"
-    settings = ("--set", "tracking.enabled=false", "--set", "training.collective_timeout_seconds=20")
+    settings = ("--set", "tracking.enabled=false", "--set", "training.collective_timeout_seconds=10")
     command = ("train", recipe, "--workers", 2, "--out", run_dir, *settings)
     stopped = ca2st(*command, fault="step.received:5:stop:1")
     assert stopped.returncode == 4, stopped.stderr
     told = last_line(stopped.stderr)
-    assert told.startswith("error: first failure, on rank 0: RanksSilentError: rank 0 waited 20 s for the other ranks")
+    assert told.startswith("error: first failure, on rank 0: RanksSilentError: rank 0 waited 10 s for the other ranks")
     assert "rank 1 is silent, last seen in " in told
     assert "rank 0 waits for other ranks in backward after step 4" in stopped.stderr
     assert 'File "' in stopped.stderr.partition("its threads:")[2]
@@ -266,11 +266,11 @@ def test_t3_a_rank_that_is_stopped_between_two_steps_is_named_with_the_stacks_of
     tmp_path: Path, fault: str, waits: int, silent: int, step: int
 ) -> None:
     recipe, run_dir = make_tiny_run(tmp_path), tmp_path / "run"
-    settings = ("--set", "tracking.enabled=false", "--set", "training.collective_timeout_seconds=15")
+    settings = ("--set", "tracking.enabled=false", "--set", "training.collective_timeout_seconds=10")
     stopped = ca2st("train", recipe, "--workers", 2, "--out", run_dir, *settings, fault=fault)
     assert stopped.returncode == 4, stopped.stderr
     told = last_line(stopped.stderr)
-    assert told.startswith(f"error: first failure, on rank {waits}: RanksSilentError: rank {waits} waited 15 s for the")
+    assert told.startswith(f"error: first failure, on rank {waits}: RanksSilentError: rank {waits} waited 10 s for the")
     assert f"after step {step}: rank {silent} is silent, last seen in " in told
     assert f"rank {waits} waits for other ranks in gather after step {step}" in stopped.stderr
     assert 'File "' in stopped.stderr.partition("its threads:")[2]
