@@ -7,9 +7,9 @@ PROCESSES ?= 2
 # The programs of tests/benchmarks; ARGS are their options: make gpu ARGS="--only limits,model"
 BENCH = PYTHONPATH=tests $(BIN)/python -m benchmarks
 PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
-SLOW := -m "slow and not gpu and not soak"
+SLOW := -m "slow and not gpu and not soak" --no-loadscope-reorder
 
-.PHONY: install check audit test test-slow test-cluster mutations demo gpu bench-convert bench-scale bench-fusion test-gpu format lock clean
+.PHONY: install check audit test test-slow test-cluster test-soak mutations demo gpu bench-convert bench-scale bench-fusion test-gpu format lock clean
 
 install: $(STAMP)
 
@@ -47,6 +47,10 @@ test-slow: install
 # Each starts a Ray that wants the whole machine: one after the other.
 test-cluster: install
 	$(BIN)/python -m pytest -m cluster
+
+# The same promises at their full size: hours. ARGS="-k million" chooses.
+test-soak: install
+	$(BIN)/python -m pytest -m soak $(ARGS)
 
 # The product broken on purpose, one place at a time: a test must notice.
 mutations: install

@@ -332,10 +332,11 @@ def test_model_info_counts_to_the_unit(ca2st: Command) -> None:
     code, out, _ = ca2st("model", "info", "--model", "cava", "--num-classes", 400, "--json")
     facts = json.loads(out)
     assert (code, facts["trainable"]) == (0, 44_092_432)
-    assert facts["gmacs"] == pytest.approx(241.5, rel=0.01)
+    assert facts["gmacs"] == pytest.approx(241.5, abs=0.05)
 
 
-def test_model_info_knows_resnet_presets_and_sizes(ca2st: Command) -> None:
+@pytest.mark.slow
+def test_model_info_knows_resnet_and_presets(ca2st: Command) -> None:
     _, out, _ = ca2st("model", "info", "--model", "cast", "--spatial", "resnet50", "--verb-noun", "--json")
     resnet = json.loads(out)
     _, out, _ = ca2st("model", "info", "--preset", "cast_resnet50", "--verb-noun", "--json")
@@ -343,6 +344,9 @@ def test_model_info_knows_resnet_presets_and_sizes(ca2st: Command) -> None:
     expert = next(part for part in resnet["parts"] if part["name"] == "spatial expert")
     assert expert["trainable"] == 0
     assert expert["gmacs"] == pytest.approx(8 * 4.09, rel=0.01)  # ResNet-50's own figure for an image, eight images
+
+
+def test_model_info_knows_sizes(ca2st: Command) -> None:
     _, out, _ = ca2st("model", "info", "--model", "audio", "--size", "vit_s", "--num-classes", 10, "--json")
     assert 21e6 < json.loads(out)["total"] < 25e6
 

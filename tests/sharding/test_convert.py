@@ -190,9 +190,7 @@ def test_c1_killed_at_every_fault_point_it_resumes_to_the_same_bytes(reference: 
     check_killed_conversions(reference, tmp_path, points)
 
 
-@pytest.mark.parametrize(
-    "wanted", [pytest.param(5, marks=pytest.mark.slow), pytest.param(30, marks=pytest.mark.soak)]
-)
+@pytest.mark.parametrize("wanted", [pytest.param(5, marks=pytest.mark.slow), pytest.param(30, marks=pytest.mark.soak)])
 @pytest.mark.timeout(580)
 def test_c1_killed_by_progress_with_one_worker_and_with_two_it_ends_with_the_same_bytes(
     reference: Reference, tmp_path: Path, wanted: int

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from support.fake_shards import make_samples, make_shard_set
+from support.forked_commands import run_forked
 
 RECIPE = """\
 name = "tiny"
@@ -58,10 +59,16 @@ def make_tiny_run(root: Path) -> Path:
 def ca2st(
     *arguments: object, fault: str = "", cwd: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> "subprocess.CompletedProcess[str]":
-    """Run the command as a user would; `fault` goes into CA2ST_FAULT, `environment` beside it."""
+    """Run the command as a user would; `fault` goes into CA2ST_FAULT, `environment` beside it.
+
+    A child is forked from a process that has the imports; with an `environment` it is a process of its own.
+    """
+    variables = os.environ | {"CA2ST_FAULT": fault} | dict(environment or {})
+    if environment is None:
+        return run_forked([*map(str, arguments)], environment=variables, folder=cwd or Path.cwd())
     return subprocess.run(
         [sys.executable, "-m", "ray_jobs.cli", *map(str, arguments)],
-        env=os.environ | {"CA2ST_FAULT": fault} | dict(environment or {}),
+        env=variables,
         cwd=cwd,
         capture_output=True,
         text=True,

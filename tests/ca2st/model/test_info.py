@@ -6,9 +6,10 @@ from ca2st.spec import ClipSpec
 from support.models import KINDS, ONE_TARGET, TINY_CLIP, tiny_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "gmacs", "trainable"),
-    [("cast", 390.5, 45_378_832), ("cava", 241.5, 44_092_432), ("ca2st", 459.1, 62_249_296)],
+    [("cast", 390.5, 45_378_832), ("ca2st", 459.1, 62_249_296)],  # CAVA's are those of `ca2st model info`
 )
 def test_multiply_adds_and_trainable_parameters_are_the_published_ones(kind, gmacs, trainable):
     info = model_info(ModelConfig(kind=kind), ClipSpec(), (TargetSpec(name="label", num_classes=400),))

@@ -51,16 +51,38 @@ def best_by_hand(folder: Path, metric: str) -> int:
 EVERY_STEP = {"validate_every_steps": 1, "keep_checkpoints": 1, "best_metric": "noun_top5", "base_lr": 2.0}
 
 
-def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
-    result = run(tiny_settings(tmp_path, **EVERY_STEP))
-    best = best_by_hand(tmp_path, "noun_top5")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
+    """An undisturbed run that is validated at every step; only read."""
+    return run(tiny_settings(tmp_path_factory.mktemp("whole"), **EVERY_STEP))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run; only read."""
+    folder = tmp_path_factory.mktemp("plain")
+    run(tiny_settings(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run with an average of its weights; only read."""
+    folder = tmp_path_factory.mktemp("averaged")
+    run(tiny_settings(folder, ema_decay=0.9))
+    return folder
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(whole: TrainingResult) -> None:
+    folder = whole.checkpoint.parents[1]
+    best = best_by_hand(folder, "noun_top5")
     assert 1 < best < 8, "the test needs a best that is not the newest"
-    assert kept_steps(tmp_path) == {best, 8}
-    assert result.best is not None
-    assert (result.best.step, result.best.metric) == (best, "noun_top5")
-    assert result.best.checkpoint == tmp_path / "checkpoints" / f"step-{best}.attempt-1"
-    assert result.checkpoint.name == "step-8.attempt-1"
-    assert best_and_last(tmp_path, "noun_top5")[1].step == 8
+    assert kept_steps(folder) == {best, 8}
+    assert whole.best is not None
+    assert (whole.best.step, whole.best.metric) == (best, "noun_top5")
+    assert whole.best.checkpoint == folder / "checkpoints" / f"step-{best}.attempt-1"
+    assert whole.checkpoint.name == "step-8.attempt-1"
+    assert best_and_last(folder, "noun_top5")[1].step == 8
 
 
 def test_the_best_few_are_kept_and_none_where_none_are_wanted(tmp_path: Path) -> None:
@@ -73,10 +95,10 @@ def test_the_best_few_are_kept_and_none_where_none_are_wanted(tmp_path: Path) ->
 
 @pytest.mark.parametrize("point", ["checkpoint.folder", "checkpoint.COMPLETE.json.written", "checkpoint.unmarked"])
 def test_t5_t16_a_run_interrupted_between_two_best_saves_keeps_the_best_and_the_newest(
-    tmp_path: Path, point: str
+    whole: TrainingResult, tmp_path: Path, point: str
 ) -> None:
-    run(tiny_settings(tmp_path / "whole", **EVERY_STEP))
-    for nth in (2, 4, 6):
+    undisturbed = whole.checkpoint.parents[1]
+    for nth in (2, 5):
         folder = tmp_path / str(nth)
         settings = tiny_settings(folder, **EVERY_STEP)
         with pytest.raises(InjectedFault):
@@ -86,8 +108,8 @@ def test_t5_t16_a_run_interrupted_between_two_best_saves_keeps_the_best_and_the_
         assert best_by_hand(folder, "noun_top5") in kept
         assert max(kept) >= newest
         run(settings)
-        assert kept_steps(folder) == kept_steps(tmp_path / "whole")
-        assert best_and_last(folder, "noun_top5")[0].value == best_and_last(tmp_path / "whole", "noun_top5")[0].value
+        assert kept_steps(folder) == kept_steps(undisturbed)
+        assert best_and_last(folder, "noun_top5")[0].value == best_and_last(undisturbed, "noun_top5")[0].value
 
 
 def test_a_metric_that_validations_do_not_have_is_refused_before_anything_is_made(tmp_path: Path) -> None:
@@ -123,7 +145,9 @@ def test_a_run_ends_early_when_its_validations_say_so(
     assert found is None if reason is None else str(found).startswith(reason)
 
 
-def test_a_run_that_ended_early_stays_ended_and_goes_on_with_more_patience(tmp_path: Path) -> None:
+def test_a_run_that_ended_early_stays_ended_and_goes_on_with_more_patience(
+    whole: TrainingResult, tmp_path: Path
+) -> None:
     impatient = tiny_settings(tmp_path / "run", **EVERY_STEP, early_stopping=1)
     first = run(impatient)
     assert first.steps < 8
@@ -131,9 +155,8 @@ def test_a_run_that_ended_early_stays_ended_and_goes_on_with_more_patience(tmp_p
     assert journal(tmp_path / "run", "end")[-1]["reason"] == first.ended_early
     assert run(impatient).steps == first.steps
     assert run(tiny_settings(tmp_path / "run", **EVERY_STEP)).steps == 8
-    run(tiny_settings(tmp_path / "whole", **EVERY_STEP))
     losses = {line["step"]: line["loss"] for line in journal(tmp_path / "run", "step")}
-    assert losses == {line["step"]: line["loss"] for line in journal(tmp_path / "whole", "step")}
+    assert losses == {line["step"]: line["loss"] for line in journal(whole.checkpoint.parents[1], "step")}
 
 
 def test_validations_come_every_so_many_steps(tmp_path: Path) -> None:
@@ -180,36 +203,34 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 5])
-def test_t8_a_run_with_an_average_in_two_processes_equals_one_bit_for_bit(tmp_path: Path, stop_at: int) -> None:
-    run(tiny_settings(tmp_path / "whole", ema_decay=0.9))
+def test_t8_a_run_with_an_average_in_two_processes_equals_one_bit_for_bit(
+    averaged: Path, tmp_path: Path, stop_at: int
+) -> None:
     run(tiny_settings(tmp_path / "cut", ema_decay=0.9, max_steps=stop_at))
     run(tiny_settings(tmp_path / "cut", ema_decay=0.9))
-    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
-    last = [journal(tmp_path / name, "eval")[-1] for name in ("cut", "whole")]
+    assert files_of(tmp_path / "cut") == files_of(averaged)
+    last = [journal(folder, "eval")[-1] for folder in (tmp_path / "cut", averaged)]
     assert last[0]["metrics"] == last[1]["metrics"]
 
 
-def test_the_average_is_validated_and_kept_and_changes_no_step(tmp_path: Path) -> None:
-    run(tiny_settings(tmp_path / "plain"))
-    settings = tiny_settings(tmp_path / "averaged", ema_decay=0.9)
-    run(settings)
-    losses = [[line["loss"] for line in journal(tmp_path / name, "step")] for name in ("plain", "averaged")]
+def test_the_average_is_validated_and_kept_and_changes_no_step(plain: Path, averaged: Path) -> None:
+    losses = [[line["loss"] for line in journal(folder, "step")] for folder in (plain, averaged)]
     assert losses[0] == losses[1]
-    files, model = files_of(tmp_path / "averaged"), TinyModel()
+    files, model = files_of(averaged), TinyModel()
     assert tensors_to_use(files) == files["average.safetensors"] != files["model.safetensors"]
     put_model_tensors(model, tensors=read_model_tensors(model, data=tensors_to_use(files)))
     found = evaluate(
         model,
         TinyEvaluation(num_samples=40),
-        accelerator=fresh_accelerator(settings),
+        accelerator=fresh_accelerator(tiny_settings(averaged)),
         targets=TARGETS,
         per_device_batch_size=4,
     )
-    last = journal(tmp_path / "averaged", "eval")[-1]
+    last = journal(averaged, "eval")[-1]
     assert (last["weights"], last["metrics"]) == ("average", found.metrics)
 
 
-def test_t14_a_run_whose_hours_are_over_saves_and_the_rerun_goes_on_exactly(tmp_path: Path) -> None:
+def test_t14_a_run_whose_hours_are_over_saves_and_the_rerun_goes_on_exactly(plain: Path, tmp_path: Path) -> None:
     hours = iter(range(10**6))
     settings = tiny_settings(tmp_path / "cut", max_hours=40.0, clock=lambda: 3600.0 * next(hours))
     with pytest.raises(TimeUpError, match=r"stopped because max_hours are over after step .* rerun") as caught:
@@ -217,8 +238,7 @@ def test_t14_a_run_whose_hours_are_over_saves_and_the_rerun_goes_on_exactly(tmp_
     assert caught.value.exit_code == 143
     assert 1 <= max(kept_steps(tmp_path / "cut")) < 8
     run(tiny_settings(tmp_path / "cut"))
-    run(tiny_settings(tmp_path / "whole"))
-    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+    assert files_of(tmp_path / "cut") == files_of(plain)
 
 
 def test_the_profiler_leaves_a_trace_of_the_steps(tmp_path: Path) -> None:
@@ -229,14 +249,13 @@ def test_the_profiler_leaves_a_trace_of_the_steps(tmp_path: Path) -> None:
     assert "aten::linear" in names
 
 
-def test_t8_fp16_with_its_scale_trains_and_resumes_exactly(tmp_path: Path) -> None:
+def test_t8_fp16_with_its_scale_trains_and_resumes_exactly(plain: Path, tmp_path: Path) -> None:
     run(tiny_settings(tmp_path / "whole", precision="fp16"))
     run(tiny_settings(tmp_path / "cut", precision="fp16", max_steps=5))
     run(tiny_settings(tmp_path / "cut", precision="fp16"))
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
     assert b'"loss_scale"' in files_of(tmp_path / "whole")["optimizer.json"]
-    run(tiny_settings(tmp_path / "plain"))
-    losses = [[line["loss"] for line in journal(tmp_path / name, "step")] for name in ("plain", "whole")]
+    losses = [[line["loss"] for line in journal(folder, "step")] for folder in (plain, tmp_path / "whole")]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert losses[1] != losses[0]
 
