@@ -28,6 +28,7 @@ from support.tracked_runs import end, run_of, start, tracked_run, write
 SECRET = "hunter2"
 
 
+@pytest.mark.slow
 def test_a_training_that_is_over_before_its_follower_has_started_is_sent_all_the_same(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
