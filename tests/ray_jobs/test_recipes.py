@@ -296,8 +296,8 @@ def small(name: str) -> Recipe:
     return load_recipe(name, [setting for setting in tiny(name) if setting.startswith(("model.", "clip."))])
 
 
-def test_hours_of_all_recipes_follow_from_clips_epochs_and_the_model() -> None:
-    recipes = [small(name) for name in PUBLISHED]
+def test_hours_of_several_recipes_follow_from_clips_epochs_and_the_model() -> None:
+    recipes = [small(name) for name in ("cast_epic_sounds", "cast_kinetics_sound", "cast_epic_kitchens_100")]
     one = {row.name: row.hours for row in published_rows(recipes, with_hours=True, device="h200")}
     eight = {row.name: row.hours for row in published_rows(recipes[:2], with_hours=True, device="H200", workers=8)}
     assert all(hours is not None and hours > 0 for hours in one.values())
