@@ -93,6 +93,9 @@ class TrainingConfig:
     decay of step t is at most (1 + t) / (10 + t). Validation, tests and predictions then use the average."""
     max_hours: float | None = None
     """Save and end, as SIGTERM would, once this attempt has lasted so long; None: no limit. A rerun goes on."""
+    max_skipped_steps: int = 0
+    """Steps of the whole run that may be left out because a loss or gradient was not finite, with their clips on
+    record; one more ends the run. 0: the first ends it. A rerun with more goes on from the last checkpoint."""
     profile_steps: int = 0
     """Steps of this attempt, from its third on, that torch's profiler records, rank by rank, into ``profile/`` of the
     run folder, for chrome://tracing or Perfetto; 0: none."""
@@ -121,7 +124,7 @@ class TrainingConfig:
         counts = ("epochs", "global_batch_size", "per_device_batch_size", "checkpoint_every_steps", "keep_checkpoints")
         for name in counts:
             _check(name, getattr(self, name), lambda x: x >= 1, "an integer >= 1")
-        for name in ("validate_every_epochs", "keep_best", "profile_steps"):
+        for name in ("validate_every_epochs", "keep_best", "max_skipped_steps", "profile_steps"):
             _check(name, getattr(self, name), _not_negative, "an integer >= 0")
         _check("least_improvement", self.least_improvement, _not_negative, "a finite number >= 0")
         _check("seed", self.seed, lambda x: 0 <= x < 2**63, "an integer in [0, 2**63)")

@@ -113,6 +113,8 @@ def _shown(leaves: Mapping[str, Any], path: str) -> str:
 
 _LOGGER = logging.getLogger(__name__)
 JOURNAL_NAME = "journal.jsonl"
+SKIPPED_STEP = "skipped_step"
+"""Kind of the fault line of a step that was left out."""
 _TAIL_BYTES = 1 << 20
 """Where the torn end is looked for: far longer than any line."""
 
@@ -179,6 +181,20 @@ class Journal:
                 self._pending = self._pending[os.write(self._descriptor, self._pending) :]
         except OSError as error:  # kept in _pending: the next line tries again, sync() and close() say so
             self._failure = error.strerror
+
+
+@contextlib.contextmanager
+def closed_at_the_end(journal: Journal) -> Iterator[None]:
+    """Close the journal after the block; lines that are lost are a failure, but hide no other one."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            journal.close()
+        except EnvironmentFault as lost:
+            error.add_note(str(lost))
+        raise
+    journal.close()
 
 
 def cut_torn_end(path: Path) -> int:
@@ -267,6 +283,21 @@ def run_sequence(path: Path) -> list[dict[str, Any]]:
     """Return the run's steps in order: the last line of each."""
     last = {line["step"]: line for line in read_events(path, event="step")}
     return [last[step] for step in sorted(last)]
+
+
+def skipped_steps(path: Path, *, until: int) -> list[int]:
+    """Return the steps up to `until` that the run left out for numbers that were not finite, in order.
+
+    A later attempt that started before such a step has made it again, and says itself what came of it.
+    """
+    starts = [(line["attempt"], line["step"]) for line in read_events(path, event="start")]
+    skips = [line for line in read_events(path, event="fault") if line["kind"] == SKIPPED_STEP]
+    return sorted(
+        line["step"]
+        for line in skips
+        if line["step"] <= until
+        and all(line["step"] <= begun for attempt, begun in starts if attempt > line["attempt"])
+    )
 
 
 def last_attempt(path: Path) -> int:

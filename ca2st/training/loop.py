@@ -8,18 +8,17 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from ca2st.batch import ClipBatch
 from ca2st.checked_json import canonical_json
-from ca2st.errors import EnvironmentFault, UserInputError, check_choice
+from ca2st.errors import EnvironmentFault, UserInputError, listed
 from ca2st.training.best import Metrics, best_steps, reason_to_end, score_at
 from ca2st.training.checkpoint import (
     CHECKPOINTS_NAME,
@@ -37,8 +36,7 @@ from ca2st.training.errors import (
     StopNotSavedError,
 )
 from ca2st.training.evaluate import EvaluationSource, evaluate
-from ca2st.training.journal import JOURNAL_NAME, Journal, differences, locked
-from ca2st.training.metrics import evaluation_metrics, main_metric
+from ca2st.training.journal import JOURNAL_NAME, SKIPPED_STEP, Journal, closed_at_the_end, differences, locked
 from ca2st.training.optim import WeightAverage, build_optimizer
 from ca2st.training.ranks import (
     Heartbeat,
@@ -61,8 +59,9 @@ from ca2st.training.resume import (
     open_run,
     put_state,
     read_state,
+    trained_tensors,
 )
-from ca2st.training.settings import TrainingProgress, TrainingResult, TrainingSettings
+from ca2st.training.settings import TrainingProgress, TrainingResult, TrainingSettings, ranking_metric
 from ca2st.training.signals import TIME_UP, StopRequest, stopped_error
 from ca2st.training.step import (
     Intake,
@@ -150,20 +149,6 @@ def _check_setup(ranks: Ranks, accelerator: Accelerator, settings: TrainingSetti
             raise RanksDisagreeError(f"rank {rank} was started otherwise than rank 0: {'; '.join(changed)}")
 
 
-def ranking_metric(settings: TrainingSettings) -> str:
-    """Return the validation metric that tells which checkpoint is the best.
-
-    Raises:
-        UserInputError: validations have no such metric; lists those that they have.
-    """
-    targets = settings.targets
-    metric = settings.config.best_metric or main_metric(tuple(targets), labelling=settings.labelling)
-    even = {name: np.full((1, size), 1 / size) for name, size in targets.items()}
-    known = [*evaluation_metrics(even, np.zeros((1, len(targets)), dtype=np.int64))]
-    check_choice("training.best_metric", metric, ["map", "top1"] if settings.labelling == "several" else sorted(known))
-    return metric
-
-
 def _open(
     ranks: Ranks, settings: TrainingSettings, topology: Mapping[str, Any], *, stack: contextlib.ExitStack
 ) -> tuple[RunStart, Journal | None]:
@@ -181,25 +166,11 @@ def _open(
         )
         path = settings.folder / JOURNAL_NAME
         journals.append(Journal(path, attempt=start.attempt, wall_clock=settings.wall_clock))
-        stack.enter_context(_closed_at_the_end(journals[0]))
+        stack.enter_context(closed_at_the_end(journals[0]))
         return start
 
     start = ranks.on_main(open_on_main)
     return start, journals[0] if journals else None
-
-
-@contextlib.contextmanager
-def _closed_at_the_end(journal: Journal) -> Iterator[None]:
-    """Close the journal after the block; lines that are lost are a failure, but hide no other one."""
-    try:
-        yield
-    except BaseException as error:
-        try:
-            journal.close()
-        except EnvironmentFault as lost:
-            error.add_note(str(lost))
-        raise
-    journal.close()
 
 
 def _topology(accelerator: Accelerator, settings: TrainingSettings) -> dict[str, Any]:
@@ -277,6 +248,8 @@ class _Run:
         self._scores: dict[int, Metrics] = dict(start.validations)
         self._metric = ranking_metric(settings)
         self._stop_request, self._begun = stop, settings.clock()
+        self._skipped = list(start.skipped)
+        self._buffers = {name: one for name, one in trained_tensors(model).items() if not one.requires_grad}
 
     def where(self) -> Whereabouts:
         """Return where this rank stands now; called from another thread."""
@@ -332,10 +305,8 @@ class _Run:
 
     def keep_evidence(self, error: BaseException) -> None:
         """Write what a failure leaves: journal lines, and the clips whose numbers were not finite."""
-        if isinstance(error, NonFiniteError) and self._share is not None:
-            name = f"step-{self._step + 1}.attempt-{self._start.attempt}.rank-{self._ranks.rank}"
-            with contextlib.suppress(EnvironmentFault, OSError):
-                keep_failing_clips(self._settings.folder, self._share, error.keys, name=name)
+        if isinstance(error, NonFiniteError):
+            self._keep_clips(error)
         if isinstance(error, RunStoppedError):
             self._log("end", status="stopped", step=self._step, error=str(error))
             return
@@ -406,7 +377,7 @@ class _Run:
             return
         self._share = intake.share
         self._settings.faults.reach("step.received")
-        result = self._stepper.update(intake.share, intake.keys_of_rank, step=self._step + 1)
+        result = self._updated(intake.share, intake.keys_of_rank)
         self._step += 1
         self._fit = [*self._fit, result.top1 or 0.0][-self._steps_per_epoch :]
         if self._average is not None:
@@ -423,6 +394,43 @@ class _Run:
         self._mark_step()
         self._stages.restart()
 
+    def _updated(self, share: ClipBatch, keys_of_rank: Sequence[tuple[str, ...]]) -> StepResult:
+        """Make the next update; or, while there is budget, leave it out where its numbers are not finite.
+
+        Raises:
+            NonFiniteError: they are not, on any rank, and no more may be left out.
+        """
+        step, budget = self._step + 1, self._config.max_skipped_steps
+        if budget == 0:
+            return self._stepper.update(share, keys_of_rank, step=step)
+        before = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        try:
+            return self._stepper.update(share, keys_of_rank, step=step)
+        except NonFiniteError as error:
+            if len(self._skipped) >= budget:
+                raise NonFiniteError(
+                    f"{error}; training.max_skipped_steps = {budget} are used up (left out: steps "
+                    f"{listed([str(one) for one in self._skipped])})",
+                    keys=error.keys,
+                    parameters=error.parameters,
+                ) from error
+            self._keep_clips(error)
+            self._skipped.append(step)
+            facts = {"keys": error.keys, "parameters": error.parameters, "budget": budget}
+            self._log("fault", kind=SKIPPED_STEP, step=step, error=str(error), **facts)
+            _LOGGER.warning("LEFT OUT, %d of %d that may be: %s", len(self._skipped), budget, error)
+            self._optimizer.zero_grad(set_to_none=True)
+            for name, buffer in self._buffers.items():
+                buffer.copy_(before[name])
+            return StepResult(loss=math.nan, lr=self._schedule.at(step - 1), grad_norm=None)
+
+    def _keep_clips(self, error: NonFiniteError) -> None:
+        """Write the clips of the coming step whose numbers are not finite, as far as the disk allows."""
+        if self._share is not None:
+            name = f"step-{self._step + 1}.attempt-{self._start.attempt}.rank-{self._ranks.rank}"
+            with contextlib.suppress(EnvironmentFault, OSError):
+                keep_failing_clips(self._settings.folder, self._share, error.keys, name=name)
+
     def _report(self, intake: StepIntake, result: StepResult, epoch: int) -> None:
         stages = self._stages.seconds()
         seconds = sum(stages.values())
@@ -437,12 +445,14 @@ class _Run:
         )
         fields = asdict(progress)
         del fields["total_steps"]
+        fields["loss"] = result.loss if math.isfinite(result.loss) else None
         self._log(
             "step",
             **fields,
             grad_norm=result.grad_norm,
             **({} if result.top1 is None else {"top1": result.top1}),
             **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
+            **({"skipped_steps": len(self._skipped)} if self._config.max_skipped_steps else {}),
             sample_ids_hash=intake.sample_ids_hash,
             step_seconds=seconds,
             stages={f"{stage}_seconds": spent for stage, spent in stages.items()},

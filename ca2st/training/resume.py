@@ -39,6 +39,7 @@ from ca2st.training.journal import (
     differences,
     last_attempt,
     sha256_of_document,
+    skipped_steps,
 )
 
 RECIPE_FILE = "recipe.json"
@@ -156,6 +157,8 @@ class RunStart:
     """Names of half-written checkpoint folders that were removed."""
     validations: Mapping[int, Mapping[str, float | None]]
     """Metrics of each validated step up to `step`, as the journal has them."""
+    skipped: tuple[int, ...] = ()
+    """Steps up to `step` that were left out."""
 
 
 def open_run(
@@ -201,6 +204,7 @@ def open_run(
         cut_bytes=cut_bytes,
         swept=swept,
         validations=validations(journal, until=step),
+        skipped=tuple(skipped_steps(journal, until=step)),
     )
 
 

@@ -517,6 +517,7 @@ _NOT_IDENTITY = (
     "training.least_improvement",
     "training.stop_at",  # and stop_at_fit
     "training.max_hours",
+    "training.max_skipped_steps",
     "training.profile_steps",
     "training.deterministic",
     "training.attention",

@@ -1,8 +1,8 @@
 """One rank of a training of the tiny model: ``python -m torch.distributed.run ... train_on_ranks.py OPTIONS``.
 
 Options are JSON: ``folder``; ``fault`` and ``fault_rank``; ``spoil_rank``, whose loader fails at step 6;
-``poison_rank``, whose clips are not numbers at step 6; ``stop_rank``, which gets a SIGTERM after step 5;
-``dropout``; ``max_steps`` and ``per_device_batch_size``. Ends with the exit code that the command line would give.
+``poison_rank``, whose clips are not numbers at step 6; ``stop_rank``, which gets a SIGTERM after step 5; ``dropout``;
+those of `SETTINGS`. Ends with the exit code that the command line would give.
 """
 
 import json
@@ -22,6 +22,8 @@ from ca2st.training.settings import TrainingProgress
 from ca2st.training.signals import stop_on_signals
 from ca2st.training.step import make_accelerator
 from support.tiny_training import TinyEvaluation, TinyModel, TinySource, tiny_settings
+
+SETTINGS = ("max_steps", "per_device_batch_size", "max_skipped_steps")
 
 
 class Source(TinySource):
@@ -46,7 +48,7 @@ class Source(TinySource):
 def main() -> None:
     options = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    changes = {name: options[name] for name in ("max_steps", "per_device_batch_size") if name in options}
+    changes = {name: options[name] for name in SETTINGS if name in options}
     settings = tiny_settings(Path(options["folder"]), **changes)
     accelerator = make_accelerator(settings.config, cpu=True)
     rank, world_size = accelerator.process_index, accelerator.num_processes

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ca2st.batch import ClipBatch
-from ca2st.durable import FaultPoints
+from ca2st.durable import FaultPoints, InjectedFault
 from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.training.checkpoint import list_checkpoints, read_checkpoint, verify_checkpoint
 from ca2st.training.errors import (
@@ -310,6 +310,57 @@ def test_t11_a_gradient_that_is_not_finite_names_its_micro_batch_and_parameters(
         run(tiny_settings(tmp_path), source=Marked(seed=5), model=BadGradient())
     assert caught.value.parameters == ("positions",)
     assert caught.value.keys == tuple(keys[4:])
+
+
+class PoisonedAgain(TinySource):
+    """Makes steps 6 and 8 not numbers."""
+
+    def make(self, clips: list[dict[str, Tensor]], keys: list[str], *, epoch: int, step: int) -> ClipBatch:
+        batch = super().make(clips, keys, epoch=epoch, step=step)
+        if (epoch, step) in ((1, 1), (1, 3)):
+            batch.mel[4] = torch.nan
+        return batch
+
+
+def test_t11_a_step_that_is_left_out_within_the_budget_changes_nothing_and_is_on_record(tmp_path: Path) -> None:
+    key = TinySource(seed=5).keys_of_step(1, 1)[4]
+    settings = tiny_settings(tmp_path, max_skipped_steps=1, checkpoint_every_steps=1, keep_checkpoints=9)
+    assert run(settings, source=Poisoned(seed=5)).steps == 8
+    before, after = (read_checkpoint(tmp_path / f"checkpoints/step-{step}.attempt-1").files for step in (5, 6))
+    for name in ("model.safetensors", "optimizer.safetensors", "optimizer.json"):
+        assert before[name] == after[name]
+    lines = run_sequence(tmp_path / "journal.jsonl")
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert (lines[5]["loss"], lines[5]["grad_norm"]) == (None, None)
+    (fault,) = events(tmp_path, "fault")
+    assert (fault["kind"], fault["step"], fault["keys"]) == ("skipped_step", 6, [key])
+    assert (tmp_path / "failures/step-6.attempt-1.rank-0.safetensors").exists()
+
+
+@pytest.mark.parametrize("killed_at", ["step.updated:5", "step.updated:7", "step.updated:8"])
+def test_t11_a_resumed_run_leaves_out_the_same_steps_and_counts_them_once(tmp_path: Path, killed_at: str) -> None:
+    for name in ("whole", "killed"):
+        settings = tiny_settings(tmp_path / name, max_skipped_steps=2, checkpoint_every_steps=3)
+        if name == "killed":
+            faults = FaultPoints.parse(f"{killed_at}:raise")
+            with pytest.raises(InjectedFault, match=r"step\.updated"):
+                run(replace(settings, faults=faults), source=PoisonedAgain(seed=5))
+        run(settings, source=PoisonedAgain(seed=5))
+    assert sequence(tmp_path / "killed") == sequence(tmp_path / "whole")
+    assert final_state(tmp_path / "killed") == final_state(tmp_path / "whole")
+    counts = [line["skipped_steps"] for line in run_sequence(tmp_path / "killed/journal.jsonl")]
+    assert counts == [0, 0, 0, 0, 0, 1, 1, 2]
+
+
+def test_t11_one_step_more_than_the_budget_ends_the_run_whatever_attempt_used_it(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, max_skipped_steps=1)
+    spent = r"step 8: loss expected finite.*max_skipped_steps = 1 are used up \(left out: steps 6\)"
+    for resumed in (0, 6):
+        with pytest.raises(NonFiniteError, match=spent):
+            run(settings, source=PoisonedAgain(seed=5))
+        assert events(tmp_path, "start")[-1]["step"] == resumed
+    more = tiny_settings(tmp_path, max_skipped_steps=2)
+    assert run(more, source=PoisonedAgain(seed=5)).steps == 8
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, TerminatedError), (signal.SIGINT, InterruptedRunError)])

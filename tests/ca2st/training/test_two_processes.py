@@ -127,6 +127,13 @@ def test_t11_numbers_that_are_none_on_one_rank_stop_both_before_the_update(tmp_p
     assert [path.name for path in (tmp_path / "failures").iterdir()] == ["step-6.attempt-1.rank-1.safetensors"]
 
 
+def test_t11_a_step_that_one_rank_cannot_compute_is_left_out_by_both(tmp_path: Path) -> None:
+    succeed(tmp_path, poison_rank=1, max_skipped_steps=1)
+    lines = run_sequence(tmp_path / "journal.jsonl")
+    assert [(line["step"], line["skipped_steps"]) for line in lines if line["loss"] is None] == [(6, 1)]
+    assert len(lines) == 8
+
+
 def test_t14_a_signal_to_one_rank_stops_both_with_a_checkpoint(undisturbed: Path, tmp_path: Path) -> None:
     done = run(tmp_path, stop_rank=1)
     for rank in (0, 1):
