@@ -101,6 +101,23 @@ def class_ranking(scores: Float[np.ndarray, " samples"], positives: Bool[np.ndar
     return Ranking(precision, float(won / (num_positives * num_negatives)))
 
 
+def interpolated_precision(scores: Float[np.ndarray, " samples"], positives: Bool[np.ndarray, " samples"]) -> float:
+    """Return the average precision in which each recall has the best precision of it or any higher one.
+
+    NaN without a positive sample; equal scores are one threshold. Source: PASCAL VOC since 2010; ActivityNet's owners
+    measure so.
+    """
+    num_positives = int(positives.sum())
+    if num_positives == 0:
+        return math.nan
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
+    true = np.cumsum(positives[order])[ends]
+    best = np.maximum.accumulate((true / (ends + 1))[::-1])[::-1]
+    return float((best * np.diff(true, prepend=0)).sum() / num_positives)
+
+
 def class_rankings(
     scores: Float[np.ndarray, "samples classes"],
     truth: Int[np.ndarray, " samples"] | Bool[np.ndarray, "samples classes"],

@@ -13,12 +13,19 @@ from ray_jobs.commands.options import Json, refuse_without_ray
 if TYPE_CHECKING:
     from pipelines.views import EvaluationViews
     from ray_jobs.compare import ComparedRun, Comparison
+    from ray_jobs.evaluation.workers import Workers
     from ray_jobs.runs.timeline import TimelineReport
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder for its newest one.")]
 Which = Annotated[
     str, typer.Option("--checkpoint", help="Of a run folder: best (of validation), last, or the number of a step.")
 ]
+ScoringWorkers = Annotated[int, typer.Option("--workers", help="Processes that score; one a GPU where there are GPUs.")]
+OnRay = Annotated[bool, typer.Option("--ray", help="Score in tasks of Ray.")]
+RayAddress = Annotated[
+    str, typer.Option("--ray-address", help="With --ray: auto, or HEAD:6379; default: a Ray of our own.")
+]
+OpenRay = Annotated[bool, typer.Option("--i-accept-open-ray", help="Join a cluster without a token.")]
 _MOST_SHOWN_SETTINGS = 40
 _LINE = "\n  "
 _MOST_SHOWN_CHARACTERS = 32
@@ -31,12 +38,10 @@ def evaluate(
     ],
     data: Annotated[list[str], typer.Option(help="Shards to test on: a folder or a URL; may be repeated.")],
     views: Annotated[str, typer.Option(help="Clips x crops per sample: 2x3 as published, Kinetics-400: 5x3.")] = "2x3",
-    workers: Annotated[int, typer.Option(help="Processes that score; one a GPU where there are GPUs.")] = 1,
-    ray: Annotated[bool, typer.Option("--ray", help="Score in tasks of Ray.")] = False,
-    ray_address: Annotated[
-        str, typer.Option(help="With --ray: auto, or HEAD:6379; default: a Ray of our own.")
-    ] = "local",
-    open_ray: Annotated[bool, typer.Option("--i-accept-open-ray", help="Join a cluster without a token.")] = False,
+    workers: ScoringWorkers = 1,
+    ray: OnRay = False,
+    ray_address: RayAddress = "local",
+    open_ray: OpenRay = False,
     predictions: Annotated[
         Path | None, typer.Option(help="Parquet file for the predictions; default: in the run folder.")
     ] = None,
@@ -58,15 +63,12 @@ def evaluate(
     """
     from ray_jobs.console import print_json, result, table
     from ray_jobs.evaluation.submissions import parse_supervision, write_beside
-    from ray_jobs.evaluation.workers import Workers, evaluate_checkpoint, facts_of, log_to_run, means_of
+    from ray_jobs.evaluation.workers import evaluate_checkpoint, facts_of, log_to_run, means_of
     from ray_jobs.runs.model import find_checkpoint
 
-    if ray_address != "local" and not ray:
-        raise UserInputError(f"--ray-address {ray_address}: expected --ray beside it; without, Ray is not used at all")
-    refuse_without_ray(accept_open_ray=open_ray, ray=ray)
+    who = _scorers(workers, ray=ray, ray_address=ray_address, open_ray=open_ray)
     pairs = _pairs(checkpoints, data, alone={"--predictions": predictions, "--submission": submission})
     supervision = None if submission is None else parse_supervision(sls, submission=submission)
-    who = Workers(number=workers, ray_address=ray_address if ray else None, accept_open_ray=open_ray)
     reports = []
     for run, place in pairs:
         checkpoint = find_checkpoint(run, which)
@@ -83,6 +85,15 @@ def evaluate(
             result(table({name: value for name, value in one.items() if not isinstance(value, dict | list)}))
     for report in reports if track else []:
         log_to_run(report)
+
+
+def _scorers(workers: int, *, ray: bool, ray_address: str, open_ray: bool) -> "Workers":
+    from ray_jobs.evaluation.workers import Workers
+
+    if ray_address != "local" and not ray:
+        raise UserInputError(f"--ray-address {ray_address}: expected --ray beside it; without, Ray is not used at all")
+    refuse_without_ray(accept_open_ray=open_ray, ray=ray)
+    return Workers(number=workers, ray_address=ray_address if ray else None, accept_open_ray=open_ray)
 
 
 def _pairs(checkpoints: list[Path], data: list[str], *, alone: Mapping[str, object | None]) -> list[tuple[Path, str]]:
@@ -137,7 +148,10 @@ def robustness(
         str | None, typer.Option(help="Some of them, such as white_noise,time_shift; default: all.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn: noise, shifts, places.")] = 0,
-    workers: Annotated[int, typer.Option(help="Processes that score; one a GPU where there are GPUs.")] = 1,
+    workers: ScoringWorkers = 1,
+    ray: OnRay = False,
+    ray_address: RayAddress = "local",
+    open_ray: OpenRay = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for report, plot and predictions; default: in the run.")
     ] = None,
@@ -151,7 +165,6 @@ def robustness(
     from ray_jobs.console import print_json, result
     from ray_jobs.evaluation.perturbations import PERTURBATIONS
     from ray_jobs.evaluation.robustness import PLOT_NAME, measure_robustness
-    from ray_jobs.evaluation.workers import Workers
     from ray_jobs.runs.model import find_checkpoint
 
     chosen = tuple(PERTURBATIONS) if conditions is None else tuple(name.strip() for name in conditions.split(","))
@@ -162,7 +175,7 @@ def robustness(
         conditions=chosen,
         seed=seed,
         out=out,
-        workers=Workers(number=workers),
+        workers=_scorers(workers, ray=ray, ray_address=ray_address, open_ray=open_ray),
     )
     if as_json:
         print_json({**asdict(report), "plot": str(folder / PLOT_NAME)})

@@ -7,6 +7,7 @@ Beside them, by the name of the dataset:
   (``tail_``; of actions where verb or noun is one).
 - EPIC-SOUNDS, HD-EPIC-SOUNDS: mAP, area under the ROC curve and d', each with and without the class ``background``.
 - VGG-Sound, KineticsSound, UCF-101 and sets of several labels: mAP, area and d'.
+- ActivityNet, whose samples are segments: its owners' numbers by video, mAP, hit@1, hit@3 (``video_``).
 
 A file is read in passes, some thousand rows at a time; what ranks all samples of a class holds the scores of as many
 classes as fit into 256 MB.
@@ -15,6 +16,8 @@ classes as fit into 256 MB.
 import csv
 import io
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +35,8 @@ from ca2st.training.metrics import (
     Ranking,
     class_ranking,
     confusion_matrix,
+    interpolated_precision,
+    mean_over_classes,
     predicted_classes,
     ranking_metrics,
     target_prefix,
@@ -97,6 +102,8 @@ PARTS: dict[str, dict[str, SetPart]] = {
 """By dataset and part: what has numbers of its own."""
 RANKED = frozenset({"epic_sounds", "hd_epic_sounds", "vgg_sound", "kinetics_sound", "ucf_101"})
 """Datasets whose field reports mAP, area and d'."""
+BY_VIDEO = frozenset({"activitynet"})
+"""Datasets whose samples are segments, and whose field also reports numbers by video."""
 _NAMES = {"tail_verbs": "tail", "tail_nouns": "tail"}
 
 
@@ -173,7 +180,48 @@ def measure(predictions: Path) -> Measures:
             if part.ranked:
                 ranked = ranking_metrics(rank_classes(predictions, facts, target, part=part.rows))
                 metrics |= {f"{name}_{prefix}{metric}": value for metric, value in ranked.items()}
+    if facts.dataset in BY_VIDEO and facts.labelled:
+        metrics |= video_metrics(predictions, facts, facts.labelled[0])
     return Measures(facts=facts, metrics=metrics, num_samples=facts.num_samples, confusion=confusion, rankings=rankings)
+
+
+_SEGMENT_KEY = re.compile(r"(.+)(?:-\d+-\d+){2}-[0-9a-f]{16}")
+"""A key made of ``<video>@<seconds>-<seconds>``, both with a decimal point."""
+_VIDEO_HITS = (1, 3)
+
+
+def video_metrics(predictions: Path, facts: PredictionFacts, target: str) -> dict[str, float]:
+    """Return what a model of segments knows of whole videos: ``video_map``, ``video_hit1``, ``video_hit3``.
+
+    A video's probabilities are the mean over its annotated segments, its labels those of all of them; a hit is any of
+    them among the likeliest. Empty where the keys do not say which video a segment is of. Source: ActivityNet's own
+    evaluation of untrimmed classification; there a model has to find the segments too.
+    """
+    size = len(facts.targets[target])
+    sums: dict[str, NDArray[np.float64]] = {}
+    truth: dict[str, NDArray[np.bool_]] = {}
+    counts: Counter[str] = Counter()
+    for rows in read_rows(predictions, facts, targets=(target,)):
+        for key, label, probabilities in zip(rows.keys, rows.labels[target], rows.probabilities[target], strict=True):
+            named = _SEGMENT_KEY.fullmatch(key)
+            if named is None:
+                return {}
+            if label >= 0:
+                video = named[1]
+                sums[video] = sums.get(video, 0) + probabilities.astype(np.float64)
+                truth.setdefault(video, np.zeros(size, np.bool_))[label] = True
+                counts[video] += 1
+    if not sums:
+        return {}
+    scores = np.stack([total / counts[video] for video, total in sums.items()])
+    labels = np.stack(list(truth.values()))
+    precisions = [interpolated_precision(scores[:, one], labels[:, one]) for one in range(size)]
+    found = {"video_map": mean_over_classes(np.array(precisions))}
+    likeliest = np.argsort(-scores, axis=1, kind="stable")
+    for most in _VIDEO_HITS:
+        hits = np.take_along_axis(labels, likeliest[:, :most], axis=1).any(axis=1)
+        found[f"video_hit{most}"] = float(hits.mean())
+    return found
 
 
 def _measure_several(predictions: Path, facts: PredictionFacts) -> Measures:

@@ -117,6 +117,33 @@ def test_epic_kitchens_has_both_top_5_rules_unseen_participants_and_tail_classes
     assert expected["action_top5"] > 0
 
 
+def test_activitynet_is_also_measured_by_video_as_its_owners_do(tmp_path: Path) -> None:
+    size, draw = 6, np.random.default_rng(9)
+    videos = [f"-{'aBcD'[number % 4]}b_-{number}-{number % 7}" for number in range(150)]  # they end like times
+    video = draw.integers(0, len(videos), COUNT)
+    labels = np.where(draw.random(COUNT) < 0.9, video % size, draw.integers(0, size, COUNT))
+    scores = random_probabilities(COUNT, size, seed=9)
+    scores[np.arange(0, COUNT, 2), labels[::2]] += 0.3
+    ids = [f"{videos[at]}@{float(number)!r}-{number + 0.25!r}" for number, at in enumerate(video)]
+    write_predictions(tmp_path / "p.parquet", labels[:, None], {"label": scores}, ids=ids, dataset="activitynet")
+    found = measure(tmp_path / "p.parquet").metrics
+    present = np.unique(video)
+    means = np.stack([scores[video == one].astype(np.float64).mean(axis=0) for one in present])
+    truth = np.stack([np.isin(np.arange(size), labels[video == one]) for one in present])
+    assert (truth.sum(axis=1) > 1).any(), "some videos have several labels"
+    precisions = []
+    for column in range(size):
+        precision, recall, _ = oracle.precision_recall_curve(truth[:, column], means[:, column])
+        envelope = np.maximum.accumulate(precision[:-1])  # from all samples to none: the best of this recall or more
+        precisions.append(-(np.diff(recall) * envelope).sum())
+    assert found["video_map"] == pytest.approx(np.mean(precisions), abs=EXACT)
+    for most in (1, 3):
+        best = [set(row.argsort()[::-1][:most]) for row in means]
+        hits = [bool(own & set(np.flatnonzero(row))) for own, row in zip(best, truth, strict=True)]
+        assert found[f"video_hit{most}"] == pytest.approx(np.mean(hits), abs=EXACT)
+    assert found["video_hit1"] < found["video_hit3"] < 1
+
+
 def test_several_labels_per_sample_are_ranked_as_questions_of_their_own(tmp_path: Path) -> None:
     scores = random_probabilities(COUNT, 6, seed=6)
     truth = (np.random.default_rng(7).random((COUNT, 6)) < 0.4).astype(np.int64)
