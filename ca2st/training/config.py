@@ -111,6 +111,9 @@ class TrainingConfig:
     activation_checkpointing: bool = False
     """Keep only the inputs of each layer and compute the layer again for its gradients: the same numbers, much less
     memory, about a third more time."""
+    sharded: bool = False
+    """Spread every weight, frozen ones too, over the workers (FSDP2), for models larger than a device: the same numbers
+    up to rounding, less memory, more traffic. Checkpoints are those of any other run."""
     compile: bool = False
     """Compile the layers with torch.compile: minutes at the start, faster steps, numbers that differ by rounding. On a
     CPU it needs a C++ compiler. What cannot be compiled is an error."""

@@ -62,6 +62,7 @@ from ca2st.training.resume import (
     trained_tensors,
 )
 from ca2st.training.settings import TrainingProgress, TrainingResult, TrainingSettings, ranking_metric
+from ca2st.training.sharded import is_sharded
 from ca2st.training.signals import TIME_UP, StopRequest, stopped_error
 from ca2st.training.step import (
     Intake,
@@ -183,7 +184,7 @@ def _topology(accelerator: Accelerator, settings: TrainingSettings) -> dict[str,
         "precision": settings.config.precision,
         "cpu_threads": torch.get_num_threads() if on_cpu else None,
         "compile": settings.config.compile,
-        **({"deterministic": True} if settings.config.deterministic else {}),
+        **{name: True for name in ("deterministic", "sharded") if getattr(settings.config, name)},
         **settings.topology,
     }
 
@@ -223,7 +224,12 @@ class _Run:
             clock=settings.clock,
             stages=stages,
         )
-        prepared = accelerator.prepare(model, self._optimizer)
+        self._is_sharded = is_sharded(model)
+        prepared = (
+            (accelerator.prepare_model(model, device_placement=False, evaluation_mode=True), self._optimizer)
+            if self._is_sharded  # no DistributedDataParallel around it; autocast is Accelerate's here too
+            else accelerator.prepare(model, self._optimizer)
+        )
         decay = self._config.ema_decay
         self._average = None if decay is None else WeightAverage(model, decay)
         self._stepper = Stepper(
@@ -530,7 +536,8 @@ class _Run:
         """
         begin = self._settings.clock()
         with self._stages.stage("checkpoint"):
-            outcome = self._ranks.on_main(self._write_on_main)
+            state = self._collected() if self._is_sharded or self._ranks.is_main else {}
+            outcome = self._ranks.on_main(lambda: self._write_on_main(state))
         for problem in outcome.problems:
             _LOGGER.warning("checkpoint at step %d: %s", self._step, problem)
             self._log("fault", kind="checkpoint", step=self._step, error=problem, num_failed=outcome.num_failed)
@@ -540,16 +547,19 @@ class _Run:
             self._log("checkpoint", step=self._step, name=outcome.folder.name, seconds=seconds)
         return outcome
 
-    def _write_on_main(self) -> SaveOutcome:
+    def _collected(self) -> dict[str, bytes]:
+        return collect_state(
+            self._model,
+            self._optimizer,
+            average=None if self._average is None else self._average.tensors,
+            loss_scale=self._stepper.loss_scale.state(),
+        )
+
+    def _write_on_main(self, state: Mapping[str, bytes]) -> SaveOutcome:
         record = self._settings.record
         files = {
             **record.files(),
-            **collect_state(
-                self._model,
-                self._optimizer,
-                average=None if self._average is None else self._average.tensors,
-                loss_scale=self._stepper.loss_scale.state(),
-            ),
+            **state,
             LOADER_FILE: canonical_json(self._position(self._step)),
             SCHEDULE_FILE: canonical_json(asdict(self._schedule)),
         }

@@ -23,6 +23,7 @@ from ca2st.errors import UserInputError
 from ca2st.training.config import OptimConfig
 from ca2st.training.errors import ParameterRuleError
 from ca2st.training.resume import put_model_tensors, trained_tensors
+from ca2st.training.sharded import put
 
 REFERENCE_BATCH = 256
 """Global batch size at which `base_lr` and `min_lr` are stated."""
@@ -199,8 +200,7 @@ class WeightAverage:
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from an average that was saved."""
-        for name, target in self._average.items():
-            target.copy_(tensors[name])
+        put(self._average, tensors)
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -41,6 +41,7 @@ from ca2st.training.journal import (
     sha256_of_document,
     skipped_steps,
 )
+from ca2st.training.sharded import as_held, put, whole
 
 RECIPE_FILE = "recipe.json"
 LOADER_FILE = "loader.json"
@@ -244,7 +245,8 @@ def collect_state(
 ) -> dict[str, bytes]:
     """Return files that hold the trained state: two of tensors, one of the optimizer's scalars and settings.
 
-    `average`, where there is one, is a third file of tensors; `loss_scale` goes to the scalars.
+    `average`, where there is one, is a third file of tensors; `loss_scale` goes to the scalars. Every rank of a sharded
+    model calls it.
     """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -305,7 +307,7 @@ def put_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, state: Trai
     for name, parameter in _optimized(model, optimizer):
         if name in state.optimizer:
             optimizer.state[parameter] = {
-                key: value.to(parameter.device) if value.ndim > 0 else value.clone()
+                key: as_held(value, parameter) if value.ndim > 0 else value.clone()
                 for key, value in state.optimizer[name].items()
             }
 
@@ -330,9 +332,7 @@ def read_model_tensors(model: nn.Module, *, data: bytes) -> dict[str, Tensor]:
 
 def put_model_tensors(model: nn.Module, *, tensors: Mapping[str, Tensor]) -> None:
     """Copy checked tensors into the model's trained parameters and buffers."""
-    with torch.no_grad():
-        for name, target in trained_tensors(model).items():
-            target.copy_(tensors[name])
+    put(trained_tensors(model), tensors)
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -375,7 +375,7 @@ def _group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def _portable(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().clone()
+    return whole(tensor.detach()).cpu().contiguous().clone()
 
 
 def _shape_problem(name: str, expected: Tensor, found: Tensor) -> str:

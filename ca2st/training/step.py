@@ -25,6 +25,7 @@ from ca2st.training.errors import NonFiniteError, SourceContractError
 from ca2st.training.losses import check_label_range, loss_per_clip, mixed_mel, mixed_video
 from ca2st.training.optim import LearningRateSchedule, set_learning_rate
 from ca2st.training.ranks import Ranks, StageClock
+from ca2st.training.sharded import whole
 from ca2st.training.signals import StopRequest
 
 FAILURES_NAME = "failures"
@@ -410,7 +411,7 @@ class Stepper:
         if self.loss_scale.factor != 1:
             for gradient in gradients:
                 gradient.mul_(1 / self.loss_scale.factor)
-        return float(torch.nn.utils.get_total_norm(gradients))
+        return float(whole(torch.nn.utils.get_total_norm(gradients)))
 
     def _blame_gradient(self, share: ClipBatch, step: int) -> None:
         """Repeat the step's backward passes one micro-batch at a time, unsynchronised, to find whose gradient it is."""
@@ -420,7 +421,8 @@ class Stepper:
             self._optimizer.zero_grad(set_to_none=True)
             with self._accelerator.no_sync(self._model):
                 self._backward_part(part, step=step, micro_batch=index)
-            wrong = {n for n, p in self._trained.items() if p.grad is not None and not bool(p.grad.isfinite().all())}
+            grads = {name: whole(one.grad) for name, one in self._trained.items() if one.grad is not None}
+            wrong = {name for name, grad in grads.items() if not bool(grad.isfinite().all())}
             keys += part.sample_ids if wrong else ()
             names |= wrong
         self._optimizer.zero_grad(set_to_none=True)

@@ -433,6 +433,8 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
             f"training.{ends_early[0]}: expected data.validation beside it, whose results it waits for, found none; "
             "name the shards of a validation split or remove it"
         )
+    if training.sharded and training.compile:
+        yield "training.sharded: expected training.compile = false beside it, found true; turn one of them off"
     if recipe.optim.warmup_epochs > training.epochs:
         yield (
             f"optim.warmup_epochs: expected at most training.epochs = {training.epochs}, found "
@@ -522,6 +524,7 @@ _NOT_IDENTITY = (
     "training.deterministic",
     "training.attention",
     "training.activation_checkpointing",
+    "training.sharded",
     "training.compile",
     "training.collective_timeout_seconds",
 )

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ca2st.checked_json import encoded, read_json
 from ca2st.durable import FaultPoints, write_bytes
-from ca2st.errors import CA2STError
+from ca2st.errors import CA2STError, UserInputError
 from ca2st.model.config import HeldPrecision
+from ca2st.model.experts import EncoderLayer
 from ca2st.model.network import (
     HolisticModel,
     compile_layers,
@@ -26,15 +28,18 @@ from ca2st.model.network import (
 from ca2st.processes import num_cores
 from ca2st.training.attention_kernel import settle_attention
 from ca2st.training.best import Score
+from ca2st.training.config import TrainingConfig
 from ca2st.training.loop import train
 from ca2st.training.metrics import main_metric
 from ca2st.training.optim import ParameterRules
 from ca2st.training.ranks import Ranks
 from ca2st.training.resume import RunRecord, library_versions
 from ca2st.training.settings import TrainingProgress, TrainingSettings
+from ca2st.training.sharded import shard_model
 from ca2st.training.signals import StopRequest, stop_on_signals
 from ca2st.training.step import make_accelerator
 from pipelines.loader import TrainLoader
+from pipelines.order.plan import rank_positions
 from ray_jobs import environment
 from ray_jobs.config.recipe import Recipe, identity_settings, recipe_document, recipe_from_document
 from ray_jobs.console import progress
@@ -109,6 +114,9 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
         held = _make_ready(begun.model, recipe, device=accelerator.device.type)
         on_main = Ranks(accelerator).on_main
         kernels = settle_attention(begun.model, recipe.training, device=device, folder=run_dir, on_main=on_main)
+        if recipe.training.sharded and world_size > 1:
+            _check_equal_shares(recipe.training, world_size)
+            shard_model(begun.model, units_of(begun.model), accelerator=accelerator)
         settings = TrainingSettings(
             folder=run_dir,
             config=recipe.training,
@@ -180,6 +188,30 @@ def _make_ready(model: HolisticModel, recipe: Recipe, *, device: str) -> HeldPre
     if recipe.training.deterministic and device == "cuda":
         environment.use_deterministic_kernels()
     return held
+
+
+def _check_equal_shares(training: TrainingConfig, world_size: int) -> None:
+    """Refuse a sharded training whose ranks would run different numbers of micro-batches, and wait for ever."""
+    batch, most = training.global_batch_size, training.per_device_batch_size
+    shares = [rank_positions(r, world_size, global_batch_size=batch, keep_pairs=True) for r in range(world_size)]
+    if len({-(-len(share) // most) for share in shares}) > 1:
+        raise UserInputError(
+            f"training.sharded: expected as many micro-batches of {most} clips on each of {world_size} workers, found "
+            f"shares of {', '.join(str(len(share)) for share in shares)} clips; make training.global_batch_size a "
+            f"multiple of {2 * world_size}"
+        )
+
+
+def units_of(model: HolisticModel) -> list[nn.Module]:
+    """Return what a sharded model gathers and lets go of by itself: modules that are called and hold nearly all of it.
+
+    The halves of an `EncoderLayer` are called one by one, never the layer.
+    """
+    units: list[nn.Module] = list(model.layers)
+    for expert in model.experts.values():
+        for own in (expert.layer_at(index) for index in range(model.config.depth)):
+            units += (own.attention, own.mlp) if isinstance(own, EncoderLayer) else (own,)
+    return [unit for unit in units if any(True for _ in unit.parameters())]
 
 
 def _parameter_rules(model: HolisticModel) -> ParameterRules:

@@ -19,11 +19,12 @@ from ca2st.durable import NO_FAULTS, FaultPoints
 from ca2st.errors import CA2STError, DataDamageError
 from ca2st.training.loop import train
 from ca2st.training.settings import TrainingProgress
+from ca2st.training.sharded import shard_model
 from ca2st.training.signals import stop_on_signals
 from ca2st.training.step import make_accelerator
 from support.tiny_training import TinyEvaluation, TinyModel, TinySource, tiny_settings
 
-SETTINGS = ("max_steps", "per_device_batch_size", "max_skipped_steps")
+SETTINGS = ("max_steps", "per_device_batch_size", "max_skipped_steps", "sharded", "ema_decay", "clip_grad_norm")
 
 
 class Source(TinySource):
@@ -62,11 +63,14 @@ def main() -> None:
         world_size=world_size,
         seed=settings.config.seed,
     )
+    model = TinyModel(dropout=options.get("dropout", 0.3))
+    if settings.config.sharded:
+        shard_model(model, [model.expert, *model.layers], accelerator=accelerator)
     validation = TinyEvaluation(rank=rank, world_size=world_size)
     try:
         with stop_on_signals(grace_seconds=20.0) as stop:
             train(
-                TinyModel(dropout=options.get("dropout", 0.3)),
+                model,
                 source,
                 accelerator=accelerator,
                 settings=settings,

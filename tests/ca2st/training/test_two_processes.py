@@ -9,8 +9,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load
 
 import support.settle_on_ranks
+import support.shard_on_ranks
 import support.train_on_ranks
 from ca2st.training.checkpoint import list_checkpoints, read_checkpoint
 from ca2st.training.journal import read_events, run_sequence
@@ -132,6 +135,35 @@ def test_t11_a_step_that_one_rank_cannot_compute_is_left_out_by_both(tmp_path: P
     lines = run_sequence(tmp_path / "journal.jsonl")
     assert [(line["step"], line["skipped_steps"]) for line in lines if line["loss"] is None] == [(6, 1)]
     assert len(lines) == 8
+
+
+def test_a_sharded_run_that_is_killed_and_resumed_is_the_run_that_is_not_sharded(tmp_path: Path) -> None:
+    whole, sharded, alone = (tmp_path / name for name in ("whole", "sharded", "alone"))
+    options = {"ema_decay": 0.9, "clip_grad_norm": 1.0}
+    succeed(whole, **options)
+    assert run(sharded, sharded=True, fault="step.updated:7", fault_rank=1, **options).returncode != 0
+    shutil.copytree(sharded, alone)
+    succeed(sharded, sharded=True, **options)
+    for own, other in zip(steps(sharded, "loss", "grad_norm"), steps(whole, "loss", "grad_norm"), strict=True):
+        assert own == pytest.approx(other, rel=1e-5)
+    found, expected = last_files(sharded), last_files(whole)
+    assert found.keys() == expected.keys()
+    for name in ("model", "optimizer", "average"):
+        ours, theirs = (load(files[f"{name}.safetensors"]) for files in (found, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    settings = tiny_settings(alone, **options)
+    result = train(TinyModel(), TinySource(seed=5), accelerator=fresh_accelerator(settings), settings=settings)
+    assert (result.resumed_step, result.steps) == (6, 8)  # in one process, that holds all of it
+
+
+def test_a_model_of_each_kind_computes_the_same_when_its_experts_are_spread_over_ranks() -> None:
+    done = launch(support.shard_on_ranks, ranks=2)
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["model"] for one in told] == ["cast", "cava", "ca2st", "resnet50", "checkpointed", "bf16"]
+    for one in told:
+        assert one["largest_difference"] < (0.02 if one["model"] == "bf16" else 1e-5), one
+        assert one["held"] < 0.55, "a rank has half of the weights, and what does not divide by two"
 
 
 def test_t14_a_signal_to_one_rank_stops_both_with_a_checkpoint(undisturbed: Path, tmp_path: Path) -> None:

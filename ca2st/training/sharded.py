@@ -1,0 +1,55 @@
+"""A model spread over the ranks: each holds its share of every weight, frozen ones too (FSDP2, ``fully_shard``).
+
+The weights of a unit are gathered when it runs, forward and backward, and let go of after it; gradients, optimizer and
+average exist as shares alone. What a checkpoint holds is whole, so it fits any number of ranks, sharded or not.
+
+torch's `fully_shard` itself, not Accelerate's plugin: that one computes bfloat16 otherwise than autocast does, and
+knows no CPUs. Group, devices and autocast stay Accelerate's.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def shard_model(model: nn.Module, units: Iterable[nn.Module], *, accelerator: Accelerator) -> None:
+    """Spread `model` over the ranks, in place; each of `units` is gathered by itself, what is in none all the time.
+
+    A unit runs through its ``forward``, and its trained parameters are of one type. Every rank must run the model
+    equally often. Call it after weights are loaded, marked as trained or frozen, and held in their precision; the
+    optimizer comes after it.
+    """
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for unit in units:
+        fully_shard(unit, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether `shard_model` has spread it."""
+    return isinstance(model, FSDPModule)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor of which this rank may hold a share; a collective for those."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def as_held(value: Tensor, target: Tensor) -> Tensor:
+    """Return a whole `value`, the same on every rank, as `target` is held: on its device, and the same share of it."""
+    value = value.to(target.device)
+    if not isinstance(target, DTensor) or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def put(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy `values` into `targets` of the same names; either may be whole or shares."""
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(as_held(values[name], target))
