@@ -251,7 +251,7 @@ def collect_state(
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for name, parameter in _optimized(model, optimizer):
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):  # one order on all ranks: `whole`
             if isinstance(value, Tensor) and value.ndim > 0:
                 tensors[f"{key}/{name}"] = _portable(value)
             else:

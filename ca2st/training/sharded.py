@@ -18,16 +18,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard_model(model: nn.Module, units: Iterable[nn.Module], *, accelerator: Accelerator) -> None:
-    """Spread `model` over the ranks, in place; each of `units` is gathered by itself, what is in none all the time.
+    """Spread `model` over the ranks, in place; each of `units` is gathered by itself.
 
-    A unit runs through its ``forward``, and its trained parameters are of one type. Every rank must run the model
-    equally often. Call it after weights are loaded, marked as trained or frozen, and held in their precision; the
-    optimizer comes after it.
+    What is in no unit is gathered before the first. A unit runs through its ``forward``, and its trained parameters are
+    of one type. Every rank must run the model equally often. Call it after weights are loaded, marked as trained or
+    frozen, and held in their precision; the optimizer comes after it.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for unit in units:
         fully_shard(unit, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else its own weights stay whole after a validation
 
 
 def is_sharded(model: nn.Module) -> bool:
