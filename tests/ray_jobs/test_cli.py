@@ -179,6 +179,10 @@ REFUSALS = {
         ["shard", "build", "--dataset", "folder", "--media", ".", "--out", "set", "--i-accept-open-ray"],
         "--i-accept-open-ray: expected --ray beside it",
     ),
+    "a cluster for a test of robustness without Ray": (
+        ["robustness", "runs/none", "--data", "set", "--ray-address", "auto"],
+        "--ray-address auto: expected --ray beside it",
+    ),
     "groups of pictures of a codec without them": (
         ["shard", "build", "--dataset", "folder", "--media", ".", "--out", "set", "--gop", "8"],
         "--gop 8: --codec mjpeg has none but key frames",

@@ -407,6 +407,11 @@ def test_labels_that_follow_a_spectrogram_that_is_never_heard_are_refused(tmp_pa
         check_settings(recipe)
 
 
+def test_a_sharded_training_is_not_compiled(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"training\.sharded: expected training\.compile = false beside it"):
+        load_recipe(recipe_file(tmp_path), ["training.sharded=true", "training.compile=true"])
+
+
 def mistakes(folder: Path, text: str = RECIPE, *overrides: str) -> list[str]:
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe_file(folder, text), overrides)

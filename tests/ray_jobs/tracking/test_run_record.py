@@ -15,7 +15,7 @@ from ca2st.training.errors import RunFolderBusyError
 from ca2st.training.journal import locked
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.tracking.following import log_metrics, sync
-from ray_jobs.tracking.run_record import mean_values
+from ray_jobs.tracking.run_record import mean_values, step_values
 from ray_jobs.tracking.sender import Sender, end_orphans
 from ray_jobs.tracking.state import (
     FOLDER_TAG,
@@ -320,6 +320,11 @@ def test_two_followers_of_one_run_may_live_at_once(run_dir: Path) -> None:
     with alive(run_dir), alive(run_dir):
         assert is_alive(run_dir)
     assert not is_alive(run_dir)
+
+
+def test_t11_a_step_that_was_left_out_is_counted_in_mlflow_and_has_no_loss() -> None:
+    line = {"event": "step", "step": 6, "time": 1.0, "loss": None, "grad_norm": None, "lr": 0.1, "skipped_steps": 1}
+    assert {one.name: one.value for one in step_values(line)} == {"train/lr": 0.1, "train/skipped_steps": 1.0}
 
 
 def test_rates_and_stages_end_with_their_means_over_the_run() -> None:
