@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -61,7 +60,7 @@ from ca2st.training.resume import (
     read_state,
     trained_tensors,
 )
-from ca2st.training.settings import TrainingProgress, TrainingResult, TrainingSettings, ranking_metric
+from ca2st.training.settings import TrainingProgress, TrainingResult, TrainingSettings, ranking_metric, topology_of
 from ca2st.training.sharded import is_sharded
 from ca2st.training.signals import TIME_UP, StopRequest, stopped_error
 from ca2st.training.step import (
@@ -100,7 +99,7 @@ def train(
         CA2STError: numbers that are not finite, a folder in use, saves that fail; one rank's failure ends all.
     """
     ranks, stages = Ranks(accelerator), StageClock(settings.clock)
-    topology = _topology(accelerator, settings)
+    topology = topology_of(accelerator, settings)
     with contextlib.ExitStack() as stack:
         stack.enter_context(naming_memory_faults())
         _check_setup(ranks, accelerator, settings, steps_per_epoch=source.steps_per_epoch)
@@ -172,21 +171,6 @@ def _open(
 
     start = ranks.on_main(open_on_main)
     return start, journals[0] if journals else None
-
-
-def _topology(accelerator: Accelerator, settings: TrainingSettings) -> dict[str, Any]:
-    """Return what the last bits of a sum depend on; threads too, since they cut sums on a CPU."""
-    on_cpu = accelerator.device.type == "cpu"
-    return {
-        "world_size": accelerator.num_processes,
-        "device": accelerator.device.type,
-        "per_device_batch_size": settings.config.per_device_batch_size,
-        "precision": settings.config.precision,
-        "cpu_threads": torch.get_num_threads() if on_cpu else None,
-        "compile": settings.config.compile,
-        **{name: True for name in ("deterministic", "sharded") if getattr(settings.config, name)},
-        **settings.topology,
-    }
 
 
 class _Run:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate import Accelerator
 
 from ca2st.batch import Labelling
 from ca2st.durable import NO_FAULTS, FaultPoints
@@ -97,6 +99,21 @@ def ranking_metric(settings: TrainingSettings) -> str:
     known = [*evaluation_metrics(even, np.zeros((1, len(targets)), dtype=np.int64))]
     check_choice("training.best_metric", metric, ["map", "top1"] if settings.labelling == "several" else sorted(known))
     return metric
+
+
+def topology_of(accelerator: Accelerator, settings: TrainingSettings) -> dict[str, Any]:
+    """Return what the last bits of a sum depend on; threads too, since they cut sums on a CPU."""
+    on_cpu = accelerator.device.type == "cpu"
+    return {
+        "world_size": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "per_device_batch_size": settings.config.per_device_batch_size,
+        "precision": settings.config.precision,
+        "cpu_threads": torch.get_num_threads() if on_cpu else None,
+        "compile": settings.config.compile,
+        **{name: True for name in ("deterministic", "sharded") if getattr(settings.config, name)},
+        **settings.topology,
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
