@@ -19,13 +19,12 @@ from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.launch import (
     _failure,
     _record,
-    death_of,
     ended_badly,
     how_it_stopped,
     launch,
     refuse_more_workers_than_gpus,
 )
-from ray_jobs.runs.failures import read_failure
+from ray_jobs.runs.failures import death_of, read_failure
 from ray_jobs.runs.worker import _with_own_cores
 from support.tiny_runs import ca2st, journal, make_tiny_run, sequence
 
