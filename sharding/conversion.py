@@ -24,33 +24,8 @@ from typing import Any
 from ca2st.checked_json import sha256_of_json
 from ca2st.durable import NO_FAULTS, FaultPoints, sweep_temporaries, write_bytes
 from ca2st.errors import EnvironmentFault, UserInputError, listed
+from sharding import folder
 from sharding.errors import ConversionRefusedError, ShardDamageError
-from sharding.folder import (
-    MISSING_NAME,
-    REJECTS_NAME,
-    SOURCES_NAME,
-    DoneShard,
-    Reject,
-    ShardSources,
-    SourcesFile,
-    changed_sources,
-    changes_in_words,
-    claimed,
-    count_by_reason,
-    missing_file,
-    planned_shard,
-    read_done_shard,
-    refuse_another_conversion,
-    refuse_foreign_files,
-    rejects_file,
-    remove_shard,
-    remove_shards_but,
-    require_within_budget,
-    shard_number,
-    shards_there,
-    state_of,
-    write_or_remove,
-)
 from sharding.format import remote
 from sharding.format.index import decode_index, sample_key
 from sharding.format.shard_set import MANIFEST_NAME, Manifest, ShardEntry, ShardSet, read_shard_set, write_shard_set
@@ -136,8 +111,8 @@ def convert(
         raise UserInputError(
             f"--out {place}: expected a folder or a URL of {', '.join(_WRITABLE)}; others are read only"
         )
-    with claimed(place) as home:
-        refuse_foreign_files(remote.files_of(place))
+    with folder.claimed(place) as home:
+        folder.refuse_foreign_files(remote.files_of(place))
         sweep_temporaries(home)
         config = _as_begun(remote.files_of(place), config)
         setup = ShardSetup(
@@ -157,8 +132,8 @@ def convert(
 
 def _as_begun(files: remote.Files, config: ConversionConfig) -> ConversionConfig:
     """Return the settings, with the sides of pictures as the set has them that was begun or finished there."""
-    multiple, first = config.side_multiple, min(shards_there(files), default=None)
-    shard = None if first is None else read_done_shard(files, first)
+    multiple, first = config.side_multiple, min(folder.shards_there(files), default=None)
+    shard = None if first is None else folder.read_done_shard(files, first)
     if shard is not None and multiple is not None and shard.conversion["video"].get("side_multiple") is None:
         _log.info("%s: its pictures have even sides, not multiples of %d: what is made now too", files.folder, multiple)
         return replace(config, side_multiple=None)
@@ -171,7 +146,7 @@ def _as_begun(files: remote.Files, config: ConversionConfig) -> ConversionConfig
 def check_notes(
     source: SourceList,
     config: ConversionConfig,
-    shards: Sequence[DoneShard] = (),
+    shards: Sequence[folder.DoneShard] = (),
     examples: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Refuse notes that question the data where `config.strict`: of the source list, and of the clips in `shards`.
@@ -185,7 +160,7 @@ def check_notes(
         refuse_doubtful(_count_notes(source, shards), {**(examples or {}), **source.notes}, rest=rest)
 
 
-def _count_notes(source: SourceList, shards: Sequence[DoneShard]) -> dict[str, int]:
+def _count_notes(source: SourceList, shards: Sequence[folder.DoneShard]) -> dict[str, int]:
     """Return how often each kind of note was made about the source list and the clips."""
     counts = Counter({kind: len(places) for kind, places in source.notes.items()})
     for shard in shards:
@@ -209,7 +184,7 @@ class _Earlier:
 
     @property
     def next_number(self) -> int:
-        return 1 + max(shard_number(entry.name) for entry in self.shards)
+        return 1 + max(folder.shard_number(entry.name) for entry in self.shards)
 
 
 class _Conversion:
@@ -231,9 +206,9 @@ class _Conversion:
         self._earlier: _Earlier | None = None
         self._first_number = 0
         self._fetch_sources()
-        self._sources = SourcesFile(home)
-        self._done: dict[int, DoneShard] = {}
-        self._rejects: dict[int, tuple[Reject, ...]] = {}
+        self._sources = folder.SourcesFile(home)
+        self._done: dict[int, folder.DoneShard] = {}
+        self._rejects: dict[int, tuple[folder.Reject, ...]] = {}
         self._examples: dict[int, Mapping[str, tuple[str, ...]]] = {}
         self._sampled: dict[int, tuple[int, int]] = {}  # of shards being made: sources so far, rejects among them
         self._num_done = self._num_rejected = self._num_converted = 0
@@ -266,12 +241,12 @@ class _Conversion:
             _log.info("resuming after %d finished shards of an earlier run", len(self._done))
         earlier = () if self._earlier is None else self._earlier.shards
         names = [entry.name for entry in earlier]
-        remove_shards_but(self._files, {*map(shard_number, names), *self._done})
+        folder.remove_shards_but(self._files, {*map(folder.shard_number, names), *self._done})
         self._sources.keep([*names, *map(shard_name, sorted(self._done))])
         self._make_shards()
         rejects = [reject for number in sorted(self._rejects) for reject in self._rejects[number]]
         files = self._files if self._earlier is None else None
-        require_within_budget(rejects, self._source, budget=self._config.max_rejects, files=files)
+        folder.require_within_budget(rejects, self._source, budget=self._config.max_rejects, files=files)
         shards_made = [self._done[number] for number in sorted(self._done)]
         check_notes(self._source, self._config, shards_made, self._examples_by_kind())
         self._sources.keep([*names, *(shard.entry.name for shard in shards_made)])
@@ -283,9 +258,9 @@ class _Conversion:
 
     def _fetch_sources(self) -> None:
         """Fetch what another machine left beside a set behind a URL about its sources."""
-        if isinstance(self._files, remote.RemoteFiles) and not (self._home / SOURCES_NAME).exists():
+        if isinstance(self._files, remote.RemoteFiles) and not (self._home / folder.SOURCES_NAME).exists():
             with contextlib.suppress(remote.RemoteFileMissingError):
-                write_bytes(self._home / SOURCES_NAME, self._files.read(SOURCES_NAME))
+                write_bytes(self._home / folder.SOURCES_NAME, self._files.read(folder.SOURCES_NAME))
 
     def _set_to_add_to(self, shards: ShardSet) -> _Earlier:
         """Return a finished set, once it was seen that the list can be added to it.
@@ -315,8 +290,8 @@ class _Conversion:
         return _Earlier(
             manifest=theirs,
             shards=shards.shards,
-            rejects=self._first_lines(REJECTS_NAME, num_rejects),
-            missing=self._first_lines(MISSING_NAME, num_missing),
+            rejects=self._first_lines(folder.REJECTS_NAME, num_rejects),
+            missing=self._first_lines(folder.MISSING_NAME, num_missing),
         )
 
     def _first_lines(self, name: str, count: int) -> bytes:
@@ -337,12 +312,12 @@ class _Conversion:
             "labelling": self._source.labelling,
         }
 
-    def _finish(self, shards: Sequence[DoneShard], rejects: Sequence[Reject]) -> ConversionReport:
+    def _finish(self, shards: Sequence[folder.DoneShard], rejects: Sequence[folder.Reject]) -> ConversionReport:
         """Write the lists of rejects and of what is missing, the table of shards, and the manifest, last."""
         fields, earlier = self._manifest_fields(), self._earlier
-        rejected, notes = Counter(count_by_reason(rejects)), Counter(_count_notes(self._source, shards))
-        lines, entries = rejects_file(rejects), tuple(shard.entry for shard in shards)
-        missing = missing_file(self._source.notes.get(MISSING_MEDIA, ()))
+        rejected, notes = Counter(folder.count_by_reason(rejects)), Counter(_count_notes(self._source, shards))
+        lines, entries = folder.rejects_file(rejects), tuple(shard.entry for shard in shards)
+        missing = folder.missing_file(self._source.notes.get(MISSING_MEDIA, ()))
         examples = examples_of(self._source.notes)
         if earlier is not None:
             examples |= earlier.manifest.examples
@@ -356,10 +331,10 @@ class _Conversion:
         fields |= {"rejected": dict(sorted(rejected.items())), "notes": dict(sorted(notes.items()))}
         fields["examples"] = dict(sorted(examples.items()))
         fields["rejects_sha256"] = hashlib.sha256(lines).hexdigest() if lines else None
-        write_or_remove(self._files, MISSING_NAME, missing)
-        write_or_remove(self._files, REJECTS_NAME, lines)
+        folder.write_or_remove(self._files, folder.MISSING_NAME, missing)
+        folder.write_or_remove(self._files, folder.REJECTS_NAME, lines)
         if isinstance(self._files, remote.RemoteFiles):
-            write_or_remove(self._files, SOURCES_NAME, (self._home / SOURCES_NAME).read_bytes())
+            folder.write_or_remove(self._files, folder.SOURCES_NAME, (self._home / folder.SOURCES_NAME).read_bytes())
         manifest = write_shard_set(self._files, fields, entries, faults=self._setup.faults)
         if earlier is not None:
             self._files.remove(earlier.manifest.table)
@@ -368,8 +343,8 @@ class _Conversion:
     def _finished_before(self, shards: ShardSet) -> ConversionReport:
         """Take the shards of a finished set; of one that was added to, those that the same list added last."""
         for entry in shards.shards:
-            number = shard_number(entry.name)
-            shard = read_done_shard(self._files, number)
+            number = folder.shard_number(entry.name)
+            shard = folder.read_done_shard(self._files, number)
             if shard is None or shard.entry != entry:
                 raise ShardDamageError(
                     f"{self._out}: {entry.name} or its index is missing, cut short or changed; "
@@ -377,18 +352,18 @@ class _Conversion:
                 )
             if self._config.append and shard.conversion.get("source_list_sha256") != self._list_hash:
                 continue
-            refuse_another_conversion(self._out, shard.conversion, self._setup.identity, finished=True)
+            folder.refuse_another_conversion(self._out, shard.conversion, self._setup.identity, finished=True)
             self._keep(number, shard)
         check_notes(self._source, self._config, list(self._done.values()))
         return self._report(shards.manifest)
 
     def _find_done(self) -> None:
         """Find the complete shards of an earlier run."""
-        for number in sorted(shards_there(self._files)):
+        for number in sorted(folder.shards_there(self._files)):
             if number < self._first_number:
                 continue
             covers, identity = self._range(number), self._setup.identity
-            shard = planned_shard(
+            shard = folder.planned_shard(
                 self._files, number, covers=covers, identity=identity, source=self._source, is_whole=self._is_whole
             )
             if shard is not None:
@@ -398,7 +373,7 @@ class _Conversion:
         """Return positions of the sources of a shard; none of a shard that the plan does not have."""
         return self._plan.range(number - self._first_number)
 
-    def _is_whole(self, shard: DoneShard) -> bool:
+    def _is_whole(self, shard: folder.DoneShard) -> bool:
         """Whether a shard is as it was written: by the hash of its index kept beside it, else by every byte of it."""
         known = self._sources.of(shard.entry.name)
         if known is not None:
@@ -406,13 +381,13 @@ class _Conversion:
         spaces = self._source.label_spaces
         if isinstance(self._files, remote.LocalFiles):
             return not shard_problems(self._files.folder, shard.entry, spaces)
-        with tempfile.TemporaryDirectory(prefix="ca2st-verify-") as folder:
+        with tempfile.TemporaryDirectory(prefix="ca2st-verify-") as scratch:
             listed = shard.entry.bytes
-            return not remote_shard_problems(self._files, shard.entry, spaces, root=Path(folder), listed=listed)
+            return not remote_shard_problems(self._files, shard.entry, spaces, root=Path(scratch), listed=listed)
 
-    def _keep(self, number: int, shard: DoneShard) -> None:
+    def _keep(self, number: int, shard: folder.DoneShard) -> None:
         """Count a shard as done; what all of them have in common is not kept so often."""
-        rejects = tuple(Reject(**reject) for reject in shard.covers.rejects)
+        rejects = tuple(folder.Reject(**reject) for reject in shard.covers.rejects)
         self._done[number] = replace(shard, conversion={}, covers=replace(shard.covers, rejects=()))
         self._rejects[number] = rejects
         self._num_done += shard.covers.end - shard.covers.first
@@ -423,7 +398,7 @@ class _Conversion:
         self._num_done -= covers.end - covers.first
         self._num_rejected -= len(self._rejects.pop(number))
 
-    def _known(self, numbers: Sequence[int]) -> Iterator[ShardSources]:
+    def _known(self, numbers: Sequence[int]) -> Iterator[folder.ShardSources]:
         for number in numbers:
             if (known := self._sources.of(shard_name(number))) is not None:
                 yield known
@@ -434,22 +409,22 @@ class _Conversion:
         Raises:
             ConversionRefusedError: the set is finished, and `config.update` is not given.
         """
-        state = functools.lru_cache(_MOST_STATES)(state_of)
+        state = functools.lru_cache(_MOST_STATES)(folder.state_of)
         changed = [
             number
             for number in self._done
-            if any(changed_sources(known, self._source, state) for known in self._known([number]))
+            if any(folder.changed_sources(known, self._source, state) for known in self._known([number]))
         ]
         if not changed:
             return False
-        words = changes_in_words(self._known(changed), self._source, state)
+        words = folder.changes_in_words(self._known(changed), self._source, state)
         names = listed([shard_name(number) for number in changed])
         if finished:
             if not self._config.update:
                 raise ConversionRefusedError(
                     f"{self._out}: holds a finished set, but {words} changed since; to convert {names} again give "  # noqa: S608  # words, no SQL
                     "--update (runs begun on this set will not resume on the new one), or choose another --out; if "
-                    f"only times changed, remove {self._home / SOURCES_NAME} to keep the set"
+                    f"only times changed, remove {self._home / folder.SOURCES_NAME} to keep the set"
                 )
             if any(self._done[number].covers != self._covers(number) for number in self._done):
                 raise ConversionRefusedError(
@@ -515,7 +490,7 @@ class _Conversion:
             self._drop(made.number)
         self._examples[made.number] = made.examples
         if made.shard is None:
-            remove_shard(self._files, made.number)
+            folder.remove_shard(self._files, made.number)
             self._rejects[made.number] = made.rejects
             self._num_done += made.num_sources
             self._num_rejected += len(made.rejects)
@@ -523,7 +498,7 @@ class _Conversion:
             self._keep(made.number, made.shard)
             name, digest = made.shard.entry.name, made.shard.entry.index_sha256
             first = made.shard.covers.first
-            self._sources.append(ShardSources(shard=name, index_sha256=digest, first=first, states=made.states))
+            self._sources.append(folder.ShardSources(shard=name, index_sha256=digest, first=first, states=made.states))
         self._setup.faults.reach("made")
         if num_counted == 0:
             self._say()

@@ -18,18 +18,8 @@ import pyarrow as pa
 from ca2st.checked_json import DocumentError, parse_json
 from ca2st.durable import is_environment_error
 from ca2st.errors import EnvironmentFault
+from sharding import folder
 from sharding.errors import ManifestError, ShardDamageError
-from sharding.folder import (
-    LOCK_NAME,
-    MISSING_NAME,
-    REJECTS_NAME,
-    SOURCES_NAME,
-    Reject,
-    UnnamedConversionError,
-    open_done_shard,
-    rejects_file,
-    sources_damage,
-)
 from sharding.format.index import MEMBER_SUFFIXES, MEMBERS, decode_index, frame_checksum, member_checksum
 from sharding.format.remote import RemoteFileMissingError, RemoteFiles, as_location
 from sharding.format.shard_set import (
@@ -133,22 +123,31 @@ def _problems_beside(
     has_rejects = bool(shard_set.manifest.rejected)
     # A converter that was killed at its end leaves its lock.
     table = shard_set.manifest.table
-    expected = {MANIFEST_NAME, table, LOCK_NAME, SOURCES_NAME, MISSING_NAME, *[REJECTS_NAME][:has_rejects]}
+    expected = {
+        MANIFEST_NAME,
+        table,
+        folder.LOCK_NAME,
+        folder.SOURCES_NAME,
+        folder.MISSING_NAME,
+        *[folder.REJECTS_NAME][:has_rejects],
+    }
     for shard in shard_set.shards:
         expected |= {shard.name, shard.index_name}
     for name in sorted(set(names) - expected):
         yield Problem(shard=name, key="", what="not named by the manifest; remove it")
-    if (sources := read(SOURCES_NAME)) is not None and (what := sources_damage(sources, shard_set.shards)):
-        yield Problem(shard=SOURCES_NAME, key="", what=what)
+    if (sources := read(folder.SOURCES_NAME)) is not None and (
+        what := folder.sources_damage(sources, shard_set.shards)
+    ):
+        yield Problem(shard=folder.SOURCES_NAME, key="", what=what)
     if not has_rejects:
         return
-    found, digest = read(REJECTS_NAME), shard_set.manifest.rejects_sha256
+    found, digest = read(folder.REJECTS_NAME), shard_set.manifest.rejects_sha256
     if found is None:
-        yield Problem(shard=REJECTS_NAME, key="", what="missing: the manifest counts rejects")
+        yield Problem(shard=folder.REJECTS_NAME, key="", what="missing: the manifest counts rejects")
     elif digest is not None and hashlib.sha256(found).hexdigest() != digest:
-        yield Problem(shard=REJECTS_NAME, key="", what="sha256 differs from the manifest's; restore it")
+        yield Problem(shard=folder.REJECTS_NAME, key="", what="sha256 differs from the manifest's; restore it")
     elif digest is None and found != _rejects_of_indexes(shard_set):
-        yield Problem(shard=REJECTS_NAME, key="", what="differs from what the shards' indexes say; remove it")
+        yield Problem(shard=folder.REJECTS_NAME, key="", what="differs from what the shards' indexes say; remove it")
 
 
 def _bytes_of(path: Path) -> bytes:
@@ -165,9 +164,9 @@ def _rejects_of_indexes(shard_set: ShardSet) -> bytes:
         if not _has_bytes_of(shard_set.root, entry):
             continue
         with contextlib.suppress(ShardDamageError):  # named by `_index_problems`
-            shard = open_done_shard(shard_set.root, entry.name, with_tar=False)
-            rejects += [Reject(**reject) for reject in shard.covers.rejects]
-    return rejects_file(rejects)
+            shard = folder.open_done_shard(shard_set.root, entry.name, with_tar=False)
+            rejects += [folder.Reject(**reject) for reject in shard.covers.rejects]
+    return folder.rejects_file(rejects)
 
 
 def _index_problems(shard_set: ShardSet) -> Iterator[Problem]:
@@ -180,8 +179,8 @@ def _index_problems(shard_set: ShardSet) -> Iterator[Problem]:
         if not _has_bytes_of(shard_set.root, entry):
             return  # named by the check of its bytes
         try:
-            shard = open_done_shard(shard_set.root, entry.name, with_tar=False)
-        except UnnamedConversionError:
+            shard = folder.open_done_shard(shard_set.root, entry.name, with_tar=False)
+        except folder.UnnamedConversionError:
             return  # not a conversion of ours: nothing is said twice
         except ShardDamageError as error:
             yield Problem(shard=entry.index_name, key="", what=f"{error}; restore it or convert again")
@@ -390,8 +389,8 @@ def verify_remote_set(files: RemoteFiles, *, progress: Callable[[int, int], None
         ManifestError: there is no manifest, or none that this version reads.
         EnvironmentFault: the server cannot be read, or the temporary folder not be written.
     """
-    with tempfile.TemporaryDirectory(prefix="ca2st-verify-") as folder:
-        root = Path(folder)
+    with tempfile.TemporaryDirectory(prefix="ca2st-verify-") as scratch:
+        root = Path(scratch)
         _fetch_small(files, MANIFEST_NAME, root)
         try:
             _fetch_small(files, read_manifest(root).table, root)
@@ -414,7 +413,7 @@ def verify_remote_set(files: RemoteFiles, *, progress: Callable[[int, int], None
             except RemoteFileMissingError:
                 return None
             except EnvironmentFault:
-                if name != SOURCES_NAME:  # that one is no part of the set
+                if name != folder.SOURCES_NAME:  # that one is no part of the set
                     raise
                 return None
 

@@ -24,13 +24,7 @@ from ca2st.model.config import SIZES, AudioVisualConfig, ModelConfig, ModelKind,
 from ca2st.model.experts import QuickGELU
 from ca2st.model.layers import HolisticLayer
 from ca2st.spec import ClipSpec
-from ca2st.training.attention_kernel import (
-    KernelStopwatch,
-    attention_shapes,
-    fastest,
-    set_kernels,
-    set_kernels_by_shape,
-)
+from ca2st.training import attention_kernel
 from ca2st.training.config import AttentionChoice, OptimConfig, Precision
 from ca2st.training.losses import loss_per_clip
 from ca2st.training.optim import ParameterRules, build_optimizer, set_learning_rate
@@ -228,12 +222,14 @@ def _model(spec: CaseSpec) -> network.HolisticModel:
 def _set_attention(model: network.HolisticModel, spec: CaseSpec) -> None:
     if spec.attention == "auto" and spec.device != "cuda":
         return
-    shapes = attention_shapes(model, num_clips=spec.per_device_batch_size)
+    shapes = attention_kernel.attention_shapes(model, num_clips=spec.per_device_batch_size)
     if spec.attention != "auto":
-        set_kernels(model, dict.fromkeys(shapes, spec.attention))
+        attention_kernel.set_kernels(model, dict.fromkeys(shapes, spec.attention))
         return
-    stopwatch = KernelStopwatch(precision=spec.precision, device=torch.device(spec.device))
-    set_kernels_by_shape(model, shapes, fastest(shapes.values(), stopwatch, deterministic=False))
+    stopwatch = attention_kernel.KernelStopwatch(precision=spec.precision, device=torch.device(spec.device))
+    attention_kernel.set_kernels_by_shape(
+        model, shapes, attention_kernel.fastest(shapes.values(), stopwatch, deterministic=False)
+    )
 
 
 def _inputs(spec: CaseSpec, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,15 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.functional import silu
 
-from ca2st.model.attention import (
-    QkvBias,
-    SelfAttention,
-    expert_linear,
-    new_linear,
-    new_table,
-    start_patch_embedding,
-    zero_linear,
-)
+from ca2st.model import attention
 from ca2st.model.config import RESNET_STAGES, EncoderName, ExpertName, ModelConfig, encoder_of, stage_of_layer
 from ca2st.model.tokens import (
     NUM_AUDIO_PREFIX,
@@ -90,9 +82,9 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         self.skip = skip
-        self.down = new_linear(dim, hidden_dim)
+        self.down = attention.new_linear(dim, hidden_dim)
         self.activation = ACTIVATIONS[activation]()
-        self.up = (zero_linear if zero else new_linear)(hidden_dim, dim)
+        self.up = (attention.zero_linear if zero else attention.new_linear)(hidden_dim, dim)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Adapt every token."""
@@ -105,9 +97,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, *, activation: Activation) -> None:
         super().__init__()
-        self.fc1 = expert_linear(dim, 4 * dim)
+        self.fc1 = attention.expert_linear(dim, 4 * dim)
         self.activation = ACTIVATIONS[activation]()
-        self.fc2 = expert_linear(4 * dim, dim)
+        self.fc2 = attention.expert_linear(4 * dim, dim)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Transform every token."""
@@ -130,7 +122,7 @@ class Flavour:
 
     activation: Activation
     """Of the FFN."""
-    bias: QkvBias
+    bias: attention.QkvBias
     """Which of queries, keys and values have a bias."""
     eps: float
     """Of the layers' norms."""
@@ -142,7 +134,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, flavour: Flavour) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, eps=flavour.eps)
-        self.attention = SelfAttention(config.dim, config.num_heads, bias=flavour.bias)
+        self.attention = attention.SelfAttention(config.dim, config.num_heads, bias=flavour.bias)
         self.norm2 = nn.LayerNorm(config.dim, eps=flavour.eps)
         self.mlp = FeedForward(config.dim, activation=flavour.activation)
 
@@ -233,9 +225,9 @@ class ClipExpert(TransformerExpert):
         super().__init__(config, grid, Flavour(activation="quick_gelu", bias="qkv", eps=_CLIP_EPS))
         patch = config.patch_size
         self.patch_embed = nn.Conv2d(3, config.dim, kernel_size=patch, stride=patch, bias=False)
-        start_patch_embedding(self.patch_embed)
-        self.class_token = new_table(config.dim)
-        self.positions = new_table(1 + grid.num_patches, config.dim)
+        attention.start_patch_embedding(self.patch_embed)
+        self.class_token = attention.new_table(config.dim)
+        self.positions = attention.new_table(1 + grid.num_patches, config.dim)
         self.norm_pre = nn.LayerNorm(config.dim, eps=_CLIP_EPS)
         self.norm = nn.LayerNorm(config.dim, eps=_EPS if config.kind == "cava" else _CLIP_EPS)
 
@@ -267,7 +259,7 @@ class VideoMAEExpert(TransformerExpert):
         super().__init__(config, grid, Flavour(activation="gelu", bias="qv", eps=_EPS))
         tubelet = (2, config.patch_size, config.patch_size)
         self.patch_embed = nn.Conv3d(3, config.dim, kernel_size=tubelet, stride=tubelet)
-        start_patch_embedding(self.patch_embed)
+        attention.start_patch_embedding(self.patch_embed)
         known, wanted = pretrained_grid(config, clip), clip_grid(config, clip)
         table = resize_clip_table(sinusoid_table(math.prod(known), config.dim), from_grid=known, to_grid=wanted)
         self.register_buffer("positions", table, persistent=False)
@@ -297,10 +289,10 @@ class ASTExpert(TransformerExpert):
         grid = spectrogram_grid(config, clip)
         super().__init__(config, grid, Flavour(activation="gelu", bias="qkv", eps=_EPS))
         self.patch_embed = nn.Conv2d(1, config.dim, kernel_size=config.patch_size, stride=config.audio_stride)
-        start_patch_embedding(self.patch_embed)
-        self.class_token = new_table(config.dim)
-        self.distillation_token = new_table(config.dim)
-        self.positions = new_table(grid.num_tokens, config.dim)
+        attention.start_patch_embedding(self.patch_embed)
+        self.class_token = attention.new_table(config.dim)
+        self.distillation_token = attention.new_table(config.dim)
+        self.positions = attention.new_table(grid.num_tokens, config.dim)
         self.norm = nn.LayerNorm(config.dim, eps=_EPS)
 
     def embed(self, inputs: ClipInputs) -> Float[Tensor, "batch sequences tokens dim"]:

@@ -18,22 +18,8 @@ from torch import nn
 from ca2st.batch import ClipBatch
 from ca2st.checked_json import canonical_json
 from ca2st.errors import EnvironmentFault, UserInputError, listed
+from ca2st.training import checkpoint, errors, resume
 from ca2st.training.best import Metrics, best_steps, reason_to_end, score_at
-from ca2st.training.checkpoint import (
-    CHECKPOINTS_NAME,
-    MAX_FAILED_SAVES,
-    CheckpointKeeper,
-    CheckpointMarker,
-    SaveOutcome,
-    read_checkpoint,
-)
-from ca2st.training.errors import (
-    NonFiniteError,
-    RanksDisagreeError,
-    ResumeRefusedError,
-    RunStoppedError,
-    StopNotSavedError,
-)
 from ca2st.training.evaluate import EvaluationSource, evaluate
 from ca2st.training.journal import JOURNAL_NAME, SKIPPED_STEP, Journal, closed_at_the_end, differences, locked
 from ca2st.training.optim import WeightAverage, build_optimizer
@@ -47,18 +33,6 @@ from ca2st.training.ranks import (
     naming_memory_faults,
     peak_memory,
     profiled,
-)
-from ca2st.training.resume import (
-    AVERAGE_FILE,
-    LOADER_FILE,
-    SCHEDULE_FILE,
-    RunStart,
-    TrainedState,
-    collect_state,
-    open_run,
-    put_state,
-    read_state,
-    trained_tensors,
 )
 from ca2st.training.settings import TrainingProgress, TrainingResult, TrainingSettings, ranking_metric, topology_of
 from ca2st.training.sharded import is_sharded
@@ -146,18 +120,18 @@ def _check_setup(ranks: Ranks, accelerator: Accelerator, settings: TrainingSetti
     for rank, other in enumerate(others, start=1):
         changed = differences(first, other)
         if changed:
-            raise RanksDisagreeError(f"rank {rank} was started otherwise than rank 0: {'; '.join(changed)}")
+            raise errors.RanksDisagreeError(f"rank {rank} was started otherwise than rank 0: {'; '.join(changed)}")
 
 
 def _open(
     ranks: Ranks, settings: TrainingSettings, topology: Mapping[str, Any], *, stack: contextlib.ExitStack
-) -> tuple[RunStart, Journal | None]:
+) -> tuple[resume.RunStart, Journal | None]:
     """Lock the folder and open the journal, on the main rank, until `stack` closes; every rank learns the start."""
     journals: list[Journal] = []
 
-    def open_on_main() -> RunStart:
+    def open_on_main() -> resume.RunStart:
         stack.enter_context(locked(settings.folder, wait_seconds=settings.lock_wait_seconds))
-        start = open_run(
+        start = resume.open_run(
             settings.folder,
             wanted=settings.identity(),
             versions=settings.record.versions,
@@ -185,7 +159,7 @@ class _Run:
         accelerator: Accelerator,
         settings: TrainingSettings,
         topology: Mapping[str, Any],
-        start: RunStart,
+        start: resume.RunStart,
         journal: Journal | None,
         stages: StageClock,
         stop: StopRequest,
@@ -225,8 +199,8 @@ class _Run:
             targets=tuple(settings.targets),
             stages=stages,
         )
-        self._keeper = CheckpointKeeper(
-            settings.folder / CHECKPOINTS_NAME,
+        self._keeper = checkpoint.CheckpointKeeper(
+            settings.folder / checkpoint.CHECKPOINTS_NAME,
             keep=self._config.keep_checkpoints,
             keep_best=self._config.keep_best,
             faults=settings.faults,
@@ -239,7 +213,7 @@ class _Run:
         self._metric = ranking_metric(settings)
         self._stop_request, self._begun = stop, settings.clock()
         self._skipped = list(start.skipped)
-        self._buffers = {name: one for name, one in trained_tensors(model).items() if not one.requires_grad}
+        self._buffers = {name: one for name, one in resume.trained_tensors(model).items() if not one.requires_grad}
 
     def where(self) -> Whereabouts:
         """Return where this rank stands now; called from another thread."""
@@ -295,12 +269,12 @@ class _Run:
 
     def keep_evidence(self, error: BaseException) -> None:
         """Write what a failure leaves: journal lines, and the clips whose numbers were not finite."""
-        if isinstance(error, NonFiniteError):
+        if isinstance(error, errors.NonFiniteError):
             self._keep_clips(error)
-        if isinstance(error, RunStoppedError):
+        if isinstance(error, errors.RunStoppedError):
             self._log("end", status="stopped", step=self._step, error=str(error))
             return
-        facts = {"keys": error.keys, "parameters": error.parameters} if isinstance(error, NonFiniteError) else {}
+        facts = {"keys": error.keys, "parameters": error.parameters} if isinstance(error, errors.NonFiniteError) else {}
         notes = getattr(error, "__notes__", [])
         self._log("fault", kind=type(error).__name__, step=self._step, error=str(error), notes=notes, **facts)
         self._log("end", status="failed", step=self._step, error=str(error))
@@ -340,20 +314,25 @@ class _Run:
         """Read and check the checkpoint on every rank; only when all have succeeded does any swap it in."""
         if self._start.folder is None:
             return
-        folder, states = self._start.folder, list[TrainedState]()
+        folder, states = self._start.folder, list[resume.TrainedState]()
 
         def read() -> None:
-            files = read_checkpoint(folder).files
-            for name, now in ((LOADER_FILE, self._position(self._start.step)), (SCHEDULE_FILE, asdict(self._schedule))):
+            files = checkpoint.read_checkpoint(folder).files
+            for name, now in (
+                (resume.LOADER_FILE, self._position(self._start.step)),
+                (resume.SCHEDULE_FILE, asdict(self._schedule)),
+            ):
                 changed = differences(json.loads(files[name]), now)
                 if changed:
-                    raise ResumeRefusedError(f"{folder / name}: saved by another run: {'; '.join(changed)}")
-            states.append(read_state(self._model, self._optimizer, files=files))
+                    raise errors.ResumeRefusedError(f"{folder / name}: saved by another run: {'; '.join(changed)}")
+            states.append(resume.read_state(self._model, self._optimizer, files=files))
             if self._average is not None and states[0].average is None:
-                raise ResumeRefusedError(f"{folder}: expected {AVERAGE_FILE} for training.ema_decay, found none")
+                raise errors.ResumeRefusedError(
+                    f"{folder}: expected {resume.AVERAGE_FILE} for training.ema_decay, found none"
+                )
 
         self._ranks.together(read)
-        put_state(self._model, self._optimizer, state=states[0])
+        resume.put_state(self._model, self._optimizer, state=states[0])
         self._stepper.loss_scale.put(states[0].loss_scale)
         if self._average is not None and states[0].average is not None:
             self._average.put(states[0].average)
@@ -396,9 +375,9 @@ class _Run:
         before = {name: buffer.clone() for name, buffer in self._buffers.items()}
         try:
             return self._stepper.update(share, keys_of_rank, step=step)
-        except NonFiniteError as error:
+        except errors.NonFiniteError as error:
             if len(self._skipped) >= budget:
-                raise NonFiniteError(
+                raise errors.NonFiniteError(
                     f"{error}; training.max_skipped_steps = {budget} are used up (left out: steps "
                     f"{listed([str(one) for one in self._skipped])})",
                     keys=error.keys,
@@ -414,7 +393,7 @@ class _Run:
                 buffer.copy_(before[name])
             return StepResult(loss=math.nan, lr=self._schedule.at(step - 1), grad_norm=None)
 
-    def _keep_clips(self, error: NonFiniteError) -> None:
+    def _keep_clips(self, error: errors.NonFiniteError) -> None:
         """Write the clips of the coming step whose numbers are not finite, as far as the disk allows."""
         if self._share is not None:
             name = f"step-{self._step + 1}.attempt-{self._start.attempt}.rank-{self._ranks.rank}"
@@ -506,13 +485,13 @@ class _Run:
 
     def _save(self, *, required: bool) -> None:
         outcome = self._write_checkpoint()
-        if outcome.folder is None and (required or outcome.num_failed >= MAX_FAILED_SAVES):
+        if outcome.folder is None and (required or outcome.num_failed >= checkpoint.MAX_FAILED_SAVES):
             raise EnvironmentFault(
                 f"cannot save at step {self._step} ({outcome.num_failed} failures in a row): {outcome.problems[0]}; "
                 f"the newest checkpoint is {self._checkpoint or 'none'}"
             )
 
-    def _write_checkpoint(self) -> SaveOutcome:
+    def _write_checkpoint(self) -> checkpoint.SaveOutcome:
         """Write a checkpoint on the main rank and journal what came of it; a full disk is an outcome.
 
         Raises:
@@ -532,22 +511,22 @@ class _Run:
         return outcome
 
     def _collected(self) -> dict[str, bytes]:
-        return collect_state(
+        return resume.collect_state(
             self._model,
             self._optimizer,
             average=None if self._average is None else self._average.tensors,
             loss_scale=self._stepper.loss_scale.state(),
         )
 
-    def _write_on_main(self, state: Mapping[str, bytes]) -> SaveOutcome:
+    def _write_on_main(self, state: Mapping[str, bytes]) -> checkpoint.SaveOutcome:
         record = self._settings.record
         files = {
             **record.files(),
             **state,
-            LOADER_FILE: canonical_json(self._position(self._step)),
-            SCHEDULE_FILE: canonical_json(asdict(self._schedule)),
+            resume.LOADER_FILE: canonical_json(self._position(self._step)),
+            resume.SCHEDULE_FILE: canonical_json(asdict(self._schedule)),
         }
-        marker = CheckpointMarker(
+        marker = checkpoint.CheckpointMarker(
             step=self._step,
             attempt=self._start.attempt,
             seed=self._config.seed,
@@ -571,7 +550,7 @@ class _Run:
         if self._step > self._saved_step:
             outcome = self._write_checkpoint()
             if outcome.folder is None:
-                raise StopNotSavedError(
+                raise errors.StopNotSavedError(
                     f"{stopped}, but its state is NOT saved: {outcome.problems[0]}; {self._what_counts()}",
                     signal_number=signal_number,
                 )

@@ -34,6 +34,7 @@ from ca2st.durable import sweep_temporaries, write_bytes
 from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.processes import SPAWN, die_with_parent
 from sharding.folder import folder_lock
+from sharding.synthetic import factors
 from sharding.synthetic.config import (
     NUM_QUARTERS,
     RHYTHMS,
@@ -43,25 +44,6 @@ from sharding.synthetic.config import (
     moments_of,
     phases,
     quarters,
-)
-from sharding.synthetic.factors import (
-    BAR,
-    CLUTTERING,
-    DISTURBING,
-    DRAWING,
-    MOTIONS,
-    OUTLINES,
-    SHAPES,
-    SOUNDING,
-    TONES_HZ,
-    Plane,
-    binding_of,
-    details_of,
-    factors_of,
-    generator,
-    label_spaces,
-    labels_of,
-    object_shapes,
 )
 
 Track = Float[np.ndarray, "frames 2"]
@@ -128,9 +110,9 @@ def stay(places: Float[np.ndarray, "quarters 2"], *, num_frames: int) -> Track:
 
 
 def _factor_scene(config: SyntheticConfig, split: str, index: int) -> Scene:
-    random, settings = generator(config.seed, split, DRAWING, index), config.settings
-    factors, details = factors_of(config, split, index), details_of(config, split, index)
-    step = tuple(MOTIONS.values())[factors.time]
+    random, settings = factors.generator(config.seed, split, factors.DRAWING, index), config.settings
+    drawn, details = factors.factors_of(config, split, index), factors.details_of(config, split, index)
+    step = tuple(factors.MOTIONS.values())[drawn.time]
     speed = random.uniform(*settings.speeds[details.speed][1])
     num_frames = int(random.integers(config.min_frames, config.max_frames + 1))
     track = glide(
@@ -140,7 +122,7 @@ def _factor_scene(config: SyntheticConfig, split: str, index: int) -> Scene:
         frames_per_second=config.frames_per_second,
     )
     body = Body(
-        shape=SHAPES[factors.space],
+        shape=factors.SHAPES[drawn.space],
         track=track,
         radius=random.uniform(*settings.radius),
         tilt_radians=random.uniform(-settings.tilt_radians, settings.tilt_radians),
@@ -150,11 +132,11 @@ def _factor_scene(config: SyntheticConfig, split: str, index: int) -> Scene:
 
 
 def _binding_scene(config: SyntheticConfig, split: str, index: int) -> Scene:
-    random, settings = generator(config.seed, split, DRAWING, index), config.settings
-    rhythms = binding_of(config, split, index).rhythms
+    random, settings = factors.generator(config.seed, split, factors.DRAWING, index), config.settings
+    rhythms = factors.binding_of(config, split, index).rhythms
     homes = random.permutation(4)
     bodies = []
-    for number, shape in enumerate(object_shapes(config)):
+    for number, shape in enumerate(factors.object_shapes(config)):
         beating = beats(RHYTHMS[rhythms[number]], moments_of(config.min_frames))
         colour = _colour(random, settings, int(random.integers(max(len(settings.colours), 1))))
         shine = np.where(beating, 1.0, settings.rest_brightness)
@@ -219,7 +201,7 @@ class Clutter:
 
 def clutter_of(config: SyntheticConfig, split: str, index: int, *, num_frames: int) -> Clutter:
     """Return the clutter of sample `index`, which has `num_frames` frames."""
-    random, settings = generator(config.seed, split, DISTURBING, index), config.settings
+    random, settings = factors.generator(config.seed, split, factors.DISTURBING, index), config.settings
     size = config.frame_size
     return Clutter(
         grain=settings.grain * random.standard_normal((size, size), dtype=np.float32),
@@ -259,7 +241,7 @@ def _track(random: np.random.Generator, config: SyntheticConfig, *, num_frames: 
 
 def _distractor(random: np.random.Generator, settings: Difficulty, track: Track) -> Body:
     return Body(
-        shape=SHAPES[int(random.integers(len(SHAPES)))],
+        shape=factors.SHAPES[int(random.integers(len(factors.SHAPES)))],
         track=track,
         radius=random.uniform(*settings.distractor_radius),
         tilt_radians=random.uniform(-np.pi, np.pi),
@@ -270,7 +252,7 @@ def _distractor(random: np.random.Generator, settings: Difficulty, track: Track)
 def _bar(random: np.random.Generator, settings: Difficulty, *, num_frames: int) -> Body:
     place = random.random(2)
     return Body(
-        shape=BAR,
+        shape=factors.BAR,
         track=np.tile(place, (num_frames, 1)),
         radius=settings.occluder_width / 2,
         tilt_radians=float(np.pi / 2 * random.integers(2)),
@@ -288,7 +270,7 @@ def draw_frames(config: SyntheticConfig, split: str, index: int) -> UInt8[np.nda
         colours = body.colours.astype(np.float32)[:, None, None, :]
         frames = frames + _cover(body, config.frame_size)[..., None] * (colours - frames)
     frames = seen_through(frames, clutter)
-    random = generator(config.seed, split, DRAWING, index).spawn(1)[0]
+    random = factors.generator(config.seed, split, factors.DRAWING, index).spawn(1)[0]
     noise = scene.noise * random.standard_normal(frames.shape[:3], dtype=np.float32)[..., None]
     return np.asarray(np.clip((frames + noise) * 255.0 + 0.5, 0, 255), dtype=np.uint8)
 
@@ -301,7 +283,7 @@ def _texture(colours: Float[np.ndarray, "4 4 3"], size: int) -> Float[np.ndarray
     return np.asarray(np.einsum("yi,xj,ijc->yxc", weights, weights, colours), dtype=np.float32)
 
 
-def _cover(body: Body, size: int) -> Plane:
+def _cover(body: Body, size: int) -> factors.Plane:
     """Return how much of each pixel the body covers, 0 to 1, with edges one pixel soft."""
     pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
     centres = body.track.astype(np.float32)
@@ -309,7 +291,7 @@ def _cover(body: Body, size: int) -> Plane:
     away_y = (pixels - centres[:, 1:] + 0.5) % 1.0 - 0.5
     x, y = away_x[:, None, :] / body.radius, away_y[:, :, None] / body.radius
     cosine, sine = float(np.cos(body.tilt_radians)), float(np.sin(body.tilt_radians))
-    distance = OUTLINES[body.shape](cosine * x + sine * y, cosine * y - sine * x)
+    distance = factors.OUTLINES[body.shape](cosine * x + sine * y, cosine * y - sine * x)
     return np.asarray(np.clip(0.5 - distance * body.radius * size, 0.0, 1.0), dtype=np.float32)
 
 
@@ -325,15 +307,15 @@ _Sound = Float[np.ndarray, "num_samples"]
 
 def sound_samples(config: SyntheticConfig, split: str, index: int, *, num_frames: int) -> _Sound:
     """Return mono sound of sample `index`, -1 to 1, exactly as long as `num_frames` of its video."""
-    random, settings = generator(config.seed, split, SOUNDING, index), config.settings
+    random, settings = factors.generator(config.seed, split, factors.SOUNDING, index), config.settings
     num_samples = round(num_frames * config.sample_rate_hz / config.frames_per_second)
     seconds = np.arange(num_samples) / config.sample_rate_hz
     number, rhythm = heard(config, split, index)
-    tone = _tone(random, seconds, TONES_HZ[number] * _jitter(random)) * _envelope(random, seconds, rhythm)
+    tone = _tone(random, seconds, factors.TONES_HZ[number] * _jitter(random)) * _envelope(random, seconds, rhythm)
     noise = random.standard_normal(num_samples)
     noise /= np.sqrt(np.mean(noise**2))
     loudness, noise_db = random.uniform(0.05, 0.3), random.uniform(*settings.hiss_db)
-    clutter = _clutter(generator(config.seed, split, CLUTTERING, index), seconds, settings)
+    clutter = _clutter(factors.generator(config.seed, split, factors.CLUTTERING, index), seconds, settings)
     mixed = loudness * (tone + 10 ** (noise_db / 20) * noise + clutter)
     return np.asarray(np.clip(mixed, -1.0, 1.0), dtype=np.float32)
 
@@ -341,10 +323,10 @@ def sound_samples(config: SyntheticConfig, split: str, index: int, *, num_frames
 def heard(config: SyntheticConfig, split: str, index: int) -> tuple[int, str | None]:
     """Return pitch class and rhythm of the sound of sample `index`; None: a steady tone."""
     if config.binding:
-        binding = binding_of(config, split, index)
+        binding = factors.binding_of(config, split, index)
         return binding.tone, RHYTHMS[binding.heard]
-    rhythm = RHYTHMS[details_of(config, split, index).rhythm] if config.settings.keyed_sound else None
-    return factors_of(config, split, index).audio, rhythm
+    rhythm = RHYTHMS[factors.details_of(config, split, index).rhythm] if config.settings.keyed_sound else None
+    return factors.factors_of(config, split, index).audio, rhythm
 
 
 def _jitter(random: np.random.Generator) -> float:
@@ -455,7 +437,7 @@ class ClipFile:
 
 def clip_file(config: SyntheticConfig, split: str, index: int) -> ClipFile:
     """Return name and labels of sample `index`; pure."""
-    return ClipFile(name=f"{split}-{index:06d}.mp4", labels=labels_of(config, split, index))
+    return ClipFile(name=f"{split}-{index:06d}.mp4", labels=factors.labels_of(config, split, index))
 
 
 def make_clip(config: SyntheticConfig, split: str, index: int) -> bytes:
@@ -553,7 +535,7 @@ def _make_task(folder: Path, split: str, config: SyntheticConfig, indices: list[
 
 
 def _annotations(config: SyntheticConfig, split: str, num_clips: int) -> bytes:
-    spaces = label_spaces(config)
+    spaces = factors.label_spaces(config)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["path", *(space.name for space in spaces)])
