@@ -33,12 +33,11 @@ def bench_sources(
             raise UserInputError("--data: expected --media too, the folder of the shards' originals for the baseline")
         yield BenchSources(data, video_files(media))
         return
+    config = ConversionConfig(codec=codec, workers=num_cores(), audio_policy="optional")
     with work_folder(work) as folder:
         files = source_files(clips, media, folder)
         shards = folder / f"shards-{codec}-{len(files)}"
-        convert_shown(
-            source_list(files), shards, ConversionConfig(codec=codec, workers=num_cores(), audio_policy="optional")
-        )
+        convert_shown(source_list(files), shards, config)
         yield BenchSources(shards, files)
 
 

@@ -201,7 +201,7 @@ MUTATIONS = (
     Mutation(
         name="stale shards are kept",
         file="sharding/conversion.py",
-        source="        remove_shards_but(self._files, {*map(shard_number, names), *self._done})\n",
+        source="        folder.remove_shards_but(self._files, {*map(folder.shard_number, names), *self._done})\n",
         replacement="",
         tests=("tests/sharding/test_convert.py", "tests/sharding/test_rejects.py"),
     ),

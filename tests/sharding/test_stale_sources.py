@@ -15,7 +15,7 @@ from sharding.errors import ConversionRefusedError, ShardDamageError
 from sharding.folder import SOURCES_NAME
 from sharding.format.index import decode_index, encode_index
 from sharding.format.shard_set import read_shard_set
-from sharding.media import encode
+from sharding.media import claims
 from sharding.media.encode import ClipJob, EncodedClip, encode_clip
 from sharding.settings import LEAST_SHARD_BYTES, RejectBudget
 from sharding.source import SourceList
@@ -209,18 +209,18 @@ def test_c13_a_source_that_vanishes_before_it_is_read_is_a_reject_with_its_own_r
 
 def encode_while_another_writes(job: ClipJob) -> EncodedClip:
     """In a decode child: ``changing`` gets another time after it was looked at; writing itself is forbidden there."""
-    opened = encode.open_media
+    opened = claims.open_media
 
     def open_changed(path: Path) -> Any:
         if path.stem == "changing":
             os.utime(path, (1, 1))
         return opened(path)
 
-    encode.open_media = open_changed
+    claims.open_media = open_changed
     try:
         return encode_clip(job)
     finally:
-        encode.open_media = opened
+        claims.open_media = opened
 
 
 def test_c13_a_source_that_changes_while_it_is_read_is_a_reject_and_the_set_is_sound(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def test_a_whole_benchmark_measures_both_loaders_their_stages_and_headspace(smal
     assert (small.backend, small.num_clips, small.codec) == ("reference", 27, "mjpeg")
 
 
+@pytest.mark.slow
 def test_memory_and_start_of_ours_and_of_a_baseline_with_a_worker(
     intact_set: ShardSet, files: tuple[Path, ...]
 ) -> None:

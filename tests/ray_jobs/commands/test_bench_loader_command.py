@@ -52,6 +52,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shard_set(tmp_path_factory.mktemp("shards"), make_samples(4)).root
 
 
+@pytest.mark.slow
 def test_json_and_file_hold_both_loaders_beside_the_baseline(
     bench: Command, shards: Path, originals: Path, tmp_path: Path
 ) -> None:
