@@ -10,21 +10,21 @@ knows no CPUs. Group, devices and autocast stay Accelerate's.
 from collections.abc import Iterable, Mapping
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed import get_world_size
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def shard_model(model: nn.Module, units: Iterable[nn.Module], *, accelerator: Accelerator) -> None:
+def shard_model(model: nn.Module, units: Iterable[nn.Module], *, device: torch.device) -> None:
     """Spread `model` over the ranks, in place; each of `units` is gathered by itself.
 
     What is in no unit is gathered before the first. A unit runs through its ``forward``, and its trained parameters are
     of one type. Every rank must run the model equally often. Call it after weights are loaded, marked as trained or
     frozen, and held in their precision; the optimizer comes after it.
     """
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    mesh = init_device_mesh(device.type, (get_world_size(),))
     for unit in units:
         fully_shard(unit, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else its own weights stay whole after a validation

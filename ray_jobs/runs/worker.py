@@ -116,7 +116,7 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
         kernels = settle_attention(begun.model, recipe.training, device=device, folder=run_dir, on_main=on_main)
         if recipe.training.sharded and world_size > 1:
             _check_equal_shares(recipe.training, world_size)
-            shard_model(begun.model, units_of(begun.model), accelerator=accelerator)
+            shard_model(begun.model, units_of(begun.model), device=accelerator.device)
         settings = TrainingSettings(
             folder=run_dir,
             config=recipe.training,

@@ -65,7 +65,7 @@ def main() -> None:
     )
     model = TinyModel(dropout=options.get("dropout", 0.3))
     if settings.config.sharded:
-        shard_model(model, [model.expert, *model.layers], accelerator=accelerator)
+        shard_model(model, [model.expert, *model.layers], device=accelerator.device)
     validation = TinyEvaluation(rank=rank, world_size=world_size)
     try:
         with stop_on_signals(grace_seconds=20.0) as stop:
