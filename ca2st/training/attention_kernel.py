@@ -130,9 +130,7 @@ class KernelStopwatch:
                         begin = time.perf_counter()
                     torch.autograd.grad(scaled_dot_product_attention(q, k, v), (q, k, v), slope)
                 self._wait()
-        except (
-            RuntimeError
-        ):  # torch has no other word for a kernel that does not take a shape, or for too little memory
+        except RuntimeError:  # torch's only word for a kernel that does not take a shape, or for too little memory
             return None
         return (time.perf_counter() - begin) / _PASSES
 

@@ -499,8 +499,8 @@ class _Run:
         """
         begin = self._settings.clock()
         with self._stages.stage("checkpoint"):
-            state = self._collected() if self._is_sharded or self._ranks.is_main else {}
-            outcome = self._ranks.on_main(lambda: self._write_on_main(state))
+            state = self._collected() if self._is_sharded else None  # there every rank takes part
+            outcome = self._ranks.on_main(lambda: self._write_on_main(state or self._collected()))
         for problem in outcome.problems:
             _LOGGER.warning("checkpoint at step %d: %s", self._step, problem)
             self._log("fault", kind="checkpoint", step=self._step, error=problem, num_failed=outcome.num_failed)

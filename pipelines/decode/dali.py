@@ -93,9 +93,9 @@ def dali_backend(
     if device is None:
         graph = VideoOnCpu(crop_size) if codec != "mjpeg" else FramesOnCpu(crop_size, num_frames)
     elif codec != "mjpeg":
-        graph = VideoGraph(crop_size=crop_size, views_per_clip=views_per_clip)
+        graph = VideoOnGpu(crop_size=crop_size, views_per_clip=views_per_clip)
     else:
-        graph = GpuFrameGraph(num_frames=num_frames, crop_size=crop_size, views_per_clip=views_per_clip)
+        graph = FramesOnGpu(num_frames=num_frames, crop_size=crop_size, views_per_clip=views_per_clip)
     name, place = ("dali", OnCpu()) if device is None else ("dali-gpu", OnGpu(device))
     return GraphBackend(graph, name=name, num_frames=num_frames, threads=threads, stats=stats, place=place)
 
@@ -324,8 +324,8 @@ class FramesOnCpu:
         self, outputs: Sequence[Any], requests: Sequence[RenderRequest]
     ) -> tuple[UInt8[Tensor, "views 3 time height width"], list[Job]]:
         """Copy the decoded boxes; everything else is left to the jobs."""
-        pictures = iter(range(len(requests) * self.samples_per_clip))
-        clips = [[np.array(outputs[0].at(next(pictures))) for _ in range(self.samples_per_clip)] for _ in requests]
+        time = self.samples_per_clip
+        clips = [[np.array(outputs[0].at(clip * time + at)) for at in range(time)] for clip in range(len(requests))]
         return _resizing(clips, [box_around(request.boxes) for request in requests], requests, self._crop_size)
 
 
@@ -389,7 +389,7 @@ def _resizing(
     return views, jobs
 
 
-class GpuFrameGraph:
+class FramesOnGpu:
     """`ClipGraph` of JPEG frames, decoded by nvJPEG."""
 
     oracle = "Pillow"
@@ -427,7 +427,7 @@ class GpuFrameGraph:
         return _finishing(views, requests)
 
 
-class VideoGraph:
+class VideoOnGpu:
     """`ClipGraph` of video members, decoded by a GPU's video engines."""
 
     oracle = "FFmpeg"

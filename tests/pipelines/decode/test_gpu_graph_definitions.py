@@ -19,13 +19,13 @@ from pipelines.decode.backends import RoutedBackend
 from pipelines.decode.dali import (
     ClipGraph,
     FramesOnCpu,
-    GpuFrameGraph,
+    FramesOnGpu,
     GraphBackend,
     OnCpu,
     Pipeline,
     Placement,
-    VideoGraph,
     VideoOnCpu,
+    VideoOnGpu,
     dali_backend,
 )
 from pipelines.decode.reference import ReferenceBackend
@@ -38,8 +38,8 @@ FRAMES, SIZE = 3, 24
 BOXES = (CropBox(top=1, left=2, height=40, width=36), CropBox(top=0, left=9, height=SIZE, width=SIZE))
 ON_HOST = {"ExternalSource", "_TensorSubscript"}
 GRAPHS: dict[str, ClipGraph] = {
-    "mjpeg": GpuFrameGraph(num_frames=FRAMES, crop_size=SIZE, views_per_clip=2),
-    "videos": VideoGraph(crop_size=SIZE, views_per_clip=2),
+    "mjpeg": FramesOnGpu(num_frames=FRAMES, crop_size=SIZE, views_per_clip=2),
+    "videos": VideoOnGpu(crop_size=SIZE, views_per_clip=2),
 }
 
 
@@ -106,7 +106,7 @@ def test_videos_are_never_fed_as_frames_nor_frames_as_videos() -> None:
 # Reading: the same graph on the CPU, through the code that reads a device's outputs.
 
 
-class _FrameGraphOnCpu(GpuFrameGraph):
+class _FramesOnGpuTriedOnCpu(FramesOnGpu):
     """The graph of the GPU with the CPU's decoder: all else is as it is there."""
 
     def operators(self) -> list[Any]:
@@ -145,7 +145,7 @@ class Recorder(OnCpu):
 
 
 def backend(place: Placement, *, views: int = 1) -> GraphBackend:
-    graph = _FrameGraphOnCpu(num_frames=FRAMES, crop_size=SIZE, views_per_clip=views)
+    graph = _FramesOnGpuTriedOnCpu(num_frames=FRAMES, crop_size=SIZE, views_per_clip=views)
     return GraphBackend(graph, name="dali-gpu", num_frames=FRAMES, threads=2, stats=StatsRecorder(), place=place)
 
 
