@@ -45,7 +45,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 for command in (
     machine.demo,
@@ -73,17 +73,33 @@ app.add_typer(
 app.add_typer(runs.track, name="track", help="MLflow follows the journal of a run.")
 
 
-def _join_lines(group: typer.Typer) -> None:
-    """Make each paragraph of a help text one line: typer would keep the line breaks of docstrings in the terminal."""
-    for info in group.registered_commands:
-        paragraphs = (inspect.getdoc(info.callback) or "").split("\n\n")
-        info.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+class _Command(typer.core.TyperCommand):
+    """A command whose help lists its options by panel, in plain text: typer's boxes take longer to import than all."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments and each panel of options."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if (record := param.get_help_record(ctx)) is not None:
+                usual = "Arguments" if param.param_type_name == "argument" else "Options"
+                panels.setdefault(getattr(param, "rich_help_panel", None) or usual, []).append(record)
+        for name, records in panels.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+def _make_plain(group: typer.Typer) -> None:
+    group.rich_markup_mode = None
+    for command in group.registered_commands:
+        command.cls = _Command
+        command.short_help = (inspect.getdoc(command.callback) or "").partition("\n\n")[0]  # all of it in a list
     for subgroup in group.registered_groups:
+        subgroup.short_help = subgroup.help
         if subgroup.typer_instance is not None:
-            _join_lines(subgroup.typer_instance)
+            _make_plain(subgroup.typer_instance)
 
 
-_join_lines(app)
+_make_plain(app)
 
 
 @app.callback(invoke_without_command=True)

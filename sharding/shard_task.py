@@ -10,6 +10,7 @@ import json
 import math
 import signal
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -328,6 +329,7 @@ class LocalWorkers:
             EnvironmentFault: as `make_shards`, or a worker cannot be started or is killed.
         """
         if len(self._children_of) == 1:
+            _begin_slow_imports()
             self._own_pool = self._setup.decode_pool(self._children_of[0])
             yield from make_shards(self._setup, iter(tasks), self._own_pool, on_sample=on_sample)
             return
@@ -390,6 +392,7 @@ def serve_shards(connection: Connection, setup: ShardSetup, num_children: int) -
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the conversion decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent()
+    _begin_slow_imports()
     with contextlib.suppress(EOFError, ConnectionError), setup.decode_pool(num_children) as pool:
         while True:
             task = connection.recv()
@@ -402,3 +405,14 @@ def serve_shards(connection: Connection, setup: ShardSetup, num_children: int) -
             except Exception as error:  # noqa: BLE001  told to the conversion, which ends with it
                 made = error
             connection.send(made)
+
+
+def _begin_slow_imports() -> None:
+    """Import torch, for spectrograms and webdataset, while the decode children start; jobs would wait for it later."""
+
+    def import_them() -> None:
+        with contextlib.suppress(Exception):  # the conversion itself meets it, and says so
+            import torchaudio.compliance.kaldi  # noqa: F401
+            import webdataset.writer  # noqa: F401
+
+    threading.Thread(target=import_them, name="slow-imports", daemon=True).start()

@@ -2,10 +2,11 @@
 
 FFmpeg does the least there is to do, on one thread: decode, scale, a JPEG per frame, 16 kHz sound. The plain loop is
 one process: PyAV, Pillow, torchaudio, webdataset's ShardWriter; no strict decoding, no checks, no index, no resuming:
-every frame as a JPEG member, the log-mel spectrogram as an npy. Each way runs in a process of its own, so that every
-one pays for its start; processor time is that of the process and all it started.
+every frame as a JPEG member, the log-mel spectrogram as an npy. Each way is what its user would start: the command
+``ca2st shard build``, ``ffmpeg`` for each file, a Python script. Processor time is that of all processes of a way.
 """
 
+import csv
 import io
 import os
 import resource
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +38,6 @@ from ray_jobs.cli import main
 from ray_jobs.commands.machine import Clips, Codec, Media, Work
 from ray_jobs.commands.options import Json, Out
 from ray_jobs.console import progress, require_writable_place
-from sharding.conversion import convert
 from sharding.format.shard_set import AudioParameters
 from sharding.settings import LEAST_SHARD_BYTES, TRAILER_BYTES, ConversionConfig, plan_shards
 
@@ -98,7 +99,7 @@ def bench(
 
     The baseline is one process: PyAV, Pillow, torchaudio, webdataset's ShardWriter, without a check of anything.
     """
-    config = ConversionConfig(codec=codec, workers=workers or num_cores(), audio_policy="optional")
+    config = ConversionConfig(codec=codec, workers=workers or num_cores())
     if out is not None:
         require_writable_place(out, "--out")
     with work_folder(work) as folder:
@@ -182,7 +183,7 @@ def convert_by_ffmpeg(files: Sequence[Path], out: Path, *, short_side: int, qual
         command += ["-map", "0:v:0", "-vf", scale, "-c:v", "mjpeg", "-q:v", str(quality), "-pix_fmt", "yuvj420p"]
         command += ["-threads", "1", str(out / f"{number}.mov")]
         command += ["-map", "0:a:0?", "-ac", "1", "-ar", "16000", "-c:a", "pcm_s16le", str(out / f"{number}.wav")]
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+        _run(command)
     return sum(path.stat().st_size for path in out.iterdir())
 
 
@@ -236,17 +237,16 @@ def benchmark_conversion(
 
 
 def _measured(way: str, config: ConversionConfig, files: Sequence[Path], out: Path) -> Way:
-    """Convert in one way, in a process of its own."""
+    """Convert in one of `_WAYS`, in processes of its own."""
     begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     try:
-        from benchmarks import conversion  # this module, by a name that a child can import when it is the main script
-
-        process = SPAWN.Process(target=conversion.convert_in, args=(way, config, files, out), daemon=False)
-        process.start()
-        process.join()
+        if way == "ffmpeg":
+            convert_by_ffmpeg(files, out, short_side=config.short_side, quality=config.video.quality)
+        elif way == "baseline":
+            _convert_plainly_elsewhere(files, out, config)
+        else:
+            _build(files, out, config if way == "workers" else replace(config, workers=1))
         seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
-        if process.exitcode != 0:
-            raise RuntimeError(f"{way}: ended with {process.exitcode}")
         return Way(
             seconds=seconds,
             cpu_seconds=after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime,
@@ -257,14 +257,38 @@ def _measured(way: str, config: ConversionConfig, files: Sequence[Path], out: Pa
         shutil.rmtree(out, ignore_errors=True)
 
 
-def convert_in(way: str, config: ConversionConfig, files: Sequence[Path], out: Path) -> None:
-    """Convert in one of `_WAYS`; what the process of a measurement runs."""
-    if way == "baseline":
-        convert_plainly(files, out, short_side=config.short_side, audio=config.audio)
-    elif way == "ffmpeg":
-        convert_by_ffmpeg(files, out, short_side=config.short_side, quality=config.video.quality)
-    else:
-        convert(source_list(files), out, replace(config, workers=config.workers if way == "workers" else 1))
+def _build(files: Sequence[Path], out: Path, config: ConversionConfig) -> None:
+    """Run the command that a user runs, on a list of the files."""
+    media = os.path.commonpath([file.parent for file in files])
+    listing = out.with_suffix(".csv")
+    with listing.open("w", newline="") as sink:
+        rows = csv.writer(sink)
+        rows.writerow(("path", "label"))
+        rows.writerows((file.relative_to(media), number % 2) for number, file in enumerate(files))
+    command = [sys.executable, "-m", "ray_jobs.cli", "shard", "build", "--dataset", "csv", "--media", media]
+    command += ["--annotations", str(listing), "--codec", config.codec, "--audio", "optional", "--out", str(out)]
+    command += ["--workers", str(config.workers), "--shard-size", f"{config.shard_bytes}B"]
+    try:
+        _run(command)
+    finally:
+        listing.unlink()
+
+
+def _convert_plainly_elsewhere(files: Sequence[Path], out: Path, config: ConversionConfig) -> None:
+    from benchmarks import conversion  # this module, by a name that a child can import when it is the main script
+
+    job = partial(conversion.convert_plainly, files, out, short_side=config.short_side, audio=config.audio)
+    process = SPAWN.Process(target=job, daemon=False)
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"the plain loop ended with {process.exitcode}")
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
 
 
 if __name__ == "__main__":
