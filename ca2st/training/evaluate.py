@@ -117,7 +117,7 @@ def evaluate(
     """Score every sample of `source` with `model` on all ranks, and count what is right.
 
     Args:
-        model: Prepared or not; put in evaluation mode for the time.
+        model: The model itself, not DistributedDataParallel around it; put in evaluation mode for the time.
         source: This rank's part of the set.
         accelerator: Gives device, autocast and the other ranks.
         targets: Classes of each target, in the order of the label columns.
@@ -129,13 +129,13 @@ def evaluate(
         LabelRangeError: a label beyond the model's heads.
         PeerFailedError: another rank failed.
     """
-    own, ranks = accelerator.unwrap_model(model), ranks or Ranks(accelerator)
+    ranks = ranks or Ranks(accelerator)
     tally, of_several = SampleTally(), _SeveralLabels()
 
     def score() -> tuple[MetricSums, SampleTally]:
         sums = MetricSums(targets)
         for part in scored_batches(
-            own, source, accelerator=accelerator, targets=targets, per_device_batch_size=per_device_batch_size
+            model, source, accelerator=accelerator, targets=targets, per_device_batch_size=per_device_batch_size
         ):
             tally.add(part.sample_ids, part.num_views)
             sums.add(part.probabilities, part.labels, labelling=part.labelling)

@@ -186,7 +186,11 @@ class _Run:
         prepared = (
             (accelerator.prepare_model(model, device_placement=False, evaluation_mode=True), self._optimizer)
             if self._is_sharded  # no DistributedDataParallel around it; autocast is Accelerate's here too
-            else accelerator.prepare(model, self._optimizer)
+            else accelerator.prepare(
+                model.to(accelerator.device),
+                self._optimizer,
+                device_placement=[False, False],  # where Accelerate places, it imports seconds' worth of torch to do so
+            )
         )
         decay = self._config.ema_decay
         self._average = None if decay is None else WeightAverage(model, decay)

@@ -11,6 +11,7 @@ The warm-up d(t) lets the average forget the weights that training began with. I
 checkpoint holds the average alone and a resumed run makes the same bits.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -119,6 +120,19 @@ def parameter_groups(model: nn.Module, config: OptimConfig, *, rules: ParameterR
     )
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW without what exempts it from torch's compiler: importing that takes longer than torch itself.
+
+    No optimizer of ours is compiled. Where torch wraps a method no longer, it is torch's own that stands here.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+
+
 def build_optimizer(model: nn.Module, config: OptimConfig, *, rules: ParameterRules) -> torch.optim.AdamW:
     """Return AdamW over `parameter_groups`; each group carries its ``names`` and ``lr_scale``.
 
@@ -134,7 +148,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, rules: ParameterRu
         }
         for group in parameter_groups(model, config, rules=rules)
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    return AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -7,14 +7,16 @@ torch's `fully_shard` itself, not Accelerate's plugin: that one computes bfloat1
 knows no CPUs. Group, devices and autocast stay Accelerate's.
 """
 
+import sys
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import get_world_size
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:  # importing them takes as long as torch itself: only where a model is sharded
+    from torch.distributed.tensor import DTensor
 
 
 def shard_model(model: nn.Module, units: Iterable[nn.Module], *, device: torch.device) -> None:
@@ -24,6 +26,9 @@ def shard_model(model: nn.Module, units: Iterable[nn.Module], *, device: torch.d
     of one type. Every rank must run the model equally often. Call it after weights are loaded, marked as trained or
     frozen, and held in their precision; the optimizer comes after it.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (get_world_size(),))
     for unit in units:
         fully_shard(unit, mesh=mesh)
@@ -32,19 +37,22 @@ def shard_model(model: nn.Module, units: Iterable[nn.Module], *, device: torch.d
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether `shard_model` has spread it."""
-    return isinstance(model, FSDPModule)
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor of which this rank may hold a share; a collective for those."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_share(tensor) else tensor
 
 
 def as_held(value: Tensor, target: Tensor) -> Tensor:
     """Return a whole `value`, the same on every rank, as `target` is held: on its device, and the same share of it."""
     value = value.to(target.device)
-    if not isinstance(target, DTensor) or isinstance(value, DTensor):
+    if not _is_share(target) or _is_share(value):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
 
 
@@ -53,3 +61,9 @@ def put(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(as_held(values[name], target))
+
+
+def _is_share(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Return whether it is a share of a tensor; there is none before `shard_model` has imported their class."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)

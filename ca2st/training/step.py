@@ -302,11 +302,9 @@ class Stepper:
         self._schedule = schedule
         self._targets = targets
         self._stages = stages or StageClock()
-        self._trained = {
-            name: parameter
-            for name, parameter in accelerator.unwrap_model(model).named_parameters()
-            if parameter.requires_grad
-        }
+        # not `unwrap_model`: it imports torch's compiler, to ask whether the model is compiled
+        own = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self._trained = {name: parameter for name, parameter in own.named_parameters() if parameter.requires_grad}
         self._settled = self._ranks.world_size == 1
         self.loss_scale = LossScale(is_on=config.precision == "fp16")
         """What the losses are scaled by."""

@@ -1,4 +1,7 @@
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ import torch
 from ca2st.training.config import OptimConfig
 from ca2st.training.errors import ParameterRuleError
 from ca2st.training.optim import build_optimizer, parameter_groups, set_learning_rate
+from support.processes import python_path
 from support.tiny_training import TinyModel, tiny_rules
 
 CONFIG = OptimConfig(layer_decay=0.5, weight_decay=0.05)
@@ -65,3 +69,25 @@ def test_decay_rules_that_match_nothing_are_refused() -> None:
     model.layers[0].weight.requires_grad_(True)
     with pytest.raises(ParameterRuleError, match="no decay for 1-D parameters, biases and position tables"):
         parameter_groups(model, CONFIG, rules=tiny_rules())
+
+
+def test_a_training_in_one_process_imports_neither_torchs_compiler_nor_what_shards_models(tmp_path: Path) -> None:
+    """They take longer to import than torch; Accelerate and torch load them to ask whether they are used."""
+    program = """
+import sys
+from pathlib import Path
+
+from ca2st.training.loop import train
+from support.tiny_training import TinyEvaluation, TinyModel, TinySource, fresh_accelerator, tiny_settings
+
+settings = tiny_settings(Path(sys.argv[1]), max_steps=2)
+accelerator = fresh_accelerator(settings)
+train(TinyModel(), TinySource(), accelerator=accelerator, settings=settings, validation=TinyEvaluation())
+print([name for name in ("torch._dynamo", "torch.distributed.fsdp", "sympy") if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, env={"PYTHONPATH": python_path()}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert (tmp_path / "journal.jsonl").read_text().count('"event":"step"') == 2
