@@ -10,13 +10,7 @@ from typing import Any
 from ca2st.checked_json import DocumentError, read_json
 from ca2st.errors import UserInputError
 from ca2st.model.config import EXPERTS, ExpertName, ModelKind, check_clip
-from ca2st.training.checkpoint import (
-    CHECKPOINTS_NAME,
-    list_checkpoints,
-    newest_sound,
-    read_checkpoint_file,
-    verify_checkpoint,
-)
+from ca2st.training import checkpoint
 from ca2st.training.errors import CheckpointDamagedError, ResumeRefusedError
 from ca2st.training.journal import differences
 from ca2st.training.resume import RECIPE_FILE
@@ -25,17 +19,8 @@ from pipelines.order.plan import SamplePlan
 from pipelines.storage.shard_sets import check_sound
 from ray_jobs.config.recipe import Recipe, identity_settings
 from ray_jobs.config.recipe_file import stored_recipe
+from ray_jobs.runs import model
 from ray_jobs.runs.data import TrainingData, open_data, sample_plan, synthetic_classes, with_synthetic_shards
-from ray_jobs.runs.model import (
-    IMPORTED_FOLDER,
-    RUN_DOCUMENT,
-    begin_model,
-    check_model,
-    keep_frozen,
-    read_run_document,
-    start_sound,
-    with_local_experts,
-)
 from ray_jobs.runs.worker import OUTCOME_NAME, Outcome
 
 _LOGGER = logging.getLogger(__name__)
@@ -67,8 +52,8 @@ def prepare(recipe: Recipe, run_dir: Path, access: HubAccess) -> Prepared:
     if classes is None:
         data, plan = open_checked(recipe)
         classes = data.classes
-    recipe = with_local_experts(recipe, run_dir.parent / IMPORTED_FOLDER, access)
-    check_model(recipe, classes, run_dir)
+    recipe = model.with_local_experts(recipe, run_dir.parent / model.IMPORTED_FOLDER, access)
+    model.check_model(recipe, classes, run_dir)
     refuse_other_recipe(recipe, run_dir)
     if data is None:
         recipe = with_synthetic_shards(recipe, run_dir.parent)
@@ -87,16 +72,20 @@ def finished(ready: Prepared, run_dir: Path) -> Outcome | None:
         outcome = read_json(run_dir / OUTCOME_NAME, Outcome)
     except (FileNotFoundError, DocumentError):
         return None
-    marker, damaged = newest_sound(run_dir / CHECKPOINTS_NAME, verify_checkpoint)
+    marker, damaged = checkpoint.newest_sound(run_dir / checkpoint.CHECKPOINTS_NAME, checkpoint.verify_checkpoint)
     if marker is None or damaged or marker.step < ready.num_steps:
         return None
-    begun = begin_model(ready.recipe, ready.data.classes, run_dir)
+    begun = model.begin_model(ready.recipe, ready.data.classes, run_dir)
     was = {"manifests": marker.manifests, "experts": marker.experts, "start": marker.start}
-    now = {"manifests": ready.data.fingerprints, "experts": keep_frozen(begun.model, run_dir), "start": begun.identity}
+    now = {
+        "manifests": ready.data.fingerprints,
+        "experts": model.keep_frozen(begun.model, run_dir),
+        "start": begun.identity,
+    }
     if changed := differences(was, now):
         listed = "\n  ".join(changed)
         raise ResumeRefusedError(f"{run_dir}: holds a run on other data or weights; choose another --out:\n  {listed}")
-    folder = list_checkpoints(run_dir / CHECKPOINTS_NAME)[0]
+    folder = checkpoint.list_checkpoints(run_dir / checkpoint.CHECKPOINTS_NAME)[0]
     _LOGGER.info("already finished, nothing to train: step %d of %d from %s", marker.step, ready.num_steps, folder)
     return replace(outcome, checkpoint=str(folder))
 
@@ -118,7 +107,7 @@ def open_checked(recipe: Recipe) -> tuple[TrainingData, SamplePlan]:
     data = open_data(recipe)
     if recipe.start is not None and "audio" in EXPERTS[recipe.model.kind]:
         where = Path(recipe.start.checkpoint)
-        if (sound := start_sound(where)) is not None:
+        if (sound := model.start_sound(where)) is not None:
             check_sound(data.train, sound, whose=f"start.checkpoint {where}")
     plan = sample_plan(recipe, data)
     plan.require_enough(world_size=recipe.launch.workers)
@@ -207,8 +196,8 @@ def kept_recipe(run_dir: Path) -> Recipe | None:
         pass
     except DocumentError as error:
         _LOGGER.warning("DAMAGED %s; it is written anew, the checkpoints know their recipe", error)
-    for folder in list_checkpoints(run_dir / CHECKPOINTS_NAME):
+    for folder in checkpoint.list_checkpoints(run_dir / checkpoint.CHECKPOINTS_NAME):
         with contextlib.suppress(CheckpointDamagedError):  # who resumes names it
-            if (data := read_checkpoint_file(folder, f"{RUN_DOCUMENT}.json")) is not None:
-                return read_run_document(data, where=str(folder)).recipe
+            if (data := checkpoint.read_checkpoint_file(folder, f"{model.RUN_DOCUMENT}.json")) is not None:
+                return model.read_run_document(data, where=str(folder)).recipe
     return None if document is None else stored_recipe(document, where=str(run_dir))

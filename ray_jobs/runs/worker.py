@@ -15,16 +15,9 @@ from torch import nn
 from ca2st.checked_json import encoded, read_json
 from ca2st.durable import FaultPoints, write_bytes
 from ca2st.errors import CA2STError, UserInputError
+from ca2st.model import network
 from ca2st.model.config import HeldPrecision
 from ca2st.model.experts import EncoderLayer
-from ca2st.model.network import (
-    HolisticModel,
-    compile_layers,
-    held_precision,
-    hold_experts,
-    layer_index,
-    no_weight_decay,
-)
 from ca2st.processes import num_cores
 from ca2st.training.attention_kernel import settle_attention
 from ca2st.training.best import Score
@@ -173,18 +166,18 @@ def _with_own_cores(recipe: Recipe) -> Recipe:
     return replace(recipe, data=replace(recipe.data, loader=replace(recipe.data.loader, decode_threads=threads)))
 
 
-def _make_ready(model: HolisticModel, recipe: Recipe, *, device: str) -> HeldPrecision:
+def _make_ready(model: network.HolisticModel, recipe: Recipe, *, device: str) -> HeldPrecision:
     """Apply what saves memory and time and changes numbers by rounding alone; return how the experts are held."""
     if device == "cuda" and recipe.training.precision == "fp32":
         _LOGGER.warning(
             "training.precision = fp32 on a GPU: the recipes of the published table say bf16, which is much faster "
             "(--set training.precision=bf16)"
         )
-    held = held_precision(recipe.experts.precision, training=recipe.training.precision, device=device)
-    hold_experts(model, held)
+    held = network.held_precision(recipe.experts.precision, training=recipe.training.precision, device=device)
+    network.hold_experts(model, held)
     model.activation_checkpointing = recipe.training.activation_checkpointing
     if recipe.training.compile:
-        compile_layers(model)
+        network.compile_layers(model)
     if recipe.training.deterministic and device == "cuda":
         environment.use_deterministic_kernels()
     return held
@@ -202,7 +195,7 @@ def _check_equal_shares(training: TrainingConfig, world_size: int) -> None:
         )
 
 
-def units_of(model: HolisticModel) -> list[nn.Module]:
+def units_of(model: network.HolisticModel) -> list[nn.Module]:
     """Return what a sharded model gathers and lets go of by itself: modules that are called and hold nearly all of it.
 
     The halves of an `EncoderLayer` are called one by one, never the layer.
@@ -214,11 +207,11 @@ def units_of(model: HolisticModel) -> list[nn.Module]:
     return [unit for unit in units if any(True for _ in unit.parameters())]
 
 
-def _parameter_rules(model: HolisticModel) -> ParameterRules:
+def _parameter_rules(model: network.HolisticModel) -> ParameterRules:
     return ParameterRules(
-        layer_index=partial(layer_index, depth=model.config.depth),
+        layer_index=partial(network.layer_index, depth=model.config.depth),
         num_layers=model.config.depth,
-        no_weight_decay=no_weight_decay(model),
+        no_weight_decay=network.no_weight_decay(model),
     )
 
 

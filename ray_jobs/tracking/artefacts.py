@@ -23,16 +23,7 @@ from ca2st.training.journal import JOURNAL_NAME
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.pages.charts import metric_charts
 from ray_jobs.redaction import redacted, without_credentials
-from ray_jobs.tracking.run_card import (
-    INPUTS_NAME,
-    RECIPE_NAME,
-    LargeFile,
-    RunFacts,
-    chart_svg,
-    read_inputs,
-    read_run,
-    render_run_card,
-)
+from ray_jobs.tracking import run_card
 from sharding.format.index import parquet_batches, parquet_columns
 
 if TYPE_CHECKING:
@@ -81,23 +72,23 @@ def collect(run_dir: Path) -> dict[str, bytes]:
     Raises:
         FileNotFoundError: no training was started there.
     """
-    run, predictions = read_run(run_dir), newest_predictions(run_dir)
+    run, predictions = run_card.read_run(run_dir), newest_predictions(run_dir)
     files: dict[str, bytes] = {}
-    large: list[LargeFile] = []
+    large: list[run_card.LargeFile] = []
     tables = [] if predictions is None else sorted(run_dir.glob(f"{predictions.stem}.*"))
     kept = [path for path in (run_dir / JOURNAL_NAME, *tables) if path.is_file()]
     for name, data in [*_made(run, predictions), *((path.name, None) for path in kept)]:
         path = run_dir / name
         size = path.stat().st_size if data is None else len(data)
         if size >= MAX_BYTES:
-            large.append(LargeFile(path=str(path), megabytes=size / 1e6))
+            large.append(run_card.LargeFile(path=str(path), megabytes=size / 1e6))
         else:
             files[name] = _cleaned(path) if data is None else data
     charts = metric_charts([run.curves])
-    plots = {f"plots/{chart.title.replace('/', '.')}.svg": chart_svg(chart).encode() for chart in charts}
+    plots = {f"plots/{chart.title.replace('/', '.')}.svg": run_card.chart_svg(chart).encode() for chart in charts}
     note = "".join(f"{one.path}: {one.megabytes:.1f} MB, too large for MLflow; it stays there\n" for one in large)
     return {
-        "run_card.html": render_run_card(run, charts=charts, large=large).encode(),
+        "run_card.html": run_card.render_run_card(run, charts=charts, large=large).encode(),
         **({LARGE_FILES_NAME: note.encode()} if large else {}),
         **plots,
         **files,
@@ -118,7 +109,7 @@ def keep_inputs(run_dir: Path, data: "TrainingData") -> None:
     document = [
         {"role": role, "source": _place(one), **_facts(one.manifest, data.targets)} for role, one in sets.items()
     ]
-    write_bytes(run_dir / INPUTS_NAME, encoded(json.dumps(document, indent=1, ensure_ascii=False) + "\n"))
+    write_bytes(run_dir / run_card.INPUTS_NAME, encoded(json.dumps(document, indent=1, ensure_ascii=False) + "\n"))
 
 
 def log_inputs(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
@@ -127,7 +118,7 @@ def log_inputs(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
     Raises:
         MlflowException: the store cannot be reached, or has no such run.
     """
-    if found := list(_dataset_inputs(read_inputs(run_dir))):
+    if found := list(_dataset_inputs(run_card.read_inputs(run_dir))):
         client.log_inputs(run_id, datasets=found)
 
 
@@ -144,8 +135,8 @@ def confusion_tables(predictions: Path, classes: Mapping[str, list[str]]) -> dic
     }
 
 
-def _made(run: RunFacts, predictions: Path | None) -> Iterator[tuple[str, bytes | None]]:
-    yield RECIPE_NAME, redacted(json.dumps(run.recipe, indent=1, ensure_ascii=False)).encode()
+def _made(run: run_card.RunFacts, predictions: Path | None) -> Iterator[tuple[str, bytes | None]]:
+    yield run_card.RECIPE_NAME, redacted(json.dumps(run.recipe, indent=1, ensure_ascii=False)).encode()
     if run.classes:
         yield "classes.json", json.dumps(run.classes, indent=1, ensure_ascii=False).encode()
     if predictions is not None:

@@ -16,21 +16,10 @@ from ca2st.training.journal import JOURNAL_NAME, parse_event, read_events, run_s
 from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.redaction import redacted
 from ray_jobs.runs.node_metrics import SystemLine, node_files
+from ray_jobs.tracking import run_record
 from ray_jobs.tracking.artefacts import log_artefacts, log_inputs
 from ray_jobs.tracking.client import Say, StoreError, check_health, open_client, reachable, whole_uri
 from ray_jobs.tracking.models import register
-from ray_jobs.tracking.run_record import (
-    MetricWriter,
-    Value,
-    create_run,
-    is_gone,
-    log_tags,
-    mean_values,
-    milliseconds,
-    step_values,
-    system_values,
-    update_params,
-)
 from ray_jobs.tracking.state import (
     FOLDER_TAG,
     HOST_TAG,
@@ -72,7 +61,7 @@ class Sender:
         self._is_asked_to_end = is_asked_to_end
         self._is_unwell = False
         self._tried: set[str] = set()
-        self._metrics = MetricWriter(say)
+        self._metrics = run_record.MetricWriter(say)
         self._progress = Progress()
 
     def send(self, *, wait_seconds: float = 0.0, is_last: bool = True, look: bool = False) -> int:
@@ -128,12 +117,12 @@ class Sender:
 
         self._progress = state.progress
         old = state.run_id
-        if not (looks and old is not None and is_gone(client, old)):
+        if not (looks and old is not None and run_record.is_gone(client, old)):
             try:
                 return self._send_all(client, state, is_last=is_last)
             except MlflowException as error:
                 old = self._progress.run_id
-                if old is None or error.error_code not in _MAY_BE_GONE or not is_gone(client, old):
+                if old is None or error.error_code not in _MAY_BE_GONE or not run_record.is_gone(client, old):
                     raise
         self._say(f"MLflow has no run {old} any more: a new run gets the journal from its start")
         self._progress = Progress()
@@ -143,7 +132,7 @@ class Sender:
         run_id = self._progress.run_id
         if run_id is None:
             begun = begin_milliseconds(self._run_dir / JOURNAL_NAME)
-            run_id, experiment_id = create_run(client, state, self._say, begun=begun)
+            run_id, experiment_id = run_record.create_run(client, state, self._say, begun=begun)
             self._tried.clear()
             self._progress = Progress()
             self._keep(run_id=run_id, experiment_id=experiment_id, params=state.params, pending=_AT_BEGIN)
@@ -173,7 +162,7 @@ class Sender:
         for path in node_files(self._run_dir).values():
             done = self._progress.system_bytes.get(path.name, 0)
             for lines, end_offset in read_batches(path, done, kind=SystemLine):
-                values = [value for line in lines for value in system_values(line, path.stem)]
+                values = [value for line in lines for value in run_record.system_values(line, path.stem)]
                 sent += self._metrics.write(client, run_id, values)
                 self._keep(system_bytes={**self._progress.system_bytes, path.name: end_offset})
                 if self._is_asked_to_end():
@@ -203,19 +192,21 @@ class Sender:
             attempt = event["attempt"]
             client.update_run(run_id, status="RUNNING")
             tags = {ATTEMPT_TAG: str(attempt), EXIT_TAG: "running"}
-            log_tags(client, run_id, tags if attempt == 1 else {**state.tags, **tags}, self._say)
+            run_record.log_tags(client, run_id, tags if attempt == 1 else {**state.tags, **tags}, self._say)
             if progress.params != state.params:
-                update_params(client, run_id, progress.params, state.params, attempt=attempt, say=self._say)
+                run_record.update_params(client, run_id, progress.params, state.params, attempt=attempt, say=self._say)
             self._progress = replace(progress, params=state.params, attempt=max(progress.attempt, attempt))
         elif event["event"] == "end" and event["attempt"] >= progress.attempt:
             # A lost node may end after its successor: an older attempt's end counts for nothing.
             status = event["status"]
             tags = {EXIT_TAG: status} | ({ERROR_TAG: redacted(event["error"])} if event.get("error") else {})
-            log_tags(client, run_id, tags, self._say)
-            client.set_terminated(run_id, status=_STATUSES.get(status, "FAILED"), end_time=milliseconds(event))
+            run_record.log_tags(client, run_id, tags, self._say)
+            client.set_terminated(
+                run_id, status=_STATUSES.get(status, "FAILED"), end_time=run_record.milliseconds(event)
+            )
             if status == "done":
                 self._metrics.write(
-                    client, run_id, list(mean_values(run_sequence(self._run_dir / JOURNAL_NAME), event))
+                    client, run_id, list(run_record.mean_values(run_sequence(self._run_dir / JOURNAL_NAME), event))
                 )
                 self._tried.difference_update(_AT_END)
                 self._progress = replace(progress, pending=tuple(dict.fromkeys((*progress.pending, *_AT_END))))
@@ -273,18 +264,18 @@ def _end(client: "MlflowClient", run: "Run", say: Say, is_asked_to_end: Callable
     return True
 
 
-def _new_values(events: Sequence[Mapping[str, Any]], progress: Progress) -> tuple[Progress, list[Value]]:
+def _new_values(events: Sequence[Mapping[str, Any]], progress: Progress) -> tuple[Progress, list[run_record.Value]]:
     """Return how far MLflow is with `events`, and what of them it does not have from an earlier attempt."""
-    values: list[Value] = []
+    values: list[run_record.Value] = []
     last_step, last_evals = progress.last_step, dict(progress.last_evals)
     for event in events:
         if event["event"] == "step" and event["step"] > last_step:
-            values += step_values(event)
+            values += run_record.step_values(event)
             last_step = event["step"]
         elif event["event"] == "start":
-            values += step_values(event)
+            values += run_record.step_values(event)
         elif event["event"] == "eval" and event["step"] > last_evals.get(event["split"], -1):
-            values += step_values(event)
+            values += run_record.step_values(event)
             last_evals[event["split"]] = event["step"]
     return replace(progress, last_step=last_step, last_evals=last_evals), values
 
@@ -321,4 +312,4 @@ def read_batches(path: Path, offset: int, *, kind: type | None = None) -> Iterat
 def begin_milliseconds(journal: Path) -> int | None:
     """Return when the first line was written, since 1970; None while there is no whole one."""
     first = next(read_events(journal), None)
-    return None if first is None else milliseconds(first)
+    return None if first is None else run_record.milliseconds(first)

@@ -11,7 +11,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,9 +28,9 @@ from sharding.conversion import convert
 from sharding.folder import DoneShard
 from sharding.format.shard_set import LabelSpace, ShardEntry
 from sharding.format.writer import ShardRange, shard_name
-from sharding.settings import ConversionConfig, plan_shards
+from sharding.settings import ConversionConfig
 from sharding.shard_task import MadeShard, OnSample, ShardSetup, ShardTask
-from sharding.source import SourceList, SourceSample, check_source
+from sharding.source import SourceList, SourceSample
 
 app = typer.Typer(add_completion=False)
 _CLASSES = 400
@@ -112,13 +112,7 @@ class ScaleBenchmark:
 
     num_samples: int
     num_shards: int
-    check_seconds: float
-    """Labels and ids of the list."""
-    hash_seconds: float
-    """Hash of the list."""
-    plan_seconds: float
     conversion_seconds: float
-    """All of `convert`: the three above once more, and tasks, results, table, manifest."""
     conversion_cpu_seconds: float
     cpu_microseconds_per_sample: float
     memory_before_bytes: int
@@ -128,7 +122,7 @@ class ScaleBenchmark:
     """Size of ``sources.jsonl``."""
 
 
-def measure_scale(num_samples: int, work: Path, *, say: Callable[[str], None] = lambda _: None) -> ScaleBenchmark:
+def measure_scale(num_samples: int, work: Path) -> ScaleBenchmark:
     """Run the driver of a conversion of `num_samples` simulated samples in the folder `work`."""
     video = work / "video.mp4"
     video.touch()
@@ -141,26 +135,12 @@ def measure_scale(num_samples: int, work: Path, *, say: Callable[[str], None] = 
         samples=SimulatedSamples(num_samples, video),
     )
     config, before = ConversionConfig(), _memory_peak()
-    seconds = {}
-    stages: dict[str, Callable[[], object]] = {
-        "check": lambda: check_source(source),
-        "hash": lambda: source.sha256,
-        "plan": lambda: plan_shards(source, config),
-    }
-    for name, stage in stages.items():
-        begin = time.perf_counter()
-        stage()
-        seconds[name] = time.perf_counter() - begin
-        say(f"{name}: {seconds[name]:.1f} s")
     begin, cpu = time.perf_counter(), time.process_time()
     report = convert(source, work / "set", config, pool=_SimulatedWorkers)
     took, cpu = time.perf_counter() - begin, time.process_time() - cpu
     return ScaleBenchmark(
         num_samples=report.num_samples,
         num_shards=report.num_shards,
-        check_seconds=seconds["check"],
-        hash_seconds=seconds["hash"],
-        plan_seconds=seconds["plan"],
         conversion_seconds=took,
         conversion_cpu_seconds=cpu,
         cpu_microseconds_per_sample=1e6 * cpu / num_samples,
@@ -184,7 +164,7 @@ def bench(
     if out is not None:
         require_writable_place(out, "--out")
     with tempfile.TemporaryDirectory(prefix="ca2st-scale-") as folder:
-        found = measure_scale(samples, Path(folder), say=lambda text: print(text, file=sys.stderr, flush=True))
+        found = measure_scale(samples, Path(folder))
     facts = bench_facts(asdict(found), command=make_command("bench-scale", sys.argv[1:]), device="cpu")
     lines = [
         f"{found.num_samples} samples in {found.num_shards} shards",
