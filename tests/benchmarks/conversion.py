@@ -4,6 +4,7 @@ FFmpeg does the least there is to do, on one thread: decode, scale, a JPEG per f
 one process: PyAV, Pillow, torchaudio, webdataset's ShardWriter; no strict decoding, no checks, no index, no resuming:
 every frame as a JPEG member, the log-mel spectrogram as an npy. Each way is what its user would start: the command
 ``ca2st shard build``, ``ffmpeg`` for each file, a Python script. Processor time is that of all processes of a way.
+Each way converts all files and a quarter of them: the difference is what a clip takes without the start.
 """
 
 import csv
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from benchmarks.programs import make_command
 from ca2st.benchmark.measure import spread
+from ca2st.errors import UserInputError
 from ca2st.processes import SPAWN, num_cores
 from pipelines.benchmark.clips import source_list
 from ray_jobs.bench_data import source_files
@@ -44,13 +46,16 @@ from sharding.settings import LEAST_SHARD_BYTES, TRAILER_BYTES, ConversionConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Way:
-    """One way to convert; the medians of its rounds."""
+    """One way to convert all files; the medians of its rounds."""
 
     seconds: float
     """From the start of its process to its end."""
     cpu_seconds: float
     clips_per_second: float
     bytes_per_clip: float
+    seconds_per_further_clip: float
+    """Without the start: of the files beyond a quarter of them."""
+    cpu_seconds_per_further_clip: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,9 +69,11 @@ class ConversionBenchmark:
     baseline_clips_per_second: float
     """One process: PyAV, Pillow, torchaudio, webdataset's ShardWriter."""
     workers_speedup: float
-    """Wall time of one worker over that of all."""
+    """Wall time of one worker over that of all, starts included."""
+    workers_speedup_per_further_clip: float
     share_of_ffmpeg: float | None
-    """Processor time of FFmpeg over that of one worker: 1 is as fast per core; None without FFmpeg."""
+    """Processor time of FFmpeg over that of one worker, starts included: 1 is as fast per core; None without FFmpeg."""
+    share_of_ffmpeg_per_further_clip: float | None
     workers: int
     num_clips: int
     num_shards: int
@@ -114,13 +121,17 @@ def _lines(found: ConversionBenchmark) -> list[str]:
     lines = [
         f"{found.num_clips} clips to {found.codec}, {found.num_shards} shards; load before: {found.load_before:.1f}"
     ]
-    lines.append(f"  {'':<12}{'seconds':>9}{'processor':>11}{'clips/s':>9}")
+    lines.append(f"  {'':<12}{'seconds':>9}{'processor':>11}{'clips/s':>9}   each further clip, and processor time")
     for name, way in found.ways.items():
-        told = f"{found.workers} workers" if name == "workers" else name
-        lines.append(f"  {told:<12}{way.seconds:9.1f}{way.cpu_seconds:11.1f}{way.clips_per_second:9.2f}")
-    lines.append(f"{found.workers} workers are {found.workers_speedup:.2f}x one worker")
+        named = f"{found.workers} workers" if name == "workers" else name
+        whole = f"{way.seconds:9.1f}{way.cpu_seconds:11.1f}{way.clips_per_second:9.2f}"
+        further = f"{way.seconds_per_further_clip:7.3f}{way.cpu_seconds_per_further_clip:8.3f}"
+        lines.append(f"  {named:<12}{whole}   {further}")
+    speedup, further = found.workers_speedup, found.workers_speedup_per_further_clip
+    lines.append(f"{found.workers} workers are {speedup:.2f}x one worker, {further:.2f}x without the start")
     if found.share_of_ffmpeg is not None:
-        lines.append(f"one worker has {found.share_of_ffmpeg:.2f} of FFmpeg's speed per core")
+        share, further = found.share_of_ffmpeg, found.share_of_ffmpeg_per_further_clip
+        lines.append(f"one worker has {share:.2f} of FFmpeg's speed per core, {further:.2f} without the start")
     return lines
 
 
@@ -190,6 +201,7 @@ def convert_by_ffmpeg(files: Sequence[Path], out: Path, *, short_side: int, qual
 Update = Callable[[int, str], None]
 _WAYS = ("workers", "one worker", "ffmpeg", "baseline")
 _SHARDS_PER_WORKER = 2
+_PARTS = 4
 
 
 def benchmark_conversion(
@@ -205,8 +217,11 @@ def benchmark_conversion(
     The shards are cut so that every worker has two. `update` hears how many conversions are done.
 
     Raises:
+        UserInputError: fewer than four files.
         RuntimeError: a way ended with an error.
     """
+    if len(files) < _PARTS:
+        raise UserInputError(f"expected at least {_PARTS} video files, found {len(files)}; name more, or draw them")
     load_before, source = os.getloadavg()[0], source_list(files)
     each = plan_shards(source, config).num_bytes / (_SHARDS_PER_WORKER * config.workers)
     config = replace(config, shard_bytes=max(LEAST_SHARD_BYTES, min(config.shard_bytes, round(each) + TRAILER_BYTES)))
@@ -221,13 +236,16 @@ def benchmark_conversion(
         way: Way(**{name: spread([getattr(one, name) for one in found]).median for name in asdict(found[0])})
         for way, found in passed.items()
     }
-    one = medians["one worker"]
+    all_workers, one, ffmpeg = medians["workers"], medians["one worker"], medians.get("ffmpeg")
     return ConversionBenchmark(
         ways=medians,
-        clips_per_second=medians["workers"].clips_per_second,
+        clips_per_second=all_workers.clips_per_second,
         baseline_clips_per_second=medians["baseline"].clips_per_second,
-        workers_speedup=one.seconds / medians["workers"].seconds,
-        share_of_ffmpeg=medians["ffmpeg"].cpu_seconds / one.cpu_seconds if "ffmpeg" in medians else None,
+        workers_speedup=one.seconds / all_workers.seconds,
+        workers_speedup_per_further_clip=one.seconds_per_further_clip / all_workers.seconds_per_further_clip,
+        share_of_ffmpeg=ffmpeg and ffmpeg.cpu_seconds / one.cpu_seconds,
+        share_of_ffmpeg_per_further_clip=ffmpeg
+        and ffmpeg.cpu_seconds_per_further_clip / one.cpu_seconds_per_further_clip,
         workers=config.workers,
         num_clips=len(files),
         num_shards=len(plan_shards(source, config)),
@@ -237,7 +255,23 @@ def benchmark_conversion(
 
 
 def _measured(way: str, config: ConversionConfig, files: Sequence[Path], out: Path) -> Way:
-    """Convert in one of `_WAYS`, in processes of its own."""
+    """Convert all files and a quarter of them in one of `_WAYS`."""
+    part = files[: len(files) // _PARTS]
+    part_seconds, part_cpu, _ = _converted(way, config, part, out)
+    seconds, cpu_seconds, num_bytes = _converted(way, config, files, out)
+    further = len(files) - len(part)
+    return Way(
+        seconds=seconds,
+        cpu_seconds=cpu_seconds,
+        clips_per_second=len(files) / seconds,
+        bytes_per_clip=num_bytes / len(files),
+        seconds_per_further_clip=(seconds - part_seconds) / further,
+        cpu_seconds_per_further_clip=(cpu_seconds - part_cpu) / further,
+    )
+
+
+def _converted(way: str, config: ConversionConfig, files: Sequence[Path], out: Path) -> tuple[float, float, int]:
+    """Convert in processes of its own; returns seconds, processor seconds, and bytes that were written."""
     begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     try:
         if way == "ffmpeg":
@@ -247,12 +281,8 @@ def _measured(way: str, config: ConversionConfig, files: Sequence[Path], out: Pa
         else:
             _build(files, out, config if way == "workers" else replace(config, workers=1))
         seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
-        return Way(
-            seconds=seconds,
-            cpu_seconds=after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime,
-            clips_per_second=len(files) / seconds,
-            bytes_per_clip=sum(path.stat().st_size for path in out.iterdir()) / len(files),
-        )
+        cpu_seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+        return seconds, cpu_seconds, sum(path.stat().st_size for path in out.iterdir())
     finally:
         shutil.rmtree(out, ignore_errors=True)
 

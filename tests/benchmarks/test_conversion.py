@@ -15,7 +15,7 @@ from support.media import Sound, make_clip
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     folder = tmp_path_factory.mktemp("originals")
-    paths = tuple(folder / f"{number}.mp4" for number in range(2))
+    paths = tuple(folder / f"{number}.mp4" for number in range(4))
     for path in paths:
         make_clip(path, seconds=0.6, sound=Sound(seconds=0.6))
     return paths
@@ -40,11 +40,14 @@ def test_each_way_is_measured_and_printed_with_the_command_and_nothing_is_kept(
     for way in ways.values():
         assert min(way["seconds"], way["cpu_seconds"], way["clips_per_second"]) > 0
         assert way["bytes_per_clip"] > 1000
+        assert abs(way["seconds_per_further_clip"]) < way["seconds"]
     assert facts["clips_per_second"] == ways["workers"]["clips_per_second"]
     assert facts["baseline_clips_per_second"] == ways["baseline"]["clips_per_second"]
     assert facts["workers_speedup"] == ways["one worker"]["seconds"] / ways["workers"]["seconds"]
     assert (facts["share_of_ffmpeg"] is None) == ("ffmpeg" not in ways)
-    assert (facts["num_clips"], facts["num_shards"], facts["codec"]) == (2, 2, "mjpeg"), "each worker has a shard"
+    one, several = (ways[name]["seconds_per_further_clip"] for name in ("one worker", "workers"))
+    assert facts["workers_speedup_per_further_clip"] == one / several
+    assert (facts["num_clips"], facts["num_shards"], facts["codec"]) == (4, 4, "mjpeg"), "each worker has two shards"
     assert facts["command"].startswith("make bench-convert ARGS='--media ")
     assert list((tmp_path / "work").iterdir()) == []
 
@@ -54,6 +57,7 @@ def test_each_way_is_measured_and_printed_with_the_command_and_nothing_is_kept(
     [
         (("--codec", "mjpg"), "codec: expected one of mjpeg, h264, hevc, vp9, found 'mjpg'"),
         (("--out", "."), "--out: expected the name of a file, found the folder ."),
+        (("--clips", "3"), "expected at least 4 video files, found 3"),
     ],
 )
 def test_bad_input_is_reported_before_anything_is_measured(
