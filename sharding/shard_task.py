@@ -123,6 +123,7 @@ def make_shards(
 def _made_in_turn(
     setup: ShardSetup, tasks: Iterator[ShardTask], pool: DecodePool, on_sample: OnSample
 ) -> Iterator[MadeShard]:
+    threading.Thread(target=_import_torch, name="import-torch").start()
     begun = deque[tuple[ShardTask, list[State]]]()
 
     def jobs() -> Iterator[ClipJob]:
@@ -137,6 +138,13 @@ def _made_in_turn(
         task, states = begun.popleft()
         of_task = itertools.chain([clip], itertools.islice(clips, len(task.samples) - 1))
         yield _made(setup, task, of_task, states, on_sample)
+
+
+def _import_torch() -> None:
+    """Import what spectrograms and tars need and what imports torch, while children start and decode."""
+    with contextlib.suppress(Exception):  # whoever needs it meets it again, and says so
+        import torchaudio.compliance.kaldi  # noqa: F401
+        import webdataset.writer  # noqa: F401
 
 
 def _made(
@@ -329,7 +337,6 @@ class LocalWorkers:
             EnvironmentFault: as `make_shards`, or a worker cannot be started or is killed.
         """
         if len(self._children_of) == 1:
-            _begin_slow_imports()
             self._own_pool = self._setup.decode_pool(self._children_of[0])
             yield from make_shards(self._setup, iter(tasks), self._own_pool, on_sample=on_sample)
             return
@@ -392,7 +399,6 @@ def serve_shards(connection: Connection, setup: ShardSetup, num_children: int) -
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the conversion decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent()
-    _begin_slow_imports()
     with contextlib.suppress(EOFError, ConnectionError), setup.decode_pool(num_children) as pool:
         while True:
             task = connection.recv()
@@ -405,14 +411,3 @@ def serve_shards(connection: Connection, setup: ShardSetup, num_children: int) -
             except Exception as error:  # noqa: BLE001  told to the conversion, which ends with it
                 made = error
             connection.send(made)
-
-
-def _begin_slow_imports() -> None:
-    """Import torch, for spectrograms and webdataset, while the decode children start; jobs would wait for it later."""
-
-    def import_them() -> None:
-        with contextlib.suppress(Exception):  # the conversion itself meets it, and says so
-            import torchaudio.compliance.kaldi  # noqa: F401
-            import webdataset.writer  # noqa: F401
-
-    threading.Thread(target=import_them, name="slow-imports", daemon=True).start()
