@@ -123,7 +123,7 @@ def make_shards(
 def _made_in_turn(
     setup: ShardSetup, tasks: Iterator[ShardTask], pool: DecodePool, on_sample: OnSample
 ) -> Iterator[MadeShard]:
-    threading.Thread(target=_import_torch, name="import-torch").start()
+    (importing := threading.Thread(target=_import_torch, name="import-torch")).start()
     begun = deque[tuple[ShardTask, list[State]]]()
 
     def jobs() -> Iterator[ClipJob]:
@@ -135,6 +135,7 @@ def _made_in_turn(
 
     clips = pool.map(jobs())
     for clip in clips:
+        importing.join()  # two threads that import torch at a time may find it half made
         task, states = begun.popleft()
         of_task = itertools.chain([clip], itertools.islice(clips, len(task.samples) - 1))
         yield _made(setup, task, of_task, states, on_sample)
