@@ -63,16 +63,18 @@ def evaluate(
     """
     from ray_jobs.console import print_json, result, table
     from ray_jobs.evaluation.submissions import parse_supervision, write_beside
-    from ray_jobs.evaluation.workers import evaluate_checkpoint, facts_of, log_to_run, means_of
+    from ray_jobs.evaluation.workers import evaluate_checkpoint, facts_of, log_to_run, means_of, scoring_ray
     from ray_jobs.runs.model import find_checkpoint
 
     who = _scorers(workers, ray=ray, ray_address=ray_address, open_ray=open_ray)
     pairs = _pairs(checkpoints, data, alone={"--predictions": predictions, "--submission": submission})
     supervision = None if submission is None else parse_supervision(sls, submission=submission)
     reports = []
-    for run, place in pairs:
-        checkpoint = find_checkpoint(run, which)
-        reports.append(evaluate_checkpoint(checkpoint, place, _test_views(views), predictions=predictions, workers=who))
+    cut = _test_views(views)
+    with scoring_ray(who):
+        for run, place in pairs:
+            checkpoint = find_checkpoint(run, which)
+            reports.append(evaluate_checkpoint(checkpoint, place, cut, predictions=predictions, workers=who))
     runs = [facts_of(report, views) for report in reports]
     facts: dict[str, object] = runs[0] if len(runs) == 1 else {"runs": runs, **means_of(reports)}
     if submission is not None:

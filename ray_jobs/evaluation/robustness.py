@@ -13,7 +13,7 @@ from pipelines.views import EvaluationViews
 from ray_jobs.console import require_folder_place, say
 from ray_jobs.evaluation.perturbations import PERTURBATIONS
 from ray_jobs.evaluation.significance import Comparison, compare_predictions
-from ray_jobs.evaluation.workers import EvaluationReport, Workers, evaluate_checkpoint
+from ray_jobs.evaluation.workers import EvaluationReport, Workers, evaluate_checkpoint, scoring_ray
 from ray_jobs.pages.charts import Chart, Frame, Level, Line, Mark, Point, places
 from ray_jobs.runs.model import find_checkpoint, run_document_of
 from ray_jobs.tracking.run_card import chart_svg
@@ -88,17 +88,18 @@ def measure_robustness(
     require_folder_place(folder, "--out")
     folder.mkdir(parents=True, exist_ok=True)
     reports: dict[str, EvaluationReport] = {}
-    for name in (CLEAN, *conditions):
-        say(f"robustness: {name}")
-        reports[name] = evaluate_checkpoint(
-            checkpoint,
-            data,
-            views,
-            predictions=folder / f"{name}.parquet",
-            workers=workers,
-            perturbation="" if name == CLEAN else name,
-            seed=seed,
-        )
+    with scoring_ray(workers or Workers()):
+        for name in (CLEAN, *conditions):
+            say(f"robustness: {name}")
+            reports[name] = evaluate_checkpoint(
+                checkpoint,
+                data,
+                views,
+                predictions=folder / f"{name}.parquet",
+                workers=workers,
+                perturbation="" if name == CLEAN else name,
+                seed=seed,
+            )
     clean = reports[CLEAN]
     if clean.top1 is None:
         raise UserInputError(f"{data}: expected samples with labels, found none: nothing can be right or wrong")

@@ -14,8 +14,9 @@ import math
 import os
 import resource
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -413,15 +414,34 @@ def _worker_process(rank: int, job: _Job, begun: Any, tell: Any) -> None:
         end_at_once(error.exit_code)
 
 
+@contextmanager
+def scoring_ray(workers: Workers) -> Iterator[None]:
+    """Keep the Ray that `workers` ask for while the block runs: all tests in it share its processes.
+
+    Nothing is started where they ask for none, or where this process is in one already.
+
+    Raises:
+        UserInputError: the cluster asks for no token, or for another one.
+        EnvironmentFault: no cluster answers there.
+    """
+    if workers.ray_address is None or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
+        yield
+        return
+    from ray_jobs.cluster.ray_access import LOCAL, found_access, ray_session
+
+    width = max(num_cores(), workers.number) if workers.ray_address == LOCAL else None
+    access = found_access(accept_open=workers.accept_open_ray)
+    with ray_session(workers.ray_address, access=access, num_cpus=width):
+        yield
+
+
 def _score_on_ray(job: _Job, workers: Workers) -> None:
     """Score in tasks of a Ray cluster: as many at a time as it has room for."""
-    from ray_jobs.cluster.ray_access import LOCAL, found_access, living_nodes, ray_session
-
-    address = workers.ray_address or LOCAL
-    width = max(num_cores(), job.world_size) if address == LOCAL else None
-    with ray_session(address, access=found_access(accept_open=workers.accept_open_ray), num_cpus=width):
+    with scoring_ray(workers):
         import ray
         from ray.exceptions import RayTaskError
+
+        from ray_jobs.cluster.ray_access import living_nodes
 
         has_gpus = any(node.resources.get("GPU", 0) >= 1 for node in living_nodes())
         needs = (

@@ -117,10 +117,15 @@ def vgg_sound(split: str) -> tuple[list[str], list[str]]:
     return [f"{name}_000060.mp4,helicopter" for name in ids(split)], [f"{name}_60.mp4" for name in ids(split)]
 
 
-def ucf_101(split: str) -> tuple[list[str], list[str]]:
-    group = {"train": 1, "test": 2}[split]
-    names = [f"Hammering/v_Hammering_g0{group}_c0{n}.avi" for n in range(NUM_CLIPS)]
-    return [f"{name} 35" if split == "train" else name for name in names], names
+def ucf_101(split: str, number: int = 1) -> tuple[list[str], list[str]]:
+    """Split `number` is tested on its group, of whose clips 2, 4 or 6 are of the class that training has alone."""
+    groups = [number] if split == "test" else [group for group in (1, 2, 3) if group != number]
+    if split == "test":
+        names = ["Hammering"] * 2 * number + ["HammerThrow"] * (NUM_CLIPS - 2 * number)
+        clips = [f"{name}/v_{name}_g0{number}_c0{n}.avi" for n, name in enumerate(names)]
+        return clips, clips
+    clips = [f"Hammering/v_Hammering_g0{group}_c0{n}.avi" for group in groups for n in range(NUM_CLIPS // 2)]
+    return [f"{clip} 35" for clip in clips], clips
 
 
 HD_VIDEO = "P01-20240202-110250"
@@ -148,7 +153,7 @@ def hd_epic_sounds(split: str) -> tuple[list[str], list[str]]:
     return [header, *rows], [f"Videos/P01/{HD_VIDEO}.mp4"]
 
 
-FORMS: dict[str, Callable[[str], tuple[list[str], list[str]]]] = {
+FORMS: dict[str, Callable[..., tuple[list[str], list[str]]]] = {
     function.__name__: function
     for function in (
         *(epic_kitchens_100, epic_sounds, something_something_v2, kinetics_400),
@@ -185,9 +190,9 @@ class Desk:
         (self._root / dataset).mkdir(exist_ok=True)
         return self._root / dataset
 
-    def lay_out(self, command: list[str], folder: Path) -> None:
+    def lay_out(self, command: list[str], folder: Path, **which: int) -> None:
         """Write into `folder` the annotations and media that a ``shard build`` reads."""
-        lines, media = FORMS[option(command, "--dataset")](option(command, "--split"))
+        lines, media = FORMS[option(command, "--dataset")](option(command, "--split"), **which)
         annotations = folder / option(command, "--annotations")
         if annotations.suffix == ".pkl":
             rows = [json.loads(line) for line in lines]
@@ -324,22 +329,32 @@ def test_the_commands_of_a_published_recipe_convert_train_and_test(
 
 
 @pytest.mark.slow
-def test_several_splits_are_trained_tested_and_averaged_by_one_command(
-    desk: Desk, ca2st: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+def test_the_three_splits_of_ucf_101_are_trained_tested_and_averaged_by_one_command(
+    tmp_path: Path, desk: Desk, ca2st: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(desk.folder("ucf_101"))
-    for number in ("1", "2"):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2, 3):
         for command in commands_of("cast_ucf_101", "shard build"):
             command = [part.replace("split1", f"split{number}").replace("list01", f"list0{number}") for part in command]
-            if not (Path(option(command, "--out")) / "manifest.json").exists():
-                desk.lay_out(command, Path.cwd())
-                ca2st(*command, "--workers", "1")
-    found = ca2st("train", "cast_ucf_101", "--splits", "1,2", *tiny("cast_ucf_101"))
-    assert [(one["split"], one["run_dir"]) for one in found["splits"]] == [
-        (1, "runs/cast_ucf_101_split1"),
-        (2, "runs/cast_ucf_101_split2"),
+            desk.lay_out(command, tmp_path, number=number)
+            assert ca2st(*command, "--workers", "1")["num_samples"] == NUM_CLIPS
+    one_class = ("--set", "optim.base_lr=1.0")  # enough to give every clip the class that training has alone
+    found = ca2st("train", "cast_ucf_101", "--splits", "1,2,3", *tiny("cast_ucf_101"), *one_class)
+    assert [(one["split"], one["run_dir"], one["views"]) for one in found["splits"]] == [
+        (number, f"runs/cast_ucf_101_split{number}", "2x3") for number in (1, 2, 3)
     ]
-    assert found["top1"] == pytest.approx(sum(one["top1"] for one in found["splits"]) / 2)
+    by_hand = [top1_by_hand(tmp_path / one["run_dir"]) for one in found["splits"]]
+    assert by_hand == [0.25, 0.5, 0.75]
+    assert [one["top1"] for one in found["splits"]] == by_hand
+    assert found["top1"] == pytest.approx(sum(by_hand) / 3)
+
+
+def top1_by_hand(run_dir: Path) -> float:
+    (file,) = run_dir.glob("*.parquet")
+    rows = pandas.read_parquet(file)
+    assert len(rows) == NUM_CLIPS
+    answers = [int(probabilities.argmax()) for probabilities in rows["label_probabilities"]]
+    return sum(map(int.__eq__, answers, rows["label_label"])) / NUM_CLIPS
 
 
 @pytest.mark.slow

@@ -1,34 +1,95 @@
-"""`ca2st evaluate --ray`: tasks of a Ray score the set as one process does."""
+"""`ca2st evaluate --ray` and `ca2st robustness --ray`: tasks of a Ray score as one process does."""
 
 import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from ray_jobs.evaluation.predictions import Rows, read_facts, read_rows
+from ray_jobs.cli import main
+from ray_jobs.evaluation.predictions import read_facts, read_rows
+from ray_jobs.evaluation.workers import Workers, scoring_ray
+from support.processes import python_path
 from support.tiny_runs import ca2st, make_tiny_run
 
-
-def rows_of(path: Path) -> Rows:
-    (rows,) = read_rows(path, read_facts(path))
-    return rows
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(580), pytest.mark.usefixtures("own_process")]
+LOCAL_RAY = Workers(number=2, ray_address="local")
 
 
-@pytest.mark.cluster
-@pytest.mark.timeout(900)
-def test_tasks_of_a_ray_give_the_predictions_of_one_process(tmp_path: Path) -> None:
-    recipe, run_dir = make_tiny_run(tmp_path), tmp_path / "run"
-    settings = ("--set", "training.epochs=1", "--set", "tracking.enabled=false")
-    done = ca2st("train", recipe, "--out", run_dir, *settings)
+def answers(path: Path | str) -> tuple[list[str], NDArray[np.float32]]:
+    """Keys and probabilities `[samples, classes]` of a predictions file."""
+    (rows,) = read_rows(Path(path), read_facts(Path(path)))
+    return rows.keys, rows.probabilities["label"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with shard sets and a trained run."""
+    root = tmp_path_factory.mktemp("on_ray")
+    settings = ("training.epochs=1", "tracking.enabled=false", "optim.base_lr=10.0")  # answers differ from clip to clip
+    options = [part for setting in settings for part in ("--set", setting)]
+    done = ca2st("train", make_tiny_run(root), "--out", root / "run", *options)
     assert done.returncode == 0, done.stderr
-    test = ("evaluate", run_dir, "--data", tmp_path / "shards" / "train", "--views", "1x1", "--json")
-    facts = {}
-    for name, options in {"here": (), "ray": ("--ray", "--workers", 3)}.items():
-        done = ca2st(*test, "--predictions", tmp_path / f"{name}.parquet", *options)
-        assert done.returncode == 0, done.stderr
-        facts[name] = json.loads(done.stdout)
-    assert facts["ray"]["top1"] == facts["here"]["top1"]
-    here, there = (rows_of(tmp_path / f"{name}.parquet") for name in facts)
-    assert there.keys == here.keys
-    np.testing.assert_allclose(there.probabilities["label"], here.probabilities["label"], atol=1e-5)
+    return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    """One Ray for all tests, as a command starts it: its workers import torch once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", python_path())
+        with scoring_ray(LOCAL_RAY):
+            yield
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Run a command in this process; returns what it prints as JSON."""
+
+    def run(*arguments: object) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["ca2st", *map(str, arguments), "--json"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capsys.readouterr()
+        assert (ended.value.code or 0) == 0, told.err
+        return dict(json.loads(told.out.strip().splitlines()[-1]))
+
+    return run
+
+
+def test_tasks_of_a_ray_give_the_predictions_of_one_process(root: Path, command: Callable[..., dict[str, Any]]) -> None:
+    test = ("evaluate", root / "run", "--data", root / "shards" / "train", "--views", "1x1")
+    here, there = (
+        command(*test, "--predictions", root / f"{name}.parquet", *options)
+        for name, options in {"here": (), "ray": ("--ray", "--workers", 3)}.items()
+    )
+    assert there["top1"] == here["top1"]
+    (keys, rows), (own_keys, own) = answers(there["predictions"]), answers(here["predictions"])
+    assert keys == own_keys
+    assert own.std(axis=0).min() > 1e-3, "rows in another order would be seen"
+    np.testing.assert_allclose(rows, own, atol=1e-5)
+
+
+def test_tasks_of_a_ray_disturb_the_sound_as_one_process_does(
+    root: Path, command: Callable[..., dict[str, Any]]
+) -> None:
+    names = ["white_noise", "time_shift", "masked_audio_keys"]
+    test = ("robustness", root / "run", "--data", root / "shards" / "train", "--views", "1x1", "--seed", 5)
+    here, there = (
+        command(*test, "--conditions", ",".join(names), "--out", root / f"robustness_{name}", *options)
+        for name, options in {"here": (), "ray": ("--ray", "--workers", 2)}.items()
+    )
+    assert (there["num_samples"], there["clean"]) == (25, here["clean"])
+    assert [one["name"] for one in there["conditions"]] == names
+    _, clean = answers(root / "robustness_ray" / "clean.parquet")
+    for one, other in zip(there["conditions"], here["conditions"], strict=True):
+        assert (one["metrics"], one["against_clean"]) == (other["metrics"], other["against_clean"])
+        (keys, rows), (own_keys, own) = answers(one["predictions"]), answers(other["predictions"])
+        assert keys == own_keys
+        np.testing.assert_allclose(rows, own, atol=1e-5)
+        assert np.abs(rows - clean).max() > 1e-4, f"{one['name']} disturbs nothing"
+    assert Path(there["plot"]).read_text() == Path(here["plot"]).read_text()
