@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -199,6 +200,12 @@ def code_state() -> dict[str, str]:
 def command_line() -> str:
     """Return how this program was started, the name of the program without its folder."""
     return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def started_as() -> str:
+    """Return program, command and recipe without folders and options: MLflow cuts a source's name at its last ``/``."""
+    words = takewhile(lambda word: not word.startswith("-"), sys.argv)
+    return " ".join(Path(word).name for word in words)
 
 
 def user_name() -> str | None:

@@ -266,7 +266,8 @@ def _tracking_state(recipe: "Recipe", run_dir: Path, data: "TrainingData") -> Tr
 
     tracking, code, jobs = recipe.tracking, environment.code_state(), environment.ray_job()
     tags = {**tracking.tags, FOLDER_TAG: str(run_dir.resolve()), HOST_TAG: socket.gethostname()}
-    tags |= {"ca2st.name": recipe.name, "mlflow.source.name": environment.command_line()}
+    tags |= {"ca2st.name": recipe.name, "mlflow.source.name": environment.started_as()}
+    tags |= {"ca2st.command": environment.command_line()}
     tags |= {"mlflow.source.type": "JOB" if "ray.submission_id" in jobs else "LOCAL", **jobs, **code}
     tags |= {"mlflow.source.git.commit": code["git.commit"]} if "git.commit" in code else {}
     tags |= {"mlflow.user": user} if (user := environment.user_name()) else {}

@@ -204,10 +204,13 @@ def mean_values(steps: Sequence[Mapping[str, Any]], end: Mapping[str, Any]) -> I
 
 
 def system_values(line: Mapping[str, Any], node: str) -> Iterator[Value]:
-    """Yield the numbers of a line of ``system/<node>.jsonl`` as ``system/<node>/<name>``."""
+    """Yield the numbers of a line of ``system/<node>.jsonl`` as ``system/<node>:<name>``.
+
+    MLflow draws what has one ``/`` behind ``system`` last; a section for each node would come before ``train``.
+    """
     for name, value in line["metrics"].items():
         if _is_number(value):
-            yield Value(f"{SYSTEM_PREFIX}{node}/{name}", float(value), milliseconds(line), int(line["step"]))
+            yield Value(f"{SYSTEM_PREFIX}{node}:{name}", float(value), milliseconds(line), int(line["step"]))
 
 
 def milliseconds(line: Mapping[str, Any]) -> int:

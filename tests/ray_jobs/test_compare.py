@@ -280,5 +280,5 @@ def test_hours_of_an_elastic_run_count_the_devices_of_each_step() -> None:
 
 
 def test_how_busy_the_nodes_were_is_not_compared() -> None:
-    busy = run("a", metrics={"test/top1": 0.5, "system/one/cpu_utilization_percentage": 99.0})
+    busy = run("a", metrics={"test/top1": 0.5, "system/one:cpu_utilization_percentage": 99.0})
     assert set(compare([busy]).runs[0].metrics) == {"test/top1"}

@@ -99,7 +99,7 @@ def test_a_run_is_named_after_its_folder_and_has_the_tags_that_mlflow_shows(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # no checkout is here
     monkeypatch.delenv("CA2ST_GIT", raising=False)
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/ca2st", "train", "tiny"])
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/ca2st", "train", "my/tiny.toml", "--out", "/runs/a"])
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "raysubmit_1"}}')
     state = followed_state(tmp_path)
     commit = subprocess.run(
@@ -107,7 +107,8 @@ def test_a_run_is_named_after_its_folder_and_has_the_tags_that_mlflow_shows(
     ).stdout.strip()
     assert state.run_name == "second try"
     expected = {
-        "mlflow.source.name": "ca2st train tiny",
+        "mlflow.source.name": "ca2st train tiny.toml",
+        "ca2st.command": "ca2st train my/tiny.toml --out /runs/a",
         "mlflow.source.type": "JOB",
         "mlflow.user": getpass.getuser(),
         "ray.submission_id": "raysubmit_1",

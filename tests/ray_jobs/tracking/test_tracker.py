@@ -159,7 +159,7 @@ def test_system_metrics_of_every_node_arrive_once(run_dir: Path) -> None:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (run_dir / "system" / f"{node}.jsonl").write_text(text + '{"torn')
     assert (sync(run_dir), sync(run_dir)) == (4, 0)
-    name = "system/beta/cpu_utilization_percentage"
+    name = "system/beta:cpu_utilization_percentage"
     history = MlflowClient(read_state(run_dir).uri).get_metric_history(read_state(run_dir).run_id, name)
     assert [(one.step, one.value) for one in history] == [(0, 75.0), (1, 76.0)]
 
@@ -261,7 +261,7 @@ def test_a_system_metric_that_is_not_finite_is_named_instead_of_sent(run_dir: Pa
     line = '{"time":1.7e9,"step":3,"metrics":{"gpu_0_power_usage_watts":NaN,"cpu_utilization_percentage":5}}\n'
     (run_dir / "system" / "alpha.jsonl").write_text(line)
     assert sync(run_dir) == 1
-    assert run_of(run_dir).data.tags["ca2st.not_finite.system/alpha/gpu_0_power_usage_watts"] == "at step 3"
+    assert run_of(run_dir).data.tags["ca2st.not_finite.system/alpha:gpu_0_power_usage_watts"] == "at step 3"
 
 
 def test_the_late_end_of_an_attempt_that_was_given_up_does_not_end_the_run(run_dir: Path) -> None:
