@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,12 @@ _LEAST_STRIDE_SECONDS = 0.05
 _MOST_EVENTS = 10_000
 _MOST_SHOWN_CLASSES = 16
 _END_OF_VIDEO = "segment_outside"
+_OF_THE_FILE = frozenset(
+    {"missing_file", "empty_file", "not_a_video", "no_index", "no_video_stream", "truncated", "hdr", "encrypted"}
+)
+"""Reasons that hold for all further windows alike."""
+_MOST_UNREADABLE_LOTS = 16
+"""In a row, before the rest of a video is given up."""
 _CLOSE_SECONDS = 1e-3
 _SHORT = 0.98
 """A window that has less than this share of its seconds has met the end of the video; thinned frames may end early."""
@@ -195,7 +201,7 @@ def _windows(
     trained: TrainedModel, video: Path, config: WindowConfig, *, views: EvaluationViews, damaged: list[DamagedVideo]
 ) -> Iterator[tuple[float, float, list[Prediction]]]:
     """Yield (start, end, classes) of each window that can be read; what cannot goes to `damaged`."""
-    covered = 0.0
+    covered, num_unreadable = 0.0, 0
     for first in itertools.count(step=_WINDOWS_AT_A_TIME):
         starts = [round((first + index) * config.stride_seconds, 6) for index in range(_WINDOWS_AT_A_TIME)]
         named = {f"{video} at {start:.3f} s": start for start in starts}
@@ -206,7 +212,15 @@ def _windows(
         with converted(trained, samples, is_shown=False) as (shard_set, rejected):
             damaged += [one for one in rejected if one.reason != _END_OF_VIDEO]
             if shard_set is None:
-                return
+                num_unreadable += 1
+                reasons = {one.reason for one in rejected}
+                if _END_OF_VIDEO in reasons:
+                    return
+                if reasons <= _OF_THE_FILE or num_unreadable == _MOST_UNREADABLE_LOTS:
+                    _give_up(video, damaged, behind_seconds=starts[-1] if covered else None)
+                    return
+                continue
+            num_unreadable = 0
             result, lengths = score(trained, shard_set, views), _durations(shard_set)
         at = {key: row for row, key in enumerate(result.sample_ids)}
         for name, start in named.items():
@@ -221,6 +235,15 @@ def _windows(
             covered = end
             if is_last:  # the windows behind it are parts of it
                 return
+
+
+def _give_up(video: Path, damaged: list[DamagedVideo], *, behind_seconds: float | None) -> None:
+    """Name the rest of a video among the damaged; None: of which nothing was read, in one entry."""
+    if behind_seconds is None:
+        damaged[:] = [replace(damaged[0], video=str(video))]
+        return
+    what = f"left out, as the windows before it cannot be read: {damaged[-1].what}"
+    damaged.append(replace(damaged[-1], video=f"{video} behind {behind_seconds:.3f} s", what=what))
 
 
 def _classes(trained: TrainedModel, of_window: Any, config: WindowConfig) -> list[Prediction]:

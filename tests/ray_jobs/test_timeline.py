@@ -50,13 +50,51 @@ def test_a_video_is_a_row_per_window_whatever_the_lots_are(
     assert all((event["start_seconds"], event["end_seconds"]) == (0.0, parts.seconds) for event in document["events"])
 
 
-def test_windows_that_cannot_be_read_are_named_and_the_others_stand(checkpoint: Path, tmp_path: Path) -> None:
-    video = damage(make_clip(tmp_path / "film.mp4", seconds=1.0), tmp_path / "bad.mp4", "half")
+def film_with_a_hole(folder: Path) -> Path:
+    """Twenty seconds, of which some in the middle are zeros."""
+    video = make_clip(folder / "film.mp4", seconds=20, fps=5, size=(32, 32), gop=5)
+    content = bytearray(video.read_bytes())
+    first, last = content.index(b"mdat"), content.index(b"moov")
+    begin, end = (first + int(share * (last - first)) for share in (0.3, 0.7))
+    content[begin:end] = bytes(end - begin)
+    video.write_bytes(content)
+    return video
+
+
+def test_what_follows_a_long_stretch_of_damage_is_read_or_named(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = film_with_a_hole(tmp_path)
+    config = WindowConfig(window_seconds=2.0, stride_seconds=2.0)
+    monkeypatch.setattr(timeline, "_WINDOWS_AT_A_TIME", 2)
+    (report,) = predict_timeline(checkpoint, [video], config, views=VIEWS, out=tmp_path / "out")
+    read = {float(row["start_seconds"]) for row in rows(report)}
+    unread = {float(one.video.split(" at ")[1].removesuffix(" s")) for one in report.damaged}
+    assert read | unread == set(map(float, range(0, 20, 2)))
+    assert {0.0, 18.0} <= read
+    assert {8.0, 10.0} <= unread, "a lot as a whole"
+    monkeypatch.setattr(timeline, "_MOST_UNREADABLE_LOTS", 1)
+    (given_up,) = predict_timeline(checkpoint, [video], config, views=VIEWS, out=tmp_path / "out")
+    assert "film.mp4 behind " in given_up.damaged[-1].video
+    assert "left out" in given_up.damaged[-1].what
+
+
+@pytest.mark.parametrize(("how", "reason"), [("text", "not_a_video"), ("half", "truncated")])
+def test_a_file_that_cannot_be_read_at_all_is_named_once(
+    checkpoint: Path, tmp_path: Path, how: str, reason: str
+) -> None:
+    video = damage(make_clip(tmp_path / "film.mp4", seconds=1.0), tmp_path / "bad.mp4", how)
     config = WindowConfig(window_seconds=0.5, stride_seconds=0.5)
     (report,) = predict_timeline(checkpoint, [video], config, views=VIEWS, out=tmp_path / "out")
-    assert report.num_windows == len(rows(report))
-    assert report.damaged
-    assert "bad.mp4 at " in report.damaged[0].video
+    assert [(one.video, one.reason) for one in report.damaged] == [(str(video), reason)]
+    assert (report.num_windows, rows(report)) == (0, [])
+
+
+def test_a_video_of_more_than_ten_minutes_is_read_to_its_end(checkpoint: Path, tmp_path: Path) -> None:
+    video = make_clip(tmp_path / "film.mp4", seconds=660, fps=1, size=(32, 32))
+    config = WindowConfig(window_seconds=120.0, stride_seconds=120.0)
+    (report,) = predict_timeline(checkpoint, [video], config, views=VIEWS, out=tmp_path / "out")
+    assert [float(row["end_seconds"]) for row in rows(report)] == [120.0, 240.0, 360.0, 480.0, 600.0, 660.0]
 
 
 def test_windows_in_a_row_above_the_threshold_are_one_event() -> None:
