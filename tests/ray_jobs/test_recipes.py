@@ -246,6 +246,36 @@ def test_a_published_recipe_is_planned_without_shards_and_weights(
     assert list(tmp_path.iterdir()) == []
 
 
+OF_CAST = (1e-3, 0.75, 0.2, 50, 384, 0.9, "2x3")
+SETTINGS = {
+    **dict.fromkeys(("cast_epic_kitchens_100", "cast_epic_kitchens_100_resnet50", "cast_activitynet"), OF_CAST),
+    "cast_epic_kitchens_100_ablations": (1e-3, 0.8, 0.2, 50, 384, 0.9, "2x3"),
+    "cast_something_something_v2": (1e-3, 0.75, 0.3, 50, 384, 0.9, "2x3"),
+    "cast_kinetics_400": (1e-3, 0.75, 0.2, 70, 576, 0.5, "5x3"),
+}
+"""Base rate, layer decay, drop path, epochs, global batch, mixup's probability, views: of the paper and its code."""
+OF_SOUND = (5e-4, 0.8, 0.2, 50, 192, 0.9, "2x3")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_recipe_has_the_published_settings(name: str) -> None:
+    recipe = load_recipe(name)
+    optim, training, augment = recipe.optim, recipe.training, recipe.data.augment
+    assert recipe.published is not None
+    assert (
+        *(optim.base_lr, optim.layer_decay, recipe.model.drop_path_rate, training.epochs),
+        *(training.global_batch_size, augment.mixing.probability, recipe.published.views),
+    ) == SETTINGS.get(name, OF_SOUND)
+    assert (optim.betas, optim.eps, optim.weight_decay, optim.warmup_epochs) == ((0.9, 0.999), 1e-8, 0.05, 5)
+    assert (optim.min_lr, optim.label_smoothing, augment.mixing.mixup_alpha) == (1e-6, 0.1, 0.8)
+    assert (recipe.clip.num_frames, recipe.clip.crop_size) == (16, 224)
+    assert augment.rand_augment == "rand-m7-n4-mstd0.5-inc1"
+    is_dense = recipe.published.dataset in ("kinetics_400", "kinetics_sound", "vgg_sound", "ucf_101")
+    assert recipe.data.sampling.scheme == ("dense" if is_dense else "uniform")
+    has_sides = recipe.published.dataset == "something_something_v2"  # left and right are its labels
+    assert augment.flip_probability == (0.0 if has_sides else 0.5)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_head_of_a_published_recipe_says_all_that_is_asked_of_it(name: str) -> None:
     recipe = load_recipe(name)
@@ -389,10 +419,11 @@ def small(name: str) -> Recipe:
     return load_recipe(name, [setting for setting in tiny(name) if setting.startswith(("model.", "clip."))])
 
 
-def test_hours_of_several_recipes_follow_from_clips_epochs_and_the_model() -> None:
-    recipes = [small(name) for name in ("cast_epic_sounds", "cast_kinetics_sound", "cast_epic_kitchens_100")]
+def test_hours_of_all_recipes_follow_from_clips_epochs_and_the_model() -> None:
+    recipes = [small(name) for name in PUBLISHED]
     one = {row.name: row.hours for row in published_rows(recipes, with_hours=True, device="h200")}
     eight = {row.name: row.hours for row in published_rows(recipes[:2], with_hours=True, device="H200", workers=8)}
+    assert [*one] == PUBLISHED
     assert all(hours is not None and hours > 0 for hours in one.values())
     assert eight == {name: pytest.approx((one[name] or 0) / 8) for name in (recipe.name for recipe in recipes[:2])}
     ratio = (one["cast_epic_sounds"] or 0) / (one["cast_kinetics_sound"] or 1)
