@@ -439,9 +439,9 @@ def _score_on_ray(job: _Job, workers: Workers) -> None:
     """Score in tasks of a Ray cluster: as many at a time as it has room for."""
     with scoring_ray(workers):
         import ray
-        from ray.exceptions import RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
-        from ray_jobs.cluster.ray_access import living_nodes
+        from ray_jobs.cluster.ray_access import first_line, living_nodes
 
         has_gpus = any(node.resources.get("GPU", 0) >= 1 for node in living_nodes())
         needs = (
@@ -450,21 +450,31 @@ def _score_on_ray(job: _Job, workers: Workers) -> None:
         task = ray.remote(max_retries=_MOST_TRIES - 1, scheduling_strategy="SPREAD", **needs)(_score_on_worker)
         waiting = [task.remote(asdict(job), rank) for rank in range(job.world_size)]
         with progress("Scoring", job.world_size) as update:
-            while waiting:
-                ready, waiting = ray.wait(waiting)
-                try:
-                    ray.get(ready)
-                except RayTaskError as error:
-                    for one in waiting:
-                        ray.cancel(one, force=True)
-                    if isinstance(error.cause, CA2STError):
-                        raise WorkerFailedError(str(error.cause), error.cause.exit_code) from error
-                    raise
-                update(job.world_size - len(waiting), "workers")
+            try:
+                while waiting:
+                    (ready,), waiting = ray.wait(waiting, num_returns=1)
+                    if (failure := ray.get(ready)) is not None:
+                        raise WorkerFailedError(*failure)
+                    update(job.world_size - len(waiting), "workers")
+            except RayTaskError:  # a fault of ours
+                raise
+            except RayError as error:
+                lost = (
+                    f"Ray lost a task in each of {_MOST_TRIES} tries: {first_line(error)}; look at that node's memory"
+                )
+                raise WorkerFailedError(lost, EnvironmentFault.exit_code) from error
+            finally:
+                for one in waiting:
+                    ray.cancel(one, force=True)
 
 
-def _score_on_worker(job: dict[str, Any], rank: int) -> None:
-    _score_as_worker(_Job(**job), rank, shown=False)
+def _score_on_worker(job: dict[str, Any], rank: int) -> tuple[str, int] | None:
+    """Return what failed, with its exit code: not every error of ours can be pickled."""
+    try:
+        _score_as_worker(_Job(**job), rank, shown=False)
+    except CA2STError as error:
+        return f"rank {rank}: {type(error).__name__}: {error}", error.exit_code
+    return None
 
 
 def facts_of(report: EvaluationReport, views: str) -> dict[str, object]:

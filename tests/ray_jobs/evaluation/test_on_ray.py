@@ -1,6 +1,8 @@
 """`ca2st evaluate --ray` and `ca2st robustness --ray`: tasks of a Ray score as one process does."""
 
 import json
+import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +12,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from ca2st.errors import DataDamageError
 from ray_jobs.cli import main
 from ray_jobs.evaluation.predictions import read_facts, read_rows
 from ray_jobs.evaluation.workers import Workers, scoring_ray
+from support.fake_shards import flip_byte
 from support.processes import python_path
 from support.tiny_runs import ca2st, make_tiny_run
 
@@ -48,15 +52,15 @@ def _ray() -> Iterator[None]:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
-    """Run a command in this process; returns what it prints as JSON."""
+    """Run a command in this process; returns what it prints as JSON, of one that fails what it ``told``."""
 
-    def run(*arguments: object) -> dict[str, Any]:
+    def run(*arguments: object, exit_code: int = 0) -> dict[str, Any]:
         monkeypatch.setattr(sys, "argv", ["ca2st", *map(str, arguments), "--json"])
         with pytest.raises(SystemExit) as ended:
             main()
         told = capsys.readouterr()
-        assert (ended.value.code or 0) == 0, told.err
-        return dict(json.loads(told.out.strip().splitlines()[-1]))
+        assert (ended.value.code or 0) == exit_code, told.err
+        return {"told": told.err} if exit_code else dict(json.loads(told.out.strip().splitlines()[-1]))
 
     return run
 
@@ -93,3 +97,16 @@ def test_tasks_of_a_ray_disturb_the_sound_as_one_process_does(
         np.testing.assert_allclose(rows, own, atol=1e-5)
         assert np.abs(rows - clean).max() > 1e-4, f"{one['name']} disturbs nothing"
     assert Path(there["plot"]).read_text() == Path(here["plot"]).read_text()
+
+
+def test_damage_that_a_task_meets_is_told_by_its_name_and_exit_code(
+    root: Path, tmp_path: Path, command: Callable[..., dict[str, Any]]
+) -> None:
+    shutil.copytree(root / "shards" / "train", tmp_path / "shards")
+    shard = tmp_path / "shards" / "ca2st-000001.tar"
+    for place in range(2_000, shard.stat().st_size - 2_000, 400):
+        flip_byte(shard, place)
+    test = ("evaluate", root / "run", "--data", tmp_path / "shards", "--views", "1x1", "--ray", "--workers", 2)
+    told = command(*test, "--predictions", tmp_path / "rows.parquet", exit_code=DataDamageError.exit_code)["told"]
+    assert re.search(r"rank \d: \w+: .*ca2st-000001\.tar", told)
+    assert not (tmp_path / "rows.parquet").exists()
