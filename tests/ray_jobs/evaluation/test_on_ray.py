@@ -1,8 +1,10 @@
 """`ca2st evaluate --ray` and `ca2st robustness --ray`: tasks of a Ray score as one process does."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ca2st.errors import DataDamageError
+from ca2st.errors import DataDamageError, EnvironmentFault
 from ray_jobs.cli import main
+from ray_jobs.evaluation import workers
 from ray_jobs.evaluation.predictions import read_facts, read_rows
 from ray_jobs.evaluation.workers import Workers, scoring_ray
 from support.fake_shards import flip_byte
@@ -110,3 +113,17 @@ def test_damage_that_a_task_meets_is_told_by_its_name_and_exit_code(
     told = command(*test, "--predictions", tmp_path / "rows.parquet", exit_code=DataDamageError.exit_code)["told"]
     assert re.search(r"rank \d: \w+: .*ca2st-000001\.tar", told)
     assert not (tmp_path / "rows.parquet").exists()
+
+
+def end_the_process(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_task_that_is_lost_in_every_try_is_told_as_a_fault_of_the_machine(
+    root: Path, command: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_score_on_worker", end_the_process)
+    monkeypatch.setattr(workers, "_MOST_TRIES", 1)
+    test = ("evaluate", root / "run", "--data", root / "shards" / "validation", "--views", "1x1", "--ray")
+    told = command(*test, exit_code=EnvironmentFault.exit_code)["told"]
+    assert "Ray lost a task in each of 1 tries: " in told
