@@ -127,11 +127,11 @@ def _lines(found: ConversionBenchmark) -> list[str]:
         whole = f"{way.seconds:9.1f}{way.cpu_seconds:11.1f}{way.clips_per_second:9.2f}"
         further = f"{way.seconds_per_further_clip:7.3f}{way.cpu_seconds_per_further_clip:8.3f}"
         lines.append(f"  {named:<12}{whole}   {further}")
-    speedup, further = found.workers_speedup, found.workers_speedup_per_further_clip
-    lines.append(f"{found.workers} workers are {speedup:.2f}x one worker, {further:.2f}x without the start")
+    speedup, without_start = found.workers_speedup, found.workers_speedup_per_further_clip
+    lines.append(f"{found.workers} workers are {speedup:.2f}x one worker, {without_start:.2f}x without the start")
     if found.share_of_ffmpeg is not None:
-        share, further = found.share_of_ffmpeg, found.share_of_ffmpeg_per_further_clip
-        lines.append(f"one worker has {share:.2f} of FFmpeg's speed per core, {further:.2f} without the start")
+        share = f"{found.share_of_ffmpeg:.2f} of FFmpeg's speed per core"
+        lines.append(f"one worker has {share}, {found.share_of_ffmpeg_per_further_clip:.2f} without the start")
     return lines
 
 
@@ -243,9 +243,10 @@ def benchmark_conversion(
         baseline_clips_per_second=medians["baseline"].clips_per_second,
         workers_speedup=one.seconds / all_workers.seconds,
         workers_speedup_per_further_clip=one.seconds_per_further_clip / all_workers.seconds_per_further_clip,
-        share_of_ffmpeg=ffmpeg and ffmpeg.cpu_seconds / one.cpu_seconds,
-        share_of_ffmpeg_per_further_clip=ffmpeg
-        and ffmpeg.cpu_seconds_per_further_clip / one.cpu_seconds_per_further_clip,
+        share_of_ffmpeg=ffmpeg.cpu_seconds / one.cpu_seconds if ffmpeg else None,
+        share_of_ffmpeg_per_further_clip=(
+            ffmpeg.cpu_seconds_per_further_clip / one.cpu_seconds_per_further_clip if ffmpeg else None
+        ),
         workers=config.workers,
         num_clips=len(files),
         num_shards=len(plan_shards(source, config)),

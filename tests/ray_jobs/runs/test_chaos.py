@@ -26,6 +26,8 @@ _NUM_FAULTS = int(os.environ.get("CA2ST_CHAOS_FAULTS", "200"))
 _STEPS_PER_EPOCH = 4
 _SECONDS = 300
 """An attempt that takes longer hangs."""
+_MOST_STEPS = 5
+"""An attempt whose fault did not come by then is stopped, so that the run does not end before its faults do."""
 _REFUSED = 2
 _STEP_POINTS = ("step.received", "step.updated", "step.logged", "validation.begun")
 _CHECKPOINT_POINTS = (
@@ -68,7 +70,7 @@ def test_t18_a_run_through_many_random_faults_ends_with_the_numbers_of_an_undist
     seed = int(os.environ.get("CA2ST_CHAOS_SEED") or secrets.randbits(32))
     draw = random.Random(seed)
     recipe = make_tiny_run(tmp_path)
-    epochs = 4 + 3 * _NUM_FAULTS // _STEPS_PER_EPOCH
+    epochs = 4 + 4 * _NUM_FAULTS  # an attempt makes far fewer steps than sixteen
     settings = ("tracking.enabled=false", f"training.epochs={epochs}", "training.checkpoint_every_steps=2")
     arguments = ("train", recipe, "--workers", 2, *(part for setting in settings for part in ("--set", setting)))
     done = ca2st(*arguments, "--out", tmp_path / "undisturbed")
@@ -81,18 +83,22 @@ def test_t18_a_run_through_many_random_faults_ends_with_the_numbers_of_an_undist
     environment = {"CA2ST_CHAOS": mark, "TMPDIR": str(tmp_path / "tmp")}
     shared_memory = set(Path("/dev/shm").iterdir())
     ends: Counter[int] = Counter()
+    num_stopped = 0
     for number in range(_NUM_FAULTS):
         fault = _drawn(draw)
         if fault.damage:
             _damage_newest_checkpoint(run_dir, draw)
-        code, said = _attempt((*arguments, "--out", run_dir), fault, run_dir, environment)
+        code, was_stopped, said = _attempt((*arguments, "--out", run_dir), fault, run_dir, environment)
         ends[code] += 1
+        num_stopped += was_stopped
         where = f"seed {seed}, fault {number}, {fault}, exit code {code}\n{said}"
         assert code != _REFUSED, where
+        assert code != 0, f"the run ended before its faults: {where}"
         assert _gone(mark), f"processes are left: {where}"
     done = ca2st(*arguments, "--out", run_dir, environment=environment)
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
-    print(f"seed {seed}: attempts by exit code {dict(ends)}")
+    print(f"seed {seed}: attempts by exit code {dict(ends)}, of them stopped before their fault: {num_stopped}")
+    assert num_stopped < _NUM_FAULTS / 4
     assert sequence(run_dir) == sequence(tmp_path / "undisturbed"), f"seed {seed}"
     assert journal(run_dir, "eval")[-1]["metrics"] == journal(tmp_path / "undisturbed", "eval")[-1]["metrics"]
     assert _gone(mark)
@@ -103,8 +109,8 @@ def test_t18_a_run_through_many_random_faults_ends_with_the_numbers_of_an_undist
 
 def _attempt(
     arguments: tuple[object, ...], fault: _Fault, run_dir: Path, environment: dict[str, str]
-) -> tuple[int, str]:
-    """Run the command once, with its fault; returns exit code and what it said."""
+) -> tuple[int, bool, str]:
+    """Run the command once, with its fault; returns exit code, whether it was stopped before, and what it said."""
     with subprocess.Popen(
         [sys.executable, "-m", "ray_jobs.cli", *map(str, arguments)],
         env=os.environ | environment | {"CA2ST_FAULT": fault.inside},
@@ -112,17 +118,18 @@ def _attempt(
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        if fault.sent is not None:
-            goal = _num_steps(run_dir) + fault.steps
-            while process.poll() is None and _num_steps(run_dir) < goal:
-                time.sleep(0.02)
-            process.send_signal(fault.sent)
+        goal = _num_steps(run_dir) + (_MOST_STEPS if fault.sent is None else fault.steps)
+        deadline = time.monotonic() + _SECONDS
+        while process.poll() is None and _num_steps(run_dir) < goal and time.monotonic() < deadline:
+            time.sleep(0.02)
+        was_stopped = fault.sent is None and process.poll() is None
+        process.send_signal(fault.sent or signal.SIGTERM)
         try:
-            _, said = process.communicate(timeout=_SECONDS)
+            _, said = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             pytest.fail(f"{fault}: still there after {_SECONDS} s")
-    return process.returncode, said
+    return process.returncode, was_stopped, said
 
 
 def _num_steps(run_dir: Path) -> int:
