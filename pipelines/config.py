@@ -40,7 +40,7 @@ class LoaderConfig:
     """Threads of the decoding backend; None: the processor cores this process may use, shared with the other workers
     of a training on its machine."""
     prefetch_steps: int = 2
-    """Finished batches kept ready; 0 makes each one when it is asked for, without a thread."""
+    """Batches kept ready, beside one that is being made; 0 makes each when it is asked for."""
     backend: BackendName = "auto"
     """``dali``, ``reference`` (slow, the oracle), or ``auto``: dali where it is installed."""
     decode_on: DecodeOn = "auto"

@@ -15,7 +15,7 @@ it is ready. So `batches(epoch, first_step=k)` is exactly the rest of `batches(e
 import logging
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ from pipelines.storage.index import SampleEntry
 from pipelines.storage.remote import ShardsAhead
 from pipelines.storage.samples import FetchedSample
 from pipelines.storage.shard_sets import SetReaders
-from pipelines.threads import FetchThreads, StageStats, StallWatch, StatsRecorder, prefetched
+from pipelines.threads import LoaderThreads, StageStats, StallWatch, StatsRecorder, prefetched
 from pipelines.views import (
     ClipFacts,
     Draws,
@@ -60,6 +60,7 @@ from sharding.format.index import TICKS_PER_SECOND
 from sharding.format.shard_set import read_shard_set
 
 L = TypeVar("L", bound="RankLoader")
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -293,7 +294,9 @@ def _backend(setup: TrainSetup | EvaluationSetup, stats: StatsRecorder) -> ViewB
 
 
 _FETCH_AHEAD_STEPS = 2
-"""Steps whose bytes are read while an earlier one is rendered."""
+"""Steps whose bytes are read while earlier ones are rendered."""
+_RENDERED_AT_ONCE = 2
+"""Steps, where batches are made ahead: one is decoded while the views of the one before are finished."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,34 +333,35 @@ class BatchAssembler:
     """Keeps damaged samples out; None: the first one ends the run."""
 
     def batches(self, epoch: int, draws: Draws, first_step: int = 0) -> Generator[ClipBatch, None, None]:
-        """Yield a batch per step, the bytes of the next steps being read meanwhile; closing it ends its threads."""
+        """Yield a batch per step, others being read and rendered meanwhile; closing it ends its threads."""
         # A plan caches the blocks of the step it was last asked for: each reader of other steps gets its own.
         plan, later, others = (self.plan.epoch(epoch) for _ in range(3))
         record, positions = self.plan.record, self.plan.positions(self.setup.rank, self.setup.world_size)
         replacements = Replacements(others, global_batch_size=record.global_batch_size)
-        steps, waiting = range(first_step, plan.num_steps), deque[tuple[_Step, list[Future[_Prepared]]]]()
         lanes = -(-len(positions) * record.num_lanes // record.global_batch_size)
+        numbers = range(first_step, plan.num_steps)
+        rendered_ahead = _RENDERED_AT_ONCE - 1 if self.setup.loader.prefetch_steps else 0
 
         def shards_of(step: int) -> set[int]:
             return set(later.samples(step, positions).shards.tolist())
 
         with (
-            ShardsAhead(self.sets, shards_of, steps, most_waiting=lanes) as ahead,
-            closing(FetchThreads(self.setup.loader.fetch_threads)) as threads,
+            ShardsAhead(self.sets, shards_of, numbers, most_waiting=lanes) as shards_ahead,
+            closing(LoaderThreads("clip-render", _RENDERED_AT_ONCE)) as renderers,
+            closing(LoaderThreads("clip-fetch", self.setup.loader.fetch_threads)) as readers,
         ):
-            for number in steps:
-                ahead.reached(number)
+
+            def read(number: int) -> tuple[_Step, list[Future[_Prepared]]]:
+                shards_ahead.reached(number)
                 cells = cells_of(plan.samples(number, positions))
                 step = _Step(number=number, positions=positions, cells=cells, draws=draws, replacements=replacements)
                 if self.guard is None:
-                    futures = [threads.submit(self._prepare, cell, draws) for cell in cells]
-                else:
-                    futures = [threads.submit(self._prepare_undamaged, step, place) for place in range(len(cells))]
-                waiting.append((step, futures))
-                if len(waiting) > _FETCH_AHEAD_STEPS:
-                    yield self._batch(*waiting.popleft())
-            while waiting:
-                yield self._batch(*waiting.popleft())
+                    return step, [readers.submit(self._prepare, cell, draws) for cell in cells]
+                return step, [readers.submit(self._prepare_undamaged, step, place) for place in range(len(cells))]
+
+            being_read = _begun_ahead(map(read, numbers), _FETCH_AHEAD_STEPS)
+            rendered = (renderers.submit(self._batch, step, futures) for step, futures in being_read)
+            yield from map(Future.result, _begun_ahead(rendered, rendered_ahead))
 
     def _prepare(self, cell: PlannedCell, draws: Draws) -> _Prepared:
         """Draw the views of a planned sample and read its bytes."""
@@ -433,6 +437,18 @@ class BatchAssembler:
     def _intervals(self, entry: SampleEntry, view: ViewDraw) -> Float[Tensor, "intervals 2"]:
         ticks = entry.frame_ticks[list(view.frame_indices)].tolist()
         return intervals_seconds(ticks, view.mel_start_row - view.spectrogram.roll, self.setup.clip)
+
+
+def _begun_ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """Yield the items in order, each after `count` more were asked for: what these stand for has begun by then."""
+    waiting = deque[T]()
+    for item in items:
+        waiting.append(item)
+        del item  # the consumer alone keeps a batch alive
+        if len(waiting) > count:
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
 
 
 def intervals_seconds(ticks: Sequence[int], mel_start_row: int, clip: ClipSpec) -> Float[Tensor, "intervals 2"]:

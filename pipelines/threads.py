@@ -27,9 +27,9 @@ _OWN_TO_CONSUMER = ("steps", "wait_seconds")
 class StageStats:
     """Running totals of a loader; subtract an earlier snapshot to get those of a stretch.
 
-    Index, fetch and checksum run on several threads, so their seconds are thread seconds. Decode and augment are those
-    of the thread that renders: on a GPU crop and resize are part of DALI's graph and count as decode, on a CPU threads
-    of ours do them, and augment is the wait for these.
+    All run on several threads, so their seconds are thread seconds. Decode and augment are those of the threads that
+    render: on a GPU crop and resize are part of DALI's graph and count as decode, on a CPU threads of ours do them, and
+    augment is the wait for these.
     """
 
     steps: int = 0
@@ -269,14 +269,14 @@ class _Worker(Generic[T]):
         self._done.put(_End(error))
 
 
-class FetchThreads:
+class LoaderThreads:
     """A fixed number of threads that make calls in the order they came; errors travel in the futures."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, name: str, count: int) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._threads = [
-            threading.Thread(target=self._run, name=f"clip-fetch_{number}", daemon=True) for number in range(count)
+            threading.Thread(target=self._run, name=f"{name}_{number}", daemon=True) for number in range(count)
         ]
         for thread in self._threads:
             thread.start()

@@ -25,7 +25,7 @@ stored (`sharding.media.codecs`). Pixels decoded on a CPU equal the reference's 
 On a GPU (NVDEC, nvJPEG) outputs become torch tensors by DLPack, without a copy, and are put in order by one copy on the
 device; nothing comes back to the host. Everything happens on a stream of this module's, asked for by the loader's
 thread: the training step computes on its own stream meanwhile, and `render` returns when its views are finished. Held
-on the device: `prefetch_steps` + 1 finished batches (2.4 MB per view of 16 frames at 224), and the decoded pictures of
+on the device: `prefetch_steps` + 2 finished batches (2.4 MB per view of 16 frames at 224), and the decoded pictures of
 at most two runs at their stored size (`MOST_FRAMES`). Pixels are not those of the CPU bit for bit: the engines decode
 to YCbCr as the standards say, but colours are interpolated and rounded otherwise, nvJPEG has an inverse transform of
 its own, and the resize rounds elsewhere. `make gpu` measures how far.
@@ -126,7 +126,7 @@ class ClipGraph(Protocol):
     ) -> tuple[UInt8[Tensor, "views 3 time height width"], list[Job]]:
         """Return contiguous memory of torch for the views of a run, clip by clip, and the jobs that finish them.
 
-        Nothing of it is DALI's memory, which the next run writes over.
+        What the jobs read may be DALI's memory: a run takes its own, and it lasts as long as anything of it is held.
         """
         ...
 
@@ -195,9 +195,9 @@ class OnGpu:
 
 
 class GraphBackend:
-    """Renders clips through one pipeline; calls from several threads take turns.
+    """Renders clips through one pipeline, in which calls from several threads take turns.
 
-    Views of a run are augmented while the next run decodes.
+    Views of a run are finished while the next run decodes, of the same call or of another.
     """
 
     def __init__(
@@ -246,6 +246,7 @@ class GraphBackend:
             batch_size=self._clips_per_run * self._graph.samples_per_clip,
             num_threads=self._threads,
             device_id=self._place.device_id,
+            exec_dynamic=True,  # outputs are not written over by later runs
             prefetch_queue_depth=1,  # a run is asked for, not guessed: the loader's thread is ahead of the step
         )
         with pipeline:
@@ -323,9 +324,9 @@ class FramesOnCpu:
     def views(
         self, outputs: Sequence[Any], requests: Sequence[RenderRequest]
     ) -> tuple[UInt8[Tensor, "views 3 time height width"], list[Job]]:
-        """Copy the decoded boxes; everything else is left to the jobs."""
-        time = self.samples_per_clip
-        clips = [[np.array(outputs[0].at(clip * time + at)) for at in range(time)] for clip in range(len(requests))]
+        """Leave everything to the jobs, which keep the decoded boxes alive."""
+        time, pictures = self.samples_per_clip, outputs[0]
+        clips = [[np.asarray(pictures[clip * time + at]) for at in range(time)] for clip in range(len(requests))]
         return _resizing(clips, [box_around(request.boxes) for request in requests], requests, self._crop_size)
 
 
@@ -349,9 +350,9 @@ class VideoOnCpu:
     def views(
         self, outputs: Sequence[Any], requests: Sequence[RenderRequest]
     ) -> tuple[UInt8[Tensor, "views 3 time height width"], list[Job]]:
-        """Copy the decoded boxes; everything else is left to the jobs."""
+        """Leave everything to the jobs, which keep the decoded clips alive."""
         around = [box_around(request.boxes) for request in requests]
-        clips = [list(np.array(cut_out(np.asarray(outputs[0].at(clip)), box))) for clip, box in enumerate(around)]
+        clips = [list(cut_out(np.asarray(outputs[0][clip]), box)) for clip, box in enumerate(around)]
         return _resizing(clips, around, requests, self._crop_size)
 
 

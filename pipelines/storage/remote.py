@@ -26,7 +26,7 @@ from ca2st.durable import fsync_folder, is_environment_error, take_lock
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError
 from pipelines.errors import ShardSetDamageError
 from pipelines.storage.shard_files import OpenShard, ShardFiles, Verify, sha256_of
-from pipelines.threads import FetchThreads, StatsRecorder
+from pipelines.threads import LoaderThreads, StatsRecorder
 from sharding.format.remote import RemoteFileMissingError, RemoteFiles, Retrier
 from sharding.format.shard_set import ShardEntry, ShardSet
 
@@ -242,7 +242,7 @@ class ShardsAhead:
         self._refused: list[int] = []
         self._lock, self._waiting = threading.Lock(), set[int]()
         self._closing = threading.Event()
-        self._threads = FetchThreads(_THREADS) if sets.are_remote else None
+        self._threads = LoaderThreads("clip-shards", _THREADS) if sets.are_remote else None
 
     def __enter__(self) -> "ShardsAhead":
         return self

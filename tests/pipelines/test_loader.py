@@ -1,7 +1,8 @@
 """The loaders end to end on small shards. Row P10, and P13 at the end."""
 
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
 from pipelines.augment.spectrogram import MEL_MEAN, MEL_SCALE
 from pipelines.config import EvaluationSetup, LoaderConfig, TrainSetup
-from pipelines.errors import LoaderClosedError, PlanError
+from pipelines.errors import LoaderClosedError, PlanError, SampleDamageError
 from pipelines.loader import EvaluationLoader, TrainLoader
 from pipelines.order.selection import PlanRecord
+from pipelines.rendering import RenderRequest
 from pipelines.views import EvaluationViews
 from sharding.errors import ManifestError
 from sharding.format.index import TICKS_PER_SECOND
@@ -274,6 +276,80 @@ def test_stages_are_counted(intact_set: ShardSet, clip: ClipSpec) -> None:
     assert stats.bytes_read > 24 * 1000
     for name in ("fetch_seconds", "checksum_seconds", "decode_seconds", "augment_seconds", "wait_seconds"):
         assert getattr(stats, name) > 0, name
+
+
+class Together:
+    """Renders by the backend of a loader and counts calls that overlap; the first ends after the second, if it can."""
+
+    def __init__(self, loader: TrainLoader, *, patience: float) -> None:
+        backend = loader._assembler.backend
+        self._render, self._patience, self._changed = backend.render, patience, threading.Condition()
+        self._running, self.most, self.calls = 0, 0, 0
+        backend.render = self.render  # type: ignore[method-assign]
+
+    def render(self, requests: Sequence[RenderRequest]) -> torch.Tensor:
+        with self._changed:
+            self._running, self.calls = self._running + 1, self.calls + 1
+            self.most = max(self.most, self._running)
+            self._changed.notify_all()
+            if self.calls == 1:
+                self._changed.wait_for(lambda: self.calls >= 2 and self._running == 1, self._patience)
+        views = self._render(requests)
+        with self._changed:
+            self._running -= 1
+            self._changed.notify_all()
+        return views
+
+
+def test_two_batches_are_rendered_at_once_and_come_in_order_though_the_later_one_is_ready_first(
+    intact_set: ShardSet, clip: ClipSpec, epochs: list[list[ClipBatch]]
+) -> None:
+    with train_loader(intact_set, clip) as loader:
+        backend = Together(loader, patience=30.0)
+        assert_same(list(loader.batches(0)), epochs[0])
+    assert (backend.most, backend.calls) == (2, 3)
+
+
+def test_without_batches_made_ahead_each_is_rendered_when_it_is_asked_for(
+    intact_set: ShardSet, clip: ClipSpec, epochs: list[list[ClipBatch]]
+) -> None:
+    with train_loader(intact_set, clip, replace(FAST, prefetch_steps=0)) as loader:
+        backend = Together(loader, patience=0.1)
+        batches = loader.batches(0)
+        first = next(batches)
+        assert backend.calls == 1
+        assert_same([first, *batches], epochs[0])
+    assert (backend.most, backend.calls) == (1, 3)
+
+
+def test_an_error_of_a_batch_that_is_rendered_beside_another_comes_after_that_one_and_ends_all_threads(
+    intact_set: ShardSet, clip: ClipSpec
+) -> None:
+    before = threading.active_count()
+    with train_loader(intact_set, clip) as loader:
+        wanted = [batch.sample_ids for batch in loader.batches(0)]
+        second = wanted[1][0]
+
+        def failing(requests: Sequence[RenderRequest]) -> torch.Tensor:
+            if bad := [request.where for request in requests if request.where.endswith(f"sample {second}")]:
+                raise SampleDamageError(f"{bad[0]}: cannot be decoded")
+            return render(requests)
+
+        render = loader._assembler.backend.render
+        loader._assembler.backend.render = failing  # type: ignore[method-assign]
+        batches = loader.batches(0)
+        assert next(batches).sample_ids == wanted[0]
+        with pytest.raises(SampleDamageError, match=rf"sample {second}: cannot be decoded"):
+            next(batches)
+        assert threading.active_count() == before
+
+
+def test_an_iterator_that_is_closed_leaves_no_batch_behind(intact_set: ShardSet, clip: ClipSpec) -> None:
+    with train_loader(intact_set, clip) as loader:
+        batches = loader.batches(0)
+        videos = [weakref.ref(next(batches).video) for _ in range(2)]
+        next(batches)
+        assert [video() for video in videos] == [None, None]
 
 
 # Refusals before the first step.

@@ -16,7 +16,7 @@ from pipelines.config import LoaderConfig, TrainSetup
 from pipelines.errors import LoaderStalledError
 from pipelines.loader import TrainLoader
 from pipelines.storage.shard_files import OpenShard, ShardFiles
-from pipelines.threads import FetchThreads, StallWatch, StatsRecorder, prefetched
+from pipelines.threads import LoaderThreads, StallWatch, StatsRecorder, prefetched
 from sharding.format.shard_set import ShardEntry, ShardSet
 from support.fake_shards import make_samples, make_shard_set
 
@@ -71,7 +71,7 @@ def test_p8_a_decoder_that_hangs_is_named_and_closing_does_not_wait_for_it(
             gate.wait()
 
     backend.render = hang  # type: ignore[method-assign, assignment]
-    with pytest.raises(LoaderStalledError, match=r"it hangs in: decode for \d\.\d s in clip-prefetch"):
+    with pytest.raises(LoaderStalledError, match=r"it hangs in: decode for \d\.\d s in clip-render_"):
         next(loader.batches(0))
     began = time.monotonic()
     loader.close()
@@ -127,11 +127,11 @@ def test_p8_slow_is_not_stalled_while_stages_go_on_ending() -> None:
 def test_p8_a_process_with_a_hanging_read_still_ends() -> None:
     script = """
 import threading, sys
-from pipelines.threads import FetchThreads, StallWatch, prefetched
+from pipelines.threads import LoaderThreads, StallWatch, prefetched
 from pipelines.threads import StatsRecorder
 stats = StatsRecorder()
 def source():
-    pool = FetchThreads(2)
+    pool = LoaderThreads("clip-fetch", 2)
     yield pool.submit(threading.Event().wait).result()
 try:
     next(prefetched(source(), 1, watch=StallWatch(stats, timeout_seconds=0.2)))
@@ -145,7 +145,7 @@ except Exception as error:
 
 
 def test_fetch_threads_carry_results_and_errors() -> None:
-    pool = FetchThreads(2)
+    pool = LoaderThreads("clip-fetch", 2)
     good, bad = pool.submit(pow, 2, 5), pool.submit(int, "x")
     assert good.result() == 32
     with pytest.raises(ValueError, match="invalid literal"):
@@ -156,7 +156,7 @@ def test_fetch_threads_carry_results_and_errors() -> None:
 
 
 def test_closing_drops_calls_that_wait(gate: threading.Event) -> None:
-    pool = FetchThreads(1)
+    pool = LoaderThreads("clip-fetch", 1)
     running = threading.Event()
 
     def block() -> None:

@@ -3,6 +3,7 @@
 import io
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,6 +197,23 @@ def test_pixels_do_not_depend_on_how_many_clips_share_a_run(dali: GraphBackend) 
     together = dali.render(many)
     alone = torch.cat([dali.render([one]) for one in many])
     assert torch.equal(together, alone)
+
+
+def test_pictures_that_wait_to_be_finished_survive_the_runs_that_follow(dali: GraphBackend) -> None:
+    first = [request(seed, (box(2, 3, 70, 60),)) for seed in range(3)]
+    views, jobs = dali._run(first)
+    for seed in range(3, 9):
+        dali.render([request(seed, (box(0, 0, 90, 90),))])
+    for job in jobs:
+        job()
+    assert torch.equal(views, dali.render(first))
+
+
+def test_calls_from_several_threads_give_the_pixels_of_calls_one_after_the_other(dali: GraphBackend) -> None:
+    batches = [[request(seed, (box(1, 2, 60, 70),)) for seed in range(start, start + 3)] for start in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(dali.render, batches))
+    assert torch.equal(torch.cat(together), torch.cat([dali.render(batch) for batch in batches]))
 
 
 def test_pixels_do_not_depend_on_the_number_of_threads(dali: GraphBackend) -> None:
