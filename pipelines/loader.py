@@ -444,7 +444,6 @@ def _begun_ahead(items: Iterable[T], count: int) -> Iterator[T]:
     waiting = deque[T]()
     for item in items:
         waiting.append(item)
-        del item  # the consumer alone keeps a batch alive
         if len(waiting) > count:
             yield waiting.popleft()
     while waiting:

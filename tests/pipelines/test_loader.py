@@ -1,7 +1,6 @@
 """The loaders end to end on small shards. Row P10, and P13 at the end."""
 
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -342,14 +341,6 @@ def test_an_error_of_a_batch_that_is_rendered_beside_another_comes_after_that_on
         with pytest.raises(SampleDamageError, match=rf"sample {second}: cannot be decoded"):
             next(batches)
         assert threading.active_count() == before
-
-
-def test_an_iterator_that_is_closed_leaves_no_batch_behind(intact_set: ShardSet, clip: ClipSpec) -> None:
-    with train_loader(intact_set, clip) as loader:
-        batches = loader.batches(0)
-        videos = [weakref.ref(next(batches).video) for _ in range(2)]
-        next(batches)
-        assert [video() for video in videos] == [None, None]
 
 
 # Refusals before the first step.
