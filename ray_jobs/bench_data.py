@@ -57,13 +57,13 @@ _RATE = 1e-4
 
 
 def training_consumer(
-    kind: str, size: str, *, num_layers: int | None, clip: ClipSpec
+    kind: str, size: str, *, num_layers: int | None, clip: ClipSpec, device: torch.device | None = None
 ) -> tuple[Callable[[ClipBatch], None], str]:
     """Return training steps of a model with frozen experts on whatever batch comes, and what they are called.
 
-    On a GPU in bf16 with all layers, else in fp32 with `num_layers` (None: 2).
+    On a GPU in bf16 with all layers, else in fp32 with `num_layers` (None: 2); `device` None: a GPU where there is one.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     layers = num_layers or (None if on_gpu else 2)
     model = build_model(model_config(kind, size, num_layers=layers), clip, TARGETS)

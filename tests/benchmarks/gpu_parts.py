@@ -1,6 +1,7 @@
 """Parts of the GPU check, each in a process of its own: a crash, a hang or a lost device costs only that part's rows.
 
-Only ``parity``, ``speed`` and ``damage`` need DALI, PyAV and the packages of the shards; they import them themselves.
+Only ``parity``, ``speed``, ``damage`` and ``end_to_end`` need DALI, PyAV and the packages of the shards; they import
+them themselves.
 """
 
 import contextlib
@@ -16,27 +17,30 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from ca2st.benchmark.case import Case, CaseSpec, LocalCase, ModelBenchConfig, model_config
+from ca2st.benchmark.case import TARGETS, Case, CaseSpec, LocalCase, ModelBenchConfig, model_config
 from ca2st.benchmark.measure import Limit, machine, measure_limit, synchronise
 from ca2st.benchmark.model import benchmark_models
 from ca2st.errors import EnvironmentFault
+from ca2st.model.inspect import model_info
 from ca2st.processes import SPAWN
 from ca2st.spec import ClipSpec
 from ca2st.training.attention_kernel import KERNELS
-from ca2st.training.config import AttentionChoice
+from ca2st.training.config import AttentionChoice, Precision
 
 if TYPE_CHECKING:
     from benchmarks.parity import StoredClip
+    from pipelines.benchmark.clips import DrawnClips
 
-PartName = Literal["device", "limits", "parity", "speed", "damage", "model", "training"]
+PartName = Literal["device", "limits", "parity", "speed", "damage", "model", "training", "end_to_end"]
 BUDGETS: dict[PartName, float] = {
-    "device": 30.0,
-    "limits": 30.0,
+    "device": 25.0,
+    "limits": 25.0,
     "parity": 50.0,
-    "speed": 110.0,
-    "damage": 60.0,
-    "model": 130.0,
-    "training": 65.0,
+    "speed": 95.0,
+    "damage": 55.0,
+    "model": 110.0,
+    "training": 60.0,
+    "end_to_end": 55.0,
 }
 """Seconds that a part may take, its process's start included; together less than eight minutes."""
 
@@ -62,7 +66,7 @@ class GpuCheckSettings:
     """Frames of each."""
     batch: int = 32
     """Clips of a step."""
-    seconds_per_case: float = 2.5
+    seconds_per_case: float = 2.0
     """Measured time of each case of speed."""
     gops: tuple[int, ...] = (4, 8, 16, 32)
     """Frames from key frame to key frame."""
@@ -87,8 +91,19 @@ class GpuCheckSettings:
     """Layers of every expert; None: all."""
     model_batch: int = 24
     """Clips of a pass of the model."""
-    model_seconds: float | None = 3.0
+    model_seconds: float | None = 2.5
     """For each model's forward pass, and again for its training step; None: two passes."""
+    fed_codecs: tuple[str, ...] = ("h264", "mjpeg")
+    """Codecs of the shards that training steps are fed from."""
+    fed_models: tuple[str, ...] = ("cast", "cava")
+    """Whose steps: the published one, and the fastest, which asks for most data."""
+    fed_seconds: float = 4.0
+    """Of each fed step, and again of the step alone."""
+
+    @property
+    def precision(self) -> Precision:
+        """Of products and training steps."""
+        return "fp32" if self.is_dry else "bf16"
 
     @property
     def is_dry(self) -> bool:
@@ -121,6 +136,9 @@ def dry_settings() -> GpuCheckSettings:
         num_layers=1,
         model_batch=1,
         model_seconds=None,
+        fed_codecs=("mjpeg",),
+        fed_models=("cast",),
+        fed_seconds=0.01,
     )
 
 
@@ -254,7 +272,7 @@ def _device_rows(settings: GpuCheckSettings) -> Iterator[Row]:
 def _limit_rows(settings: GpuCheckSettings) -> Iterator[Row]:
     device = torch.device(settings.device)
     yield asdict(measure_copies(device, num_bytes=settings.copy_bytes))
-    yield asdict(measure_limit(device, "fp32" if settings.is_dry else "bf16", size=settings.product_size))
+    yield asdict(measure_limit(device, settings.precision, size=settings.product_size))
 
 
 _COPIES = 10
@@ -303,15 +321,20 @@ def _codecs(settings: GpuCheckSettings) -> tuple[str, ...]:
 
 def _clips(settings: GpuCheckSettings, codec: str, gop: int | None, *, is_uneven: bool = False) -> "list[StoredClip]":
     from benchmarks.parity import stored_clips
+
+    drawn = _drawn(settings, is_uneven=is_uneven)
+    return stored_clips(codec, drawn, num_gop_frames=gop, threads=settings.encoding_threads)
+
+
+def _drawn(settings: GpuCheckSettings, *, is_uneven: bool = False) -> "DrawnClips":
     from pipelines.benchmark.clips import DrawnClips
 
-    drawn = DrawnClips(
+    return DrawnClips(
         count=settings.num_drawn,
         width=settings.uneven_width if is_uneven else settings.drawn_width,
         height=settings.drawn_height,
         num_frames=settings.drawn_frames,
     )
-    return stored_clips(codec, drawn, num_gop_frames=gop, threads=settings.encoding_threads)
 
 
 def _parity_rows(settings: GpuCheckSettings) -> Iterator[Row]:
@@ -390,7 +413,9 @@ def _model_rows(settings: GpuCheckSettings) -> Iterator[Row]:
 
 
 def _training_rows(settings: GpuCheckSettings) -> Iterator[Row]:
-    """Yield training steps: of the first model by each kernel of attention, of all with more clips and checkpointed."""
+    """Yield what a device could do, then training steps: by each kernel of attention, with more clips, checkpointed."""
+    peak = _training_peak(settings)
+    yield peak
     clips, first = settings.model_batch, settings.models[0]
     ways = [(first, name, False, clips) for name in KERNELS]
     for kind in settings.models:
@@ -403,16 +428,45 @@ def _training_rows(settings: GpuCheckSettings) -> Iterator[Row]:
             clip=settings.clip,
             per_device_batch_size=num_clips,
             device=settings.device,
-            precision="fp32" if settings.is_dry else "bf16",
+            precision=settings.precision,
             variant="ours",
             attention=cast("AttentionChoice", attention),
             activation_checkpointing=is_checkpointed,
         )
         way = {"model": kind, "attention": attention, "checkpointed": is_checkpointed, "clips": num_clips}
         try:
-            yield way | _training_row(spec, settings.model_seconds or 0.0)
+            row = way | _training_row(spec, settings.model_seconds or 0.0)
+            yield row | {"mfu": mfu(row["clips_per_second"], kind, peak)}
         except RuntimeError as error:  # no such kernel here, or too little memory: the next way may do
             yield way | {"error": str(error).splitlines()[0]}
+
+
+def _training_peak(settings: GpuCheckSettings) -> Row:
+    """Return the device's rate, stated (None: not known) and measured, in TFLOP/s, and the TFLOP to train a clip."""
+    from ray_jobs.runs.hours import PEAKS, find_peak, train_tflop
+
+    device, stated = torch.device(settings.device), None
+    if not settings.is_dry and (known := find_peak(torch.cuda.get_device_name(device))) is not None:
+        stated = PEAKS[known].bf16
+    infos = {
+        kind: model_info(
+            model_config(kind, settings.model_size, num_layers=settings.num_layers), settings.clip, TARGETS
+        )
+        for kind in settings.models
+    }
+    return {
+        "datasheet_tflops": stated,
+        "product_tflops": measure_limit(device, settings.precision, size=settings.product_size).tflops,
+        "train_tflop": {kind: train_tflop(info, again=False) for kind, info in infos.items()},
+    }
+
+
+def mfu(clips_per_second: float, kind: str, peak: Row) -> float:
+    """Return the counted operations of a model's training over the device's stated peak, or else its measured product.
+
+    Layers that are computed again for their gradients count once.
+    """
+    return float(clips_per_second * peak["train_tflop"][kind] / (peak["datasheet_tflops"] or peak["product_tflops"]))
 
 
 def _training_row(spec: CaseSpec, seconds: float) -> Row:
@@ -430,6 +484,33 @@ def _training_row(spec: CaseSpec, seconds: float) -> Row:
 
 
 _WARM_UP_STEPS = 2
+
+
+def _end_to_end_rows(settings: GpuCheckSettings) -> Iterator[Row]:
+    """Yield training steps that are fed from shards, by codec and model."""
+    from benchmarks.feeding import FedConfig, drawn_shards, measure_fed
+    from ray_jobs.bench_data import training_consumer
+
+    device = torch.device(settings.device)
+    fed = FedConfig(clip=settings.clip, batch=settings.model_batch, seconds=settings.fed_seconds, device=device)
+    consumers = {
+        kind: training_consumer(
+            kind, settings.model_size, num_layers=settings.num_layers, clip=settings.clip, device=device
+        )
+        for kind in settings.fed_models
+    }
+    with tempfile.TemporaryDirectory(prefix="ca2st-fed-") as folder:
+        for codec in settings.fed_codecs:
+            shards = drawn_shards(
+                _drawn(settings),
+                Path(folder),
+                codec=codec,
+                clip=settings.clip,
+                gop=settings.usual_gop,
+                workers=settings.encoding_threads,
+            )
+            for kind, (consume, name) in consumers.items():
+                yield {"model": kind} | asdict(measure_fed(shards, consume, fed, consumer=name))
 
 
 @contextlib.contextmanager
@@ -453,5 +534,6 @@ PARTS: dict[PartName, Callable[[GpuCheckSettings], Iterator[Row]]] = {
     "damage": _damage_rows,
     "model": _model_rows,
     "training": _training_rows,
+    "end_to_end": _end_to_end_rows,
 }
 """In the order in which they are run."""
