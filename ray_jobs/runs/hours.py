@@ -4,7 +4,6 @@ Counted, a training is an estimate whose every assumption is in the plan: the wo
 and the share of it that trainings reach.
 """
 
-import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import torch
 
 from ca2st.benchmark.case import CaseSpec, LocalCase
 from ca2st.benchmark.measure import measure_limit
+from ca2st.benchmark.work import FLOP_PER_MULTIPLY_ADD, PEAKS, find_peak, train_tflop
 from ca2st.errors import EnvironmentFault, check_choice
 from ca2st.model.config import TargetSpec
 from ca2st.model.inspect import ModelInfo
@@ -22,7 +22,6 @@ from ca2st.training.config import Precision
 from ray_jobs.config.recipe import Recipe
 
 Device = Literal["cpu", "cuda"]
-_FLOP_PER_MULTIPLY_ADD = 2
 _SHARE_OF_PEAK = 0.3
 """Of a datasheet's peak: what trainings of ViT-B reach from end to end."""
 _SHARE_OF_PRODUCT: dict[Device, float] = {"cuda": 0.38, "cpu": 0.6}
@@ -33,39 +32,6 @@ _MOST_CLIPS_ON_CPU = 1
 _WORTH_SAYING = 1.5
 _MOST_ROUNDS = 8
 _MOST_SECONDS = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Peak:
-    """The datasheet's dense peak in 10^12 floating-point operations per second."""
-
-    bf16: float
-    """Of its matrix units, sums in float32."""
-    fp32: float
-    """Without TF32, which torch leaves off."""
-
-
-PEAKS: dict[str, Peak] = {
-    "A10": Peak(125, 31.2),
-    "A30": Peak(165, 10.3),
-    "A40": Peak(149.7, 37.4),
-    "A100": Peak(312, 19.5),
-    "B200": Peak(2250, 75),
-    "GH200": Peak(989, 67),
-    "H100": Peak(989, 67),
-    "H100 NVL": Peak(835, 60),
-    "H100 PCIe": Peak(756, 51),
-    "H200": Peak(989, 67),
-    "L4": Peak(121, 30.3),
-    "L40": Peak(181, 90.5),
-    "L40S": Peak(362, 91.6),
-    "RTX 3090": Peak(71, 35.6),
-    "RTX 4090": Peak(165.2, 82.6),
-    "RTX 5090": Peak(209.5, 104.8),
-    "RTX 6000 Ada": Peak(364, 91.1),
-    "RTX A6000": Peak(154.8, 38.7),
-}
-"""By the part of the name that torch gives which tells them apart. Source: NVIDIA's datasheets."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,15 +63,6 @@ class Work:
     """Per view."""
 
 
-def find_peak(name: str) -> str | None:
-    """Return the entry of `PEAKS` for torch's name of a GPU, the longest that fits; None: none does."""
-    if "laptop" in name.lower():
-        return None
-    words = re.sub(r"[^a-z0-9]+", " ", name.lower())
-    fitting = [known for known in PEAKS if re.search(rf"\b{known.lower()}\b", words)]
-    return max(fitting, key=len, default=None)
-
-
 def rate_of(device: str | None, precision: Precision | None) -> Rate:
     """Return the rate of the `device` of this name; None: of what this machine would train on.
 
@@ -135,20 +92,6 @@ def rate_of(device: str | None, precision: Precision | None) -> Rate:
     return Rate(device=name, peak_tflops=tflops, share=share, source="matrix product", times_in_fp32=times)
 
 
-def train_tflop(info: ModelInfo, *, again: bool) -> float:
-    """Return 10^12 operations to train a clip: forward, backward to the first trained part, their weights' gradients.
-
-    `again`: layers are computed again for their gradients.
-    """
-    computed = info.computed_gmacs / info.gmacs  # of the last layer only what reaches an output
-    whole = info.computed_gmacs
-    trained = computed * sum(part.gmacs * part.trainable / part.total for part in info.parts)
-    head = sum(part.gmacs for part in info.parts if part.name == "head")
-    only_head = all(part.trainable == 0 for part in info.parts if part.name != "head")
-    backward = (head if only_head else whole) + trained
-    return _FLOP_PER_MULTIPLY_ADD * (whole + backward + (whole if again and not only_head else 0)) / 1e3
-
-
 def work_of(recipe: Recipe, info: ModelInfo, *, steps: int, steps_per_epoch: int, num_validation: int) -> Work:
     """Return what the whole training computes; `num_validation`: samples of the validation split, 0 without one."""
     training = recipe.training
@@ -158,7 +101,7 @@ def work_of(recipe: Recipe, info: ModelInfo, *, steps: int, steps_per_epoch: int
         clips=steps * training.global_batch_size,
         views=num_validations * num_validation * recipe.data.views.num_views,
         train_tflop=train_tflop(info, again=training.activation_checkpointing),
-        forward_tflop=_FLOP_PER_MULTIPLY_ADD * info.computed_gmacs / 1e3,
+        forward_tflop=FLOP_PER_MULTIPLY_ADD * info.computed_gmacs / 1e3,
     )
 
 

@@ -20,6 +20,7 @@ import torch
 from ca2st.benchmark.case import TARGETS, Case, CaseSpec, LocalCase, ModelBenchConfig, model_config
 from ca2st.benchmark.measure import Limit, machine, measure_limit, synchronise
 from ca2st.benchmark.model import benchmark_models
+from ca2st.benchmark.work import PEAKS, find_peak, train_tflop
 from ca2st.errors import EnvironmentFault
 from ca2st.model.inspect import model_info
 from ca2st.processes import SPAWN
@@ -435,16 +436,14 @@ def _training_rows(settings: GpuCheckSettings) -> Iterator[Row]:
         )
         way = {"model": kind, "attention": attention, "checkpointed": is_checkpointed, "clips": num_clips}
         try:
-            row = way | _training_row(spec, settings.model_seconds or 0.0)
-            yield row | {"mfu": mfu(row["clips_per_second"], kind, peak)}
+            row = _training_row(spec, settings.model_seconds or 0.0)
+            yield way | row | {"mfu": mfu(row["clips_per_second"], kind, peak)}
         except RuntimeError as error:  # no such kernel here, or too little memory: the next way may do
             yield way | {"error": str(error).splitlines()[0]}
 
 
 def _training_peak(settings: GpuCheckSettings) -> Row:
     """Return the device's rate, stated (None: not known) and measured, in TFLOP/s, and the TFLOP to train a clip."""
-    from ray_jobs.runs.hours import PEAKS, find_peak, train_tflop
-
     device, stated = torch.device(settings.device), None
     if not settings.is_dry and (known := find_peak(torch.cuda.get_device_name(device))) is not None:
         stated = PEAKS[known].bf16

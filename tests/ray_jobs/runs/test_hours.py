@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ca2st.benchmark.work import PEAKS, find_peak, train_tflop
 from ca2st.errors import UserInputError
 from ca2st.model.config import ModelConfig, TargetSpec, find_preset
 from ca2st.model.inspect import ModelInfo, PartInfo, model_info
@@ -13,15 +14,12 @@ from ray_jobs.config.recipe import Recipe
 from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.runs.data import open_data
 from ray_jobs.runs.hours import (
-    PEAKS,
     Rate,
     Work,
     counted_hours,
-    find_peak,
     hours_line,
     rate_of,
     spoken_hours,
-    train_tflop,
     work_of,
 )
 from ray_jobs.runs.plan import count_notes, make_plan, plan_lines
