@@ -262,6 +262,35 @@ def test_what_a_process_found_before_it_ended_is_kept(
     assert (found.rows, found.error) == (rows, error)
 
 
+class _Lingering(_Process):
+    """A process that told everything and does not end until it is ended."""
+
+    exitcode: int | None = None  # type: ignore[assignment]
+
+    def is_alive(self) -> bool:
+        return self.exitcode is None
+
+    def terminate(self) -> None:
+        self.exitcode = -15
+
+
+class _Crashing(_Process):
+    """A process that told everything and crashes then."""
+
+    exitcode = -11
+
+
+@pytest.mark.parametrize(
+    ("process", "error"), [(_Lingering, None), (_Crashing, "its process ended with exit code -11")]
+)
+def test_a_process_that_crashes_behind_its_last_row_is_told_and_one_that_lingers_is_ended(
+    monkeypatch: pytest.MonkeyPatch, process: type[_Process], error: str | None
+) -> None:
+    monkeypatch.setattr(type(parts.SPAWN), "Process", staticmethod(lambda **words: process(**words)))
+    found = run_in_process("device", SMALL, 5.0)
+    assert (found.rows, found.error) == ([{"a": 1}], error)
+
+
 def test_rows_are_waited_for_no_longer_than_the_budget() -> None:
     ours, theirs = parts.SPAWN.Pipe(duplex=False)
     begin = time.monotonic()
