@@ -5,9 +5,8 @@ member. What is read is checked: DALI would fill frames that are not there with 
 any memory.
 """
 
-import io
+import re
 import struct
-import tokenize
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -281,8 +280,14 @@ def _boxes(data: bytes, begin: int, end: int) -> Iterator[tuple[bytes, _Span]]:
         begin += size
 
 
-_HEADER_ERRORS = (ValueError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError)
-"""What NumPy's parser of headers raises, which reads them as Python literals."""
+# Not read by NumPy, which parses headers as Python source: older CPythons (3.11.7; their issue 106905) count the depth
+# of that for all threads together, and now and then one gets a SystemError for another's.
+_NPY_START = re.compile(
+    rb"\x93NUMPY\x01\x00(?P<size>..)\{'descr': '(?P<dtype>[^']{1,99})', 'fortran_order': (?P<order>True|False), "
+    rb"'shape': \((?P<shape>[0-9]{1,12}(?:, [0-9]{1,12})*),?\), \} *\n",
+    re.DOTALL,
+)
+"""Magic, version 1.0, size of the header and header, as NumPy writes them."""
 
 
 def parse_mel(data: bytes, *, num_rows: int, num_bins: int, where: str) -> NDArray[np.float16]:
@@ -293,18 +298,17 @@ def parse_mel(data: bytes, *, num_rows: int, num_bins: int, where: str) -> NDArr
     Raises:
         SampleDamageError: not an npy file of that dtype, shape, order and size.
     """
-    stream = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(stream)
-        if version != (1, 0):
-            raise ValueError(f"npy version {version}")
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    except _HEADER_ERRORS as error:
-        raise SampleDamageError(f"{where}: not a spectrogram ({error}); convert the set again") from error
-    found = (shape, dtype.str, fortran_order, len(data) - stream.tell())
+    start = _NPY_START.match(data)
+    if start is None or start.end() != start.end("size") + int.from_bytes(start["size"], "little"):
+        raise SampleDamageError(
+            f"{where}: not a spectrogram (expected the header of an npy file of version 1.0, found {data[:16]!r}...); "
+            "convert the set again"
+        )
+    shape = tuple(int(side) for side in start["shape"].split(b", "))
+    found = (shape, start["dtype"].decode("latin-1"), start["order"] == b"True", len(data) - start.end())
     expected = ((num_rows, num_bins), "<f2", False, 2 * num_rows * num_bins)
     if found != expected:
         raise SampleDamageError(
             f"{where}: expected (shape, dtype, Fortran order, bytes) {expected}, found {found}; convert the set again"
         )
-    return np.frombuffer(data, dtype="<f2", offset=stream.tell()).reshape(num_rows, num_bins)
+    return np.frombuffer(data, dtype="<f2", offset=start.end()).reshape(num_rows, num_bins)
