@@ -10,7 +10,6 @@ import json
 import math
 import signal
 import tempfile
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -123,7 +122,6 @@ def make_shards(
 def _made_in_turn(
     setup: ShardSetup, tasks: Iterator[ShardTask], pool: DecodePool, on_sample: OnSample
 ) -> Iterator[MadeShard]:
-    (importing := threading.Thread(target=_import_torch, name="import-torch")).start()
     begun = deque[tuple[ShardTask, list[State]]]()
 
     def jobs() -> Iterator[ClipJob]:
@@ -135,17 +133,9 @@ def _made_in_turn(
 
     clips = pool.map(jobs())
     for clip in clips:
-        importing.join()  # two threads that import torch at a time may find it half made
         task, states = begun.popleft()
         of_task = itertools.chain([clip], itertools.islice(clips, len(task.samples) - 1))
         yield _made(setup, task, of_task, states, on_sample)
-
-
-def _import_torch() -> None:
-    """Import what spectrograms and tars need and what imports torch, while children start and decode."""
-    with contextlib.suppress(Exception):  # whoever needs it meets it again, and says so
-        import torchaudio.compliance.kaldi  # noqa: F401
-        import webdataset.writer  # noqa: F401
 
 
 def _made(

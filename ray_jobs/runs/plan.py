@@ -317,7 +317,7 @@ def waiting_bytes(recipe: Recipe) -> int:
     clip, training = recipe.clip, recipe.training
     frames = 3 * clip.num_frames * clip.crop_size**2
     share = -(-training.global_batch_size // recipe.launch.workers)
-    return (recipe.data.loader.prefetch_steps + 1) * share * (frames + 4 * clip.mel_rows * clip.num_mel_bins)
+    return (recipe.data.loader.prefetch_steps + 2) * share * (frames + 4 * clip.mel_rows * clip.num_mel_bins)
 
 
 def num_checkpoints(recipe: Recipe, *, steps: int, steps_per_epoch: int) -> int:
