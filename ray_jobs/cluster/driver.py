@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 from ray.train.torch import TorchConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.execution.preemption import PreemptionWatcher
@@ -288,10 +289,11 @@ class QuietPreemption(PreemptionCallback):
 
 
 class Trainer(TorchTrainer):
-    """Ray Train's, with our watcher of announced ends in place of Ray's."""
+    """Ray Train's, with our watcher of announced ends in place of Ray's, and without its process for Ray's datasets."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [*super()._create_default_callbacks(), QuietPreemption()]
+        made = super()._create_default_callbacks()
+        return [*(callback for callback in made if not isinstance(callback, DatasetsCallback)), QuietPreemption()]
 
 
 class UncleanedTrainer(Trainer):

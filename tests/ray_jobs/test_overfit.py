@@ -41,7 +41,8 @@ def test_a_run_that_did_not_learn_its_clips_fails(tmp_path: Path, top1: float, p
 
 @pytest.mark.slow
 def test_the_smoke_recipe_learns_eight_clips_by_heart(tmp_path: Path) -> None:
-    few = ("tracking.enabled=false", "data.synthetic.num_train=32", "data.synthetic.num_validation=8")
+    few = ["tracking.enabled=false", "data.synthetic.num_train=16", "data.synthetic.num_validation=4"]
+    few += ["clip.num_frames=4", "clip.crop_size=32"]
     settings = [part for setting in few for part in ("--set", setting)]
     done = ca2st("train", "smoke", "--overfit", "8", *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -18,6 +18,10 @@ from pathlib import Path
 import requests
 
 _START_SECONDS = 120.0
+_SETTINGS = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # by itself the node waits half a minute before it ends
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,13 +53,14 @@ def ray_head(*, num_cpus: int, python: str = sys.executable) -> Iterator[RayHead
     """Start a cluster that asks for a token; end it, and nothing else, with the block."""
     port, token = _free_port(), secrets.token_hex(16)
     head = RayHead(address=f"http://127.0.0.1:{port}", token=token)
-    variables = os.environ | head.client_variables | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    variables = os.environ | head.client_variables | _SETTINGS
     options = (
         "--dashboard-host=127.0.0.1",
         f"--dashboard-port={port}",
         f"--num-cpus={num_cpus}",
         "--port=0",
         f"--ray-client-server-port={_free_port()}",
+        f"--dashboard-agent-listen-port={_free_port()}",  # jobs come here; the usual port may be another Ray's
     )
     # A short path: sockets lie under it, and their names must not be longer than about 100 letters.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:

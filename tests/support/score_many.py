@@ -1,15 +1,20 @@
 """A set of any number of made-up samples, scored in parts and joined, each in a process of its own.
 
-``python -m support.score_many OPTIONS``, JSON: ``folder``, ``num_samples``, ``world_size``; ``rank`` scores that rank's
-part, without it the parts are joined and measured. ``lose``: number of a sample that its rank does not score. Prints
-JSON: ``peak_bytes`` and, of the join, ``metrics`` and ``num_samples``, or the ``error``.
+``python -m support.score_many FOLDER NUM_SAMPLES WORLD_SIZE [LOSE]``: one process per rank scores its part into FOLDER,
+another joins and measures them. LOSE: number of a sample that its rank does not score. Prints JSON: ``peaks``, the most
+bytes that each process held, and of the join ``metrics`` and ``num_samples``, or the ``error``. The processes are
+forked from one that has only imported, which takes longer than the scoring.
 """
 
 import json
+import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,31 +64,57 @@ class ManySamples:
             )
 
 
+def score(folder: Path, total: int, world_size: int, *, rank: int, lose: int) -> dict[str, object]:
+    """Write the part of one rank."""
+    source = ManySamples(range(rank * total // world_size, (rank + 1) * total // world_size), total, lose=lose)
+    accelerator, model = fresh_accelerator(tiny_settings(folder)), TinyModel(classes=CLASSES)
+    with writing_part(folder / f"part-{rank}", facts_of(total)) as add:
+        for scored in scored_batches(
+            model, source, accelerator=accelerator, targets=CLASSES, per_device_batch_size=BATCH
+        ):
+            add(scored)
+    return {}
+
+
+def join(folder: Path, total: int, world_size: int) -> dict[str, object]:
+    """Join the parts and measure the whole."""
+    parts = [folder / f"part-{rank}" for rank in range(world_size)]
+    expected = ExpectedKeys(lambda: map(key_of, range(total)), total)
+    try:
+        join_parts(parts, folder / "all.parquet", facts_of(total), expected, num_views=1)
+        found = measure(folder / "all.parquet")
+    except CA2STError as error:
+        return {"error": str(error)}
+    return {"metrics": found.metrics, "num_samples": found.num_samples}
+
+
+def facts_of(total: int) -> PredictionFacts:
+    return replace(FACTS, num_samples=total)
+
+
+def forked(work: Callable[[], dict[str, object]]) -> int:
+    """Start `work` in a process whose answer, with its peak, can be read from the descriptor that is returned."""
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.write(writer, json.dumps(work() | {"peak_bytes": peak_bytes()}).encode())
+        os._exit(0)
+    os.close(writer)
+    return reader
+
+
+def answer_at(reader: int) -> dict[str, Any]:
+    """Wait for a forked process and return its answer."""
+    with open(reader) as answer:
+        found: dict[str, Any] = json.loads(answer.read())
+    return found
+
+
 def main() -> None:
-    options = json.loads(sys.argv[1])
-    folder, total, world_size = Path(options["folder"]), options["num_samples"], options["world_size"]
-    facts = PredictionFacts(**{name: getattr(FACTS, name) for name in FACTS.__slots__} | {"num_samples": total})
-    answer: dict[str, object] = {}
-    if (rank := options.get("rank")) is not None:
-        own = range(rank * total // world_size, (rank + 1) * total // world_size)
-        source = ManySamples(own, total, lose=options.get("lose", -1))
-        accelerator = fresh_accelerator(tiny_settings(folder))
-        model = TinyModel(classes=CLASSES)
-        with writing_part(folder / f"part-{rank}", facts) as add:
-            for scored in scored_batches(
-                model, source, accelerator=accelerator, targets=CLASSES, per_device_batch_size=BATCH
-            ):
-                add(scored)
-    else:
-        parts = [folder / f"part-{rank}" for rank in range(world_size)]
-        expected = ExpectedKeys(lambda: map(key_of, range(total)), total)
-        try:
-            join_parts(parts, folder / "all.parquet", facts, expected, num_views=1)
-            found = measure(folder / "all.parquet")
-            answer |= {"metrics": found.metrics, "num_samples": found.num_samples}
-        except CA2STError as error:
-            answer["error"] = str(error)
-    print(json.dumps(answer | {"peak_bytes": peak_bytes()}))
+    folder, total, world_size, lose = Path(sys.argv[1]), *map(int, [*sys.argv[2:], "-1"][:3])
+    running = [forked(partial(score, folder, total, world_size, rank=rank, lose=lose)) for rank in range(world_size)]
+    answers = list(map(answer_at, running))
+    answers.append(answer_at(forked(partial(join, folder, total, world_size))))
+    print(json.dumps(answers[-1] | {"peaks": [one["peak_bytes"] for one in answers]}))
 
 
 if __name__ == "__main__":

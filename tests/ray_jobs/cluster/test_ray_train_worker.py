@@ -272,6 +272,7 @@ def test_t2_ray_gets_the_resources_placement_and_restarts_of_the_recipe(
     callbacks = {type(one).__name__ for one in trainer._create_default_callbacks()}
     assert "PlacementGroupCleanerCallback" not in callbacks
     assert "QuietPreemption" in callbacks
+    assert "DatasetsCallback" not in callbacks, "its process would only wait"
 
 
 def test_a_line_for_the_person_is_written_once_where_ray_replaces_print(

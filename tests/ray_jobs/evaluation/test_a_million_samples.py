@@ -9,31 +9,23 @@ from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parents[2]
+from support.processes import python_path
+
 MILLION = 1_000_000
 MOST_BYTES = 1_000_000_000
 
 
-def start(**options: Any) -> "subprocess.Popen[str]":
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "support.score_many", json.dumps(options)]
-    return subprocess.Popen(command, cwd=TESTS.parent, env=environment, stdout=subprocess.PIPE, text=True)
-
-
-def answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
-    out, _ = process.communicate()
-    assert process.returncode == 0
-    found: dict[str, Any] = json.loads(out)
-    return found
-
-
-def scored(folder: Path, world_size: int, *, num_samples: int, **options: Any) -> dict[str, Any]:
+def scored(folder: Path, world_size: int, *, num_samples: int, lose: int = -1) -> dict[str, Any]:
     """The join's answer; the peaks of all processes under ``peaks``."""
     folder.mkdir()
-    about = {"folder": str(folder), "num_samples": num_samples, "world_size": world_size}
-    ranks = [answer(one) for one in [start(**about, rank=rank, **options) for rank in range(world_size)]]
-    joined = answer(start(**about))
-    return joined | {"peaks": [one["peak_bytes"] for one in (*ranks, joined)]}
+    options = map(str, (folder, num_samples, world_size, lose))
+    command = [sys.executable, "-m", "support.score_many", *options]
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert len(found["peaks"]) == world_size + 1
+    return found
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         convert(source, root / "shards" / split, ConversionConfig())
     (root / "tiny.toml").write_text(RECIPE.format(root=root))
     mixed = ("--set", "data.augment.mixing.probability=1.0", "--set", "data.balance.rule=sqrt")
-    done = ca2st("train", root / "tiny.toml", "--out", root / "run", *mixed, "--json")
+    alone = ("--set", "tracking.enabled=false")
+    done = ca2st("train", root / "tiny.toml", "--out", root / "run", *mixed, *alone, "--json")
     assert done.returncode == 0, done.stderr
     (root / "trained.json").write_text(done.stdout)
     return root
