@@ -24,7 +24,7 @@ from ray.train.v2.api.callback import UserCallback
 from ca2st.durable import write_bytes
 from ca2st.errors import EnvironmentFault
 from ca2st.training.signals import ONE_REQUEST_SECONDS, StopRequest, stop_on_signals, stopped_error
-from ray_jobs.cluster.ray_access import first_line, living_nodes
+from ray_jobs.cluster.ray_access import Node, first_line, living_nodes
 from ray_jobs.console import say
 from ray_jobs.runs.failures import FailureRecord, error_of, error_told, keep_failure, read_failure
 
@@ -98,6 +98,11 @@ class LaunchFolder:
         except FileNotFoundError:
             return ""
 
+    def places(self, attempt: int) -> dict[int, str]:
+        """Return where the worker of each rank ran, by rank; those that never began are missing."""
+        found = {path: int(path.name.rpartition("-")[2]) for path in self.path.glob(f"attempt-{attempt}.rank-*")}
+        return {rank: path.read_text() for path, rank in found.items()}
+
     def _place(self, attempt: int, rank: int) -> Path:
         return self.path / f"attempt-{attempt}.rank-{rank}"
 
@@ -113,9 +118,10 @@ class Supervision:
         grace_seconds: float,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        nodes: Callable[[], Collection[Node]] = living_nodes,
     ) -> None:
         self._folder, self._stop, self._grace_seconds = folder, stop, grace_seconds
-        self._clock, self._sleep = clock, sleep
+        self._clock, self._sleep, self._nodes = clock, sleep, nodes
         self._reported: FailureRecord | None = None
 
     def until_over(self, fit: "Future[dict[str, str]]") -> None:
@@ -153,14 +159,27 @@ class Supervision:
     def _new_failure(self) -> FailureRecord | None:
         """Return what is on record; say what starting again may fix, once."""
         failure = self.failure()
-        if failure is None or failure.echo or failure.final or failure == self._reported:
+        if failure is None or failure.final or failure == self._reported:
             return failure
+        if failure.echo:
+            if self._folder.num_attempts() <= failure.attempt:
+                return failure  # what it is an echo of may still come
+            failure = self._behind(failure)
         self._reported = failure
         if failure.preempted:
             say(f"taken away as announced: {failure}; the workers are started again on the nodes there are")
         else:
             say(f"failed: {failure}; the workers are started again as long as restarts are left")
         return failure
+
+    def _behind(self, echo: FailureRecord) -> FailureRecord:
+        """Put on record the nodes that are gone since: Ray may start again before it knows that one was lost."""
+        places, living = self._folder.places(echo.attempt), {node.address for node in self._nodes()}
+        lost = {rank: echo.message for rank, place in places.items() if _is_gone(place, living)}
+        if not lost:
+            return echo
+        record = death_record(lost, places, living=living, attempt=echo.attempt, launch=self._folder.name)
+        return keep_failure(self._folder.run_dir, record)
 
     def _stopped(self, message: str) -> Exception:
         return stopped_error(self._stop.signal_number, message)
@@ -281,11 +300,15 @@ def _cause_of(error: Exception) -> Exception:
 
 
 def _death(place: str, ranks: list[int], living: Collection[str]) -> str:
-    address = place.rpartition("(")[2].rstrip(")")
     which = f"rank {', '.join(map(str, ranks))}"
-    if address and address not in living and place.endswith(")"):
+    if _is_gone(place, living):
         return f"node {place} was lost with the worker of {which}"
     return f"the worker process of {which} on {place} died"
+
+
+def _is_gone(place: str, living: Collection[str]) -> bool:
+    """Return whether the node of a ``host (address)`` is none of the addresses `living`."""
+    return place.endswith(")") and place.rpartition("(")[2].rstrip(")") not in {"", *living}
 
 
 class _SignalledError(BaseException):

@@ -11,6 +11,7 @@ from ca2st.errors import DataDamageError, EnvironmentFault, RetriesUsedUpError
 from ca2st.training.errors import InterruptedRunError, TerminatedError
 from ca2st.training.signals import StopRequest
 from ray_jobs.cluster.driver import Fleet, demand_of
+from ray_jobs.cluster.ray_access import Node
 from ray_jobs.cluster.supervision import LaunchFolder, Supervision
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.config.recipe_file import load_recipe
@@ -28,8 +29,14 @@ class Driver:
         self.now = 0.0
         self.at: dict[float, Callable[[], None]] = {}
         """What happens after so many seconds."""
+        self.nodes = [Node(address="10.0.0.1", node_id="1"), Node(address="10.0.0.2", node_id="2")]
         self.supervision = Supervision(
-            self.folder, self.stop, grace_seconds=25.0, clock=lambda: self.now, sleep=self.sleep
+            self.folder,
+            self.stop,
+            grace_seconds=25.0,
+            clock=lambda: self.now,
+            sleep=self.sleep,
+            nodes=lambda: self.nodes,
         )
 
     def sleep(self, seconds: float) -> None:
@@ -40,7 +47,7 @@ class Driver:
     def ends(self, status: str, message: str = "") -> None:
         self.fit.set_result({"status": status, "message": message})
 
-    def fails(self, *, final: bool, attempt: int = 1, preempted: bool = False) -> None:
+    def fails(self, *, final: bool, attempt: int = 1, preempted: bool = False, echo: bool = False) -> None:
         keep_failure(
             self.folder.run_dir,
             FailureRecord(
@@ -53,6 +60,7 @@ class Driver:
                 final=final,
                 launch=self.folder.name,
                 preempted=preempted,
+                echo=echo,
             ),
         )
 
@@ -263,3 +271,19 @@ def fleet_of(driver: Driver, recipe: Recipe) -> Fleet:
 @pytest.fixture
 def tiny_recipe() -> Recipe:
     return load_recipe("smoke")
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_t2_a_lost_node_of_which_only_an_echo_came_is_named_when_the_workers_begin_again(
+    driver: Driver, capsys: pytest.CaptureFixture[str], is_gone: bool
+) -> None:
+    driver.folder.begin(1, rank=0, node="here (10.0.0.1)")
+    driver.folder.begin(1, rank=1, node="there (10.0.0.2)")
+    driver.at[1.0] = lambda: driver.fails(final=False, echo=True)
+    driver.at[3.0] = lambda: driver.nodes.pop() if is_gone else None
+    driver.at[5.0] = lambda: driver.folder.begin(2, rank=0, node="here (10.0.0.1)")
+    driver.at[7.0] = lambda: driver.ends("done")
+    driver.watch()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed:")]
+    assert ("node there (10.0.0.2) was lost with the worker of rank 1 (shard 3)" in line) is is_gone
+    assert "shard 3" in line
