@@ -1,6 +1,5 @@
 """How fast the model is on a device: beside the plain formulation, and beside what the device can do at best.
 
-``case`` one model in one variant with its forward pass and training step, ``plain`` the baseline, ``measure`` limits
-and memory, ``work`` what a training computes and devices reach by their datasheets, ``model`` the rounds and the
-report.
+``case`` one model in one variant with its forward pass and training step, ``plain`` the baseline, ``measure`` limits,
+datasheets' peaks and memory, ``model`` the rounds and the report.
 """

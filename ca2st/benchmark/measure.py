@@ -1,9 +1,10 @@
 """What benches measure with: the limit of a device, peak memory, facts of the machine, the spread of several values.
 
-A device's limit is the rate of one large matrix product, measured, not read from a datasheet.
+A device's limit is the rate of one large matrix product, measured. Its peak is what the datasheet says.
 """
 
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -62,6 +63,48 @@ def _fastest(product: Callable[[], Tensor], device: torch.device) -> float:
         synchronise(device)
         timings.append(time.perf_counter() - start)
     return min(timings)
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The datasheet's dense peak in 10^12 floating-point operations per second."""
+
+    bf16: float
+    """Of its matrix units, sums in float32."""
+    fp32: float
+    """Without TF32, which torch leaves off."""
+
+
+PEAKS: dict[str, Peak] = {
+    "A10": Peak(125, 31.2),
+    "A30": Peak(165, 10.3),
+    "A40": Peak(149.7, 37.4),
+    "A100": Peak(312, 19.5),
+    "B200": Peak(2250, 75),
+    "GH200": Peak(989, 67),
+    "H100": Peak(989, 67),
+    "H100 NVL": Peak(835, 60),
+    "H100 PCIe": Peak(756, 51),
+    "H200": Peak(989, 67),
+    "L4": Peak(121, 30.3),
+    "L40": Peak(181, 90.5),
+    "L40S": Peak(362, 91.6),
+    "RTX 3090": Peak(71, 35.6),
+    "RTX 4090": Peak(165.2, 82.6),
+    "RTX 5090": Peak(209.5, 104.8),
+    "RTX 6000 Ada": Peak(364, 91.1),
+    "RTX A6000": Peak(154.8, 38.7),
+}
+"""By the part of the name that torch gives which tells them apart. Source: NVIDIA's datasheets."""
+
+
+def find_peak(name: str) -> str | None:
+    """Return the entry of `PEAKS` for torch's name of a GPU, the longest that fits; None: none does."""
+    if "laptop" in name.lower():
+        return None
+    words = re.sub(r"[^a-z0-9]+", " ", name.lower())
+    fitting = [known for known in PEAKS if re.search(rf"\b{known.lower()}\b", words)]
+    return max(fitting, key=len, default=None)
 
 
 def synchronise(device: torch.device) -> None:

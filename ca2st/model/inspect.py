@@ -32,6 +32,9 @@ from ca2st.spec import ClipSpec
 _FLOP_PER_MULTIPLY_ADD = 2
 
 
+FLOP_PER_MULTIPLY_ADD = 2
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartInfo:
     """One part of a model."""
@@ -110,6 +113,20 @@ _PARTS = {
     "head": re.compile(r"head\b"),
 }
 """Parts, in the order of printing, and how the names of their modules and parameters begin."""
+
+
+def train_tflop(info: ModelInfo, *, again: bool) -> float:
+    """Return 10^12 operations to train a clip: forward, backward to the first trained part, their weights' gradients.
+
+    `again`: layers are computed again for their gradients.
+    """
+    computed = info.computed_gmacs / info.gmacs  # of the last layer only what reaches an output
+    whole = info.computed_gmacs
+    trained = computed * sum(part.gmacs * part.trainable / part.total for part in info.parts)
+    head = sum(part.gmacs for part in info.parts if part.name == "head")
+    only_head = all(part.trainable == 0 for part in info.parts if part.name != "head")
+    backward = (head if only_head else whole) + trained
+    return FLOP_PER_MULTIPLY_ADD * (whole + backward + (whole if again and not only_head else 0)) / 1e3
 
 
 def _part_of(name: str) -> str | None:

@@ -183,19 +183,10 @@ class _Run:
             stages=stages,
         )
         self._is_sharded = is_sharded(model)
-        prepared = (
-            (accelerator.prepare_model(model, device_placement=False, evaluation_mode=True), self._optimizer)
-            if self._is_sharded  # no DistributedDataParallel around it; autocast is Accelerate's here too
-            else accelerator.prepare(
-                model.to(accelerator.device),
-                self._optimizer,
-                device_placement=[False, False],  # where Accelerate places, it imports seconds' worth of torch to do so
-            )
-        )
         decay = self._config.ema_decay
         self._average = None if decay is None else WeightAverage(model, decay)
         self._stepper = Stepper(
-            *prepared,
+            *self._prepared(),
             accelerator=accelerator,
             config=self._config,
             optim=settings.optim,
@@ -218,6 +209,18 @@ class _Run:
         self._stop_request, self._begun = stop, settings.clock()
         self._skipped = list(start.skipped)
         self._buffers = {name: one for name, one in resume.trained_tensors(model).items() if not one.requires_grad}
+
+    def _prepared(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Return model and optimizer as Accelerate trains them."""
+        if self._is_sharded:  # no DistributedDataParallel around it; autocast is Accelerate's here too
+            shared = self._accelerator.prepare_model(self._model, device_placement=False, evaluation_mode=True)
+            return shared, self._optimizer
+        # where Accelerate places them itself, it imports seconds' worth of torch to do so
+        whole = self._model.to(self._accelerator.device)
+        prepared: tuple[nn.Module, torch.optim.Optimizer] = self._accelerator.prepare(
+            whole, self._optimizer, device_placement=[False, False]
+        )
+        return prepared
 
     def where(self) -> Whereabouts:
         """Return where this rank stands now; called from another thread."""

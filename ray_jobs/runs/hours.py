@@ -13,11 +13,10 @@ from typing import Any, Literal
 import torch
 
 from ca2st.benchmark.case import CaseSpec, LocalCase
-from ca2st.benchmark.measure import measure_limit
-from ca2st.benchmark.work import FLOP_PER_MULTIPLY_ADD, PEAKS, find_peak, train_tflop
+from ca2st.benchmark.measure import PEAKS, find_peak, measure_limit
 from ca2st.errors import EnvironmentFault, check_choice
 from ca2st.model.config import TargetSpec
-from ca2st.model.inspect import ModelInfo
+from ca2st.model.inspect import FLOP_PER_MULTIPLY_ADD, ModelInfo, train_tflop
 from ca2st.training.config import Precision
 from ray_jobs.config.recipe import Recipe
 

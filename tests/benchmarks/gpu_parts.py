@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from ca2st.benchmark.case import TARGETS, Case, CaseSpec, LocalCase, ModelBenchConfig, model_config
-from ca2st.benchmark.measure import Limit, machine, measure_limit, synchronise
+from ca2st.benchmark.measure import PEAKS, Limit, find_peak, machine, measure_limit, synchronise
 from ca2st.benchmark.model import benchmark_models
-from ca2st.benchmark.work import PEAKS, find_peak, train_tflop
 from ca2st.errors import EnvironmentFault
-from ca2st.model.inspect import model_info
+from ca2st.model.inspect import model_info, train_tflop
 from ca2st.processes import SPAWN
 from ca2st.spec import ClipSpec
 from ca2st.training.attention_kernel import KERNELS

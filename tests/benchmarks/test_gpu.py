@@ -29,9 +29,9 @@ from benchmarks.gpu_parts import (
     run_in_process,
 )
 from ca2st.benchmark.case import TARGETS, model_config
-from ca2st.benchmark.work import PEAKS, train_tflop
+from ca2st.benchmark.measure import PEAKS
 from ca2st.errors import EnvironmentFault, UserInputError
-from ca2st.model.inspect import model_info
+from ca2st.model.inspect import model_info, train_tflop
 from ca2st.spec import ClipSpec
 from ray_jobs.bench_report import driver_version, package_version
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ca2st.benchmark.work import PEAKS, find_peak, train_tflop
+from ca2st.benchmark.measure import PEAKS, find_peak
 from ca2st.errors import UserInputError
 from ca2st.model.config import ModelConfig, TargetSpec, find_preset
-from ca2st.model.inspect import ModelInfo, PartInfo, model_info
+from ca2st.model.inspect import ModelInfo, PartInfo, model_info, train_tflop
 from ca2st.spec import ClipSpec
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.config.recipe_file import load_recipe
