@@ -13,6 +13,7 @@ import typer
 from ca2st.errors import EnvironmentFault, UserInputError
 from ray_jobs.commands.models import Size
 from ray_jobs.commands.options import Json, Out
+from ray_jobs.console import print_json, progress, require_writable_place, result, say
 
 bench = typer.Typer(no_args_is_help=True)
 _AMOUNT = re.compile(r"-?\d+(?:\.\d+)?(?= (?:of|GiB|s)\b)")
@@ -49,7 +50,6 @@ def doctor(
     Example: ca2st doctor, or: ca2st doctor --ray-address auto --storage /shared/runs
     """
     from ray_jobs.config.recipe import LaunchConfig
-    from ray_jobs.console import print_json
 
     _refuse_other_examination(
         ray_address=ray_address,
@@ -83,7 +83,6 @@ def demo(
 
     Example: ca2st demo --out demo
     """
-    from ray_jobs.console import print_json
     from ray_jobs.demo.demo import run_demo
 
     report = run_demo(out)
@@ -145,7 +144,6 @@ def loader(
     from pipelines.benchmark.loader import NUM_STEPS, LoaderBenchConfig, benchmark_loader
     from ray_jobs.bench_data import bench_sources
     from ray_jobs.bench_report import bench_facts, write_report
-    from ray_jobs.console import progress, require_writable_place
     from sharding.format.shard_set import read_shard_set
 
     config = LoaderBenchConfig(
@@ -220,7 +218,6 @@ def model(
     from ca2st.benchmark.case import ModelBenchConfig
     from ca2st.benchmark.model import benchmark_models
     from ray_jobs.bench_report import bench_facts, write_report
-    from ray_jobs.console import progress, require_writable_place
 
     names = tuple(name.strip() for name in models.split(",") if name.strip())
     config = ModelBenchConfig(
@@ -244,7 +241,6 @@ def model(
 
 
 def _examine_machine(out: Path, tracking_uri: str | None, *, show: bool) -> "list[Finding]":
-    from ray_jobs.console import result
     from ray_jobs.doctor import all_checks, examine
 
     findings = []
@@ -257,7 +253,6 @@ def _examine_machine(out: Path, tracking_uri: str | None, *, show: bool) -> "lis
 
 def _examine_cluster(address: str, storage: Sequence[Path], accept_open: bool, *, show: bool) -> "list[Finding]":
     from ray_jobs.cluster.ray_access import found_access, ray_session
-    from ray_jobs.console import result, say
 
     with ray_session(address, access=found_access(accept_open=accept_open)):
         from ray_jobs.cluster.node_check import examine_cluster
@@ -331,7 +326,6 @@ def _refuse_other_examination(
 
 
 def _print_demo(report: "DemoReport") -> None:
-    from ray_jobs.console import result
     from ray_jobs.demo.answers import next_steps
 
     result(f"\n{'model':<10} {'trainable':>10} {'top-1':>7} {'ceiling':>8} {'clips/s':>8}  MLflow run")

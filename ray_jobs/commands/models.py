@@ -9,6 +9,7 @@ import typer
 
 from ca2st.errors import UserInputError, listed
 from ray_jobs.commands.options import Json
+from ray_jobs.console import print_json, result
 
 model = typer.Typer(no_args_is_help=True)
 weights = typer.Typer(no_args_is_help=True)
@@ -66,7 +67,6 @@ def info(
     from ca2st.model.config import SIZES
     from ca2st.model.inspect import model_info
     from ca2st.spec import ClipSpec
-    from ray_jobs.console import print_json, result
 
     encoders = {"spatial_encoder": spatial, "temporal_encoder": temporal}
     changes = {name: encoder.value for name, encoder in encoders.items() if encoder is not None}
@@ -88,7 +88,6 @@ def info(
 def presets(as_json: Json = False) -> None:
     """Configurations by name: published models and the rows of their ablations, for `[model] preset` and `info`."""
     from ca2st.model.config import PRESETS
-    from ray_jobs.console import print_json, result
 
     if as_json:
         print_json({"presets": PRESETS})
@@ -163,7 +162,6 @@ def import_file(
     from ca2st.weights.importer import ImportOptions, import_weights
     from ca2st.weights.model_file import UnwrittenSizes
     from ca2st.weights.tensor_files import check_writable_name
-    from ray_jobs.console import print_json
     from ray_jobs.environment import hub_access
 
     check_writable_name(out, source=Path(file))
@@ -193,7 +191,6 @@ def export_checkpoint(
     """Write a trained model, its experts included, as one safetensors file."""
     from ca2st.weights.model_file import export_model
     from ca2st.weights.tensor_files import check_writable_name
-    from ray_jobs.console import print_json, result
     from ray_jobs.runs.inference import load_trained
     from ray_jobs.runs.model import sound_metadata
 
@@ -214,7 +211,6 @@ def check_golden_files(
 ) -> None:
     """Compare our model with the outputs an independent implementation gave; ends with 3 on a difference."""
     from ca2st.weights.published import check_golden
-    from ray_jobs.console import print_json, result
 
     reports = check_golden(files)
     ok = all(report.ok for report in reports)
@@ -259,7 +255,6 @@ def _targets(num_classes: int | None, *, verb_noun: bool) -> "tuple[TargetSpec, 
 
 
 def _print_import(report: "ImportReport") -> None:
-    from ray_jobs.console import result
 
     below = f", below {report.wrapper!r}" if report.wrapper else ""
     result(f"{report.layout} ({report.container}{below}): {len(report.loaded)} tensors loaded into {report.out}")

@@ -9,6 +9,7 @@ import typer
 
 from ca2st.errors import EnvironmentFault, UserInputError, listed
 from ray_jobs.commands.options import Json, refuse_without_ray
+from ray_jobs.console import counted, parse_views, print_json, require_writable_place, result, say, table
 
 if TYPE_CHECKING:
     from pipelines.views import EvaluationViews
@@ -61,7 +62,6 @@ def evaluate(
 
     Example: ca2st evaluate runs/smoke --data shards/validation --views 2x3
     """
-    from ray_jobs.console import print_json, result, table
     from ray_jobs.evaluation.submissions import parse_supervision, write_beside
     from ray_jobs.evaluation.workers import evaluate_checkpoint, facts_of, log_to_run, means_of, scoring_ray
     from ray_jobs.runs.model import find_checkpoint
@@ -123,7 +123,6 @@ def significance(
 
     Example: ca2st significance runs/a/predictions.parquet runs/b/predictions.parquet
     """
-    from ray_jobs.console import print_json, result
     from ray_jobs.evaluation.significance import compare_predictions
 
     found = compare_predictions(first, second, draws=draws, confidence=confidence, seed=seed)
@@ -164,7 +163,6 @@ def robustness(
 
     Example: ca2st robustness runs/smoke --data shards/validation --views 1x1
     """
-    from ray_jobs.console import print_json, result
     from ray_jobs.evaluation.perturbations import PERTURBATIONS
     from ray_jobs.evaluation.robustness import PLOT_NAME, measure_robustness
     from ray_jobs.runs.model import find_checkpoint
@@ -215,7 +213,6 @@ def predict(
 
     Example: ca2st predict runs/smoke holiday.mp4 --top 3, or: ca2st predict runs/smoke film.mp4 --window 2 --stride 1
     """
-    from ray_jobs.console import counted, print_json, result, say
     from ray_jobs.runs.model import find_checkpoint
     from ray_jobs.runs.prediction import find_videos, predict_readable
     from ray_jobs.runs.timeline import WindowConfig, predict_timeline
@@ -251,7 +248,6 @@ def predict(
 
 
 def _show_timelines(found: Sequence["TimelineReport"], *, as_json: bool) -> None:
-    from ray_jobs.console import print_json, result, say
     from ray_jobs.runs.timeline import clock
 
     if as_json:
@@ -284,7 +280,6 @@ def features(
 
     Example: ca2st features runs/smoke --data shards/validation --views 2x3 --experts spatial,audio
     """
-    from ray_jobs.console import print_json, result, table
     from ray_jobs.runs.inference import write_features
 
     report = write_features(
@@ -311,7 +306,6 @@ def explain(
 
     Example: ca2st explain runs/smoke holiday.mp4 --out holiday.html
     """
-    from ray_jobs.console import print_json, result, table
     from ray_jobs.explain.page import explain_video
 
     report = explain_video(checkpoint, video, out=out)
@@ -340,7 +334,6 @@ def compare(
     """
     from ray_jobs.compare import RunFilter, read_runs
     from ray_jobs.compare import compare as put_side_by_side
-    from ray_jobs.console import print_json, require_writable_place, result, say
     from ray_jobs.environment import default_tracking_uri
 
     if html is not None:
@@ -422,7 +415,6 @@ def sync(
 
     Ends with 4 while something is lacking: the store cannot be reached, or did not take all.
     """
-    from ray_jobs.console import print_json, result
     from ray_jobs.tracking.following import sync as send
     from ray_jobs.tracking.state import read_state
 
@@ -442,7 +434,6 @@ def sync(
 
 def _test_views(text: str) -> "EvaluationViews":
     from pipelines.views import EvaluationViews
-    from ray_jobs.console import parse_views
 
     clips, crops = parse_views(text)
     return EvaluationViews(protocol="test", clips=clips, crops=crops)

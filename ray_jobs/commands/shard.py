@@ -12,6 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from ray_jobs.commands.options import Json, gop_frames, refuse_without_ray, synthetic_config, takes
+from ray_jobs.console import (
+    convert_shown,
+    counted,
+    parse_bytes,
+    print_json,
+    progress,
+    require_writable_place,
+    result,
+    say,
+    table,
+)
 
 if TYPE_CHECKING:
     from pipelines.storage.index import SetFacts
@@ -172,7 +183,6 @@ class BuildOptions:
             UserInputError: a value is out of range.
         """
         from ca2st.processes import num_cores
-        from ray_jobs.console import parse_bytes
         from sharding.settings import ConversionConfig, RejectBudget
 
         return ConversionConfig(
@@ -222,7 +232,6 @@ class BuildOptions:
 def build(options: BuildOptions) -> None:
     """Convert one split of a dataset into shards; rerun the same command to resume."""
     from ca2st.errors import UserInputError
-    from ray_jobs.console import say
     from sharding.conversion import check_notes
     from sharding.datasets import read_dataset
     from sharding.source import note_lines
@@ -244,7 +253,6 @@ def build(options: BuildOptions) -> None:
 
 
 def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
-    from ray_jobs.console import say
 
     say("terminated; rerun the same command to go on where it stopped")
     raise SystemExit(128 + signal.SIGTERM)
@@ -254,8 +262,6 @@ def _convert(source: "SourceList", out: str, config: "ConversionConfig", options
     from ray_jobs.environment import fault_points
 
     if options.ray is None:
-        from ray_jobs.console import convert_shown
-
         return convert_shown(source, out, config, faults=fault_points())
     from ray_jobs.cluster.conversion import convert_on_cluster
     from ray_jobs.cluster.ray_access import found_access
@@ -273,7 +279,6 @@ def _convert(source: "SourceList", out: str, config: "ConversionConfig", options
 
 def _print_plan(source: "SourceList", config: "ConversionConfig", *, as_json: bool) -> None:
     """Print the samples, classes and bytes to expect; pieces of a few videos, where they are there, are encoded."""
-    from ray_jobs.console import counted, print_json, result, table
     from sharding.datasets.label_spaces import label_histogram
     from sharding.forecast import forecast_storage
     from sharding.settings import plan_shards
@@ -304,8 +309,6 @@ def _print_plan(source: "SourceList", config: "ConversionConfig", *, as_json: bo
 
 def _print_report(report: "ConversionReport", *, as_json: bool) -> None:
     """Print what a finished conversion made, and what it left out."""
-    from ray_jobs.console import counted, print_json, result, table
-
     facts = {
         "manifest": str(report.manifest_path),
         "num_samples": report.num_samples,
@@ -332,7 +335,6 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every byte against the manifest; ends with 3 and the names when something is damaged."""
-    from ray_jobs.console import print_json, progress, result
     from sharding.verify import count_shards, verify_place
 
     with progress(f"Verifying {shards}", count_shards(shards)) as update:
@@ -355,7 +357,6 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Counts, classes and durations of a shard set, from its indexes; with --html also stills and spectrograms."""
-    from ray_jobs.console import print_json, result, say, table
     from ray_jobs.set_card import facts_in_words
 
     shard_set, facts = _read_facts(shards, html)
@@ -383,7 +384,6 @@ def overlap(
     as_json: Json = False,
 ) -> None:
     """List videos that are in both sets, by sample id and source file; ends with 3 when there are any."""
-    from ray_jobs.console import print_json, progress, result
     from ray_jobs.overlap import counts, find_overlaps
     from sharding.format.shard_set import read_shard_set
 
@@ -405,7 +405,6 @@ def overlap(
 
 def _read_facts(place: str, html: Path | None) -> "tuple[ShardSet, SetFacts]":
     from pipelines.storage.index import set_facts
-    from ray_jobs.console import require_writable_place
     from sharding.format.shard_set import read_shard_set
 
     if html is not None:

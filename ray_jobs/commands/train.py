@@ -12,7 +12,7 @@ import typer
 from ca2st.errors import UserInputError
 from ray_jobs import environment
 from ray_jobs.commands.options import refuse_unused_ca_file, refuse_without_ray, takes
-from ray_jobs.console import duration, parse_views, print_json, require_folder_place, result, table
+from ray_jobs.console import duration, parse_views, print_json, require_folder_place, result, say, table
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -153,7 +153,6 @@ def train(options: TrainOptions) -> None:
     else:
         _train(loaded, run_dir, ray_address, accept_open_ray=options.open_ray, as_json=options.as_json)
         if options.overfit is not None:
-            from ray_jobs.console import say
             from ray_jobs.launch import check_overfit
 
             say(f"sanity run passed: {check_overfit(run_dir):.0%} of {options.overfit} clips learned by heart")
@@ -416,7 +415,6 @@ def _follow(
     """Show the log until the job ends; a job that fails ends this command with its driver's exit code."""
     from ray_jobs.cluster.job_server import JobFailedError, JobUnreachableError, exit_code
     from ray_jobs.cluster.submission import send_and_follow
-    from ray_jobs.console import say
 
     sent = [job]
 
@@ -463,7 +461,6 @@ def _show(text: str) -> None:
 
 
 def _print(facts: dict[str, object], *, as_json: bool) -> None:
-    from ray_jobs.console import print_json, result, table
 
     if as_json:
         print_json(facts)
@@ -472,7 +469,6 @@ def _print(facts: dict[str, object], *, as_json: bool) -> None:
 
 
 def _say_how_to_go_on(job_id: str, address: str) -> None:
-    from ray_jobs.console import say
 
     say(
         f"\nthe job goes on without this command\n"
