@@ -9,7 +9,7 @@ CLUSTER_PROCESSES ?= 0
 BENCH = PYTHONPATH=tests $(BIN)/python -m benchmarks
 PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 # The files that hold tests of a marker: importing all others takes longer than many a test.
-FILES_OF = $$(grep -rlE 'mark\.$(1)\b' tests --include='test_*.py' | sort -r)
+FILES_OF = $$(grep -rlE 'mark\.$(1)\b' tests --include='test_*.py' | sort $(2))
 
 .PHONY: install check audit test test-slow test-cluster test-soak mutations demo gpu bench-convert bench-scale bench-fusion test-gpu format lock clean
 
@@ -44,7 +44,7 @@ test: install
 	$(PYTEST)
 
 test-slow: install
-	$(PYTEST) -m "slow and not gpu and not soak" --no-loadscope-reorder $(call FILES_OF,slow)
+	$(PYTEST) -m "slow and not gpu and not soak" --no-loadscope-reorder $(call FILES_OF,slow,-r)
 
 # One after the other: nodes are given up by seconds without an answer. Two at a time is for machines with room.
 test-cluster: install

@@ -1,11 +1,9 @@
 """What every test runs under."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, get_args
-from unittest.mock import patch
 
 import jaxtyping
 import pytest
@@ -56,13 +54,6 @@ def own_process() -> Iterator[None]:
     _forget_accelerator()
     yield
     _forget_accelerator()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _environment_of_its_own() -> Iterator[None]:
-    """A Ray that a module starts here leaves settings, with which the next one's nodes would not start."""
-    with patch.dict(os.environ):
-        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
