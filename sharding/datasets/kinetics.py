@@ -66,10 +66,12 @@ def read_sound(request: DatasetRequest) -> SourceList:
 
 def _read(request: DatasetRequest, dataset: str, classes: tuple[str, ...], *, what: str) -> SourceList:
     annotations = needed_annotations(request, dataset, what=what)
-    problems = Problems(annotations, advice="is this the owners' file? fetch it again")
+    is_sound = dataset == "kinetics_sound"
+    others = f"; for a list of other than these {len(classes)} classes name them by --classes" if is_sound else ""
+    problems = Problems(annotations, advice=f"is this the owners' file? fetch it again{others}")
     first = first_line(annotations)
     if "youtube_id" in first:
-        found = _owners(annotations, classes, request, problems, partly=dataset == "kinetics_sound")
+        found = _owners(annotations, classes, request, problems, partly=is_sound)
     elif "," in first:
         columns = ("name", "label") if first.count(",") == 1 else ("name", "seconds", "label")
         found = _listed(read_rows(annotations, columns=columns, problems=problems).rows, classes, problems)

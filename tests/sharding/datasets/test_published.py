@@ -304,7 +304,10 @@ def test_kinetics_sound_reads_the_lists_with_padded_and_plain_seconds(tmp_path: 
 
 def test_kinetics_sound_takes_other_classes_from_a_list(tmp_path: Path) -> None:
     classes = write_lines(tmp_path / "classes.txt", sorted([*KINETICS_SOUND, "strumming guitar"]))
-    source = read_rows(tmp_path, "kinetics_sound", ["val/v52Gi2rgV3w_000005_000015.mp4,31"], classes=classes)
+    rows = ["val/v52Gi2rgV3w_000005_000015.mp4,31"]
+    with pytest.raises(AnnotationError, match=r"0 to 30, found '31'.* other than these 31 classes name them by --cla"):
+        read_rows(tmp_path, "kinetics_sound", rows)
+    source = read_rows(tmp_path, "kinetics_sound", rows, classes=classes)
     assert source.num_classes == {"label": 32}
     assert ids(source) == ["v52Gi2rgV3w_000005_000015"]
 
