@@ -1,6 +1,5 @@
 """A Ray cluster of one node on the loopback interface, as `ray start --head` starts it, with its job server."""
 
-import os
 import secrets
 import signal
 import socket
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import requests
+
+from support.processes import environment_without_ray
 
 _START_SECONDS = 120.0
 _SETTINGS = {
@@ -53,7 +54,7 @@ def ray_head(*, num_cpus: int, python: str = sys.executable) -> Iterator[RayHead
     """Start a cluster that asks for a token; end it, and nothing else, with the block."""
     port, token = _free_port(), secrets.token_hex(16)
     head = RayHead(address=f"http://127.0.0.1:{port}", token=token)
-    variables = os.environ | head.client_variables | _SETTINGS
+    variables = environment_without_ray() | head.client_variables | _SETTINGS
     options = (
         "--dashboard-host=127.0.0.1",
         f"--dashboard-port={port}",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from support.processes import python_path
+from support.processes import environment_without_ray, python_path
 
 START_NODE = Path(__file__).parents[2] / "ray_jobs" / "cluster" / "start_node.sh"
 SUBNET = "10.213.77"
@@ -96,7 +96,7 @@ class Machine:
         """Start `command` in the namespace; its standard error goes where `stdout` goes."""
         process = subprocess.Popen(
             ["ip", "netns", "exec", self.name, "sh", "-c", WITH_HOSTS, str(self.folder.parent / "hosts"), *command],
-            env={**os.environ, **self.environment, **(environment or {})},
+            env=environment_without_ray() | dict(self.environment) | dict(environment or {}),
             stdout=stdout,
             stderr=subprocess.STDOUT,
         )
