@@ -81,16 +81,19 @@ def test_p8_a_decoder_that_hangs_is_named_and_closing_does_not_wait_for_it(
 def test_p8_closing_a_loader_early_does_not_wait_for_a_file_whose_opening_hangs(
     tmp_path: Path, clip: ClipSpec, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_shard, calls, hangs = ShardFiles._open_checked, iter(range(1000)), threading.Event()
+    shard_set = make_shard_set(tmp_path, make_samples(12, num_frames=4), samples_per_shard=1)
+    with make_loader(shard_set, clip) as loader:
+        first = {f"ca2st-{int(key.rpartition('-')[2]):06d}.tar" for key in next(loader.batches(0)).sample_ids}
+    open_shard, opened, hangs = ShardFiles._open_checked, set[str](), threading.Event()
 
-    def open_then_hang(self: ShardFiles, shard: ShardEntry) -> int:
-        if next(calls) >= 4:
+    def open_or_hang(self: ShardFiles, shard: ShardEntry) -> int:
+        if first <= opened:  # one file is opened at a time
             hangs.set()
             gate.wait()
+        opened.add(shard.name)
         return open_shard(self, shard)
 
-    monkeypatch.setattr(ShardFiles, "_open_checked", open_then_hang)
-    shard_set = make_shard_set(tmp_path, make_samples(12, num_frames=4), samples_per_shard=1)
+    monkeypatch.setattr(ShardFiles, "_open_checked", open_or_hang)
     loader = make_loader(shard_set, clip, stall_timeout_seconds=0.5, prefetch_steps=1)
     batches = loader.batches(0)
     next(batches)
