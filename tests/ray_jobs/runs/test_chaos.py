@@ -117,6 +117,7 @@ def _attempt(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it in the background
     ) as process:
         goal = _num_steps(run_dir) + (_MOST_STEPS if fault.sent is None else fault.steps)
         deadline = time.monotonic() + _SECONDS
