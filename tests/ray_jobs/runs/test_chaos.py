@@ -83,11 +83,11 @@ def test_t18_a_run_through_many_random_faults_ends_with_the_numbers_of_an_undist
     environment = {"CA2ST_CHAOS": mark, "TMPDIR": str(tmp_path / "tmp")}
     shared_memory = set(Path("/dev/shm").iterdir())
     ends: Counter[int] = Counter()
-    num_stopped = 0
+    num_stopped, damaged = 0, set[Path]()
     for number in range(_NUM_FAULTS):
         fault = _drawn(draw)
         if fault.damage:
-            _damage_newest_checkpoint(run_dir, draw)
+            _damage_newest_checkpoint(run_dir, draw, damaged)
         code, was_stopped, said = _attempt((*arguments, "--out", run_dir), fault, run_dir, environment)
         ends[code] += 1
         num_stopped += was_stopped
@@ -98,7 +98,7 @@ def test_t18_a_run_through_many_random_faults_ends_with_the_numbers_of_an_undist
     done = ca2st(*arguments, "--out", run_dir, environment=environment)
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
     print(f"seed {seed}: attempts by exit code {dict(ends)}, of them stopped before their fault: {num_stopped}")
-    assert num_stopped < _NUM_FAULTS / 4
+    assert num_stopped < _NUM_FAULTS / 2
     assert sequence(run_dir) == sequence(tmp_path / "undisturbed"), f"seed {seed}"
     assert journal(run_dir, "eval")[-1]["metrics"] == journal(tmp_path / "undisturbed", "eval")[-1]["metrics"]
     assert _gone(mark)
@@ -138,9 +138,11 @@ def _num_steps(run_dir: Path) -> int:
     return path.read_bytes().count(b'"event":"step"') if path.exists() else 0
 
 
-def _damage_newest_checkpoint(run_dir: Path, draw: random.Random) -> None:
+def _damage_newest_checkpoint(run_dir: Path, draw: random.Random, damaged: set[Path]) -> None:
     complete = sorted(run_dir.glob("checkpoints/*/COMPLETE.json"), key=lambda path: path.stat().st_mtime)
+    complete = [path for path in complete if path not in damaged]
     if len(complete) > 1:  # one sound one stays
+        damaged.add(complete[-1])
         file = draw.choice(sorted(path for path in complete[-1].parent.iterdir() if path.stat().st_size))
         flip_byte(file, draw.randrange(file.stat().st_size))
 
