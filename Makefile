@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROCESSES ?= 2
-CLUSTER_PROCESSES ?= 0
 # The programs of tests/benchmarks; ARGS are their options: make gpu ARGS="--only limits,model"
 BENCH = PYTHONPATH=tests $(BIN)/python -m benchmarks
 PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
-# The files that hold tests of a marker: importing all others takes longer than many a test.
+# The files that hold tests of a marker: importing all others takes longer than many a test. -r: from behind, where the
+# slow files with the longest tests are.
 FILES_OF = $$(grep -rlE 'mark\.$(1)\b' tests --include='test_*.py' | sort $(2))
 
 .PHONY: install check audit test test-slow test-cluster test-soak mutations demo gpu bench-convert bench-scale bench-fusion test-gpu format lock clean
@@ -46,10 +46,9 @@ test: install
 test-slow: install
 	$(PYTEST) -m "slow and not gpu and not soak" --no-loadscope-reorder $(call FILES_OF,slow,-r)
 
-# One after the other: nodes are given up by seconds without an answer. Two at a time is for machines with room.
+# One after the other: nodes are given up by seconds without an answer.
 test-cluster: install
-	$(BIN)/python -m pytest -n $(CLUSTER_PROCESSES) --dist loadfile -m "cluster and not soak" --no-loadscope-reorder \
-		$(call FILES_OF,cluster)
+	$(BIN)/python -m pytest -m "cluster and not soak" $(call FILES_OF,cluster)
 
 # The same promises at their full size: hours. ARGS="-k million" chooses.
 test-soak: install

@@ -40,7 +40,7 @@ class LoaderConfig:
     """Threads of the decoding backend; None: the processor cores this process may use, shared with the other workers
     of a training on its machine."""
     prefetch_steps: int = 2
-    """Batches kept ready, beside one that is being made; 0 makes each when it is asked for."""
+    """Batches kept ready, beside those that are being made; 0 makes each when it is asked for."""
     backend: BackendName = "auto"
     """``dali``, ``reference`` (slow, the oracle), or ``auto``: dali where it is installed."""
     decode_on: DecodeOn = "auto"
@@ -88,6 +88,11 @@ class LoaderConfig:
         check_range(self, "loader.", "quarantine_percent", low=0, high=100)
         if not self.stall_timeout_seconds > 0:
             raise UserInputError(f"loader.stall_timeout_seconds: expected > 0, found {self.stall_timeout_seconds}")
+
+    @property
+    def rendered_at_once(self) -> int:
+        """Batches that are made at a time: where they are made ahead, one is decoded while another is finished."""
+        return 2 if self.prefetch_steps else 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

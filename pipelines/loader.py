@@ -295,8 +295,6 @@ def _backend(setup: TrainSetup | EvaluationSetup, stats: StatsRecorder) -> ViewB
 
 _FETCH_AHEAD_STEPS = 2
 """Steps whose bytes are read while earlier ones are rendered."""
-_RENDERED_AT_ONCE = 2
-"""Steps, where batches are made ahead: one is decoded while the views of the one before are finished."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -340,14 +338,14 @@ class BatchAssembler:
         replacements = Replacements(others, global_batch_size=record.global_batch_size)
         lanes = -(-len(positions) * record.num_lanes // record.global_batch_size)
         numbers = range(first_step, plan.num_steps)
-        rendered_ahead = _RENDERED_AT_ONCE - 1 if self.setup.loader.prefetch_steps else 0
+        at_once = self.setup.loader.rendered_at_once
 
         def shards_of(step: int) -> set[int]:
             return set(later.samples(step, positions).shards.tolist())
 
         with (
             ShardsAhead(self.sets, shards_of, numbers, most_waiting=lanes) as shards_ahead,
-            closing(LoaderThreads("clip-render", _RENDERED_AT_ONCE)) as renderers,
+            closing(LoaderThreads("clip-render", at_once)) as renderers,
             closing(LoaderThreads("clip-fetch", self.setup.loader.fetch_threads)) as readers,
         ):
 
@@ -361,7 +359,7 @@ class BatchAssembler:
 
             being_read = _begun_ahead(map(read, numbers), _FETCH_AHEAD_STEPS)
             rendered = (renderers.submit(self._batch, step, futures) for step, futures in being_read)
-            yield from map(Future.result, _begun_ahead(rendered, rendered_ahead))
+            yield from map(Future.result, _begun_ahead(rendered, at_once - 1))
 
     def _prepare(self, cell: PlannedCell, draws: Draws) -> _Prepared:
         """Draw the views of a planned sample and read its bytes."""

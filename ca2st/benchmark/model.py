@@ -21,7 +21,7 @@ from ca2st.benchmark.case import TARGETS, Case, CaseSpec, LocalCase, ModelBenchC
 from ca2st.benchmark.measure import Limit, Spread, spread
 from ca2st.errors import CA2STError, EnvironmentFault
 from ca2st.model.config import bridges_of_layer
-from ca2st.model.inspect import ModelInfo, model_info
+from ca2st.model.inspect import FLOP_PER_MULTIPLY_ADD, ModelInfo, model_info
 from ca2st.processes import SPAWN
 from ca2st.training.config import Precision
 
@@ -181,7 +181,6 @@ StartCase = Callable[[CaseSpec], AbstractContextManager[Case]]
 Update = Callable[[int, str], None]
 PASSES: tuple[PassKind, ...] = ("forward", "training")
 _FEWEST_ROUNDS = 2
-_FLOP_PER_MULTIPLY_ADD = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -368,7 +367,7 @@ def _pass_report(timings: _Timings, variant: Variant, kind: PassKind, *, info: M
     ours = timings.seconds[kind][variant]
     clips_per_second = timings.spec.per_device_batch_size / statistics.median(ours)
     gmacs = info.gmacs if variant == "baseline" else info.computed_gmacs
-    tflops = clips_per_second * gmacs * _FLOP_PER_MULTIPLY_ADD / 1e3 if kind == "forward" else None
+    tflops = clips_per_second * gmacs * FLOP_PER_MULTIPLY_ADD / 1e3 if kind == "forward" else None
     baseline = timings.seconds[kind].get("baseline", ()) if variant != "baseline" else ()
     return PassReport(
         clips_per_second=clips_per_second,

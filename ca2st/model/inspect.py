@@ -29,9 +29,6 @@ from ca2st.model.network import HolisticModel, build_model, set_trainable, whole
 from ca2st.model.tokens import audio_patches
 from ca2st.spec import ClipSpec
 
-_FLOP_PER_MULTIPLY_ADD = 2
-
-
 FLOP_PER_MULTIPLY_ADD = 2
 
 
@@ -151,7 +148,7 @@ class _Meter:
         self._running.pop()
 
     def _charge(self) -> None:
-        now = self._counter.get_total_flops() // _FLOP_PER_MULTIPLY_ADD
+        now = self._counter.get_total_flops() // FLOP_PER_MULTIPLY_ADD
         if now > self._seen:
             self.macs[self._running[-1]] += now - self._seen
         self._seen = now

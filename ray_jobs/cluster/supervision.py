@@ -91,13 +91,6 @@ class LaunchFolder:
         """Record where the worker of `rank` runs."""
         write_bytes(self._place(attempt, rank), node.encode())
 
-    def node_of(self, attempt: int, rank: int) -> str:
-        """Return where the worker of `rank` ran, or an empty text where it never began."""
-        try:
-            return self._place(attempt, rank).read_text()
-        except FileNotFoundError:
-            return ""
-
     def places(self, attempt: int) -> dict[int, str]:
         """Return where the worker of each rank ran, by rank; those that never began are missing."""
         found = {path: int(path.name.rpartition("-")[2]) for path in self.path.glob(f"attempt-{attempt}.rank-*")}
@@ -213,7 +206,7 @@ class LostWorkers(UserCallback):
         attempt = self._folder.num_attempts()
         record = death_record(
             died,
-            {rank: self._folder.node_of(attempt, rank) for rank in died},
+            self._folder.places(attempt),
             living={node.address for node in living_nodes()},
             attempt=attempt,
             launch=self._folder.name,
@@ -252,7 +245,7 @@ def death_record(
     rank = min(died)
     by_node: dict[str, list[int]] = {}
     for one in sorted(died):
-        by_node.setdefault(places[one] or "a node not known", []).append(one)
+        by_node.setdefault(places.get(one) or "a node not known", []).append(one)
     what = "; ".join(_death(place, ranks, living) for place, ranks in by_node.items())
     reasons = [line.strip() for line in died[rank].splitlines() if line.strip()]
     return FailureRecord(
@@ -260,7 +253,7 @@ def death_record(
         message=f"{what} ({reasons[-1] if reasons else 'Ray gives no reason'})",
         exit_code=EnvironmentFault.exit_code,
         rank=rank,
-        node=places[rank] or "a node not known",
+        node=places.get(rank) or "a node not known",
         attempt=attempt,
         final=False,
         launch=launch,

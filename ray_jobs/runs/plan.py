@@ -314,10 +314,10 @@ def memory_plan(recipe: Recipe, model: HolisticModel, *, held: HeldPrecision) ->
 
 def waiting_bytes(recipe: Recipe) -> int:
     """Return bytes of memory that finished batches of one rank take: uint8 frames, float32 spectrograms."""
-    clip, training = recipe.clip, recipe.training
+    clip, training, loader = recipe.clip, recipe.training, recipe.data.loader
     frames = 3 * clip.num_frames * clip.crop_size**2
     share = -(-training.global_batch_size // recipe.launch.workers)
-    return (recipe.data.loader.prefetch_steps + 2) * share * (frames + 4 * clip.mel_rows * clip.num_mel_bins)
+    return (loader.prefetch_steps + loader.rendered_at_once) * share * (frames + 4 * clip.mel_rows * clip.num_mel_bins)
 
 
 def num_checkpoints(recipe: Recipe, *, steps: int, steps_per_epoch: int) -> int:

@@ -22,6 +22,7 @@ from pipelines.views import EvaluationViews
 from ray_jobs.pages.charts import page_environment, places
 from ray_jobs.runs.inference import TrainedModel, load_trained, score
 from ray_jobs.runs.prediction import DamagedVideo, Prediction, converted, likeliest, require_videos, segment_of
+from sharding.errors import RejectReason
 from sharding.format.index import read_parquet, sample_key
 from sharding.format.shard_set import ShardSet
 
@@ -31,7 +32,7 @@ _LEAST_STRIDE_SECONDS = 0.05
 _MOST_EVENTS = 10_000
 _MOST_SHOWN_CLASSES = 16
 _END_OF_VIDEO = "segment_outside"
-_OF_THE_FILE = frozenset(
+_OF_THE_FILE: frozenset[RejectReason] = frozenset(
     {"missing_file", "empty_file", "not_a_video", "no_index", "no_video_stream", "truncated", "hdr", "encrypted"}
 )
 """Reasons that hold for all further windows alike."""

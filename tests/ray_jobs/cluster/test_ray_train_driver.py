@@ -217,9 +217,9 @@ def test_attempts_and_the_places_of_their_workers_are_known(tmp_path: Path) -> N
         folder.begin(attempt, rank=1, node=f"b{attempt}")
         folder.begin(attempt, rank=0, node="a")
     assert folder.num_attempts() == 2
-    assert folder.node_of(1, 1) == "b1"
-    assert folder.node_of(2, 1) == "b2"
-    assert folder.node_of(3, 1) == ""
+    assert folder.places(1)[1] == "b1"
+    assert folder.places(2)[1] == "b2"
+    assert folder.places(3) == {}
 
 
 def test_t4_a_final_failure_is_told_as_such_though_a_rank_that_only_heard_of_it_used_up_the_restarts(

@@ -29,6 +29,7 @@ from ray_jobs.runs.plan import (
     read_without_traces,
     readable_bytes,
     resume_plan,
+    waiting_bytes,
 )
 from ray_jobs.runs.worker import _parameter_rules
 from support.tiny_runs import make_tiny_run
@@ -112,6 +113,15 @@ def test_j7_a_world_that_is_not_drawn_is_planned_without_drawing_it(
 )
 def test_bytes_are_told_in_powers_of_a_thousand(count: float, told: str) -> None:
     assert readable_bytes(count) == told
+
+
+@pytest.mark.parametrize(("prefetch_steps", "batches"), [(0, 1), (1, 3), (2, 4)])
+def test_the_plan_counts_batches_that_are_ready_and_those_that_are_being_made(
+    prefetch_steps: int, batches: int
+) -> None:
+    recipe = load_recipe("smoke", [f"data.loader.prefetch_steps={prefetch_steps}"])
+    clip_bytes = 3 * 8 * 64 * 64 + 4 * 96 * 128  # frames as bytes, spectrogram in float32
+    assert waiting_bytes(recipe) == batches * 16 * clip_bytes
 
 
 def test_j7_what_the_training_would_refuse_the_plan_refuses_too(tiny: Path) -> None:
