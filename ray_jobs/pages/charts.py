@@ -187,9 +187,9 @@ def thinned(curve: Curve) -> Curve:
 def places(low: float, high: float, *, whole: bool = False) -> list[float]:
     """Return round numbers in even steps, two at least, from `low` or below to `high` or above (below, if `whole`).
 
-    Of values that are as good as one the step is that of their size.
+    Of values that are as good as one the step is that of their size, of zeros that of 1.
     """
-    size = max(abs(low), abs(high))
+    size = max(abs(low), abs(high)) or 1.0
     span = high - low if high - low > 1e-6 * size else size
     step = _round_step(max(span, 1e-9) / _MOST_MARKS)
     if whole:

@@ -213,6 +213,10 @@ def test_a_model_on_several_datasets_has_the_harmonic_mean_of_the_means_of_its_s
     assert compare(wider).across_datasets == [], "another width is another model"
 
 
+def test_an_axis_of_nothing_but_zeros_has_the_step_of_fractions_of_one() -> None:
+    assert places(0.0, 0.0) == [0.0, 0.2]
+
+
 @given(st.floats(-1e6, 1e6), st.one_of(st.just(0.0), st.floats(1e-3, 1e6)))
 def test_round_places_span_the_values_in_even_steps(low: float, span: float) -> None:
     found = places(low, low + span)
