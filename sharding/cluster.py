@@ -59,10 +59,7 @@ class RayShards:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        import ray
-
-        for ticket in self._running:
-            ray.cancel(ticket, force=True)
+        end_tasks(self._running)
 
     def run(
         self,
@@ -139,6 +136,19 @@ class RayShards:
         self._give(given)
 
 
+def end_tasks(tickets: Collection[Any]) -> None:
+    """End those tasks of `tickets`, references to their results, that still run.
+
+    Ray 2.60 aborts the whole process ("Tried to complete task that was not pending") where a task is cancelled whose
+    result has come a moment ago, so those that ended are left alone.
+    """
+    import ray
+
+    _, running = ray.wait(list(tickets), num_returns=len(tickets), timeout=0) if tickets else ((), ())
+    for ticket in running:
+        ray.cancel(ticket, force=True)
+
+
 def _wait_for_room() -> None:
     """Start something on one CPU; raises EnvironmentFault where nothing starts."""
     import ray
@@ -148,7 +158,7 @@ def _wait_for_room() -> None:
     try:
         ray.get(ticket, timeout=_START_SECONDS)
     except GetTimeoutError:
-        ray.cancel(ticket, force=True)
+        end_tasks([ticket])
         raise EnvironmentFault(
             f"expected a conversion worker to start within {_START_SECONDS:g} s, found none; are the cluster's "
             "processors all taken? wait until some are free, and rerun"

@@ -385,6 +385,8 @@ def ask_every_node(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    from sharding.cluster import end_tasks  # no need of it where Ray is only looked for
+
     task = ray.remote(num_cpus=0, max_retries=0)(_call)
     asked = {
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
@@ -393,9 +395,7 @@ def ask_every_node(
         for node in (living_nodes() if nodes is None else nodes)
     }
     answers = gathered(asked, timeout_seconds=timeout_seconds)
-    for ticket, node in asked.items():
-        if isinstance(answers[node], NodeFailure):
-            ray.cancel(ticket, force=True)  # nothing happens to one that ended
+    end_tasks(asked)
     return answers
 
 

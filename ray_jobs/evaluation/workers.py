@@ -50,6 +50,7 @@ from ray_jobs.runs.inference import (
     set_name,
     trained_loader,
 )
+from sharding.cluster import end_tasks
 from sharding.format.shard_set import Manifest, ShardSet, classes_that_differ, read_shard_set
 
 _MOST_TRIES = 3
@@ -464,8 +465,7 @@ def _score_on_ray(job: _Job, workers: Workers) -> None:
                 )
                 raise WorkerFailedError(lost, EnvironmentFault.exit_code) from error
             finally:
-                for one in waiting:
-                    ray.cancel(one, force=True)
+                end_tasks(waiting)
 
 
 def _score_on_worker(job: dict[str, Any], rank: int) -> tuple[str, int] | None:
