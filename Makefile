@@ -15,10 +15,11 @@ FILES_OF = $$(grep -rlE 'mark\.$(1)\b' tests --include='test_*.py' | sort $(2))
 
 install: $(STAMP)
 
+# Compiled once, as pip does: where PYTHONDONTWRITEBYTECODE is set, each process would compile all of torch again (1 s).
 $(STAMP): requirements.lock pyproject.toml
 	@if command -v uv >/dev/null 2>&1; then \
 		uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
-		uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock && \
+		uv pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock && \
 		uv pip install --quiet --python $(BIN)/python --no-deps --editable .; \
 	else \
 		$(PYTHON) -m venv $(VENV) && \

@@ -12,6 +12,7 @@ import signal
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -26,7 +27,7 @@ from sharding.folder import DoneShard, Reject, State, open_done_shard, state_of_
 from sharding.format.index import sample_key
 from sharding.format.remote import Location, RemoteFiles
 from sharding.format.writer import ShardRange, StoredSample, shard_name, write_shard
-from sharding.media.audio import log_mel, no_spectrogram, npy_bytes
+from sharding.media.audio import load_filter_bank, log_mel, no_spectrogram, npy_bytes
 from sharding.media.encode import ClipJob, EncodedClip, encode_clip
 from sharding.settings import ConversionConfig
 from sharding.source import SourceList, SourceSample, named_labels
@@ -132,10 +133,13 @@ def _made_in_turn(
                 yield setup.config.job(sample)
 
     clips = pool.map(jobs())
-    for clip in clips:
-        task, states = begun.popleft()
-        of_task = itertools.chain([clip], itertools.islice(clips, len(task.samples) - 1))
-        yield _made(setup, task, of_task, states, on_sample)
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        loaded = beside.submit(load_filter_bank)  # while the children start and decode their first clips
+        for clip in clips:
+            loaded.result()
+            task, states = begun.popleft()
+            of_task = itertools.chain([clip], itertools.islice(clips, len(task.samples) - 1))
+            yield _made(setup, task, of_task, states, on_sample)
 
 
 def _made(

@@ -13,8 +13,10 @@ import resource
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -133,20 +135,28 @@ class DecodePool:
         Raises:
             EnvironmentFault: a child cannot be started.
         """
-        waiting = enumerate(jobs)
+        numbered = enumerate(jobs)
+        waiting = deque(islice(numbered, self._num_workers))
         done: dict[int, Any] = {}
-        job = next(waiting, None)
         next_out = 0
         while True:
             while next_out in done:
                 yield done.pop(next_out)
                 next_out += 1
-            while job is not None and job[0] - next_out < _LOOK_AHEAD * self._num_workers and self._give(*job):
-                job = next(waiting, None)
-            if job is None and not done and all(child.index is None for child in self._children):
+            while waiting and waiting[0][0] - next_out < _LOOK_AHEAD * self._num_workers and self._give(*waiting[0]):
+                waiting.popleft()
+                waiting.extend(islice(numbered, 1))
+            if not waiting and not done and all(child.index is None for child in self._children):
                 return
+            self._start_children(len(waiting))
             if next_out not in done:
                 self._collect(done)
+
+    def _start_children(self, num_waiting: int) -> None:
+        """Start as many children, all at once, as there is room and work for."""
+        num_starting = sum(not child.ready for child in self._children)
+        for _ in range(min(num_waiting - num_starting, self._num_workers - len(self._children))):
+            self._children.append(_Child(self._job_function, self._memory_bytes, self._timeout_seconds))
 
     def _give(self, index: int, job: Any) -> bool:
         """Hand a job to an idle child; False when none is idle now."""
@@ -157,8 +167,6 @@ class DecodePool:
                 self._drop(child)
                 continue
             return True
-        if len(self._children) < self._num_workers:
-            self._children.append(_Child(self._job_function, self._memory_bytes, self._timeout_seconds))
         return False
 
     def _collect(self, done: dict[int, Any]) -> None:

@@ -7,10 +7,11 @@ import contextlib
 import io
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -315,9 +316,16 @@ def npy_bytes(mel: Spectrogram) -> bytes:
     return sink.getvalue()
 
 
-def _filter_bank(pcm: npt.NDArray[np.float32], parameters: AudioParameters) -> npt.NDArray[np.float32]:
-    import torch
+def load_filter_bank() -> Callable[..., Any]:
+    """Return Kaldi's filter bank of torchaudio; the first call imports torch, which takes a second."""
     from torchaudio.compliance.kaldi import fbank
+
+    return cast(Callable[..., Any], fbank)
+
+
+def _filter_bank(pcm: npt.NDArray[np.float32], parameters: AudioParameters) -> npt.NDArray[np.float32]:
+    fbank = load_filter_bank()
+    import torch
 
     with _one_torch_thread(), torch.inference_mode():
         mel = fbank(

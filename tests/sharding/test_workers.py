@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,15 @@ def test_no_more_jobs_are_read_ahead_than_three_a_child() -> None:
         results = pool.map(jobs())
         assert next(results) == 0
         assert len(read) <= 3 * 2 + 2
+
+
+def test_children_are_started_all_at_once_but_no_more_than_there_are_jobs() -> None:
+    for num_jobs in (1, 2, 5):
+        with DecodePool(act, num_workers=3, timeout_seconds=30) as pool:
+            results = pool.map([("echo", number) for number in range(num_jobs)])
+            assert next(results) == 0
+            assert len(active_children()) == min(num_jobs, 3)
+            assert list(results) == list(range(1, num_jobs))
 
 
 def test_a_crash_a_hang_and_a_memory_error_are_one_reject_each_and_the_pool_lives() -> None:
@@ -133,7 +143,7 @@ def test_a_refusal_and_an_unexpected_exception_carry_their_words() -> None:
     assert bug == Rejected("internal_error", "KeyError: 'nowhere'")
 
 
-def test_a_child_imports_neither_torch_nor_pyarrow() -> None:
+def test_a_child_imports_neither_torch_nor_ray() -> None:
     with DecodePool(act, num_workers=1, timeout_seconds=30) as pool:
         assert list(pool.map([("modules", ["torch", "ray", "av", "numpy"])])) == [["av", "numpy"]]
 
