@@ -170,19 +170,23 @@ def _train_splits(options: TrainOptions, recipe: str, settings: list[str]) -> No
     if not all(split.isdecimal() for split in splits) or len(set(splits)) < len(splits):
         raise UserInputError(f"--splits: expected different numbers with commas between them (1,2,3), found {splits}")
     recipes = [load_recipe(recipe, [*settings, f"data.split={split}"]) for split in splits]
+    shards = [loaded.data.validation for loaded in recipes if loaded.data.validation is not None]
+    if len(shards) < len(splits):
+        raise UserInputError(
+            "data.validation: expected the shards that each split is tested on, found none; name them, with {split} "
+            "for its number"
+        )
     address = options.ray_address if options.ray else None
     facts: list[dict[str, object]] = []
     reports = []
-    for split, loaded in zip(splits, recipes, strict=True):
+    for split, loaded, tested in zip(splits, recipes, shards, strict=True):
         run_dir = loaded.folder if options.out is None else options.out / f"split{split}"
         launch(loaded, run_dir, faults=fault_points(), ray_address=address, accept_open_ray=options.open_ray)
-        if loaded.data.validation is None:
-            raise UserInputError("data.validation: expected the shards that a split is tested on, found none")
         views = loaded.published.views if loaded.published is not None else "2x3"
         clips, crops = parse_views(views)
         test = EvaluationViews(protocol="test", clips=clips, crops=crops)
         who = Workers(number=loaded.launch.workers, ray_address=address, accept_open_ray=options.open_ray)
-        reports.append(evaluate_checkpoint(run_dir, loaded.data.validation, test, workers=who))
+        reports.append(evaluate_checkpoint(run_dir, tested, test, workers=who))
         if loaded.tracking.enabled:
             log_to_run(reports[-1])
         facts.append({"split": int(split), "run_dir": str(run_dir), "top1": reports[-1].top1, "views": views})
