@@ -449,7 +449,7 @@ def test_the_hours_of_a_whole_recipe_are_those_of_a_calculation_by_hand(tmp_path
         (("--splits", "1,2", "--dry-run"), r"--splits: expected a recipe and no --dry-run"),
         (("--splits", "1,1"), r"--splits: expected different numbers with commas between them"),
         (("--splits", "1,2"), r"data.split: expected {split} in data.train or data.validation"),
-        (("--splits", "1,2", "--set", "data.train=s{split}"), r"data.validation: expected the shards that each split is"),
+        (("--splits", "1,2", "--set", "data.train=s{split}"), r"data.validation: expected the shards that each split"),
         (("--dry-run", "--assume-published-counts"), r"expected a recipe with \[published\] dataset = one of"),
         (("--dry-run", "--device", "H2000"), r"--device: expected one of .*found 'H2000' \(did you mean 'H200'"),
     ],
