@@ -4,8 +4,10 @@ Exit codes: 0 done, 1 a fault of ours, 2 user input, 3 damaged data, 4 environme
 130 and 143 interrupted and terminated.
 """
 
+import atexit
 import contextlib
 import errno
+import gc
 import inspect
 import sys
 from collections.abc import Sequence
@@ -118,6 +120,7 @@ def main(program: typer.Typer = app) -> None:
     """Entry point of ``ca2st``: run the command, end with the exit code of what happened."""
     show_log()
     wait_passively()
+    atexit.register(gc.freeze)  # or the interpreter's end looks through all of torch's objects: 0.3 s
     is_for_a_program = "--json" in sys.argv and not {"-h", "--help"}.intersection(sys.argv)
     try:
         with stdout_for_results() if is_for_a_program else contextlib.nullcontext():
