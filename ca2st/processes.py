@@ -4,15 +4,19 @@ Python's own spawn runs the caller's main script in every child first: a script 
 itself again, and ``python -`` has none that could be run. Children of `SPAWN` import only what their function needs.
 """
 
+import contextlib
 import ctypes
 import io
 import multiprocessing
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from multiprocessing import popen_spawn_posix, reduction, resource_tracker, spawn, util
 from multiprocessing.context import SpawnContext, SpawnProcess, set_spawning_popen
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 
 def num_cores() -> int:
@@ -30,6 +34,36 @@ def die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid != os.getppid():  # it died before the request above
         os._exit(128 + signal.SIGKILL)
+
+
+def start_deaf(process: BaseProcess) -> None:
+    """Start a child that is to ignore SIGINT, which waits until it does: Ctrl-C reaches it while it imports, too."""
+    resource_tracker.ensure_running()  # when first needed it would let the signal through
+    with _handlers_held():
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+@contextlib.contextmanager
+def _handlers_held() -> Iterator[None]:
+    """Let Python's handlers wait: what one raises between two lines would leave a child that nobody knows."""
+    came: list[int] = []
+    handlers: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if callable(handler) and threading.current_thread() is threading.main_thread():
+                handlers[number] = handler
+                signal.signal(number, lambda number, _frame: came.append(number))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 class _Popen(popen_spawn_posix.Popen):

@@ -12,16 +12,17 @@ import signal
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Any, Protocol, Self, cast
 
 from ca2st.durable import NO_FAULTS, FaultPoints
 from ca2st.errors import EnvironmentFault
-from ca2st.processes import SPAWN, die_with_parent
+from ca2st.processes import SPAWN, die_with_parent, start_deaf
 from sharding.errors import MediaError
 from sharding.folder import DoneShard, Reject, State, open_done_shard, state_of_sample
 from sharding.format.index import sample_key
@@ -133,13 +134,25 @@ def _made_in_turn(
                 yield setup.config.job(sample)
 
     clips = pool.map(jobs())
-    with ThreadPoolExecutor(max_workers=1) as beside:
-        loaded = beside.submit(load_filter_bank)  # while the children start and decode their first clips
-        for clip in clips:
-            loaded.result()
-            task, states = begun.popleft()
-            of_task = itertools.chain([clip], itertools.islice(clips, len(task.samples) - 1))
-            yield _made(setup, task, of_task, states, on_sample)
+    loaded = Future[None]()  # while the children start and decode their first clips
+    if setup.config.audio_policy == "none":
+        loaded.set_result(None)
+    else:
+        Thread(target=_load_filter_bank, args=(loaded,), daemon=True).start()  # no executor: Ctrl-C would wait for it
+    for clip in clips:
+        loaded.result()
+        task, states = begun.popleft()
+        of_task = itertools.chain([clip], itertools.islice(clips, len(task.samples) - 1))
+        yield _made(setup, task, of_task, states, on_sample)
+
+
+def _load_filter_bank(loaded: Future[None]) -> None:
+    try:
+        load_filter_bank()
+    except BaseException as error:  # noqa: BLE001  raised where the result is awaited
+        loaded.set_exception(error)
+    else:
+        loaded.set_result(None)
 
 
 def _made(
@@ -360,7 +373,7 @@ class _Worker:
     def __init__(self, setup: ShardSetup, num_children: int) -> None:
         self.connection, theirs = SPAWN.Pipe()
         self.process = SPAWN.Process(target=serve_shards, args=(theirs, setup, num_children), daemon=False)
-        self.process.start()
+        start_deaf(self.process)
         theirs.close()
         self.task: ShardTask | None = None
 

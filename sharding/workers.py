@@ -26,7 +26,7 @@ from typing import Any, Self
 import av
 
 from ca2st.errors import EnvironmentFault
-from ca2st.processes import SPAWN, die_with_parent
+from ca2st.processes import SPAWN, die_with_parent, start_deaf
 from sharding.errors import MediaError, RejectReason
 
 _MAX_OPEN_FILES = 64
@@ -62,7 +62,7 @@ class _Child:
         self.process: BaseProcess = SPAWN.Process(
             target=serve, args=(theirs, job_function, memory_bytes, timeout_seconds), daemon=True
         )
-        self.process.start()
+        start_deaf(self.process)
         theirs.close()
         self.ready = False
         self.index: int | None = None

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ca2st.checked_json import DocumentError, read_json
 from ca2st.errors import CA2STError, EnvironmentFault
-from ca2st.processes import SPAWN, die_with_parent
+from ca2st.processes import SPAWN, die_with_parent, start_deaf
 from ca2st.weights import tensor_files
 
 MAX_FILE_BYTES = 16 * 2**30
@@ -213,7 +213,7 @@ def _read_in_child(path: Path, timeout_seconds: float) -> tuple[ReadFacts, dict[
 def _ask_child(job: ReadJob, timeout_seconds: float) -> dict[str, str]:
     ours, theirs = SPAWN.Pipe(duplex=False)
     child = SPAWN.Process(target=serve, args=(theirs, job), daemon=True)
-    child.start()
+    start_deaf(child)
     theirs.close()
     try:
         if not ours.poll(timeout_seconds):

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from av.audio.stream import AudioStream
 from av.container import InputContainer
 
+from ca2st.errors import EnvironmentFault
 from sharding.errors import MediaError
 from sharding.format.shard_set import AudioParameters
 from sharding.media.claims import MediaLimits
@@ -317,9 +318,18 @@ def npy_bytes(mel: Spectrogram) -> bytes:
 
 
 def load_filter_bank() -> Callable[..., Any]:
-    """Return Kaldi's filter bank of torchaudio; the first call imports torch, which takes a second."""
-    from torchaudio.compliance.kaldi import fbank
+    """Return Kaldi's filter bank of torchaudio; the first call imports torch, which takes a second.
 
+    Raises:
+        EnvironmentFault: they cannot be imported.
+    """
+    try:
+        from torchaudio.compliance.kaldi import fbank
+    except (ImportError, OSError) as error:
+        raise EnvironmentFault(
+            f"spectrograms need torch and torchaudio, found that they cannot be imported ({error}); install the "
+            "versions of requirements.lock together, or leave the sound out with --audio none"
+        ) from error
     return cast(Callable[..., Any], fbank)
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ import webdataset
 
 from ca2st.durable import FaultPoints, InjectedFault
 from ca2st.errors import EnvironmentFault, UserInputError
+from sharding import shard_task
 from sharding.conversion import ConversionProgress, convert
 from sharding.errors import ConversionRefusedError
 from sharding.format.index import decode_index, encode_index, sample_key
@@ -318,6 +320,35 @@ def test_c2_an_interrupt_ends_the_run_leaves_no_process_and_can_be_resumed(
     assert not list(out.glob(".*")), "neither a temporary file nor a lock stays behind"
     convert(reference.source, out, small_config())
     assert file_hashes(out) == reference.hashes
+
+
+def test_an_end_before_the_first_clip_does_not_wait_for_torch(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading = threading.Event()
+    monkeypatch.setattr(shard_task, "load_filter_bank", lambda: loading.wait(60))
+    monkeypatch.setattr(shard_task.DecodePool, "map", _interrupted)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        convert(reference.source, tmp_path / "out", small_config(audio_policy="optional"))
+    assert time.monotonic() - started < 30
+    loading.set()
+
+
+def _interrupted(_pool: object, jobs: Iterator[ClipJob]) -> Iterator[EncodedClip]:
+    next(jobs)
+    raise KeyboardInterrupt
+    yield
+
+
+def test_without_torchaudio_a_conversion_ends_with_advice_and_one_without_sound_does_not_need_it(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchaudio.compliance.kaldi", None)
+    with pytest.raises(EnvironmentFault, match=r"spectrograms need torch and torchaudio, found .*--audio none"):
+        convert(reference.source, tmp_path / "out", small_config(audio_policy="optional"))
+    convert(reference.source, tmp_path / "silent", small_config())
+    assert file_hashes(tmp_path / "silent") == reference.hashes
 
 
 def test_a_sample_larger_than_a_shard_gets_one_of_its_own(reference: Reference, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import active_children
 from pathlib import Path
@@ -70,6 +71,21 @@ def test_children_are_started_all_at_once_but_no_more_than_there_are_jobs() -> N
             assert next(results) == 0
             assert len(active_children()) == min(num_jobs, 3)
             assert list(results) == list(range(1, num_jobs))
+
+
+def test_an_interrupt_of_the_whole_group_does_not_reach_a_child_that_is_still_starting() -> None:
+    def interrupt_the_first() -> None:
+        while not (begun := active_children()):
+            time.sleep(0.001)
+        os.kill(begun[0].pid or 0, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by tests that run in the background
+    try:
+        threading.Thread(target=interrupt_the_first).start()
+        with DecodePool(act, num_workers=2, timeout_seconds=30) as pool:
+            assert list(pool.map([("echo", number) for number in range(4)])) == list(range(4))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_crash_a_hang_and_a_memory_error_are_one_reject_each_and_the_pool_lives() -> None:
