@@ -368,7 +368,7 @@ def _shortened(line: str) -> str:
 
 
 _CLOCK = re.compile(r"(\d{2,4}):([0-5]\d):([0-5]\d)(\.\d{1,12})?", re.ASCII)
-_SECONDS = re.compile(r"\d{1,9}(\.\d{1,12})?", re.ASCII)
+_SECONDS = re.compile(r"\d{1,9}(\.\d{1,30})?(e-\d{1,2})?", re.ASCII)  # as programs write any float of that size
 
 
 def clock_time(text: str) -> float:
@@ -388,7 +388,7 @@ def seconds_or_clock_time(text: str) -> float:
     """Return seconds of a plain number (``12.5``) or of a clock time.
 
     Raises:
-        CellError: another form, a sign or an exponent.
+        CellError: another form, a sign, or an exponent but that of a small number (``1e-05``).
     """
     if _SECONDS.fullmatch(text):
         return float(text)

@@ -57,7 +57,12 @@ def test_seconds_may_be_plain_numbers_or_clock_times(text: str, seconds: float) 
     assert seconds_or_clock_time(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["-1", "+1", "1e3", "nan", "inf", "1,5", "1s", ".", "9" * 400])
+@given(st.floats(min_value=1e-99, max_value=999_999_999) | st.sampled_from([0.0, 0.1 + 0.2, 10 / 29.97, 1e-7]))
+def test_any_float_that_a_program_writes_comes_back(seconds: float) -> None:
+    assert seconds_or_clock_time(repr(seconds)) == seconds
+
+
+@pytest.mark.parametrize("text", ["-1", "+1", "1e3", "1e-999", "nan", "inf", "1,5", "1s", ".", "9" * 400])
 def test_signs_exponents_and_words_are_no_seconds(text: str) -> None:
     with pytest.raises(CellError, match=r"expected seconds \(12\.5\) or a time"):
         seconds_or_clock_time(text)
