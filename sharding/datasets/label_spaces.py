@@ -47,7 +47,8 @@ def read_classes(path: Path) -> tuple[str, ...]:
     Raises:
         AnnotationError: unreadable, no names, an empty line between names, or a name twice.
     """
-    names = [line.strip() for line in split_lines(read_text(path))]
+    text = read_text(path, what="a file of class names", option="--classes")
+    names = [line.strip() for line in split_lines(text)]
     while names and not names[-1]:
         names.pop()
     if not names:

@@ -220,8 +220,8 @@ def read_document(path: Path, kind: type[_Kind] | types.GenericAlias) -> _Kind:
         raise AnnotationError(f"{error}; is this the owners' file?") from error
 
 
-def read_text(path: Path) -> str:
-    """Return the text of an annotation file.
+def read_text(path: Path, *, what: str = "an annotation file", option: str = "--annotations") -> str:
+    """Return the text of an annotation file, or of what else an option names.
 
     Raises:
         AnnotationError: not readable, or not UTF-8; the message says what it looks like and where.
@@ -229,9 +229,7 @@ def read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise AnnotationError(
-            f"{path}: expected an annotation file, found: {error.strerror}; check --annotations"
-        ) from error
+        raise AnnotationError(f"{path}: expected {what}, found: {error.strerror}; check {option}") from error
     for mark, name in _MARKS.items():
         if data.startswith(mark):
             raise AnnotationError(f"{path}: expected UTF-8 text, found {name}; save it as CSV in UTF-8")

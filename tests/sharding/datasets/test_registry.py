@@ -92,3 +92,8 @@ def test_a_class_list_with_gaps_or_doubles_is_refused(tmp_path: Path, lines: lis
 def test_a_class_list_may_have_a_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "c.txt", ["a b", "c,d"], line_end="\r\n", encoding="utf-8-sig")
     assert read_classes(path) == ("a b", "c,d")
+
+
+def test_a_class_list_that_is_not_there_is_named_by_its_option(tmp_path: Path) -> None:
+    with pytest.raises(AnnotationError, match=r"none\.txt: expected a file of class names, found: .*check --classes"):
+        read_classes(tmp_path / "none.txt")
