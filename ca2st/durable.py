@@ -129,6 +129,7 @@ _ENVIRONMENT_ERRNOS = {
     errno.EACCES: "give this user the right to write into its folder, or choose another folder",
     errno.EPERM: "give this user the right to write into its folder, or choose another folder",
     errno.EIO: "check the disk, or choose another folder",
+    errno.EMFILE: "raise the limit for open files (ulimit -n)",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "remove the symbolic link, which is not followed, or choose another folder",
 }

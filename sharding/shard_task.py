@@ -32,7 +32,7 @@ from sharding.media.audio import load_filter_bank, log_mel, no_spectrogram, npy_
 from sharding.media.encode import ClipJob, EncodedClip, encode_clip
 from sharding.settings import ConversionConfig
 from sharding.source import SourceList, SourceSample, named_labels
-from sharding.workers import DecodePool, Rejected, exit_in_words
+from sharding.workers import DecodePool, Rejected, cannot_start, exit_in_words
 
 Outcome = StoredSample | Reject
 _MOST_EXAMPLES = 8
@@ -349,7 +349,10 @@ class LocalWorkers:
             yield from make_shards(self._setup, iter(tasks), self._own_pool, on_sample=on_sample)
             return
         for num_children in self._children_of:
-            self._workers.append(_Worker(self._setup, num_children))
+            try:
+                self._workers.append(_Worker(self._setup, num_children))
+            except OSError as error:
+                raise cannot_start("a conversion worker", error) from error
         waiting = iter(tasks)
         while True:
             for worker in self._workers:

@@ -156,7 +156,10 @@ class DecodePool:
         """Start as many children, all at once, as there is room and work for."""
         num_starting = sum(not child.ready for child in self._children)
         for _ in range(min(num_waiting - num_starting, self._num_workers - len(self._children))):
-            self._children.append(_Child(self._job_function, self._memory_bytes, self._timeout_seconds))
+            try:
+                self._children.append(_Child(self._job_function, self._memory_bytes, self._timeout_seconds))
+            except OSError as error:
+                raise cannot_start("a decode child", error) from error
 
     def _give(self, index: int, job: Any) -> bool:
         """Hand a job to an idle child; False when none is idle now."""
@@ -217,6 +220,14 @@ class DecodePool:
     def _drop(self, child: _Child, *, dying: bool = False) -> int | None:
         self._children.remove(child)
         return child.end(dying=dying)
+
+
+def cannot_start(what: str, error: OSError) -> EnvironmentFault:
+    """Return the fault to raise where the machine has no room for one more process."""
+    return EnvironmentFault(
+        f"{what} cannot be started: {error.strerror}; give fewer --workers, or raise the limits for open files and "
+        "processes (ulimit -n, ulimit -u)"
+    )
 
 
 def exit_in_words(code: int | None) -> str:

@@ -88,6 +88,19 @@ def test_an_interrupt_of_the_whole_group_does_not_reach_a_child_that_is_still_st
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_machine_without_room_for_all_children_is_told_from_a_fault_of_ours() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 8, hard))
+    try:
+        with (
+            pytest.raises(EnvironmentFault, match=r"cannot be started: Too many open files; give fewer --workers"),
+            DecodePool(act, num_workers=20, timeout_seconds=30) as pool,
+        ):
+            list(pool.map([("echo", 0)] * 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_a_crash_a_hang_and_a_memory_error_are_one_reject_each_and_the_pool_lives() -> None:
     jobs = [("echo", 0), ("crash", 0), ("echo", 1), ("hang", 0), ("eat", 40 * 2**30), ("exit", 3), ("echo", 2)]
     with DecodePool(act, num_workers=2, timeout_seconds=1.5) as pool:
