@@ -60,10 +60,10 @@ def _handlers_held() -> Iterator[None]:
                 signal.signal(number, lambda number, _frame: came.append(number))
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
+        for held, handler in handlers.items():
+            signal.signal(held, handler)
+        for one in came:
+            signal.raise_signal(one)
 
 
 class _Popen(popen_spawn_posix.Popen):
