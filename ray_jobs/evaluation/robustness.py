@@ -17,6 +17,7 @@ from ray_jobs.evaluation.workers import EvaluationReport, Workers, evaluate_chec
 from ray_jobs.pages.charts import Chart, Frame, Level, Line, Mark, Point, places
 from ray_jobs.runs.model import find_checkpoint, run_document_of
 from ray_jobs.tracking.run_card import chart_svg
+from sharding.format.shard_set import read_shard_set
 
 CLEAN = "clean"
 REPORT_NAME, PLOT_NAME = "robustness.json", "robustness.svg"
@@ -74,15 +75,21 @@ def measure_robustness(
     The folder gets the predictions, ``robustness.json`` and ``robustness.svg``.
 
     Raises:
-        UserInputError: an unknown condition, the model does not hear, or the set has no labels.
+        UserInputError: an unknown condition, the model does not hear, or the set's samples have no or several labels.
     """
     for name in conditions:
         check_choice("--conditions", name, PERTURBATIONS)
     checkpoint = find_checkpoint(path)
-    kind = run_document_of(checkpoint).recipe.model.kind
+    recipe = run_document_of(checkpoint).recipe
+    kind = recipe.model.kind
     if "audio" not in EXPERTS[kind]:
         raise UserInputError(
             f"{checkpoint}: expected a model that hears, found {kind}: what is done to the sound changes nothing in it"
+        )
+    manifest = read_shard_set(data, storage=recipe.data.loader.storage).manifest
+    if manifest.labelling != "one":
+        raise UserInputError(
+            f"{data}: expected samples with a label each, found {manifest.labelling}: nothing can be right or wrong"
         )
     folder = out or checkpoint.parent.parent / f"robustness.{checkpoint.name}"
     require_folder_place(folder, "--out")
