@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ca2st.checked_json import encoded
+from ca2st.checked_json import encoded, finite
 from ca2st.durable import write_bytes
 from ca2st.errors import UserInputError, check_choice
 from ca2st.model.config import EXPERTS
@@ -121,7 +121,7 @@ def measure_robustness(
         conditions=[_condition(name, reports[name], clean) for name in conditions],
         how_noise_is_added=_HOW,
     )
-    text = json.dumps(asdict(report), indent=1, ensure_ascii=False)
+    text = json.dumps(finite(asdict(report)), indent=1, ensure_ascii=False)
     write_bytes(folder / REPORT_NAME, encoded(text + "\n"))
     write_bytes(folder / PLOT_NAME, encoded(chart_svg(robustness_chart(report))))
     return report, folder

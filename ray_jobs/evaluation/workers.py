@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ca2st.checked_json import encoded
+from ca2st.checked_json import encoded, finite
 from ca2st.durable import write_bytes
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError, listed
 from ca2st.processes import SPAWN, die_with_parent, num_cores
@@ -308,7 +308,7 @@ def _report(
         "num_unmatched": lost,
         "unmatched": match.unmatched,
     }
-    text = json.dumps(document, indent=1, ensure_ascii=False)
+    text = json.dumps(finite(document), indent=1, ensure_ascii=False)
     write_bytes(out.with_suffix(".metrics.json"), encoded(text + "\n"))
     return report
 

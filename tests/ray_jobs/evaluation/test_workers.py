@@ -91,6 +91,14 @@ def test_a_set_without_labels_has_predictions_and_no_metric(trained: TrainedMode
     assert rows.probabilities["label"].sum(axis=1) == pytest.approx(np.ones(5))
 
 
+def test_a_metric_that_a_set_cannot_have_is_null_in_the_file_of_metrics(trained: TrainedModel, tmp_path: Path) -> None:
+    samples = [replace(sample, labels=(1,)) for sample in make_samples(3)]
+    shards = make_shard_set(tmp_path / "set", samples, dataset="vgg_sound")
+    report = evaluate_checkpoint(tmp_path / "run", shards.root, VIEWS)
+    text = report.predictions.with_suffix(".metrics.json").read_text()
+    assert (json.loads(text)["auc"], json.loads(text)["map"]) == (None, 1.0)
+
+
 def test_samples_of_several_labels_are_matched_by_name_and_ranked(trained: TrainedModel, tmp_path: Path) -> None:
     hers = [(0,), (0, 1), (1, 2), (2,), ()]
     samples = [replace(sample, labels=labels) for sample, labels in zip(make_samples(5), hers, strict=True)]
