@@ -62,18 +62,22 @@ def evaluate(
 
     Example: ca2st evaluate runs/smoke --data shards/validation --views 2x3
     """
-    from ray_jobs.evaluation.submissions import parse_supervision, write_beside
+    from ray_jobs.evaluation.submissions import check_model_fits, parse_supervision, write_beside
     from ray_jobs.evaluation.workers import evaluate_checkpoint, facts_of, log_to_run, means_of, scoring_ray
-    from ray_jobs.runs.model import find_checkpoint
+    from ray_jobs.runs.model import find_checkpoint, run_document_of
 
     who = _scorers(workers, ray=ray, ray_address=ray_address, open_ray=open_ray)
     pairs = _pairs(checkpoints, data, alone={"--predictions": predictions, "--submission": submission})
+    if sls is not None and submission is None:
+        raise UserInputError("--sls: expected --submission beside it, whose file it goes into")
     supervision = None if submission is None else parse_supervision(sls, submission=submission)
     reports = []
     cut = _test_views(views)
     with scoring_ray(who):
         for run, place in pairs:
             checkpoint = find_checkpoint(run, which)
+            if submission is not None:
+                check_model_fits(submission, run_document_of(checkpoint).classes)
             reports.append(evaluate_checkpoint(checkpoint, place, cut, predictions=predictions, workers=who))
     runs = [facts_of(report, views) for report in reports]
     facts: dict[str, object] = runs[0] if len(runs) == 1 else {"runs": runs, **means_of(reports)}
@@ -203,7 +207,9 @@ def predict(
         float | None, typer.Option(help="Seconds of a window: videos of any length, a row per window.")
     ] = None,
     stride: Annotated[float | None, typer.Option(help="Seconds from window to window; default: half a window.")] = None,
-    threshold: Annotated[float, typer.Option(help="With --window: probability from which a class is an event.")] = 0.5,
+    threshold: Annotated[
+        float | None, typer.Option(help="With --window: probability from which a class is an event; default: 0.5.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="With --window: folder for rows (CSV), events (JSON) and timeline (SVG).")
     ] = None,
@@ -223,12 +229,15 @@ def predict(
     checkpoint = find_checkpoint(checkpoint, which)
     if window is not None:
         step = window / 2 if stride is None else stride
-        cut = WindowConfig(window_seconds=window, stride_seconds=step, threshold=threshold, top=top)
+        least = 0.5 if threshold is None else threshold
+        cut = WindowConfig(window_seconds=window, stride_seconds=step, threshold=least, top=top)
         found = predict_timeline(checkpoint, files, cut, views=_test_views(views), out=out or Path("timelines"))
         _show_timelines(found, as_json=as_json)
         return
-    if stride is not None or out is not None:
-        raise UserInputError("--stride, --out: expected --window beside them; for example --window 2 --stride 1")
+    if stride is not None or out is not None or threshold is not None:
+        raise UserInputError(
+            "--stride, --threshold, --out: expected --window beside them; for example --window 2 --stride 1"
+        )
     report = predict_readable(checkpoint, files, top=top, views=_test_views(views))
     if as_json:
         print_json(report)

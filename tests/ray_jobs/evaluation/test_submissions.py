@@ -96,5 +96,7 @@ def test_supervision_is_asked_for_where_a_challenge_wants_it() -> None:
     )
     assert parse_supervision("2,3,4,1", submission="epic_sounds") == SLS
     assert parse_supervision(None, submission="something_something_v2") is None
+    with pytest.raises(UserInputError, match="--sls 1,2,3: something_something_v2 asks for no such numbers"):
+        parse_supervision("1,2,3", submission="something_something_v2")
     with pytest.raises(UserInputError, match=r"--sls: expected 4 numbers sls_pt,sls_tl,sls_td,t_mod for epic_sounds"):
         parse_supervision("2,3,4", submission="epic_sounds")
