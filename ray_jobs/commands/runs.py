@@ -262,6 +262,8 @@ def _show_timelines(found: Sequence["TimelineReport"], *, as_json: bool) -> None
     if as_json:
         print_json({"videos": found})
     for report in found:
+        if not as_json:
+            result(report.video)
         for event in () if as_json else report.events:
             span = f"{clock(event.start_seconds):>9} - {clock(event.end_seconds):>9}"
             result(f"  {span}  {event.probability:6.1%}  {event.target}: {event.label}")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as oracle
 
+from ca2st.durable import open_itself, take_lock
 from ca2st.errors import EnvironmentFault, UserInputError
 from pipelines.views import EvaluationViews
 from ray_jobs.errors import WorkerFailedError
@@ -79,6 +80,21 @@ def test_a_transfer_matches_classes_by_name_and_reports_what_has_no_match(
     known = rows.labels["label"] >= 0
     expected = oracle.accuracy_score(rows.labels["label"][known], rows.probabilities["label"][known].argmax(1))
     assert report.top1 == expected
+
+
+def test_two_tests_do_not_write_the_same_predictions_at_a_time(trained: TrainedModel, tmp_path: Path) -> None:
+    shards = make_shard_set(tmp_path / "set", make_samples(3))
+    out = tmp_path / "found.parquet"
+    parts = tmp_path / "found.parquet.parts"
+    parts.mkdir()
+    (parts / "part-00000-of-00001.parquet").write_text("of a test that was killed")
+    with open_itself(parts / "lock", "ab") as lock:
+        assert take_lock(lock)
+        with pytest.raises(UserInputError, match="expected to be the only test that writes it, found another one at w"):
+            evaluate_checkpoint(tmp_path / "run", shards.root, VIEWS, predictions=out)
+        assert sorted(path.name for path in parts.iterdir()) == ["lock", "part-00000-of-00001.parquet"]
+    assert evaluate_checkpoint(tmp_path / "run", shards.root, VIEWS, predictions=out).num_samples == 3
+    assert not parts.exists()
 
 
 def test_a_set_without_labels_has_predictions_and_no_metric(trained: TrainedModel, tmp_path: Path) -> None:
