@@ -198,7 +198,9 @@ def predict(
     checkpoint: Checkpoint,
     videos: Annotated[
         list[Path],
-        typer.Argument(help="Video files of any kind FFmpeg reads, folders of them, or patterns: 'clips/**/*.mp4'."),
+        typer.Argument(
+            help="Video files (MP4, MKV, WebM, AVI, MPEG, FLV, Ogg, ASF), folders, or patterns: 'clips/**/*.mp4'."
+        ),
     ],
     top: Annotated[int, typer.Option(min=1, help="How many classes per video.")] = 5,
     views: Annotated[str, typer.Option(help="Clips x crops per video, or per window.")] = "2x3",
@@ -309,7 +311,7 @@ def features(
 
 def explain(
     checkpoint: Checkpoint,
-    video: Annotated[Path, typer.Argument(help="A video file of any kind FFmpeg reads.")],
+    video: Annotated[Path, typer.Argument(help="A video file (MP4, MKV, WebM, AVI, MPEG, FLV, Ogg, ASF).")],
     out: Annotated[Path | None, typer.Option(help="HTML page; default: VIDEO's name with .explain.html, here.")] = None,
     as_json: Json = False,
 ) -> None:
