@@ -20,7 +20,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin
 
@@ -84,6 +84,14 @@ def encoded(text: str) -> bytes:
     Half of a surrogate pair, which Python has for a byte of a file name that is no UTF-8, becomes the text ``\udce9``.
     """
     return _HALF_A_PAIR.sub(lambda half: rf"\\u{ord(half[0]):04x}", text).encode()
+
+
+def finite(value: object, *, default: Callable[[Any], object] | None = None) -> Any:
+    """Return a value as JSON can hold it: None in place of every number that is not finite.
+
+    `default` is as for `json.dumps`.
+    """
+    return json.loads(json.dumps(value, default=default), parse_constant=lambda _: None)
 
 
 def canonical_json(value: object, *, is_compact: bool = False) -> bytes:

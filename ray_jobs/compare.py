@@ -305,7 +305,11 @@ def _named(runs: Sequence[Any], names: Sequence[str]) -> list[Any]:
     """Return the runs of these names or id beginnings; of several with one name the newest, which comes first."""
     chosen = []
     for name in names:
-        near = [run for run in runs if run.info.run_name == name or run.info.run_id.startswith(name)]
+        near = [run for run in runs if run.info.run_name == name][:1]
+        near = near or [run for run in runs if run.info.run_id.startswith(name)]
+        if len(near) > 1:
+            told = ", ".join(f"{run.info.run_id} ({run.info.run_name})" for run in near)
+            raise UserInputError(f"run {name!r}: expected one run, found {len(near)} ids that begin so: {told}")
         if not near:
             known = sorted({run.info.run_name for run in runs})
             raise UserInputError(

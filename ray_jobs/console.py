@@ -14,6 +14,7 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ca2st.checked_json import finite
 from ca2st.durable import NO_FAULTS, FaultPoints
 from ca2st.errors import UserInputError
 
@@ -132,8 +133,8 @@ def result(text: str) -> None:
 
 
 def print_json(facts: object) -> None:
-    """One JSON object on stdout."""
-    result(json.dumps(facts, default=_plain))
+    """One JSON object on stdout; a number that is not finite, of which JSON has none, is null."""
+    result(json.dumps(finite(facts, default=_plain)))
 
 
 @contextlib.contextmanager

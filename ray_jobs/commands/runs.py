@@ -62,18 +62,22 @@ def evaluate(
 
     Example: ca2st evaluate runs/smoke --data shards/validation --views 2x3
     """
-    from ray_jobs.evaluation.submissions import parse_supervision, write_beside
+    from ray_jobs.evaluation.submissions import check_model_fits, parse_supervision, write_beside
     from ray_jobs.evaluation.workers import evaluate_checkpoint, facts_of, log_to_run, means_of, scoring_ray
-    from ray_jobs.runs.model import find_checkpoint
+    from ray_jobs.runs.model import find_checkpoint, run_document_of
 
     who = _scorers(workers, ray=ray, ray_address=ray_address, open_ray=open_ray)
     pairs = _pairs(checkpoints, data, alone={"--predictions": predictions, "--submission": submission})
+    if sls is not None and submission is None:
+        raise UserInputError("--sls: expected --submission beside it, whose file it goes into")
     supervision = None if submission is None else parse_supervision(sls, submission=submission)
     reports = []
     cut = _test_views(views)
     with scoring_ray(who):
         for run, place in pairs:
             checkpoint = find_checkpoint(run, which)
+            if submission is not None:
+                check_model_fits(submission, run_document_of(checkpoint).classes)
             reports.append(evaluate_checkpoint(checkpoint, place, cut, predictions=predictions, workers=who))
     runs = [facts_of(report, views) for report in reports]
     facts: dict[str, object] = runs[0] if len(runs) == 1 else {"runs": runs, **means_of(reports)}
@@ -194,7 +198,9 @@ def predict(
     checkpoint: Checkpoint,
     videos: Annotated[
         list[Path],
-        typer.Argument(help="Video files of any kind FFmpeg reads, folders of them, or patterns: 'clips/**/*.mp4'."),
+        typer.Argument(
+            help="Video files (MP4, MKV, WebM, AVI, MPEG, FLV, Ogg, ASF), folders, or patterns: 'clips/**/*.mp4'."
+        ),
     ],
     top: Annotated[int, typer.Option(min=1, help="How many classes per video.")] = 5,
     views: Annotated[str, typer.Option(help="Clips x crops per video, or per window.")] = "2x3",
@@ -203,7 +209,9 @@ def predict(
         float | None, typer.Option(help="Seconds of a window: videos of any length, a row per window.")
     ] = None,
     stride: Annotated[float | None, typer.Option(help="Seconds from window to window; default: half a window.")] = None,
-    threshold: Annotated[float, typer.Option(help="With --window: probability from which a class is an event.")] = 0.5,
+    threshold: Annotated[
+        float | None, typer.Option(help="With --window: probability from which a class is an event; default: 0.5.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="With --window: folder for rows (CSV), events (JSON) and timeline (SVG).")
     ] = None,
@@ -223,12 +231,15 @@ def predict(
     checkpoint = find_checkpoint(checkpoint, which)
     if window is not None:
         step = window / 2 if stride is None else stride
-        cut = WindowConfig(window_seconds=window, stride_seconds=step, threshold=threshold, top=top)
+        least = 0.5 if threshold is None else threshold
+        cut = WindowConfig(window_seconds=window, stride_seconds=step, threshold=least, top=top)
         found = predict_timeline(checkpoint, files, cut, views=_test_views(views), out=out or Path("timelines"))
         _show_timelines(found, as_json=as_json)
         return
-    if stride is not None or out is not None:
-        raise UserInputError("--stride, --out: expected --window beside them; for example --window 2 --stride 1")
+    if stride is not None or out is not None or threshold is not None:
+        raise UserInputError(
+            "--stride, --threshold, --out: expected --window beside them; for example --window 2 --stride 1"
+        )
     report = predict_readable(checkpoint, files, top=top, views=_test_views(views))
     if as_json:
         print_json(report)
@@ -253,6 +264,8 @@ def _show_timelines(found: Sequence["TimelineReport"], *, as_json: bool) -> None
     if as_json:
         print_json({"videos": found})
     for report in found:
+        if not as_json:
+            result(report.video)
         for event in () if as_json else report.events:
             span = f"{clock(event.start_seconds):>9} - {clock(event.end_seconds):>9}"
             result(f"  {span}  {event.probability:6.1%}  {event.target}: {event.label}")
@@ -298,7 +311,7 @@ def features(
 
 def explain(
     checkpoint: Checkpoint,
-    video: Annotated[Path, typer.Argument(help="A video file of any kind FFmpeg reads.")],
+    video: Annotated[Path, typer.Argument(help="A video file (MP4, MKV, WebM, AVI, MPEG, FLV, Ogg, ASF).")],
     out: Annotated[Path | None, typer.Option(help="HTML page; default: VIDEO's name with .explain.html, here.")] = None,
     as_json: Json = False,
 ) -> None:

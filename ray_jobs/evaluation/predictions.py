@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ca2st.checked_json import DocumentError, parse_json
 from ca2st.durable import writing
-from ca2st.errors import UserInputError
+from ca2st.errors import DataDamageError, UserInputError
 from ca2st.training.errors import IncompleteEvaluationError
 from ca2st.training.evaluate import SampleTally, Scored, compare_with_set, refuse_findings
 from sharding.format.index import parquet_batches, parquet_metadata
@@ -119,7 +119,25 @@ def read_facts(path: Path) -> PredictionFacts:
 
 
 def read_rows(path: Path, facts: PredictionFacts, *, targets: Sequence[str] | None = None) -> Iterator[Rows]:
-    """Yield the rows of a predictions file, some thousand at a time; `targets` alone, or all."""
+    """Yield the rows of a predictions file, some thousand at a time; `targets` alone, or all.
+
+    Raises:
+        DataDamageError: its bytes are not those that were written.
+    """
+    num_rows = 0
+    try:
+        for rows in _rows(path, facts, targets=targets):
+            num_rows += len(rows.keys)
+            yield rows
+        if num_rows != facts.num_samples:
+            raise ValueError(f"{num_rows} samples instead of {facts.num_samples}")
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+        raise DataDamageError(
+            f"{path}: expected the predictions that were written, found others ({error}); evaluate the checkpoint again"
+        ) from error
+
+
+def _rows(path: Path, facts: PredictionFacts, *, targets: Sequence[str] | None) -> Iterator[Rows]:
     chosen = [name for name in facts.targets if targets is None or name in targets]
     labelled = [name for name in chosen if name in facts.labelled]
     columns = [
@@ -162,7 +180,10 @@ def writing_part(path: Path, facts: PredictionFacts) -> Iterator[Callable[[Score
     """
     schema = facts.schema().append(pa.field(_VIEWS_COLUMN, pa.int32()))
     waiting: list[pa.RecordBatch] = []
-    with writing(path) as file, pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer:
+    with (
+        writing(path) as file,
+        pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False, write_page_checksum=True) as writer,
+    ):
 
         def write_waiting() -> None:
             if waiting:
@@ -229,7 +250,11 @@ def join_parts(
         with (
             writing(out) as file,
             pq.ParquetWriter(
-                file, schema.with_metadata(facts.metadata()), compression="zstd", use_dictionary=False
+                file,
+                schema.with_metadata(facts.metadata()),
+                compression="zstd",
+                use_dictionary=False,
+                write_page_checksum=True,
             ) as writer,
         ):
             for part in parts:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ca2st.checked_json import encoded
+from ca2st.checked_json import encoded, finite
 from ca2st.durable import write_bytes
 from ca2st.errors import UserInputError, check_choice
 from ca2st.model.config import EXPERTS
@@ -17,6 +17,7 @@ from ray_jobs.evaluation.workers import EvaluationReport, Workers, evaluate_chec
 from ray_jobs.pages.charts import Chart, Frame, Level, Line, Mark, Point, places
 from ray_jobs.runs.model import find_checkpoint, run_document_of
 from ray_jobs.tracking.run_card import chart_svg
+from sharding.format.shard_set import read_shard_set
 
 CLEAN = "clean"
 REPORT_NAME, PLOT_NAME = "robustness.json", "robustness.svg"
@@ -74,15 +75,21 @@ def measure_robustness(
     The folder gets the predictions, ``robustness.json`` and ``robustness.svg``.
 
     Raises:
-        UserInputError: an unknown condition, the model does not hear, or the set has no labels.
+        UserInputError: an unknown condition, the model does not hear, or the set's samples have no or several labels.
     """
     for name in conditions:
         check_choice("--conditions", name, PERTURBATIONS)
     checkpoint = find_checkpoint(path)
-    kind = run_document_of(checkpoint).recipe.model.kind
+    recipe = run_document_of(checkpoint).recipe
+    kind = recipe.model.kind
     if "audio" not in EXPERTS[kind]:
         raise UserInputError(
             f"{checkpoint}: expected a model that hears, found {kind}: what is done to the sound changes nothing in it"
+        )
+    manifest = read_shard_set(data, storage=recipe.data.loader.storage).manifest
+    if manifest.labelling != "one":
+        raise UserInputError(
+            f"{data}: expected samples with a label each, found {manifest.labelling}: nothing can be right or wrong"
         )
     folder = out or checkpoint.parent.parent / f"robustness.{checkpoint.name}"
     require_folder_place(folder, "--out")
@@ -114,7 +121,7 @@ def measure_robustness(
         conditions=[_condition(name, reports[name], clean) for name in conditions],
         how_noise_is_added=_HOW,
     )
-    text = json.dumps(asdict(report), indent=1, ensure_ascii=False)
+    text = json.dumps(finite(asdict(report)), indent=1, ensure_ascii=False)
     write_bytes(folder / REPORT_NAME, encoded(text + "\n"))
     write_bytes(folder / PLOT_NAME, encoded(chart_svg(robustness_chart(report))))
     return report, folder

@@ -51,9 +51,10 @@ def compare_predictions(
     Raises:
         UserInputError: they have no labels, not the same samples, or other labels.
     """
-    if not 1 <= draws <= _MOST_DRAWS or not 0 < confidence < 1:
+    if not 1 <= draws <= _MOST_DRAWS or not 0 < confidence < 1 or seed < 0:
         raise UserInputError(
-            f"expected 1 to {_MOST_DRAWS} draws and a confidence between 0 and 1, found {draws} and {confidence}"
+            f"expected 1 to {_MOST_DRAWS} draws, a confidence between 0 and 1 and a seed of 0 or more, found {draws}, "
+            f"{confidence} and {seed}"
         )
     facts = [read_facts(path) for path in (first, second)]
     targets = [name for name in facts[0].labelled if name in facts[1].labelled]

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,15 @@ def parse_supervision(text: str | None, *, submission: str) -> Supervision | Non
     """Return the numbers of ``PT,TL,TD`` or ``PT,TL,TD,T_MOD``; None where the challenge asks for none.
 
     Raises:
-        UserInputError: another form, or none where the challenge asks for them: nobody else can know them.
+        UserInputError: another form, some where the challenge asks for none, or none where it asks for them: nobody
+            else can know them.
     """
     check_choice("--submission", submission, SUBMISSIONS)
     asked = SUBMISSIONS[submission].asks
-    if asked == 0:
+    if asked == 0 and text is None:
         return None
+    if asked == 0:
+        raise UserInputError(f"--sls {text}: {submission} asks for no such numbers; leave it out")
     parts = [] if text is None else text.split(",")
     if len(parts) != asked or not all(part.strip().isdecimal() for part in parts):
         form = "sls_pt,sls_tl,sls_td,t_mod"[: 20 if asked == 3 else None]
@@ -84,14 +87,25 @@ def write_submission(name: str, predictions: Path, out: Path, supervision: Super
     """
     check_choice("--submission", name, SUBMISSIONS)
     facts = read_facts(predictions)
+    check_model_fits(name, facts.targets)
+    write_bytes(out, SUBMISSIONS[name].write(_samples(predictions, facts), facts, supervision))
+    return facts.num_samples
+
+
+def check_model_fits(name: str, targets: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a model of other targets or numbers of classes than the challenge has; `targets`: its class names.
+
+    Raises:
+        UserInputError: as said.
+    """
     submission = SUBMISSIONS[name]
-    found = {target: len(classes) for target, classes in facts.targets.items()}
-    if list(found.values()) != list(submission.classes.values()):
+    found = {target: len(classes) for target, classes in targets.items()}
+    is_one = len(found) == len(submission.classes) == 1
+    fits = [*found.values()] == [*submission.classes.values()] if is_one else found == submission.classes
+    if not fits:
         raise UserInputError(
             f"--submission {name}: expected a model of {_words(submission.classes)} classes, found {_words(found)}"
         )
-    write_bytes(out, submission.write(_samples(predictions, facts), facts, supervision))
-    return facts.num_samples
 
 
 def _words(classes: Mapping[str, int]) -> str:
@@ -185,7 +199,7 @@ class Submission:
     """A challenge's server."""
 
     classes: Mapping[str, int]
-    """What a model must predict, in this order; the name of a single target may be another."""
+    """What a model must predict, in any order; the name of a single target may be another."""
     suffix: str
     """Of the file."""
     asks: int

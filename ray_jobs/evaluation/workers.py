@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ca2st.checked_json import encoded
-from ca2st.durable import write_bytes
+from ca2st.checked_json import encoded, finite
+from ca2st.durable import open_itself, take_lock, write_bytes
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError, listed
 from ca2st.processes import SPAWN, die_with_parent, num_cores
 from ca2st.training.evaluate import EvaluationSource, Scored, scored_batches
@@ -53,6 +53,7 @@ from ray_jobs.runs.inference import (
 from sharding.cluster import end_tasks
 from sharding.format.shard_set import Manifest, ShardSet, classes_that_differ, read_shard_set
 
+_LOCK_NAME = "lock"
 _MOST_TRIES = 3
 """Of a Ray task whose node or process is lost."""
 
@@ -211,7 +212,7 @@ def evaluate_checkpoint(
     from `seed`; empty: none.
 
     Raises:
-        UserInputError: the shards have no class that the model knows.
+        UserInputError: the shards have no class that the model knows, or another test writes the same predictions.
         DataDamageError: checkpoint or shards are damaged; nothing is skipped, no metric is reported.
         IncompleteEvaluationError: what was scored is not the set.
         WorkerFailedError: a worker failed, with its exit code.
@@ -224,10 +225,7 @@ def evaluate_checkpoint(
     out = predictions or output_of_set(trained, shard_set, views, what="predictions")
     facts = replace(_facts(trained, shard_set, match, views), perturbation=perturbation)
     with ExitStack() as stack:
-        parts = out.with_name(f"{out.name}.parts").resolve()
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir(parents=True)
-        stack.callback(shutil.rmtree, parts, ignore_errors=True)
+        parts = stack.enter_context(_folder_of_parts(out))
         job = _Job(
             checkpoint=str(trained.checkpoint.folder.resolve()),
             data=str(data) if "://" in str(data) else str(Path(data).resolve()),
@@ -253,6 +251,26 @@ def evaluate_checkpoint(
             )
         join_parts(files, out, facts, expected, num_views=views.num_views)
     return _report(trained, shard_set, match, out, measure(out))
+
+
+@contextmanager
+def _folder_of_parts(out: Path) -> Iterator[Path]:
+    """An empty folder beside the predictions while the block runs, for this test alone."""
+    parts = out.with_name(f"{out.name}.parts").resolve()
+    parts.mkdir(parents=True, exist_ok=True)
+    with open_itself(parts / _LOCK_NAME, "ab") as lock:
+        if not take_lock(lock):
+            raise UserInputError(
+                f"{out}: expected to be the only test that writes it, found another one at work; wait for it, or name "
+                "another file with --predictions"
+            )
+        for left in parts.iterdir():  # by a test that was killed
+            if left.name != _LOCK_NAME:
+                left.unlink()
+        try:
+            yield parts
+        finally:
+            shutil.rmtree(parts, ignore_errors=True)
 
 
 def _facts(trained: TrainedModel, shard_set: ShardSet, match: LabelMatch, views: EvaluationViews) -> PredictionFacts:
@@ -308,7 +326,7 @@ def _report(
         "num_unmatched": lost,
         "unmatched": match.unmatched,
     }
-    text = json.dumps(document, indent=1, ensure_ascii=False)
+    text = json.dumps(finite(document), indent=1, ensure_ascii=False)
     write_bytes(out.with_suffix(".metrics.json"), encoded(text + "\n"))
     return report
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ca2st.batch import ClipBatch, Labelling
 from ca2st.durable import writing
-from ca2st.errors import DataDamageError, check_choice
+from ca2st.errors import DataDamageError, UserInputError, check_choice
 from ca2st.model.network import HolisticModel, build_model, held_precision, hold_experts, set_trainable
 from ca2st.training.checkpoint import Checkpoint, read_checkpoint
 from ca2st.training.evaluate import SampleTally, Scored, compare_with_set, joined, refuse_findings, scored_batches
@@ -30,7 +30,7 @@ from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import Update, progress, require_writable_place
 from ray_jobs.runs.data import evaluation_loader
 from ray_jobs.runs.model import RUN_DOCUMENT, find_checkpoint, load_frozen, read_run_document, target_specs
-from sharding.format.shard_set import AudioParameters, ShardSet, VideoParameters, read_shard_set
+from sharding.format.shard_set import AudioParameters, ShardSet, VideoParameters, classes_that_differ, read_shard_set
 
 _LOGGER = logging.getLogger(__name__)
 _MOST_NAME, _FINGERPRINT_CHARACTERS = 60, 8
@@ -69,9 +69,20 @@ class TrainedModel:
     def batches(self, place: str | Path, *, views: EvaluationViews | None = None) -> Iterator[ClipBatch]:
         """Yield the samples of a shard set once, in stored order, as the model was trained to see and hear them.
 
-        `place` is a folder or a URL; `views` None: one centred view per sample. Raises as `evaluate_checkpoint`.
+        `place` is a folder or a URL; `views` None: one centred view per sample. The columns of labels are those of
+        `classes`, in its order. Raises as `evaluate_checkpoint`.
+
+        Raises:
+            UserInputError: the set's classes are not the model's, so that its labels would mean others.
         """
         shards = read_shard_set(place, storage=self.recipe.data.loader.storage)
+        for name, classes in self.classes.items() if shards.manifest.labelling != "none" else ():
+            if classes != (found := list(shards.manifest.label_space(name).classes)):
+                differing = classes_that_differ(classes, found, where=("in the model", "in the set"))
+                raise UserInputError(
+                    f"{shards.where}: expected the model's classes of {name}, found others: {differing}; "
+                    "`ca2st evaluate` matches classes by name, `read_batches` gives the set as it is"
+                )
         with trained_loader(self, shards, tuple(self.classes), views=views or EvaluationViews(), num_lanes=1) as loader:
             yield from loader.batches()
 

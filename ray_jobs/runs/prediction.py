@@ -205,11 +205,13 @@ def _files_below(folder: Path) -> Iterator[str]:
 
 
 def require_videos(videos: Sequence[Path]) -> None:
-    """Refuse a list of videos that are not there or are named twice.
+    """Refuse an empty list of videos, and one of videos that are not there or are named twice.
 
     Raises:
         UserInputError: as said.
     """
+    if not videos:
+        raise UserInputError("expected at least one video, found none")
     if missing := [str(video) for video in videos if not video.is_file()]:
         raise UserInputError(f"expected video files, found none at {', '.join(missing)}; check the paths")
     if twice := [name for name, count in Counter(map(str, videos)).items() if count > 1]:

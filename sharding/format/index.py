@@ -86,7 +86,7 @@ def parquet_metadata(data: Path) -> dict[bytes, bytes]:
 
 def _opened(data: bytes | Path, texts: Sequence[str] = ()) -> pq.ParquetFile:
     source = io.BytesIO(data) if isinstance(data, bytes) else data
-    return pq.ParquetFile(source, pre_buffer=False, read_dictionary=list(texts))
+    return pq.ParquetFile(source, pre_buffer=False, read_dictionary=list(texts), page_checksum_verification=True)
 
 
 def _check_claims(footer: pq.FileMetaData, *, num_rows: int | None, most_bytes: int) -> None:

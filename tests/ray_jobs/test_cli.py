@@ -210,6 +210,14 @@ REFUSALS = {
     "a checkpoint that is not there": (["evaluate", "nowhere", "--data", "nowhere"], "nowhere"),
     "a video that is not there": (["predict", "nowhere", "nofilm.mp4"], "nofilm.mp4"),
     "views of another form": (["evaluate", "x", "--data", "y", "--views", "two"], "expected CLIPSxCROPS"),
+    "numbers for a submission that is not asked for": (
+        ["evaluate", "x", "--data", "y", "--sls", "1,2,3"],
+        "--sls: expected --submission beside it",
+    ),
+    "a threshold of events without windows": (
+        ["predict", "x", "/dev/null", "--threshold", "0.2"],
+        "--threshold, --out: expected --window beside them",
+    ),
     "no class count": (["model", "info", "--model", "cast"], "expected either --num-classes C or --verb-noun"),
     "no model": (["model", "info", "--num-classes", "4"], "expected either --model KIND or --preset NAME"),
     "unknown preset": (["model", "info", "--preset", "cast_late_ad", "--verb-noun"], "did you mean 'cast_late_add'"),

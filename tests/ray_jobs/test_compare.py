@@ -108,6 +108,7 @@ def test_filters_choose(store: str, wanted: RunFilter, names: list[str]) -> None
     [
         (RunFilter(experiment="frist"), "experiment: .*found 'frist' .did you mean 'first'"),
         (RunFilter(runs=("cavo",)), "run 'cavo'.*did you mean 'cava'"),
+        (RunFilter(runs=("",)), "run '': expected one run, found 3 ids that begin so"),
         (RunFilter(recipes=("none",)), "of recipe none"),
         (RunFilter(tags={"team": "green"}), "with tag team=green"),
     ],

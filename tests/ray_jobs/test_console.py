@@ -1,10 +1,12 @@
 """What is shown while something runs: enough to see how far it is and how long it takes, on a terminal and in a log."""
 
+import math
 import os
 import pty
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 
@@ -61,3 +63,12 @@ def test_lines_of_a_log_have_the_time_of_day_and_the_time_that_is_left(
 @pytest.mark.parametrize(("seconds", "told"), [(0.4, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3723, "1:02:03")])
 def test_durations_are_told_as_clocks_do(seconds: float, told: str) -> None:
     assert duration(seconds) == told
+
+
+def test_a_number_that_is_not_finite_is_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass(frozen=True)
+    class Facts:
+        values: list[float]
+
+    console.print_json({"d_prime": math.inf, "facts": Facts([math.nan, -math.inf, 0.1])})
+    assert capsys.readouterr().out == '{"d_prime": null, "facts": {"values": [null, null, 0.1]}}\n'

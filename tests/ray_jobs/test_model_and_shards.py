@@ -21,7 +21,7 @@ from ray_jobs.runs import inference
 from ray_jobs.runs.data import open_data
 from ray_jobs.runs.inference import TrainedModel, score, write_features
 from ray_jobs.runs.model import SOUND_KEY, sound_metadata, start_sound
-from sharding.format.shard_set import AudioParameters, ShardSet, VideoParameters
+from sharding.format.shard_set import AudioParameters, LabelSpace, ShardSet, VideoParameters
 from support.fake_shards import make_samples, make_shard_set
 from support.models import tiny_model
 from support.trained import trained_model
@@ -68,6 +68,15 @@ def test_a_checkpoint_that_hears_is_neither_tested_on_other_sounds_nor_asked_for
     with pytest.raises(UserInputError, match=message):
         write_features(tmp_path / "run", other.root, ONE_VIEW)
     assert not list((tmp_path / "run").glob("*.parquet"))
+
+
+def test_labels_of_another_list_of_classes_are_not_given_out_as_the_model_s(tmp_path: Path) -> None:
+    trained = trained_model(tmp_path / "run")
+    assert len(list(trained.batches(set_of(tmp_path / "same", {}).root))) == 2
+    spaces = (LabelSpace(name="label", classes=("red", "blue", "green")),)
+    other = make_shard_set(tmp_path / "other", make_samples(4), label_spaces=spaces)
+    with pytest.raises(UserInputError, match="found others: the same names in another order"):
+        next(trained.batches(other.root))
 
 
 @pytest.mark.parametrize("changes", [changes for changes, _ in MADE_OTHERWISE.values()])

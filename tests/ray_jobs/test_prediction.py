@@ -7,7 +7,7 @@ import pytest
 from ca2st.errors import UserInputError
 from pipelines.views import EvaluationViews
 from ray_jobs.runs import prediction
-from ray_jobs.runs.prediction import find_videos, predict_readable, predict_videos
+from ray_jobs.runs.prediction import find_videos, predict_readable, predict_videos, require_videos
 from sharding.errors import RejectBudgetError
 from support.annotations import touch
 from support.media import damage, make_clip
@@ -26,6 +26,8 @@ def test_files_folders_and_patterns_name_videos(tmp_path: Path) -> None:
     assert find_videos([tmp_path / "nowhere.mp4"]) == ([tmp_path / "nowhere.mp4"], [])
     with pytest.raises(UserInputError, match=r"z: expected a folder with videos in it .*\.mp4.*, found 1 files, none"):
         find_videos([tmp_path / "z"])
+    with pytest.raises(UserInputError, match="expected at least one video, found none"):
+        require_videos([])
     with pytest.raises(UserInputError, match=r"\*\.avi: expected a pattern of videos .*, found 0 files"):
         find_videos([tmp_path / "*.avi"])
 

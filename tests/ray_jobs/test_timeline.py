@@ -9,9 +9,18 @@ import pytest
 
 from ca2st.errors import UserInputError
 from pipelines.views import EvaluationViews
-from ray_jobs.runs import timeline
+from ray_jobs.commands import runs as commands
+from ray_jobs.runs import model, timeline
 from ray_jobs.runs.prediction import Prediction
-from ray_jobs.runs.timeline import EventMerger, TimelineReport, WindowConfig, clock, predict_timeline, timeline_svg
+from ray_jobs.runs.timeline import (
+    Event,
+    EventMerger,
+    TimelineReport,
+    WindowConfig,
+    clock,
+    predict_timeline,
+    timeline_svg,
+)
 from support.media import damage, make_clip
 from support.trained import trained_model
 
@@ -153,3 +162,20 @@ def test_the_picture_has_a_bar_per_event_at_its_place_and_escapes_names() -> Non
 @pytest.mark.parametrize(("seconds", "shown"), [(5.0, "0:05"), (62.5, "1:02.5"), (3723.0, "1:02:03"), (59.96, "1:00")])
 def test_times_are_told_as_a_clock(seconds: float, shown: str) -> None:
     assert clock(seconds) == shown
+
+
+def test_events_of_several_videos_are_told_under_their_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    event = Event(target="label", label="red", start_seconds=0.0, end_seconds=2.0, probability=0.75, peak=0.9)
+    reports = [
+        TimelineReport(
+            video=name, num_windows=1, seconds=2.0, events=[event], damaged=[], windows="", timeline="", document=""
+        )
+        for name in ("a.mp4", "b.mp4")
+    ]
+    monkeypatch.setattr(model, "find_checkpoint", lambda *_: tmp_path)
+    monkeypatch.setattr(timeline, "predict_timeline", lambda *_, **__: reports)
+    commands.predict(tmp_path, [Path("a.mp4"), Path("b.mp4")], window=2.0)
+    line = "       0:00 -      0:02   75.0%  label: red"
+    assert capsys.readouterr().out.splitlines() == ["a.mp4", line, "b.mp4", line]

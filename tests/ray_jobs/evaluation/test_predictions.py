@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ca2st.errors import UserInputError
+from ca2st.errors import DataDamageError, UserInputError
 from ca2st.training.errors import IncompleteEvaluationError
 from ray_jobs.evaluation.predictions import (
     ExpectedKeys,
@@ -14,7 +14,7 @@ from ray_jobs.evaluation.predictions import (
     read_rows,
     writing_part,
 )
-from support.predictions import random_probabilities, scored_of
+from support.predictions import random_probabilities, scored_of, write_predictions
 
 KEYS = [f"clip-{number}" for number in range(9)]
 FACTS = PredictionFacts(targets={"label": ["a", "b", "c"]}, labelled=("label",), num_samples=9)
@@ -81,3 +81,22 @@ def test_a_file_that_is_no_predictions_file_is_named(tmp_path: Path) -> None:
         read_facts(tmp_path / "text.parquet")
     with pytest.raises(UserInputError, match="found one that does not say what made it"):
         read_facts(write_parts(tmp_path, KEYS)[0])
+
+
+def test_a_changed_byte_of_a_predictions_file_is_damage_or_changes_no_row(tmp_path: Path) -> None:
+    path, labels = tmp_path / "p.parquet", np.arange(40)[:, None] % 3
+    facts = write_predictions(path, labels, {"label": random_probabilities(40, 3, seed=0)})
+    sound, said = path.read_bytes(), []
+    (expected,) = read_rows(path, facts)
+    for at in range(4, len(sound) - 4, 13):
+        path.write_bytes(sound[:at] + bytes([sound[at] ^ 16]) + sound[at + 1 :])
+        try:
+            (rows,) = read_rows(path, facts)
+        except DataDamageError as error:
+            said.append(str(error))
+        else:
+            assert rows.keys == expected.keys
+            np.testing.assert_array_equal(rows.labels["label"], expected.labels["label"])
+            np.testing.assert_array_equal(rows.probabilities["label"], expected.probabilities["label"])
+    assert len(said) > 50
+    assert all(f"{path}: expected the predictions that were written, found others (" in one for one in said)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,15 @@ def test_what_cannot_be_tested_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         measure_robustness(tmp_path / "run", "set", ONE_VIEW)
     with pytest.raises(UserInputError, match=r"--conditions: expected one of white_noise, .*found 'pink'"):
         measure_robustness(tmp_path / "run", "set", ONE_VIEW, conditions=["pink"])
+
+
+@pytest.mark.parametrize("labelling", ["none", "several"])
+def test_a_set_without_a_label_a_sample_is_refused_before_anything_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labelling: str
+) -> None:
+    use_model(monkeypatch, tmp_path / "run", "ca2st")
+    samples = [replace(sample, labels=()) for sample in make_samples(4)]
+    shards = make_shard_set(tmp_path / "set", samples, labelling=labelling)
+    with pytest.raises(UserInputError, match=f"expected samples with a label each, found {labelling}"):
+        measure_robustness(tmp_path / "run", str(shards.root), ONE_VIEW, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

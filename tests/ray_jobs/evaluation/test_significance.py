@@ -54,5 +54,6 @@ def test_files_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UserInputError, match=message):
             compare_predictions(tmp_path / "a", tmp_path / name)
-    with pytest.raises(UserInputError, match="expected 1 to 1000000 draws"):
-        compare_predictions(tmp_path / "a", tmp_path / "a", draws=0)
+    for wrong in ({"draws": 0}, {"confidence": 1.0}, {"seed": -1}):
+        with pytest.raises(UserInputError, match="draws, a confidence between 0 and 1 and a seed of 0 or more, found"):
+            compare_predictions(tmp_path / "a", tmp_path / "a", **wrong)

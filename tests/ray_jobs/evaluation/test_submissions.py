@@ -2,6 +2,7 @@ import io
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ NONE = np.zeros((3, 0), np.int64)
 SLS = Supervision(pretraining=2, training_labels=3, training_data=4, modalities=1)
 
 
-def sent(path: Path) -> dict[str, object]:
+def sent(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
         assert archive.namelist() == ["test.json"]
-        found: dict[str, object] = json.loads(archive.read("test.json"))
+        found: dict[str, Any] = json.loads(archive.read("test.json"))
     return found
 
 
@@ -39,6 +40,16 @@ def test_epic_kitchens_takes_scores_of_verbs_and_nouns_by_narration(tmp_path: Pa
     for index, name in enumerate(IDS):
         for target, values in scores.items():
             np.testing.assert_allclose(softmax(results[name][target]), values[index], atol=1e-6)
+
+
+def test_a_model_of_the_challenge_s_targets_in_another_order_fits_too(tmp_path: Path) -> None:
+    """Checkpoints name their targets by the alphabet: noun before verb."""
+    scores = {"noun": random_probabilities(3, 300, seed=1), "verb": random_probabilities(3, 97, seed=0)}
+    write_predictions(tmp_path / "p", NONE, scores, ids=IDS, labelled=False)
+    write_submission("epic_kitchens_100", tmp_path / "p", tmp_path / "s.zip", SLS)
+    results = sent(tmp_path / "s.zip")["results"]
+    for target, values in scores.items():
+        np.testing.assert_allclose(softmax(results[IDS[0]][target]), values[0], atol=1e-6)
 
 
 def test_epic_sounds_takes_scores_of_interactions_by_annotation(tmp_path: Path) -> None:
@@ -67,6 +78,10 @@ def test_what_does_not_fit_a_challenge_is_refused(tmp_path: Path) -> None:
     write_predictions(tmp_path / "p", NONE, {"label": random_probabilities(3, 5, seed=4)}, ids=IDS, labelled=False)
     with pytest.raises(UserInputError, match="expected a model of 97 verb, 300 noun classes, found 5 label"):
         write_submission("epic_kitchens_100", tmp_path / "p", tmp_path / "s", SLS)
+    two = {"a": random_probabilities(3, 97, seed=4), "b": random_probabilities(3, 300, seed=4)}
+    write_predictions(tmp_path / "two", NONE, two, ids=IDS, labelled=False)
+    with pytest.raises(UserInputError, match="expected a model of 97 verb, 300 noun classes, found 97 a, 300 b"):
+        write_submission("epic_kitchens_100", tmp_path / "two", tmp_path / "s", SLS)
     with pytest.raises(UserInputError, match="--submission: expected one of epic_kitchens_100"):
         write_submission("kinetics", tmp_path / "p", tmp_path / "s", SLS)
     with pytest.raises(UserInputError, match="expected the key of an id such as P01_11_0 or 74225, found another"):
@@ -81,5 +96,7 @@ def test_supervision_is_asked_for_where_a_challenge_wants_it() -> None:
     )
     assert parse_supervision("2,3,4,1", submission="epic_sounds") == SLS
     assert parse_supervision(None, submission="something_something_v2") is None
+    with pytest.raises(UserInputError, match="--sls 1,2,3: something_something_v2 asks for no such numbers"):
+        parse_supervision("1,2,3", submission="something_something_v2")
     with pytest.raises(UserInputError, match=r"--sls: expected 4 numbers sls_pt,sls_tl,sls_td,t_mod for epic_sounds"):
         parse_supervision("2,3,4", submission="epic_sounds")

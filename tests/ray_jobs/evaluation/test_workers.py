@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as oracle
 
+from ca2st.durable import open_itself, take_lock
 from ca2st.errors import EnvironmentFault, UserInputError
 from pipelines.views import EvaluationViews
 from ray_jobs.errors import WorkerFailedError
@@ -81,6 +82,21 @@ def test_a_transfer_matches_classes_by_name_and_reports_what_has_no_match(
     assert report.top1 == expected
 
 
+def test_two_tests_do_not_write_the_same_predictions_at_a_time(trained: TrainedModel, tmp_path: Path) -> None:
+    shards = make_shard_set(tmp_path / "set", make_samples(3))
+    out = tmp_path / "found.parquet"
+    parts = tmp_path / "found.parquet.parts"
+    parts.mkdir()
+    (parts / "part-00000-of-00001.parquet").write_text("of a test that was killed")
+    with open_itself(parts / "lock", "ab") as lock:
+        assert take_lock(lock)
+        with pytest.raises(UserInputError, match="expected to be the only test that writes it, found another one at w"):
+            evaluate_checkpoint(tmp_path / "run", shards.root, VIEWS, predictions=out)
+        assert sorted(path.name for path in parts.iterdir()) == ["lock", "part-00000-of-00001.parquet"]
+    assert evaluate_checkpoint(tmp_path / "run", shards.root, VIEWS, predictions=out).num_samples == 3
+    assert not parts.exists()
+
+
 def test_a_set_without_labels_has_predictions_and_no_metric(trained: TrainedModel, tmp_path: Path) -> None:
     samples = [replace(sample, labels=()) for sample in make_samples(5)]
     shards = make_shard_set(tmp_path / "set", samples, label_spaces=(), targets=(), labelling="none")
@@ -89,6 +105,14 @@ def test_a_set_without_labels_has_predictions_and_no_metric(trained: TrainedMode
     rows = rows_of(report)
     assert rows.labels == {}
     assert rows.probabilities["label"].sum(axis=1) == pytest.approx(np.ones(5))
+
+
+def test_a_metric_that_a_set_cannot_have_is_null_in_the_file_of_metrics(trained: TrainedModel, tmp_path: Path) -> None:
+    samples = [replace(sample, labels=(1,)) for sample in make_samples(3)]
+    shards = make_shard_set(tmp_path / "set", samples, dataset="vgg_sound")
+    report = evaluate_checkpoint(tmp_path / "run", shards.root, VIEWS)
+    text = report.predictions.with_suffix(".metrics.json").read_text()
+    assert (json.loads(text)["auc"], json.loads(text)["map"]) == (None, 1.0)
 
 
 def test_samples_of_several_labels_are_matched_by_name_and_ranked(trained: TrainedModel, tmp_path: Path) -> None:
