@@ -66,7 +66,7 @@ def parse_json(data: bytes | str, kind: type[T] | types.GenericAlias, *, where: 
     """
     try:
         text = data if isinstance(data, str) else data.decode()  # json.loads would guess UTF-16 too
-        value = json.loads(text, parse_int=_whole_number)
+        value = json.loads(text, parse_int=_whole_number, object_pairs_hook=_of_different_keys)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except UnicodeError as error:
@@ -76,6 +76,15 @@ def parse_json(data: bytes | str, kind: type[T] | types.GenericAlias, *, where: 
     except ValueError as error:
         raise DocumentError(f"{where}: expected a JSON document, found something else ({error})") from error
     return checked(value, kind, where=where)
+
+
+def _of_different_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object with the key {twice!r} twice")
+    return value
 
 
 def encoded(text: str) -> bytes:

@@ -89,6 +89,7 @@ def test_a_field_of_another_type_is_named_with_what_was_expected(change: dict[st
         (b'{"a": ' + b"9" * 5000 + b"}", "a whole number of 5000 digits"),
         (b'{"a": 99999999999999999999}', "a whole number of 20 digits"),
         (b"null", "expected an object, found null"),
+        (b'{"b": {"path": "x", "label": 0, "label": 1}}', "an object with the key 'label' twice"),
     ],
 )
 def test_bytes_that_are_no_document_are_damage_by_name(data: bytes, words: str) -> None:
