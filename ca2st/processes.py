@@ -4,7 +4,6 @@ Python's own spawn runs the caller's main script in every child first: a script 
 itself again, and ``python -`` has none that could be run. Children of `SPAWN` import only what their function needs.
 """
 
-import contextlib
 import ctypes
 import io
 import multiprocessing
@@ -12,7 +11,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from multiprocessing import popen_spawn_posix, reduction, resource_tracker, spawn, util
 from multiprocessing.context import SpawnContext, SpawnProcess, set_spawning_popen
 from multiprocessing.process import BaseProcess
@@ -36,34 +36,36 @@ def die_with_parent() -> None:
         os._exit(128 + signal.SIGKILL)
 
 
-def start_deaf(process: BaseProcess) -> None:
-    """Start a child that is to ignore SIGINT, which waits until it does: Ctrl-C reaches it while it imports, too."""
-    resource_tracker.ensure_running()  # when first needed it would let the signal through
-    with _handlers_held():
-        previous = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
-@contextlib.contextmanager
-def _handlers_held() -> Iterator[None]:
-    """Let Python's handlers wait: what one raises between two lines would leave a child that nobody knows."""
+@contextmanager
+def signals_held(masked: Collection[int] = STOPPING) -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait until the block ends, and those `masked` in processes that are started meanwhile.
+
+    Such a process hears them once it takes them off its mask. Here a mask is not enough: the kernel gives a signal to
+    any thread that does not mask it, as those of a library.
+    """
+    resource_tracker.ensure_running()  # when first needed it would let them through
     came: list[int] = []
     handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers, nor hears of a signal
+        handlers = {number: signal.signal(number, lambda number, _frame: came.append(number)) for number in STOPPING}
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, masked)
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handler = signal.getsignal(number)
-            if callable(handler) and threading.current_thread() is threading.main_thread():
-                handlers[number] = handler
-                signal.signal(number, lambda number, _frame: came.append(number))
         yield
     finally:
-        for held, handler in handlers.items():
-            signal.signal(held, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for one in came:
             signal.raise_signal(one)
+
+
+def start_deaf(process: BaseProcess) -> None:
+    """Start a child that is to ignore SIGINT: Ctrl-C reaches the whole group, and it while it imports, too."""
+    with signals_held(masked=[signal.SIGINT]):
+        process.start()
 
 
 class _Popen(popen_spawn_posix.Popen):

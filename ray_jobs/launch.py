@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Iterator, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 
 from ca2st.durable import FaultPoints, write_bytes
 from ca2st.errors import NumericError, UserInputError
-from ca2st.processes import SPAWN, die_with_parent
+from ca2st.processes import SPAWN, STOPPING, die_with_parent, signals_held
 from ca2st.training.journal import JOURNAL_NAME, LAUNCH_LOCK_NAME, locked, run_sequence
 from ca2st.training.optim import REFERENCE_BATCH
 from ca2st.training.ranks import Ranks
@@ -181,7 +180,6 @@ def refuse_more_workers_than_gpus(num_workers: int, num_gpus: int) -> None:
         )
 
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
 _LAST_WORDS_SECONDS = 5.0
 """What the others get to end by themselves once a worker has failed: they may be stuck waiting for it for ever."""
 _SAVING_SECONDS = 30.0
@@ -398,26 +396,6 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait, here and in processes that are started meanwhile, until somebody can answer them.
-
-    Here a mask is not enough: the kernel gives a signal to any thread that does not mask it, as those of a library.
-    """
-    resource_tracker.ensure_running()  # when first needed it would let them through
-    came: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, _frame: came.append(number)) for number in STOPPING}
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for one in came:
-            signal.raise_signal(one)
 
 
 def take_signals() -> None:

@@ -28,7 +28,7 @@ from torch import nn
 from ca2st.checked_json import encoded, finite
 from ca2st.durable import open_itself, take_lock, write_bytes
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError, listed
-from ca2st.processes import SPAWN, die_with_parent, num_cores
+from ca2st.processes import SPAWN, die_with_parent, num_cores, signals_held
 from ca2st.training.evaluate import EvaluationSource, Scored, scored_batches
 from ca2st.training.metrics import harmonic_mean, main_metric
 from pipelines.storage.index import read_columns
@@ -39,7 +39,7 @@ from ray_jobs.errors import WorkerFailedError
 from ray_jobs.evaluation.perturbations import PERTURBATIONS, DeafVisualExperts, PerturbedSource
 from ray_jobs.evaluation.predictions import ExpectedKeys, PredictionFacts, join_parts, label_counts, writing_part
 from ray_jobs.evaluation.protocols import Measures, measure, write_tables
-from ray_jobs.launch import end_at_once, ended_badly, shell_exit_code, signals_held, signals_to, take_signals
+from ray_jobs.launch import end_at_once, ended_badly, shell_exit_code, signals_to, take_signals
 from ray_jobs.runs.failures import death_of, shared_memory_free
 from ray_jobs.runs.inference import (
     CountedSource,

@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from ray_jobs.launch import STOPPING, signals_held
+from ca2st.processes import STOPPING, signals_held
 
 
 @pytest.mark.parametrize("number", STOPPING)
