@@ -248,11 +248,11 @@ def _switch_off(variable: str, constant: str) -> None:
 
     Ray reads it once, into `constant`, when it is imported: the training's driver has imported it before.
     """
-    os.environ.setdefault(variable, "0")
+    value = os.environ.setdefault(variable, "0")
     if "ray" in sys.modules:
         from ray._private import ray_constants
 
-        setattr(ray_constants, constant, ray_constants.env_bool(variable, True))
+        setattr(ray_constants, constant, value.lower() in ("1", "true"))
 
 
 @contextmanager
