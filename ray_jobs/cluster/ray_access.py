@@ -266,11 +266,11 @@ def _own_ray(access: RayAccess, num_cpus: int | None) -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
-    folder = Path(tempfile.mkdtemp(prefix="ca2st-ray-"))
+    folder = Path(tempfile.mkdtemp(prefix="ca2st-ray-"))  # closed to others; Ray opens the one that it is given
     try:
         try:
             # "local" said explicitly: without an address Ray would join the cluster of RAY_ADDRESS.
-            ray.init(address=LOCAL, include_dashboard=False, num_cpus=num_cpus, _temp_dir=str(folder))
+            ray.init(address=LOCAL, include_dashboard=False, num_cpus=num_cpus, _temp_dir=str(folder / "r"))
         except Exception as error:  # Ray has no class of its own for a start that took too long
             raise EnvironmentFault(
                 f"Ray did not start on this machine: {first_line(error)}; run again when it is less busy"

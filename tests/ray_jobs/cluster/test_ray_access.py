@@ -117,8 +117,8 @@ def test_a_ray_of_our_own_has_a_token_no_dashboard_and_leaves_nothing(
 ) -> None:
     with ray_session("local", access=UNKNOWN, num_cpus=3):
         ((_, options),) = calls
-        folder = Path(options.pop("_temp_dir"))
-        assert folder.is_dir()
+        folder = Path(options.pop("_temp_dir")).parent
+        assert folder.stat().st_mode & 0o777 == 0o700
         assert options == {"address": "local", "include_dashboard": False, "num_cpus": 3}
         assert len(environment.os.environ["RAY_AUTH_TOKEN"]) == 64
         assert [environment.os.environ[name] for name in SETTINGS] == ["0", "0"]

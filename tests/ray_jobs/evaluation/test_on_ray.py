@@ -78,6 +78,13 @@ def test_a_ray_of_our_own_listens_on_the_loopback_interface_alone() -> None:
     assert addresses == {"127.0.0.1"}
 
 
+def test_the_folder_of_a_ray_of_our_own_is_closed_to_others() -> None:
+    assert ray._private.worker._global_node is not None
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    assert session.is_dir()
+    assert session.parents[1].stat().st_mode & 0o777 == 0o700
+
+
 def test_tasks_of_a_ray_give_the_predictions_of_one_process(root: Path, command: Callable[..., dict[str, Any]]) -> None:
     test = ("evaluate", root / "run", "--data", root / "shards" / "train", "--views", "1x1")
     here, there = (
