@@ -1,4 +1,4 @@
-"""The edge: the only module that reads environment variables, and what a run records about its machine."""
+"""The edge: the only module that reads environment variables (but for Ray's), and what a run records of its machine."""
 
 import base64
 import contextlib

@@ -52,3 +52,38 @@ def test_the_example_of_the_readme_runs_as_it_is_written(tmp_path: Path) -> None
     assert found.returncode == 0, found.stderr
     assert "torch.Size([8, 3, 16, 224, 224])" in found.stdout
     assert found.stdout.count("holiday.mp4") == 1
+
+
+ROOT = README.parent
+GUIDES = [
+    *sorted(path for package in (*PACKAGES, "tests") for path in (ROOT / package).rglob("*.md")),
+    README,
+    ROOT / "CONTRIBUTING.md",
+]
+MADE_BY_READERS = {"sharding/datasets/sound_events.py", "tests/sharding/datasets/test_sound_events.py"}
+"""Files that CONTRIBUTING's worked example adds."""
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_of_a_readme_leads_somewhere_and_every_module_that_it_names_is_there(guide: Path) -> None:
+    text = guide.read_text()
+    for link in re.findall(r"\]\(([^)\s]+)\)", text.replace("\n", "")):
+        place, _, section = link.partition("#")
+        if place.startswith("http"):
+            continue
+        target = (guide.parent / place).resolve() if place else guide
+        assert target.exists(), link
+        assert not section or section in _sections(target), link
+    modules = set(re.findall(r"`([\w/]+\.py)`", text)) - MADE_BY_READERS
+    folders = [ROOT / package for package in (*PACKAGES, "tests")]
+    assert [
+        name
+        for name in sorted(modules)
+        if not (ROOT / name).exists() and not any(any(folder.rglob(name)) for folder in folders)
+    ] == []
+
+
+def _sections(guide: Path) -> set[str]:
+    """Return the anchors of a guide's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", guide.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -50,7 +50,7 @@ HOW_TO_GET_A_TOKEN = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RayAccess:
-    """What this process may show a Ray cluster, as found at the edge (`environment.ray_access`)."""
+    """What this process may show a Ray cluster, as found at the edge (`found_access`)."""
 
     token: str = field(default="", repr=False)
     """Of ``RAY_AUTH_TOKEN``, the file of ``RAY_AUTH_TOKEN_PATH`` or ``~/.ray/auth_token``; empty: there is none."""
@@ -102,7 +102,7 @@ def find_token(variables: Mapping[str, str], home: Path) -> str:
 
 @contextmanager
 def ray_session(address: str, *, access: RayAccess, num_cpus: int | None = None) -> Iterator[None]:
-    """Connect to Ray for the block; enter it before anything imports ray, which reads its settings only then.
+    """Connect to Ray for the block.
 
     `address`: ``local`` starts a Ray for this block alone, on the loopback interface, with a token of its own,
     without a dashboard, `num_cpus` processors wide (None: this machine's); anything else (``auto``, ``host:port``)
@@ -112,7 +112,11 @@ def ray_session(address: str, *, access: RayAccess, num_cpus: int | None = None)
         UserInputError: the cluster asks for no token, or we have none or another one; or the address is none.
         EnvironmentFault: no cluster answers at `address`.
     """
-    _set_before_import(local=address == LOCAL)
+    # Ray's own uv integration would build a new environment for every worker.
+    _switch_off("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_ENABLE_UV_RUN_RUNTIME_ENV")
+    if address == LOCAL:
+        # Without nodes elsewhere Ray binds every port to the loopback interface; whatever the name, on Linux too.
+        _switch_off("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "ENABLE_RAY_CLUSTER")
     with _own_ray(access, num_cpus) if address == LOCAL else _joined(address, access):
         yield
 
@@ -239,13 +243,16 @@ def _text_of(path: Path) -> str:
         return ""
 
 
-def _set_before_import(*, local: bool) -> None:
-    """Set what Ray reads once, when it is imported, and what its processes inherit."""
-    # Ray's own uv integration would build a new environment for every worker.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    if local and "ray" not in sys.modules:
-        # Without nodes elsewhere Ray binds every port to the loopback interface; whatever the name, on Linux too.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+def _switch_off(variable: str, constant: str) -> None:
+    """Switch off what `variable` does not ask for, in Ray's processes, which inherit it, and in this one.
+
+    Ray reads it once, into `constant`, when it is imported: the training's driver has imported it before.
+    """
+    value = os.environ.setdefault(variable, "0")
+    if "ray" in sys.modules:
+        from ray._private import ray_constants
+
+        setattr(ray_constants, constant, value.lower() in ("1", "true"))
 
 
 @contextmanager
@@ -259,11 +266,11 @@ def _own_ray(access: RayAccess, num_cpus: int | None) -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
-    folder = Path(tempfile.mkdtemp(prefix="ca2st-ray-"))
+    folder = Path(tempfile.mkdtemp(prefix="ca2st-ray-"))  # closed to others; Ray opens the one that it is given
     try:
         try:
             # "local" said explicitly: without an address Ray would join the cluster of RAY_ADDRESS.
-            ray.init(address=LOCAL, include_dashboard=False, num_cpus=num_cpus, _temp_dir=str(folder))
+            ray.init(address=LOCAL, include_dashboard=False, num_cpus=num_cpus, _temp_dir=str(folder / "r"))
         except Exception as error:  # Ray has no class of its own for a start that took too long
             raise EnvironmentFault(
                 f"Ray did not start on this machine: {first_line(error)}; run again when it is less busy"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,9 +263,10 @@ def _train(recipe: "Recipe", run_dir: Path, ray_address: str | None, *, accept_o
     if state is not None:
         facts["mlflow"] = f"{facts['mlflow'] or state.uri}{how_to_serve(state.uri)}"
     result(table({name: value for name, value in facts.items() if value is not None}))
-    result(f"\nnext: ca2st predict {run_dir} VIDEO")
+    run = shlex.quote(str(run_dir))
+    result(f"\nnext: ca2st predict {run} VIDEO")
     if (validation := recipe.data.validation or document.recipe.data.validation) is not None:
-        result(f"next: ca2st evaluate {run_dir} --checkpoint best --data {validation} --views 2x3")
+        result(f"next: ca2st evaluate {run} --checkpoint best --data {shlex.quote(validation)} --views 2x3")
 
 
 def _how_it_went(document: "RunDocument", run_dir: Path) -> dict[str, object]:

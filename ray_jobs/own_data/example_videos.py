@@ -5,6 +5,7 @@ The lock file pins the package by hash, so the clips are the same everywhere.
 
 import csv
 import io
+import shlex
 import sys
 from fractions import Fraction
 from importlib import metadata
@@ -133,7 +134,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     for label, count in counts.items():
         result(f"{folder / label}: {count} videos")
-    result(f"next: ca2st train --data-folder {folder}")
+    result(f"next: ca2st train --data-folder {shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":

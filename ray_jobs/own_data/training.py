@@ -16,6 +16,7 @@ import torch
 
 from ca2st.errors import UserInputError, listed
 from ca2st.model.config import EXPERTS
+from ca2st.training.journal import JOURNAL_NAME
 from ca2st.weights.hub import is_hub_name
 from ray_jobs import environment
 from ray_jobs.config.recipe import Recipe, recipe_document
@@ -428,3 +429,5 @@ def _print_plan(plan: OwnPlan, *, as_json: bool) -> None:
     for line in (*found_lines(plan), "chosen:", *choice_lines(plan)):
         result(line)
     result(f"would train {facts['steps']} steps into {plan.run_dir}, on shards made in {plan.shards}")
+    if (plan.run_dir / JOURNAL_NAME).exists():
+        result(f"{plan.run_dir} holds a run: with its videos and settings it goes on, with others give another --out")

@@ -24,6 +24,7 @@ from ray_jobs.errors import TrackingUnavailableError
 from ray_jobs.pages.charts import metric_charts
 from ray_jobs.redaction import redacted, without_credentials
 from ray_jobs.tracking import run_card
+from ray_jobs.tracking.state import sync_command
 from sharding.format.index import parquet_batches, parquet_columns
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def log_artefacts(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
             except Exception as error:  # each kind of artefact store has errors of its own
                 raise TrackingUnavailableError(
                     f"{name} of {run_dir}: MLflow's artefact store did not take it ({type(error).__name__}: "
-                    f"{redacted(str(error))}); run `ca2st track sync {run_dir}` when it does"
+                    f"{redacted(str(error))}); run `{sync_command(run_dir)}` when it does"
                 ) from error
 
 

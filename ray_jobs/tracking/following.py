@@ -6,6 +6,7 @@ record: send the rest of it, add numbers to it, read them back.
 """
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -58,6 +59,7 @@ from ray_jobs.tracking.state import (
     open_tracking,
     read_state,
     show_ready,
+    sync_command,
     unsent_bytes,
 )
 
@@ -110,7 +112,7 @@ def _tell_link(run_dir: Path, is_over: threading.Event) -> None:
 
 def how_to_serve(uri: str) -> str:
     """Return what to start first where the store is a file; nothing where a server has it."""
-    return f" (after `mlflow ui --backend-store-uri {uri}`)" if sqlite_path(uri) is not None else ""
+    return f" (after `mlflow ui --backend-store-uri {shlex.quote(uri)}`)" if sqlite_path(uri) is not None else ""
 
 
 def finish_following(run_dir: Path, follower: "subprocess.Popen[bytes]") -> None:
@@ -125,7 +127,7 @@ def finish_following(run_dir: Path, follower: "subprocess.Popen[bytes]") -> None
         follower.kill()
         follower.wait()
     if lacking := missing_words(unsent_bytes(run_dir), read_state(run_dir).progress.pending):
-        say(f"warning: MLflow lacks {lacking} of this run; send it by `ca2st track sync {run_dir}`")
+        say(f"warning: MLflow lacks {lacking} of this run; send it by `{sync_command(run_dir)}`")
 
 
 def patience_seconds(*, is_starting: bool, is_making_tables: bool, is_journal_sent: bool) -> float:
@@ -211,9 +213,9 @@ def read_metrics(run_dir: Path, names: Sequence[str]) -> dict[str, float]:
     """
     state = read_state(run_dir)
     if state.run_id is None:
-        raise UserInputError(f"{run_dir}: MLflow has no run of it yet; send it by `ca2st track sync {run_dir}`")
+        raise UserInputError(f"{run_dir}: MLflow has no run of it yet; send it by `{sync_command(run_dir)}`")
     uri = whole_uri(state.uri, run_dir.parent)
-    with reachable(uri, f"send the run by `ca2st track sync {run_dir}`"):
+    with reachable(uri, f"send the run by `{sync_command(run_dir)}`"):
         known = open_client(uri).get_run(state.run_id).data.metrics
     if missing := sorted(name for name in names if clean_name(name) not in known):
         raise UserInputError(f"{run_dir}: MLflow has no {', '.join(missing)} for this run; test it again")

@@ -29,6 +29,7 @@ from ray_jobs.tracking.state import (
     one_sender,
     read_state,
     separate_copy,
+    sync_command,
     unsent_bytes,
     write_progress,
 )
@@ -81,7 +82,7 @@ class Sender:
             if not looks and not self._has_news(state.progress, is_last=is_last):
                 return 0  # a run that ends before its first line would stay RUNNING for ever
             uri = whole_uri(state.uri, self._run_dir.parent)
-            what_to_do = f"the journal keeps everything: rerun `ca2st track sync {self._run_dir}`"
+            what_to_do = f"the journal keeps everything: rerun `{sync_command(self._run_dir)}`"
             was_unwell, self._is_unwell = self._is_unwell, True
             if was_unwell:
                 check_health(uri, what_to_do)

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -80,6 +81,11 @@ class TrackingState:
     def run_id(self) -> str | None:
         """MLflow's run; None before the first sync."""
         return self.progress.run_id
+
+
+def sync_command(run_dir: Path) -> str:
+    """Return the command that sends the rest of a run to MLflow, ready for a shell."""
+    return shlex.join(["ca2st", "track", "sync", str(run_dir)])
 
 
 def link_of(state: TrackingState) -> str | None:
@@ -194,7 +200,7 @@ def one_sender(run_dir: Path, *, wait_seconds: float) -> Iterator[None]:
         if not take_lock(file, wait_seconds=wait_seconds):
             raise SenderBusyError(
                 f"{run_dir}: another process is sending this run to MLflow; wait for it and run "
-                f"`ca2st track sync {run_dir}` again"
+                f"`{sync_command(run_dir)}` again"
             )
         yield
 

@@ -1,11 +1,17 @@
 """Encoders in other roles, other grids than they were pretrained on, and an expert that nobody foresaw."""
 
+import re
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from einops import rearrange
 from torch import nn
 
 from ca2st.errors import UserInputError
+from ca2st.model import experts as experts_module
 from ca2st.model.config import Bridge, Direction, ModelConfig
 from ca2st.model.experts import ClipExpert, Flavour, TransformerExpert, VideoMAEExpert
 from ca2st.model.layers import HolisticLayer
@@ -92,3 +98,15 @@ def test_a_fourth_expert_joins_without_a_change_of_the_layer(fusion):
     for speaker, listener in (("depth", "spatial"), ("spatial", "depth")):
         louder = tokens | {speaker: tokens[speaker] + 1}
         assert not torch.allclose(layer(louder, own, None)[listener], before[listener])
+
+
+def test_the_expert_that_contributing_adds_works_with_the_names_of_its_file(monkeypatch):
+    text = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text()
+    (example,) = re.findall(r"```python\n( +class PatchExpert.*?)```", text, flags=re.DOTALL)
+    names = {**vars(experts_module), "replace": replace}  # the import that the text asks for
+    exec(compile(textwrap.dedent(example), "CONTRIBUTING.md", "exec"), names)
+    monkeypatch.setitem(experts_module.ENCODERS, "clip", names["PatchExpert"])
+    model = tiny_model("cast")
+    assert type(model.experts["spatial"]) is names["PatchExpert"]
+    features = model(*inputs_for()).features["spatial"]
+    torch.testing.assert_close(features, model.experts["spatial"](expert_inputs()))

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 import ray
+from ray._private import ray_constants
 from ray.exceptions import AuthenticationError
 
 from ca2st.errors import EnvironmentFault, UserInputError
@@ -87,13 +88,22 @@ def test_the_address_of_a_job_server_is_no_cluster_to_join(address: str) -> None
         pytest.fail("joined")
 
 
+SETTINGS = {
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "RAY_ENABLE_UV_RUN_RUNTIME_ENV",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "ENABLE_RAY_CLUSTER",
+}
+"""Variables of Ray, and the constants that it reads them into when it is imported."""
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """What is asked of Ray, which here starts nothing."""
     made: list[tuple[str, dict[str, Any]]] = []
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_ENABLE_UV_RUN_RUNTIME_ENV"):
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE", *SETTINGS):
         monkeypatch.setenv(name, "kept")  # so that it is put back
         monkeypatch.delenv(name)
+    for constant in SETTINGS.values():
+        monkeypatch.setattr(ray_constants, constant, True)  # as ray is that was imported before
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setattr(ray, "init", lambda **options: made.append(("init", options)))
     monkeypatch.setattr(ray, "shutdown", lambda: made.append(("shutdown", {})))
@@ -107,11 +117,12 @@ def test_a_ray_of_our_own_has_a_token_no_dashboard_and_leaves_nothing(
 ) -> None:
     with ray_session("local", access=UNKNOWN, num_cpus=3):
         ((_, options),) = calls
-        folder = Path(options.pop("_temp_dir"))
-        assert folder.is_dir()
+        folder = Path(options.pop("_temp_dir")).parent
+        assert folder.stat().st_mode & 0o777 == 0o700
         assert options == {"address": "local", "include_dashboard": False, "num_cpus": 3}
         assert len(environment.os.environ["RAY_AUTH_TOKEN"]) == 64
-        assert environment.os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0"
+        assert [environment.os.environ[name] for name in SETTINGS] == ["0", "0"]
+        assert [getattr(ray_constants, constant) for constant in SETTINGS.values()] == [False, False]
     assert calls[-1] == ("shutdown", {})
     assert not folder.exists()
 

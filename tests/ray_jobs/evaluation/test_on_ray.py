@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+import ray
 from numpy.typing import NDArray
 
 from ca2st.errors import DataDamageError, EnvironmentFault
@@ -66,6 +68,21 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return {"told": told.err} if exit_code else dict(json.loads(told.out.strip().splitlines()[-1]))
 
     return run
+
+
+def test_a_ray_of_our_own_listens_on_the_loopback_interface_alone() -> None:
+    assert ray.util.get_node_ip_address() == "127.0.0.1"  # though ray was imported before our settings, above
+    this = psutil.Process()
+    heard = [one for child in this.children(recursive=True) for one in child.net_connections("inet")]
+    addresses = {one.laddr.ip.removeprefix("::ffff:") for one in heard if one.status == psutil.CONN_LISTEN}
+    assert addresses == {"127.0.0.1"}
+
+
+def test_the_folder_of_a_ray_of_our_own_is_closed_to_others() -> None:
+    assert ray._private.worker._global_node is not None
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    assert session.is_dir()
+    assert session.parents[1].stat().st_mode & 0o777 == 0o700
 
 
 def test_tasks_of_a_ray_give_the_predictions_of_one_process(root: Path, command: Callable[..., dict[str, Any]]) -> None:

@@ -405,6 +405,12 @@ def test_a_dry_run_tells_choices_and_reasons_and_makes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
+def test_a_dry_run_says_that_its_folder_holds_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path, *(f"own/{name}" for name in videos_of_classes(a=8, b=8)), "run/journal.jsonl")
+    run(tmp_path / "own", out=tmp_path / "run", dry_run=True)
+    assert f"{tmp_path / 'run'} holds a run: with its videos and settings it goes on" in capsys.readouterr().out
+
+
 def test_more_unreadable_videos_than_a_few_stop_with_the_first_named(tmp_path: Path) -> None:
     touch(tmp_path, *(f"own/{name}" for name in videos_of_classes(a=3, b=3)))
     make_clip(tmp_path / "own" / "a" / "good.mp4", seconds=0.2)

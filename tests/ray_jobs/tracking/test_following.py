@@ -17,9 +17,9 @@ import pytest
 import ray_jobs
 from ray_jobs.runs.data import TrainingData
 from ray_jobs.tracking import following
-from ray_jobs.tracking.following import _start_follower, _tell_link, followed, sync
+from ray_jobs.tracking.following import _start_follower, _tell_link, followed, how_to_serve, sync
 from ray_jobs.tracking.run_card import RECIPE_NAME, read_run
-from ray_jobs.tracking.state import TrackingState, link_of, read_state, unsent_bytes
+from ray_jobs.tracking.state import TrackingState, link_of, read_state, sync_command, unsent_bytes
 from support.fake_shards import make_samples, make_shard_set
 from support.processes import python_path
 from support.tiny_world import tiny_recipe
@@ -135,6 +135,11 @@ def test_the_link_opens_the_experiment_as_model_training(uri: str, server: str) 
     assert link_of(state) is None
     known = replace(state, progress=replace(state.progress, experiment_id="7"))
     assert link_of(known) == f"{server}/#/experiments/7/runs?workflowType=machine_learning"
+
+
+def test_commands_to_go_on_with_are_ready_for_a_shell() -> None:
+    assert sync_command(Path("runs/my run")) == "ca2st track sync 'runs/my run'"
+    assert how_to_serve("sqlite:////a b.db") == " (after `mlflow ui --backend-store-uri 'sqlite:////a b.db'`)"
 
 
 def test_the_link_is_told_as_soon_as_mlflow_has_the_run(
