@@ -5,6 +5,7 @@ recipe does not say has the default documented beside its field.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -159,6 +160,11 @@ class DataConfig:
             bare = next(entry.train for entry in self.mixture if entry.weight is None)
             raise UserInputError(f"mixture: expected a weight for every set or for none, found none for {bare}")
         self.order()
+
+    @property
+    def validates(self) -> bool:
+        """Return whether there is a validation split: named, or made with the world that is trained on."""
+        return self.validation is not None or (self.synthetic is not None and self.train is None)
 
     def order(self) -> OrderConfig:
         """Return what decides which samples a training reads, beside the sets themselves."""
@@ -428,7 +434,7 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
             "no layer is there to be slowed down"
         )
     ends_early = [name for name in ("early_stopping", "stop_at") if getattr(training, name) is not None]
-    if ends_early and recipe.data.validation is None and recipe.data.synthetic is None:
+    if ends_early and not recipe.data.validates:
         yield (
             f"training.{ends_early[0]}: expected data.validation beside it, whose results it waits for, found none; "
             "name the shards of a validation split or remove it"
@@ -584,8 +590,10 @@ MOST: Mapping[str, int] = {
 
 
 def beyond_limits(leaves: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with whole numbers among a recipe's settings by dotted path, one text a key."""
+    """Yield what is wrong with numbers among a recipe's settings by dotted path, one text a key."""
     for path, value in leaves.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{path}: expected a finite number, found {value}; JSON, which runs are kept in, has no other"
         if not isinstance(value, int) or isinstance(value, bool):
             continue
         most = MOST.get(path, _MOST_OF_ANY)

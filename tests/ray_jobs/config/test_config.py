@@ -479,6 +479,23 @@ def test_j1_a_count_beyond_all_sense_is_refused(tmp_path: Path, override: str, t
         load_recipe(recipe_file(tmp_path), [override])
 
 
+@pytest.mark.parametrize("key", ["training.stop_at", "training.stop_at_fit", "tracking.system_metrics_seconds"])
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_j1_a_number_that_json_does_not_have_is_refused_at_every_key(tmp_path: Path, key: str, number: str) -> None:
+    told = f"--set {key}: {key}: expected a finite number, found {number}"
+    assert any(found.startswith(told) for found in mistakes(tmp_path, RECIPE, f"{key}={number}"))
+
+
+def test_j1_ending_early_asks_for_a_validation_split_that_is_read(tmp_path: Path) -> None:
+    world = f"{RECIPE}\n[data.synthetic]\nnum_train = 8\n"
+    found = mistakes(tmp_path, world, "training.early_stopping=2")  # data.train is named, so no world is made
+    assert found == [
+        "--set training.early_stopping: training.early_stopping: expected data.validation beside it, whose results it "
+        "waits for, found none; name the shards of a validation split or remove it"
+    ]
+    load_recipe(recipe_file(tmp_path, world.replace('train = "shards/train"', "")), ["training.early_stopping=2"])
+
+
 def test_j1_seeds_and_bytes_may_be_large(tmp_path: Path) -> None:
     recipe = load_recipe(recipe_file(tmp_path), [f"training.seed={2**63 - 1}", f"data.loader.cache_bytes={10**15}"])
     assert recipe.training.seed == 2**63 - 1
