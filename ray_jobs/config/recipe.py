@@ -152,6 +152,8 @@ class DataConfig:
             raise UserInputError(
                 "targets: expected at least one label space, found none; leave it out for the set's own"
             )
+        if repeated := [name for name in dict.fromkeys(self.targets or ()) if (self.targets or ()).count(name) > 1]:
+            raise UserInputError(f"targets: expected each label space once, found {', '.join(repeated)} more often")
         if self.mixture and (self.train is not None or self.synthetic is not None):
             other = "train" if self.train is not None else "synthetic"
             raise UserInputError(f"mixture: expected no data.{other} beside it; remove one of the two")
@@ -557,6 +559,8 @@ def identity_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 _MOST_OF_ANY = 10**12
+_MOST_SECONDS = 10**9
+"""Above it timers and dates overflow."""
 _UNBOUNDED = ("seed", "_seed", "_bytes")
 """Keys that end so may hold any number that their own section takes."""
 MOST: Mapping[str, int] = {
@@ -592,10 +596,10 @@ MOST: Mapping[str, int] = {
 def beyond_limits(leaves: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with numbers among a recipe's settings by dotted path, one text a key."""
     for path, value in leaves.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            yield f"{path}: expected a finite number, found {value}; JSON, which runs are kept in, has no other"
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool):
             continue
-        most = MOST.get(path, _MOST_OF_ANY)
-        if value > most and not path.endswith(_UNBOUNDED):
-            yield f"{path}: expected at most {most:,}, found {value}; a count beyond that is a slip"
+        most = MOST.get(path, _MOST_SECONDS if path.endswith("_seconds") else _MOST_OF_ANY)
+        if not math.isfinite(value):
+            yield f"{path}: expected a finite number, found {value}; JSON, which runs are kept in, has no other"
+        elif value > most and not path.endswith(_UNBOUNDED):
+            yield f"{path}: expected at most {most:,}, found {value}; a number beyond that is a slip"

@@ -472,6 +472,11 @@ def test_j1_a_mistake_inside_an_inline_table_is_told_at_the_line_of_the_table(tm
         ("data.augment.spectrogram.time_masks=1000000000000", r"time_masks: expected at most 100, found 1000000000000"),
         ("training.max_steps=10000000000000", r"max_steps: expected at most 1,000,000,000,000, found 10000000000000"),
         ("model.depth=100000", r"model\.depth: expected at most 1,000, found 100000"),
+        ("optim.base_lr=1e308", r"optim\.base_lr: expected at most 1,000,000,000,000, found 1e\+308"),
+        (
+            "training.collective_timeout_seconds=1e300",
+            r"timeout_seconds: expected at most 1,000,000,000, found 1e\+300",
+        ),
     ],
 )
 def test_j1_a_count_beyond_all_sense_is_refused(tmp_path: Path, override: str, told: str) -> None:
@@ -494,6 +499,11 @@ def test_j1_ending_early_asks_for_a_validation_split_that_is_read(tmp_path: Path
         "waits for, found none; name the shards of a validation split or remove it"
     ]
     load_recipe(recipe_file(tmp_path, world.replace('train = "shards/train"', "")), ["training.early_stopping=2"])
+
+
+def test_j1_a_label_space_named_twice_is_refused(tmp_path: Path) -> None:
+    (found,) = mistakes(tmp_path, RECIPE, 'data.targets=["verb", "noun", "verb"]')
+    assert found == "--set data.targets: data: targets: expected each label space once, found verb more often"
 
 
 def test_j1_seeds_and_bytes_may_be_large(tmp_path: Path) -> None:
