@@ -26,7 +26,7 @@ import torch
 from ca2st.durable import FaultPoints, write_bytes
 from ca2st.errors import NumericError, UserInputError
 from ca2st.processes import SPAWN, STOPPING, die_with_parent, signals_held
-from ca2st.training.journal import JOURNAL_NAME, LAUNCH_LOCK_NAME, locked, run_sequence
+from ca2st.training.journal import JOURNAL_NAME, LAUNCH_LOCK_NAME, locked, run_sequence, share_right
 from ca2st.training.optim import REFERENCE_BATCH
 from ca2st.training.ranks import Ranks
 from ca2st.training.resume import RECIPE_FILE
@@ -111,7 +111,7 @@ def check_overfit(run_dir: Path) -> float:
         NumericError: it did not learn them by heart.
     """
     last = run_sequence(run_dir / JOURNAL_NAME)[-1]
-    share = float(last.get("top1", 0.0))
+    share = share_right(last)
     if share < OVERFIT_SHARE:
         raise NumericError(
             f"{run_dir}: expected {OVERFIT_SHARE:.0%} of the clips learned by heart after {last['step']} steps, found "

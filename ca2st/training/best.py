@@ -34,7 +34,7 @@ def validations(journal: Path, *, until: int | None = None) -> dict[int, Metrics
     """Return the metrics of each validated step up to `until`, in order of steps; of a repeated one the last."""
     found: dict[int, Metrics] = {}
     for line in read_events(journal, event="eval"):
-        if line.get("split", VALIDATION) == VALIDATION and (until is None or line["step"] <= until):
+        if line["split"] == VALIDATION and (until is None or line["step"] <= until):
             found[line["step"]] = line["metrics"]
     return dict(sorted(found.items()))
 

@@ -115,6 +115,8 @@ _LOGGER = logging.getLogger(__name__)
 JOURNAL_NAME = "journal.jsonl"
 SKIPPED_STEP = "skipped_step"
 """Kind of the fault line of a step that was left out."""
+SHARE_RIGHT = {"one": "top1", "several": "exact_match"}
+"""Key of the share of a step's clips that were answered right, by how many labels a clip has."""
 _TAIL_BYTES = 1 << 20
 """Where the torn end is looked for: far longer than any line."""
 
@@ -253,24 +255,35 @@ class _Line(TypedDict):
     time: float
 
 
-class _StartLine(_Line):
-    step: NotRequired[int]
-
-
-class _StepLine(_Line):
+class _AtStep(_Line):
     step: int
 
 
-class _EvalLine(_StepLine):
-    split: NotRequired[str]
+class _StepLine(_AtStep):
+    top1: NotRequired[float]
+    exact_match: NotRequired[float]
+
+
+class _EvalLine(_AtStep):
+    split: str
     metrics: dict[str, float | None]
+
+
+class _FaultLine(_AtStep):
+    kind: str
 
 
 class _EndLine(_Line):
     status: str
 
 
-_LINES: dict[str, type] = {"start": _StartLine, "step": _StepLine, "eval": _EvalLine, "end": _EndLine}
+_LINES: dict[str, type] = {
+    "start": _AtStep,
+    "step": _StepLine,
+    "eval": _EvalLine,
+    "fault": _FaultLine,
+    "end": _EndLine,
+}
 
 
 @functools.cache
@@ -283,6 +296,11 @@ def run_sequence(path: Path) -> list[dict[str, Any]]:
     """Return the run's steps in order: the last line of each."""
     last = {line["step"]: line for line in read_events(path, event="step")}
     return [last[step] for step in sorted(last)]
+
+
+def share_right(line: Mapping[str, Any]) -> float:
+    """Return the share of clips that the step of `line` answered right; 0 where that is not known."""
+    return float(next((line[key] for key in SHARE_RIGHT.values() if key in line), 0.0))
 
 
 def skipped_steps(path: Path, *, until: int) -> list[int]:

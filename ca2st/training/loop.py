@@ -22,7 +22,17 @@ from ca2st.errors import EnvironmentFault, UserInputError, listed
 from ca2st.training import checkpoint, errors, resume
 from ca2st.training.best import Metrics, best_steps, reason_to_end, score_at
 from ca2st.training.evaluate import EvaluationSource, evaluate
-from ca2st.training.journal import JOURNAL_NAME, SKIPPED_STEP, Journal, closed_at_the_end, differences, locked
+from ca2st.training.journal import (
+    JOURNAL_NAME,
+    SHARE_RIGHT,
+    SKIPPED_STEP,
+    Journal,
+    closed_at_the_end,
+    differences,
+    locked,
+    run_sequence,
+    share_right,
+)
 from ca2st.training.optim import WeightAverage, build_optimizer
 from ca2st.training.ranks import (
     Heartbeat,
@@ -296,6 +306,8 @@ class _Run:
         """Put the checkpoint's state in place and write how the attempt begins."""
         self._restore()
         start, record = self._start, self._settings.record
+        if self._config.stop_at_fit is not None:
+            self._fit = self._ranks.on_main(self._fit_so_far)
         self._log(
             "start",
             step=start.step,
@@ -345,6 +357,12 @@ class _Run:
         if self._average is not None and states[0].average is not None:
             self._average.put(states[0].average)
 
+    def _fit_so_far(self) -> list[float]:
+        """Return the shares of right answers of the epoch's worth of steps before this attempt; [] where some lack."""
+        shares = {line["step"]: share_right(line) for line in run_sequence(self._settings.folder / JOURNAL_NAME)}
+        before = range(max(0, self._step - self._steps_per_epoch), self._step)
+        return [shares[step + 1] for step in before] if all(step + 1 in shares for step in before) else []
+
     def _position(self, step: int) -> dict[str, Any]:
         return self._settings.record.loader_position(step, steps_per_epoch=self._steps_per_epoch)
 
@@ -356,7 +374,7 @@ class _Run:
         self._settings.faults.reach("step.received")
         result = self._updated(intake.share, intake.keys_of_rank)
         self._step += 1
-        self._fit = [*self._fit, result.top1 or 0.0][-self._steps_per_epoch :]
+        self._fit = [*self._fit, result.right or 0.0][-self._steps_per_epoch :]
         if self._average is not None:
             self._average.update(self._step)
         self._settings.faults.reach("step.updated")
@@ -427,7 +445,7 @@ class _Run:
             "step",
             **fields,
             grad_norm=result.grad_norm,
-            **({} if result.top1 is None else {"top1": result.top1}),
+            **({} if result.right is None else {SHARE_RIGHT[self._settings.labelling]: result.right}),
             **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
             **({"skipped_steps": len(self._skipped)} if self._config.max_skipped_steps else {}),
             sample_ids_hash=intake.sample_ids_hash,

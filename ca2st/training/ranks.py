@@ -261,12 +261,13 @@ _REFUSED_ALLOCATIONS = (
 _BYTES_PER_KILOBYTE = 1024
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  # the kernel's name; nothing is made there
 KNOBS = (
-    "lower training.per_device_batch_size (a step's clips are then cut into more micro-batches, with the same result), "
-    'set training.activation_checkpointing = true, training.precision = "bf16" or experts.precision = "bf16", '
-    "lower data.loader.prefetch_steps or data.loader.decode_threads, or use fewer workers on this machine; "
+    'set training.activation_checkpointing = true or experts.precision = "bf16", '
+    "lower data.loader.prefetch_steps or data.loader.decode_threads, or use fewer workers on this machine, and rerun; "
+    "or, in another run folder, lower training.per_device_batch_size (a step's clips are then cut into more "
+    'micro-batches, with the same result) or set training.precision = "bf16"; '
     "the log of a run's first step has the memory that it took"
 )
-"""What to change, in the words of a recipe."""
+"""What to change, in the words of a recipe: first what a run that has begun may change."""
 
 
 @contextmanager

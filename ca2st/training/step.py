@@ -228,9 +228,9 @@ class StepResult:
     """Global gradient norm before clipping; None: it was not finite, and the update was left out (fp16 alone)."""
     loss_scale: float | None = None
     """What the losses were scaled by; None: not scaled."""
-    top1: float | None = None
-    """Share of the step's clips that were answered right before the update, every target of them; None where clips are
-    mixed or have several labels."""
+    right: float | None = None
+    """Share of the step's clips that were answered right before the update, every target of them or each of several
+    labels; None where clips are mixed."""
 
 
 class LossScale:
@@ -329,8 +329,8 @@ class Stepper:
         total = math.fsum(loss for rank_losses in losses_of_rank for loss in rank_losses)
         mean = total / self._config.global_batch_size
         known = [count for count in right_of_rank if count is not None]
-        top1 = sum(known) / self._config.global_batch_size if len(known) == len(right_of_rank) else None
-        return StepResult(loss=mean, lr=rate, grad_norm=norm, loss_scale=scaled_by, top1=top1)
+        share_right = sum(known) / self._config.global_batch_size if len(known) == len(right_of_rank) else None
+        return StepResult(loss=mean, lr=rate, grad_norm=norm, loss_scale=scaled_by, right=share_right)
 
     def _optimize(self, share: ClipBatch, *, rate: float, step: int) -> float | None:
         """Check the gradient, clip it, update; returns its norm before clipping, None where it overflowed."""
@@ -353,7 +353,7 @@ class Stepper:
     def _backward(
         self, share: ClipBatch, *, step: int
     ) -> tuple[Float[Tensor, " clips"], Bool[Tensor, " clips"] | None]:
-        """Return the loss of each clip, and whether it was answered right, where that is one label's question."""
+        """Return the loss of each clip, and whether it was answered right, where that is a question."""
         parts = list(share.split(self._config.per_device_batch_size))
         losses, right = [], []
         for index, part in enumerate(parts):
@@ -458,9 +458,15 @@ def model_logits(model: nn.Module, batch: ClipBatch) -> Mapping[str, Tensor]:
 def _answered_right(
     part: ClipBatch, logits: Mapping[str, Tensor], targets: tuple[str, ...]
 ) -> Bool[Tensor, " clips"] | None:
-    """Return whether each clip's likeliest class is its label, for all targets; None where that is not the question."""
-    if part.mixing is not None or part.labelling != "one":
+    """Return whether each clip's likeliest class is its label, for all targets; None where that is not the question.
+
+    Of several labels: whether each class is likelier than not where the clip has it, and nowhere else.
+    """
+    if part.mixing is not None:
         return None
+    if part.labelling == "several":
+        (name,) = targets
+        return ((logits[name].detach() > 0) == (part.labels > 0)).all(dim=1)
     right = [logits[name].detach().argmax(dim=-1) == part.labels[:, column] for column, name in enumerate(targets)]
     return torch.stack(right).all(dim=0)
 

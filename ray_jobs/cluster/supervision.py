@@ -23,6 +23,7 @@ from ray.train.v2.api.callback import UserCallback
 
 from ca2st.durable import write_bytes
 from ca2st.errors import EnvironmentFault
+from ca2st.processes import STOPPING
 from ca2st.training.signals import ONE_REQUEST_SECONDS, StopRequest, stop_on_signals, stopped_error
 from ray_jobs.cluster.ray_access import Node, first_line, living_nodes
 from ray_jobs.console import say
@@ -32,7 +33,6 @@ _FOLDER = "launches"
 _STOP_NAME = "stop.json"
 _LOGGER = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
 _CLEANING_SECONDS = 30.0
 """For the way out, after a signal came while there was nothing to save."""
 FINAL_GRACE_SECONDS = 8.0
@@ -319,11 +319,11 @@ def _only_handler(handle: Callable[[int, object], None]) -> Iterator[None]:
     `ray.init` asks for SIGTERM by itself, and would end the process with code 15.
     """
     install = signal.signal
-    for number in _STOPPING:
+    for number in STOPPING:
         install(number, handle)
 
     def refusing(number: int, handler: Any) -> Any:
-        return signal.getsignal(number) if number in _STOPPING else install(number, handler)
+        return signal.getsignal(number) if number in STOPPING else install(number, handler)
 
     signal.signal = refusing  # type: ignore[assignment]  # as Ray itself does to defer a SIGINT
     try:

@@ -151,6 +151,8 @@ class DataConfig:
             raise UserInputError(
                 "targets: expected at least one label space, found none; leave it out for the set's own"
             )
+        if repeated := [name for name in dict.fromkeys(self.targets or ()) if (self.targets or ()).count(name) > 1]:
+            raise UserInputError(f"targets: expected each label space once, found {', '.join(repeated)} more often")
         if self.mixture and (self.train is not None or self.synthetic is not None):
             other = "train" if self.train is not None else "synthetic"
             raise UserInputError(f"mixture: expected no data.{other} beside it; remove one of the two")
@@ -159,6 +161,11 @@ class DataConfig:
             bare = next(entry.train for entry in self.mixture if entry.weight is None)
             raise UserInputError(f"mixture: expected a weight for every set or for none, found none for {bare}")
         self.order()
+
+    @property
+    def validates(self) -> bool:
+        """Return whether there is a validation split: named, or made with the world that is trained on."""
+        return self.validation is not None or (self.synthetic is not None and self.train is None)
 
     def order(self) -> OrderConfig:
         """Return what decides which samples a training reads, beside the sets themselves."""
@@ -428,7 +435,7 @@ def _conflicts(recipe: Recipe) -> Iterator[str]:
             "no layer is there to be slowed down"
         )
     ends_early = [name for name in ("early_stopping", "stop_at") if getattr(training, name) is not None]
-    if ends_early and recipe.data.validation is None and recipe.data.synthetic is None:
+    if ends_early and not recipe.data.validates:
         yield (
             f"training.{ends_early[0]}: expected data.validation beside it, whose results it waits for, found none; "
             "name the shards of a validation split or remove it"
@@ -584,10 +591,10 @@ MOST: Mapping[str, int] = {
 
 
 def beyond_limits(leaves: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with whole numbers among a recipe's settings by dotted path, one text a key."""
+    """Yield what is wrong with numbers among a recipe's settings by dotted path, one text a key."""
     for path, value in leaves.items():
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool) or path.endswith(_UNBOUNDED):
             continue
-        most = MOST.get(path, _MOST_OF_ANY)
-        if value > most and not path.endswith(_UNBOUNDED):
-            yield f"{path}: expected at most {most:,}, found {value}; a count beyond that is a slip"
+        most = MOST.get(path, 10**9 if path.endswith("_seconds") else _MOST_OF_ANY)  # timers overflow beyond that
+        if not abs(value) <= most:  # as nan is not
+            yield f"{path}: expected at most {most:,}, found {value}; a number beyond that is a slip"

@@ -71,8 +71,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError("\n".join(dict.fromkeys(mistakes))) from error
 
 
-def _extended(document: dict[str, Any], source: str) -> dict[str, Any]:
-    """`document` over the recipe of the package that it extends, if any, which may extend another one.
+def _extended(document: dict[str, Any], source: str, inside: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`document` over the recipe of the package that it extends, if any, which may extend one not yet `inside`.
 
     Raises:
         RecipeError: there is no such recipe.
@@ -82,14 +82,14 @@ def _extended(document: dict[str, Any], source: str) -> dict[str, Any]:
     file = f"{name}.toml"
     folder = resources.files("ray_jobs") / "recipes"
     known = {entry: place / entry for place in (folder / "bases", folder) for entry in _names_in(place)}
-    if file not in known or file == source:
+    if file not in known or file in inside:
         names = [known_name.removesuffix(".toml") for known_name in known]
         raise RecipeError(
             f"{source}: extends: expected a recipe of the package ({', '.join(names)}), found {shortened(name)}"
         )
     base = tomllib.loads(known[file].read_text(encoding="utf-8"))
     base.pop("name", None)
-    return _below(_extended(base, file), document)
+    return _below(_extended(base, file, (*inside, file)), document)
 
 
 def _check_name(name: object, where: str) -> None:

@@ -322,11 +322,10 @@ def waiting_bytes(recipe: Recipe) -> int:
 
 def num_checkpoints(recipe: Recipe, *, steps: int, steps_per_epoch: int) -> int:
     """Return how many a run of `steps` writes: at its cadence, before each validation, and at its end."""
-    training, data = recipe.training, recipe.data
+    training = recipe.training
     saved = {steps, *range(training.checkpoint_every_steps, steps, training.checkpoint_every_steps)}
-    validates = data.validation is not None or data.synthetic is not None
     for every in (training.validate_every_epochs * steps_per_epoch, training.validate_every_steps or 0):
-        if validates and every > 0:
+        if recipe.data.validates and every > 0:
             saved |= set(range(every, steps, every))
     return len(saved)
 
@@ -342,8 +341,7 @@ def disk_plan(
     trained = sum(tensor.nbytes for tensor in trained_tensors(model).values())
     checkpoint = trained * (1 if recipe.training.ema_decay is None else 2) + _MOMENTS * parameters
     written = num_checkpoints(recipe, steps=steps, steps_per_epoch=steps_per_epoch)
-    validates = recipe.data.validation is not None or recipe.data.synthetic is not None
-    kept = min(recipe.training.keep_checkpoints + (recipe.training.keep_best if validates else 0), written)
+    kept = min(recipe.training.keep_checkpoints + (recipe.training.keep_best if recipe.data.validates else 0), written)
     frozen = frozen_bytes(model)
     return {
         "checkpoint": checkpoint,

@@ -146,9 +146,9 @@ def _made(run: run_card.RunFacts, predictions: Path | None) -> Iterator[tuple[st
 
 
 def _cleaned(path: Path) -> bytes:
-    """Return the bytes of a file; of a text without secrets."""
+    """Return the bytes of a file; of a text without secrets, and with words for bytes that are damaged."""
     data = path.read_bytes()
-    return redacted(data.decode()).encode() if path.name == JOURNAL_NAME else data
+    return redacted(data.decode(errors="backslashreplace")).encode() if path.name == JOURNAL_NAME else data
 
 
 def _counts(predictions: Path, target: str) -> Counter[tuple[int, int]]:

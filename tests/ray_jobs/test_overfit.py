@@ -28,9 +28,10 @@ def test_no_clips_are_refused() -> None:
         overfitting(load_recipe("smoke"), 0)
 
 
-@pytest.mark.parametrize(("top1", "passes"), [(1.0, True), (0.875, False)])
-def test_a_run_that_did_not_learn_its_clips_fails(tmp_path: Path, top1: float, passes: bool) -> None:
-    line = {"event": "step", "attempt": 1, "time": 1.0, "step": 400, "loss": 0.5, "top1": top1}
+@pytest.mark.parametrize("key", ["top1", "exact_match"])
+@pytest.mark.parametrize(("share", "passes"), [(1.0, True), (0.875, False)])
+def test_a_run_that_did_not_learn_its_clips_fails(tmp_path: Path, key: str, share: float, passes: bool) -> None:
+    line = {"event": "step", "attempt": 1, "time": 1.0, "step": 400, "loss": 0.5, key: share}
     (tmp_path / "journal.jsonl").write_text(json.dumps(line, separators=(",", ":")) + "\n")
     if passes:
         assert check_overfit(tmp_path) == 1.0

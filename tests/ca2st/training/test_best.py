@@ -159,6 +159,23 @@ def test_a_run_that_ended_early_stays_ended_and_goes_on_with_more_patience(
     assert losses == {line["step"]: line["loss"] for line in journal(whole.checkpoint.parents[1], "step")}
 
 
+@pytest.mark.parametrize("cut_after", [1, 3, 5])
+def test_a_run_that_ends_by_its_fit_ends_at_the_same_step_when_resumed(
+    plain: Path, tmp_path: Path, cut_after: int
+) -> None:
+    """What was answered right before the kill counts: the last epoch is the last four steps of all attempts."""
+    shares = [line["top1"] for line in journal(plain, "step")]
+    fits = [sum(shares[end - 4 : end]) / 4 for end in range(4, 9)]
+    fit = fits[2]
+    ended = 4 + next(index for index, one in enumerate(fits) if one >= fit)
+    settings = tiny_settings(tmp_path / "cut", stop_at_fit=fit)
+    run(tiny_settings(tmp_path / "cut", stop_at_fit=fit, max_steps=cut_after))
+    assert run(settings).steps == ended
+    again = run(settings)
+    assert (again.steps, again.resumed_step) == (ended, ended)
+    assert again.ended_early is not None
+
+
 def test_validations_come_every_so_many_steps(tmp_path: Path) -> None:
     run(tiny_settings(tmp_path, validate_every_steps=3, validate_every_epochs=0))
     assert [line["step"] for line in journal(tmp_path, "eval")] == [3, 6, 8]

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from ca2st.errors import EnvironmentFault
 from ca2st.training import journal as module
-from ca2st.training.journal import Journal, cut_torn_end, last_attempt, read_events, run_sequence
+from ca2st.training.best import validations
+from ca2st.training.journal import Journal, cut_torn_end, last_attempt, read_events, run_sequence, skipped_steps
 
 
 def write_run(path: Path, attempt: int, losses: dict[int, float]) -> None:
     journal = Journal(path, attempt=attempt, wall_clock=lambda: 12.5)
-    journal.write("start")
+    journal.write("start", step=0)
     for step, loss in losses.items():
         journal.write("step", step=step, loss=loss)
     journal.close()
@@ -87,7 +88,7 @@ def test_a_reader_of_a_living_journal_leaves_the_unfinished_line_out(tmp_path: P
 
 def test_metrics_that_are_not_finite_become_null_and_are_named(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j", attempt=1)
-    journal.write_metrics("eval", {"top1": 0.5, "mean_class": math.nan, "top5": math.inf}, step=3)
+    journal.write_metrics("eval", {"top1": 0.5, "mean_class": math.nan, "top5": math.inf}, step=3, split="validation")
     journal.close()
     line = next(read_events(tmp_path / "j"))
     assert line["metrics"] == {"top1": 0.5, "mean_class": None, "top5": None}
@@ -138,3 +139,18 @@ def test_closing_says_when_lines_are_lost(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_folder_that_is_not_there_is_an_environment_fault(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match=r"cannot write .*choose another run folder"):
         Journal(tmp_path / "none" / "j", attempt=1)
+
+
+@pytest.mark.parametrize("event", ["start", "step", "eval", "fault", "end"])
+def test_a_line_without_its_fields_is_left_out_and_a_resume_reads_the_others(
+    tmp_path: Path, event: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "j"
+    path.write_text(f'{{"event":"{event}","attempt":1,"time":1.0}}\n')
+    journal = Journal(path, attempt=1)
+    journal.write("fault", kind="skipped_step", step=2)
+    journal.close()
+    assert skipped_steps(path, until=3) == [2]
+    assert validations(path) == {}
+    assert [line["event"] for line in read_events(path)] == ["fault"]
+    assert f"DAMAGED JOURNAL {path}:1" in caplog.text

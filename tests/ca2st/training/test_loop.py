@@ -35,6 +35,7 @@ from ca2st.training.settings import TrainingProgress, TrainingResult, TrainingSe
 from ca2st.training.signals import StopRequest
 from ca2st.training.step import draw_seed, hash_of_keys
 from support.tiny_training import (
+    TARGETS,
     TinyEvaluation,
     TinyModel,
     TinyOutput,
@@ -616,3 +617,28 @@ def test_gradient_clipping_bounds_the_update_and_keeps_the_reported_norm(undistu
     run(tiny_settings(tmp_path, clip_grad_norm=1e-3))
     assert sequence(tmp_path)[0][3] == sequence(undisturbed)[0][3] > 1e-3
     assert sequence(tmp_path)[-1][1] != sequence(undisturbed)[-1][1]
+
+
+class SeveralLabels(TinySource):
+    """Each clip has verb 0 and a verb of its own."""
+
+    def make(self, clips: list[dict[str, Tensor]], keys: list[str], *, epoch: int, step: int) -> ClipBatch:
+        batch = super().make(clips, keys, epoch=epoch, step=step)
+        hot = torch.nn.functional.one_hot(batch.labels[:, 0], TARGETS["verb"])
+        hot[:, 0] = 1
+        return replace(batch, labels=hot, labelling="several")
+
+
+def test_of_several_labels_a_clip_is_right_where_each_of_them_is(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, targets={"verb": TARGETS["verb"]}, labelling="several", epochs=1)
+    model = TinyModel(dropout=0.0)
+    with torch.no_grad():
+        model.head["verb"].weight.zero_()
+        model.head["verb"].bias.copy_(torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0]))  # says: verbs 0 and 1
+    source = SeveralLabels()
+    first = next(source.batches(0))
+    train(model, source, accelerator=fresh_accelerator(settings), settings=settings)
+    lines = events(tmp_path, "step")
+    wanted = (first.labels == torch.tensor([1, 1, 0, 0, 0])).all(dim=1).float().mean().item()
+    assert lines[0]["exact_match"] == pytest.approx(wanted)
+    assert not any("top1" in line for line in lines)

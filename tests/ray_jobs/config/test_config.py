@@ -1,11 +1,14 @@
 """Recipes are strict: every mistake is named with file, line and the nearest known name, before anything runs."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ca2st.errors import UserInputError
+from ca2st.training.ranks import KNOBS
+from ray_jobs.config import recipe_file as recipe_file_module
 from ray_jobs.config.recipe import identity_settings, recipe_document, recipe_from_document
 from ray_jobs.config.recipe_file import known_recipes, load_recipe, stored_recipe
 from ray_jobs.errors import RecipeError
@@ -472,11 +475,64 @@ def test_j1_a_mistake_inside_an_inline_table_is_told_at_the_line_of_the_table(tm
         ("data.augment.spectrogram.time_masks=1000000000000", r"time_masks: expected at most 100, found 1000000000000"),
         ("training.max_steps=10000000000000", r"max_steps: expected at most 1,000,000,000,000, found 10000000000000"),
         ("model.depth=100000", r"model\.depth: expected at most 1,000, found 100000"),
+        ("optim.base_lr=1e308", r"optim\.base_lr: expected at most 1,000,000,000,000, found 1e\+308"),
+        (
+            "training.collective_timeout_seconds=1e300",
+            r"timeout_seconds: expected at most 1,000,000,000, found 1e\+300",
+        ),
     ],
 )
 def test_j1_a_count_beyond_all_sense_is_refused(tmp_path: Path, override: str, told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         load_recipe(recipe_file(tmp_path), [override])
+
+
+@pytest.mark.parametrize("key", ["training.stop_at", "training.stop_at_fit", "tracking.system_metrics_seconds"])
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_j1_a_number_that_json_does_not_have_is_refused_at_every_key(tmp_path: Path, key: str, number: str) -> None:
+    told = rf"--set {key}: .*: expected .*, found {number}"
+    assert any(re.match(told, found) for found in mistakes(tmp_path, RECIPE, f"{key}={number}"))
+
+
+def test_j1_ending_early_asks_for_a_validation_split_that_is_read(tmp_path: Path) -> None:
+    world = f"{RECIPE}\n[data.synthetic]\nnum_train = 8\n"
+    found = mistakes(tmp_path, world, "training.early_stopping=2")  # data.train is named, so no world is made
+    assert found == [
+        "--set training.early_stopping: training.early_stopping: expected data.validation beside it, whose results it "
+        "waits for, found none; name the shards of a validation split or remove it"
+    ]
+    load_recipe(recipe_file(tmp_path, world.replace('train = "shards/train"', "")), ["training.early_stopping=2"])
+
+
+def test_j1_a_label_space_named_twice_is_refused(tmp_path: Path) -> None:
+    (found,) = mistakes(tmp_path, RECIPE, 'data.targets=["verb", "noun", "verb"]')
+    assert found == "--set data.targets: data: targets: expected each label space once, found verb more often"
+
+
+def test_t12_what_short_memory_asks_to_change_and_rerun_is_no_part_of_a_runs_identity(tmp_path: Path) -> None:
+    identity = identity_settings(load_recipe(recipe_file(tmp_path)))
+    rerun, elsewhere = KNOBS.split("in another run folder")
+    named = [re.findall(r"(?:training|experts|data)\.[\w.]+\w", part) for part in (rerun, elsewhere)]
+    assert [len(keys) for keys in named] == [4, 2]
+    assert not set(named[0]) & set(identity)
+    assert set(named[1]) <= set(identity)
+
+
+def test_a_recipe_may_be_called_like_the_one_it_extends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smoke.toml").write_text('extends = "smoke"\nname = "mine"\n')
+    assert load_recipe("smoke.toml") == replace(load_recipe("smoke"), name="mine")
+
+
+def test_recipes_of_the_package_that_extend_each_other_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipes" / "bases").mkdir(parents=True)
+    for own, other in (("one", "two"), ("two", "one")):
+        (tmp_path / "recipes" / f"{own}.toml").write_text(f'extends = "{other}"\nname = "{own}"\n')
+    monkeypatch.setattr(recipe_file_module.resources, "files", lambda _package: tmp_path)
+    with pytest.raises(RecipeError, match="extends: expected a recipe of the package"):
+        load_recipe("one")
 
 
 def test_j1_seeds_and_bytes_may_be_large(tmp_path: Path) -> None:

@@ -212,6 +212,15 @@ def test_j7_the_disk_of_a_checkpoint_and_of_frozen_weights_is_what_they_take(tin
     )
 
 
+def test_j7_shards_of_ones_own_leave_the_validation_of_a_synthetic_world_out_of_the_plan(tmp_path: Path) -> None:
+    recipe = load_recipe("smoke", [f"data.train={tmp_path}", "training.checkpoint_every_steps=100"])
+    disk = disk_plan(recipe, make_model(recipe, CLASSES), tmp_path / "run", steps=16, steps_per_epoch=4)
+    assert (disk["num_written"], disk["num_kept"]) == (1, 1)
+    world = load_recipe("smoke", ["training.checkpoint_every_steps=100"])
+    disk = disk_plan(world, make_model(world, CLASSES), tmp_path / "run", steps=16, steps_per_epoch=4)
+    assert (disk["num_written"], disk["num_kept"]) == (4, 3)
+
+
 def test_j7_a_batch_that_no_rank_shares_is_one_rank_s() -> None:
     training = replace(load_recipe("smoke").training, global_batch_size=10, per_device_batch_size=4)
     assert batch_plan(training, world_size=1)["micro_batches"] == 3

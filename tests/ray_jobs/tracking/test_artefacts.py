@@ -103,6 +103,12 @@ def test_k6_a_run_sends_its_small_files_and_no_checkpoint(client: MlflowClient, 
     }
 
 
+def test_k7_a_journal_with_a_damaged_byte_is_kept_too(run_dir: Path) -> None:
+    with (run_dir / "journal.jsonl").open("ab") as file:
+        file.write(b'{"event":"fault","text":"\xff"}\n')
+    assert collect(run_dir)["journal.jsonl"].endswith(b'{"event":"fault","text":"\\xff"}\n')
+
+
 def test_k6_a_file_of_ten_megabytes_stays_and_is_named_in_a_note(run_dir: Path) -> None:
     with (run_dir / "journal.jsonl").open("a") as file:
         file.write(
