@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipelines.views import EvaluationViews
     from ray_jobs.compare import ComparedRun, Comparison
     from ray_jobs.evaluation.workers import Workers
+    from ray_jobs.runs.prediction import PredictionReport
     from ray_jobs.runs.timeline import TimelineReport
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder for its newest one.")]
@@ -241,6 +242,13 @@ def predict(
             "--stride, --threshold, --out: expected --window beside them; for example --window 2 --stride 1"
         )
     report = predict_readable(checkpoint, files, top=top, views=_test_views(views))
+    _show_predictions(report, as_json=as_json)
+    if report.damaged:
+        say(f"{len(report.videos)} of {len(files)} videos predicted, {len(report.damaged)} cannot be read")
+        raise typer.Exit(3)
+
+
+def _show_predictions(report: "PredictionReport", *, as_json: bool) -> None:
     if as_json:
         print_json(report)
     for video in () if as_json else report.videos:
@@ -253,9 +261,6 @@ def predict(
         say(f"cannot be read: {damaged.video}: {damaged.reason} ({damaged.what})")
     if any(damaged.reason == "too_large" for damaged in report.damaged):
         say("videos of any length are read in windows: add --window 2 --stride 1")
-    if report.damaged:
-        say(f"{len(report.videos)} of {len(files)} videos predicted, {len(report.damaged)} cannot be read")
-        raise typer.Exit(3)
 
 
 def _show_timelines(found: Sequence["TimelineReport"], *, as_json: bool) -> None:

@@ -80,17 +80,7 @@ def measure_robustness(
     for name in conditions:
         check_choice("--conditions", name, PERTURBATIONS)
     checkpoint = find_checkpoint(path)
-    recipe = run_document_of(checkpoint).recipe
-    kind = recipe.model.kind
-    if "audio" not in EXPERTS[kind]:
-        raise UserInputError(
-            f"{checkpoint}: expected a model that hears, found {kind}: what is done to the sound changes nothing in it"
-        )
-    manifest = read_shard_set(data, storage=recipe.data.loader.storage).manifest
-    if manifest.labelling != "one":
-        raise UserInputError(
-            f"{data}: expected samples with a label each, found {manifest.labelling}: nothing can be right or wrong"
-        )
+    _require_something_to_measure(checkpoint, data)
     folder = out or checkpoint.parent.parent / f"robustness.{checkpoint.name}"
     require_folder_place(folder, "--out")
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,8 +98,6 @@ def measure_robustness(
                 seed=seed,
             )
     clean = reports[CLEAN]
-    if clean.top1 is None:
-        raise UserInputError(f"{data}: expected samples with labels, found none: nothing can be right or wrong")
     report = RobustnessReport(
         checkpoint=str(checkpoint),
         set_name=clean.set_name,
@@ -125,6 +113,20 @@ def measure_robustness(
     write_bytes(folder / REPORT_NAME, encoded(text + "\n"))
     write_bytes(folder / PLOT_NAME, encoded(chart_svg(robustness_chart(report))))
     return report, folder
+
+
+def _require_something_to_measure(checkpoint: Path, data: str) -> None:
+    recipe = run_document_of(checkpoint).recipe
+    if "audio" not in EXPERTS[recipe.model.kind]:
+        raise UserInputError(
+            f"{checkpoint}: expected a model that hears, found {recipe.model.kind}: what is done to the sound changes "
+            "nothing in it"
+        )
+    labelling = read_shard_set(data, storage=recipe.data.loader.storage).manifest.labelling
+    if labelling != "one":
+        raise UserInputError(
+            f"{data}: expected samples with a label each, found {labelling}: nothing can be right or wrong"
+        )
 
 
 def _condition(name: str, report: EvaluationReport, clean: EvaluationReport) -> Condition:
