@@ -136,6 +136,8 @@ class TrainingConfig:
         for name in ("max_steps", "validate_every_steps", "early_stopping"):
             if (value := getattr(self, name)) is not None:
                 _check(name, value, lambda x: x >= 1, "an integer >= 1, or none")
+        if self.stop_at_fit is not None:
+            _check("stop_at_fit", self.stop_at_fit, lambda x: 0 < x <= 1, "a share, 0 < x <= 1, or none")
         if self.max_hours is not None:
             _check("max_hours", self.max_hours, _positive, "a finite number > 0, or none")
         if self.ema_decay is not None:

@@ -238,13 +238,15 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set: expected section.key=value, found {shortened(override)}")
     *tables, key = path.split(".")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        found = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
+        found = {"value": text}  # a bare word is a string
     except (ValueError, RecursionError):
         raise RecipeError(
             f"--set {shortened(override)}: expected a value of a recipe, found no such number or list"
         ) from None
+    if len(found) > 1:
+        raise RecipeError(f"--set {shortened(override)}: expected one value, found further lines; set each by --set")
     if len(tables) > _MOST_NESTED:
         raise RecipeError(f"--set {shortened(override)}: expected at most {_MOST_NESTED} sections in sections")
     for table in tables:
@@ -252,7 +254,7 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise RecipeError(f"--set {override}: {table} is a value, not a section")
         document = inner
-    document[key] = value
+    document[key] = found["value"]
 
 
 def stored_recipe(document: Mapping[str, Any], *, where: str) -> Recipe:

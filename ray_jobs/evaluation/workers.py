@@ -28,7 +28,7 @@ from torch import nn
 from ca2st.checked_json import encoded, finite
 from ca2st.durable import open_itself, take_lock, write_bytes
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError, listed
-from ca2st.processes import SPAWN, die_with_parent, num_cores, signals_held
+from ca2st.processes import SPAWN, STOPPING, die_with_parent, num_cores, signals_held
 from ca2st.training.evaluate import EvaluationSource, Scored, scored_batches
 from ca2st.training.metrics import harmonic_mean, main_metric
 from pipelines.storage.index import read_columns
@@ -408,13 +408,13 @@ def _score_in_processes(job: _Job) -> None:
         failed = ended_badly(workers)
     if failed is None:
         return
-    if ended_unbegun:
-        raise WorkerFailedError(f"stopped by signal {ended_unbegun[0]}; no metric is reported", 128 + ended_unbegun[0])
+    exit_code = 128 + ended_unbegun[0] if ended_unbegun else shell_exit_code(workers[failed])
+    if (number := exit_code - 128) in STOPPING:
+        raise WorkerFailedError(f"stopped by signal {number:d}; no metric is reported", exit_code)
     with suppress(EOFError):  # it ended without a word
         if told.poll():
             raise WorkerFailedError(*told.recv())
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    exit_code = shell_exit_code(workers[failed])
     raise death_of(failed, exit_code, peak_bytes=peak, shared_free_bytes=shared_memory_free())
 
 

@@ -224,6 +224,8 @@ def test_overrides_replace_single_settings(tmp_path: Path) -> None:
     [
         ("training.epoch=9", r"--set training\.epoch: training\.epoch: unknown key \(did you mean 'epochs'\?\)"),
         ("training.epochs=nine", r"--set training\.epochs: .*valid integer, found 'nine'"),
+        ("training.epochs=2\nname = 5", r"--set 'training\.epochs=2.*: expected one value, found further lines"),
+        ("training.stop_at_fit=5", r"--set training\.stop_at_fit: .*expected a share, 0 < x <= 1, or none, found 5"),
         ("training.epochs", "expected section.key=value"),
         ("name.first=x", "name is a value, not a section"),
     ],

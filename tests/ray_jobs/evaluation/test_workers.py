@@ -213,3 +213,15 @@ def test_a_worker_that_was_killed_is_explained_as_one_of_a_training_is(
     with pytest.raises(WorkerFailedError, match=r"rank 0 was killed \(SIGKILL\).*dmesg") as caught:
         workers._score_in_processes(replace(job_of_two(tmp_path, tmp_path), world_size=1))
     assert caught.value.exit_code == EnvironmentFault.exit_code
+
+
+def end_by_an_interrupt(*_: object, **__: object) -> None:
+    os._exit(130)
+
+
+@pytest.mark.slow
+def test_a_test_that_was_interrupted_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_worker_process", end_by_an_interrupt)
+    with pytest.raises(WorkerFailedError, match=r"^stopped by signal 2; no metric is reported$") as caught:
+        workers._score_in_processes(replace(job_of_two(tmp_path, tmp_path), world_size=1))
+    assert caught.value.exit_code == 130
