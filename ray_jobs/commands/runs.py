@@ -224,14 +224,14 @@ def predict(
     """
     from ray_jobs.runs.model import find_checkpoint
     from ray_jobs.runs.prediction import find_videos, predict_readable
-    from ray_jobs.runs.timeline import WindowConfig, predict_timeline
+    from ray_jobs.runs.timeline import LEAST_STRIDE_SECONDS, WindowConfig, predict_timeline
 
     files, aside = find_videos(videos)
     if aside:
         say(f"left aside, no videos by their endings: {listed(aside)}")
     checkpoint = find_checkpoint(checkpoint, which)
     if window is not None:
-        step = window / 2 if stride is None else stride
+        step = max(window / 2, LEAST_STRIDE_SECONDS) if stride is None else stride
         least = 0.5 if threshold is None else threshold
         cut = WindowConfig(window_seconds=window, stride_seconds=step, threshold=least, top=top)
         found = predict_timeline(checkpoint, files, cut, views=_test_views(views), out=out or Path("timelines"))

@@ -28,7 +28,7 @@ from sharding.format.shard_set import ShardSet
 
 _WINDOWS_AT_A_TIME = 64
 _MOST_WINDOW_SECONDS = 600.0
-_LEAST_STRIDE_SECONDS = 0.05
+LEAST_STRIDE_SECONDS = 0.05
 _MOST_EVENTS = 10_000
 _MOST_SHOWN_CLASSES = 16
 _END_OF_VIDEO = "segment_outside"
@@ -58,8 +58,8 @@ class WindowConfig:
 
     def __post_init__(self) -> None:
         for name, least, most in (
-            ("window_seconds", _LEAST_STRIDE_SECONDS, _MOST_WINDOW_SECONDS),
-            ("stride_seconds", _LEAST_STRIDE_SECONDS, self.window_seconds),
+            ("window_seconds", LEAST_STRIDE_SECONDS, _MOST_WINDOW_SECONDS),
+            ("stride_seconds", LEAST_STRIDE_SECONDS, self.window_seconds),
             ("threshold", 0.0, 1.0),
         ):
             if not least <= (value := getattr(self, name)) <= most:
