@@ -63,7 +63,7 @@ def signals_held(masked: Collection[int] = STOPPING) -> Iterator[None]:
 
 
 def start_deaf(process: BaseProcess) -> None:
-    """Start a child that is to ignore SIGINT: Ctrl-C reaches the whole group, and it while it imports, too."""
+    """Start a child that will ignore SIGINT, blocked until then: Ctrl-C reaches a child that still imports, too."""
     with signals_held(masked=[signal.SIGINT]):
         process.start()
 

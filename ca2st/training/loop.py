@@ -360,8 +360,8 @@ class _Run:
     def _fit_so_far(self) -> list[float]:
         """Return the shares of right answers of the epoch's worth of steps before this attempt; [] where some lack."""
         shares = {line["step"]: share_right(line) for line in run_sequence(self._settings.folder / JOURNAL_NAME)}
-        before = range(max(0, self._step - self._steps_per_epoch), self._step)
-        return [shares[step + 1] for step in before] if all(step + 1 in shares for step in before) else []
+        before = range(max(0, self._step - self._steps_per_epoch) + 1, self._step + 1)
+        return [shares[step] for step in before] if shares.keys() >= {*before} else []
 
     def _position(self, step: int) -> dict[str, Any]:
         return self._settings.record.loader_position(step, steps_per_epoch=self._steps_per_epoch)
