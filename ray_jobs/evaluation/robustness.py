@@ -144,7 +144,9 @@ def _condition(name: str, report: EvaluationReport, clean: EvaluationReport) -> 
 def robustness_chart(report: RobustnessReport) -> Chart:
     """Return a drawing: of each condition the accuracy and its interval, and a line at the undisturbed one."""
     clean = report.clean[report.main_metric]
-    ends = [(clean + one.against_clean.low, clean + one.against_clean.high) for one in report.conditions]
+    ends = [  # of few samples the difference may reach beyond what an accuracy can be
+        (max(0.0, clean + one.against_clean.low), min(1.0, clean + one.against_clean.high)) for one in report.conditions
+    ]
     lowest, highest = min([clean, *(low for low, _ in ends)]), max([clean, *(high for _, high in ends)])
     y_places = places(100 * lowest, 100 * highest)
     count = len(report.conditions)

@@ -8,7 +8,7 @@ from ca2st.errors import UserInputError
 from pipelines.views import EvaluationViews
 from ray_jobs.evaluation import robustness, workers
 from ray_jobs.evaluation.perturbations import PERTURBATIONS
-from ray_jobs.evaluation.robustness import measure_robustness
+from ray_jobs.evaluation.robustness import measure_robustness, robustness_chart
 from support.fake_shards import make_samples, make_shard_set
 from support.trained import trained_model
 
@@ -37,6 +37,10 @@ def test_every_condition_is_tested_on_the_same_samples_and_drawn(
     assert json.loads((folder / "robustness.json").read_text())["how_noise_is_added"].startswith("in the power of")
     plot = (folder / "robustness.svg").read_text()
     assert all(one.says in plot for one in PERTURBATIONS.values())
+    best, worst = (replace(report.conditions[0].against_clean, second=x, low=x - 0.9, high=x + 0.9) for x in (1.0, 0.0))
+    wide = [replace(one, against_clean=end) for one, end in zip(report.conditions, (best, worst), strict=False)]
+    chart = robustness_chart(replace(report, conditions=wide))
+    assert [mark.label for mark in (chart.y_marks[0], chart.y_marks[-1])] == ["0", "100"], "no accuracy beyond"
     again, _ = measure_robustness(tmp_path / "run", str(shards.root), ONE_VIEW, conditions=["pink_noise"])
     assert again.conditions[0].metrics == report.conditions[1].metrics
 
