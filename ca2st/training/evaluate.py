@@ -7,8 +7,9 @@ sample on every rank.
 """
 
 import hashlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,6 +32,7 @@ Digests = NDArray[Any]
 _DIGEST_BYTES = 16
 _MOST_NAMED = 1000
 """Keys of a finding that are looked up; more are only counted."""
+_CLASSES_AT_A_TIME = 16
 
 
 @runtime_checkable
@@ -95,16 +97,6 @@ def joined(parts: Iterable[Scored]) -> Scored:
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluationResult:
-    """Metrics of a set, equal on every rank."""
-
-    metrics: Mapping[str, float]
-    """Fractions of 1: see `metrics.evaluation_metrics`."""
-    num_samples: int
-    """Samples scored."""
-
-
 def evaluate(
     model: nn.Module,
     source: EvaluationSource,
@@ -113,8 +105,8 @@ def evaluate(
     targets: Mapping[str, int],
     per_device_batch_size: int,
     ranks: Ranks | None = None,
-) -> EvaluationResult:
-    """Score every sample of `source` with `model` on all ranks, and count what is right.
+) -> dict[str, float]:
+    """Score every sample of `source` with `model` on all ranks; return the set's metrics, equal on every rank.
 
     Args:
         model: The model itself, not DistributedDataParallel around it; put in evaluation mode for the time.
@@ -130,7 +122,8 @@ def evaluate(
         PeerFailedError: another rank failed.
     """
     ranks = ranks or Ranks(accelerator)
-    tally, of_several = SampleTally(), _SeveralLabels()
+    tally = SampleTally()
+    scores_and_truth: list[tuple[Float[np.ndarray, "samples classes"], Bool[np.ndarray, "samples classes"]]] = []
 
     def score() -> tuple[MetricSums, SampleTally]:
         sums = MetricSums(targets)
@@ -139,56 +132,39 @@ def evaluate(
         ):
             tally.add(part.sample_ids, part.num_views)
             sums.add(part.probabilities, part.labels, labelling=part.labelling)
-            of_several.add(part)
+            if part.labelling == "several":
+                scores_and_truth.extend((scores, part.labels > 0) for scores in part.probabilities.values())
         return sums, tally.without_names()
 
     results = ranks.together(score)
-    findings = ranks.on_main(lambda: compare_with_set([one for _, one in results], source))
-    unnamed = {what: found.unnamed for what, found in findings.items() if len(found.unnamed)}
-    if unnamed:  # only the rank that scored a sample knows its name
-        names = ranks.gather({what: tally.names_of(digests) for what, digests in unnamed.items()})
-        findings = {
-            what: found.with_names([name for own_names in names for name in own_names.get(what, [])])
-            for what, found in findings.items()
-        }
-    refuse_findings(findings, num_samples=source.num_samples)
+    finding = ranks.on_main(lambda: compare_with_set([one for _, one in results], source))
+    if finding is not None:
+        names = ranks.together(lambda: tally.names_of(finding, source if ranks.is_main else None))
+        raise finding.error(set().union(*names), source)
     metrics = MetricSums.total([sums for sums, _ in results]).metrics()
-    return EvaluationResult(metrics=metrics | of_several.metrics(ranks), num_samples=source.num_samples)
+    return metrics | _mean_average_precision(scores_and_truth, ranks)
 
 
-_CLASSES_AT_A_TIME = 16
+def _mean_average_precision(
+    scores_and_truth: Sequence[tuple[Float[np.ndarray, "samples classes"], Bool[np.ndarray, "samples classes"]]],
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Return ``map`` over all ranks; nothing where no rank has samples of several labels.
 
-
-class _SeveralLabels:
-    """Scores of samples of several labels: the ranking of all samples by a class cannot be added up from parts.
-
-    Each rank keeps its own; the ranks exchange those of a few classes at a time.
+    The ranking of all samples by a class cannot be added up from parts, so ranks exchange a few classes at a time.
     """
-
-    def __init__(self) -> None:
-        self._scores: list[Float[np.ndarray, "samples classes"]] = []
-        self._truth: list[Bool[np.ndarray, "samples classes"]] = []
-
-    def add(self, part: Scored) -> None:
-        """Keep the scores of a batch; nothing of samples of one label."""
-        if part.labelling == "several":
-            self._scores += part.probabilities.values()
-            self._truth.append(part.labels > 0)
-
-    def metrics(self, ranks: Ranks) -> dict[str, float]:
-        """Return ``map`` over all ranks; nothing where no rank has such samples."""
-        num_classes = max(ranks.gather(self._scores[0].shape[1] if self._scores else 0))
-        if num_classes == 0:
-            return {}
-        scores = np.concatenate(self._scores or [np.zeros((0, num_classes), np.float32)])
-        truth = np.concatenate(self._truth or [np.zeros((0, num_classes), np.bool_)])
-        rankings: list[Ranking] = []
-        for first in range(0, num_classes, _CLASSES_AT_A_TIME):
-            some = slice(first, first + _CLASSES_AT_A_TIME)
-            parts = ranks.gather((scores[:, some], truth[:, some]))
-            of_all = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
-            rankings += class_rankings(of_all[0], of_all[1])
-        return {"map": ranking_metrics(rankings)["map"]}
+    num_classes = max(ranks.gather(scores_and_truth[0][0].shape[1] if scores_and_truth else 0))
+    if num_classes == 0:
+        return {}
+    none = np.zeros((0, num_classes), np.float32), np.zeros((0, num_classes), np.bool_)
+    scores, truth = (np.concatenate(columns) for columns in zip(none, *scores_and_truth, strict=True))
+    rankings: list[Ranking] = []
+    for first in range(0, num_classes, _CLASSES_AT_A_TIME):
+        some = slice(first, first + _CLASSES_AT_A_TIME)
+        parts = ranks.gather((scores[:, some], truth[:, some]))
+        of_all = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+        rankings += class_rankings(of_all[0], of_all[1])
+    return {"map": ranking_metrics(rankings)["map"]}
 
 
 def scored_batches(
@@ -241,29 +217,20 @@ def _of_samples(
     firsts = [view for view, key in enumerate(keys) if view == 0 or key != keys[view - 1]]
     sizes = np.diff([*firsts, len(keys)])
     sample_of_view = torch.from_numpy(np.repeat(np.arange(len(firsts)), sizes))
-    wide = {
-        name: torch.cat([probabilities_of(part[name], labelling).cpu() for part in logits])[real] for name in targets
-    }
-    means = {name: mean_over_views(views, sample_of_view, num_samples=len(firsts)) for name, views in wide.items()}
+    probabilities = {}
+    for name in targets:
+        views = torch.cat([probabilities_of(part[name], labelling).cpu() for part in logits])[real].double()
+        sums = views.new_zeros(len(firsts), views.shape[1]).index_add_(0, sample_of_view, views)
+        probabilities[name] = (sums / torch.from_numpy(sizes).unsqueeze(1)).float().numpy()
     first_views = real[firsts]
     return Scored(
         sample_ids=tuple(keys[view] for view in firsts),
         num_views=sizes,
         labels=batch.labels.cpu()[first_views].long().numpy(),
-        probabilities={name: mean.float().numpy() for name, mean in means.items()},
+        probabilities=probabilities,
         has_audio=batch.has_audio.cpu()[first_views].numpy(),
         labelling=batch.labelling,
     )
-
-
-def mean_over_views(
-    probabilities: Float[Tensor, "views classes"], sample_of_view: Int[Tensor, " views"], *, num_samples: int
-) -> Float[Tensor, "samples classes"]:
-    """Return the mean of the probabilities of each sample's views, in float64; samples without a view are NaN."""
-    wide = probabilities.double()
-    sums = wide.new_zeros(num_samples, wide.shape[1]).index_add_(0, sample_of_view, wide)
-    counts = torch.bincount(sample_of_view, minlength=num_samples)
-    return sums / counts.unsqueeze(1)
 
 
 def key_digests(keys: Iterable[str]) -> Digests:
@@ -297,71 +264,69 @@ class SampleTally:
         """Return how many different samples were scored."""
         return len(np.unique(np.concatenate([key_digests([]), *self.digests])))
 
-    def names_of(self, digests: Digests) -> list[str]:
-        """Return the keys of the digests that this rank has scored."""
-        return _with_digests((key for batch in self.names for key in batch.split("\n")), digests)
+    def names_of(self, finding: "Finding", source: EvaluationSource | None) -> set[str]:
+        """Return the keys of a finding that this rank has scored, and those that `source` knows."""
+        wanted = set(finding.digests[:_MOST_NAMED].tolist())
+        of_set = source.sample_ids() if isinstance(source, NamesSamples) else ()
+        keys = chain((key for batch in self.names for key in batch.split("\n")), of_set)
+        return {key for key in keys if key_digests([key]).tolist()[0] in wanted}
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Samples with which something is wrong: by name, or by digests that only the rank that scored them can name."""
+    """What is wrong with an evaluation, in words, and the samples with which it is."""
 
-    num_samples: int
-    names: tuple[str, ...] = ()
-    unnamed: Digests = field(default_factory=lambda: key_digests([]))
+    what: str
+    digests: Digests
+    """Of samples that only the rank that scored them, or the set, can name."""
 
-    def with_names(self, names: Sequence[str]) -> "Finding":
-        """Return the same with the names that the ranks have found."""
-        return Finding(self.num_samples, (*self.names, *names))
+    def error(self, names: Collection[str], source: EvaluationSource) -> IncompleteEvaluationError:
+        """Return the error to raise, with the `names` that were found."""
+        return IncompleteEvaluationError(
+            f"evaluation: expected each of {source.num_samples} samples exactly once, found {len(self.digests)} "
+            f"{self.what}: {listed(sorted(names), count=len(self.digests))}; no metric is reported"
+        )
 
 
-def compare_with_set(tallies: Sequence[SampleTally], source: EvaluationSource) -> dict[str, Finding]:
-    """Return what is wrong, in words: each sample of the set must be scored once, by as many views as every other."""
-    empty = key_digests([])
-    scored = np.concatenate([empty, *(part for tally in tallies for part in tally.digests)])
+def compare_with_set(tallies: Sequence[SampleTally], source: EvaluationSource) -> Finding | None:
+    """Return the first thing wrong: each sample of the set must be scored once, by as many views as every other.
+
+    Raises:
+        IncompleteEvaluationError: the number of samples is wrong, and the set cannot name them; or there is none.
+    """
+    scored = np.concatenate([key_digests([]), *(part for tally in tallies for part in tally.digests)])
     views = np.concatenate([np.zeros(0, np.uint16), *(part for tally in tallies for part in tally.num_views)])
     usual = int(np.bincount(views).argmax()) if len(views) else 0
     unique, counts = np.unique(scored, return_counts=True)
-    again, odd = unique[counts > 1], np.unique(scored[views != usual])
     findings = {
-        "scored more than once": Finding(len(again), unnamed=again),
-        "scored by another number of views than the rest": Finding(len(odd), unnamed=odd),
+        "scored more than once": unique[counts > 1],
+        "scored by another number of views than the rest": np.unique(scored[views != usual]),
     }
     if isinstance(source, NamesSamples):
-        expected = key_digests(source.sample_ids())
-        in_set, times = np.unique(expected, return_counts=True)
-        lost = np.setdiff1d(in_set, unique, assume_unique=True)
-        twice = in_set[times > 1]
-        foreign = np.setdiff1d(unique, in_set, assume_unique=True)
-        findings["never scored"] = Finding(len(lost), tuple(_with_digests(source.sample_ids(), lost)))
-        findings["not in the set"] = Finding(len(foreign), unnamed=foreign)
-        findings["twice in the set"] = Finding(len(twice), tuple(_with_digests(source.sample_ids(), twice)))
+        in_set, times = np.unique(key_digests(source.sample_ids()), return_counts=True)
+        findings["never scored"] = np.setdiff1d(in_set, unique, assume_unique=True)
+        findings["not in the set"] = np.setdiff1d(unique, in_set, assume_unique=True)
+        findings["twice in the set"] = in_set[times > 1]
     elif len(unique) != source.num_samples:
         raise IncompleteEvaluationError(
             f"evaluation: expected {source.num_samples} samples (at least one), found {len(unique)} scored; "
             "no metric is reported"
         )
-    return {what: found for what, found in findings.items() if found.num_samples}
-
-
-def _with_digests(keys: Iterable[str], digests: Digests) -> list[str]:
-    """Return the keys that have one of the first of these digests, each once."""
-    wanted = set(digests[:_MOST_NAMED].tolist())
-    return list(dict.fromkeys(key for key in keys if key_digests([key]).tolist()[0] in wanted)) if wanted else []
-
-
-def refuse_findings(findings: Mapping[str, Finding], *, num_samples: int) -> None:
-    """Refuse an evaluation with which anything is wrong, or of no sample.
-
-    Raises:
-        IncompleteEvaluationError: as said; the first kind of trouble, with names.
-    """
-    for what, found in findings.items():
-        raise IncompleteEvaluationError(
-            f"evaluation: expected each of {num_samples} samples exactly once, found {found.num_samples} {what}: "
-            f"{listed(sorted(found.names), count=found.num_samples)}; no metric is reported"
-        )
-    if num_samples == 0:
+    for what, digests in findings.items():
+        if len(digests):
+            return Finding(what, digests)
+    if source.num_samples == 0:
         raise IncompleteEvaluationError(
             "evaluation: expected 0 samples (at least one), found 0 scored; no metric is reported"
         )
+    return None
+
+
+def check_complete(tally: SampleTally, source: EvaluationSource) -> None:
+    """Refuse an evaluation by this process alone with which anything is wrong, or of no sample.
+
+    Raises:
+        IncompleteEvaluationError: the first kind of trouble, with names.
+    """
+    if (finding := compare_with_set([tally], source)) is not None:
+        raise finding.error(tally.names_of(finding, source), source)

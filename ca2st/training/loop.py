@@ -477,7 +477,7 @@ class _Run:
         averaged = contextlib.nullcontext() if self._average is None else self._average.in_place()
         with self._stages.stage("validation"), averaged:
             self._settings.faults.reach("validation.begun")
-            result = evaluate(
+            metrics = evaluate(
                 self._model,
                 self._validation,
                 accelerator=self._accelerator,
@@ -485,20 +485,18 @@ class _Run:
                 per_device_batch_size=self._config.per_device_batch_size,
                 ranks=self._ranks,
             )
-        self._scores[self._step] = {
-            name: value if math.isfinite(value) else None for name, value in result.metrics.items()
-        }
+        self._scores[self._step] = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         if self._ranks.is_main:
-            metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
-            _LOGGER.info("validation after step %d of %d: %s", self._step, self._total_steps, metrics)
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            _LOGGER.info("validation after step %d of %d: %s", self._step, self._total_steps, shown)
         if self._journal is not None:
             self._journal.write_metrics(
                 "eval",
-                result.metrics,
+                metrics,
                 step=self._step,
                 epoch=(self._step - 1) // self._steps_per_epoch,
                 split="validation",
-                num_samples=result.num_samples,
+                num_samples=self._validation.num_samples,
                 seconds=self._settings.clock() - begin,
                 **({} if self._average is None else {"weights": "average"}),
             )

@@ -27,7 +27,7 @@ from ca2st.checked_json import DocumentError, parse_json
 from ca2st.durable import writing
 from ca2st.errors import DataDamageError, UserInputError
 from ca2st.training.errors import IncompleteEvaluationError
-from ca2st.training.evaluate import SampleTally, Scored, compare_with_set, refuse_findings
+from ca2st.training.evaluate import SampleTally, Scored, check_complete
 from sharding.format.index import parquet_batches, parquet_metadata
 
 METADATA_KEY = b"ca2st"
@@ -284,12 +284,7 @@ def _refuse(parts: Sequence[Path], expected: ExpectedKeys) -> None:
     for part in parts:
         for batch in parquet_batches(part, columns=["key", _VIEWS_COLUMN], batch_rows=BATCH_ROWS):
             tally.add(batch.column("key").to_pylist(), np.asarray(batch.column(_VIEWS_COLUMN)))
-    findings = compare_with_set([tally], expected)
-    named = {
-        what: found.with_names(tally.names_of(found.unnamed)) if len(found.unnamed) else found
-        for what, found in findings.items()
-    }
-    refuse_findings(named, num_samples=expected.num_samples)
+    check_complete(tally, expected)
     raise IncompleteEvaluationError(
         "evaluation: expected the samples in the set's order by as many views as were asked for, found another order "
         "or number; no metric is reported"

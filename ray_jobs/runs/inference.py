@@ -20,7 +20,7 @@ from ca2st.durable import writing
 from ca2st.errors import DataDamageError, UserInputError, check_choice
 from ca2st.model.network import HolisticModel, build_model, held_precision, hold_experts, set_trainable
 from ca2st.training.checkpoint import Checkpoint, read_checkpoint
-from ca2st.training.evaluate import SampleTally, Scored, compare_with_set, joined, refuse_findings, scored_batches
+from ca2st.training.evaluate import SampleTally, Scored, check_complete, joined, scored_batches
 from ca2st.training.resume import put_model_tensors, read_model_tensors, tensors_to_use
 from ca2st.training.step import make_accelerator, model_logits
 from pipelines.loader import EvaluationLoader
@@ -191,9 +191,7 @@ def score(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) ->
         )
         tally = SampleTally()
         tally.add(found.sample_ids, found.num_views)
-        findings = compare_with_set([tally], loader)
-    named = {what: one.with_names(tally.names_of(one.unnamed)) for what, one in findings.items()}
-    refuse_findings(named, num_samples=loader.num_samples)
+        check_complete(tally, loader)
     return found
 
 

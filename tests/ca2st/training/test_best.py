@@ -244,7 +244,7 @@ def test_the_average_is_validated_and_kept_and_changes_no_step(plain: Path, aver
         per_device_batch_size=4,
     )
     last = journal(averaged, "eval")[-1]
-    assert (last["weights"], last["metrics"]) == ("average", found.metrics)
+    assert (last["weights"], last["metrics"]) == ("average", found)
 
 
 def test_t14_a_run_whose_hours_are_over_saves_and_the_rerun_goes_on_exactly(plain: Path, tmp_path: Path) -> None:

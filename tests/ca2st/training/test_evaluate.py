@@ -1,6 +1,7 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +10,11 @@ from sklearn.metrics import average_precision_score
 
 from ca2st.batch import ClipBatch
 from ca2st.training.errors import IncompleteEvaluationError, LabelRangeError
-from ca2st.training.evaluate import EvaluationResult, Scored, evaluate, joined, scored_batches
+from ca2st.training.evaluate import Scored, evaluate, joined, scored_batches
 from support.tiny_training import TARGETS, TinyEvaluation, TinyModel, batch_of, clip, fresh_accelerator, tiny_settings
 
 
-def run(source: TinyEvaluation, model: TinyModel | None = None, **changes: object) -> EvaluationResult:
+def run(source: TinyEvaluation, model: TinyModel | None = None, **changes: object) -> dict[str, float]:
     accelerator = fresh_accelerator(tiny_settings(Path("unused")))
     options = {"targets": TARGETS, "per_device_batch_size": 3} | changes
     return evaluate(model or TinyModel(), source, accelerator=accelerator, **options)
@@ -50,8 +51,8 @@ def test_micro_batches_do_not_change_the_result() -> None:
     first, second = (score(TinyEvaluation(), per_device_batch_size=size) for size in (1, 64))
     np.testing.assert_allclose(first.probabilities["verb"], second.probabilities["verb"], rtol=1e-5)
     one, other = (run(TinyEvaluation(), per_device_batch_size=size) for size in (1, 64))
-    assert one.metrics == other.metrics
-    assert set(one.metrics) >= {"verb_top1", "noun_top5", "action_top1"}
+    assert one == other
+    assert set(one) >= {"verb_top1", "noun_top5", "action_top1"}
 
 
 class Spoilt(TinyEvaluation):
@@ -91,6 +92,26 @@ def test_p13_no_metric_is_reported_unless_every_sample_is_scored_exactly_once(sp
         run(Spoilt(spoil))
 
 
+class TwoAlike:
+    """Two ranks that were dealt the same samples, as one sees the other."""
+
+    rank, world_size, is_main = 0, 2, True
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value]
+
+    def together(self, action: Callable[[], Any]) -> list[Any]:
+        return self.gather(action())
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        return action()
+
+
+def test_a_sample_that_two_ranks_scored_is_named_once() -> None:
+    with pytest.raises(IncompleteEvaluationError, match="found 1 scored more than once: val-0; no metric"):
+        run(TinyEvaluation(num_samples=1), ranks=TwoAlike())
+
+
 def test_p13_a_source_without_names_is_held_to_its_number_of_samples() -> None:
     class Nameless:
         num_samples = 6
@@ -125,7 +146,7 @@ class Several(TinyEvaluation):
 def test_samples_of_several_labels_have_a_mean_average_precision_and_top_1() -> None:
     targets = {"verb": 5}
     model = TinyModel(classes=targets)
-    found = run(Several(num_samples=23), model, targets=targets).metrics
+    found = run(Several(num_samples=23), model, targets=targets)
     scored = score(Several(num_samples=23), model, targets=targets)
     expected = average_precision_score(scored.labels, scored.probabilities["verb"], average="macro")
     hits = scored.labels[np.arange(23), scored.probabilities["verb"].argmax(1)]
@@ -138,5 +159,5 @@ def test_samples_without_labels_are_scored_and_have_no_metric() -> None:
             for batch in super().batches():
                 yield replace(batch, labels=batch.labels[:, :0], labelling="none")
 
-    assert run(Unlabelled(num_samples=3)).metrics == {}
+    assert run(Unlabelled(num_samples=3)) == {}
     assert score(Unlabelled(num_samples=3)).labels.shape == (3, 0)

@@ -2,11 +2,9 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import norm
 from sklearn import metrics as oracle
 
-from ca2st.training.evaluate import mean_over_views
 from ca2st.training.metrics import (
     MetricSums,
     action_hits,
@@ -127,12 +125,6 @@ def test_a_perfect_separation_is_infinite_and_none_at_all_is_zero() -> None:
     assert d_prime(0.0) == -math.inf
     assert d_prime(0.5) == 0.0
     assert math.isnan(d_prime(math.nan))
-
-
-def test_views_are_averaged_as_probabilities_and_not_as_votes() -> None:
-    views = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.4, 0.6], [0.2, 0.8]])
-    mean = mean_over_views(views, torch.tensor([0, 0, 0, 1]), num_samples=2)
-    torch.testing.assert_close(mean, torch.tensor([[1.7 / 3, 1.3 / 3], [0.2, 0.8]]).double(), rtol=0, atol=1e-7)
 
 
 def test_one_target_reports_plain_names() -> None:

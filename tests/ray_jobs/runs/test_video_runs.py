@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ca2st.training.evaluate import EvaluationResult
+from ca2st.training.evaluate import Scored
 from ca2st.training.loop import train
 from pipelines.config import TrainSetup
 from pipelines.loader import TrainLoader
@@ -64,7 +64,7 @@ def test_an_evaluation_of_videos_scores_every_sample_once_and_as_of_jpegs(
     assert furthest(ours, theirs) < 0.02  # these clips are silent: the pictures alone decide
 
 
-def furthest(a: EvaluationResult, b: EvaluationResult) -> float:
+def furthest(a: Scored, b: Scored) -> float:
     return float(abs(a.probabilities["label"] - b.probabilities["label"]).max())
 
 
