@@ -32,13 +32,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Protocol, TypeVar, get_args, runtime_checkable
+from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ca2st.errors import CA2STError
+from ca2st.checked_json import DocumentError, read_json
+from ca2st.errors import CA2STError, EnvironmentFault
 from ca2st.training.errors import OutOfMemoryFault, PeerFailedError, RanksSilentError
 
 T = TypeVar("T")
@@ -130,59 +131,26 @@ def profiled(folder: Path, *, steps: int, rank: int) -> Iterator[Callable[[], No
             finish()
 
 
-@runtime_checkable
-class StageTotals(Protocol):
-    """Running totals of a source's own work."""
-
-    def totals(self) -> Mapping[str, int | float]:
-        """By name: thread seconds of a background stage (``..._seconds``) and counts (``bytes_read``); none shrinks."""
-        ...
-
-
-@runtime_checkable
-class CountsStages(Protocol):
-    """A source that can also say where its threads' time goes; each step of the journal holds what was added."""
-
-    @property
-    def stats(self) -> StageTotals:
-        """Return a snapshot."""
-        ...
-
-
 class SourceCounts:
-    """What a loader's own threads did between two steps, where the loader says so."""
+    """What a loader's own threads did between two steps, where the loader says so.
+
+    Such a loader has ``stats``, and ``stats.totals()`` the running totals by name: seconds of its threads
+    (``..._seconds``) and counts (``bytes_read``).
+    """
 
     def __init__(self, source: object) -> None:
-        self._source = source if isinstance(source, CountsStages) else None
-        self._before = self._totals()
+        self._source = source
+        self._before: dict[str, int | float] = {}
+        self.since_last()
 
     def since_last(self) -> dict[str, int | float]:
         """Return the totals now minus totals at the last call; empty where the source does not count.
 
         Work is counted where it ended: the threads run ahead, so a step's line may hold the decoding of a later batch.
         """
-        now = self._totals()
-        before, self._before = self._before, now
-        return {name: total - before.get(name, 0) for name, total in now.items()}
-
-    def _totals(self) -> dict[str, int | float]:
-        return {} if self._source is None else dict(self._source.stats.totals())
-
-
-@dataclass(frozen=True, slots=True)
-class RankFailure:
-    """An exception of one rank, as the others learn of it."""
-
-    rank: int
-    kind: str
-    message: str
-    exit_code: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    value: object = None
-    failure: RankFailure | None = None
+        stats = getattr(self._source, "stats", None)
+        before, self._before = self._before, {} if stats is None else dict(stats.totals())
+        return {name: total - before.get(name, 0) for name, total in self._before.items()}
 
 
 class Ranks:
@@ -210,43 +178,27 @@ class Ranks:
         Raises:
             PeerFailedError: the action failed on another rank (the failing rank raises its own error).
         """
-        return self.gather_outcomes(*self._attempt(action))
-
-    def gather_outcomes(self, value: T | None, error: Exception | None) -> list[T]:
-        """Gather what an action gave on each rank; raises as `together`."""
-        failure = None if error is None else failure_of(self.rank, error)
-        outcomes = self.gather(_Outcome(value, failure))
-        if error is not None:
-            raise error
-        for outcome in outcomes:
-            if (other := outcome.failure) is not None:
-                message = f"rank {other.rank} failed with {other.kind}: {other.message}"
-                raise PeerFailedError(message, exit_code=other.exit_code)
-        return [outcome.value for outcome in outcomes]  # type: ignore[misc]  # T on every rank that did not fail
-
-    def on_main(self, action: Callable[[], T]) -> T:
-        """Run `action` on the main rank only; every rank gets its result or raises.
-
-        Raises:
-            PeerFailedError: it failed (the main rank raises its own error).
-        """
-        value, error = self._attempt(action) if self.is_main else (None, None)
-        return self.gather_outcomes(value, error)[0]
-
-    def _attempt(self, action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+        value, error, failure = None, None, None
         try:
-            return action(), None
-        except Exception as caught:  # noqa: BLE001  # raised again on every rank by gather_outcomes
+            value = action()
+        except Exception as caught:  # noqa: BLE001  # raised again below, on every rank
             error = memory_fault(caught) or caught
             if self.world_size > 1:
                 error.add_note(f"on rank {self.rank}")
-            return None, error
+            code = error.exit_code if isinstance(error, CA2STError) else CA2STError.exit_code
+            failure = (type(error).__name__, str(error), code)
+        outcomes = self.gather((value, failure))
+        if error is not None:
+            raise error
+        for rank, (_, other) in enumerate(outcomes):
+            if other is not None:
+                kind, message, exit_code = other
+                raise PeerFailedError(f"rank {rank} failed with {kind}: {message}", exit_code=exit_code)
+        return [cast(T, value) for value, _ in outcomes]
 
-
-def failure_of(rank: int, error: BaseException) -> RankFailure:
-    """Describe `error` for the other ranks."""
-    code = error.exit_code if isinstance(error, CA2STError) else CA2STError.exit_code
-    return RankFailure(rank, type(error).__name__, str(error), code)
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on the main rank only; every rank gets its result or raises as `together`."""
+        return cast(T, self.together(lambda: action() if self.is_main else None)[0])
 
 
 _REFUSED_ALLOCATIONS = (
@@ -357,8 +309,7 @@ class Heartbeat:
         self._folder = folder / _HEARTBEATS
         self._rank, self._world_size = rank, world_size
         self._timeout, self._where = timeout_seconds, where
-        self.interval_seconds = min(5.0, timeout_seconds / 20)
-        """Time between two beats."""
+        self._interval_seconds = min(5.0, timeout_seconds / 20)
         self._ended = threading.Event()
         self._count = 0
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
@@ -387,7 +338,7 @@ class Heartbeat:
         if not any(words in str(error) for words in _TIMED_OUT):
             return None
         before = self._others()
-        time.sleep(3 * self.interval_seconds)
+        time.sleep(3 * self._interval_seconds)
         return RanksSilentError(
             f"rank {self._rank} waited {self._timeout:g} s for the other ranks after step {self._where().step}: "
             f"{self._compared(before)}; look at that process and its machine, or raise "
@@ -396,7 +347,7 @@ class Heartbeat:
 
     def _watch(self) -> None:
         dumped: tuple[int, str] | None = None
-        while not self._ended.wait(self.interval_seconds):
+        while not self._ended.wait(self._interval_seconds):
             self._beat()
             where = self._where()
             standing = (where.step, where.stage)
@@ -404,23 +355,19 @@ class Heartbeat:
                 continue
             if self._waits_long(where):
                 dumped = standing
-                self._dump(f"waits for other ranks {where}: {self._who_is_silent()}")
-            elif where.seconds > self._timeout / 2 and (waiting := self._who_waits_long()):
-                dumped = standing
-                self._dump(f"is waited for by rank {', '.join(map(str, waiting))} and stands {where}")
+                before = self._others()
+                for _ in range(3):  # this rank goes on beating, or the others would call it silent
+                    self._ended.wait(self._interval_seconds)
+                    self._beat()
+                self._dump(f"waits for other ranks {where}: {self._compared(before)}")
+            elif where.seconds > self._timeout / 2:
+                waiting = [str(rank) for rank, beat in self._others().items() if self._waits_long(beat.where)]
+                if waiting:
+                    dumped = standing
+                    self._dump(f"is waited for by rank {', '.join(waiting)} and stands {where}")
 
     def _waits_long(self, where: Whereabouts) -> bool:
         return where.stage in _EXCHANGES and where.seconds > 0.8 * self._timeout
-
-    def _who_waits_long(self) -> list[int]:
-        return [rank for rank, beat in self._others().items() if self._waits_long(beat.where)]
-
-    def _who_is_silent(self) -> str:
-        before = self._others()
-        for _ in range(3):
-            self._ended.wait(self.interval_seconds)
-            self._beat()
-        return self._compared(before)
 
     def _compared(self, before: Mapping[int, Beat]) -> str:
         return describe(before, self._others(), ranks=[r for r in range(self._world_size) if r != self._rank])
@@ -452,21 +399,18 @@ class Heartbeat:
 
 
 def read_beat(path: Path) -> Beat | None:
-    """Read a rank's file; None where there is none."""
+    """Read a rank's file; None where there is none that can be read."""
     try:
-        document = json.loads(path.read_text())
-        where = document["where"] | {"keys": tuple(document["where"]["keys"])}
-        return Beat(count=document["count"], where=Whereabouts(**where))
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(path, Beat)
+    except (OSError, EnvironmentFault, DocumentError):
         return None
 
 
 def describe(before: Mapping[int, Beat], after: Mapping[int, Beat], *, ranks: list[int]) -> str:
     """Say what two looks at the beats of `ranks` show: first who is silent, then where the others stand."""
-    silent = [rank for rank in ranks if rank in after and rank in before and before[rank].count == after[rank].count]
-    gone = [rank for rank in ranks if rank not in after]
+    alive = [rank for rank in ranks if rank in after]
+    silent = [rank for rank in alive if rank in before and before[rank].count == after[rank].count]
     parts = [f"rank {rank} is silent, last seen {after[rank].where}" for rank in silent]
-    parts += [f"rank {rank} has left the run" for rank in gone]
-    alive = [rank for rank in ranks if rank not in silent and rank not in gone]
-    parts += [f"rank {rank} is alive {after[rank].where}" for rank in alive]
+    parts += [f"rank {rank} has left the run" for rank in ranks if rank not in after]
+    parts += [f"rank {rank} is alive {after[rank].where}" for rank in alive if rank not in silent]
     return "; ".join(parts)

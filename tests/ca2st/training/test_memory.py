@@ -8,7 +8,7 @@ import torch
 
 from ca2st.training.errors import OutOfMemoryFault, PeerFailedError
 from ca2st.training.loop import train
-from ca2st.training.ranks import failure_of, memory_fault, naming_memory_faults
+from ca2st.training.ranks import memory_fault, naming_memory_faults
 from support.tiny_training import TinyModel, TinySource, fresh_accelerator, tiny_settings
 
 
@@ -83,4 +83,4 @@ def test_t12_a_step_that_runs_out_of_memory_ends_the_run_with_that_name_and_its_
     with pytest.raises(OutOfMemoryFault, match="peak so far") as caught:
         train(Hungry(), TinySource(), accelerator=fresh_accelerator(settings), settings=settings)
     assert '"kind":"OutOfMemoryFault","step":2' in (tmp_path / "journal.jsonl").read_text()
-    assert failure_of(0, caught.value).exit_code == 4
+    assert caught.value.exit_code == 4
