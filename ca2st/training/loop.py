@@ -5,6 +5,7 @@ a request to stop.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -19,20 +20,9 @@ from torch import nn
 from ca2st.batch import ClipBatch
 from ca2st.checked_json import canonical_json
 from ca2st.errors import EnvironmentFault, UserInputError, listed
-from ca2st.training import checkpoint, errors, resume
+from ca2st.training import checkpoint, errors, journal, resume
 from ca2st.training.best import Metrics, best_steps, reason_to_end, score_at
 from ca2st.training.evaluate import EvaluationSource, evaluate
-from ca2st.training.journal import (
-    JOURNAL_NAME,
-    SHARE_RIGHT,
-    SKIPPED_STEP,
-    Journal,
-    closed_at_the_end,
-    differences,
-    locked,
-    run_sequence,
-    share_right,
-)
 from ca2st.training.optim import WeightAverage, build_optimizer
 from ca2st.training.ranks import (
     Heartbeat,
@@ -46,7 +36,7 @@ from ca2st.training.ranks import (
     profiled,
 )
 from ca2st.training.settings import TrainingProgress, TrainingResult, TrainingSettings, ranking_metric, topology_of
-from ca2st.training.sharded import is_sharded
+from ca2st.training.sharded import is_sharded, put
 from ca2st.training.signals import TIME_UP, StopRequest, stopped_error
 from ca2st.training.step import (
     Intake,
@@ -55,6 +45,7 @@ from ca2st.training.step import (
     StepResult,
     TrainSource,
     check_accelerator,
+    hash_of_keys,
     keep_failing_clips,
 )
 
@@ -83,22 +74,22 @@ def train(
         RanksSilentError: other ranks kept this one waiting for longer than the timeout.
         CA2STError: numbers that are not finite, a folder in use, saves that fail; one rank's failure ends all.
     """
-    ranks, stages = Ranks(accelerator), StageClock(settings.clock)
+    ranks = Ranks(accelerator, stages=StageClock(settings.clock))
     topology = topology_of(accelerator, settings)
     with contextlib.ExitStack() as stack:
         stack.enter_context(naming_memory_faults())
         _check_setup(ranks, accelerator, settings, steps_per_epoch=source.steps_per_epoch)
-        start, journal = _open(ranks, settings, topology, stack=stack)
+        start, log = _open(ranks, settings, topology, stack=stack)
         run = _Run(
             model,
             source,
             validation,
             accelerator=accelerator,
+            ranks=ranks,
             settings=settings,
             topology=topology,
             start=start,
-            journal=journal,
-            stages=stages,
+            log=log,
             stop=stop or StopRequest(),
         )
         heartbeat = Heartbeat(
@@ -129,19 +120,19 @@ def _check_setup(ranks: Ranks, accelerator: Accelerator, settings: TrainingSetti
     own = {**settings.identity(), "versions": dict(settings.record.versions), "steps_per_epoch": steps_per_epoch}
     first, *others = ranks.gather(own)
     for rank, other in enumerate(others, start=1):
-        changed = differences(first, other)
-        if changed:
+        if changed := journal.differences(first, other):
             raise errors.RanksDisagreeError(f"rank {rank} was started otherwise than rank 0: {'; '.join(changed)}")
 
 
 def _open(
     ranks: Ranks, settings: TrainingSettings, topology: Mapping[str, Any], *, stack: contextlib.ExitStack
-) -> tuple[resume.RunStart, Journal | None]:
+) -> tuple[resume.RunStart, journal.Journal | None]:
     """Lock the folder and open the journal, on the main rank, until `stack` closes; every rank learns the start."""
-    journals: list[Journal] = []
+    log: journal.Journal | None = None
 
     def open_on_main() -> resume.RunStart:
-        stack.enter_context(locked(settings.folder, wait_seconds=settings.lock_wait_seconds))
+        nonlocal log
+        stack.enter_context(journal.locked(settings.folder, wait_seconds=settings.lock_wait_seconds))
         start = resume.open_run(
             settings.folder,
             wanted=settings.identity(),
@@ -149,13 +140,12 @@ def _open(
             topology=topology,
             strict=settings.strict_resume,
         )
-        path = settings.folder / JOURNAL_NAME
-        journals.append(Journal(path, attempt=start.attempt, wall_clock=settings.wall_clock))
-        stack.enter_context(closed_at_the_end(journals[0]))
+        path = settings.folder / journal.JOURNAL_NAME
+        log = journal.Journal(path, attempt=start.attempt, wall_clock=settings.wall_clock)
+        stack.enter_context(journal.closed_at_the_end(log))
         return start
 
-    start = ranks.on_main(open_on_main)
-    return start, journals[0] if journals else None
+    return ranks.on_main(open_on_main), log
 
 
 class _Run:
@@ -168,42 +158,27 @@ class _Run:
         validation: EvaluationSource | None,
         *,
         accelerator: Accelerator,
+        ranks: Ranks,
         settings: TrainingSettings,
         topology: Mapping[str, Any],
         start: resume.RunStart,
-        journal: Journal | None,
-        stages: StageClock,
+        log: journal.Journal | None,
         stop: StopRequest,
     ) -> None:
         self._model, self._validation, self._accelerator = model, validation, accelerator
         self._settings, self._config, self._start = settings, settings.config, start
-        self._topology, self._journal, self._stages = topology, journal, stages
-        self._ranks = Ranks(accelerator, stages=stages)
+        self._topology, self._journal, self._ranks, self._stages = topology, log, ranks, ranks.stages
         self._counts = SourceCounts(source)
         self._steps_per_epoch = source.steps_per_epoch
         self._total_steps = self._config.total_steps(source.steps_per_epoch)
         self._schedule = settings.schedule(source.steps_per_epoch)
         self._optimizer = build_optimizer(model, settings.optim, rules=settings.rules)
-        self._intake = Intake(
-            source,
-            self._ranks,
-            targets=settings.targets,
-            global_batch_size=self._config.global_batch_size,
-            stop=stop,
-            clock=settings.clock,
-            stages=stages,
-        )
+        self._intake = Intake(source, ranks, settings=settings, stop=stop)
         self._is_sharded = is_sharded(model)
         decay = self._config.ema_decay
         self._average = None if decay is None else WeightAverage(model, decay)
         self._stepper = Stepper(
-            *self._prepared(),
-            accelerator=accelerator,
-            config=self._config,
-            optim=settings.optim,
-            schedule=self._schedule,
-            targets=tuple(settings.targets),
-            stages=stages,
+            *self._prepared(), accelerator=accelerator, ranks=ranks, settings=settings, schedule=self._schedule
         )
         self._keeper = checkpoint.CheckpointKeeper(
             settings.folder / checkpoint.CHECKPOINTS_NAME,
@@ -334,37 +309,46 @@ class _Run:
         """Read and check the checkpoint on every rank; only when all have succeeded does any swap it in."""
         if self._start.folder is None:
             return
-        folder, states = self._start.folder, list[resume.TrainedState]()
+        folder, state = self._start.folder, None
 
         def read() -> None:
+            nonlocal state
             files = checkpoint.read_checkpoint(folder).files
             for name, now in (
                 (resume.LOADER_FILE, self._position(self._start.step)),
                 (resume.SCHEDULE_FILE, asdict(self._schedule)),
             ):
-                changed = differences(json.loads(files[name]), now)
-                if changed:
+                if changed := journal.differences(json.loads(files[name]), now):
                     raise errors.ResumeRefusedError(f"{folder / name}: saved by another run: {'; '.join(changed)}")
-            states.append(resume.read_state(self._model, self._optimizer, files=files))
-            if self._average is not None and states[0].average is None:
+            state = resume.read_state(self._model, self._optimizer, files=files)
+            if self._average is not None and state.average is None:
                 raise errors.ResumeRefusedError(
                     f"{folder}: expected {resume.AVERAGE_FILE} for training.ema_decay, found none"
                 )
 
         self._ranks.together(read)
-        resume.put_state(self._model, self._optimizer, state=states[0])
-        self._stepper.loss_scale.put(states[0].loss_scale)
-        if self._average is not None and states[0].average is not None:
-            self._average.put(states[0].average)
+        assert state is not None
+        resume.put_state(self._model, self._optimizer, state=state)
+        self._stepper.loss_scale.put(state.loss_scale)
+        if self._average is not None and state.average is not None:
+            put(self._average.tensors, state.average)
 
     def _fit_so_far(self) -> list[float]:
         """Return the shares of right answers of the epoch's worth of steps before this attempt; [] where some lack."""
-        shares = {line["step"]: share_right(line) for line in run_sequence(self._settings.folder / JOURNAL_NAME)}
+        lines = journal.run_sequence(self._settings.folder / journal.JOURNAL_NAME)
+        shares = {line["step"]: journal.share_right(line) for line in lines}
         before = range(max(0, self._step - self._steps_per_epoch) + 1, self._step + 1)
         return [shares[step] for step in before] if shares.keys() >= {*before} else []
 
     def _position(self, step: int) -> dict[str, Any]:
-        return self._settings.record.loader_position(step, steps_per_epoch=self._steps_per_epoch)
+        """Return where the loader stands after `step` updates, and what its order follows from."""
+        epoch, step_in_epoch = divmod(step, self._steps_per_epoch)
+        return {
+            "epoch": epoch,
+            "step_in_epoch": step_in_epoch,
+            "steps_per_epoch": self._steps_per_epoch,
+            "plan": dict(self._settings.record.loader),
+        }
 
     def _advance(self, intake: StepIntake, epoch: int) -> None:
         if intake.share is None:
@@ -380,7 +364,9 @@ class _Run:
         self._settings.faults.reach("step.updated")
         self._report(intake, result, epoch)
         self._settings.faults.reach("step.logged")
-        self._watch_the_time()
+        limit = self._config.max_hours
+        if limit is not None and self._settings.clock() - self._begun >= 3600 * limit:
+            self._stop_request.request(TIME_UP)  # the next intake tells all ranks
         validate, last = self._is_validation_due(), self._step == self._total_steps
         if validate or last or self._step % self._config.checkpoint_every_steps == 0:
             self._save(required=last)
@@ -412,7 +398,7 @@ class _Run:
             self._keep_clips(error)
             self._skipped.append(step)
             facts = {"keys": error.keys, "parameters": error.parameters, "budget": budget}
-            self._log("fault", kind=SKIPPED_STEP, step=step, error=str(error), **facts)
+            self._log("fault", kind=journal.SKIPPED_STEP, step=step, error=str(error), **facts)
             _LOGGER.warning("LEFT OUT, %d of %d that may be: %s", len(self._skipped), budget, error)
             self._optimizer.zero_grad(set_to_none=True)
             for name, buffer in self._buffers.items():
@@ -445,10 +431,10 @@ class _Run:
             "step",
             **fields,
             grad_norm=result.grad_norm,
-            **({} if result.right is None else {SHARE_RIGHT[self._settings.labelling]: result.right}),
+            **({} if result.right is None else {journal.SHARE_RIGHT[self._settings.labelling]: result.right}),
             **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
             **({"skipped_steps": len(self._skipped)} if self._config.max_skipped_steps else {}),
-            sample_ids_hash=intake.sample_ids_hash,
+            sample_ids_hash=hash_of_keys([key for keys in intake.keys_of_rank for key in keys]),
             step_seconds=seconds,
             stages={f"{stage}_seconds": spent for stage, spent in stages.items()},
             loader=self._counts.since_last(),
@@ -457,12 +443,6 @@ class _Run:
             _LOGGER.info("memory of the first step, at its peak: %s", peak_memory())
         if self._settings.progress is not None and self._ranks.is_main:
             self._settings.progress(progress)
-
-    def _watch_the_time(self) -> None:
-        """Ask this rank, and through it all, to stop once the attempt has lasted long enough."""
-        limit = self._config.max_hours
-        if limit is not None and self._settings.clock() - self._begun >= 3600 * limit:
-            self._stop_request.request(TIME_UP)
 
     def _is_validation_due(self) -> bool:
         epochs, rest = divmod(self._step, self._steps_per_epoch)
@@ -500,11 +480,9 @@ class _Run:
                 seconds=self._settings.clock() - begin,
                 **({} if self._average is None else {"weights": "average"}),
             )
-        self._ranks.on_main(self._prune)
-
-    def _prune(self) -> None:
-        """Let go of what is neither new nor among the best any more; what it loses is in the journal already."""
-        for problem in self._keeper.prune(best=best_steps(self._scores, self._metric)):
+        # only now, when the journal has the metrics of what is let go of
+        best = best_steps(self._scores, self._metric)
+        for problem in self._ranks.on_main(lambda: self._keeper.prune(best=best)):
             self._log("fault", kind="checkpoint", step=self._step, error=problem)
 
     def _save(self, *, required: bool) -> None:
@@ -522,9 +500,16 @@ class _Run:
             CA2STError: what has nothing to do with the disk, on every rank.
         """
         begin = self._settings.clock()
+        collect = functools.partial(
+            resume.collect_state,
+            self._model,
+            self._optimizer,
+            average=None if self._average is None else self._average.tensors,
+            loss_scale=self._stepper.loss_scale.state(),
+        )
         with self._stages.stage("checkpoint"):
-            state = self._collected() if self._is_sharded else None  # there every rank takes part
-            outcome = self._ranks.on_main(lambda: self._write_on_main(state or self._collected()))
+            state = collect() if self._is_sharded else None  # there every rank takes part
+            outcome = self._ranks.on_main(lambda: self._write_on_main(state or collect()))
         for problem in outcome.problems:
             _LOGGER.warning("checkpoint at step %d: %s", self._step, problem)
             self._log("fault", kind="checkpoint", step=self._step, error=problem, num_failed=outcome.num_failed)
@@ -533,14 +518,6 @@ class _Run:
             seconds = self._settings.clock() - begin
             self._log("checkpoint", step=self._step, name=outcome.folder.name, seconds=seconds)
         return outcome
-
-    def _collected(self) -> dict[str, bytes]:
-        return resume.collect_state(
-            self._model,
-            self._optimizer,
-            average=None if self._average is None else self._average.tensors,
-            loss_scale=self._stepper.loss_scale.state(),
-        )
 
     def _write_on_main(self, state: Mapping[str, bytes]) -> checkpoint.SaveOutcome:
         record = self._settings.record
@@ -574,18 +551,16 @@ class _Run:
         if self._step > self._saved_step:
             outcome = self._write_checkpoint()
             if outcome.folder is None:
+                again = self._step - self._saved_step
+                what_counts = "there is no checkpoint, so a rerun begins anew"
+                if self._checkpoint is not None:
+                    what_counts = (
+                        f"the newest checkpoint is {self._checkpoint}: a rerun goes on from step {self._saved_step} "
+                        f"and makes {again} step{'s' if again > 1 else ''} again"
+                    )
                 raise errors.StopNotSavedError(
-                    f"{stopped}, but its state is NOT saved: {outcome.problems[0]}; {self._what_counts()}",
+                    f"{stopped}, but its state is NOT saved: {outcome.problems[0]}; {what_counts}",
                     signal_number=signal_number,
                 )
         kept = f"its state is in {self._checkpoint}" if self._step else "nothing new to save"
         raise stopped_error(signal_number, f"{stopped}; {kept}; rerun to resume")
-
-    def _what_counts(self) -> str:
-        if self._checkpoint is None:
-            return "there is no checkpoint, so a rerun begins anew"
-        lost = self._step - self._saved_step
-        return (
-            f"the newest checkpoint is {self._checkpoint}: a rerun goes on from step {self._saved_step} and makes "
-            f"{lost} step{'s' if lost > 1 else ''} again"
-        )

@@ -13,18 +13,17 @@ checkpoint holds the average alone and a resumed run makes the same bits.
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ca2st.errors import UserInputError
 from ca2st.training.config import OptimConfig
 from ca2st.training.errors import ParameterRuleError
 from ca2st.training.resume import put_model_tensors, trained_tensors
-from ca2st.training.sharded import put
 
 REFERENCE_BATCH = 256
 """Global batch size at which `base_lr` and `min_lr` are stated."""
@@ -203,16 +202,8 @@ class WeightAverage:
         """Begin with the weights that `model` has now, on its device."""
         self._model, self._decay = model, decay
         self._parameters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self._average = {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()}
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Return the average, by the names of the model's trained tensors."""
-        return self._average
-
-    def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from an average that was saved."""
-        put(self._average, tensors)
+        self.tensors = {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()}
+        """The average, by the names of the model's trained tensors."""
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -220,15 +211,15 @@ class WeightAverage:
         weight = 1 - decay_at(self._decay, step)
         for name, now in trained_tensors(self._model).items():
             if name in self._parameters and now.is_floating_point():
-                self._average[name].lerp_(now.detach(), weight)
+                self.tensors[name].lerp_(now.detach(), weight)
             else:
-                self._average[name].copy_(now)
+                self.tensors[name].copy_(now)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Let the model have the average while the block runs, then its own weights again, bit for bit."""
         own = {name: tensor.detach().clone() for name, tensor in trained_tensors(self._model).items()}
-        put_model_tensors(self._model, tensors=self._average)
+        put_model_tensors(self._model, tensors=self.tensors)
         try:
             yield
         finally:

@@ -154,12 +154,13 @@ class SourceCounts:
 
 
 class Ranks:
-    """This process among those that train together; `stages` is charged while it waits for them."""
+    """This process among those that train together."""
 
     def __init__(self, accelerator: Accelerator, *, stages: StageClock | None = None) -> None:
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
-        self._stages = stages or StageClock()
+        self.stages = stages or StageClock()
+        """Charged while it waits for the others."""
 
     @property
     def is_main(self) -> bool:
@@ -168,7 +169,7 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in rank order, on every rank."""
-        with self._stages.stage("gather"):
+        with self.stages.stage("gather"):
             gathered: list[T] = gather_object([value])
         return gathered
 

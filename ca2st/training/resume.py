@@ -95,16 +95,6 @@ class RunRecord:
         extra = {f"{name}.json": canonical_json(document) for name, document in self.documents.items()}
         return {RECIPE_FILE: canonical_json(self.recipe), **extra}
 
-    def loader_position(self, step: int, *, steps_per_epoch: int) -> dict[str, Any]:
-        """Return where the loader stands after `step` updates, and what its order follows from: ``loader.json``."""
-        epoch, step_in_epoch = divmod(step, steps_per_epoch)
-        return {
-            "epoch": epoch,
-            "step_in_epoch": step_in_epoch,
-            "steps_per_epoch": steps_per_epoch,
-            "plan": dict(self.loader),
-        }
-
     @property
     def recipe_sha256(self) -> str:
         """Return the hash of ``recipe.json``."""

@@ -2,8 +2,7 @@
 
 import contextlib
 import math
-import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,11 +19,12 @@ from torch import Tensor, nn
 from ca2st.batch import MIXING_FIELDS, ClipBatch
 from ca2st.durable import write_bytes
 from ca2st.errors import UserInputError, listed
-from ca2st.training.config import OptimConfig, TrainingConfig
+from ca2st.training.config import TrainingConfig
 from ca2st.training.errors import NonFiniteError, SourceContractError
 from ca2st.training.losses import check_label_range, loss_per_clip, mixed_mel, mixed_video
 from ca2st.training.optim import LearningRateSchedule, set_learning_rate
-from ca2st.training.ranks import Ranks, StageClock
+from ca2st.training.ranks import Ranks
+from ca2st.training.settings import TrainingSettings
 from ca2st.training.sharded import whole
 from ca2st.training.signals import StopRequest
 
@@ -32,8 +32,6 @@ FAILURES_NAME = "failures"
 _MAX_CLIPS = 8
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 """Accelerate's word for each of our precisions."""
-
-
 GPU_BACKEND = "cpu:gloo,cuda:nccl"
 """Gradients go over NCCL; what the ranks tell each other in words goes over gloo, and no GPU waits for the host."""
 
@@ -115,18 +113,6 @@ class StepIntake:
     stop_signal: int
     """Signal that asked some rank to stop, or 0."""
 
-    @property
-    def sample_ids_hash(self) -> str:
-        """Return the xxh3-64 (hex) of the keys in global order, joined by newlines."""
-        return hash_of_keys([key for keys in self.keys_of_rank for key in keys])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Facts:
-    keys: tuple[str, ...] = ()
-    wait_seconds: float = 0.0
-    stop_signal: int = 0
-
 
 def hash_of_keys(keys: Sequence[str]) -> str:
     """Return the xxh3-64 (hex) of `keys` joined by newlines."""
@@ -136,24 +122,9 @@ def hash_of_keys(keys: Sequence[str]) -> str:
 class Intake:
     """Takes the steps of consecutive epochs out of a source, in step with the other ranks."""
 
-    def __init__(
-        self,
-        source: TrainSource,
-        ranks: Ranks,
-        *,
-        targets: Mapping[str, int],
-        global_batch_size: int,
-        stop: StopRequest,
-        clock: Callable[[], float] = time.perf_counter,
-        stages: StageClock | None = None,
-    ) -> None:
-        self._source = source
-        self._ranks = ranks
-        self._targets = targets
-        self._global_batch_size = global_batch_size
-        self._stop = stop
-        self._clock = clock
-        self._stages = stages or StageClock()
+    def __init__(self, source: TrainSource, ranks: Ranks, *, settings: TrainingSettings, stop: StopRequest) -> None:
+        self._source, self._ranks, self._stop = source, ranks, stop
+        self._targets, self._global_batch_size = settings.targets, settings.config.global_batch_size
 
     def epoch(self, epoch: int, *, first_step: int) -> Generator[StepIntake]:
         """Yield steps `first_step` .. of `epoch`; ends after a stop was asked for.
@@ -173,33 +144,32 @@ class Intake:
                     return
 
     def _take(self, batches: Iterator[ClipBatch], *, where: str) -> StepIntake:
-        received: list[ClipBatch] = []
+        share: ClipBatch | None = None
+        stages = self._ranks.stages
 
-        def receive() -> _Facts:
+        def receive() -> tuple[tuple[str, ...], float, int]:
+            """Return this rank's keys, the seconds it waited for them and the signal that asked it to stop."""
+            nonlocal share
             if self._stop.signal_number:
-                return _Facts(stop_signal=self._stop.signal_number)
-            begin = self._clock()
-            with self._stages.stage("data_wait"):
+                return (), 0.0, self._stop.signal_number
+            with stages.stage("data_wait"):
                 share = next(batches, None)
-            waited = self._clock() - begin
             if share is None:
                 raise SourceContractError(f"{where}: expected a batch, the loader has ended")
             self._check(share, where)
-            received.append(share)
-            return _Facts(keys=share.sample_ids, wait_seconds=waited)
+            return share.sample_ids, stages.seconds()["data_wait"], 0
 
-        with self._stages.stage("gather"):
-            facts = self._ranks.together(receive)
-        stop_signal = max(fact.stop_signal for fact in facts)
-        count = sum(len(fact.keys) for fact in facts)
+        with stages.stage("gather"):
+            keys_of_rank, waits, signals = zip(*self._ranks.together(receive), strict=True)
+        stop_signal, count = max(signals), sum(len(keys) for keys in keys_of_rank)
         if not stop_signal and count != self._global_batch_size:
             raise SourceContractError(
                 f"{where}: expected {self._global_batch_size} clips over all ranks, found {count}"
             )
         return StepIntake(
-            share=None if stop_signal else received[0],
-            keys_of_rank=tuple(fact.keys for fact in facts),
-            wait_seconds=max(fact.wait_seconds for fact in facts),
+            share=None if stop_signal else share,
+            keys_of_rank=keys_of_rank,
+            wait_seconds=max(waits),
             stop_signal=stop_signal,
         )
 
@@ -287,26 +257,18 @@ class Stepper:
         optimizer: torch.optim.Optimizer,
         *,
         accelerator: Accelerator,
-        config: TrainingConfig,
-        optim: OptimConfig,
+        ranks: Ranks,
+        settings: TrainingSettings,
         schedule: LearningRateSchedule,
-        targets: tuple[str, ...],
-        stages: StageClock | None = None,
     ) -> None:
-        self._model = model
-        self._optimizer = optimizer
-        self._accelerator = accelerator
-        self._ranks = Ranks(accelerator)
-        self._config = config
-        self._optim = optim
-        self._schedule = schedule
-        self._targets = targets
-        self._stages = stages or StageClock()
+        self._model, self._optimizer, self._schedule = model, optimizer, schedule
+        self._accelerator, self._ranks, self._stages = accelerator, ranks, ranks.stages
+        self._config, self._optim, self._targets = settings.config, settings.optim, tuple(settings.targets)
         # not `unwrap_model`: it imports torch's compiler, to ask whether the model is compiled
         own = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self._trained = {name: parameter for name, parameter in own.named_parameters() if parameter.requires_grad}
-        self._settled = self._ranks.world_size == 1
-        self.loss_scale = LossScale(is_on=config.precision == "fp16")
+        self._settled = ranks.world_size == 1
+        self.loss_scale = LossScale(is_on=self._config.precision == "fp16")
         """What the losses are scaled by."""
 
     def update(self, share: ClipBatch, keys_of_rank: Sequence[tuple[str, ...]], *, step: int) -> StepResult:
@@ -319,8 +281,8 @@ class Stepper:
         self._settle(share)
         losses, right = self._backward(share, step=step)
         with self._stages.stage("gather"):
-            gathered = self._ranks.gather((losses.tolist(), None if right is None else int(right.sum())))
-        losses_of_rank, right_of_rank = [one for one, _ in gathered], [count for _, count in gathered]
+            num_right = None if share.mixing is not None else int(right.sum())
+            losses_of_rank, right_of_rank = zip(*self._ranks.gather((losses.tolist(), num_right)), strict=True)
         _check_losses(losses_of_rank, keys_of_rank, step)
         rate = self._schedule.at(step - 1)
         scaled_by = self.loss_scale.factor if self._config.precision == "fp16" else None
@@ -334,7 +296,11 @@ class Stepper:
 
     def _optimize(self, share: ClipBatch, *, rate: float, step: int) -> float | None:
         """Check the gradient, clip it, update; returns its norm before clipping, None where it overflowed."""
-        norm = self._gradient_norm()
+        gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
+        if self.loss_scale.factor != 1:
+            for gradient in gradients:
+                gradient.mul_(1 / self.loss_scale.factor)
+        norm = float(whole(torch.nn.utils.get_total_norm(gradients)))
         if not math.isfinite(norm):
             if self.loss_scale.overflowed():
                 self._optimizer.zero_grad(set_to_none=True)
@@ -350,10 +316,8 @@ class Stepper:
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _backward(
-        self, share: ClipBatch, *, step: int
-    ) -> tuple[Float[Tensor, " clips"], Bool[Tensor, " clips"] | None]:
-        """Return the loss of each clip, and whether it was answered right, where that is a question."""
+    def _backward(self, share: ClipBatch, *, step: int) -> tuple[Float[Tensor, " clips"], Bool[Tensor, " clips"]]:
+        """Return the loss of each clip, and whether it was answered right."""
         parts = list(share.split(self._config.per_device_batch_size))
         losses, right = [], []
         for index, part in enumerate(parts):
@@ -362,14 +326,12 @@ class Stepper:
                 of_part, right_of_part = self._backward_part(part, step=step, micro_batch=index)
                 losses.append(of_part)
                 right.append(right_of_part)
-        told = [one for one in right if one is not None]
-        return torch.cat(losses), torch.cat(told) if len(told) == len(right) else None
+        return torch.cat(losses), torch.cat(right)
 
     def _backward_part(
         self, part: ClipBatch, *, step: int, micro_batch: int
-    ) -> tuple[Float[Tensor, " clips"], Bool[Tensor, " clips"] | None]:
-        seed = draw_seed(self._config.seed, step=step, rank=self._ranks.rank, micro_batch=micro_batch)
-        torch.manual_seed(seed)
+    ) -> tuple[Float[Tensor, " clips"], Bool[Tensor, " clips"]]:
+        torch.manual_seed(draw_seed(self._config.seed, step=step, rank=self._ranks.rank, micro_batch=micro_batch))
         with self._stages.stage("to_device"):
             part = part.to(self._accelerator.device)
         with self._stages.stage("forward"):
@@ -404,13 +366,6 @@ class Stepper:
         self._optimizer.zero_grad(set_to_none=True)
         self._settled = True
 
-    def _gradient_norm(self) -> float:
-        gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
-        if self.loss_scale.factor != 1:
-            for gradient in gradients:
-                gradient.mul_(1 / self.loss_scale.factor)
-        return float(whole(torch.nn.utils.get_total_norm(gradients)))
-
     def _blame_gradient(self, share: ClipBatch, step: int) -> None:
         """Repeat the step's backward passes one micro-batch at a time, unsynchronised, to find whose gradient it is."""
         keys: list[str] = []
@@ -438,32 +393,21 @@ class Stepper:
         )
 
 
-@runtime_checkable
-class HasLogits(Protocol):
-    """What a model returns."""
-
-    @property
-    def logits(self) -> Mapping[str, Tensor]:
-        """Return one [clips, classes] tensor per head, by the head's name."""
-        ...
-
-
 def model_logits(model: nn.Module, batch: ClipBatch) -> Mapping[str, Tensor]:
-    """Run the model on a batch that lies on its device, its pairs mixed as it says; the logits of each head."""
+    """Run the model on a batch that lies on its device, its pairs mixed as it says.
+
+    Its output's ``logits``: one [clips, classes] tensor per head, by the head's name.
+    """
     output = model(mixed_video(batch), mixed_mel(batch), batch.intervals_seconds, batch.has_audio)
-    assert isinstance(output, HasLogits)
-    return output.logits
+    logits: Mapping[str, Tensor] = output.logits
+    return logits
 
 
-def _answered_right(
-    part: ClipBatch, logits: Mapping[str, Tensor], targets: tuple[str, ...]
-) -> Bool[Tensor, " clips"] | None:
-    """Return whether each clip's likeliest class is its label, for all targets; None where that is not the question.
+def _answered_right(part: ClipBatch, logits: Mapping[str, Tensor], targets: tuple[str, ...]) -> Bool[Tensor, " clips"]:
+    """Return whether each clip's likeliest class is its label, for all targets; of mixed clips it means nothing.
 
     Of several labels: whether each class is likelier than not where the clip has it, and nowhere else.
     """
-    if part.mixing is not None:
-        return None
     if part.labelling == "several":
         (name,) = targets
         return ((logits[name].detach() > 0) == (part.labels > 0)).all(dim=1)

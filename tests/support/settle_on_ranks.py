@@ -5,16 +5,16 @@ in another order than it declares them, so that DistributedDataParallel regroups
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ca2st.training.config import OptimConfig, TrainingConfig
 from ca2st.training.optim import LearningRateSchedule, ParameterRules, build_optimizer
 from ca2st.training.ranks import Ranks
 from ca2st.training.step import Stepper, make_accelerator
-from support.tiny_training import TARGETS, TinyOutput, TinySource
+from support.tiny_training import TARGETS, TinyOutput, TinySource, tiny_settings
 
 
 class WideModel(nn.Module):
@@ -35,12 +35,13 @@ class WideModel(nn.Module):
 
 def main() -> None:
     torch.set_num_threads(1)
-    config = TrainingConfig(global_batch_size=6, per_device_batch_size=1)
-    optim = OptimConfig(layer_decay=1.0)
-    accelerator = make_accelerator(config, cpu=True)
+    settings = tiny_settings(Path("unused"), per_device_batch_size=1, layer_decay=1.0)
+    accelerator = make_accelerator(settings.config, cpu=True)
     ranks = Ranks(accelerator)
     model = WideModel()
-    optimizer = build_optimizer(model, optim, rules=ParameterRules(layer_index=lambda name: None, num_layers=1))
+    optimizer = build_optimizer(
+        model, settings.optim, rules=ParameterRules(layer_index=lambda name: None, num_layers=1)
+    )
     seen: list[list[Tensor]] = []
 
     def record(*_: Any) -> None:
@@ -52,10 +53,9 @@ def main() -> None:
         prepared,
         prepared_optimizer,
         accelerator=accelerator,
-        config=config,
-        optim=optim,
+        ranks=ranks,
+        settings=settings,
         schedule=LearningRateSchedule(peak=1.0, minimum=0.0, warmup_steps=1, total_steps=2),
-        targets=tuple(TARGETS),
     )
     share = next(TinySource(rank=ranks.rank, world_size=ranks.world_size).batches(0))
     keys = ranks.gather(share.sample_ids)

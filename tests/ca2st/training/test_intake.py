@@ -9,15 +9,15 @@ import xxhash
 
 from ca2st.batch import ClipBatch
 from ca2st.training.errors import LabelRangeError, SourceContractError
-from ca2st.training.ranks import Ranks
+from ca2st.training.ranks import Ranks, StageClock
 from ca2st.training.signals import StopRequest
 from ca2st.training.step import Intake, hash_of_keys
-from support.tiny_training import TARGETS, TinySource, fresh_accelerator, tiny_settings
+from support.tiny_training import TinySource, fresh_accelerator, tiny_settings
 
 
-def intake_of(source: TinySource, *, stop: StopRequest | None = None, global_batch_size: int = 6) -> Intake:
+def intake_of(source: TinySource, *, stop: StopRequest | None = None) -> Intake:
     ranks = Ranks(fresh_accelerator(tiny_settings(Path("unused"))))
-    return Intake(source, ranks, targets=TARGETS, global_batch_size=global_batch_size, stop=stop or StopRequest())
+    return Intake(source, ranks, settings=tiny_settings(Path("unused")), stop=stop or StopRequest())
 
 
 class Spoilt(TinySource):
@@ -42,7 +42,6 @@ def test_steps_arrive_from_the_first_asked_for_and_threads_end_with_them() -> No
     steps = intake_of(source).epoch(1, first_step=2)
     first = next(steps)
     assert first.keys_of_rank == (tuple(source.keys_of_step(1, 2)),)
-    assert first.sample_ids_hash == hash_of_keys(source.keys_of_step(1, 2))
     assert source.open_iterators == 1
     steps.close()
     assert source.open_iterators == 0
@@ -97,8 +96,7 @@ def test_a_loaders_own_error_passes_through() -> None:
 
 def test_the_wait_is_the_loaders_time_alone() -> None:
     times = iter(torch.arange(0.0, 100.0, 2.5).tolist())
-    ranks = Ranks(fresh_accelerator(tiny_settings(Path("unused"))))
-    intake = Intake(
-        TinySource(), ranks, targets=TARGETS, global_batch_size=6, stop=StopRequest(), clock=lambda: next(times)
-    )
+    settings = tiny_settings(Path("unused"))
+    ranks = Ranks(fresh_accelerator(settings), stages=StageClock(lambda: next(times)))
+    intake = Intake(TinySource(), ranks, settings=settings, stop=StopRequest())
     assert next(intake.epoch(0, first_step=0)).wait_seconds == 2.5

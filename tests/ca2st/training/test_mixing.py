@@ -25,6 +25,7 @@ from ca2st.training.losses import (
     smoothed_targets,
 )
 from ca2st.training.optim import LearningRateSchedule
+from ca2st.training.ranks import Ranks
 from ca2st.training.step import Stepper, keep_failing_clips, model_logits
 from support.gpu import require_gpu
 from support.refusals import forced
@@ -162,10 +163,9 @@ def stepper(folder: Path, *, per_device_batch_size: int) -> tuple[Stepper, TinyM
         model,
         torch.optim.SGD([{"params": list(model.layers.parameters()), "lr_scale": 1.0}]),
         accelerator=accelerator,
-        config=settings.config,
-        optim=settings.optim,
+        ranks=Ranks(accelerator),
+        settings=settings,
         schedule=LearningRateSchedule(peak=0.1, minimum=0.0, warmup_steps=0, total_steps=10),
-        targets=tuple(TARGETS),
     )
     return made, model
 
