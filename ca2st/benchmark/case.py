@@ -226,7 +226,8 @@ def _set_attention(model: network.HolisticModel, spec: CaseSpec) -> None:
     if spec.attention != "auto":
         attention_kernel.set_kernels(model, dict.fromkeys(shapes, spec.attention))
         return
-    stopwatch = attention_kernel.KernelStopwatch(precision=spec.precision, device=torch.device(spec.device))
+    device = torch.device(spec.device)
+    stopwatch = partial(attention_kernel.kernel_seconds, precision=spec.precision, device=device)
     attention_kernel.set_kernels_by_shape(
         model, shapes, attention_kernel.fastest(shapes.values(), stopwatch, deterministic=False)
     )

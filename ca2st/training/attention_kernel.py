@@ -9,7 +9,6 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -104,39 +103,30 @@ def set_kernels_by_shape(model: nn.Module, shapes: Mapping[str, AttentionShape],
     set_kernels(model, {name: of_shape[str(shape)] for name, shape in shapes.items() if str(shape) in of_shape})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KernelStopwatch:
-    """Measures kernels: a `Seconds`."""
+def kernel_seconds(shape: AttentionShape, kernel: str, *, precision: Precision, device: torch.device) -> float | None:
+    """Return the mean time of a forward and backward pass: with all but the first two arguments set, a `Seconds`."""
 
-    precision: Precision
-    """Of queries, keys and values."""
-    device: torch.device
-    """Where."""
+    def rows(tokens: int) -> Tensor:
+        size = (shape.windows, tokens, shape.heads, shape.head_dim)
+        return torch.randn(size, dtype=_DTYPES[precision], device=device).transpose(1, 2).requires_grad_()
 
-    def __call__(self, shape: AttentionShape, kernel: str) -> float | None:
-        """Return the mean time of a forward and backward pass."""
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
-        def rows(tokens: int) -> Tensor:
-            size = (shape.windows, tokens, shape.heads, shape.head_dim)
-            return torch.randn(size, dtype=_DTYPES[self.precision], device=self.device).transpose(1, 2).requires_grad_()
-
-        try:
-            with sdpa_kernel(KERNELS[kernel]), warnings.catch_warnings(action="ignore"):  # it says why it is not taken
-                q, k, v = rows(shape.queries), rows(shape.keys), rows(shape.keys)
-                slope = torch.randn_like(q)
-                for index in range(_WARM_UP + _PASSES):
-                    if index == _WARM_UP:
-                        self._wait()
-                        begin = time.perf_counter()
-                    torch.autograd.grad(scaled_dot_product_attention(q, k, v), (q, k, v), slope)
-                self._wait()
-        except RuntimeError:  # torch's only word for a kernel that does not take a shape, or for too little memory
-            return None
-        return (time.perf_counter() - begin) / _PASSES
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    try:
+        with sdpa_kernel(KERNELS[kernel]), warnings.catch_warnings(action="ignore"):  # it says why it is not taken
+            q, k, v = rows(shape.queries), rows(shape.keys), rows(shape.keys)
+            slope = torch.randn_like(q)
+            for index in range(_WARM_UP + _PASSES):
+                if index == _WARM_UP:
+                    wait()
+                    begin = time.perf_counter()
+                torch.autograd.grad(scaled_dot_product_attention(q, k, v), (q, k, v), slope)
+            wait()
+    except RuntimeError:  # torch's only word for a kernel that does not take a shape, or for too little memory
+        return None
+    return (time.perf_counter() - begin) / _PASSES
 
 
 OnMain = Callable[[Callable[[], dict[str, str]]], dict[str, str]]
@@ -153,7 +143,7 @@ def settle_attention(
     """
     if config.attention == "auto" and device.type != "cuda":
         return {}
-    stopwatch = KernelStopwatch(precision=config.precision, device=device)
+    stopwatch = partial(kernel_seconds, precision=config.precision, device=device)
     shapes = attention_shapes(model, num_clips=config.per_device_batch_size)
     if config.attention == "auto":
         where = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {config.precision}"

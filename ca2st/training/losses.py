@@ -24,29 +24,25 @@ from ca2st.training.errors import LabelRangeError
 def mixed_video(batch: ClipBatch) -> Float[Tensor, "batch 3 time height width"]:
     """Return the normalised frames that the model reads: mixed where the batch says so."""
     video, mixing = batch.normalised_video(), batch.mixing
-    if mixing is None:
-        return video
-    own = video
-    if bool((mixing.video_share < 1).any()):
-        video = _blended(own, mixing.video_share)
-    if bool(mixing.video_box[:, 2:].any()):
-        inside = box_mask(on_device(mixing.video_box, video.device), video.shape[3], video.shape[4])
-        video = torch.where(rearrange(inside, "batch h w -> batch 1 1 h w"), partners(own), video)
-    return video
+    return video if mixing is None else _mixed(video, mixing.video_share, mixing.video_box)
 
 
 def mixed_mel(batch: ClipBatch) -> Float[Tensor, "batch rows bins"]:
     """Return the spectrograms that the model reads: mixed where the batch says so; a clip without sound lends zeros."""
     mel, mixing = batch.mel, batch.mixing
-    if mixing is None:
-        return mel
-    own = mel
-    if bool((mixing.mel_share < 1).any()):
-        mel = _blended(own, mixing.mel_share)
-    if bool(mixing.mel_box[:, 2:].any()):
-        inside = box_mask(on_device(mixing.mel_box, mel.device), mel.shape[1], mel.shape[2])
-        mel = torch.where(inside, partners(own), mel)
-    return mel
+    return mel if mixing is None else _mixed(mel, mixing.mel_share, mixing.mel_box)
+
+
+def _mixed(own: Tensor, share: Tensor, box: Tensor) -> Tensor:
+    """Return `own` blended by `share`, then with each box of its last two axes taken from the partner."""
+    mixed = own
+    if bool((share < 1).any()):
+        mixed = _blended(own, share)
+    if bool(box[:, 2:].any()):
+        inside = box_mask(on_device(box, own.device), *own.shape[-2:])
+        inside = inside.view(len(own), *(1 for _ in own.shape[3:]), *own.shape[-2:])
+        mixed = torch.where(inside, partners(own), mixed)
+    return mixed
 
 
 def mixed_targets(targets: Float[Tensor, "clips classes"], mixing: Mixing | None) -> Float[Tensor, "clips classes"]:
@@ -91,13 +87,6 @@ def cross_entropy_per_clip(
     return -(targets * torch.log_softmax(logits.float(), dim=-1)).sum(dim=-1)
 
 
-def binary_cross_entropy_per_clip(
-    logits: Float[Tensor, "clips classes"], targets: Float[Tensor, "clips classes"]
-) -> Float[Tensor, " clips"]:
-    """Return the mean over the classes of each clip's binary cross-entropy, in float32."""
-    return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(dim=-1)
-
-
 def loss_per_clip(
     logits: Mapping[str, Tensor],
     labels: Int[Tensor, "clips columns"],
@@ -115,8 +104,8 @@ def loss_per_clip(
     check_targets(logits, targets)
     if labelling == "several":
         (name,) = targets
-        hot = smoothed(labels, smoothing=smoothing)
-        return binary_cross_entropy_per_clip(logits[name], mixed_targets(hot, mixing))
+        wanted = mixed_targets(smoothed(labels, smoothing=smoothing), mixing)
+        return F.binary_cross_entropy_with_logits(logits[name].float(), wanted, reduction="none").mean(dim=-1)
     terms = []
     for column, name in enumerate(targets):
         wanted = smoothed_targets(labels[:, column], logits[name].shape[-1], smoothing=smoothing)

@@ -73,50 +73,16 @@ def schedule_for(
     )
 
 
-LayerIndex = Callable[[str], int | None]
-"""Maps a parameter's name to its layer 0..d-1, or None for heads and other parts after the last layer."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterRules:
     """What the optimizer must know of a model."""
 
-    layer_index: LayerIndex
-    """Layer of a parameter by name; None trains at the full rate."""
+    layer_index: Callable[[str], int | None]
+    """Layer 0..d-1 of a parameter by name; None, of heads and other parts after the last layer: the full rate."""
     num_layers: int
     """Layers of the model (d): layer i is scaled by ``layer_decay ** (d - i)``."""
     no_weight_decay: Collection[str] = field(default=())
     """Names of parameters without decay besides the 1-D ones and biases: position tables, class tokens."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParameterGroup:
-    """Trained parameters that share a rate and a decay."""
-
-    names: tuple[str, ...]
-    """Parameter names, in the model's order."""
-    lr_scale: float
-    """Factor on the scheduled learning rate."""
-    weight_decay: float
-    """AdamW's decoupled decay."""
-
-
-def parameter_groups(model: nn.Module, config: OptimConfig, *, rules: ParameterRules) -> tuple[ParameterGroup, ...]:
-    """Sort the trained parameters into groups of one rate and one decay.
-
-    Raises:
-        ParameterRuleError: nothing is trained, or a rule names or matches nothing.
-    """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    _check_rules(model, trained, config, rules=rules)
-    members: dict[tuple[float, float], list[str]] = {}
-    for name, parameter in trained.items():
-        decay = 0.0 if _is_undecayed(name, parameter, rules) else config.weight_decay
-        members.setdefault((_lr_scale(name, config, rules), decay), []).append(name)
-    return tuple(
-        ParameterGroup(names=tuple(names), lr_scale=scale, weight_decay=decay)
-        for (scale, decay), names in members.items()
-    )
 
 
 class AdamW(torch.optim.AdamW):
@@ -131,19 +97,34 @@ class AdamW(torch.optim.AdamW):
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, *, rules: ParameterRules) -> torch.optim.AdamW:
-    """Return AdamW over `parameter_groups`; each group carries its ``names`` and ``lr_scale``.
+    """Return AdamW over the trained parameters, in groups of one rate and one decay.
 
-    Rates are 0 until `set_learning_rate`.
+    Each group carries the ``names`` of its parameters, in the model's order, and ``lr_scale``, its factor on the
+    scheduled rate. Rates are 0 until `set_learning_rate`.
+
+    Raises:
+        ParameterRuleError: nothing is trained, or a rule names or matches nothing.
     """
-    parameters = dict(model.named_parameters())
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    _check_rules(model, trained, config, rules=rules)
+    members: dict[tuple[float, float], list[str]] = {}
+    for name, parameter in trained.items():
+        layer = rules.layer_index(name)
+        if layer is not None and not 0 <= layer < rules.num_layers:
+            raise ParameterRuleError(
+                f"layer of {name}: expected 0..{rules.num_layers - 1}, found {layer}; fix the model's layer_index"
+            )
+        scale = 1.0 if layer is None else config.layer_decay ** (rules.num_layers - layer)
+        decay = 0.0 if _is_undecayed(name, parameter, rules) else config.weight_decay
+        members.setdefault((scale, decay), []).append(name)
     groups = [
         {
-            "params": [parameters[name] for name in group.names],
-            "names": group.names,
-            "lr_scale": group.lr_scale,
-            "weight_decay": group.weight_decay,
+            "params": [trained[name] for name in names],
+            "names": tuple(names),
+            "lr_scale": scale,
+            "weight_decay": decay,
         }
-        for group in parameter_groups(model, config, rules=rules)
+        for (scale, decay), names in members.items()
     ]
     return AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
@@ -156,17 +137,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def _is_undecayed(name: str, parameter: nn.Parameter, rules: ParameterRules) -> bool:
     return parameter.ndim <= 1 or name.rpartition(".")[2] == "bias" or name in rules.no_weight_decay
-
-
-def _lr_scale(name: str, config: OptimConfig, rules: ParameterRules) -> float:
-    layer = rules.layer_index(name)
-    if layer is None:
-        return 1.0
-    if not 0 <= layer < rules.num_layers:
-        raise ParameterRuleError(
-            f"layer of {name}: expected 0..{rules.num_layers - 1}, found {layer}; fix the model's layer_index"
-        )
-    return float(config.layer_decay ** (rules.num_layers - layer))
 
 
 def _check_rules(

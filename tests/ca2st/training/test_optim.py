@@ -8,7 +8,7 @@ import torch
 
 from ca2st.training.config import OptimConfig
 from ca2st.training.errors import ParameterRuleError
-from ca2st.training.optim import build_optimizer, parameter_groups, set_learning_rate
+from ca2st.training.optim import build_optimizer, set_learning_rate
 from support.processes import python_path
 from support.tiny_training import TinyModel, tiny_rules
 
@@ -17,14 +17,16 @@ CONFIG = OptimConfig(layer_decay=0.5, weight_decay=0.05)
 
 def test_every_trained_parameter_is_in_exactly_one_group_and_no_frozen_one() -> None:
     model = TinyModel()
-    names = [name for group in parameter_groups(model, CONFIG, rules=tiny_rules()) for name in group.names]
+    names = [
+        name for group in build_optimizer(model, CONFIG, rules=tiny_rules()).param_groups for name in group["names"]
+    ]
     assert sorted(names) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
     assert not [name for name in names if name.startswith("expert")]
 
 
 def test_layers_are_scaled_by_their_depth_and_small_parameters_do_not_decay() -> None:
-    groups = parameter_groups(TinyModel(), CONFIG, rules=tiny_rules())
-    facts = {name: (group.lr_scale, group.weight_decay) for group in groups for name in group.names}
+    groups = build_optimizer(TinyModel(), CONFIG, rules=tiny_rules()).param_groups
+    facts = {name: (group["lr_scale"], group["weight_decay"]) for group in groups for name in group["names"]}
     assert facts["layers.0.weight"] == (0.25, 0.05)
     assert facts["layers.1.weight"] == (0.5, 0.05)
     assert facts["layers.1.bias"] == (0.5, 0.0)
@@ -42,33 +44,33 @@ def test_the_scheduled_rate_reaches_each_group_times_its_factor() -> None:
 
 def test_an_unknown_name_without_decay_is_refused() -> None:
     with pytest.raises(ParameterRuleError, match=r"no_weight_decay: .* found \['positons'\]"):
-        parameter_groups(TinyModel(), CONFIG, rules=replace(tiny_rules(), no_weight_decay={"positons"}))
+        build_optimizer(TinyModel(), CONFIG, rules=replace(tiny_rules(), no_weight_decay={"positons"}))
 
 
 def test_layer_decay_without_a_trained_layer_is_refused() -> None:
     with pytest.raises(ParameterRuleError, match=r"layer_decay = 0.5: no trained parameter belongs to a layer"):
-        parameter_groups(TinyModel(), CONFIG, rules=replace(tiny_rules(), layer_index=lambda name: None))
+        build_optimizer(TinyModel(), CONFIG, rules=replace(tiny_rules(), layer_index=lambda name: None))
 
 
 def test_a_layer_beyond_the_depth_is_refused() -> None:
     with pytest.raises(ParameterRuleError, match=r"layer of layers.1.weight: expected 0..0, found 1"):
-        parameter_groups(TinyModel(), CONFIG, rules=replace(tiny_rules(), num_layers=1))
+        build_optimizer(TinyModel(), CONFIG, rules=replace(tiny_rules(), num_layers=1))
 
 
 def test_a_model_with_nothing_to_train_is_refused() -> None:
     with pytest.raises(ParameterRuleError, match="trained parameters: expected some, found none"):
-        parameter_groups(TinyModel().requires_grad_(False), CONFIG, rules=tiny_rules())
+        build_optimizer(TinyModel().requires_grad_(False), CONFIG, rules=tiny_rules())
 
 
 def test_decay_rules_that_match_nothing_are_refused() -> None:
     model = TinyModel().requires_grad_(False)
     model.norm.requires_grad_(True)
     with pytest.raises(ParameterRuleError, match=r"weight_decay = 0\.05 applies to none of 2 parameters"):
-        parameter_groups(model, replace(CONFIG, layer_decay=1.0), rules=tiny_rules())
+        build_optimizer(model, replace(CONFIG, layer_decay=1.0), rules=tiny_rules())
     model = TinyModel().requires_grad_(False)
     model.layers[0].weight.requires_grad_(True)
     with pytest.raises(ParameterRuleError, match="no decay for 1-D parameters, biases and position tables"):
-        parameter_groups(model, CONFIG, rules=tiny_rules())
+        build_optimizer(model, CONFIG, rules=tiny_rules())
 
 
 def test_a_training_in_one_process_imports_neither_torchs_compiler_nor_what_shards_models(tmp_path: Path) -> None:
