@@ -1,9 +1,9 @@
 """ClipBatch: the contract between the data pipeline and the model."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -49,10 +49,6 @@ class Mixing:
         for name in MIXING_FIELDS:
             if getattr(self, name).shape[0] != rows:
                 raise BatchContractError(f"mixing.{name}: expected {rows} rows, found {_describe(getattr(self, name))}")
-
-    def part(self, clips: slice) -> "Mixing":
-        """Return the mixing of some clips, which must not part a pair."""
-        return Mixing(**{name: getattr(self, name)[clips] for name in MIXING_FIELDS})
 
 
 MIXING_FIELDS = ("video_share", "video_box", "mel_share", "mel_box", "label_share")
@@ -117,12 +113,8 @@ class ClipBatch:
 
     def to(self, device: torch.device) -> "ClipBatch":
         """Return the same batch with its tensors on `device`; `mixing` stays on the CPU."""
-        return ClipBatch(
-            **{name: on_device(getattr(self, name), device) for name in _TENSORS},
-            sample_ids=self.sample_ids,
-            labelling=self.labelling,
-            mixing=self.mixing,
-        )
+        tensors: dict[str, Any] = {name: on_device(getattr(self, name), device) for name in _TENSORS}
+        return replace(self, **tensors)
 
     def split(self, num_clips: int) -> Iterator["ClipBatch"]:
         """Yield consecutive micro-batches of at most `num_clips` views; pairs that are mixed must not be parted.
@@ -132,12 +124,9 @@ class ClipBatch:
         """
         for start in range(0, self.num_clips, num_clips):
             part = slice(start, start + num_clips)
-            yield ClipBatch(
-                **{name: getattr(self, name)[part] for name in _TENSORS},
-                sample_ids=self.sample_ids[part],
-                labelling=self.labelling,
-                mixing=self.mixing.part(part) if self.mixing is not None else None,
-            )
+            mixing = self.mixing and Mixing(**{name: getattr(self.mixing, name)[part] for name in MIXING_FIELDS})
+            tensors: dict[str, Any] = {name: getattr(self, name)[part] for name in _TENSORS}
+            yield replace(self, **tensors, sample_ids=self.sample_ids[part], mixing=mixing)
 
 
 _TENSORS = ("video", "mel", "intervals_seconds", "labels", "has_audio", "is_padding")

@@ -36,17 +36,15 @@ class OptimConfig:
     """Share of the target spread evenly over all classes."""
 
     def __post_init__(self) -> None:
-        _check("base_lr", self.base_lr, _positive, "a finite number > 0")
+        _check(self, _positive, "a finite number > 0", "base_lr", "eps")
+        _check(self, _not_negative, "a finite number >= 0", "weight_decay", "warmup_epochs")
+        _check(self, lambda x: 0 < x <= 1, "a number in (0, 1]", "layer_decay")
+        _check(self, lambda x: 0 <= x <= self.base_lr, f"a number in [0, base_lr = {self.base_lr}]", "min_lr")
+        _check(self, lambda x: 0 <= x < 1, "a number in [0, 1)", "label_smoothing")
+        _check(self, _positive, "a finite number > 0, or none", "clip_grad_norm")
         for beta in self.betas:
-            _check("betas", beta, _fraction, "two numbers in [0, 1)")
-        _check("eps", self.eps, _positive, "a finite number > 0")
-        _check("weight_decay", self.weight_decay, _not_negative, "a finite number >= 0")
-        _check("layer_decay", self.layer_decay, lambda x: 0 < x <= 1, "a number in (0, 1]")
-        _check("warmup_epochs", self.warmup_epochs, _not_negative, "a finite number >= 0")
-        _check("min_lr", self.min_lr, lambda x: 0 <= x <= self.base_lr, f"a number in [0, base_lr = {self.base_lr}]")
-        _check("label_smoothing", self.label_smoothing, _fraction, "a number in [0, 1)")
-        if self.clip_grad_norm is not None:
-            _check("clip_grad_norm", self.clip_grad_norm, _positive, "a finite number > 0, or none")
+            if not 0 <= beta < 1:
+                raise UserInputError(f"betas: expected two numbers in [0, 1), found {beta}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,24 +122,17 @@ class TrainingConfig:
     loader's stall, the writing of a checkpoint, and what one rank may take longer than another in a validation."""
 
     def __post_init__(self) -> None:
-        counts = ("epochs", "global_batch_size", "per_device_batch_size", "checkpoint_every_steps", "keep_checkpoints")
-        for name in counts:
-            _check(name, getattr(self, name), lambda x: x >= 1, "an integer >= 1")
-        for name in ("validate_every_epochs", "keep_best", "max_skipped_steps", "profile_steps"):
-            _check(name, getattr(self, name), _not_negative, "an integer >= 0")
-        _check("least_improvement", self.least_improvement, _not_negative, "a finite number >= 0")
-        _check("seed", self.seed, lambda x: 0 <= x < 2**63, "an integer in [0, 2**63)")
-        for name in ("grace_seconds", "collective_timeout_seconds"):
-            _check(name, getattr(self, name), _positive, "a finite number > 0")
-        for name in ("max_steps", "validate_every_steps", "early_stopping"):
-            if (value := getattr(self, name)) is not None:
-                _check(name, value, lambda x: x >= 1, "an integer >= 1, or none")
-        if self.stop_at_fit is not None:
-            _check("stop_at_fit", self.stop_at_fit, lambda x: 0 < x <= 1, "a share, 0 < x <= 1, or none")
-        if self.max_hours is not None:
-            _check("max_hours", self.max_hours, _positive, "a finite number > 0, or none")
-        if self.ema_decay is not None:
-            _check("ema_decay", self.ema_decay, lambda x: 0 < x < 1, "a number in (0, 1), or none")
+        _check(self, _at_least_one, "an integer >= 1", "epochs", "global_batch_size", "per_device_batch_size")
+        _check(self, _at_least_one, "an integer >= 1", "checkpoint_every_steps", "keep_checkpoints")
+        _check(self, _not_negative, "an integer >= 0", "validate_every_epochs", "keep_best")
+        _check(self, _not_negative, "an integer >= 0", "max_skipped_steps", "profile_steps")
+        _check(self, _at_least_one, "an integer >= 1, or none", "max_steps", "validate_every_steps", "early_stopping")
+        _check(self, lambda x: 0 <= x < 2**63, "an integer in [0, 2**63)", "seed")
+        _check(self, _not_negative, "a finite number >= 0", "least_improvement")
+        _check(self, _positive, "a finite number > 0", "grace_seconds", "collective_timeout_seconds")
+        _check(self, _positive, "a finite number > 0, or none", "max_hours")
+        _check(self, lambda x: 0 < x <= 1, "a share, 0 < x <= 1, or none", "stop_at_fit")
+        _check(self, lambda x: 0 < x < 1, "a number in (0, 1), or none", "ema_decay")
         check_literals(self)
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -150,9 +141,16 @@ class TrainingConfig:
         return whole if self.max_steps is None else min(whole, self.max_steps)
 
 
-def _check(name: str, value: float | int, accepts: Callable[[float], bool], expected: str) -> None:
-    if not accepts(value):
-        raise UserInputError(f"{name}: expected {expected}, found {value}")
+def _check(settings: object, accepts: Callable[[float], bool], expected: str, *names: str) -> None:
+    """Refuse a value of the settings `names` that is neither none nor accepted."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not accepts(value):
+            raise UserInputError(f"{name}: expected {expected}, found {value}")
+
+
+def _at_least_one(value: float | int) -> bool:
+    return value >= 1
 
 
 def _positive(value: float | int) -> bool:
@@ -161,7 +159,3 @@ def _positive(value: float | int) -> bool:
 
 def _not_negative(value: float | int) -> bool:
     return math.isfinite(value) and value >= 0
-
-
-def _fraction(value: float | int) -> bool:
-    return 0 <= value < 1

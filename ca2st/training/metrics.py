@@ -78,24 +78,17 @@ class Ranking:
 def class_ranking(scores: Float[np.ndarray, " samples"], positives: Bool[np.ndarray, " samples"]) -> Ranking:
     """Return how the scores of one class rank its positive samples among all.
 
-    Source: scikit-learn's ``average_precision_score`` and ``roc_auc_score`` define both so; equal scores are one
-    threshold.
+    Source: scikit-learn's ``average_precision_score`` and ``roc_auc_score`` define both so.
     """
     num_positives = int(positives.sum())
     num_negatives = len(positives) - num_positives
     if num_positives == 0:
         return Ranking(math.nan, math.nan)
-    wide = np.where(np.isfinite(scores), scores, -np.inf)
-    order = np.argsort(-wide, kind="stable")
-    ranked = wide[order]
-    ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
-    true = np.cumsum(positives[order])[ends]
-    gained = np.diff(true, prepend=0)
-    precision = float((true / (ends + 1) * gained).sum() / num_positives)
+    true, false = _above_thresholds(scores, positives)
+    gained, lost = np.diff(true, prepend=0), np.diff(false, prepend=0)
+    precision = float((true / (true + false) * gained).sum() / num_positives)
     if num_negatives == 0:
         return Ranking(precision, math.nan)
-    false = ends + 1 - true
-    lost = np.diff(false, prepend=0)
     # A negative of a threshold is beaten by the positives before it, and ties with those of its own threshold.
     won = ((true - gained) * lost).sum() + 0.5 * (gained * lost).sum()
     return Ranking(precision, float(won / (num_positives * num_negatives)))
@@ -104,18 +97,26 @@ def class_ranking(scores: Float[np.ndarray, " samples"], positives: Bool[np.ndar
 def interpolated_precision(scores: Float[np.ndarray, " samples"], positives: Bool[np.ndarray, " samples"]) -> float:
     """Return the average precision in which each recall has the best precision of it or any higher one.
 
-    NaN without a positive sample; equal scores are one threshold. Source: PASCAL VOC since 2010; ActivityNet's owners
-    measure so.
+    NaN without a positive sample. Source: PASCAL VOC since 2010; ActivityNet's owners measure so.
     """
     num_positives = int(positives.sum())
     if num_positives == 0:
         return math.nan
-    order = np.argsort(-scores, kind="stable")
-    ranked = scores[order]
+    true, false = _above_thresholds(scores, positives)
+    best = np.maximum.accumulate((true / (true + false))[::-1])[::-1]
+    return float((best * np.diff(true, prepend=0)).sum() / num_positives)
+
+
+def _above_thresholds(
+    scores: Float[np.ndarray, " samples"], positives: Bool[np.ndarray, " samples"]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return how many positive and negative samples stand at or above each threshold, the highest first."""
+    wide = np.where(np.isfinite(scores), scores, -np.inf)
+    order = np.argsort(-wide, kind="stable")
+    ranked = wide[order]
     ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
     true = np.cumsum(positives[order])[ends]
-    best = np.maximum.accumulate((true / (ends + 1))[::-1])[::-1]
-    return float((best * np.diff(true, prepend=0)).sum() / num_positives)
+    return true, ends + 1 - true
 
 
 def class_rankings(
@@ -123,10 +124,8 @@ def class_rankings(
     truth: Int[np.ndarray, " samples"] | Bool[np.ndarray, "samples classes"],
 ) -> list[Ranking]:
     """Return the ranking of each class; `truth` is one label per sample, or which classes each sample has."""
-    columns = range(scores.shape[1])
-    if truth.ndim == 1:
-        return [class_ranking(scores[:, column], truth == column) for column in columns]
-    return [class_ranking(scores[:, column], truth[:, column]) for column in columns]
+    has_class = truth if truth.ndim == 2 else truth[:, None] == np.arange(scores.shape[1])
+    return [class_ranking(*columns) for columns in zip(scores.T, has_class.T, strict=True)]
 
 
 def ranking_metrics(rankings: Sequence[Ranking]) -> dict[str, float]:
@@ -295,7 +294,7 @@ def evaluation_metrics(
 
 
 def metric_names(targets: Sequence[str]) -> list[str]:
-    """Return the names of the metrics that a validation of these targets has."""
+    """Return the names of the metrics that a validation of these targets has, of one label each."""
     even = {name: np.full((1, 2), 0.5) for name in targets}
     return sorted(evaluation_metrics(even, np.zeros((1, len(targets)), np.int64)))
 

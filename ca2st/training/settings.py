@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -15,7 +14,7 @@ from ca2st.durable import NO_FAULTS, FaultPoints
 from ca2st.errors import check_choice
 from ca2st.training.best import Score
 from ca2st.training.config import OptimConfig, TrainingConfig
-from ca2st.training.metrics import evaluation_metrics, main_metric
+from ca2st.training.metrics import main_metric, metric_names
 from ca2st.training.optim import LearningRateSchedule, ParameterRules, schedule_for
 from ca2st.training.resume import RunRecord, identity
 
@@ -93,11 +92,10 @@ def ranking_metric(settings: TrainingSettings) -> str:
     Raises:
         UserInputError: validations have no such metric; lists those that they have.
     """
-    targets = settings.targets
-    metric = settings.config.best_metric or main_metric(tuple(targets), labelling=settings.labelling)
-    even = {name: np.full((1, size), 1 / size) for name, size in targets.items()}
-    known = [*evaluation_metrics(even, np.zeros((1, len(targets)), dtype=np.int64))]
-    check_choice("training.best_metric", metric, ["map", "top1"] if settings.labelling == "several" else sorted(known))
+    targets = tuple(settings.targets)
+    metric = settings.config.best_metric or main_metric(targets, labelling=settings.labelling)
+    known = ["map", "top1"] if settings.labelling == "several" else metric_names(targets)
+    check_choice("training.best_metric", metric, known)
     return metric
 
 
