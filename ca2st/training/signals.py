@@ -13,11 +13,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from types import FrameType
 
+from ca2st.processes import STOPPING
 from ca2st.training.errors import InterruptedRunError, RunStoppedError, TerminatedError, TimeUpError
 
-_STOPPING = (signal.SIGTERM, signal.SIGINT)
 TIME_UP = int(signal.SIGALRM)
 """Stands among the requests to stop for a run that has lasted `max_hours`; nobody sends the signal."""
 ONE_REQUEST_SECONDS = 0.5
@@ -58,14 +57,10 @@ def stop_on_signals(*, grace_seconds: float) -> Iterator[StopRequest]:
     within half a second of the first are the same request. Main thread only.
     """
     stop = StopRequest()
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        stop.request(number)
-
     reader, writer = socket.socketpair()
     for end in (reader, writer):
         end.setblocking(False)
-    previous = {number: signal.signal(number, handle) for number in _STOPPING}
+    previous = {number: signal.signal(number, lambda number, _frame: stop.request(number)) for number in STOPPING}
     previous_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     watchdog = threading.Thread(target=_watch, args=(reader, grace_seconds), name="stop-watchdog", daemon=True)
     watchdog.start()
@@ -81,33 +76,22 @@ def stop_on_signals(*, grace_seconds: float) -> Iterator[StopRequest]:
 
 
 def _watch(reader: socket.socket, grace_seconds: float) -> None:
-    first = _next_signal(reader, None)
-    if first is None:
-        return
-    second = _second_request(reader, grace_seconds)
-    if second is None:
-        return
-    sys.stderr.write(f"stopping at once: {'second signal' if second else f'no exit within {grace_seconds:g} s'}\n")
-    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-    os._exit(128 + first)
-
-
-def _second_request(reader: socket.socket, grace_seconds: float) -> int | None:
-    """As `_next_signal`, but for signals that belong to the first one."""
-    begin = time.monotonic()
+    """End the process on a second request or when its grace is over; return when the other end is closed."""
+    first, begin, why = 0, 0.0, f"no exit within {grace_seconds:g} s"
     while True:
-        number = _next_signal(reader, max(0.0, begin + grace_seconds - time.monotonic()))
-        if not number or time.monotonic() - begin >= ONE_REQUEST_SECONDS:
-            return number
-
-
-def _next_signal(reader: socket.socket, timeout: float | None) -> int | None:
-    """Return the number of the next stopping signal, 0 when none came in time, None when the block has ended."""
-    while True:
-        if not select.select([reader], [], [], timeout)[0]:
-            return 0
+        left = max(0.0, begin + grace_seconds - time.monotonic()) if first else None
+        if not select.select([reader], [], [], left)[0]:
+            break
         data = reader.recv(1)
         if not data:
-            return None
-        if data[0] in _STOPPING:
-            return data[0]
+            return
+        if data[0] not in STOPPING:
+            continue
+        if not first:
+            first, begin = data[0], time.monotonic()
+        elif time.monotonic() - begin >= ONE_REQUEST_SECONDS:
+            why = "second signal"
+            break
+    sys.stderr.write(f"stopping at once: {why}\n")
+    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+    os._exit(128 + first)

@@ -47,6 +47,19 @@ def test_a_process_that_does_not_stop_within_its_grace_is_ended_with_its_stacks(
     assert "<string>" in done.stderr
 
 
+def test_other_signals_do_not_lengthen_the_grace() -> None:
+    done = run(
+        "signal.signal(signal.SIGUSR1, lambda *_: None)\n"
+        "with stop_on_signals(grace_seconds=0.6):\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "    for _ in range(20):\n"
+        "        time.sleep(0.2)\n"
+        "        signal.raise_signal(signal.SIGUSR1)\n"
+    )
+    assert done.returncode == 143
+    assert "no exit within 0.6 s" in done.stderr
+
+
 def test_a_second_signal_ends_the_process_at_once() -> None:
     done = run(
         "with stop_on_signals(grace_seconds=30):\n"
