@@ -48,7 +48,7 @@ class Mixing:
             )
         for name in MIXING_FIELDS:
             if getattr(self, name).shape[0] != rows:
-                raise BatchContractError(f"mixing.{name}: expected {rows} rows, found {_describe(getattr(self, name))}")
+                raise BatchContractError(f"mixing.{name}: expected {rows} rows, found {described(getattr(self, name))}")
 
 
 MIXING_FIELDS = ("video_share", "video_box", "mel_share", "mel_box", "label_share")
@@ -86,20 +86,20 @@ class ClipBatch:
     def __post_init__(self) -> None:
         batch, channels, time, _, _ = self.video.shape
         if self.video.dtype != torch.uint8 or channels != 3:
-            raise BatchContractError(f"video: expected uint8 [B, 3, T, H, W], found {_describe(self.video)}")
+            raise BatchContractError(f"video: expected uint8 [B, 3, T, H, W], found {described(self.video)}")
         if self.intervals_seconds.shape != (batch, 1 + time // 2, 2):
             raise BatchContractError(
-                f"intervals_seconds: expected [{batch}, {1 + time // 2}, 2], found {_describe(self.intervals_seconds)}"
+                f"intervals_seconds: expected [{batch}, {1 + time // 2}, 2], found {described(self.intervals_seconds)}"
             )
         for name in ("mel", "labels", "has_audio", "is_padding"):
             if getattr(self, name).shape[0] != batch:
-                raise BatchContractError(f"{name}: expected {batch} rows, found {_describe(getattr(self, name))}")
+                raise BatchContractError(f"{name}: expected {batch} rows, found {described(getattr(self, name))}")
         if self.labelling == "none" and self.labels.shape[1]:
-            raise BatchContractError(f"labels: expected no column without labels, found {_describe(self.labels)}")
+            raise BatchContractError(f"labels: expected no column without labels, found {described(self.labels)}")
         if len(self.sample_ids) != batch:
             raise BatchContractError(f"sample_ids: expected {batch} keys, found {len(self.sample_ids)}")
         if self.mixing is not None and self.mixing.video_share.shape[0] != batch:
-            raise BatchContractError(f"mixing: expected {batch} rows, found {_describe(self.mixing.video_share)}")
+            raise BatchContractError(f"mixing: expected {batch} rows, found {described(self.mixing.video_share)}")
 
     @property
     def num_clips(self) -> int:
@@ -146,5 +146,6 @@ def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def _describe(tensor: Tensor) -> str:
+def described(tensor: Tensor) -> str:
+    """Return the type and shape of a tensor for a message: ``uint8 [2, 3]``."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

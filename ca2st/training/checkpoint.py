@@ -8,7 +8,7 @@ and its own hash. A folder without it does not exist for readers and is swept at
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -178,9 +178,7 @@ def read_checkpoint_file(folder: Path, name: str) -> bytes | None:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a whole checkpoint and verify every byte before anything uses it; raises as `verify_checkpoint`."""
     marker = read_marker(folder)
-    _check_names(folder, marker)
-    files = {name: _verified(folder / name, facts) for name, facts in marker.files.items()}
-    return Checkpoint(folder=folder, marker=marker, files=files)
+    return Checkpoint(folder=folder, marker=marker, files=dict(_verified_files(folder, marker)))
 
 
 def verify_checkpoint(folder: Path) -> CheckpointMarker:
@@ -191,9 +189,8 @@ def verify_checkpoint(folder: Path) -> CheckpointMarker:
         CheckpointDamagedError: names the file that is missing, changed, or not of this checkpoint.
     """
     marker = read_marker(folder)
-    _check_names(folder, marker)
-    for name, facts in marker.files.items():
-        _verified(folder / name, facts)
+    for _ in _verified_files(folder, marker):
+        pass
     return marker
 
 
@@ -220,10 +217,13 @@ def newest_sound(root: Path, read: Callable[[Path], T], *, strict: bool = False)
     return None, ()
 
 
-def _check_names(folder: Path, marker: CheckpointMarker) -> None:
+def _verified_files(folder: Path, marker: CheckpointMarker) -> Iterator[tuple[str, bytes]]:
+    """Yield each file of a checkpoint, one at a time in memory; refuse files beside them."""
     strangers = sorted({path.name for path in folder.iterdir()} - set(marker.files) - {MARKER_NAME})
     if strangers:
         raise CheckpointDamagedError(f"{folder}: files that {MARKER_NAME} does not name: {strangers}; remove them")
+    for name, facts in marker.files.items():
+        yield name, _verified(folder / name, facts)
 
 
 def _verified(path: Path, facts: Mapping[str, Any]) -> bytes:
@@ -288,19 +288,15 @@ class CheckpointKeeper:
         """
         try:
             before()
-            self._discard_unmarked(marker)
-            folder = save_checkpoint(self._root, files, marker, faults=self._faults)
+            folder = self._root / checkpoint_name(marker.step, marker.attempt)
+            if folder.exists() and folder not in list_checkpoints(self._root):  # a failed save's, that kept it then
+                shutil.rmtree(folder, ignore_errors=True)
+            save_checkpoint(self._root, files, marker, faults=self._faults)
         except EnvironmentFault as error:
             self._num_failed += 1
             return SaveOutcome(folder=None, problems=(str(error),), num_failed=self._num_failed)
         self._num_failed = 0
         return SaveOutcome(folder=folder, problems=tuple(self.prune(best=best)))
-
-    def _discard_unmarked(self, marker: CheckpointMarker) -> None:
-        """Clear what an earlier failed save of this very checkpoint could not remove."""
-        folder = self._root / checkpoint_name(marker.step, marker.attempt)
-        if folder.exists() and folder not in list_checkpoints(self._root):
-            shutil.rmtree(folder, ignore_errors=True)
 
     def prune(self, *, best: Sequence[int]) -> list[str]:
         """Remove what is neither among the newest nor among the best; returns what went wrong.

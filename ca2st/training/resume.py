@@ -20,27 +20,13 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ca2st import __version__
+from ca2st.batch import described
 from ca2st.checked_json import canonical_json
 from ca2st.errors import UserInputError, listed
+from ca2st.training import checkpoint, journal
 from ca2st.training.best import validations
-from ca2st.training.checkpoint import (
-    CHECKPOINTS_NAME,
-    Checkpoint,
-    CheckpointMarker,
-    last_attempt_of_checkpoints,
-    newest_sound,
-    read_checkpoint,
-    sweep_partial,
-)
 from ca2st.training.errors import CheckpointMismatchError, ResumeRefusedError
-from ca2st.training.journal import (
-    JOURNAL_NAME,
-    cut_torn_end,
-    differences,
-    last_attempt,
-    sha256_of_document,
-    skipped_steps,
-)
+from ca2st.training.journal import differences, sha256_of_document
 from ca2st.training.sharded import as_held, put, whole
 
 RECIPE_FILE = "recipe.json"
@@ -109,22 +95,18 @@ def identity(record: RunRecord, *, seed: int, global_batch_size: int) -> dict[st
         "manifests": dict(record.manifests),
         "experts": dict(record.experts),
         "start": dict(record.start),
-        "loader": json.loads(canonical_json(record.loader)),
-        "recipe": json.loads(canonical_json(record.recipe)),
+        "loader": dict(record.loader),
+        "recipe": dict(record.recipe),
     }
 
 
-def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
+def identity_of(saved: checkpoint.Checkpoint) -> dict[str, Any]:
     """Return the identity that a checkpoint was saved under."""
-    marker = checkpoint.marker
+    marked = ("seed", "global_batch_size", "manifests", "experts", "start")
     return {
-        "seed": marker.seed,
-        "global_batch_size": marker.global_batch_size,
-        "manifests": dict(marker.manifests),
-        "experts": dict(marker.experts),
-        "start": dict(marker.start),
-        "loader": json.loads(checkpoint.files[LOADER_FILE])["plan"],
-        "recipe": json.loads(checkpoint.files[RECIPE_FILE]),
+        **{name: getattr(saved.marker, name) for name in marked},
+        "loader": json.loads(saved.files[LOADER_FILE])["plan"],
+        "recipe": json.loads(saved.files[RECIPE_FILE]),
     }
 
 
@@ -169,48 +151,41 @@ def open_run(
         ResumeRefusedError: the folder holds another run, or (strict) one of other versions.
         CheckpointDamagedError: no checkpoint is sound, or (strict) the newest is not.
     """
-    root, journal = folder / CHECKPOINTS_NAME, folder / JOURNAL_NAME
+    root, lines = folder / checkpoint.CHECKPOINTS_NAME, folder / journal.JOURNAL_NAME
     root.mkdir(parents=True, exist_ok=True)
-    cut_bytes = cut_torn_end(journal)
-    attempt = 1 + max(last_attempt(journal), last_attempt_of_checkpoints(root))
-    swept = tuple(path.name for path in sweep_partial(root))
-    checkpoint, damaged = newest_sound(root, read_checkpoint, strict=strict)
+    cut_bytes = journal.cut_torn_end(lines)
+    attempt = 1 + max(journal.last_attempt(lines), checkpoint.last_attempt_of_checkpoints(root))
+    swept = tuple(path.name for path in checkpoint.sweep_partial(root))
+    saved, damaged = checkpoint.newest_sound(root, checkpoint.read_checkpoint, strict=strict)
     for problem in damaged:
         _LOGGER.warning("DAMAGED CHECKPOINT passed over, an older one is used: %s", problem)
-    changes: tuple[str, ...] = ()
-    if checkpoint is not None:
-        if changed := differences(identity_of(checkpoint), wanted):
+    changed: list[str] = []
+    if saved is not None:
+        if changed := differences(identity_of(saved), wanted):
             raise ResumeRefusedError(
-                f"{checkpoint.folder}: saved by another run:\n  {_LINE.join(changed)}\n"
+                f"{saved.folder}: saved by another run:\n  {_LINE.join(changed)}\n"
                 "undo the change, or train into another folder"
             )
-        changes = _tolerated_changes(checkpoint.marker, versions, topology, strict=strict)
-    step = checkpoint.marker.step if checkpoint else 0
+        changed = differences(saved.marker.versions, versions)
+        if changed and strict:
+            raise ResumeRefusedError(
+                f"saved under other versions: {'; '.join(changed)}; install those, or resume without --strict-resume"
+            )
+        changed += differences(saved.marker.topology, topology)
+        if changed:
+            _LOGGER.warning("resuming with changes, numbers will be close but may not be equal: %s", "; ".join(changed))
+    step = saved.marker.step if saved else 0
     return RunStart(
         attempt=attempt,
-        folder=checkpoint.folder if checkpoint else None,
+        folder=saved.folder if saved else None,
         step=step,
         damaged=damaged,
-        changes=changes,
+        changes=tuple(changed),
         cut_bytes=cut_bytes,
         swept=swept,
-        validations=validations(journal, until=step),
-        skipped=tuple(skipped_steps(journal, until=step)),
+        validations=validations(lines, until=step),
+        skipped=tuple(journal.skipped_steps(lines, until=step)),
     )
-
-
-def _tolerated_changes(
-    marker: CheckpointMarker, versions: Mapping[str, str], topology: Mapping[str, Any], *, strict: bool
-) -> tuple[str, ...]:
-    changed = differences(marker.versions, versions)
-    if changed and strict:
-        raise ResumeRefusedError(
-            f"saved under other versions: {'; '.join(changed)}; install those, or resume without --strict-resume"
-        )
-    changed += differences(marker.topology, topology)
-    if changed:
-        _LOGGER.warning("resuming with changes, numbers will be close but may not be equal: %s", "; ".join(changed))
-    return tuple(changed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -369,11 +344,7 @@ def _portable(tensor: Tensor) -> Tensor:
 
 
 def _shape_problem(name: str, expected: Tensor, found: Tensor) -> str:
-    return f"{name}: expected {_describe(expected)}, found {_describe(found)}"
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return f"{name}: expected {described(expected)}, found {described(found)}"
 
 
 def _refuse(problems: list[str]) -> None:
