@@ -174,13 +174,11 @@ def _items(value: Any, kind: Any, where: str) -> Any:
     if not isinstance(value, list):
         _refuse("a list", value, where)
     outer, inner = get_origin(kind) or kind, get_args(kind) or (Any,)
-    if outer is tuple and len(inner) > 1 and inner[1] is not Ellipsis:
-        if len(value) != len(inner):
-            _refuse(f"a list of {len(inner)}", value, where)
-        return tuple(
-            _checked(item, one, f"{where}[{at}]") for at, (item, one) in enumerate(zip(value, inner, strict=True))
-        )
-    items = [_checked(item, inner[0], f"{where}[{at}]") for at, item in enumerate(value)]
+    if outer is not tuple or len(inner) == 1 or inner[1] is Ellipsis:
+        inner = inner[:1] * len(value)
+    elif len(value) != len(inner):
+        _refuse(f"a list of {len(inner)}", value, where)
+    items = [_checked(item, one, f"{where}[{at}]") for at, (item, one) in enumerate(zip(value, inner, strict=True))]
     return items if outer is list else tuple(items)
 
 

@@ -224,11 +224,11 @@ def _set_attention(model: network.HolisticModel, spec: CaseSpec) -> None:
         return
     shapes = attention_kernel.attention_shapes(model, num_clips=spec.per_device_batch_size)
     if spec.attention != "auto":
-        attention_kernel.set_kernels(model, dict.fromkeys(shapes, spec.attention))
+        attention_kernel.set_kernels(model, shapes, {str(shape): spec.attention for shape in shapes.values()})
         return
     device = torch.device(spec.device)
     stopwatch = partial(attention_kernel.kernel_seconds, precision=spec.precision, device=device)
-    attention_kernel.set_kernels_by_shape(
+    attention_kernel.set_kernels(
         model, shapes, attention_kernel.fastest(shapes.values(), stopwatch, deterministic=False)
     )
 

@@ -90,17 +90,13 @@ def fastest(shapes: Iterable[AttentionShape], seconds: Seconds, *, deterministic
     return chosen
 
 
-def set_kernels(model: nn.Module, kernels: Mapping[str, str]) -> None:
-    """Let each `Attend` that is named in `kernels` compute by that kernel of `KERNELS`."""
-    for name, kernel in kernels.items():
-        attend = model.get_submodule(name)
-        assert isinstance(attend, Attend)
-        attend.kernel = KERNELS[kernel]
-
-
-def set_kernels_by_shape(model: nn.Module, shapes: Mapping[str, AttentionShape], of_shape: Mapping[str, str]) -> None:
-    """Set the kernel that `fastest` found for its shape to each `Attend`."""
-    set_kernels(model, {name: of_shape[str(shape)] for name, shape in shapes.items() if str(shape) in of_shape})
+def set_kernels(model: nn.Module, shapes: Mapping[str, AttentionShape], of_shape: Mapping[str, str]) -> None:
+    """Let each `Attend` of `shapes` compute by the kernel that `of_shape` has for the words of its shape."""
+    for name, shape in shapes.items():
+        if str(shape) in of_shape:
+            attend = model.get_submodule(name)
+            assert isinstance(attend, Attend)
+            attend.kernel = KERNELS[of_shape[str(shape)]]
 
 
 def kernel_seconds(shape: AttentionShape, kernel: str, *, precision: Precision, device: torch.device) -> float | None:
@@ -151,7 +147,7 @@ def settle_attention(
         of_shape = on_main(
             lambda: kept_or_measured(path, where, shapes.values(), stopwatch, deterministic=deterministic)
         )
-        set_kernels_by_shape(model, shapes, of_shape)
+        set_kernels(model, shapes, of_shape)
         return of_shape
     for shape in sorted({shape._replace(windows=1, heads=1) for shape in shapes.values()}):
         if stopwatch(shape, config.attention) is None:
@@ -160,7 +156,7 @@ def settle_attention(
                 f"{config.attention}, which does not take {shape} (windows, heads, queries, keys, head width); "
                 'leave it at "auto"'
             )
-    set_kernels(model, dict.fromkeys(shapes, config.attention))
+    set_kernels(model, shapes, {str(shape): config.attention for shape in shapes.values()})
     return {"every shape": config.attention}
 
 

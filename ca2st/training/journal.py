@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import os
 import socket
 import time
@@ -144,17 +143,11 @@ class Journal:
         """Append one line: the event, this attempt, the time (seconds since 1970) and `fields`.
 
         Raises:
-            ValueError: a field is NaN or infinite; only `write_metrics` accepts those.
+            ValueError: a field is NaN or infinite.
         """
         line = {"event": event, "attempt": self.attempt, "time": self._wall_clock(), **fields}
         self._pending += encoded(json.dumps(line, separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n")
         self._flush()
-
-    def write_metrics(self, event: str, metrics: Mapping[str, float], **fields: Any) -> None:
-        """As `write`, with a field ``metrics``; those that are not finite become null and are listed."""
-        wrong = sorted(name for name, value in metrics.items() if not math.isfinite(value))
-        clean = {name: None if name in wrong else value for name, value in metrics.items()}
-        self.write(event, **fields, metrics=clean, **({"not_finite": wrong} if wrong else {}))
 
     def sync(self) -> None:
         """Make every line so far survive a loss of power.

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ca2st.batch import ClipBatch
-from ca2st.checked_json import canonical_json
+from ca2st.checked_json import canonical_json, finite
 from ca2st.errors import EnvironmentFault, UserInputError, listed
 from ca2st.training import checkpoint, errors, journal, resume
 from ca2st.training.best import Metrics, best_steps, reason_to_end, score_at
@@ -465,21 +465,22 @@ class _Run:
                 per_device_batch_size=self._config.per_device_batch_size,
                 ranks=self._ranks,
             )
-        self._scores[self._step] = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        clean = self._scores[self._step] = finite(metrics)
         if self._ranks.is_main:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             _LOGGER.info("validation after step %d of %d: %s", self._step, self._total_steps, shown)
-        if self._journal is not None:
-            self._journal.write_metrics(
-                "eval",
-                metrics,
-                step=self._step,
-                epoch=(self._step - 1) // self._steps_per_epoch,
-                split="validation",
-                num_samples=self._validation.num_samples,
-                seconds=self._settings.clock() - begin,
-                **({} if self._average is None else {"weights": "average"}),
-            )
+        wrong = sorted(name for name, value in clean.items() if value is None)
+        self._log(
+            "eval",
+            step=self._step,
+            epoch=(self._step - 1) // self._steps_per_epoch,
+            split="validation",
+            num_samples=self._validation.num_samples,
+            seconds=self._settings.clock() - begin,
+            **({} if self._average is None else {"weights": "average"}),
+            metrics=clean,
+            **({"not_finite": wrong} if wrong else {}),
+        )
         # only now, when the journal has the metrics of what is let go of
         best = best_steps(self._scores, self._metric)
         for problem in self._ranks.on_main(lambda: self._keeper.prune(best=best)):

@@ -107,28 +107,14 @@ def profiled(folder: Path, *, steps: int, rank: int) -> Iterator[Callable[[], No
         return
     path = folder / PROFILE_NAME / f"rank-{rank}.json.gz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    profiler, done = torch.profiler.profile(acc_events=True), 0
 
-    def finish() -> None:
-        profiler.stop()
+    def export(profiler: torch.profiler.profile) -> None:
         profiler.export_chrome_trace(str(path))
-        _LOGGER.info("trace of %d steps: %s", done - _UNPROFILED_STEPS, path)
+        _LOGGER.info("trace of %d steps: %s", profiler.step_num - _UNPROFILED_STEPS, path)
 
-    def mark() -> None:
-        nonlocal done
-        done += 1
-        if done == _UNPROFILED_STEPS:
-            profiler.start()
-        elif _UNPROFILED_STEPS < done < _UNPROFILED_STEPS + steps:
-            profiler.step()
-        elif done == _UNPROFILED_STEPS + steps:
-            finish()
-
-    try:
-        yield mark
-    finally:
-        if _UNPROFILED_STEPS < done < _UNPROFILED_STEPS + steps:
-            finish()
+    schedule = torch.profiler.schedule(wait=_UNPROFILED_STEPS - 1, warmup=1, active=steps, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=export, acc_events=True) as profiler:
+        yield profiler.step
 
 
 class SourceCounts:
@@ -159,13 +145,10 @@ class Ranks:
     def __init__(self, accelerator: Accelerator, *, stages: StageClock | None = None) -> None:
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
+        self.is_main = self.rank == 0
+        """On the rank that writes journal and checkpoints."""
         self.stages = stages or StageClock()
         """Charged while it waits for the others."""
-
-    @property
-    def is_main(self) -> bool:
-        """Return True on the rank that writes journal and checkpoints."""
-        return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in rank order, on every rank."""

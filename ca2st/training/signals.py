@@ -28,16 +28,12 @@ class StopRequest:
     """A flag that asks the run to save a checkpoint and stop."""
 
     def __init__(self) -> None:
-        self._signal_number = 0
-
-    @property
-    def signal_number(self) -> int:
-        """Return the number of the signal that asked, or 0."""
-        return self._signal_number
+        self.signal_number = 0
+        """Of the signal that asked; 0: none did."""
 
     def request(self, signal_number: int = signal.SIGTERM) -> None:
         """Ask the run to stop as this signal would; the first request counts."""
-        self._signal_number = self._signal_number or signal_number
+        self.signal_number = self.signal_number or signal_number
 
 
 def stopped_error(signal_number: int, message: str) -> RunStoppedError:

@@ -279,10 +279,19 @@ class Stepper:
                 optimizer has changed anything, with the samples' keys.
         """
         self._settle(share)
-        losses, right = self._backward(share, step=step)
+        parts = list(share.split(self._config.per_device_batch_size))
+        losses, right = [], []
+        for index, part in enumerate(parts):
+            synchronise = index == len(parts) - 1
+            with contextlib.nullcontext() if synchronise else self._accelerator.no_sync(self._model):
+                losses_of_part, right_of_part = self._backward(part, step=step, micro_batch=index)
+                losses.append(losses_of_part)
+                right.append(right_of_part)
         with self._stages.stage("gather"):
-            num_right = None if share.mixing is not None else int(right.sum())
-            losses_of_rank, right_of_rank = zip(*self._ranks.gather((losses.tolist(), num_right)), strict=True)
+            num_right = None if share.mixing is not None else int(torch.cat(right).sum())
+            losses_of_rank, right_of_rank = zip(
+                *self._ranks.gather((torch.cat(losses).tolist(), num_right)), strict=True
+            )
         _check_losses(losses_of_rank, keys_of_rank, step)
         rate = self._schedule.at(step - 1)
         scaled_by = self.loss_scale.factor if self._config.precision == "fp16" else None
@@ -316,21 +325,10 @@ class Stepper:
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _backward(self, share: ClipBatch, *, step: int) -> tuple[Float[Tensor, " clips"], Bool[Tensor, " clips"]]:
-        """Return the loss of each clip, and whether it was answered right."""
-        parts = list(share.split(self._config.per_device_batch_size))
-        losses, right = [], []
-        for index, part in enumerate(parts):
-            synchronise = index == len(parts) - 1
-            with contextlib.nullcontext() if synchronise else self._accelerator.no_sync(self._model):
-                of_part, right_of_part = self._backward_part(part, step=step, micro_batch=index)
-                losses.append(of_part)
-                right.append(right_of_part)
-        return torch.cat(losses), torch.cat(right)
-
-    def _backward_part(
+    def _backward(
         self, part: ClipBatch, *, step: int, micro_batch: int
     ) -> tuple[Float[Tensor, " clips"], Bool[Tensor, " clips"]]:
+        """Return the loss of each clip, and whether it was answered right."""
         torch.manual_seed(draw_seed(self._config.seed, step=step, rank=self._ranks.rank, micro_batch=micro_batch))
         with self._stages.stage("to_device"):
             part = part.to(self._accelerator.device)
@@ -361,7 +359,7 @@ class Stepper:
             return
         training = self._model.training
         self._model.eval()  # no running statistics move
-        self._backward_part(next(share.split(self._config.per_device_batch_size)), step=0, micro_batch=0)
+        self._backward(next(share.split(self._config.per_device_batch_size)), step=0, micro_batch=0)
         self._model.train(training)
         self._optimizer.zero_grad(set_to_none=True)
         self._settled = True
@@ -373,7 +371,7 @@ class Stepper:
         for index, part in enumerate(share.split(self._config.per_device_batch_size)):
             self._optimizer.zero_grad(set_to_none=True)
             with self._accelerator.no_sync(self._model):
-                self._backward_part(part, step=step, micro_batch=index)
+                self._backward(part, step=step, micro_batch=index)
             grads = {name: whole(one.grad) for name, one in self._trained.items() if one.grad is not None}
             wrong = {name for name, grad in grads.items() if not bool(grad.isfinite().all())}
             keys += part.sample_ids if wrong else ()

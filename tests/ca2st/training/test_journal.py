@@ -86,15 +86,6 @@ def test_a_reader_of_a_living_journal_leaves_the_unfinished_line_out(tmp_path: P
     assert [line["event"] for line in read_events(path)] == ["start", "step"]
 
 
-def test_metrics_that_are_not_finite_become_null_and_are_named(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "j", attempt=1)
-    journal.write_metrics("eval", {"top1": 0.5, "mean_class": math.nan, "top5": math.inf}, step=3, split="validation")
-    journal.close()
-    line = next(read_events(tmp_path / "j"))
-    assert line["metrics"] == {"top1": 0.5, "mean_class": None, "top5": None}
-    assert line["not_finite"] == ["mean_class", "top5"]
-
-
 def test_a_loss_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j", attempt=1)
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -2,6 +2,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from torch import Tensor
 from ca2st.batch import ClipBatch
 from ca2st.durable import FaultPoints, InjectedFault
 from ca2st.errors import EnvironmentFault, UserInputError
+from ca2st.training import loop
 from ca2st.training.checkpoint import list_checkpoints, read_checkpoint, verify_checkpoint
 from ca2st.training.errors import (
     CheckpointDamagedError,
@@ -73,6 +75,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     run(tiny_settings(folder))
     return folder
+
+
+def test_metrics_that_are_not_finite_become_null_and_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"action_top1": 0.5, "verb_mean_class": math.nan, "verb_top5": math.inf}
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: found)
+    clean = {"action_top1": 0.5, "verb_mean_class": None, "verb_top5": None}
+    assert run(tiny_settings(tmp_path, max_steps=1)).metrics == clean
+    (line,) = events(tmp_path, "eval")
+    assert (line["metrics"], line["not_finite"]) == (clean, ["verb_mean_class", "verb_top5"])
 
 
 def test_a_run_trains_every_step_and_journals_what_arrived(undisturbed: Path) -> None:
