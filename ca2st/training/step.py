@@ -289,9 +289,8 @@ class Stepper:
                 right.append(right_of_part)
         with self._stages.stage("gather"):
             num_right = None if share.mixing is not None else int(torch.cat(right).sum())
-            losses_of_rank, right_of_rank = zip(
-                *self._ranks.gather((torch.cat(losses).tolist(), num_right)), strict=True
-            )
+            gathered = self._ranks.gather((torch.cat(losses).tolist(), num_right))
+        losses_of_rank, right_of_rank = zip(*gathered, strict=True)
         _check_losses(losses_of_rank, keys_of_rank, step)
         rate = self._schedule.at(step - 1)
         scaled_by = self.loss_scale.factor if self._config.precision == "fp16" else None
