@@ -2,8 +2,7 @@
 
 `scored_batches` is the one way from a model and a source to probabilities, a batch at a time: who needs them keeps them
 where they belong (a file, a page), and nothing here grows with the set. `evaluate` is the validation of a training: all
-ranks score their share and exchange counts, never predictions. In memory is then, beside the counts, 18 bytes per
-sample on every rank.
+ranks score their share and exchange counts and a few bytes per sample, never predictions.
 """
 
 import hashlib
@@ -111,7 +110,7 @@ def evaluate(
     Args:
         model: The model itself, not DistributedDataParallel around it; put in evaluation mode for the time.
         source: This rank's part of the set.
-        accelerator: Gives device, autocast and the other ranks.
+        accelerator: Gives device and autocast.
         targets: Classes of each target, in the order of the label columns.
         per_device_batch_size: Views of one forward pass.
         ranks: How this rank meets the others; None: without a clock for it.

@@ -15,7 +15,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -83,31 +83,28 @@ def open_sealed_json(data: bytes, where: str) -> dict[str, Any]:
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return the fields that differ, as ``path.of.field: was -> is``, sorted by path."""
-    before, after = flatten(was), flatten(now)
+    before, after = (
+        {path: json.dumps(leaf, sort_keys=True, ensure_ascii=False) for path, leaf in flatten(one).items()}
+        for one in (was, now)
+    )
     return [
-        f"{path}: {_shown(before, path)} -> {_shown(after, path)}"
+        f"{path}: {before.get(path, '(absent)')} -> {after.get(path, '(absent)')}"
         for path in sorted(before.keys() | after.keys())
-        if _shown(before, path) != _shown(after, path)
+        if before.get(path) != after.get(path)
     ]
 
 
 def flatten(document: Any, prefix: str = "") -> dict[str, Any]:
     """Return the leaves of a document by dotted path; list items are numbered, empty containers are leaves."""
-    items: list[tuple[str, Any]] = []
+    items: Iterable[tuple[Any, Any]] = ()
     if isinstance(document, Mapping):
-        items = [(str(key), value) for key, value in document.items()]
+        items = document.items()
     elif isinstance(document, list | tuple):
-        items = [(str(index), value) for index, value in enumerate(document)]
-    if not items:
-        return {prefix: document}
+        items = enumerate(document)
     leaves: dict[str, Any] = {}
     for key, value in items:
-        leaves |= flatten(value, f"{prefix}.{key}" if prefix else key)
-    return leaves
-
-
-def _shown(leaves: Mapping[str, Any], path: str) -> str:
-    return json.dumps(leaves[path], sort_keys=True, ensure_ascii=False) if path in leaves else "(absent)"
+        leaves |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return leaves or {prefix: document}
 
 
 _LOGGER = logging.getLogger(__name__)

@@ -262,15 +262,15 @@ class _Run:
 
     def keep_evidence(self, error: BaseException) -> None:
         """Write what a failure leaves: journal lines, and the clips whose numbers were not finite."""
+        facts: dict[str, Any] = {}
         if isinstance(error, errors.NonFiniteError):
             self._keep_clips(error)
-        if isinstance(error, errors.RunStoppedError):
-            self._log("end", status="stopped", step=self._step, error=str(error))
-            return
-        facts = {"keys": error.keys, "parameters": error.parameters} if isinstance(error, errors.NonFiniteError) else {}
-        notes = getattr(error, "__notes__", [])
-        self._log("fault", kind=type(error).__name__, step=self._step, error=str(error), notes=notes, **facts)
-        self._log("end", status="failed", step=self._step, error=str(error))
+            facts = {"keys": error.keys, "parameters": error.parameters}
+        status = "stopped" if isinstance(error, errors.RunStoppedError) else "failed"
+        if status == "failed":
+            notes = getattr(error, "__notes__", [])
+            self._log("fault", kind=type(error).__name__, step=self._step, error=str(error), notes=notes, **facts)
+        self._log("end", status=status, step=self._step, error=str(error))
 
     def _log(self, event: str, **fields: Any) -> None:
         """Write a journal line, on the main rank."""

@@ -14,9 +14,7 @@ Times are the host's. On a GPU `forward` and `backward` end when their work is q
 here that did not wait before, so the device's own time shows in the first stage that needs a number from it:
 ``gather``, which reads the losses. On a CPU every stage is what it says.
 
-`Heartbeat` tells the ranks of each other. A thread of every rank writes ``heartbeats/rank-<r>.json`` of the run folder,
-which all ranks see. A process that is stopped, hangs in the kernel or has lost its machine writes no more. Who waits
-too long in an exchange looks twice: a rank whose count of beats stands still is silent. No clocks are compared.
+`Heartbeat` tells the ranks of each other.
 """
 
 import errno
@@ -282,9 +280,12 @@ class Beat:
 class Heartbeat:
     """Beats while the block runs, and watches its own rank: a context manager, inert for a rank alone.
 
+    A thread writes ``heartbeats/rank-<r>.json`` of the run folder, which all ranks see. A process that is stopped,
+    hangs in the kernel or has lost its machine writes no more. Who waits too long looks twice: a rank whose count of
+    beats stands still is silent. No clocks are compared.
+
     When this rank has waited in one exchange for four fifths of the timeout, the stacks of its threads are dumped on
-    stderr with who is silent. A rank that others wait for so long, and that lives, dumps its own: they show what it
-    hangs in, be it a step, a validation or the writing of a checkpoint.
+    stderr with who is silent. A rank that others wait for so long, and that lives, dumps its own.
     """
 
     def __init__(

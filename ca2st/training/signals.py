@@ -38,10 +38,8 @@ class StopRequest:
 
 def stopped_error(signal_number: int, message: str) -> RunStoppedError:
     """Return the error that ends a run stopped by `signal_number`, with the shell's exit code for it."""
-    if signal_number == TIME_UP:
-        return TimeUpError(message)
-    kind = InterruptedRunError if signal_number == signal.SIGINT else TerminatedError
-    return kind(message)
+    kinds = {TIME_UP: TimeUpError, int(signal.SIGINT): InterruptedRunError}
+    return kinds.get(signal_number, TerminatedError)(message)
 
 
 @contextlib.contextmanager
