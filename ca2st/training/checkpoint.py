@@ -107,22 +107,24 @@ def list_checkpoints(root: Path) -> list[Path]:
 
     A later attempt started from what an earlier one left, so its checkpoints are the run's present.
     """
-    return sorted((path for path in _folders(root) if (path / MARKER_NAME).exists()), key=_age, reverse=True)
+    return [path for _, _, path in sorted(_folders(root), reverse=True) if (path / MARKER_NAME).exists()]
 
 
 def step_of_checkpoint(folder: Path) -> int:
     """Return the step in a checkpoint folder's name."""
-    return _age(folder)[1]
+    match = _FOLDER_PATTERN.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
 
 
 def last_attempt_of_checkpoints(root: Path) -> int:
     """Return the highest attempt number of any checkpoint folder, complete or not; 0 when there is none."""
-    return max((_age(path)[0] for path in _folders(root)), default=0)
+    return max((attempt for attempt, _, _ in _folders(root)), default=0)
 
 
 def sweep_partial(root: Path) -> list[Path]:
     """Remove folders whose writer or remover was killed; the caller holds the run's lock."""
-    partial = [path for path in _folders(root) if not (path / MARKER_NAME).exists()]
+    partial = [path for _, _, path in _folders(root) if not (path / MARKER_NAME).exists()]
     for path in partial:
         shutil.rmtree(path, ignore_errors=True)
     return partial
@@ -240,16 +242,12 @@ def _verified(path: Path, facts: Mapping[str, Any]) -> bytes:
     return data
 
 
-def _folders(root: Path) -> list[Path]:
+def _folders(root: Path) -> list[tuple[int, int, Path]]:
+    """Return attempt, step and path of every checkpoint folder, complete or not."""
     if not root.is_dir():
         return []
-    return [path for path in root.iterdir() if _FOLDER_PATTERN.fullmatch(path.name) and path.is_dir()]
-
-
-def _age(folder: Path) -> tuple[int, int]:
-    match = _FOLDER_PATTERN.fullmatch(folder.name)
-    assert match is not None
-    return int(match[2]), int(match[1])
+    named = [(_FOLDER_PATTERN.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir()]
+    return [(int(match[2]), int(match[1]), path) for match, path in named if match]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

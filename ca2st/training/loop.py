@@ -523,7 +523,8 @@ class _Run:
     def _write_on_main(self, state: Mapping[str, bytes]) -> checkpoint.SaveOutcome:
         record = self._settings.record
         files = {
-            **record.files(),
+            resume.RECIPE_FILE: canonical_json(record.recipe),
+            **{f"{name}.json": canonical_json(document) for name, document in record.documents.items()},
             **state,
             resume.LOADER_FILE: canonical_json(self._position(self._step)),
             resume.SCHEDULE_FILE: canonical_json(asdict(self._schedule)),

@@ -76,11 +76,6 @@ class RunRecord:
                 f"documents: expected names of a-z, 0-9, _ and - other than {', '.join(_RESERVED)}, found {wrong}"
             )
 
-    def files(self) -> dict[str, bytes]:
-        """Return the record's files in a checkpoint folder."""
-        extra = {f"{name}.json": canonical_json(document) for name, document in self.documents.items()}
-        return {RECIPE_FILE: canonical_json(self.recipe), **extra}
-
     @property
     def recipe_sha256(self) -> str:
         """Return the hash of ``recipe.json``."""
