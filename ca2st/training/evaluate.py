@@ -122,7 +122,7 @@ def evaluate(
     """
     ranks = ranks or Ranks(accelerator)
     tally = SampleTally()
-    scores_and_truth: list[tuple[Float[np.ndarray, "samples classes"], Bool[np.ndarray, "samples classes"]]] = []
+    scores_and_truth: list[_ScoresAndTruth] = []
 
     def score() -> tuple[MetricSums, SampleTally]:
         sums = MetricSums(targets)
@@ -144,10 +144,10 @@ def evaluate(
     return metrics | _mean_average_precision(scores_and_truth, ranks)
 
 
-def _mean_average_precision(
-    scores_and_truth: Sequence[tuple[Float[np.ndarray, "samples classes"], Bool[np.ndarray, "samples classes"]]],
-    ranks: Ranks,
-) -> dict[str, float]:
+_ScoresAndTruth = tuple[Float[np.ndarray, "samples classes"], Bool[np.ndarray, "samples classes"]]
+
+
+def _mean_average_precision(scores_and_truth: Sequence[_ScoresAndTruth], ranks: Ranks) -> dict[str, float]:
     """Return ``map`` over all ranks; nothing where no rank has samples of several labels.
 
     The ranking of all samples by a class cannot be added up from parts, so ranks exchange a few classes at a time.

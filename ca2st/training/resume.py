@@ -217,12 +217,12 @@ def collect_state(
             else:
                 scalars.setdefault(name, {})[key] = float(value)
     document: dict[str, Any] = {"state": scalars, "groups": _group_settings(optimizer)}
+    if loss_scale is not None:
+        document[_LOSS_SCALE] = dict(loss_scale)
     files = {
         MODEL_FILE: save({name: _portable(tensor) for name, tensor in trained_tensors(model).items()}),
         OPTIMIZER_FILE: save(tensors),
-        OPTIMIZER_SCALARS_FILE: canonical_json(
-            document if loss_scale is None else document | {_LOSS_SCALE: dict(loss_scale)}
-        ),
+        OPTIMIZER_SCALARS_FILE: canonical_json(document),
     }
     if average is not None:
         files[AVERAGE_FILE] = save({name: _portable(tensor) for name, tensor in average.items()})
@@ -250,8 +250,8 @@ def read_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, files: Map
         if name in expected and tensor.shape != expected[name].shape:
             problems.append(_shape_problem(label, expected[name], tensor))
     document = json.loads(files[OPTIMIZER_SCALARS_FILE])
-    groups = json.loads(canonical_json({"groups": _group_settings(optimizer)}))
-    problems += [f"optimizer {change}" for change in differences({"groups": document["groups"]}, groups)]
+    changed = differences({"groups": document["groups"]}, {"groups": _group_settings(optimizer)})
+    problems += [f"optimizer {change}" for change in changed]
     for name, scalars in document["state"].items():
         states.setdefault(name, {}).update({key: torch.tensor(value) for key, value in scalars.items()})
     problems += [f"{name}: optimizer state of a parameter that is not trained" for name in states.keys() - expected]
