@@ -107,8 +107,9 @@ def profiled(folder: Path, *, steps: int, rank: int) -> Iterator[Callable[[], No
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def export(profiler: torch.profiler.profile) -> None:
-        profiler.export_chrome_trace(str(path))
-        _LOGGER.info("trace of %d steps: %s", profiler.step_num - _UNPROFILED_STEPS, path)
+        if (recorded := profiler.step_num - _UNPROFILED_STEPS) > 0:
+            profiler.export_chrome_trace(str(path))
+            _LOGGER.info("trace of %d steps: %s", recorded, path)
 
     schedule = torch.profiler.schedule(wait=_UNPROFILED_STEPS - 1, warmup=1, active=steps, repeat=1)
     with torch.profiler.profile(schedule=schedule, on_trace_ready=export, acc_events=True) as profiler:
