@@ -119,11 +119,7 @@ def sha256_of_json(value: object) -> str:
 
 
 def checked(value: Any, kind: type[T] | types.GenericAlias, *, where: str) -> T:
-    """Return a value as `json.loads` gives it, as a value of the type `kind`; `where` names it in messages.
-
-    Raises:
-        DocumentError: it is of another type, here or deeper.
-    """
+    """Return a value as `json.loads` gives it, as a value of the type `kind`; raises as `parse_json`."""
     return cast(T, _checked(value, kind, where))
 
 

@@ -2,8 +2,7 @@
 
 Temporary name in the same folder that nobody can foresee and that must be new, flush, fsync, rename, fsync of the
 folder: after a crash a file is either complete under its final name or not there, and no symbolic link is written
-through. Sets of files (shards, checkpoints) are written in any
-order with their marker (manifest, COMPLETE.json) last.
+through. Sets of files (shards, checkpoints) are written in any order with their marker (manifest, COMPLETE.json) last.
 
 Standard library only: `sharding` and `pipelines` use it too.
 """
@@ -176,11 +175,7 @@ def write_bytes(path: Path, data: bytes, *, faults: FaultPoints = NO_FAULTS, poi
 
 
 def append_bytes(path: Path, data: bytes) -> None:
-    """Add `data` to the end of a file, made where there is none, and make it durable; a kill can leave a part of it.
-
-    Raises:
-        EnvironmentFault: the file cannot be written, or is a symbolic link.
-    """
+    """Add `data` durably to the end of a file, new or not; a kill can leave a part. Raises as `open_itself`."""
     try:
         with open_itself(path, "ab") as file:
             file.write(data)

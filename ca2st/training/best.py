@@ -25,7 +25,6 @@ class Score:
     metric: str
     value: float
     step: int
-    """Updates that the model had."""
     checkpoint: Path | None
     """Where that model is kept; None where it was cleared away."""
 

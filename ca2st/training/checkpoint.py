@@ -33,21 +33,15 @@ class CheckpointMarker:
     """Contents of ``COMPLETE.json``."""
 
     step: int
-    """Updates made."""
     attempt: int
-    """Attempt of the run that wrote it."""
     seed: int
-    """Seed of every draw."""
     global_batch_size: int
-    """Clips per step."""
     manifests: Mapping[str, str]
     """Fingerprint of each shard set's manifest, by role (``train``, ``validation``)."""
     recipe_sha256: str
-    """Hash of ``recipe.json``."""
     topology: Mapping[str, Any]
     """World size, device, micro-batch, CPU threads: bit-equal numbers are promised on the same topology only."""
     versions: Mapping[str, str]
-    """Library versions."""
     experts: Mapping[str, str] = field(default_factory=dict)
     """sha256 of each file of frozen weights in ``experts/`` of the run folder, by expert, or by what else is frozen."""
     start: Mapping[str, str] = field(default_factory=dict)
@@ -55,7 +49,6 @@ class CheckpointMarker:
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """``size`` and ``sha256`` of every other file in the folder."""
     format_version: int = FORMAT_VERSION
-    """Version of this layout."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

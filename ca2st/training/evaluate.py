@@ -41,11 +41,9 @@ class EvaluationSource(Protocol):
     @property
     def num_samples(self) -> int:
         """Return the samples of the whole set, over all ranks."""
-        ...
 
     def batches(self) -> Iterator[ClipBatch]:
         """Return this rank's views; the views of a sample share its key; padding is marked."""
-        ...
 
 
 @runtime_checkable
@@ -54,7 +52,6 @@ class NamesSamples(Protocol):
 
     def sample_ids(self) -> Iterable[str]:
         """Return the keys of all samples of the whole set."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,14 +60,12 @@ class Scored:
 
     sample_ids: tuple[str, ...]
     num_views: Int[np.ndarray, " samples"]
-    """Views of each."""
     labels: Int[np.ndarray, "samples columns"]
     """As the batches had them: a column a target; of several labels a column a class; without labels none."""
     probabilities: Mapping[str, Float[np.ndarray, "samples _"]]
     """By target: float32 `[samples, classes]`."""
     has_audio: Bool[np.ndarray, " samples"]
     labelling: Labelling = "one"
-    """How `labels` are to be read."""
 
     def __len__(self) -> int:
         return len(self.sample_ids)

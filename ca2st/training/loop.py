@@ -376,11 +376,7 @@ class _Run:
         self._stages.restart()
 
     def _updated(self, share: ClipBatch, keys_of_rank: Sequence[tuple[str, ...]]) -> StepResult:
-        """Make the next update; or, while there is budget, leave it out where its numbers are not finite.
-
-        Raises:
-            NonFiniteError: they are not, on any rank, and no more may be left out.
-        """
+        """Make the next update; or, while there is budget, leave it out where its numbers are not finite."""
         step, budget = self._step + 1, self._config.max_skipped_steps
         if budget == 0:
             return self._stepper.update(share, keys_of_rank, step=step)

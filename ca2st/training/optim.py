@@ -34,7 +34,6 @@ class LearningRateSchedule:
     """Linear warm-up from 0 to `peak`, then a half cosine to `minimum`, per step."""
 
     peak: float
-    """Rate at the end of the warm-up."""
     minimum: float
     """Rate that the cosine reaches at `total_steps`."""
     warmup_steps: int

@@ -256,11 +256,8 @@ class Whereabouts:
     """Where a rank stands."""
 
     step: int
-    """Updates made."""
     stage: str
-    """What its `StageClock` stands in."""
     seconds: float
-    """How long it has been in it."""
     keys: tuple[str, ...] = ()
     """Samples it works on, where they are known."""
 
@@ -274,7 +271,6 @@ class Beat:
     """One rank's file."""
 
     count: int
-    """Beats so far."""
     where: Whereabouts
 
 

@@ -114,7 +114,6 @@ class RunStart:
     folder: Path | None
     """Checkpoint to resume, verified; None starts at step 0."""
     step: int
-    """Updates already made."""
     damaged: tuple[str, ...]
     """Newer checkpoints passed over because their bytes are damaged: what and where."""
     changes: tuple[str, ...]
@@ -273,11 +272,7 @@ def put_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, state: Trai
 
 
 def read_model_tensors(model: nn.Module, *, data: bytes) -> dict[str, Tensor]:
-    """Parse ``model.safetensors`` of a checkpoint and check it against the model's trained tensors.
-
-    Raises:
-        CheckpointMismatchError: as `read_state`.
-    """
+    """Parse ``model.safetensors`` of a checkpoint and check it against the model; raises as `read_state`."""
     tensors, expected = load(data), trained_tensors(model)
     problems = [f"{name}: missing from the checkpoint" for name in expected.keys() - tensors.keys()]
     problems += [f"{name}: in the checkpoint, not trained here" for name in tensors.keys() - expected.keys()]

@@ -39,11 +39,8 @@ class TrainingSettings:
     folder: Path
     """The run's folder: journal, checkpoints, lock."""
     config: TrainingConfig
-    """Length, batch, cadence, precision."""
     optim: OptimConfig
-    """AdamW, schedule, smoothing."""
     rules: ParameterRules
-    """Layers and decay of the model's parameters."""
     targets: Mapping[str, int]
     """Number of classes by target, in the order of the batches' label columns."""
     labelling: Labelling = "one"
@@ -73,11 +70,7 @@ class TrainingSettings:
         return identity(self.record, seed=self.config.seed, global_batch_size=self.config.global_batch_size)
 
     def schedule(self, steps_per_epoch: int) -> LearningRateSchedule:
-        """Return the learning rate of every step.
-
-        Raises:
-            UserInputError: a warm-up longer than the run.
-        """
+        """Return the learning rate of every step; raises as `schedule_for`."""
         return schedule_for(
             self.optim,
             global_batch_size=self.config.global_batch_size,
@@ -119,9 +112,7 @@ class TrainingResult:
     """What a finished run leaves."""
 
     steps: int
-    """Updates made in all attempts together."""
     checkpoint: Path
-    """Folder of the last checkpoint."""
     metrics: Mapping[str, float | None]
     """Last validation metrics; empty without a validation set."""
     best: Score | None

@@ -93,11 +93,9 @@ class TrainSource(Protocol):
     @property
     def steps_per_epoch(self) -> int:
         """Return steps of one epoch; the same on every rank."""
-        ...
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[ClipBatch]:
         """Yield this rank's share of each step of `epoch` from `first_step` on; closing it frees its threads."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
