@@ -62,7 +62,7 @@ class FaultPoints:
         parts = text.split(":")
         known = get_args(FaultKind)
         point, nth, kind, rank = (*parts, *("", "", "kill", "")[len(parts) :])[:4]
-        if len(parts) not in (2, 3, 4) or not nth.isdigit() or kind not in known or not (rank or "0").isdigit():
+        if len(parts) not in (2, 3, 4) or not nth.isdecimal() or kind not in known or not (rank or "0").isdecimal():
             raise UserInputError(
                 f"CA2ST_FAULT: expected point:nth[:kind[:rank]] with kind one of {', '.join(known)}, found {text!r}"
             )

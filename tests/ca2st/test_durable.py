@@ -88,7 +88,7 @@ def test_an_enospc_fault_is_the_error_of_a_full_disk() -> None:
     assert caught.value.errno == errno.ENOSPC
 
 
-@pytest.mark.parametrize("text", ["here", "here:x", "here:1:explode", "a:1:kill:more"])
+@pytest.mark.parametrize("text", ["here", "here:x", "here:²", "here:1:explode", "a:1:kill:more"])
 def test_fault_texts_of_another_form_are_refused(text: str) -> None:
     with pytest.raises(UserInputError, match="expected point:nth"):
         FaultPoints.parse(text)
