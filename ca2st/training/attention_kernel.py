@@ -60,6 +60,7 @@ Seconds = Callable[[AttentionShape, str], float | None]
 def attention_shapes(model: HolisticModel, *, num_clips: int) -> dict[str, AttentionShape]:
     """Return the shape of every attention in a pass over `num_clips`, by the name of its `Attend`."""
     clip, shapes = model.clip, dict[str, AttentionShape]()
+    # on the meta device nothing is held or computed: a pass costs milliseconds, whatever the model
     with torch.device("meta"), torch.no_grad():
         outline = build_model(model.config, clip, model.targets)
         for name, module in outline.named_modules():

@@ -299,6 +299,7 @@ class CheckpointKeeper:
         old = [folder for folder in folders if folder not in kept]
         if not old:
             return []
+        # a disk that kept less than it said must not cost the older checkpoints too
         try:
             verify_checkpoint(folders[0])
         except CA2STError as error:

@@ -65,6 +65,7 @@ def box_mask(boxes: Tensor, height: int, width: int) -> Bool[Tensor, "batch {hei
 
 def _blended(own: Tensor, share: Tensor) -> Tensor:
     weight = on_device(share, own.device).to(own.dtype).view(-1, *(1 for _ in own.shape[1:]))
+    # `where`: a sum alone would take 0 * NaN from a partner of which nothing is taken
     return torch.where(weight < 1, own * weight + partners(own) * (1 - weight), own)
 
 

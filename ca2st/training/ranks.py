@@ -170,6 +170,7 @@ class Ranks:
                 error.add_note(f"on rank {self.rank}")
             code = error.exit_code if isinstance(error, CA2STError) else CA2STError.exit_code
             failure = (type(error).__name__, str(error), code)
+        # every rank comes here, failed or not: one that raised at once would leave the others waiting
         outcomes = self.gather((value, failure))
         if error is not None:
             raise error

@@ -142,6 +142,7 @@ class Intake:
                     return
 
     def _take(self, batches: Iterator[ClipBatch], *, where: str) -> StepIntake:
+        # the clips stay on their rank: only what `receive` returns is exchanged
         share: ClipBatch | None = None
         stages = self._ranks.stages
 
@@ -303,7 +304,7 @@ class Stepper:
     def _optimize(self, share: ClipBatch, *, rate: float, step: int) -> float | None:
         """Check the gradient, clip it, update; returns its norm before clipping, None where it overflowed."""
         gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
-        if self.loss_scale.factor != 1:
+        if self.loss_scale.factor != 1:  # a power of two: exact
             for gradient in gradients:
                 gradient.mul_(1 / self.loss_scale.factor)
         norm = float(whole(torch.nn.utils.get_total_norm(gradients)))
