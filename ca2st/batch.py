@@ -67,11 +67,11 @@ class ClipBatch:
     mel: Float[Tensor, "batch rows bins"]
     """Log-mel spectrogram crops, already normalised; all zeros where `has_audio` is false."""
     intervals_seconds: Float[Tensor, "batch intervals 2"]
-    """(start, end) in seconds from the first moment of the sample: row 0 the spectrogram crop's, then one row a
+    """(start, end) in seconds from the first moment of the sample: row 0 the spectrogram crop's, then one row per
     pair of frames: the times of frames 2k and 2k+1. `intervals` = 1 + time / 2."""
     labels: Int[Tensor, "batch columns"]
-    """Class indices, one column a target (verb, noun, ...), in the order of the recipe's targets; of several labels a
-    clip a column a class of the one target, 1 where it applies and 0 elsewhere; without labels no column."""
+    """Class indices, one column per target (verb, noun, ...), in the order of the recipe's targets; of several labels
+    per clip one column per class of the one target, 1 where it applies and 0 elsewhere; without labels no column."""
     sample_ids: tuple[str, ...]
     """Keys of the samples; the views of one sample repeat its key."""
     has_audio: Bool[Tensor, " batch"]
@@ -124,7 +124,9 @@ class ClipBatch:
         """
         for start in range(0, self.num_clips, num_clips):
             part = slice(start, start + num_clips)
-            mixing = self.mixing and Mixing(**{name: getattr(self.mixing, name)[part] for name in MIXING_FIELDS})
+            mixing = None
+            if self.mixing is not None:
+                mixing = Mixing(**{name: getattr(self.mixing, name)[part] for name in MIXING_FIELDS})
             tensors: dict[str, Any] = {name: getattr(self, name)[part] for name in _TENSORS}
             yield replace(self, **tensors, sample_ids=self.sample_ids[part], mixing=mixing)
 

@@ -239,8 +239,8 @@ def _folders(root: Path) -> list[tuple[int, int, Path]]:
     """Return attempt, step and path of every checkpoint folder, complete or not."""
     if not root.is_dir():
         return []
-    named = [(_FOLDER_PATTERN.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir()]
-    return [(int(match[2]), int(match[1]), path) for match, path in named if match]
+    named = [(_FOLDER_PATTERN.fullmatch(path.name), path) for path in root.iterdir()]
+    return [(int(match[2]), int(match[1]), path) for match, path in named if match and path.is_dir()]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ca2st.errors import UserInputError, check_literals
 
@@ -41,7 +41,7 @@ class OptimConfig:
         _check(self, lambda x: 0 < x <= 1, "a number in (0, 1]", "layer_decay")
         _check(self, lambda x: 0 <= x <= self.base_lr, f"a number in [0, base_lr = {self.base_lr}]", "min_lr")
         _check(self, lambda x: 0 <= x < 1, "a number in [0, 1)", "label_smoothing")
-        _check(self, _positive, "a finite number > 0, or none", "clip_grad_norm")
+        _check(self, _or_none(_positive), "a finite number > 0, or none", "clip_grad_norm")
         for beta in self.betas:
             if not 0 <= beta < 1:
                 raise UserInputError(f"betas: expected two numbers in [0, 1), found {beta}")
@@ -126,13 +126,20 @@ class TrainingConfig:
         _check(self, _at_least_one, "an integer >= 1", "checkpoint_every_steps", "keep_checkpoints")
         _check(self, _not_negative, "an integer >= 0", "validate_every_epochs", "keep_best")
         _check(self, _not_negative, "an integer >= 0", "max_skipped_steps", "profile_steps")
-        _check(self, _at_least_one, "an integer >= 1, or none", "max_steps", "validate_every_steps", "early_stopping")
+        _check(
+            self,
+            _or_none(_at_least_one),
+            "an integer >= 1, or none",
+            "max_steps",
+            "validate_every_steps",
+            "early_stopping",
+        )
         _check(self, lambda x: 0 <= x < 2**63, "an integer in [0, 2**63)", "seed")
         _check(self, _not_negative, "a finite number >= 0", "least_improvement")
         _check(self, _positive, "a finite number > 0", "grace_seconds", "collective_timeout_seconds")
-        _check(self, _positive, "a finite number > 0, or none", "max_hours")
-        _check(self, lambda x: 0 < x <= 1, "a share, 0 < x <= 1, or none", "stop_at_fit")
-        _check(self, lambda x: 0 < x < 1, "a number in (0, 1), or none", "ema_decay")
+        _check(self, _or_none(_positive), "a finite number > 0, or none", "max_hours")
+        _check(self, _or_none(lambda x: 0 < x <= 1), "a share, 0 < x <= 1, or none", "stop_at_fit")
+        _check(self, _or_none(lambda x: 0 < x < 1), "a number in (0, 1), or none", "ema_decay")
         check_literals(self)
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -141,12 +148,15 @@ class TrainingConfig:
         return whole if self.max_steps is None else min(whole, self.max_steps)
 
 
-def _check(settings: object, accepts: Callable[[float], bool], expected: str, *names: str) -> None:
-    """Refuse a value of the settings `names` that is neither none nor accepted."""
+def _check(settings: object, accepts: Callable[[Any], bool], expected: str, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
-        if value is not None and not accepts(value):
+        if not accepts(value):
             raise UserInputError(f"{name}: expected {expected}, found {value}")
+
+
+def _or_none(accepts: Callable[[float], bool]) -> Callable[[float | None], bool]:
+    return lambda value: value is None or accepts(value)
 
 
 def _at_least_one(value: float | int) -> bool:

@@ -61,7 +61,7 @@ class Scored:
     sample_ids: tuple[str, ...]
     num_views: Int[np.ndarray, " samples"]
     labels: Int[np.ndarray, "samples columns"]
-    """As the batches had them: a column a target; of several labels a column a class; without labels none."""
+    """As the batches had them: one column per target; of several labels one per class; without labels none."""
     probabilities: Mapping[str, Float[np.ndarray, "samples _"]]
     """By target: float32 `[samples, classes]`."""
     has_audio: Bool[np.ndarray, " samples"]

@@ -145,7 +145,8 @@ def _open(
         stack.enter_context(journal.closed_at_the_end(log))
         return start
 
-    return ranks.on_main(open_on_main), log
+    start = ranks.on_main(open_on_main)
+    return start, log
 
 
 class _Run:

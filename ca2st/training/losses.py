@@ -125,7 +125,7 @@ def check_targets(logits: Iterable[str], targets: tuple[str, ...]) -> None:
     if missing or not targets:
         raise UserInputError(
             f"targets: expected among the model's heads ({', '.join(heads)}), found {', '.join(missing) or 'none'}; "
-            "build the model with one head a target"
+            "build the model with one head per target"
         )
 
 
@@ -136,11 +136,11 @@ def check_label_range(
     num_classes: Mapping[str, int],
     labelling: Labelling = "one",
 ) -> None:
-    """Refuse labels outside the heads' classes, naming the first sample; of several labels a clip, other columns.
+    """Refuse labels outside the heads' classes, naming the first sample; of several labels per clip, other columns.
 
     Raises:
-        LabelRangeError: a label is negative or not less than its head's number of classes, or of several labels a clip
-            there is not a column for each class.
+        LabelRangeError: a label is negative or not less than its head's number of classes, or of several labels per
+            clip there is not a column for each class.
     """
     if labelling == "none":
         return

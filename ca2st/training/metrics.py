@@ -121,11 +121,10 @@ def _above_thresholds(
 
 def class_rankings(
     scores: Float[np.ndarray, "samples classes"],
-    truth: Int[np.ndarray, " samples"] | Bool[np.ndarray, "samples classes"],
+    truth: Bool[np.ndarray, "samples classes"],
 ) -> list[Ranking]:
-    """Return the ranking of each class; `truth` is one label per sample, or which classes each sample has."""
-    has_class = truth if truth.ndim == 2 else truth[:, None] == np.arange(scores.shape[1])
-    return [class_ranking(*columns) for columns in zip(scores.T, has_class.T, strict=True)]
+    """Return the ranking of each class; `truth` says which classes each sample has."""
+    return [class_ranking(*columns) for columns in zip(scores.T, truth.T, strict=True)]
 
 
 def ranking_metrics(rankings: Sequence[Ranking]) -> dict[str, float]:
@@ -307,7 +306,7 @@ def target_prefix(target: str, targets: Sequence[str]) -> str:
 def main_metric(targets: Sequence[str], *, labelling: Labelling = "one") -> str:
     """Return the name of the metric that stands for a run: ``top1``, ``action_top1``, or the first target's.
 
-    Of several labels a sample it is ``map``: the likeliest class alone says little there.
+    Of several labels per sample it is ``map``: the likeliest class alone says little there.
     """
     if labelling == "several":
         return "map"

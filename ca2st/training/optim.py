@@ -113,7 +113,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, rules: ParameterRu
             raise ParameterRuleError(
                 f"layer of {name}: expected 0..{rules.num_layers - 1}, found {layer}; fix the model's layer_index"
             )
-        scale = 1.0 if layer is None else config.layer_decay ** (rules.num_layers - layer)
+        # a recipe may say 1 for 1.0: checkpoints always have a float, or a resume would find another optimizer
+        scale = 1.0 if layer is None else float(config.layer_decay ** (rules.num_layers - layer))
         decay = 0.0 if _is_undecayed(name, parameter, rules) else config.weight_decay
         members.setdefault((scale, decay), []).append(name)
     groups = [

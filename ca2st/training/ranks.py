@@ -134,7 +134,8 @@ class SourceCounts:
         Work is counted where it ended: the threads run ahead, so a step's line may hold the decoding of a later batch.
         """
         stats = getattr(self._source, "stats", None)
-        before, self._before = self._before, {} if stats is None else dict(stats.totals())
+        before = self._before
+        self._before = {} if stats is None else dict(stats.totals())
         return {name: total - before.get(name, 0) for name, total in self._before.items()}
 
 

@@ -83,15 +83,19 @@ class RunRecord:
 
 
 def identity(record: RunRecord, *, seed: int, global_batch_size: int) -> dict[str, Any]:
-    """Return what must not change in a run's life, as one document."""
+    """Return what must not change in a run's life, as one document.
+
+    Raises:
+        ValueError, TypeError: recipe or loader are no JSON; known here before the first step, not at the first save.
+    """
     return {
         "seed": seed,
         "global_batch_size": global_batch_size,
         "manifests": dict(record.manifests),
         "experts": dict(record.experts),
         "start": dict(record.start),
-        "loader": dict(record.loader),
-        "recipe": dict(record.recipe),
+        "loader": json.loads(canonical_json(record.loader)),
+        "recipe": json.loads(canonical_json(record.recipe)),
     }
 
 

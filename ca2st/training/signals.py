@@ -54,7 +54,7 @@ def stop_on_signals(*, grace_seconds: float) -> Iterator[StopRequest]:
     reader, writer = socket.socketpair()
     for end in (reader, writer):
         end.setblocking(False)
-    previous = {number: signal.signal(number, lambda number, _frame: stop.request(number)) for number in STOPPING}
+    previous = {number: signal.signal(number, lambda came, _frame: stop.request(came)) for number in STOPPING}
     # handlers run in the main thread, which may hang in native code; this byte reaches the watchdog all the same
     previous_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     watchdog = threading.Thread(target=_watch, args=(reader, grace_seconds), name="stop-watchdog", daemon=True)

@@ -27,7 +27,7 @@ class TinyOutput(NamedTuple):
 
 
 class TinyModel(nn.Module):
-    """A frozen expert, two trained layers with dropout, a position table, running statistics, one head a target."""
+    """A frozen expert, two trained layers with dropout, a position table, running statistics, one head per target."""
 
     def __init__(self, *, seed: int = 0, classes: dict[str, int] = TARGETS, dropout: float = 0.3) -> None:
         super().__init__()

@@ -100,6 +100,21 @@ def test_the_newest_is_the_last_attempts_last_step(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path / "none") == []
 
 
+def test_what_has_another_name_is_not_even_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link beside the checkpoints may lead where this user may not look."""
+    save(tmp_path, 30, 1)
+    (tmp_path / "latest").symlink_to("/elsewhere")
+    is_dir = Path.is_dir
+
+    def is_dir_or_forbidden(path: Path) -> bool:
+        if path.name == "latest":
+            raise PermissionError(path)
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", is_dir_or_forbidden)
+    assert names(tmp_path) == ["step-30.attempt-1"]
+
+
 WRITE_POINTS = [
     "checkpoint.folder",
     "checkpoint.model.safetensors.written",

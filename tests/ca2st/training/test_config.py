@@ -44,6 +44,13 @@ def test_a_wrong_training_setting_is_refused_by_name(field: str, value: object) 
         TrainingConfig(**{field: value})
 
 
+@pytest.mark.parametrize("field", ["base_lr", "weight_decay", "eps", "layer_decay", "warmup_epochs", "label_smoothing"])
+def test_only_a_setting_that_may_be_none_takes_none(field: str) -> None:
+    with pytest.raises(TypeError):
+        OptimConfig(**{field: None})
+    assert OptimConfig(clip_grad_norm=None).clip_grad_norm is None
+
+
 def test_max_steps_cuts_a_run_short_and_never_lengthens_it() -> None:
     assert TrainingConfig(epochs=3).total_steps(10) == 30
     assert TrainingConfig(epochs=3, max_steps=7).total_steps(10) == 7

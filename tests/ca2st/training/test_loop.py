@@ -560,7 +560,7 @@ def test_ranks_exchange_gradients_after_the_last_micro_batch_of_a_step_alone(
 
     monkeypatch.setattr(Accelerator, "no_sync", recorded_no_sync)
     monkeypatch.setattr(Accelerator, "backward", recorded_backward)
-    run(tiny_settings(tmp_path, max_steps=2))  # six clips a step, four a micro-batch
+    run(tiny_settings(tmp_path, max_steps=2))  # six clips per step, four per micro-batch
     assert apart == [True, False] * 2
 
 
@@ -592,6 +592,17 @@ def test_the_record_and_its_documents_are_in_every_checkpoint(tmp_path: Path) ->
         "step_in_epoch": 1,
         "steps_per_epoch": 4,
     }
+
+
+@pytest.mark.parametrize("field", ["recipe", "loader"])
+@pytest.mark.parametrize("value", [math.inf, Path("clips")])
+def test_a_record_that_no_checkpoint_could_hold_is_refused_before_the_first_step(
+    tmp_path: Path, field: str, value: object
+) -> None:
+    settings = tiny_settings(tmp_path)
+    with pytest.raises((ValueError, TypeError), match="JSON"):
+        run(replace(settings, record=replace(settings.record, **{field: {"data": value}})))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_documents_that_would_hide_a_file_of_ours_are_refused(tmp_path: Path) -> None:

@@ -85,6 +85,15 @@ def test_an_optimizer_of_other_rules_is_refused() -> None:
         read_state(model, other, files=files)
 
 
+@pytest.mark.parametrize(("saved_under", "now"), [(1, 1.0), (1.0, 1)])
+def test_a_layer_decay_of_1_is_the_same_as_of_1_0(saved_under: float, now: float) -> None:
+    model = TinyModel()
+    files = collect_state(model, build_optimizer(model, OptimConfig(layer_decay=saved_under), rules=tiny_rules()))
+    optimizer = build_optimizer(model, OptimConfig(layer_decay=now), rules=tiny_rules())
+    read_state(model, optimizer, files=files)
+    assert {str(group["lr_scale"]) for group in optimizer.param_groups} == {"1.0"}
+
+
 def test_scalars_are_exact_json_and_no_tensor_is_pickled() -> None:
     model, optimizer = trained_pair(num_updates=3)
     files = collect_state(model, optimizer)
