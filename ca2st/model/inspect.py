@@ -260,7 +260,7 @@ def record_attention(model: HolisticModel) -> Iterator[list[AttentionMap]]:
         for number, layer in enumerate(model.layers, start=1):
             for module in layer.modules():
                 if isinstance(module, DirectedAttention):
-                    hook = _Recorder(model, module.direction, number, maps)
+                    hook = partial(_record, model, number, module.direction, maps)
                     hooks.callback(module.attention.register_forward_hook(hook).remove)
         yield maps
 
@@ -270,40 +270,28 @@ def has_cross_attention(model: HolisticModel) -> bool:
     return any(isinstance(module, DirectedAttention) for module in model.layers.modules())
 
 
-@dataclass(frozen=True, slots=True)
-class _Recorder:
-    """The forward hook of one direction of one layer."""
-
-    model: HolisticModel
-    direction: Direction
-    layer: int
-    maps: list[AttentionMap]
-
-    @torch.no_grad()
-    def __call__(self, attention: nn.Module, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
-        assert isinstance(attention, CrossAttention)
-        queries, keys = inputs
-        given, entropy, num_keys = attend(
-            attention,
-            queries,
-            keys,
-            query_places=self._places(self.direction.queries, queries),
-            key_places=self._places(self.direction.keys, keys),
-        )
-        self.maps.append(
-            AttentionMap(
-                layer=self.layer,
-                direction=self.direction,
-                given=given.cpu(),
-                entropy_bits=entropy.cpu(),
-                num_keys=num_keys,
-            )
-        )
-
-    def _places(self, expert: str, patches: Tensor) -> TokenPlaces:
-        if expert == "audio":
-            return audio_places(*audio_patches(self.model.config, self.model.clip))
-        return visual_places(patches.shape[1], patches.shape[2])
+@torch.no_grad()
+def _record(
+    model: HolisticModel,
+    layer: int,
+    direction: Direction,
+    maps: list[AttentionMap],
+    attention: nn.Module,
+    inputs: tuple[Tensor, Tensor],
+    _: Tensor,
+) -> None:
+    """Append the map of one direction of one layer; the last three arguments are those of a forward hook."""
+    assert isinstance(attention, CrossAttention)
+    query_places, key_places = (
+        audio_places(*audio_patches(model.config, model.clip))
+        if expert == "audio"
+        else visual_places(patches.shape[1], patches.shape[2])
+        for expert, patches in zip((direction.queries, direction.keys), inputs, strict=True)
+    )
+    given, entropy, num_keys = attend(attention, *inputs, query_places=query_places, key_places=key_places)
+    maps.append(
+        AttentionMap(layer=layer, direction=direction, given=given.cpu(), entropy_bits=entropy.cpu(), num_keys=num_keys)
+    )
 
 
 def attend(
@@ -328,7 +316,9 @@ def attend(
     given = q.new_zeros(q.shape[0], query_places.num_times * num_cells)
     entropy = q.new_zeros(q.shape[0])
     for windows, part in _chunks(q, num_keys=k.shape[3]):
-        weights = _weights(q[:, :, windows, part], k[:, :, windows])
+        with torch.autocast(q.device.type, enabled=False):  # the model may run under it; the maps stay float32
+            scores = q[:, :, windows, part] @ k[:, :, windows].transpose(-1, -2) * q.shape[-1] ** -0.5
+            weights = scores.softmax(dim=-1)
         entropy += torch.special.entr(weights).sum(dim=(1, 2, 3, 4))
         slots = times[windows, part, None] * num_cells + cells[windows, None, :]
         given.index_add_(1, slots.flatten(), weights.mean(dim=1).flatten(start_dim=1))
@@ -361,14 +351,6 @@ def window_tokens(
         return rearrange(grouped, "windows 1 tokens 1 -> windows tokens").long()
 
     return tokens(query_grid), tokens(key_grid)
-
-
-def _weights(
-    q: Float[Tensor, "batch heads windows queries head_dim"], k: Float[Tensor, "batch heads windows keys head_dim"]
-) -> Float[Tensor, "batch heads windows queries keys"]:
-    with torch.autocast(q.device.type, enabled=False):  # the model may run under it; the maps stay float32
-        scores: Tensor = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        return scores.softmax(dim=-1)
 
 
 def _chunks(

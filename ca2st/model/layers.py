@@ -25,8 +25,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ca2st.model.attention import CrossAttention, Grouping, new_linear, with_zero_gradients, zero_linear
-from ca2st.model.config import Bridge, BridgeName, Direction, ExpertName, Fusion, ModelConfig, Positions, encoder_of
+from ca2st.model.attention import CrossAttention, new_linear, with_zero_gradients, zero_linear
+from ca2st.model.config import Bridge, BridgeName, Direction, ExpertName, ModelConfig, Positions, encoder_of
 from ca2st.model.experts import Adapter, EncoderLayer, Expert
 from ca2st.model.tokens import LearnedPositions, TimeCodes, TokenGrid
 
@@ -70,13 +70,6 @@ class Bottleneck(nn.Module):
         self.activation = nn.GELU()
         self.up = zero_linear(width, dim) if widens else None
 
-    def narrow(
-        self, tokens: Float[Tensor, "batch sequences tokens dim"]
-    ) -> Float[Tensor, "batch sequences tokens width"]:
-        """Apply down: what cross-attention works on."""
-        narrowed: Tensor = self.down(tokens)
-        return narrowed
-
     def widen(
         self, tokens: Float[Tensor, "batch sequences tokens width"]
     ) -> Float[Tensor, "batch sequences tokens dim"]:
@@ -101,8 +94,12 @@ class DirectedAttention(nn.Module):
         self.direction = direction
         self.uses_time_codes = positions == "time_codes"
         width, num_heads = config.bottleneck_dim, config.num_heads
-        grouping = _grouping(config, direction, grids)
-        self.attention = CrossAttention(width, num_heads, window=direction.window, grouping=grouping)
+        # A finer ResNet map is grouped over the tokens by squares; over a coarser one the tokens are, as configured.
+        finer = max((direction.queries, direction.keys), key=lambda expert: grids[expert].num_patches)
+        square = encoder_of(config, finer) == "resnet50" or config.resnet_grouping == "square"
+        self.attention = CrossAttention(
+            width, num_heads, window=direction.window, grouping="square" if square else "raster"
+        )
         self.query_positions: LearnedPositions | None = None
         self.key_positions: LearnedPositions | None = None
         if positions == "learned":
@@ -163,7 +160,7 @@ class BottleneckCrossAttention(nn.Module):
         narrow: dict[ExpertName, Tensor] = {}
         for name in whole | self.bridge.updated:
             rows = tokens[name] if name in whole else self.grids[name].prefix(tokens[name])
-            narrow[name] = self.norms[name](bottlenecks[name].narrow(rows))
+            narrow[name] = self.norms[name](bottlenecks[name].down(rows))
         updates: dict[ExpertName, Tensor] = {}
         for direction in directions:
             listener, speaker = direction.queries, direction.keys
@@ -177,15 +174,6 @@ class BottleneckCrossAttention(nn.Module):
                 heard = with_zero_gradients(grid.prefix(narrow[listener]), idle, unheard)
             updates[listener] = bottlenecks[listener].widen(heard)
         return updates
-
-
-def _grouping(config: ModelConfig, direction: Direction, grids: Mapping[ExpertName, TokenGrid]) -> Grouping:
-    """Group a finer ResNet map over the tokens by squares; for a coarser one group the tokens as configured."""
-    sides = (direction.queries, direction.keys)
-    finer = max(sides, key=lambda expert: grids[expert].num_patches)
-    if encoder_of(config, finer) == "resnet50" or config.resnet_grouping == "square":
-        return "square"
-    return "raster"
 
 
 class LateralConnection(nn.Module):
@@ -235,13 +223,6 @@ def _matched(
         if speaker.shape[axis] != listener.shape[axis]:
             speaker = speaker.mean(dim=axis, keepdim=True)
     return speaker
-
-
-EXCHANGES: dict[Fusion, type[BottleneckCrossAttention | LateralConnection]] = {
-    "cross_attention": BottleneckCrossAttention,
-    "lateral": LateralConnection,
-}
-"""The ways of fusion that exchange tokens between layers; the others have no bridges."""
 
 
 class AdaptedHalves(nn.Module):
@@ -323,7 +304,7 @@ class HolisticLayer(nn.Module):
         self, config: ModelConfig, experts: Mapping[ExpertName, Expert], bridges: Sequence[Bridge], *, index: int
     ) -> None:
         super().__init__()
-        rate = config.drop_path_rates()[index]
+        rate = config.drop_path_rate * index / max(config.depth - 1, 1)
         grids = {name: expert.grid_at(index) for name, expert in experts.items()}
         self.parallel = config.combination == "parallel"
         self.shared_bottleneck = config.shared_bottleneck
@@ -336,9 +317,11 @@ class HolisticLayer(nn.Module):
                 }
             ),
         )
-        exchange = EXCHANGES[config.fusion] if bridges else BottleneckCrossAttention
-        narrowed = bridges if exchange is BottleneckCrossAttention else ()
-        self.bottlenecks = cast("Mapping[str, Bottleneck]", _bottlenecks(config, narrowed, grids))
+        lateral = config.fusion == "lateral"
+        exchange: type[BottleneckCrossAttention | LateralConnection] = (
+            LateralConnection if lateral else BottleneckCrossAttention
+        )
+        self.bottlenecks = cast("Mapping[str, Bottleneck]", _bottlenecks(config, () if lateral else bridges, grids))
         self.bridges = cast(
             "Mapping[BridgeName, BottleneckCrossAttention | LateralConnection]",
             nn.ModuleDict({bridge.name: exchange(config, bridge, grids) for bridge in bridges}),
@@ -386,7 +369,7 @@ class HolisticLayer(nn.Module):
         for bridge in self.bridges.values():
             updates = bridge(tokens, self.bottlenecks_of(bridge.bridge), codes, live)
             if audio_keys is not None and "audio" in bridge.bridge.experts:
-                updates = {name: _heard(name, update, audio_keys) for name, update in updates.items()}
+                updates |= {name: only_where(audio_keys, update) for name, update in updates.items() if name != "audio"}
             tokens = tokens | {name: self._updated(tokens[name], update) for name, update in updates.items()}
         return tokens
 
@@ -438,11 +421,6 @@ def only_where(mask: Bool[Tensor, " batch"], value: Tensor, other: Tensor | None
     return torch.where(mask.view(-1, *[1] * (value.ndim - 1)), value, value.new_zeros(()) if other is None else other)
 
 
-def _heard(expert: ExpertName, update: Tensor, audio_keys: Tensor) -> Tensor:
-    """What an expert gets in a bridge with the audio expert: it itself goes on to see."""
-    return update if expert == "audio" else only_where(audio_keys, update)
-
-
 def bottleneck_name(bridge: BridgeName, expert: ExpertName, *, shared: bool) -> str:
     """Return the name of the down/up pair that `expert` uses in `bridge`: one for all its bridges, or one for each."""
     return expert if shared else f"{expert}_in_{bridge}"
@@ -452,15 +430,15 @@ def _bottlenecks(
     config: ModelConfig, bridges: Sequence[Bridge], grids: Mapping[ExpertName, TokenGrid]
 ) -> nn.ModuleDict:
     experts: dict[str, ExpertName] = {}
-    widens: dict[str, bool] = {}
+    widening: set[str] = set()
     for bridge in bridges:
         for expert in bridge.experts:
             name = bottleneck_name(bridge.name, expert, shared=config.shared_bottleneck)
             experts[name] = expert
-            widens[name] = widens.get(name, False) or expert in bridge.updated
+            widening |= {name} if expert in bridge.updated else set()
     return nn.ModuleDict(
         {
-            name: Bottleneck(grids[expert].dim, config.bottleneck_dim, widens=widens[name])
+            name: Bottleneck(grids[expert].dim, config.bottleneck_dim, widens=name in widening)
             for name, expert in experts.items()
         }
     )

@@ -26,7 +26,7 @@ from torch.nn.functional import interpolate
 from ca2st.errors import listed
 from ca2st.model.config import EXPERTS, EncoderName, ModelConfig, all_bridges, bridges_of_layer, encoder_of
 from ca2st.model.network import HolisticModel
-from ca2st.model.tokens import NUM_AUDIO_PREFIX, audio_patches, resize_grid_table, resize_time_table
+from ca2st.model.tokens import NUM_AUDIO_PREFIX, audio_patches, resize_table
 from ca2st.spec import ClipSpec
 from ca2st.weights.model_file import ModelDescription, least_mel_rows
 from ca2st.weights.tensor_files import WeightsMismatchError, load_strictly
@@ -50,7 +50,7 @@ def fit_image_positions(
     """
     prefix, patches = table[:num_prefix], table[num_prefix:]
     found = math.isqrt(patches.shape[0])
-    return torch.cat((prefix, resize_grid_table(patches, from_grid=(found, found), to_grid=(side, side))))
+    return torch.cat((prefix, resize_table(patches, from_grid=(found, found), to_grid=(side, side))))
 
 
 def fit_audio_positions(
@@ -221,7 +221,7 @@ class PositionFitter:
         """Return the table with `rows` rows; unchanged where neither it nor what is wanted is a grid."""
         encoder, axis, num_prefix = self._place(name)
         if axis == "time":
-            return resize_time_table(table, rows)
+            return resize_table(table, from_grid=(table.shape[0],), to_grid=(rows,))
         if encoder == "ast":
             frequencies, columns = audio_patches(self.config, self.clip)
             return fit_audio_positions(

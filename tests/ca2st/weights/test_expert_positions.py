@@ -4,7 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from ca2st.model.tokens import resize_grid_table
+from ca2st.model.tokens import resize_table
 from ca2st.spec import ClipSpec
 from ca2st.weights.importer import (
     EXPERT_KEY,
@@ -48,7 +48,7 @@ def test_clip_positions_of_the_pretrained_crop_are_interpolated_and_the_class_to
     load_expert(model, "spatial", wide)
     found = model.experts["spatial"].state_dict()
     assert torch.equal(found["positions"][0], wide["positions"][0])
-    expected = resize_grid_table(wide["positions"][1:], from_grid=(3, 3), to_grid=(2, 2))
+    expected = resize_table(wide["positions"][1:], from_grid=(3, 3), to_grid=(2, 2))
     assert torch.equal(found["positions"][1:], expected)
     others = wide.keys() - {"positions"}
     assert all(torch.equal(found[name], wide[name]) for name in others)
