@@ -29,7 +29,7 @@ from ca2st.weights import model_file, tensor_files
 from ca2st.weights.foreign import TIMEOUT_SECONDS, ForeignFile, read_foreign_file
 from ca2st.weights.hub import HubAccess, Origin, check_activation, check_architecture, configs_beside, fetch, with_told
 from ca2st.weights.layouts import COUNTERS, LAYOUTS_OF_ENCODER, bare_names, common_prefix, translate
-from ca2st.weights.positions import ExpertPlace, fit_audio_positions, fit_positions
+from ca2st.weights.positions import fit_audio_positions, fit_positions
 from ca2st.weights.published import load_published
 
 EXPERT_KEY = "ca2st_expert"
@@ -185,8 +185,8 @@ def load_expert(
     where = where or f"{name} expert"
     expert = model.experts[name]
     if state.keys() == expert.state_dict().keys():  # else it is another encoder, and the strict loader lists the names
-        place = ExpertPlace(encoder=encoder_of(model.config, name), config=model.config, clip=model.clip)
-        state = fit_positions(state, place, made_for=made_for, where=where)
+        encoder = encoder_of(model.config, name)
+        state = fit_positions(state, encoder, config=model.config, clip=model.clip, made_for=made_for, where=where)
     return tensor_files.load_strictly(expert, state, where=where)
 
 
