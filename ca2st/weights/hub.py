@@ -150,6 +150,24 @@ def _no_repository(name: str, url: str) -> str:
     return f"{name}: expected weights in a repository of the hub, found none{told}"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a foreign file comes from, as reports and the header of the imported file tell it."""
+
+    source: str
+    """The name or path that was given."""
+    repository: str = ""
+    """Repository of the hub; empty for a file of this machine."""
+    revision: str = ""
+    """Commit of the repository, however it was named."""
+    file: str = ""
+    """The file in the repository."""
+    activation: str = ""
+    """The activation that the repository names (`quick_gelu`, `gelu`); empty where it names none."""
+    architecture: str = ""
+    """The network in timm's words, by the name that was given or by the repository; empty where neither tells."""
+
+
 CONFIG_FILES = ("config.json", "open_clip_config.json")
 """Where repositories say it, in the order they are asked."""
 ACTIVATIONS: dict[EncoderName, str] = {"clip": "quick_gelu", "videomae": "gelu", "ast": "gelu"}
@@ -186,32 +204,25 @@ def activation_of(config: object, *, repository: str) -> str:
     return named if isinstance(named, str) else ""
 
 
-def check_activation(found: str, encoder: EncoderName, *, where: str) -> None:
-    """Refuse weights that were trained with another activation; an empty `found` is not known and passes.
+def check_origin(origin: Origin, encoder: EncoderName) -> None:
+    """Refuse weights of another activation or network than our expert's, where tensors alone do not show it.
+
+    An activation that is not known passes. A network that is not known passes for a plain file alone: other public
+    checkpoints have the names and shapes of ours.
 
     Raises:
         WeightsMismatchError: as said.
     """
     expected = ACTIVATIONS.get(encoder, "")
-    if found and expected and found != expected:
+    if origin.activation and expected and origin.activation != expected:
         raise WeightsMismatchError(
-            f"{where}: expected weights trained with {expected}, as our {encoder} computes, found {found}; "
-            "they would load and give wrong features: take others"
+            f"{origin.source}: expected weights trained with {expected}, as our {encoder} computes, found "
+            f"{origin.activation}; they would load and give wrong features: take others"
         )
-
-
-def check_architecture(found: str, encoder: EncoderName, *, where: str) -> None:
-    """Refuse a public checkpoint of another network whose tensors have our expert's names and shapes.
-
-    An empty `found` is refused too where there are such networks.
-
-    Raises:
-        WeightsMismatchError: as said.
-    """
-    expected = _ARCHITECTURES.get(encoder)
-    if expected and found != expected:
+    expected, found = _ARCHITECTURES.get(encoder, ""), origin.architecture
+    if (origin.repository or found) and expected and found != expected:
         raise WeightsMismatchError(
-            f"{where}: expected the architecture {expected}, found {found or 'none in its config.json'}; "
+            f"{origin.source}: expected the architecture {expected}, found {found or 'none in its config.json'}; "
             "other networks have the same tensors and give other features: take another, or give the path of a file "
             "that you know"
         )
@@ -236,36 +247,8 @@ class HubAccess:
     """Longest wait for an answer."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
-    """Where a foreign file comes from, as reports and the header of the imported file tell it."""
-
-    source: str
-    """The name or path that was given."""
-    repository: str = ""
-    """Repository of the hub; empty for a file of this machine."""
-    revision: str = ""
-    """Commit of the repository, however it was named."""
-    file: str = ""
-    """The file in the repository."""
-    activation: str = ""
-    """The activation that the repository names (`quick_gelu`, `gelu`); empty where it names none."""
-    architecture: str = ""
-    """The network in timm's words, by the name that was given or by the repository; empty where neither tells."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FetchedFile:
-    """A file of a hub, on this machine."""
-
-    path: Path
-    """Where it is kept."""
-    origin: Origin
-    """Where it comes from."""
-
-
-def fetch(name: str, access: HubAccess) -> FetchedFile:
-    """Resolve a public name, find the weights among the repository's files, and bring them here.
+def fetch(name: str, access: HubAccess) -> tuple[Path, Origin]:
+    """Resolve a public name and bring the weights among the repository's files here: the file, and where it is from.
 
     Raises:
         UserInputError: an unknown name, repository or revision, or a repository without a file that is looked for.
@@ -301,7 +284,7 @@ def fetch(name: str, access: HubAccess) -> FetchedFile:
         configs = [json.loads(Path(bring(config)).read_bytes()) for config in CONFIG_FILES if config in found]
         path = Path(bring(file))
     origin = Origin(source=name, repository=source.repository, revision=commit, file=file)
-    return FetchedFile(path=path, origin=with_told(replace(origin, architecture=source.architecture), configs))
+    return path, with_told(replace(origin, architecture=source.architecture), configs)
 
 
 def configs_beside(file: Path) -> list[dict[str, Any]]:

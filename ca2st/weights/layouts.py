@@ -2,7 +2,7 @@
 
 What the names do not tell: CLIP's activation (ours is QuickGELU), and the network of a ResNet-50: others have exactly
 its names and shapes (timm's resnetaa50 and resnetblur50 filter before each stride). A public name tells them apart
-(`ca2st.weights.hub.check_architecture`); in a plain file it cannot be seen. In VideoMAE q and v have biases and k has
+(`ca2st.weights.hub.check_origin`); in a plain file it cannot be seen. In VideoMAE q and v have biases and k has
 none: a file without them is refused, never filled up.
 """
 

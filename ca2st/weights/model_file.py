@@ -3,11 +3,11 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
@@ -55,13 +55,10 @@ class ModelDescription:
 
 @with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Header:
+class _Header(ModelDescription):
     """`ModelDescription` as it is written. Settings that a file does not name are younger: it has their defaults."""
 
     format: int
-    model: ModelConfig
-    clip: ClipSpec
-    targets: tuple[TargetSpec, ...]
 
 
 _HEADER = TypeAdapter(_Header)
@@ -136,25 +133,17 @@ def _check_sizes(description: ModelDescription, *, where: str) -> None:
         )
 
 
-@runtime_checkable
-class ModelLoader(Protocol):
-    """`load_strictly`, or the same for other names."""
-
-    def __call__(
-        self, model: HolisticModel, state: Mapping[str, Tensor], /, *, where: str, allow_missing: Sequence[str] = ()
-    ) -> tensor_files.LoadReport:
-        """Put all of `state` into `model`, or nothing."""
-
-
 def build_described(
     description: ModelDescription,
     tensors: Mapping[str, Tensor],
     *,
     where: str,
-    load: ModelLoader = tensor_files.load_strictly,
+    load: Callable[..., tensor_files.LoadReport] = tensor_files.load_strictly,
     allow_missing: Sequence[str] = (),
 ) -> tuple[HolisticModel, tensor_files.LoadReport]:
     """Return a model as described, with `tensors` in it; nothing is allocated before all names and shapes are right.
+
+    `load` is `load_strictly`, or the same for other names.
 
     Raises:
         WeightsMismatchError: the tensors are not those of such a model.
