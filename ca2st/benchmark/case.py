@@ -336,15 +336,17 @@ def plain_model(model: network.HolisticModel) -> network.HolisticModel:
     """
     plain = copy.deepcopy(model)
     cast("HolisticLayer", plain.layers[-1]).whole = True
-    replaced = 0
-    for parent in list(plain.modules()):
-        for name, child in list(parent.named_children()):
-            if make := _PLAIN.get(type(child)):
-                setattr(parent, name, make(child))
-                replaced += isinstance(child, SelfAttention)
-    if not replaced:
+    if not any(isinstance(module, SelfAttention) for module in plain.modules()):
         raise CA2STError("baseline: expected self-attention of ca2st.model.attention in the model, found none")
+    _make_plain(plain)
     return plain
+
+
+def _make_plain(parent: nn.Module) -> None:
+    for name, child in list(parent.named_children()):
+        plain = _PLAIN[type(child)](child) if type(child) in _PLAIN else child
+        setattr(parent, name, plain)
+        _make_plain(plain)  # what replaces an attention holds its Linears
 
 
 def _plain_linear(ours: TokenLinear) -> nn.Linear:
@@ -359,5 +361,4 @@ _PLAIN: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {
     TokenLinear: _plain_linear,
     QuickGELU: lambda _ours: PlainQuickGELU(),
 }
-"""Ours, and what replaces it. Parents are visited before their children, so a replaced attention's own Linears
-are replaced too."""
+"""Ours, and what replaces it."""
