@@ -6,7 +6,7 @@ from torch import nn
 
 from ca2st.benchmark.case import plain_model
 from ca2st.errors import CA2STError
-from ca2st.model.attention import CrossAttention, SelfAttention, TokenLinear
+from ca2st.model.attention import Attend, SelfAttention, TokenLinear
 from ca2st.model.config import SpatialTemporalConfig
 from ca2st.model.experts import QuickGELU
 from support.models import JOINED_KINDS, inputs_for, tiny_model, wake
@@ -55,7 +55,7 @@ def test_the_baseline_knows_every_window(window):
 
 @pytest.mark.parametrize("kind", JOINED_KINDS)
 def test_nothing_in_the_baseline_is_computed_our_way(kind):
-    ours = (SelfAttention, CrossAttention, TokenLinear, QuickGELU)
+    ours = (SelfAttention, Attend, TokenLinear, QuickGELU)
     plain = plain_model(tiny_model(kind))
     assert [name for name, module in plain.named_modules() if isinstance(module, ours)] == []
 
