@@ -84,12 +84,8 @@ def _open_clip(name: str, rest: str) -> HubSource:
     if not settings:
         tags = pretrained.list_pretrained_tags_by_model(model)
         raise UserInputError(f"{name}: expected one of the tags {', '.join(tags)}, found {tag!r}")
-    if not settings.get("quick_gelu", False):
-        raise UserInputError(_other_activation(name))
-    repository, file = _split_file(settings.get("hf_hub", ""))
-    if not repository:
-        raise UserInputError(_no_repository(name, settings.get("url", "")))
-    return HubSource(name=name, repository=repository, revision=None, files=(file,) if file else _OPEN_CLIP_FILES)
+    source = HubSource(name=name, repository=settings.get("hf_hub", ""), revision=None, files=_OPEN_CLIP_FILES)
+    return _checked(source, quick_gelu=settings.get("quick_gelu", False), url=settings.get("url", ""))
 
 
 def _timm(name: str, rest: str) -> HubSource:
@@ -103,14 +99,25 @@ def _timm(name: str, rest: str) -> HubSource:
         )
     settings: Any = get_pretrained_cfg(rest)  # one of the known names has them
     architecture = rest.partition(".")[0]
-    if not is_quick_gelu(f"{architecture}.{settings.tag}"):
-        raise UserInputError(_other_activation(name))
-    repository, file = _split_file(settings.hf_hub_id or "")
-    if not repository:
-        raise UserInputError(_no_repository(name, settings.url or ""))
-    file = file or settings.hf_hub_filename
-    files = (file,) if file else _TIMM_FILES
-    return HubSource(name=name, repository=repository, revision=None, files=files, architecture=architecture)
+    files = (settings.hf_hub_filename,) if settings.hf_hub_filename else _TIMM_FILES
+    repository = settings.hf_hub_id or ""
+    source = HubSource(name=name, repository=repository, revision=None, files=files, architecture=architecture)
+    return _checked(source, quick_gelu=is_quick_gelu(f"{architecture}.{settings.tag}"), url=settings.url or "")
+
+
+def _checked(source: HubSource, *, quick_gelu: bool, url: str) -> HubSource:
+    """Refuse a registry's entry that is of no use; its repository may be written `ORG/NAME/` or `ORG/NAME/FILE`."""
+    if not quick_gelu:
+        raise UserInputError(
+            f"{source.name}: expected weights that were trained with QuickGELU, as the spatial expert has it, found "
+            "GELU; take those of openai, metaclip_400m or dfn2b"
+        )
+    organisation, _, path = source.repository.strip("/").partition("/")
+    if not organisation:
+        told = f"; fetch {url} and give the file's path" if url else ""
+        raise UserInputError(f"{source.name}: expected weights in a repository of the hub, found none{told}")
+    repository, _, file = path.partition("/")
+    return replace(source, repository=f"{organisation}/{repository}", files=(file,) if file else source.files)
 
 
 def is_quick_gelu(full_name: str) -> bool:
@@ -130,24 +137,6 @@ _SCHEMES: dict[str, Callable[[str, str], HubSource]] = {
     "open_clip": _open_clip,
     "timm": _timm,
 }
-
-
-def _split_file(text: str) -> tuple[str, str]:
-    """`ORG/NAME/` or `ORG/NAME/FILE` as the registries write it."""
-    parts = text.strip("/").split("/", 2)
-    return "/".join(parts[:2]), parts[2] if len(parts) > 2 else ""
-
-
-def _other_activation(name: str) -> str:
-    return (
-        f"{name}: expected weights that were trained with QuickGELU, as the spatial expert has it, found GELU; "
-        "take those of openai, metaclip_400m or dfn2b"
-    )
-
-
-def _no_repository(name: str, url: str) -> str:
-    told = f"; fetch {url} and give the file's path" if url else ""
-    return f"{name}: expected weights in a repository of the hub, found none{told}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,9 +217,6 @@ def check_origin(origin: Origin, encoder: EncoderName) -> None:
         )
 
 
-ANSWER_SECONDS = 10.0
-"""Longest wait for a hub's answer. Nothing is asked twice, so a command ends at once where there is no network; only a
-file whose transfer breaks off is gone on with, five times, some seconds in all."""
 _MAX_CONFIG_BYTES = 2**24
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -243,8 +229,9 @@ class HubAccess:
     """Address of the hub."""
     cache_folder: Path | None = None
     """Folder of downloads; a file is fetched once."""
-    answer_seconds: float = ANSWER_SECONDS
-    """Longest wait for an answer."""
+    answer_seconds: float = 10.0
+    """Longest wait for an answer. Nothing is asked twice, so a command ends at once where there is no network; only a
+    file whose transfer breaks off is gone on with, five times, some seconds in all."""
 
 
 def fetch(name: str, access: HubAccess) -> tuple[Path, Origin]:
