@@ -103,9 +103,7 @@ class CaseSpec:
     """What one case is made from; equal specs but for the variant give equal weights and inputs."""
 
     config: ModelConfig
-    """Structure of the model."""
     clip: ClipSpec
-    """Sizes of a clip."""
     per_device_batch_size: int
     """Clips of a pass."""
     device: str
@@ -115,11 +113,9 @@ class CaseSpec:
     variant: Variant
     """`ours`, the plain `baseline`, or ours with `compiled` layers."""
     targets: tuple[TargetSpec, ...] = TARGETS
-    """What the head predicts."""
     trainable: Trainable = "added"
     """What is trained; of the baseline always what is published."""
     activation_checkpointing: bool = False
-    """Layers are computed again for their gradients."""
     attention: AttentionChoice = "auto"
     """Kernel of all attentions but the baseline's, as `TrainingConfig.attention`."""
 

@@ -33,7 +33,6 @@ class Limit:
     size: int
     """Both factors are `size` x `size`."""
     dtype: str
-    """Type of the numbers."""
     product: str
     """Which of torch's products gave it."""
 
@@ -123,7 +122,6 @@ class Machine:
     gpu: str | None
     """Name of the GPU, where that is the device."""
     processor: str
-    """Name of the processor."""
     num_cores: int
     """Processors this process may use."""
     num_threads: int
@@ -185,11 +183,9 @@ class Spread:
     median: float
     """The number that is reported."""
     lowest: float
-    """Smallest of them."""
     highest: float
     """Largest of them; far from the median on a busy machine."""
     count: int
-    """How many."""
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -28,24 +28,16 @@ from ca2st.training.config import Precision
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A configuration with everything decided that depends on the device."""
+    """`ModelBenchConfig` with everything decided that depends on the device."""
 
     models: tuple[str, ...]
-    """Kinds of model."""
     size: str
-    """Name of the size."""
     num_layers: int | None
-    """Layers of every expert; None: all."""
     per_device_batch_size: int
-    """Clips of a pass."""
     rounds: int
-    """Measured passes of each variant, where `seconds` does not say otherwise."""
     seconds: float | None
-    """Time for each model's forward pass, and again for its training step."""
     device: str
-    """`cpu` or `cuda`."""
     precision: Precision
-    """Of the passes and of the limit."""
     variants: tuple[Variant, ...]
     """Ours first."""
 
@@ -57,7 +49,6 @@ class PassReport:
     clips_per_second: float
     """From the median time."""
     seconds: Spread
-    """Of a pass."""
     peak_memory_bytes: int
     """Highest memory, weights included: of the CUDA allocator, or (CPU) of the process since before the model."""
     tflops: float | None
@@ -73,7 +64,6 @@ class ModelReport:
     """One model."""
 
     model: str
-    """Its kind."""
     num_layers: int
     """Layers of every expert that were measured."""
     all_layers: int
@@ -85,9 +75,7 @@ class ModelReport:
     computed_gmacs: float
     """The same without what reaches no output: what ours computes, and what its share of the limit is counted from."""
     trainable: int
-    """Trained parameters."""
     total: int
-    """Parameters."""
     variants: dict[Variant, dict[PassKind, PassReport]]
     """`ours`, and `baseline` and `compiled` where they were asked for."""
 
@@ -101,7 +89,6 @@ class ModelBenchmark:
     baseline_clips_per_second: float | None
     """The same by the plain formulation; None without a baseline."""
     plan: Plan
-    """What was measured, how."""
     limit: Limit
     """The highest rate of a large matrix product that any of the measuring processes saw."""
     load_before: float

@@ -418,9 +418,7 @@ class Preset:
     """One configuration."""
 
     config: ModelConfig
-    """Structure."""
     says: str
-    """What it is, in a few words."""
     published_top1: float | None = None
     """EPIC-KITCHENS-100 action top-1 in percent that the paper gives for it, or None. The ablations' own default run
     has 48.7 (layer-wise decay 0.8, accumulation 2), the main table 49.3."""

@@ -34,14 +34,12 @@ FLOP_PER_MULTIPLY_ADD = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartInfo:
-    """One part of a model."""
+    """One part of a model, its numbers of parameters and its cost."""
 
     name: str
     """`spatial expert`, `adapters`, `bottleneck cross-attention`, ..."""
     trainable: int
-    """Trained parameters."""
     total: int
-    """Parameters."""
     gmacs: float
     """10^9 multiply-adds of the forward pass of one view."""
 
@@ -53,7 +51,6 @@ class ModelInfo:
     trainable: int
     """Trained parameters (without the LayerNorm that the reference trains and never uses)."""
     total: int
-    """Parameters."""
     gmacs: float
     """10^9 multiply-adds of the forward pass of one view, as published: convolutions, Linears and attention."""
     computed_gmacs: float

@@ -160,22 +160,18 @@ class Term(NamedTuple):
     """One part of a classifier's input: the feature of `expert` through the last adapter `adapter`."""
 
     expert: ExpertName
-    """Whose feature."""
     kind: AdapterKind
     """`plain`: GELU adapter whose second Linear starts at zero; `skip`: the same plus its input; `query`: QuickGELU
     adapter that starts like any Linear; `none`: the feature itself. For ResNet's feature, wider than D, a Linear to the
     width D stands in the place of any adapter."""
     adapter: str
-    """Name of the adapter inside the head."""
 
 
 class HeadInput(NamedTuple):
-    """What a classifier reads."""
+    """What a classifier reads: adapted features, joined to one vector."""
 
     terms: Sequence[Term]
-    """Features, adapted."""
     join: Join = "sum"
-    """How they become one vector."""
 
 
 _SPATIAL, _TEMPORAL = Term("spatial", "plain", "spatial"), Term("temporal", "plain", "temporal")
@@ -343,12 +339,10 @@ class RuleMatchesNothingError(UserInputError):
 
 
 class ParameterCount(NamedTuple):
-    """Numbers of scalars."""
+    """Numbers of scalars: those that get a gradient, and all."""
 
     trainable: int
-    """Of parameters that get a gradient."""
     total: int
-    """Of all parameters."""
 
 
 def added_rules(model: HolisticModel) -> Rules:

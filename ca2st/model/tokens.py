@@ -37,7 +37,6 @@ class TokenGrid:
     """
 
     num_sequences: int
-    """Sequences of a clip."""
     num_prefix: int
     """cls and distillation tokens at the head of every sequence; they take no part in cross-attention."""
     num_frames: int
@@ -45,7 +44,6 @@ class TokenGrid:
     num_patches: int
     """Patches of a token time: H' W' for the visual experts, F' T' for the audio expert."""
     dim: int
-    """Width of a token."""
 
     @property
     def num_tokens(self) -> int:

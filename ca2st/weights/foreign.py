@@ -49,7 +49,6 @@ class ForeignFile:
     """The weights in a file, as they are."""
 
     path: Path
-    """Where it was read."""
     sha256: str
     """Of the file's bytes, to compare with what its author published; of parts: of the lines ``sha256  name``."""
     container: str

@@ -34,7 +34,6 @@ class HubSource:
     """A repository of a hub, and which of its files may be the weights."""
 
     name: str
-    """As it was given."""
     repository: str
     """ORG/NAME."""
     revision: str | None
@@ -150,7 +149,6 @@ class Origin:
     revision: str = ""
     """Commit of the repository, however it was named."""
     file: str = ""
-    """The file in the repository."""
     activation: str = ""
     """The activation that the repository names (`quick_gelu`, `gelu`); empty where it names none."""
     architecture: str = ""
@@ -226,7 +224,6 @@ class HubAccess:
     """Which hub is asked, and where its files are kept. What is None is as huggingface_hub has it."""
 
     endpoint: str | None = None
-    """Address of the hub."""
     cache_folder: Path | None = None
     """Folder of downloads; a file is fetched once."""
     answer_seconds: float = 10.0

@@ -161,7 +161,6 @@ class ImportOptions:
     allow_missing: tuple[str, ...] = ()
     """Patterns of our tensor names that the file need not have; they get the value a new model starts with."""
     sizes: model_file.UnwrittenSizes = field(default_factory=model_file.UnwrittenSizes)
-    """What the shapes of tensors do not tell."""
     timeout_seconds: float = TIMEOUT_SECONDS
     """Wall time of reading a file that needs a child process."""
     origin: Origin | None = None
@@ -173,11 +172,8 @@ class ImportReport:
     """What became of every tensor."""
 
     kind: ImportKind
-    """As asked."""
     layout: str
-    """The family of names that was found."""
     container: str
-    """What kind of file it was."""
     wrapper: str
     """The key that the weights were under, keys within keys joined by dots; or empty."""
     model: dict[str, int]
@@ -195,9 +191,7 @@ class ImportReport:
     source_sha256: str
     """Of the file that was read."""
     sha256: str
-    """Of the file that was written."""
     out: Path
-    """The file that was written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -57,7 +57,6 @@ class Translation:
     """Foreign tensors under our names."""
 
     layout: Layout
-    """The layout that was found."""
     tensors: dict[str, Tensor]
     """By our names."""
     used: tuple[str, ...]

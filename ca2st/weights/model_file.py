@@ -37,11 +37,8 @@ class ModelDescription:
     """Everything `build_model` needs."""
 
     model: ModelConfig
-    """Structure."""
     clip: ClipSpec
-    """Sizes of a view."""
     targets: tuple[TargetSpec, ...]
-    """What is predicted."""
 
     @classmethod
     def of(cls, model: HolisticModel) -> "ModelDescription":
@@ -187,13 +184,10 @@ class ExportReport:
     """What was written."""
 
     out: Path
-    """The file."""
     names: NameScheme
-    """Whose names the tensors have."""
     num_tensors: int
     """How many; published names give shared tensors twice."""
     sha256: str
-    """Of the file."""
 
 
 def export_model(

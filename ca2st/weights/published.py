@@ -333,11 +333,9 @@ class GoldenReport:
     """How far our model is from one golden file."""
 
     file: Path
-    """The file."""
     max_abs_diff: dict[str, float]
     """Largest absolute difference of every expected tensor; infinite where ours is not finite."""
     ok: bool
-    """Whether all are within the tolerance."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,7 +38,6 @@ class LoadReport:
     """Which names were used and which were not, sorted."""
 
     loaded: tuple[str, ...]
-    """Tensors that went into the model."""
     missing: tuple[str, ...]
     """Tensors of the model that were not given, and that the caller allowed to be missing."""
     unexpected: tuple[str, ...]
@@ -105,14 +104,11 @@ def without_leading_ones(tensor: Tensor, num_dims: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorFile:
-    """What a safetensors file holds."""
+    """What a safetensors file holds: tensors on the CPU, and the free text fields of its header."""
 
     path: Path
-    """Where it was read."""
     tensors: dict[str, Tensor]
-    """Tensors by name, on the CPU."""
     metadata: dict[str, str]
-    """The header's free text fields."""
 
 
 def read_tensor_file(path: Path) -> TensorFile:
