@@ -413,9 +413,9 @@ SIZES: dict[SizeName, dict[str, int]] = {
 """Widths, depths and heads of the usual vision transformers; the published models are ViT-B."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Preset:
-    """One configuration."""
+    """A configuration, and what it is in a few words."""
 
     config: ModelConfig
     says: str
@@ -444,61 +444,49 @@ def _cast_bca(**changes: Any) -> ModelConfig:
 
 
 PRESETS: dict[str, Preset] = {
-    "cast": Preset(config=_cast(), says="CAST as published: CLIP and VideoMAE", published_top1=49.3),
-    "cava": Preset(config=_published(kind="cava"), says="CAVA as published: AST and CLIP"),
-    "ca2st": Preset(config=_ca2st(), says="CA2ST as published: CLIP, VideoMAE and AST"),
-    "cast_resnet50": Preset(
-        config=_cast(spatial_encoder="resnet50"), says="ResNet-50 as spatial expert", published_top1=43.8
-    ),
-    "spatial": Preset(config=_published(kind="spatial"), says="CLIP alone with adapters"),
-    "temporal": Preset(config=_published(kind="temporal"), says="VideoMAE alone with adapters"),
-    "audio": Preset(config=_published(kind="audio"), says="AST alone with adapters"),
-    "cast_s2t_only": Preset(config=_cast_bca(directions="s2t"), says="S2T alone", published_top1=43.7),
-    "cast_t2s_only": Preset(config=_cast_bca(directions="t2s"), says="T2S alone", published_top1=46.7),
-    "cast_ratio_1_8": Preset(config=_cast(bottleneck_ratio=1 / 8), says="bottleneck D/8", published_top1=47.4),
-    "cast_ratio_1_4": Preset(config=_cast(bottleneck_ratio=1 / 4), says="bottleneck D/4", published_top1=47.4),
-    "cast_ratio_1_2": Preset(config=_cast(bottleneck_ratio=1 / 2), says="bottleneck D/2", published_top1=48.7),
-    "cast_ratio_1": Preset(config=_cast(bottleneck_ratio=1.0), says="no bottleneck, D", published_top1=48.6),
+    "cast": Preset(_cast(), "CAST as published: CLIP and VideoMAE", 49.3),
+    "cava": Preset(_published(kind="cava"), "CAVA as published: AST and CLIP"),
+    "ca2st": Preset(_ca2st(), "CA2ST as published: CLIP, VideoMAE and AST"),
+    "cast_resnet50": Preset(_cast(spatial_encoder="resnet50"), "ResNet-50 as spatial expert", 43.8),
+    "spatial": Preset(_published(kind="spatial"), "CLIP alone with adapters"),
+    "temporal": Preset(_published(kind="temporal"), "VideoMAE alone with adapters"),
+    "audio": Preset(_published(kind="audio"), "AST alone with adapters"),
+    "cast_s2t_only": Preset(_cast_bca(directions="s2t"), "S2T alone", 43.7),
+    "cast_t2s_only": Preset(_cast_bca(directions="t2s"), "T2S alone", 46.7),
+    "cast_ratio_1_8": Preset(_cast(bottleneck_ratio=1 / 8), "bottleneck D/8", 47.4),
+    "cast_ratio_1_4": Preset(_cast(bottleneck_ratio=1 / 4), "bottleneck D/4", 47.4),
+    "cast_ratio_1_2": Preset(_cast(bottleneck_ratio=1 / 2), "bottleneck D/2", 48.7),
+    "cast_ratio_1": Preset(_cast(bottleneck_ratio=1.0), "no bottleneck, D", 48.6),
     "cast_windows_space_time": Preset(
-        config=_cast_bca(t2s_window="space_time", s2t_window="space_time"),
-        says="space-time windows in both directions",
-        published_top1=47.2,
+        _cast_bca(t2s_window="space_time", s2t_window="space_time"), "space-time windows in both directions", 47.2
     ),
     "cast_windows_time_space": Preset(
-        config=_cast_bca(t2s_window="time", s2t_window="space"), says="T2S in time, S2T in space", published_top1=48.7
+        _cast_bca(t2s_window="time", s2t_window="space"), "T2S in time, S2T in space", 48.7
     ),
-    "cast_layers_10_12": Preset(config=_cast_bca(last_layers=3), says="B-CA in layers 10-12", published_top1=47.4),
-    "cast_layers_7_12": Preset(config=_cast_bca(last_layers=6), says="B-CA in layers 7-12", published_top1=47.9),
-    "cast_layers_4_12": Preset(config=_cast_bca(last_layers=9), says="B-CA in layers 4-12", published_top1=48.2),
-    "cast_layers_1_12": Preset(config=_cast_bca(last_layers="all"), says="B-CA in all layers", published_top1=48.7),
-    "cast_no_positions": Preset(config=_cast_bca(positions="none"), says="no position codes", published_top1=47.5),
-    "cast_clip_clip": Preset(config=_cast(temporal_encoder="clip"), says="CLIP and CLIP", published_top1=46.0),
+    "cast_layers_10_12": Preset(_cast_bca(last_layers=3), "B-CA in layers 10-12", 47.4),
+    "cast_layers_7_12": Preset(_cast_bca(last_layers=6), "B-CA in layers 7-12", 47.9),
+    "cast_layers_4_12": Preset(_cast_bca(last_layers=9), "B-CA in layers 4-12", 48.2),
+    "cast_layers_1_12": Preset(_cast_bca(last_layers="all"), "B-CA in all layers", 48.7),
+    "cast_no_positions": Preset(_cast_bca(positions="none"), "no position codes", 47.5),
+    "cast_clip_clip": Preset(_cast(temporal_encoder="clip"), "CLIP and CLIP", 46.0),
     "cast_videomae_clip": Preset(
-        config=_cast(spatial_encoder="videomae", temporal_encoder="clip"), says="roles swapped: VideoMAE and CLIP"
+        _cast(spatial_encoder="videomae", temporal_encoder="clip"), "roles swapped: VideoMAE and CLIP"
     ),
-    "cast_videomae_videomae": Preset(
-        config=_cast(spatial_encoder="videomae"), says="VideoMAE and VideoMAE", published_top1=40.3
-    ),
+    "cast_videomae_videomae": Preset(_cast(spatial_encoder="videomae"), "VideoMAE and VideoMAE", 40.3),
     "cast_identity": Preset(
-        config=_cast(fusion="independent"),
-        says="experts with adapters and no exchange (also: independent adapters)",
-        published_top1=41.7,
+        _cast(fusion="independent"), "experts with adapters and no exchange (also: independent adapters)", 41.7
     ),
-    "cast_independent": Preset(
-        config=_cast(fusion="independent", adapters=False), says="independent experts without adapters"
-    ),
-    "cast_late_add": Preset(config=_cast(fusion="late_add"), says="features added", published_top1=44.2),
-    "cast_late_concat": Preset(config=_cast(fusion="late_concat"), says="features side by side", published_top1=44.5),
-    "cast_lateral": Preset(config=_cast(fusion="lateral"), says="lateral connections in all layers"),
-    "ca2st_parallel": Preset(config=_ca2st(combination="parallel"), says="B-CAs of a layer side by side"),
+    "cast_independent": Preset(_cast(fusion="independent", adapters=False), "independent experts without adapters"),
+    "cast_late_add": Preset(_cast(fusion="late_add"), "features added", 44.2),
+    "cast_late_concat": Preset(_cast(fusion="late_concat"), "features side by side", 44.5),
+    "cast_lateral": Preset(_cast(fusion="lateral"), "lateral connections in all layers"),
+    "ca2st_parallel": Preset(_ca2st(combination="parallel"), "B-CAs of a layer side by side"),
     "ca2st_aligned_time_codes": Preset(
-        config=_ca2st(time_code_layout="aligned"), says="each spectrogram patch with its own time code"
+        _ca2st(time_code_layout="aligned"), "each spectrogram patch with its own time code"
     ),
-    "ca2st_separate_bottlenecks": Preset(
-        config=_ca2st(shared_bottleneck=False), says="each B-CA with its own down and up"
-    ),
-    "ca2st_late_add": Preset(config=_ca2st(fusion="late_add"), says="features of all three added"),
-    "ca2st_late_concat": Preset(config=_ca2st(fusion="late_concat"), says="features of all three side by side"),
+    "ca2st_separate_bottlenecks": Preset(_ca2st(shared_bottleneck=False), "each B-CA with its own down and up"),
+    "ca2st_late_add": Preset(_ca2st(fusion="late_add"), "features of all three added"),
+    "ca2st_late_concat": Preset(_ca2st(fusion="late_concat"), "features of all three side by side"),
 }
 """By name. `cast_identity` stands for two published rows with one figure, "identity" and "independent adapters": B-CA
 replaced by the identity is what experts with adapters and no exchange are."""

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -212,35 +213,24 @@ class AttentionMap:
         return self.entropy_bits / math.log2(self.num_keys)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenPlaces:
-    """Where in time and picture each token of a flattened grid of frames x patches lies."""
+class TokenPlaces(NamedTuple):
+    """Where in time and picture the tokens of a flattened grid of frames x patches lie."""
 
-    times: Int[Tensor, " tokens"]
-    places: Int[Tensor, " tokens"]
+    cells: Int[Tensor, " tokens"]
+    """Index of each token in a grid of times x places."""
     num_times: int
     num_places: int
-
-    @property
-    def cells(self) -> Int[Tensor, " tokens"]:
-        """Return the index of each token in a grid of times x places."""
-        return self.times * self.num_places + self.places
 
 
 def visual_places(num_frames: int, num_patches: int) -> TokenPlaces:
     """Return the places of tokens laid out frame by frame."""
-    tokens = torch.arange(num_frames * num_patches)
-    return TokenPlaces(
-        times=tokens // num_patches, places=tokens % num_patches, num_times=num_frames, num_places=num_patches
-    )
+    return TokenPlaces(torch.arange(num_frames * num_patches), num_frames, num_patches)
 
 
 def audio_places(num_rows: int, num_columns: int) -> TokenPlaces:
     """Return the places of spectrogram patches, row by row: the column is the time."""
-    tokens = torch.arange(num_rows * num_columns)
-    return TokenPlaces(
-        times=tokens % num_columns, places=tokens // num_columns, num_times=num_columns, num_places=num_rows
-    )
+    cells = rearrange(torch.arange(num_columns * num_rows), "(t f) -> (f t)", f=num_rows)
+    return TokenPlaces(cells, num_columns, num_rows)
 
 
 @contextmanager
@@ -308,7 +298,8 @@ def attend(
         for x in attention.projections(queries, keys)
     )
     query_tokens, key_tokens = window_tokens(attention, queries.shape[1:3], keys.shape[1:3])
-    times, cells = query_places.times[query_tokens].to(q.device), key_places.cells[key_tokens].to(q.device)
+    times = (query_places.cells[query_tokens] // query_places.num_places).to(q.device)
+    cells = key_places.cells[key_tokens].to(q.device)
     num_cells = key_places.num_times * key_places.num_places
     given = q.new_zeros(q.shape[0], query_places.num_times * num_cells)
     entropy = q.new_zeros(q.shape[0])

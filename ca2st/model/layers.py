@@ -258,29 +258,6 @@ class AdaptedHalves(nn.Module):
         return out
 
 
-class WholeLayer(nn.Module):
-    """An expert's layer that has no halves: it runs before the exchange, and nothing is added to it."""
-
-    def attend(
-        self,
-        layer: nn.Module,
-        tokens: Float[Tensor, "batch sequences tokens dim"],
-        *,
-        num_rows: int | None = None,  # noqa: ARG002  # as `AdaptedHalves`
-    ) -> Float[Tensor, "batch new_sequences new_tokens new_dim"]:
-        """Run the whole layer."""
-        out: Tensor = layer(tokens)
-        return out
-
-    def feed_forward(
-        self,
-        layer: nn.Module,  # noqa: ARG002  # as `AdaptedHalves`
-        tokens: Float[Tensor, "batch sequences tokens dim"],
-    ) -> Float[Tensor, "batch sequences tokens dim"]:
-        """Return the tokens: nothing is left to do."""
-        return tokens
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reads:
     """What of a layer is read by anybody."""
@@ -308,14 +285,10 @@ class HolisticLayer(nn.Module):
         grids = {name: expert.grid_at(index) for name, expert in experts.items()}
         self.parallel = config.combination == "parallel"
         self.shared_bottleneck = config.shared_bottleneck
+        adaptable = {name: expert for name, expert in experts.items() if expert.adaptable}
         self.adapters = cast(
-            "Mapping[ExpertName, AdaptedHalves | WholeLayer]",
-            nn.ModuleDict(
-                {
-                    name: AdaptedHalves(config, expert, drop_path_rate=rate) if expert.adaptable else WholeLayer()
-                    for name, expert in experts.items()
-                }
-            ),
+            "Mapping[ExpertName, AdaptedHalves]",
+            nn.ModuleDict({name: AdaptedHalves(config, x, drop_path_rate=rate) for name, x in adaptable.items()}),
         )
         lateral = config.fusion == "lateral"
         exchange: type[BottleneckCrossAttention | LateralConnection] = (
@@ -345,14 +318,17 @@ class HolisticLayer(nn.Module):
         them, as if its bridges were not there. None: all.
         """
         reads = self.everything if self.whole else self.needed
+        # A layer that has no halves runs whole before the exchange, and nothing is added to it.
         attended = {
-            name: halves.attend(layers[name], tokens[name], num_rows=reads.attended.get(name))
-            for name, halves in self.adapters.items()
+            name: self.adapters[name].attend(layer, tokens[name], num_rows=reads.attended.get(name))
+            if name in self.adapters
+            else layer(tokens[name])
+            for name, layer in layers.items()
         }
         exchange = self._parallel if self.parallel else self._sequential
         exchanged = exchange(attended, codes, reads.live, audio_keys)
         read = {name: rows[:, :, : reads.returned.get(name)] for name, rows in exchanged.items()}
-        return {name: halves.feed_forward(layers[name], read[name]) for name, halves in self.adapters.items()}
+        return read | {name: halves.feed_forward(layers[name], read[name]) for name, halves in self.adapters.items()}
 
     def bottlenecks_of(self, bridge: Bridge) -> dict[ExpertName, Bottleneck]:
         """Return the down/up pairs that the experts of `bridge` use in this layer; lateral connections have none."""
