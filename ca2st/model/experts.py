@@ -6,6 +6,7 @@ An expert embeds a clip into tokens, passes layers, pools. A further expert (tex
 
 import math
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
@@ -314,22 +315,6 @@ class ASTExpert(TransformerExpert):
 _STEM_STRIDE, _STEM_DIM = 4, 64
 
 
-class Stem(nn.Module):
-    """7 x 7 convolution, norm, ReLU, max pooling: a quarter of the frame's side, 64 channels."""
-
-    def __init__(self, conv: nn.Module, norm: nn.Module) -> None:
-        super().__init__()
-        self.conv = conv
-        self.norm = norm
-        self.activation = nn.ReLU(inplace=True)
-        self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-
-    def forward(self, images: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images 64 rows columns"]:
-        """Return the map that the first stage reads."""
-        features: Tensor = self.pool(self.activation(self.norm(self.conv(images))))
-        return features
-
-
 class Stage(nn.Sequential):
     """One stage of bottleneck blocks, from tokens to tokens."""
 
@@ -361,7 +346,8 @@ class ResNetExpert(Expert):
 
         super().__init__()
         network = ResNet(Bottleneck, [3, 4, 6, 3], norm_layer=FrozenBatchNorm2d)
-        self.stem = Stem(network.conv1, network.bn1)
+        stem = OrderedDict(conv=network.conv1, norm=network.bn1, activation=network.relu, pool=network.maxpool)
+        self.stem = nn.Sequential(stem)
         stages = cast("list[nn.Sequential]", [network.layer1, network.layer2, network.layer3, network.layer4])
         self.stages = nn.ModuleList(Stage(*stage) for stage in stages)
         self.stage_of_layer = stage_of_layer(config.depth)

@@ -30,6 +30,8 @@ from ca2st.model.config import Bridge, BridgeName, Direction, ExpertName, ModelC
 from ca2st.model.experts import Adapter, EncoderLayer, Expert
 from ca2st.model.tokens import LearnedPositions, TimeCodes, TokenGrid
 
+Tokens = dict[ExpertName, Tensor]
+"""Tokens of each expert, `[batch, sequences, tokens, dim]`."""
 _EPS = 1e-6
 _PARALLEL_SCALE = 0.5
 
@@ -145,23 +147,22 @@ class BottleneckCrossAttention(nn.Module):
 
     def forward(
         self,
-        tokens: Mapping[ExpertName, Tensor],
+        tokens: Tokens,
         bottlenecks: Mapping[ExpertName, Bottleneck],
         codes: TimeCodes | None,
         live: Set[str] | None = None,
-    ) -> dict[ExpertName, Tensor]:
-        """Return the updates of the listening experts, to be added to their tokens.
+    ) -> Tokens:
+        """Return what is to be added to the listening experts' tokens; `tokens` are the experts' Y.
 
-        `tokens` are the experts' Y, `[batch, sequences, tokens, dim]` each; so are the updates. The update of a
-        direction that is not `live` (None: all are) is that of the prefix tokens alone.
+        The update of a direction that is not `live` (None: all are) is that of the prefix tokens alone.
         """
         directions = self.bridge.directions
         whole = {name for d in directions if live is None or d.name in live for name in (d.queries, d.keys)}
-        narrow: dict[ExpertName, Tensor] = {}
+        narrow: Tokens = {}
         for name in whole | self.bridge.updated:
             rows = tokens[name] if name in whole else self.grids[name].prefix(tokens[name])
             narrow[name] = self.norms[name](bottlenecks[name].down(rows))
-        updates: dict[ExpertName, Tensor] = {}
+        updates: Tokens = {}
         for direction in directions:
             listener, speaker = direction.queries, direction.keys
             grid, module = self.grids[listener], self.directions[direction.name]
@@ -194,16 +195,13 @@ class LateralConnection(nn.Module):
 
     def forward(
         self,
-        tokens: Mapping[ExpertName, Tensor],
+        tokens: Tokens,
         bottlenecks: Mapping[ExpertName, Bottleneck],  # noqa: ARG002  # as B-CA
         codes: TimeCodes | None,  # noqa: ARG002  # as B-CA
         live: Set[str] | None = None,
-    ) -> dict[ExpertName, Tensor]:
-        """Return updates of the listening experts, to be added to their tokens `[batch, sequences, tokens, dim]`.
-
-        The update of a direction that is not `live` (None: all are) is that of the prefix tokens alone.
-        """
-        updates: dict[ExpertName, Tensor] = {}
+    ) -> Tokens:
+        """Return what is to be added to the listening experts' tokens, as `BottleneckCrossAttention`."""
+        updates: Tokens = {}
         for direction in self.bridge.directions:
             grid, module = self.grids[direction.queries], self.directions[direction.name]
             nothing = torch.zeros_like(grid.prefix(tokens[direction.queries]))
@@ -307,11 +305,11 @@ class HolisticLayer(nn.Module):
 
     def forward(
         self,
-        tokens: dict[ExpertName, Tensor],
+        tokens: Tokens,
         layers: dict[ExpertName, nn.Module],
         codes: TimeCodes | None,
         audio_keys: Bool[Tensor, " batch"] | None = None,
-    ) -> dict[ExpertName, Tensor]:
+    ) -> Tokens:
         """Return the tokens of the next layer, or those that are pooled. `layers`: the experts' own of this index.
 
         `audio_keys`: the clips whose sound the visual experts hear; for the others nothing of the audio expert reaches
@@ -336,12 +334,8 @@ class HolisticLayer(nn.Module):
         return {name: self.bottlenecks[pair] for name, pair in names.items() if pair in self.bottlenecks}
 
     def _sequential(
-        self,
-        tokens: dict[ExpertName, Tensor],
-        codes: TimeCodes | None,
-        live: Set[str] | None,
-        audio_keys: Tensor | None,
-    ) -> dict[ExpertName, Tensor]:
+        self, tokens: Tokens, codes: TimeCodes | None, live: Set[str] | None, audio_keys: Tensor | None
+    ) -> Tokens:
         for bridge in self.bridges.values():
             updates = bridge(tokens, self.bottlenecks_of(bridge.bridge), codes, live)
             if audio_keys is not None and "audio" in bridge.bridge.experts:
@@ -350,12 +344,8 @@ class HolisticLayer(nn.Module):
         return tokens
 
     def _parallel(
-        self,
-        tokens: dict[ExpertName, Tensor],
-        codes: TimeCodes | None,
-        live: Set[str] | None,
-        audio_keys: Tensor | None,
-    ) -> dict[ExpertName, Tensor]:
+        self, tokens: Tokens, codes: TimeCodes | None, live: Set[str] | None, audio_keys: Tensor | None
+    ) -> Tokens:
         gathered: dict[ExpertName, list[Tensor]] = {}
         apart: dict[ExpertName, list[Tensor]] = {}
         """What comes without sound."""

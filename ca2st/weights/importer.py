@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from safetensors.torch import load, save
@@ -194,8 +194,7 @@ class ImportReport:
     out: Path
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Imported:
+class _Imported(NamedTuple):
     """A loaded module on its way to a file."""
 
     module: nn.Module
@@ -226,7 +225,11 @@ def import_weights(path: Path, out: Path, *, kind: ImportKind, options: ImportOp
         else:
             imported = _import_expert(cast(EncoderName, kind), file, options, origin)
     state = imported.module.state_dict()
-    tensor_files.check_finite(state, where=str(path))
+    if broken := [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]:
+        raise tensor_files.WeightsDamageError(
+            f"{path}: expected finite float32 values, found NaN or infinity in {len(broken)} tensors: "
+            f"{', '.join(broken[:8])}; fetch the file again"
+        )
     sha256 = tensor_files.write_tensor_file(out, state, metadata=imported.metadata)
     return ImportReport(
         kind=kind,
@@ -272,14 +275,8 @@ def _import_expert(encoder: EncoderName, file: ForeignFile, options: ImportOptio
         "source_sha256": file.sha256,
     }
     told |= {name: value for name, value in asdict(origin).items() if value}
-    return _Imported(
-        module=module,
-        config=config,
-        clip=clip,
-        layout=translation.layout.name,
-        report=report,
-        metadata={EXPERT_KEY: json.dumps(told, sort_keys=True)},
-    )
+    metadata = {EXPERT_KEY: json.dumps(told, sort_keys=True)}
+    return _Imported(module, config, clip, translation.layout.name, report, metadata)
 
 
 def _import_released(kind: ReleasedKind, file: ForeignFile, options: ImportOptions) -> _Imported:
@@ -297,14 +294,9 @@ def _import_released(kind: ReleasedKind, file: ForeignFile, options: ImportOptio
         load=tensor_files.load_strictly if ours else load_published,
         allow_missing=options.allow_missing,
     )
-    return _Imported(
-        module=model,
-        config=description.model,
-        clip=description.clip,
-        layout="ca2st" if ours else f"released {kind.upper()}",
-        report=replace(report, unexpected=(*report.unexpected, *counters)),
-        metadata=description.metadata(),
-    )
+    layout = "ca2st" if ours else f"released {kind.upper()}"
+    report = replace(report, unexpected=(*report.unexpected, *counters))
+    return _Imported(model, description.model, description.clip, layout, report, description.metadata())
 
 
 def _description(

@@ -173,17 +173,3 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], *, metadata: Ma
 def checksum(tensor: Tensor) -> str:
     """sha256 of a tensor's bytes in row-major order."""
     return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def check_finite(state: Mapping[str, Tensor], *, where: str) -> None:
-    """Refuse tensors with values that are no numbers; `where` names the file they come from.
-
-    Raises:
-        WeightsDamageError: naming the tensors.
-    """
-    broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
-        raise WeightsDamageError(
-            f"{where}: expected finite float32 values, found NaN or infinity in {len(broken)} tensors: "
-            f"{', '.join(broken[:8])}; fetch the file again"
-        )
