@@ -192,13 +192,10 @@ def activation_of(config: object, *, repository: str) -> str:
 
 
 def check_origin(origin: Origin, encoder: EncoderName) -> None:
-    """Refuse weights of another activation or network than our expert's, where tensors alone do not show it.
+    """Raise WeightsMismatchError for another activation or network than our expert's, which tensors do not show.
 
     An activation that is not known passes. A network that is not known passes for a plain file alone: other public
     checkpoints have the names and shapes of ours.
-
-    Raises:
-        WeightsMismatchError: as said.
     """
     expected = ACTIVATIONS.get(encoder, "")
     if origin.activation and expected and origin.activation != expected:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -86,7 +87,6 @@ def translate(state: Mapping[str, Tensor], layouts: Sequence[Layout], *, where: 
     )
     refuse_mismatch({f"unexpected in the layout {layout.name!r}": unknown}, where=where)
     targets = {written[name]: target for name, target in claimed.items()}
-    tensors: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     for theirs, (ours, index) in targets.items():
         if index in parts.setdefault(ours, {}):
@@ -94,8 +94,7 @@ def translate(state: Mapping[str, Tensor], layouts: Sequence[Layout], *, where: 
                 f"{where}: {theirs} and another name both stand for {ours}; expected one of them, found both"
             )
         parts[ours][index] = state[theirs]
-    for ours, found in parts.items():
-        tensors[ours] = _join(ours, found, layout, where=where)
+    tensors = {ours: _join(ours, found, layout, where=where) for ours, found in parts.items()}
     ignored = tuple(sorted(state.keys() - targets.keys()))
     return Translation(layout=layout, tensors=tensors, used=tuple(sorted(targets)), ignored=ignored)
 
@@ -118,12 +117,8 @@ def bare_names(names: Iterable[str], *, where: str) -> dict[str, str]:
 def common_prefix(names: Iterable[str]) -> str:
     """Return what all names begin with, up to and with a dot; counters beside the model do not count."""
     folders = [name.split(".")[:-1] for name in names if name not in COUNTERS]
-    common: list[str] = []
-    for parts in zip(*folders, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return "".join(f"{part}." for part in common)
+    common = takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
+    return "".join(f"{parts[0]}." for parts in common)
 
 
 def _detect(names: Iterable[str], layouts: Sequence[Layout], *, where: str) -> tuple[Layout, str, str]:
