@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -126,19 +125,15 @@ class Case(Protocol):
 
     def seconds(self, kind: PassKind) -> float:
         """Run one pass; how long it took. The first one of a kind warms up and is not to be counted."""
-        ...
 
     def peak_bytes(self) -> int:
         """Return highest memory since the last `reset_peak`, weights included."""
-        ...
 
     def reset_peak(self) -> None:
         """Forget earlier peaks."""
-        ...
 
     def limit(self) -> Limit:
         """Return the device's limit, in the precision of the case."""
-        ...
 
 
 class LocalCase:
@@ -239,33 +234,6 @@ class PlainAttend(nn.Module):
         return attended
 
 
-class PlainSelfAttention(nn.Module):
-    """MHSA of an expert from the weights of `ours`."""
-
-    def __init__(self, ours: SelfAttention) -> None:
-        super().__init__()
-        self.num_heads = ours.num_heads
-        self.qkv, self.proj = ours.qkv, ours.proj
-        self.q_bias, self.v_bias = ours.q_bias, ours.v_bias
-        self.attend = PlainAttend()
-
-    def forward(
-        self,
-        tokens: Float[Tensor, "batch sequences tokens dim"],
-        *,
-        num_queries: None = None,  # noqa: ARG002  # as ours; the baseline computes every row
-    ) -> Float[Tensor, "batch sequences tokens dim"]:
-        """Attend among the tokens of each sequence."""
-        bias: Tensor | None = self.qkv.bias
-        if self.q_bias is not None and self.v_bias is not None:
-            bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = nn.functional.linear(tokens, self.qkv.weight, bias)
-        q, k, v = rearrange(qkv, "b s n (three h e) -> three (b s) h n e", three=3, h=self.num_heads)
-        attended = rearrange(self.attend(q, k, v), "(b s) h n e -> b s n (h e)", s=tokens.shape[1])
-        projected: Tensor = self.proj(attended)
-        return projected
-
-
 class PlainQuickGELU(nn.Module):
     """QuickGELU as its formula says."""
 
@@ -282,17 +250,15 @@ def plain_model(model: network.HolisticModel) -> network.HolisticModel:
     """
     plain = copy.deepcopy(model)
     cast("HolisticLayer", plain.layers[-1]).whole = True
-    if not any(isinstance(module, SelfAttention) for module in plain.modules()):
+    if not any(isinstance(module, Attend) for module in plain.modules()):
         raise CA2STError("baseline: expected self-attention of ca2st.model.attention in the model, found none")
-    _make_plain(plain)
+    for parent in list(plain.modules()):
+        if isinstance(parent, SelfAttention):
+            parent.linear = nn.functional.linear  # type: ignore[assignment]  # the same signature, names aside
+        for name, child in list(parent.named_children()):
+            if type(child) in _PLAIN:
+                setattr(parent, name, _PLAIN[type(child)](child))
     return plain
-
-
-def _make_plain(parent: nn.Module) -> None:
-    for name, child in list(parent.named_children()):
-        plain = _PLAIN[type(child)](child) if type(child) in _PLAIN else child
-        setattr(parent, name, plain)
-        _make_plain(plain)  # what replaces an attention holds its Linears
 
 
 def _plain_linear(ours: TokenLinear) -> nn.Linear:
@@ -302,7 +268,6 @@ def _plain_linear(ours: TokenLinear) -> nn.Linear:
 
 
 _PLAIN: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {
-    SelfAttention: PlainSelfAttention,
     Attend: lambda _ours: PlainAttend(),
     TokenLinear: _plain_linear,
     QuickGELU: lambda _ours: PlainQuickGELU(),

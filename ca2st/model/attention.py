@@ -250,6 +250,9 @@ QkvBias = Literal["qkv", "qv"]
 class SelfAttention(nn.Module):
     """MHSA of an expert; with `bias = "qv"` (VideoMAE) the keys have no bias."""
 
+    linear = staticmethod(token_linear)
+    """What makes queries, keys and values; the baseline of the benchmark sets torch's own."""
+
     def __init__(self, dim: int, num_heads: int, *, bias: QkvBias = "qkv") -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -268,12 +271,12 @@ class SelfAttention(nn.Module):
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         if num_queries is None:
-            qkv = token_linear(tokens, weight, bias)
+            qkv = self.linear(tokens, weight, bias)
             q, k, v = rearrange(qkv, "b s n (three h e) -> three (b s) h n e", three=3, h=self.num_heads)
         else:
             dim = tokens.shape[-1]
-            asking = token_linear(tokens[:, :, :num_queries], weight[:dim], bias[:dim])
-            kv = token_linear(tokens, weight[dim:], bias[dim:])
+            asking = self.linear(tokens[:, :, :num_queries], weight[:dim], bias[:dim])
+            kv = self.linear(tokens, weight[dim:], bias[dim:])
             q = rearrange(asking, "b s n (h e) -> (b s) h n e", h=self.num_heads)
             k, v = rearrange(kv, "b s n (two h e) -> two (b s) h n e", two=2, h=self.num_heads)
         attended = rearrange(self.attend(q, k, v), "(b s) h n e -> b s n (h e)", s=tokens.shape[1])
