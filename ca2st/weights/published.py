@@ -78,23 +78,11 @@ class PublishedBridge:
 
 
 # The output projection is `t2s_proj` in both directions of S&T and A&S files, a misnomer frozen into them.
-_T2S = (
-    "t2s",
-    _attention(
-        "t2s_",
-        "t2s_proj",
-        clip_time_pos="query_positions.time_table",
-        vmae_time_pos="key_positions.time_table",
-    ),
+_T2S = _attention(
+    "t2s_", "t2s_proj", clip_time_pos="query_positions.time_table", vmae_time_pos="key_positions.time_table"
 )
-_S2T = (
-    "s2t",
-    _attention(
-        "s2t_",
-        "t2s_proj",
-        vmae_space_pos="query_positions.space_table",
-        clip_space_pos="key_positions.space_table",
-    ),
+_S2T = _attention(
+    "s2t_", "t2s_proj", vmae_space_pos="query_positions.space_table", clip_space_pos="key_positions.space_table"
 )
 
 
@@ -121,7 +109,7 @@ LAYOUTS: dict[ModelKind, PublishedLayout] = {
             "spatial_temporal": PublishedBridge(
                 prefix="",
                 sides={"s": "spatial", "t": "temporal"},
-                directions={"t2s_cross": _T2S, "s2t_cross": _S2T},
+                directions={"t2s_cross": ("t2s", _T2S), "s2t_cross": ("s2t", _S2T)},
             )
         },
         time_mlp={},
@@ -150,7 +138,7 @@ LAYOUTS: dict[ModelKind, PublishedLayout] = {
             "spatial_temporal": PublishedBridge(
                 prefix="s_t_b_cast.",
                 sides={"l": "spatial", "r": "temporal"},
-                directions={"r2l_cross": _T2S, "l2r_cross": _S2T},
+                directions={"r2l_cross": ("t2s", _T2S), "l2r_cross": ("s2t", _S2T)},
             ),
             "audio_spatial": PublishedBridge(
                 prefix="s_audio_b_cast.",
