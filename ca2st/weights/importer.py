@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ca2st.checked_json import canonical_json
-from ca2st.durable import NO_FAULTS, FaultPoints, write_bytes
+from ca2st.durable import NO_FAULTS, FaultPoints, unwritable, write_bytes
 from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.model.config import EXPERTS, EncoderName, ExpertName, ModelConfig, ModelKind, check_clip, encoder_of
 from ca2st.model.experts import build_expert
@@ -53,7 +53,10 @@ class ExpertStore:
         sha256 = hashlib.sha256(data).hexdigest()
         path = self.path(sha256)
         if not (path.is_file() and _hash_of(path) == sha256):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise unwritable(self.folder, error) from error
             write_bytes(path, data, faults=faults, point="expert")
         return sha256
 
