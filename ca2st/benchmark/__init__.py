@@ -1,5 +1,5 @@
 """How fast the model is on a device: beside the plain formulation, and beside what the device can do at best.
 
-``case`` one model in one variant with its forward pass and training step, ``plain`` the baseline, ``measure`` limits,
-datasheets' peaks and memory, ``model`` the rounds and the report.
+``case`` one model in one variant, and the plain baseline; ``measure`` limits, datasheets' peaks and memory; ``model``
+the rounds and the report.
 """

@@ -12,14 +12,13 @@ from functools import partial
 from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ca2st.benchmark.measure import Limit, PeakMemory, measure_limit, synchronise
 from ca2st.errors import CA2STError, UserInputError, check_choice
 from ca2st.model import network
-from ca2st.model.attention import CrossAttention, SelfAttention, TokenLinear, into_windows, out_of_windows
+from ca2st.model.attention import Attend, SelfAttention, TokenLinear
 from ca2st.model.config import SIZES, AudioVisualConfig, ModelConfig, ModelKind, TargetSpec, Trainable, find_preset
 from ca2st.model.experts import QuickGELU
 from ca2st.model.layers import HolisticLayer
@@ -103,9 +102,7 @@ class CaseSpec:
     """What one case is made from; equal specs but for the variant give equal weights and inputs."""
 
     config: ModelConfig
-    """Structure of the model."""
     clip: ClipSpec
-    """Sizes of a clip."""
     per_device_batch_size: int
     """Clips of a pass."""
     device: str
@@ -115,11 +112,9 @@ class CaseSpec:
     variant: Variant
     """`ours`, the plain `baseline`, or ours with `compiled` layers."""
     targets: tuple[TargetSpec, ...] = TARGETS
-    """What the head predicts."""
     trainable: Trainable = "added"
     """What is trained; of the baseline always what is published."""
     activation_checkpointing: bool = False
-    """Layers are computed again for their gradients."""
     attention: AttentionChoice = "auto"
     """Kernel of all attentions but the baseline's, as `TrainingConfig.attention`."""
 
@@ -130,19 +125,15 @@ class Case(Protocol):
 
     def seconds(self, kind: PassKind) -> float:
         """Run one pass; how long it took. The first one of a kind warms up and is not to be counted."""
-        ...
 
     def peak_bytes(self) -> int:
         """Return highest memory since the last `reset_peak`, weights included."""
-        ...
 
     def reset_peak(self) -> None:
         """Forget earlier peaks."""
-        ...
 
     def limit(self) -> Limit:
         """Return the device's limit, in the precision of the case."""
-        ...
 
 
 class LocalCase:
@@ -151,7 +142,8 @@ class LocalCase:
     def __init__(self, spec: CaseSpec) -> None:
         self._spec = spec
         self._device = torch.device(spec.device)
-        _wake(self._device)
+        square = torch.ones(256, 256, device=self._device)
+        (square @ square).sum().item()  # torch loads its libraries and starts its threads before memory is counted
         self._memory = PeakMemory(self._device)
         self._model = _model(spec).to(self._device)
         self._inputs = _inputs(spec, self._device)
@@ -167,30 +159,22 @@ class LocalCase:
         set_learning_rate(self._optimizer, _RATE)
 
     def seconds(self, kind: PassKind) -> float:
-        """Run one pass; how long it took."""
-        run = self.forward if kind == "forward" else self.training_step
+        """Run one pass: logits without gradients, or a training step with AdamW of what is trained."""
         self._model.train(kind == "training")
         synchronise(self._device)
         start = time.perf_counter()
-        run()
+        with torch.set_grad_enabled(kind == "training"), self._autocast():
+            logits = self._model(*self._inputs).logits
+        if kind == "training":
+            losses = loss_per_clip(logits, self._labels, targets=self._targets, smoothing=0.1)
+            losses.mean().backward()  # type: ignore[no-untyped-call]  # torch's own
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
         synchronise(self._device)
         return time.perf_counter() - start
 
-    def forward(self) -> None:
-        """Logits without gradients."""
-        with torch.no_grad(), self._autocast():
-            self._model(*self._inputs)
-
-    def training_step(self) -> None:
-        """Forward, loss, backward, and an AdamW step of the published trained set."""
-        with self._autocast():
-            logits = self._model(*self._inputs).logits
-        loss_per_clip(logits, self._labels, targets=self._targets, smoothing=0.1).mean().backward()  # type: ignore[no-untyped-call]  # torch's own
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-
     def peak_bytes(self) -> int:
-        """Return highest memory since the last `reset_peak`, weights included."""
+        """Return the highest memory, as `Case` says."""
         return self._memory.num_bytes()
 
     def reset_peak(self) -> None:
@@ -198,7 +182,7 @@ class LocalCase:
         self._memory.reset()
 
     def limit(self) -> Limit:
-        """Return the device's limit, in the precision of the case."""
+        """Return the device's limit, as `Case` says."""
         return measure_limit(self._device, self._spec.precision)
 
     def _autocast(self) -> AbstractContextManager[object]:
@@ -213,24 +197,17 @@ def _model(spec: CaseSpec) -> network.HolisticModel:
     network.set_trainable(model, spec.trainable)
     model.activation_checkpointing = spec.activation_checkpointing
     network.hold_experts(model, network.held_precision("auto", training=spec.precision, device=spec.device))
-    _set_attention(model, spec)
+    if spec.attention != "auto" or spec.device == "cuda":
+        shapes = attention_kernel.attention_shapes(model, num_clips=spec.per_device_batch_size)
+        of_shape = {str(shape): spec.attention for shape in shapes.values()}
+        if spec.attention == "auto":
+            device = torch.device(spec.device)
+            stopwatch = partial(attention_kernel.kernel_seconds, precision=spec.precision, device=device)
+            of_shape = attention_kernel.fastest(shapes.values(), stopwatch, deterministic=False)
+        attention_kernel.set_kernels(model, shapes, of_shape)
     if spec.variant == "compiled":
         network.compile_layers(model)
     return model
-
-
-def _set_attention(model: network.HolisticModel, spec: CaseSpec) -> None:
-    if spec.attention == "auto" and spec.device != "cuda":
-        return
-    shapes = attention_kernel.attention_shapes(model, num_clips=spec.per_device_batch_size)
-    if spec.attention != "auto":
-        attention_kernel.set_kernels(model, shapes, {str(shape): spec.attention for shape in shapes.values()})
-        return
-    device = torch.device(spec.device)
-    stopwatch = partial(attention_kernel.kernel_seconds, precision=spec.precision, device=device)
-    attention_kernel.set_kernels(
-        model, shapes, attention_kernel.fastest(shapes.values(), stopwatch, deterministic=False)
-    )
 
 
 def _inputs(spec: CaseSpec, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,83 +219,19 @@ def _inputs(spec: CaseSpec, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     return video.to(device), mel.to(device), torch.cat((starts, starts + 0.5), dim=-1).to(device)
 
 
-def _wake(device: torch.device) -> None:
-    """Let torch load its libraries and start its threads before memory is counted."""
-    square = torch.ones(256, 256, device=device)
-    (square @ square).sum().item()
-
-
-def softmax_attention(
-    q: Float[Tensor, "windows heads queries head_dim"],
-    k: Float[Tensor, "windows heads keys head_dim"],
-    v: Float[Tensor, "windows heads keys head_dim"],
-) -> Float[Tensor, "windows heads queries head_dim"]:
+class PlainAttend(nn.Module):
     """softmax(q k^T / sqrt(head_dim)) v, with the scores as a tensor."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    attended: Tensor = scores.softmax(dim=-1) @ v
-    return attended
-
-
-class PlainSelfAttention(nn.Module):
-    """MHSA of an expert from the weights of `ours`."""
-
-    def __init__(self, ours: SelfAttention) -> None:
-        super().__init__()
-        self.num_heads = ours.num_heads
-        self.qkv = ours.qkv
-        self.proj = ours.proj
-        self.q_bias = ours.q_bias
-        self.v_bias = ours.v_bias
 
     def forward(
         self,
-        tokens: Float[Tensor, "batch sequences tokens dim"],
-        *,
-        num_queries: None = None,  # noqa: ARG002  # as ours; the baseline computes every row
-    ) -> Float[Tensor, "batch sequences tokens dim"]:
-        """Attend among the tokens of each sequence."""
-        bias: Tensor | None = self.qkv.bias
-        if self.q_bias is not None and self.v_bias is not None:
-            bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = nn.functional.linear(tokens, self.qkv.weight, bias)
-        q, k, v = rearrange(qkv, "b s n (three h e) -> three (b s) h n e", three=3, h=self.num_heads)
-        attended = rearrange(softmax_attention(q, k, v), "(b s) h n e -> b s n (h e)", s=tokens.shape[1])
-        projected: Tensor = self.proj(attended)
-        return projected
-
-
-class PlainCrossAttention(nn.Module):
-    """MHCA of B-CA from the weights of `ours`."""
-
-    def __init__(self, ours: CrossAttention) -> None:
-        super().__init__()
-        self.num_heads, self.window, self.grouping = ours.num_heads, ours.window, ours.grouping
-        self.q = ours.q
-        self.kv = ours.kv
-        self.proj = ours.proj
-
-    def forward(
-        self,
-        queries: Float[Tensor, "batch query_frames query_patches dim"],
-        keys: Float[Tensor, "batch key_frames key_patches dim"],
-    ) -> Float[Tensor, "batch query_frames query_patches dim"]:
-        """Let every query gather from the keys of its window."""
-        num_places = min(queries.shape[2], keys.shape[2])
-        k, v = self.kv(keys).chunk(2, dim=-1)
-        q, k, v = (
-            into_windows(x, self.window, num_heads=self.num_heads, num_places=num_places, grouping=self.grouping)
-            for x in (self.q(queries), k, v)
-        )
-        attended = out_of_windows(
-            softmax_attention(q, k, v),
-            self.window,
-            batch=queries.shape[0],
-            frames=queries.shape[1],
-            num_places=num_places,
-            grouping=self.grouping,
-        )
-        projected: Tensor = self.proj(attended)
-        return projected
+        q: Float[Tensor, "windows heads queries head_dim"],
+        k: Float[Tensor, "windows heads keys head_dim"],
+        v: Float[Tensor, "windows heads keys head_dim"],
+    ) -> Float[Tensor, "windows heads queries head_dim"]:
+        """Let every query gather from all keys of its window."""
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        attended: Tensor = scores.softmax(dim=-1) @ v
+        return attended
 
 
 class PlainQuickGELU(nn.Module):
@@ -337,14 +250,14 @@ def plain_model(model: network.HolisticModel) -> network.HolisticModel:
     """
     plain = copy.deepcopy(model)
     cast("HolisticLayer", plain.layers[-1]).whole = True
-    replaced = 0
-    for parent in list(plain.modules()):
-        for name, child in list(parent.named_children()):
-            if make := _PLAIN.get(type(child)):
-                setattr(parent, name, make(child))
-                replaced += isinstance(child, SelfAttention)
-    if not replaced:
+    if not any(isinstance(module, Attend) for module in plain.modules()):
         raise CA2STError("baseline: expected self-attention of ca2st.model.attention in the model, found none")
+    for parent in list(plain.modules()):
+        if isinstance(parent, SelfAttention):
+            parent.linear = nn.functional.linear  # type: ignore[assignment]  # the same signature, names aside
+        for name, child in list(parent.named_children()):
+            if type(child) in _PLAIN:
+                setattr(parent, name, _PLAIN[type(child)](child))
     return plain
 
 
@@ -355,10 +268,8 @@ def _plain_linear(ours: TokenLinear) -> nn.Linear:
 
 
 _PLAIN: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {
-    SelfAttention: PlainSelfAttention,
-    CrossAttention: PlainCrossAttention,
+    Attend: lambda _ours: PlainAttend(),
     TokenLinear: _plain_linear,
     QuickGELU: lambda _ours: PlainQuickGELU(),
 }
-"""Ours, and what replaces it. Parents are visited before their children, so a replaced attention's own Linears
-are replaced too."""
+"""Ours, and what replaces it."""

@@ -33,7 +33,6 @@ class Limit:
     size: int
     """Both factors are `size` x `size`."""
     dtype: str
-    """Type of the numbers."""
     product: str
     """Which of torch's products gave it."""
 
@@ -47,22 +46,20 @@ def measure_limit(device: torch.device, precision: Precision, *, size: int | Non
         "mm": lambda: left @ right,
         "token_linear": lambda: token_linear(left[None], right, None),
     }
-    best = {name: _fastest(product, device) for name, product in products.items()}
+    best: dict[str, float] = {}
+    for name, product in products.items():
+        timings = []
+        for _ in range(_REPEATS[device.type]):
+            synchronise(device)
+            start = time.perf_counter()
+            product()
+            synchronise(device)
+            timings.append(time.perf_counter() - start)
+        best[name] = min(timings)
     name = min(best, key=best.__getitem__)
     return Limit(
         tflops=2 * size**3 / best[name] / 1e12, size=size, dtype=str(dtype).removeprefix("torch."), product=name
     )
-
-
-def _fastest(product: Callable[[], Tensor], device: torch.device) -> float:
-    timings = []
-    for _ in range(_REPEATS[device.type]):
-        synchronise(device)
-        start = time.perf_counter()
-        product()
-        synchronise(device)
-        timings.append(time.perf_counter() - start)
-    return min(timings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +122,6 @@ class Machine:
     gpu: str | None
     """Name of the GPU, where that is the device."""
     processor: str
-    """Name of the processor."""
     num_cores: int
     """Processors this process may use."""
     num_threads: int
@@ -134,19 +130,15 @@ class Machine:
 
 def machine(device: str) -> Machine:
     """Return facts about this machine."""
+    lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return Machine(
         device=device,
         gpu=torch.cuda.get_device_name() if device == "cuda" else None,
-        processor=_processor(),
+        processor=next(names, platform.machine()),
         num_cores=num_cores(),
         num_threads=torch.get_num_threads(),
     )
-
-
-def _processor() -> str:
-    lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -191,11 +183,9 @@ class Spread:
     median: float
     """The number that is reported."""
     lowest: float
-    """Smallest of them."""
     highest: float
     """Largest of them; far from the median on a busy machine."""
     count: int
-    """How many."""
 
 
 def spread(values: Sequence[float]) -> Spread:

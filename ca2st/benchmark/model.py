@@ -28,24 +28,16 @@ from ca2st.training.config import Precision
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A configuration with everything decided that depends on the device."""
+    """`ModelBenchConfig` with everything decided that depends on the device."""
 
     models: tuple[str, ...]
-    """Kinds of model."""
     size: str
-    """Name of the size."""
     num_layers: int | None
-    """Layers of every expert; None: all."""
     per_device_batch_size: int
-    """Clips of a pass."""
     rounds: int
-    """Measured passes of each variant, where `seconds` does not say otherwise."""
     seconds: float | None
-    """Time for each model's forward pass, and again for its training step."""
     device: str
-    """`cpu` or `cuda`."""
     precision: Precision
-    """Of the passes and of the limit."""
     variants: tuple[Variant, ...]
     """Ours first."""
 
@@ -57,7 +49,6 @@ class PassReport:
     clips_per_second: float
     """From the median time."""
     seconds: Spread
-    """Of a pass."""
     peak_memory_bytes: int
     """Highest memory, weights included: of the CUDA allocator, or (CPU) of the process since before the model."""
     tflops: float | None
@@ -73,7 +64,6 @@ class ModelReport:
     """One model."""
 
     model: str
-    """Its kind."""
     num_layers: int
     """Layers of every expert that were measured."""
     all_layers: int
@@ -85,9 +75,7 @@ class ModelReport:
     computed_gmacs: float
     """The same without what reaches no output: what ours computes, and what its share of the limit is counted from."""
     trainable: int
-    """Trained parameters."""
     total: int
-    """Parameters."""
     variants: dict[Variant, dict[PassKind, PassReport]]
     """`ours`, and `baseline` and `compiled` where they were asked for."""
 
@@ -101,7 +89,6 @@ class ModelBenchmark:
     baseline_clips_per_second: float | None
     """The same by the plain formulation; None without a baseline."""
     plan: Plan
-    """What was measured, how."""
     limit: Limit
     """The highest rate of a large matrix product that any of the measuring processes saw."""
     load_before: float
@@ -124,11 +111,11 @@ class RemoteCase:
         self._spec = spec
 
     def seconds(self, kind: PassKind) -> float:
-        """Run one pass there; how long it took."""
+        """Run one pass there, as all here."""
         return cast("float", self._ask("seconds", kind))
 
     def peak_bytes(self) -> int:
-        """Return highest memory since the last `reset_peak`, weights included."""
+        """Return the highest memory, as `Case` says."""
         return cast("int", self._ask("peak_bytes"))
 
     def reset_peak(self) -> None:
@@ -136,7 +123,7 @@ class RemoteCase:
         self._ask("reset_peak")
 
     def limit(self) -> Limit:
-        """Return the device's limit, in the precision of the case."""
+        """Return the device's limit, as `Case` says."""
         return cast("Limit", self._ask("limit"))
 
     def _ask(self, *request: str) -> object:
@@ -144,19 +131,15 @@ class RemoteCase:
             self._connection.send(request)
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
-            raise EnvironmentFault(self._death()) from error
+            self._process.join(_PATIENCE_SECONDS)
+            raise EnvironmentFault(
+                f"{self._spec.config.kind}, {self._spec.variant}: expected the measuring process to answer, found it "
+                f"ended with exit code {self._process.exitcode} (-9: the system had no memory left); take fewer clips "
+                "(--batch) or layers (--layers)"
+            ) from error
         if isinstance(answer, CA2STError):
             raise answer
         return answer
-
-    def _death(self) -> str:
-        self._process.join(_PATIENCE_SECONDS)
-        spec = self._spec
-        return (
-            f"{spec.config.kind}, {spec.variant}: expected the measuring process to answer, found it ended with exit "
-            f"code {self._process.exitcode} (-9: the system had no memory left); take fewer clips (--batch) or layers "
-            "(--layers)"
-        )
 
 
 @contextlib.contextmanager
@@ -174,7 +157,12 @@ def case_in_process(spec: CaseSpec) -> Iterator[Case]:
     try:
         yield RemoteCase(ours, process, spec)
     finally:
-        _end(ours, process)
+        with ours, contextlib.suppress(OSError):  # it has ended already
+            ours.send((_END,))
+        process.join(_PATIENCE_SECONDS)
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 StartCase = Callable[[CaseSpec], AbstractContextManager[Case]]
@@ -252,32 +240,16 @@ def benchmark_models(
     )
 
 
-def _end(connection: Connection, process: Any) -> None:
-    with connection:
-        with contextlib.suppress(OSError):  # it has ended already
-            connection.send((_END,))
-    process.join(_PATIENCE_SECONDS)
-    if process.is_alive():
-        process.kill()
-        process.join()
-
-
 def _serve(connection: Connection, spec: CaseSpec) -> None:
     """Answer requests until asked to end; a fault is an answer too."""
     case: LocalCase | None = None
-    while (request := _next(connection))[0] != _END:
-        try:
-            case = case or LocalCase(spec)
-            connection.send(getattr(case, request[0])(*request[1:]))
-        except Exception as error:  # noqa: BLE001  # whatever it is, the parent reports it
-            connection.send(_described(error, spec))
-
-
-def _next(connection: Connection) -> tuple[str, ...]:
-    try:
-        return cast("tuple[str, ...]", connection.recv())
-    except EOFError:
-        return (_END,)
+    with contextlib.suppress(EOFError):  # the parent is gone
+        while (request := connection.recv())[0] != _END:
+            try:
+                case = case or LocalCase(spec)
+                connection.send(getattr(case, request[0])(*request[1:]))
+            except Exception as error:  # noqa: BLE001  # whatever it is, the parent reports it
+                connection.send(_described(error, spec))
 
 
 def _described(error: Exception, spec: CaseSpec) -> CA2STError:
@@ -324,28 +296,25 @@ def _time_passes(
         case.seconds(kind)
         case.reset_peak()
     seconds: dict[Variant, list[float]] = {variant: [] for variant in cases}
-    for _ in _rounds(plan):
-        for variant, case in cases.items():
-            seconds[variant].append(case.seconds(kind))
-    return seconds, {variant: case.peak_bytes() for variant, case in cases.items()}
-
-
-def _rounds(plan: Plan) -> Iterator[int]:
     start, done = time.monotonic(), 0
     while (
         done < plan.rounds if plan.seconds is None else done < _FEWEST_ROUNDS or time.monotonic() - start < plan.seconds
     ):
-        yield done
+        for variant, case in cases.items():
+            seconds[variant].append(case.seconds(kind))
         done += 1
+    return seconds, {variant: case.peak_bytes() for variant, case in cases.items()}
 
 
 def _report(plan: Plan, timings: _Timings, limit: Limit) -> ModelReport:
-    info = model_info(timings.spec.config, timings.spec.clip, TARGETS)
+    config = timings.spec.config
+    info = model_info(config, timings.spec.clip, TARGETS)
+    bridges = Counter(bridge.name for layer in range(config.depth) for bridge in bridges_of_layer(config, layer))
     return ModelReport(
-        model=timings.spec.config.kind,
-        num_layers=timings.spec.config.depth,
-        all_layers=model_config(timings.spec.config.kind, plan.size, num_layers=None).depth,
-        bridges=_bridges(timings.spec),
+        model=config.kind,
+        num_layers=config.depth,
+        all_layers=model_config(config.kind, plan.size, num_layers=None).depth,
+        bridges=dict(bridges),
         gmacs=info.gmacs,
         computed_gmacs=info.computed_gmacs,
         trainable=info.trainable,
@@ -354,12 +323,6 @@ def _report(plan: Plan, timings: _Timings, limit: Limit) -> ModelReport:
             variant: {kind: _pass_report(timings, variant, kind, info=info, limit=limit) for kind in PASSES}
             for variant in plan.variants
         },
-    )
-
-
-def _bridges(spec: CaseSpec) -> dict[str, int]:
-    return dict(
-        Counter(bridge.name for layer in range(spec.config.depth) for bridge in bridges_of_layer(spec.config, layer))
     )
 
 

@@ -53,7 +53,15 @@ def token_linear(
     # torch gives a float32 Linear to MKL; the same product by oneDNN takes a fifth to a third less time on processors
     # that MKL has no best path for, forward and for the gradient of the tokens. Where both are equally good nothing is
     # lost. `torch.compile` chooses for itself and gets the plain Linear.
-    if not _is_faster_by_onednn(tokens, weight):
+    if (
+        torch.compiler.is_compiling()
+        or tokens.device.type != "cpu"
+        or not tokens.dtype == weight.dtype == torch.float32
+        or tokens.ndim <= 2
+        or weight.numel() < _SMALLEST_WEIGHT
+        or torch.is_autocast_enabled("cpu")
+        or not _HAS_ONEDNN
+    ):
         return linear(tokens, weight, bias)
     out: Tensor = _OneDNNLinear.apply(tokens, weight, bias)  # type: ignore[no-untyped-call]  # torch's own
     return out
@@ -89,19 +97,7 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product
 
 
-def _is_faster_by_onednn(tokens: Tensor, weight: Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and tokens.device.type == "cpu"
-        and tokens.dtype == weight.dtype == torch.float32
-        and tokens.ndim > 2
-        and weight.numel() >= _SMALLEST_WEIGHT
-        and not torch.is_autocast_enabled("cpu")
-        and _HAS_ONEDNN
-    )
-
-
-STANDARD_DEVIATION = 0.02
+_STANDARD_DEVIATION = 0.02
 
 
 def with_zero_gradients(
@@ -134,7 +130,7 @@ def new_linear(num_in: int, num_out: int) -> nn.Linear:
     """Return a Linear that starts trunc-normal (0.02) with bias 0."""
     linear = TokenLinear(num_in, num_out)
     if not linear.weight.is_meta:  # there it would be traced, at length, for no numbers
-        nn.init.trunc_normal_(linear.weight, std=STANDARD_DEVIATION)
+        nn.init.trunc_normal_(linear.weight, std=_STANDARD_DEVIATION)
     nn.init.zeros_(linear.bias)
     return linear
 
@@ -163,7 +159,7 @@ def start_patch_embedding(convolution: nn.Conv2d | nn.Conv3d) -> None:
         nn.init.zeros_(convolution.bias)
 
 
-def new_table(*shape: int, standard_deviation: float = STANDARD_DEVIATION) -> nn.Parameter:
+def new_table(*shape: int, standard_deviation: float = _STANDARD_DEVIATION) -> nn.Parameter:
     """Return a learned token or position table that starts normal."""
     table = torch.empty(*shape)
     return nn.Parameter(table if table.is_meta else nn.init.normal_(table, std=standard_deviation))
@@ -195,8 +191,8 @@ def into_windows(
 ) -> Float[Tensor, "windows heads tokens head_dim"]:
     """Give every window a row of its own. `num_places`: patches of the coarser side."""
     if window == "time":
-        together = _regroup(patches, _TOGETHER, num_places=num_places, grouping=grouping)
-        return rearrange(together, _INTO[window], h=num_heads, g=num_places)
+        patches = _regroup(patches, _TOGETHER, num_places=num_places, grouping=grouping)
+        return rearrange(patches, _INTO[window], h=num_heads, g=num_places)
     return rearrange(patches, _INTO[window], h=num_heads)
 
 
@@ -254,6 +250,9 @@ QkvBias = Literal["qkv", "qv"]
 class SelfAttention(nn.Module):
     """MHSA of an expert; with `bias = "qv"` (VideoMAE) the keys have no bias."""
 
+    linear = staticmethod(token_linear)
+    """What makes queries, keys and values; the baseline of the benchmark sets torch's own."""
+
     def __init__(self, dim: int, num_heads: int, *, bias: QkvBias = "qkv") -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -267,24 +266,22 @@ class SelfAttention(nn.Module):
         self, tokens: Float[Tensor, "batch sequences tokens dim"], *, num_queries: int | None = None
     ) -> Float[Tensor, "batch sequences queries dim"]:
         """Attend among the tokens of each sequence; `num_queries`: only the first ones ask, all are listened to."""
-        weight, bias = self.qkv.weight, self._qkv_bias()
+        weight: Tensor = self.qkv.weight
+        bias: Tensor = self.qkv.bias
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         if num_queries is None:
-            qkv = token_linear(tokens, weight, bias)
+            qkv = self.linear(tokens, weight, bias)
             q, k, v = rearrange(qkv, "b s n (three h e) -> three (b s) h n e", three=3, h=self.num_heads)
         else:
             dim = tokens.shape[-1]
-            asking = token_linear(tokens[:, :, :num_queries], weight[:dim], None if bias is None else bias[:dim])
-            kv = token_linear(tokens, weight[dim:], None if bias is None else bias[dim:])
+            asking = self.linear(tokens[:, :, :num_queries], weight[:dim], bias[:dim])
+            kv = self.linear(tokens, weight[dim:], bias[dim:])
             q = rearrange(asking, "b s n (h e) -> (b s) h n e", h=self.num_heads)
             k, v = rearrange(kv, "b s n (two h e) -> two (b s) h n e", two=2, h=self.num_heads)
         attended = rearrange(self.attend(q, k, v), "(b s) h n e -> b s n (h e)", s=tokens.shape[1])
         projected: Tensor = self.proj(attended)
         return projected
-
-    def _qkv_bias(self) -> Tensor:
-        if self.q_bias is None or self.v_bias is None:
-            return self.qkv.bias
-        return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
 
 
 class CrossAttention(nn.Module):

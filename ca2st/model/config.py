@@ -9,7 +9,8 @@ Standard library only.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from ca2st.errors import UserInputError, check_choice, check_literals, did_you_mean
@@ -25,11 +26,7 @@ ExpertPrecision = Literal["auto", "fp32", "bf16"]
 
 
 def check_trainable(which: Trainable) -> None:
-    """Refuse a name that is no set, and an empty list, before there is a model.
-
-    Raises:
-        UserInputError: as said.
-    """
+    """Raise UserInputError for a name that is no set, and for an empty list; there need not be a model yet."""
     if isinstance(which, str):
         if which not in TRAINABLE_SETS:
             hint = did_you_mean(which, list(TRAINABLE_SETS))
@@ -42,29 +39,22 @@ def check_trainable(which: Trainable) -> None:
 
 
 def check_expert_precision(wanted: ExpertPrecision, *, training: str) -> None:
-    """Refuse experts in bfloat16 beside float32 computation, which cannot read them.
-
-    Raises:
-        UserInputError: as said.
-    """
+    """Raise UserInputError for experts in bfloat16 beside float32 computation, which cannot read them."""
     if wanted == "bf16" and training != "bf16":
         raise UserInputError(
             'experts.precision: "bf16" is read under bfloat16 autocast only, found training.precision = '
-            f'"{training}"; '
-            'set training.precision = "bf16", or experts.precision = "auto"'
+            f'"{training}"; set training.precision = "bf16", or experts.precision = "auto"'
         )
 
 
 ModelKind = Literal["cast", "cava", "ca2st", "spatial", "temporal", "audio"]
 Window = Literal["time", "space", "space_time"]
 TimeCodeLayout = Literal["reference", "aligned"]
-Combination = Literal["sequential", "parallel"]
 LastLayers = int | Literal["published", "all"]
 EncoderName = Literal["clip", "videomae", "ast", "resnet50"]
 SpatialEncoder = Literal["clip", "videomae", "resnet50"]
 TemporalEncoder = Literal["videomae", "clip"]
 Fusion = Literal["cross_attention", "lateral", "late_add", "late_concat", "independent"]
-ResNetGrouping = Literal["reference", "square"]
 Positions = Literal["learned", "time_codes", "none"]
 
 
@@ -161,7 +151,7 @@ class ModelConfig:
     """Width d of the bottleneck cross-attention as a fraction of `dim`. Published: 1/2 (ablations 1/8, 1/4, 1)."""
     drop_path_rate: float = 0.0
     """Rate in the last layer; it rises linearly from 0 in the first. Published: 0.2, Something-Something 0.3."""
-    combination: Combination = "sequential"
+    combination: Literal["sequential", "parallel"] = "sequential"
     """Order inside a layer of CA2ST: S&T, then A&S, then A&T, each reading what the one before wrote; or `parallel`."""
     shared_bottleneck: bool = True
     """Each expert has one down and one up projection in a layer, used by all its B-CAs (published); or one for each."""
@@ -174,7 +164,7 @@ class ModelConfig:
     time_code_layout: TimeCodeLayout = "reference"
     """Order of the audio time codes. `reference` repeats each column's code 12 times in a row although tokens are laid
     out row by row, as every published checkpoint expects; `aligned` gives each token its own column's code."""
-    resnet_grouping: ResNetGrouping = "reference"
+    resnet_grouping: Literal["reference", "square"] = "reference"
     """Which four tokens of the temporal expert a place of ResNet's coarsest map meets in T2S: four neighbours in a row
     (`reference`), or the 2 x 2 `square` that lies under it."""
     pretrained_num_frames: int | None = None
@@ -187,7 +177,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_literals(self)
-        self._check_pretrained_grid()
+        frames, crop = self.pretrained_num_frames, self.pretrained_crop_size
+        if frames is not None and (frames < 2 or frames % 2):
+            raise UserInputError(f"pretrained_num_frames: expected an even number >= 2, found {frames}")
+        if crop is not None and (crop < self.patch_size or crop % self.patch_size):
+            raise UserInputError(f"pretrained_crop_size: expected a multiple of {self.patch_size}, found {crop}")
         for name in ("dim", "depth", "num_heads", "patch_size", "audio_stride"):
             if getattr(self, name) < 1:
                 raise UserInputError(f"{name}: expected at least 1, found {getattr(self, name)}")
@@ -198,18 +192,10 @@ class ModelConfig:
             raise UserInputError(f"drop_path_rate: expected 0 <= rate < 1, found {self.drop_path_rate}")
         _check_width("dim * bottleneck_ratio", self.dim * self.bottleneck_ratio, self.num_heads)
         _check_width("dim * adapter_ratio", self.dim * self.adapter_ratio, 1)
-        self._check_layers_exist()
         self._check_encoders()
 
-    def _check_pretrained_grid(self) -> None:
-        frames, crop = self.pretrained_num_frames, self.pretrained_crop_size
-        if frames is not None and (frames < 2 or frames % 2):
-            raise UserInputError(f"pretrained_num_frames: expected an even number >= 2, found {frames}")
-        if crop is not None and (crop < self.patch_size or crop % self.patch_size):
-            raise UserInputError(f"pretrained_crop_size: expected a multiple of {self.patch_size}, found {crop}")
-
-    def _check_layers_exist(self) -> None:
-        with_stages = {self.depth * stage // 4 for stage in (1, 2, 3, 4)}
+    def _check_encoders(self) -> None:
+        with_stages = {layer + 1 for layer in stage_of_layer(self.depth)}
         for name in ("spatial_temporal", "audio_spatial", "audio_temporal"):
             layers = set(getattr(self, name).layers or ())
             if layers and max(layers) > self.depth:
@@ -219,8 +205,6 @@ class ModelConfig:
                     f"{name}.layers: expected layers in which a stage of ResNet-50 runs ({sorted(with_stages)}), "
                     f"found {sorted(layers - with_stages)}"
                 )
-
-    def _check_encoders(self) -> None:
         if self.spatial_encoder == "resnet50" and (self.depth % 4 or self.patch_size != 16):
             raise UserInputError(
                 "spatial_encoder resnet50: expected a depth that its four stages divide and patches of 16 pixels, "
@@ -241,10 +225,6 @@ class ModelConfig:
     def bottleneck_dim(self) -> int:
         """Return the width d of the bottleneck: 384 at ViT-B."""
         return int(self.dim * self.bottleneck_ratio)
-
-    def drop_path_rates(self) -> tuple[float, ...]:
-        """Return the rate of each layer, rising linearly from 0 to `drop_path_rate`."""
-        return tuple(self.drop_path_rate * index / max(self.depth - 1, 1) for index in range(self.depth))
 
 
 def check_clip(config: ModelConfig, clip: ClipSpec) -> None:
@@ -270,11 +250,7 @@ def check_clip(config: ModelConfig, clip: ClipSpec) -> None:
 
 
 def check_targets(targets: Sequence[TargetSpec]) -> None:
-    """Refuse an empty list of targets or one that names a target twice.
-
-    Raises:
-        UserInputError: as said.
-    """
+    """Raise UserInputError for an empty list of targets or one that names a target twice."""
     names = [target.name for target in targets]
     if not names or len(set(names)) != len(names):
         raise UserInputError(f"targets: expected at least one, each with its own name, found {names}")
@@ -340,9 +316,7 @@ BRIDGES: dict[ModelKind, tuple[BridgeName, ...]] = {
     "audio": (),
 }
 """In the order of the sequential combination."""
-_CA2ST_AUDIO_LAYERS = 3
 RESNET_STAGES = 4
-_EXCHANGING = ("cross_attention", "lateral")
 
 
 def encoder_of(config: ModelConfig, expert: ExpertName) -> EncoderName:
@@ -362,7 +336,7 @@ def stage_of_layer(depth: int) -> Mapping[int, int]:
 
 def bridges_of_layer(config: ModelConfig, layer: int) -> tuple[Bridge, ...]:
     """Return the exchanges of layer `layer` (0 = first), in the order of the sequential combination."""
-    if config.fusion not in _EXCHANGING:
+    if config.fusion not in ("cross_attention", "lateral"):
         return ()
     return tuple(_bridge(config, name) for name in BRIDGES[config.kind] if layer in _layers_of(config, name))
 
@@ -380,45 +354,37 @@ def uses_time_codes(config: ModelConfig) -> bool:
     )
 
 
-def _layers_of(config: ModelConfig, name: BridgeName) -> frozenset[int]:
+def _layers_of(config: ModelConfig, name: BridgeName) -> set[int]:
     settings = getattr(config, name)
     if settings.layers is not None:
-        wanted = frozenset(layer - 1 for layer in settings.layers)
+        layers = {layer - 1 for layer in settings.layers}
     else:
-        wanted = frozenset(range(config.depth - _num_last_layers(config, name), config.depth))
+        wanted = settings.last_layers
+        if wanted == "published":
+            wanted = 3 if config.kind == "ca2st" and name != "spatial_temporal" else "all"
+        first = 0 if wanted == "all" else max(config.depth - wanted, 0)
+        layers = set(range(first, config.depth))
     if "spatial" in name and config.spatial_encoder == "resnet50":
-        return wanted & frozenset(stage_of_layer(config.depth))
-    return wanted
-
-
-def _num_last_layers(config: ModelConfig, name: BridgeName) -> int:
-    wanted = getattr(config, name).last_layers
-    if wanted == "published":
-        is_audio_of_ca2st = config.kind == "ca2st" and name != "spatial_temporal"
-        wanted = _CA2ST_AUDIO_LAYERS if is_audio_of_ca2st else "all"
-    return config.depth if wanted == "all" else min(int(wanted), config.depth)
+        layers &= stage_of_layer(config.depth).keys()
+    return layers
 
 
 def _bridge(config: ModelConfig, name: BridgeName) -> Bridge:
-    if name == "spatial_temporal":
-        settings = config.spatial_temporal
-        pair = (
-            Direction(name="t2s", keys="temporal", queries="spatial", window=settings.t2s_window),
-            Direction(name="s2t", keys="spatial", queries="temporal", window=settings.s2t_window),
-        )
-        kept = tuple(direction for direction in pair if settings.directions in ("both", direction.name))
-        return Bridge(name=name, directions=kept, positions=settings.positions)
-    if name == "audio_spatial":
-        return _audio_bridge(name, "spatial", config.audio_spatial)
-    return _audio_bridge(name, "temporal", config.audio_temporal)
-
-
-def _audio_bridge(name: BridgeName, visual: ExpertName, settings: AudioVisualConfig) -> Bridge:
-    letter = visual[0]
-    from_audio = Direction(name=f"a2{letter}", keys="audio", queries=visual, window="space_time")
-    to_audio = Direction(name=f"{letter}2a", keys=visual, queries="audio", window="space_time")
-    kept = {"both": (from_audio, to_audio), "from_audio": (from_audio,), "to_audio": (to_audio,)}
-    return Bridge(name=name, directions=kept[settings.directions], positions=settings.positions)
+    settings: SpatialTemporalConfig | AudioVisualConfig = getattr(config, name)
+    if isinstance(settings, SpatialTemporalConfig):
+        by_setting = {
+            "t2s": Direction(name="t2s", keys="temporal", queries="spatial", window=settings.t2s_window),
+            "s2t": Direction(name="s2t", keys="spatial", queries="temporal", window=settings.s2t_window),
+        }
+    else:
+        visual = name.removeprefix("audio_")
+        letter = visual[0]
+        by_setting = {
+            "from_audio": Direction(name=f"a2{letter}", keys="audio", queries=visual, window="space_time"),
+            "to_audio": Direction(name=f"{letter}2a", keys=visual, queries="audio", window="space_time"),
+        }
+    kept = tuple(direction for setting, direction in by_setting.items() if settings.directions in ("both", setting))
+    return Bridge(name=name, directions=kept, positions=settings.positions)
 
 
 def _check_layers(name: str, last_layers: LastLayers, layers: tuple[int, ...] | None) -> None:
@@ -447,14 +413,12 @@ SIZES: dict[SizeName, dict[str, int]] = {
 """Widths, depths and heads of the usual vision transformers; the published models are ViT-B."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Preset:
-    """One configuration."""
+    """A configuration, and what it is in a few words."""
 
     config: ModelConfig
-    """Structure."""
     says: str
-    """What it is, in a few words."""
     published_top1: float | None = None
     """EPIC-KITCHENS-100 action top-1 in percent that the paper gives for it, or None. The ablations' own default run
     has 48.7 (layer-wise decay 0.8, accumulation 2), the main table 49.3."""
@@ -470,74 +434,59 @@ def find_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def _cast(**changes: Any) -> ModelConfig:
-    return replace(ModelConfig(kind="cast", drop_path_rate=0.2), **changes)
+_published = partial(ModelConfig, drop_path_rate=0.2)
+_cast = partial(_published, kind="cast")
+_ca2st = partial(_published, kind="ca2st")
 
 
 def _cast_bca(**changes: Any) -> ModelConfig:
     return _cast(spatial_temporal=SpatialTemporalConfig(**changes))
 
 
-def _kind(kind: Any, **changes: Any) -> ModelConfig:
-    return replace(ModelConfig(kind=kind, drop_path_rate=0.2), **changes)
-
-
 PRESETS: dict[str, Preset] = {
-    "cast": Preset(config=_cast(), says="CAST as published: CLIP and VideoMAE", published_top1=49.3),
-    "cava": Preset(config=_kind("cava"), says="CAVA as published: AST and CLIP"),
-    "ca2st": Preset(config=_kind("ca2st"), says="CA2ST as published: CLIP, VideoMAE and AST"),
-    "cast_resnet50": Preset(
-        config=_cast(spatial_encoder="resnet50"), says="ResNet-50 as spatial expert", published_top1=43.8
-    ),
-    "spatial": Preset(config=_kind("spatial"), says="CLIP alone with adapters"),
-    "temporal": Preset(config=_kind("temporal"), says="VideoMAE alone with adapters"),
-    "audio": Preset(config=_kind("audio"), says="AST alone with adapters"),
-    "cast_s2t_only": Preset(config=_cast_bca(directions="s2t"), says="S2T alone", published_top1=43.7),
-    "cast_t2s_only": Preset(config=_cast_bca(directions="t2s"), says="T2S alone", published_top1=46.7),
-    "cast_ratio_1_8": Preset(config=_cast(bottleneck_ratio=1 / 8), says="bottleneck D/8", published_top1=47.4),
-    "cast_ratio_1_4": Preset(config=_cast(bottleneck_ratio=1 / 4), says="bottleneck D/4", published_top1=47.4),
-    "cast_ratio_1_2": Preset(config=_cast(bottleneck_ratio=1 / 2), says="bottleneck D/2", published_top1=48.7),
-    "cast_ratio_1": Preset(config=_cast(bottleneck_ratio=1.0), says="no bottleneck, D", published_top1=48.6),
+    "cast": Preset(_cast(), "CAST as published: CLIP and VideoMAE", 49.3),
+    "cava": Preset(_published(kind="cava"), "CAVA as published: AST and CLIP"),
+    "ca2st": Preset(_ca2st(), "CA2ST as published: CLIP, VideoMAE and AST"),
+    "cast_resnet50": Preset(_cast(spatial_encoder="resnet50"), "ResNet-50 as spatial expert", 43.8),
+    "spatial": Preset(_published(kind="spatial"), "CLIP alone with adapters"),
+    "temporal": Preset(_published(kind="temporal"), "VideoMAE alone with adapters"),
+    "audio": Preset(_published(kind="audio"), "AST alone with adapters"),
+    "cast_s2t_only": Preset(_cast_bca(directions="s2t"), "S2T alone", 43.7),
+    "cast_t2s_only": Preset(_cast_bca(directions="t2s"), "T2S alone", 46.7),
+    "cast_ratio_1_8": Preset(_cast(bottleneck_ratio=1 / 8), "bottleneck D/8", 47.4),
+    "cast_ratio_1_4": Preset(_cast(bottleneck_ratio=1 / 4), "bottleneck D/4", 47.4),
+    "cast_ratio_1_2": Preset(_cast(bottleneck_ratio=1 / 2), "bottleneck D/2", 48.7),
+    "cast_ratio_1": Preset(_cast(bottleneck_ratio=1.0), "no bottleneck, D", 48.6),
     "cast_windows_space_time": Preset(
-        config=_cast_bca(t2s_window="space_time", s2t_window="space_time"),
-        says="space-time windows in both directions",
-        published_top1=47.2,
+        _cast_bca(t2s_window="space_time", s2t_window="space_time"), "space-time windows in both directions", 47.2
     ),
     "cast_windows_time_space": Preset(
-        config=_cast_bca(t2s_window="time", s2t_window="space"), says="T2S in time, S2T in space", published_top1=48.7
+        _cast_bca(t2s_window="time", s2t_window="space"), "T2S in time, S2T in space", 48.7
     ),
-    "cast_layers_10_12": Preset(config=_cast_bca(last_layers=3), says="B-CA in layers 10-12", published_top1=47.4),
-    "cast_layers_7_12": Preset(config=_cast_bca(last_layers=6), says="B-CA in layers 7-12", published_top1=47.9),
-    "cast_layers_4_12": Preset(config=_cast_bca(last_layers=9), says="B-CA in layers 4-12", published_top1=48.2),
-    "cast_layers_1_12": Preset(config=_cast_bca(last_layers="all"), says="B-CA in all layers", published_top1=48.7),
-    "cast_no_positions": Preset(config=_cast_bca(positions="none"), says="no position codes", published_top1=47.5),
-    "cast_clip_clip": Preset(config=_cast(temporal_encoder="clip"), says="CLIP and CLIP", published_top1=46.0),
+    "cast_layers_10_12": Preset(_cast_bca(last_layers=3), "B-CA in layers 10-12", 47.4),
+    "cast_layers_7_12": Preset(_cast_bca(last_layers=6), "B-CA in layers 7-12", 47.9),
+    "cast_layers_4_12": Preset(_cast_bca(last_layers=9), "B-CA in layers 4-12", 48.2),
+    "cast_layers_1_12": Preset(_cast_bca(last_layers="all"), "B-CA in all layers", 48.7),
+    "cast_no_positions": Preset(_cast_bca(positions="none"), "no position codes", 47.5),
+    "cast_clip_clip": Preset(_cast(temporal_encoder="clip"), "CLIP and CLIP", 46.0),
     "cast_videomae_clip": Preset(
-        config=_cast(spatial_encoder="videomae", temporal_encoder="clip"), says="roles swapped: VideoMAE and CLIP"
+        _cast(spatial_encoder="videomae", temporal_encoder="clip"), "roles swapped: VideoMAE and CLIP"
     ),
-    "cast_videomae_videomae": Preset(
-        config=_cast(spatial_encoder="videomae"), says="VideoMAE and VideoMAE", published_top1=40.3
-    ),
+    "cast_videomae_videomae": Preset(_cast(spatial_encoder="videomae"), "VideoMAE and VideoMAE", 40.3),
     "cast_identity": Preset(
-        config=_cast(fusion="independent"),
-        says="experts with adapters and no exchange (also: independent adapters)",
-        published_top1=41.7,
+        _cast(fusion="independent"), "experts with adapters and no exchange (also: independent adapters)", 41.7
     ),
-    "cast_independent": Preset(
-        config=_cast(fusion="independent", adapters=False), says="independent experts without adapters"
-    ),
-    "cast_late_add": Preset(config=_cast(fusion="late_add"), says="features added", published_top1=44.2),
-    "cast_late_concat": Preset(config=_cast(fusion="late_concat"), says="features side by side", published_top1=44.5),
-    "cast_lateral": Preset(config=_cast(fusion="lateral"), says="lateral connections in all layers"),
-    "ca2st_parallel": Preset(config=_kind("ca2st", combination="parallel"), says="B-CAs of a layer side by side"),
+    "cast_independent": Preset(_cast(fusion="independent", adapters=False), "independent experts without adapters"),
+    "cast_late_add": Preset(_cast(fusion="late_add"), "features added", 44.2),
+    "cast_late_concat": Preset(_cast(fusion="late_concat"), "features side by side", 44.5),
+    "cast_lateral": Preset(_cast(fusion="lateral"), "lateral connections in all layers"),
+    "ca2st_parallel": Preset(_ca2st(combination="parallel"), "B-CAs of a layer side by side"),
     "ca2st_aligned_time_codes": Preset(
-        config=_kind("ca2st", time_code_layout="aligned"), says="each spectrogram patch with its own time code"
+        _ca2st(time_code_layout="aligned"), "each spectrogram patch with its own time code"
     ),
-    "ca2st_separate_bottlenecks": Preset(
-        config=_kind("ca2st", shared_bottleneck=False), says="each B-CA with its own down and up"
-    ),
-    "ca2st_late_add": Preset(config=_kind("ca2st", fusion="late_add"), says="features of all three added"),
-    "ca2st_late_concat": Preset(config=_kind("ca2st", fusion="late_concat"), says="features of all three side by side"),
+    "ca2st_separate_bottlenecks": Preset(_ca2st(shared_bottleneck=False), "each B-CA with its own down and up"),
+    "ca2st_late_add": Preset(_ca2st(fusion="late_add"), "features of all three added"),
+    "ca2st_late_concat": Preset(_ca2st(fusion="late_concat"), "features of all three side by side"),
 }
 """By name. `cast_identity` stands for two published rows with one figure, "identity" and "independent adapters": B-CA
 replaced by the identity is what experts with adapters and no exchange are."""

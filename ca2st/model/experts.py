@@ -6,8 +6,8 @@ An expert embeds a clip into tokens, passes layers, pools. A further expert (tex
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
@@ -22,14 +22,11 @@ from ca2st.model.config import RESNET_STAGES, EncoderName, ExpertName, ModelConf
 from ca2st.model.tokens import (
     NUM_AUDIO_PREFIX,
     TokenGrid,
+    audio_patches,
     clip_grid,
-    image_grid,
-    map_grid,
     pretrained_grid,
-    resize_clip_table,
+    resize_table,
     sinusoid_table,
-    spectrogram_grid,
-    tubelet_grid,
 )
 from ca2st.spec import ClipSpec
 
@@ -116,27 +113,19 @@ class ClipInputs(NamedTuple):
     """Normalised log-mel spectrogram."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Flavour:
-    """In what the layers of the transformer experts differ."""
-
-    activation: Activation
-    """Of the FFN."""
-    bias: attention.QkvBias
-    """Which of queries, keys and values have a bias."""
-    eps: float
-    """Of the layers' norms."""
+_EPS = 1e-6
+_CLIP_EPS = 1e-5
 
 
 class EncoderLayer(nn.Module):
     """One pre-norm transformer layer of an expert: X + MHSA(LN(X)), then + FFN(LN(.))."""
 
-    def __init__(self, config: ModelConfig, flavour: Flavour) -> None:
+    def __init__(self, config: ModelConfig, *, activation: Activation, bias: attention.QkvBias, eps: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.dim, eps=flavour.eps)
-        self.attention = attention.SelfAttention(config.dim, config.num_heads, bias=flavour.bias)
-        self.norm2 = nn.LayerNorm(config.dim, eps=flavour.eps)
-        self.mlp = FeedForward(config.dim, activation=flavour.activation)
+        self.norm1 = nn.LayerNorm(config.dim, eps=eps)
+        self.attention = attention.SelfAttention(config.dim, config.num_heads, bias=bias)
+        self.norm2 = nn.LayerNorm(config.dim, eps=eps)
+        self.mlp = FeedForward(config.dim, activation=activation)
 
     def forward(
         self, tokens: Float[Tensor, "batch sequences tokens dim"]
@@ -157,6 +146,8 @@ class Expert(nn.Module, ABC):
     """Whether DropPath also falls on the first half of its layers."""
     pools_prefix: ClassVar[bool] = False
     """Whether `pool` reads nothing but the prefix tokens, so that the last layer need not make new patches."""
+    num_layers: int
+    """Layers of the model; in each the expert runs what `layer_at` returns."""
     feature_dim: int
     """Width of the pooled feature."""
 
@@ -176,21 +167,36 @@ class Expert(nn.Module, ABC):
     def pool(self, tokens: Float[Tensor, "batch sequences tokens dim"]) -> Float[Tensor, "batch feature"]:
         """Return the feature of a clip from the last layer's tokens; holds the expert's final norm, if it has one."""
 
-    @abstractmethod
     def forward(self, inputs: ClipInputs) -> Float[Tensor, "batch feature"]:
         """Run the expert alone, as it was pretrained."""
+        tokens = self.embed(inputs)
+        for index in range(self.num_layers):
+            tokens = self.layer_at(index)(tokens)
+        return self.pool(tokens)
 
 
 class TransformerExpert(Expert):
-    """An expert of `depth` equal layers, whose tokens keep one layout."""
+    """An expert of `depth` equal layers, whose tokens keep one layout.
 
-    def __init__(self, config: ModelConfig, grid: TokenGrid, flavour: Flavour) -> None:
+    `activation` is the FFN's, `bias` which of queries, keys and values have one, `eps` that of the layers' norms.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        grid: TokenGrid,
+        *,
+        activation: Activation = "gelu",
+        bias: attention.QkvBias = "qkv",
+        eps: float = _EPS,
+    ) -> None:
         super().__init__()
         self.grid = grid
+        self.num_layers = config.depth
         self.feature_dim = config.dim
-        self.layers = cast("Sequence[EncoderLayer]", nn.ModuleList())
-        for _ in range(config.depth):
-            cast("nn.ModuleList", self.layers).append(EncoderLayer(config, flavour))
+        self.layers = nn.ModuleList(
+            EncoderLayer(config, activation=activation, bias=bias, eps=eps) for _ in range(config.depth)
+        )
 
     def grid_at(self, index: int) -> TokenGrid:  # noqa: ARG002  # the same in every layer
         """Return the one layout of its tokens."""
@@ -199,17 +205,6 @@ class TransformerExpert(Expert):
     def layer_at(self, index: int) -> nn.Module:
         """Return transformer layer `index`."""
         return self.layers[index]
-
-    def forward(self, inputs: ClipInputs) -> Float[Tensor, "batch feature"]:
-        """Run the expert alone, as it was pretrained."""
-        tokens = self.embed(inputs)
-        for layer in self.layers:
-            tokens = layer(tokens)
-        return self.pool(tokens)
-
-
-_EPS = 1e-6
-_CLIP_EPS = 1e-5
 
 
 class ClipExpert(TransformerExpert):
@@ -221,8 +216,11 @@ class ClipExpert(TransformerExpert):
     pools_prefix = True
 
     def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
-        grid = image_grid(config, clip)
-        super().__init__(config, grid, Flavour(activation="quick_gelu", bias="qkv", eps=_CLIP_EPS))
+        frames, rows, columns = clip_grid(config, clip)
+        grid = TokenGrid(
+            num_sequences=frames, num_prefix=1, num_frames=frames, num_patches=rows * columns, dim=config.dim
+        )
+        super().__init__(config, grid, activation="quick_gelu", eps=_CLIP_EPS)
         patch = config.patch_size
         self.patch_embed = nn.Conv2d(3, config.dim, kernel_size=patch, stride=patch, bias=False)
         attention.start_patch_embedding(self.patch_embed)
@@ -255,13 +253,15 @@ class VideoMAEExpert(TransformerExpert):
     positions: Float[Tensor, "tokens dim"]
 
     def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
-        grid = tubelet_grid(config, clip)
-        super().__init__(config, grid, Flavour(activation="gelu", bias="qv", eps=_EPS))
+        frames, rows, columns = clip_grid(config, clip)
+        grid = TokenGrid(num_sequences=1, num_prefix=0, num_frames=frames, num_patches=rows * columns, dim=config.dim)
+        super().__init__(config, grid, bias="qv")
         tubelet = (2, config.patch_size, config.patch_size)
         self.patch_embed = nn.Conv3d(3, config.dim, kernel_size=tubelet, stride=tubelet)
         attention.start_patch_embedding(self.patch_embed)
-        known, wanted = pretrained_grid(config, clip), clip_grid(config, clip)
-        table = resize_clip_table(sinusoid_table(math.prod(known), config.dim), from_grid=known, to_grid=wanted)
+        known = pretrained_grid(config, clip)
+        table = sinusoid_table(math.prod(known), config.dim)
+        table = resize_table(table, from_grid=known, to_grid=(frames, rows, columns))
         self.register_buffer("positions", table, persistent=False)
         self.norm = nn.LayerNorm(config.dim, eps=_EPS)
 
@@ -286,8 +286,11 @@ class ASTExpert(TransformerExpert):
     pools_prefix = True
 
     def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
-        grid = spectrogram_grid(config, clip)
-        super().__init__(config, grid, Flavour(activation="gelu", bias="qkv", eps=_EPS))
+        rows, columns = audio_patches(config, clip)
+        grid = TokenGrid(
+            num_sequences=1, num_prefix=NUM_AUDIO_PREFIX, num_frames=1, num_patches=rows * columns, dim=config.dim
+        )
+        super().__init__(config, grid)
         self.patch_embed = nn.Conv2d(1, config.dim, kernel_size=config.patch_size, stride=config.audio_stride)
         attention.start_patch_embedding(self.patch_embed)
         self.class_token = attention.new_table(config.dim)
@@ -309,25 +312,7 @@ class ASTExpert(TransformerExpert):
         return feature
 
 
-_BLOCKS_OF_STAGE = (3, 4, 6, 3)
 _STEM_STRIDE, _STEM_DIM = 4, 64
-_FIRST_STAGE_DIM = 256
-
-
-class Stem(nn.Module):
-    """7 x 7 convolution, norm, ReLU, max pooling: a quarter of the frame's side, 64 channels."""
-
-    def __init__(self, conv: nn.Module, norm: nn.Module) -> None:
-        super().__init__()
-        self.conv = conv
-        self.norm = norm
-        self.activation = nn.ReLU(inplace=True)
-        self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-
-    def forward(self, images: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images 64 rows columns"]:
-        """Return the map that the first stage reads."""
-        features: Tensor = self.pool(self.activation(self.norm(self.conv(images))))
-        return features
 
 
 class Stage(nn.Sequential):
@@ -360,14 +345,21 @@ class ResNetExpert(Expert):
         from torchvision.ops import FrozenBatchNorm2d
 
         super().__init__()
-        network = ResNet(Bottleneck, list(_BLOCKS_OF_STAGE), norm_layer=FrozenBatchNorm2d)
-        self.stem = Stem(network.conv1, network.bn1)
+        network = ResNet(Bottleneck, [3, 4, 6, 3], norm_layer=FrozenBatchNorm2d)
+        stem = OrderedDict(conv=network.conv1, norm=network.bn1, activation=network.relu, pool=network.maxpool)
+        self.stem = nn.Sequential(stem)
         stages = cast("list[nn.Sequential]", [network.layer1, network.layer2, network.layer3, network.layer4])
-        self.stages = cast("Sequence[Stage]", nn.ModuleList(Stage(*stage) for stage in stages))
-        self.stage_of_layer: Mapping[int, int] = stage_of_layer(config.depth)
+        self.stages = nn.ModuleList(Stage(*stage) for stage in stages)
+        self.stage_of_layer = stage_of_layer(config.depth)
+        self.num_layers = config.depth
         self.no_stage = nn.Identity()
-        self.grids = [_grid(clip, stage) for stage in range(RESNET_STAGES)]
-        self.stem_grid = map_grid(clip, stride=_STEM_STRIDE, dim=_STEM_DIM)
+        frames, side = clip.num_frames // 2, clip.crop_size // _STEM_STRIDE
+        self.stem_grid, *self.grids = (
+            TokenGrid(
+                num_sequences=frames, num_prefix=0, num_frames=frames, num_patches=(side // coarser) ** 2, dim=dim
+            )
+            for coarser, dim in ((1, _STEM_DIM), *((2**stage, 256 * 2**stage) for stage in range(RESNET_STAGES)))
+        )
         self.feature_dim = self.grids[-1].dim
 
     def grid_at(self, index: int) -> TokenGrid:
@@ -388,17 +380,6 @@ class ResNetExpert(Expert):
     def pool(self, tokens: Float[Tensor, "batch sequences tokens dim"]) -> Float[Tensor, "batch feature"]:
         """Return the mean over places and frames; there is no final norm."""
         return tokens.mean(dim=(1, 2))
-
-    def forward(self, inputs: ClipInputs) -> Float[Tensor, "batch feature"]:
-        """Run the expert alone, as it was pretrained."""
-        tokens = self.embed(inputs)
-        for stage in self.stages:
-            tokens = stage(tokens)
-        return self.pool(tokens)
-
-
-def _grid(clip: ClipSpec, stage: int) -> TokenGrid:
-    return map_grid(clip, stride=_STEM_STRIDE * 2**stage, dim=_FIRST_STAGE_DIM * 2**stage)
 
 
 ENCODERS: dict[EncoderName, Callable[[ModelConfig, ClipSpec], Expert]] = {

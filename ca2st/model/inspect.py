@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -34,14 +35,12 @@ FLOP_PER_MULTIPLY_ADD = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartInfo:
-    """One part of a model."""
+    """One part of a model, its numbers of parameters and its cost."""
 
     name: str
     """`spatial expert`, `adapters`, `bottleneck cross-attention`, ..."""
     trainable: int
-    """Trained parameters."""
     total: int
-    """Parameters."""
     gmacs: float
     """10^9 multiply-adds of the forward pass of one view."""
 
@@ -53,7 +52,6 @@ class ModelInfo:
     trainable: int
     """Trained parameters (without the LayerNorm that the reference trains and never uses)."""
     total: int
-    """Parameters."""
     gmacs: float
     """10^9 multiply-adds of the forward pass of one view, as published: convolutions, Linears and attention."""
     computed_gmacs: float
@@ -215,35 +213,24 @@ class AttentionMap:
         return self.entropy_bits / math.log2(self.num_keys)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenPlaces:
-    """Where in time and picture each token of a flattened grid of frames x patches lies."""
+class TokenPlaces(NamedTuple):
+    """Where in time and picture the tokens of a flattened grid of frames x patches lie."""
 
-    times: Int[Tensor, " tokens"]
-    places: Int[Tensor, " tokens"]
+    cells: Int[Tensor, " tokens"]
+    """Index of each token in a grid of times x places."""
     num_times: int
     num_places: int
-
-    @property
-    def cells(self) -> Int[Tensor, " tokens"]:
-        """Return the index of each token in a grid of times x places."""
-        return self.times * self.num_places + self.places
 
 
 def visual_places(num_frames: int, num_patches: int) -> TokenPlaces:
     """Return the places of tokens laid out frame by frame."""
-    tokens = torch.arange(num_frames * num_patches)
-    return TokenPlaces(
-        times=tokens // num_patches, places=tokens % num_patches, num_times=num_frames, num_places=num_patches
-    )
+    return TokenPlaces(torch.arange(num_frames * num_patches), num_frames, num_patches)
 
 
 def audio_places(num_rows: int, num_columns: int) -> TokenPlaces:
     """Return the places of spectrogram patches, row by row: the column is the time."""
-    tokens = torch.arange(num_rows * num_columns)
-    return TokenPlaces(
-        times=tokens % num_columns, places=tokens // num_columns, num_times=num_columns, num_places=num_rows
-    )
+    cells = rearrange(torch.arange(num_columns * num_rows), "(t f) -> (f t)", f=num_rows)
+    return TokenPlaces(cells, num_columns, num_rows)
 
 
 @contextmanager
@@ -260,7 +247,7 @@ def record_attention(model: HolisticModel) -> Iterator[list[AttentionMap]]:
         for number, layer in enumerate(model.layers, start=1):
             for module in layer.modules():
                 if isinstance(module, DirectedAttention):
-                    hook = _Recorder(model, module.direction, number, maps)
+                    hook = partial(_record, model, number, module.direction, maps)
                     hooks.callback(module.attention.register_forward_hook(hook).remove)
         yield maps
 
@@ -270,40 +257,28 @@ def has_cross_attention(model: HolisticModel) -> bool:
     return any(isinstance(module, DirectedAttention) for module in model.layers.modules())
 
 
-@dataclass(frozen=True, slots=True)
-class _Recorder:
-    """The forward hook of one direction of one layer."""
-
-    model: HolisticModel
-    direction: Direction
-    layer: int
-    maps: list[AttentionMap]
-
-    @torch.no_grad()
-    def __call__(self, attention: nn.Module, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
-        assert isinstance(attention, CrossAttention)
-        queries, keys = inputs
-        given, entropy, num_keys = attend(
-            attention,
-            queries,
-            keys,
-            query_places=self._places(self.direction.queries, queries),
-            key_places=self._places(self.direction.keys, keys),
-        )
-        self.maps.append(
-            AttentionMap(
-                layer=self.layer,
-                direction=self.direction,
-                given=given.cpu(),
-                entropy_bits=entropy.cpu(),
-                num_keys=num_keys,
-            )
-        )
-
-    def _places(self, expert: str, patches: Tensor) -> TokenPlaces:
-        if expert == "audio":
-            return audio_places(*audio_patches(self.model.config, self.model.clip))
-        return visual_places(patches.shape[1], patches.shape[2])
+@torch.no_grad()
+def _record(
+    model: HolisticModel,
+    layer: int,
+    direction: Direction,
+    maps: list[AttentionMap],
+    attention: nn.Module,
+    inputs: tuple[Tensor, Tensor],
+    _: Tensor,
+) -> None:
+    """Append the map of one direction of one layer; the last three arguments are those of a forward hook."""
+    assert isinstance(attention, CrossAttention)
+    query_places, key_places = (
+        audio_places(*audio_patches(model.config, model.clip))
+        if expert == "audio"
+        else visual_places(patches.shape[1], patches.shape[2])
+        for expert, patches in zip((direction.queries, direction.keys), inputs, strict=True)
+    )
+    given, entropy, num_keys = attend(attention, *inputs, query_places=query_places, key_places=key_places)
+    maps.append(
+        AttentionMap(layer=layer, direction=direction, given=given.cpu(), entropy_bits=entropy.cpu(), num_keys=num_keys)
+    )
 
 
 def attend(
@@ -323,12 +298,15 @@ def attend(
         for x in attention.projections(queries, keys)
     )
     query_tokens, key_tokens = window_tokens(attention, queries.shape[1:3], keys.shape[1:3])
-    times, cells = query_places.times[query_tokens].to(q.device), key_places.cells[key_tokens].to(q.device)
+    times = (query_places.cells[query_tokens] // query_places.num_places).to(q.device)
+    cells = key_places.cells[key_tokens].to(q.device)
     num_cells = key_places.num_times * key_places.num_places
     given = q.new_zeros(q.shape[0], query_places.num_times * num_cells)
     entropy = q.new_zeros(q.shape[0])
     for windows, part in _chunks(q, num_keys=k.shape[3]):
-        weights = _weights(q[:, :, windows, part], k[:, :, windows])
+        with torch.autocast(q.device.type, enabled=False):  # the model may run under it; the maps stay float32
+            scores = q[:, :, windows, part] @ k[:, :, windows].transpose(-1, -2) * q.shape[-1] ** -0.5
+            weights = scores.softmax(dim=-1)
         entropy += torch.special.entr(weights).sum(dim=(1, 2, 3, 4))
         slots = times[windows, part, None] * num_cells + cells[windows, None, :]
         given.index_add_(1, slots.flatten(), weights.mean(dim=1).flatten(start_dim=1))
@@ -361,14 +339,6 @@ def window_tokens(
         return rearrange(grouped, "windows 1 tokens 1 -> windows tokens").long()
 
     return tokens(query_grid), tokens(key_grid)
-
-
-def _weights(
-    q: Float[Tensor, "batch heads windows queries head_dim"], k: Float[Tensor, "batch heads windows keys head_dim"]
-) -> Float[Tensor, "batch heads windows queries keys"]:
-    with torch.autocast(q.device.type, enabled=False):  # the model may run under it; the maps stay float32
-        scores: Tensor = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        return scores.softmax(dim=-1)
 
 
 def _chunks(

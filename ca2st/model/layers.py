@@ -25,11 +25,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ca2st.model.attention import CrossAttention, Grouping, new_linear, with_zero_gradients, zero_linear
-from ca2st.model.config import Bridge, BridgeName, Direction, ExpertName, Fusion, ModelConfig, Positions, encoder_of
+from ca2st.model.attention import CrossAttention, new_linear, with_zero_gradients, zero_linear
+from ca2st.model.config import Bridge, BridgeName, Direction, ExpertName, ModelConfig, Positions, encoder_of
 from ca2st.model.experts import Adapter, EncoderLayer, Expert
 from ca2st.model.tokens import LearnedPositions, TimeCodes, TokenGrid
 
+Tokens = dict[ExpertName, Tensor]
+"""Tokens of each expert, `[batch, sequences, tokens, dim]`."""
 _EPS = 1e-6
 _PARALLEL_SCALE = 0.5
 
@@ -70,13 +72,6 @@ class Bottleneck(nn.Module):
         self.activation = nn.GELU()
         self.up = zero_linear(width, dim) if widens else None
 
-    def narrow(
-        self, tokens: Float[Tensor, "batch sequences tokens dim"]
-    ) -> Float[Tensor, "batch sequences tokens width"]:
-        """Apply down: what cross-attention works on."""
-        narrowed: Tensor = self.down(tokens)
-        return narrowed
-
     def widen(
         self, tokens: Float[Tensor, "batch sequences tokens width"]
     ) -> Float[Tensor, "batch sequences tokens dim"]:
@@ -101,8 +96,12 @@ class DirectedAttention(nn.Module):
         self.direction = direction
         self.uses_time_codes = positions == "time_codes"
         width, num_heads = config.bottleneck_dim, config.num_heads
-        grouping = _grouping(config, direction, grids)
-        self.attention = CrossAttention(width, num_heads, window=direction.window, grouping=grouping)
+        # A finer ResNet map is grouped over the tokens by squares; over a coarser one the tokens are, as configured.
+        finer = max((direction.queries, direction.keys), key=lambda expert: grids[expert].num_patches)
+        square = encoder_of(config, finer) == "resnet50" or config.resnet_grouping == "square"
+        self.attention = CrossAttention(
+            width, num_heads, window=direction.window, grouping="square" if square else "raster"
+        )
         self.query_positions: LearnedPositions | None = None
         self.key_positions: LearnedPositions | None = None
         if positions == "learned":
@@ -148,23 +147,22 @@ class BottleneckCrossAttention(nn.Module):
 
     def forward(
         self,
-        tokens: Mapping[ExpertName, Tensor],
+        tokens: Tokens,
         bottlenecks: Mapping[ExpertName, Bottleneck],
         codes: TimeCodes | None,
         live: Set[str] | None = None,
-    ) -> dict[ExpertName, Tensor]:
-        """Return the updates of the listening experts, to be added to their tokens.
+    ) -> Tokens:
+        """Return what is to be added to the listening experts' tokens; `tokens` are the experts' Y.
 
-        `tokens` are the experts' Y, `[batch, sequences, tokens, dim]` each; so are the updates. The update of a
-        direction that is not `live` (None: all are) is that of the prefix tokens alone.
+        The update of a direction that is not `live` (None: all are) is that of the prefix tokens alone.
         """
         directions = self.bridge.directions
         whole = {name for d in directions if live is None or d.name in live for name in (d.queries, d.keys)}
-        narrow: dict[ExpertName, Tensor] = {}
+        narrow: Tokens = {}
         for name in whole | self.bridge.updated:
             rows = tokens[name] if name in whole else self.grids[name].prefix(tokens[name])
-            narrow[name] = self.norms[name](bottlenecks[name].narrow(rows))
-        updates: dict[ExpertName, Tensor] = {}
+            narrow[name] = self.norms[name](bottlenecks[name].down(rows))
+        updates: Tokens = {}
         for direction in directions:
             listener, speaker = direction.queries, direction.keys
             grid, module = self.grids[listener], self.directions[direction.name]
@@ -177,15 +175,6 @@ class BottleneckCrossAttention(nn.Module):
                 heard = with_zero_gradients(grid.prefix(narrow[listener]), idle, unheard)
             updates[listener] = bottlenecks[listener].widen(heard)
         return updates
-
-
-def _grouping(config: ModelConfig, direction: Direction, grids: Mapping[ExpertName, TokenGrid]) -> Grouping:
-    """Group a finer ResNet map over the tokens by squares; for a coarser one group the tokens as configured."""
-    sides = (direction.queries, direction.keys)
-    finer = max(sides, key=lambda expert: grids[expert].num_patches)
-    if encoder_of(config, finer) == "resnet50" or config.resnet_grouping == "square":
-        return "square"
-    return "raster"
 
 
 class LateralConnection(nn.Module):
@@ -206,16 +195,13 @@ class LateralConnection(nn.Module):
 
     def forward(
         self,
-        tokens: Mapping[ExpertName, Tensor],
+        tokens: Tokens,
         bottlenecks: Mapping[ExpertName, Bottleneck],  # noqa: ARG002  # as B-CA
         codes: TimeCodes | None,  # noqa: ARG002  # as B-CA
         live: Set[str] | None = None,
-    ) -> dict[ExpertName, Tensor]:
-        """Return updates of the listening experts, to be added to their tokens `[batch, sequences, tokens, dim]`.
-
-        The update of a direction that is not `live` (None: all are) is that of the prefix tokens alone.
-        """
-        updates: dict[ExpertName, Tensor] = {}
+    ) -> Tokens:
+        """Return what is to be added to the listening experts' tokens, as `BottleneckCrossAttention`."""
+        updates: Tokens = {}
         for direction in self.bridge.directions:
             grid, module = self.grids[direction.queries], self.directions[direction.name]
             nothing = torch.zeros_like(grid.prefix(tokens[direction.queries]))
@@ -235,13 +221,6 @@ def _matched(
         if speaker.shape[axis] != listener.shape[axis]:
             speaker = speaker.mean(dim=axis, keepdim=True)
     return speaker
-
-
-EXCHANGES: dict[Fusion, type[BottleneckCrossAttention | LateralConnection]] = {
-    "cross_attention": BottleneckCrossAttention,
-    "lateral": LateralConnection,
-}
-"""The ways of fusion that exchange tokens between layers; the others have no bridges."""
 
 
 class AdaptedHalves(nn.Module):
@@ -277,29 +256,6 @@ class AdaptedHalves(nn.Module):
         return out
 
 
-class WholeLayer(nn.Module):
-    """An expert's layer that has no halves: it runs before the exchange, and nothing is added to it."""
-
-    def attend(
-        self,
-        layer: nn.Module,
-        tokens: Float[Tensor, "batch sequences tokens dim"],
-        *,
-        num_rows: int | None = None,  # noqa: ARG002  # as `AdaptedHalves`
-    ) -> Float[Tensor, "batch new_sequences new_tokens new_dim"]:
-        """Run the whole layer."""
-        out: Tensor = layer(tokens)
-        return out
-
-    def feed_forward(
-        self,
-        layer: nn.Module,  # noqa: ARG002  # as `AdaptedHalves`
-        tokens: Float[Tensor, "batch sequences tokens dim"],
-    ) -> Float[Tensor, "batch sequences tokens dim"]:
-        """Return the tokens: nothing is left to do."""
-        return tokens
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reads:
     """What of a layer is read by anybody."""
@@ -323,22 +279,20 @@ class HolisticLayer(nn.Module):
         self, config: ModelConfig, experts: Mapping[ExpertName, Expert], bridges: Sequence[Bridge], *, index: int
     ) -> None:
         super().__init__()
-        rate = config.drop_path_rates()[index]
+        rate = config.drop_path_rate * index / max(config.depth - 1, 1)
         grids = {name: expert.grid_at(index) for name, expert in experts.items()}
         self.parallel = config.combination == "parallel"
         self.shared_bottleneck = config.shared_bottleneck
+        adaptable = {name: expert for name, expert in experts.items() if expert.adaptable}
         self.adapters = cast(
-            "Mapping[ExpertName, AdaptedHalves | WholeLayer]",
-            nn.ModuleDict(
-                {
-                    name: AdaptedHalves(config, expert, drop_path_rate=rate) if expert.adaptable else WholeLayer()
-                    for name, expert in experts.items()
-                }
-            ),
+            "Mapping[ExpertName, AdaptedHalves]",
+            nn.ModuleDict({name: AdaptedHalves(config, x, drop_path_rate=rate) for name, x in adaptable.items()}),
         )
-        exchange = EXCHANGES[config.fusion] if bridges else BottleneckCrossAttention
-        narrowed = bridges if exchange is BottleneckCrossAttention else ()
-        self.bottlenecks = cast("Mapping[str, Bottleneck]", _bottlenecks(config, narrowed, grids))
+        lateral = config.fusion == "lateral"
+        exchange: type[BottleneckCrossAttention | LateralConnection] = (
+            LateralConnection if lateral else BottleneckCrossAttention
+        )
+        self.bottlenecks = cast("Mapping[str, Bottleneck]", _bottlenecks(config, () if lateral else bridges, grids))
         self.bridges = cast(
             "Mapping[BridgeName, BottleneckCrossAttention | LateralConnection]",
             nn.ModuleDict({bridge.name: exchange(config, bridge, grids) for bridge in bridges}),
@@ -351,25 +305,28 @@ class HolisticLayer(nn.Module):
 
     def forward(
         self,
-        tokens: dict[ExpertName, Tensor],
+        tokens: Tokens,
         layers: dict[ExpertName, nn.Module],
         codes: TimeCodes | None,
         audio_keys: Bool[Tensor, " batch"] | None = None,
-    ) -> dict[ExpertName, Tensor]:
+    ) -> Tokens:
         """Return the tokens of the next layer, or those that are pooled. `layers`: the experts' own of this index.
 
         `audio_keys`: the clips whose sound the visual experts hear; for the others nothing of the audio expert reaches
         them, as if its bridges were not there. None: all.
         """
         reads = self.everything if self.whole else self.needed
+        # A layer that has no halves runs whole before the exchange, and nothing is added to it.
         attended = {
-            name: halves.attend(layers[name], tokens[name], num_rows=reads.attended.get(name))
-            for name, halves in self.adapters.items()
+            name: self.adapters[name].attend(layer, tokens[name], num_rows=reads.attended.get(name))
+            if name in self.adapters
+            else layer(tokens[name])
+            for name, layer in layers.items()
         }
         exchange = self._parallel if self.parallel else self._sequential
         exchanged = exchange(attended, codes, reads.live, audio_keys)
         read = {name: rows[:, :, : reads.returned.get(name)] for name, rows in exchanged.items()}
-        return {name: halves.feed_forward(layers[name], read[name]) for name, halves in self.adapters.items()}
+        return read | {name: halves.feed_forward(layers[name], read[name]) for name, halves in self.adapters.items()}
 
     def bottlenecks_of(self, bridge: Bridge) -> dict[ExpertName, Bottleneck]:
         """Return the down/up pairs that the experts of `bridge` use in this layer; lateral connections have none."""
@@ -377,26 +334,18 @@ class HolisticLayer(nn.Module):
         return {name: self.bottlenecks[pair] for name, pair in names.items() if pair in self.bottlenecks}
 
     def _sequential(
-        self,
-        tokens: dict[ExpertName, Tensor],
-        codes: TimeCodes | None,
-        live: Set[str] | None,
-        audio_keys: Tensor | None,
-    ) -> dict[ExpertName, Tensor]:
+        self, tokens: Tokens, codes: TimeCodes | None, live: Set[str] | None, audio_keys: Tensor | None
+    ) -> Tokens:
         for bridge in self.bridges.values():
             updates = bridge(tokens, self.bottlenecks_of(bridge.bridge), codes, live)
             if audio_keys is not None and "audio" in bridge.bridge.experts:
-                updates = {name: _heard(name, update, audio_keys) for name, update in updates.items()}
+                updates |= {name: only_where(audio_keys, update) for name, update in updates.items() if name != "audio"}
             tokens = tokens | {name: self._updated(tokens[name], update) for name, update in updates.items()}
         return tokens
 
     def _parallel(
-        self,
-        tokens: dict[ExpertName, Tensor],
-        codes: TimeCodes | None,
-        live: Set[str] | None,
-        audio_keys: Tensor | None,
-    ) -> dict[ExpertName, Tensor]:
+        self, tokens: Tokens, codes: TimeCodes | None, live: Set[str] | None, audio_keys: Tensor | None
+    ) -> Tokens:
         gathered: dict[ExpertName, list[Tensor]] = {}
         apart: dict[ExpertName, list[Tensor]] = {}
         """What comes without sound."""
@@ -438,11 +387,6 @@ def only_where(mask: Bool[Tensor, " batch"], value: Tensor, other: Tensor | None
     return torch.where(mask.view(-1, *[1] * (value.ndim - 1)), value, value.new_zeros(()) if other is None else other)
 
 
-def _heard(expert: ExpertName, update: Tensor, audio_keys: Tensor) -> Tensor:
-    """What an expert gets in a bridge with the audio expert: it itself goes on to see."""
-    return update if expert == "audio" else only_where(audio_keys, update)
-
-
 def bottleneck_name(bridge: BridgeName, expert: ExpertName, *, shared: bool) -> str:
     """Return the name of the down/up pair that `expert` uses in `bridge`: one for all its bridges, or one for each."""
     return expert if shared else f"{expert}_in_{bridge}"
@@ -452,15 +396,15 @@ def _bottlenecks(
     config: ModelConfig, bridges: Sequence[Bridge], grids: Mapping[ExpertName, TokenGrid]
 ) -> nn.ModuleDict:
     experts: dict[str, ExpertName] = {}
-    widens: dict[str, bool] = {}
+    widening: set[str] = set()
     for bridge in bridges:
         for expert in bridge.experts:
             name = bottleneck_name(bridge.name, expert, shared=config.shared_bottleneck)
             experts[name] = expert
-            widens[name] = widens.get(name, False) or expert in bridge.updated
+            widening |= {name} if expert in bridge.updated else set()
     return nn.ModuleDict(
         {
-            name: Bottleneck(grids[expert].dim, config.bottleneck_dim, widens=widens[name])
+            name: Bottleneck(grids[expert].dim, config.bottleneck_dim, widens=name in widening)
             for name, expert in experts.items()
         }
     )

@@ -20,9 +20,8 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from fnmatch import translate
-from typing import Literal, NamedTuple, TypeVar, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -51,13 +50,12 @@ from ca2st.model.config import (
 )
 from ca2st.model.experts import Adapter, ClipInputs, Expert, build_expert
 from ca2st.model.layers import HolisticLayer, only_where
-from ca2st.model.tokens import TimeCodes, TimeEncoder
+from ca2st.model.tokens import TimeEncoder
 from ca2st.spec import ClipSpec
 
-AdapterKind = Literal["plain", "skip", "query", "project", "none"]
+AdapterKind = Literal["plain", "skip", "query", "none"]
 Join = Literal["sum", "mean", "concat"]
 EVERY_TARGET = "*"
-_T = TypeVar("_T")
 
 
 class ModelOutput(NamedTuple):
@@ -113,26 +111,16 @@ class HolisticModel(nn.Module):
         inputs = ClipInputs(video, mel)
         codes = self.time_codes(intervals_seconds) if self.time_codes is not None else None
         tokens = {name: expert.embed(inputs) for name, expert in self.experts.items()}
+        # With activation checkpointing only a layer's inputs are kept, and it runs again for its gradients.
+        again = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
             own = {name: expert.layer_at(index) for name, expert in self.experts.items()}
-            tokens = self._run(layer, tokens, own, codes, keys)
+            if again:
+                tokens = checkpoint(layer, tokens, own, codes, keys, use_reentrant=False)
+            else:
+                tokens = layer(tokens, own, codes, keys)
         features = {name: expert.pool(tokens[name]) for name, expert in self.experts.items()}
         return ModelOutput(logits=self.head(features, has_audio), features=features)
-
-    def _run(
-        self,
-        layer: nn.Module,
-        tokens: dict[ExpertName, Tensor],
-        own: dict[ExpertName, nn.Module],
-        codes: TimeCodes | None,
-        audio_keys: Tensor | None,
-    ) -> dict[ExpertName, Tensor]:
-        """Run a layer. With activation checkpointing only its inputs are kept, and it runs again for its gradients."""
-        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            again: dict[ExpertName, Tensor] = checkpoint(layer, tokens, own, codes, audio_keys, use_reentrant=False)
-            return again
-        out: dict[ExpertName, Tensor] = layer(tokens, own, codes, audio_keys)
-        return out
 
 
 @contextmanager
@@ -168,55 +156,41 @@ def compile_layers(model: HolisticModel) -> None:
         layer.compile(fullgraph=True, options={"fallback_random": True})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Term:
+class Term(NamedTuple):
     """One part of a classifier's input: the feature of `expert` through the last adapter `adapter`."""
 
     expert: ExpertName
-    """Whose feature."""
     kind: AdapterKind
     """`plain`: GELU adapter whose second Linear starts at zero; `skip`: the same plus its input; `query`: QuickGELU
-    adapter that starts like any Linear; `project`: a Linear to the width D; `none`: the feature itself."""
+    adapter that starts like any Linear; `none`: the feature itself. For ResNet's feature, wider than D, a Linear to the
+    width D stands in the place of any adapter."""
     adapter: str
-    """Name of the adapter inside the head."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeadInput:
-    """What a classifier reads."""
+class HeadInput(NamedTuple):
+    """What a classifier reads: adapted features, joined to one vector."""
 
-    terms: tuple[Term, ...]
-    """Features, adapted."""
+    terms: Sequence[Term]
     join: Join = "sum"
-    """How they become one vector."""
 
 
-def _term(expert: ExpertName, kind: AdapterKind, *, adapter: str = "") -> Term:
-    return Term(expert=expert, kind=kind, adapter=adapter or expert)
-
-
-def _read(*terms: Term, join: Join = "sum") -> HeadInput:
-    return HeadInput(terms=terms, join=join)
-
-
-_SPATIAL, _TEMPORAL = _term("spatial", "plain"), _term("temporal", "plain")
-_INPUTS: dict[ModelKind, dict[str, HeadInput]] = {
-    "cast": {EVERY_TARGET: _read(_SPATIAL, _TEMPORAL)},
-    "cava": {EVERY_TARGET: _read(_term("audio", "skip"), _term("spatial", "skip"))},
-    "ca2st": {EVERY_TARGET: _read(_SPATIAL, _TEMPORAL, _term("audio", "query"))},
-    "spatial": {EVERY_TARGET: _read(_term("spatial", "none"))},
-    "temporal": {EVERY_TARGET: _read(_term("temporal", "none"))},
-    "audio": {EVERY_TARGET: _read(_term("audio", "none"))},
+_SPATIAL, _TEMPORAL = Term("spatial", "plain", "spatial"), Term("temporal", "plain", "temporal")
+_AS_IT_IS = {expert: Term(expert, "none", expert) for expert in ("spatial", "temporal", "audio")}
+_INPUTS: dict[ModelKind, HeadInput] = {
+    "cast": HeadInput((_SPATIAL, _TEMPORAL)),
+    "cava": HeadInput((Term("audio", "skip", "audio"), Term("spatial", "skip", "spatial"))),
+    "ca2st": HeadInput((_SPATIAL, _TEMPORAL, Term("audio", "query", "audio"))),
+    "spatial": HeadInput((_AS_IT_IS["spatial"],)),
+    "temporal": HeadInput((_AS_IT_IS["temporal"],)),
+    "audio": HeadInput((_AS_IT_IS["audio"],)),
 }
-_APART = {"noun": _read(_term("spatial", "none")), "verb": _read(_term("temporal", "none"))}
 _VERB_NOUN_INPUTS: dict[ModelKind, dict[str, HeadInput]] = {
-    "cast": _APART,
+    "cast": {"noun": HeadInput((_AS_IT_IS["spatial"],)), "verb": HeadInput((_AS_IT_IS["temporal"],))},
     "ca2st": {
-        "noun": _read(_SPATIAL, _term("audio", "query", adapter="audio_noun")),
-        "verb": _read(_TEMPORAL, _term("audio", "query", adapter="audio_verb")),
+        "noun": HeadInput((_SPATIAL, Term("audio", "query", "audio_noun"))),
+        "verb": HeadInput((_TEMPORAL, Term("audio", "query", "audio_verb"))),
     },
 }
-_CAST_WITH_RESNET = {EVERY_TARGET: _read(_SPATIAL, _term("temporal", "skip"), join="mean")}
 
 
 def is_verb_noun(targets: Sequence[TargetSpec]) -> bool:
@@ -230,36 +204,23 @@ def head_inputs(config: ModelConfig, targets: Sequence[TargetSpec]) -> dict[str,
     Raises:
         UserInputError: independent experts, and targets other than verb and noun.
     """
-    inputs = _inputs(config, targets)
-    if config.spatial_encoder != "resnet50":
-        return inputs
-    return {name: replace(read, terms=tuple(_projected(term) for term in read.terms)) for name, read in inputs.items()}
-
-
-def _inputs(config: ModelConfig, targets: Sequence[TargetSpec]) -> dict[str, HeadInput]:
-    features = tuple(_term(expert, "none") for expert in EXPERTS[config.kind])
+    features = [_AS_IT_IS[expert] for expert in EXPERTS[config.kind]]
+    with_resnet = config.spatial_encoder == "resnet50"
     if config.fusion == "late_concat":
-        return {EVERY_TARGET: _read(*features, join="concat")}
+        return {EVERY_TARGET: HeadInput(features, join="concat")}
     if config.fusion == "late_add":
-        widened = config.spatial_encoder == "resnet50"
-        return {EVERY_TARGET: _read(*(_SPATIAL if widened and f.expert == "spatial" else f for f in features))}
+        return {EVERY_TARGET: HeadInput([_SPATIAL if with_resnet and f.expert == "spatial" else f for f in features])}
     if config.fusion == "independent" and not is_verb_noun(targets):
         found = ", ".join(target.name for target in targets)
         raise UserInputError(
             f"fusion independent: expected the targets verb and noun, one an expert, found {found}; "
             "for other labels train the experts alone: kind spatial, temporal"
         )
-    if is_verb_noun(targets):
-        return _VERB_NOUN_INPUTS.get(config.kind, _INPUTS[config.kind])
-    if config.kind == "cast" and config.spatial_encoder == "resnet50":
-        return _CAST_WITH_RESNET
-    return _INPUTS[config.kind]
-
-
-def _projected(term: Term) -> Term:
-    """ResNet's feature is wider than D: where others have an adapter, it has a Linear."""
-    adapted = term.expert == "spatial" and term.kind in ("plain", "skip")
-    return replace(term, kind="project") if adapted else term
+    if is_verb_noun(targets) and config.kind in _VERB_NOUN_INPUTS:
+        return _VERB_NOUN_INPUTS[config.kind]
+    if config.kind == "cast" and with_resnet:
+        return {EVERY_TARGET: HeadInput((_SPATIAL, Term("temporal", "skip", "temporal")), join="mean")}
+    return {EVERY_TARGET: _INPUTS[config.kind]}
 
 
 class Head(nn.Module):
@@ -272,17 +233,18 @@ class Head(nn.Module):
         self.inputs = head_inputs(config, targets)
         terms = {term.adapter: term for read in self.inputs.values() for term in read.terms if term.kind != "none"}
         self.adapters = nn.ModuleDict(
-            {name: _last_adapter(config, term.kind, feature_dims[term.expert]) for name, term in terms.items()}
+            {name: _last_adapter(config, term, feature_dims[term.expert]) for name, term in terms.items()}
         )
-        widths = {name: _width(config, read, feature_dims) for name, read in self.inputs.items()}
-        self.classifiers = cast(
-            "Mapping[str, nn.Linear]",
-            nn.ModuleDict(
-                {target.name: new_linear(self._of(target.name, widths), target.num_classes) for target in targets}
-            ),
+        widths = {}
+        for name, read in self.inputs.items():
+            dims = [feature_dims[term.expert] if term.kind == "none" else config.dim for term in read.terms]
+            widths[name] = sum(dims) if read.join == "concat" else dims[0]
+        self.input_of = {t.name: t.name if t.name in self.inputs else EVERY_TARGET for t in targets}
+        self.classifiers = nn.ModuleDict(
+            {target.name: new_linear(widths[self.input_of[target.name]], target.num_classes) for target in targets}
         )
         with torch.no_grad():
-            for classifier in self.classifiers.values():
+            for classifier in cast("Mapping[str, nn.Linear]", self.classifiers).values():
                 classifier.weight.mul_(config.head_init_scale)
 
     def forward(
@@ -290,22 +252,13 @@ class Head(nn.Module):
     ) -> dict[str, Tensor]:
         """Return logits `[batch, num_classes]` of every target; `has_audio`: clips whose sound is read, None: all."""
         joined = {name: self._join(read, features, has_audio) for name, read in self.inputs.items()}
-        return {name: classifier(self._of(name, joined)) for name, classifier in self.classifiers.items()}
-
-    @staticmethod
-    def _of(target: str, by_target: Mapping[str, _T]) -> _T:
-        return by_target[target if target in by_target else EVERY_TARGET]
+        return {name: classifier(joined[self.input_of[name]]) for name, classifier in self.classifiers.items()}
 
     def _join(self, read: HeadInput, features: Mapping[ExpertName, Tensor], has_audio: Tensor | None) -> Tensor:
-        adapted = [
-            features[term.expert] if term.kind == "none" else self.adapters[term.adapter](features[term.expert])
-            for term in read.terms
-        ]
-        if has_audio is not None:
-            adapted = [
-                only_where(has_audio, value) if term.expert == "audio" else value
-                for term, value in zip(read.terms, adapted, strict=True)
-            ]
+        adapted = []
+        for expert, kind, adapter in read.terms:
+            value = features[expert] if kind == "none" else self.adapters[adapter](features[expert])
+            adapted.append(only_where(has_audio, value) if expert == "audio" and has_audio is not None else value)
         if read.join == "concat":
             return torch.cat(adapted, dim=-1)
         total = adapted[0]
@@ -314,17 +267,12 @@ class Head(nn.Module):
         return total / len(adapted) if read.join == "mean" else total
 
 
-def _last_adapter(config: ModelConfig, kind: AdapterKind, feature_dim: int) -> nn.Module:
-    if kind == "project":
+def _last_adapter(config: ModelConfig, term: Term, feature_dim: int) -> nn.Module:
+    if term.expert == "spatial" and config.spatial_encoder == "resnet50":
         return new_linear(feature_dim, config.dim)
-    if kind == "query":
+    if term.kind == "query":
         return Adapter(config.dim, config.adapter_dim, activation="quick_gelu", zero=False)
-    return Adapter(config.dim, config.adapter_dim, skip=kind == "skip")
-
-
-def _width(config: ModelConfig, read: HeadInput, feature_dims: Mapping[ExpertName, int]) -> int:
-    widths = [feature_dims[term.expert] if term.kind == "none" else config.dim for term in read.terms]
-    return sum(widths) if read.join == "concat" else widths[0]
+    return Adapter(config.dim, config.adapter_dim, skip=term.kind == "skip")
 
 
 _CAST_BY_AUTOCAST = (nn.Linear, nn.Conv2d, nn.Conv3d)
@@ -391,25 +339,10 @@ class RuleMatchesNothingError(UserInputError):
 
 
 class ParameterCount(NamedTuple):
-    """Numbers of scalars."""
+    """Numbers of scalars: those that get a gradient, and all."""
 
     trainable: int
-    """Of parameters that get a gradient."""
     total: int
-    """Of all parameters."""
-
-
-def trainable_rules(model: HolisticModel, which: Trainable) -> Rules:
-    """Return the rules of a set, or each pattern of a list as a rule of its own; raises as `check_trainable`."""
-    check_trainable(which)
-    if not isinstance(which, str):
-        return {pattern: (pattern,) for pattern in which}
-    return {
-        "added": added_rules(model),
-        "head": _HEAD,
-        "adapters": {**_HEAD, **_ADAPTERS},
-        "all": {"all": ("*",)},
-    }[which]
 
 
 def added_rules(model: HolisticModel) -> Rules:
@@ -432,28 +365,34 @@ def set_trainable(model: HolisticModel, which: Trainable) -> None:
 
     Raises:
         UserInputError: no such set, or an empty list.
-        RuleMatchesNothingError: a rule or pattern names nothing in this model.
+        RuleMatchesNothingError: a rule or pattern names nothing in this model; nothing is changed.
     """
-    set_trainable_by_rules(model, trainable_rules(model, which))
-
-
-def set_trainable_by_rules(model: nn.Module, rules: Rules) -> None:
-    """Let exactly the parameters learn whose whole name fits one of the rules' patterns.
-
-    Raises:
-        RuleMatchesNothingError: a rule names nothing in this model; nothing is changed.
-    """
+    check_trainable(which)
+    rules: Rules
+    if isinstance(which, str):
+        rules = {
+            "added": added_rules(model),
+            "head": _HEAD,
+            "adapters": {**_HEAD, **_ADAPTERS},
+            "all": {"all": ("*",)},
+        }[which]
+    else:
+        rules = {pattern: (pattern,) for pattern in which}
     parameters = dict(model.named_parameters())
-    named: dict[str, set[str]] = {}
+    trained: set[str] = set()
+    idle: list[str] = []
     for rule, patterns in rules.items():
         compiled = [re.compile(translate(pattern)) for pattern in patterns]
-        named[rule] = {name for name in parameters if any(pattern.match(name) for pattern in compiled)}
-    if idle := [rule for rule, names in named.items() if not names]:
-        listed = "; ".join(_idle_rule(rule, rules[rule], list(parameters)) for rule in idle)
+        named = {name for name in parameters if any(pattern.match(name) for pattern in compiled)}
+        trained |= named
+        if not named:
+            shown = rule if tuple(patterns) == (rule,) else f"{rule} ({', '.join(patterns)})"
+            near = difflib.get_close_matches(patterns[0], parameters, n=3, cutoff=0.0)
+            idle.append(f"{shown} (nearest names: {', '.join(near)})")
+    if idle:
         raise RuleMatchesNothingError(
-            f"trainable: expected every rule to name parameters of the model, found none for: {listed}"
+            f"trainable: expected every rule to name parameters of the model, found none for: {'; '.join(idle)}"
         )
-    trained = set().union(*named.values())
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trained)
 
@@ -486,10 +425,3 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Count scalars; works on the meta device too."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return ParameterCount(trainable=sum(n for n, trained in sizes if trained), total=sum(n for n, _ in sizes))
-
-
-def _idle_rule(rule: str, patterns: Sequence[str], names: Sequence[str]) -> str:
-    """Return the rule, its patterns, and the names that look most like them."""
-    shown = rule if tuple(patterns) == (rule,) else f"{rule} ({', '.join(patterns)})"
-    near = difflib.get_close_matches(patterns[0], names, n=3, cutoff=0.0)
-    return f"{shown} (nearest names: {', '.join(near)})"

@@ -37,7 +37,6 @@ class TokenGrid:
     """
 
     num_sequences: int
-    """Sequences of a clip."""
     num_prefix: int
     """cls and distillation tokens at the head of every sequence; they take no part in cross-attention."""
     num_frames: int
@@ -45,7 +44,6 @@ class TokenGrid:
     num_patches: int
     """Patches of a token time: H' W' for the visual experts, F' T' for the audio expert."""
     dim: int
-    """Width of a token."""
 
     @property
     def num_tokens(self) -> int:
@@ -62,8 +60,8 @@ class TokenGrid:
         self, tokens: Float[Tensor, "batch sequences tokens dim"]
     ) -> tuple[Float[Tensor, "batch sequences prefix dim"], Float[Tensor, "batch frames patches dim"]]:
         """Return prefix tokens, and patch tokens as a grid of frames x patches."""
-        prefix, patches = tokens[:, :, : self.num_prefix], tokens[:, :, self.num_prefix :]
-        return prefix, rearrange(patches, "b s (t p) d -> b (s t) p d", p=self.num_patches)
+        patches = rearrange(tokens[:, :, self.num_prefix :], "b s (t p) d -> b (s t) p d", p=self.num_patches)
+        return self.prefix(tokens), patches
 
     def join(
         self,
@@ -73,38 +71,6 @@ class TokenGrid:
         """Return the inverse of `split`."""
         rows = rearrange(patches, "b (s t) p d -> b s (t p) d", s=self.num_sequences)
         return torch.cat((prefix, rows), dim=2) if self.num_prefix else rows
-
-
-def image_grid(config: ModelConfig, clip: ClipSpec) -> TokenGrid:
-    """Return T = num_frames / 2 images of one cls token and H' W' patches each."""
-    frames = clip.num_frames // 2
-    return TokenGrid(
-        num_sequences=frames, num_prefix=1, num_frames=frames, num_patches=_num_patches(config, clip), dim=config.dim
-    )
-
-
-def tubelet_grid(config: ModelConfig, clip: ClipSpec) -> TokenGrid:
-    """Return one sequence of T tubelet times with H' W' patches each, no cls token."""
-    frames = clip.num_frames // 2
-    return TokenGrid(
-        num_sequences=1, num_prefix=0, num_frames=frames, num_patches=_num_patches(config, clip), dim=config.dim
-    )
-
-
-def spectrogram_grid(config: ModelConfig, clip: ClipSpec) -> TokenGrid:
-    """Return one sequence of cls, distillation and F' T' spectrogram patches, row-major (frequency, then time)."""
-    rows, columns = audio_patches(config, clip)
-    return TokenGrid(
-        num_sequences=1, num_prefix=NUM_AUDIO_PREFIX, num_frames=1, num_patches=rows * columns, dim=config.dim
-    )
-
-
-def map_grid(clip: ClipSpec, *, stride: int, dim: int) -> TokenGrid:
-    """Return T feature maps of a convolutional expert, each crop_size / `stride` on a side."""
-    frames = clip.num_frames // 2
-    return TokenGrid(
-        num_sequences=frames, num_prefix=0, num_frames=frames, num_patches=(clip.crop_size // stride) ** 2, dim=dim
-    )
 
 
 def audio_patches(config: ModelConfig, clip: ClipSpec) -> tuple[int, int]:
@@ -123,16 +89,9 @@ def clip_grid(config: ModelConfig, clip: ClipSpec) -> tuple[int, int, int]:
 
 def pretrained_grid(config: ModelConfig, clip: ClipSpec) -> tuple[int, int, int]:
     """Return (T, H', W') that the visual experts' position tables were made for: `config`'s, else the clip's own."""
-    known = replace(
-        clip,
-        num_frames=config.pretrained_num_frames or clip.num_frames,
-        crop_size=config.pretrained_crop_size or clip.crop_size,
-    )
+    frames, crop_size = config.pretrained_num_frames, config.pretrained_crop_size
+    known = replace(clip, num_frames=frames or clip.num_frames, crop_size=crop_size or clip.crop_size)
     return clip_grid(config, known)
-
-
-def _num_patches(config: ModelConfig, clip: ClipSpec) -> int:
-    return (clip.crop_size // config.patch_size) ** 2
 
 
 def sinusoid_table(num_positions: int, dim: int) -> Float[Tensor, "positions dim"]:
@@ -146,55 +105,31 @@ def sinusoid_table(num_positions: int, dim: int) -> Float[Tensor, "positions dim
     return torch.tensor(table, dtype=torch.float32)
 
 
-def resize_grid_table(
-    table: Float[Tensor, "positions dim"], *, from_grid: tuple[int, int], to_grid: tuple[int, int]
-) -> Float[Tensor, "resized dim"]:
-    """Return learned codes of a picture's patches, row by row, for another number of rows and columns: bicubic.
+_INTERPOLATION = {1: "linear", 2: "bicubic", 3: "trilinear"}
+"""By the number of a grid's axes."""
 
-    Grids are (rows, columns). The result has the type of `table`; the arithmetic is float32.
+
+def resize_table(
+    table: Float[Tensor, "positions dim"], *, from_grid: tuple[int, ...], to_grid: tuple[int, ...]
+) -> Float[Tensor, "resized dim"]:
+    """Return the codes of a grid's cells, the last axis fastest, for another grid of as many axes.
+
+    Grids are (times,), (rows, columns) of a picture, whose learned codes are resized bicubically, or (times, rows,
+    columns): (8, 14, 14) is 16 frames of 224 pixels. The result has the type of `table`; the arithmetic is float32.
 
     Raises:
         UserInputError: `table` is not one of `from_grid`.
     """
-    _check_rows(table, from_grid)
+    if table.shape[0] != math.prod(from_grid):
+        told = " x ".join(str(size) for size in from_grid)
+        raise UserInputError(
+            f"position table: expected the {math.prod(from_grid)} rows of {told}, found {table.shape[0]}"
+        )
     if from_grid == to_grid:
         return table
-    image = rearrange(table.float(), "(h w) d -> 1 d h w", h=from_grid[0])
-    resized = interpolate(image, size=to_grid, mode="bicubic", align_corners=False)
-    return rearrange(resized, "1 d h w -> (h w) d").to(table.dtype)
-
-
-def resize_clip_table(
-    table: Float[Tensor, "positions dim"], *, from_grid: tuple[int, int, int], to_grid: tuple[int, int, int]
-) -> Float[Tensor, "resized dim"]:
-    """Return codes of a clip's patches, in the order time, row, column, for another grid: linear along each axis.
-
-    Grids are (times, rows, columns): (8, 14, 14) is 16 frames of 224 pixels. The result has the type of `table`.
-
-    Raises:
-        UserInputError: `table` is not one of `from_grid`.
-    """
-    _check_rows(table, from_grid)
-    if from_grid == to_grid:
-        return table
-    volume = rearrange(table.float(), "(t h w) d -> 1 d t h w", t=from_grid[0], h=from_grid[1])
-    resized = interpolate(volume, size=to_grid, mode="trilinear", align_corners=False)
-    return rearrange(resized, "1 d t h w -> (t h w) d").to(table.dtype)
-
-
-def resize_time_table(table: Float[Tensor, "times dim"], num_times: int) -> Float[Tensor, "{num_times} dim"]:
-    """Return learned codes of token times for another number of them: linear. The result has the type of `table`."""
-    if table.shape[0] == num_times:
-        return table
-    line = rearrange(table.float(), "t d -> 1 d t")
-    resized = interpolate(line, size=num_times, mode="linear", align_corners=False)
-    return rearrange(resized, "1 d t -> t d").to(table.dtype)
-
-
-def _check_rows(table: Tensor, grid: tuple[int, ...]) -> None:
-    if table.shape[0] != math.prod(grid):
-        told = " x ".join(str(size) for size in grid)
-        raise UserInputError(f"position table: expected the {math.prod(grid)} rows of {told}, found {table.shape[0]}")
+    cells = rearrange(table.float(), "n d -> 1 d n").view(1, -1, *from_grid)
+    resized = interpolate(cells, size=to_grid, mode=_INTERPOLATION[len(from_grid)], align_corners=False)
+    return rearrange(resized.flatten(2), "1 d n -> n d").to(table.dtype)
 
 
 class LearnedPositions(nn.Module):
@@ -235,23 +170,17 @@ class TimeCodes(NamedTuple):
         return self.audio
 
 
-def part_of_column(column: int, *, num_columns: int, num_parts: int) -> int:
-    """Return which of `num_parts` equal time intervals a column of spectrogram patches belongs to.
-
-    column // (num_columns // num_parts + 1): the last parts may be short or empty.
-    """
-    return column // (num_columns // num_parts + 1)
-
-
 def parts_of_tokens(num_rows: int, num_columns: int, num_parts: int, *, layout: TimeCodeLayout) -> list[int]:
     """Return the time interval whose code each audio patch carries, in token order (row-major: token = f T' + t).
 
-    `aligned` follows the token's own column t. `reference` lays the codes out column-major, each column's code
-    `num_rows` times in a row, so token n carries the code of column n // F'.
+    The columns are shared out to `num_parts` equal intervals, column // (T' // num_parts + 1): the last ones may be
+    short or empty. `aligned` follows the token's own column t. `reference` lays the codes out column-major, each
+    column's code F' times in a row, so token n carries the code of column n // F'.
     """
+    columns_per_part = num_columns // num_parts + 1
     tokens = range(num_rows * num_columns)
     columns = (n // num_rows if layout == "reference" else n % num_columns for n in tokens)
-    return [part_of_column(column, num_columns=num_columns, num_parts=num_parts) for column in columns]
+    return [column // columns_per_part for column in columns]
 
 
 def cut_interval(interval: Float[Tensor, "batch 2"], num_parts: int) -> Float[Tensor, "batch parts 2"]:
@@ -287,12 +216,5 @@ class TimeEncoder(nn.Module):
 
 
 def _interval_mlp(width: int) -> nn.Sequential:
-    return nn.Sequential(
-        new_linear(2, width),
-        nn.ReLU(),
-        new_linear(width, width),
-        nn.ReLU(),
-        new_linear(width, width),
-        nn.ReLU(),
-        nn.LayerNorm(width),
-    )
+    linears = [module for num_in in (2, width, width) for module in (new_linear(num_in, width), nn.ReLU())]
+    return nn.Sequential(*linears, nn.LayerNorm(width))

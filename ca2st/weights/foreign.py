@@ -20,7 +20,7 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypedDict
@@ -33,7 +33,7 @@ from torch import Tensor
 from ca2st.checked_json import DocumentError, read_json
 from ca2st.errors import CA2STError, EnvironmentFault
 from ca2st.processes import SPAWN, die_with_parent, start_deaf
-from ca2st.weights import tensor_files
+from ca2st.weights.tensor_files import ForeignFileRefusedError, WeightsDamageError, read_tensor_file
 
 MAX_FILE_BYTES = 16 * 2**30
 TIMEOUT_SECONDS = 600.0
@@ -49,16 +49,15 @@ class ForeignFile:
     """The weights in a file, as they are."""
 
     path: Path
-    """Where it was read."""
     sha256: str
     """Of the file's bytes, to compare with what its author published; of parts: of the lines ``sha256  name``."""
     container: str
     """`safetensors`, `safetensors in parts`, `TorchScript archive`, `torch.save zip` or `torch.save pickle`."""
-    wrapper: str
+    wrapper: str = ""
     """The key that the weights were under, keys within keys joined by dots; or empty."""
     tensors: dict[str, Tensor]
     """Tensors by the file's own names, on the CPU."""
-    metadata: dict[str, str]
+    metadata: dict[str, str] = field(default_factory=dict)
     """Free text fields of a safetensors file."""
 
 
@@ -70,16 +69,6 @@ class ReadJob:
     out: Path
     """Where the tensors go, as safetensors."""
     cpu_seconds: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReadFacts:
-    """What the child found besides the tensors."""
-
-    container: str
-    """`TorchScript archive`, `torch.save zip` or `torch.save pickle`."""
-    wrapper: str
-    """The key that the weights were under, keys within keys joined by dots; or empty."""
 
 
 class _Index(TypedDict):
@@ -100,31 +89,24 @@ def read_foreign_file(path: Path, *, timeout_seconds: float = TIMEOUT_SECONDS) -
     """
     path = _in_folder(path) if path.is_dir() else path
     if not path.is_file():
-        raise tensor_files.ForeignFileRefusedError(f"expected a checkpoint, found no file at {path}; check the path")
+        raise ForeignFileRefusedError(f"expected a checkpoint, found no file at {path}; check the path")
     if path.name.endswith(_INDEX_ENDING):
         return _read_parts(path)
     if part := _PART.fullmatch(path.name):
         index = path.with_name(f"{part[1]}{_INDEX_ENDING}")
-        raise tensor_files.ForeignFileRefusedError(
+        raise ForeignFileRefusedError(
             f"{path}: expected a whole checkpoint, found part {int(part[2])} of {int(part[3])}; give {index} or the "
             "folder, with all parts in it"
         )
     _require_size([path])
     sha256 = _sha256(path)
-    if _is_safetensors(path):
-        plain = tensor_files.read_tensor_file(path)
-        facts = ReadFacts(container="safetensors", wrapper="")
-        tensors, metadata = plain.tensors, plain.metadata
-    else:
-        facts, tensors = _read_in_child(path, timeout_seconds)
-        metadata = {}
+    with path.open("rb") as file:  # safetensors by its name, or because an 8-byte length is followed by JSON
+        is_safetensors = path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+    if not is_safetensors:
+        return _read_in_child(path, sha256, timeout_seconds)
+    plain = read_tensor_file(path)
     return ForeignFile(
-        path=path,
-        sha256=sha256,
-        container=facts.container,
-        wrapper=facts.wrapper,
-        tensors=tensors,
-        metadata=metadata,
+        path=path, sha256=sha256, container="safetensors", tensors=plain.tensors, metadata=plain.metadata
     )
 
 
@@ -133,7 +115,7 @@ def _in_folder(folder: Path) -> Path:
     found = sorted(folder.glob(f"*{_INDEX_ENDING}")) or sorted(folder.glob("*.safetensors"))
     if len(found) != 1:
         names = ", ".join(path.name for path in found[:6]) or "none"
-        raise tensor_files.ForeignFileRefusedError(
+        raise ForeignFileRefusedError(
             f"{folder}: expected one .safetensors file, or parts with one *{_INDEX_ENDING}, found {names}; give the "
             "file itself"
         )
@@ -145,24 +127,24 @@ def _read_parts(index: Path) -> ForeignFile:
     try:
         places = read_json(index, _Index, most_bytes=_MAX_INDEX_BYTES)["weight_map"]
     except DocumentError as error:
-        raise tensor_files.WeightsDamageError(f"{error}; fetch it again") from error
+        raise WeightsDamageError(f"{error}; fetch it again") from error
     names = sorted(set(places.values()))
     if unsafe := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-        raise tensor_files.ForeignFileRefusedError(
+        raise ForeignFileRefusedError(
             f"{index}: expected names of .safetensors files beside it, found {unsafe[0]!r}; do not trust this file"
         )
     parts = [index.with_name(name) for name in names]
     if missing := [part.name for part in parts if not part.is_file()]:
-        raise tensor_files.WeightsDamageError(
+        raise WeightsDamageError(
             f"{index}: expected {len(parts)} parts beside it, found no {', '.join(missing[:6])}; fetch the others too"
         )
     _require_size(parts)
     tensors: dict[str, Tensor] = {}
     for part in parts:
-        held = tensor_files.read_tensor_file(part).tensors
+        held = read_tensor_file(part).tensors
         told = {tensor for tensor, place in places.items() if place == part.name}
         if other := sorted(told ^ held.keys()):
-            raise tensor_files.WeightsDamageError(
+            raise WeightsDamageError(
                 f"{part}: expected the {len(told)} tensors that {index.name} names, found {len(held)}; the first that "
                 f"differs is {other[0]}; fetch the parts of one version"
             )
@@ -172,15 +154,13 @@ def _read_parts(index: Path) -> ForeignFile:
         path=index,
         sha256=hashlib.sha256(lines.encode()).hexdigest(),
         container="safetensors in parts",
-        wrapper="",
         tensors=tensors,
-        metadata={},
     )
 
 
 def _require_size(files: Sequence[Path]) -> None:
     if (size := sum(file.stat().st_size for file in files)) > MAX_FILE_BYTES:
-        raise tensor_files.ForeignFileRefusedError(f"{files[0]}: expected at most {MAX_FILE_BYTES} bytes, found {size}")
+        raise ForeignFileRefusedError(f"{files[0]}: expected at most {MAX_FILE_BYTES} bytes, found {size}")
 
 
 def _sha256(path: Path) -> str:
@@ -191,22 +171,18 @@ def _sha256(path: Path) -> str:
         raise EnvironmentFault(f"cannot read {path}: {error.strerror}; check its permissions") from error
 
 
-def _is_safetensors(path: Path) -> bool:
-    """By its name, or because an 8-byte length is followed by JSON."""
-    with path.open("rb") as file:
-        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
-
-
-def _read_in_child(path: Path, timeout_seconds: float) -> tuple[ReadFacts, dict[str, Tensor]]:
+def _read_in_child(path: Path, sha256: str, timeout_seconds: float) -> ForeignFile:
     with tempfile.TemporaryDirectory(prefix="ca2st-import-") as folder:
         job = ReadJob(
             path=path.resolve(), out=Path(folder) / "tensors.safetensors", cpu_seconds=int(timeout_seconds) + 1
         )
         answer = _ask_child(job, timeout_seconds)
         if answer["kind"] == "ok":
-            facts = ReadFacts(container=answer["container"], wrapper=answer["wrapper"])
-            return facts, tensor_files.read_tensor_file(job.out).tensors
-    error = tensor_files.WeightsDamageError if answer["kind"] == "damage" else tensor_files.ForeignFileRefusedError
+            tensors = read_tensor_file(job.out).tensors
+            return ForeignFile(
+                path=path, sha256=sha256, container=answer["container"], wrapper=answer["wrapper"], tensors=tensors
+            )
+    error = WeightsDamageError if answer["kind"] == "damage" else ForeignFileRefusedError
     raise error(f"{path}: {answer['message']}")
 
 
@@ -217,26 +193,21 @@ def _ask_child(job: ReadJob, timeout_seconds: float) -> dict[str, str]:
     theirs.close()
     try:
         if not ours.poll(timeout_seconds):
-            return _refusal(f"expected it to be read within {timeout_seconds:g} s, found it unfinished")
+            told = f"expected it to be read within {timeout_seconds:g} s, found it unfinished"
+            return {"kind": "refused", "message": told}
         answer: dict[str, str] = json.loads(ours.recv_bytes(_MAX_ANSWER_BYTES))
         return answer
     except EOFError:
         child.join()
-        return _refusal(f"the process that read it died ({_described(child.exitcode)}); do not trust this file")
+        code = child.exitcode
+        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        return {"kind": "refused", "message": f"the process that read it died ({how}); do not trust this file"}
     except OSError as error:
         raise EnvironmentFault(f"cannot talk to the process that reads {job.path}: {error}") from error
     finally:
         child.kill()
         child.join()
         ours.close()
-
-
-def _refusal(message: str) -> dict[str, str]:
-    return {"kind": "refused", "message": message}
-
-
-def _described(code: int | None) -> str:
-    return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
 
 MAX_DESCRIPTION_BYTES = 64 * 2**20
@@ -256,15 +227,19 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
 class _TensorRecord:
-    """What the description says about one tensor."""
+    """What the description says about one tensor; stands in for the function that rebuilds it."""
 
-    dtype: torch.dtype
-    key: str
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    def __init__(
+        self,
+        storage: tuple[torch.dtype, str],
+        offset: int,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        *_rest: object,
+    ) -> None:
+        self.dtype, self.key = storage
+        self.offset, self.shape, self.stride = int(offset), tuple(shape), tuple(stride)
 
 
 class _Module:
@@ -287,16 +262,16 @@ class _Description(pickle.Unpickler):
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         known = {
-            ("torch._utils", "_rebuild_tensor_v2"): _record,
+            ("torch._utils", "_rebuild_tensor_v2"): _TensorRecord,
             ("collections", "OrderedDict"): dict,
             ("torch.jit._pickle", "build_intlist"): list,
             ("torch.jit._pickle", "build_doublelist"): list,
             ("torch.jit._pickle", "build_boollist"): list,
             ("torch.jit._pickle", "build_tensorlist"): list,
-            ("torch.jit._pickle", "restore_type_tag"): _untagged,
+            ("torch.jit._pickle", "restore_type_tag"): lambda value, _type: value,
         }
         if (module, name) not in known:
-            raise tensor_files.ForeignFileRefusedError(
+            raise ForeignFileRefusedError(
                 f"expected tensors and containers only, found the name {module}.{name} in data.pkl; "
                 "an archive of weights does not need it, do not trust this file"
             )
@@ -306,27 +281,8 @@ class _Description(pickle.Unpickler):
         """('storage', type, key, device, number of elements): only type and key matter, sizes come from the zip."""
         kind, dtype, key = pid[:3]
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
-            raise tensor_files.ForeignFileRefusedError(
-                "expected a storage, found another persistent object in data.pkl"
-            )
+            raise ForeignFileRefusedError("expected a storage, found another persistent object in data.pkl")
         return dtype, key
-
-
-def _record(
-    storage: tuple[torch.dtype, str], offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_rest: object
-) -> _TensorRecord:
-    dtype, key = storage
-    return _TensorRecord(dtype=dtype, key=key, offset=int(offset), shape=tuple(shape), stride=tuple(stride))
-
-
-def _untagged(value: object, _type: str) -> object:
-    return value
-
-
-def is_torchscript(archive: zipfile.ZipFile) -> bool:
-    """Return whether a torch zip holds programs beside tensors."""
-    names = [name.partition("/")[2] for name in archive.namelist()]
-    return "constants.pkl" in names or any(name.startswith("code/") for name in names)
 
 
 def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
@@ -340,9 +296,9 @@ def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     """
     described = [info for info in archive.infolist() if info.filename.partition("/")[2] == "data.pkl"]
     if len(described) != 1:
-        raise tensor_files.WeightsDamageError(f"expected one data.pkl in the archive, found {len(described)}")
+        raise WeightsDamageError(f"expected one data.pkl in the archive, found {len(described)}")
     if described[0].file_size > MAX_DESCRIPTION_BYTES:
-        raise tensor_files.ForeignFileRefusedError(
+        raise ForeignFileRefusedError(
             f"expected a data.pkl of at most {MAX_DESCRIPTION_BYTES} bytes, found {described[0].file_size}"
         )
     root = _Description(io.BytesIO(archive.read(described[0]))).load()
@@ -363,23 +319,17 @@ def _tensor(archive: zipfile.ZipFile, folder: str, record: _TensorRecord, name: 
     try:
         data = bytearray(archive.read(f"{folder}data/{record.key}"))
     except KeyError:
-        raise tensor_files.WeightsDamageError(
-            f"{name}: expected its storage data/{record.key} in the archive, found none"
-        ) from None
+        raise WeightsDamageError(f"{name}: expected its storage data/{record.key} in the archive, found none") from None
     if sys.byteorder != "little":
-        raise tensor_files.ForeignFileRefusedError(
-            "expected a little-endian machine: the archive's storages are little-endian"
-        )
+        raise ForeignFileRefusedError("expected a little-endian machine: the archive's storages are little-endian")
     flat = torch.frombuffer(data, dtype=record.dtype) if data else torch.empty(0, dtype=record.dtype)
     numbers = (record.offset, *record.shape, *record.stride)
     if len(record.shape) != len(record.stride) or any(not isinstance(n, int) or n < 0 for n in numbers):
-        raise tensor_files.WeightsDamageError(
-            f"{name}: expected sizes and strides >= 0, found {record.shape}, {record.stride}"
-        )
+        raise WeightsDamageError(f"{name}: expected sizes and strides >= 0, found {record.shape}, {record.stride}")
     last = record.offset + sum((size - 1) * step for size, step in zip(record.shape, record.stride, strict=True))
     wanted = torch.Size(record.shape).numel()
     if wanted > flat.numel() or (wanted and last >= flat.numel()):
-        raise tensor_files.WeightsDamageError(
+        raise WeightsDamageError(
             f"{name}: expected a storage for shape {list(record.shape)}, found {flat.numel()} elements"
         )
     return flat.as_strided(record.shape, record.stride, record.offset).clone()
@@ -411,22 +361,19 @@ def serve(connection: Connection, job: ReadJob) -> None:
 def answer(path: Path, out: Path) -> dict[str, str]:
     """Return what `read` gave or refused, as plain words: `kind` ok, damage or refused, with facts or a message."""
     try:
-        facts = read(path, out)
+        container, wrapper = read(path, out)
     except CA2STError as error:
-        return {
-            "kind": "damage" if isinstance(error, tensor_files.WeightsDamageError) else "refused",
-            "message": str(error),
-        }
+        return {"kind": "damage" if isinstance(error, WeightsDamageError) else "refused", "message": str(error)}
     except (MemoryError, RecursionError) as error:
         told = f"expected a checkpoint that needs memory for its own size, found {type(error).__name__}"
         return {"kind": "refused", "message": told}
     except Exception as error:  # noqa: BLE001  # whatever a hostile file provokes becomes one message
         return {"kind": "refused", "message": f"expected a checkpoint, found: {_first_line(error)}"}
-    return {"kind": "ok", "container": facts.container, "wrapper": facts.wrapper}
+    return {"kind": "ok", "container": container, "wrapper": wrapper}
 
 
-def read(path: Path, out: Path) -> ReadFacts:
-    """Read the tensors of `path` into the safetensors file `out`.
+def read(path: Path, out: Path) -> tuple[str, str]:
+    """Read the tensors of `path` into the safetensors file `out`; return container and wrapper as in `ForeignFile`.
 
     Raises:
         ForeignFileRefusedError: the file asks for anything but data, or holds no tensors.
@@ -435,34 +382,33 @@ def read(path: Path, out: Path) -> ReadFacts:
     with path.open("rb") as file:
         magic = file.read(16)
     if not magic:
-        raise tensor_files.WeightsDamageError("expected a checkpoint, found 0 bytes; fetch the file again")
+        raise WeightsDamageError("expected a checkpoint, found 0 bytes; fetch the file again")
     if magic.startswith(_ZIP_MAGIC):
         container, found = _read_zip(path)
     elif magic.startswith(_PICKLE_MAGIC):
         container, found = "torch.save pickle", _unpickle(path)
     else:
-        raise tensor_files.ForeignFileRefusedError(
+        raise ForeignFileRefusedError(
             f"expected a safetensors file, a torch.save file or a TorchScript archive, found a file that begins with "
             f"{magic!r}"
         )
     wrapper, tensors = _unwrap(found)
     _check_tensors(tensors)
     safetensors.torch.save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, out)
-    return ReadFacts(container=container, wrapper=wrapper)
+    return container, wrapper
 
 
 def _read_zip(path: Path) -> tuple[str, object]:
     try:
         with zipfile.ZipFile(path) as archive:
-            scripted = is_torchscript(archive)
+            names = [name.partition("/")[2] for name in archive.namelist()]
+            scripted = "constants.pkl" in names or any(name.startswith("code/") for name in names)
             _check_archive(archive, path.stat().st_size, scripted=scripted)
             if scripted:
                 return "TorchScript archive", read_torchscript(archive)
     # NotImplementedError is zipfile's own, for a method or feature no torch.save writes: a damaged header
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        raise tensor_files.WeightsDamageError(
-            f"expected a whole zip archive, found: {error}; fetch the file again"
-        ) from error
+        raise WeightsDamageError(f"expected a whole zip archive, found: {error}; fetch the file again") from error
     return "torch.save zip", _unpickle(path)
 
 
@@ -473,13 +419,13 @@ def _check_archive(archive: zipfile.ZipFile, file_bytes: int, *, scripted: bool)
         infos = [info for info in infos if info.filename.partition("/")[2].startswith("data")]
     packed = [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]
     if packed:
-        raise tensor_files.ForeignFileRefusedError(
+        raise ForeignFileRefusedError(
             f"expected members stored without compression, as torch.save writes them, found {packed[0]} compressed; "
             "a small file could unpack to any size"
         )
     claimed = sum(info.file_size for info in infos)
     if claimed > file_bytes or len({info.filename for info in infos}) != len(infos):
-        raise tensor_files.ForeignFileRefusedError(
+        raise ForeignFileRefusedError(
             f"expected distinct members that fit into the file's {file_bytes} bytes, found {len(infos)} of "
             f"{claimed} bytes together"
         )
@@ -490,27 +436,24 @@ def _check_archive(archive: zipfile.ZipFile, file_bytes: int, *, scripted: bool)
 
 
 def _unpickle(path: Path) -> object:
+    # Training programs put parsed options and NumPy scalars (best accuracy so far) beside the weights.
+    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]  # NumPy pickles its scalars by this name
+    types = [getattr(np.dtypes, f"{name}DType") for name in _NUMPY_SCALARS]
+    scalars = [(scalar, name) for name in ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")]
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_safe_globals()):
+        with (
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals([argparse.Namespace, np.dtype, *types, *scalars]),
+        ):
             warnings.simplefilter("ignore")  # about pickles that are refused right after
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise tensor_files.ForeignFileRefusedError(
+        raise ForeignFileRefusedError(
             f"expected tensors, containers, numbers and argparse.Namespace only, found: {_first_line(error)}; "
             "nothing of the file was run. Ask its author for a safetensors file"
         ) from error
     except (EOFError, OSError) as error:
-        raise tensor_files.WeightsDamageError(
-            f"expected a whole torch.save file, found: {_first_line(error)}"
-        ) from error
-
-
-def _safe_globals() -> list[Any]:
-    """Return what training programs put beside the weights: parsed options and NumPy scalars (best accuracy so far)."""
-    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]  # NumPy pickles its scalars by this name
-    types = [getattr(np.dtypes, f"{name}DType") for name in _NUMPY_SCALARS]
-    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-    return [argparse.Namespace, np.dtype, *types, *((scalar, name) for name in names)]
+        raise WeightsDamageError(f"expected a whole torch.save file, found: {_first_line(error)}") from error
 
 
 def _unwrap(found: object) -> tuple[str, dict[str, Tensor]]:
@@ -519,15 +462,13 @@ def _unwrap(found: object) -> tuple[str, dict[str, Tensor]]:
         keys.append(key)
         found = found[key]
     if not isinstance(found, Mapping) or not found:
-        raise tensor_files.ForeignFileRefusedError(
+        raise ForeignFileRefusedError(
             f"expected a dict of tensors, or one under {', '.join(WRAPPERS)}, found {type(found).__name__}"
         )
     others = [str(name) for name, value in found.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
     if others:
         shown = json.dumps(others[:8])
-        raise tensor_files.ForeignFileRefusedError(
-            f"expected tensors only among the weights, found other values under {shown}"
-        )
+        raise ForeignFileRefusedError(f"expected tensors only among the weights, found other values under {shown}")
     return ".".join(keys), dict(found)
 
 
@@ -535,29 +476,28 @@ def _wrapper(found: Mapping[Any, object]) -> str:
     """Return the key of the weights: a known one, else the only one of nothing but named tensors, else nothing."""
     if known := next((key for key in WRAPPERS if isinstance(found.get(key), Mapping)), ""):
         return known
-    states = [name for name, value in found.items() if isinstance(name, str) and _is_state(value)]
+    states = [
+        key
+        for key, value in found.items()
+        if isinstance(key, str) and isinstance(value, Mapping) and value
+        if all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+    ]
     if len(states) > 1:
-        raise tensor_files.ForeignFileRefusedError(
+        raise ForeignFileRefusedError(
             f"expected one set of weights, found several, under {', '.join(map(repr, states[:8]))}; save the one that "
             "is wanted alone"
         )
     return states[0] if states else ""
 
 
-def _is_state(value: object) -> bool:
-    if not isinstance(value, Mapping) or not value:
-        return False
-    return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
-
-
 def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu" or tensor.is_complex():
-            raise tensor_files.ForeignFileRefusedError(
+            raise ForeignFileRefusedError(
                 f"{name}: expected a plain dense tensor, found {tensor.layout} {tensor.dtype}"
             )
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise tensor_files.ForeignFileRefusedError(
+            raise ForeignFileRefusedError(
                 f"{name}: expected {list(tensor.shape)} values in the file, found "
                 f"{tensor.untyped_storage().nbytes()} bytes that claim to be as many"
             )
@@ -580,9 +520,7 @@ def _limit(job: ReadJob) -> None:
 
 def _refuse_reaching_out(event: str, _arguments: object) -> None:
     if event.startswith(_FORBIDDEN_EVENTS):
-        raise tensor_files.ForeignFileRefusedError(
-            f"expected a file of weights, found one that tries {event}; do not trust it"
-        )
+        raise ForeignFileRefusedError(f"expected a file of weights, found one that tries {event}; do not trust it")
 
 
 def _first_line(error: BaseException) -> str:

@@ -34,7 +34,6 @@ class HubSource:
     """A repository of a hub, and which of its files may be the weights."""
 
     name: str
-    """As it was given."""
     repository: str
     """ORG/NAME."""
     revision: str | None
@@ -84,12 +83,8 @@ def _open_clip(name: str, rest: str) -> HubSource:
     if not settings:
         tags = pretrained.list_pretrained_tags_by_model(model)
         raise UserInputError(f"{name}: expected one of the tags {', '.join(tags)}, found {tag!r}")
-    if not settings.get("quick_gelu", False):
-        raise UserInputError(_other_activation(name))
-    repository, file = _split_file(settings.get("hf_hub", ""))
-    if not repository:
-        raise UserInputError(_no_repository(name, settings.get("url", "")))
-    return HubSource(name=name, repository=repository, revision=None, files=(file,) if file else _OPEN_CLIP_FILES)
+    source = HubSource(name=name, repository=settings.get("hf_hub", ""), revision=None, files=_OPEN_CLIP_FILES)
+    return _checked(source, quick_gelu=settings.get("quick_gelu", False), url=settings.get("url", ""))
 
 
 def _timm(name: str, rest: str) -> HubSource:
@@ -103,14 +98,25 @@ def _timm(name: str, rest: str) -> HubSource:
         )
     settings: Any = get_pretrained_cfg(rest)  # one of the known names has them
     architecture = rest.partition(".")[0]
-    if not is_quick_gelu(f"{architecture}.{settings.tag}"):
-        raise UserInputError(_other_activation(name))
-    repository, file = _split_file(settings.hf_hub_id or "")
-    if not repository:
-        raise UserInputError(_no_repository(name, settings.url or ""))
-    file = file or settings.hf_hub_filename
-    files = (file,) if file else _TIMM_FILES
-    return HubSource(name=name, repository=repository, revision=None, files=files, architecture=architecture)
+    files = (settings.hf_hub_filename,) if settings.hf_hub_filename else _TIMM_FILES
+    repository = settings.hf_hub_id or ""
+    source = HubSource(name=name, repository=repository, revision=None, files=files, architecture=architecture)
+    return _checked(source, quick_gelu=is_quick_gelu(f"{architecture}.{settings.tag}"), url=settings.url or "")
+
+
+def _checked(source: HubSource, *, quick_gelu: bool, url: str) -> HubSource:
+    """Refuse a registry's entry that is of no use; its repository may be written `ORG/NAME/` or `ORG/NAME/FILE`."""
+    if not quick_gelu:
+        raise UserInputError(
+            f"{source.name}: expected weights that were trained with QuickGELU, as the spatial expert has it, found "
+            "GELU; take those of openai, metaclip_400m or dfn2b"
+        )
+    organisation, _, path = source.repository.strip("/").partition("/")
+    if not organisation:
+        told = f"; fetch {url} and give the file's path" if url else ""
+        raise UserInputError(f"{source.name}: expected weights in a repository of the hub, found none{told}")
+    repository, _, file = path.partition("/")
+    return replace(source, repository=f"{organisation}/{repository}", files=(file,) if file else source.files)
 
 
 def is_quick_gelu(full_name: str) -> bool:
@@ -132,22 +138,21 @@ _SCHEMES: dict[str, Callable[[str, str], HubSource]] = {
 }
 
 
-def _split_file(text: str) -> tuple[str, str]:
-    """`ORG/NAME/` or `ORG/NAME/FILE` as the registries write it."""
-    parts = text.strip("/").split("/", 2)
-    return "/".join(parts[:2]), parts[2] if len(parts) > 2 else ""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a foreign file comes from, as reports and the header of the imported file tell it."""
 
-
-def _other_activation(name: str) -> str:
-    return (
-        f"{name}: expected weights that were trained with QuickGELU, as the spatial expert has it, found GELU; "
-        "take those of openai, metaclip_400m or dfn2b"
-    )
-
-
-def _no_repository(name: str, url: str) -> str:
-    told = f"; fetch {url} and give the file's path" if url else ""
-    return f"{name}: expected weights in a repository of the hub, found none{told}"
+    source: str
+    """The name or path that was given."""
+    repository: str = ""
+    """Repository of the hub; empty for a file of this machine."""
+    revision: str = ""
+    """Commit of the repository, however it was named."""
+    file: str = ""
+    activation: str = ""
+    """The activation that the repository names (`quick_gelu`, `gelu`); empty where it names none."""
+    architecture: str = ""
+    """The network in timm's words, by the name that was given or by the repository; empty where neither tells."""
 
 
 CONFIG_FILES = ("config.json", "open_clip_config.json")
@@ -186,40 +191,27 @@ def activation_of(config: object, *, repository: str) -> str:
     return named if isinstance(named, str) else ""
 
 
-def check_activation(found: str, encoder: EncoderName, *, where: str) -> None:
-    """Refuse weights that were trained with another activation; an empty `found` is not known and passes.
+def check_origin(origin: Origin, encoder: EncoderName) -> None:
+    """Raise WeightsMismatchError for another activation or network than our expert's, which tensors do not show.
 
-    Raises:
-        WeightsMismatchError: as said.
+    An activation that is not known passes. A network that is not known passes for a plain file alone: other public
+    checkpoints have the names and shapes of ours.
     """
     expected = ACTIVATIONS.get(encoder, "")
-    if found and expected and found != expected:
+    if origin.activation and expected and origin.activation != expected:
         raise WeightsMismatchError(
-            f"{where}: expected weights trained with {expected}, as our {encoder} computes, found {found}; "
-            "they would load and give wrong features: take others"
+            f"{origin.source}: expected weights trained with {expected}, as our {encoder} computes, found "
+            f"{origin.activation}; they would load and give wrong features: take others"
         )
-
-
-def check_architecture(found: str, encoder: EncoderName, *, where: str) -> None:
-    """Refuse a public checkpoint of another network whose tensors have our expert's names and shapes.
-
-    An empty `found` is refused too where there are such networks.
-
-    Raises:
-        WeightsMismatchError: as said.
-    """
-    expected = _ARCHITECTURES.get(encoder)
-    if expected and found != expected:
+    expected, found = _ARCHITECTURES.get(encoder, ""), origin.architecture
+    if (origin.repository or found) and expected and found != expected:
         raise WeightsMismatchError(
-            f"{where}: expected the architecture {expected}, found {found or 'none in its config.json'}; "
+            f"{origin.source}: expected the architecture {expected}, found {found or 'none in its config.json'}; "
             "other networks have the same tensors and give other features: take another, or give the path of a file "
             "that you know"
         )
 
 
-ANSWER_SECONDS = 10.0
-"""Longest wait for a hub's answer. Nothing is asked twice, so a command ends at once where there is no network; only a
-file whose transfer breaks off is gone on with, five times, some seconds in all."""
 _MAX_CONFIG_BYTES = 2**24
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -229,43 +221,15 @@ class HubAccess:
     """Which hub is asked, and where its files are kept. What is None is as huggingface_hub has it."""
 
     endpoint: str | None = None
-    """Address of the hub."""
     cache_folder: Path | None = None
     """Folder of downloads; a file is fetched once."""
-    answer_seconds: float = ANSWER_SECONDS
-    """Longest wait for an answer."""
+    answer_seconds: float = 10.0
+    """Longest wait for an answer. Nothing is asked twice, so a command ends at once where there is no network; only a
+    file whose transfer breaks off is gone on with, five times, some seconds in all."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
-    """Where a foreign file comes from, as reports and the header of the imported file tell it."""
-
-    source: str
-    """The name or path that was given."""
-    repository: str = ""
-    """Repository of the hub; empty for a file of this machine."""
-    revision: str = ""
-    """Commit of the repository, however it was named."""
-    file: str = ""
-    """The file in the repository."""
-    activation: str = ""
-    """The activation that the repository names (`quick_gelu`, `gelu`); empty where it names none."""
-    architecture: str = ""
-    """The network in timm's words, by the name that was given or by the repository; empty where neither tells."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FetchedFile:
-    """A file of a hub, on this machine."""
-
-    path: Path
-    """Where it is kept."""
-    origin: Origin
-    """Where it comes from."""
-
-
-def fetch(name: str, access: HubAccess) -> FetchedFile:
-    """Resolve a public name, find the weights among the repository's files, and bring them here.
+def fetch(name: str, access: HubAccess) -> tuple[Path, Origin]:
+    """Resolve a public name and bring the weights among the repository's files here: the file, and where it is from.
 
     Raises:
         UserInputError: an unknown name, repository or revision, or a repository without a file that is looked for.
@@ -301,7 +265,7 @@ def fetch(name: str, access: HubAccess) -> FetchedFile:
         configs = [json.loads(Path(bring(config)).read_bytes()) for config in CONFIG_FILES if config in found]
         path = Path(bring(file))
     origin = Origin(source=name, repository=source.repository, revision=commit, file=file)
-    return FetchedFile(path=path, origin=with_told(replace(origin, architecture=source.architecture), configs))
+    return path, with_told(replace(origin, architecture=source.architecture), configs)
 
 
 def configs_beside(file: Path) -> list[dict[str, Any]]:

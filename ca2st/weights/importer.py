@@ -1,6 +1,6 @@
 """Expert files, and `ca2st weights import`: a checkpoint that others wrote becomes a file of ours, or nothing does.
 
-`ImportedExperts` imports the public experts that recipes name, once: a folder of files under the hash of their bytes.
+`imported_expert` imports the public experts that recipes name, once: a folder of files under the hash of their bytes.
 `<key>.json` says which file a name became, and of which commit of its repository; as long as it is there the name
 means that file, with or without a network. Removing it fetches anew.
 """
@@ -11,14 +11,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ca2st.checked_json import canonical_json
-from ca2st.durable import NO_FAULTS, FaultPoints, write_bytes
+from ca2st.durable import NO_FAULTS, FaultPoints, unwritable, write_bytes
 from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.model.config import EXPERTS, EncoderName, ExpertName, ModelConfig, ModelKind, check_clip, encoder_of
 from ca2st.model.experts import build_expert
@@ -27,79 +27,13 @@ from ca2st.model.tokens import audio_patches
 from ca2st.spec import ClipSpec
 from ca2st.weights import model_file, tensor_files
 from ca2st.weights.foreign import TIMEOUT_SECONDS, ForeignFile, read_foreign_file
-from ca2st.weights.hub import HubAccess, Origin, check_activation, check_architecture, configs_beside, fetch, with_told
+from ca2st.weights.hub import HubAccess, Origin, check_origin, configs_beside, fetch, with_told
 from ca2st.weights.layouts import COUNTERS, LAYOUTS_OF_ENCODER, bare_names, common_prefix, translate
-from ca2st.weights.positions import ExpertPlace, fit_audio_positions, fit_positions
+from ca2st.weights.positions import fit_audio_positions, fit_positions
 from ca2st.weights.published import load_published
 
 EXPERT_KEY = "ca2st_expert"
 """Metadata key of an expert file. Tensors are loaded by names and shapes; the header adds what no shape tells."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertDescription:
-    """Facts about an imported expert."""
-
-    encoder: EncoderName
-    """What it is."""
-    layout: str
-    """Family of names that its source had."""
-    config: ModelConfig
-    """Width, depth and heads; of the rest nothing is written."""
-    clip: ClipSpec
-    """What its position tables were made for: crop_size (CLIP, VideoMAE), num_frames (VideoMAE), mel_rows (AST)."""
-    source_sha256: str
-    """Of the file it was made from."""
-    origin: Origin
-    """Where that file came from."""
-
-    def metadata(self) -> dict[str, str]:
-        """For the header of a safetensors file."""
-        told = {
-            "encoder": self.encoder,
-            "layout": self.layout,
-            "dim": self.config.dim,
-            "depth": self.config.depth,
-            "num_heads": self.config.num_heads,
-            "clip": asdict(self.clip),
-            "source_sha256": self.source_sha256,
-        }
-        come_from = {name: value for name, value in asdict(self.origin).items() if value}
-        return {EXPERT_KEY: json.dumps(told | come_from, sort_keys=True)}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertFile:
-    """An expert's weights, and the clip they were made for where the file says so."""
-
-    path: Path
-    """Where it was read."""
-    tensors: dict[str, Tensor] = field(repr=False)
-    """By our names, on the CPU."""
-    made_for: ClipSpec | None
-    """None: a file without a header, as a run's own expert store keeps them."""
-
-
-def read_expert_file(path: Path) -> ExpertFile:
-    """Read an expert that `ca2st weights import` or a run wrote.
-
-    Raises:
-        UserInputError: there is no such file.
-        WeightsDamageError: the file or its header cannot be read.
-    """
-    file = tensor_files.read_tensor_file(path)
-    return ExpertFile(path=path, tensors=file.tensors, made_for=_clip_of(file.metadata, where=str(path)))
-
-
-def _clip_of(metadata: Mapping[str, str], *, where: str) -> ClipSpec | None:
-    if EXPERT_KEY not in metadata:
-        return None
-    try:
-        return ClipSpec(**json.loads(metadata[EXPERT_KEY])["clip"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise tensor_files.WeightsDamageError(
-            f"{where}: cannot read the metadata key {EXPERT_KEY!r}: {error!r}"
-        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +53,10 @@ class ExpertStore:
         sha256 = hashlib.sha256(data).hexdigest()
         path = self.path(sha256)
         if not (path.is_file() and _hash_of(path) == sha256):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise unwritable(self.folder, error) from error
             write_bytes(path, data, faults=faults, point="expert")
         return sha256
 
@@ -185,8 +122,8 @@ def load_expert(
     where = where or f"{name} expert"
     expert = model.experts[name]
     if state.keys() == expert.state_dict().keys():  # else it is another encoder, and the strict loader lists the names
-        place = ExpertPlace(encoder=encoder_of(model.config, name), config=model.config, clip=model.clip)
-        state = fit_positions(state, place, made_for=made_for, where=where)
+        encoder = encoder_of(model.config, name)
+        state = fit_positions(state, encoder, config=model.config, clip=model.clip, made_for=made_for, where=where)
     return tensor_files.load_strictly(expert, state, where=where)
 
 
@@ -195,10 +132,18 @@ def load_expert_file(model: HolisticModel, name: ExpertName, path: Path) -> tens
 
     Raises:
         UserInputError: there is no such file, or its weights do not fit, as `load_expert`.
-        WeightsDamageError: the file cannot be read.
+        WeightsDamageError: the file or its header cannot be read.
     """
-    file = read_expert_file(path)
-    return load_expert(model, name, file.tensors, where=str(path), made_for=file.made_for)
+    file = tensor_files.read_tensor_file(path)
+    made_for = None  # a file without a header, as a run's own expert store keeps them
+    if EXPERT_KEY in file.metadata:
+        try:
+            made_for = ClipSpec(**json.loads(file.metadata[EXPERT_KEY])["clip"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise tensor_files.WeightsDamageError(
+                f"{path}: cannot read the metadata key {EXPERT_KEY!r}: {error!r}"
+            ) from error
+    return load_expert(model, name, file.tensors, where=str(path), made_for=made_for)
 
 
 def _check_expert(model: HolisticModel, name: ExpertName) -> None:
@@ -219,7 +164,6 @@ class ImportOptions:
     allow_missing: tuple[str, ...] = ()
     """Patterns of our tensor names that the file need not have; they get the value a new model starts with."""
     sizes: model_file.UnwrittenSizes = field(default_factory=model_file.UnwrittenSizes)
-    """What the shapes of tensors do not tell."""
     timeout_seconds: float = TIMEOUT_SECONDS
     """Wall time of reading a file that needs a child process."""
     origin: Origin | None = None
@@ -231,11 +175,8 @@ class ImportReport:
     """What became of every tensor."""
 
     kind: ImportKind
-    """As asked."""
     layout: str
-    """The family of names that was found."""
     container: str
-    """What kind of file it was."""
     wrapper: str
     """The key that the weights were under, keys within keys joined by dots; or empty."""
     model: dict[str, int]
@@ -253,13 +194,10 @@ class ImportReport:
     source_sha256: str
     """Of the file that was read."""
     sha256: str
-    """Of the file that was written."""
     out: Path
-    """The file that was written."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Imported:
+class _Imported(NamedTuple):
     """A loaded module on its way to a file."""
 
     module: nn.Module
@@ -282,14 +220,19 @@ def import_weights(path: Path, out: Path, *, kind: ImportKind, options: ImportOp
     tensor_files.check_writable_name(out, source=path)
     options = options or ImportOptions()
     file = read_foreign_file(path, timeout_seconds=options.timeout_seconds)
+    origin = options.origin or with_told(Origin(source=file.path.name), configs_beside(file.path))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if kind in get_args(ReleasedKind):
             imported = _import_released(cast(ReleasedKind, kind), file, options)
         else:
-            imported = _import_expert(cast(EncoderName, kind), file, options)
+            imported = _import_expert(cast(EncoderName, kind), file, options, origin)
     state = imported.module.state_dict()
-    tensor_files.check_finite(state, where=str(path))
+    if broken := [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]:
+        raise tensor_files.WeightsDamageError(
+            f"{path}: expected finite float32 values, found NaN or infinity in {len(broken)} tensors: "
+            f"{', '.join(broken[:8])}; fetch the file again"
+        )
     sha256 = tensor_files.write_tensor_file(out, state, metadata=imported.metadata)
     return ImportReport(
         kind=kind,
@@ -301,23 +244,16 @@ def import_weights(path: Path, out: Path, *, kind: ImportKind, options: ImportOp
         missing=imported.report.missing,
         unexpected=imported.report.unexpected,
         checksums={name: tensor_files.checksum(tensor) for name, tensor in sorted(state.items())},
-        origin=_origin(file, options),
+        origin=origin,
         source_sha256=file.sha256,
         sha256=sha256,
         out=out,
     )
 
 
-def _origin(file: ForeignFile, options: ImportOptions) -> Origin:
-    """As given, or the file's name with what the configuration beside it tells."""
-    return options.origin or with_told(Origin(source=file.path.name), configs_beside(file.path))
-
-
-def _import_expert(encoder: EncoderName, file: ForeignFile, options: ImportOptions) -> _Imported:
-    where, origin = str(file.path), _origin(file, options)
-    check_activation(origin.activation, encoder, where=origin.source)
-    if origin.repository or origin.architecture:
-        check_architecture(origin.architecture, encoder, where=origin.source)
+def _import_expert(encoder: EncoderName, file: ForeignFile, options: ImportOptions, origin: Origin) -> _Imported:
+    where = str(file.path)
+    check_origin(origin, encoder)
     translation = translate(file.tensors, LAYOUTS_OF_ENCODER[encoder], where=where)
     config, clip = model_file.expert_sizes(encoder, translation.tensors, options.sizes, where=where)
     check_clip(config, clip)
@@ -332,41 +268,38 @@ def _import_expert(encoder: EncoderName, file: ForeignFile, options: ImportOptio
         tensors["positions"] = fit_audio_positions(tensors["positions"], rows=rows, columns=columns, where=where)
     loaded = tensor_files.load_strictly(module, tensors, where=where, allow_missing=options.allow_missing)
     report = tensor_files.LoadReport(loaded=translation.used, missing=loaded.missing, unexpected=translation.ignored)
-    description = ExpertDescription(
-        encoder=encoder,
-        layout=translation.layout.name,
-        config=config,
-        clip=clip,
-        source_sha256=file.sha256,
-        origin=origin,
-    )
-    return _Imported(
-        module=module,
-        config=config,
-        clip=clip,
-        layout=translation.layout.name,
-        report=report,
-        metadata=description.metadata(),
-    )
+    told = {
+        "encoder": encoder,
+        "layout": translation.layout.name,
+        "dim": config.dim,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "clip": asdict(clip),
+        "source_sha256": file.sha256,
+    }
+    told |= {name: value for name, value in asdict(origin).items() if value}
+    metadata = {EXPERT_KEY: json.dumps(told, sort_keys=True)}
+    return _Imported(module, config, clip, translation.layout.name, report, metadata)
 
 
 def _import_released(kind: ReleasedKind, file: ForeignFile, options: ImportOptions) -> _Imported:
     where = str(file.path)
-    tensors, counters = _without_wrappers(file.tensors, where=where)
+    bare = bare_names(file.tensors, where=where)
+    prefix = common_prefix(bare)
+    tensors = {name.removeprefix(prefix): file.tensors[theirs] for name, theirs in bare.items() if name not in COUNTERS}
+    counters = [name for name in bare if name in COUNTERS]
     ours = any(name.startswith("experts.") for name in tensors)
     description = _description(kind, file, tensors, options, ours=ours)
-    load: model_file.ModelLoader = tensor_files.load_strictly if ours else load_published
     model, report = model_file.build_described(
-        description, tensors, where=where, load=load, allow_missing=options.allow_missing
+        description,
+        tensors,
+        where=where,
+        load=tensor_files.load_strictly if ours else load_published,
+        allow_missing=options.allow_missing,
     )
-    return _Imported(
-        module=model,
-        config=description.model,
-        clip=description.clip,
-        layout="ca2st" if ours else f"released {kind.upper()}",
-        report=replace(report, unexpected=(*report.unexpected, *counters)),
-        metadata=description.metadata(),
-    )
+    layout = "ca2st" if ours else f"released {kind.upper()}"
+    report = replace(report, unexpected=(*report.unexpected, *counters))
+    return _Imported(model, description.model, description.clip, layout, report, description.metadata())
 
 
 def _description(
@@ -393,14 +326,6 @@ def _description(
     return written
 
 
-def _without_wrappers(tensors: Mapping[str, Tensor], *, where: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Return tensors without what wrappers put before or into all their names, and the counters beside the model."""
-    bare = bare_names(tensors, where=where)
-    prefix = common_prefix(bare)
-    named = {name.removeprefix(prefix): tensors[theirs] for name, theirs in bare.items() if name not in COUNTERS}
-    return named, [name for name in bare if name in COUNTERS]
-
-
 def _sizes_told(imported: _Imported) -> dict[str, int]:
     """Return what the written tensors fit; sizes of the clip only where a table depends on them."""
     config, clip = imported.config, imported.clip
@@ -416,58 +341,42 @@ def _sizes_told(imported: _Imported) -> dict[str, int]:
     return sizes
 
 
-@dataclass(frozen=True, slots=True)
-class ImportedExperts:
-    """A folder of imported experts."""
+def imported_expert(
+    folder: Path, name: str, *, encoder: EncoderName, sizes: model_file.UnwrittenSizes, access: HubAccess
+) -> Path:
+    """Return the file of the public checkpoint `name`, fetched and imported the first time it is asked for.
 
-    folder: Path
-    """Usually `imported` beside the runs; made when the first name is imported."""
+    `folder` is usually `imported` beside the runs; it is made when the first name is imported.
 
-    def get(self, name: str, encoder: EncoderName, sizes: model_file.UnwrittenSizes, access: HubAccess) -> Path:
-        """Return the file of the public checkpoint `name`, fetched and imported the first time it is asked for.
-
-        Raises:
-            UserInputError: an unknown name, or weights that are not of this encoder.
-            EnvironmentFault: the hub cannot be reached, or the folder not be written.
-            WeightsDamageError: a kept file is not what was written.
-        """
-        told = {"source": name, "encoder": encoder, "sizes": asdict(sizes)}
-        key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-        note = self.folder / f"{key}.json"
-        if note.is_file() and (kept := self._kept(note)).is_file():
-            return kept
-        return self._import(name, encoder, sizes, access, note)
-
-    def _kept(self, note: Path) -> Path:
+    Raises:
+        UserInputError: an unknown name, or weights that are not of this encoder.
+        EnvironmentFault: the hub cannot be reached, or the folder not be written.
+        WeightsDamageError: a kept file is not what was written.
+    """
+    told = {"source": name, "encoder": encoder, "sizes": asdict(sizes)}
+    key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    note = folder / f"{key}.json"
+    if note.is_file():
         try:
-            sha256: str = json.loads(note.read_text())["sha256"]
+            kept = folder / f"{json.loads(note.read_text())['sha256']}.safetensors"
         except (KeyError, TypeError, ValueError) as error:
             raise tensor_files.WeightsDamageError(
                 f"{note}: cannot read it ({error!r}); remove it to import anew"
             ) from error
-        path = self.folder / f"{sha256}.safetensors"
-        if path.is_file():
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != sha256:
+        if kept.is_file():
+            if (found := _hash_of(kept)) != kept.stem:
                 raise tensor_files.WeightsDamageError(
-                    f"{path}: expected that sha256, found {found}; remove it to import anew"
+                    f"{kept}: expected that sha256, found {found}; remove it to import anew"
                 )
-        return path
-
-    def _import(
-        self, name: str, encoder: EncoderName, sizes: model_file.UnwrittenSizes, access: HubAccess, note: Path
-    ) -> Path:
-        fetched = fetch(name, access)
-        new = self.folder / f".{note.stem}.{os.getpid()}.safetensors"
-        options = ImportOptions(sizes=sizes, origin=fetched.origin)
-        report = import_weights(fetched.path, new, kind=encoder, options=options)
-        path = self.folder / f"{report.sha256}.safetensors"
-        try:
-            new.replace(path)
-        except OSError as error:
-            raise EnvironmentFault(f"cannot write {path}: {error.strerror}; check the folder") from error
-        facts = {"encoder": encoder, "sha256": report.sha256, "source_sha256": report.source_sha256}
-        document = {**asdict(fetched.origin), **facts}
-        write_bytes(note, canonical_json(document))
-        return path
+            return kept
+    fetched, origin = fetch(name, access)
+    new = folder / f".{key}.{os.getpid()}.safetensors"
+    report = import_weights(fetched, new, kind=encoder, options=ImportOptions(sizes=sizes, origin=origin))
+    path = folder / f"{report.sha256}.safetensors"
+    try:
+        new.replace(path)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write {path}: {error.strerror}; check the folder") from error
+    facts = {"encoder": encoder, "sha256": report.sha256, "source_sha256": report.source_sha256}
+    write_bytes(note, canonical_json({**asdict(origin), **facts}))
+    return path

@@ -3,11 +3,12 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
@@ -37,11 +38,8 @@ class ModelDescription:
     """Everything `build_model` needs."""
 
     model: ModelConfig
-    """Structure."""
     clip: ClipSpec
-    """Sizes of a view."""
     targets: tuple[TargetSpec, ...]
-    """What is predicted."""
 
     @classmethod
     def of(cls, model: HolisticModel) -> "ModelDescription":
@@ -55,13 +53,10 @@ class ModelDescription:
 
 @with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Header:
+class _Header(ModelDescription):
     """`ModelDescription` as it is written. Settings that a file does not name are younger: it has their defaults."""
 
     format: int
-    model: ModelConfig
-    clip: ClipSpec
-    targets: tuple[TargetSpec, ...]
 
 
 _HEADER = TypeAdapter(_Header)
@@ -136,25 +131,17 @@ def _check_sizes(description: ModelDescription, *, where: str) -> None:
         )
 
 
-@runtime_checkable
-class ModelLoader(Protocol):
-    """`load_strictly`, or the same for other names."""
-
-    def __call__(
-        self, model: HolisticModel, state: Mapping[str, Tensor], /, *, where: str, allow_missing: Sequence[str] = ()
-    ) -> tensor_files.LoadReport:
-        """Put all of `state` into `model`, or nothing."""
-
-
 def build_described(
     description: ModelDescription,
     tensors: Mapping[str, Tensor],
     *,
     where: str,
-    load: ModelLoader = tensor_files.load_strictly,
+    load: Callable[..., tensor_files.LoadReport] = tensor_files.load_strictly,
     allow_missing: Sequence[str] = (),
 ) -> tuple[HolisticModel, tensor_files.LoadReport]:
     """Return a model as described, with `tensors` in it; nothing is allocated before all names and shapes are right.
+
+    `load` is `load_strictly`, or the same for other names.
 
     Raises:
         WeightsMismatchError: the tensors are not those of such a model.
@@ -198,13 +185,10 @@ class ExportReport:
     """What was written."""
 
     out: Path
-    """The file."""
     names: NameScheme
-    """Whose names the tensors have."""
     num_tensors: int
     """How many; published names give shared tensors twice."""
     sha256: str
-    """Of the file."""
 
 
 def export_model(
@@ -264,42 +248,16 @@ def expert_sizes(
     """
     if encoder == "resnet50":
         return ALONE[encoder], ClipSpec()
-    patch_embed = shape_of(tensors, "patch_embed.weight", ndim=5 if encoder == "videomae" else 4, where=where)
-    dim, patch = patch_embed[0], patch_embed[-1]
+    file = _Evidence(tensors, sizes, where)
+    dim, *_, patch = file.shape_of("patch_embed.weight", ndim=5 if encoder == "videomae" else 4)
     crop_size = sizes.crop_size or _USUAL_PATCHES * patch
     clip = ClipSpec(
         num_frames=sizes.num_frames or ClipSpec().num_frames,
-        crop_size=_crop_size(tensors, "positions", patch, sizes, where=where) if encoder == "clip" else crop_size,
+        crop_size=file.crop_size("positions", patch) if encoder == "clip" else crop_size,
         mel_rows=sizes.mel_rows or ClipSpec().mel_rows,
     )
-    config = replace(
-        ALONE[encoder],
-        dim=dim,
-        depth=_depth(tensors, r"layers\.(\d+)\.", where=where),
-        num_heads=_num_heads(dim, sizes, where=where),
-        patch_size=patch,
-    )
-    return config, clip
-
-
-def released_sizes(
-    kind: ModelKind, tensors: Mapping[str, Tensor], sizes: UnwrittenSizes, *, where: str
-) -> ModelDescription:
-    """Return description of a whole model whose tensors have the names of a released checkpoint.
-
-    Raises:
-        UserInputError: a tensor that decides a size is missing, has another number of axes, or contradicts `sizes`.
-    """
-    patch = shape_of(tensors, "clip_conv1.weight", ndim=4, where=where)[-1]
-    depth = _depth(tensors, r"blocks\.(\d+)\.", where=where)
-    last = f"blocks.{depth - 1}."
-    model = _released_config(kind, tensors, sizes, depth=depth, where=where)
-    clip = ClipSpec(
-        num_frames=_num_frames(kind, tensors, last, sizes, where=where),
-        crop_size=_crop_size(tensors, "clip_positional_embedding", patch, sizes, where=where),
-        mel_rows=_mel_rows(model, tensors, sizes, where=where) if "audio" in EXPERTS[kind] else ClipSpec().mel_rows,
-    )
-    return ModelDescription(model=model, clip=clip, targets=_targets(tensors, sizes, where=where))
+    depth, num_heads = file.depth(r"layers\.(\d+)\."), file.num_heads(dim)
+    return replace(ALONE[encoder], dim=dim, depth=depth, num_heads=num_heads, patch_size=patch), clip
 
 
 _BRIDGE_MARKS: dict[ModelKind, dict[BridgeName, str]] = {
@@ -314,124 +272,116 @@ _BRIDGE_MARKS: dict[ModelKind, dict[BridgeName, str]] = {
 """A tensor of each bridge, below a block that carries it; the first one tells the width of the bottleneck."""
 
 
-def _released_config(
-    kind: ModelKind, tensors: Mapping[str, Tensor], sizes: UnwrittenSizes, *, depth: int, where: str
-) -> ModelConfig:
-    dim, _, _, patch = shape_of(tensors, "clip_conv1.weight", ndim=4, where=where)
-    marks, last = _BRIDGE_MARKS[kind], f"blocks.{depth - 1}."
-    width = shape_of(tensors, last + next(iter(marks.values())), ndim=2, where=where)[0]
-    adapter = shape_of(tensors, f"{last}S_Adapter.D_fc1.weight", ndim=2, where=where)[0]
-    plain = ModelConfig(
+def released_sizes(
+    kind: ModelKind, tensors: Mapping[str, Tensor], sizes: UnwrittenSizes, *, where: str
+) -> ModelDescription:
+    """Return description of a whole model whose tensors have the names of a released checkpoint.
+
+    Raises:
+        UserInputError: a tensor that decides a size is missing, has another number of axes, or contradicts `sizes`.
+    """
+    file, marks = _Evidence(tensors, sizes, where), _BRIDGE_MARKS[kind]
+    dim, _, _, patch = file.shape_of("clip_conv1.weight", ndim=4)
+    depth = file.depth(r"blocks\.(\d+)\.")
+    last = f"blocks.{depth - 1}."
+    model = ModelConfig(
         kind=kind,
         dim=dim,
         depth=depth,
-        num_heads=_num_heads(dim, sizes, where=where),
+        num_heads=file.num_heads(dim),
         patch_size=patch,
-        adapter_ratio=adapter / dim,
-        bottleneck_ratio=width / dim,
+        bottleneck_ratio=file.shape_of(last + next(iter(marks.values())), ndim=2)[0] / dim,
+        adapter_ratio=file.shape_of(f"{last}S_Adapter.D_fc1.weight", ndim=2)[0] / dim,
     )
-    found = {name: sum(f"blocks.{i}.{mark}" in tensors for i in range(depth)) for name, mark in marks.items()}
-    usual = {
-        name: sum(bridge.name == name for layer in range(depth) for bridge in bridges_of_layer(plain, layer))
-        for name in marks
-    }
-    other = {
-        name: replace(getattr(plain, name), last_layers=count) for name, count in found.items() if count != usual[name]
-    }
-    return replace(plain, **other)
-
-
-def shape_of(tensors: Mapping[str, Tensor], name: str, *, ndim: int, where: str) -> tuple[int, ...]:
-    """Return shape of a tensor that decides a size, without leading ones beyond `ndim` axes.
-
-    Raises:
-        WeightsMismatchError: it is not there, or is not of `ndim` axes.
-    """
-    if name not in tensors:
-        found = ", ".join(sorted(tensors)[:6])
-        raise tensor_files.WeightsMismatchError(
-            f"{where}: expected the tensor {name}, which decides a size, found none (but {found}, ...); check --kind"
-        )
-    shape = tuple(tensors[name].shape)
-    while len(shape) > ndim and shape[0] == 1:
-        shape = shape[1:]
-    if len(shape) != ndim or 0 in shape:
-        raise tensor_files.WeightsMismatchError(
-            f"{where}: {name}: expected {ndim} axes that are not empty, found shape {list(tensors[name].shape)}"
-        )
-    return shape
-
-
-def _depth(names: Iterable[str], pattern: str, *, where: str) -> int:
-    layers = {int(match[1]) for name in names if (match := re.match(pattern, name))}
-    if not layers:
-        raise tensor_files.WeightsMismatchError(f"{where}: expected at least one layer, found none; check --kind")
-    if absent := sorted(set(range(max(layers) + 1)) - layers)[:8]:
-        raise tensor_files.WeightsMismatchError(
-            f"{where}: expected all layers up to {max(layers)}, found none of number {absent}"
-        )
-    return max(layers) + 1
-
-
-def _num_heads(dim: int, sizes: UnwrittenSizes, *, where: str) -> int:
-    if sizes.num_heads is None and dim % HEAD_DIM:
-        raise tensor_files.WeightsMismatchError(
-            f"{where}: expected a width that is a multiple of {HEAD_DIM} features per head, found {dim}; give --heads"
-        )
-    return sizes.num_heads or dim // HEAD_DIM
-
-
-def _crop_size(tensors: Mapping[str, Tensor], name: str, patch: int, sizes: UnwrittenSizes, *, where: str) -> int:
-    rows = shape_of(tensors, name, ndim=2, where=where)[0]
-    side = math.isqrt(max(rows - 1, 0))
-    if side * side != rows - 1 or not side:
-        raise tensor_files.WeightsMismatchError(
-            f"{where}: {name}: expected one cls token and a square of patches, found {rows} rows"
-        )
-    if sizes.crop_size not in (None, side * patch):
-        raise tensor_files.WeightsMismatchError(
-            f"{where}: expected crops of {sizes.crop_size} pixels as asked, found positions for {side * patch}"
-        )
-    return side * patch
-
-
-def _num_frames(kind: ModelKind, tensors: Mapping[str, Tensor], last: str, sizes: UnwrittenSizes, *, where: str) -> int:
-    if kind == "cava":
-        return sizes.num_frames or ClipSpec().num_frames
-    table = "s_t_b_cast.r2l_cross.clip_time_pos" if kind == "ca2st" else "t2s_cross.clip_time_pos"
-    found = 2 * shape_of(tensors, last + table, ndim=2, where=where)[0]
-    if sizes.num_frames not in (None, found):
-        raise tensor_files.WeightsMismatchError(
-            f"{where}: expected {sizes.num_frames} frames as asked, found tables for {found}"
-        )
-    return found
-
-
-def _mel_rows(config: ModelConfig, tensors: Mapping[str, Tensor], sizes: UnwrittenSizes, *, where: str) -> int:
-    tokens = shape_of(tensors, "ast_pos_embed", ndim=2, where=where)[0] - NUM_AUDIO_PREFIX
-    frequencies = audio_patches(config, ClipSpec())[0]
-    columns, rest = divmod(tokens, frequencies)
-    if rest or columns < 1:
-        raise tensor_files.WeightsMismatchError(
-            f"{where}: ast_pos_embed: expected a grid of {frequencies} rows, found {tokens} patches"
-        )
-    least = least_mel_rows(config, columns)
-    fitting = range(least, least + config.audio_stride)
-    if sizes.mel_rows is not None and sizes.mel_rows not in fitting:
-        raise tensor_files.WeightsMismatchError(
-            f"{where}: expected positions for {sizes.mel_rows} mel rows, found them for {least} to {fitting[-1]}"
-        )
-    return sizes.mel_rows or next((rows for rows in _USUAL_MEL_ROWS if rows in fitting), least)
-
-
-def _targets(tensors: Mapping[str, Tensor], sizes: UnwrittenSizes, *, where: str) -> tuple[TargetSpec, ...]:
+    usual = Counter(bridge.name for layer in range(depth) for bridge in bridges_of_layer(model, layer))
+    for name, mark in marks.items():
+        found = sum(f"blocks.{i}.{mark}" in tensors for i in range(depth))
+        if found != usual[name]:
+            model = replace(model, **{name: replace(getattr(model, name), last_layers=found)})
+    clip = ClipSpec(
+        num_frames=file.num_frames(kind, last),
+        crop_size=file.crop_size("clip_positional_embedding", patch),
+        mel_rows=file.mel_rows(model) if "audio" in EXPERTS[kind] else ClipSpec().mel_rows,
+    )
     heads = {"verb": "head_verb.weight", "noun": "head_noun.weight"}
     if not any(name in tensors for name in heads.values()):
         heads = {sizes.target: "head.weight"}
-    return tuple(
-        TargetSpec(name=target, num_classes=shape_of(tensors, name, ndim=2, where=where)[0])
-        for target, name in heads.items()
+    targets = tuple(
+        TargetSpec(name=target, num_classes=file.shape_of(name, ndim=2)[0]) for target, name in heads.items()
     )
+    return ModelDescription(model=model, clip=clip, targets=targets)
+
+
+@dataclass(frozen=True, slots=True)
+class _Evidence:
+    """What tells the sizes of a model: its tensors, and what the caller says."""
+
+    tensors: Mapping[str, Tensor]
+    sizes: UnwrittenSizes
+    where: str
+
+    def refusal(self, told: str) -> tensor_files.WeightsMismatchError:
+        return tensor_files.WeightsMismatchError(f"{self.where}: {told}")
+
+    def shape_of(self, name: str, *, ndim: int) -> tuple[int, ...]:
+        """Return the shape of a tensor that decides a size, without leading ones beyond `ndim` axes."""
+        if name not in self.tensors:
+            found = ", ".join(sorted(self.tensors)[:6])
+            raise self.refusal(
+                f"expected the tensor {name}, which decides a size, found none (but {found}, ...); check --kind"
+            )
+        tensor = tensor_files.without_leading_ones(self.tensors[name], ndim)
+        if tensor.ndim != ndim or 0 in tensor.shape:
+            shape = list(self.tensors[name].shape)
+            raise self.refusal(f"{name}: expected {ndim} axes that are not empty, found shape {shape}")
+        return tuple(tensor.shape)
+
+    def depth(self, pattern: str) -> int:
+        layers = {int(match[1]) for name in self.tensors if (match := re.match(pattern, name))}
+        if not layers:
+            raise self.refusal("expected at least one layer, found none; check --kind")
+        if absent := sorted(set(range(max(layers) + 1)) - layers)[:8]:
+            raise self.refusal(f"expected all layers up to {max(layers)}, found none of number {absent}")
+        return max(layers) + 1
+
+    def num_heads(self, dim: int) -> int:
+        if self.sizes.num_heads is None and dim % HEAD_DIM:
+            raise self.refusal(
+                f"expected a width that is a multiple of {HEAD_DIM} features per head, found {dim}; give --heads"
+            )
+        return self.sizes.num_heads or dim // HEAD_DIM
+
+    def crop_size(self, table: str, patch: int) -> int:
+        rows, asked = self.shape_of(table, ndim=2)[0], self.sizes.crop_size
+        side = math.isqrt(max(rows - 1, 0))
+        if side * side != rows - 1 or not side:
+            raise self.refusal(f"{table}: expected one cls token and a square of patches, found {rows} rows")
+        if asked not in (None, side * patch):
+            raise self.refusal(f"expected crops of {asked} pixels as asked, found positions for {side * patch}")
+        return side * patch
+
+    def num_frames(self, kind: ModelKind, last: str) -> int:
+        asked = self.sizes.num_frames
+        if kind == "cava":
+            return asked or ClipSpec().num_frames
+        table = "s_t_b_cast.r2l_cross.clip_time_pos" if kind == "ca2st" else "t2s_cross.clip_time_pos"
+        found = 2 * self.shape_of(last + table, ndim=2)[0]
+        if asked not in (None, found):
+            raise self.refusal(f"expected {asked} frames as asked, found tables for {found}")
+        return found
+
+    def mel_rows(self, config: ModelConfig) -> int:
+        asked = self.sizes.mel_rows
+        tokens = self.shape_of("ast_pos_embed", ndim=2)[0] - NUM_AUDIO_PREFIX
+        frequencies = audio_patches(config, ClipSpec())[0]
+        columns, rest = divmod(tokens, frequencies)
+        if rest or columns < 1:
+            raise self.refusal(f"ast_pos_embed: expected a grid of {frequencies} rows, found {tokens} patches")
+        least = least_mel_rows(config, columns)
+        fitting = range(least, least + config.audio_stride)
+        if asked is not None and asked not in fitting:
+            raise self.refusal(f"expected positions for {asked} mel rows, found them for {least} to {fitting[-1]}")
+        return asked or next((rows for rows in _USUAL_MEL_ROWS if rows in fitting), least)
 
 
 def least_mel_rows(config: ModelConfig, columns: int) -> int:

@@ -13,7 +13,7 @@ included.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 
@@ -26,7 +26,7 @@ from torch.nn.functional import interpolate
 from ca2st.errors import listed
 from ca2st.model.config import EXPERTS, EncoderName, ModelConfig, all_bridges, bridges_of_layer, encoder_of
 from ca2st.model.network import HolisticModel
-from ca2st.model.tokens import NUM_AUDIO_PREFIX, audio_patches, resize_grid_table, resize_time_table
+from ca2st.model.tokens import NUM_AUDIO_PREFIX, audio_patches, resize_table
 from ca2st.spec import ClipSpec
 from ca2st.weights.model_file import ModelDescription, least_mel_rows
 from ca2st.weights.tensor_files import WeightsMismatchError, load_strictly
@@ -50,7 +50,7 @@ def fit_image_positions(
     """
     prefix, patches = table[:num_prefix], table[num_prefix:]
     found = math.isqrt(patches.shape[0])
-    return torch.cat((prefix, resize_grid_table(patches, from_grid=(found, found), to_grid=(side, side))))
+    return torch.cat((prefix, resize_table(patches, from_grid=(found, found), to_grid=(side, side))))
 
 
 def fit_audio_positions(
@@ -85,22 +85,16 @@ POSITIONS = "positions"
 """Name of the learned table in CLIP and AST."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertPlace:
-    """Where an expert's weights are to go."""
-
-    encoder: EncoderName
-    """What the expert is."""
-    config: ModelConfig
-    """Structure of the model."""
-    clip: ClipSpec
-    """Sizes of its view."""
-
-
 def fit_positions(
-    state: Mapping[str, Tensor], place: ExpertPlace, *, made_for: ClipSpec | None, where: str
-) -> dict[str, Tensor]:
-    """Return the weights with position tables for the model's clip.
+    state: Mapping[str, Tensor],
+    encoder: EncoderName,
+    *,
+    config: ModelConfig,
+    clip: ClipSpec,
+    made_for: ClipSpec | None,
+    where: str,
+) -> Mapping[str, Tensor]:
+    """Return an expert's weights with position tables for a model's clip.
 
     `made_for` is the clip that the file's header names, None where it names none. Tables that are no grid at all are
     left to the strict loader, which lists them.
@@ -108,142 +102,104 @@ def fit_positions(
     Raises:
         WeightsMismatchError: tables for another clip, and no setting that says so.
     """
-    return _FITTING[place.encoder](dict(state), place, made_for, where)
-
-
-def _fit_clip(
-    state: dict[str, Tensor], place: ExpertPlace, _made_for: ClipSpec | None, where: str
-) -> dict[str, Tensor]:
     table = state.get(POSITIONS)
-    found = square_side(table.shape[0] - NUM_CLIP_PREFIX) if table is not None and table.ndim == 2 else None
-    patch, wanted = place.config.patch_size, place.clip.crop_size
-    if table is None or found is None or found * patch == wanted:
-        return state
-    if place.config.pretrained_crop_size != found * patch:
-        raise WeightsMismatchError(
-            f"{where}: expected positions for crops of {wanted} pixels, found them for {found * patch}; "
-            f"set model.pretrained_crop_size = {found * patch}, so that they are interpolated"
-        )
-    return state | {POSITIONS: fit_image_positions(table, side=wanted // patch, num_prefix=NUM_CLIP_PREFIX)}
+    if encoder == "videomae" and made_for is not None:
+        _check_videomae(config, clip, made_for, where=where)
+    elif encoder == "ast" and table is not None and table.ndim == 2:
+        _check_ast(table.shape[0] - NUM_AUDIO_PREFIX, config, clip, where=where)
+    elif encoder == "clip" and table is not None and table.ndim == 2:
+        found = square_side(table.shape[0] - NUM_CLIP_PREFIX)
+        patch, wanted = config.patch_size, clip.crop_size
+        if found is None or found * patch == wanted:
+            return state
+        if config.pretrained_crop_size != found * patch:
+            raise WeightsMismatchError(
+                f"{where}: expected positions for crops of {wanted} pixels, found them for {found * patch}; "
+                f"set model.pretrained_crop_size = {found * patch}, so that they are interpolated"
+            )
+        fitted = fit_image_positions(table, side=wanted // patch, num_prefix=NUM_CLIP_PREFIX)
+        return dict(state) | {POSITIONS: fitted}
+    return state
 
 
-def _check_videomae(
-    state: dict[str, Tensor], place: ExpertPlace, made_for: ClipSpec | None, where: str
-) -> dict[str, Tensor]:
-    """Return the table is computed, by the model, from the same settings; here only whether they fit the file."""
-    if made_for is None:
-        return state
-    config, clip = place.config, place.clip
+def _check_videomae(config: ModelConfig, clip: ClipSpec, made_for: ClipSpec, *, where: str) -> None:
+    """Compare the settings with the file's clip: the model itself computes the table from them."""
     found = {"num_frames": made_for.num_frames, "crop_size": made_for.crop_size}
-    read = {
-        "num_frames": config.pretrained_num_frames or clip.num_frames,
-        "crop_size": config.pretrained_crop_size or clip.crop_size,
-    }
+    read = _pretrained(config, clip)
     if wrong := [name for name in found if found[name] != read[name]]:
         told = ", ".join(f"{name} {read[name]}, found one trained with {found[name]}" for name in wrong)
         settings = " and ".join(f"model.pretrained_{name} = {found[name]}" for name in wrong)
         raise WeightsMismatchError(
             f"{where}: expected a VideoMAE for {told}; set {settings}, so that its position table is interpolated"
         )
-    return state
 
 
-def _check_ast(
-    state: dict[str, Tensor], place: ExpertPlace, _made_for: ClipSpec | None, where: str
-) -> dict[str, Tensor]:
-    table = state.get(POSITIONS)
-    rows, columns = audio_patches(place.config, place.clip)
-    patches = table.shape[0] - NUM_AUDIO_PREFIX if table is not None and table.ndim == 2 else 0
-    if patches > 0 and patches % rows == 0 and patches // rows != columns:
-        found = patches // rows
-        least = least_mel_rows(place.config, found)
+def _check_ast(num_patches: int, config: ModelConfig, clip: ClipSpec, *, where: str) -> None:
+    rows, columns = audio_patches(config, clip)
+    found, rest = divmod(num_patches, rows)
+    if num_patches > 0 and not rest and found != columns:
+        least = least_mel_rows(config, found)
         raise WeightsMismatchError(
-            f"{where}: expected positions for {place.clip.mel_rows} mel rows ({columns} columns of patches), found "
-            f"them for {least} to {least + place.config.audio_stride - 1} ({found} columns); import the expert "
-            f"again with `ca2st weights import --mel-rows {place.clip.mel_rows}`"
+            f"{where}: expected positions for {clip.mel_rows} mel rows ({columns} columns of patches), found "
+            f"them for {least} to {least + config.audio_stride - 1} ({found} columns); import the expert "
+            f"again with `ca2st weights import --mel-rows {clip.mel_rows}`"
         )
-    return state
 
 
-def _as_it_is(
-    state: dict[str, Tensor], _place: ExpertPlace, _made_for: ClipSpec | None, _where: str
-) -> dict[str, Tensor]:
-    return state
-
-
-_FITTING: dict[EncoderName, Callable[[dict[str, Tensor], ExpertPlace, ClipSpec | None, str], dict[str, Tensor]]] = {
-    "clip": _fit_clip,
-    "videomae": _check_videomae,
-    "ast": _check_ast,
-    "resnet50": _as_it_is,
-}
+def _pretrained(config: ModelConfig, clip: ClipSpec) -> dict[str, int]:
+    return {
+        "num_frames": config.pretrained_num_frames or clip.num_frames,
+        "crop_size": config.pretrained_crop_size or clip.crop_size,
+    }
 
 
 _EXPERT_TABLE = re.compile(r"experts\.(?P<expert>[^.]+)\.positions")
 _BRIDGE_TABLE = re.compile(
-    r"layers\.\d+\.bridges\.(?P<bridge>[^.]+)\.directions\.(?P<direction>[^.]+)"
+    r"layers\.\d+\.bridges\.[^.]+\.directions\.(?P<direction>[^.]+)"
     r"\.(?P<side>query|key)_positions\.(?P<axis>time|space)_table"
 )
 _PREFIX: dict[EncoderName, int] = {"clip": NUM_CLIP_PREFIX, "ast": NUM_AUDIO_PREFIX}
 
 
-def is_position_table(name: str) -> bool:
-    """Whether a tensor of a whole model depends on the clip: the experts' learned positions and those of B-CA."""
-    return bool(_EXPERT_TABLE.fullmatch(name) or _BRIDGE_TABLE.fullmatch(name))
+def _resized(model: HolisticModel, state: Mapping[str, Tensor], source: ClipSpec, *, where: str) -> dict[str, Tensor]:
+    """Return the position tables of `state`, a model for the clip `source`, that are for another grid than `model`'s.
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PositionFitter:
-    """Position tables of a model for the clip `source`, and their form for `clip`."""
-
-    config: ModelConfig
-    """Structure, the same in both."""
-    clip: ClipSpec
-    """What tables are wanted for."""
-    source: ClipSpec
-    """What they were made for."""
-    where: str
-    """The source, in messages."""
-
-    def differs(self, name: str, table: Tensor, *, rows: int) -> bool:
-        """Return whether a table is for another grid than the one wanted, which has `rows` rows in it.
-
-        A spectrogram's grid is compared by its columns: what is not a matter of the clip, such as another width, is
-        left to the strict comparison of shapes.
-        """
-        encoder, axis, _ = self._place(name)
+    A spectrogram's grid is compared by its columns. What is not a matter of the clip, such as another width, and what
+    is no grid is left as it is to the strict comparison of shapes.
+    """
+    config = model.config
+    ours, theirs = audio_patches(config, model.clip), audio_patches(config, source)
+    resized: dict[str, Tensor] = {}
+    for name, own in model.state_dict().items():
+        table, place = state.get(name), _place_of(name, config)
+        if table is None or table.ndim != 2 or place is None:
+            continue
+        encoder, axis, num_prefix = place
+        rows, found = own.shape[0], table.shape[0]
         if encoder == "ast" and axis == "space":
-            ours, theirs = audio_patches(self.config, self.clip), audio_patches(self.config, self.source)
-            return table.ndim == 2 and ours[0] == theirs[0] and ours[1] != theirs[1]
-        return table.ndim == 2 and table.shape[0] != rows
+            if ours[0] == theirs[0] and ours[1] != theirs[1]:
+                resized[name] = fit_audio_positions(
+                    table, rows=ours[0], columns=ours[1], num_prefix=num_prefix, where=f"{where}: {name}"
+                )
+        elif found != rows and axis == "time":
+            resized[name] = resize_table(table, from_grid=(found,), to_grid=(rows,))
+        elif found != rows:
+            side, is_grid = square_side(rows - num_prefix), square_side(found - num_prefix) is not None
+            resized[name] = fit_image_positions(table, side=side, num_prefix=num_prefix) if side and is_grid else table
+    return resized
 
-    def fit(self, name: str, table: Tensor, *, rows: int) -> Tensor:
-        """Return the table with `rows` rows; unchanged where neither it nor what is wanted is a grid."""
-        encoder, axis, num_prefix = self._place(name)
-        if axis == "time":
-            return resize_time_table(table, rows)
-        if encoder == "ast":
-            frequencies, columns = audio_patches(self.config, self.clip)
-            return fit_audio_positions(
-                table, rows=frequencies, columns=columns, num_prefix=num_prefix, where=f"{self.where}: {name}"
-            )
-        side = square_side(rows - num_prefix)
-        if side is None or square_side(table.shape[0] - num_prefix) is None:
-            return table
-        return fit_image_positions(table, side=side, num_prefix=num_prefix)
 
-    def _place(self, name: str) -> tuple[EncoderName, str, int]:
-        """Return encoder whose tokens the table is for, its axis, and the rows before the patches."""
-        if match := _EXPERT_TABLE.fullmatch(name):
-            encoder = encoder_of(self.config, match["expert"])
-            return encoder, "space", _PREFIX.get(encoder, 0)
-        found = _BRIDGE_TABLE.fullmatch(name)
-        assert found is not None
-        bridges = {bridge.name: bridge for bridge in all_bridges(self.config)}
-        directions = {direction.name: direction for direction in bridges[found["bridge"]].directions}
-        direction = directions[found["direction"]]
-        expert = direction.queries if found["side"] == "query" else direction.keys
-        return encoder_of(self.config, expert), found["axis"], 0
+def _place_of(name: str, config: ModelConfig) -> tuple[EncoderName, str, int] | None:
+    """Return the encoder whose tokens a position table is for, its axis, and its rows before the patches, or None."""
+    if match := _EXPERT_TABLE.fullmatch(name):
+        encoder = encoder_of(config, match["expert"])
+        return encoder, "space", _PREFIX.get(encoder, 0)
+    if match := _BRIDGE_TABLE.fullmatch(name):
+        directions = {direction.name: direction for bridge in all_bridges(config) for direction in bridge.directions}
+        direction = directions[match["direction"]]
+        expert = direction.queries if match["side"] == "query" else direction.keys
+        return encoder_of(config, expert), match["axis"], 0
+    return None
 
 
 SHOWN_BY_NO_TENSOR = (
@@ -255,7 +211,6 @@ SHOWN_BY_NO_TENSOR = (
     "resnet_grouping",
 )
 """Settings that change what a model computes, and neither a name nor a shape of its tensors."""
-_HEAD = "head."
 _CLASSIFIER = re.compile(r"head\.classifiers\.(.+)\.(?:weight|bias)")
 
 
@@ -290,16 +245,12 @@ def transfer_weights(
             `resize_positions`, or VideoMAE's fixed table would become another one.
     """
     _refuse_other_settings(model, source, where=where)
-    own = model.state_dict()
-    fresh = _fresh_names(model, source, state, new_head=new_head)
-    dropped = _dropped_names(model, source, state, new_head=new_head)
-    fitter = PositionFitter(config=model.config, clip=model.clip, source=source.clip, where=where)
-    resized = _resized(own, state, fitter)
+    fresh, dropped = _other_heads(model, source, state, new_head=new_head)
+    resized = _resized(model, state, source.clip, where=where)
     if resized and not resize_positions:
         raise WeightsMismatchError(
             f"{where}: expected position tables for the model's clip, found {len(resized)} for another: "
-            f"{listed(sorted(resized), most=4)}; "
-            "set start.resize_positions = true to interpolate them"
+            f"{listed(sorted(resized), most=4)}; set start.resize_positions = true to interpolate them"
         )
     given = {name: tensor for name, tensor in (dict(state) | resized).items() if name not in fresh | dropped}
     load_strictly(model, given, where=where, allow_missing=[escape(name) for name in sorted(fresh)])
@@ -310,42 +261,20 @@ def transfer_weights(
     )
 
 
-def _resized(own: Mapping[str, Tensor], state: Mapping[str, Tensor], fitter: PositionFitter) -> dict[str, Tensor]:
-    tables = {name: own[name].shape[0] for name in own.keys() & state.keys() if is_position_table(name)}
-    return {
-        name: fitter.fit(name, state[name], rows=rows)
-        for name, rows in tables.items()
-        if fitter.differs(name, state[name], rows=rows)
-    }
-
-
-def _fresh_names(
+def _other_heads(
     model: HolisticModel, source: ModelDescription, state: Mapping[str, Tensor], *, new_head: bool
-) -> frozenset[str]:
-    """Return the head's tensors that start anew: all, or those of label spaces that the source does not have."""
-    head = {name for name in model.state_dict() if name.startswith(_HEAD)}
+) -> tuple[set[str], set[str]]:
+    """Return the head's tensors that start anew, and those of the source that the model rightly has no place for."""
+    own = {name for name in model.state_dict() if name.startswith("head.")}
+    given = {name for name in state if name.startswith("head.")}
     if new_head:
-        return frozenset(head)
+        return own, given
     classes = {target.name: target.num_classes for target in source.targets}
     others = {target.name for target in model.targets if classes.get(target.name) != target.num_classes}
-    classifiers = {name for name in head if (match := _CLASSIFIER.fullmatch(name)) is not None and match[1] in others}
-    adapters = head - state.keys() if _other_targets(model, source) else set()
-    return frozenset(classifiers | adapters)
-
-
-def _dropped_names(
-    model: HolisticModel, source: ModelDescription, state: Mapping[str, Tensor], *, new_head: bool
-) -> frozenset[str]:
-    """Return tensors of the source's head that the model has no place for, where that is no mistake."""
-    head = {name for name in state if name.startswith(_HEAD)}
-    if new_head:
-        return frozenset(head)
-    return frozenset(head - model.state_dict().keys()) if _other_targets(model, source) else frozenset()
-
-
-def _other_targets(model: HolisticModel, source: ModelDescription) -> bool:
-    """Return whether the label spaces have other names; then last adapters and classifiers may be others too."""
-    return {target.name for target in model.targets} != {target.name for target in source.targets}
+    fresh = {name for name in own if (match := _CLASSIFIER.fullmatch(name)) is not None and match[1] in others}
+    if classes.keys() == {target.name for target in model.targets}:
+        return fresh, set()
+    return fresh | (own - given), given - own  # label spaces of other names may have other last adapters too
 
 
 def _refuse_other_settings(model: HolisticModel, source: ModelDescription, *, where: str) -> None:
@@ -358,11 +287,19 @@ def _refuse_other_settings(model: HolisticModel, source: ModelDescription, *, wh
         if getattr(theirs, name) != getattr(ours, name)
     ]
     if ours.depth == theirs.depth:
-        layers = [i for i in range(ours.depth) if bridges_of_layer(ours, i) != bridges_of_layer(theirs, i)]
-        told += [f"other cross-attention (windows, directions or positions) in layers {_numbers(layers)}"] * bool(
-            layers
-        )
-    told += _other_fixed_tables(model, source)
+        layers = [i + 1 for i in range(ours.depth) if bridges_of_layer(ours, i) != bridges_of_layer(theirs, i)]
+        if layers:
+            numbers = ", ".join(map(str, layers))
+            told.append(f"other cross-attention (windows, directions or positions) in layers {numbers}")
+    # VideoMAE's table is computed from settings: a new clip must go on naming the clip it was pretrained on.
+    if "videomae" in [encoder_of(ours, name) for name in EXPERTS[ours.kind]]:
+        before, after = _pretrained(theirs, source.clip), _pretrained(ours, model.clip)
+        told += [
+            f"a VideoMAE pretrained with {name} {before[name]} there and {after[name]} here "
+            f"(set model.pretrained_{name} = {before[name]})"
+            for name in before
+            if before[name] != after[name]
+        ]
     _refuse(told, where=where)
 
 
@@ -383,29 +320,3 @@ def _other_experts(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
         for name in shared
         if encoder_of(theirs, name) != encoder_of(ours, name)
     ]
-
-
-def _other_fixed_tables(model: HolisticModel, source: ModelDescription) -> list[str]:
-    """VideoMAE's table is computed from settings: a new clip must go on naming the clip it was pretrained on."""
-    experts = [name for name in EXPERTS[model.config.kind] if encoder_of(model.config, name) == "videomae"]
-    if not experts:
-        return []
-    before = _pretrained(source.model, source)
-    after = _pretrained(model.config, ModelDescription.of(model))
-    return [
-        f"a VideoMAE pretrained with {name} {before[name]} there and {after[name]} here "
-        f"(set model.pretrained_{name} = {before[name]})"
-        for name in before
-        if before[name] != after[name]
-    ]
-
-
-def _pretrained(config: ModelConfig, description: ModelDescription) -> dict[str, int]:
-    return {
-        "num_frames": config.pretrained_num_frames or description.clip.num_frames,
-        "crop_size": config.pretrained_crop_size or description.clip.crop_size,
-    }
-
-
-def _numbers(layers: list[int]) -> str:
-    return ", ".join(str(layer + 1) for layer in layers)

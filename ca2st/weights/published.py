@@ -8,8 +8,8 @@ A golden file holds a small model and what an independent implementation compute
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,6 @@ from torch import Tensor
 from ca2st.errors import UserInputError
 from ca2st.model.config import (
     EXPERTS,
-    Bridge,
     BridgeName,
     ExpertName,
     ModelConfig,
@@ -34,113 +33,36 @@ from ca2st.model.network import HolisticModel, ModelOutput, build_model, head_in
 from ca2st.model.tokens import clip_grid, pretrained_grid
 from ca2st.spec import ClipSpec
 from ca2st.weights import tensor_files
+from ca2st.weights.layouts import AST, CLIP, VIDEOMAE, weights_and_biases
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Names:
-    """A table of names."""
-
-    modules: Mapping[str, str]
-    """Modules that have a `weight` and a `bias`."""
-    tensors: Mapping[str, str] = field(default_factory=dict)
-    """Single tensors."""
-
-    def pairs(self) -> dict[str, str]:
-        """Return tensor names: published -> ours."""
-        of_modules = {
-            f"{theirs}.{k}": f"{ours}.{k}" for theirs, ours in self.modules.items() for k in ("weight", "bias")
-        }
-        return of_modules | dict(self.tensors)
+def _below(theirs: str, ours: str, names: Mapping[str, str]) -> dict[str, str]:
+    return {f"{theirs}{a}": f"{ours}{b}" for a, b in names.items()}
 
 
-EXPERT_NAMES: dict[ExpertName, Names] = {
-    "spatial": Names(
-        modules={"clip_ln_pre": "norm_pre", "clip_ln_post": "norm"},
-        tensors={
-            "clip_conv1.weight": "patch_embed.weight",
-            "clip_class_embedding": "class_token",
-            "clip_positional_embedding": "positions",
-        },
-    ),
-    "temporal": Names(modules={"patch_embed.proj": "patch_embed", "vmae_fc_norm": "norm"}),
-    "audio": Names(
-        modules={"ast_patch_embed.proj": "patch_embed", "ast_norm": "norm"},
-        tensors={
-            "ast_cls_token": "class_token",
-            "ast_dist_token": "distillation_token",
-            "ast_pos_embed": "positions",
-        },
-    ),
+EXPERT_NAMES: dict[ExpertName, dict[str, str]] = {
+    "spatial": _below("clip_", "", CLIP.once),
+    "temporal": weights_and_biases({"patch_embed.proj": "patch_embed", "vmae_fc_norm": "norm"}),
+    "audio": _below("ast_", "", AST.once),
 }
-"""Below `experts.<expert>.` in our names."""
-
-EXPERT_LAYER_NAMES: dict[ExpertName, Names] = {
-    "spatial": Names(
-        modules={
-            "clip_ln_1": "norm1",
-            "clip_attn.out_proj": "attention.proj",
-            "clip_ln_2": "norm2",
-            "clip_mlp.c_fc": "mlp.fc1",
-            "clip_mlp.c_proj": "mlp.fc2",
-        },
-        tensors={
-            "clip_attn.in_proj_weight": "attention.qkv.weight",
-            "clip_attn.in_proj_bias": "attention.qkv.bias",
-        },
-    ),
-    "temporal": Names(
-        modules={
-            "norm1": "norm1",
-            "attn.proj": "attention.proj",
-            "norm2": "norm2",
-            "mlp.fc1": "mlp.fc1",
-            "mlp.fc2": "mlp.fc2",
-        },
-        tensors={
-            "attn.qkv.weight": "attention.qkv.weight",
-            "attn.q_bias": "attention.q_bias",
-            "attn.v_bias": "attention.v_bias",
-        },
-    ),
-    "audio": Names(
-        modules={
-            "ast_norm1": "norm1",
-            "ast_attn.qkv": "attention.qkv",
-            "ast_attn.proj": "attention.proj",
-            "ast_norm2": "norm2",
-            "ast_mlp.fc1": "mlp.fc1",
-            "ast_mlp.fc2": "mlp.fc2",
-        }
-    ),
+"""Below `experts.<expert>.` in our names. Released files keep those of the public encoders, with a prefix."""
+EXPERT_LAYER_NAMES: dict[ExpertName, Mapping[str, str]] = {
+    "spatial": _below("clip_", "", CLIP.layer),
+    "temporal": VIDEOMAE.layer,
+    "audio": _below("ast_", "", AST.layer),
 }
 """Below `blocks.<i>.` in published names, `experts.<expert>.layers.<i>.` in ours."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PublishedDirection:
-    """One direction of a published B-CA."""
-
-    ours: str
-    """Our name of the direction."""
-    prefix: str
-    """Before `q` and `kv`."""
-    proj: str
-    """The output projection: `t2s_proj` in both directions of S&T and A&S files, a misnomer frozen into them."""
-    positions: Mapping[str, str] = field(default_factory=dict)
-    """Learned position tables."""
-
-    def names(self) -> Names:
-        """Below the published direction and below ours."""
-        return Names(
-            modules={self.proj: "attention.proj"},
-            tensors={
-                f"{self.prefix}q.weight": "attention.q.weight",
-                f"{self.prefix}q_bias": "attention.q.bias",
-                f"{self.prefix}kv.weight": "attention.kv.weight",
-                f"{self.prefix}kv_bias": "attention.kv.bias",
-                **self.positions,
-            },
-        )
+def _attention(prefix: str = "", proj: str = "proj", **positions: str) -> dict[str, str]:
+    """Return the names below one direction: `prefix` goes before `q` and `kv`, `positions` are learned tables."""
+    projections = {
+        f"{prefix}q.weight": "attention.q.weight",
+        f"{prefix}q_bias": "attention.q.bias",
+        f"{prefix}kv.weight": "attention.kv.weight",
+        f"{prefix}kv_bias": "attention.kv.bias",
+    }
+    return weights_and_biases({proj: "attention.proj"}) | projections | positions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,26 +73,17 @@ class PublishedBridge:
     """Before all its names."""
     sides: Mapping[str, ExpertName]
     """The letters of its two sides, in `cross_<letter>_down` and `ln_<letter>_cross`."""
-    directions: Mapping[str, PublishedDirection]
-    """Its two attentions."""
+    directions: Mapping[str, tuple[str, Mapping[str, str]]]
+    """Its two attentions: our name of the direction, and the names below it."""
 
 
-_T2S = PublishedDirection(
-    ours="t2s",
-    prefix="t2s_",
-    proj="t2s_proj",
-    positions={"clip_time_pos": "query_positions.time_table", "vmae_time_pos": "key_positions.time_table"},
+# The output projection is `t2s_proj` in both directions of S&T and A&S files, a misnomer frozen into them.
+_T2S = _attention(
+    "t2s_", "t2s_proj", clip_time_pos="query_positions.time_table", vmae_time_pos="key_positions.time_table"
 )
-_S2T = PublishedDirection(
-    ours="s2t",
-    prefix="s2t_",
-    proj="t2s_proj",
-    positions={"vmae_space_pos": "query_positions.space_table", "clip_space_pos": "key_positions.space_table"},
+_S2T = _attention(
+    "s2t_", "t2s_proj", vmae_space_pos="query_positions.space_table", clip_space_pos="key_positions.space_table"
 )
-
-
-def _plain(ours: str) -> PublishedDirection:
-    return PublishedDirection(ours=ours, prefix="", proj="proj")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,7 +109,7 @@ LAYOUTS: dict[ModelKind, PublishedLayout] = {
             "spatial_temporal": PublishedBridge(
                 prefix="",
                 sides={"s": "spatial", "t": "temporal"},
-                directions={"t2s_cross": _T2S, "s2t_cross": _S2T},
+                directions={"t2s_cross": ("t2s", _T2S), "s2t_cross": ("s2t", _S2T)},
             )
         },
         time_mlp={},
@@ -210,8 +123,8 @@ LAYOUTS: dict[ModelKind, PublishedLayout] = {
                 prefix="",
                 sides={"s": "audio", "t": "spatial"},
                 directions={
-                    "s2t_cross": PublishedDirection(ours="a2s", prefix="s2t_", proj="t2s_proj"),
-                    "t2s_cross": PublishedDirection(ours="s2a", prefix="t2s_", proj="t2s_proj"),
+                    "s2t_cross": ("a2s", _attention("s2t_", "t2s_proj")),
+                    "t2s_cross": ("s2a", _attention("t2s_", "t2s_proj")),
                 },
             )
         },
@@ -225,17 +138,17 @@ LAYOUTS: dict[ModelKind, PublishedLayout] = {
             "spatial_temporal": PublishedBridge(
                 prefix="s_t_b_cast.",
                 sides={"l": "spatial", "r": "temporal"},
-                directions={"r2l_cross": _T2S, "l2r_cross": _S2T},
+                directions={"r2l_cross": ("t2s", _T2S), "l2r_cross": ("s2t", _S2T)},
             ),
             "audio_spatial": PublishedBridge(
                 prefix="s_audio_b_cast.",
                 sides={"l": "spatial", "r": "audio"},
-                directions={"r2l_cross": _plain("a2s"), "l2r_cross": _plain("s2a")},
+                directions={"r2l_cross": ("a2s", _attention()), "l2r_cross": ("s2a", _attention())},
             ),
             "audio_temporal": PublishedBridge(
                 prefix="t_audio_b_cast.",
                 sides={"l": "temporal", "r": "audio"},
-                directions={"r2l_cross": _plain("a2t"), "l2r_cross": _plain("t2a")},
+                directions={"r2l_cross": ("a2t", _attention()), "l2r_cross": ("t2a", _attention())},
             ),
         },
         time_mlp={"0": "0", "2": "2", "4": "4", "6": "6"},
@@ -253,10 +166,9 @@ LAYOUTS: dict[ModelKind, PublishedLayout] = {
     ),
 }
 
-ADAPTER_NAMES = {"D_fc1": "down", "D_fc2": "up"}
-QUERY_ADAPTER_NAMES = {"c_fc": "down", "c_proj": "up"}
-"""Inside the audio expert's last adapters in CA2ST."""
-TIME_MLPS = {"time_mlp": "video", "audio_time_mlp": "audio"}
+_ADAPTER = weights_and_biases({"D_fc1": "down", "D_fc2": "up"})
+_QUERY_ADAPTER = weights_and_biases({"c_fc": "down", "c_proj": "up"})
+"""The audio expert's last adapters in CA2ST."""
 NEVER_USED = frozenset({"audio_ln_post.weight", "audio_ln_post.bias"})
 """A LayerNorm that the reference of CAVA and CA2ST trains and never applies; our models do not have it."""
 
@@ -281,13 +193,17 @@ def published_names(config: ModelConfig, targets: Sequence[TargetSpec]) -> dict[
             f"published names: expected {expected}, found {told}: no such model was ever released; use our own names"
         )
     layout = LAYOUTS[config.kind]
-    pairs = dict(_expert_names(config))
+    names: dict[str, str] = {}
+    for expert in EXPERTS[config.kind]:
+        names |= _below("", f"experts.{expert}.", EXPERT_NAMES[expert])
+        for index in range(config.depth):
+            names |= _below(f"blocks.{index}.", f"experts.{expert}.layers.{index}.", EXPERT_LAYER_NAMES[expert])
     for index in range(config.depth):
-        pairs |= _below(f"blocks.{index}.", f"layers.{index}.", dict(_added_names(config, layout, index)))
+        names |= _below(f"blocks.{index}.", f"layers.{index}.", _added_names(config, layout, index))
     if uses_time_codes(config):
-        for theirs, ours in TIME_MLPS.items():
-            pairs |= _below(f"{theirs}.", f"time_codes.{ours}.", Names(modules=layout.time_mlp).pairs())
-    return pairs | dict(_head_names(layout, config, targets))
+        for theirs, ours in (("time_mlp", "video"), ("audio_time_mlp", "audio")):
+            names |= _below(f"{theirs}.", f"time_codes.{ours}.", weights_and_biases(layout.time_mlp))
+    return names | _head_names(layout, config, targets)
 
 
 def load_published(
@@ -309,7 +225,11 @@ def load_published(
     for theirs, ours in names.items():
         if theirs in state:
             tensor = tensor_files.without_leading_ones(state[theirs], own[ours].ndim)
-            _check_agreement(translated.get(ours), tensor, theirs=theirs, where=where)
+            if ours in translated and not torch.equal(translated[ours], tensor):
+                raise tensor_files.WeightsMismatchError(
+                    f"{where}: {theirs} is shared with another name, expected equal values under both, found different "
+                    "ones; the file does not come from a model with shared down and up projections"
+                )
             translated[ours] = tensor
     incomplete = sorted(theirs for theirs, ours in names.items() if ours in translated and theirs not in state)
     tensor_files.refuse_mismatch({"missing": incomplete}, where=where)
@@ -327,12 +247,19 @@ def to_published(model: HolisticModel) -> dict[str, Tensor]:
     Raises:
         UserInputError: the model computes something that no released model does.
     """
-    _refuse_interpolated_table(model)
+    config, clip = model.config, model.clip
+    pretrained, grid = pretrained_grid(config, clip), clip_grid(config, clip)
+    # VideoMAE's table is in no file: whoever reads published names computes a new one for the clip.
+    if "temporal" in EXPERTS[config.kind] and pretrained != grid:
+        raise UserInputError(
+            f"published names: expected VideoMAE's own position table for times, rows, columns {grid}, found one "
+            f"interpolated from {pretrained}, which released code does not compute; use our own names"
+        )
     own = model.state_dict()
     state = {theirs: own[ours].detach().cpu().clone() for theirs, ours in _names_of(model).items()}
     for name in ("ast_pos_embed", "ast_cls_token", "ast_dist_token"):
         if name in state:
-            state[name] = state[name].reshape(1, -1, model.config.dim)
+            state[name] = state[name].reshape(1, -1, config.dim)
     return state
 
 
@@ -347,74 +274,38 @@ def _names_of(model: HolisticModel) -> dict[str, str]:
     return names
 
 
-def _refuse_interpolated_table(model: HolisticModel) -> None:
-    """VideoMAE's table is in no file: whoever reads published names computes a new one for the clip."""
-    config, clip = model.config, model.clip
-    pretrained, own = pretrained_grid(config, clip), clip_grid(config, clip)
-    if "temporal" in EXPERTS[config.kind] and pretrained != own:
-        raise UserInputError(
-            f"published names: expected VideoMAE's own position table for times, rows, columns {own}, found one "
-            f"interpolated from {pretrained}, which released code does not compute; use our own names"
-        )
-
-
-def _expert_names(config: ModelConfig) -> Iterator[tuple[str, str]]:
-    for expert in EXPERTS[config.kind]:
-        yield from _below("", f"experts.{expert}.", EXPERT_NAMES[expert].pairs()).items()
-        for index in range(config.depth):
-            ours = f"experts.{expert}.layers.{index}."
-            yield from _below(f"blocks.{index}.", ours, EXPERT_LAYER_NAMES[expert].pairs()).items()
-
-
-def _added_names(config: ModelConfig, layout: PublishedLayout, index: int) -> Iterator[tuple[str, str]]:
+def _added_names(config: ModelConfig, layout: PublishedLayout, index: int) -> dict[str, str]:
+    names: dict[str, str] = {}
     for prefix, expert in layout.adapters.items():
         for theirs, ours in (("Adapter", "serial"), ("MLP_Adapter", "parallel")):
-            pairs = Names(modules=ADAPTER_NAMES).pairs()
-            yield from _below(f"{prefix}{theirs}.", f"adapters.{expert}.{ours}.", pairs).items()
+            names |= _below(f"{prefix}{theirs}.", f"adapters.{expert}.{ours}.", _ADAPTER)
     for bridge in bridges_of_layer(config, index):
-        yield from _bridge_names(config, bridge, layout.bridges[bridge.name])
+        published, bridge_name = layout.bridges[bridge.name], f"bridges.{bridge.name}"
+        for letter, expert in published.sides.items():
+            bottleneck = bottleneck_name(bridge.name, expert, shared=config.shared_bottleneck)
+            modules = {
+                f"cross_{letter}_down": f"bottlenecks.{bottleneck}.down",
+                f"cross_{letter}_up": f"bottlenecks.{bottleneck}.up",
+                f"ln_{letter}_cross": f"{bridge_name}.norms.{expert}",
+            }
+            names |= _below(published.prefix, "", weights_and_biases(modules))
+        for theirs, (ours, inside) in published.directions.items():
+            names |= _below(f"{published.prefix}{theirs}.", f"{bridge_name}.directions.{ours}.", inside)
+    return names
 
 
-def _bridge_names(config: ModelConfig, bridge: Bridge, published: PublishedBridge) -> Iterator[tuple[str, str]]:
-    for letter, expert in published.sides.items():
-        bottleneck = bottleneck_name(bridge.name, expert, shared=config.shared_bottleneck)
-        modules = {
-            f"cross_{letter}_down": f"bottlenecks.{bottleneck}.down",
-            f"cross_{letter}_up": f"bottlenecks.{bottleneck}.up",
-            f"ln_{letter}_cross": f"bridges.{bridge.name}.norms.{expert}",
-        }
-        yield from _below(published.prefix, "", Names(modules=modules).pairs()).items()
-    for theirs, direction in published.directions.items():
-        ours = f"bridges.{bridge.name}.directions.{direction.ours}."
-        yield from _below(f"{published.prefix}{theirs}.", ours, direction.names().pairs()).items()
-
-
-def _head_names(
-    layout: PublishedLayout, config: ModelConfig, targets: Sequence[TargetSpec]
-) -> Iterator[tuple[str, str]]:
+def _head_names(layout: PublishedLayout, config: ModelConfig, targets: Sequence[TargetSpec]) -> dict[str, str]:
     verb_noun = is_verb_noun(targets)
     if not verb_noun and len(targets) != 1:
         found = ", ".join(target.name for target in targets)
         raise UserInputError(f"published names: expected one target, or verb and noun, found {found}")
     kinds = {term.adapter: term.kind for read in head_inputs(config, targets).values() for term in read.terms}
-    adapters = layout.verb_noun_last_adapters if verb_noun else layout.last_adapters
-    for theirs, ours in adapters.items():
-        inner = QUERY_ADAPTER_NAMES if kinds[ours] == "query" else ADAPTER_NAMES
-        yield from _below(f"{theirs}.", f"head.adapters.{ours}.", Names(modules=inner).pairs()).items()
+    names: dict[str, str] = {}
+    for theirs, ours in (layout.verb_noun_last_adapters if verb_noun else layout.last_adapters).items():
+        inside = _QUERY_ADAPTER if kinds[ours] == "query" else _ADAPTER
+        names |= _below(f"{theirs}.", f"head.adapters.{ours}.", inside)
     heads = {(f"head_{t.name}" if verb_noun else "head"): f"head.classifiers.{t.name}" for t in targets}
-    yield from Names(modules=heads).pairs().items()
-
-
-def _below(theirs: str, ours: str, pairs: Mapping[str, str]) -> dict[str, str]:
-    return {f"{theirs}{a}": f"{ours}{b}" for a, b in pairs.items()}
-
-
-def _check_agreement(first: Tensor | None, second: Tensor, *, theirs: str, where: str) -> None:
-    if first is not None and not torch.equal(first, second):
-        raise tensor_files.WeightsMismatchError(
-            f"{where}: {theirs} is shared with another name, expected equal values under both, found different ones; "
-            "the file does not come from a model with shared down and up projections"
-        )
+    return names | weights_and_biases(heads)
 
 
 TOLERANCE = 2e-5
@@ -430,11 +321,9 @@ class GoldenReport:
     """How far our model is from one golden file."""
 
     file: Path
-    """The file."""
     max_abs_diff: dict[str, float]
     """Largest absolute difference of every expected tensor; infinite where ours is not finite."""
     ok: bool
-    """Whether all are within the tolerance."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -470,7 +359,22 @@ def check_golden(paths: Sequence[Path], *, tolerance: float = TOLERANCE) -> list
         UserInputError: a file is missing, is no golden file, or its weights do not fit the model it describes.
         WeightsDamageError: a file is not a whole safetensors file.
     """
-    return [_check(tensor_files.read_tensor_file(path), tolerance=tolerance) for path in paths]
+    reports = []
+    for path in paths:
+        file = tensor_files.read_tensor_file(path)
+        output = golden_output(golden_model(file), file)
+        ours = {"logits" if name == _SINGLE_TARGET else f"logits_{name}": x for name, x in output.logits.items()}
+        ours |= {f"feature_{expert}": tensor for expert, tensor in output.features.items()}
+        differences = {}
+        for name, expected in sorted(_tensors_below(file, _EXPECTED).items()):
+            if name not in ours:
+                raise UserInputError(f"{path}: expected/{name}: expected one of {', '.join(sorted(ours))}")
+            comparable = ours[name].shape == expected.shape and bool(torch.isfinite(ours[name]).all())
+            difference = float((ours[name].double() - expected.double()).abs().max()) if comparable else float("inf")
+            differences[name] = difference
+        ok = bool(differences) and all(difference <= tolerance for difference in differences.values())
+        reports.append(GoldenReport(file=path, max_abs_diff=differences, ok=ok))
+    return reports
 
 
 def golden_model(file: tensor_files.TensorFile) -> HolisticModel:
@@ -505,31 +409,6 @@ def golden_output(model: HolisticModel, file: tensor_files.TensorFile) -> ModelO
             file.tensors.get(_INTERVALS, no_intervals),
         )
     return output
-
-
-def _check(file: tensor_files.TensorFile, *, tolerance: float) -> GoldenReport:
-    output = golden_output(golden_model(file), file)
-    differences = {
-        name: _largest_difference(_found(output, name, where=file.path), expected)
-        for name, expected in sorted(_tensors_below(file, _EXPECTED).items())
-    }
-    ok = bool(differences) and all(difference <= tolerance for difference in differences.values())
-    return GoldenReport(file=file.path, max_abs_diff=differences, ok=ok)
-
-
-def _found(output: ModelOutput, name: str, *, where: Path) -> Tensor:
-    logits = {f"logits_{target}": tensor for target, tensor in output.logits.items()}
-    known = {"logits" if key == f"logits_{_SINGLE_TARGET}" else key: tensor for key, tensor in logits.items()}
-    known |= {f"feature_{expert}": tensor for expert, tensor in output.features.items()}
-    if name not in known:
-        raise UserInputError(f"{where}: expected/{name}: expected one of {', '.join(sorted(known))}")
-    return known[name]
-
-
-def _largest_difference(ours: Tensor, expected: Tensor) -> float:
-    if ours.shape != expected.shape or not bool(torch.isfinite(ours).all()):
-        return float("inf")
-    return float((ours.double() - expected.double()).abs().max())
 
 
 def _tensors_below(file: tensor_files.TensorFile, prefix: str) -> dict[str, Tensor]:

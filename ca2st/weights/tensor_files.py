@@ -5,10 +5,12 @@ every tensor of the model is given, and every given tensor is used.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -36,7 +38,6 @@ class LoadReport:
     """Which names were used and which were not, sorted."""
 
     loaded: tuple[str, ...]
-    """Tensors that went into the model."""
     missing: tuple[str, ...]
     """Tensors of the model that were not given, and that the caller allowed to be missing."""
     unexpected: tuple[str, ...]
@@ -55,17 +56,19 @@ def load_strictly(
         WeightsMismatchError: with the full list of what is missing, unexpected or of another shape.
     """
     own = module.state_dict()
-    missing = sorted(own.keys() - state.keys())
-    allowed = _allowed(missing, allow_missing, where=where)
-    unexpected = sorted(state.keys() - own.keys())
+    missing = own.keys() - state.keys()
+    matches = {pattern: {name for name in missing if fnmatchcase(name, pattern)} for pattern in allow_missing}
+    if idle := sorted(pattern for pattern, names in matches.items() if not names):
+        raise WeightsMismatchError(f"{where}: allow_missing patterns match nothing that is missing: {', '.join(idle)}")
+    allowed: set[str] = set().union(*matches.values())
     reshaped = [
         f"{name} expected {list(own[name].shape)}, found {list(state[name].shape)}"
         for name in sorted(own.keys() & state.keys())
         if own[name].shape != state[name].shape
     ]
     problems = {
-        "missing": sorted(set(missing) - allowed),
-        "unexpected": unexpected,
+        "missing": sorted(missing - allowed),
+        "unexpected": sorted(state.keys() - own.keys()),
         "of another shape": reshaped,
         "not of a floating-point type": sorted(
             name for name, tensor in state.items() if not tensor.is_floating_point()
@@ -99,24 +102,13 @@ def without_leading_ones(tensor: Tensor, num_dims: int) -> Tensor:
     return tensor
 
 
-def _allowed(missing: Sequence[str], patterns: Sequence[str], *, where: str) -> set[str]:
-    matches = {pattern: {name for name in missing if fnmatchcase(name, pattern)} for pattern in patterns}
-    idle = sorted(pattern for pattern, names in matches.items() if not names)
-    if idle:
-        raise WeightsMismatchError(f"{where}: allow_missing patterns match nothing that is missing: {', '.join(idle)}")
-    return set().union(*matches.values())
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorFile:
-    """What a safetensors file holds."""
+    """What a safetensors file holds: tensors on the CPU, and the free text fields of its header."""
 
     path: Path
-    """Where it was read."""
     tensors: dict[str, Tensor]
-    """Tensors by name, on the CPU."""
     metadata: dict[str, str]
-    """The header's free text fields."""
 
 
 def read_tensor_file(path: Path) -> TensorFile:
@@ -128,21 +120,22 @@ def read_tensor_file(path: Path) -> TensorFile:
     """
     if not path.is_file():
         raise UserInputError(f"expected a safetensors file, found none at {path}; check the path")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-            return TensorFile(path=path, tensors=tensors, metadata=file.metadata() or {})
-    except SafetensorError as error:
-        raise WeightsDamageError(
-            f"{path}: expected a whole safetensors file, found: {error}; copy or convert it again"
-        ) from error
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+        return TensorFile(path=path, tensors=tensors, metadata=file.metadata() or {})
 
 
 def read_tensor_metadata(path: Path) -> dict[str, str]:
     """Return the header's free text fields alone; raises as `read_tensor_file`."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
+            yield file
     except SafetensorError as error:
         raise WeightsDamageError(
             f"{path}: expected a whole safetensors file, found: {error}; copy or convert it again"
@@ -180,17 +173,3 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], *, metadata: Ma
 def checksum(tensor: Tensor) -> str:
     """sha256 of a tensor's bytes in row-major order."""
     return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def check_finite(state: Mapping[str, Tensor], *, where: str) -> None:
-    """Refuse tensors with values that are no numbers; `where` names the file they come from.
-
-    Raises:
-        WeightsDamageError: naming the tensors.
-    """
-    broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
-        raise WeightsDamageError(
-            f"{where}: expected finite float32 values, found NaN or infinity in {len(broken)} tensors: "
-            f"{', '.join(broken[:8])}; fetch the file again"
-        )

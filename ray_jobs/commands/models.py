@@ -165,16 +165,16 @@ def import_file(
     from ray_jobs.environment import hub_access
 
     check_writable_name(out, source=Path(file))
-    fetched = fetch(file, hub_access()) if is_hub_name(file) else None
+    path, origin = fetch(file, hub_access()) if is_hub_name(file) else (Path(file), None)
     options = ImportOptions(
         allow_missing=tuple(allow_missing or ()),
         sizes=UnwrittenSizes(
             num_heads=heads, mel_rows=mel_rows, num_frames=num_frames, crop_size=crop_size, target=target
         ),
         timeout_seconds=timeout_seconds,
-        origin=fetched.origin if fetched else None,
+        origin=origin,
     )
-    report = import_weights(fetched.path if fetched else Path(file), out, kind=kind.value, options=options)
+    report = import_weights(path, out, kind=kind.value, options=options)
     if as_json:
         print_json(report)
     else:

@@ -371,13 +371,13 @@ def with_local_experts(recipe: Recipe, folder: Path, access: HubAccess) -> Recip
     public = {name: source for name, source in recipe.experts.sources().items() if is_hub_name(source) and name in own}
     if not public:
         return recipe
-    from ca2st.weights.importer import ImportedExperts
+    from ca2st.weights.importer import imported_expert
 
-    store = ImportedExperts(folder.resolve())
     local: dict[str, Any] = {}
     for expert, source in public.items():
         encoder = encoder_of(recipe.model, expert)
-        path = store.get(source, encoder, _unwritten_sizes(recipe, encoder), access)
+        sizes = _unwritten_sizes(recipe, encoder)
+        path = imported_expert(folder.resolve(), source, encoder=encoder, sizes=sizes, access=access)
         say(f"{expert} expert: {source} is {path}")
         local[expert] = str(path)
     return replace(recipe, experts=replace(recipe.experts, **local))

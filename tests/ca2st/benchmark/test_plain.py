@@ -6,7 +6,9 @@ from torch import nn
 
 from ca2st.benchmark.case import plain_model
 from ca2st.errors import CA2STError
+from ca2st.model.attention import Attend, SelfAttention, TokenLinear
 from ca2st.model.config import SpatialTemporalConfig
+from ca2st.model.experts import QuickGELU
 from support.models import JOINED_KINDS, inputs_for, tiny_model, wake
 
 WIDE = {"dim": 256, "num_heads": 4}
@@ -49,6 +51,13 @@ def test_the_baseline_gives_our_outputs_and_our_gradients_from_the_same_state(ki
 def test_the_baseline_knows_every_window(window):
     settings = SpatialTemporalConfig(t2s_window=window, s2t_window=window)
     _assert_equal_mathematics(tiny_model("cast", spatial_temporal=settings))
+
+
+@pytest.mark.parametrize("kind", JOINED_KINDS)
+def test_nothing_in_the_baseline_is_computed_our_way(kind):
+    plain = plain_model(tiny_model(kind))
+    assert [name for name, x in plain.named_modules() if isinstance(x, (Attend, TokenLinear, QuickGELU))] == []
+    assert {x.linear for x in plain.modules() if isinstance(x, SelfAttention)} == {nn.functional.linear}
 
 
 def test_the_baseline_has_the_same_state_and_trains_the_same_parameters():

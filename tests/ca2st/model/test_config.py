@@ -5,6 +5,7 @@ import sys
 
 import jaxtyping
 import pytest
+import torch
 
 from ca2st.errors import UserInputError
 from ca2st.model.config import (
@@ -17,7 +18,7 @@ from ca2st.model.config import (
     check_targets,
 )
 from ca2st.spec import ClipSpec
-from support.models import tiny_config
+from support.models import tiny_config, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -92,10 +93,10 @@ def test_a_target_without_classes_or_with_a_dotted_name_is_refused():
 
 
 def test_drop_path_rises_linearly_from_zero_to_the_configured_rate():
-    assert tiny_config("cast", depth=5, drop_path_rate=0.2).drop_path_rates() == pytest.approx(
-        (0, 0.05, 0.1, 0.15, 0.2)
-    )
-    assert tiny_config("cast", depth=1, drop_path_rate=0.2).drop_path_rates() == (0,)
+    layers = tiny_model("cast", depth=5, drop_path_rate=0.2).layers
+    assert [1 - layer.drop_update.keep.item() for layer in layers[1:]] == pytest.approx([0.05, 0.1, 0.15, 0.2])
+    for first in (layers[0], tiny_model("cast", depth=1, drop_path_rate=0.2).layers[0]):
+        assert isinstance(first.drop_update, torch.nn.Identity)
 
 
 def test_widths_of_vit_base_are_the_published_ones():

@@ -2,7 +2,6 @@
 
 import re
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,9 @@ from torch import nn
 from ca2st.errors import UserInputError
 from ca2st.model import experts as experts_module
 from ca2st.model.config import Bridge, Direction, ModelConfig
-from ca2st.model.experts import ClipExpert, Flavour, TransformerExpert, VideoMAEExpert
+from ca2st.model.experts import ClipExpert, TransformerExpert, VideoMAEExpert
 from ca2st.model.layers import HolisticLayer
-from ca2st.model.tokens import TokenGrid, resize_clip_table, sinusoid_table
+from ca2st.model.tokens import TokenGrid, resize_table, sinusoid_table
 from ca2st.spec import ClipSpec
 from support.models import TINY_CLIP, expert_inputs, inputs_for, tiny_config, tiny_model, wake
 
@@ -46,7 +45,7 @@ def test_videomae_reads_its_pretrained_positions_stretched_to_other_clips(num_fr
     clip = ClipSpec(num_frames=num_frames, crop_size=64)
     expert = VideoMAEExpert(config, clip)
     known = sinusoid_table(8 * 3 * 3, 32)
-    expected = resize_clip_table(known, from_grid=(8, 3, 3), to_grid=(num_frames // 2, 4, 4))
+    expected = resize_table(known, from_grid=(8, 3, 3), to_grid=(num_frames // 2, 4, 4))
     torch.testing.assert_close(expert.positions, expected)
     at_home = VideoMAEExpert(config, ClipSpec(num_frames=16, crop_size=48))
     assert torch.equal(at_home.positions, known)
@@ -70,7 +69,7 @@ class DepthExpert(TransformerExpert):
     def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
         frames = clip.num_frames // 2
         grid = TokenGrid(num_sequences=1, num_prefix=0, num_frames=frames, num_patches=1, dim=config.dim)
-        super().__init__(config, grid, Flavour(activation="gelu", bias="qkv", eps=1e-6))
+        super().__init__(config, grid)
         self.patch_embed = nn.Linear(3, config.dim)
 
     def embed(self, inputs):
@@ -103,7 +102,7 @@ def test_a_fourth_expert_joins_without_a_change_of_the_layer(fusion):
 def test_the_expert_that_contributing_adds_works_with_the_names_of_its_file(monkeypatch):
     text = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text()
     (example,) = re.findall(r"```python\n( +class PatchExpert.*?)```", text, flags=re.DOTALL)
-    names = {**vars(experts_module), "replace": replace}  # the import that the text asks for
+    names = dict(vars(experts_module))
     exec(compile(textwrap.dedent(example), "CONTRIBUTING.md", "exec"), names)
     monkeypatch.setitem(experts_module.ENCODERS, "clip", names["PatchExpert"])
     model = tiny_model("cast")

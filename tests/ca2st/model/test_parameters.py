@@ -13,7 +13,6 @@ from ca2st.model.network import (
     layer_index,
     no_weight_decay,
     set_trainable,
-    set_trainable_by_rules,
 )
 from ca2st.spec import ClipSpec
 from support.models import KINDS, ONE_TARGET, VERB_NOUN, inputs_for, tiny_model
@@ -163,17 +162,6 @@ def test_whatever_is_trained_gets_a_gradient_and_nothing_else_a_buffer_for_one(k
     model(*inputs_for()).logits["label"].sum().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
-
-
-def test_rules_choose_exactly_what_they_name():
-    model = tiny_model("cast")
-    set_trainable_by_rules(model, {"head": ("head.*",)})
-    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"head"}
-
-
-def test_a_rule_that_names_nothing_is_refused_by_name():
-    with pytest.raises(RuleMatchesNothingError, match=r"found none for: time codes \(time_codes\.\*\) \(nearest"):
-        set_trainable_by_rules(tiny_model("cast"), {"head": ("head.*",), "time codes": ("time_codes.*",)})
 
 
 def test_a_rule_that_names_nothing_changes_nothing():

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ca2st.model.config import SpatialTemporalConfig
-from ca2st.model.tokens import TimeEncoder, audio_patches, cut_interval, part_of_column, parts_of_tokens
+from ca2st.model.tokens import TimeEncoder, audio_patches, cut_interval, parts_of_tokens
 from ca2st.spec import ClipSpec
 from support.models import TINY_CLIP, inputs_for, tiny_config, tiny_model, wake
 
@@ -22,14 +22,14 @@ from support.models import TINY_CLIP, inputs_for, tiny_config, tiny_model, wake
     ],
 )
 def test_columns_are_shared_out_as_the_reference_does(num_columns, num_parts, columns_of_parts):
-    parts = [part_of_column(c, num_columns=num_columns, num_parts=num_parts) for c in range(num_columns)]
+    parts = parts_of_tokens(1, num_columns, num_parts, layout="aligned")
     assert [parts.count(part) for part in range(num_parts)] == columns_of_parts
     assert parts == sorted(parts)
 
 
 @given(num_columns=st.integers(1, 300), num_parts=st.integers(1, 64))
 def test_every_column_belongs_to_an_existing_part(num_columns, num_parts):
-    parts = {part_of_column(c, num_columns=num_columns, num_parts=num_parts) for c in range(num_columns)}
+    parts = parts_of_tokens(1, num_columns, num_parts, layout="aligned")
     assert min(parts) == 0
     assert max(parts) < num_parts
 
@@ -64,7 +64,7 @@ def test_codes_are_the_two_networks_outputs_for_each_tokens_own_interval(layout)
     torch.testing.assert_close(codes.video[1, 1, 0], encoder.video(intervals[1, 2]))
     token = columns + 3  # second row, fourth column
     column = 3 if layout == "aligned" else token // rows
-    part = part_of_column(column, num_columns=columns, num_parts=2)
+    part = column // (columns // 2 + 1)
     start, end = intervals[0, 0]
     expected = torch.stack((start + (end - start) * part / 2, start + (end - start) * (part + 1) / 2))
     torch.testing.assert_close(codes.audio[0, 0, token], encoder.audio(expected))

@@ -15,7 +15,7 @@ from ca2st.model.experts import ACTIVATIONS as MODULES
 from ca2st.model.experts import build_expert
 from ca2st.spec import ClipSpec
 from ca2st.weights.hub import ACTIVATIONS, PLAIN_FILES, HubAccess, activation_of, fetch, is_hub_name, resolve_hub_name
-from ca2st.weights.importer import EXPERT_KEY, ImportedExperts, ImportOptions, import_weights
+from ca2st.weights.importer import EXPERT_KEY, ImportOptions, import_weights, imported_expert
 from ca2st.weights.model_file import ALONE, UnwrittenSizes
 from ca2st.weights.tensor_files import (
     ForeignFileRefusedError,
@@ -125,11 +125,11 @@ def test_a_model_that_only_has_an_address_says_so(monkeypatch):
 
 def test_a_repositorys_file_is_fetched_once_and_imported_like_any_other(hub, access, clip_bytes, tmp_path):
     hub.repositories["org/clip"] = {"README.md": b"x", "model.safetensors": clip_bytes}
-    fetched = fetch("hf-hub:org/clip@v1", access)
-    assert fetched.path.read_bytes() == clip_bytes
+    path, origin = fetch("hf-hub:org/clip@v1", access)
+    assert path.read_bytes() == clip_bytes
     out = tmp_path / "ours.safetensors"
-    options = ImportOptions(sizes=SIZES, origin=fetched.origin)
-    report = import_weights(fetched.path, out, kind="clip", options=options)
+    options = ImportOptions(sizes=SIZES, origin=origin)
+    report = import_weights(path, out, kind="clip", options=options)
     assert report.source_sha256 == hashlib.sha256(clip_bytes).hexdigest()
     told = json.loads(read_tensor_file(out).metadata[EXPERT_KEY])
     expected = {
@@ -141,15 +141,15 @@ def test_a_repositorys_file_is_fetched_once_and_imported_like_any_other(hub, acc
     assert expected.items() <= told.items()
     assert told["source_sha256"] == report.source_sha256
     hub.requests.clear()
-    assert fetch("hf-hub:org/clip@v1", access).path == fetched.path
+    assert fetch("hf-hub:org/clip@v1", access)[0] == path
     assert hub.requests == ["GET /api/models/org/clip/revision/v1"]
 
 
 @pytest.mark.parametrize("first", range(len(PLAIN_FILES)))
 def test_the_weights_are_looked_for_in_a_fixed_order(hub, access, first):
     hub.repositories["org/clip"] = {name: name.encode() for name in ("README.md", *reversed(PLAIN_FILES[first:]))}
-    fetched = fetch("hf-hub:org/clip", access)
-    assert (fetched.origin.file, fetched.path.read_bytes()) == (PLAIN_FILES[first], PLAIN_FILES[first].encode())
+    path, origin = fetch("hf-hub:org/clip", access)
+    assert (origin.file, path.read_bytes()) == (PLAIN_FILES[first], PLAIN_FILES[first].encode())
 
 
 def _never(*_arguments, **_options):
@@ -163,8 +163,8 @@ def test_open_clips_name_takes_open_clips_file_and_our_importer_reads_it(hub, ac
     state = {name: tensor.clone() for name, tensor in open_clip_state(expert.state_dict()).items()}
     files = {"model.safetensors": b"timm's", "open_clip_model.safetensors": safetensors.torch.save(state)}
     hub.repositories["timm/vit_base_patch16_clip_224.openai"] = files
-    fetched = fetch("open_clip:ViT-B-16-quickgelu/openai", access)
-    import_weights(fetched.path, tmp_path / "o.safetensors", kind="clip", options=ImportOptions(sizes=SIZES))
+    path, _ = fetch("open_clip:ViT-B-16-quickgelu/openai", access)
+    import_weights(path, tmp_path / "o.safetensors", kind="clip", options=ImportOptions(sizes=SIZES))
     written = read_tensor_file(tmp_path / "o.safetensors").tensors
     assert all(torch.equal(written[name], tensor) for name, tensor in expert.state_dict().items())
 
@@ -201,17 +201,17 @@ def test_weights_of_another_activation_are_refused_where_the_repository_names_it
     """Most of open_clip's own CLIPs have GELU: every tensor would fit, and every feature be wrong."""
     files = {name: json.dumps(document).encode() for name, document in config.items()}
     hub.repositories["org/clip"] = {"model.safetensors": clip_bytes, **files}
-    fetched = fetch("hf-hub:org/clip", access)
-    assert fetched.origin.activation == activation
-    options = ImportOptions(sizes=SIZES, origin=fetched.origin)
+    path, origin = fetch("hf-hub:org/clip", access)
+    assert origin.activation == activation
+    options = ImportOptions(sizes=SIZES, origin=origin)
     out = tmp_path / "new" / "o.safetensors"
     if activation == "gelu":
         message = "hf-hub:org/clip: expected weights trained with quick_gelu, as our clip computes, found gelu"
         with pytest.raises(WeightsMismatchError, match=message):
-            import_weights(fetched.path, out, kind="clip", options=options)
+            import_weights(path, out, kind="clip", options=options)
         assert not out.parent.exists()
     else:
-        import_weights(fetched.path, out, kind="clip", options=options)
+        import_weights(path, out, kind="clip", options=options)
 
 
 @pytest.mark.parametrize(("tag", "activation"), [("openai", "quick_gelu"), ("laion2b", "gelu")])
@@ -235,12 +235,10 @@ def test_networks_with_the_tensors_of_resnet50_are_refused_by_their_names(hub, a
     hub.repositories["timm/" + name.partition(":")[2].removeprefix("timm/")] = {
         file: content if isinstance(content, bytes) else content.encode() for file, content in files.items()
     }
-    fetched = fetch(name, access)
+    path, origin = fetch(name, access)
     message = f"{name}: expected the architecture resnet50, found {found}; other networks have the same tensors"
     with pytest.raises(WeightsMismatchError, match=message if found else "expected one of the layouts ResNet-50"):
-        import_weights(
-            fetched.path, tmp_path / "o.safetensors", kind="resnet50", options=ImportOptions(origin=fetched.origin)
-        )
+        import_weights(path, tmp_path / "o.safetensors", kind="resnet50", options=ImportOptions(origin=origin))
 
 
 @pytest.mark.parametrize("encoder", ACTIVATIONS)
@@ -261,7 +259,7 @@ def test_5_1_a_fetched_pickle_is_read_in_the_limited_child_like_any_other(hub, a
     torch.save({"model": Evil()}, tmp_path / "evil.bin")
     hub.repositories["org/evil"] = {"pytorch_model.bin": (tmp_path / "evil.bin").read_bytes()}
     with pytest.raises(ForeignFileRefusedError, match="nothing of the file was run"):
-        import_weights(fetch("hf-hub:org/evil", access).path, tmp_path / "o.safetensors", kind="clip")
+        import_weights(fetch("hf-hub:org/evil", access)[0], tmp_path / "o.safetensors", kind="clip")
     assert not (tmp_path / "ran").exists()
 
 
@@ -333,37 +331,37 @@ def test_a_hub_that_does_not_answer_is_waited_for_no_longer_than_said(tmp_path):
 
 def test_a_name_in_a_recipe_is_imported_once_and_then_needs_no_network(hub, access, clip_bytes, tmp_path):
     hub.repositories["org/clip"] = {"model.safetensors": clip_bytes}
-    store = ImportedExperts(tmp_path / "imported")
-    path = store.get("hf-hub:org/clip", "clip", SIZES, access)
+    folder = tmp_path / "imported"
+    path = imported_expert(folder, "hf-hub:org/clip", encoder="clip", sizes=SIZES, access=access)
     assert path.stem == hashlib.sha256(path.read_bytes()).hexdigest()
     offline = HubAccess(endpoint=_closed_endpoint(), cache_folder=tmp_path / "nothing", answer_seconds=1.0)
-    assert store.get("hf-hub:org/clip", "clip", SIZES, offline) == path
-    assert sorted(entry.suffix for entry in store.folder.iterdir()) == [".json", ".safetensors"]
-    note = json.loads(next(store.folder.glob("*.json")).read_text())
+    assert imported_expert(folder, "hf-hub:org/clip", encoder="clip", sizes=SIZES, access=offline) == path
+    assert sorted(entry.suffix for entry in folder.iterdir()) == [".json", ".safetensors"]
+    note = json.loads(next(folder.glob("*.json")).read_text())
     assert (note["source"], note["revision"], note["sha256"]) == ("hf-hub:org/clip", COMMIT, path.stem)
     with pytest.raises(EnvironmentFault, match="cannot get org/clip"):
-        store.get("hf-hub:org/clip@v1", "clip", SIZES, offline)
+        imported_expert(folder, "hf-hub:org/clip@v1", encoder="clip", sizes=SIZES, access=offline)
 
 
 def test_a_kept_expert_that_was_changed_is_damage(hub, access, clip_bytes, tmp_path):
     hub.repositories["org/clip"] = {"model.safetensors": clip_bytes}
-    store = ImportedExperts(tmp_path / "imported")
-    path = store.get("hf-hub:org/clip", "clip", SIZES, access)
+    folder = tmp_path / "imported"
+    path = imported_expert(folder, "hf-hub:org/clip", encoder="clip", sizes=SIZES, access=access)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(WeightsDamageError, match=r"expected that sha256, found .*; remove it to import anew"):
-        store.get("hf-hub:org/clip", "clip", SIZES, access)
+        imported_expert(folder, "hf-hub:org/clip", encoder="clip", sizes=SIZES, access=access)
     path.unlink()
-    assert store.get("hf-hub:org/clip", "clip", SIZES, access) == path
-    next(store.folder.glob("*.json")).write_text("{")
+    assert imported_expert(folder, "hf-hub:org/clip", encoder="clip", sizes=SIZES, access=access) == path
+    next(folder.glob("*.json")).write_text("{")
     with pytest.raises(WeightsDamageError, match="remove it to import anew"):
-        store.get("hf-hub:org/clip", "clip", SIZES, access)
+        imported_expert(folder, "hf-hub:org/clip", encoder="clip", sizes=SIZES, access=access)
 
 
 def test_a_repository_of_another_encoder_leaves_nothing_in_the_folder(hub, access, clip_bytes, tmp_path):
     hub.repositories["org/clip"] = {"model.safetensors": clip_bytes}
-    store = ImportedExperts(tmp_path / "imported")
+    folder = tmp_path / "imported"
     with pytest.raises(UserInputError, match="expected one of the layouts VideoMAE"):
-        store.get("hf-hub:org/clip", "videomae", SIZES, access)
-    assert not store.folder.exists()
+        imported_expert(folder, "hf-hub:org/clip", encoder="videomae", sizes=SIZES, access=access)
+    assert not folder.exists()

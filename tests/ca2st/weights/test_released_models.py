@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from ca2st.checked_json import DocumentError
 from ca2st.errors import UserInputError
 from ca2st.model.config import AudioVisualConfig, SpatialTemporalConfig
 from ca2st.weights.importer import ImportOptions, import_weights
@@ -38,6 +39,14 @@ def _awake(kind, **how):
 def _equal(first, second):
     a, b = first.state_dict(), second.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_configuration_beside_it_that_cannot_be_read_refuses_a_whole_model_before_anything_is_written(tmp_path):
+    path, out = _released(tmp_path, _awake("cava")), tmp_path / "ours.safetensors"
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DocumentError, match=r"config\.json"):
+        import_weights(path, out, kind="cava", options=TWO_HEADS)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

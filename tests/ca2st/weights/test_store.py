@@ -81,3 +81,9 @@ def test_a_writer_that_dies_before_the_rename_leaves_nothing(tmp_path):
 def test_a_full_disk_is_a_fault_of_the_machine(tmp_path):
     with pytest.raises(EnvironmentFault, match="cannot write"):
         ExpertStore(tmp_path).put(STATE, faults=FaultPoints(point="expert.written", kind="enospc"))
+
+
+def test_a_folder_that_cannot_be_made_is_a_fault_of_the_machine(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(EnvironmentFault, match=r"cannot write .*experts"):
+        ExpertStore(tmp_path / "file" / "experts").put(STATE)

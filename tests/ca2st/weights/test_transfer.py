@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ca2st.model.config import ModelConfig, SpatialTemporalConfig, TargetSpec
-from ca2st.model.tokens import resize_grid_table, resize_time_table
+from ca2st.model.tokens import resize_table
 from ca2st.spec import ClipSpec
 from ca2st.weights.model_file import ModelDescription
 from ca2st.weights.positions import SHOWN_BY_NO_TENSOR, fit_audio_positions, transfer_weights
@@ -56,12 +56,12 @@ def test_another_clip_resizes_every_table_by_its_own_rule_and_keeps_the_rest():
     bridge = "layers.1.bridges.spatial_temporal.directions."
     for side in ("query", "key"):
         name = f"{bridge}t2s.{side}_positions.time_table"
-        assert torch.equal(ours[name], resize_time_table(theirs[name], 4))
+        assert torch.equal(ours[name], resize_table(theirs[name], from_grid=(2,), to_grid=(4,)))
         name = f"{bridge}s2t.{side}_positions.space_table"
-        assert torch.equal(ours[name], resize_grid_table(theirs[name], from_grid=(2, 2), to_grid=(3, 3)))
+        assert torch.equal(ours[name], resize_table(theirs[name], from_grid=(2, 2), to_grid=(3, 3)))
     name = "experts.spatial.positions"
     assert torch.equal(ours[name][0], theirs[name][0])
-    assert torch.equal(ours[name][1:], resize_grid_table(theirs[name][1:], from_grid=(2, 2), to_grid=(3, 3)))
+    assert torch.equal(ours[name][1:], resize_table(theirs[name][1:], from_grid=(2, 2), to_grid=(3, 3)))
     name = "experts.audio.positions"
     assert torch.equal(ours[name], fit_audio_positions(theirs[name], rows=12, columns=9, where=""))
 
@@ -231,4 +231,4 @@ def test_resnets_maps_are_resized_each_from_its_own_grid():
     ours, theirs = model.state_dict(), source.state_dict()
     assert set(report.resized) == {name for name in ours if ours[name].shape != theirs[name].shape}
     name = "layers.3.bridges.spatial_temporal.directions.s2t.key_positions.space_table"
-    assert torch.equal(ours[name], resize_grid_table(theirs[name], from_grid=(2, 2), to_grid=(4, 4)))
+    assert torch.equal(ours[name], resize_table(theirs[name], from_grid=(2, 2), to_grid=(4, 4)))
