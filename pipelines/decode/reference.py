@@ -1,4 +1,4 @@
-"""The reference backend, the oracle of the others: Pillow and FFmpeg decode, NumPy resizes by a formula written here.
+"""The reference backend, the oracle of the others: Pillow and FFmpeg decode, NumPy resizes (`resizing.resized_crop`).
 
 Of a video member only the groups of pictures that hold wanted frames are decoded, each from its key frame to its last
 wanted one; frame i is packet i (`sharding.media.encode`). Colours become RGB as the stream's tags say, by libswscale
@@ -6,17 +6,9 @@ with chroma interpolated bilinearly, which on our shards is bit for bit what DAL
 
 RandAugment follows the formulas of augment/rand_augment.py, one operation after the other. Pillow and DALI's CPU
 decoder agree bit for bit on the frames of our shards (tests hold them to it).
-
-Resizing n source pixels to m: target pixel i has its centre at c = (i + 0.5) * n / m - 0.5 on the source grid. Its
-value is the mean of the source pixels j, weighted by max(0, 1 - |j - c| / r) with r = max(1, n / m): bilinear
-interpolation when growing, a triangle that covers all of the shrunk area when shrinking. Weights are scaled to sum
-1. Beyond its border the crop continues with its last pixel, as in DALI; Pillow and torch leave those weights out, so
-where a picture shrinks they differ in the outermost target pixels. Columns first, then rows, in float32; one
-rounding, half up, at the end.
 """
 
 import io
-import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -35,6 +27,7 @@ from torch import Tensor
 
 from pipelines.augment.boxes import CropBox
 from pipelines.augment.formulas import augmented, erase_in_place
+from pipelines.decode.resizing import resized_crop
 from pipelines.errors import SampleDamageError
 from pipelines.rendering import JpegFrames, RenderRequest, VideoMember
 from pipelines.storage.samples import video_facts
@@ -168,52 +161,3 @@ def _decode(data: bytes, where: str) -> NDArray[np.uint8]:
         raise SampleDamageError(
             f"{where}: a frame has the right checksum but cannot be decoded ({error}); convert the set again"
         ) from error
-
-
-def resized_crop(
-    frames: UInt8[Tensor, "time 3 height width"], box: CropBox, *, size: int
-) -> UInt8[Tensor, "time 3 size size"]:
-    """Return the pixels of `box` resized to `size` x `size` by the module's formula."""
-    crop = frames[..., box.top : box.top + box.height, box.left : box.left + box.width].numpy()
-    # Frames and colours last: every tap then copies whole runs of memory.
-    planes = rearrange(crop, "t c h w -> h w (t c)").astype(np.float32)
-    resized = _resize(_resize(planes, axis=1, size=size), axis=0, size=size)
-    return torch.from_numpy(rearrange(_rounded(resized), "h w (t c) -> t c h w", c=3))
-
-
-def first_row_resized(
-    frames: Sequence[UInt8[np.ndarray, "height width 3"]], *, size: int
-) -> UInt8[np.ndarray, "3 time size"]:
-    """Return the first row of the frames resized to `size` x `size`."""
-    taps, weights = triangle_taps(len(frames[0]), size)
-    rows = np.stack([frame[taps[:, 0]] for frame in frames], axis=1).astype(np.float32)
-    row = rearrange(np.tensordot(weights[:, 0], rows, axes=1), "t w c -> 1 w (t c)")
-    return rearrange(_rounded(_resize(row, axis=1, size=size)), "1 w (t c) -> c t w", c=3)
-
-
-def _rounded(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    pixels: NDArray[np.uint8] = np.floor(values + np.float32(0.5)).clip(0, 255).astype(np.uint8)
-    return pixels
-
-
-def _resize(planes: NDArray[np.float32], *, axis: int, size: int) -> NDArray[np.float32]:
-    taps, weights = triangle_taps(planes.shape[axis], size)
-    along = (1, size, 1) if axis else (size, 1, 1)
-    total = np.zeros((), dtype=np.float32)
-    for tap, weight in zip(taps, weights, strict=True):
-        total = total + np.take(planes, tap, axis=axis) * weight.reshape(along)
-    return total
-
-
-def triangle_taps(num_source: int, num_target: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return the source pixels that each target pixel reads, and their weights, both [taps, target].
-
-    Added tap by tap, so a value never depends on the number of threads or on the shape of the batch.
-    """
-    scale = num_source / num_target
-    radius = max(1.0, scale)
-    centre = (np.arange(num_target) + 0.5) * scale - 0.5
-    taps = np.ceil(centre - radius) + np.arange(math.floor(2 * radius) + 1)[:, None]
-    weights = np.maximum(1 - np.abs(taps - centre) / radius, 0)
-    weights /= weights.sum(axis=0)
-    return taps.clip(0, num_source - 1).astype(np.int64), weights.astype(np.float32)

@@ -9,11 +9,10 @@ from ca2st.batch import MIXING_FIELDS, ClipBatch
 from ca2st.spec import ClipSpec
 from ca2st.training.losses import mixed_mel, mixed_video
 from pipelines.augment.boxes import CropBox, ErasedBox
+from pipelines.augment.fused import finish_view
 from pipelines.augment.mixing import MixingConfig, MixingDraws
 from pipelines.augment.rand_augment import OPERATION_NAMES, ImageAugment, Operation, argument_of
-from pipelines.decode.finishing import finish_view
 from pipelines.loader import mixing_of
-from pipelines.rendering import JpegFrames, RenderRequest
 from support.gpu import require_gpu
 from support.tiny_training import batch_of, clip
 
@@ -32,22 +31,12 @@ operations = st.builds(
 def test_views_are_finished_on_a_gpu_as_on_the_cpu_to_the_byte(runs: list[list[Operation]]) -> None:
     device = require_gpu()
     box = CropBox(top=2, left=3, height=9, width=8)
-    requests = [
-        RenderRequest(
-            frames=JpegFrames(()),
-            boxes=(),
-            flip=False,
-            where="",
-            augment=ImageAugment(tuple(run)),
-            erased=(ErasedBox(box=box, colour=None, noise=("noise", index)),),
-        )
-        for index, run in enumerate(runs)
-    ]
     views = torch.randint(0, 256, (3, 3, 2, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     on_gpu = views.to(device)
-    for here, there, request in zip(views, on_gpu, requests, strict=True):
-        finish_view(here, request)
-        finish_view(there, request)
+    for index, run in enumerate(runs):
+        augment, erased = ImageAugment(tuple(run)), (ErasedBox(box=box, colour=None, noise=("noise", index)),)
+        finish_view(views[index], augment, erased)
+        finish_view(on_gpu[index], augment, erased)
     assert torch.equal(on_gpu.cpu(), views)
 
 
