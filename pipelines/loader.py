@@ -28,11 +28,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ca2st.batch import ClipBatch, Mixing
+from ca2st.batch import ClipBatch
 from ca2st.errors import CA2STError, UserInputError
 from ca2st.processes import num_cores
 from ca2st.spec import MEL_ROW_SECONDS, ClipSpec
-from pipelines.augment.mixing import PairMixing
 from pipelines.augment.spectrogram import mel_view
 from pipelines.config import EvaluationSetup, LoaderConfig, TrainSetup
 from pipelines.decode.backends import make_backend
@@ -382,7 +381,6 @@ class BatchAssembler:
         prepared, video = self._rendered(step, [future.result() for future in futures])
         flat = [(one, view) for one in prepared for view in one.views]
         has_audio = [one.sample.entry.has_audio for one, _ in flat]
-        mixed = step.draws.mixing(step.number, has_audio)
         return ClipBatch(
             video=video,
             mel=torch.from_numpy(np.stack([self._mel(one.sample, view) for one, view in flat])),
@@ -392,7 +390,7 @@ class BatchAssembler:
             sample_ids=tuple(one.sample.entry.key for one, _ in flat),
             has_audio=torch.tensor(has_audio),
             is_padding=torch.tensor([one.cell.is_padding for one, _ in flat]),
-            mixing=None if mixed is None else mixing_of(mixed),
+            mixing=step.draws.mixing(step.number, has_audio),
         )
 
     def _rendered(
@@ -456,17 +454,6 @@ def intervals_seconds(ticks: Sequence[int], mel_start_row: int, clip: ClipSpec) 
     mel = torch.tensor([[mel_start_row, mel_start_row + clip.mel_rows]], dtype=torch.float64) * MEL_ROW_SECONDS
     frames = torch.tensor(ticks, dtype=torch.float64).view(-1, 2) / TICKS_PER_SECOND
     return torch.cat([mel, frames]).float()
-
-
-def mixing_of(clips: Sequence[PairMixing]) -> Mixing:
-    """Return how the clips of a batch are mixed, in order, as the batch carries it."""
-    return Mixing(
-        video_share=torch.tensor([clip.video_share for clip in clips]),
-        video_box=torch.tensor([clip.video_box for clip in clips], dtype=torch.int64),
-        mel_share=torch.tensor([clip.mel_share for clip in clips]),
-        mel_box=torch.tensor([clip.mel_box for clip in clips], dtype=torch.int64),
-        label_share=torch.tensor([clip.label_share for clip in clips]),
-    )
 
 
 def _facts(entry: SampleEntry) -> ClipFacts:

@@ -18,11 +18,12 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ca2st.batch import Mixing
 from ca2st.errors import UserInputError, check_choice
 from ca2st.spec import ClipSpec
 from pipelines.augment.boxes import Crop, ErasedBox, RandomCrop, SquareCrop
 from pipelines.augment.config import AugmentConfig
-from pipelines.augment.mixing import MixingDraws, PairMixing
+from pipelines.augment.mixing import mixing_of
 from pipelines.augment.rand_augment import NUMBERS_PER_OPERATION, ImageAugment, parse_rand_augment
 from pipelines.augment.spectrogram import UNCHANGED, SpectrogramDraw
 from pipelines.errors import check_range
@@ -189,14 +190,14 @@ class TrainDraws:
     first_pair: int = 0
     """Where the rank's share begins in the global batch, in pairs of clips."""
 
-    def mixing(self, step: int, has_audio: Sequence[bool]) -> tuple[PairMixing, ...] | None:
-        """Return how each clip of the rank's share of `step` is mixed, by which have sound; None: not at all."""
+    def mixing(self, step: int, has_audio: Sequence[bool]) -> Mixing | None:
+        """Return how the rank's share of `step` is mixed, by which clips have sound; None: not at all."""
         if self.augment.mixing.probability == 0:
             return None
-        draws = MixingDraws(
-            config=self.augment.mixing, clip=self.clip, seed=self.seed, epoch=self.epoch, first_pair=self.first_pair
-        )
-        return draws.of_step(step, has_audio)
+        heard = [one or other for one, other in zip(has_audio[::2], has_audio[1::2], strict=True)]
+        keys = [("mixing", self.seed, self.epoch, step, self.first_pair + pair) for pair in range(len(heard))]
+        drawn = self.augment.mixing.drawn
+        return mixing_of([drawn(key, self.clip, heard=one) for key, one in zip(keys, heard, strict=True)])
 
     def views(self, facts: ClipFacts, *, repeat: int = 0) -> tuple[ViewDraw, ...]:
         """Return the single view of the sample in this epoch; `repeat` counts its earlier readings in the epoch."""

@@ -85,13 +85,14 @@ class SpectrogramConfig:
     def drawn(self, numbers: Sequence[float], *, num_rows: int, num_bins: int, key: Key) -> "SpectrogramDraw":
         """Return what `numbers` stand for in a view of that size; `key` names the noise."""
         turn, *masks = numbers
-        stretches = [_stretch(*pair, most=self.time_mask_rows, room=num_rows) for pair in _pairs(masks)]
-        bands = [_stretch(*pair, most=self.frequency_mask_bins, room=num_bins) for pair in _pairs(masks)]
+        pairs = list(zip(masks[::2], masks[1::2], strict=True))
+        stretches = [_stretch(*pair, most=self.time_mask_rows, room=num_rows) for pair in pairs[: self.time_masks]]
+        bands = [_stretch(*pair, most=self.frequency_mask_bins, room=num_bins) for pair in pairs[self.time_masks :]]
         has_noise = self.noise_std > 0 or self.noise_snr_db is not None
         return SpectrogramDraw(
             roll=int(turn * (2 * self.roll_rows + 1)) - self.roll_rows,
-            masked_rows=tuple(stretches[: self.time_masks]),
-            masked_bins=tuple(bands[self.time_masks :]),
+            masked_rows=tuple(stretches),
+            masked_bins=tuple(bands),
             noise=key if has_noise else None,
             noise_std=self.noise_std,
             noise_snr_db=self.noise_snr_db,
@@ -116,17 +117,16 @@ class SpectrogramDraw:
     def finish(self, view: Float[np.ndarray, "rows bins"]) -> Float[np.ndarray, "rows bins"]:
         """Add noise and masks to a normalised view, which is changed."""
         if self.noise is not None:
-            view += np.float32(self._deviation(view)) * normal_numbers(self.noise, view.size).reshape(view.shape)
+            deviation = self.noise_std
+            if self.noise_snr_db is not None:
+                power = float(np.square(view, dtype=np.float64).mean())
+                deviation = math.sqrt(power) * 10 ** (-self.noise_snr_db / 20)
+            view += np.float32(deviation) * normal_numbers(self.noise, view.size).reshape(view.shape)
         for first, end in self.masked_rows:
             view[first:end] = 0
         for first, end in self.masked_bins:
             view[:, first:end] = 0
         return view
-
-    def _deviation(self, view: NDArray[np.float32]) -> float:
-        if self.noise_snr_db is None:
-            return self.noise_std
-        return math.sqrt(float(np.square(view, dtype=np.float64).mean())) * 10 ** (-self.noise_snr_db / 20)
 
 
 UNCHANGED = SpectrogramDraw()
@@ -161,10 +161,6 @@ def normal_numbers(key: Key, count: int) -> NDArray[np.float32]:
     numbers = uniforms(key, 2 * pairs)
     radius, turn = np.sqrt(-2 * np.log1p(-numbers[:pairs])), 2 * math.pi * numbers[pairs:]
     return np.concatenate([radius * np.cos(turn), radius * np.sin(turn)])[:count].astype(np.float32)
-
-
-def _pairs(numbers: Sequence[float]) -> list[tuple[float, float]]:
-    return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def _stretch(how_long: float, where: float, *, most: int, room: int) -> tuple[int, int]:

@@ -10,9 +10,8 @@ from ca2st.spec import ClipSpec
 from ca2st.training.losses import mixed_mel, mixed_video
 from pipelines.augment.boxes import CropBox, ErasedBox
 from pipelines.augment.fused import finish_view
-from pipelines.augment.mixing import MixingConfig, MixingDraws
+from pipelines.augment.mixing import MixingConfig, mixing_of
 from pipelines.augment.rand_augment import OPERATION_NAMES, ImageAugment, Operation, argument_of
-from pipelines.loader import mixing_of
 from support.gpu import require_gpu
 from support.tiny_training import batch_of, clip
 
@@ -44,7 +43,7 @@ def test_pairs_are_mixed_on_a_gpu_as_on_the_cpu_within_rounding() -> None:
     device = require_gpu()
     config = MixingConfig(probability=1.0, switch_probability=0.5)
     spec = ClipSpec(num_frames=2, crop_size=16, mel_rows=16, num_mel_bins=16)
-    drawn = MixingDraws(config=config, clip=spec, seed=0, epoch=0, first_pair=0).of_step(0, [True] * 8)
+    drawn = [config.drawn(("mixing", pair), spec, heard=True) for pair in range(4)]
     keys = [f"clip-{index}" for index in range(8)]
     plain = batch_of([clip(key) for key in keys], keys)
     fields = {name: getattr(plain, name) for name in ("video", "mel", "intervals_seconds", "labels", "has_audio")}
