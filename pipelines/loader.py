@@ -51,9 +51,7 @@ from pipelines.views import (
     EvaluationViews,
     SamplingConfig,
     TrainDraws,
-    VaryingRate,
     ViewDraw,
-    frames_per_second,
 )
 from sharding.format.index import TICKS_PER_SECOND
 from sharding.format.shard_set import read_shard_set
@@ -365,7 +363,8 @@ class BatchAssembler:
         reader, own_shard = self.sets.find(cell.shard)
         with self.stats.timed("index_seconds"):
             entry = reader.indexes.entry(own_shard, cell.row)
-            views = draws.views(_facts(entry), repeat=cell.repeat)
+            facts = ClipFacts(key=entry.key, frame_ticks=entry.frame_ticks, mel_rows=entry.mel_rows)
+            views = draws.views(facts, repeat=cell.repeat)
         sample = reader.fetch(entry, [index for view in views for index in view.frame_indices])
         return _Prepared(cell=cell, sample=sample, labels=self.sets.labels(cell.shard, entry), views=views)
 
@@ -454,16 +453,6 @@ def intervals_seconds(ticks: Sequence[int], mel_start_row: int, clip: ClipSpec) 
     mel = torch.tensor([[mel_start_row, mel_start_row + clip.mel_rows]], dtype=torch.float64) * MEL_ROW_SECONDS
     frames = torch.tensor(ticks, dtype=torch.float64).view(-1, 2) / TICKS_PER_SECOND
     return torch.cat([mel, frames]).float()
-
-
-def _facts(entry: SampleEntry) -> ClipFacts:
-    return ClipFacts(
-        key=entry.key,
-        num_frames=entry.num_frames,
-        frames_per_second=frames_per_second(entry.frame_ticks, ticks_per_second=TICKS_PER_SECOND),
-        mel_rows=entry.mel_rows,
-        varying_rate=VaryingRate.of(entry.frame_ticks, ticks_per_second=TICKS_PER_SECOND),
-    )
 
 
 def _requests(prepared: _Prepared, views_per_clip: int) -> Iterator[RenderRequest]:

@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.processes import SPAWN, num_cores
 from ca2st.spec import IMAGENET_MEAN, IMAGENET_STD, ClipSpec
-from pipelines.views import dense_train, dense_validation
+from pipelines.views import dense_window
 from sharding.datasets.request import VIDEO_SUFFIXES
 from sharding.format.shard_set import LabelSpace
 from sharding.settings import ConversionConfig
@@ -384,10 +384,8 @@ def _num_frames(stream: Any, rate: float) -> int:
 
 
 def _indices(n: int, config: BaselineConfig, u: float) -> tuple[int, ...]:
-    count = config.clip.num_frames
-    if config.training:
-        return dense_train(n, num_frames=count, stride=_FRAME_STRIDE, u=u)
-    return dense_validation(n, num_frames=count, stride=_FRAME_STRIDE)
+    place = u if config.training else 0.5
+    return dense_window(n, num_frames=config.clip.num_frames, stride=_FRAME_STRIDE, u=place)
 
 
 def _normalised(frames: Sequence[Picture]) -> Float[Tensor, "3 time height width"]:

@@ -15,8 +15,7 @@ from pipelines.storage.remote import CachedShards
 from pipelines.storage.samples import SampleReader
 from pipelines.storage.shard_files import Verify
 from pipelines.threads import StatsRecorder
-from pipelines.views import SamplingConfig, VaryingRate, frames_per_second, scaled_stride
-from sharding.format.index import TICKS_PER_SECOND
+from pipelines.views import SamplingConfig, frames_per_second, rate_varies, scaled_stride
 from sharding.format.shard_set import AudioParameters, LabelSpace, ShardSet, VideoParameters, classes_that_differ
 from sharding.media.codecs import STORED_CODECS
 
@@ -272,11 +271,11 @@ def stride_note(reader: SampleReader, sampling: SamplingConfig) -> str | None:
     for row in np.unique(np.linspace(0, count - 1, min(count, _MOST_CLIPS)).astype(int)).tolist():
         with suppress(SampleDamageError):  # a row that contradicts itself is named when it is read
             ticks.append(reader.indexes.entry(first, row).frame_ticks)
-    even = [one for one in ticks if VaryingRate.of(one, ticks_per_second=TICKS_PER_SECOND) is None]
+    even = [one for one in ticks if not rate_varies(one)]
     parts = []
     strides = [
         (rate, stride)
-        for rate in (frames_per_second(one, ticks_per_second=TICKS_PER_SECOND) for one in even)
+        for rate in map(frames_per_second, even)
         if (stride := scaled_stride(sampling.frame_stride, rate)) != sampling.frame_stride
     ]
     if strides:

@@ -99,8 +99,8 @@ def training_requests(
     requests = []
     for number in range(count):
         clip = clips[number % len(clips)]
-        ticks = clip.video.frame_ticks
-        facts = ClipFacts(key=clip.key, num_frames=len(ticks), frames_per_second=30.0, mel_rows=spec.mel_rows)
+        ticks = np.arange(len(clip.video.frame_ticks), dtype=np.int32) * 3000  # 30 frames per second
+        facts = ClipFacts(key=clip.key, frame_ticks=ticks, mel_rows=spec.mel_rows)
         (view,) = draws.views(facts, repeat=number // len(clips))
         requests.append(
             RenderRequest(
