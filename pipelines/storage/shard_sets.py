@@ -1,20 +1,23 @@
 """Several shard sets under one table of shards, checked against what is asked of them before the first step."""
 
+import logging
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from itertools import accumulate
 
 import numpy as np
 
-from ca2st.errors import UserInputError
+from ca2st.errors import CA2STError, UserInputError
 from ca2st.spec import ClipSpec
 from pipelines.errors import SampleDamageError
 from pipelines.storage.index import SampleEntry
 from pipelines.storage.remote import CachedShards
 from pipelines.storage.samples import SampleReader
 from pipelines.storage.shard_files import Verify
-from pipelines.threads import StatsRecorder
+from pipelines.threads import LoaderThreads, StatsRecorder
 from pipelines.views import SamplingConfig, frames_per_second, rate_varies, scaled_stride
 from sharding.format.shard_set import AudioParameters, LabelSpace, ShardSet, VideoParameters, classes_that_differ
 from sharding.media.codecs import STORED_CODECS
@@ -25,8 +28,15 @@ _SPECTROGRAM_FACTS = {
     "frame_length_ms": ("window", " ms", "with a release of the same window"),
     "frame_shift_ms": ("hop", " ms", "with a release of the same hop"),
 }
+_HORIZON_STEPS = 1024
+_STEPS_PER_CALL = 64
+"""Most steps that one call looks further: the first calls of an epoch do not hold up its first batches."""
+_GRACE_STEPS = 4
+"""Steps after which a shard's last read is over: more than are fetched ahead of the step that is handed out."""
+_AHEAD_THREADS = 4
 _MOST_CLIPS = 32
 """Clips whose times are read for `stride_note`."""
+_log = logging.getLogger(__name__)
 
 
 class SetReaders:
@@ -119,6 +129,72 @@ class SetReaders:
 
     def _number(self, shard: int) -> int:
         return bisect_right(self._ends, shard)
+
+
+class ShardsAhead:
+    """Fetches the shards of remote sets before they are needed, along one iteration over an epoch.
+
+    The plan says which shards the coming steps of this rank touch. At most `most_waiting` of them are on their way at
+    once (one for each of the rank's lanes, two at least), seen at most `_HORIZON_STEPS` steps ahead; and nothing that
+    is still being read is evicted for them. Local sets need none of this, and get no thread.
+    """
+
+    def __init__(
+        self, sets: SetReaders, shards_of: Callable[[int], set[int]], steps: range, *, most_waiting: int
+    ) -> None:
+        """`shards_of` gives the shards that this rank reads in a step; only `reached` calls it."""
+        self._sets, self._shards_of, self._steps = sets, shards_of, steps
+        self._most_waiting = max(2, most_waiting)
+        self._next = steps.start
+        self._last_step: dict[int, int] = {}
+        self._refused: list[int] = []
+        self._lock, self._waiting = threading.Lock(), set[int]()
+        self._closing = threading.Event()
+        self._threads = LoaderThreads("clip-shards", _AHEAD_THREADS) if sets.are_remote else None
+
+    def close(self) -> None:
+        """Abandon what is on its way, and end the threads."""
+        self._closing.set()
+        if self._threads is not None:
+            self._threads.close()
+
+    def reached(self, step: int) -> None:
+        """Say that the samples of `step` are about to be read; called for the steps in order."""
+        if self._threads is None:
+            return
+        finished = [shard for shard, last in self._last_step.items() if last < step - _GRACE_STEPS]
+        for shard in finished:
+            del self._last_step[shard]
+            self._sets.release(shard)
+        if finished:
+            again, self._refused = self._refused, []
+            for shard in again:
+                self._fetch(shard)
+        stop = min(self._steps.stop, step + _HORIZON_STEPS, self._next + _STEPS_PER_CALL)
+        while self._next < stop and len(self._waiting) < self._most_waiting:
+            for shard in self._shards_of(self._next):
+                if shard not in self._last_step:
+                    self._fetch(shard)
+                self._last_step[shard] = self._next
+            self._next += 1
+
+    def _fetch(self, shard: int) -> None:
+        assert self._threads is not None
+        with self._lock:
+            self._waiting.add(shard)
+        call = self._threads.submit(self._sets.fetch_ahead, shard, is_abandoned=self._closing.is_set)
+        call.add_done_callback(lambda done: self._done(shard, done))
+
+    def _done(self, shard: int, call: "Future[bool]") -> None:
+        with self._lock:
+            self._waiting.discard(shard)
+        if call.cancelled():
+            return
+        error = call.exception()
+        if error is not None and not isinstance(error, CA2STError):
+            _log.warning("fetching a shard ahead: %r; it is fetched when it is needed", error)
+        elif error is None and not call.result():
+            self._refused.append(shard)
 
 
 def check_agreement(shard_sets: Sequence[ShardSet], targets: Sequence[str]) -> None:

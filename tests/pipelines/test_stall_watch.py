@@ -64,7 +64,7 @@ def test_p8_a_decoder_that_hangs_is_named_and_closing_does_not_wait_for_it(
     fresh_set: ShardSet, clip: ClipSpec, gate: threading.Event
 ) -> None:
     loader = make_loader(fresh_set, clip, stall_timeout_seconds=0.3)
-    backend = loader._assembler.backend
+    backend = loader._backend
 
     def hang(requests: object) -> None:
         with loader._stats.timed("decode_seconds"):
