@@ -77,7 +77,12 @@ class ShardIndex:
         self.nbytes = int(table.nbytes)
         self._shard, self._num_labels, self._codec = shard, num_labels, codec
         columns: dict[str, Any] = {name: table.column(name).combine_chunks() for name in table.column_names}
-        _refuse_empty_places(shard, columns)
+        for name, column in columns.items():
+            if empty := column.null_count or (column.values.null_count if name in _LISTS else 0):
+                raise ShardSetDamageError(
+                    f"{shard.index_name}: {name}: expected a value in every row, found {empty} empty places; "
+                    "convert the set again"
+                )
         self._keys, self._has_audio = columns["key"], columns["has_audio"]
         self._numbers = {name: np.from_dlpack(columns[name]) for name in _NUMBERS}
         self._lists: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {
@@ -147,15 +152,6 @@ class ShardIndex:
         if broken := [rule for rule, holds in rules.items() if not holds]:
             raise SampleDamageError(
                 f"{self._shard.index_name}, sample {value['key']!r}: expected {'; '.join(broken)}; "
-                "convert the set again"
-            )
-
-
-def _refuse_empty_places(shard: ShardEntry, columns: Mapping[str, Any]) -> None:
-    for name, column in columns.items():
-        if empty := column.null_count or (column.values.null_count if name in _LISTS else 0):
-            raise ShardSetDamageError(
-                f"{shard.index_name}: {name}: expected a value in every row, found {empty} empty places; "
                 "convert the set again"
             )
 

@@ -72,7 +72,13 @@ class CachedShards(ShardFiles):
             UserInputError: the cache is smaller than a shard.
         """
         sizes = self._remote.sizes()
-        self._require_sizes(None if sizes is None else partial(_listed, sizes))
+
+        def listed(name: str) -> int:
+            if sizes is None or name not in sizes:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            return sizes[name]
+
+        self._require_sizes(None if sizes is None else listed)
         shards, cache = self.shard_set.shards, self._cache
         largest = max(shards, key=lambda shard: shard.bytes + shard.index_bytes, default=None)
         if largest is not None:
@@ -189,12 +195,6 @@ def _write(pieces: Iterator[bytes], descriptor: int, is_abandoned: Callable[[], 
         while view:
             view = view[os.write(descriptor, view) :]
     return digest.hexdigest()
-
-
-def _listed(sizes: dict[str, int], name: str) -> int:
-    if name not in sizes:
-        raise FileNotFoundError(2, "No such file")
-    return sizes[name]
 
 
 _PART = ".part"

@@ -70,7 +70,12 @@ class SetReaders:
             reader.files.check()
         self.labelling = shard_sets[0].manifest.labelling
         """Of all the sets."""
-        self._spaces = [_label_columns(shard_set, targets) for shard_set in shard_sets]
+        self._spaces: list[list[tuple[int, LabelSpace]]] = []
+        """Of each set: the place in the index's ``labels`` of each label space named by `targets`, and the space."""
+        names = () if self.labelling == "none" else targets
+        for manifest in (shard_set.manifest for shard_set in shard_sets):
+            spaces = [manifest.label_space(name) for name in names]
+            self._spaces.append([(manifest.label_spaces.index(space), space) for space in spaces])
         self._ends = [*accumulate(len(shard_set.shards) for shard_set in shard_sets)]
 
     def find(self, shard: int) -> tuple[SampleReader, int]:
@@ -108,9 +113,10 @@ class SetReaders:
     def fetch_ahead(self, shard: int, *, is_abandoned: Callable[[], bool]) -> bool:
         """See `CachedShards.fetch_ahead`; False for a local set."""
         reader, own_shard = self.find(shard)
-        if isinstance(files := reader.files, CachedShards):
-            return files.fetch_ahead(files.shard_set.shards[own_shard], is_abandoned=is_abandoned)
-        return False
+        files = reader.files
+        return isinstance(files, CachedShards) and files.fetch_ahead(
+            files.shard_set.shards[own_shard], is_abandoned=is_abandoned
+        )
 
     def release(self, shard: int) -> None:
         """See `CachedShards.release`."""
@@ -148,7 +154,7 @@ class ShardsAhead:
         self._next = steps.start
         self._last_step: dict[int, int] = {}
         self._refused: list[int] = []
-        self._lock, self._waiting = threading.Lock(), set[int]()
+        self._waiting = set[int]()
         self._closing = threading.Event()
         self._threads = LoaderThreads("clip-shards", _AHEAD_THREADS) if sets.are_remote else None
 
@@ -180,14 +186,12 @@ class ShardsAhead:
 
     def _fetch(self, shard: int) -> None:
         assert self._threads is not None
-        with self._lock:
-            self._waiting.add(shard)
+        self._waiting.add(shard)
         call = self._threads.submit(self._sets.fetch_ahead, shard, is_abandoned=self._closing.is_set)
         call.add_done_callback(lambda done: self._done(shard, done))
 
     def _done(self, shard: int, call: "Future[bool]") -> None:
-        with self._lock:
-            self._waiting.discard(shard)
+        self._waiting.discard(shard)
         if call.cancelled():
             return
         error = call.exception()
@@ -381,12 +385,3 @@ def _inside(label: int, space: LabelSpace, entry: SampleEntry) -> int:
 def _range(values: Collection[float | int]) -> str:
     low, high = f"{min(values):.4g}", f"{max(values):.4g}"
     return low if low == high else f"{low} to {high}"
-
-
-def _label_columns(shard_set: ShardSet, targets: Sequence[str]) -> list[tuple[int, LabelSpace]]:
-    """Return the place in the index's ``labels`` of each label space named by `targets`, and the space."""
-    manifest = shard_set.manifest
-    if manifest.labelling == "none":
-        return []
-    spaces = [manifest.label_space(name) for name in targets]
-    return [(manifest.label_spaces.index(space), space) for space in spaces]
