@@ -26,7 +26,6 @@ table, one block per lane and source, and with class balance a byte per sample.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,11 +151,13 @@ class EpochPlan:
             self.num_samples * record.repeats, record.global_batch_size, remainder=record.remainder
         )
         """Batches of the epoch: the same on every rank."""
-        self._lane_starts = [lane * self.num_samples // record.num_lanes for lane in range(record.num_lanes + 1)]
+        lanes = np.arange(record.num_lanes + 1)
+        self._lane_edges = lanes * self.num_samples // record.num_lanes
         self._mixture = MixtureOrder(
             mixture_quotas(record, sources), key=("mixture", record.seed, epoch), most_blocks=2 * record.num_lanes + 2
         )
-        self._lane_runs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._readings = np.stack([self._mixture.readings_before(edge) for edge in self._lane_edges.tolist()])
+        """[lanes + 1, sources]: how many readings of each source lie before each edge of a lane."""
         self._blocks: dict[tuple[int, int], tuple[int, NDArray[np.int64]]] = {}
         self._passes = passes or source_passes(record, sources, epoch=epoch)
 
@@ -172,56 +173,33 @@ class EpochPlan:
                 f"expected a step below {self.num_steps} and positions within 0..{batch}, "
                 f"found step {step} and {positions}"
             )
-        per_lane = batch // self._record.num_lanes
-        parts = [_EMPTY]
-        for lane, first, last in _runs_of_lanes(positions, per_lane):
-            pairs, inside = np.divmod(step * per_lane + np.arange(first, last), 2 * repeats)
-            parts.append((*self._lane_slots(lane, 2 * pairs + inside % 2), inside // 2))
-        sources, places, padding, copies = (np.concatenate(column) for column in zip(*parts, strict=True))
-        shards, rows, readings = self._look_up(sources, places)
-        return PlannedSamples(shards, rows, readings * repeats + copies, padding)
-
-    def _look_up(
-        self, sources: NDArray[np.int64], places: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return the shard, row and number of the reading at places of the sources' lines."""
+        lanes, inside = np.divmod(np.arange(positions.start, positions.stop), batch // self._record.num_lanes)
+        pairs, inside = np.divmod(step * (batch // self._record.num_lanes) + inside, 2 * repeats)
+        slots, copies = 2 * pairs + inside % 2, inside // 2
+        starts, lengths = self._lane_edges[lanes], np.diff(self._lane_edges)[lanes]
+        held = np.minimum(starts + np.minimum(slots, np.maximum(lengths - 1, 0)), self.num_samples - 1)
+        sources, places = self._mixture.at(held)
+        if self._record.shuffle_block:
+            for lane, source in {*zip(lanes.tolist(), sources.tolist(), strict=True)}:
+                here = (lanes == lane) & (sources == source)
+                places[here] = self._shuffled(lane, source, places[here])
         found = np.empty((3, len(places)), np.int64)
         for source in np.unique(sources):
             here = sources == source
             found[:, here] = self._passes[source].at(places[here])
-        return found[0], found[1], found[2]
-
-    def _lane_slots(
-        self, lane: int, slots: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-        """Return source and place on its line of a lane's slots, and which slots lie beyond the lane's end."""
-        start, end = self._lane_starts[lane], self._lane_starts[lane + 1]
-        is_padding = slots >= end - start
-        held = np.minimum(start + np.minimum(slots, max(end - start - 1, 0)), self.num_samples - 1)
-        sources, places = self._mixture.at(held)
-        if self._record.shuffle_block and end > start:
-            for source in np.unique(sources):
-                here = sources == source
-                places[here] = self._shuffled(lane, int(source), places[here])
-        return sources, places, is_padding
+        shards, rows, readings = found
+        return PlannedSamples(shards, rows, readings * repeats + copies, slots >= lengths)
 
     def _shuffled(self, lane: int, source: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the places of a lane's run of a source, each exchanged within its block."""
-        firsts, ends = self._lane_run(lane)
-        first, length, size = int(firsts[source]), int(ends[source] - firsts[source]), self._record.shuffle_block
+        (first, end), size = self._readings[lane : lane + 2, source].tolist(), self._record.shuffle_block
         blocks, inside = np.divmod(places - first, size)
         shuffled = np.empty_like(places)
         for block in np.unique(blocks).tolist():
             here = blocks == block
-            order = self._block(lane, source, block, min(size, length - block * size))
+            order = self._block(lane, source, block, min(size, end - first - block * size))
             shuffled[here] = first + block * size + order[inside[here]]
         return shuffled
-
-    def _lane_run(self, lane: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        if lane not in self._lane_runs:
-            first, end = (self._mixture.readings_before(self._lane_starts[edge]) for edge in (lane, lane + 1))
-            self._lane_runs[lane] = (first, end)
-        return self._lane_runs[lane]
 
     def _block(self, lane: int, source: int, block: int, length: int) -> NDArray[np.int64]:
         held, order = self._blocks.get((lane, source), (-1, None))
@@ -284,9 +262,6 @@ def rank_positions(rank: int, world_size: int, *, global_batch_size: int, keep_p
     return range(first, last)
 
 
-_EMPTY = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.bool_), np.empty(0, np.int64))
-
-
 def source_passes(record: PlanRecord, sources: Sequence[SampleSource], *, epoch: int) -> list[SourcePasses]:
     """Return the lines of an epoch, pass after pass: what takes time and memory in a plan."""
     return [
@@ -325,15 +300,3 @@ def epoch_length(record: PlanRecord, sources: Sequence[SampleSource]) -> int:
         return length
     per_batch = record.global_batch_size // record.repeats
     return -(-length // per_batch) * per_batch
-
-
-def _runs_of_lanes(positions: range, per_lane: int) -> list[tuple[int, int, int]]:
-    """Return (lane, first, last) for each lane that `positions` touches, counted inside the lane's share."""
-    if not len(positions):
-        return []
-    lanes = range(positions.start // per_lane, (positions.stop - 1) // per_lane + 1)
-    edges = [positions.start, *(lane * per_lane for lane in lanes[1:]), positions.stop]
-    return [
-        (lane, first - lane * per_lane, last - lane * per_lane)
-        for lane, (first, last) in zip(lanes, pairwise(edges), strict=True)
-    ]
