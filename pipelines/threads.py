@@ -102,14 +102,24 @@ class StatsRecorder:
     @contextmanager
     def timed(self, name: str, *, where: str = "") -> Iterator[None]:
         """Add the duration of the block to the total of that name; `where` names what is worked on, for a stall."""
-        stage = ActiveStage(name.removesuffix("_seconds"), where, threading.current_thread().name, time.monotonic())
-        outer = self._enter(threading.get_ident(), stage)
+        thread, thread_name = threading.get_ident(), threading.current_thread().name
+        stage = ActiveStage(name.removesuffix("_seconds"), where, thread_name, time.monotonic())
+        with self._lock:
+            outer = self._active.get(thread)
+            self._active[thread] = stage
+            self._last_change = stage.since
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.add(name, time.perf_counter() - start)
-            self._leave(threading.get_ident(), outer)
+            passed = time.perf_counter() - start
+            with self._lock:
+                self._totals[name] += passed
+                self._last_change = time.monotonic()
+                if outer is None:
+                    del self._active[thread]
+                else:
+                    self._active[thread] = outer
 
     def snapshot(self) -> StageStats:
         """Return the totals so far."""
@@ -126,20 +136,6 @@ class StatsRecorder:
         """Return the stages that threads are in now, the longest first."""
         with self._lock:
             return sorted(self._active.values(), key=lambda stage: stage.since)
-
-    def _enter(self, thread: int, stage: ActiveStage) -> ActiveStage | None:
-        with self._lock:
-            outer = self._active.get(thread)
-            self._active[thread] = stage
-            self._last_change = stage.since
-        return outer
-
-    def _leave(self, thread: int, outer: ActiveStage | None) -> None:
-        with self._lock:
-            if outer is None:
-                del self._active[thread]
-            else:
-                self._active[thread] = outer
 
 
 P = ParamSpec("P")
@@ -204,23 +200,11 @@ def prefetched(source: Generator[T, None, None], depth: int, *, watch: StallWatc
         return
     worker = _Worker(source, depth, watch)
     try:
-        while isinstance(item := worker.take(), _Item):
-            yield item.value
+        while (made := worker.take()) is not None:
+            yield made.result()
             worker.room.release()
-        if item.error is not None:
-            raise item.error
     finally:
         worker.stop()
-
-
-@dataclass(frozen=True, slots=True)
-class _Item(Generic[T]):
-    value: T
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    error: BaseException | None
 
 
 class _Worker(Generic[T]):
@@ -228,11 +212,12 @@ class _Worker(Generic[T]):
         self._source, self._watch = source, watch
         self.room = threading.Semaphore(depth)
         self._stopping = threading.Event()
-        self._done: queue.SimpleQueue[_Item[T] | _End] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Future[T] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="clip-prefetch", daemon=True)
         self._thread.start()
 
-    def take(self) -> "_Item[T] | _End":
+    def take(self) -> "Future[T] | None":
+        """Return the next item, or the error of the source; None at its end."""
         begin = time.monotonic()
         while True:
             was_alive = self._thread.is_alive()
@@ -254,19 +239,21 @@ class _Worker(Generic[T]):
                 self._thread.join(self._watch.poll_seconds)
 
     def _run(self) -> None:
-        error: BaseException | None = None
+        failed: Future[T] | None = None
         try:
             with closing(self._source) as items:
                 while self.room.acquire() and not self._stopping.is_set():
+                    made: Future[T] = Future()
                     try:
-                        value = next(items)
+                        made.set_result(next(items))
                     except StopIteration:
                         break
-                    self._done.put(_Item(value))
-                    del value  # the consumer alone keeps a batch alive
-        except BaseException as raised:  # noqa: BLE001 - carried to the consumer's thread and raised there
-            error = raised
-        self._done.put(_End(error))
+                    self._done.put(made)
+                    del made  # the consumer alone keeps a batch alive
+        except BaseException as error:  # noqa: BLE001 - carried to the consumer's thread and raised there
+            failed = Future()
+            failed.set_exception(error)
+        self._done.put(failed)
 
 
 class LoaderThreads:
