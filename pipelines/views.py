@@ -185,7 +185,8 @@ class TrainDraws:
         stream, augment = _Stream(self.seed, self.epoch, facts.key, repeat), self.augment
         (mel_fraction,) = stream.uniforms("mel", 1)
         (flip,) = stream.uniforms("flip", 1)
-        operations, erased = None, ()
+        operations: ImageAugment | None = None
+        erased: tuple[ErasedBox, ...] = ()
         if augment.rand_augment is not None:
             rules = parse_rand_augment(augment.rand_augment)
             count = rules.num_operations * NUMBERS_PER_OPERATION
