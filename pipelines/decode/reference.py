@@ -11,14 +11,12 @@ decoder agree bit for bit on the frames of our shards (tests hold them to it).
 import io
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import av
 import numpy as np
 import torch
 from av.container import InputContainer
 from av.video.reformatter import Interpolation, VideoReformatter
-from av.video.stream import VideoStream
 from einops import rearrange
 from jaxtyping import UInt8
 from numpy.typing import NDArray
@@ -29,7 +27,7 @@ from pipelines.augment.boxes import CropBox
 from pipelines.augment.formulas import augmented, erase_in_place
 from pipelines.decode.resizing import resized_crop
 from pipelines.errors import SampleDamageError
-from pipelines.rendering import JpegFrames, RenderRequest, VideoMember
+from pipelines.rendering import RenderRequest, VideoMember
 from pipelines.storage.samples import video_facts
 from pipelines.threads import StatsRecorder
 from sharding.media.codecs import stored_codec
@@ -86,7 +84,8 @@ def _wanted_frames(container: InputContainer, wanted: Sequence[int]) -> Iterator
     numbers = {packet.pts: number for number, packet in enumerate(packets)}
     key_frames = [number for number, packet in enumerate(packets) if packet.is_keyframe]
     missing, scaler = set(wanted), VideoReformatter()
-    for frame in _decoded(stream, [packets[number] for number in packets_to_decode(wanted, key_frames)]):
+    chosen = [packets[number] for number in packets_to_decode(wanted, key_frames)]
+    for frame in (frame for packet in [*chosen, None] for frame in stream.decode(packet)):
         number = numbers.get(frame.pts, -1)
         if frame.is_corrupt:
             raise ValueError(f"frame {number} is damaged")
@@ -96,12 +95,6 @@ def _wanted_frames(container: InputContainer, wanted: Sequence[int]) -> Iterator
             yield number, rgb.to_ndarray().astype(np.uint8, copy=False)
     if missing:
         raise ValueError(f"frames {sorted(missing)} did not come out of the decoder")
-
-
-def _decoded(stream: VideoStream, packets: Sequence[Any]) -> Iterator[av.VideoFrame]:
-    for packet in packets:
-        yield from stream.decode(packet)
-    yield from stream.decode(None)
 
 
 class ReferenceBackend:
@@ -114,16 +107,16 @@ class ReferenceBackend:
 
     def render(self, requests: Sequence[RenderRequest]) -> UInt8[Tensor, "views 3 time height width"]:
         """See `ViewBackend.render`."""
-        return torch.stack([view for request in requests for view in self._views(request)])
+        views = []
+        for request in requests:
+            with self._stats.timed("decode_seconds"):
+                frames = decode_frames(request)
+            with self._stats.timed("augment_seconds"):
+                views += [self._view(frames, box, request) for box in request.boxes]
+        return torch.stack(views)
 
     def close(self) -> None:
         """Nothing is held."""
-
-    def _views(self, request: RenderRequest) -> list[UInt8[Tensor, "3 time height width"]]:
-        with self._stats.timed("decode_seconds"):
-            frames = decode_frames(request)
-        with self._stats.timed("augment_seconds"):
-            return [self._view(frames, box, request) for box in request.boxes]
 
     def _view(
         self, frames: UInt8[Tensor, "time 3 height width"], box: CropBox, request: RenderRequest
@@ -144,12 +137,9 @@ def decode_frames(request: RenderRequest) -> UInt8[Tensor, "time 3 height width"
     """
     if isinstance(request.frames, VideoMember):
         return decode_video(request.frames, where=request.where)
-    return _decode_jpegs(request.frames, request.where)
-
-
-def _decode_jpegs(jpegs: JpegFrames, where: str) -> UInt8[Tensor, "time 3 height width"]:
-    decoded = {data: _decode(data, where) for data in dict.fromkeys(jpegs.frames)}
-    pixels = np.stack([decoded[data] for data in jpegs.frames])
+    jpegs = request.frames.frames
+    decoded = {data: _decode(data, request.where) for data in dict.fromkeys(jpegs)}
+    pixels = np.stack([decoded[data] for data in jpegs])
     return torch.from_numpy(rearrange(pixels, "t h w c -> t c h w"))
 
 

@@ -28,12 +28,10 @@ _DOWNLOADS = 3
 _log = logging.getLogger(__name__)
 
 
-def open_files(
-    shard_set: ShardSet, stats: StatsRecorder | None = None, *, verify: Verify = "size", most_open: int = 128
-) -> ShardFiles:
+def open_files(shard_set: ShardSet, stats: StatsRecorder | None = None, *, verify: Verify = "size") -> ShardFiles:
     """Return the files of a set, by where it comes from; what the cache does is counted in `stats`."""
     if shard_set.origin is None:
-        return ShardFiles(shard_set, verify=verify, most_open=most_open)
+        return ShardFiles(shard_set, verify=verify)
     return CachedShards(shard_set, stats or StatsRecorder(), verify=verify)
 
 

@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 from ca2st.errors import listed
@@ -20,14 +21,13 @@ Verify = Literal["size", "sha256"]
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.tar")
 
 
+@dataclass(slots=True)
 class OpenShard:
     """A shard that is open for reading."""
 
-    __slots__ = ("_where", "descriptor", "readers")
-
-    def __init__(self, descriptor: int, where: str) -> None:
-        self.descriptor, self._where = descriptor, where
-        self.readers = 0
+    descriptor: int
+    where: str
+    readers: int = 0
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset`.
@@ -40,10 +40,10 @@ class OpenShard:
             while len(data) < size and (more := os.pread(self.descriptor, size - len(data), offset + len(data))):
                 data += more
         except OSError as error:
-            raise ShardSetDamageError(f"{self._where}: reading at byte {offset}: {error.strerror}; {REMEDY}") from error
+            raise ShardSetDamageError(f"{self.where}: reading at byte {offset}: {error.strerror}; {REMEDY}") from error
         if len(data) != size:
             raise ShardSetDamageError(
-                f"{self._where}: expected {size} bytes at byte {offset}, found {len(data)}: the shard was cut while in "
+                f"{self.where}: expected {size} bytes at byte {offset}, found {len(data)}: the shard was cut while in "
                 f"use; {REMEDY}"
             )
         return data
