@@ -350,11 +350,7 @@ class EvaluationLoader(RankLoader):
         return self._sets.sample_ids()
 
     def batches(self) -> Iterator[ClipBatch]:
-        """Return this rank's batches; entries that only fill the last ones have `is_padding` set.
-
-        Raises:
-            DataDamageError: as in training.
-        """
+        """Return this rank's batches; entries that only fill the last ones have `is_padding` set."""
         return self._started(0, self._draws)
 
 

@@ -71,8 +71,8 @@ class Quarantine:
         """Read what earlier attempts found; `folder` None keeps it in memory alone, `most` is the budget.
 
         Raises:
-            EnvironmentFault: the folder cannot be read.
             QuarantineBudgetError: more are in it than the budget allows.
+            EnvironmentFault: the folder cannot be read.
         """
         self._folder, self._most = folder, most
         self._lock = threading.Lock()

@@ -160,11 +160,7 @@ class StallWatch:
         return time.monotonic() - max(waiting_since, self._stats.last_change) > self._timeout
 
     def check(self, waiting_since: float) -> None:
-        """Look once.
-
-        Raises:
-            LoaderStalledError: a stall; names the stages that threads are in, and on what.
-        """
+        """Raise `LoaderStalledError` where it has stalled; names the stages that threads are in, and on what."""
         if self.is_stalled(waiting_since):
             raise self.stalled(f"no batch, and no stage begun or ended, for {self._timeout:g} s")
 

@@ -66,11 +66,7 @@ class MixingConfig:
                 )
 
     def check_even(self, name: str, num_clips: int) -> None:
-        """Refuse a number of clips that would part a pair; `name` is the setting.
-
-        Raises:
-            UserInputError: mixing is on and the number is odd.
-        """
+        """Raise `UserInputError` where mixing is on and a number of clips would part a pair; `name` is the setting."""
         if self.probability > 0 and num_clips % 2:
             raise UserInputError(
                 f"{name}: expected an even number where pairs of clips are mixed (augment.mixing.probability "

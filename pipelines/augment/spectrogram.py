@@ -66,11 +66,7 @@ class SpectrogramConfig:
             )
 
     def check_rows(self, name: str, num_rows: int) -> None:
-        """Refuse a roll that sends more rows of a view of `num_rows` round than keep their time; `name` is the setting.
-
-        Raises:
-            UserInputError: it is more than half of the rows: the view's interval would not be that of most of them.
-        """
+        """Raise `UserInputError` for a roll by more than half of a view's rows, most of which would lose their time."""
         if self.roll_rows > num_rows // 2:
             raise UserInputError(
                 f"{name}: expected at most half of clip.mel_rows = {num_rows}, that is {num_rows // 2}, found "

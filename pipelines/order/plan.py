@@ -55,19 +55,11 @@ class SamplePlan:
 
     @property
     def num_steps(self) -> int:
-        """Batches of an epoch; the same on every rank.
-
-        Raises:
-            PlanError: there is not one.
-        """
+        """Batches of an epoch; the same on every rank. Raises as `count_steps`."""
         return count_steps(self.num_clips, self.record.global_batch_size, remainder=self.record.remainder)
 
     def require_enough(self, *, world_size: int) -> None:
-        """Refuse, before anything starts, what cannot feed every rank.
-
-        Raises:
-            PlanError: as `require_enough_samples`, or as `rank_positions`.
-        """
+        """Refuse what cannot feed every rank; raises as `require_enough_samples` and `rank_positions`."""
         require_enough_samples(
             num_samples=self.num_clips,
             global_batch_size=self.record.global_batch_size,
@@ -137,13 +129,7 @@ class EpochPlan:
         epoch: int,
         passes: Sequence[SourcePasses] | None = None,
     ) -> None:
-        """Lay out the epoch. Several sources are mixed by the weights of `record.mixture`.
-
-        `passes`: the epoch's `source_passes`, where several plans of one epoch share them.
-
-        Raises:
-            PlanError: there are no samples, or with remainder ``drop`` fewer than one batch.
-        """
+        """Lay out the epoch; several plans of it may share its `source_passes`. Raises as `count_steps`."""
         self._record, self._sources, self._epoch = record, sources, epoch
         self.num_samples = epoch_length(record, sources)
         """Slots of the epoch: its samples, `repeats` not counted."""
@@ -162,11 +148,7 @@ class EpochPlan:
         self._passes = passes or source_passes(record, sources, epoch=epoch)
 
     def samples(self, step: int, positions: range) -> PlannedSamples:
-        """Return the samples at `positions` of the global batch of `step`.
-
-        Raises:
-            PlanError: the step or a position lies outside the epoch.
-        """
+        """Return the samples at `positions` of the global batch of `step`; raises `PlanError` outside the epoch."""
         batch, repeats = self._record.global_batch_size, self._record.repeats
         if not (0 <= step < self.num_steps and 0 <= positions.start <= positions.stop <= batch):
             raise PlanError(
@@ -225,11 +207,7 @@ def count_steps(num_samples: int, global_batch_size: int, *, remainder: Remainde
 
 
 def require_enough_samples(*, num_samples: int, global_batch_size: int, world_size: int, remainder: Remainder) -> None:
-    """Refuse, before anything starts, a set that cannot feed every rank.
-
-    Raises:
-        PlanError: no samples, fewer samples than ranks, or with ``drop`` fewer than one batch; holds the three numbers.
-    """
+    """Raise `PlanError` for fewer samples than ranks, none, or with ``drop`` fewer than one batch; with the numbers."""
     least = max(1, world_size, global_batch_size if remainder == "drop" else 1)
     if num_samples < least:
         raise PlanError(
@@ -277,11 +255,7 @@ def source_passes(record: PlanRecord, sources: Sequence[SampleSource], *, epoch:
 
 
 def mixture_quotas(record: PlanRecord, sources: Sequence[SampleSource]) -> NDArray[np.int64]:
-    """Return the slots of each source in a block of the mixture.
-
-    Raises:
-        PlanError: there are several sources without a weight each, or a weight is too small.
-    """
+    """Return the slots of each source in a block of the mixture; raises `PlanError` as `block_quotas`."""
     if len(sources) == 1:
         return np.ones(1, np.int64)
     weights = [share.weight for share in record.mixture if share.weight is not None]

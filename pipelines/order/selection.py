@@ -133,11 +133,7 @@ class SampleSelector:
         return mask
 
     def require_matches(self, num_selected: int) -> None:
-        """Refuse names that matched no sample.
-
-        Raises:
-            UserInputError: a class, participant or pattern that matches nothing, or all of them nothing together.
-        """
+        """Raise `UserInputError` for a class, participant or pattern that matched nothing, or all nothing together."""
         for label in self._labels.tolist():
             if label not in self._seen_labels:
                 raise UserInputError(f"data.select.classes: no sample is of class {self._class_names[label]!r}")

@@ -99,23 +99,16 @@ class ShardIndex:
         value |= {"key": self._keys[row].as_py(), "has_audio": self._has_audio[row].as_py()}
         arrays = {name: values[offsets[row] : offsets[row + 1]] for name, (offsets, values) in self._lists.items()}
         self._check(value, arrays)
-        offsets_in_data = np.concatenate([[0], np.cumsum(arrays["frame_bytes"], dtype=np.int64)])
+        del value["num_frames"]
+        first_frame = value["video_offset"] + value.pop("frame_data_offset")
         return SampleEntry(
             shard=self._shard,
-            key=value["key"],
             labels=tuple(arrays["labels"].tolist()),
-            has_audio=value["has_audio"],
-            mel_rows=value["mel_rows"],
-            mel_offset=value["mel_offset"],
-            mel_bytes=value["mel_bytes"],
-            mel_xxh64=value["mel_xxh64"],
             codec=self._codec,
-            video_offset=value["video_offset"],
-            video_bytes=value["video_bytes"],
-            video_xxh64=value["video_xxh64"],
-            frame_offsets=value["video_offset"] + value["frame_data_offset"] + offsets_in_data,
+            frame_offsets=first_frame + np.concatenate([[0], np.cumsum(arrays["frame_bytes"], dtype=np.int64)]),
             frame_ticks=arrays["frame_ticks"],
             frame_xxh32=arrays["frame_xxh32"],
+            **value,
         )
 
     def sample_ids(self) -> list[str]:

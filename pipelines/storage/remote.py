@@ -48,11 +48,7 @@ class CachedShards(ShardFiles):
     def __init__(
         self, shard_set: ShardSet, stats: StatsRecorder, *, verify: Verify = "size", files: RemoteFiles | None = None
     ) -> None:
-        """`files`: what reads from the server; None: that of the URL.
-
-        Raises:
-            EnvironmentFault: the cache folder cannot be made.
-        """
+        """`files`: what reads from the server; None: that of the URL. Raises as `ShardCache`."""
         super().__init__(shard_set, verify=verify)
         assert shard_set.origin is not None
         storage, self._stats = shard_set.storage, stats
@@ -227,11 +223,7 @@ class ShardCache:
         return sum(state.st_size for _, state in self._kept())
 
     def require_room_for(self, num_bytes: int, what: str) -> None:
-        """Refuse a cache that could never hold a file.
-
-        Raises:
-            UserInputError: with the numbers.
-        """
+        """Raise `UserInputError` for a cache that could never hold a file."""
         if num_bytes > self.most_bytes:
             raise UserInputError(
                 f"data.loader.cache_bytes: expected at least {num_bytes} bytes for {what}, found {self.most_bytes} in "
@@ -322,11 +314,7 @@ class ShardCache:
         return None
 
     def _fill(self, part: int, path: Path, fill: Callable[[int], None]) -> int:
-        """Fill the locked part file of `path`, give it that name and a shared lock; on any error close and remove it.
-
-        Raises:
-            EnvironmentFault: as `_naming_place`; and whatever `fill` raises.
-        """
+        """Fill the locked part file of `path`, give it that name and a shared lock; on an error close and remove it."""
         part_path = _part_of(path)
         try:
             with _naming_place(path):
@@ -424,11 +412,7 @@ def _evict(path: Path) -> bool:
 
 @contextmanager
 def _naming_place(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into an error that names the place.
-
-    Raises:
-        EnvironmentFault: the disk is full, or the folder may not be written.
-    """
+    """Turn what the disk refuses into an `EnvironmentFault` that names the place."""
     try:
         yield
     except OSError as error:

@@ -202,11 +202,9 @@ class ShardsAhead:
 
 
 def check_agreement(shard_sets: Sequence[ShardSet], targets: Sequence[str]) -> None:
-    """Refuse sets that cannot be trained on together.
+    """Raise `UserInputError` for sets that cannot be trained on together; names them.
 
-    Raises:
-        UserInputError: no set or target, one set twice, or sets whose targets have other classes or whose
-            spectrograms were made otherwise, or a set without labels; names the sets.
+    That is one set twice, sets without labels, with other classes, or with spectrograms made otherwise.
     """
     if not shard_sets:
         raise UserInputError("shard sets: expected at least one, found none")
@@ -236,11 +234,7 @@ def check_agreement(shard_sets: Sequence[ShardSet], targets: Sequence[str]) -> N
 
 
 def require_labels(shard_set: ShardSet, *, what: str, labelling: str) -> None:
-    """Refuse a set without labels for `what`, and one whose samples have one label where others have several.
-
-    Raises:
-        UserInputError: as said.
-    """
+    """Raise `UserInputError` for a set without labels, which `what` needs, or with another number of them a sample."""
     found = shard_set.manifest.labelling
     if found == "none":
         raise UserInputError(
@@ -256,14 +250,8 @@ def require_labels(shard_set: ShardSet, *, what: str, labelling: str) -> None:
 
 
 def check_manifest(shard_set: ShardSet, clip: ClipSpec) -> None:
-    """Refuse a set whose codec or spectrograms this loader does not read.
-
-    Raises:
-        UserInputError: an unknown codec, colours that no decoder here expects, or another number of mel bins than the
-            clip's.
-    """
-    manifest = shard_set.manifest
-    video = manifest.video
+    """Raise `UserInputError` for an unknown codec, colours that no decoder expects, or another number of mel bins."""
+    manifest, video = shard_set.manifest, shard_set.manifest.video
     if video.codec not in STORED_CODECS:
         raise UserInputError(
             f"{shard_set.root}: expected codec {' or '.join(STORED_CODECS)}, found {video.codec}; "
@@ -283,12 +271,9 @@ def check_manifest(shard_set: ShardSet, clip: ClipSpec) -> None:
 
 
 def check_sound(shard_set: ShardSet, made: AudioParameters, *, whose: str) -> None:
-    """Refuse a set whose spectrograms were made otherwise than `made`: to a model they are other sounds.
+    """Raise `UserInputError` for spectrograms made otherwise than `made`, which are `whose`: to a model other sounds.
 
-    For sets that a model hears, and for sets that are read together; `whose` says whose parameters `made` are.
-
-    Raises:
-        UserInputError: another sample rate, number of mel bins, window or hop; with both values and the way.
+    For sets that a model hears, and for sets that are read together.
     """
     found = shard_set.manifest.audio
     for name, (fact, unit, way) in _SPECTROGRAM_FACTS.items():
@@ -301,11 +286,7 @@ def check_sound(shard_set: ShardSet, made: AudioParameters, *, whose: str) -> No
 
 
 def require_sound(shard_set: ShardSet, *, whose: str) -> None:
-    """Refuse a set that was made without any sound, for a model that hears.
-
-    Raises:
-        UserInputError: there is none; a set with sound where its videos have some (``--audio optional``) passes.
-    """
+    """Raise `UserInputError` for a set made without any sound, where a model hears; ``--audio optional`` passes."""
     if shard_set.manifest.audio.policy == "none":
         raise UserInputError(
             f"{shard_set.where}: expected shards with sound for {whose}, which hears, found a set that was made with "
@@ -333,13 +314,10 @@ def _frame_rate(video: VideoParameters) -> str:
 
 
 def stride_note(reader: SampleReader, sampling: SamplingConfig) -> str | None:
-    """Return a line on what a dense window reads of this set, judged by clips of its first shard.
+    """Return a line on clips whose rate is not the 30 frames per second that `sampling.frame_stride` counts in.
 
-    It says where clips run at another rate than the 30 frames per second that `sampling.frame_stride` counts in. None
-    where a window reads every `frame_stride`-th frame as configured, or where there are no dense windows.
-
-    Raises:
-        ShardSetDamageError: the first index is damaged.
+    Judged by clips of the first shard. None where a window reads every `frame_stride`-th frame as configured, or where
+    there are no dense windows.
     """
     if sampling.scheme != "dense":
         return None
