@@ -35,8 +35,8 @@ from pipelines.augment.spectrogram import mel_view
 from pipelines.config import EvaluationSetup, LoaderConfig, TrainSetup
 from pipelines.decode.backends import make_backend
 from pipelines.errors import LoaderClosedError, SampleDamageError
-from pipelines.order.plan import SamplePlan
-from pipelines.quarantine import DamageGuard, PlannedCell, Quarantine, cells_of, quarantine_limit, replacements
+from pipelines.order.plan import PlannedSample, SamplePlan
+from pipelines.quarantine import DamageGuard, Quarantine, quarantine_limit, replacements
 from pipelines.rendering import RenderRequest, ViewBackend
 from pipelines.storage.index import SampleEntry
 from pipelines.storage.samples import FetchedSample
@@ -64,7 +64,7 @@ _FETCH_AHEAD_STEPS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Prepared:
-    cell: PlannedCell
+    planned: PlannedSample
     """What was read: for a place in quarantine, its replacement."""
     sample: FetchedSample
     labels: list[int]
@@ -77,7 +77,7 @@ class _Step:
 
     epoch: int
     number: int
-    cells: list[PlannedCell]
+    planned: list[PlannedSample]
     draws: Draws
 
 
@@ -170,7 +170,7 @@ class RankLoader:
         numbers = range(first_step, plan.num_steps)
 
         def shards_of(step: int) -> set[int]:
-            return set(later.samples(step, positions).shards.tolist())
+            return {planned.shard for planned in later.samples(step, positions)}
 
         with (
             closing(ShardsAhead(self._sets, shards_of, numbers, most_waiting=lanes)) as shards_ahead,
@@ -180,32 +180,31 @@ class RankLoader:
 
             def read(number: int) -> tuple[_Step, list[Future[_Prepared]]]:
                 shards_ahead.reached(number)
-                cells = cells_of(plan.samples(number, positions))
-                step = _Step(epoch=epoch, number=number, cells=cells, draws=draws)
+                step = _Step(epoch=epoch, number=number, planned=plan.samples(number, positions), draws=draws)
                 if self._guard is None:
-                    return step, [readers.submit(self._prepare, cell, draws) for cell in cells]
-                return step, [readers.submit(self._prepare_undamaged, step, place) for place in range(len(cells))]
+                    return step, [readers.submit(self._prepare, one, draws) for one in step.planned]
+                return step, [readers.submit(self._prepare_undamaged, step, place) for place in range(len(positions))]
 
             being_read = _begun_ahead(map(read, numbers), _FETCH_AHEAD_STEPS)
             rendered = (renderers.submit(self._batch, step, futures) for step, futures in being_read)
             yield from map(Future.result, _begun_ahead(rendered, loader.rendered_at_once - 1))
 
-    def _prepare(self, cell: PlannedCell, draws: Draws) -> _Prepared:
+    def _prepare(self, planned: PlannedSample, draws: Draws) -> _Prepared:
         """Draw the views of a planned sample and read its bytes."""
-        reader, own_shard = self._sets.find(cell.shard)
+        reader, own_shard = self._sets.find(planned.shard)
         with self._stats.timed("index_seconds"):
-            entry = reader.indexes.entry(own_shard, cell.row)
+            entry = reader.indexes.entry(own_shard, planned.row)
             facts = ClipFacts(key=entry.key, frame_ticks=entry.frame_ticks, mel_rows=entry.mel_rows)
-            views = draws.views(facts, repeat=cell.repeat)
+            views = draws.views(facts, repeat=planned.repeat)
         sample = reader.fetch(entry, [index for view in views for index in view.frame_indices])
-        return _Prepared(cell=cell, sample=sample, labels=self._sets.labels(cell.shard, entry), views=views)
+        return _Prepared(planned=planned, sample=sample, labels=self._sets.labels(planned.shard, entry), views=views)
 
     def _prepare_undamaged(self, step: _Step, place: int) -> _Prepared:
         """`_prepare` the sample of a place or, where the guard keeps that out, a replacement."""
         assert self._guard is not None
         others = replacements(self._plan, step.epoch, step.number, self._positions[place])
         return self._guard.read(
-            step.cells[place], others, lambda cell: self._prepare(cell, step.draws), step=step.number
+            step.planned[place], others, lambda one: self._prepare(one, step.draws), step=step.number
         )
 
     def _batch(self, step: _Step, futures: list[Future[_Prepared]]) -> ClipBatch:
@@ -231,7 +230,7 @@ class RankLoader:
             labelling=self._sets.labelling,
             sample_ids=tuple(one.sample.entry.key for one, _ in flat),
             has_audio=torch.tensor(has_audio),
-            is_padding=torch.tensor([one.cell.is_padding for one, _ in flat]),
+            is_padding=torch.tensor([one.planned.is_padding for one, _ in flat]),
             mixing=step.draws.mixing(step.number, has_audio),
         )
 
@@ -256,7 +255,7 @@ class RankLoader:
         try:
             self._render([prepared])
         except SampleDamageError as error:
-            self._guard.reject(prepared.cell, error, step=step.number)
+            self._guard.reject(prepared.planned, error, step=step.number)
             return self._prepare_undamaged(step, place)
         return prepared
 

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 from ca2st.checked_json import DocumentError, canonical_json, read_json
 from ca2st.durable import write_bytes
 from ca2st.errors import DataDamageError, EnvironmentFault, listed
 from pipelines.errors import QuarantineBudgetError, SampleDamageError
-from pipelines.order.plan import PlannedSamples, SamplePlan
+from pipelines.order.plan import PlannedSample, SamplePlan
 from pipelines.storage.shard_sets import SetReaders
 from pipelines.threads import StatsRecorder
 
@@ -134,28 +134,13 @@ def quarantine_limit(*, budget: int, percent: float, num_samples: int) -> int:
 T = TypeVar("T")
 
 
-class PlannedCell(NamedTuple):
-    """One place of a batch, as the plan fills it."""
-
-    shard: int
-    row: int
-    repeat: int
-    is_padding: bool
-
-
-def cells_of(planned: PlannedSamples) -> list[PlannedCell]:
-    """Return the places of some planned samples, in order."""
-    columns = (planned.shards, planned.rows, planned.repeats, planned.is_padding)
-    return [PlannedCell(*cell) for cell in zip(*(column.tolist() for column in columns), strict=True)]
-
-
-def replacements(plan: SamplePlan, epoch: int, step: int, position: int) -> Iterator[PlannedCell]:
+def replacements(plan: SamplePlan, epoch: int, step: int, position: int) -> Iterator[PlannedSample]:
     """Yield candidates for `position` of the global batch of `step`, in the order in which they are tried."""
     order, batch = plan.epoch(epoch), plan.record.global_batch_size
     later = (((step + ahead) % order.num_steps, position) for ahead in range(1, order.num_steps))
     beside = ((step, (position + ahead) % batch) for ahead in range(1, batch))
     for number, other in chain(later, beside):
-        yield cells_of(order.samples(number, range(other, other + 1)))[0]
+        yield from order.samples(number, range(other, other + 1))
 
 
 class DamageGuard:
@@ -165,14 +150,14 @@ class DamageGuard:
         self._quarantine, self._sets, self._stats, self._rank = quarantine, sets, stats, rank
 
     def read(
-        self, cell: PlannedCell, others: Iterable[PlannedCell], read: Callable[[PlannedCell], T], *, step: int
+        self, planned: PlannedSample, others: Iterable[PlannedSample], read: Callable[[PlannedSample], T], *, step: int
     ) -> T:
-        """Return what `read` makes of the cell, or of the first of its replacements that is not damaged.
+        """Return what `read` makes of the planned sample, or of the first of its replacements that is not damaged.
 
         Raises:
             DataDamageError: the budget is exceeded, or every replacement is damaged.
         """
-        for tried in chain([cell], others):
+        for tried in chain([planned], others):
             if self._place(tried) in self._quarantine:
                 continue
             try:
@@ -180,25 +165,25 @@ class DamageGuard:
             except SampleDamageError as error:
                 self.reject(tried, error, step=step)
                 continue
-            if tried is not cell:
+            if tried is not planned:
                 self._stats.add("quarantined", 1)
             return made
         raise DataDamageError(f"step {step}: no undamaged sample is left to fill a place of the batch; repair the data")
 
-    def reject(self, cell: PlannedCell, error: SampleDamageError, *, step: int) -> None:
+    def reject(self, sample: PlannedSample, error: SampleDamageError, *, step: int) -> None:
         """Put a sample into quarantine; raises as `Quarantine.add`."""
-        reader, shard = self._sets.find(cell.shard)
+        reader, shard = self._sets.find(sample.shard)
         try:
-            key = reader.indexes.entry(shard, cell.row).key
+            key = reader.indexes.entry(shard, sample.row).key
         except SampleDamageError:
             key = ""
-        fingerprint, name, row = self._place(cell)
+        fingerprint, name, row = self._place(sample)
         self._quarantine.add(
             QuarantinedSample(
                 fingerprint=fingerprint, shard=name, row=row, key=key, what=str(error), step=step, rank=self._rank
             )
         )
 
-    def _place(self, cell: PlannedCell) -> tuple[str, str, int]:
-        reader, shard = self._sets.find(cell.shard)
-        return reader.fingerprint, reader.shard_set.shards[shard].name, cell.row
+    def _place(self, sample: PlannedSample) -> tuple[str, str, int]:
+        reader, shard = self._sets.find(sample.shard)
+        return reader.fingerprint, reader.shard_set.shards[shard].name, sample.row

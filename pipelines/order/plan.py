@@ -25,7 +25,7 @@ table, one block per lane and source, and with class balance a byte per sample.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,19 +100,18 @@ class SamplePlan:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedSamples:
-    """Some positions of one global batch, in order."""
+class PlannedSample(NamedTuple):
+    """What is read at one position of a global batch."""
 
-    shards: NDArray[np.int64]
-    """Index of each sample's shard in the shard table; the tables of several sets are laid end to end."""
-    rows: NDArray[np.int64]
-    """Row of each sample in its shard's index."""
-    repeats: NDArray[np.int64]
+    shard: int
+    """Index of its shard in the shard table; the tables of several sets are laid end to end."""
+    row: int
+    """Its row in its shard's index."""
+    repeat: int
     """Distinguishes the readings of one sample in one epoch: no two have the same number, and the first copy of the
     first reading of the first pass has 0."""
-    is_padding: NDArray[np.bool_]
-    """True where a sample is only there to fill the batch (it is repeated, and counts nowhere)."""
+    is_padding: bool
+    """Whether it is only there to fill the batch (it is repeated, and counts nowhere)."""
 
 
 class EpochPlan:
@@ -147,7 +146,7 @@ class EpochPlan:
         self._blocks: dict[tuple[int, int], tuple[int, NDArray[np.int64]]] = {}
         self._passes = passes or source_passes(record, sources, epoch=epoch)
 
-    def samples(self, step: int, positions: range) -> PlannedSamples:
+    def samples(self, step: int, positions: range) -> list[PlannedSample]:
         """Return the samples at `positions` of the global batch of `step`; raises `PlanError` outside the epoch."""
         batch, repeats = self._record.global_batch_size, self._record.repeats
         if not (0 <= step < self.num_steps and 0 <= positions.start <= positions.stop <= batch):
@@ -170,7 +169,8 @@ class EpochPlan:
             here = sources == source
             found[:, here] = self._passes[source].at(places[here])
         shards, rows, readings = found
-        return PlannedSamples(shards, rows, readings * repeats + copies, slots >= lengths)
+        columns = (shards, rows, readings * repeats + copies, slots >= lengths)
+        return [PlannedSample(*one) for one in zip(*(column.tolist() for column in columns), strict=True)]
 
     def _shuffled(self, lane: int, source: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the places of a lane's run of a source, each exchanged within its block."""
