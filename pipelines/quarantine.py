@@ -41,17 +41,13 @@ class QuarantinedSample:
     fingerprint: str
     """Of its set's manifest."""
     shard: str
-    """File name of its shard."""
     row: int
-    """Its row in the shard's index."""
     key: str
     """Its key; empty where the index itself is wrong."""
     what: str
-    """The damage."""
     step: int
     """Step of the epoch at which it was found."""
     rank: int
-    """Rank that found it."""
 
     @property
     def place(self) -> tuple[str, str, int]:

@@ -40,7 +40,6 @@ class StageStats:
     index_seconds: float = 0.0
     """Finding a sample in its shard's index, and drawing its view."""
     fetch_seconds: float = 0.0
-    """Reading bytes."""
     checksum_seconds: float = 0.0
     """Comparing them with the index."""
     decode_seconds: float = 0.0
@@ -54,7 +53,6 @@ class StageStats:
     cache_misses: int = 0
     """Remote sets: shards and indexes that this process fetched."""
     downloaded_bytes: int = 0
-    """Bytes that came from servers."""
     download_seconds: float = 0.0
     """Seconds in which they came, all threads together: requests that were answered."""
     retries: int = 0
@@ -76,7 +74,6 @@ class ActiveStage:
     """What a thread is busy with."""
 
     stage: str
-    """``fetch``, ``decode``, ..."""
     where: str
     """Shard and sample, where known."""
     thread: str

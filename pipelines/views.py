@@ -138,7 +138,6 @@ class ViewDraw:
     erased: tuple[ErasedBox, ...] = ()
     """Boxes painted over after it."""
     spectrogram: SpectrogramDraw = UNCHANGED
-    """What is done to the spectrogram."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +209,7 @@ class TrainDraws:
         )
         return (view,)
 
-    def _frames(self, facts: ClipFacts, stream: "_Stream") -> tuple[int, ...]:
+    def _frames(self, facts: ClipFacts, stream: _Stream) -> tuple[int, ...]:
         line = Timeline.of(facts.frame_ticks, frame_stride=self.sampling.frame_stride)
         num_frames, numbers = self.clip.num_frames, stream.uniforms("frames", self.clip.num_frames)
         if self.sampling.scheme == "dense":
@@ -219,7 +218,7 @@ class TrainDraws:
             return (0,) * num_frames
         return line.frames_at(uniform_train(line.length, num_frames=num_frames, uniforms=numbers))
 
-    def _crop(self, stream: "_Stream") -> RandomCrop:
+    def _crop(self, stream: _Stream) -> RandomCrop:
         numbers = stream.uniforms("crop", 2 * _CROP_ATTEMPTS + 2)
         low, high = self.augment.crop_area
         log_low, log_high = map(math.log, self.augment.crop_aspect_ratio)

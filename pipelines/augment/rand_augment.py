@@ -126,9 +126,7 @@ class RandAugment:
     magnitude: int
     """Mean magnitude, 0..10."""
     num_operations: int
-    """Operations drawn per clip."""
     probability: float
-    """Chance that a drawn operation is applied."""
     magnitude_std: float
     """Standard deviation of the magnitude; 0: always the mean; above 100: evenly spread over 0..mean, as in timm."""
 

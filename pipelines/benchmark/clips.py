@@ -56,7 +56,6 @@ class DrawnClips:
     """What is drawn; the same settings give the same pictures."""
 
     count: int
-    """Files."""
     width: int = 320
     height: int = 240
     frames_per_second: int = 30

@@ -88,7 +88,6 @@ class SplitReport:
     baseline_stages: Mapping[str, float] | None
     """Milliseconds per clip by stage, of a worker."""
     rounds: Spread
-    """Clips per second of our loader."""
     baseline_rounds: Spread | None
     processor_ms_per_clip: float
     """Processor time of all threads: on a busy machine it says more than the rate."""
@@ -130,7 +129,6 @@ class Headspace:
     """Is it data or compute? Rates of the training loader and of a consumer, apart and together."""
 
     consumer: str
-    """What it is."""
     loader_clips_per_second: float
     """Without a consumer: the most the data can give."""
     consumer_clips_per_second: float
@@ -140,7 +138,6 @@ class Headspace:
     data_wait_fraction: float
     """Part of that time in which the consumer waited."""
     limited_by: Literal["data", "compute"]
-    """Which of the two is slower alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,16 +152,13 @@ class LoaderBenchmark:
     threads: int
     """Decoding threads, and workers of the baseline."""
     num_clips: int
-    """Clips in the shards."""
     codec: str
-    """Of the shards."""
     source_bytes_per_clip: float
     """Of the original files, sound included."""
     shard_bytes_per_clip: float
     torchcodec_missing: str | None
     """Why the second baseline was not measured; None: it was, or no baseline was asked for."""
     footprints: Mapping[str, Footprint]
-    """Memory and start of each loader, by name."""
     load_before: float
     """The machine's load average over the minute before: well below one per core, or others were computing too."""
 
@@ -179,7 +173,6 @@ class Turn:
 
     clips: int
     seconds: float
-    """Wall time."""
     processor_seconds: float
     """Processor time of all threads and workers: what counts where others use the machine too."""
     stage_seconds: Mapping[str, float]

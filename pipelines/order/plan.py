@@ -106,7 +106,6 @@ class PlannedSample(NamedTuple):
     shard: int
     """Index of its shard in the shard table; the tables of several sets are laid end to end."""
     row: int
-    """Its row in its shard's index."""
     repeat: int
     """Distinguishes the readings of one sample in one epoch: no two have the same number, and the first copy of the
     first reading of the first pass has 0."""

@@ -42,7 +42,6 @@ class FetchedSample:
     frames: dict[int, bytes]
     """JPEG bytes by frame index, only those asked for; empty where there is a `member`."""
     height: int
-    """Pixels of every frame."""
     width: int
     mel: NDArray[np.float16]
     """All rows, not normalised."""
@@ -217,7 +216,6 @@ class VideoFacts:
     """What the boxes say."""
 
     height: int
-    """Pixels of every frame."""
     width: int
     num_frames: int
 
