@@ -9,12 +9,14 @@ from a file server that is gone, and the process never ends. These are daemons: 
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future
-from contextlib import closing, contextmanager
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Any, Generic, ParamSpec, TypeVar
+from itertools import islice
+from typing import Any, ParamSpec, TypeVar
 
 from ca2st.errors import listed
 from pipelines.errors import LoaderStalledError
@@ -191,62 +193,32 @@ def prefetched(source: Generator[T, None, None], depth: int, *, watch: StallWatc
     if depth == 0:
         yield from source
         return
-    worker = _Worker(source, depth, watch)
+    thread = LoaderThreads("clip-prefetch", 1)
+
+    def begun() -> "Future[list[T]]":
+        return thread.submit(list, islice(source, 1))  # empty at the end of the source
+
+    def awaited(call: "Future[list[T]]") -> list[T]:
+        begin = time.monotonic()
+        while not wait([call], watch.poll_seconds).done:
+            if thread.join(0.0) and not call.done():
+                raise watch.stalled("its thread has ended without a result")
+            watch.check(begin)
+        return call.result()
+
+    ahead = deque(begun() for _ in range(depth))
     try:
-        while (made := worker.take()) is not None:
-            yield made.result()
-            worker.room.release()
+        while made := awaited(ahead.popleft()):
+            yield from made
+            ahead.append(begun())
     finally:
-        worker.stop()
-
-
-class _Worker(Generic[T]):
-    def __init__(self, source: Generator[T, None, None], depth: int, watch: StallWatch) -> None:
-        self._source, self._watch = source, watch
-        self.room = threading.Semaphore(depth)
-        self._stopping = threading.Event()
-        self._done: queue.SimpleQueue[Future[T] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="clip-prefetch", daemon=True)
-        self._thread.start()
-
-    def take(self) -> "Future[T] | None":
-        """Return the next item, or the error of the source; None at its end."""
+        for call in ahead:
+            call.cancel()
+        thread.submit(source.close)
+        thread.end()
         begin = time.monotonic()
-        while True:
-            was_alive = self._thread.is_alive()
-            try:
-                return self._done.get(timeout=self._watch.poll_seconds)
-            except queue.Empty:
-                if not was_alive:
-                    raise self._watch.stalled("its thread has ended without a result") from None
-                self._watch.check(begin)
-
-    def stop(self) -> None:
-        self._stopping.set()
-        self.room.release()
-        begin = time.monotonic()
-        while self._thread.is_alive() and not self._watch.has_tripped:
-            if self._watch.is_stalled(begin):
-                self._watch.has_tripped = True
-            else:
-                self._thread.join(self._watch.poll_seconds)
-
-    def _run(self) -> None:
-        failed: Future[T] | None = None
-        try:
-            with closing(self._source) as items:
-                while self.room.acquire() and not self._stopping.is_set():
-                    made: Future[T] = Future()
-                    try:
-                        made.set_result(next(items))
-                    except StopIteration:
-                        break
-                    self._done.put(made)
-                    del made  # the consumer alone keeps a batch alive
-        except BaseException as error:  # noqa: BLE001 - carried to the consumer's thread and raised there
-            failed = Future()
-            failed.set_exception(error)
-        self._done.put(failed)
+        while not watch.has_tripped and not thread.join(watch.poll_seconds):
+            watch.has_tripped = watch.is_stalled(begin)
 
 
 class LoaderThreads:
@@ -270,11 +242,20 @@ class LoaderThreads:
     def close(self, *, patience_seconds: float = 10.0) -> None:
         """Let running calls end, drop those that wait, and end the threads; one that hangs is left behind."""
         self._closing.set()
+        self.end()
+        self.join(patience_seconds)
+
+    def end(self) -> None:
+        """Have the threads end once they have made the calls that wait."""
         for _ in self._threads:
             self._calls.put(None)
-        deadline = time.monotonic() + patience_seconds
+
+    def join(self, seconds: float) -> bool:
+        """Wait at most so long for the threads to end; return whether they have."""
+        deadline = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
         while (waiting := self._calls.get()) is not None:
