@@ -37,7 +37,7 @@ from pipelines.order.selection import (
     smallest,
 )
 from pipelines.storage.index import num_labels, read_columns
-from sharding.format.shard_set import LabelSpace, ShardEntry, ShardSet
+from sharding.format.shard_set import ShardEntry, ShardSet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -258,23 +258,19 @@ def _shards(
     """Yield the keys and the labels of the named spaces, shard by shard."""
     for shard_set in shard_sets:
         manifest = shard_set.manifest
-        spaces = [
-            (manifest.label_space(name), manifest.label_spaces.index(manifest.label_space(name))) for name in names
-        ]
+        named = [manifest.label_space(name) for name in names]
+        spaces = [(space, manifest.label_spaces.index(space)) for space in named]
         for shard, table in read_columns(shard_set, ["key", "labels"] if with_keys else ["labels"]):
             labels = _labels(table, shard, num_labels(manifest))
+            for space, column in spaces:
+                flat = labels[column].flat
+                if len(flat) and not (flat.min() >= 0 and flat.max() < len(space.classes)):
+                    raise ShardSetDamageError(
+                        f"{shard.index_name}: expected a {space.name} of 0..{len(space.classes) - 1} in every row, "
+                        f"found {flat.min()}..{flat.max()}; convert the set again"
+                    )
             keys = table.column("key").to_pylist() if with_keys else None
-            yield keys, [_checked(labels[column], space, shard) for space, column in spaces]
-
-
-def _checked(labels: LabelLists, space: LabelSpace, shard: ShardEntry) -> LabelLists:
-    flat = labels.flat
-    if len(flat) and not (flat.min() >= 0 and flat.max() < len(space.classes)):
-        raise ShardSetDamageError(
-            f"{shard.index_name}: expected a {space.name} of 0..{len(space.classes) - 1} in every row, found "
-            f"{flat.min()}..{flat.max()}; convert the set again"
-        )
-    return labels
+            yield keys, [labels[column] for _, column in spaces]
 
 
 def _labels(table: pa.Table, shard: ShardEntry, expected: int | None) -> list[LabelLists]:

@@ -170,21 +170,22 @@ class ShardIndexCache:
         with self._lock:
             index = self._held.get(shard)
             if index is None:
-                index = self._held[shard] = self._load(self._files.shard_set.shards[shard])
+                entry, manifest = self._files.shard_set.shards[shard], self._files.shard_set.manifest
+                data = self._files.read_index(entry)
+                try:
+                    table = decode_index(data)
+                except (pa.ArrowException, ValueError) as error:
+                    raise ShardSetDamageError(
+                        f"{entry.index_name}: not an index ({error}); convert the set again"
+                    ) from error
+                codec = stored_codec(manifest.video.codec)
+                index = ShardIndex(entry, table, num_labels=num_labels(manifest), codec=codec)
+                self._held[shard] = index
                 self._bytes += index.nbytes
             self._held.move_to_end(shard)
             while len(self._held) > 1 and self._bytes > self._most_bytes:
                 self._bytes -= self._held.popitem(last=False)[1].nbytes
         return index
-
-    def _load(self, shard: ShardEntry) -> ShardIndex:
-        data, manifest = self._files.read_index(shard), self._files.shard_set.manifest
-        try:
-            table = decode_index(data)
-        except (pa.ArrowException, ValueError) as error:
-            raise ShardSetDamageError(f"{shard.index_name}: not an index ({error}); convert the set again") from error
-        codec = stored_codec(manifest.video.codec)
-        return ShardIndex(shard, table, num_labels=num_labels(manifest), codec=codec)
 
 
 def num_labels(manifest: Manifest) -> int | None:
