@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
 from numpy.typing import NDArray
 
 from ca2st.errors import UserInputError
@@ -110,20 +109,6 @@ class SpectrogramDraw:
     noise_std: float = 0.0
     noise_snr_db: float | None = None
 
-    def finish(self, view: Float[np.ndarray, "rows bins"]) -> Float[np.ndarray, "rows bins"]:
-        """Add noise and masks to a normalised view, which is changed."""
-        if self.noise is not None:
-            deviation = self.noise_std
-            if self.noise_snr_db is not None:
-                power = float(np.square(view, dtype=np.float64).mean())
-                deviation = math.sqrt(power) * 10 ** (-self.noise_snr_db / 20)
-            view += np.float32(deviation) * normal_numbers(self.noise, view.size).reshape(view.shape)
-        for first, end in self.masked_rows:
-            view[first:end] = 0
-        for first, end in self.masked_bins:
-            view[:, first:end] = 0
-        return view
-
 
 UNCHANGED = SpectrogramDraw()
 """Nothing is done."""
@@ -148,7 +133,18 @@ def mel_view(
     view[: len(rows)] = rows
     if draw.roll:
         view = np.roll(view, draw.roll, axis=0)
-    return draw.finish((view - np.float32(MEL_MEAN)) / np.float32(MEL_SCALE))
+    view = (view - np.float32(MEL_MEAN)) / np.float32(MEL_SCALE)
+    if draw.noise is not None:
+        deviation = draw.noise_std
+        if draw.noise_snr_db is not None:
+            power = float(np.square(view, dtype=np.float64).mean())
+            deviation = math.sqrt(power) * 10 ** (-draw.noise_snr_db / 20)
+        view += np.float32(deviation) * normal_numbers(draw.noise, view.size).reshape(view.shape)
+    for first, end in draw.masked_rows:
+        view[first:end] = 0
+    for first, end in draw.masked_bins:
+        view[:, first:end] = 0
+    return view
 
 
 def normal_numbers(key: Key, count: int) -> NDArray[np.float32]:
