@@ -42,15 +42,7 @@ from pipelines.storage.index import SampleEntry
 from pipelines.storage.samples import FetchedSample
 from pipelines.storage.shard_sets import SetReaders, ShardsAhead
 from pipelines.threads import LoaderThreads, StageStats, StallWatch, StatsRecorder, prefetched
-from pipelines.views import (
-    ClipFacts,
-    Draws,
-    EvaluationDraws,
-    EvaluationViews,
-    SamplingConfig,
-    TrainDraws,
-    ViewDraw,
-)
+from pipelines.views import ClipFacts, Draws, EvaluationDraws, EvaluationViews, SamplingConfig, TrainDraws, ViewDraw
 from sharding.format.index import TICKS_PER_SECOND
 from sharding.format.shard_set import read_shard_set
 
