@@ -100,15 +100,12 @@ class LoaderSetup:
     """What the loaders of training and evaluation are made from alike."""
 
     clip: ClipSpec
-    """Sizes of a view."""
     targets: Sequence[str]
     """Label spaces in the order of `ClipBatch.labels`."""
     global_batch_size: int
     """Samples of a step on all ranks together; several views of a sample count once."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """Which frames a view takes."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
-    """How batches are made."""
     rank: int = 0
     world_size: int = 1
     device: torch.device | None = None
@@ -124,7 +121,6 @@ class TrainSetup(LoaderSetup):
     seed: int
     """Keys the order and every draw."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """The training transform."""
     order: OrderConfig = field(default_factory=OrderConfig)
     """Weights of several sets, selected samples, class balance, repeats. Default: every sample once per epoch."""
     quarantine_folder: Path | None = None
@@ -180,7 +176,6 @@ class EvaluationSetup(LoaderSetup):
 
     shard_set: ShardSet
     views: EvaluationViews = field(default_factory=EvaluationViews)
-    """Views of each sample."""
     num_lanes: int | None = None
     """Parallel runs through the set; 1 gives the set's own order, None as many as in training."""
 

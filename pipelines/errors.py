@@ -44,11 +44,7 @@ class QuarantineBudgetError(DataDamageError):
 
 
 def check_range(settings: object, section: str, *names: str, low: int, high: int | None = None) -> None:
-    """Refuse settings outside `low` to `high`; None is none.
-
-    Raises:
-        UserInputError: names the setting in its section, and what is expected.
-    """
+    """Raise `UserInputError` for a setting outside `low` to `high`, by its name in `section`; None is none."""
     for name in names:
         value = getattr(settings, name)
         if value is not None and not (low <= value and (high is None or value <= high)):
@@ -57,7 +53,7 @@ def check_range(settings: object, section: str, *names: str, low: int, high: int
 
 
 def check_intervals(settings: object, section: str, *names: str) -> None:
-    """Refuse pairs that are no interval of positive numbers; raises as `check_range`."""
+    """Raise `UserInputError` for pairs that are no interval of positive numbers."""
     for name in names:
         low, high = getattr(settings, name)
         if not 0 < low <= high < math.inf:

@@ -30,17 +30,6 @@ class _Generator(threading.local):
     def __init__(self) -> None:
         self.philox = np.random.Philox(key=0)
 
-    def set_key(self, key: NDArray[np.uint64]) -> None:
-        """Begin the stream of `key`, two words, at counter zero."""
-        self.philox.state = {
-            "bit_generator": "Philox",
-            "state": {"counter": _COUNTER_ZERO, "key": key},
-            "buffer": _COUNTER_ZERO,
-            "buffer_pos": _USED_UP,
-            "has_uint32": 0,
-            "uinteger": 0,
-        }
-
 
 _GENERATOR = _Generator()
 
@@ -48,7 +37,14 @@ _GENERATOR = _Generator()
 def raw_words(key: Key, count: int) -> NDArray[np.uint64]:
     """Return the first `count` 64-bit words of the stream named by `key`."""
     digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=16).digest()
-    _GENERATOR.set_key(np.frombuffer(digest, "<u8"))
+    _GENERATOR.philox.state = {
+        "bit_generator": "Philox",
+        "state": {"counter": _COUNTER_ZERO, "key": np.frombuffer(digest, "<u8")},
+        "buffer": _COUNTER_ZERO,
+        "buffer_pos": _USED_UP,
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
     next_word = _GENERATOR.philox.random_raw
     words: NDArray[np.uint64]
     words = next_word(count) if count > _FEW else np.array([next_word() for _ in range(count)], dtype=np.uint64)

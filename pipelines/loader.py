@@ -20,92 +20,94 @@ from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ca2st.batch import ClipBatch, Mixing
+from ca2st.batch import ClipBatch
 from ca2st.errors import CA2STError, UserInputError
 from ca2st.processes import num_cores
 from ca2st.spec import MEL_ROW_SECONDS, ClipSpec
-from pipelines.augment.mixing import PairMixing
 from pipelines.augment.spectrogram import mel_view
 from pipelines.config import EvaluationSetup, LoaderConfig, TrainSetup
 from pipelines.decode.backends import make_backend
 from pipelines.errors import LoaderClosedError, SampleDamageError
-from pipelines.order.plan import SamplePlan
-from pipelines.quarantine import DamageGuard, PlannedCell, Quarantine, Replacements, cells_of, quarantine_limit
+from pipelines.order.plan import PlannedSample, SamplePlan
+from pipelines.quarantine import DamageGuard, Quarantine, quarantine_limit, replacements
 from pipelines.rendering import RenderRequest, ViewBackend
 from pipelines.storage.index import SampleEntry
-from pipelines.storage.remote import ShardsAhead
 from pipelines.storage.samples import FetchedSample
-from pipelines.storage.shard_sets import SetReaders
+from pipelines.storage.shard_sets import SetReaders, ShardsAhead
 from pipelines.threads import LoaderThreads, StageStats, StallWatch, StatsRecorder, prefetched
-from pipelines.views import (
-    ClipFacts,
-    Draws,
-    EvaluationDraws,
-    EvaluationViews,
-    SamplingConfig,
-    TrainDraws,
-    VaryingRate,
-    ViewDraw,
-    frames_per_second,
-)
+from pipelines.views import ClipFacts, Draws, EvaluationDraws, EvaluationViews, SamplingConfig, TrainDraws, ViewDraw
 from sharding.format.index import TICKS_PER_SECOND
 from sharding.format.shard_set import read_shard_set
 
-L = TypeVar("L", bound="RankLoader")
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
+
+
+_FETCH_AHEAD_STEPS = 2
+"""Steps whose bytes are read while earlier ones are rendered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    planned: PlannedSample
+    """What was read: for a place in quarantine, its replacement."""
+    sample: FetchedSample
+    labels: list[int]
+    views: tuple[ViewDraw, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """This rank's places of one step, and what is needed to fill them."""
+
+    epoch: int
+    number: int
+    planned: list[PlannedSample]
+    draws: Draws
 
 
 class RankLoader:
     """What training and evaluation share: the rank's part of planned shard sets, made into batches."""
 
-    def __init__(
-        self, setup: TrainSetup | EvaluationSetup, plan: SamplePlan, quarantine: Quarantine | None = None
-    ) -> None:
+    def __init__(self, setup: TrainSetup | EvaluationSetup, plan: SamplePlan) -> None:
         """Make the parts; where one of them cannot be made, those made before it are closed."""
         plan.require_enough(world_size=setup.world_size)
-        self._rank_of = f"rank {setup.rank} of {setup.world_size}"
+        self._setup, self._plan, self._stats = setup, plan, StatsRecorder()
         self._positions = plan.positions(setup.rank, setup.world_size)
         self.record = plan.record
         """What the order depends on: kept with every checkpoint, where a resume compares it field by field."""
         self.num_samples = plan.num_samples
         """Different samples that are read."""
-        loader, self._stats, self._closed = setup.loader, StatsRecorder(), False
-        self._prefetch_steps = loader.prefetch_steps
-        self._watch = StallWatch(self._stats, timeout_seconds=loader.stall_timeout_seconds)
+        self._watch = StallWatch(self._stats, timeout_seconds=setup.loader.stall_timeout_seconds)
         self._iterators: weakref.WeakSet[Generator[ClipBatch, None, None]] = weakref.WeakSet()
+        self._closed = False
+        self._guard: DamageGuard | None = None
+        """Keeps damaged samples out; None: the first one ends the run."""
         with ExitStack() as opened:
             self._sets = SetReaders(
                 setup.shard_sets,
                 setup.clip,
                 setup.targets,
                 stats=self._stats,
-                verify=loader.verify,
-                index_cache_bytes=loader.index_cache_bytes,
+                verify=setup.loader.verify,
+                index_cache_bytes=setup.loader.index_cache_bytes,
             )
             opened.callback(self._sets.close)
-            backend = _backend(setup, self._stats)
-            opened.callback(backend.close)
+            self._backend = _backend(setup, self._stats)
+            opened.callback(self._backend.close)
             self._opened = opened.pop_all()
-        guard = None
-        if quarantine is not None:
-            guard = DamageGuard(quarantine=quarantine, sets=self._sets, stats=self._stats, rank=setup.rank)
-        self._assembler = BatchAssembler(
-            setup=setup, plan=plan, sets=self._sets, backend=backend, stats=self._stats, guard=guard
-        )
 
     @property
     def backend_name(self) -> str:
         """The backend in use, ``auto`` resolved."""
-        return self._assembler.backend.name
+        return self._backend.name
 
     @property
     def stats(self) -> StageStats:
@@ -121,19 +123,18 @@ class RankLoader:
             return  # a thread that hangs may hold their locks: they end with the process
         self._opened.close()
 
-    def __enter__(self: L) -> L:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_raised: object) -> None:
         self.close()
 
-    def _started(self, source: Generator[ClipBatch, None, None]) -> Iterator[ClipBatch]:
-        """Make the batches of `source` ahead of the consumer, and end it when this loader is closed."""
+    def _started(self, epoch: int, draws: Draws, first_step: int = 0) -> Iterator[ClipBatch]:
+        """Make batches ahead of the consumer, until this loader is closed."""
         if self._closed:
             raise LoaderClosedError("the loader is closed; make a new one for more batches")
-        iterator = self._counted(prefetched(source, self._prefetch_steps, watch=self._watch))
+        source = self._assembled(epoch, draws, first_step)
+        iterator = self._counted(prefetched(source, self._setup.loader.prefetch_steps, watch=self._watch))
         self._iterators.add(iterator)
         return iterator
 
@@ -144,7 +145,7 @@ class RankLoader:
                     with self._stats.timed("wait_seconds"):
                         batch = next(source, None)
                 except CA2STError as error:
-                    error.add_note(f"raised by the loader of {self._rank_of}")
+                    error.add_note(f"raised by the loader of rank {self._setup.rank} of {self._setup.world_size}")
                     raise
                 if batch is None:
                     return
@@ -152,9 +153,128 @@ class RankLoader:
                 self._stats.add("views", batch.num_clips)
                 yield batch
 
+    def _assembled(self, epoch: int, draws: Draws, first_step: int) -> Generator[ClipBatch, None, None]:
+        """Yield a batch per step, others being read and rendered meanwhile; closing it ends its threads."""
+        # A plan caches the blocks of the step it was last asked for: each reader of other steps gets its own.
+        plan, later = self._plan.epoch(epoch), self._plan.epoch(epoch)
+        positions, loader = self._positions, self._setup.loader
+        lanes = -(-len(positions) * self.record.num_lanes // self.record.global_batch_size)
+        numbers = range(first_step, plan.num_steps)
+
+        def shards_of(step: int) -> set[int]:
+            return {planned.shard for planned in later.samples(step, positions)}
+
+        with (
+            closing(ShardsAhead(self._sets, shards_of, numbers, most_waiting=lanes)) as shards_ahead,
+            closing(LoaderThreads("clip-render", loader.rendered_at_once)) as renderers,
+            closing(LoaderThreads("clip-fetch", loader.fetch_threads)) as readers,
+        ):
+
+            def read(number: int) -> tuple[_Step, list[Future[_Prepared]]]:
+                shards_ahead.reached(number)
+                step = _Step(epoch=epoch, number=number, planned=plan.samples(number, positions), draws=draws)
+                if self._guard is None:
+                    return step, [readers.submit(self._prepare, one, draws) for one in step.planned]
+                return step, [readers.submit(self._prepare_undamaged, step, place) for place in range(len(positions))]
+
+            being_read = _begun_ahead(map(read, numbers), _FETCH_AHEAD_STEPS)
+            rendered = (renderers.submit(self._batch, step, futures) for step, futures in being_read)
+            yield from map(Future.result, _begun_ahead(rendered, loader.rendered_at_once - 1))
+
+    def _prepare(self, planned: PlannedSample, draws: Draws) -> _Prepared:
+        """Draw the views of a planned sample and read its bytes."""
+        reader, own_shard = self._sets.find(planned.shard)
+        with self._stats.timed("index_seconds"):
+            entry = reader.indexes.entry(own_shard, planned.row)
+            facts = ClipFacts(key=entry.key, frame_ticks=entry.frame_ticks, mel_rows=entry.mel_rows)
+            views = draws.views(facts, repeat=planned.repeat)
+        sample = reader.fetch(entry, [index for view in views for index in view.frame_indices])
+        return _Prepared(planned=planned, sample=sample, labels=self._sets.labels(planned.shard, entry), views=views)
+
+    def _prepare_undamaged(self, step: _Step, place: int) -> _Prepared:
+        """`_prepare` the sample of a place or, where the guard keeps that out, a replacement."""
+        assert self._guard is not None
+        others = replacements(self._plan, step.epoch, step.number, self._positions[place])
+        return self._guard.read(
+            step.planned[place], others, lambda one: self._prepare(one, step.draws), step=step.number
+        )
+
+    def _batch(self, step: _Step, futures: list[Future[_Prepared]]) -> ClipBatch:
+        prepared, video = self._rendered(step, [future.result() for future in futures])
+        flat = [(one, view) for one in prepared for view in one.views]
+        has_audio = [one.sample.entry.has_audio for one, _ in flat]
+        clip = self._setup.clip
+        mels = [
+            mel_view(
+                one.sample.mel,
+                start_row=view.mel_start_row,
+                num_rows=clip.mel_rows,
+                has_audio=one.sample.entry.has_audio,
+                draw=view.spectrogram,
+            )
+            for one, view in flat
+        ]
+        return ClipBatch(
+            video=video,
+            mel=torch.from_numpy(np.stack(mels)),
+            intervals_seconds=torch.stack([intervals_seconds(one.sample.entry, view, clip) for one, view in flat]),
+            labels=torch.tensor([one.labels for one, _ in flat], dtype=torch.int64),
+            labelling=self._sets.labelling,
+            sample_ids=tuple(one.sample.entry.key for one, _ in flat),
+            has_audio=torch.tensor(has_audio),
+            is_padding=torch.tensor([one.planned.is_padding for one, _ in flat]),
+            mixing=step.draws.mixing(step.number, has_audio),
+        )
+
+    def _rendered(
+        self, step: _Step, prepared: list[_Prepared]
+    ) -> tuple[list[_Prepared], UInt8[Tensor, "views 3 time height width"]]:
+        """Render a step's samples, those in place of samples that cannot be decoded among them."""
+        while True:
+            try:
+                return prepared, self._render(prepared)
+            except SampleDamageError:
+                if self._guard is None:
+                    raise
+                replaced = [self._decodable(step, place, one) for place, one in enumerate(prepared)]
+                if all(one is other for one, other in zip(prepared, replaced, strict=True)):
+                    raise
+                prepared = replaced
+
+    def _decodable(self, step: _Step, place: int, prepared: _Prepared) -> _Prepared:
+        """Return the sample at `place`, or a replacement if its own pictures cannot be decoded."""
+        assert self._guard is not None
+        try:
+            self._render([prepared])
+        except SampleDamageError as error:
+            self._guard.reject(prepared.planned, error, step=step.number)
+            return self._prepare_undamaged(step, place)
+        return prepared
+
+    def _render(self, prepared: Sequence[_Prepared]) -> UInt8[Tensor, "views 3 time height width"]:
+        """Render a request per clip: its frames are decoded once for all of its crops."""
+        requests = []
+        for one in prepared:
+            sample, views_per_clip = one.sample, self._setup.views_per_clip
+            for first in range(0, len(one.views), views_per_clip):
+                views = one.views[first : first + views_per_clip]
+                requests.append(
+                    RenderRequest(
+                        frames=sample.clip_frames(views[0].frame_indices),
+                        boxes=tuple(view.crop.box(height=sample.height, width=sample.width) for view in views),
+                        flip=views[0].flip,
+                        augment=views[0].augment,
+                        erased=views[0].erased,
+                        where=sample.entry.where,
+                    )
+                )
+        return self._backend.render(requests)
+
 
 class TrainLoader(RankLoader):
     """Shuffled, augmented batches of one rank, equal in number on every rank, resumable at any (epoch, step)."""
+
+    _setup: TrainSetup
 
     def __init__(self, setup: TrainSetup) -> None:
         """Check the sets and make the backend; no thread of its own starts before the first batch is asked for.
@@ -167,15 +287,19 @@ class TrainLoader(RankLoader):
             QuarantineBudgetError: earlier attempts found more damage than the budget allows.
             EnvironmentFault: the backend asked for is not here, or the cache or quarantine cannot be used.
         """
-        plan = setup.plan()
-        super().__init__(setup, plan, _quarantine(setup, plan.num_samples))
+        plan, loader = setup.plan(), setup.loader
+        super().__init__(setup, plan)
         with ExitStack() as on_error:
             on_error.callback(self.close)
+            if loader.on_error == "quarantine":
+                budget, percent = loader.quarantine_budget, loader.quarantine_percent
+                most = quarantine_limit(budget=budget, percent=percent, num_samples=plan.num_samples)
+                quarantine = Quarantine(setup.quarantine_folder, most=most)
+                self._guard = DamageGuard(quarantine, sets=self._sets, stats=self._stats, rank=setup.rank)
             lines = [plan.describe(), *self._sets.stride_notes(setup.sampling)]
             on_error.pop_all()
         for line in lines if setup.rank == 0 else []:
             _log.info("%s", line)
-        self._setup = setup
         self.steps_per_epoch = plan.num_steps
         """Batches of an epoch; the same on every rank."""
 
@@ -198,7 +322,7 @@ class TrainLoader(RankLoader):
             epoch=epoch,
             first_pair=self._positions.start // 2,
         )
-        return self._started(self._assembler.batches(epoch, draws, first_step))
+        return self._started(epoch, draws, first_step)
 
 
 class EvaluationLoader(RankLoader):
@@ -217,12 +341,8 @@ class EvaluationLoader(RankLoader):
         return self._sets.sample_ids()
 
     def batches(self) -> Iterator[ClipBatch]:
-        """Return this rank's batches; entries that only fill the last ones have `is_padding` set.
-
-        Raises:
-            DataDamageError: as in training.
-        """
-        return self._started(self._assembler.batches(0, self._draws))
+        """Return this rank's batches; entries that only fill the last ones have `is_padding` set."""
+        return self._started(0, self._draws)
 
 
 def read_batches(
@@ -266,14 +386,6 @@ def read_batches(
         yield from batches.batches()
 
 
-def _quarantine(setup: TrainSetup, num_samples: int) -> Quarantine | None:
-    loader = setup.loader
-    if loader.on_error == "fail":
-        return None
-    most = quarantine_limit(budget=loader.quarantine_budget, percent=loader.quarantine_percent, num_samples=num_samples)
-    return Quarantine(setup.quarantine_folder, most=most)
-
-
 def _backend(setup: TrainSetup | EvaluationSetup, stats: StatsRecorder) -> ViewBackend:
     short_sides: dict[str, int] = {}  # by codec, the smallest of the sets
     videos = [shard_set.manifest.video for shard_set in setup.shard_sets]
@@ -293,150 +405,6 @@ def _backend(setup: TrainSetup | EvaluationSetup, stats: StatsRecorder) -> ViewB
     )
 
 
-_FETCH_AHEAD_STEPS = 2
-"""Steps whose bytes are read while earlier ones are rendered."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Prepared:
-    cell: PlannedCell
-    """What was read: for a place in quarantine, its replacement."""
-    sample: FetchedSample
-    labels: list[int]
-    views: tuple[ViewDraw, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Step:
-    """This rank's places of one step, and what is needed to fill them."""
-
-    number: int
-    positions: range
-    """Of the places in the global batch."""
-    cells: list[PlannedCell]
-    draws: Draws
-    replacements: Replacements
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchAssembler:
-    """Turns the planned samples of a rank into ClipBatches."""
-
-    setup: TrainSetup | EvaluationSetup
-    plan: SamplePlan
-    sets: SetReaders
-    backend: ViewBackend
-    stats: StatsRecorder
-    guard: DamageGuard | None = None
-    """Keeps damaged samples out; None: the first one ends the run."""
-
-    def batches(self, epoch: int, draws: Draws, first_step: int = 0) -> Generator[ClipBatch, None, None]:
-        """Yield a batch per step, others being read and rendered meanwhile; closing it ends its threads."""
-        # A plan caches the blocks of the step it was last asked for: each reader of other steps gets its own.
-        plan, later, others = (self.plan.epoch(epoch) for _ in range(3))
-        record, positions = self.plan.record, self.plan.positions(self.setup.rank, self.setup.world_size)
-        replacements = Replacements(others, global_batch_size=record.global_batch_size)
-        lanes = -(-len(positions) * record.num_lanes // record.global_batch_size)
-        numbers = range(first_step, plan.num_steps)
-        at_once = self.setup.loader.rendered_at_once
-
-        def shards_of(step: int) -> set[int]:
-            return set(later.samples(step, positions).shards.tolist())
-
-        with (
-            ShardsAhead(self.sets, shards_of, numbers, most_waiting=lanes) as shards_ahead,
-            closing(LoaderThreads("clip-render", at_once)) as renderers,
-            closing(LoaderThreads("clip-fetch", self.setup.loader.fetch_threads)) as readers,
-        ):
-
-            def read(number: int) -> tuple[_Step, list[Future[_Prepared]]]:
-                shards_ahead.reached(number)
-                cells = cells_of(plan.samples(number, positions))
-                step = _Step(number=number, positions=positions, cells=cells, draws=draws, replacements=replacements)
-                if self.guard is None:
-                    return step, [readers.submit(self._prepare, cell, draws) for cell in cells]
-                return step, [readers.submit(self._prepare_undamaged, step, place) for place in range(len(cells))]
-
-            being_read = _begun_ahead(map(read, numbers), _FETCH_AHEAD_STEPS)
-            rendered = (renderers.submit(self._batch, step, futures) for step, futures in being_read)
-            yield from map(Future.result, _begun_ahead(rendered, at_once - 1))
-
-    def _prepare(self, cell: PlannedCell, draws: Draws) -> _Prepared:
-        """Draw the views of a planned sample and read its bytes."""
-        reader, own_shard = self.sets.find(cell.shard)
-        with self.stats.timed("index_seconds"):
-            entry = reader.indexes.entry(own_shard, cell.row)
-            views = draws.views(_facts(entry), repeat=cell.repeat)
-        sample = reader.fetch(entry, [index for view in views for index in view.frame_indices])
-        return _Prepared(cell=cell, sample=sample, labels=self.sets.labels(cell.shard, entry), views=views)
-
-    def _prepare_undamaged(self, step: _Step, place: int) -> _Prepared:
-        """`_prepare` the sample of a place or, where the guard keeps that out, a replacement."""
-        assert self.guard is not None
-        replacements = step.replacements.of(step.number, step.positions[place])
-        return self.guard.read(
-            step.cells[place], replacements, lambda cell: self._prepare(cell, step.draws), step=step.number
-        )
-
-    def _batch(self, step: _Step, futures: list[Future[_Prepared]]) -> ClipBatch:
-        prepared, video = self._rendered(step, [future.result() for future in futures])
-        flat = [(one, view) for one in prepared for view in one.views]
-        has_audio = [one.sample.entry.has_audio for one, _ in flat]
-        mixed = step.draws.mixing(step.number, has_audio)
-        return ClipBatch(
-            video=video,
-            mel=torch.from_numpy(np.stack([self._mel(one.sample, view) for one, view in flat])),
-            intervals_seconds=torch.stack([self._intervals(one.sample.entry, view) for one, view in flat]),
-            labels=torch.tensor([one.labels for one, _ in flat], dtype=torch.int64),
-            labelling=self.sets.labelling,
-            sample_ids=tuple(one.sample.entry.key for one, _ in flat),
-            has_audio=torch.tensor(has_audio),
-            is_padding=torch.tensor([one.cell.is_padding for one, _ in flat]),
-            mixing=None if mixed is None else mixing_of(mixed),
-        )
-
-    def _rendered(
-        self, step: _Step, prepared: list[_Prepared]
-    ) -> tuple[list[_Prepared], UInt8[Tensor, "views 3 time height width"]]:
-        """Render a step's samples, those in place of samples that cannot be decoded among them."""
-        while True:
-            try:
-                return prepared, self.backend.render(self._requests(prepared))
-            except SampleDamageError:
-                if self.guard is None:
-                    raise
-                replaced = [self._decodable(step, place, one) for place, one in enumerate(prepared)]
-                if all(one is other for one, other in zip(prepared, replaced, strict=True)):
-                    raise
-                prepared = replaced
-
-    def _decodable(self, step: _Step, place: int, prepared: _Prepared) -> _Prepared:
-        """Return the sample at `place`, or a replacement if its own pictures cannot be decoded."""
-        assert self.guard is not None
-        try:
-            self.backend.render(self._requests([prepared]))
-        except SampleDamageError as error:
-            self.guard.reject(prepared.cell, error, step=step.number)
-            return self._prepare_undamaged(step, place)
-        return prepared
-
-    def _requests(self, prepared: Sequence[_Prepared]) -> list[RenderRequest]:
-        return [request for one in prepared for request in _requests(one, self.setup.views_per_clip)]
-
-    def _mel(self, sample: FetchedSample, view: ViewDraw) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-        return mel_view(
-            sample.mel,
-            start_row=view.mel_start_row,
-            num_rows=self.setup.clip.mel_rows,
-            has_audio=sample.entry.has_audio,
-            draw=view.spectrogram,
-        )
-
-    def _intervals(self, entry: SampleEntry, view: ViewDraw) -> Float[Tensor, "intervals 2"]:
-        ticks = entry.frame_ticks[list(view.frame_indices)].tolist()
-        return intervals_seconds(ticks, view.mel_start_row - view.spectrogram.roll, self.setup.clip)
-
-
 def _begun_ahead(items: Iterable[T], count: int) -> Iterator[T]:
     """Yield the items in order, each after `count` more were asked for: what these stand for has begun by then."""
     waiting = deque[T]()
@@ -448,47 +416,9 @@ def _begun_ahead(items: Iterable[T], count: int) -> Iterator[T]:
         yield waiting.popleft()
 
 
-def intervals_seconds(ticks: Sequence[int], mel_start_row: int, clip: ClipSpec) -> Float[Tensor, "intervals 2"]:
-    """Return row 0: the spectrogram crop, padding included. Then the stored times of frames 2k and 2k+1.
-
-    `ticks` are those of the view's frames, in 1/90000 s.
-    """
-    mel = torch.tensor([[mel_start_row, mel_start_row + clip.mel_rows]], dtype=torch.float64) * MEL_ROW_SECONDS
-    frames = torch.tensor(ticks, dtype=torch.float64).view(-1, 2) / TICKS_PER_SECOND
+def intervals_seconds(entry: SampleEntry, view: ViewDraw, clip: ClipSpec) -> Float[Tensor, "intervals 2"]:
+    """Return row 0: the spectrogram crop, padding included. Then the stored times of frames 2k and 2k+1."""
+    first_row, ticks = view.mel_start_row - view.spectrogram.roll, entry.frame_ticks[list(view.frame_indices)]
+    mel = torch.tensor([[first_row, first_row + clip.mel_rows]], dtype=torch.float64) * MEL_ROW_SECONDS
+    frames = torch.tensor(ticks.tolist(), dtype=torch.float64).view(-1, 2) / TICKS_PER_SECOND
     return torch.cat([mel, frames]).float()
-
-
-def mixing_of(clips: Sequence[PairMixing]) -> Mixing:
-    """Return how the clips of a batch are mixed, in order, as the batch carries it."""
-    return Mixing(
-        video_share=torch.tensor([clip.video_share for clip in clips]),
-        video_box=torch.tensor([clip.video_box for clip in clips], dtype=torch.int64),
-        mel_share=torch.tensor([clip.mel_share for clip in clips]),
-        mel_box=torch.tensor([clip.mel_box for clip in clips], dtype=torch.int64),
-        label_share=torch.tensor([clip.label_share for clip in clips]),
-    )
-
-
-def _facts(entry: SampleEntry) -> ClipFacts:
-    return ClipFacts(
-        key=entry.key,
-        num_frames=entry.num_frames,
-        frames_per_second=frames_per_second(entry.frame_ticks, ticks_per_second=TICKS_PER_SECOND),
-        mel_rows=entry.mel_rows,
-        varying_rate=VaryingRate.of(entry.frame_ticks, ticks_per_second=TICKS_PER_SECOND),
-    )
-
-
-def _requests(prepared: _Prepared, views_per_clip: int) -> Iterator[RenderRequest]:
-    """Yield a request per clip: its frames are decoded once for all of its crops."""
-    sample = prepared.sample
-    for first in range(0, len(prepared.views), views_per_clip):
-        views = prepared.views[first : first + views_per_clip]
-        yield RenderRequest(
-            frames=sample.clip_frames(views[0].frame_indices),
-            boxes=tuple(view.crop.box(height=sample.height, width=sample.width) for view in views),
-            flip=views[0].flip,
-            augment=views[0].augment,
-            erased=views[0].erased,
-            where=sample.entry.where,
-        )

@@ -15,14 +15,15 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 from ca2st.checked_json import DocumentError, canonical_json, read_json
 from ca2st.durable import write_bytes
 from ca2st.errors import DataDamageError, EnvironmentFault, listed
 from pipelines.errors import QuarantineBudgetError, SampleDamageError
-from pipelines.order.plan import EpochPlan, PlannedSamples
+from pipelines.order.plan import PlannedSample, SamplePlan
 from pipelines.storage.shard_sets import SetReaders
 from pipelines.threads import StatsRecorder
 
@@ -40,17 +41,13 @@ class QuarantinedSample:
     fingerprint: str
     """Of its set's manifest."""
     shard: str
-    """File name of its shard."""
     row: int
-    """Its row in the shard's index."""
     key: str
     """Its key; empty where the index itself is wrong."""
     what: str
-    """The damage."""
     step: int
     """Step of the epoch at which it was found."""
     rank: int
-    """Rank that found it."""
 
     @property
     def place(self) -> tuple[str, str, int]:
@@ -70,8 +67,8 @@ class Quarantine:
         """Read what earlier attempts found; `folder` None keeps it in memory alone, `most` is the budget.
 
         Raises:
-            EnvironmentFault: the folder cannot be read.
             QuarantineBudgetError: more are in it than the budget allows.
+            EnvironmentFault: the folder cannot be read.
         """
         self._folder, self._most = folder, most
         self._lock = threading.Lock()
@@ -133,88 +130,56 @@ def quarantine_limit(*, budget: int, percent: float, num_samples: int) -> int:
 T = TypeVar("T")
 
 
-class PlannedCell(NamedTuple):
-    """One place of a batch, as the plan fills it."""
-
-    shard: int
-    row: int
-    repeat: int
-    is_padding: bool
-
-
-def cells_of(planned: PlannedSamples) -> list[PlannedCell]:
-    """Return the places of some planned samples, in order."""
-    columns = (planned.shards, planned.rows, planned.repeats, planned.is_padding)
-    return [PlannedCell(*cell) for cell in zip(*(column.tolist() for column in columns), strict=True)]
+def replacements(plan: SamplePlan, epoch: int, step: int, position: int) -> Iterator[PlannedSample]:
+    """Yield candidates for `position` of the global batch of `step`, in the order in which they are tried."""
+    order, batch = plan.epoch(epoch), plan.record.global_batch_size
+    later = (((step + ahead) % order.num_steps, position) for ahead in range(1, order.num_steps))
+    beside = ((step, (position + ahead) % batch) for ahead in range(1, batch))
+    for number, other in chain(later, beside):
+        yield from order.samples(number, range(other, other + 1))
 
 
-class Replacements:
-    """Candidates for the places of one epoch; safe to use from several threads."""
-
-    def __init__(self, plan: EpochPlan, *, global_batch_size: int) -> None:
-        """`plan` is asked from here alone."""
-        self._plan, self._batch, self._lock = plan, global_batch_size, threading.Lock()
-
-    def of(self, step: int, position: int) -> Iterator[PlannedCell]:
-        """Yield candidates for `position` of the global batch of `step`, in the order in which they are tried."""
-        for later in range(1, self._plan.num_steps):
-            yield self._cell((step + later) % self._plan.num_steps, position)
-        for other in range(1, self._batch):
-            yield self._cell(step, (position + other) % self._batch)
-
-    def _cell(self, step: int, position: int) -> PlannedCell:
-        with self._lock:
-            return cells_of(self._plan.samples(step, range(position, position + 1)))[0]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class DamageGuard:
     """Keeps damaged samples out of training batches, within the quarantine's budget."""
 
-    quarantine: Quarantine
-    sets: SetReaders
-    stats: StatsRecorder
-    rank: int
+    def __init__(self, quarantine: Quarantine, *, sets: SetReaders, stats: StatsRecorder, rank: int) -> None:
+        self._quarantine, self._sets, self._stats, self._rank = quarantine, sets, stats, rank
 
     def read(
-        self, cell: PlannedCell, replacements: Iterable[PlannedCell], read: Callable[[PlannedCell], T], *, step: int
+        self, planned: PlannedSample, others: Iterable[PlannedSample], read: Callable[[PlannedSample], T], *, step: int
     ) -> T:
-        """Return what `read` makes of the cell, or of the first of its replacements that is not damaged.
+        """Return what `read` makes of the planned sample, or of the first of its replacements that is not damaged.
 
         Raises:
             DataDamageError: the budget is exceeded, or every replacement is damaged.
         """
-        if (made := self._tried(cell, read, step)) is not None:
-            return made[0]
-        for other in replacements:
-            if (made := self._tried(other, read, step)) is not None:
-                self.stats.add("quarantined", 1)
-                return made[0]
+        for tried in chain([planned], others):
+            if self._place(tried) in self._quarantine:
+                continue
+            try:
+                made = read(tried)
+            except SampleDamageError as error:
+                self.reject(tried, error, step=step)
+                continue
+            if tried is not planned:
+                self._stats.add("quarantined", 1)
+            return made
         raise DataDamageError(f"step {step}: no undamaged sample is left to fill a place of the batch; repair the data")
 
-    def reject(self, cell: PlannedCell, error: SampleDamageError, *, step: int) -> None:
+    def reject(self, sample: PlannedSample, error: SampleDamageError, *, step: int) -> None:
         """Put a sample into quarantine; raises as `Quarantine.add`."""
-        reader, shard = self.sets.find(cell.shard)
+        reader, shard = self._sets.find(sample.shard)
         try:
-            key = reader.indexes.entry(shard, cell.row).key
+            key = reader.indexes.entry(shard, sample.row).key
         except SampleDamageError:
             key = ""
-        fingerprint, name, row = self._place(cell)
-        self.quarantine.add(
+        fingerprint, name, row = self._place(sample)
+        self._quarantine.add(
             QuarantinedSample(
-                fingerprint=fingerprint, shard=name, row=row, key=key, what=str(error), step=step, rank=self.rank
+                fingerprint=fingerprint, shard=name, row=row, key=key, what=str(error), step=step, rank=self._rank
             )
         )
 
-    def _tried(self, cell: PlannedCell, read: Callable[[PlannedCell], T], step: int) -> tuple[T] | None:
-        if self._place(cell) in self.quarantine:
-            return None
-        try:
-            return (read(cell),)
-        except SampleDamageError as error:
-            self.reject(cell, error, step=step)
-            return None
-
-    def _place(self, cell: PlannedCell) -> tuple[str, str, int]:
-        reader, shard = self.sets.find(cell.shard)
-        return reader.fingerprint, reader.shard_set.shards[shard].name, cell.row
+    def _place(self, sample: PlannedSample) -> tuple[str, str, int]:
+        reader, shard = self._sets.find(sample.shard)
+        return reader.fingerprint, reader.shard_set.shards[shard].name, sample.row

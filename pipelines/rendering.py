@@ -24,7 +24,6 @@ class VideoMember:
     """A clip as a video file: frames depend on others, so the whole member was read."""
 
     data: bytes
-    """The file."""
     codec: str
     """Name of the codec as in the manifest: h264, hevc, vp9."""
     frame_indices: tuple[int, ...]
@@ -44,7 +43,6 @@ class RenderRequest:
     boxes: tuple[CropBox, ...]
     """One per view, inside the picture."""
     flip: bool
-    """Mirror every view."""
     where: str
     """Shard and key, for messages."""
     augment: ImageAugment | None = None

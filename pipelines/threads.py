@@ -9,12 +9,14 @@ from a file server that is gone, and the process never ends. These are daemons: 
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future
-from contextlib import closing, contextmanager
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Any, Generic, ParamSpec, TypeVar
+from itertools import islice
+from typing import Any, ParamSpec, TypeVar
 
 from ca2st.errors import listed
 from pipelines.errors import LoaderStalledError
@@ -40,7 +42,6 @@ class StageStats:
     index_seconds: float = 0.0
     """Finding a sample in its shard's index, and drawing its view."""
     fetch_seconds: float = 0.0
-    """Reading bytes."""
     checksum_seconds: float = 0.0
     """Comparing them with the index."""
     decode_seconds: float = 0.0
@@ -54,7 +55,6 @@ class StageStats:
     cache_misses: int = 0
     """Remote sets: shards and indexes that this process fetched."""
     downloaded_bytes: int = 0
-    """Bytes that came from servers."""
     download_seconds: float = 0.0
     """Seconds in which they came, all threads together: requests that were answered."""
     retries: int = 0
@@ -76,7 +76,6 @@ class ActiveStage:
     """What a thread is busy with."""
 
     stage: str
-    """``fetch``, ``decode``, ..."""
     where: str
     """Shard and sample, where known."""
     thread: str
@@ -102,14 +101,24 @@ class StatsRecorder:
     @contextmanager
     def timed(self, name: str, *, where: str = "") -> Iterator[None]:
         """Add the duration of the block to the total of that name; `where` names what is worked on, for a stall."""
-        stage = ActiveStage(name.removesuffix("_seconds"), where, threading.current_thread().name, time.monotonic())
-        outer = self._enter(threading.get_ident(), stage)
+        thread, thread_name = threading.get_ident(), threading.current_thread().name
+        stage = ActiveStage(name.removesuffix("_seconds"), where, thread_name, time.monotonic())
+        with self._lock:
+            outer = self._active.get(thread)
+            self._active[thread] = stage
+            self._last_change = stage.since
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.add(name, time.perf_counter() - start)
-            self._leave(threading.get_ident(), outer)
+            passed = time.perf_counter() - start
+            with self._lock:
+                self._totals[name] += passed
+                self._last_change = time.monotonic()
+                if outer is None:
+                    del self._active[thread]
+                else:
+                    self._active[thread] = outer
 
     def snapshot(self) -> StageStats:
         """Return the totals so far."""
@@ -126,20 +135,6 @@ class StatsRecorder:
         """Return the stages that threads are in now, the longest first."""
         with self._lock:
             return sorted(self._active.values(), key=lambda stage: stage.since)
-
-    def _enter(self, thread: int, stage: ActiveStage) -> ActiveStage | None:
-        with self._lock:
-            outer = self._active.get(thread)
-            self._active[thread] = stage
-            self._last_change = stage.since
-        return outer
-
-    def _leave(self, thread: int, outer: ActiveStage | None) -> None:
-        with self._lock:
-            if outer is None:
-                del self._active[thread]
-            else:
-                self._active[thread] = outer
 
 
 P = ParamSpec("P")
@@ -164,11 +159,7 @@ class StallWatch:
         return time.monotonic() - max(waiting_since, self._stats.last_change) > self._timeout
 
     def check(self, waiting_since: float) -> None:
-        """Look once.
-
-        Raises:
-            LoaderStalledError: a stall; names the stages that threads are in, and on what.
-        """
+        """Raise `LoaderStalledError` where it has stalled; names the stages that threads are in, and on what."""
         if self.is_stalled(waiting_since):
             raise self.stalled(f"no batch, and no stage begun or ended, for {self._timeout:g} s")
 
@@ -202,71 +193,32 @@ def prefetched(source: Generator[T, None, None], depth: int, *, watch: StallWatc
     if depth == 0:
         yield from source
         return
-    worker = _Worker(source, depth, watch)
+    thread = LoaderThreads("clip-prefetch", 1)
+
+    def begun() -> "Future[list[T]]":
+        return thread.submit(list, islice(source, 1))  # empty at the end of the source
+
+    def awaited(call: "Future[list[T]]") -> list[T]:
+        begin = time.monotonic()
+        while not wait([call], watch.poll_seconds).done:
+            if thread.join(0.0) and not call.done():
+                raise watch.stalled("its thread has ended without a result")
+            watch.check(begin)
+        return call.result()
+
+    ahead = deque(begun() for _ in range(depth))
     try:
-        while isinstance(item := worker.take(), _Item):
-            yield item.value
-            worker.room.release()
-        if item.error is not None:
-            raise item.error
+        while made := awaited(ahead.popleft()):
+            yield from made
+            ahead.append(begun())
     finally:
-        worker.stop()
-
-
-@dataclass(frozen=True, slots=True)
-class _Item(Generic[T]):
-    value: T
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    error: BaseException | None
-
-
-class _Worker(Generic[T]):
-    def __init__(self, source: Generator[T, None, None], depth: int, watch: StallWatch) -> None:
-        self._source, self._watch = source, watch
-        self.room = threading.Semaphore(depth)
-        self._stopping = threading.Event()
-        self._done: queue.SimpleQueue[_Item[T] | _End] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="clip-prefetch", daemon=True)
-        self._thread.start()
-
-    def take(self) -> "_Item[T] | _End":
+        for call in ahead:
+            call.cancel()
+        thread.submit(source.close)
+        thread.end()
         begin = time.monotonic()
-        while True:
-            was_alive = self._thread.is_alive()
-            try:
-                return self._done.get(timeout=self._watch.poll_seconds)
-            except queue.Empty:
-                if not was_alive:
-                    raise self._watch.stalled("its thread has ended without a result") from None
-                self._watch.check(begin)
-
-    def stop(self) -> None:
-        self._stopping.set()
-        self.room.release()
-        begin = time.monotonic()
-        while self._thread.is_alive() and not self._watch.has_tripped:
-            if self._watch.is_stalled(begin):
-                self._watch.has_tripped = True
-            else:
-                self._thread.join(self._watch.poll_seconds)
-
-    def _run(self) -> None:
-        error: BaseException | None = None
-        try:
-            with closing(self._source) as items:
-                while self.room.acquire() and not self._stopping.is_set():
-                    try:
-                        value = next(items)
-                    except StopIteration:
-                        break
-                    self._done.put(_Item(value))
-                    del value  # the consumer alone keeps a batch alive
-        except BaseException as raised:  # noqa: BLE001 - carried to the consumer's thread and raised there
-            error = raised
-        self._done.put(_End(error))
+        while not watch.has_tripped and not thread.join(watch.poll_seconds):
+            watch.has_tripped = watch.is_stalled(begin)
 
 
 class LoaderThreads:
@@ -290,11 +242,20 @@ class LoaderThreads:
     def close(self, *, patience_seconds: float = 10.0) -> None:
         """Let running calls end, drop those that wait, and end the threads; one that hangs is left behind."""
         self._closing.set()
+        self.end()
+        self.join(patience_seconds)
+
+    def end(self) -> None:
+        """Have the threads end once they have made the calls that wait."""
         for _ in self._threads:
             self._calls.put(None)
-        deadline = time.monotonic() + patience_seconds
+
+    def join(self, seconds: float) -> bool:
+        """Wait at most so long for the threads to end; return whether they have."""
+        deadline = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
         while (waiting := self._calls.get()) is not None:

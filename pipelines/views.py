@@ -5,7 +5,7 @@ frames of the stored clip, T = `num_frames` of a view, random numbers in [0, 1).
 with floor, so no result depends on the rounding of a float.
 
 Where a clip's rate varies the same formulas choose moments in place of frames: n = its ticks, strides in ticks, and the
-view takes the frames on display at these moments (`VaryingRate`).
+view takes the frames on display at these moments (`Timeline`).
 """
 
 import math
@@ -18,15 +18,17 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ca2st.batch import Mixing
 from ca2st.errors import UserInputError, check_choice
 from ca2st.spec import ClipSpec
 from pipelines.augment.boxes import Crop, ErasedBox, RandomCrop, SquareCrop
 from pipelines.augment.config import AugmentConfig
-from pipelines.augment.mixing import MixingDraws, PairMixing
+from pipelines.augment.mixing import mixing_of
 from pipelines.augment.rand_augment import NUMBERS_PER_OPERATION, ImageAugment, parse_rand_augment
 from pipelines.augment.spectrogram import UNCHANGED, SpectrogramDraw
 from pipelines.errors import check_range
 from pipelines.keyed_random import Key, uniforms
+from sharding.format.index import TICKS_PER_SECOND
 
 Scheme = Literal["dense", "uniform"]
 ShortClip = Literal["reference", "spread"]
@@ -56,37 +58,29 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class VaryingRate:
-    """The times of a clip whose frames are not evenly spaced, counted from its first frame."""
+class Timeline:
+    """The scale on which a clip's frames are chosen: their numbers, or moments where their rate varies."""
 
-    ticks: NDArray[np.int32]
-    """Presentation time of every frame, never going back."""
-    ticks_per_second: int
+    length: int
+    """Frames, or ticks; a last frame lasts as long as frames do in the middle of their lengths."""
+    stride: int
+    """Of a dense window."""
+    ticks: NDArray[np.int32] | None = None
+    """Where the rate varies: the time of every frame from the first."""
 
     @classmethod
-    def of(cls, ticks: NDArray[np.int32], *, ticks_per_second: int) -> "VaryingRate | None":
-        """Return the times of a clip; None for a constant rate.
+    def of(cls, ticks: NDArray[np.int32], *, frame_stride: int) -> "Timeline":
+        """Return the scale of a clip whose frames have these times, for windows of every `frame_stride`-th frame."""
+        if not rate_varies(ticks):
+            return cls(len(ticks), scaled_stride(frame_stride, frames_per_second(ticks)))
+        length = int(ticks[-1] - ticks[0]) + max(1, int(np.median(np.diff(ticks))))
+        return cls(length, round(frame_stride * TICKS_PER_SECOND / _NOMINAL_RATE), ticks - ticks[0])
 
-        That is where no frame is more than half an interval off its place on an even grid from the first frame to the
-        last; rounded or jittering times of a constant rate stay on it.
-        """
-        times, last = ticks.astype(np.int64) - int(ticks[0]), len(ticks) - 1
-        if last < 2 or 2 * int(np.abs(times * last - np.arange(last + 1) * times[-1]).max()) <= times[-1]:
-            return None
-        return cls(ticks - ticks[0], ticks_per_second)
-
-    @property
-    def num_ticks(self) -> int:
-        """Length of the clip; its last frame lasts as long as frames do in the middle of their lengths."""
-        return int(self.ticks[-1]) + max(1, int(np.median(np.diff(self.ticks))))
-
-    def stride(self, frame_stride: int) -> int:
-        """Return the ticks of `frame_stride` frames at the nominal rate."""
-        return round(frame_stride * self.ticks_per_second / _NOMINAL_RATE)
-
-    def frames_at(self, moments: Frames) -> Frames:
-        """Return the frames on display at these ticks."""
-        return tuple((np.searchsorted(self.ticks, np.array(moments), side="right") - 1).tolist())
+    def frames_at(self, chosen: Frames) -> Frames:
+        """Return the frames on display at what was chosen."""
+        if self.ticks is None:
+            return chosen
+        return tuple((np.searchsorted(self.ticks, np.array(chosen), side="right") - 1).tolist())
 
 
 Protocol = Literal["validation", "test"]
@@ -125,21 +119,9 @@ class ClipFacts:
     """What a draw needs to know of a stored clip."""
 
     key: str
-    num_frames: int
-    frames_per_second: float
+    frame_ticks: NDArray[np.int32]
+    """Time of every frame in 1/90000 s, never going back."""
     mel_rows: int
-    varying_rate: VaryingRate | None = None
-    """Times of the frames, where these are not evenly spaced: views are then chosen by time."""
-
-    def clock(self, config: SamplingConfig) -> tuple[int, int]:
-        """Return the length of the clip and stride of a dense window: in frames, or in ticks where the rate varies."""
-        if self.varying_rate is None:
-            return self.num_frames, scaled_stride(config.frame_stride, self.frames_per_second)
-        return self.varying_rate.num_ticks, self.varying_rate.stride(config.frame_stride)
-
-    def frames_at(self, chosen: Frames) -> Frames:
-        """Return the frames at what was chosen on the scale of `clock`."""
-        return chosen if self.varying_rate is None else self.varying_rate.frames_at(chosen)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +138,6 @@ class ViewDraw:
     erased: tuple[ErasedBox, ...] = ()
     """Boxes painted over after it."""
     spectrogram: SpectrogramDraw = UNCHANGED
-    """What is done to the spectrogram."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,63 +170,55 @@ class TrainDraws:
     first_pair: int = 0
     """Where the rank's share begins in the global batch, in pairs of clips."""
 
-    def mixing(self, step: int, has_audio: Sequence[bool]) -> tuple[PairMixing, ...] | None:
-        """Return how each clip of the rank's share of `step` is mixed, by which have sound; None: not at all."""
+    def mixing(self, step: int, has_audio: Sequence[bool]) -> Mixing | None:
+        """Return how the rank's share of `step` is mixed, by which clips have sound; None: not at all."""
         if self.augment.mixing.probability == 0:
             return None
-        draws = MixingDraws(
-            config=self.augment.mixing, clip=self.clip, seed=self.seed, epoch=self.epoch, first_pair=self.first_pair
-        )
-        return draws.of_step(step, has_audio)
+        heard = [one or other for one, other in zip(has_audio[::2], has_audio[1::2], strict=True)]
+        keys = [("mixing", self.seed, self.epoch, step, self.first_pair + pair) for pair in range(len(heard))]
+        drawn = self.augment.mixing.drawn
+        return mixing_of([drawn(key, self.clip, heard=one) for key, one in zip(keys, heard, strict=True)])
 
     def views(self, facts: ClipFacts, *, repeat: int = 0) -> tuple[ViewDraw, ...]:
         """Return the single view of the sample in this epoch; `repeat` counts its earlier readings in the epoch."""
-        stream = _Stream(self.seed, self.epoch, facts.key, repeat)
+        stream, augment = _Stream(self.seed, self.epoch, facts.key, repeat), self.augment
         (mel_fraction,) = stream.uniforms("mel", 1)
         (flip,) = stream.uniforms("flip", 1)
+        operations: ImageAugment | None = None
+        erased: tuple[ErasedBox, ...] = ()
+        if augment.rand_augment is not None:
+            rules = parse_rand_augment(augment.rand_augment)
+            count = rules.num_operations * NUMBERS_PER_OPERATION
+            operations = rules.drawn(stream.uniforms("rand_augment", count))
+        if augment.erasing.probability > 0:
+            numbers = stream.uniforms("erasing", augment.erasing.num_numbers)
+            erased = augment.erasing.drawn(numbers, size=self.clip.crop_size, key=stream.key("erasing_noise"))
         view = ViewDraw(
             frame_indices=self._frames(facts, stream),
             crop=self._crop(stream),
-            flip=flip < self.augment.flip_probability,
+            flip=flip < augment.flip_probability,
             mel_start_row=mel_start(facts.mel_rows, rows_read=self.clip.mel_rows, fraction=mel_fraction),
-            augment=self._rand_augment(stream),
-            erased=self._erased(stream),
-            spectrogram=self._spectrogram(stream),
+            augment=operations,
+            erased=erased,
+            spectrogram=augment.spectrogram.drawn(
+                stream.uniforms("spectrogram", augment.spectrogram.num_numbers),
+                num_rows=self.clip.mel_rows,
+                num_bins=self.clip.num_mel_bins,
+                key=stream.key("spectrogram_noise"),
+            ),
         )
         return (view,)
 
-    def _rand_augment(self, stream: "_Stream") -> ImageAugment | None:
-        if self.augment.rand_augment is None:
-            return None
-        rules = parse_rand_augment(self.augment.rand_augment)
-        return rules.drawn(stream.uniforms("rand_augment", rules.num_operations * NUMBERS_PER_OPERATION))
-
-    def _erased(self, stream: "_Stream") -> tuple[ErasedBox, ...]:
-        erasing = self.augment.erasing
-        if erasing.probability == 0:
-            return ()
-        numbers = stream.uniforms("erasing", erasing.num_numbers)
-        return erasing.drawn(numbers, size=self.clip.crop_size, key=stream.key("erasing_noise"))
-
-    def _spectrogram(self, stream: "_Stream") -> SpectrogramDraw:
-        config = self.augment.spectrogram
-        return config.drawn(
-            stream.uniforms("spectrogram", config.num_numbers),
-            num_rows=self.clip.mel_rows,
-            num_bins=self.clip.num_mel_bins,
-            key=stream.key("spectrogram_noise"),
-        )
-
-    def _frames(self, facts: ClipFacts, stream: "_Stream") -> tuple[int, ...]:
-        (n, stride), num_frames = facts.clock(self.sampling), self.clip.num_frames
-        numbers, short_clip = stream.uniforms("frames", num_frames), self.sampling.short_clip
+    def _frames(self, facts: ClipFacts, stream: _Stream) -> tuple[int, ...]:
+        line = Timeline.of(facts.frame_ticks, frame_stride=self.sampling.frame_stride)
+        num_frames, numbers = self.clip.num_frames, stream.uniforms("frames", self.clip.num_frames)
         if self.sampling.scheme == "dense":
-            return facts.frames_at(dense_train(n, num_frames=num_frames, stride=stride, u=numbers[0]))
-        if facts.num_frames < num_frames and short_clip == "reference":
+            return line.frames_at(dense_window(line.length, num_frames=num_frames, stride=line.stride, u=numbers[0]))
+        if len(facts.frame_ticks) < num_frames and self.sampling.short_clip == "reference":
             return (0,) * num_frames
-        return facts.frames_at(uniform_train(n, num_frames=num_frames, uniforms=numbers, short_clip=short_clip))
+        return line.frames_at(uniform_train(line.length, num_frames=num_frames, uniforms=numbers))
 
-    def _crop(self, stream: "_Stream") -> RandomCrop:
+    def _crop(self, stream: _Stream) -> RandomCrop:
         numbers = stream.uniforms("crop", 2 * _CROP_ATTEMPTS + 2)
         low, high = self.augment.crop_area
         log_low, log_high = map(math.log, self.augment.crop_aspect_ratio)
@@ -272,38 +245,31 @@ class EvaluationDraws:
 
     def views(self, facts: ClipFacts, *, repeat: int = 0) -> tuple[ViewDraw, ...]:  # noqa: ARG002 - as in training
         """Return all views of the sample; the same at every reading."""
-        plan = self.view_plan
-        frames = [self._frames(facts, clip) for clip in range(plan.clips)]
-        return tuple(
-            ViewDraw(
-                frame_indices=frames[clip],
-                crop=SquareCrop(fraction=crop / (plan.crops - 1) if plan.crops > 1 else 0.5),
-                flip=False,
-                mel_start_row=self._mel_start(facts.mel_rows, clip, crop),
+        plan, is_test = self.view_plan, self.view_plan.protocol == "test"
+        line = Timeline.of(facts.frame_ticks, frame_stride=self.sampling.frame_stride)
+        frames = [line.frames_at(self._chosen(line, clip)) for clip in range(plan.clips)]
+        views = []
+        for clip, crop in product(range(plan.clips), range(plan.crops)):
+            fraction = Fraction(1, 2)
+            if is_test:
+                fraction = mel_test_fraction(clip=clip, crop=crop, num_clips=plan.clips, num_crops=plan.crops)
+            views.append(
+                ViewDraw(
+                    frame_indices=frames[clip],
+                    crop=SquareCrop(fraction=crop / (plan.crops - 1) if plan.crops > 1 else 0.5),
+                    flip=False,
+                    mel_start_row=mel_start(facts.mel_rows, rows_read=self.clip.mel_rows, fraction=fraction),
+                )
             )
-            for clip, crop in product(range(plan.clips), range(plan.crops))
-        )
+        return tuple(views)
 
-    def _mel_start(self, mel_rows: int, clip: int, crop: int) -> int:
-        plan, fraction = self.view_plan, Fraction(1, 2)
-        if plan.protocol == "test":
-            fraction = mel_test_fraction(clip=clip, crop=crop, num_clips=plan.clips, num_crops=plan.crops)
-        return mel_start(mel_rows, rows_read=self.clip.mel_rows, fraction=fraction)
-
-    def _frames(self, facts: ClipFacts, clip: int) -> tuple[int, ...]:
-        n, stride = facts.clock(self.sampling)
-        num_frames, num_clips, is_dense = self.clip.num_frames, self.view_plan.clips, self.sampling.scheme == "dense"
+    def _chosen(self, line: Timeline, clip: int) -> Frames:
+        n, num_frames, num_clips = line.length, self.clip.num_frames, self.view_plan.clips
+        if self.sampling.scheme == "uniform":
+            return uniform_test(n, num_frames=num_frames, clip=clip, num_clips=num_clips)
         if self.view_plan.protocol == "test":
-            chosen = (
-                dense_test(n, num_frames=num_frames, stride=stride, clip=clip, num_clips=num_clips)
-                if is_dense
-                else uniform_test(n, num_frames=num_frames, clip=clip, num_clips=num_clips)
-            )
-        elif is_dense:
-            chosen = dense_validation(n, num_frames=num_frames, stride=stride)
-        else:
-            chosen = uniform_validation(n, num_frames=num_frames)
-        return facts.frames_at(chosen)
+            return dense_test(n, num_frames=num_frames, stride=line.stride, clip=clip, num_clips=num_clips)
+        return dense_window(n, num_frames=num_frames, stride=line.stride, u=0.5)
 
 
 Draws = TrainDraws | EvaluationDraws
@@ -317,39 +283,34 @@ def scaled_stride(frame_stride: int, frames_per_second: float) -> int:
     return max(1, round(frame_stride * frames_per_second / _NOMINAL_RATE))
 
 
-def frames_per_second(ticks: NDArray[np.int32], *, ticks_per_second: int) -> float:
+def frames_per_second(ticks: NDArray[np.int32]) -> float:
     """Return the mean rate of stored frame times; the nominal 30 for a single frame."""
     if len(ticks) < 2 or ticks[-1] <= ticks[0]:
         return _NOMINAL_RATE
-    return (len(ticks) - 1) * ticks_per_second / float(ticks[-1] - ticks[0])
+    return (len(ticks) - 1) * TICKS_PER_SECOND / float(ticks[-1] - ticks[0])
 
 
-def dense_train(n: int, *, num_frames: int, stride: int, u: float) -> Frames:
-    """Return a window of `num_frames` x `stride` frames at a random place; the whole clip where it is shorter."""
+def rate_varies(ticks: NDArray[np.int32]) -> bool:
+    """Return whether a frame is over half an interval off its place on an even grid from the first to the last frame.
+
+    Rounded or jittering times of a constant rate stay on it.
+    """
+    times, last = ticks.astype(np.int64) - int(ticks[0]), len(ticks) - 1
+    return last >= 2 and 2 * int(np.abs(times * last - np.arange(last + 1) * times[-1]).max()) > int(times[-1])
+
+
+def dense_window(n: int, *, num_frames: int, stride: int, u: float) -> Frames:
+    """Return `num_frames` points of a window of `num_frames` x `stride` frames, at `u` of the room in [0, 1).
+
+    Of a clip that is not longer than the window: as many as n // stride points over it, then its last frame.
+    """
     span = num_frames * stride
     if n <= span:
-        return _dense_short(n, num_frames=num_frames, stride=stride)
-    return _dense_window(int(u * (n - span)), num_frames=num_frames, span=span)
-
-
-def dense_validation(n: int, *, num_frames: int, stride: int) -> Frames:
-    """Return the window of `dense_train`, in the centre."""
-    span = num_frames * stride
-    if n <= span:
-        return _dense_short(n, num_frames=num_frames, stride=stride)
-    return _dense_window((n - span) // 2, num_frames=num_frames, span=span)
-
-
-def _dense_window(start: int, *, num_frames: int, span: int) -> Frames:
-    """Return `num_frames` points from `start` to `start + span`, held inside the window's last frame."""
+        count = n // stride
+        points = [i * n // max(count - 1, 1) for i in range(count)] + [n] * (num_frames - count)
+        return tuple(min(point, n - 1) for point in points)
+    start = int(u * (n - span))
     return tuple(start + min(i * span // (num_frames - 1), span - 1) for i in range(num_frames))
-
-
-def _dense_short(n: int, *, num_frames: int, stride: int) -> Frames:
-    """Return as many as n // stride points over the clip, then its last frame."""
-    count = n // stride
-    points = [i * n // max(count - 1, 1) for i in range(count)] + [n] * (num_frames - count)
-    return tuple(min(point, n - 1) for point in points)
 
 
 def dense_test(n: int, *, num_frames: int, stride: int, clip: int, num_clips: int) -> Frames:
@@ -361,25 +322,18 @@ def dense_test(n: int, *, num_frames: int, stride: int, clip: int, num_clips: in
     return tuple(candidates[start : start + num_frames])
 
 
-def uniform_train(n: int, *, num_frames: int, uniforms: Sequence[float], short_clip: ShortClip) -> Frames:
-    """Return a random frame of each of `num_frames` equal segments of n // num_frames frames."""
+def uniform_train(n: int, *, num_frames: int, uniforms: Sequence[float]) -> Frames:
+    """Return a random frame of each of `num_frames` equal segments of n // num_frames frames; all, where n is less."""
     segment = n // num_frames
     if segment:
         return tuple(i * segment + int(u * segment) for i, u in zip(range(num_frames), uniforms, strict=True))
-    if short_clip == "reference":
-        return (0,) * num_frames
     return tuple(i * n // num_frames for i in range(num_frames))
-
-
-def uniform_validation(n: int, *, num_frames: int) -> Frames:
-    """Return the centre of each of `num_frames` segments."""
-    return tuple((2 * i + 1) * n // (2 * num_frames) for i in range(num_frames))
 
 
 def uniform_test(n: int, *, num_frames: int, clip: int, num_clips: int) -> Frames:
     """Return frames (i + clip / num_clips) * n / num_frames; two clips: segment starts and middles; one: middles."""
     if num_clips == 1:
-        return uniform_validation(n, num_frames=num_frames)
+        clip, num_clips = 1, 2
     return tuple((i * num_clips + clip) * n // (num_frames * num_clips) for i in range(num_frames))
 
 

@@ -5,7 +5,7 @@ CAST, CAVA and CA2ST do not erase.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal, get_args
@@ -62,18 +62,13 @@ class RandomCrop:
 
     def box(self, *, height: int, width: int) -> CropBox:
         """Return the box in a picture of that size; where no candidate fits, the largest centred one of near ratio."""
-        for crop_height, crop_width in self._shapes(height * width):
+        for fraction, ratio in zip(self.area_fractions, self.aspect_ratios, strict=True):
+            area = height * width * fraction
+            crop_height, crop_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 0 < crop_height <= height and 0 < crop_width <= width:
                 top = int(self.vertical * (height - crop_height + 1))
                 left = int(self.horizontal * (width - crop_width + 1))
                 return CropBox(top=top, left=left, height=crop_height, width=crop_width)
-        return self._centred(height, width)
-
-    def _shapes(self, area: int) -> Iterator[tuple[int, int]]:
-        for fraction, ratio in zip(self.area_fractions, self.aspect_ratios, strict=True):
-            yield round(math.sqrt(area * fraction / ratio)), round(math.sqrt(area * fraction * ratio))
-
-    def _centred(self, height: int, width: int) -> CropBox:
         ratio = min(max(width / height, min(self.aspect_ratios)), max(self.aspect_ratios))
         crop_height = min(height, max(1, round(width / ratio)))
         crop_width = min(width, max(1, round(height * ratio)))
@@ -128,15 +123,12 @@ class ErasingConfig:
         whether, how_many, *rest = numbers
         if whether >= self.probability:
             return ()
-        count = 1 + int(how_many * self.most_boxes)
-        starts = range(0, count * _NUMBERS_PER_BOX, _NUMBERS_PER_BOX)
-        boxes = [self._box(rest[start : start + _NUMBERS_PER_BOX], size, part=1 / count) for start in starts]
-        colours = [rest[start + _NUMBERS_PER_BOX - 3 : start + _NUMBERS_PER_BOX] for start in starts]
-        return tuple(
-            ErasedBox(box=box, colour=self._colour(colour), noise=(*key, index))
-            for index, (box, colour) in enumerate(zip(boxes, colours, strict=True))
-            if box is not None
-        )
+        erased, count = list[ErasedBox](), 1 + int(how_many * self.most_boxes)
+        for index in range(count):
+            own = rest[index * _NUMBERS_PER_BOX : (index + 1) * _NUMBERS_PER_BOX]
+            if (box := self._box(own, size, part=1 / count)) is not None:
+                erased.append(ErasedBox(box=box, colour=self._colour(own[-3:]), noise=(*key, index)))
+        return tuple(erased)
 
     def _box(self, numbers: Sequence[float], size: int, *, part: float) -> CropBox | None:
         """Return the first of some candidates that is smaller than the picture, as timm has it; None: none is."""

@@ -46,10 +46,6 @@ class WarpPlan:
     outside: NDArray[np.bool_]
     """Pixels that get the fill colour."""
 
-    def packed(self) -> NDArray[np.int32]:
-        """Return all of it as rows of one array, which goes to a device in one copy."""
-        return np.stack([*self.corners, self.right, self.below, self.outside], dtype=np.int32)
-
 
 def warp_plan(operations: Sequence[Operation], *, size: int) -> WarpPlan:
     """Return the warp of a run of geometric operations on a `size` x `size` picture."""
@@ -71,8 +67,9 @@ def warp(
     frames: UInt8[Tensor, "3 time size size"], operations: Sequence[Operation]
 ) -> UInt8[Tensor, "3 time size size"]:
     """Apply the module's formula, written for reading; on any device."""
-    packed = on_device(torch.from_numpy(warp_plan(operations, size=frames.shape[-1]).packed()), frames.device)
-    *corners, right, below, outside = packed.unbind()
+    plan = warp_plan(operations, size=frames.shape[-1])
+    packed = np.stack([*plan.corners, plan.right, plan.below, plan.outside], dtype=np.int32)  # one copy to a device
+    *corners, right, below, outside = on_device(torch.from_numpy(packed), frames.device).unbind()
     flat = frames.flatten(2).int()
     a, b, c, d = (flat[..., corner] for corner in corners)
     top, bottom = (
@@ -99,27 +96,21 @@ def _places(
 
 def _matrix(operation: Operation, size: int) -> _Matrix:
     matrix: _Matrix = np.eye(3)
-    value = operation.argument
-    if operation.name == "Rotate":
-        turn, middle = math.radians(value), size / 2
-        cos, sin = math.cos(turn), math.sin(turn)
-        matrix[:2] = [
-            [cos, -sin, middle - cos * middle + sin * middle],
-            [sin, cos, middle - sin * middle - cos * middle],
-        ]
-        return matrix
-    row, column, entry = _ENTRIES[operation.name]
-    matrix[row, column] = value * (size if entry == "pixels" else 1)
+    match operation.name:
+        case "Rotate":
+            turn, middle = math.radians(operation.argument), size / 2
+            cos, sin = math.cos(turn), math.sin(turn)
+            matrix[0] = cos, -sin, middle - cos * middle + sin * middle
+            matrix[1] = sin, cos, middle - sin * middle - cos * middle
+        case "ShearX":
+            matrix[0, 1] = operation.argument
+        case "ShearY":
+            matrix[1, 0] = operation.argument
+        case "TranslateXRel":
+            matrix[0, 2] = operation.argument * size
+        case "TranslateYRel":
+            matrix[1, 2] = operation.argument * size
     return matrix
-
-
-_ENTRIES = {
-    "ShearX": (0, 1, "parts"),
-    "ShearY": (1, 0, "parts"),
-    "TranslateXRel": (0, 2, "pixels"),
-    "TranslateYRel": (1, 2, "pixels"),
-}
-"""Row and column of the matrix that an operation sets, and the unit of its argument there."""
 
 
 Pixels = Int[Tensor, "3 time height width"]
@@ -158,23 +149,6 @@ def _equalize(x: Pixels, _: float) -> Pixels:
     return torch.where(step > 0, spread, planes).view(x.shape).int()
 
 
-def _invert(x: Pixels, _: float) -> Pixels:
-    return 255 - x
-
-
-def _posterize(x: Pixels, bits: float) -> Pixels:
-    step = 1 << (8 - round(bits))
-    return x // step * step
-
-
-def _solarize(x: Pixels, threshold: float) -> Pixels:
-    return torch.where(x < threshold, x, 255 - x)
-
-
-def _solarize_add(x: Pixels, amount: float) -> Pixels:
-    return torch.where(x < 128, x + round(amount), x)
-
-
 def _color(x: Pixels, factor: float) -> Pixels:
     red, green, blue = x
     return _away_from((77 * red + 150 * green + 29 * blue + 128) // 256, x, factor)
@@ -186,17 +160,13 @@ def _contrast(x: Pixels, factor: float) -> Pixels:
     return _away_from(((2 * thousandths + 1000 * pixels) // (2000 * pixels)).int(), x, factor)
 
 
-def _brightness(x: Pixels, factor: float) -> Pixels:
-    return _away_from(torch.zeros((), dtype=x.dtype, device=x.device), x, factor)
-
-
 def _sharpness(x: Pixels, factor: float) -> Pixels:
     height, width = x.shape[2:]
     smooth = x.clone()
     if min(height, width) > 2:
         around = sum(
             (x[..., top : top + height - 2, left : left + width - 2] for top in range(3) for left in range(3)),
-            start=torch.zeros((), dtype=x.dtype, device=x.device),
+            start=x.new_zeros(()),
         )
         smooth[..., 1:-1, 1:-1] = (around + 4 * x[..., 1:-1, 1:-1] + 6) // 13
     return _away_from(smooth, x, factor)
@@ -210,13 +180,13 @@ def _away_from(base: Tensor, x: Pixels, factor: float) -> Pixels:
 _FORMULAS: dict[OperationName, Callable[[Tensor, float], Tensor]] = {
     "AutoContrast": _auto_contrast,
     "Equalize": _equalize,
-    "Invert": _invert,
-    "PosterizeIncreasing": _posterize,
-    "SolarizeIncreasing": _solarize,
-    "SolarizeAdd": _solarize_add,
+    "Invert": lambda x, _: 255 - x,
+    "PosterizeIncreasing": lambda x, bits: x >> (8 - round(bits)) << (8 - round(bits)),
+    "SolarizeIncreasing": lambda x, threshold: torch.where(x < threshold, x, 255 - x),
+    "SolarizeAdd": lambda x, amount: torch.where(x < 128, x + round(amount), x),
     "ColorIncreasing": _color,
     "ContrastIncreasing": _contrast,
-    "BrightnessIncreasing": _brightness,
+    "BrightnessIncreasing": lambda x, factor: _away_from(x.new_zeros(()), x, factor),
     "SharpnessIncreasing": _sharpness,
 }
 

@@ -1,4 +1,4 @@
-"""The formulas of operations on a CPU: byte for byte `formulas.augmented`, eight times faster.
+"""What finishes a view in place: on a CPU the formulas of operations byte for byte, eight times faster.
 
 Operations that are one table per frame and channel are not applied but composed, one after the other, and a run of them
 costs one look-up per pixel. The statistics they need come from the histogram before the run, carried through the
@@ -13,13 +13,27 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from numpy.typing import NDArray
+from torch import Tensor
 
-from pipelines.augment.formulas import WarpPlan, warp_plan
-from pipelines.augment.rand_augment import FILL, ImageAugment, Operation, OperationName, gain_of
+from pipelines.augment.boxes import ErasedBox
+from pipelines.augment.formulas import WarpPlan, augmented, erase_in_place, warp_plan
+from pipelines.augment.rand_augment import FILL, ImageAugment, OperationName, gain_of
 
 _Bytes = NDArray[np.uint8]
 _BLOCK_PIXELS = 1024
 _LEVELS = np.arange(256)
+
+
+def finish_view(
+    view: UInt8[Tensor, "3 time size size"], augment: ImageAugment | None, erased: Sequence[ErasedBox]
+) -> None:
+    """Augment and erase one contiguous view: on a CPU by this module, on a GPU by the formulas."""
+    if augment is not None:
+        if view.device.type == "cpu":
+            augment_in_place(view.numpy(), augment)
+        else:
+            view.copy_(augmented(view, augment))
+    erase_in_place(view, erased)
 
 
 def augment_in_place(frames: UInt8[np.ndarray, "3 time size size"], augment: ImageAugment) -> None:
@@ -31,7 +45,13 @@ def augment_in_place(frames: UInt8[np.ndarray, "3 time size size"], augment: Ima
             _warp(frames, warp_plan(run, size=frames.shape[-1]))
             continue
         for operation in run:
-            _pointwise(planes, operation)
+            if operation.name in _TABLES:
+                planes.then(_TABLES[operation.name](planes, operation.argument))
+                continue
+            planes.apply_table()
+            move = _colour if operation.name == "ColorIncreasing" else _sharpen
+            for time in range(frames.shape[1]):
+                move(frames[:, time], gain_of(operation.argument))
     planes.apply_table()
 
 
@@ -64,12 +84,9 @@ class _Planes:
 
     def sums(self) -> NDArray[np.int64]:
         """Return the sum of each plane."""
-        sums: NDArray[np.int64]
         if self._table is None:
-            sums = self._pixels.sum(axis=1, dtype=np.int64)
-        else:
-            sums = (self._histogram_before() * self._table).sum(axis=1)
-        return sums
+            return np.asarray(self._pixels.sum(axis=1, dtype=np.int64))
+        return np.asarray((self._histogram_before() * self._table).sum(axis=1))
 
     def histogram(self) -> NDArray[np.int64]:
         """Return the [planes, 256] numbers of pixels."""
@@ -90,16 +107,6 @@ class _Planes:
 def _extremes(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     present = counts > 0
     return present.argmax(axis=1), 255 - present[:, ::-1].argmax(axis=1)
-
-
-def _pointwise(planes: _Planes, operation: Operation) -> None:
-    if operation.name in _TABLES:
-        planes.then(_TABLES[operation.name](planes, operation.argument))
-        return
-    planes.apply_table()
-    move = _colour if operation.name == "ColorIncreasing" else _sharpen
-    for time in range(planes.frames.shape[1]):
-        move(planes.frames[:, time], gain_of(operation.argument))
 
 
 def _auto_contrast(planes: _Planes, _: float) -> NDArray[np.int64]:

@@ -22,10 +22,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+
+from ca2st.batch import MIXING_FIELDS, Mixing
 from ca2st.errors import UserInputError, check_choice
 from ca2st.spec import ClipSpec
 from pipelines.errors import check_range
-from pipelines.keyed_random import uniforms
+from pipelines.keyed_random import Key, uniforms
 
 SpectrogramMixing = Literal["cutmix", "mixup"]
 _ATTEMPTS = 64
@@ -63,16 +66,34 @@ class MixingConfig:
                 )
 
     def check_even(self, name: str, num_clips: int) -> None:
-        """Refuse a number of clips that would part a pair; `name` is the setting.
-
-        Raises:
-            UserInputError: mixing is on and the number is odd.
-        """
+        """Raise `UserInputError` where mixing is on and a number of clips would part a pair; `name` is the setting."""
         if self.probability > 0 and num_clips % 2:
             raise UserInputError(
                 f"{name}: expected an even number where pairs of clips are mixed (augment.mixing.probability "
                 f"{self.probability}), found {num_clips}; make it even or set the probability to 0"
             )
+
+    def drawn(self, key: Key, clip: ClipSpec, *, heard: bool) -> "PairMixing":
+        """Return how the pair that `key` names is mixed; `heard`: one of its clips has sound."""
+        whether, switch, *rest = uniforms(key, _NUMBERS + 2 * _ATTEMPTS).tolist()
+        if whether >= self.probability:
+            return UNMIXED
+        middles, attempts = rest[: _NUMBERS - 2], rest[_NUMBERS - 2 :]
+        is_cut, is_mel_cut = switch < self.switch_probability, self.spectrogram == "cutmix"
+        share = beta(self.cutmix_alpha if is_cut else self.mixup_alpha, attempts)
+        size, rows, bins = clip.crop_size, clip.mel_rows, clip.num_mel_bins
+        video_box = cut_box(share, (size, size), middles[:2]) if is_cut else NO_BOX
+        mel_box = cut_box(share, (rows, bins), middles[2:]) if is_mel_cut else NO_BOX
+        areas = [1 - video_box[2] * video_box[3] / size**2] if is_cut else []
+        if is_mel_cut and heard:
+            areas.append(1 - mel_box[2] * mel_box[3] / (rows * bins))
+        return PairMixing(
+            video_share=1.0 if is_cut else share,
+            video_box=video_box,
+            mel_share=1.0 if is_mel_cut else share,
+            mel_box=mel_box,
+            label_share=sum(areas) / len(areas) if areas else share,
+        )
 
 
 Box = tuple[int, int, int, int]
@@ -95,45 +116,10 @@ UNMIXED = PairMixing()
 """Both clips stay as they are."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MixingDraws:
-    """Draws how the pairs of one rank's share of each step of an epoch are mixed."""
-
-    config: MixingConfig
-    clip: ClipSpec
-    seed: int
-    epoch: int
-    first_pair: int
-    """Number of the share's first pair in the global batch."""
-
-    def of_step(self, step: int, has_audio: Sequence[bool]) -> tuple[PairMixing, ...]:
-        """Return how each clip of a share is mixed, neighbours alike; `has_audio` says which of them have sound."""
-        pairs = zip(has_audio[::2], has_audio[1::2], strict=True)
-        drawn = [self.pair(step, self.first_pair + i, heard=one or other) for i, (one, other) in enumerate(pairs)]
-        return tuple(pair for pair in drawn for _ in range(2))
-
-    def pair(self, step: int, pair: int, *, heard: bool) -> PairMixing:
-        """Return how pair number `pair` of the global batch of `step` is mixed; `heard`: one of its clips has sound."""
-        key = ("mixing", self.seed, self.epoch, step, pair)
-        whether, switch, *rest = uniforms(key, _NUMBERS + 2 * _ATTEMPTS).tolist()
-        if whether >= self.config.probability:
-            return UNMIXED
-        middles, attempts = rest[: _NUMBERS - 2], rest[_NUMBERS - 2 :]
-        is_cut = switch < self.config.switch_probability
-        share = beta(self.config.cutmix_alpha if is_cut else self.config.mixup_alpha, attempts)
-        size, rows, bins = self.clip.crop_size, self.clip.mel_rows, self.clip.num_mel_bins
-        video_box = cut_box(share, (size, size), middles[:2]) if is_cut else NO_BOX
-        mel_box = cut_box(share, (rows, bins), middles[2:]) if self.config.spectrogram == "cutmix" else NO_BOX
-        areas = [1 - video_box[2] * video_box[3] / size**2] if is_cut else []
-        if self.config.spectrogram == "cutmix" and heard:
-            areas.append(1 - mel_box[2] * mel_box[3] / (rows * bins))
-        return PairMixing(
-            video_share=1.0 if is_cut else share,
-            video_box=video_box,
-            mel_share=1.0 if self.config.spectrogram == "cutmix" else share,
-            mel_box=mel_box,
-            label_share=sum(areas) / len(areas) if areas else share,
-        )
+def mixing_of(pairs: Sequence[PairMixing]) -> Mixing:
+    """Return how the clips of a batch are mixed, neighbours alike, as the batch carries it."""
+    rows = [pair for pair in pairs for _ in range(2)]
+    return Mixing(**{name: torch.tensor([getattr(row, name) for row in rows]) for name in MIXING_FIELDS})
 
 
 def beta(alpha: float, numbers: Sequence[float]) -> float:

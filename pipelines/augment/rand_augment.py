@@ -49,11 +49,11 @@ from ca2st.spec import IMAGENET_MEAN
 _RED, _GREEN, _BLUE = IMAGENET_MEAN
 FILL = (round(255 * _RED), round(255 * _GREEN), round(255 * _BLUE))
 """The mean colour, which normalising makes zero: what comes in from outside the picture."""
-Geometric = Literal["Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"]
-Pointwise = Literal[
+OperationName = Literal[
     "AutoContrast",
     "Equalize",
     "Invert",
+    "Rotate",
     "PosterizeIncreasing",
     "SolarizeIncreasing",
     "SolarizeAdd",
@@ -61,13 +61,27 @@ Pointwise = Literal[
     "ContrastIncreasing",
     "BrightnessIncreasing",
     "SharpnessIncreasing",
+    "ShearX",
+    "ShearY",
+    "TranslateXRel",
+    "TranslateYRel",
 ]
-OperationName = Geometric | Pointwise
-GEOMETRIC: frozenset[str] = frozenset(get_args(Geometric))
-"""Operations that move pixels."""
-ENHANCEMENTS: frozenset[str] = frozenset(
-    ("ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "SharpnessIncreasing")
-)
+OPERATION_NAMES: tuple[OperationName, ...] = get_args(OperationName)
+"""The increasing set, in timm's order."""
+GEOMETRIC: dict[str, float] = {
+    "Rotate": 30.0,
+    "ShearX": 0.3,
+    "ShearY": 0.3,
+    "TranslateXRel": 0.45,
+    "TranslateYRel": 0.45,
+}
+"""Operations that move pixels, and what level 1 is to either side: degrees and parts."""
+_ONE_WAY: dict[str, Callable[[float], int]] = {
+    "PosterizeIncreasing": lambda level: 4 - math.floor(4 * level),
+    "SolarizeIncreasing": lambda level: 256 - math.floor(256 * level),
+    "SolarizeAdd": lambda level: math.floor(110 * level),
+}
+ENHANCEMENTS = ("ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "SharpnessIncreasing")
 """Operations whose argument is a factor: 1 changes nothing."""
 
 
@@ -101,6 +115,7 @@ NUMBERS_PER_OPERATION = 4
 """Uniform numbers that one drawn operation uses: which, whether, how strong, which way."""
 _HIGHEST_LEVEL = 10
 _UNIFORM_ABOVE = 100.0
+"""A standard deviation above this: magnitudes spread evenly, as in timm."""
 _SECTION = re.compile(r"(mstd|inc|m|n|p)(\d+(?:\.\d*)?|\.\d+)")
 
 
@@ -111,25 +126,20 @@ class RandAugment:
     magnitude: int
     """Mean magnitude, 0..10."""
     num_operations: int
-    """Operations drawn per clip."""
     probability: float
-    """Chance that a drawn operation is applied."""
     magnitude_std: float
     """Standard deviation of the magnitude; 0: always the mean; above 100: evenly spread over 0..mean, as in timm."""
 
     def drawn(self, numbers: Sequence[float]) -> ImageAugment | None:
         """Return the operations of `numbers` in [0, 1), `NUMBERS_PER_OPERATION` for each; None: none is applied."""
-        starts = range(0, self.num_operations * NUMBERS_PER_OPERATION, NUMBERS_PER_OPERATION)
-        drawn = [self._operation(*numbers[start : start + NUMBERS_PER_OPERATION]) for start in starts]
-        applied = tuple(operation for operation in drawn if operation is not None)
-        return ImageAugment(applied) if applied else None
-
-    def _operation(self, which: float, whether: float, strength: float, direction: float) -> Operation | None:
-        if whether >= self.probability:
-            return None
-        name = OPERATION_NAMES[int(which * len(OPERATION_NAMES))]
-        level = self._magnitude(strength) / _HIGHEST_LEVEL
-        return Operation(name, argument_of(name, level=level, negative=direction >= 0.5))
+        applied = []
+        for start in range(0, len(numbers), NUMBERS_PER_OPERATION):
+            which, whether, strength, direction = numbers[start : start + NUMBERS_PER_OPERATION]
+            if whether < self.probability:
+                name = OPERATION_NAMES[int(which * len(OPERATION_NAMES))]
+                level = self._magnitude(strength) / _HIGHEST_LEVEL
+                applied.append(Operation(name, argument_of(name, level=level, negative=direction >= 0.5)))
+        return ImageAugment(tuple(applied)) if applied else None
 
     def _magnitude(self, u: float) -> float:
         if self.magnitude_std > _UNIFORM_ABOVE:
@@ -178,44 +188,11 @@ def _refused(text: str, why: str) -> UserInputError:
     )
 
 
-OPERATION_NAMES: tuple[OperationName, ...] = (
-    "AutoContrast",
-    "Equalize",
-    "Invert",
-    "Rotate",
-    "PosterizeIncreasing",
-    "SolarizeIncreasing",
-    "SolarizeAdd",
-    "ColorIncreasing",
-    "ContrastIncreasing",
-    "BrightnessIncreasing",
-    "SharpnessIncreasing",
-    "ShearX",
-    "ShearY",
-    "TranslateXRel",
-    "TranslateYRel",
-)
-"""The increasing set, in timm's order."""
-_TWO_WAYS: dict[str, float] = {
-    "Rotate": 30.0,
-    "ShearX": 0.3,
-    "ShearY": 0.3,
-    "TranslateXRel": 0.45,
-    "TranslateYRel": 0.45,
-}
-"""What level 1 is, to either side: degrees and parts."""
-_ONE_WAY: dict[str, Callable[[float], int]] = {
-    "PosterizeIncreasing": lambda level: 4 - math.floor(4 * level),
-    "SolarizeIncreasing": lambda level: 256 - math.floor(256 * level),
-    "SolarizeAdd": lambda level: math.floor(110 * level),
-}
-
-
 def argument_of(name: OperationName, *, level: float, negative: bool) -> float:
     """Return the argument at `level` (magnitude / 10) in 0..1; `negative` turns operations that have two ways."""
     sign = -1 if negative else 1
-    if name in _TWO_WAYS:
-        return sign * _TWO_WAYS[name] * level
+    if name in GEOMETRIC:
+        return sign * GEOMETRIC[name] * level
     if name in _ONE_WAY:
         return float(_ONE_WAY[name](level))
     return max(0.1, 1.0 + sign * 0.9 * level) if name in ENHANCEMENTS else 0.0

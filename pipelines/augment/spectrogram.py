@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
 from numpy.typing import NDArray
 
 from ca2st.errors import UserInputError
@@ -66,11 +65,7 @@ class SpectrogramConfig:
             )
 
     def check_rows(self, name: str, num_rows: int) -> None:
-        """Refuse a roll that sends more rows of a view of `num_rows` round than keep their time; `name` is the setting.
-
-        Raises:
-            UserInputError: it is more than half of the rows: the view's interval would not be that of most of them.
-        """
+        """Raise `UserInputError` for a roll by more than half of a view's rows, most of which would lose their time."""
         if self.roll_rows > num_rows // 2:
             raise UserInputError(
                 f"{name}: expected at most half of clip.mel_rows = {num_rows}, that is {num_rows // 2}, found "
@@ -85,13 +80,14 @@ class SpectrogramConfig:
     def drawn(self, numbers: Sequence[float], *, num_rows: int, num_bins: int, key: Key) -> "SpectrogramDraw":
         """Return what `numbers` stand for in a view of that size; `key` names the noise."""
         turn, *masks = numbers
-        stretches = [_stretch(*pair, most=self.time_mask_rows, room=num_rows) for pair in _pairs(masks)]
-        bands = [_stretch(*pair, most=self.frequency_mask_bins, room=num_bins) for pair in _pairs(masks)]
+        pairs = list(zip(masks[::2], masks[1::2], strict=True))
+        stretches = [_stretch(*pair, most=self.time_mask_rows, room=num_rows) for pair in pairs[: self.time_masks]]
+        bands = [_stretch(*pair, most=self.frequency_mask_bins, room=num_bins) for pair in pairs[self.time_masks :]]
         has_noise = self.noise_std > 0 or self.noise_snr_db is not None
         return SpectrogramDraw(
             roll=int(turn * (2 * self.roll_rows + 1)) - self.roll_rows,
-            masked_rows=tuple(stretches[: self.time_masks]),
-            masked_bins=tuple(bands[self.time_masks :]),
+            masked_rows=tuple(stretches),
+            masked_bins=tuple(bands),
             noise=key if has_noise else None,
             noise_std=self.noise_std,
             noise_snr_db=self.noise_snr_db,
@@ -112,21 +108,6 @@ class SpectrogramDraw:
     """Names the noise; None: none."""
     noise_std: float = 0.0
     noise_snr_db: float | None = None
-
-    def finish(self, view: Float[np.ndarray, "rows bins"]) -> Float[np.ndarray, "rows bins"]:
-        """Add noise and masks to a normalised view, which is changed."""
-        if self.noise is not None:
-            view += np.float32(self._deviation(view)) * normal_numbers(self.noise, view.size).reshape(view.shape)
-        for first, end in self.masked_rows:
-            view[first:end] = 0
-        for first, end in self.masked_bins:
-            view[:, first:end] = 0
-        return view
-
-    def _deviation(self, view: NDArray[np.float32]) -> float:
-        if self.noise_snr_db is None:
-            return self.noise_std
-        return math.sqrt(float(np.square(view, dtype=np.float64).mean())) * 10 ** (-self.noise_snr_db / 20)
 
 
 UNCHANGED = SpectrogramDraw()
@@ -152,7 +133,18 @@ def mel_view(
     view[: len(rows)] = rows
     if draw.roll:
         view = np.roll(view, draw.roll, axis=0)
-    return draw.finish((view - np.float32(MEL_MEAN)) / np.float32(MEL_SCALE))
+    view = (view - np.float32(MEL_MEAN)) / np.float32(MEL_SCALE)
+    if draw.noise is not None:
+        deviation = draw.noise_std
+        if draw.noise_snr_db is not None:
+            power = float(np.square(view, dtype=np.float64).mean())
+            deviation = math.sqrt(power) * 10 ** (-draw.noise_snr_db / 20)
+        view += np.float32(deviation) * normal_numbers(draw.noise, view.size).reshape(view.shape)
+    for first, end in draw.masked_rows:
+        view[first:end] = 0
+    for first, end in draw.masked_bins:
+        view[:, first:end] = 0
+    return view
 
 
 def normal_numbers(key: Key, count: int) -> NDArray[np.float32]:
@@ -161,10 +153,6 @@ def normal_numbers(key: Key, count: int) -> NDArray[np.float32]:
     numbers = uniforms(key, 2 * pairs)
     radius, turn = np.sqrt(-2 * np.log1p(-numbers[:pairs])), 2 * math.pi * numbers[pairs:]
     return np.concatenate([radius * np.cos(turn), radius * np.sin(turn)])[:count].astype(np.float32)
-
-
-def _pairs(numbers: Sequence[float]) -> list[tuple[float, float]]:
-    return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def _stretch(how_long: float, where: float, *, most: int, room: int) -> tuple[int, int]:

@@ -38,10 +38,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.processes import SPAWN, num_cores
 from ca2st.spec import IMAGENET_MEAN, IMAGENET_STD, ClipSpec
-from pipelines.views import dense_train, dense_validation
+from pipelines.views import dense_window
 from sharding.datasets.request import VIDEO_SUFFIXES
 from sharding.format.shard_set import LabelSpace
-from sharding.settings import ConversionConfig
 from sharding.source import SourceList, SourceSample
 
 _MOST_SCENES = 3
@@ -57,7 +56,6 @@ class DrawnClips:
     """What is drawn; the same settings give the same pictures."""
 
     count: int
-    """Files."""
     width: int = 320
     height: int = 240
     frames_per_second: int = 30
@@ -154,9 +152,6 @@ def _sound(wanted: DrawnClips, number: int) -> Float[np.ndarray, " samples"]:
     seconds = np.arange(_SOUND_HZ * wanted.num_frames // wanted.frames_per_second) / _SOUND_HZ
     tone = np.sin(2 * np.pi * random.uniform(200, 2000) * seconds) * (0.5 + 0.5 * np.sin(3 * seconds))
     return (0.3 * tone + 0.05 * random.standard_normal(len(seconds))).astype(np.float32)
-
-
-Convert = Callable[[SourceList, Path, ConversionConfig], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +252,10 @@ class VideoClips(Dataset[tuple[Tensor, Tensor]]):
         return decode_frames(path, self._config, u)
 
     def _finished(self, frames: Any) -> Tensor:
-        return _normalised(frames)
+        from torchvision.transforms import functional as F
+
+        tensors = [F.normalize(F.to_tensor(frame), list(IMAGENET_MEAN), list(IMAGENET_STD)) for frame in frames]
+        return torch.stack(tensors, dim=1)
 
     def _cropped(self, frames: list[Picture], draws: random.Random) -> list[Picture]:
         from torchvision.transforms import functional as F
@@ -272,7 +270,13 @@ class VideoClips(Dataset[tuple[Tensor, Tensor]]):
 
     def _augmented(self, frames: list[Picture], index: int) -> list[Picture]:
         """Make one draw for all: timm draws from the global generators, which are set alike before every frame."""
-        self._augment = self._augment or _timm_augment(self._config.clip.crop_size)
+        if self._augment is None:
+            from timm.data.auto_augment import rand_augment_transform
+
+            fill = tuple(round(255 * part) for part in IMAGENET_MEAN)
+            shift, bilinear = int(0.45 * self._config.clip.crop_size), Image.Resampling.BILINEAR
+            settings = {"translate_const": shift, "img_mean": fill, "interpolation": bilinear}
+            self._augment = rand_augment_transform(RAND_AUGMENT, settings)
         augmented = []
         for frame in frames:
             random.seed(index)
@@ -328,17 +332,6 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-def _timm_augment(crop_size: int) -> Callable[[Picture], Picture]:
-    from timm.data.auto_augment import rand_augment_transform
-
-    fill = tuple(round(255 * part) for part in IMAGENET_MEAN)
-    made: Callable[[Picture], Picture] = rand_augment_transform(
-        RAND_AUGMENT,
-        {"translate_const": int(0.45 * crop_size), "img_mean": fill, "interpolation": Image.Resampling.BILINEAR},
-    )
-    return made
-
-
 def _random_box(width: int, height: int, draws: random.Random) -> tuple[int, int, int, int]:
     """Return (top, left, height, width) by torchvision's rule for RandomResizedCrop."""
     for _ in range(10):
@@ -364,7 +357,8 @@ def decode_frames(path: Path, config: BaselineConfig, u: float) -> list[Picture]
         assert stream.average_rate is not None
         assert stream.time_base is not None
         rate, first_pts = float(stream.average_rate), stream.start_time or 0
-        indices = _indices(_num_frames(stream, rate), config, u)
+        duration = float((stream.duration or 0) * stream.time_base)
+        indices = _indices(int(stream.frames) or max(1, round(duration * rate)), config, u)
         container.seek(first_pts + int(indices[0] / rate / stream.time_base), stream=stream)
         wanted, pictures = set(indices), dict[int, Picture]()
         for frame in container.decode(stream):
@@ -379,22 +373,9 @@ def decode_frames(path: Path, config: BaselineConfig, u: float) -> list[Picture]
     return [pictures[min(pictures, key=lambda have: abs(have - index))] for index in indices]
 
 
-def _num_frames(stream: Any, rate: float) -> int:
-    return int(stream.frames) or max(1, round(float((stream.duration or 0) * stream.time_base) * rate))
-
-
 def _indices(n: int, config: BaselineConfig, u: float) -> tuple[int, ...]:
-    count = config.clip.num_frames
-    if config.training:
-        return dense_train(n, num_frames=count, stride=_FRAME_STRIDE, u=u)
-    return dense_validation(n, num_frames=count, stride=_FRAME_STRIDE)
-
-
-def _normalised(frames: Sequence[Picture]) -> Float[Tensor, "3 time height width"]:
-    from torchvision.transforms import functional as F
-
-    tensors = [F.normalize(F.to_tensor(frame), list(IMAGENET_MEAN), list(IMAGENET_STD)) for frame in frames]
-    return torch.stack(tensors, dim=1)
+    place = u if config.training else 0.5
+    return dense_window(n, num_frames=config.clip.num_frames, stride=_FRAME_STRIDE, u=place)
 
 
 class RunningBatches(Sampler[list[int]]):

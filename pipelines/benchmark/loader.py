@@ -7,7 +7,7 @@ batch again and again, and both together.
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from pipelines.augment.config import AugmentConfig
 from pipelines.benchmark.clips import (
     PEAK,
     PROCESSOR,
+    RAND_AUGMENT,
     STAGES,
     BaselineConfig,
     Stack,
@@ -65,6 +66,11 @@ class LoaderBenchConfig:
             raise UserInputError(f"seconds: expected a finite number > 0, found {self.seconds}")
         check_range(self, "", "rounds", "batch_size", "threads", low=1)
 
+    @property
+    def num_threads(self) -> int:
+        """`threads`, resolved."""
+        return self.threads or num_cores()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitReport:
@@ -82,7 +88,6 @@ class SplitReport:
     baseline_stages: Mapping[str, float] | None
     """Milliseconds per clip by stage, of a worker."""
     rounds: Spread
-    """Clips per second of our loader."""
     baseline_rounds: Spread | None
     processor_ms_per_clip: float
     """Processor time of all threads: on a busy machine it says more than the rate."""
@@ -124,7 +129,6 @@ class Headspace:
     """Is it data or compute? Rates of the training loader and of a consumer, apart and together."""
 
     consumer: str
-    """What it is."""
     loader_clips_per_second: float
     """Without a consumer: the most the data can give."""
     consumer_clips_per_second: float
@@ -134,7 +138,6 @@ class Headspace:
     data_wait_fraction: float
     """Part of that time in which the consumer waited."""
     limited_by: Literal["data", "compute"]
-    """Which of the two is slower alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,16 +152,13 @@ class LoaderBenchmark:
     threads: int
     """Decoding threads, and workers of the baseline."""
     num_clips: int
-    """Clips in the shards."""
     codec: str
-    """Of the shards."""
     source_bytes_per_clip: float
     """Of the original files, sound included."""
     shard_bytes_per_clip: float
     torchcodec_missing: str | None
     """Why the second baseline was not measured; None: it was, or no baseline was asked for."""
     footprints: Mapping[str, Footprint]
-    """Memory and start of each loader, by name."""
     load_before: float
     """The machine's load average over the minute before: well below one per core, or others were computing too."""
 
@@ -173,7 +173,6 @@ class Turn:
 
     clips: int
     seconds: float
-    """Wall time."""
     processor_seconds: float
     """Processor time of all threads and workers: what counts where others use the machine too."""
     stage_seconds: Mapping[str, float]
@@ -184,6 +183,11 @@ class Turn:
     def clips_per_second(self) -> float:
         """The rate."""
         return self.clips / self.seconds
+
+    @property
+    def processor_ms_per_clip(self) -> float:
+        """Milliseconds of processor time."""
+        return 1000 * self.processor_seconds / self.clips
 
     def stages_ms(self) -> dict[str, float]:
         """Return the milliseconds per clip, by stage: ``decode_ms``."""
@@ -209,7 +213,12 @@ class OwnCase:
         """See `LoaderCase`; clips of padding are not counted."""
         before, begin, processor, clips = self._loader.stats, time.perf_counter(), time.process_time(), 0
         while time.perf_counter() - begin < seconds or not clips:
-            for batch in self._pass():
+            if isinstance(self._loader, EvaluationLoader):
+                batches = self._loader.batches()
+            else:
+                batches = self._loader.batches(self._epoch)
+                self._epoch += 1
+            for batch in batches:
                 clips += int((~batch.is_padding).sum())
                 if self._consumer is not None:
                     self._consumer(batch)
@@ -223,12 +232,6 @@ class OwnCase:
             stage_seconds={name.removesuffix("_seconds"): value for name, value in stages.items()},
             bytes_read=counted.bytes_read,
         )
-
-    def _pass(self) -> Iterator[ClipBatch]:
-        if isinstance(self._loader, EvaluationLoader):
-            return self._loader.batches()
-        self._epoch += 1
-        return self._loader.batches(self._epoch - 1)
 
 
 class BaselineCase:
@@ -271,7 +274,15 @@ def measure_headspace(
 
     `loader_clips_per_second` is the loader's rate with no consumer, measured already.
     """
-    alone = _alone(loader, consumer, seconds)
+    batches = loader.batches(0)
+    batch = next(batches)
+    batches.close()  # type: ignore[attr-defined]  # a generator: its threads must not run beside what is measured
+    consumer(batch)  # the first one warms up
+    begin, clips = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds or not clips:
+        consumer(batch)
+        clips += batch.num_clips
+    alone = clips / (time.perf_counter() - begin)
     together = OwnCase(loader, consumer=consumer).turn(seconds)
     return Headspace(
         consumer=name,
@@ -357,7 +368,15 @@ def benchmark_loader(
     missing = torchcodec_missing() if config.baseline else None
     stacks: list[Stack] = [] if not config.baseline else ["pyav"] if missing else ["pyav", "torchcodec"]
     device = torch.device("cuda") if torch.cuda.is_available() else None
-    with _train_loader(config, shard_set, device) as train, _evaluation_loader(config, shard_set, device) as validation:
+    evaluation = EvaluationSetup(
+        shard_set=shard_set,
+        clip=config.clip,
+        targets=shard_set.manifest.targets,
+        loader=LoaderConfig(backend=config.backend, decode_threads=config.num_threads),
+        global_batch_size=config.batch_size,
+        device=device,
+    )
+    with _train_loader(config, shard_set, device) as train, EvaluationLoader(evaluation) as validation:
         update(0, "training")
         train_report = _split_report(config, OwnCase(train), files, stacks, training=True)
         update(1, "validation")
@@ -378,7 +397,7 @@ def benchmark_loader(
         validation=validation_report,
         headspace=headspace,
         backend=train.backend_name,
-        threads=_threads(config),
+        threads=config.num_threads,
         num_clips=shard_set.manifest.num_samples,
         codec=shard_set.manifest.video.codec,
         source_bytes_per_clip=sum(file.stat().st_size for file in files) / max(1, len(files)),
@@ -387,11 +406,6 @@ def benchmark_loader(
         footprints=footprints,
         load_before=load_before,
     )
-
-
-def augment_config(rand_augment: bool) -> AugmentConfig:
-    """Return the published training transform, with or without RandAugment."""
-    return AugmentConfig(rand_augment="rand-m7-n4-mstd0.5-inc1") if rand_augment else AugmentConfig()
 
 
 def take_turns(cases: Mapping[Variant, LoaderCase], *, rounds: int, seconds: float) -> dict[Variant, list[Turn]]:
@@ -405,52 +419,19 @@ def take_turns(cases: Mapping[Variant, LoaderCase], *, rounds: int, seconds: flo
     return turns
 
 
-def _alone(loader: TrainLoader, consumer: Consumer, seconds: float) -> float:
-    batches = loader.batches(0)
-    batch = next(batches)
-    batches.close()  # type: ignore[attr-defined]  # a generator: its threads must not run beside what is measured
-    consumer(batch)  # the first one warms up
-    begin, clips = time.perf_counter(), 0
-    while time.perf_counter() - begin < seconds or not clips:
-        consumer(batch)
-        clips += batch.num_clips
-    return clips / (time.perf_counter() - begin)
-
-
 def _train_loader(config: LoaderBenchConfig, shard_set: ShardSet, device: torch.device | None) -> TrainLoader:
     return TrainLoader(
         TrainSetup(
             shard_sets=[shard_set],
             clip=config.clip,
             targets=shard_set.manifest.targets,
-            augment=augment_config(config.rand_augment),
-            loader=_loader_config(config),
+            augment=AugmentConfig(rand_augment=RAND_AUGMENT if config.rand_augment else None),
+            loader=LoaderConfig(backend=config.backend, decode_threads=config.num_threads),
             seed=0,
             global_batch_size=config.batch_size,
             device=device,
         )
     )
-
-
-def _evaluation_loader(config: LoaderBenchConfig, shard_set: ShardSet, device: torch.device | None) -> EvaluationLoader:
-    return EvaluationLoader(
-        EvaluationSetup(
-            shard_set=shard_set,
-            clip=config.clip,
-            targets=shard_set.manifest.targets,
-            loader=_loader_config(config),
-            global_batch_size=config.batch_size,
-            device=device,
-        )
-    )
-
-
-def _loader_config(config: LoaderBenchConfig) -> LoaderConfig:
-    return LoaderConfig(backend=config.backend, decode_threads=_threads(config))
-
-
-def _threads(config: LoaderBenchConfig) -> int:
-    return config.threads or num_cores()
 
 
 def _baseline_config(config: LoaderBenchConfig, stack: Stack, *, training: bool) -> BaselineConfig:
@@ -459,53 +440,46 @@ def _baseline_config(config: LoaderBenchConfig, stack: Stack, *, training: bool)
         training=training,
         rand_augment=config.rand_augment,
         batch_size=config.batch_size,
-        num_workers=_threads(config),
+        num_workers=config.num_threads,
         stack=stack,
     )
 
 
 def _split_report(
-    config: LoaderBenchConfig, ours: LoaderCase, files: Sequence[Path], stacks: Sequence[Stack], *, training: bool
+    config: LoaderBenchConfig, own: LoaderCase, files: Sequence[Path], stacks: Sequence[Stack], *, training: bool
 ) -> SplitReport:
-    cases: dict[Variant, LoaderCase] = {"ours": ours}
+    cases: dict[Variant, LoaderCase] = {"ours": own}
     for stack in stacks:
         cases[stack] = BaselineCase(files, _baseline_config(config, stack, training=training))
     turns = take_turns(cases, rounds=config.rounds, seconds=config.seconds / config.rounds)
-    mine, theirs, second = turns["ours"], turns.get("pyav", []), turns.get("torchcodec", [])
-    rates, whole = _rates(mine), _added(mine)
+    whole = {variant: _added(made) for variant, made in turns.items()}
+    rates = {variant: spread([turn.clips_per_second for turn in made]) for variant, made in turns.items()}
+    ours, theirs, second = whole["ours"], whole.get("pyav"), whole.get("torchcodec")
+
+    def ratio(variant: Variant) -> Spread:
+        pairs = zip(turns["ours"], turns[variant], strict=True)
+        return spread([mine.clips_per_second / other.clips_per_second for mine, other in pairs])
+
     return SplitReport(
-        clips_per_second=rates.median,
-        baseline_clips_per_second=_rates(theirs).median if theirs else None,
-        ratio=_ratios(mine, theirs) if theirs else None,
-        stages=whole.stages_ms(),
-        baseline_stages=_added(theirs).stages_ms() if theirs else None,
-        rounds=rates,
-        baseline_rounds=_rates(theirs) if theirs else None,
-        processor_ms_per_clip=_processor_ms(mine),
-        baseline_processor_ms_per_clip=_processor_ms(theirs) if theirs else None,
-        bytes_per_clip=whole.bytes_read / whole.clips,
+        clips_per_second=rates["ours"].median,
+        baseline_clips_per_second=rates["pyav"].median if theirs else None,
+        ratio=ratio("pyav") if theirs else None,
+        stages=ours.stages_ms(),
+        baseline_stages=theirs.stages_ms() if theirs else None,
+        rounds=rates["ours"],
+        baseline_rounds=rates.get("pyav"),
+        processor_ms_per_clip=ours.processor_ms_per_clip,
+        baseline_processor_ms_per_clip=theirs.processor_ms_per_clip if theirs else None,
+        bytes_per_clip=ours.bytes_read / ours.clips,
         torchcodec=TorchcodecReport(
-            clips_per_second=_rates(second).median,
-            ratio=_ratios(mine, second),
-            stages=_added(second).stages_ms(),
-            processor_ms_per_clip=_processor_ms(second),
+            clips_per_second=rates["torchcodec"].median,
+            ratio=ratio("torchcodec"),
+            stages=second.stages_ms(),
+            processor_ms_per_clip=second.processor_ms_per_clip,
         )
         if second
         else None,
     )
-
-
-def _ratios(mine: Sequence[Turn], theirs: Sequence[Turn]) -> Spread:
-    return spread([a.clips_per_second / b.clips_per_second for a, b in zip(mine, theirs, strict=True)])
-
-
-def _processor_ms(turns: Sequence[Turn]) -> float:
-    whole = _added(turns)
-    return 1000 * whole.processor_seconds / whole.clips
-
-
-def _rates(turns: Sequence[Turn]) -> Spread:
-    return spread([turn.clips_per_second for turn in turns])
 
 
 def _added(turns: Sequence[Turn]) -> Turn:

@@ -12,7 +12,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -70,26 +70,20 @@ def choose_backend(
     if gpu is not None and refusal is None:
         asked = "asked for by name" if name == "dali" else "chosen by auto"
         return BackendChoice(backend="dali-gpu", reason=f"{asked}; {codec} is decoded and augmented on {gpu.name}")
-    choice = _on_cpu(name, codec, why_no_gpu=refusal or "")
-    return choice if gpu is None else replace(choice, reason=f"{choice.reason}; not on the GPU: {refusal}")
-
-
-def _on_cpu(name: BackendName, codec: str, *, why_no_gpu: str) -> BackendChoice:
+    not_on_gpu = "" if gpu is None else f"; not on the GPU: {refusal}"
     if codec not in DALI_ON_CPU:
         if name == "dali":
             raise EnvironmentFault(
-                f"backend dali: decodes {codec} on a GPU only, {why_no_gpu}; "
+                f"backend dali: decodes {codec} on a GPU only, {refusal}; "
                 "use backend 'reference', or convert the shards with --codec mjpeg"
             )
         reason = (
             f"chosen by auto, DALI decodes {codec} on a GPU only; slow: on a CPU train from shards of --codec mjpeg, "
             "the fastest there"
         )
-        return BackendChoice(backend="reference", reason=reason, is_slow=True)
-    if name == "dali":
-        return BackendChoice(backend="dali", reason="asked for by name")
+        return BackendChoice(backend="reference", reason=reason + not_on_gpu, is_slow=True)
     reason = f"chosen by auto, nvidia-dali is installed; {DALI_ON_CPU[codec]} are decoded on the CPU"
-    return BackendChoice(backend="dali", reason=reason)
+    return BackendChoice(backend="dali", reason=("asked for by name" if name == "dali" else reason) + not_on_gpu)
 
 
 def make_backend(
@@ -167,9 +161,10 @@ class RoutedBackend:
 
     def render(self, requests: Sequence[RenderRequest]) -> UInt8[Tensor, "views 3 time height width"]:
         """See `ViewBackend.render`."""
+        stored = ["mjpeg" if isinstance(one.frames, JpegFrames) else one.frames.codec for one in requests]
         views: dict[int, Tensor] = {}
         for codec, backend in self._backends.items():
-            places = [place for place, request in enumerate(requests) if codec_of(request) == codec]
+            places = [place for place, found in enumerate(stored) if found == codec]
             if places:
                 own = [requests[place] for place in places]
                 parts = torch.split(backend.render(own), [len(request.boxes) for request in own])
@@ -182,11 +177,6 @@ class RoutedBackend:
         """Close every backend."""
         for backend in self._backends.values():
             backend.close()
-
-
-def codec_of(request: RenderRequest) -> str:
-    """Return the codec that the clip of a request is stored in."""
-    return "mjpeg" if isinstance(request.frames, JpegFrames) else request.frames.codec
 
 
 LIBRARY = "libnvcuvid.so.1"
@@ -269,16 +259,18 @@ def cuda_decoders(device: torch.device | None) -> CudaDecoders | None:
     index = torch.cuda.current_device() if device.index is None else device.index
     name = torch.cuda.get_device_name(index)
     try:
-        ask = _driver()
+        function = ctypes.CDLL(LIBRARY).cuvidGetDecoderCaps
     except OSError as error:
         missing = (
             f"the driver's video library {LIBRARY} cannot be loaded ({error}); in a container ask for it by "
             "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
         )
         return CudaDecoders(index=index, name=name, video={}, missing=missing)
+    function.restype = ctypes.c_int
+    function.argtypes = [ctypes.POINTER(_Caps)]
     with torch.cuda.device(index):
         torch.zeros(1, device=f"cuda:{index}")  # the library asks the current context
-        return CudaDecoders(index=index, name=name, video=asked(ask))
+        return CudaDecoders(index=index, name=name, video=asked(lambda caps: int(function(ctypes.byref(caps)))))
 
 
 def asked(ask: AskDriver) -> dict[str, VideoDecoder]:
@@ -295,14 +287,3 @@ def asked(ask: AskDriver) -> dict[str, VideoDecoder]:
                 most_height=caps.most_height,
             )
     return found
-
-
-def _driver() -> AskDriver:
-    function = ctypes.CDLL(LIBRARY).cuvidGetDecoderCaps
-    function.restype = ctypes.c_int
-    function.argtypes = [ctypes.POINTER(_Caps)]
-
-    def ask(caps: _Caps) -> int:
-        return int(function(ctypes.byref(caps)))
-
-    return ask

@@ -1,7 +1,7 @@
 """The DALI backends: from the bytes of clips to their views, on DALI's own threads and ours, or on a GPU.
 
 Bytes come in through external sources. On a CPU, DALI decodes; threads of this module do all that follows, a view
-after the other (`finish_crop`): libswscale resizes it in a third of the time that DALI's resize takes::
+after the other: libswscale resizes it in a third of the time that DALI's resize takes (decode/resizing.py)::
 
     jpeg ──> image_slice(box around the boxes)       only that part is decoded
     member, frames ──> decoders.video
@@ -35,9 +35,9 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import nvidia.dali.fn
@@ -52,8 +52,9 @@ from torch import Tensor
 
 from ca2st.errors import CA2STError, UserInputError
 from pipelines.augment.boxes import CropBox
-from pipelines.decode.finishing import finish_crop, finish_view
+from pipelines.augment.fused import finish_view
 from pipelines.decode.reference import decode_frames
+from pipelines.decode.resizing import Picture, resize_into
 from pipelines.errors import DecoderMemoryError, LoaderClosedError
 from pipelines.rendering import RenderRequest, VideoMember
 from pipelines.threads import StatsRecorder
@@ -76,6 +77,8 @@ _REFUSED_ALLOCATIONS = (
 _FINISHERS_ON_GPU = 2
 Fed = dict[str, list[NDArray[Any]]]
 """What goes into a run, by the name of the external source."""
+Job = Callable[[], None]
+"""What is left to do for one view."""
 
 
 def dali_backend(
@@ -89,88 +92,196 @@ def dali_backend(
     device: torch.device | None = None,
 ) -> "GraphBackend":
     """Return the backend for clips of `codec` on the CPU, or on the CUDA `device`; `threads` decode or feed it."""
-    graph: ClipGraph
-    if device is None:
-        graph = VideoOnCpu(crop_size) if codec != "mjpeg" else FramesOnCpu(crop_size, num_frames)
-    elif codec != "mjpeg":
-        graph = VideoOnGpu(crop_size=crop_size, views_per_clip=views_per_clip)
-    else:
-        graph = FramesOnGpu(num_frames=num_frames, crop_size=crop_size, views_per_clip=views_per_clip)
+    graph = ClipGraph(
+        is_video=codec != "mjpeg",
+        on_gpu=device is not None,
+        num_frames=num_frames,
+        crop_size=crop_size,
+        views_per_clip=views_per_clip,
+    )
     name, place = ("dali", OnCpu()) if device is None else ("dali-gpu", OnGpu(device))
-    return GraphBackend(graph, name=name, num_frames=num_frames, threads=threads, stats=stats, place=place)
+    return GraphBackend(graph, name=name, threads=threads, stats=stats, place=place)
 
 
-Job = Callable[[], None]
-"""What is left to do for one view."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipGraph:
+    """From the stored bytes of clips to their views, as the module's text draws it."""
 
+    is_video: bool
+    """Clips are video members; else JPEG frames."""
+    on_gpu: bool
+    num_frames: int
+    crop_size: int
+    views_per_clip: int
 
-@runtime_checkable
-class ClipGraph(Protocol):
-    """From the stored bytes of clips to their views."""
-
-    samples_per_clip: int
-    """What DALI counts as samples."""
-    oracle: str
-    """Who decodes, one by one, the clips of a run that DALI fails on."""
+    @property
+    def samples_per_clip(self) -> int:
+        """What DALI counts as samples."""
+        return 1 if self.is_video else self.num_frames
 
     def operators(self) -> list[Any]:
         """Define the graph in the current pipeline; return its outputs."""
-        ...
+        if self.is_video:
+            videos = fn.external_source(name="videos", dtype=types.UINT8, ndim=1)
+            frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
+            # A missing frame is an error, never black.
+            device = "mixed" if self.on_gpu else "cpu"
+            pictures = fn.decoders.video(videos, frames=frames, device=device, pad_mode="none")
+        else:
+            jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1)
+            if not self.on_gpu:
+                (box,) = box_sources(1)
+                return [fn.decoders.image_slice(jpegs, **_region(box), device="cpu", output_type=types.RGB)]
+            pictures = fn.decoders.image(
+                jpegs,
+                device="mixed",
+                output_type=types.RGB,
+                hw_decoder_load=1.0,  # all on the JPEG engines, where there are some: CUDA cores round otherwise
+                jpeg_fancy_upsampling=True,  # interpolates colours as the CPU's decoder does
+            )
+        if not self.on_gpu:
+            return [pictures]
+        flips = fn.external_source(name="flips", dtype=types.INT32, ndim=0)
+        crops = crops_resized(pictures, box_sources(self.views_per_clip), self.crop_size)
+        return [fn.flip(crop, horizontal=flips, vertical=0) for crop in crops]
 
     def fed(self, requests: Sequence[RenderRequest]) -> Fed:
-        """Return what the external sources get for these clips."""
-        ...
+        """Return what the external sources get for these clips.
+
+        Raises:
+            CA2STError: a clip is stored in the other of the two forms.
+        """
+        fed, boxes = _fed_clips(requests, is_video=self.is_video), list[Sequence[CropBox]]()
+        if self.on_gpu:
+            fed["flips"] = [np.array(one.flip, np.int32) for one in requests for _ in range(self.samples_per_clip)]
+            boxes = [[one.boxes[view] for one in requests] for view in range(self.views_per_clip)]
+        elif not self.is_video:
+            boxes = [[box_around(one.boxes) for one in requests]]
+        for view, of_clips in enumerate(boxes):
+            arrays = [np.array([box.top, box.left, box.height, box.width], np.int32) for box in of_clips]
+            fed[f"boxes_{view}"] = [array for array in arrays for _ in range(self.samples_per_clip)]
+        return fed
 
     def views(
         self, outputs: Sequence[Any], requests: Sequence[RenderRequest]
-    ) -> tuple[UInt8[Tensor, "views 3 time height width"], list[Job]]:
+    ) -> tuple[UInt8[Tensor, "views 3 time size size"], list[Job]]:
         """Return contiguous memory of torch for the views of a run, clip by clip, and the jobs that finish them.
 
         What the jobs read may be DALI's memory: a run takes its own, and it lasts as long as anything of it is held.
         """
-        ...
+        jobs: list[Job] = []
+        if self.on_gpu:
+            crops = [as_torch(output) for output in outputs]
+            if not self.is_video:
+                crops = [rearrange(crop, "(clip t) h w c -> clip t h w c", t=self.num_frames) for crop in crops]
+            of_clip = crops[0].unsqueeze(1) if len(crops) == 1 else torch.stack(crops, dim=1)
+            # One copy on the device, in the order of the batch.
+            views = rearrange(of_clip, "clip view t h w c -> (clip view) c t h w").contiguous()
+            owners = [one for one in requests for _ in one.boxes]
+            for view, one in zip(views, owners, strict=True):
+                if one.augment is not None or one.erased:
+                    jobs.append(partial(finish_view, view, one.augment, one.erased))
+            return views, jobs
+        num_views, time, size = sum(len(one.boxes) for one in requests), self.num_frames, self.crop_size
+        views = torch.empty(num_views, 3, time, size, size, dtype=torch.uint8)
+        for clip, one in enumerate(requests):
+            if self.is_video:
+                top, left, pictures = 0, 0, [*np.asarray(outputs[0][clip])]
+            else:
+                around = box_around(one.boxes)
+                top, left = around.top, around.left
+                pictures = [np.asarray(outputs[0][clip * time + at]) for at in range(time)]
+            for box in one.boxes:
+                rows = slice(box.top - top, box.top - top + box.height)
+                columns = slice(box.left - left, box.left - left + box.width)
+                crop = [picture[rows, columns] for picture in pictures]
+                jobs.append(partial(_resize_and_finish, views[len(jobs)], crop, one))
+        return views, jobs
 
 
-@runtime_checkable
-class Placement(Protocol):
-    """Where a graph runs."""
+def box_around(boxes: Sequence[CropBox]) -> CropBox:
+    """Return the smallest box that holds all of them."""
+    top, left = min(box.top for box in boxes), min(box.left for box in boxes)
+    bottom, right = max(box.top + box.height for box in boxes), max(box.left + box.width for box in boxes)
+    return CropBox(top=top, left=left, height=bottom - top, width=right - left)
 
-    device_id: int | None
+
+def _resize_and_finish(
+    view: UInt8[Tensor, "3 time size size"], crop: Sequence[Picture], request: RenderRequest
+) -> None:
+    resize_into(view.numpy()[..., :: -1 if request.flip else 1], crop)
+    finish_view(view, request.augment, request.erased)
+
+
+def _fed_clips(requests: Sequence[RenderRequest], *, is_video: bool) -> Fed:
+    clips, frames = list[NDArray[Any]](), list[NDArray[Any]]()
+    for request in requests:
+        stored = request.frames
+        if isinstance(stored, VideoMember):
+            if not is_video:
+                raise UserInputError(
+                    f"{request.where}: expected JPEG frames, found codec {stored.codec!r}, which the graph for frames "
+                    "does not decode; use backend 'reference', or convert the set with --codec mjpeg"
+                )
+            clips.append(np.frombuffer(stored.data, np.uint8))
+            frames.append(np.array(stored.frame_indices, np.int32))
+        elif is_video:
+            raise CA2STError(f"{request.where}: expected a video, found single frames; this backend renders videos")
+        else:
+            clips += [np.frombuffer(data, np.uint8) for data in stored.frames]
+    return {"videos": clips, "frames": frames} if is_video else {"jpegs": clips}
+
+
+def as_torch(output: Any) -> UInt8[Tensor, "samples *shape"]:
+    """Return an output of DALI as a tensor on its device, in order with the current stream there: the same memory."""
+    tensor: Tensor = torch.utils.dlpack.from_dlpack(output.as_tensor())
+    return tensor
+
+
+def box_sources(views_per_clip: int) -> list[Any]:
+    """Return the external sources of the boxes, one per view."""
+    return [fn.external_source(name=f"boxes_{view}", dtype=types.INT32, ndim=1) for view in range(views_per_clip)]
+
+
+def crops_resized(pictures: Any, boxes: Sequence[Any], crop_size: int) -> list[Any]:
+    """Return operators that cut each box out of decoded pictures and resize it, as the reference has a formula for."""
+    return [
+        fn.resize(
+            fn.slice(pictures, **_region(box)),
+            size=[crop_size, crop_size],
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+        )
+        for box in boxes
+    ]
+
+
+def _region(box: Any) -> dict[str, Any]:
+    """Return the arguments of a slice for a box that is data."""
+    return {"start": box[0:2], "shape": box[2:4], "axis_names": "HW"}
+
+
+class OnCpu:
+    """Where a graph runs: DALI's own threads."""
+
+    device_id: int | None = None
     """Number of the CUDA device; None: the CPU."""
 
     def inside(self) -> AbstractContextManager[object]:
         """Return what everything that touches pixels happens in, on any thread."""
-        ...
-
-    def run(self, pipeline: Any) -> Sequence[Any]:
-        """Return the outputs of the next run, in order with `inside`."""
-        ...
-
-    def hand_over(self, views: UInt8[Tensor, "views 3 time height width"]) -> None:
-        """Wait until the views are finished, and let the consumer have them."""
-        ...
-
-
-class OnCpu:
-    """DALI's own threads."""
-
-    device_id: int | None = None
-
-    def inside(self) -> AbstractContextManager[object]:
-        """See `Placement.inside`: nothing to enter."""
         return nullcontext()
 
     def run(self, pipeline: Any) -> Sequence[Any]:
-        """See `Placement.run`."""
+        """Return the outputs of the next run, in order with `inside`."""
         outputs: Sequence[Any] = pipeline.run()
         return outputs
 
     def hand_over(self, views: UInt8[Tensor, "views 3 time height width"]) -> None:
-        """See `Placement.hand_over`: they are finished."""
+        """Wait until the views are finished, and let the consumer have them."""
 
 
 class OnGpu:
-    """A CUDA device, on a stream of this module's."""
+    """A CUDA device, on a stream of this module's; methods as of `OnCpu`."""
 
     def __init__(self, device: torch.device) -> None:
         """Views are handed to the stream that is current here: the consumer's."""
@@ -179,12 +290,12 @@ class OnGpu:
         self._consumer = torch.cuda.current_stream(self.device_id)
 
     def inside(self) -> AbstractContextManager[object]:
-        """See `Placement.inside`: the device and the stream, which are a thread's own affair."""
+        """Return the device and the stream, which are a thread's own affair."""
         torch.cuda.set_device(self.device_id)  # threads start on device 0, and would leave a context there
         return torch.cuda.stream(self._stream)
 
     def run(self, pipeline: Any) -> Sequence[Any]:
-        """See `Placement.run`: the stream waits for the outputs, the host does not."""
+        """Return outputs that the stream waits for, and the host does not."""
         outputs: Sequence[Any] = pipeline.run(self._stream)
         return outputs
 
@@ -201,12 +312,12 @@ class GraphBackend:
     """
 
     def __init__(
-        self, graph: ClipGraph, *, name: str, num_frames: int, threads: int, stats: StatsRecorder, place: Placement
+        self, graph: ClipGraph, *, name: str, threads: int, stats: StatsRecorder, place: OnCpu | OnGpu
     ) -> None:
         """`threads` decode, and as many others finish views: on a GPU, which computes these, at most two."""
         self.name = name
         self._graph, self._place, self._threads, self._stats = graph, place, threads, stats
-        self._clips_per_run = max(1, MOST_FRAMES // num_frames)
+        self._clips_per_run = max(1, MOST_FRAMES // graph.num_frames)
         self._lock = threading.Lock()
         self._finishers = ThreadPoolExecutor(
             threads if place.device_id is None else min(threads, _FINISHERS_ON_GPU), thread_name_prefix="clip-augment"
@@ -266,8 +377,9 @@ class GraphBackend:
                 decode_frames(request)
             culprits = [request for request in requests if len(requests) > 1 and not self._runs_alone(request)]
             names = ", ".join(request.where for request in culprits or requests)
+            oracle = "FFmpeg" if self._graph.is_video else "Pillow"
             raise CA2STError(
-                f"backend {self.name}: DALI failed on clips that {self._graph.oracle} decodes ({names}): {error}"
+                f"backend {self.name}: DALI failed on clips that {oracle} decodes ({names}): {error}"
             ) from error
         return self._graph.views(outputs, requests)
 
@@ -289,265 +401,3 @@ class GraphBackend:
     def _finish(self, job: Job) -> None:
         with self._place.inside():
             job()
-
-
-def _finishing(
-    views: UInt8[Tensor, "views 3 time size size"], requests: Sequence[RenderRequest]
-) -> tuple[UInt8[Tensor, "views 3 time size size"], list[Job]]:
-    """Return the views, equally many for each request, and a job for each that is augmented or erased in place."""
-    owners = [request for request in requests for _ in range(len(views) // len(requests))]
-    return views, [
-        partial(finish_view, view, request)
-        for view, request in zip(views, owners, strict=True)
-        if request.augment is not None or request.erased
-    ]
-
-
-class FramesOnCpu:
-    """`ClipGraph` of JPEG frames of which DALI decodes the smallest box around those of the views."""
-
-    oracle = "Pillow"
-
-    def __init__(self, crop_size: int, num_frames: int) -> None:
-        self.samples_per_clip, self._crop_size = num_frames, crop_size
-
-    def operators(self) -> list[Any]:
-        """See `ClipGraph.operators`."""
-        (box,) = box_sources(1)
-        return [fn.decoders.image_slice(_jpeg_source(), **_region(box), device="cpu", output_type=types.RGB)]
-
-    def fed(self, requests: Sequence[RenderRequest]) -> Fed:
-        """See `ClipGraph.fed`."""
-        around = [replace(request, boxes=(box_around(request.boxes),)) for request in requests]
-        return _fed_jpegs(requests) | _fed_boxes(around, views_per_clip=1, times=self.samples_per_clip)
-
-    def views(
-        self, outputs: Sequence[Any], requests: Sequence[RenderRequest]
-    ) -> tuple[UInt8[Tensor, "views 3 time height width"], list[Job]]:
-        """Leave everything to the jobs, which keep the decoded boxes alive."""
-        time, pictures = self.samples_per_clip, outputs[0]
-        clips = [[np.asarray(pictures[clip * time + at]) for at in range(time)] for clip in range(len(requests))]
-        return _resizing(clips, [box_around(request.boxes) for request in requests], requests, self._crop_size)
-
-
-class VideoOnCpu:
-    """`ClipGraph` of video members that DALI decodes."""
-
-    oracle = "FFmpeg"
-    samples_per_clip = 1
-
-    def __init__(self, crop_size: int) -> None:
-        self._crop_size = crop_size
-
-    def operators(self) -> list[Any]:
-        """See `ClipGraph.operators`."""
-        return [_decoded_videos("cpu")]
-
-    def fed(self, requests: Sequence[RenderRequest]) -> Fed:
-        """See `ClipGraph.fed`."""
-        return _fed_videos(requests)
-
-    def views(
-        self, outputs: Sequence[Any], requests: Sequence[RenderRequest]
-    ) -> tuple[UInt8[Tensor, "views 3 time height width"], list[Job]]:
-        """Leave everything to the jobs, which keep the decoded clips alive."""
-        around = [box_around(request.boxes) for request in requests]
-        clips = [list(cut_out(np.asarray(outputs[0][clip]), box)) for clip, box in enumerate(around)]
-        return _resizing(clips, around, requests, self._crop_size)
-
-
-def box_around(boxes: Sequence[CropBox]) -> CropBox:
-    """Return the smallest box that holds all of them."""
-    top, left = min(box.top for box in boxes), min(box.left for box in boxes)
-    bottom, right = max(box.top + box.height for box in boxes), max(box.left + box.width for box in boxes)
-    return CropBox(top=top, left=left, height=bottom - top, width=right - left)
-
-
-def cut_out(
-    pictures: UInt8[np.ndarray, "*time height width 3"], box: CropBox
-) -> UInt8[np.ndarray, "*time cut_height cut_width 3"]:
-    """Return the pixels of the box; the same memory."""
-    return pictures[..., box.top : box.top + box.height, box.left : box.left + box.width, :]
-
-
-def _resizing(
-    clips: Sequence[Sequence[UInt8[np.ndarray, "_ _ 3"]]],
-    around: Sequence[CropBox],
-    requests: Sequence[RenderRequest],
-    size: int,
-) -> tuple[UInt8[Tensor, "views 3 time size size"], list[Job]]:
-    """Return memory for the views, and the jobs that fill it, from pictures of the boxes `around` theirs."""
-    owners = [
-        (clip, outer, box, request)
-        for clip, outer, request in zip(clips, around, requests, strict=True)
-        for box in request.boxes
-    ]
-    views = torch.empty(len(owners), 3, len(clips[0]), size, size, dtype=torch.uint8)
-    jobs: list[Job] = []
-    for view, (clip, outer, box, request) in zip(views, owners, strict=True):
-        inside = replace(box, top=box.top - outer.top, left=box.left - outer.left)
-        jobs.append(partial(finish_crop, view, [cut_out(picture, inside) for picture in clip], request))
-    return views, jobs
-
-
-class FramesOnGpu:
-    """`ClipGraph` of JPEG frames, decoded by nvJPEG."""
-
-    oracle = "Pillow"
-
-    def __init__(self, *, num_frames: int, crop_size: int, views_per_clip: int) -> None:
-        self.samples_per_clip = num_frames
-        self._crop_size, self._views = crop_size, views_per_clip
-
-    def operators(self) -> list[Any]:
-        """See `ClipGraph.operators`."""
-        images = fn.decoders.image(
-            _jpeg_source(),
-            device="mixed",
-            output_type=types.RGB,
-            hw_decoder_load=1.0,  # all on the JPEG engines, where there are some: CUDA cores round otherwise
-            jpeg_fancy_upsampling=True,  # interpolates colours as the CPU's decoder does
-        )
-        return _flipped(crops_resized(images, box_sources(self._views), self._crop_size))
-
-    def fed(self, requests: Sequence[RenderRequest]) -> Fed:
-        """See `ClipGraph.fed`."""
-        times = self.samples_per_clip
-        boxes = _fed_boxes(requests, views_per_clip=self._views, times=times)
-        return _fed_jpegs(requests) | _fed_flips(requests, times=times) | boxes
-
-    def views(
-        self,
-        outputs: Sequence[Any],
-        requests: Sequence[RenderRequest],
-    ) -> tuple[UInt8[Tensor, "views 3 time height width"], list[Job]]:
-        """Make one copy on the device, in the order of the batch."""
-        pictures = [as_torch(output) for output in outputs]
-        time = self.samples_per_clip
-        views = _in_batch_order([rearrange(view, "(clip t) h w c -> clip t h w c", t=time) for view in pictures])
-        return _finishing(views, requests)
-
-
-class VideoOnGpu:
-    """`ClipGraph` of video members, decoded by a GPU's video engines."""
-
-    oracle = "FFmpeg"
-    samples_per_clip = 1
-
-    def __init__(self, *, crop_size: int, views_per_clip: int) -> None:
-        self._crop_size, self._views = crop_size, views_per_clip
-
-    def operators(self) -> list[Any]:
-        """See `ClipGraph.operators`."""
-        return _flipped(crops_resized(_decoded_videos("mixed"), box_sources(self._views), self._crop_size))
-
-    def fed(self, requests: Sequence[RenderRequest]) -> Fed:
-        """See `ClipGraph.fed`."""
-        fed = _fed_videos(requests) | _fed_flips(requests, times=1)
-        return fed | _fed_boxes(requests, views_per_clip=self._views, times=1)
-
-    def views(
-        self,
-        outputs: Sequence[Any],
-        requests: Sequence[RenderRequest],
-    ) -> tuple[UInt8[Tensor, "views 3 time height width"], list[Job]]:
-        """Make one copy on the device, in the order of the batch."""
-        return _finishing(_in_batch_order([as_torch(output) for output in outputs]), requests)
-
-
-def _decoded_videos(device: Literal["cpu", "mixed"]) -> Any:
-    """Return the decoder of members, on the CPU or by a GPU's engines; a missing frame is an error, never black."""
-    videos = fn.external_source(name="videos", dtype=types.UINT8, ndim=1)
-    frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
-    return fn.decoders.video(videos, frames=frames, device=device, pad_mode="none")
-
-
-def _fed_videos(requests: Sequence[RenderRequest]) -> Fed:
-    members = [_member(request) for request in requests]
-    return {
-        "videos": [np.frombuffer(member.data, np.uint8) for member in members],
-        "frames": [np.array(member.frame_indices, np.int32) for member in members],
-    }
-
-
-def as_torch(output: Any) -> UInt8[Tensor, "samples *shape"]:
-    """Return an output of DALI as a tensor on its device, in order with the current stream there: the same memory."""
-    tensor: Tensor = torch.utils.dlpack.from_dlpack(output.as_tensor())
-    return tensor
-
-
-def box_sources(views_per_clip: int) -> list[Any]:
-    """Return the external sources of the boxes, one per view."""
-    return [fn.external_source(name=f"boxes_{view}", dtype=types.INT32, ndim=1) for view in range(views_per_clip)]
-
-
-def crops_resized(pictures: Any, boxes: Sequence[Any], crop_size: int) -> list[Any]:
-    """Return operators that cut each box out of decoded pictures and resize it."""
-    return [_resized(fn.slice(pictures, **_region(box)), crop_size) for box in boxes]
-
-
-def _resized(crop: Any, crop_size: int) -> Any:
-    """Return the resize that the reference has a formula for."""
-    return fn.resize(crop, size=[crop_size, crop_size], interp_type=types.INTERP_LINEAR, antialias=True)
-
-
-def _region(box: Any) -> dict[str, Any]:
-    """Return the arguments of a slice for a box that is data."""
-    return {"start": box[0:2], "shape": box[2:4], "axis_names": "HW"}
-
-
-def _flipped(crops: Sequence[Any]) -> list[Any]:
-    flips = fn.external_source(name="flips", dtype=types.INT32, ndim=0)
-    return [fn.flip(crop, horizontal=flips, vertical=0) for crop in crops]
-
-
-def _jpeg_source() -> Any:
-    return fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1)
-
-
-def _fed_jpegs(requests: Sequence[RenderRequest]) -> Fed:
-    """Return the frames of the requests, clip by clip.
-
-    Raises:
-        UserInputError: a clip is stored as a video.
-    """
-    frames: list[NDArray[Any]] = []
-    for request in requests:
-        if isinstance(request.frames, VideoMember):
-            raise UserInputError(
-                f"{request.where}: expected JPEG frames, found codec {request.frames.codec!r}, which the graph for "
-                "frames does not decode; use backend 'reference', or convert the set with --codec mjpeg"
-            )
-        frames += [np.frombuffer(data, np.uint8) for data in request.frames.frames]
-    return {"jpegs": frames}
-
-
-def _member(request: RenderRequest) -> VideoMember:
-    if not isinstance(request.frames, VideoMember):
-        raise CA2STError(f"{request.where}: expected a video, found single frames; this backend renders videos")
-    return request.frames
-
-
-def _fed_boxes(requests: Sequence[RenderRequest], *, views_per_clip: int, times: int) -> Fed:
-    """Return the boxes of the requests, each `times` times."""
-    return {
-        f"boxes_{view}": [
-            np.array([box.top, box.left, box.height, box.width], np.int32)
-            for box in (request.boxes[view] for request in requests)
-            for _ in range(times)
-        ]
-        for view in range(views_per_clip)
-    }
-
-
-def _fed_flips(requests: Sequence[RenderRequest], *, times: int) -> Fed:
-    """Return whether each request is mirrored, each `times` times."""
-    return {"flips": [np.array(request.flip, np.int32) for request in requests for _ in range(times)]}
-
-
-def _in_batch_order(
-    views: Sequence[UInt8[Tensor, "clip time height width 3"]],
-) -> UInt8[Tensor, "views 3 time height width"]:
-    """Return the views clip by clip, a clip's views in order, as contiguous memory of torch."""
-    of_clip = views[0].unsqueeze(1) if len(views) == 1 else torch.stack([*views], dim=1)
-    return rearrange(of_clip, "clip view t h w c -> (clip view) c t h w").contiguous()

@@ -25,8 +25,7 @@ table, one block per lane and source, and with class balance a byte per sample.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,19 +55,11 @@ class SamplePlan:
 
     @property
     def num_steps(self) -> int:
-        """Batches of an epoch; the same on every rank.
-
-        Raises:
-            PlanError: there is not one.
-        """
+        """Batches of an epoch; the same on every rank. Raises as `count_steps`."""
         return count_steps(self.num_clips, self.record.global_batch_size, remainder=self.record.remainder)
 
     def require_enough(self, *, world_size: int) -> None:
-        """Refuse, before anything starts, what cannot feed every rank.
-
-        Raises:
-            PlanError: as `require_enough_samples`, or as `rank_positions`.
-        """
+        """Refuse what cannot feed every rank; raises as `require_enough_samples` and `rank_positions`."""
         require_enough_samples(
             num_samples=self.num_clips,
             global_batch_size=self.record.global_batch_size,
@@ -109,19 +100,17 @@ class SamplePlan:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedSamples:
-    """Some positions of one global batch, in order."""
+class PlannedSample(NamedTuple):
+    """What is read at one position of a global batch."""
 
-    shards: NDArray[np.int64]
-    """Index of each sample's shard in the shard table; the tables of several sets are laid end to end."""
-    rows: NDArray[np.int64]
-    """Row of each sample in its shard's index."""
-    repeats: NDArray[np.int64]
+    shard: int
+    """Index of its shard in the shard table; the tables of several sets are laid end to end."""
+    row: int
+    repeat: int
     """Distinguishes the readings of one sample in one epoch: no two have the same number, and the first copy of the
     first reading of the first pass has 0."""
-    is_padding: NDArray[np.bool_]
-    """True where a sample is only there to fill the batch (it is repeated, and counts nowhere)."""
+    is_padding: bool
+    """Whether it is only there to fill the batch (it is repeated, and counts nowhere)."""
 
 
 class EpochPlan:
@@ -138,13 +127,7 @@ class EpochPlan:
         epoch: int,
         passes: Sequence[SourcePasses] | None = None,
     ) -> None:
-        """Lay out the epoch. Several sources are mixed by the weights of `record.mixture`.
-
-        `passes`: the epoch's `source_passes`, where several plans of one epoch share them.
-
-        Raises:
-            PlanError: there are no samples, or with remainder ``drop`` fewer than one batch.
-        """
+        """Lay out the epoch; several plans of it may share its `source_passes`. Raises as `count_steps`."""
         self._record, self._sources, self._epoch = record, sources, epoch
         self.num_samples = epoch_length(record, sources)
         """Slots of the epoch: its samples, `repeats` not counted."""
@@ -152,76 +135,52 @@ class EpochPlan:
             self.num_samples * record.repeats, record.global_batch_size, remainder=record.remainder
         )
         """Batches of the epoch: the same on every rank."""
-        self._lane_starts = [lane * self.num_samples // record.num_lanes for lane in range(record.num_lanes + 1)]
+        lanes = np.arange(record.num_lanes + 1)
+        self._lane_edges = lanes * self.num_samples // record.num_lanes
         self._mixture = MixtureOrder(
             mixture_quotas(record, sources), key=("mixture", record.seed, epoch), most_blocks=2 * record.num_lanes + 2
         )
-        self._lane_runs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._readings = np.stack([self._mixture.readings_before(edge) for edge in self._lane_edges.tolist()])
+        """[lanes + 1, sources]: how many readings of each source lie before each edge of a lane."""
         self._blocks: dict[tuple[int, int], tuple[int, NDArray[np.int64]]] = {}
         self._passes = passes or source_passes(record, sources, epoch=epoch)
 
-    def samples(self, step: int, positions: range) -> PlannedSamples:
-        """Return the samples at `positions` of the global batch of `step`.
-
-        Raises:
-            PlanError: the step or a position lies outside the epoch.
-        """
+    def samples(self, step: int, positions: range) -> list[PlannedSample]:
+        """Return the samples at `positions` of the global batch of `step`; raises `PlanError` outside the epoch."""
         batch, repeats = self._record.global_batch_size, self._record.repeats
         if not (0 <= step < self.num_steps and 0 <= positions.start <= positions.stop <= batch):
             raise PlanError(
                 f"expected a step below {self.num_steps} and positions within 0..{batch}, "
                 f"found step {step} and {positions}"
             )
-        per_lane = batch // self._record.num_lanes
-        parts = [_EMPTY]
-        for lane, first, last in _runs_of_lanes(positions, per_lane):
-            pairs, inside = np.divmod(step * per_lane + np.arange(first, last), 2 * repeats)
-            parts.append((*self._lane_slots(lane, 2 * pairs + inside % 2), inside // 2))
-        sources, places, padding, copies = (np.concatenate(column) for column in zip(*parts, strict=True))
-        shards, rows, readings = self._look_up(sources, places)
-        return PlannedSamples(shards, rows, readings * repeats + copies, padding)
-
-    def _look_up(
-        self, sources: NDArray[np.int64], places: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return the shard, row and number of the reading at places of the sources' lines."""
+        lanes, inside = np.divmod(np.arange(positions.start, positions.stop), batch // self._record.num_lanes)
+        pairs, inside = np.divmod(step * (batch // self._record.num_lanes) + inside, 2 * repeats)
+        slots, copies = 2 * pairs + inside % 2, inside // 2
+        starts, lengths = self._lane_edges[lanes], np.diff(self._lane_edges)[lanes]
+        held = np.minimum(starts + np.minimum(slots, np.maximum(lengths - 1, 0)), self.num_samples - 1)
+        sources, places = self._mixture.at(held)
+        if self._record.shuffle_block:
+            for lane, source in {*zip(lanes.tolist(), sources.tolist(), strict=True)}:
+                here = (lanes == lane) & (sources == source)
+                places[here] = self._shuffled(lane, source, places[here])
         found = np.empty((3, len(places)), np.int64)
         for source in np.unique(sources):
             here = sources == source
             found[:, here] = self._passes[source].at(places[here])
-        return found[0], found[1], found[2]
-
-    def _lane_slots(
-        self, lane: int, slots: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-        """Return source and place on its line of a lane's slots, and which slots lie beyond the lane's end."""
-        start, end = self._lane_starts[lane], self._lane_starts[lane + 1]
-        is_padding = slots >= end - start
-        held = np.minimum(start + np.minimum(slots, max(end - start - 1, 0)), self.num_samples - 1)
-        sources, places = self._mixture.at(held)
-        if self._record.shuffle_block and end > start:
-            for source in np.unique(sources):
-                here = sources == source
-                places[here] = self._shuffled(lane, int(source), places[here])
-        return sources, places, is_padding
+        shards, rows, readings = found
+        columns = (shards, rows, readings * repeats + copies, slots >= lengths)
+        return [PlannedSample(*one) for one in zip(*(column.tolist() for column in columns), strict=True)]
 
     def _shuffled(self, lane: int, source: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the places of a lane's run of a source, each exchanged within its block."""
-        firsts, ends = self._lane_run(lane)
-        first, length, size = int(firsts[source]), int(ends[source] - firsts[source]), self._record.shuffle_block
+        (first, end), size = self._readings[lane : lane + 2, source].tolist(), self._record.shuffle_block
         blocks, inside = np.divmod(places - first, size)
         shuffled = np.empty_like(places)
         for block in np.unique(blocks).tolist():
             here = blocks == block
-            order = self._block(lane, source, block, min(size, length - block * size))
+            order = self._block(lane, source, block, min(size, end - first - block * size))
             shuffled[here] = first + block * size + order[inside[here]]
         return shuffled
-
-    def _lane_run(self, lane: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        if lane not in self._lane_runs:
-            first, end = (self._mixture.readings_before(self._lane_starts[edge]) for edge in (lane, lane + 1))
-            self._lane_runs[lane] = (first, end)
-        return self._lane_runs[lane]
 
     def _block(self, lane: int, source: int, block: int, length: int) -> NDArray[np.int64]:
         held, order = self._blocks.get((lane, source), (-1, None))
@@ -247,11 +206,7 @@ def count_steps(num_samples: int, global_batch_size: int, *, remainder: Remainde
 
 
 def require_enough_samples(*, num_samples: int, global_batch_size: int, world_size: int, remainder: Remainder) -> None:
-    """Refuse, before anything starts, a set that cannot feed every rank.
-
-    Raises:
-        PlanError: no samples, fewer samples than ranks, or with ``drop`` fewer than one batch; holds the three numbers.
-    """
+    """Raise `PlanError` for fewer samples than ranks, none, or with ``drop`` fewer than one batch; with the numbers."""
     least = max(1, world_size, global_batch_size if remainder == "drop" else 1)
     if num_samples < least:
         raise PlanError(
@@ -284,9 +239,6 @@ def rank_positions(rank: int, world_size: int, *, global_batch_size: int, keep_p
     return range(first, last)
 
 
-_EMPTY = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.bool_), np.empty(0, np.int64))
-
-
 def source_passes(record: PlanRecord, sources: Sequence[SampleSource], *, epoch: int) -> list[SourcePasses]:
     """Return the lines of an epoch, pass after pass: what takes time and memory in a plan."""
     return [
@@ -302,11 +254,7 @@ def source_passes(record: PlanRecord, sources: Sequence[SampleSource], *, epoch:
 
 
 def mixture_quotas(record: PlanRecord, sources: Sequence[SampleSource]) -> NDArray[np.int64]:
-    """Return the slots of each source in a block of the mixture.
-
-    Raises:
-        PlanError: there are several sources without a weight each, or a weight is too small.
-    """
+    """Return the slots of each source in a block of the mixture; raises `PlanError` as `block_quotas`."""
     if len(sources) == 1:
         return np.ones(1, np.int64)
     weights = [share.weight for share in record.mixture if share.weight is not None]
@@ -325,15 +273,3 @@ def epoch_length(record: PlanRecord, sources: Sequence[SampleSource]) -> int:
         return length
     per_batch = record.global_batch_size // record.repeats
     return -(-length // per_batch) * per_batch
-
-
-def _runs_of_lanes(positions: range, per_lane: int) -> list[tuple[int, int, int]]:
-    """Return (lane, first, last) for each lane that `positions` touches, counted inside the lane's share."""
-    if not len(positions):
-        return []
-    lanes = range(positions.start // per_lane, (positions.stop - 1) // per_lane + 1)
-    edges = [positions.start, *(lane * per_lane for lane in lanes[1:]), positions.stop]
-    return [
-        (lane, first - lane * per_lane, last - lane * per_lane)
-        for lane, (first, last) in zip(lanes, pairwise(edges), strict=True)
-    ]

@@ -133,11 +133,7 @@ class SampleSelector:
         return mask
 
     def require_matches(self, num_selected: int) -> None:
-        """Refuse names that matched no sample.
-
-        Raises:
-            UserInputError: a class, participant or pattern that matches nothing, or all of them nothing together.
-        """
+        """Raise `UserInputError` for a class, participant or pattern that matched nothing, or all nothing together."""
         for label in self._labels.tolist():
             if label not in self._seen_labels:
                 raise UserInputError(f"data.select.classes: no sample is of class {self._class_names[label]!r}")
@@ -331,8 +327,11 @@ class ClassBalance:
 
     def readings(self, key: Key) -> NDArray[np.integer]:
         """Return how often the pass named by `key` reads each sample."""
-        steps, offsets = self._places(key)
         divisors = np.maximum(self._sizes, 1)
+        words = raw_words(key, 2 * len(self._sizes)).reshape(2, -1)
+        starts, offsets = (words % divisors.astype(np.uint64)).astype(np.int64)
+        pairs = zip(starts.tolist(), self._sizes.tolist(), strict=True)
+        steps = np.array([_next_coprime(start, size) for start, size in pairs])
         least, more = np.divmod(self._quotas, divisors)
         readings = np.empty(len(self._classes), np.min_scalar_type(self.most_readings))
         seen = np.zeros_like(self._sizes)
@@ -343,14 +342,6 @@ class ClassBalance:
             readings[start : start + _CHUNK] = least[classes] + (places < more[classes])
             seen += found
         return readings
-
-    def _places(self, key: Key) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the keyed factor and offset of every class."""
-        words = raw_words(key, 2 * len(self._sizes)).reshape(2, -1)
-        sizes = np.maximum(self._sizes, 1).astype(np.uint64)
-        steps, offsets = (words % sizes).astype(np.int64)
-        pairs = zip(steps.tolist(), self._sizes.tolist(), strict=True)
-        return np.array([_next_coprime(step, size) for step, size in pairs]), offsets
 
 
 def _numbers_in_class(classes: NDArray[np.int64], num_classes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -408,9 +399,7 @@ class PlanRecord:
     mixture: tuple[SetShare, ...] = ()
     """All sets in order, where there are several."""
     selection: SelectionConfig = field(default_factory=SelectionConfig)
-    """Which samples of the sets are read."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
-    """How often classes are read."""
     repeats: int = 1
     """Readings of each sample in a batch, each with draws of its own (repeated augmentation)."""
     epoch_samples: int | None = None

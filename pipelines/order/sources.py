@@ -18,6 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +37,7 @@ from pipelines.order.selection import (
     smallest,
 )
 from pipelines.storage.index import num_labels, read_columns
-from sharding.format.shard_set import LabelSpace, ShardEntry, ShardSet
+from sharding.format.shard_set import ShardEntry, ShardSet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,36 +84,30 @@ class SourceLine:
 
     def __init__(self, source: SampleSource, *, key: Key, shuffled: bool) -> None:
         """`key` names the pass; its shards are permuted where `shuffled`."""
-        self._source, num_shards = source, len(source.sizes)
+        self._source, num_shards, sizes = source, len(source.sizes), source.sizes
         self._readings = None if source.balance is None else source.balance.readings(("balance", *key))
-        sizes = source.sizes if self._readings is None else _sums(self._readings, source)
+        if self._readings is not None:
+            sizes, filled = np.zeros(num_shards, np.int64), np.flatnonzero(source.sizes)
+            if len(filled):
+                sizes[filled] = np.add.reduceat(self._readings, source.offsets[filled], dtype=np.int64)
         self._shards = permutation(("shards", *key), num_shards) if shuffled else np.arange(num_shards)
         self._starts = np.concatenate([[0], np.cumsum(sizes[self._shards], dtype=np.int64)])
 
     def at(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Return shard (in the shard table), row and reading (0: the sample's first in the pass) at `places`."""
         where = np.searchsorted(self._starts, places, side="right") - 1
-        shards, inside = self._shards[where], places - self._starts[where]
-        samples, readings = self._unfold(shards, inside)
-        rows = samples
+        shards, rows = self._shards[where], places - self._starts[where]
+        readings, offsets = np.zeros_like(rows), self._source.offsets
+        if self._readings is not None:  # a sample takes a place per reading
+            for shard in np.unique(shards):
+                here, inside = shards == shard, rows[shards == shard]
+                own = self._readings[offsets[shard] : offsets[shard + 1]]
+                ends = np.cumsum(own, dtype=np.int64)
+                rows[here] = np.searchsorted(ends, inside, side="right")
+                readings[here] = inside - (ends - own)[rows[here]]
         if self._source.rows is not None:
-            rows = self._source.rows[self._source.offsets[shards] + samples].astype(np.int64)
+            rows = self._source.rows[offsets[shards] + rows].astype(np.int64)
         return self._source.first_shard + shards, rows, readings
-
-    def _unfold(
-        self, shards: NDArray[np.int64], inside: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the sample and its reading at places inside shards, where a sample takes a place per reading."""
-        if self._readings is None:
-            return inside, np.zeros_like(inside)
-        samples, readings = np.empty_like(inside), np.empty_like(inside)
-        for shard in np.unique(shards):
-            here = shards == shard
-            first, last = self._source.offsets[shard], self._source.offsets[shard + 1]
-            ends = np.cumsum(self._readings[first:last], dtype=np.int64)
-            samples[here] = np.searchsorted(ends, inside[here], side="right")
-            readings[here] = inside[here] - (ends - self._readings[first:last])[samples[here]]
-        return samples, readings
 
 
 class SourcePasses:
@@ -145,73 +140,43 @@ class SourcePasses:
             return self._held[number]
 
 
-def _sums(readings: NDArray[np.integer], source: SampleSource) -> NDArray[np.int64]:
-    """Return the readings of every shard."""
-    sums, filled = np.zeros(len(source.sizes), np.int64), np.flatnonzero(source.sizes)
-    if len(filled):
-        sums[filled] = np.add.reduceat(readings, source.offsets[filled], dtype=np.int64)
-    return sums
-
-
 class MixtureOrder:
     """Sources by slot. Not for several threads at once: it keeps the blocks in use."""
 
     def __init__(self, quotas: NDArray[np.int64], *, key: Key, most_blocks: int) -> None:
         """`quotas`: slots of each source in one block; `most_blocks`: blocks kept, each a few kilobytes."""
-        self._quotas, self._key, self._most_blocks = quotas, key, most_blocks
-        self._block_size = int(quotas.sum())
-        self._blocks: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = OrderedDict()
-
-    @property
-    def num_sources(self) -> int:
-        """Sources that are mixed."""
-        return len(self._quotas)
+        self._quotas, self._key, self._block_size = quotas, key, int(quotas.sum())
+        self._block = lru_cache(most_blocks)(self._made_block)
 
     def at(self, slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the source of each slot, and the number of that source's reading it is."""
-        if self.num_sources == 1:
+        if len(self._quotas) == 1:
             return np.zeros_like(slots), slots
         sources, readings = np.empty_like(slots), np.empty_like(slots)
         blocks, inside = np.divmod(slots, self._block_size)
-        for block in np.unique(blocks):
+        for block in np.unique(blocks).tolist():
             here = blocks == block
-            order, numbers = self._block(int(block))
+            order, numbers = self._block(block)
             sources[here] = order[inside[here]]
             readings[here] = block * self._quotas[sources[here]] + numbers[inside[here]]
         return sources, readings
 
     def readings_before(self, slot: int) -> NDArray[np.int64]:
         """Return how many slots of each source lie before `slot`."""
-        if self.num_sources == 1:
+        if len(self._quotas) == 1:
             return np.array([slot])
         block, inside = divmod(slot, self._block_size)
-        partial = np.bincount(self._block(block)[0][:inside], minlength=self.num_sources)
+        partial = np.bincount(self._block(block)[0][:inside], minlength=len(self._quotas))
         return block * self._quotas + partial
 
-    def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _made_block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the source of every slot of a block, and its number among the block's slots of that source."""
-        if block not in self._blocks:
-            stored = np.repeat(np.arange(self.num_sources), self._quotas)
-            order = stored[permutation((*self._key, block), self._block_size)]
-            numbers = np.empty_like(order)
-            for source in range(self.num_sources):
-                numbers[order == source] = np.arange(self._quotas[source])
-            self._blocks[block] = (order, numbers)
-        self._blocks.move_to_end(block)
-        while len(self._blocks) > self._most_blocks:
-            self._blocks.popitem(last=False)
-        return self._blocks[block]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Scanned:
-    """The selected samples of all sets, shard after shard."""
-
-    sizes: NDArray[np.int64]
-    """How many of each shard."""
-    rows: NDArray[np.int32]
-    balanced: LabelLists
-    """Labels of the balanced target; empty where none is balanced."""
+        stored = np.repeat(np.arange(len(self._quotas)), self._quotas)
+        order = stored[permutation((*self._key, block), self._block_size)]
+        numbers = np.empty_like(order)
+        for source, quota in enumerate(self._quotas.tolist()):
+            numbers[order == source] = np.arange(quota)
+        return order, numbers
 
 
 def make_sources(
@@ -227,73 +192,64 @@ def make_sources(
         UserInputError: a name of the selection matches nothing, or a group is left without samples; says which.
         ShardSetDamageError: an index is missing or damaged.
     """
-    sizes = [_stored_sizes(group) for group in groups]
-    firsts = np.cumsum([0, *map(len, sizes)]).tolist()
+    stored = [[shard.num_samples for one in group for shard in one.shards] for group in groups]
+    firsts = np.cumsum([0, *map(len, stored)]).tolist()
     if selection.is_everything and balance.rule == "none":
-        return tuple(SampleSource(sizes=own, first_shard=first) for own, first in zip(sizes, firsts[:-1], strict=True))
-    scanned = _scan([one for group in groups for one in group], first_target, selection, balance)
-    edges = np.concatenate([[0], np.cumsum(scanned.sizes)])[firsts]
+        return tuple(
+            SampleSource(sizes=np.array(own, np.int64), first_shard=first)
+            for own, first in zip(stored, firsts[:-1], strict=True)
+        )
+    sizes, rows, labels = _scan([one for group in groups for one in group], first_target, selection, balance)
+    edges = np.concatenate([[0], np.cumsum(sizes)])[firsts]
     sources = []
     for index, group in enumerate(groups):
         shards, samples = slice(*firsts[index : index + 2]), slice(*edges[index : index + 2].tolist())
         if samples.start == samples.stop:
             raise UserInputError(f"data.select: no sample of {group[0].where} is selected; leave the set out")
+        class_balance = None
+        if balance.rule != "none":
+            own = labels.part(samples)
+            class_balance = ClassBalance(own.flat if bool((own.sizes == 1).all()) else own, balance)
         sources.append(
             SampleSource(
-                sizes=scanned.sizes[shards],
+                sizes=sizes[shards],
                 first_shard=shards.start,
-                rows=None if selection.is_everything else scanned.rows[samples],
-                balance=None if balance.rule == "none" else _balance(scanned.balanced.part(samples), balance),
+                rows=None if selection.is_everything else rows[samples],
+                balance=class_balance,
             )
         )
     return tuple(sources)
 
 
-def _balance(labels: LabelLists, config: BalanceConfig) -> ClassBalance:
-    """The balance of samples of one label each, or of several."""
-    return ClassBalance(labels.flat if bool((labels.sizes == 1).all()) else labels, config)
-
-
-def _stored_sizes(group: Sequence[ShardSet]) -> NDArray[np.int64]:
-    return np.array([shard.num_samples for shard_set in group for shard in shard_set.shards], dtype=np.int64)
-
-
 def _scan(
     shard_sets: Sequence[ShardSet], first_target: str, selection: SelectionConfig, balance: BalanceConfig
-) -> _Scanned:
+) -> tuple[NDArray[np.int64], NDArray[np.int32], LabelLists]:
+    """Return the selected samples of all sets, shard after shard: how many of each, rows, labels of what is balanced.
+
+    No labels where nothing is balanced.
+    """
     spaces = [selection.target or first_target, balance.target or first_target]
     selected, balanced = (shard_sets[0].manifest.label_space(name) for name in spaces)
     selector = SampleSelector(selection, selected.classes)
     kind = np.uint16 if len(balanced.classes) <= 1 << 16 else np.uint32
-    rows: list[NDArray[np.int32]] = []
+    chosen: list[NDArray[np.int32]] = []
     ranks: list[NDArray[np.uint64]] = []
     classes: list[LabelLists] = []
     for keys, labels in _shards(shard_sets, (selected.name, balanced.name), with_keys=selection.needs_keys):
-        chosen = np.flatnonzero(selector.mask(keys, labels[0])).astype(np.int32)
-        rows.append(chosen)
+        mask = selector.mask(keys, labels[0])
+        chosen.append(np.flatnonzero(mask).astype(np.int32))
         if balance.rule != "none":
-            mask = np.zeros(len(labels[1]), np.bool_)
-            mask[chosen] = True
             classes.append(labels[1].where(mask))
         if selection.limit is not None and keys is not None:
-            ranks.append(key_ranks((keys[row] for row in chosen), limit_seed=selection.limit_seed))
-    sizes = np.array([len(one) for one in rows], np.int64)
+            ranks.append(key_ranks((keys[row] for row in chosen[-1]), limit_seed=selection.limit_seed))
+    sizes = np.array([len(one) for one in chosen], np.int64)
     selector.require_matches(int(sizes.sum()))
-    whole = _Scanned(
-        sizes=sizes,
-        rows=np.concatenate([np.empty(0, np.int32), *rows]),
-        balanced=LabelLists.joined(classes, kind),
-    )
-    return whole if selection.limit is None else _limited(whole, smallest(np.concatenate(ranks), selection.limit))
-
-
-def _limited(whole: _Scanned, mask: NDArray[np.bool_]) -> _Scanned:
-    ends = np.concatenate([[0], np.cumsum(mask)])[np.cumsum(whole.sizes)]
-    return _Scanned(
-        sizes=np.diff(ends, prepend=0),
-        rows=whole.rows[mask],
-        balanced=whole.balanced.where(mask) if len(whole.balanced) else whole.balanced,
-    )
+    rows, joined = np.concatenate([np.empty(0, np.int32), *chosen]), LabelLists.joined(classes, kind)
+    if selection.limit is None:
+        return sizes, rows, joined
+    mask = smallest(np.concatenate(ranks), selection.limit)
+    ends = np.concatenate([[0], np.cumsum(mask)])[np.cumsum(sizes)]
+    return np.diff(ends, prepend=0), rows[mask], joined.where(mask) if len(joined) else joined
 
 
 def _shards(
@@ -302,23 +258,19 @@ def _shards(
     """Yield the keys and the labels of the named spaces, shard by shard."""
     for shard_set in shard_sets:
         manifest = shard_set.manifest
-        spaces = [
-            (manifest.label_space(name), manifest.label_spaces.index(manifest.label_space(name))) for name in names
-        ]
+        named = [manifest.label_space(name) for name in names]
+        spaces = [(space, manifest.label_spaces.index(space)) for space in named]
         for shard, table in read_columns(shard_set, ["key", "labels"] if with_keys else ["labels"]):
             labels = _labels(table, shard, num_labels(manifest))
+            for space, column in spaces:
+                flat = labels[column].flat
+                if len(flat) and not (flat.min() >= 0 and flat.max() < len(space.classes)):
+                    raise ShardSetDamageError(
+                        f"{shard.index_name}: expected a {space.name} of 0..{len(space.classes) - 1} in every row, "
+                        f"found {flat.min()}..{flat.max()}; convert the set again"
+                    )
             keys = table.column("key").to_pylist() if with_keys else None
-            yield keys, [_checked(labels[column], space, shard) for space, column in spaces]
-
-
-def _checked(labels: LabelLists, space: LabelSpace, shard: ShardEntry) -> LabelLists:
-    flat = labels.flat
-    if len(flat) and not (flat.min() >= 0 and flat.max() < len(space.classes)):
-        raise ShardSetDamageError(
-            f"{shard.index_name}: expected a {space.name} of 0..{len(space.classes) - 1} in every row, found "
-            f"{flat.min()}..{flat.max()}; convert the set again"
-        )
-    return labels
+            yield keys, [labels[column] for _, column in spaces]
 
 
 def _labels(table: pa.Table, shard: ShardEntry, expected: int | None) -> list[LabelLists]:

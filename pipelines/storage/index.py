@@ -77,7 +77,12 @@ class ShardIndex:
         self.nbytes = int(table.nbytes)
         self._shard, self._num_labels, self._codec = shard, num_labels, codec
         columns: dict[str, Any] = {name: table.column(name).combine_chunks() for name in table.column_names}
-        _refuse_empty_places(shard, columns)
+        for name, column in columns.items():
+            if empty := column.null_count or (column.values.null_count if name in _LISTS else 0):
+                raise ShardSetDamageError(
+                    f"{shard.index_name}: {name}: expected a value in every row, found {empty} empty places; "
+                    "convert the set again"
+                )
         self._keys, self._has_audio = columns["key"], columns["has_audio"]
         self._numbers = {name: np.from_dlpack(columns[name]) for name in _NUMBERS}
         self._lists: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {
@@ -94,23 +99,16 @@ class ShardIndex:
         value |= {"key": self._keys[row].as_py(), "has_audio": self._has_audio[row].as_py()}
         arrays = {name: values[offsets[row] : offsets[row + 1]] for name, (offsets, values) in self._lists.items()}
         self._check(value, arrays)
-        offsets_in_data = np.concatenate([[0], np.cumsum(arrays["frame_bytes"], dtype=np.int64)])
+        del value["num_frames"]
+        first_frame = value["video_offset"] + value.pop("frame_data_offset")
         return SampleEntry(
             shard=self._shard,
-            key=value["key"],
             labels=tuple(arrays["labels"].tolist()),
-            has_audio=value["has_audio"],
-            mel_rows=value["mel_rows"],
-            mel_offset=value["mel_offset"],
-            mel_bytes=value["mel_bytes"],
-            mel_xxh64=value["mel_xxh64"],
             codec=self._codec,
-            video_offset=value["video_offset"],
-            video_bytes=value["video_bytes"],
-            video_xxh64=value["video_xxh64"],
-            frame_offsets=value["video_offset"] + value["frame_data_offset"] + offsets_in_data,
+            frame_offsets=first_frame + np.concatenate([[0], np.cumsum(arrays["frame_bytes"], dtype=np.int64)]),
             frame_ticks=arrays["frame_ticks"],
             frame_xxh32=arrays["frame_xxh32"],
+            **value,
         )
 
     def sample_ids(self) -> list[str]:
@@ -151,15 +149,6 @@ class ShardIndex:
             )
 
 
-def _refuse_empty_places(shard: ShardEntry, columns: Mapping[str, Any]) -> None:
-    for name, column in columns.items():
-        if empty := column.null_count or (column.values.null_count if name in _LISTS else 0):
-            raise ShardSetDamageError(
-                f"{shard.index_name}: {name}: expected a value in every row, found {empty} empty places; "
-                "convert the set again"
-            )
-
-
 class ShardIndexCache:
     """Indexes read on first use, the least recently used dropped beyond `most_bytes`."""
 
@@ -181,21 +170,22 @@ class ShardIndexCache:
         with self._lock:
             index = self._held.get(shard)
             if index is None:
-                index = self._held[shard] = self._load(self._files.shard_set.shards[shard])
+                entry, manifest = self._files.shard_set.shards[shard], self._files.shard_set.manifest
+                data = self._files.read_index(entry)
+                try:
+                    table = decode_index(data)
+                except (pa.ArrowException, ValueError) as error:
+                    raise ShardSetDamageError(
+                        f"{entry.index_name}: not an index ({error}); convert the set again"
+                    ) from error
+                codec = stored_codec(manifest.video.codec)
+                index = ShardIndex(entry, table, num_labels=num_labels(manifest), codec=codec)
+                self._held[shard] = index
                 self._bytes += index.nbytes
             self._held.move_to_end(shard)
             while len(self._held) > 1 and self._bytes > self._most_bytes:
                 self._bytes -= self._held.popitem(last=False)[1].nbytes
         return index
-
-    def _load(self, shard: ShardEntry) -> ShardIndex:
-        data, manifest = self._files.read_index(shard), self._files.shard_set.manifest
-        try:
-            table = decode_index(data)
-        except (pa.ArrowException, ValueError) as error:
-            raise ShardSetDamageError(f"{shard.index_name}: not an index ({error}); convert the set again") from error
-        codec = stored_codec(manifest.video.codec)
-        return ShardIndex(shard, table, num_labels=num_labels(manifest), codec=codec)
 
 
 def num_labels(manifest: Manifest) -> int | None:

@@ -1,9 +1,6 @@
-"""Sets behind a URL: the same files as of a folder, through this machine's cache, fetched before they are needed.
+"""Sets behind a URL: the same files as of a folder, through this machine's cache.
 
-The plan says which shards the coming steps of this rank touch. At most `most_waiting` of them are on their way at
-once (one for each of the rank's lanes, two at least), seen at most `_HORIZON_STEPS` steps ahead; and nothing that
-is still being read is evicted for them. The cache on the disk is bounded, shared by all processes, and safe
-against crashes. Local sets need none of this, and get no thread.
+The cache on the disk is bounded, shared by all processes, and safe against crashes.
 """
 
 import errno
@@ -12,41 +9,29 @@ import logging
 import math
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, runtime_checkable
 
 from ca2st.durable import fsync_folder, is_environment_error, take_lock
-from ca2st.errors import CA2STError, EnvironmentFault, UserInputError
+from ca2st.errors import EnvironmentFault, UserInputError
 from pipelines.errors import ShardSetDamageError
 from pipelines.storage.shard_files import OpenShard, ShardFiles, Verify, sha256_of
-from pipelines.threads import LoaderThreads, StatsRecorder
+from pipelines.threads import StatsRecorder
 from sharding.format.remote import RemoteFileMissingError, RemoteFiles, Retrier
 from sharding.format.shard_set import ShardEntry, ShardSet
 
 _DOWNLOADS = 3
 """Times a file is fetched whose bytes arrive with another hash, before the server's copy is called damaged."""
-_HORIZON_STEPS = 1024
-_STEPS_PER_CALL = 64
-"""Most steps that one call looks further: the first calls of an epoch do not hold up its first batches."""
-_GRACE_STEPS = 4
-"""Steps after which a shard's last read is over: more than are fetched ahead of the step that is handed out."""
-_THREADS = 4
 _log = logging.getLogger(__name__)
 
 
-def open_files(
-    shard_set: ShardSet, stats: StatsRecorder | None = None, *, verify: Verify = "size", most_open: int = 128
-) -> ShardFiles:
+def open_files(shard_set: ShardSet, stats: StatsRecorder | None = None, *, verify: Verify = "size") -> ShardFiles:
     """Return the files of a set, by where it comes from; what the cache does is counted in `stats`."""
     if shard_set.origin is None:
-        return ShardFiles(shard_set, verify=verify, most_open=most_open)
+        return ShardFiles(shard_set, verify=verify)
     return CachedShards(shard_set, stats or StatsRecorder(), verify=verify)
 
 
@@ -63,11 +48,7 @@ class CachedShards(ShardFiles):
     def __init__(
         self, shard_set: ShardSet, stats: StatsRecorder, *, verify: Verify = "size", files: RemoteFiles | None = None
     ) -> None:
-        """`files`: what reads from the server; None: that of the URL.
-
-        Raises:
-            EnvironmentFault: the cache folder cannot be made.
-        """
+        """`files`: what reads from the server; None: that of the URL. Raises as `ShardCache`."""
         super().__init__(shard_set, verify=verify)
         assert shard_set.origin is not None
         storage, self._stats = shard_set.storage, stats
@@ -85,7 +66,13 @@ class CachedShards(ShardFiles):
             UserInputError: the cache is smaller than a shard.
         """
         sizes = self._remote.sizes()
-        self._require_sizes(None if sizes is None else partial(_listed, sizes))
+
+        def listed(name: str) -> int:
+            if sizes is None or name not in sizes:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            return sizes[name]
+
+        self._require_sizes(None if sizes is None else listed)
         shards, cache = self.shard_set.shards, self._cache
         largest = max(shards, key=lambda shard: shard.bytes + shard.index_bytes, default=None)
         if largest is not None:
@@ -204,103 +191,6 @@ def _write(pieces: Iterator[bytes], descriptor: int, is_abandoned: Callable[[], 
     return digest.hexdigest()
 
 
-def _listed(sizes: dict[str, int], name: str) -> int:
-    if name not in sizes:
-        raise FileNotFoundError(2, "No such file")
-    return sizes[name]
-
-
-@runtime_checkable
-class FetchesAhead(Protocol):
-    """The shards of one or more sets, by their place in the sets' tables laid end to end."""
-
-    @property
-    def are_remote(self) -> bool:
-        """Whether there is anything to fetch."""
-        ...
-
-    def fetch_ahead(self, shard: int, *, is_abandoned: Callable[[], bool]) -> bool:
-        """See `CachedShards.fetch_ahead`."""
-        ...
-
-    def release(self, shard: int) -> None:
-        """See `CachedShards.release`."""
-        ...
-
-
-class ShardsAhead:
-    """Follows one iteration over an epoch; `reached` is called for its steps in order."""
-
-    def __init__(
-        self, sets: FetchesAhead, shards_of: Callable[[int], set[int]], steps: range, *, most_waiting: int
-    ) -> None:
-        """`shards_of` gives the shards that this rank reads in a step; only `reached` calls it."""
-        self._sets, self._shards_of, self._steps = sets, shards_of, steps
-        self._most_waiting = max(2, most_waiting)
-        self._next = steps.start
-        self._last_step: dict[int, int] = {}
-        self._refused: list[int] = []
-        self._lock, self._waiting = threading.Lock(), set[int]()
-        self._closing = threading.Event()
-        self._threads = LoaderThreads("clip-shards", _THREADS) if sets.are_remote else None
-
-    def __enter__(self) -> "ShardsAhead":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Abandon what is on its way, and end the threads."""
-        self._closing.set()
-        if self._threads is not None:
-            self._threads.close()
-
-    def reached(self, step: int) -> None:
-        """Say that the samples of `step` are about to be read."""
-        if self._threads is None:
-            return
-        if self._release_before(step - _GRACE_STEPS):
-            again, self._refused = self._refused, []
-            for shard in again:
-                self._fetch(shard)
-        stop = min(self._steps.stop, step + _HORIZON_STEPS, self._next + _STEPS_PER_CALL)
-        while self._next < stop and len(self._waiting) < self._most_waiting:
-            for shard in self._shards_of(self._next):
-                if shard not in self._last_step:
-                    self._fetch(shard)
-                self._last_step[shard] = self._next
-            self._next += 1
-
-    def _release_before(self, step: int) -> list[int]:
-        """Release the shards whose last known step lies before `step`; return them."""
-        finished = [shard for shard, last in self._last_step.items() if last < step]
-        for shard in finished:
-            del self._last_step[shard]
-            self._sets.release(shard)
-        return finished
-
-    def _fetch(self, shard: int) -> None:
-        assert self._threads is not None
-        with self._lock:
-            self._waiting.add(shard)
-        call = self._threads.submit(self._sets.fetch_ahead, shard, is_abandoned=self._closing.is_set)
-        call.add_done_callback(lambda done: self._done(shard, done))
-
-    def _done(self, shard: int, call: "Future[bool]") -> None:
-        with self._lock:
-            self._waiting.discard(shard)
-        if call.cancelled():
-            return
-        error = call.exception()
-        if error is not None and not isinstance(error, CA2STError):
-            _log.warning("fetching a shard ahead: %r; it is fetched when it is needed", error)
-        elif error is None and not call.result():
-            self._refused.append(shard)
-
-
 _PART = ".part"
 _SUFFIXES = (".tar", ".index.parquet", _PART)
 _LOCK_NAME = "cache.lock"
@@ -333,11 +223,7 @@ class ShardCache:
         return sum(state.st_size for _, state in self._kept())
 
     def require_room_for(self, num_bytes: int, what: str) -> None:
-        """Refuse a cache that could never hold a file.
-
-        Raises:
-            UserInputError: with the numbers.
-        """
+        """Raise `UserInputError` for a cache that could never hold a file."""
         if num_bytes > self.most_bytes:
             raise UserInputError(
                 f"data.loader.cache_bytes: expected at least {num_bytes} bytes for {what}, found {self.most_bytes} in "
@@ -428,11 +314,7 @@ class ShardCache:
         return None
 
     def _fill(self, part: int, path: Path, fill: Callable[[int], None]) -> int:
-        """Fill the locked part file of `path`, give it that name and a shared lock; on any error close and remove it.
-
-        Raises:
-            EnvironmentFault: as `_naming_place`; and whatever `fill` raises.
-        """
+        """Fill the locked part file of `path`, give it that name and a shared lock; on an error close and remove it."""
         part_path = _part_of(path)
         try:
             with _naming_place(path):
@@ -530,11 +412,7 @@ def _evict(path: Path) -> bool:
 
 @contextmanager
 def _naming_place(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses into an error that names the place.
-
-    Raises:
-        EnvironmentFault: the disk is full, or the folder may not be written.
-    """
+    """Turn what the disk refuses into an `EnvironmentFault` that names the place."""
     try:
         yield
     except OSError as error:

@@ -7,7 +7,7 @@ any memory.
 
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -42,7 +42,6 @@ class FetchedSample:
     frames: dict[int, bytes]
     """JPEG bytes by frame index, only those asked for; empty where there is a `member`."""
     height: int
-    """Pixels of every frame."""
     width: int
     mel: NDArray[np.float16]
     """All rows, not normalised."""
@@ -95,8 +94,13 @@ class SampleReader:
                         data = shard.read(first, end - first)
                         self._stats.add("bytes_read", len(data))
                         frames |= {i: data[int(offsets[i]) - first : int(offsets[i + 1]) - first] for i in group}
+                elif entry.video_bytes > MOST_MEMBER_BYTES:
+                    raise SampleDamageError(
+                        f"{entry.where}: expected a video of at most {MOST_MEMBER_BYTES} bytes, found "
+                        f"{entry.video_bytes}; convert with shorter segments, or with --codec mjpeg, which is read "
+                        "frame by frame"
+                    )
                 else:
-                    _require_readable(entry)
                     member = shard.read(entry.video_offset, entry.video_bytes)
                     self._stats.add("bytes_read", len(member))
                 mel = shard.read(entry.mel_offset, entry.mel_bytes)
@@ -115,11 +119,30 @@ class SampleReader:
     def _checked(self, entry: SampleEntry, frames: dict[int, bytes], member: bytes | None, mel: bytes) -> FetchedSample:
         with self._stats.timed("checksum_seconds", where=entry.where):
             for index, data in frames.items():
-                _require_frame(entry, index, data)
+                expected, found = int(entry.frame_xxh32[index]), frame_checksum(data)
+                if found != expected:
+                    raise SampleDamageError(
+                        f"{entry.where}, frame {index} at byte {entry.frame_offsets[index]} ({len(data)} bytes): "
+                        f"expected xxh32 {expected:08x}, found {found:08x}; {_REMEDY}"
+                    )
             if member is not None:
                 _require_member(entry, "mp4", entry.video_offset, member, entry.video_xxh64)
             _require_member(entry, "mel.npy", entry.mel_offset, mel, entry.mel_xxh64)
-        height, width = _common_size(entry, frames) if member is None else _member_size(entry, member)
+        if member is None:
+            sizes = {index: jpeg_size(data, where=f"{entry.where}, frame {index}") for index, data in frames.items()}
+            if len(set(sizes.values())) != 1:
+                raise SampleDamageError(
+                    f"{entry.where}: expected frames of one size, found {sizes}; convert the set again"
+                )
+            height, width = next(iter(sizes.values()))
+        else:
+            facts = video_facts(member, entry.codec, where=entry.where)
+            height, width = facts.height, facts.width
+            if facts.num_frames != entry.num_frames:
+                raise SampleDamageError(
+                    f"{entry.where}: expected a video of {entry.num_frames} frames, found {facts.num_frames}; "
+                    "convert the set again"
+                )
         num_bins = self.shard_set.manifest.audio.num_mel_bins
         rows = parse_mel(mel, num_rows=entry.mel_rows, num_bins=num_bins, where=f"{entry.where}, mel.npy")
         return FetchedSample(entry=entry, frames=frames, height=height, width=width, mel=rows, member=member)
@@ -136,23 +159,6 @@ def coalesce(wanted: list[int], offsets: NDArray[np.int64], *, most_gap: int = _
     return groups
 
 
-def _require_readable(entry: SampleEntry) -> None:
-    if entry.video_bytes > MOST_MEMBER_BYTES:
-        raise SampleDamageError(
-            f"{entry.where}: expected a video of at most {MOST_MEMBER_BYTES} bytes, found {entry.video_bytes}; "
-            "convert with shorter segments, or with --codec mjpeg, which is read frame by frame"
-        )
-
-
-def _require_frame(entry: SampleEntry, index: int, data: bytes) -> None:
-    expected, found = int(entry.frame_xxh32[index]), frame_checksum(data)
-    if found != expected:
-        raise SampleDamageError(
-            f"{entry.where}, frame {index} at byte {entry.frame_offsets[index]} ({len(data)} bytes): "
-            f"expected xxh32 {expected:08x}, found {found:08x}; {_REMEDY}"
-        )
-
-
 def _require_member(entry: SampleEntry, name: str, offset: int, data: bytes, expected: int) -> None:
     found = member_checksum(data)
     if found != expected:
@@ -160,23 +166,6 @@ def _require_member(entry: SampleEntry, name: str, offset: int, data: bytes, exp
             f"{entry.where}, {name} at byte {offset} ({len(data)} bytes): "
             f"expected xxh3-64 {expected:016x}, found {found:016x}; {_REMEDY}"
         )
-
-
-def _member_size(entry: SampleEntry, member: bytes) -> tuple[int, int]:
-    facts = video_facts(member, entry.codec, where=entry.where)
-    if facts.num_frames != entry.num_frames:
-        raise SampleDamageError(
-            f"{entry.where}: expected a video of {entry.num_frames} frames, found {facts.num_frames}; "
-            "convert the set again"
-        )
-    return facts.height, facts.width
-
-
-def _common_size(entry: SampleEntry, frames: dict[int, bytes]) -> tuple[int, int]:
-    sizes = {index: jpeg_size(data, where=f"{entry.where}, frame {index}") for index, data in frames.items()}
-    if len(set(sizes.values())) != 1:
-        raise SampleDamageError(f"{entry.where}: expected frames of one size, found {sizes}; convert the set again")
-    return next(iter(sizes.values()))
 
 
 _START_OF_IMAGE = b"\xff\xd8"
@@ -197,22 +186,19 @@ def jpeg_size(data: bytes, *, where: str) -> tuple[int, int]:
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
         if marker in _FRAME_HEADERS:
-            return _checked_size(data[position + 4 : position + 10], where)
+            header = data[position + 4 : position + 10]
+            if len(header) < 6:
+                raise SampleDamageError(f"{where}: the JPEG ends inside its frame header; convert the set again")
+            _, height, width, components = struct.unpack(">BHHB", header)
+            if components != 3 or not 0 < height * width <= MOST_PIXELS:
+                raise SampleDamageError(
+                    f"{where}: expected 3 colour components and at most {MOST_PIXELS} pixels, found {components} "
+                    f"components and {width} x {height}; convert the set again"
+                )
+            return height, width
         length = 0 if marker in _WITHOUT_LENGTH else int.from_bytes(data[position + 2 : position + 4], "big")
         position += 2 + length
     raise SampleDamageError(f"{where}: a JPEG without a baseline or progressive frame header; convert the set again")
-
-
-def _checked_size(header: bytes, where: str) -> tuple[int, int]:
-    if len(header) < 6:
-        raise SampleDamageError(f"{where}: the JPEG ends inside its frame header; convert the set again")
-    height, width, components = int.from_bytes(header[1:3], "big"), int.from_bytes(header[3:5], "big"), header[5]
-    if components != 3 or not 0 < height * width <= MOST_PIXELS:
-        raise SampleDamageError(
-            f"{where}: expected 3 colour components and at most {MOST_PIXELS} pixels, found {components} components "
-            f"and {width} x {height}; convert the set again"
-        )
-    return height, width
 
 
 _TO_SAMPLE_TABLE = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
@@ -230,7 +216,6 @@ class VideoFacts:
     """What the boxes say."""
 
     height: int
-    """Pixels of every frame."""
     width: int
     num_frames: int
 
@@ -261,23 +246,18 @@ def video_facts(data: bytes, codec: StoredCodec, *, where: str) -> VideoFacts:
 
 def _box(data: bytes, span: _Span, kind: bytes, where: str) -> _Span:
     """Return where the contents of the first box of that kind in `span` begin and end."""
-    for name, inside in _boxes(data, *span):
-        if name == kind:
-            return inside
-    raise SampleDamageError(f"{where}: expected an MP4 with a box {kind.decode()}, found none; convert the set again")
-
-
-def _boxes(data: bytes, begin: int, end: int) -> Iterator[tuple[bytes, _Span]]:
-    """Yield boxes, up to one whose size makes no sense."""
+    begin, end = span
     while begin + 8 <= end:
-        size, kind = struct.unpack_from(">I4s", data, begin)
+        size, found = struct.unpack_from(">I4s", data, begin)
         header = 8
         if size == 1 and begin + 16 <= end:
             (size,), header = struct.unpack_from(">Q", data, begin + 8), 16
         if size < header or begin + size > end:
-            return
-        yield kind, (begin + header, begin + size)
+            break  # a size that makes no sense
+        if found == kind:
+            return begin + header, begin + size
         begin += size
+    raise SampleDamageError(f"{where}: expected an MP4 with a box {kind.decode()}, found none; convert the set again")
 
 
 # Not read by NumPy, which parses headers as Python source: older CPythons (3.11.7; their issue 106905) count the depth

@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 from ca2st.errors import listed
@@ -20,14 +21,13 @@ Verify = Literal["size", "sha256"]
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.tar")
 
 
+@dataclass(slots=True)
 class OpenShard:
     """A shard that is open for reading."""
 
-    __slots__ = ("_where", "descriptor", "readers")
-
-    def __init__(self, descriptor: int, where: str) -> None:
-        self.descriptor, self._where = descriptor, where
-        self.readers = 0
+    descriptor: int
+    where: str
+    readers: int = 0
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset`.
@@ -40,10 +40,10 @@ class OpenShard:
             while len(data) < size and (more := os.pread(self.descriptor, size - len(data), offset + len(data))):
                 data += more
         except OSError as error:
-            raise ShardSetDamageError(f"{self._where}: reading at byte {offset}: {error.strerror}; {REMEDY}") from error
+            raise ShardSetDamageError(f"{self.where}: reading at byte {offset}: {error.strerror}; {REMEDY}") from error
         if len(data) != size:
             raise ShardSetDamageError(
-                f"{self._where}: expected {size} bytes at byte {offset}, found {len(data)}: the shard was cut while in "
+                f"{self.where}: expected {size} bytes at byte {offset}, found {len(data)}: the shard was cut while in "
                 f"use; {REMEDY}"
             )
         return data
@@ -120,7 +120,19 @@ class ShardFiles:
 
     def _require_sizes(self, size_of: Callable[[str], int] | None) -> None:
         """Compare names, and sizes where `size_of` knows them, with the shard table; raises as `check`."""
-        problems = [problem for shard in self.shard_set.shards for problem in _problems(shard, size_of)]
+        problems = []
+        for shard in self.shard_set.shards:
+            if not _SHARD_NAME.fullmatch(shard.name):
+                problems.append(f"shard name {shard.name!r} is not a plain file name ending in .tar")
+            elif size_of is not None:
+                for name, expected in ((shard.name, shard.bytes), (shard.index_name, shard.index_bytes)):
+                    try:
+                        found = size_of(name)
+                    except OSError as error:
+                        problems.append(f"{name}: cannot be read ({error.strerror})")
+                        continue
+                    if found != expected:
+                        problems.append(f"{name}: expected {expected} bytes, found {found}")
         if problems:
             raise ShardSetDamageError(f"{self.shard_set.where}: {listed(problems, separator='; ')}; {REMEDY}")
 
@@ -165,19 +177,3 @@ def sha256_of(descriptor: int) -> str:
     os.lseek(descriptor, 0, os.SEEK_SET)
     with open(descriptor, "rb", closefd=False) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _problems(shard: ShardEntry, size_of: Callable[[str], int] | None) -> Iterator[str]:
-    if not _SHARD_NAME.fullmatch(shard.name):
-        yield f"shard name {shard.name!r} is not a plain file name ending in .tar"
-        return
-    if size_of is None:
-        return
-    for name, expected in ((shard.name, shard.bytes), (shard.index_name, shard.index_bytes)):
-        try:
-            found = size_of(name)
-        except OSError as error:
-            yield f"{name}: cannot be read ({error.strerror})"
-            continue
-        if found != expected:
-            yield f"{name}: expected {expected} bytes, found {found}"

@@ -1,22 +1,24 @@
 """Several shard sets under one table of shards, checked against what is asked of them before the first step."""
 
+import logging
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from itertools import accumulate
 
 import numpy as np
 
-from ca2st.errors import UserInputError
+from ca2st.errors import CA2STError, UserInputError
 from ca2st.spec import ClipSpec
 from pipelines.errors import SampleDamageError
 from pipelines.storage.index import SampleEntry
 from pipelines.storage.remote import CachedShards
 from pipelines.storage.samples import SampleReader
 from pipelines.storage.shard_files import Verify
-from pipelines.threads import StatsRecorder
-from pipelines.views import SamplingConfig, VaryingRate, frames_per_second, scaled_stride
-from sharding.format.index import TICKS_PER_SECOND
+from pipelines.threads import LoaderThreads, StatsRecorder
+from pipelines.views import SamplingConfig, frames_per_second, rate_varies, scaled_stride
 from sharding.format.shard_set import AudioParameters, LabelSpace, ShardSet, VideoParameters, classes_that_differ
 from sharding.media.codecs import STORED_CODECS
 
@@ -26,8 +28,15 @@ _SPECTROGRAM_FACTS = {
     "frame_length_ms": ("window", " ms", "with a release of the same window"),
     "frame_shift_ms": ("hop", " ms", "with a release of the same hop"),
 }
+_HORIZON_STEPS = 1024
+_STEPS_PER_CALL = 64
+"""Most steps that one call looks further: the first calls of an epoch do not hold up its first batches."""
+_GRACE_STEPS = 4
+"""Steps after which a shard's last read is over: more than are fetched ahead of the step that is handed out."""
+_AHEAD_THREADS = 4
 _MOST_CLIPS = 32
 """Clips whose times are read for `stride_note`."""
+_log = logging.getLogger(__name__)
 
 
 class SetReaders:
@@ -61,7 +70,12 @@ class SetReaders:
             reader.files.check()
         self.labelling = shard_sets[0].manifest.labelling
         """Of all the sets."""
-        self._spaces = [_label_columns(shard_set, targets) for shard_set in shard_sets]
+        self._spaces: list[list[tuple[int, LabelSpace]]] = []
+        """Of each set: the place in the index's ``labels`` of each label space named by `targets`, and the space."""
+        names = () if self.labelling == "none" else targets
+        for manifest in (shard_set.manifest for shard_set in shard_sets):
+            spaces = [manifest.label_space(name) for name in names]
+            self._spaces.append([(manifest.label_spaces.index(space), space) for space in spaces])
         self._ends = [*accumulate(len(shard_set.shards) for shard_set in shard_sets)]
 
     def find(self, shard: int) -> tuple[SampleReader, int]:
@@ -99,9 +113,10 @@ class SetReaders:
     def fetch_ahead(self, shard: int, *, is_abandoned: Callable[[], bool]) -> bool:
         """See `CachedShards.fetch_ahead`; False for a local set."""
         reader, own_shard = self.find(shard)
-        if isinstance(files := reader.files, CachedShards):
-            return files.fetch_ahead(files.shard_set.shards[own_shard], is_abandoned=is_abandoned)
-        return False
+        files = reader.files
+        return isinstance(files, CachedShards) and files.fetch_ahead(
+            files.shard_set.shards[own_shard], is_abandoned=is_abandoned
+        )
 
     def release(self, shard: int) -> None:
         """See `CachedShards.release`."""
@@ -122,12 +137,74 @@ class SetReaders:
         return bisect_right(self._ends, shard)
 
 
-def check_agreement(shard_sets: Sequence[ShardSet], targets: Sequence[str]) -> None:
-    """Refuse sets that cannot be trained on together.
+class ShardsAhead:
+    """Fetches the shards of remote sets before they are needed, along one iteration over an epoch.
 
-    Raises:
-        UserInputError: no set or target, one set twice, or sets whose targets have other classes or whose
-            spectrograms were made otherwise, or a set without labels; names the sets.
+    The plan says which shards the coming steps of this rank touch. At most `most_waiting` of them are on their way at
+    once (one for each of the rank's lanes, two at least), seen at most `_HORIZON_STEPS` steps ahead; and nothing that
+    is still being read is evicted for them. Local sets need none of this, and get no thread.
+    """
+
+    def __init__(
+        self, sets: SetReaders, shards_of: Callable[[int], set[int]], steps: range, *, most_waiting: int
+    ) -> None:
+        """`shards_of` gives the shards that this rank reads in a step; only `reached` calls it."""
+        self._sets, self._shards_of, self._steps = sets, shards_of, steps
+        self._most_waiting = max(2, most_waiting)
+        self._next = steps.start
+        self._last_step: dict[int, int] = {}
+        self._refused: list[int] = []
+        self._waiting = set[int]()
+        self._closing = threading.Event()
+        self._threads = LoaderThreads("clip-shards", _AHEAD_THREADS) if sets.are_remote else None
+
+    def close(self) -> None:
+        """Abandon what is on its way, and end the threads."""
+        self._closing.set()
+        if self._threads is not None:
+            self._threads.close()
+
+    def reached(self, step: int) -> None:
+        """Say that the samples of `step` are about to be read; called for the steps in order."""
+        if self._threads is None:
+            return
+        finished = [shard for shard, last in self._last_step.items() if last < step - _GRACE_STEPS]
+        for shard in finished:
+            del self._last_step[shard]
+            self._sets.release(shard)
+        if finished:
+            again, self._refused = self._refused, []
+            for shard in again:
+                self._fetch(shard)
+        stop = min(self._steps.stop, step + _HORIZON_STEPS, self._next + _STEPS_PER_CALL)
+        while self._next < stop and len(self._waiting) < self._most_waiting:
+            for shard in self._shards_of(self._next):
+                if shard not in self._last_step:
+                    self._fetch(shard)
+                self._last_step[shard] = self._next
+            self._next += 1
+
+    def _fetch(self, shard: int) -> None:
+        assert self._threads is not None
+        self._waiting.add(shard)
+        call = self._threads.submit(self._sets.fetch_ahead, shard, is_abandoned=self._closing.is_set)
+        call.add_done_callback(lambda done: self._done(shard, done))
+
+    def _done(self, shard: int, call: "Future[bool]") -> None:
+        self._waiting.discard(shard)
+        if call.cancelled():
+            return
+        error = call.exception()
+        if error is not None and not isinstance(error, CA2STError):
+            _log.warning("fetching a shard ahead: %r; it is fetched when it is needed", error)
+        elif error is None and not call.result():
+            self._refused.append(shard)
+
+
+def check_agreement(shard_sets: Sequence[ShardSet], targets: Sequence[str]) -> None:
+    """Raise `UserInputError` for sets that cannot be trained on together; names them.
+
+    That is one set twice, sets without labels, with other classes, or with spectrograms made otherwise.
     """
     if not shard_sets:
         raise UserInputError("shard sets: expected at least one, found none")
@@ -157,11 +234,7 @@ def check_agreement(shard_sets: Sequence[ShardSet], targets: Sequence[str]) -> N
 
 
 def require_labels(shard_set: ShardSet, *, what: str, labelling: str) -> None:
-    """Refuse a set without labels for `what`, and one whose samples have one label where others have several.
-
-    Raises:
-        UserInputError: as said.
-    """
+    """Raise `UserInputError` for a set without labels, which `what` needs, or with another number of them a sample."""
     found = shard_set.manifest.labelling
     if found == "none":
         raise UserInputError(
@@ -177,14 +250,8 @@ def require_labels(shard_set: ShardSet, *, what: str, labelling: str) -> None:
 
 
 def check_manifest(shard_set: ShardSet, clip: ClipSpec) -> None:
-    """Refuse a set whose codec or spectrograms this loader does not read.
-
-    Raises:
-        UserInputError: an unknown codec, colours that no decoder here expects, or another number of mel bins than the
-            clip's.
-    """
-    manifest = shard_set.manifest
-    video = manifest.video
+    """Raise `UserInputError` for an unknown codec, colours that no decoder expects, or another number of mel bins."""
+    manifest, video = shard_set.manifest, shard_set.manifest.video
     if video.codec not in STORED_CODECS:
         raise UserInputError(
             f"{shard_set.root}: expected codec {' or '.join(STORED_CODECS)}, found {video.codec}; "
@@ -204,12 +271,9 @@ def check_manifest(shard_set: ShardSet, clip: ClipSpec) -> None:
 
 
 def check_sound(shard_set: ShardSet, made: AudioParameters, *, whose: str) -> None:
-    """Refuse a set whose spectrograms were made otherwise than `made`: to a model they are other sounds.
+    """Raise `UserInputError` for spectrograms made otherwise than `made`, which are `whose`: to a model other sounds.
 
-    For sets that a model hears, and for sets that are read together; `whose` says whose parameters `made` are.
-
-    Raises:
-        UserInputError: another sample rate, number of mel bins, window or hop; with both values and the way.
+    For sets that a model hears, and for sets that are read together.
     """
     found = shard_set.manifest.audio
     for name, (fact, unit, way) in _SPECTROGRAM_FACTS.items():
@@ -222,11 +286,7 @@ def check_sound(shard_set: ShardSet, made: AudioParameters, *, whose: str) -> No
 
 
 def require_sound(shard_set: ShardSet, *, whose: str) -> None:
-    """Refuse a set that was made without any sound, for a model that hears.
-
-    Raises:
-        UserInputError: there is none; a set with sound where its videos have some (``--audio optional``) passes.
-    """
+    """Raise `UserInputError` for a set made without any sound, where a model hears; ``--audio optional`` passes."""
     if shard_set.manifest.audio.policy == "none":
         raise UserInputError(
             f"{shard_set.where}: expected shards with sound for {whose}, which hears, found a set that was made with "
@@ -254,13 +314,10 @@ def _frame_rate(video: VideoParameters) -> str:
 
 
 def stride_note(reader: SampleReader, sampling: SamplingConfig) -> str | None:
-    """Return a line on what a dense window reads of this set, judged by clips of its first shard.
+    """Return a line on clips whose rate is not the 30 frames per second that `sampling.frame_stride` counts in.
 
-    It says where clips run at another rate than the 30 frames per second that `sampling.frame_stride` counts in. None
-    where a window reads every `frame_stride`-th frame as configured, or where there are no dense windows.
-
-    Raises:
-        ShardSetDamageError: the first index is damaged.
+    Judged by clips of the first shard. None where a window reads every `frame_stride`-th frame as configured, or where
+    there are no dense windows.
     """
     if sampling.scheme != "dense":
         return None
@@ -272,11 +329,11 @@ def stride_note(reader: SampleReader, sampling: SamplingConfig) -> str | None:
     for row in np.unique(np.linspace(0, count - 1, min(count, _MOST_CLIPS)).astype(int)).tolist():
         with suppress(SampleDamageError):  # a row that contradicts itself is named when it is read
             ticks.append(reader.indexes.entry(first, row).frame_ticks)
-    even = [one for one in ticks if VaryingRate.of(one, ticks_per_second=TICKS_PER_SECOND) is None]
+    even = [one for one in ticks if not rate_varies(one)]
     parts = []
     strides = [
         (rate, stride)
-        for rate in (frames_per_second(one, ticks_per_second=TICKS_PER_SECOND) for one in even)
+        for rate in map(frames_per_second, even)
         if (stride := scaled_stride(sampling.frame_stride, rate)) != sampling.frame_stride
     ]
     if strides:
@@ -306,12 +363,3 @@ def _inside(label: int, space: LabelSpace, entry: SampleEntry) -> int:
 def _range(values: Collection[float | int]) -> str:
     low, high = f"{min(values):.4g}", f"{max(values):.4g}"
     return low if low == high else f"{low} to {high}"
-
-
-def _label_columns(shard_set: ShardSet, targets: Sequence[str]) -> list[tuple[int, LabelSpace]]:
-    """Return the place in the index's ``labels`` of each label space named by `targets`, and the space."""
-    manifest = shard_set.manifest
-    if manifest.labelling == "none":
-        return []
-    spaces = [manifest.label_space(name) for name in targets]
-    return [(manifest.label_spaces.index(space), space) for space in spaces]

@@ -15,8 +15,9 @@ import torch
 
 from ca2st.batch import ClipBatch
 from ca2st.spec import ClipSpec
-from pipelines.benchmark.clips import DrawnClips, draw_clips, source_list
-from pipelines.benchmark.loader import Consumer, augment_config
+from pipelines.augment.config import AugmentConfig
+from pipelines.benchmark.clips import RAND_AUGMENT, DrawnClips, draw_clips, source_list
+from pipelines.benchmark.loader import Consumer
 from pipelines.config import LoaderConfig, TrainSetup
 from pipelines.loader import TrainLoader
 from pipelines.order.selection import OrderConfig
@@ -83,7 +84,7 @@ def measure_fed(shard_set: ShardSet, consume: Consumer, config: FedConfig, *, co
         shard_sets=[shard_set],
         clip=config.clip,
         targets=shard_set.manifest.targets,
-        augment=augment_config(rand_augment=True),
+        augment=AugmentConfig(rand_augment=RAND_AUGMENT),
         loader=config.loader,
         order=OrderConfig(epoch_samples=_STEPS_PER_EPOCH * config.batch),
         seed=0,

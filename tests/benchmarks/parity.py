@@ -29,11 +29,12 @@ from ca2st.spec import ClipSpec
 from pipelines.augment.boxes import CropBox
 from pipelines.augment.config import AugmentConfig
 from pipelines.augment.formulas import augmented
+from pipelines.augment.fused import finish_view
 from pipelines.augment.rand_augment import GEOMETRIC, ImageAugment, Operation
 from pipelines.benchmark.clips import DrawnClips, drawn_frames
 from pipelines.decode.backends import make_backend
-from pipelines.decode.finishing import finish_view
-from pipelines.decode.reference import ReferenceBackend, decode_frames, resized_crop
+from pipelines.decode.reference import ReferenceBackend, decode_frames
+from pipelines.decode.resizing import resized_crop
 from pipelines.rendering import ClipFrames, JpegFrames, RenderRequest, VideoMember, ViewBackend
 from pipelines.threads import StatsRecorder
 from pipelines.views import ClipFacts, SamplingConfig, TrainDraws
@@ -98,8 +99,8 @@ def training_requests(
     requests = []
     for number in range(count):
         clip = clips[number % len(clips)]
-        ticks = clip.video.frame_ticks
-        facts = ClipFacts(key=clip.key, num_frames=len(ticks), frames_per_second=30.0, mel_rows=spec.mel_rows)
+        ticks = np.arange(len(clip.video.frame_ticks), dtype=np.int32) * 3000  # 30 frames per second
+        facts = ClipFacts(key=clip.key, frame_ticks=ticks, mel_rows=spec.mel_rows)
         (view,) = draws.views(facts, repeat=number // len(clips))
         requests.append(
             RenderRequest(
@@ -228,21 +229,20 @@ def augment_parity(clips: Sequence[StoredClip], spec: ClipSpec, device: torch.de
     kinds: dict[Stage, list[Operation]] = {"pointwise": [], "warp": []}
     for operation in operations:
         kinds["warp" if operation.name in GEOMETRIC else "pointwise"].append(operation)
-    return [_operation_parity(stage, kind, views[0], requests[0], device) for stage, kind in kinds.items() if kind]
+    return [_operation_parity(stage, kind, views[0], device) for stage, kind in kinds.items() if kind]
 
 
 def _operation_parity(
     stage: Stage,
     operations: Sequence[Operation],
     view: UInt8[Tensor, "3 time size size"],
-    request: RenderRequest,
     device: torch.device,
 ) -> StageParity:
     ours, oracle = [], []
     for operation in dict.fromkeys(operations):
         augment = ImageAugment((operation,))
         own = view.clone().to(device)
-        finish_view(own, replace(request, augment=augment, erased=()))
+        finish_view(own, augment, ())
         ours.append(own.cpu())
         oracle.append(augmented(view, augment))
     return compare("any", stage, torch.stack(ours), torch.stack(oracle))

@@ -22,8 +22,8 @@ from pipelines.views import (
     SamplingConfig,
     Scheme,
     TrainDraws,
-    VaryingRate,
     ViewDraw,
+    rate_varies,
 )
 from support.refusals import forced
 
@@ -32,7 +32,7 @@ sides = st.integers(1, 400)
 
 
 def facts(key: str = "clip-1", *, frames: int = 300, rows: int = 1000) -> ClipFacts:
-    return ClipFacts(key=key, num_frames=frames, frames_per_second=30.0, mel_rows=rows)
+    return ClipFacts(key=key, frame_ticks=np.arange(frames, dtype=np.int32) * 3000, mel_rows=rows)
 
 
 def train_view(key: str = "clip-1", *, seed: int = 0, epoch: int = 0, augment: AugmentConfig | None = None) -> ViewDraw:
@@ -228,8 +228,7 @@ VARYING = np.array([*range(0, 90_000, 9000), *range(90_000, 900_000, 90_000)], n
 
 
 def varying_facts(ticks: np.ndarray = VARYING) -> ClipFacts:
-    rate = VaryingRate.of(ticks, ticks_per_second=90_000)
-    return ClipFacts(key="clip-1", num_frames=len(ticks), frames_per_second=2.0, mel_rows=0, varying_rate=rate)
+    return ClipFacts(key="clip-1", frame_ticks=ticks, mel_rows=0)
 
 
 def evaluated(scheme: Scheme, *, clips: int = 1, num_frames: int = 16) -> list[list[int]]:
@@ -309,7 +308,7 @@ def test_a_rate_varies_where_a_frame_is_over_half_an_interval_off_an_even_grid(
     seconds: np.ndarray, varies: bool
 ) -> None:
     ticks = np.round((seconds - seconds.min()) * 90_000).astype(np.int32)
-    assert (VaryingRate.of(ticks, ticks_per_second=90_000) is not None) == varies
+    assert rate_varies(ticks) == varies
 
 
 def test_uniform_training_draws_a_frame_of_each_segment() -> None:

@@ -281,7 +281,7 @@ class Together:
     """Renders by the backend of a loader and counts calls that overlap; the first ends after the second, if it can."""
 
     def __init__(self, loader: TrainLoader, *, patience: float) -> None:
-        backend = loader._assembler.backend
+        backend = loader._backend
         self._render, self._patience, self._changed = backend.render, patience, threading.Condition()
         self._running, self.most, self.calls = 0, 0, 0
         backend.render = self.render  # type: ignore[method-assign]
@@ -334,8 +334,8 @@ def test_an_error_of_a_batch_that_is_rendered_beside_another_comes_after_that_on
                 raise SampleDamageError(f"{bad[0]}: cannot be decoded")
             return render(requests)
 
-        render = loader._assembler.backend.render
-        loader._assembler.backend.render = failing  # type: ignore[method-assign]
+        render = loader._backend.render
+        loader._backend.render = failing  # type: ignore[method-assign]
         batches = loader.batches(0)
         assert next(batches).sample_ids == wanted[0]
         with pytest.raises(SampleDamageError, match=rf"sample {second}: cannot be decoded"):

@@ -161,7 +161,7 @@ def test_p7_a_resumed_run_leaves_the_samples_out_without_touching_them_and_gives
     real = OpenShard.read
 
     def watched(self: OpenShard, offset: int, size: int) -> bytes:
-        assert (Path(self._where).name, offset) not in forbidden, "a sample in quarantine was read"
+        assert (Path(self.where).name, offset) not in forbidden, "a sample in quarantine was read"
         return real(self, offset, size)
 
     monkeypatch.setattr(OpenShard, "read", watched)

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ca2st.errors import UserInputError
+from ca2st.spec import ClipSpec
 from pipelines import views as sampling
-from pipelines.views import SamplingConfig
+from pipelines.augment.config import AugmentConfig
+from pipelines.views import ClipFacts, SamplingConfig, ShortClip, TrainDraws
 from support.refusals import forced
 
 lengths = st.integers(1, 700)
@@ -29,7 +31,7 @@ def published_dense(n: int, start: int, frames: int = 16, stride: int = 4) -> li
 
 @given(n=lengths, u=fractions)
 def test_dense_training_is_the_published_window(n: int, u: float) -> None:
-    found = sampling.dense_train(n, num_frames=16, stride=4, u=u)
+    found = sampling.dense_window(n, num_frames=16, stride=4, u=u)
     start = int(u * (n - 64)) if n > 64 else 0
     assert list(found) == published_dense(n, start)
 
@@ -37,15 +39,15 @@ def test_dense_training_is_the_published_window(n: int, u: float) -> None:
 @given(n=st.integers(65, 700))
 def test_a_dense_window_reaches_both_ends_of_the_published_range(n: int) -> None:
     last = np.nextafter(1.0, 0.0)
-    assert sampling.dense_train(n, num_frames=16, stride=4, u=0.0)[0] == 0
-    assert sampling.dense_train(n, num_frames=16, stride=4, u=last)[0] == n - 1 - 64
+    assert sampling.dense_window(n, num_frames=16, stride=4, u=0.0)[0] == 0
+    assert sampling.dense_window(n, num_frames=16, stride=4, u=last)[0] == n - 1 - 64
 
 
 @given(n=lengths, frames=frame_counts, stride=st.integers(1, 9), u=fractions)
 def test_dense_indices_rise_and_stay_inside_the_clip(n: int, frames: int, stride: int, u: float) -> None:
     for found in (
-        sampling.dense_train(n, num_frames=frames, stride=stride, u=u),
-        sampling.dense_validation(n, num_frames=frames, stride=stride),
+        sampling.dense_window(n, num_frames=frames, stride=stride, u=u),
+        sampling.dense_window(n, num_frames=frames, stride=stride, u=0.5),
     ):
         assert len(found) == frames
         assert list(found) == sorted(found)
@@ -55,7 +57,7 @@ def test_dense_indices_rise_and_stay_inside_the_clip(n: int, frames: int, stride
 
 @pytest.mark.parametrize("n", [65, 66, 100, 300, 301])
 def test_dense_validation_is_the_centred_window_every_time(n: int) -> None:
-    found = sampling.dense_validation(n, num_frames=16, stride=4)
+    found = sampling.dense_window(n, num_frames=16, stride=4, u=0.5)
     assert list(found) == published_dense(n, (n - 64) // 2)
     before, after = found[0], n - 1 - found[-1]
     assert abs(before - after) <= 1
@@ -73,7 +75,7 @@ def test_dense_test_clips_are_the_published_ones(n: int, clips: int) -> None:
 
 @given(n=lengths, numbers=st.lists(fractions, min_size=16, max_size=16))
 def test_uniform_training_takes_one_frame_of_every_segment(n: int, numbers: list[float]) -> None:
-    found = sampling.uniform_train(n, num_frames=16, uniforms=numbers, short_clip="spread")
+    found = sampling.uniform_train(n, num_frames=16, uniforms=numbers)
     segment = n // 16
     if segment:
         assert all(i * segment <= index < (i + 1) * segment for i, index in enumerate(found))
@@ -84,20 +86,25 @@ def test_uniform_training_takes_one_frame_of_every_segment(n: int, numbers: list
 
 @pytest.mark.parametrize("n", [16, 17, 24, 31])
 def test_uniform_training_of_16_to_31_frames_takes_the_first_sixteen(n: int) -> None:
-    assert sampling.uniform_train(n, num_frames=16, uniforms=[0.99] * 16, short_clip="spread") == tuple(range(16))
+    assert sampling.uniform_train(n, num_frames=16, uniforms=[0.99] * 16) == tuple(range(16))
 
 
 @pytest.mark.parametrize("n", [1, 7, 15])
 def test_a_short_clip_repeats_its_first_frame_only_by_the_reference_rule(n: int) -> None:
-    by_rule = sampling.uniform_train(n, num_frames=16, uniforms=[0.5] * 16, short_clip="reference")
-    spread = sampling.uniform_train(n, num_frames=16, uniforms=[0.5] * 16, short_clip="spread")
-    assert by_rule == (0,) * 16
-    assert spread[-1] == n - 1
+    facts = ClipFacts(key="k", frame_ticks=np.arange(n, dtype=np.int32) * 3000, mel_rows=0)
+
+    def frames(short_clip: ShortClip) -> tuple[int, ...]:
+        config = SamplingConfig(scheme="uniform", short_clip=short_clip)
+        (view,) = TrainDraws(clip=ClipSpec(), sampling=config, augment=AugmentConfig(), seed=0, epoch=0).views(facts)
+        return view.frame_indices
+
+    assert frames("reference") == (0,) * 16
+    assert set(frames("spread")) == set(range(n))
 
 
 @given(n=lengths, frames=frame_counts)
 def test_uniform_validation_takes_segment_centres(n: int, frames: int) -> None:
-    found = sampling.uniform_validation(n, num_frames=frames)
+    found = sampling.uniform_test(n, num_frames=frames, clip=0, num_clips=1)
     assert all(abs(index + 0.5 - n / frames * (i + 0.5)) <= 0.5 + 1e-9 for i, index in enumerate(found))
     assert 0 <= found[0] <= found[-1] < n
 
@@ -128,7 +135,7 @@ def test_the_stride_keeps_its_time_at_other_frame_rates(rate: float, stride: int
 
 def test_the_frame_rate_comes_from_stored_times() -> None:
     def rate(ticks: list[int]) -> float:
-        return sampling.frames_per_second(np.array(ticks, np.int32), ticks_per_second=90_000)
+        return sampling.frames_per_second(np.array(ticks, np.int32))
 
     assert rate([0, 1500, 3000]) == pytest.approx(60)
     assert rate([100, 3103, 6106]) == pytest.approx(29.97, abs=1e-3)
@@ -139,7 +146,7 @@ def test_the_frame_rate_comes_from_stored_times() -> None:
 def test_a_dense_window_spans_about_the_same_time_at_every_rate(rate: float) -> None:
     stride = sampling.scaled_stride(4, rate)
     n = round(20 * rate)
-    found = sampling.dense_validation(n, num_frames=16, stride=stride)
+    found = sampling.dense_window(n, num_frames=16, stride=stride, u=0.5)
     seconds = (found[-1] - found[0]) / rate
     nominal = 64 / 30
     # 23.5 to 36 frames per second count as 30; elsewhere the stride is off by at most half a frame.
@@ -150,7 +157,7 @@ def test_a_dense_window_spans_about_the_same_time_at_every_rate(rate: float) -> 
 def test_a_dense_window_shows_what_is_on_screen_at_evenly_spaced_moments(frames: int, stride: int) -> None:
     span = frames * stride
     for n in range(1, 2 * span + 9):
-        found = sampling.dense_validation(n, num_frames=frames, stride=stride)
+        found = sampling.dense_window(n, num_frames=frames, stride=stride, u=0.5)
         if n > span:  # moments on the window's time line, its end included; a frame is on screen until the next
             moments = [(n - span) // 2 + Fraction(i, frames - 1) * span for i in range(frames)]
             last = (n - span) // 2 + span - 1
@@ -182,8 +189,8 @@ def test_dense_test_clips_are_runs_of_the_thinned_clip_whose_ends_are_both_reach
 @pytest.mark.parametrize("frames", [2, 8, 16, 32])
 def test_uniform_frames_lie_where_cutting_the_clip_into_segments_puts_them(frames: int) -> None:
     for n in range(1, 3 * frames + 2):
-        starts = sampling.uniform_train(n, num_frames=frames, uniforms=[0.0] * frames, short_clip="spread")
-        ends = sampling.uniform_train(n, num_frames=frames, uniforms=[0.999] * frames, short_clip="spread")
+        starts = sampling.uniform_train(n, num_frames=frames, uniforms=[0.0] * frames)
+        ends = sampling.uniform_train(n, num_frames=frames, uniforms=[0.999] * frames)
         if n >= frames:  # whole segments of n // frames; what is left over at the end is not drawn from
             segments = [list(range(n))[i * (n // frames) : (i + 1) * (n // frames)] for i in range(frames)]
             assert list(starts) == [segment[0] for segment in segments]
@@ -200,9 +207,6 @@ def test_uniform_frames_lie_where_cutting_the_clip_into_segments_puts_them(frame
                 ]
                 shown = [moment.numerator // moment.denominator for moment in moments]
                 assert list(sampling.uniform_test(n, num_frames=frames, clip=clip, num_clips=clips)) == shown
-        assert sampling.uniform_validation(n, num_frames=frames) == sampling.uniform_test(
-            n, num_frames=frames, clip=0, num_clips=1
-        )
 
 
 @pytest.mark.parametrize(("clips", "crops"), [(1, 1), (2, 3), (5, 3), (3, 2)])

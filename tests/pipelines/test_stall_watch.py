@@ -11,7 +11,6 @@ import pytest
 
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
-from pipelines import threads
 from pipelines.config import LoaderConfig, TrainSetup
 from pipelines.errors import LoaderStalledError
 from pipelines.loader import TrainLoader
@@ -64,7 +63,7 @@ def test_p8_a_decoder_that_hangs_is_named_and_closing_does_not_wait_for_it(
     fresh_set: ShardSet, clip: ClipSpec, gate: threading.Event
 ) -> None:
     loader = make_loader(fresh_set, clip, stall_timeout_seconds=0.3)
-    backend = loader._assembler.backend
+    backend = loader._backend
 
     def hang(requests: object) -> None:
         with loader._stats.timed("decode_seconds"):
@@ -105,7 +104,7 @@ def test_p8_closing_a_loader_early_does_not_wait_for_a_file_whose_opening_hangs(
 
 
 def test_p8_a_thread_that_ends_without_a_result_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads._Worker, "_run", lambda self: None)
+    monkeypatch.setattr(LoaderThreads, "_run", lambda self: None)
     watch = StallWatch(StatsRecorder(), timeout_seconds=2.0)
     began = time.monotonic()
     with pytest.raises(LoaderStalledError, match="its thread has ended without a result"):

@@ -49,8 +49,7 @@ def balanced_source(labels: Sequence[int], sizes: Sequence[int], config: Balance
 
 def readings(plan: EpochPlan, step: int, positions: range) -> list[Reading]:
     """What a step reads."""
-    samples = plan.samples(step, positions)
-    return list(zip(samples.shards.tolist(), samples.rows.tolist(), samples.repeats.tolist(), strict=True))
+    return [(one.shard, one.row, one.repeat) for one in plan.samples(step, positions)]
 
 
 def whole_epoch(plan: EpochPlan, batch: int) -> list[list[Reading]]:

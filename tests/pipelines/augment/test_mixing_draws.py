@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.data.mixup import rand_bbox
 
-from ca2st.batch import MIXING_FIELDS
+from ca2st.batch import MIXING_FIELDS, Mixing
 from ca2st.errors import UserInputError
 from ca2st.spec import ClipSpec
-from pipelines.augment.mixing import NO_BOX, UNMIXED, MixingConfig, MixingDraws, PairMixing, beta, cut_box
-from pipelines.loader import mixing_of
+from pipelines.augment.config import AugmentConfig
+from pipelines.augment.mixing import NO_BOX, UNMIXED, MixingConfig, PairMixing, beta, cut_box
+from pipelines.views import SamplingConfig, TrainDraws
 from support.refusals import forced
 
 CLIP = ClipSpec(num_frames=8, crop_size=64, mel_rows=96)
@@ -21,18 +22,31 @@ MEL_AREA = CLIP.mel_rows * CLIP.num_mel_bins
 PUBLISHED = MixingConfig(probability=0.9)
 
 
-def draws(config: MixingConfig = PUBLISHED, *, first_pair: int = 0, epoch: int = 0) -> MixingDraws:
-    return MixingDraws(config=config, clip=CLIP, seed=0, epoch=epoch, first_pair=first_pair)
+def draws(config: MixingConfig = PUBLISHED, *, first_pair: int = 0, epoch: int = 0) -> TrainDraws:
+    return TrainDraws(
+        clip=CLIP,
+        sampling=SamplingConfig(),
+        augment=AugmentConfig(mixing=config),
+        seed=0,
+        epoch=epoch,
+        first_pair=first_pair,
+    )
+
+
+def mixed(draws: TrainDraws, step: int, has_audio: list[bool]) -> Mixing:
+    found = draws.mixing(step, has_audio)
+    assert found is not None
+    return found
 
 
 def pairs(config: MixingConfig, count: int = 1500, *, heard: bool = True) -> list[PairMixing]:
-    return [draws(config).pair(step, 0, heard=heard) for step in range(count)]
+    return [config.drawn(("mixing", 0, 0, step, 0), CLIP, heard=heard) for step in range(count)]
 
 
 def test_as_many_pairs_are_mixed_as_asked() -> None:
-    mixed = [pair for pair in pairs(PUBLISHED) if pair != UNMIXED]
-    assert len(mixed) / 1500 == pytest.approx(0.9, abs=0.03)
-    assert all(pair.video_box == NO_BOX for pair in mixed), "published runs never cut the video"
+    changed = [pair for pair in pairs(PUBLISHED) if pair != UNMIXED]
+    assert len(changed) / 1500 == pytest.approx(0.9, abs=0.03)
+    assert all(pair.video_box == NO_BOX for pair in changed), "published runs never cut the video"
 
 
 def test_the_box_of_the_spectrogram_comes_from_the_videos_lambda_and_decides_the_label() -> None:
@@ -102,16 +116,16 @@ def test_a_box_is_the_one_timm_would_cut(monkeypatch: pytest.MonkeyPatch) -> Non
     audio=st.lists(st.booleans(), min_size=24, max_size=24),
 )
 def test_any_split_into_ranks_mixes_every_pair_alike(world: int, step: int, audio: list[bool]) -> None:
-    whole, size = draws().of_step(step, audio), 24 // world
-    parts = [
-        draws(first_pair=rank * size // 2).of_step(step, audio[rank * size : (rank + 1) * size])
-        for rank in range(world)
-    ]
-    assert tuple(clip for part in parts for clip in part) == whole
+    whole, size = mixed(draws(), step, audio), 24 // world
+    for rank in range(world):
+        here = slice(rank * size, (rank + 1) * size)
+        part = mixed(draws(first_pair=rank * size // 2), step, audio[here])
+        for name in MIXING_FIELDS:
+            assert torch.equal(getattr(part, name), getattr(whole.part(here), name)), name
 
 
 def test_partners_are_neighbours_that_are_mixed_alike() -> None:
-    mixing = mixing_of(draws(MixingConfig(probability=1.0, switch_probability=0.5)).of_step(3, [True] * 12))
+    mixing = mixed(draws(MixingConfig(probability=1.0, switch_probability=0.5)), 3, [True] * 12)
     for name in MIXING_FIELDS:
         rows = getattr(mixing, name)
         assert torch.equal(rows[::2], rows[1::2])
@@ -120,10 +134,11 @@ def test_partners_are_neighbours_that_are_mixed_alike() -> None:
 
 def test_a_pair_depends_on_seed_epoch_step_and_its_number() -> None:
     one = draws(MixingConfig(probability=1.0))
-    shares = {one.pair(step, pair, heard=True).label_share for step in range(4) for pair in range(4)}
-    shares |= {draws(MixingConfig(probability=1.0), epoch=1).pair(0, 0, heard=True).label_share}
+    shares = {share for step in range(4) for share in mixed(one, step, [True] * 8).label_share.tolist()}
+    shares |= set(mixed(draws(MixingConfig(probability=1.0), epoch=1), 0, [True] * 2).label_share.tolist())
     assert len(shares) == 17
-    assert one.pair(2, 1, heard=True) == draws(MixingConfig(probability=1.0)).pair(2, 1, heard=True)
+    again = mixed(draws(MixingConfig(probability=1.0)), 2, [True] * 4)
+    assert torch.equal(mixed(one, 2, [True] * 4).label_share, again.label_share)
 
 
 @pytest.mark.parametrize(

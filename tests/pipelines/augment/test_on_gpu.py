@@ -9,11 +9,9 @@ from ca2st.batch import MIXING_FIELDS, ClipBatch
 from ca2st.spec import ClipSpec
 from ca2st.training.losses import mixed_mel, mixed_video
 from pipelines.augment.boxes import CropBox, ErasedBox
-from pipelines.augment.mixing import MixingConfig, MixingDraws
+from pipelines.augment.fused import finish_view
+from pipelines.augment.mixing import MixingConfig, mixing_of
 from pipelines.augment.rand_augment import OPERATION_NAMES, ImageAugment, Operation, argument_of
-from pipelines.decode.finishing import finish_view
-from pipelines.loader import mixing_of
-from pipelines.rendering import JpegFrames, RenderRequest
 from support.gpu import require_gpu
 from support.tiny_training import batch_of, clip
 
@@ -32,22 +30,12 @@ operations = st.builds(
 def test_views_are_finished_on_a_gpu_as_on_the_cpu_to_the_byte(runs: list[list[Operation]]) -> None:
     device = require_gpu()
     box = CropBox(top=2, left=3, height=9, width=8)
-    requests = [
-        RenderRequest(
-            frames=JpegFrames(()),
-            boxes=(),
-            flip=False,
-            where="",
-            augment=ImageAugment(tuple(run)),
-            erased=(ErasedBox(box=box, colour=None, noise=("noise", index)),),
-        )
-        for index, run in enumerate(runs)
-    ]
     views = torch.randint(0, 256, (3, 3, 2, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     on_gpu = views.to(device)
-    for here, there, request in zip(views, on_gpu, requests, strict=True):
-        finish_view(here, request)
-        finish_view(there, request)
+    for index, run in enumerate(runs):
+        augment, erased = ImageAugment(tuple(run)), (ErasedBox(box=box, colour=None, noise=("noise", index)),)
+        finish_view(views[index], augment, erased)
+        finish_view(on_gpu[index], augment, erased)
     assert torch.equal(on_gpu.cpu(), views)
 
 
@@ -55,7 +43,7 @@ def test_pairs_are_mixed_on_a_gpu_as_on_the_cpu_within_rounding() -> None:
     device = require_gpu()
     config = MixingConfig(probability=1.0, switch_probability=0.5)
     spec = ClipSpec(num_frames=2, crop_size=16, mel_rows=16, num_mel_bins=16)
-    drawn = MixingDraws(config=config, clip=spec, seed=0, epoch=0, first_pair=0).of_step(0, [True] * 8)
+    drawn = [config.drawn(("mixing", pair), spec, heard=True) for pair in range(4)]
     keys = [f"clip-{index}" for index in range(8)]
     plain = batch_of([clip(key) for key in keys], keys)
     fields = {name: getattr(plain, name) for name in ("video", "mel", "intervals_seconds", "labels", "has_audio")}

@@ -23,7 +23,7 @@ from pipelines.augment.rand_augment import (
 )
 
 PUBLISHED = "rand-m7-n4-mstd0.5-inc1"
-TWO_WAYS = GEOMETRIC | ENHANCEMENTS
+TWO_WAYS = {*GEOMETRIC, *ENHANCEMENTS}
 
 
 def test_the_published_notation_is_read_as_timm_reads_it() -> None:

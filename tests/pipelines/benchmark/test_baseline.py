@@ -20,7 +20,7 @@ from pipelines.benchmark.clips import (
     make_dataloader,
     torchcodec_missing,
 )
-from pipelines.views import dense_train, dense_validation
+from pipelines.views import dense_window
 from support.media import Sound, make_clip, read_number
 
 VALIDATION = BaselineConfig(
@@ -36,10 +36,10 @@ def clip_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_just_the_frames_of_the_window_are_read_after_a_seek(clip_file: Path) -> None:
     found = [read_number(np.asarray(frame)) for frame in decode_frames(clip_file, VALIDATION, 0.0)]
-    assert tuple(found) == dense_validation(60, num_frames=4, stride=4)
+    assert tuple(found) == dense_window(60, num_frames=4, stride=4, u=0.5)
     for u in (0.0, 0.4, 0.99):
         found = [read_number(np.asarray(frame)) for frame in decode_frames(clip_file, TRAINING, u)]
-        assert tuple(found) == dense_train(60, num_frames=4, stride=4, u=u)
+        assert tuple(found) == dense_window(60, num_frames=4, stride=4, u=u)
 
 
 def test_a_validation_view_is_what_torchvision_makes(clip_file: Path) -> None:
@@ -108,7 +108,7 @@ def test_the_torchcodec_stack_reads_the_same_frames_and_hands_over_bytes(clip_fi
     plain = replace(VALIDATION, stack="torchcodec", clip=ClipSpec(num_frames=4, crop_size=48))
     frames = TorchcodecClips([clip_file], plain)._decoded(clip_file, 0.0)
     found = [read_number(frame.permute(1, 2, 0).numpy()) for frame in frames]
-    assert tuple(found) == dense_validation(60, num_frames=4, stride=4)
+    assert tuple(found) == dense_window(60, num_frames=4, stride=4, u=0.5)
     view, _ = TorchcodecClips([clip_file], plain)[0]
     assert (view.shape, view.dtype) == ((4, 3, 48, 48), torch.uint8)
     training = TorchcodecClips([clip_file], replace(plain, training=True))

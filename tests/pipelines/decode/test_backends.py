@@ -18,8 +18,8 @@ from pipelines.config import BackendName
 from pipelines.decode import backends
 from pipelines.decode.backends import make_backend
 from pipelines.decode.dali import GraphBackend, dali_backend
-from pipelines.decode.finishing import resize_into
-from pipelines.decode.reference import ReferenceBackend, decode_frames, resized_crop, triangle_taps
+from pipelines.decode.reference import ReferenceBackend, decode_frames
+from pipelines.decode.resizing import resize_into, resized_crop, triangle_taps
 from pipelines.errors import LoaderClosedError, SampleDamageError
 from pipelines.rendering import JpegFrames, RenderRequest, ViewBackend
 from pipelines.threads import StatsRecorder

@@ -16,18 +16,7 @@ from pipelines.augment.rand_augment import ImageAugment, Operation
 from pipelines.benchmark.clips import DrawnClips
 from pipelines.decode import dali
 from pipelines.decode.backends import RoutedBackend
-from pipelines.decode.dali import (
-    ClipGraph,
-    FramesOnCpu,
-    FramesOnGpu,
-    GraphBackend,
-    OnCpu,
-    Pipeline,
-    Placement,
-    VideoOnCpu,
-    VideoOnGpu,
-    dali_backend,
-)
+from pipelines.decode.dali import ClipGraph, GraphBackend, OnCpu, Pipeline, dali_backend
 from pipelines.decode.reference import ReferenceBackend
 from pipelines.errors import DecoderMemoryError, LoaderClosedError, SampleDamageError
 from pipelines.rendering import JpegFrames, RenderRequest, VideoMember
@@ -38,8 +27,8 @@ FRAMES, SIZE = 3, 24
 BOXES = (CropBox(top=1, left=2, height=40, width=36), CropBox(top=0, left=9, height=SIZE, width=SIZE))
 ON_HOST = {"ExternalSource", "_TensorSubscript"}
 GRAPHS: dict[str, ClipGraph] = {
-    "mjpeg": FramesOnGpu(num_frames=FRAMES, crop_size=SIZE, views_per_clip=2),
-    "videos": VideoOnGpu(crop_size=SIZE, views_per_clip=2),
+    "mjpeg": ClipGraph(is_video=False, on_gpu=True, num_frames=FRAMES, crop_size=SIZE, views_per_clip=2),
+    "videos": ClipGraph(is_video=True, on_gpu=True, num_frames=FRAMES, crop_size=SIZE, views_per_clip=2),
 }
 
 
@@ -106,7 +95,7 @@ def test_videos_are_never_fed_as_frames_nor_frames_as_videos() -> None:
 # Reading: the same graph on the CPU, through the code that reads a device's outputs.
 
 
-class _FramesOnGpuTriedOnCpu(FramesOnGpu):
+class _OnGpuTriedOnCpu(ClipGraph):
     """The graph of the GPU with the CPU's decoder: all else is as it is there."""
 
     def operators(self) -> list[Any]:
@@ -144,9 +133,9 @@ class Recorder(OnCpu):
         self.handed_over += len(views)
 
 
-def backend(place: Placement, *, views: int = 1) -> GraphBackend:
-    graph = _FramesOnGpuTriedOnCpu(num_frames=FRAMES, crop_size=SIZE, views_per_clip=views)
-    return GraphBackend(graph, name="dali-gpu", num_frames=FRAMES, threads=2, stats=StatsRecorder(), place=place)
+def backend(place: OnCpu, *, views: int = 1) -> GraphBackend:
+    graph = _OnGpuTriedOnCpu(is_video=False, on_gpu=True, num_frames=FRAMES, crop_size=SIZE, views_per_clip=views)
+    return GraphBackend(graph, name="dali-gpu", threads=2, stats=StatsRecorder(), place=place)
 
 
 @pytest.mark.parametrize("views", [1, 2])
@@ -183,7 +172,7 @@ def test_every_thread_that_touches_a_device_is_set_to_it_and_two_finish_views(mo
     with dali.OnGpu(torch.device("cuda", 3)).inside():
         assert called == [("device", 3), ("stream", "stream of 3")]
     monkeypatch.setattr(GraphBackend, "_build", lambda _: None)
-    options = {"name": "dali-gpu", "num_frames": FRAMES, "threads": 12, "stats": StatsRecorder()}
+    options = {"name": "dali-gpu", "threads": 12, "stats": StatsRecorder()}
     places = (dali.OnGpu(torch.device("cuda", 3)), OnCpu())
     made = [GraphBackend(GRAPHS["mjpeg"], place=place, **options) for place in places]  # type: ignore[arg-type]
     assert [one._finishers._max_workers for one in made] == [2, 12]
@@ -265,14 +254,12 @@ def test_a_closed_backend_of_a_device_refuses_to_render() -> None:
 def test_the_cpu_and_the_gpu_run_the_same_engine() -> None:
     cpu = dali_backend("mjpeg", num_frames=FRAMES, crop_size=SIZE, views_per_clip=1, threads=1, stats=StatsRecorder())
     assert isinstance(cpu, GraphBackend)
-    assert isinstance(FramesOnCpu(SIZE, FRAMES), ClipGraph)
-    assert isinstance(OnCpu(), Placement)
     cpu.close()
 
 
 def test_a_frame_behind_the_end_of_a_video_is_an_error_of_the_graph_and_never_black() -> None:
     (clip,) = stored_clips("vp9", DrawnClips(count=1, width=64, height=48, num_frames=9), num_gop_frames=4, threads=1)
-    ours = GraphBackend(VideoOnCpu(SIZE), name="dali", num_frames=2, threads=1, stats=StatsRecorder(), place=OnCpu())
+    ours = dali_backend("vp9", num_frames=2, crop_size=SIZE, views_per_clip=1, threads=1, stats=StatsRecorder())
     one = dataclasses.replace(request(0), frames=clip.frames((0, 8)))
     assert ours.render([one]).float().std() > 1
     with pytest.raises(SampleDamageError, match=r"sample s0: the vp9 video .*expected frame 9, found 9 frames"):

@@ -21,8 +21,7 @@ blocks = st.integers(1, 9)
 
 
 def ids(plan: EpochPlan, step: int, positions: range) -> list[tuple[int, int]]:
-    samples = plan.samples(step, positions)
-    return list(zip(samples.shards.tolist(), samples.rows.tolist(), strict=True))
+    return [(one.shard, one.row) for one in plan.samples(step, positions)]
 
 
 def whole_order(plan: EpochPlan, batch: int) -> list[list[tuple[int, int]]]:
@@ -48,7 +47,7 @@ def test_p5_pad_reads_each_sample_exactly_once_and_marks_the_rest(sizes: list[in
     assume(sum(sizes) > 0)
     plan = EpochPlan(make_record(batch=batch, pad=True), [plain_source(sizes)], epoch=0)
     parts = [plan.samples(step, range(batch)) for step in range(plan.num_steps)]
-    marked = np.concatenate([part.is_padding for part in parts])
+    marked = np.array([one.is_padding for part in parts for one in part])
     read = [one for step in whole_order(plan, batch) for one in step]
     real = [one for one, padding in zip(read, marked, strict=True) if not padding]
     everything = [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
@@ -235,7 +234,7 @@ def test_a_hundred_million_samples_need_only_the_shard_table_and_a_block_a_lane(
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert plan.num_samples == 300 * num_shards
-    assert len(first.rows) == len(last.rows) == 512
+    assert len(first) == len(last) == 512
     # Kept, 8 bytes each: sizes, their sums, the permuted shards and their sums; a block of 4096 in each of 64 lanes.
     blocks = 64 * 4096 * 8
     assert held < 5 * 8 * num_shards + blocks + (1 << 20)

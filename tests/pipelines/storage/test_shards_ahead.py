@@ -2,16 +2,17 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import pytest
 
 from ca2st.errors import EnvironmentFault
-from pipelines.storage.remote import ShardsAhead
+from pipelines.storage.shard_sets import SetReaders, ShardsAhead
 
 
 @dataclass
-class FakeShards:
+class FakeShards(SetReaders):
     """Remembers what it is asked for; fetches end when `go` is set."""
 
     are_remote: bool = True
@@ -49,7 +50,7 @@ def until(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("most", [2, 3, 5])
 def test_no_more_shards_than_allowed_are_on_their_way_at_once(most: int) -> None:
     shards = FakeShards()
-    with ahead_of(shards, most_waiting=most) as ahead:
+    with closing(ahead_of(shards, most_waiting=most)) as ahead:
         for _ in range(5):
             ahead.reached(0)
         until(lambda: len(shards.asked) == min(most, 4))
@@ -64,7 +65,7 @@ def test_no_more_shards_than_allowed_are_on_their_way_at_once(most: int) -> None
 def test_a_shard_is_released_once_its_last_step_lies_behind() -> None:
     shards = FakeShards()
     shards.go.set()
-    with ahead_of(shards) as ahead:
+    with closing(ahead_of(shards)) as ahead:
         for step in range(10):
             ahead.reached(step)
             until(lambda: not ahead._waiting)
@@ -74,7 +75,7 @@ def test_a_shard_is_released_once_its_last_step_lies_behind() -> None:
 def test_a_shard_without_room_is_asked_for_again_when_one_is_released() -> None:
     shards = FakeShards(has_room=False)
     shards.go.set()
-    with ahead_of(shards, steps=6) as ahead:
+    with closing(ahead_of(shards, steps=6)) as ahead:
         ahead.reached(0)
         until(lambda: not ahead._waiting)
         ahead.reached(1)
@@ -87,7 +88,7 @@ def test_a_shard_without_room_is_asked_for_again_when_one_is_released() -> None:
 def test_an_error_on_the_way_is_left_to_the_read_that_needs_the_shard() -> None:
     shards = FakeShards(error=EnvironmentFault("the server is gone"))
     shards.go.set()
-    with ahead_of(shards) as ahead:
+    with closing(ahead_of(shards)) as ahead:
         ahead.reached(0)
         until(lambda: not ahead._waiting)
         ahead.reached(1)
@@ -104,7 +105,7 @@ def test_closing_abandons_what_is_on_its_way_and_ends_the_threads() -> None:
 
 def test_local_sets_start_no_thread_and_are_asked_for_nothing() -> None:
     before, shards = threading.active_count(), FakeShards(are_remote=False)
-    with ahead_of(shards) as ahead:
+    with closing(ahead_of(shards)) as ahead:
         ahead.reached(0)
         assert threading.active_count() == before
     assert (shards.asked, shards.released) == ([], [])

@@ -188,7 +188,7 @@ def test_c6_views_of_an_evaluation_hear_what_they_see(tmp_path: Path) -> None:
         sampling=SamplingConfig(scheme="uniform"),
         view_plan=EvaluationViews(),
     )
-    facts = ClipFacts(key="k", num_frames=60, frames_per_second=30.0, mel_rows=len(mel))
+    facts = ClipFacts(key="k", frame_ticks=np.arange(60, dtype=np.int32) * 3000, mel_rows=len(mel))
     (view,) = draws.views(facts)
     middle_of_frames = (view.frame_indices[0] + view.frame_indices[-1]) / 2 / 30
     assert (view.mel_start_row + 56) / 100 == pytest.approx(middle_of_frames, abs=0.05)
