@@ -45,24 +45,6 @@ class _Holder(TypedDict):
     host: str
 
 
-@contextlib.contextmanager
-def output_folder(out: Path) -> Iterator[None]:
-    """`out` as an existing folder; removed again if it was made here and stays empty."""
-    existed = out.exists()
-    if existed and not out.is_dir():
-        raise UserInputError(f"{out}: expected a folder, found a file; choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EnvironmentFault(f"cannot make {out}: {error.strerror}; choose another --out") from error
-    try:
-        yield
-    finally:
-        if not existed:
-            with contextlib.suppress(OSError):
-                out.rmdir()
-
-
 STATE_FOLDER = Path("~/.cache/ca2st/conversions")
 """Of conversions to a URL: their locks, and what their sources were."""
 
@@ -71,16 +53,30 @@ STATE_FOLDER = Path("~/.cache/ca2st/conversions")
 def claimed(place: Location) -> Iterator[Path]:
     """Hold an output for this process; yield the folder of what is the conversion's own and no part of the set.
 
-    Behind a URL nothing can be locked: there the lock holds on this machine alone.
+    Behind a URL nothing can be locked: there the lock holds on this machine alone. A folder that is made here is
+    removed again if it stays empty.
 
     Raises:
         ConversionRefusedError: another process holds it; the message names it.
         EnvironmentFault: the folder or its lock cannot be made.
+        UserInputError: it is a file.
     """
     key = hashlib.sha256(str(place).encode()).hexdigest()[:16]
     home = place if isinstance(place, Path) else STATE_FOLDER.expanduser() / key
-    with output_folder(home), folder_lock(home):
-        yield home
+    existed = home.exists()
+    if existed and not home.is_dir():
+        raise UserInputError(f"{home}: expected a folder, found a file; choose another --out")
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot make {home}: {error.strerror}; choose another --out") from error
+    try:
+        with folder_lock(home):
+            yield home
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):
+                home.rmdir()
 
 
 @contextlib.contextmanager
@@ -329,9 +325,8 @@ def planned_shard(
     covers: range,
     identity: Mapping[str, Any],
     source: SourceList,
-    is_whole: Callable[[DoneShard], bool],
 ) -> DoneShard | None:
-    """Return the shard of that number if it is complete, holds that range of `source`, and `is_whole` accepts it.
+    """Return the shard of that number if it is complete and its index names the samples and labels of that range.
 
     Raises:
         ConversionRefusedError: it belongs to another conversion; the message shows the difference.
@@ -342,17 +337,12 @@ def planned_shard(
     refuse_another_conversion(files.folder, shard.conversion, identity)
     if (shard.covers.first, shard.covers.end) != (covers.start, covers.stop):
         return None
-    return shard if _holds(files, shard, source) and is_whole(shard) else None
-
-
-def _holds(files: Files, shard: DoneShard, source: SourceList) -> bool:
-    """Return whether a shard's index names the samples and labels of its range of the source list."""
     rejected = {reject["position"] for reject in shard.covers.rejects}
-    samples = source.samples[shard.covers.first : shard.covers.end]
-    kept = [one for position, one in enumerate(samples, shard.covers.first) if position not in rejected]
+    samples = source.samples[covers.start : covers.stop]
+    kept = [one for position, one in enumerate(samples, covers.start) if position not in rejected]
     rows = decode_index(files.read(shard.entry.index_name), columns=["key", "labels"]).to_pydict()
     expected = {"key": [sample_key(one.sample_id) for one in kept], "labels": [list(one.labels) for one in kept]}
-    return bool(rows == expected)
+    return shard if rows == expected else None
 
 
 _IN_WORDS = {"source_list_sha256": "another list of files, segments, labels or classes (source_list_sha256)"}
@@ -444,7 +434,7 @@ class ShardSources:
     """Of its index, which is thereby known to be the one that was written."""
     first: int
     """Position of the first source."""
-    states: tuple[tuple[int, ...] | None, ...]
+    states: tuple[State, ...]
     """State of it and of those behind it, to the end of the shard's range."""
 
 
@@ -473,17 +463,14 @@ class SourcesFile:
     """
 
     def __init__(self, root: Path) -> None:
-        self._root, self._path = root, root / SOURCES_NAME
+        self._path = root / SOURCES_NAME
         self._places: dict[str, tuple[int, int]] = {}
         self._end = 0
-        for line in self._lines():
-            with contextlib.suppress(DocumentError):
-                self._places[_opened(line).shard] = (self._end, len(line))
-            self._end += len(line)
-
-    def _lines(self) -> Iterator[bytes]:
         with contextlib.suppress(OSError), self._path.open("rb") as file:
-            yield from file
+            for line in file:
+                with contextlib.suppress(DocumentError):
+                    self._places[_opened(line).shard] = (self._end, len(line))
+                self._end += len(line)
 
     def of(self, shard: str) -> ShardSources | None:
         """Return what is known of a shard's sources."""
