@@ -441,10 +441,9 @@ class ShardSources:
 def state_of(path: Path) -> State:
     """Return the state of a source now."""
     try:
-        state = source_state(path)
+        return source_state(path)
     except MediaError:
         return None
-    return state.num_bytes, state.modified_ns
 
 
 def state_of_sample(sample: SourceSample, state: Callable[[Path], State] = state_of) -> State:

@@ -152,7 +152,7 @@ MUTATIONS = (
     Mutation(
         name="any demuxer may read a source",
         file="sharding/media/claims.py",
-        source='"format_whitelist": _whitelist(formats), ',
+        source='"format_whitelist": whitelist, ',
         replacement="",
         tests=("tests/sharding/media/test_media.py", "-k", "only_names"),
     ),

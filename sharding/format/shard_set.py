@@ -177,7 +177,9 @@ class Manifest:
 
     def _payload(self) -> dict[str, Any]:
         # A field of its default is left out, as in sets from before it: so their hashes stay.
-        defaults = {one.name: {} if one.default_factory is dict else one.default for one in fields(self)}
+        defaults: dict[str, Any] = {
+            one.name: {} if one.default_factory is dict else one.default for one in fields(self)
+        }
         payload = {name: value for name, value in asdict(self).items() if value != defaults[name]}
         payload["format"], payload["format_version"] = FORMAT_NAME, FORMAT_VERSION
         payload["label_spaces"] = [asdict(space) | {"sha256": space.sha256} for space in self.label_spaces]

@@ -226,16 +226,11 @@ def _audio(
                 audio, tracks = heard, _of_several(stream, container.streams.audio)
         if audio is not None and not audio.is_silent:
             break
-    if job.audio.policy == "required":
-        _require_sound(audio, has_stream=bool(candidates))
+    if job.audio.policy == "required" and (audio is None or audio.is_silent):
+        none = "an audio stream without samples there" if candidates else "no audio stream"
+        found = "digital silence" if audio else none
+        raise MediaError("no_audio", f"expected sound in the segment, found {found}; --audio optional accepts it")
     return audio, tracks
-
-
-def _require_sound(audio: EncodedAudio | None, *, has_stream: bool) -> None:
-    if audio is not None and not audio.is_silent:
-        return
-    found = "digital silence" if audio else "an audio stream without samples there" if has_stream else "no audio stream"
-    raise MediaError("no_audio", f"expected sound in the segment, found {found}; --audio optional accepts it")
 
 
 def _of_several(stream: VideoStream | AudioStream, tracks: Sequence[object]) -> dict[str, Any]:
@@ -310,8 +305,9 @@ class ClipEncoder:
             MediaError: ``bad_timestamps`` when it is not behind the last one; ``too_small``.
         """
         picture = self._pictures.upright(frame)
-        if not self._codec.has_frame_ranges:
-            picture = _pixels_alone(picture)
+        if not self._codec.has_frame_ranges:  # without what else a source's frame carries: its type forces key frames
+            picture = av.VideoFrame.from_ndarray(picture.to_ndarray(), format=self._form.pixel_format)
+            picture.color_range, picture.colorspace = self._form.colour_range, self._form.colour_space
         tick = round(frame.seconds * TICKS_PER_SECOND)
         if self._ticks and tick <= self._ticks[-1]:
             raise MediaError("bad_timestamps", f"expected frames at least a tick apart, found two at {tick}")
@@ -384,10 +380,3 @@ class ClipEncoder:
             context.gop_size, context.max_b_frames = self._gop, 0
             context.color_primaries = context.color_trc = _COLOUR_BT709
         return stream
-
-
-def _pixels_alone(picture: av.VideoFrame) -> av.VideoFrame:
-    """Return the same pixels without what else a source's frame carries: a picture type would force key frames."""
-    alone = av.VideoFrame.from_ndarray(picture.to_ndarray(), format=LIMITED_RANGE.pixel_format)
-    alone.color_range, alone.colorspace = LIMITED_RANGE.colour_range, LIMITED_RANGE.colour_space
-    return alone

@@ -290,16 +290,13 @@ class PictureMaker:
             if frame.picture.interlaced_frame:
                 large_enough = min(frame.picture.width, frame.picture.height) >= 3  # for yadif
                 deinterlace = self._interlaced == "deinterlace" and large_enough
-                self._count_interlaced(is_kept=not deinterlace)
+                self._counts["deinterlaced_frames" if deinterlace else "interlaced_frames_kept"] += 1
+                self._notes.add("deinterlaced" if deinterlace else "interlaced, kept")
             if chain is None or not chain.takes(frame.picture, deinterlace=deinterlace):
                 yield from chain.add(None) if chain else ()
                 chain = _FilterChain(frame.picture, deinterlace=deinterlace)
             yield from chain.add(frame)
         yield from chain.add(None) if chain else ()
-
-    def _count_interlaced(self, *, is_kept: bool) -> None:
-        self._counts["interlaced_frames_kept" if is_kept else "deinterlaced_frames"] += 1
-        self._notes.add("interlaced, kept" if is_kept else "deinterlaced")
 
     def upright(self, frame: TimedFrame) -> av.VideoFrame:
         """Return the frame's picture scaled to square pixels, converted and turned as its display matrix says.
