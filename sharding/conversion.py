@@ -322,7 +322,8 @@ class _Conversion:
         folder.write_or_remove(self._files, folder.MISSING_NAME, missing)
         folder.write_or_remove(self._files, folder.REJECTS_NAME, lines)
         if isinstance(self._files, remote.RemoteFiles):
-            folder.write_or_remove(self._files, folder.SOURCES_NAME, (self._home / folder.SOURCES_NAME).read_bytes())
+            known = self._home / folder.SOURCES_NAME  # not there where another machine made every shard
+            folder.write_or_remove(self._files, folder.SOURCES_NAME, known.read_bytes() if known.exists() else b"")
         manifest = write_shard_set(self._files, fields, entries, faults=self._setup.faults)
         if earlier is not None:
             self._files.remove(earlier.manifest.table)
