@@ -346,39 +346,19 @@ def _damaged_frames(data: bytes, row: _Row) -> str:
 
 
 def verify_place(place: str, *, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
-    """Return everything that is wrong with the set in a folder or behind a URL.
+    """Return everything that is wrong with the set in a folder or behind a URL; empty: every byte is as it was written.
+
+    A URL needs room for one shard in the system's temporary folder (TMPDIR chooses another).
 
     Raises:
-        UserInputError: no folder, or a kind of URL that is not read.
-        EnvironmentFault: as `verify_remote_set`.
+        UserInputError: a kind of URL that is not read.
+        ManifestError: there is no manifest, or none that this version reads.
+        EnvironmentFault: the server cannot be read, or the temporary folder not be written.
     """
     location = as_location(place)
     if isinstance(location, Path):
         return verify_shard_set(location, progress=progress)
-    return verify_remote_set(RemoteFiles(folder=location), progress=progress)
-
-
-def count_shards(place: str) -> int:
-    """Return shards of the set at `place`, for a progress bar; 0 where its manifest cannot be read."""
-    location = as_location(place)
-    if isinstance(location, Path):
-        return sum(1 for _ in location.glob("*.tar"))
-    try:
-        files = RemoteFiles(folder=location)
-        return parse_manifest(files.read(MANIFEST_NAME), where=files.folder.file(MANIFEST_NAME)).num_shards
-    except (RemoteFileMissingError, ManifestError, ShardDamageError):
-        return 0
-
-
-def verify_remote_set(files: RemoteFiles, *, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
-    """Return everything that is wrong with the set behind a URL; an empty list means every byte is as it was written.
-
-    Needs room for one shard in the system's temporary folder (TMPDIR chooses another).
-
-    Raises:
-        ManifestError: there is no manifest, or none that this version reads.
-        EnvironmentFault: the server cannot be read, or the temporary folder not be written.
-    """
+    files = RemoteFiles(folder=location)
     with tempfile.TemporaryDirectory(prefix="ca2st-verify-") as scratch:
         root = Path(scratch)
         _fetch_small(files, MANIFEST_NAME, root)
@@ -391,6 +371,18 @@ def verify_remote_set(files: RemoteFiles, *, progress: Callable[[int, int], None
             problem = _set_problem(error)
             return [replace(problem, what=problem.what.replace(str(root), files.folder.url))]
         return _problems_of_all(shard_set, files, progress)
+
+
+def count_shards(place: str) -> int:
+    """Return shards of the set at `place`, for a progress bar; 0 where its manifest cannot be read."""
+    location = as_location(place)
+    if isinstance(location, Path):
+        return sum(1 for _ in location.glob("*.tar"))
+    try:
+        files = RemoteFiles(folder=location)
+        return parse_manifest(files.read(MANIFEST_NAME), where=files.folder.file(MANIFEST_NAME)).num_shards
+    except (RemoteFileMissingError, ManifestError, ShardDamageError):
+        return 0
 
 
 def remote_shard_problems(

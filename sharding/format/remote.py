@@ -283,16 +283,11 @@ class RemoteFiles:
         seconds = self.retrier.config.request_seconds + file.stat().st_size / _LEAST_BYTES_PER_SECOND
 
         def put(path: str) -> None:
-            if not self.filesystem.async_impl:
-                self.filesystem.put_file(str(file), path)
-                return
-            from fsspec.asyn import sync
-
             before = getattr(self.filesystem, "retries", None)
+            if before is not None:
+                self.filesystem.retries = self.retrier.config.attempts  # of each part
             try:
-                if before is not None:
-                    self.filesystem.retries = self.retrier.config.attempts  # of each part
-                sync(self.filesystem.loop, self.filesystem._put_file, str(file), path, timeout=seconds)
+                self._call("put_file", str(file), path, seconds=seconds)
             finally:
                 if before is not None:
                     self.filesystem.retries = before
@@ -325,8 +320,8 @@ class RemoteFiles:
         self.on_bytes(len(data), time.perf_counter() - begin)
         return data
 
-    def _call(self, method: str, path: str, *values: Any, **arguments: Any) -> Any:
-        """Return a method of the filesystem, given up after `request_seconds` where it waits for a network."""
+    def _call(self, method: str, path: str, *values: Any, seconds: float | None = None, **arguments: Any) -> Any:
+        """Return a method of the filesystem; one that waits for a network is given up after `request_seconds`."""
         if not self.filesystem.async_impl:
             if method == "ls":
                 arguments.pop("refresh")
@@ -336,7 +331,7 @@ class RemoteFiles:
         from fsspec.asyn import sync
 
         coroutine = getattr(self.filesystem, f"_{method}")
-        seconds = self.retrier.config.request_seconds
+        seconds = seconds or self.retrier.config.request_seconds
         return sync(self.filesystem.loop, coroutine, path, *values, timeout=seconds, **arguments)
 
 

@@ -146,17 +146,8 @@ def _encoded(job: ClipJob, source_bytes: int, sound_bytes: int | None) -> Encode
         stream = claims.video_stream(container, job.limits)
         source_size = stream.width, stream.height  # later ones may differ
         cut = VideoCut(container, stream, segment, limits=job.limits, clock=job.clock_of_cut)
-        pictures = PictureMaker(
-            job.video.codec,
-            short_side=job.video.short_side,
-            side_multiple=job.video.side_multiple,
-            hdr=job.video.hdr or "tone-map",
-            interlaced=job.video.interlaced or "deinterlace",
-            pixel_aspect=pixel_aspect_of(stream),
-        )
-        encoder = ClipEncoder(
-            job.video.codec, pictures=pictures, quality=job.video.quality, num_gop_frames=job.video.num_gop_frames
-        )
+        pictures = PictureMaker(job.video, pixel_aspect=pixel_aspect_of(stream))
+        encoder = ClipEncoder(job.video, pictures)
         for frame in thinned(pictures.prepared(cut.frames()), job.video.frames_per_second):
             encoder.add(frame)
         claims.check_chunks(job.path, stream, segment.start, segment.end)
@@ -275,20 +266,14 @@ _MJPEG = ("mjpeg", {"qmin": "{quality}", "qmax": "{quality}"})
 
 
 class ClipEncoder:
-    """Takes a clip's frames in order, made ready by `pictures`, and gives its stored form.
+    """Takes a clip's frames in order, made ready by `pictures`, and gives its stored form."""
 
-    `num_gop_frames` is None for a codec whose frames stand alone, and only there.
-
-    Raises:
-        UserInputError: an unknown codec.
-    """
-
-    def __init__(self, codec: str, *, pictures: PictureMaker, quality: int, num_gop_frames: int | None) -> None:
-        self._codec, self._pictures = stored_codec(codec), pictures
-        self._gop = 1 if self._codec.has_frame_ranges or num_gop_frames is None else num_gop_frames
+    def __init__(self, video: VideoParameters, pictures: PictureMaker) -> None:
+        self._codec, self._pictures = stored_codec(video.codec), pictures
+        self._gop = 1 if self._codec.has_frame_ranges or video.num_gop_frames is None else video.num_gop_frames
         self._form = FULL_RANGE if self._codec.has_frame_ranges else LIMITED_RANGE
-        self._encoder, options = GOP_ENCODINGS.get(codec, _MJPEG)
-        self._options = {name: value.format(gop=self._gop, quality=quality) for name, value in options.items()}
+        self._encoder, options = GOP_ENCODINGS.get(video.codec, _MJPEG)
+        self._options = {name: value.format(gop=self._gop, quality=video.quality) for name, value in options.items()}
         self._stream: av.VideoStream | None = None
         self._ticks: list[int] = []
         self._durations: list[int] = []
