@@ -221,7 +221,9 @@ class _Conversion:
                 if not self._drop_changed(finished=True):
                     _log.info("already finished, nothing to convert: %s", self._out)
                     return report
-                self._files.remove(MANIFEST_NAME)
+                self._files.remove(
+                    MANIFEST_NAME
+                )  # before any shard is made anew: a kill leaves no manifest over a mixture
                 is_update = True
         elif self._config.append:
             raise ConversionRefusedError(
@@ -235,7 +237,8 @@ class _Conversion:
             _log.info("resuming after %d finished shards of an earlier run", len(self._done))
         earlier = () if self._earlier is None else self._earlier.shards
         names = [entry.name for entry in earlier]
-        folder.remove_shards_but(self._files, {*map(folder.shard_number, names), *self._done})
+        for number in folder.shards_there(self._files) - {*map(folder.shard_number, names), *self._done}:
+            folder.remove_shard(self._files, number)
         self._sources.keep([*names, *map(shard_name, sorted(self._done))])
         self._make_shards()
         rejects = [reject for number in sorted(self._rejects) for reject in self._rejects[number]]

@@ -16,7 +16,7 @@ import os
 import platform
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -405,13 +405,6 @@ def shards_there(files: Files) -> set[int]:
     return {shard_number(name) for name in files.sizes() or {} if _OURS.fullmatch(name)}
 
 
-def remove_shards_but(files: Files, kept: Container[int]) -> None:
-    """Remove every shard and index of a number that is not `kept`."""
-    for number in shards_there(files):
-        if number not in kept:
-            remove_shard(files, number)
-
-
 def remove_shard(files: Files, number: int) -> None:
     """Remove a shard and its index, as far as they are there; the tar first."""
     name = shard_name(number)
@@ -531,26 +524,22 @@ def changed_sources(known: ShardSources, source: SourceList, state: Callable[[Pa
 
 
 def changes_in_words(known: Iterable[ShardSources], source: SourceList, state: Callable[[Path], State]) -> str:
-    """Return how many files changed, and what of the first few; empty when none did."""
-    changes: dict[Path, tuple[State, State]] = {}
+    """Return how many files changed, and what of the first few."""
+    changes: dict[Path, str] = {}
     for one in known:
         for position in changed_sources(one, source, state):
             sample, before = source.samples[position], one.states[position - one.first]
-            now = state_of_sample(sample, state)
+            path, now = sample.path, state_of_sample(sample, state)
             if sample.sound_path is not None and before and now and before[:2] == now[:2]:
-                changes[sample.sound_path] = before[2:], now[2:]
+                path, before, now = sample.sound_path, before[2:], now[2:]
+            if before is None or now is None:
+                changes[path] = "was missing"
+            elif before[0] != now[0]:
+                changes[path] = f"{before[0]} bytes, now {now[0]}"
             else:
-                changes[sample.path] = before, now
-    if not changes:
-        return ""
-    found = [f"{path}: {_change_in_words(*change)}" for path, change in changes.items()]
+                changes[path] = f"modified since, {now[0]} bytes as before"
+    found = [f"{path}: {change}" for path, change in changes.items()]
     return f"{len(changes)} source files ({listed(found, most=3, separator='; ')})"
-
-
-def _change_in_words(before: State, now: State) -> str:
-    if before is None or now is None:
-        return "was missing"
-    return f"{before[0]} bytes, now {now[0]}" if before[0] != now[0] else f"modified since, {now[0]} bytes as before"
 
 
 def _sealed(sources: ShardSources) -> bytes:

@@ -5,7 +5,9 @@ A set behind a URL is checked shard after shard through a temporary folder, one 
 
 import contextlib
 import hashlib
+import itertools
 import json
+import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -290,30 +292,24 @@ def _file_problem(path: Path, num_bytes: int, sha256: str) -> Problem | None:
 
 def _localised(root: Path, shard: ShardEntry) -> list[Problem]:
     """Return where in a damaged tar the damage is, as far as the index tells."""
+    found, end = list[tuple[str, str]](), 0
     try:
         rows = decode_index((root / shard.index_name).read_bytes()).to_pylist()
         with (root / shard.name).open("rb") as file:
-            problems = [Problem(shard=shard.name, key=key, what=what) for key, what in _damage(file, rows, shard)]
+            if (size := file.seek(0, os.SEEK_END)) != shard.bytes:
+                found.append(("", f"expected {shard.bytes} bytes, found {size}; restore it or convert again"))
+            for row, member in itertools.product(rows, MEMBERS):
+                found += [(row["key"], what) for what in _member_damage(file, row, member)]
+                end = row[f"{member}_offset"] + padded(row[f"{member}_bytes"])
+            file.seek(end)
+            if any(file.read()):
+                found.append(("", "the empty blocks behind the last sample are not empty"))
     except (OSError, ValueError, pa.ArrowException):
         return []
+    problems = [Problem(shard=shard.name, key=key, what=what) for key, what in found]
     if (more := len(problems) - _MOST_PER_SHARD) > 0:
         problems[_MOST_PER_SHARD:] = [Problem(shard=shard.name, key="", what=f"and {more} more in this shard")]
     return problems
-
-
-def _damage(file: IO[bytes], rows: list[_Row], shard: ShardEntry) -> Iterator[tuple[str, str]]:
-    file.seek(0, 2)
-    if file.tell() != shard.bytes:
-        yield "", f"expected {shard.bytes} bytes, found {file.tell()}; restore it or convert again"
-    end = 0
-    for row in rows:
-        for member in MEMBERS:
-            for what in _member_damage(file, row, member):
-                yield row["key"], what
-            end = row[f"{member}_offset"] + padded(row[f"{member}_bytes"])
-    file.seek(end)
-    if any(file.read()):
-        yield "", "the empty blocks behind the last sample are not empty"
 
 
 def _member_damage(file: IO[bytes], row: _Row, member: str) -> Iterator[str]:

@@ -201,8 +201,8 @@ MUTATIONS = (
     Mutation(
         name="stale shards are kept",
         file="sharding/conversion.py",
-        source="        folder.remove_shards_but(self._files, {*map(folder.shard_number, names), *self._done})\n",
-        replacement="",
+        source="            folder.remove_shard(self._files, number)\n",
+        replacement="            del number\n",
         tests=("tests/sharding/test_convert.py", "tests/sharding/test_rejects.py"),
     ),
     Mutation(

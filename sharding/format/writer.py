@@ -96,6 +96,7 @@ def write_shard(
         index = encode_index(
             rows, {key: canonical_json(value, is_compact=True).decode() for key, value in about.items()}
         )
+        # Before the tar gets its name: no tar is ever there without its index.
         write_bytes(root / index_name(name), index, faults=faults, point="index")
     return ShardEntry(
         name=name,
