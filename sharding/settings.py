@@ -59,9 +59,9 @@ class RejectBudget:
         """
         if re.fullmatch(r"\d{1,18}", text):
             return cls(count=int(text))
-        if re.fullmatch(r"\d+(\.\d+)?%", text):
+        if re.fullmatch(r"\d+(\.\d+)?%", text) and float(text[:-1]) <= 100:
             return cls(fraction=float(text[:-1]) / 100)
-        raise UserInputError(f"{option}: expected a count such as 20 or a share such as 5%, found {text!r}")
+        raise UserInputError(f"{option}: expected a count such as 20 or a share (to 100%) such as 5%, found {text!r}")
 
     def allows(self, rejected: int, total: int) -> bool:
         """Return whether `rejected` of `total` samples stay within the budget."""

@@ -47,6 +47,8 @@ def test_budgets_are_counts_or_shares() -> None:
     for wrong in ("-1", "5 %", "many", "", "101%"):
         with pytest.raises(UserInputError, match=r"max.rejects: expected a count"):
             RejectBudget.parse(wrong)
+        with pytest.raises(UserInputError, match="^--max-missing: expected a count"):
+            RejectBudget.parse(wrong, option="--max-missing")
 
 
 def test_the_identity_holds_what_decides_the_bytes_and_nothing_else() -> None:
