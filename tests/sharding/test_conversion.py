@@ -47,7 +47,7 @@ def test_budgets_are_counts_or_shares() -> None:
     for wrong in ("-1", "5 %", "many", "", "101%"):
         with pytest.raises(UserInputError, match=r"max.rejects: expected a count"):
             RejectBudget.parse(wrong)
-        with pytest.raises(UserInputError, match="^--max-missing: expected a count"):
+        with pytest.raises(UserInputError, match=r"^--max-missing: expected a count"):
             RejectBudget.parse(wrong, option="--max-missing")
 
 
