@@ -267,7 +267,7 @@ def _element(data: mmap.mmap, at: int) -> tuple[int, int]:
     """Return where an EBML element's contents start and end, far behind the file if nothing says; no element: `at`."""
     if at >= len(data) or data[at] < _LEAST_EBML_ID:
         return at, at
-    data.seek(at + 9 - data[at].bit_length())
+    data.seek(min(at + 9 - data[at].bit_length(), len(data)))  # a live recording may end inside of it
     num_bytes = _read_vint(data)
     return data.tell(), sys.maxsize if num_bytes is None else data.tell() + num_bytes
 
@@ -278,8 +278,8 @@ def _check_ogg_pages(data: mmap.mmap, num_bytes: int) -> None:
     while at < num_bytes:
         header = data[at : at + _OGG_HEADER_BYTES]
         stream, number = header[14:18], int.from_bytes(header[18:22], "little")
-        is_next = number == numbers.get(stream, number) or (len(header) > 5 and header[5] & _OGG_BEGINS)
-        if header[:4] != b"OggS" or not is_next:
+        is_page = header[:4] == b"OggS" and len(header) == _OGG_HEADER_BYTES
+        if not is_page or (number != numbers.get(stream, number) and not header[5] & _OGG_BEGINS):
             raise MediaError("decode_error", f"expected the next Ogg page at byte {at}, found another; fetch it again")
         numbers[stream] = (number + 1) % 2**32
         contents = at + _OGG_HEADER_BYTES + header[26]

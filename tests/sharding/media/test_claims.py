@@ -120,6 +120,21 @@ def test_a_lost_page_of_ogg_is_named_by_its_place(tmp_path: Path) -> None:
     assert caught.value.reason == "decode_error"
 
 
+def test_ogg_that_ends_inside_the_header_of_a_page_is_a_damaged_file_and_no_fault_of_ours(tmp_path: Path) -> None:
+    data = whole_file(tmp_path / "a.ogv").read_bytes()
+    (tmp_path / "cut.ogv").write_bytes(data[: data.rindex(b"OggS") + 10])
+    with pytest.raises(MediaError, match=r"expected the next Ogg page at byte \d+") as caught:
+        convert_one(tmp_path / "cut.ogv", 0.0, 2.2, audio_policy="none")
+    assert caught.value.reason == "decode_error"
+
+
+def test_a_live_recording_may_end_inside_the_name_of_a_cluster(tmp_path: Path) -> None:
+    whole = make_clip(tmp_path / "a.mkv", seconds=12, codec="libx264", size=(96, 64), container_options={"live": "1"})
+    data = whole.read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(data[: data.rindex(b"\x1f\x43\xb6\x75") + 2])
+    assert 100 < len(convert_one(tmp_path / "cut.mkv", audio_policy="none").video.frame_ticks) < 360
+
+
 @pytest.mark.parametrize("name", ["a.mkv", "a.avi", "a.ogv"])
 def test_zeros_for_what_never_arrived_are_truncated_whatever_the_decoder_stumbles_over(
     tmp_path: Path, name: str
