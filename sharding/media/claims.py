@@ -111,7 +111,8 @@ def _check_matroska(file: IO[bytes], length: int) -> None:
     header_bytes = _read_vint(file)
     if header_bytes is None:
         return
-    file.seek(header_bytes, 1)
+    _check_end("EBML header", file.tell() + header_bytes, length)
+    file.seek(header_bytes, os.SEEK_CUR)
     if file.read(4) != _SEGMENT_ID:
         return
     segment_bytes = _read_vint(file)
@@ -318,7 +319,8 @@ def _check_avi_chunks(data: mmap.mmap, stream: VideoStream, end: Fraction | None
     if b"movi" not in lists or b"idx1" not in lists:
         return
     movi, (at, num_bytes) = lists[b"movi"][0], lists[b"idx1"]
-    entries = np.frombuffer(data[at : at + num_bytes // 16 * 16], _AVI_ENTRY)
+    index = data[at : at + num_bytes]
+    entries = np.frombuffer(index, _AVI_ENTRY, count=len(index) // _AVI_ENTRY.itemsize)
     if end is not None:  # up to a second behind it, by the chunks of the picture, one per frame
         is_picture = np.char.startswith(entries["kind"], b"%02d" % stream.index)
         entries = entries[np.cumsum(is_picture) <= int((end + 1) * frame_rate(stream))]

@@ -220,6 +220,23 @@ def test_damaged_bytes_of_an_avi_never_move_its_sound(tmp_path: Path) -> None:
         assert len(found.audio.pcm) == len(good.audio.pcm)
 
 
+def test_an_avi_whose_index_says_that_it_is_longer_than_the_file_is_read_with_what_is_there(tmp_path: Path) -> None:
+    data = bytearray(whole_file(tmp_path / "a.avi").read_bytes())
+    at = data.index(b"idx1")
+    data[at + 4 : at + 8] = (int.from_bytes(data[at + 4 : at + 8], "little") + 2**20).to_bytes(4, "little")
+    (tmp_path / "b.avi").write_bytes(data + b"odd")
+    assert len(convert_one(tmp_path / "b.avi", 0.0, 0.3).video.frame_ticks) == 9
+
+
+def test_a_matroska_header_of_an_absurd_length_is_a_cut_file(tmp_path: Path) -> None:
+    data = bytearray(whole_file(tmp_path / "a.mkv").read_bytes())
+    data[4:12] = b"\x01" + b"\x7f" * 7
+    (tmp_path / "b.mkv").write_bytes(data)
+    with pytest.raises(MediaError, match=r"expected \d{10,} bytes as its EBML header says, found \d+") as caught:
+        convert_one(tmp_path / "b.mkv")
+    assert caught.value.reason == "truncated"
+
+
 def test_an_avi_whose_index_fits_nothing_or_is_missing_is_read_without_it(tmp_path: Path) -> None:
     data = whole_file(tmp_path / "a.avi").read_bytes()
     at = data.index(b"idx1")
