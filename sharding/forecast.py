@@ -21,11 +21,9 @@ NUM_PROBED = 8
 _LOOKED_AT = 8  # files that are looked for, for each that is probed
 _NUM_PIECES, _PIECE_SECONDS = 3, 1.0
 _MP4_BYTES = 900  # of a container around no frames
-_JSON_BYTES = 900
 _BLOCK_BYTES = 512  # a member's header; half of one is its padding on average
-_INDEX_BYTES = 100  # of a sample's row
+_BESIDE_BYTES = 900 + 100 + 128  # of a sample: its JSON, its row of the index, the header of its spectrogram
 _FRAME_BYTES = {True: 7, False: 1}  # of a frame's place, time and checksum in the index; of its time alone
-_MEL_HEADER_BYTES = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +103,7 @@ def forecast_of(source: SourceList, config: ConversionConfig, probed: Mapping[in
         frames, video = scale * sum(one.num_frames for one in known), scale * sum(one.video_bytes for one in known)
         heard = scale * sum(one.seconds for one in known if one.has_audio)
     mel = heard * 1000 / config.audio.frame_shift_ms * config.num_mel_bins * 2
-    beside = len(MEMBERS) * 1.5 * _BLOCK_BYTES + _JSON_BYTES + _INDEX_BYTES + _MEL_HEADER_BYTES
+    beside = len(MEMBERS) * 1.5 * _BLOCK_BYTES + _BESIDE_BYTES
     other = len(source.samples) * beside + frames * _FRAME_BYTES[config.stored_codec.has_frame_ranges]
     return Forecast(
         num_samples=len(source.samples),
