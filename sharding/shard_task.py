@@ -10,7 +10,7 @@ import json
 import math
 import signal
 import tempfile
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -165,7 +165,7 @@ def _made(
     on_sample: OnSample,
 ) -> MadeShard:
     """Write the shard of the task from its decoded clips; `states` of its sources are complete when these end."""
-    rejects, examples = list[Reject](), dict[str, dict[str, None]]()
+    rejects, examples = list[Reject](), defaultdict[str, list[str]](list)
 
     def stored() -> Iterator[StoredSample]:
         for position, (sample, clip) in enumerate(zip(task.samples, clips, strict=True), task.first):
@@ -174,9 +174,9 @@ def _made(
             if isinstance(outcome, Reject):
                 rejects.append(outcome)
                 continue
-            for kind in outcome.notes:
-                if len(of_kind := examples.setdefault(kind, {})) < _MOST_EXAMPLES:
-                    of_kind[sample.sample_id] = None
+            for kind in dict.fromkeys(outcome.notes):
+                if len(examples[kind]) < _MOST_EXAMPLES:
+                    examples[kind].append(sample.sample_id)
             yield outcome
 
     samples = stored()

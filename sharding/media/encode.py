@@ -157,7 +157,7 @@ def _encoded(job: ClipJob, source_bytes: int, sound_bytes: int | None) -> Encode
                 audio, tracks = _sound_of_its_own(job, job.sound_path, segment, cut, behind_start=behind_start)
         else:
             candidates = [] if job.audio.policy == "none" else claims.audio_candidates(container, stream)
-            audio, tracks = _audio(job, segment, cut, [one.index for one in candidates])
+            audio, tracks = _audio(job, segment, cut, [one.index for one in candidates], zero=cut.zero)
         tracks |= _of_several(stream, claims.moving_pictures(container))
         return EncodedClip(
             video=encoder.finish(),
@@ -180,35 +180,29 @@ def _sound_of_its_own(
     with claims.open_media(path, is_sound=True) as container:
         zero = (file_start(container) or Fraction(0)) + behind_start
         candidates = [one.index for one in claims.audio_candidates(container, None)]
-    audio, tracks = _audio(job, segment, cut, candidates, path=path, zero=zero)
+    audio, tracks = _audio(job, segment, cut, candidates, zero=zero)
     if audio is None or "sound ends early" in audio.notes:
         claims.check_sound_is_whole(path)
     return audio, tracks
 
 
 def _audio(
-    job: ClipJob,
-    segment: Segment,
-    cut: VideoCut,
-    candidates: Sequence[int],
-    *,
-    path: Path | None = None,
-    zero: Fraction | None = None,
+    job: ClipJob, segment: Segment, cut: VideoCut, candidates: Sequence[int], *, zero: Fraction
 ) -> tuple[EncodedAudio | None, dict[str, Any]]:
     """Return the first sound track that is not silent in the segment, and which one it is where there is a choice.
 
-    `candidates` are places of streams in the file at `path` (None: the job's), `zero` of the media's clock in it.
+    `candidates` are places of streams in the file of the sound, `zero` of the media's clock in it.
     """
     audio, tracks = None, dict[str, Any]()
     for candidate in candidates:
-        with claims.open_media(path or job.path, is_sound=path is not None) as container:
+        with claims.open_media(job.sound_path or job.path, is_sound=job.sound_path is not None) as container:
             stream = cast(AudioStream, container.streams[candidate])
             claims.be_strict(stream)
             heard = cut_audio(
                 container,
                 stream,
                 segment,
-                zero=cut.zero if zero is None else zero,
+                zero=zero,
                 duration=cut.duration,
                 rate_hz=job.audio.sample_rate_hz,
                 limits=job.limits,
