@@ -30,19 +30,7 @@ _HOMES = {
     "verify_shard_set": "sharding.verify",
 }
 
-__all__ = [
-    "ConversionConfig",
-    "DatasetRequest",
-    "LabelSpace",
-    "Manifest",
-    "ShardSet",
-    "SourceList",
-    "SourceSample",
-    "convert",
-    "read_dataset",
-    "read_shard_set",
-    "verify_shard_set",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -154,7 +154,7 @@ def _wait_for_room() -> None:
     import ray
     from ray.exceptions import GetTimeoutError, RayError
 
-    ticket = ray.remote(num_cpus=1, max_retries=_MOST_LOSSES)(_nothing).remote()
+    ticket = ray.remote(num_cpus=1, max_retries=_MOST_LOSSES)(lambda: None).remote()
     try:
         ray.get(ticket, timeout=_START_SECONDS)
     except GetTimeoutError:
@@ -165,10 +165,6 @@ def _wait_for_room() -> None:
         ) from None
     except RayError as error:
         raise EnvironmentFault(f"no conversion worker can be started: {_ends(error)}; fix that and rerun") from error
-
-
-def _nothing() -> None:
-    """Return what `_wait_for_room` runs."""
 
 
 def _make_on_node(

@@ -29,11 +29,11 @@ from sharding.errors import ConversionRefusedError, ShardDamageError
 from sharding.format import remote
 from sharding.format.index import decode_index, sample_key
 from sharding.format.shard_set import MANIFEST_NAME, Manifest, ShardEntry, ShardSet, read_shard_set, write_shard_set
-from sharding.format.writer import ShardRange, shard_name
+from sharding.format.writer import shard_name
 from sharding.media.encode import ClipJob, EncodedClip, encode_clip
 from sharding.settings import ConversionConfig, conversion_identity, plan_shards
 from sharding.shard_task import LocalWorkers, MadeShard, ShardPool, ShardSetup, ShardTask
-from sharding.source import MISSING_MEDIA, SourceList, SourceSample, check_source, examples_of, refuse_doubtful
+from sharding.source import MISSING_MEDIA, SourceList, check_source, examples_of, refuse_doubtful
 from sharding.verify import remote_shard_problems, shard_problems
 
 _log = logging.getLogger(__name__)
@@ -178,14 +178,6 @@ class _Earlier:
     """Its lines of ``rejects.jsonl``."""
     missing: bytes
 
-    @property
-    def source_lists(self) -> tuple[str, ...]:
-        return self.manifest.source_lists or (self.manifest.source_list_sha256,)
-
-    @property
-    def next_number(self) -> int:
-        return 1 + max(folder.shard_number(entry.name) for entry in self.shards)
-
 
 class _Conversion:
     """One run of `convert`, with its output claimed."""
@@ -205,7 +197,9 @@ class _Conversion:
         self._plan = plan_shards(source, setup.config)
         self._earlier: _Earlier | None = None
         self._first_number = 0
-        self._fetch_sources()
+        if isinstance(self._files, remote.RemoteFiles) and not (home / folder.SOURCES_NAME).exists():
+            with contextlib.suppress(remote.RemoteFileMissingError):  # left there by another machine
+                write_bytes(home / folder.SOURCES_NAME, self._files.read(folder.SOURCES_NAME))
         self._sources = folder.SourcesFile(home)
         self._done: dict[int, folder.DoneShard] = {}
         self._rejects: dict[int, tuple[folder.Reject, ...]] = {}
@@ -220,14 +214,16 @@ class _Conversion:
             shards = read_shard_set(self._out)
             if self._config.append and shards.manifest.source_lists[-1:] != (self._list_hash,):
                 self._earlier = self._set_to_add_to(shards)
-                self._first_number = self._earlier.next_number
+                self._first_number = 1 + max(folder.shard_number(entry.name) for entry in shards.shards)
                 _log.info("adding to the %d samples in %s", shards.manifest.num_samples, self._out)
             else:
                 report = self._finished_before(shards)
                 if not self._drop_changed(finished=True):
                     _log.info("already finished, nothing to convert: %s", self._out)
                     return report
-                self._files.remove(MANIFEST_NAME)
+                self._files.remove(
+                    MANIFEST_NAME
+                )  # before any shard is made anew: a kill leaves no manifest over a mixture
                 is_update = True
         elif self._config.append:
             raise ConversionRefusedError(
@@ -241,7 +237,8 @@ class _Conversion:
             _log.info("resuming after %d finished shards of an earlier run", len(self._done))
         earlier = () if self._earlier is None else self._earlier.shards
         names = [entry.name for entry in earlier]
-        folder.remove_shards_but(self._files, {*map(folder.shard_number, names), *self._done})
+        for number in folder.shards_there(self._files) - {*map(folder.shard_number, names), *self._done}:
+            folder.remove_shard(self._files, number)
         self._sources.keep([*names, *map(shard_name, sorted(self._done))])
         self._make_shards()
         rejects = [reject for number in sorted(self._rejects) for reject in self._rejects[number]]
@@ -255,12 +252,6 @@ class _Conversion:
     @property
     def _list_hash(self) -> str:
         return str(self._setup.identity["source_list_sha256"])
-
-    def _fetch_sources(self) -> None:
-        """Fetch what another machine left beside a set behind a URL about its sources."""
-        if isinstance(self._files, remote.RemoteFiles) and not (self._home / folder.SOURCES_NAME).exists():
-            with contextlib.suppress(remote.RemoteFileMissingError):
-                write_bytes(self._home / folder.SOURCES_NAME, self._files.read(folder.SOURCES_NAME))
 
     def _set_to_add_to(self, shards: ShardSet) -> _Earlier:
         """Return a finished set, once it was seen that the list can be added to it.
@@ -325,7 +316,7 @@ class _Conversion:
             notes.update(earlier.manifest.notes)
             lines, missing = earlier.rejects + lines, earlier.missing + missing
             entries = earlier.shards + entries
-            lists = (*earlier.source_lists, self._list_hash)
+            lists = (*(earlier.manifest.source_lists or (earlier.manifest.source_list_sha256,)), self._list_hash)
             fields |= {"source_lists": lists, "source_list_sha256": sha256_of_json(list(lists))}
             fields["table"] = f"shards-{len(lists)}.parquet"
         fields |= {"rejected": dict(sorted(rejected.items())), "notes": dict(sorted(notes.items()))}
@@ -334,7 +325,8 @@ class _Conversion:
         folder.write_or_remove(self._files, folder.MISSING_NAME, missing)
         folder.write_or_remove(self._files, folder.REJECTS_NAME, lines)
         if isinstance(self._files, remote.RemoteFiles):
-            folder.write_or_remove(self._files, folder.SOURCES_NAME, (self._home / folder.SOURCES_NAME).read_bytes())
+            known = self._home / folder.SOURCES_NAME  # not there where another machine made every shard
+            folder.write_or_remove(self._files, folder.SOURCES_NAME, known.read_bytes() if known.exists() else b"")
         manifest = write_shard_set(self._files, fields, entries, faults=self._setup.faults)
         if earlier is not None:
             self._files.remove(earlier.manifest.table)
@@ -363,10 +355,8 @@ class _Conversion:
             if number < self._first_number:
                 continue
             covers, identity = self._range(number), self._setup.identity
-            shard = folder.planned_shard(
-                self._files, number, covers=covers, identity=identity, source=self._source, is_whole=self._is_whole
-            )
-            if shard is not None:
+            shard = folder.planned_shard(self._files, number, covers=covers, identity=identity, source=self._source)
+            if shard is not None and self._is_whole(shard):
                 self._keep(number, shard)
 
     def _range(self, number: int) -> range:
@@ -426,7 +416,7 @@ class _Conversion:
                     "--update (runs begun on this set will not resume on the new one), or choose another --out; if "
                     f"only times changed, remove {self._home / folder.SOURCES_NAME} to keep the set"
                 )
-            if any(self._done[number].covers != self._covers(number) for number in self._done):
+            if any(range(one.covers.first, one.covers.end) != self._range(at) for at, one in self._done.items()):
                 raise ConversionRefusedError(
                     f"{self._out}: {words} changed since; this set was made by an earlier ca2st, which cut shards as "
                     "they filled: --update cannot replace single ones, choose another --out"
@@ -436,10 +426,6 @@ class _Conversion:
             self._drop(number)
         return True
 
-    def _covers(self, number: int) -> ShardRange:
-        covers = self._range(number)
-        return ShardRange(first=covers.start, end=covers.stop, rejects=())
-
     def _make_shards(self) -> None:
         """Make the shards that are missing, and try the rejects of the others again: sources may be repaired."""
         again = {number for number, rejects in self._rejects.items() if rejects}
@@ -447,7 +433,11 @@ class _Conversion:
         numbers = [*sorted(again), *(number for number in planned if number not in self._done)]
         if not numbers:
             return
-        self._warn_of_space()
+        if isinstance(self._out, Path):
+            needed, free = self._bytes_to_come() / 1e6, shutil.disk_usage(self._out).free / 1e6
+            if needed > free:
+                told = "%s: about %.0f MB are to be written (an estimate), and %.0f MB are free there"
+                _log.warning(told, self._out, needed, free)
         with self._pool(self._setup, len(numbers)) as pool:
             try:
                 for made in pool.run(map(self._task, numbers), on_sample=self._count):
@@ -459,12 +449,11 @@ class _Conversion:
 
     def _task(self, number: int) -> ShardTask:
         covers = self._range(number)
-        return ShardTask(
-            number=number,
-            first=covers.start,
-            samples=tuple(map(_with_absolute_path, self._source.samples[covers.start : covers.stop])),
-            rejects=self._rejects.get(number),
+        samples = tuple(  # a worker may run in another folder
+            replace(one, path=one.path.absolute(), sound_path=one.sound_path.absolute() if one.sound_path else None)
+            for one in self._source.samples[covers.start : covers.stop]
         )
+        return ShardTask(number=number, first=covers.start, samples=samples, rejects=self._rejects.get(number))
 
     def _count(self, number: int, is_rejected: bool) -> None:
         """Count a source of a shard that is being made."""
@@ -526,18 +515,6 @@ class _Conversion:
         num_done = sum(shard.covers.end - shard.covers.first for shard in self._done.values())
         return self._plan.num_bytes * (total - num_done) / total
 
-    def _warn_of_space(self) -> None:
-        if not isinstance(self._out, Path):
-            return
-        needed, free = self._bytes_to_come(), shutil.disk_usage(self._out).free
-        if needed > free:
-            _log.warning(
-                "%s: about %.0f MB are to be written (an estimate), and %.0f MB are free there",
-                self._out,
-                needed / 1e6,
-                free / 1e6,
-            )
-
     def _report(self, manifest: Manifest) -> ConversionReport:
         shards = list(self._done.values())
         path = self._out / MANIFEST_NAME if isinstance(self._out, Path) else self._out.file(MANIFEST_NAME)
@@ -554,11 +531,3 @@ class _Conversion:
 
     def _clips_per_second(self) -> float:
         return self._num_converted / max(time.monotonic() - self._started, 1e-9)
-
-
-def _with_absolute_path(sample: SourceSample) -> SourceSample:
-    """Return a sample for a worker, which may run in another folder."""
-    sound = sample.sound_path
-    if sample.path.is_absolute() and (sound is None or sound.is_absolute()):
-        return sample
-    return replace(sample, path=sample.path.absolute(), sound_path=sound.absolute() if sound else None)

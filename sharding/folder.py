@@ -16,7 +16,7 @@ import os
 import platform
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -45,24 +45,6 @@ class _Holder(TypedDict):
     host: str
 
 
-@contextlib.contextmanager
-def output_folder(out: Path) -> Iterator[None]:
-    """`out` as an existing folder; removed again if it was made here and stays empty."""
-    existed = out.exists()
-    if existed and not out.is_dir():
-        raise UserInputError(f"{out}: expected a folder, found a file; choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EnvironmentFault(f"cannot make {out}: {error.strerror}; choose another --out") from error
-    try:
-        yield
-    finally:
-        if not existed:
-            with contextlib.suppress(OSError):
-                out.rmdir()
-
-
 STATE_FOLDER = Path("~/.cache/ca2st/conversions")
 """Of conversions to a URL: their locks, and what their sources were."""
 
@@ -71,16 +53,30 @@ STATE_FOLDER = Path("~/.cache/ca2st/conversions")
 def claimed(place: Location) -> Iterator[Path]:
     """Hold an output for this process; yield the folder of what is the conversion's own and no part of the set.
 
-    Behind a URL nothing can be locked: there the lock holds on this machine alone.
+    Behind a URL nothing can be locked: there the lock holds on this machine alone. A folder that is made here is
+    removed again if it stays empty.
 
     Raises:
         ConversionRefusedError: another process holds it; the message names it.
         EnvironmentFault: the folder or its lock cannot be made.
+        UserInputError: it is a file.
     """
     key = hashlib.sha256(str(place).encode()).hexdigest()[:16]
     home = place if isinstance(place, Path) else STATE_FOLDER.expanduser() / key
-    with output_folder(home), folder_lock(home):
-        yield home
+    existed = home.exists()
+    if existed and not home.is_dir():
+        raise UserInputError(f"{home}: expected a folder, found a file; choose another --out")
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot make {home}: {error.strerror}; choose another --out") from error
+    try:
+        with folder_lock(home):
+            yield home
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):
+                home.rmdir()
 
 
 @contextlib.contextmanager
@@ -329,9 +325,8 @@ def planned_shard(
     covers: range,
     identity: Mapping[str, Any],
     source: SourceList,
-    is_whole: Callable[[DoneShard], bool],
 ) -> DoneShard | None:
-    """Return the shard of that number if it is complete, holds that range of `source`, and `is_whole` accepts it.
+    """Return the shard of that number if it is complete and its index names the samples and labels of that range.
 
     Raises:
         ConversionRefusedError: it belongs to another conversion; the message shows the difference.
@@ -342,17 +337,12 @@ def planned_shard(
     refuse_another_conversion(files.folder, shard.conversion, identity)
     if (shard.covers.first, shard.covers.end) != (covers.start, covers.stop):
         return None
-    return shard if _holds(files, shard, source) and is_whole(shard) else None
-
-
-def _holds(files: Files, shard: DoneShard, source: SourceList) -> bool:
-    """Return whether a shard's index names the samples and labels of its range of the source list."""
     rejected = {reject["position"] for reject in shard.covers.rejects}
-    samples = source.samples[shard.covers.first : shard.covers.end]
-    kept = [one for position, one in enumerate(samples, shard.covers.first) if position not in rejected]
+    samples = source.samples[covers.start : covers.stop]
+    kept = [one for position, one in enumerate(samples, covers.start) if position not in rejected]
     rows = decode_index(files.read(shard.entry.index_name), columns=["key", "labels"]).to_pydict()
     expected = {"key": [sample_key(one.sample_id) for one in kept], "labels": [list(one.labels) for one in kept]}
-    return bool(rows == expected)
+    return shard if rows == expected else None
 
 
 _IN_WORDS = {"source_list_sha256": "another list of files, segments, labels or classes (source_list_sha256)"}
@@ -415,13 +405,6 @@ def shards_there(files: Files) -> set[int]:
     return {shard_number(name) for name in files.sizes() or {} if _OURS.fullmatch(name)}
 
 
-def remove_shards_but(files: Files, kept: Container[int]) -> None:
-    """Remove every shard and index of a number that is not `kept`."""
-    for number in shards_there(files):
-        if number not in kept:
-            remove_shard(files, number)
-
-
 def remove_shard(files: Files, number: int) -> None:
     """Remove a shard and its index, as far as they are there; the tar first."""
     name = shard_name(number)
@@ -444,17 +427,16 @@ class ShardSources:
     """Of its index, which is thereby known to be the one that was written."""
     first: int
     """Position of the first source."""
-    states: tuple[tuple[int, ...] | None, ...]
+    states: tuple[State, ...]
     """State of it and of those behind it, to the end of the shard's range."""
 
 
 def state_of(path: Path) -> State:
     """Return the state of a source now."""
     try:
-        state = source_state(path)
+        return source_state(path)
     except MediaError:
         return None
-    return state.num_bytes, state.modified_ns
 
 
 def state_of_sample(sample: SourceSample, state: Callable[[Path], State] = state_of) -> State:
@@ -473,17 +455,14 @@ class SourcesFile:
     """
 
     def __init__(self, root: Path) -> None:
-        self._root, self._path = root, root / SOURCES_NAME
+        self._path = root / SOURCES_NAME
         self._places: dict[str, tuple[int, int]] = {}
         self._end = 0
-        for line in self._lines():
-            with contextlib.suppress(DocumentError):
-                self._places[_opened(line).shard] = (self._end, len(line))
-            self._end += len(line)
-
-    def _lines(self) -> Iterator[bytes]:
         with contextlib.suppress(OSError), self._path.open("rb") as file:
-            yield from file
+            for line in file:
+                with contextlib.suppress(DocumentError):
+                    self._places[_opened(line).shard] = (self._end, len(line))
+                self._end += len(line)
 
     def of(self, shard: str) -> ShardSources | None:
         """Return what is known of a shard's sources."""
@@ -545,26 +524,22 @@ def changed_sources(known: ShardSources, source: SourceList, state: Callable[[Pa
 
 
 def changes_in_words(known: Iterable[ShardSources], source: SourceList, state: Callable[[Path], State]) -> str:
-    """Return how many files changed, and what of the first few; empty when none did."""
-    changes: dict[Path, tuple[State, State]] = {}
+    """Return how many files changed, and what of the first few."""
+    changes: dict[Path, str] = {}
     for one in known:
         for position in changed_sources(one, source, state):
             sample, before = source.samples[position], one.states[position - one.first]
-            now = state_of_sample(sample, state)
+            path, now = sample.path, state_of_sample(sample, state)
             if sample.sound_path is not None and before and now and before[:2] == now[:2]:
-                changes[sample.sound_path] = before[2:], now[2:]
+                path, before, now = sample.sound_path, before[2:], now[2:]
+            if before is None or now is None:
+                changes[path] = "was missing"
+            elif before[0] != now[0]:
+                changes[path] = f"{before[0]} bytes, now {now[0]}"
             else:
-                changes[sample.path] = before, now
-    if not changes:
-        return ""
-    found = [f"{path}: {_change_in_words(*change)}" for path, change in changes.items()]
+                changes[path] = f"modified since, {now[0]} bytes as before"
+    found = [f"{path}: {change}" for path, change in changes.items()]
     return f"{len(changes)} source files ({listed(found, most=3, separator='; ')})"
-
-
-def _change_in_words(before: State, now: State) -> str:
-    if before is None or now is None:
-        return "was missing"
-    return f"{before[0]} bytes, now {now[0]}" if before[0] != now[0] else f"modified since, {now[0]} bytes as before"
 
 
 def _sealed(sources: ShardSources) -> bytes:

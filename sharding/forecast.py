@@ -13,19 +13,17 @@ import av
 from sharding.format.index import MEMBERS
 from sharding.media.claims import open_media, video_stream
 from sharding.media.encode import ClipJob, encode_clip
-from sharding.settings import ConversionConfig, estimate_storage
-from sharding.source import SourceList, SourceSample
+from sharding.settings import ConversionConfig, expected_frames, untimed_seconds
+from sharding.source import SourceList
 from sharding.workers import DecodePool, Rejected
 
 NUM_PROBED = 8
 _LOOKED_AT = 8  # files that are looked for, for each that is probed
 _NUM_PIECES, _PIECE_SECONDS = 3, 1.0
 _MP4_BYTES = 900  # of a container around no frames
-_JSON_BYTES = 900
 _BLOCK_BYTES = 512  # a member's header; half of one is its padding on average
-_INDEX_BYTES = 100  # of a sample's row
+_BESIDE_BYTES = 900 + 100 + 128  # of a sample: its JSON, its row of the index, the header of its spectrogram
 _FRAME_BYTES = {True: 7, False: 1}  # of a frame's place, time and checksum in the index; of its time alone
-_MEL_HEADER_BYTES = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +74,9 @@ def forecast_storage(source: SourceList, config: ConversionConfig, *, most: int 
         timeout_seconds=config.clip_timeout_seconds,
         memory_bytes=config.clip_memory_bytes,
     ) as pool:
-        found = list(pool.map(_job(source.samples[place], config) for place in places))
+        policy = "none" if config.audio_policy == "none" else "optional"  # a piece may be silent
+        lenient = replace(config, audio_policy=policy)
+        found = list(pool.map(lenient.job(source.samples[place]) for place in places))
     return forecast_of(
         source, config, {place: one for place, one in zip(places, found, strict=True) if not isinstance(one, Rejected)}
     )
@@ -86,29 +86,24 @@ def _spread(places: Sequence[int], most: int) -> Sequence[int]:
     return [places[number * len(places) // most] for number in range(most)] if len(places) > most else places
 
 
-def _job(sample: SourceSample, config: ConversionConfig) -> ClipJob:
-    job = config.job(sample)
-    policy = "none" if job.audio.policy == "none" else "optional"  # a piece may be silent
-    return replace(job, audio=replace(job.audio, policy=policy))
-
-
 def forecast_of(source: SourceList, config: ConversionConfig, probed: Mapping[int, ProbedClip]) -> Forecast:
     """Return the forecast that follows from what was probed, by place in the list: samples not probed are like it."""
     known = list(probed.values())
-    plain = estimate_storage(source, config)
+    length = sum(one.seconds for one in known)
+    each = length / len(known) if known else untimed_seconds(source, config)
+    unknown = [one.seconds for place, one in enumerate(source.samples) if place not in probed]
+    rest = sum(each if one is None else one for one in unknown)
     if not known:
-        seconds, frames, video = plain.duration_seconds, float(plain.num_frames), float(plain.video_bytes)
+        seconds = rest
+        frames, video = map(float, expected_frames(seconds, config))
         heard = 0.0 if config.audio_policy == "none" else seconds
     else:
-        length = sum(one.seconds for one in known)
-        unknown = [_seconds(one) for place, one in enumerate(source.samples) if place not in probed]
-        rest = sum(length / len(known) if each is None else each for each in unknown)
         scale = 1 + rest / max(length, 1e-9)
         seconds = scale * length
         frames, video = scale * sum(one.num_frames for one in known), scale * sum(one.video_bytes for one in known)
         heard = scale * sum(one.seconds for one in known if one.has_audio)
     mel = heard * 1000 / config.audio.frame_shift_ms * config.num_mel_bins * 2
-    beside = len(MEMBERS) * 1.5 * _BLOCK_BYTES + _JSON_BYTES + _INDEX_BYTES + _MEL_HEADER_BYTES
+    beside = len(MEMBERS) * 1.5 * _BLOCK_BYTES + _BESIDE_BYTES
     other = len(source.samples) * beside + frames * _FRAME_BYTES[config.stored_codec.has_frame_ranges]
     return Forecast(
         num_samples=len(source.samples),
@@ -121,12 +116,6 @@ def forecast_of(source: SourceList, config: ConversionConfig, probed: Mapping[in
     )
 
 
-def _seconds(sample: SourceSample) -> float | None:
-    if sample.end_seconds is None:
-        return None
-    return max(0.0, sample.end_seconds - (sample.start_seconds or 0.0))
-
-
 def probe_clip(job: ClipJob) -> ProbedClip:
     """Encode pieces of the job's segment, or all of a short one, and return what the whole will take.
 
@@ -135,7 +124,11 @@ def probe_clip(job: ClipJob) -> ProbedClip:
     """
     start = job.start_seconds or 0.0
     length = _length(job, start)
-    pieces = _pieces(start, length)
+    pieces = []  # all of it
+    if length is not None and length > _NUM_PIECES * _PIECE_SECONDS:
+        each = length / _NUM_PIECES
+        firsts = [start + number * each + (each - _PIECE_SECONDS) / 2 for number in range(_NUM_PIECES)]
+        pieces = [(round(first, 3), round(first + _PIECE_SECONDS, 3)) for first in firsts]
     clips = [
         encode_clip(replace(job, start_seconds=first, end_seconds=last, clock=job.clock_of_cut))
         for first, last in pieces
@@ -161,12 +154,3 @@ def _length(job: ClipJob, start: float) -> float | None:
         else:
             return None if job.end_seconds is None else job.end_seconds - start
     return max(0.0, min(claimed, claimed if job.end_seconds is None else job.end_seconds) - start)
-
-
-def _pieces(start: float, length: float | None) -> Sequence[tuple[float, float]]:
-    """Return the spans of the segment to encode, evenly spread; none: all of it."""
-    if length is None or length <= _NUM_PIECES * _PIECE_SECONDS:
-        return ()
-    gap = (length - _NUM_PIECES * _PIECE_SECONDS) / _NUM_PIECES
-    firsts = [start + gap / 2 + number * (gap + _PIECE_SECONDS) for number in range(_NUM_PIECES)]
-    return [(round(first, 3), round(first + _PIECE_SECONDS, 3)) for first in firsts]

@@ -59,9 +59,9 @@ class RejectBudget:
         """
         if re.fullmatch(r"\d{1,18}", text):
             return cls(count=int(text))
-        if re.fullmatch(r"\d+(\.\d+)?%", text):
+        if re.fullmatch(r"\d+(\.\d+)?%", text) and float(text[:-1]) <= 100:
             return cls(fraction=float(text[:-1]) / 100)
-        raise UserInputError(f"{option}: expected a count such as 20 or a share such as 5%, found {text!r}")
+        raise UserInputError(f"{option}: expected a count such as 20 or a share (to 100%) such as 5%, found {text!r}")
 
     def allows(self, rejected: int, total: int) -> bool:
         """Return whether `rejected` of `total` samples stay within the budget."""
@@ -216,56 +216,22 @@ def conversion_identity(source: SourceList, config: ConversionConfig) -> dict[st
     }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StorageEstimate:
-    """What a conversion will take, from the annotations alone."""
-
-    num_samples: int
-    duration_seconds: float
-    """Of all samples; those without both times are taken to be as long as the others on average, or 10 s."""
-    num_frames: int
-    video_bytes: int
-    mel_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """Everything."""
-        return self.video_bytes + self.mel_bytes
-
-
-def estimate_storage(source: SourceList, config: ConversionConfig) -> StorageEstimate:
-    """Return expected storage, without opening any media: 30 source frames per second of ordinary content."""
-    num_timed, timed_seconds = _timed(source)
-    seconds = timed_seconds + _seconds_without_times(config, num_timed, timed_seconds) * (
-        len(source.samples) - num_timed
-    )
-    return _estimate(seconds, config, num_samples=len(source.samples))
-
-
-def _estimate(seconds: float, config: ConversionConfig, *, num_samples: int) -> StorageEstimate:
-    num_frames = round(seconds * min(config.frames_per_second or _SOURCE_FRAMES_PER_SECOND, _SOURCE_FRAMES_PER_SECOND))
-    frame_bytes = config.stored_codec.expected_frame_bytes(config.short_side, config.video.quality)
-    return StorageEstimate(
-        num_samples=num_samples,
-        duration_seconds=seconds,
-        num_frames=num_frames,
-        video_bytes=round(num_frames * frame_bytes),
-        mel_bytes=0 if config.audio_policy == "none" else round(seconds * 100) * config.num_mel_bins * 2,
-    )
-
-
-def _timed(source: SourceList) -> tuple[int, float]:
-    """Return the number of samples with times, and their seconds."""
-    num_timed, seconds = 0, 0.0
+def untimed_seconds(source: SourceList, config: ConversionConfig) -> float:
+    """Return what a sample without times is taken to last."""
+    num_timed, total = 0, 0.0  # added one by one: `sum` rounds otherwise, and plans must stay as they are
     for sample in source.samples:
-        if sample.end_seconds is not None:
+        if sample.seconds is not None:
             num_timed += 1
-            seconds += max(0.0, sample.end_seconds - (sample.start_seconds or 0.0))
-    return num_timed, seconds
+            total += sample.seconds
+    return config.clip_seconds or (total / num_timed if num_timed else _UNKNOWN_SECONDS)
 
 
-def _seconds_without_times(config: ConversionConfig, num_timed: int, timed_seconds: float) -> float:
-    return config.clip_seconds or (timed_seconds / num_timed if num_timed else _UNKNOWN_SECONDS)
+def expected_frames(seconds: float, config: ConversionConfig) -> tuple[int, int]:
+    """Return number and bytes of the frames of so many seconds of ordinary content, 30 source frames in each."""
+    rate = min(config.frames_per_second or _SOURCE_FRAMES_PER_SECOND, _SOURCE_FRAMES_PER_SECOND)
+    num_frames = round(seconds * rate)
+    each = config.stored_codec.expected_frame_bytes(config.short_side, config.video.quality)
+    return num_frames, round(num_frames * each)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -295,17 +261,15 @@ def plan_shards(source: SourceList, config: ConversionConfig) -> ShardPlan:
     `config.shard_bytes`. Nothing that a worker finds out changes the plan: so every shard can be made by itself, and a
     rejected source leaves its shard smaller.
     """
-    each = config.clip_seconds
-    bytes_per_second = _estimate(1000.0, config, num_samples=1).total_bytes / 1000
+    untimed: float | None = None  # found when it is needed: it takes a pass over the list
+    mel_bytes = 0 if config.audio_policy == "none" else 100_000 * config.num_mel_bins * 2
+    bytes_per_second = (expected_frames(1000.0, config)[1] + mel_bytes) / 1000
     room = config.shard_bytes - TRAILER_BYTES
     starts, filled, total = array("q"), 0.0, 0.0
     for position, sample in enumerate(source.samples):
-        end = sample.end_seconds
-        if end is not None:
-            seconds = max(0.0, end - (sample.start_seconds or 0.0))
-        else:
-            each = each or _seconds_without_times(config, *_timed(source))
-            seconds = each
+        if (seconds := sample.seconds) is None:
+            untimed = untimed or untimed_seconds(source, config)
+            seconds = untimed
         num_bytes = _BESIDE_BYTES + seconds * bytes_per_second
         if not starts or filled + num_bytes > room:
             starts.append(position)

@@ -10,9 +10,8 @@ import json
 import math
 import signal
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -34,7 +33,6 @@ from sharding.settings import ConversionConfig
 from sharding.source import SourceList, SourceSample, named_labels
 from sharding.workers import DecodePool, Rejected, cannot_start, exit_in_words
 
-Outcome = StoredSample | Reject
 _MOST_EXAMPLES = 8
 
 
@@ -115,7 +113,14 @@ def make_shards(
     for task in tasks:
         if task.rejects is None:
             yield from _made_in_turn(setup, itertools.chain([task], tasks), pool, on_sample)
-        elif _rejected_again(setup, task, task.rejects, pool):
+            return
+        samples = [task.samples[reject.position - task.first] for reject in task.rejects]
+        clips = pool.map(map(setup.config.job, samples))
+        found = [
+            assemble(reject.position, sample, clip, setup.source, setup.config)
+            for reject, sample, clip in zip(task.rejects, samples, clips, strict=True)
+        ]
+        if found == list(task.rejects):
             yield MadeShard(number=task.number, num_sources=len(task.samples), is_kept=True)
         else:
             yield from _made_in_turn(setup, iter([task]), pool, on_sample)
@@ -134,25 +139,22 @@ def _made_in_turn(
                 yield setup.config.job(sample)
 
     clips = pool.map(jobs())
-    loaded = Future[None]()  # while the children start and decode their first clips
-    if setup.config.audio_policy == "none":
-        loaded.set_result(None)
-    else:
-        Thread(target=_load_filter_bank, args=(loaded,), daemon=True).start()  # no executor: Ctrl-C would wait for it
+    # While the children start and decode their first clips; no executor: Ctrl-C would wait for it.
+    loading = None if setup.config.audio_policy == "none" else Thread(target=_preload_filter_bank, daemon=True)
+    if loading:
+        loading.start()
     for clip in clips:
-        loaded.result()
+        if loading:
+            loading.join()
+            load_filter_bank()
         task, states = begun.popleft()
         of_task = itertools.chain([clip], itertools.islice(clips, len(task.samples) - 1))
         yield _made(setup, task, of_task, states, on_sample)
 
 
-def _load_filter_bank(loaded: Future[None]) -> None:
-    try:
+def _preload_filter_bank() -> None:
+    with contextlib.suppress(EnvironmentFault):  # raised again where it is needed
         load_filter_bank()
-    except BaseException as error:  # noqa: BLE001  raised where the result is awaited
-        loaded.set_exception(error)
-    else:
-        loaded.set_result(None)
 
 
 def _made(
@@ -163,7 +165,7 @@ def _made(
     on_sample: OnSample,
 ) -> MadeShard:
     """Write the shard of the task from its decoded clips; `states` of its sources are complete when these end."""
-    rejects, examples = list[Reject](), dict[str, dict[str, None]]()
+    rejects, examples = list[Reject](), defaultdict[str, list[str]](list)
 
     def stored() -> Iterator[StoredSample]:
         for position, (sample, clip) in enumerate(zip(task.samples, clips, strict=True), task.first):
@@ -172,20 +174,21 @@ def _made(
             if isinstance(outcome, Reject):
                 rejects.append(outcome)
                 continue
-            for kind in outcome.notes:
-                if len(of_kind := examples.setdefault(kind, {})) < _MOST_EXAMPLES:
-                    of_kind[sample.sample_id] = None
+            for kind in dict.fromkeys(outcome.notes):
+                if len(examples[kind]) < _MOST_EXAMPLES:
+                    examples[kind].append(sample.sample_id)
             yield outcome
 
     samples = stored()
     shard = None
     if (first := next(samples, None)) is not None:
-
-        def covers() -> ShardRange:
-            end = task.first + len(task.samples)
-            return ShardRange(first=task.first, end=end, rejects=tuple(map(asdict, rejects)))
-
-        shard = _written(setup, task.number, itertools.chain([first], samples), covers)
+        end = task.first + len(task.samples)
+        shard = _written(
+            setup,
+            task.number,
+            itertools.chain([first], samples),
+            lambda: ShardRange(first=task.first, end=end, rejects=tuple(map(asdict, rejects))),
+        )
     return MadeShard(
         number=task.number,
         num_sources=len(task.samples),
@@ -194,16 +197,6 @@ def _made(
         states=tuple(states),
         examples={kind: tuple(ids) for kind, ids in examples.items()},
     )
-
-
-def _rejected_again(setup: ShardSetup, task: ShardTask, rejects: Sequence[Reject], pool: DecodePool) -> bool:
-    samples = [task.samples[reject.position - task.first] for reject in rejects]
-    clips = pool.map(map(setup.config.job, samples))
-    found = [
-        assemble(reject.position, sample, clip, setup.source, setup.config)
-        for reject, sample, clip in zip(rejects, samples, clips, strict=True)
-    ]
-    return found == list(rejects)
 
 
 def _written(
@@ -231,7 +224,7 @@ def assemble(
     clip: EncodedClip | Rejected,
     source: SourceList,
     config: ConversionConfig,
-) -> Outcome:
+) -> StoredSample | Reject:
     """Return the stored sample of a decoded clip, or the reject it is."""
     if isinstance(clip, Rejected):
         return Reject(position=position, sample_id=sample.sample_id, reason=clip.reason, what=clip.what)

@@ -44,6 +44,11 @@ class SourceSample:
     sound_path: Path | None = None
     """A file of its own for the sound, which begins when the media file does; None: the media file's own sound."""
 
+    @property
+    def seconds(self) -> float | None:
+        """Length of the segment as annotated; None: to the end of the file."""
+        return None if self.end_seconds is None else max(0.0, self.end_seconds - (self.start_seconds or 0.0))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceList:
@@ -212,7 +217,13 @@ def check_source(source: SourceList) -> None:
 
     def hashes() -> Iterator[int]:
         for sample in source.samples:
-            _check_is_text(sample)
+            for name in (sample.sample_id, sample.path.name, *([sample.sound_path.name] if sample.sound_path else [])):
+                try:
+                    name.encode()  # it goes into the sample's JSON
+                except UnicodeEncodeError:
+                    raise AnnotationError(
+                        f"{sample.where}: expected a name that UTF-8 can write, found {name!a}; rename the file"
+                    ) from None
             if expected := _unmet(sample.labels, sizes, source.labelling):
                 raise AnnotationError(f"{sample.where}: expected {expected}, found {sample.labels}")
             yield id_hash(sample.sample_id)
@@ -254,16 +265,3 @@ def _refuse_repeated_ids(source: SourceList, hashes: npt.NDArray[np.uint64]) -> 
         seen[sample.sample_id] = sample.where
     if suspects:
         raise AnnotationError(f"{source.dataset} {source.split}: two sample ids have one hash; change one of {seen}")
-
-
-def _check_is_text(sample: SourceSample) -> None:
-    """Refuse ids and file names whose bytes are no UTF-8: they go into the samples' JSON."""
-    for name in (sample.sample_id, sample.path.name, *([sample.sound_path.name] if sample.sound_path else [])):
-        if name.isascii():
-            continue
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise AnnotationError(
-                f"{sample.where}: expected a name that UTF-8 can write, found {name!a}; rename the file"
-            ) from None

@@ -5,7 +5,9 @@ A set behind a URL is checked shard after shard through a temporary folder, one 
 
 import contextlib
 import hashlib
+import itertools
 import json
+import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,12 +23,11 @@ from ca2st.errors import EnvironmentFault
 from sharding import folder
 from sharding.errors import ManifestError, ShardDamageError
 from sharding.format.index import MEMBER_SUFFIXES, MEMBERS, decode_index, frame_checksum, member_checksum
-from sharding.format.remote import RemoteFileMissingError, RemoteFiles, as_location
+from sharding.format.remote import Files, LocalFiles, RemoteFileMissingError, RemoteFiles, as_location
 from sharding.format.shard_set import (
     MANIFEST_NAME,
     TABLE_NAMES,
     LabelSpace,
-    Manifest,
     ShardEntry,
     ShardSet,
     parse_manifest,
@@ -35,7 +36,6 @@ from sharding.format.shard_set import (
 )
 from sharding.format.writer import member_header, padded
 
-_CHUNK_BYTES = 8 * 2**20
 _MOST_PER_SHARD = 20
 _SAID_TWICE = ("key", "labels", "duration_seconds", "num_frames", "has_audio", "json_offset", "json_bytes")
 _Row = Mapping[str, Any]
@@ -91,17 +91,22 @@ def verify_shard_set(root: Path, *, progress: Callable[[int, int], None] | None 
         shard_set = read_shard_set(root)
     except ShardDamageError as error:
         return [_set_problem(error)]
+    return _problems_of_all(shard_set, LocalFiles(folder=root), progress)
 
-    def read(name: str) -> bytes | None:
-        return _bytes_of(root / name) if (root / name).exists() else None
 
-    names = [path.name for path in root.iterdir()]
-    problems = [*_problems_beside(shard_set, names, read), *_index_problems(shard_set)]
+def _problems_of_all(shard_set: ShardSet, files: Files, progress: Callable[[int, int], None] | None) -> list[Problem]:
+    """Return what is wrong with a set whose manifest can be read; copies of remote files go into its root."""
+    root, spaces = shard_set.root, shard_set.manifest.label_spaces
+    sizes, problems = files.sizes() or {}, list[Problem]()
     for number, shard in enumerate(shard_set.shards):
-        problems += shard_problems(root, shard, shard_set.manifest.label_spaces)
+        if isinstance(files, LocalFiles):
+            problems += shard_problems(root, shard, spaces)
+        else:
+            listed = sizes.get(shard.name, shard.bytes)
+            problems += remote_shard_problems(files, shard, spaces, root=root, listed=listed)
         if progress:
             progress(number + 1, len(shard_set.shards))
-    return problems
+    return [*_problems_beside(shard_set, sizes, files), *_index_problems(shard_set), *problems]
 
 
 def _set_problem(error: Exception) -> Problem:
@@ -110,23 +115,16 @@ def _set_problem(error: Exception) -> Problem:
     return Problem(shard=table[0] if table else MANIFEST_NAME, key="", what=str(error))
 
 
-def _problems_beside(
-    shard_set: ShardSet, names: Iterable[str], read: Callable[[str], bytes | None]
-) -> Iterator[Problem]:
-    """Yield files that the manifest does not account for, and a list of rejects that is not that of the indexes.
+def _problems_beside(shard_set: ShardSet, names: Iterable[str], files: Files) -> Iterator[Problem]:
+    """Yield which of `names` the manifest does not account for, and a list of rejects that is not that of the indexes.
 
-    Args:
-        shard_set: The set, whose indexes are in its folder.
-        names: What the place holds, as far as it can be listed.
-        read: A file's bytes; None where there is no such file.
+    The set's indexes are in its folder.
     """
     has_rejects = bool(shard_set.manifest.rejected)
-    # A converter that was killed at its end leaves its lock.
-    table = shard_set.manifest.table
     expected = {
         MANIFEST_NAME,
-        table,
-        folder.LOCK_NAME,
+        shard_set.manifest.table,
+        folder.LOCK_NAME,  # left by a converter that was killed at its end
         folder.SOURCES_NAME,
         folder.MISSING_NAME,
         *[folder.REJECTS_NAME][:has_rejects],
@@ -135,13 +133,12 @@ def _problems_beside(
         expected |= {shard.name, shard.index_name}
     for name in sorted(set(names) - expected):
         yield Problem(shard=name, key="", what="not named by the manifest; remove it")
-    if (sources := read(folder.SOURCES_NAME)) is not None and (
-        what := folder.sources_damage(sources, shard_set.shards)
-    ):
+    sources = _read(files, folder.SOURCES_NAME)
+    if sources is not None and (what := folder.sources_damage(sources, shard_set.shards)):
         yield Problem(shard=folder.SOURCES_NAME, key="", what=what)
     if not has_rejects:
         return
-    found, digest = read(folder.REJECTS_NAME), shard_set.manifest.rejects_sha256
+    found, digest = _read(files, folder.REJECTS_NAME), shard_set.manifest.rejects_sha256
     if found is None:
         yield Problem(shard=folder.REJECTS_NAME, key="", what="missing: the manifest counts rejects")
     elif digest is not None and hashlib.sha256(found).hexdigest() != digest:
@@ -150,11 +147,18 @@ def _problems_beside(
         yield Problem(shard=folder.REJECTS_NAME, key="", what="differs from what the shards' indexes say; remove it")
 
 
-def _bytes_of(path: Path) -> bytes:
+def _read(files: Files, name: str) -> bytes | None:
+    """Return a file's bytes, none of one that this machine does not read; None where there is no such file."""
     try:
-        return path.read_bytes()
+        return files.read(name)
+    except (FileNotFoundError, RemoteFileMissingError):
+        return None
     except OSError:
         return b""
+    except EnvironmentFault:
+        if name != folder.SOURCES_NAME:  # that one is no part of the set
+            raise
+        return None
 
 
 def _rejects_of_indexes(shard_set: ShardSet) -> bytes:
@@ -174,7 +178,9 @@ def _index_problems(shard_set: ShardSet) -> Iterator[Problem]:
     end = 0
     # Behind a hash of all rejects, ranges may leave out sources that were all rejected: their shards have no file.
     left_out = sum(shard_set.manifest.rejected.values()) if shard_set.manifest.rejects_sha256 else 0
-    expected, lists = _conversion_of(shard_set.manifest), list(shard_set.manifest.source_lists)
+    manifest = json.loads(shard_set.manifest.to_json())
+    names = ("dataset", "split", "source_list_sha256", "video", "audio", "tool_versions")
+    expected, lists = {name: manifest[name] for name in names}, list(shard_set.manifest.source_lists)
     for entry in shard_set.shards:
         if not _has_bytes_of(shard_set.root, entry):
             return  # named by the check of its bytes
@@ -188,12 +194,9 @@ def _index_problems(shard_set: ShardSet) -> Iterator[Problem]:
         if lists and shard.conversion.get("source_list_sha256") != lists[0]:  # the first shard of what was added
             del lists[0]
             end = 0
-        if shard_set.manifest.source_lists:
-            said = {
-                "source_list_sha256": lists[0] if lists else "",
-                "tool_versions": shard.conversion.get("tool_versions"),
-            }
-            expected |= said
+        if shard_set.manifest.source_lists:  # what was added may be made by other versions
+            expected["source_list_sha256"] = lists[0] if lists else ""
+            expected["tool_versions"] = shard.conversion.get("tool_versions")
         gap = shard.covers.first - end
         left_out -= max(0, gap) + len(shard.covers.rejects)
         for what, found, wanted in (
@@ -210,13 +213,8 @@ def _index_problems(shard_set: ShardSet) -> Iterator[Problem]:
 
 def _has_bytes_of(root: Path, entry: ShardEntry) -> bool:
     """Return whether the index is the one that the shard table names: no other is read, for its claims could be any."""
-    return hashlib.sha256(_bytes_of(root / entry.index_name)).hexdigest() == entry.index_sha256
-
-
-def _conversion_of(manifest: Manifest) -> dict[str, Any]:
-    """Return what of a conversion's identity the manifest says too."""
-    said = json.loads(manifest.to_json())
-    return {name: said[name] for name in ("dataset", "split", "source_list_sha256", "video", "audio", "tool_versions")}
+    data = _read(LocalFiles(folder=root), entry.index_name)
+    return hashlib.sha256(data or b"").hexdigest() == entry.index_sha256
 
 
 def shard_problems(root: Path, shard: ShardEntry, spaces: Sequence[LabelSpace]) -> list[Problem]:
@@ -278,52 +276,40 @@ def _twice(row: _Row, said: "_Said", spaces: Sequence[LabelSpace]) -> Iterator[t
 
 
 def _file_problem(path: Path, num_bytes: int, sha256: str) -> Problem | None:
-    digest = hashlib.sha256()
     try:
         found = path.stat().st_size
         if found != num_bytes:
             what = f"expected {num_bytes} bytes, found {found}; restore it or convert again"
             return Problem(shard=path.name, key="", what=what)
         with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return Problem(shard=path.name, key="", what=f"cannot be read: {error.strerror}; restore it or convert again")
-    if digest.hexdigest() != sha256:
+    if digest != sha256:
         return Problem(shard=path.name, key="", what="sha256 differs from the manifest's; restore it or convert again")
     return None
 
 
 def _localised(root: Path, shard: ShardEntry) -> list[Problem]:
     """Return where in a damaged tar the damage is, as far as the index tells."""
+    found, end = list[tuple[str, str]](), 0
     try:
         rows = decode_index((root / shard.index_name).read_bytes()).to_pylist()
         with (root / shard.name).open("rb") as file:
-            problems = [Problem(shard=shard.name, key=key, what=what) for key, what in _damage(file, rows, shard)]
+            if (size := file.seek(0, os.SEEK_END)) != shard.bytes:
+                found.append(("", f"expected {shard.bytes} bytes, found {size}; restore it or convert again"))
+            for row, member in itertools.product(rows, MEMBERS):
+                found += [(row["key"], what) for what in _member_damage(file, row, member)]
+                end = row[f"{member}_offset"] + padded(row[f"{member}_bytes"])
+            file.seek(end)
+            if any(file.read()):
+                found.append(("", "the empty blocks behind the last sample are not empty"))
     except (OSError, ValueError, pa.ArrowException):
         return []
-    if len(problems) > _MOST_PER_SHARD:
-        more = len(problems) - _MOST_PER_SHARD
-        problems = [
-            *problems[:_MOST_PER_SHARD],
-            Problem(shard=shard.name, key="", what=f"and {more} more in this shard"),
-        ]
+    problems = [Problem(shard=shard.name, key=key, what=what) for key, what in found]
+    if (more := len(problems) - _MOST_PER_SHARD) > 0:
+        problems[_MOST_PER_SHARD:] = [Problem(shard=shard.name, key="", what=f"and {more} more in this shard")]
     return problems
-
-
-def _damage(file: IO[bytes], rows: list[_Row], shard: ShardEntry) -> Iterator[tuple[str, str]]:
-    file.seek(0, 2)
-    if file.tell() != shard.bytes:
-        yield "", f"expected {shard.bytes} bytes, found {file.tell()}; restore it or convert again"
-    end = 0
-    for row in rows:
-        for member in MEMBERS:
-            for what in _member_damage(file, row, member):
-                yield row["key"], what
-            end = row[f"{member}_offset"] + padded(row[f"{member}_bytes"])
-    file.seek(end)
-    if any(file.read()):
-        yield "", "the empty blocks behind the last sample are not empty"
 
 
 def _member_damage(file: IO[bytes], row: _Row, member: str) -> Iterator[str]:
@@ -351,21 +337,36 @@ def _damaged_frames(data: bytes, row: _Row) -> str:
         at += size
     if not damaged:
         return " (no frame: the container around them)"
-    shown = ", ".join(str(number) for number in damaged[:10])
-    return f" (frame {shown}{', ...' if len(damaged) > 10 else ''} of {len(row['frame_bytes'])})"
+    shown = ", ".join(map(str, damaged[:10])) + (", ..." if len(damaged) > 10 else "")
+    return f" (frame {shown} of {len(row['frame_bytes'])})"
 
 
 def verify_place(place: str, *, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
-    """Return everything that is wrong with the set in a folder or behind a URL.
+    """Return everything that is wrong with the set in a folder or behind a URL; empty: every byte is as it was written.
+
+    A URL needs room for one shard in the system's temporary folder (TMPDIR chooses another).
 
     Raises:
-        UserInputError: no folder, or a kind of URL that is not read.
-        EnvironmentFault: as `verify_remote_set`.
+        UserInputError: a kind of URL that is not read.
+        ManifestError: there is no manifest, or none that this version reads.
+        EnvironmentFault: the server cannot be read, or the temporary folder not be written.
     """
     location = as_location(place)
     if isinstance(location, Path):
         return verify_shard_set(location, progress=progress)
-    return verify_remote_set(RemoteFiles(folder=location), progress=progress)
+    files = RemoteFiles(folder=location)
+    with tempfile.TemporaryDirectory(prefix="ca2st-verify-") as scratch:
+        root = Path(scratch)
+        _fetch_small(files, MANIFEST_NAME, root)
+        try:
+            _fetch_small(files, read_manifest(root).table, root)
+            shard_set = read_shard_set(root)
+        except ManifestError as error:
+            raise ManifestError(str(error).replace(str(root), files.folder.url)) from error
+        except ShardDamageError as error:
+            problem = _set_problem(error)
+            return [replace(problem, what=problem.what.replace(str(root), files.folder.url))]
+        return _problems_of_all(shard_set, files, progress)
 
 
 def count_shards(place: str) -> int:
@@ -378,46 +379,6 @@ def count_shards(place: str) -> int:
         return parse_manifest(files.read(MANIFEST_NAME), where=files.folder.file(MANIFEST_NAME)).num_shards
     except (RemoteFileMissingError, ManifestError, ShardDamageError):
         return 0
-
-
-def verify_remote_set(files: RemoteFiles, *, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
-    """Return everything that is wrong with the set behind a URL; an empty list means every byte is as it was written.
-
-    Needs room for one shard in the system's temporary folder (TMPDIR chooses another).
-
-    Raises:
-        ManifestError: there is no manifest, or none that this version reads.
-        EnvironmentFault: the server cannot be read, or the temporary folder not be written.
-    """
-    with tempfile.TemporaryDirectory(prefix="ca2st-verify-") as scratch:
-        root = Path(scratch)
-        _fetch_small(files, MANIFEST_NAME, root)
-        try:
-            _fetch_small(files, read_manifest(root).table, root)
-            shard_set = read_shard_set(root)
-        except ManifestError as error:
-            raise ManifestError(str(error).replace(str(root), files.folder.url)) from error
-        except ShardDamageError as error:
-            problem = _set_problem(error)
-            return [replace(problem, what=problem.what.replace(str(root), files.folder.url))]
-        sizes, problems = files.sizes() or {}, list[Problem]()
-        for number, shard in enumerate(shard_set.shards):
-            listed = sizes.get(shard.name, shard.bytes)
-            problems += remote_shard_problems(files, shard, shard_set.manifest.label_spaces, root=root, listed=listed)
-            if progress:
-                progress(number + 1, len(shard_set.shards))
-
-        def read(name: str) -> bytes | None:
-            try:
-                return files.read(name)
-            except RemoteFileMissingError:
-                return None
-            except EnvironmentFault:
-                if name != folder.SOURCES_NAME:  # that one is no part of the set
-                    raise
-                return None
-
-        return [*_problems_beside(shard_set, sizes, read), *_index_problems(shard_set), *problems]
 
 
 def remote_shard_problems(
@@ -448,7 +409,5 @@ def remote_shard_problems(
 
 
 def _fetch_small(files: RemoteFiles, name: str, root: Path) -> None:
-    try:
+    with contextlib.suppress(RemoteFileMissingError):  # the check of the copy names it
         (root / name).write_bytes(files.read(name))
-    except RemoteFileMissingError:
-        return  # the check of the copy names it

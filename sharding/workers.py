@@ -148,18 +148,15 @@ class DecodePool:
                 waiting.extend(islice(numbered, 1))
             if not waiting and not done and all(child.index is None for child in self._children):
                 return
-            self._start_children(len(waiting))
+            num_starting = sum(not child.ready for child in self._children)
+            room = self._num_workers - len(self._children)
+            for _ in range(min(len(waiting) - num_starting, room)):  # all at once
+                try:
+                    self._children.append(_Child(self._job_function, self._memory_bytes, self._timeout_seconds))
+                except OSError as error:
+                    raise cannot_start("a decode child", error) from error
             if next_out not in done:
                 self._collect(done)
-
-    def _start_children(self, num_waiting: int) -> None:
-        """Start as many children, all at once, as there is room and work for."""
-        num_starting = sum(not child.ready for child in self._children)
-        for _ in range(min(num_waiting - num_starting, self._num_workers - len(self._children))):
-            try:
-                self._children.append(_Child(self._job_function, self._memory_bytes, self._timeout_seconds))
-            except OSError as error:
-                raise cannot_start("a decode child", error) from error
 
     def _give(self, index: int, job: Any) -> bool:
         """Hand a job to an idle child; False when none is idle now."""
@@ -182,13 +179,24 @@ class DecodePool:
             if child.connection in talking:
                 self._receive(child, done)
             elif time.monotonic() >= child.deadline:
-                self._give_up_on(child, done)
+                self._drop(child)
+                if child.index is None:
+                    raise EnvironmentFault(
+                        f"a decode child did not start within {_START_SECONDS:g} s; is the machine overloaded?"
+                    )
+                done[child.index] = _LATE
 
     def _receive(self, child: _Child, done: dict[int, Any]) -> None:
         try:
             message = child.connection.recv()
         except (EOFError, OSError):  # OSError: it died in the middle of a message
-            self._bury(child, done)
+            code = self._drop(child, dying=True)
+            if child.index is None:
+                raise EnvironmentFault(
+                    f"a decode child ended while starting (exit code {code}); is memory short?"
+                ) from None
+            died = Rejected("decoder_crash", f"the decoding process died: {exit_in_words(code)}")
+            done[child.index] = _LATE if code == -signal.SIGXCPU else died
             return
         if child.index is None:
             child.ready = True
@@ -196,26 +204,6 @@ class DecodePool:
         done[child.index], child.index = message, None
         if isinstance(message, Rejected) and message.reason == "out_of_memory":
             self._drop(child)  # what is left of its heap is not worth keeping
-
-    def _bury(self, child: _Child, done: dict[int, Any]) -> None:
-        index, ready = child.index, child.ready
-        code = self._drop(child, dying=True)
-        if not ready:
-            raise EnvironmentFault(f"a decode child ended while starting (exit code {code}); is memory short?")
-        if index is not None and code == -signal.SIGXCPU:
-            done[index] = _LATE
-        elif index is not None:
-            done[index] = Rejected("decoder_crash", f"the decoding process died: {exit_in_words(code)}")
-
-    def _give_up_on(self, child: _Child, done: dict[int, Any]) -> None:
-        index, ready = child.index, child.ready
-        self._drop(child)
-        if not ready:
-            raise EnvironmentFault(
-                f"a decode child did not start within {_START_SECONDS:g} s; is the machine overloaded?"
-            )
-        if index is not None:
-            done[index] = _LATE
 
     def _drop(self, child: _Child, *, dying: bool = False) -> int | None:
         self._children.remove(child)

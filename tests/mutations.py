@@ -152,7 +152,7 @@ MUTATIONS = (
     Mutation(
         name="any demuxer may read a source",
         file="sharding/media/claims.py",
-        source='"format_whitelist": _whitelist(formats), ',
+        source='"format_whitelist": whitelist, ',
         replacement="",
         tests=("tests/sharding/media/test_media.py", "-k", "only_names"),
     ),
@@ -201,8 +201,8 @@ MUTATIONS = (
     Mutation(
         name="stale shards are kept",
         file="sharding/conversion.py",
-        source="        folder.remove_shards_but(self._files, {*map(folder.shard_number, names), *self._done})\n",
-        replacement="",
+        source="            folder.remove_shard(self._files, number)\n",
+        replacement="            del number\n",
         tests=("tests/sharding/test_convert.py", "tests/sharding/test_rejects.py"),
     ),
     Mutation(

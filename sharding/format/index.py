@@ -37,7 +37,6 @@ def read_parquet(
     columns: Sequence[str] | None = None,
     schema: pa.Schema | None = None,
     num_rows: int | None = None,
-    most_bytes: int = MOST_BYTES,
 ) -> pa.Table:
     """Return the table of a Parquet file, given by its bytes or its path.
 
@@ -46,16 +45,19 @@ def read_parquet(
         columns: Read these only; None: all.
         schema: Columns and types that the file must have; None: any.
         num_rows: Rows that it must have; None: any number within the bound.
-        most_bytes: Bound of the memory that the table may fill.
 
     Raises:
         pa.ArrowException: not Parquet.
-        ValueError: other rows than `num_rows`, another schema, a column is missing, or more than `most_bytes`.
+        ValueError: other rows than `num_rows`, another schema, a column is missing, or more than `MOST_BYTES`.
         OSError: the file cannot be read, or its pages are damaged.
     """
     file = _opened(data)
-    _check_claims(file.metadata, num_rows=num_rows, most_bytes=most_bytes)
-    found = file.schema_arrow
+    footer, found = file.metadata, file.schema_arrow
+    if num_rows is not None and footer.num_rows != num_rows:
+        raise ValueError(f"expected {num_rows} rows, found {footer.num_rows}")
+    # Not what its column chunks claim: of a damaged footer, asking for those aborts the process.
+    if not 0 <= (claimed := footer.num_rows * footer.num_columns * _VALUE_BYTES) <= MOST_BYTES:
+        raise ValueError(f"expected a table of at most {MOST_BYTES} bytes, found one that claims {claimed}")
     if schema is not None and not found.equals(schema):
         raise ValueError(f"expected the columns {schema.names}, found {found.names}, or other types")
     if missing := sorted(set(columns or ()) - set(found.names)):
@@ -64,7 +66,12 @@ def read_parquet(
     if texts:  # as numbers into the different texts, which cost no more than the file's own pages
         file = _opened(data, texts)
     table = file.read(columns=columns, use_threads=False)
-    _check_texts(table, most_bytes=most_bytes)
+    filled = 0
+    for column in table.columns:
+        for chunk in column.chunks if pa.types.is_dictionary(column.type) else ():
+            filled += pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)).as_py() or 0
+    if filled > MOST_BYTES:
+        raise ValueError(f"expected a table of at most {MOST_BYTES} bytes, found texts of {filled}")
     wanted = pa.schema([found.field(name) for name in table.schema.names])
     return table.cast(wanted.with_metadata(found.metadata))
 
@@ -89,35 +96,13 @@ def _opened(data: bytes | Path, texts: Sequence[str] = ()) -> pq.ParquetFile:
     return pq.ParquetFile(source, pre_buffer=False, read_dictionary=list(texts), page_checksum_verification=True)
 
 
-def _check_claims(footer: pq.FileMetaData, *, num_rows: int | None, most_bytes: int) -> None:
-    if num_rows is not None and footer.num_rows != num_rows:
-        raise ValueError(f"expected {num_rows} rows, found {footer.num_rows}")
-    # Not what its column chunks claim: of a damaged footer, asking for those aborts the process.
-    if not 0 <= (claimed := footer.num_rows * footer.num_columns * _VALUE_BYTES) <= most_bytes:
-        raise ValueError(f"expected a table of at most {most_bytes} bytes, found one that claims {claimed}")
-
-
-def _check_texts(table: pa.Table, *, most_bytes: int) -> None:
-    filled = 0
-    for column in table.columns:
-        if pa.types.is_dictionary(column.type):
-            for chunk in column.chunks:
-                lengths = pc.binary_length(chunk.dictionary)
-                filled += pc.sum(lengths.take(chunk.indices)).as_py() or 0
-    if filled > most_bytes:
-        raise ValueError(f"expected a table of at most {most_bytes} bytes, found texts of {filled}")
-
-
-_LONGEST_SLUG = 60
-
-
 def sample_key(sample_id: str) -> str:
     """``<slug>-<xxh3-64 of the id>``: readable, at most 77 of ``[a-z0-9_-]``, one for one with the id.
 
     Dots would split the key, spaces and other alphabets break some readers; the original name stays in the JSON.
     """
     plain = unicodedata.normalize("NFKD", sample_id).encode("ascii", "ignore").decode().lower()
-    slug = re.sub(r"[^a-z0-9_]+", "-", plain).strip("-")[:_LONGEST_SLUG].strip("-")
+    slug = re.sub(r"[^a-z0-9_]+", "-", plain).strip("-")[:60].strip("-")
     return f"{slug or 'sample'}-{id_hash(sample_id):016x}"
 
 
@@ -152,7 +137,6 @@ INDEX_SCHEMA = pa.schema(
         pa.field("frame_xxh32", _INTERVALS),
     ]
 )
-_DELTA_PACKED = ("frame_bytes.list.element", "frame_ticks.list.element")
 
 
 def member_checksum(data: bytes) -> int:
@@ -177,7 +161,7 @@ def encode_index(rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, str])
         sink,
         compression="zstd",
         use_dictionary=False,
-        column_encoding=dict.fromkeys(_DELTA_PACKED, "DELTA_BINARY_PACKED"),
+        column_encoding=dict.fromkeys(("frame_bytes.list.element", "frame_ticks.list.element"), "DELTA_BINARY_PACKED"),
     )
     return sink.getvalue()
 

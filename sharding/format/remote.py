@@ -1,15 +1,8 @@
-"""Shards behind a URL: places, storage settings, retries, files.
+"""Where a shard set is, a folder or a URL that fsspec reads, and its files: whole small ones, ranges of large ones.
 
-Where a shard set is: a folder, or a URL that fsspec reads.
-
-Trying again, bounded, with growing pauses: for storage that fails now and then.
-
-How shards behind a URL are kept on this machine.
-
-Files of a shard set behind a URL: whole small ones, ranges of large ones, tried again where that can help.
-
-fsspec does the reading; credentials and endpoints are those of its backends' usual environment variables and
-configuration files (AWS_*, GOOGLE_APPLICATION_CREDENTIALS, FSSPEC_*), which never pass through our hands.
+What may pass is tried again, bounded, with growing pauses. fsspec does the reading; credentials and endpoints are those
+of its backends' usual environment variables and configuration files (AWS_*, GOOGLE_APPLICATION_CREDENTIALS,
+FSSPEC_*), which never pass through our hands.
 """
 
 import asyncio
@@ -28,8 +21,6 @@ from ca2st.errors import EnvironmentFault, UserInputError, check_choice
 
 SCHEMES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "memory": "fsspec"}
 """Kinds of URLs, and the package that reads each."""
-EXTRAS = {"s3": "s3", "gs": "gs", "http": "http", "https": "http"}
-"""The optional dependency of ca2st that installs it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,16 +155,13 @@ def described(error: BaseException) -> str:
     return text if text and isinstance(error, OSError) else f"{type(error).__name__}{f': {text}' if text else ''}"
 
 
-DEFAULT_CACHE = Path("~/.cache/ca2st/shards")
-"""The user's own cache, on the disk of the home folder."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StorageConfig:
     """The node-local cache of remote shards, and how long their server is tried."""
 
     cache_dir: str | None = None
-    """Folder of the cache, on a disk of this machine; shared by its workers and by all sets. None: `DEFAULT_CACHE`."""
+    """Folder of the cache, on a disk of this machine; shared by its workers and by all sets. None:
+    ``~/.cache/ca2st/shards``."""
     cache_bytes: int | None = None
     """Most bytes of shards in it, those being fetched included; None: half of what its disk has for them."""
     retry: RetryConfig = field(default_factory=RetryConfig)
@@ -186,7 +174,7 @@ class StorageConfig:
     @property
     def folder(self) -> Path:
         """The cache's folder."""
-        return Path(self.cache_dir or DEFAULT_CACHE).expanduser()
+        return Path(self.cache_dir or "~/.cache/ca2st/shards").expanduser()
 
 
 RANGE_BYTES = 16 << 20
@@ -212,10 +200,6 @@ _PASSING_KINDS = frozenset(
 
 class RemoteFileMissingError(Exception):
     """There is no such file behind the URL; callers say what that means."""
-
-
-class ShortAnswerError(OSError):
-    """The connection ended before all bytes asked for had come, or brought others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +242,7 @@ class RemoteFiles:
             if len(data) == num_bytes and len(data) != end - start:
                 data = data[start:end]  # a server without byte ranges sends all of it
             if len(data) != end - start:
-                raise ShortAnswerError(f"expected bytes {start} to {end}, found {len(data)} bytes")
+                raise OSError(f"expected bytes {start} to {end}, found {len(data)} bytes")  # it may pass
             return data
 
         return self._ask(name, fetch)
@@ -299,16 +283,11 @@ class RemoteFiles:
         seconds = self.retrier.config.request_seconds + file.stat().st_size / _LEAST_BYTES_PER_SECOND
 
         def put(path: str) -> None:
-            if not self.filesystem.async_impl:
-                self.filesystem.put_file(str(file), path)
-                return
-            from fsspec.asyn import sync
-
             before = getattr(self.filesystem, "retries", None)
+            if before is not None:
+                self.filesystem.retries = self.retrier.config.attempts  # of each part
             try:
-                if before is not None:
-                    self.filesystem.retries = self.retrier.config.attempts  # of each part
-                sync(self.filesystem.loop, self.filesystem._put_file, str(file), path, timeout=seconds)
+                self._call("put_file", str(file), path, seconds=seconds)
             finally:
                 if before is not None:
                     self.filesystem.retries = before
@@ -328,13 +307,9 @@ class RemoteFiles:
         except FileNotFoundError as error:
             raise RemoteFileMissingError(f"{url}: no such file") from error
         except RetriesSpentError as error:
+            more = "or raise loader.retry.attempts and loader.retry.total_seconds" if doing == "read" else "and rerun"
             raise EnvironmentFault(
-                f"{url}: cannot be {doing}: {error}; check the server and the network"
-                + (
-                    ", or raise loader.retry.attempts and loader.retry.total_seconds"
-                    if doing == "read"
-                    else ", and rerun"
-                )
+                f"{url}: cannot be {doing}: {error}; check the server and the network, {more}"
             ) from error.__cause__
         except Exception as error:  # every backend has errors of its own; all end here
             raise EnvironmentFault(f"{url}: cannot be {doing}: {described(error)}; {_remedy(error)}") from error
@@ -345,8 +320,8 @@ class RemoteFiles:
         self.on_bytes(len(data), time.perf_counter() - begin)
         return data
 
-    def _call(self, method: str, path: str, *values: Any, **arguments: Any) -> Any:
-        """Return a method of the filesystem, given up after `request_seconds` where it waits for a network."""
+    def _call(self, method: str, path: str, *values: Any, seconds: float | None = None, **arguments: Any) -> Any:
+        """Return a method of the filesystem; one that waits for a network is given up after `request_seconds`."""
         if not self.filesystem.async_impl:
             if method == "ls":
                 arguments.pop("refresh")
@@ -356,7 +331,7 @@ class RemoteFiles:
         from fsspec.asyn import sync
 
         coroutine = getattr(self.filesystem, f"_{method}")
-        seconds = self.retrier.config.request_seconds
+        seconds = seconds or self.retrier.config.request_seconds
         return sync(self.filesystem.loop, coroutine, path, *values, timeout=seconds, **arguments)
 
 
@@ -449,7 +424,7 @@ def _open_filesystem(folder: RemoteFolder) -> Any:
     except ImportError as error:
         raise EnvironmentFault(
             f"{folder}: {SCHEMES[folder.scheme]} is not installed, which reads {folder.scheme}:// URLs; "
-            f"run pip install 'ca2st[{EXTRAS[folder.scheme]}]'"
+            f"run pip install 'ca2st[{'http' if folder.scheme == 'https' else folder.scheme}]'"
         ) from error
     options: dict[str, Any] = {"use_listings_cache": False}
     if folder.scheme == "s3":

@@ -8,7 +8,7 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -176,17 +176,11 @@ class Manifest:
         raise ManifestError(f"label space {name!r}: not in this set; it has {known}")
 
     def _payload(self) -> dict[str, Any]:
-        payload = asdict(self)
-        for name in ("notes", "examples"):
-            if not payload[name]:
-                del payload[name]
-        if self.clock == "first-frame":
-            del payload["clock"]
-        if self.labelling == "one":
-            del payload["labelling"]
-        for name, absent in (("rejects_sha256", None), ("source_lists", ()), ("table", SHARDS_NAME)):
-            if getattr(self, name) == absent:
-                del payload[name]
+        # A field of its default is left out, as in sets from before it: so their hashes stay.
+        defaults: dict[str, Any] = {
+            one.name: {} if one.default_factory is dict else one.default for one in fields(self)
+        }
+        payload = {name: value for name, value in asdict(self).items() if value != defaults[name]}
         payload["format"], payload["format_version"] = FORMAT_NAME, FORMAT_VERSION
         payload["label_spaces"] = [asdict(space) | {"sha256": space.sha256} for space in self.label_spaces]
         payload["audio_sha256"] = sha256_of_json(asdict(self.audio))
@@ -240,7 +234,13 @@ def parse_manifest(text: bytes, *, where: str) -> Manifest:
     if sha256_of_json(payload) != claimed:
         raise ShardDamageError(f"{where}: self_sha256 differs from the contents; restore it or convert again")
     try:
-        manifest = _manifest_from(payload, where)
+        derived = ("format", "format_version", "audio_sha256", "video_sha256")
+        said = {name: value for name, value in payload.items() if name not in derived}
+        spaces = checked(payload.get("label_spaces"), list[dict[str, Any]], where=f"{where}: label_spaces")
+        said["label_spaces"] = [{name: value for name, value in space.items() if name != "sha256"} for space in spaces]
+        manifest = checked(said, Manifest, where=where)
+        if not TABLE_NAMES.fullmatch(manifest.table):
+            raise DocumentError(f"{where}: table: expected {SHARDS_NAME} or shards-N.parquet, found {manifest.table!r}")
     except DocumentError as error:
         raise ManifestError(
             f"{where}: expected the fields that this ca2st knows, found others ({error}); use a matching release"
@@ -249,17 +249,6 @@ def parse_manifest(text: bytes, *, where: str) -> Manifest:
         raise ShardDamageError(
             f"{where}: white space or order changed since it was written; restore it or convert again"
         )
-    return manifest
-
-
-def _manifest_from(payload: dict[str, Any], where: str) -> Manifest:
-    derived = ("format", "format_version", "audio_sha256", "video_sha256")
-    fields = {name: value for name, value in payload.items() if name not in derived}
-    spaces = checked(payload.get("label_spaces"), list[dict[str, Any]], where=f"{where}: label_spaces")
-    fields["label_spaces"] = [{name: value for name, value in space.items() if name != "sha256"} for space in spaces]
-    manifest = checked(fields, Manifest, where=where)
-    if not TABLE_NAMES.fullmatch(manifest.table):
-        raise DocumentError(f"{where}: table: expected {SHARDS_NAME} or shards-N.parquet, found {manifest.table!r}")
     return manifest
 
 
@@ -388,20 +377,16 @@ def _read_remote(files: remote.RemoteFiles, storage: remote.StorageConfig) -> Sh
         raise ShardDamageError(f"{where}: named by {MANIFEST_NAME} but missing; copy the set again") from None
     shards = _parse_table(table, manifest, where=where)
     root = storage.folder / manifest.fingerprint[:32]
-    _keep(root, {manifest.table: table, MANIFEST_NAME: text})
-    return ShardSet(root=root, manifest=manifest, shards=shards, origin=files.folder, storage=storage)
-
-
-def _keep(root: Path, files: Mapping[str, bytes]) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentFault(
             f"{root}: cannot be made ({error.strerror}); set loader.cache_dir to a folder on a disk of this machine"
         ) from error
-    for name, data in files.items():
+    for name, data in ((manifest.table, table), (MANIFEST_NAME, text)):
         if not (root / name).exists() or (root / name).read_bytes() != data:
             write_bytes(root / name, data)
+    return ShardSet(root=root, manifest=manifest, shards=shards, origin=files.folder, storage=storage)
 
 
 def _parse_table(data: bytes, manifest: Manifest, *, where: str) -> tuple[ShardEntry, ...]:

@@ -1,11 +1,11 @@
 """Write one shard: a plain tar by webdataset's TarWriter, and the index that names every byte range in it."""
 
-import contextlib
 import hashlib
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -83,8 +83,7 @@ def write_shard(
     name = shard_name(number)
     with writing(root / name, faults=faults, point="shard") as file:
         sink = _HashingSink(file)
-        notes: Counter[str] = Counter()
-        rows = _write_members(sink, _noted(samples, notes))
+        rows, notes = _write_members(sink, samples)
         file.flush()
         _check_headers(Path(file.name), rows)
         about: dict[str, object] = {
@@ -97,6 +96,7 @@ def write_shard(
         index = encode_index(
             rows, {key: canonical_json(value, is_compact=True).decode() for key, value in about.items()}
         )
+        # Before the tar gets its name: no tar is ever there without its index.
         write_bytes(root / index_name(name), index, faults=faults, point="index")
     return ShardEntry(
         name=name,
@@ -108,38 +108,31 @@ def write_shard(
     )
 
 
-def _write_members(sink: "_HashingSink", samples: Iterable[StoredSample]) -> list[dict[str, Any]]:
-    rows = []
-    with _tar_writer(sink) as tar:
+def _write_members(
+    sink: "_HashingSink", samples: Iterable[StoredSample]
+) -> tuple[list[dict[str, Any]], Mapping[str, int]]:
+    """Write a tar; return the rows of its index, and how many samples have each kind of note."""
+    from webdataset.writer import TarWriter  # here, since webdataset imports torch
+
+    # mtime as int: a float makes tarfile put a PAX header in front of every member
+    tar = TarWriter(sink, user=_OWNER, group=_OWNER, mode=_MODE, mtime=0, encoder=False)
+    rows, notes = [], Counter[str]()
+    try:
         for sample in samples:
             offsets = {}
             for member in MEMBERS:  # one call a member: within a call TarWriter sorts by suffix
                 offsets[member] = tar.tarstream.offset + tarfile.BLOCKSIZE
                 tar.write({"__key__": sample.key, MEMBER_SUFFIXES[member]: getattr(sample, member)})
             rows.append(_index_row(sample, offsets))
-    return rows
-
-
-@contextlib.contextmanager
-def _tar_writer(sink: "_HashingSink") -> Iterator[Any]:
-    from webdataset.writer import TarWriter  # here, since webdataset imports torch
-
-    # mtime as int: a float makes tarfile put a PAX header in front of every member
-    tar = TarWriter(sink, user=_OWNER, group=_OWNER, mode=_MODE, mtime=0, encoder=False)
-    try:
-        yield tar
+            notes.update(sample.notes)
         tar.close()
     finally:
         sink.closed_for_good = True  # a tar stream that is collected later must not write behind an error
-
-
-def _noted(samples: Iterable[StoredSample], counts: Counter[str]) -> Iterator[StoredSample]:
-    for sample in samples:
-        counts.update(sample.notes)
-        yield sample
+    return rows, notes
 
 
 def _index_row(sample: StoredSample, offsets: Mapping[str, int]) -> dict[str, Any]:
+    video, starts = memoryview(sample.video), accumulate(sample.frame_bytes, initial=sample.frame_data_offset)
     row: dict[str, Any] = {
         "key": sample.key,
         "labels": list(sample.labels),
@@ -150,7 +143,9 @@ def _index_row(sample: StoredSample, offsets: Mapping[str, int]) -> dict[str, An
         "frame_data_offset": sample.frame_data_offset,
         "frame_bytes": list(sample.frame_bytes),
         "frame_ticks": list(sample.frame_ticks),
-        "frame_xxh32": _frame_checksums(sample),
+        "frame_xxh32": [
+            frame_checksum(video[at : at + size]) for at, size in zip(starts, sample.frame_bytes, strict=False)
+        ],
     }
     for member in MEMBERS:
         data = getattr(sample, member)
@@ -160,14 +155,6 @@ def _index_row(sample: StoredSample, offsets: Mapping[str, int]) -> dict[str, An
             f"{member}_xxh64": member_checksum(data),
         }
     return row
-
-
-def _frame_checksums(sample: StoredSample) -> list[int]:
-    view, at, sums = memoryview(sample.video), sample.frame_data_offset, []
-    for size in sample.frame_bytes:
-        sums.append(frame_checksum(view[at : at + size]))
-        at += size
-    return sums
 
 
 def _check_headers(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

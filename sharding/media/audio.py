@@ -3,7 +3,6 @@
 The samples are on the video's time base.
 """
 
-import contextlib
 import io
 import math
 from collections import deque
@@ -23,7 +22,7 @@ from ca2st.errors import EnvironmentFault
 from sharding.errors import MediaError
 from sharding.format.shard_set import AudioParameters
 from sharding.media.claims import MediaLimits
-from sharding.media.video import Segment, audio_frames, frame_seconds
+from sharding.media.video import Segment, decoded_frames, frame_seconds
 
 _PREROLL = Fraction(1)  # a codec that overlaps its blocks, and the resampler, are right again well within this
 _SEEK_FROM = Fraction(3)
@@ -50,13 +49,8 @@ class EncodedAudio:
 
     @property
     def is_silent(self) -> bool:
-        """Whether there is nothing to hear."""
-        return is_silent(self.pcm)
-
-
-def is_silent(pcm: Samples) -> bool:
-    """Return whether a waveform is digital silence: all samples within one step of 16-bit sound."""
-    return bool(pcm.size == 0 or pcm.max() - pcm.min() < _LEAST_STEP)
+        """Whether it is digital silence: all samples within one step of 16-bit sound."""
+        return bool(self.pcm.size == 0 or self.pcm.max() - self.pcm.min() < _LEAST_STEP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +83,12 @@ class _Run:
         self.start = first.counted + offset
         self.is_moved = before is not None and not before.keeps_time(offset)
         self._offset = offset
-        self._format = _format_of(first.frame)
+        self.format = _format_of(first.frame)
         self._resampler = av.AudioResampler(format="flt", layout="mono", rate=rate_hz, options=dict(_MIX_DOWN))
         self._blocks: list[Samples] = []
 
-    def continues_with(self, frame: av.AudioFrame, offset: float) -> bool:
-        """Return whether the frame has the same format and lies where counting from the run's start puts it."""
-        return _format_of(frame) == self._format and self.keeps_time(offset)
-
     def keeps_time(self, offset: float) -> bool:
+        """Return whether a frame of that offset lies where counting from the run's start puts it."""
         return abs(offset - self._offset) <= _MOST_OFF
 
     def add(self, frame: av.AudioFrame) -> None:
@@ -114,7 +105,7 @@ class _Run:
         except av.error.MemoryError:
             raise
         except (av.error.FFmpegError, ValueError) as error:
-            rate, sample_format, layout = self._format
+            rate, sample_format, layout = self.format
             found = f"{rate} Hz {sample_format} {layout}"
             raise MediaError(
                 "decode_error", f"expected sound that can be resampled, found {found} ({error})"
@@ -154,7 +145,7 @@ def cut_audio(
     wanted = None if segment.end is None else segment.end - segment.start
     seconds = duration + _WINDOW if wanted is None else min(wanted, duration + _WINDOW)
     seek = start - _PREROLL if segment.start >= _SEEK_FROM else None
-    frames = _between(audio_frames(container, stream, seek=seek), start - _PREROLL, start + seconds + _BEHIND)
+    frames = _between(decoded_frames(container, stream, seek=seek), start - _PREROLL, start + seconds + _BEHIND)
     pieces = [
         _Piece(round((run.start - float(start)) * rate_hz), run.finish(), run.is_moved)
         for run in _runs(_timed(frames, limits), rate_hz)
@@ -162,18 +153,12 @@ def cut_audio(
     pcm = _placed(pieces, round(seconds * rate_hz))
     if pcm is None:
         return None
-    num_wanted = round(duration * rate_hz)
-    is_to_end = wanted is None or wanted > duration
+    half_a_second, is_to_end = rate_hz // 2, wanted is None or wanted > duration
     return EncodedAudio(
         pcm=pcm,
         source_rate_hz=stream.sample_rate,
         source_channels=stream.channels,
-        notes=_notes(
-            pieces,
-            num_wanted,
-            few=rate_hz // 2,  # half a second
-            is_to_end=is_to_end,
-        ),
+        notes=_notes(pieces, round(duration * rate_hz), few=half_a_second, is_to_end=is_to_end),
     )
 
 
@@ -205,7 +190,7 @@ def _timed(frames: Iterator[tuple[av.AudioFrame, Fraction]], limits: MediaLimits
 def _runs(frames: Iterator[_Timed], rate_hz: int) -> Iterator[_Run]:
     run: _Run | None = None
     for one, offset in _steadied(frames):
-        if run is None or not run.continues_with(one.frame, offset):
+        if run is None or _format_of(one.frame) != run.format or not run.keeps_time(offset):
             if run is not None:
                 yield run
             run = _Run(one, offset, rate_hz, run)
@@ -277,32 +262,21 @@ def log_mel(pcm: npt.NDArray[np.float32], parameters: AudioParameters) -> Spectr
     """float16 [rows, num_mel_bins] of mono samples; sound shorter than a window is padded to one.
 
     Raises:
-        MediaError: ``bad_spectrogram`` for NaN, infinity, or one value everywhere although there is sound.
+        MediaError: ``bad_spectrogram`` for NaN, infinity, or one value everywhere, above the floor or although there is
+            sound.
     """
     window = round(parameters.sample_rate_hz * parameters.frame_length_ms / 1000)
     if not np.isfinite(pcm).all():
         raise MediaError("bad_spectrogram", "expected finite audio samples, found NaN or infinity")
     centred = pcm - pcm.mean(dtype=np.float64).astype(np.float32)
     mel = _filter_bank(np.pad(centred, (0, max(0, window - len(centred)))), parameters)
-    check_spectrogram(mel, parameters.num_mel_bins)
-    inner = centred[window:-window]  # a click at the very ends lies where the windows fade out, or behind the last one
-    if mel.max() == mel.min() and np.abs(inner).max(initial=0.0) > _AUDIBLE:
-        raise MediaError("bad_spectrogram", f"expected a picture of the sound, found {mel.flat[0]} everywhere")
-    return mel.astype(np.float16)
-
-
-def check_spectrogram(mel: npt.NDArray[np.floating], num_mel_bins: int) -> None:
-    """Refuse a spectrogram of another width, with NaN or infinity, or constant above the floor.
-
-    Raises:
-        MediaError: ``bad_spectrogram``.
-    """
-    if mel.ndim != 2 or mel.shape[1] != num_mel_bins:
-        raise MediaError("bad_spectrogram", f"expected [rows, {num_mel_bins}], found {list(mel.shape)}")
     if not np.isfinite(mel).all():
         raise MediaError("bad_spectrogram", "expected finite values, found NaN or infinity")
-    if mel.size and mel.max() == mel.min() and mel.flat[0] > _FLOOR + 0.01:
+    inner = centred[window:-window]  # a click at the very ends lies where the windows fade out, or behind the last one
+    is_wrong = mel.flat[0] > _FLOOR + 0.01 or np.abs(inner).max(initial=0.0) > _AUDIBLE
+    if is_wrong and mel.max() == mel.min():
         raise MediaError("bad_spectrogram", f"expected a picture of the sound, found {mel.flat[0]} everywhere")
+    return mel.astype(np.float16)
 
 
 def no_spectrogram(parameters: AudioParameters) -> Spectrogram:
@@ -337,30 +311,21 @@ def _filter_bank(pcm: npt.NDArray[np.float32], parameters: AudioParameters) -> n
     fbank = load_filter_bank()
     import torch
 
-    with _one_torch_thread(), torch.inference_mode():
-        mel = fbank(
-            torch.from_numpy(np.ascontiguousarray(pcm, np.float32))[None],
-            htk_compat=True,
-            sample_frequency=float(parameters.sample_rate_hz),
-            use_energy=False,
-            window_type="hanning",
-            num_mel_bins=parameters.num_mel_bins,
-            dither=0.0,
-            frame_length=parameters.frame_length_ms,
-            frame_shift=parameters.frame_shift_ms,
-        )
-    result: npt.NDArray[np.float32] = mel.numpy()
-    return result
-
-
-@contextlib.contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """The same sums in the same order on every machine; the caller's setting comes back."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the same sums in the same order on every machine
     try:
-        yield
+        with torch.inference_mode():
+            mel: npt.NDArray[np.float32] = fbank(
+                torch.from_numpy(np.ascontiguousarray(pcm, np.float32))[None],
+                htk_compat=True,
+                sample_frequency=float(parameters.sample_rate_hz),
+                use_energy=False,
+                window_type="hanning",
+                num_mel_bins=parameters.num_mel_bins,
+                dither=0.0,
+                frame_length=parameters.frame_length_ms,
+                frame_shift=parameters.frame_shift_ms,
+            ).numpy()
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(num_threads)
+    return mel

@@ -12,11 +12,11 @@ import mmap
 import os
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import av
 import numpy as np
@@ -47,7 +47,7 @@ _SLACK = Fraction(1, 4)  # durations are rounded, and last frames last different
 _MOST_ZEROS = 64 * 1024  # at the end of a stream of packets, none of which is zeros
 _OGG_HEADER_BYTES = 27
 _MIRRORED_BYTES = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-_OGG_BEGINS = 2  # flag of a stream's first page
+_OGG_BEGINS, _OGG_ENDS = 2, 4  # flags of a stream's first and last page
 _OGG_PAGE_BYTES = _OGG_HEADER_BYTES + 255 + 255 * 255
 _AVI_ENTRY = np.dtype([("kind", "S4"), ("flags", "<u4"), ("offset", "<u4"), ("bytes", "<u4")])
 _AVI_LIST_FLAG = 1
@@ -78,28 +78,23 @@ def _check_end(part: str, end: int, length: int) -> None:
 
 
 def _check_mp4(file: IO[bytes], length: int) -> None:
-    kinds = set()
-    for kind, end in _mp4_boxes(file, length):
-        kinds.add(kind)
-        _check_end(f"{kind.decode('ascii')} box", end, length)
-    if b"moov" not in kinds:
-        raise MediaError("no_index", "expected a moov box (the index of an MP4), found none; fetch the file again")
-
-
-def _mp4_boxes(file: IO[bytes], length: int) -> Iterator[tuple[bytes, int]]:
-    at = 0
+    at, kinds = 0, set()
     while at + 8 <= length:
         file.seek(at)
         header = file.read(16)
         size, kind = int.from_bytes(header[:4], "big"), header[4:8]
         if size == 1:
             size = int.from_bytes(header[8:16], "big")
-        if kind not in _MP4_BOXES or (size < 8 and size != 0):
-            at += size if size >= 8 and at + size <= length else length
-            continue
-        end = at + size if size else length
-        yield kind, end
-        at = end
+        elif size == 0:  # to the end of the file
+            size = length - at
+        if kind in _MP4_BOXES and size >= 8:
+            kinds.add(kind)
+            _check_end(f"{kind.decode('ascii')} box", at + size, length)
+        elif size < 8 or at + size > length:  # other bytes
+            break
+        at += size
+    if b"moov" not in kinds:
+        raise MediaError("no_index", "expected a moov box (the index of an MP4), found none; fetch the file again")
 
 
 def _check_asf(file: IO[bytes], length: int) -> None:
@@ -116,7 +111,8 @@ def _check_matroska(file: IO[bytes], length: int) -> None:
     header_bytes = _read_vint(file)
     if header_bytes is None:
         return
-    file.seek(header_bytes, 1)
+    _check_end("EBML header", file.tell() + header_bytes, length)
+    file.seek(header_bytes, os.SEEK_CUR)
     if file.read(4) != _SEGMENT_ID:
         return
     segment_bytes = _read_vint(file)
@@ -182,12 +178,21 @@ def _end_of_all_streams(path: Path, *, is_sound: bool = False) -> Fraction:
 
 def _check_tail(path: Path, kind: str) -> None:
     """Ogg's last page ends a stream, and the packets of the MPEG streams are never zeros."""
-    if kind == "ogg":
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 2 * _OGG_PAGE_BYTES))
-            _check_last_page(file.read())
-    elif kind in ("mpegts", "mpeg"):
+    if kind in ("mpegts", "mpeg"):
         check_no_zeros_at_end(path)
+    if kind != "ogg":
+        return
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2 * _OGG_PAGE_BYTES))
+        tail = file.read()
+    at = tail.rfind(b"OggS")
+    header = tail[at : at + _OGG_HEADER_BYTES]
+    is_last = at >= 0 and len(header) == _OGG_HEADER_BYTES and header[5] & _OGG_ENDS
+    contents = at + _OGG_HEADER_BYTES + header[26] if is_last else 0
+    if not is_last or contents + sum(tail[at + _OGG_HEADER_BYTES : contents]) != len(tail):
+        raise MediaError(
+            "truncated", "expected a last page that ends its stream at the end of the file, found none; fetch it again"
+        )
 
 
 def check_no_zeros_at_end(path: Path) -> None:
@@ -197,17 +202,6 @@ def check_no_zeros_at_end(path: Path) -> None:
         file.seek(length - min(length // 2, _MOST_ZEROS // 2))
         if not any(file.read()):
             raise MediaError("truncated", "expected media up to the end of the file, found zeros; fetch the file again")
-
-
-def _check_last_page(tail: bytes) -> None:
-    at = tail.rfind(b"OggS")
-    header = tail[at : at + 27]
-    lacing = tail[at + 27 : at + 27 + header[26]] if len(header) == 27 else b""
-    is_last = at >= 0 and len(header) == 27 and header[5] & 4
-    if not is_last or at + 27 + len(lacing) + sum(lacing) != len(tail):
-        raise MediaError(
-            "truncated", "expected a last page that ends its stream at the end of the file, found none; fetch it again"
-        )
 
 
 def check_chunks(path: Path, stream: VideoStream, start: Fraction, end: Fraction | None) -> None:
@@ -274,7 +268,7 @@ def _element(data: mmap.mmap, at: int) -> tuple[int, int]:
     """Return where an EBML element's contents start and end, far behind the file if nothing says; no element: `at`."""
     if at >= len(data) or data[at] < _LEAST_EBML_ID:
         return at, at
-    data.seek(at + 9 - data[at].bit_length())
+    data.seek(min(at + 9 - data[at].bit_length(), len(data)))  # a live recording may end inside of it
     num_bytes = _read_vint(data)
     return data.tell(), sys.maxsize if num_bytes is None else data.tell() + num_bytes
 
@@ -285,8 +279,8 @@ def _check_ogg_pages(data: mmap.mmap, num_bytes: int) -> None:
     while at < num_bytes:
         header = data[at : at + _OGG_HEADER_BYTES]
         stream, number = header[14:18], int.from_bytes(header[18:22], "little")
-        is_next = number == numbers.get(stream, number) or (len(header) > 5 and header[5] & _OGG_BEGINS)
-        if header[:4] != b"OggS" or not is_next:
+        is_page = header[:4] == b"OggS" and len(header) == _OGG_HEADER_BYTES
+        if not is_page or (number != numbers.get(stream, number) and not header[5] & _OGG_BEGINS):
             raise MediaError("decode_error", f"expected the next Ogg page at byte {at}, found another; fetch it again")
         numbers[stream] = (number + 1) % 2**32
         contents = at + _OGG_HEADER_BYTES + header[26]
@@ -325,9 +319,11 @@ def _check_avi_chunks(data: mmap.mmap, stream: VideoStream, end: Fraction | None
     if b"movi" not in lists or b"idx1" not in lists:
         return
     movi, (at, num_bytes) = lists[b"movi"][0], lists[b"idx1"]
-    entries = np.frombuffer(data[at : at + num_bytes // 16 * 16], _AVI_ENTRY)
-    if end is not None:
-        entries = entries[: _num_needed(entries, stream, end)]
+    index = data[at : at + num_bytes]
+    entries = np.frombuffer(index, _AVI_ENTRY, count=len(index) // _AVI_ENTRY.itemsize)
+    if end is not None:  # up to a second behind it, by the chunks of the picture, one per frame
+        is_picture = np.char.startswith(entries["kind"], b"%02d" % stream.index)
+        entries = entries[np.cumsum(is_picture) <= int((end + 1) * frame_rate(stream))]
     entries = entries[(entries["bytes"] > 0) & (entries["flags"] & _AVI_LIST_FLAG == 0)]
     there = max((_are_there(data, entries, base) for base in (movi, 0)), key=np.count_nonzero)
     if np.count_nonzero(there) * 2 <= len(there):  # an index of another file, or none: it proves nothing
@@ -346,13 +342,6 @@ def _avi_lists(data: mmap.mmap) -> Iterator[tuple[bytes, tuple[int, int]]]:
         kind, num_bytes = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
         yield (data[at + 8 : at + 12] if kind == b"LIST" else kind), (at + 8, num_bytes)
         at += 8 + num_bytes + num_bytes % 2
-
-
-def _num_needed(entries: NDArray[Any], stream: VideoStream, end: Fraction) -> int:
-    """Return entries up to a second behind the moment `end`, by the chunks of the picture, one per frame."""
-    is_picture = np.char.startswith(entries["kind"], b"%02d" % stream.index)
-    behind = np.flatnonzero(np.cumsum(is_picture) > int((end + 1) * frame_rate(stream)))
-    return int(behind[0]) if len(behind) else len(entries)
 
 
 def _are_there(data: mmap.mmap, entries: NDArray[Any], base: int) -> NDArray[np.bool_]:
@@ -406,8 +395,7 @@ class MediaLimits:
                 raise UserInputError(f"MediaLimits.{name}: expected a positive number, found {getattr(self, name)}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SourceState:
+class SourceState(NamedTuple):
     """Size and modification time of a source, to notice a change while it is read."""
 
     num_bytes: int
@@ -427,7 +415,7 @@ def source_state(path: Path) -> SourceState:
         raise MediaError("missing_file", f"expected a readable file, found: {error.strerror}") from error
     if not readable:
         raise MediaError("missing_file", "expected a readable file, found a folder or one without read permission")
-    return SourceState(num_bytes=found.st_size, modified_ns=found.st_mtime_ns)
+    return SourceState(found.st_size, found.st_mtime_ns)
 
 
 def check_unchanged(path: Path, before: SourceState) -> None:
@@ -450,7 +438,9 @@ def open_media(path: Path, *, is_sound: bool = False) -> Iterator[InputContainer
         MediaError: ``not_a_video`` or ``not_a_sound`` when no allowed demuxer takes it.
     """
     formats = (*SOUND_FORMATS, *FORMATS) if is_sound else FORMATS
-    options = {"format_whitelist": _whitelist(formats), "protocol_whitelist": "file"}
+    # FFmpeg compares a demuxer's whole name ("matroska,webm"), and each of its aliases, with these entries.
+    whitelist = ",".join((*formats, "mp4", "m4a", "3gp", "3g2", "mj2"))
+    options = {"format_whitelist": whitelist, "protocol_whitelist": "file"}
     try:
         container = av.open(f"file:{path}", "r", options=options, metadata_errors="replace")  # titles in any encoding
     except av.error.MemoryError:
@@ -460,11 +450,6 @@ def open_media(path: Path, *, is_sound: bool = False) -> Iterator[InputContainer
         raise MediaError(reason, f"expected one of {', '.join(formats)}, found: {error.strerror}") from error
     with container:
         yield container
-
-
-def _whitelist(formats: Sequence[str]) -> str:
-    # FFmpeg compares a demuxer's whole name ("matroska,webm"), and each of its aliases, with these entries.
-    return ",".join((*formats, "mp4", "m4a", "3gp", "3g2", "mj2"))
 
 
 def video_stream(container: InputContainer, limits: MediaLimits) -> VideoStream:
@@ -524,7 +509,9 @@ def audio_candidates(container: InputContainer, video: VideoStream | None) -> li
     own = [stream for stream in streams if video is not None and container.streams.best("video", stream) == video]
     chosen = _default_or_all(own or streams)
     is_default = bool(chosen) and bool(chosen[0].disposition & Disposition.default)
-    return sorted(chosen, key=_num_channels, reverse=True) if is_default else chosen
+    if not is_default:
+        return chosen
+    return sorted(chosen, key=lambda one: 0 if one.codec_context is None else one.channels, reverse=True)
 
 
 def _default_or_all(streams: list[_Stream]) -> list[_Stream]:
@@ -532,10 +519,6 @@ def _default_or_all(streams: list[_Stream]) -> list[_Stream]:
     decodable = [stream for stream in streams if stream.codec_context is not None] or streams
     main = [stream for stream in decodable if not stream.disposition & _ASIDE] or decodable
     return [stream for stream in main if stream.disposition & Disposition.default] or main
-
-
-def _num_channels(stream: AudioStream) -> int:
-    return 0 if stream.codec_context is None else stream.channels
 
 
 def _num_pixels(stream: VideoStream) -> int:

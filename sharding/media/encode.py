@@ -146,17 +146,8 @@ def _encoded(job: ClipJob, source_bytes: int, sound_bytes: int | None) -> Encode
         stream = claims.video_stream(container, job.limits)
         source_size = stream.width, stream.height  # later ones may differ
         cut = VideoCut(container, stream, segment, limits=job.limits, clock=job.clock_of_cut)
-        pictures = PictureMaker(
-            job.video.codec,
-            short_side=job.video.short_side,
-            side_multiple=job.video.side_multiple,
-            hdr=job.video.hdr or "tone-map",
-            interlaced=job.video.interlaced or "deinterlace",
-            pixel_aspect=pixel_aspect_of(stream),
-        )
-        encoder = ClipEncoder(
-            job.video.codec, pictures=pictures, quality=job.video.quality, num_gop_frames=job.video.num_gop_frames
-        )
+        pictures = PictureMaker(job.video, pixel_aspect=pixel_aspect_of(stream))
+        encoder = ClipEncoder(job.video, pictures)
         for frame in thinned(pictures.prepared(cut.frames()), job.video.frames_per_second):
             encoder.add(frame)
         claims.check_chunks(job.path, stream, segment.start, segment.end)
@@ -166,7 +157,7 @@ def _encoded(job: ClipJob, source_bytes: int, sound_bytes: int | None) -> Encode
                 audio, tracks = _sound_of_its_own(job, job.sound_path, segment, cut, behind_start=behind_start)
         else:
             candidates = [] if job.audio.policy == "none" else claims.audio_candidates(container, stream)
-            audio, tracks = _audio(job, segment, cut, [one.index for one in candidates])
+            audio, tracks = _audio(job, segment, cut, [one.index for one in candidates], zero=cut.zero)
         tracks |= _of_several(stream, claims.moving_pictures(container))
         return EncodedClip(
             video=encoder.finish(),
@@ -189,35 +180,29 @@ def _sound_of_its_own(
     with claims.open_media(path, is_sound=True) as container:
         zero = (file_start(container) or Fraction(0)) + behind_start
         candidates = [one.index for one in claims.audio_candidates(container, None)]
-    audio, tracks = _audio(job, segment, cut, candidates, path=path, zero=zero)
+    audio, tracks = _audio(job, segment, cut, candidates, zero=zero)
     if audio is None or "sound ends early" in audio.notes:
         claims.check_sound_is_whole(path)
     return audio, tracks
 
 
 def _audio(
-    job: ClipJob,
-    segment: Segment,
-    cut: VideoCut,
-    candidates: Sequence[int],
-    *,
-    path: Path | None = None,
-    zero: Fraction | None = None,
+    job: ClipJob, segment: Segment, cut: VideoCut, candidates: Sequence[int], *, zero: Fraction
 ) -> tuple[EncodedAudio | None, dict[str, Any]]:
     """Return the first sound track that is not silent in the segment, and which one it is where there is a choice.
 
-    `candidates` are places of streams in the file at `path` (None: the job's), `zero` of the media's clock in it.
+    `candidates` are places of streams in the file of the sound, `zero` of the media's clock in it.
     """
     audio, tracks = None, dict[str, Any]()
     for candidate in candidates:
-        with claims.open_media(path or job.path, is_sound=path is not None) as container:
+        with claims.open_media(job.sound_path or job.path, is_sound=job.sound_path is not None) as container:
             stream = cast(AudioStream, container.streams[candidate])
             claims.be_strict(stream)
             heard = cut_audio(
                 container,
                 stream,
                 segment,
-                zero=cut.zero if zero is None else zero,
+                zero=zero,
                 duration=cut.duration,
                 rate_hz=job.audio.sample_rate_hz,
                 limits=job.limits,
@@ -226,16 +211,11 @@ def _audio(
                 audio, tracks = heard, _of_several(stream, container.streams.audio)
         if audio is not None and not audio.is_silent:
             break
-    if job.audio.policy == "required":
-        _require_sound(audio, has_stream=bool(candidates))
+    if job.audio.policy == "required" and (audio is None or audio.is_silent):
+        none = "an audio stream without samples there" if candidates else "no audio stream"
+        found = "digital silence" if audio else none
+        raise MediaError("no_audio", f"expected sound in the segment, found {found}; --audio optional accepts it")
     return audio, tracks
-
-
-def _require_sound(audio: EncodedAudio | None, *, has_stream: bool) -> None:
-    if audio is not None and not audio.is_silent:
-        return
-    found = "digital silence" if audio else "an audio stream without samples there" if has_stream else "no audio stream"
-    raise MediaError("no_audio", f"expected sound in the segment, found {found}; --audio optional accepts it")
 
 
 def _of_several(stream: VideoStream | AudioStream, tracks: Sequence[object]) -> dict[str, Any]:
@@ -280,20 +260,14 @@ _MJPEG = ("mjpeg", {"qmin": "{quality}", "qmax": "{quality}"})
 
 
 class ClipEncoder:
-    """Takes a clip's frames in order, made ready by `pictures`, and gives its stored form.
+    """Takes a clip's frames in order, made ready by `pictures`, and gives its stored form."""
 
-    `num_gop_frames` is None for a codec whose frames stand alone, and only there.
-
-    Raises:
-        UserInputError: an unknown codec.
-    """
-
-    def __init__(self, codec: str, *, pictures: PictureMaker, quality: int, num_gop_frames: int | None) -> None:
-        self._codec, self._pictures = stored_codec(codec), pictures
-        self._gop = 1 if self._codec.has_frame_ranges or num_gop_frames is None else num_gop_frames
+    def __init__(self, video: VideoParameters, pictures: PictureMaker) -> None:
+        self._codec, self._pictures = stored_codec(video.codec), pictures
+        self._gop = 1 if self._codec.has_frame_ranges or video.num_gop_frames is None else video.num_gop_frames
         self._form = FULL_RANGE if self._codec.has_frame_ranges else LIMITED_RANGE
-        self._encoder, options = GOP_ENCODINGS.get(codec, _MJPEG)
-        self._options = {name: value.format(gop=self._gop, quality=quality) for name, value in options.items()}
+        self._encoder, options = GOP_ENCODINGS.get(video.codec, _MJPEG)
+        self._options = {name: value.format(gop=self._gop, quality=video.quality) for name, value in options.items()}
         self._stream: av.VideoStream | None = None
         self._ticks: list[int] = []
         self._durations: list[int] = []
@@ -310,8 +284,9 @@ class ClipEncoder:
             MediaError: ``bad_timestamps`` when it is not behind the last one; ``too_small``.
         """
         picture = self._pictures.upright(frame)
-        if not self._codec.has_frame_ranges:
-            picture = _pixels_alone(picture)
+        if not self._codec.has_frame_ranges:  # without what else a source's frame carries: its type forces key frames
+            picture = av.VideoFrame.from_ndarray(picture.to_ndarray(), format=self._form.pixel_format)
+            picture.color_range, picture.colorspace = self._form.colour_range, self._form.colour_space
         tick = round(frame.seconds * TICKS_PER_SECOND)
         if self._ticks and tick <= self._ticks[-1]:
             raise MediaError("bad_timestamps", f"expected frames at least a tick apart, found two at {tick}")
@@ -384,10 +359,3 @@ class ClipEncoder:
             context.gop_size, context.max_b_frames = self._gop, 0
             context.color_primaries = context.color_trc = _COLOUR_BT709
         return stream
-
-
-def _pixels_alone(picture: av.VideoFrame) -> av.VideoFrame:
-    """Return the same pixels without what else a source's frame carries: a picture type would force key frames."""
-    alone = av.VideoFrame.from_ndarray(picture.to_ndarray(), format=LIMITED_RANGE.pixel_format)
-    alone.color_range, alone.colorspace = LIMITED_RANGE.colour_range, LIMITED_RANGE.colour_space
-    return alone

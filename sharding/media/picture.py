@@ -29,6 +29,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from av.video.stream import VideoStream
 
 from sharding.errors import MediaError
+from sharding.format.shard_set import VideoParameters
 from sharding.media.codecs import stored_codec
 from sharding.media.video import TimedFrame
 
@@ -239,28 +240,12 @@ def pixel_aspect_of(stream: VideoStream) -> Callable[[], Fraction | None]:
 class PictureMaker:
     """Makes the pictures of one clip for a codec of `sharding.media.codecs`; the first frame decides their size.
 
-    Args:
-        codec: Decides pixel format and colours.
-        short_side: Largest number of pixels of the shorter side.
-        side_multiple: As `output_size`'s.
-        hdr: A name of `sharding.media.picture.HDR_POLICIES`.
-        interlaced: A name of INTERLACED_POLICIES.
-        pixel_aspect: Width / height of the source's pixels now; None: unknown, hence square.
+    `pixel_aspect` says width / height of the source's pixels now; None: unknown, hence square.
     """
 
-    def __init__(
-        self,
-        codec: str,
-        *,
-        short_side: int,
-        side_multiple: int | None = None,
-        hdr: str = "tone-map",
-        interlaced: str = "deinterlace",
-        pixel_aspect: Callable[[], Fraction | None] = lambda: None,
-    ) -> None:
-        self._form = FULL_RANGE if stored_codec(codec).has_frame_ranges else LIMITED_RANGE
-        self._hdr, self._interlaced, self._pixel_aspect = hdr, interlaced, pixel_aspect
-        self._short_side, self._side_multiple = short_side, side_multiple
+    def __init__(self, video: VideoParameters, *, pixel_aspect: Callable[[], Fraction | None] = lambda: None) -> None:
+        self._video, self._pixel_aspect = video, pixel_aspect
+        self._form = FULL_RANGE if stored_codec(video.codec).has_frame_ranges else LIMITED_RANGE
         self._scaler, self._rgb_scaler = VideoReformatter(), VideoReformatter()
         self._size = self._even_size = (0, 0)
         self._shape: tuple[int, int, Fraction | None, Orientation] | None = None
@@ -289,17 +274,14 @@ class PictureMaker:
             deinterlace = False
             if frame.picture.interlaced_frame:
                 large_enough = min(frame.picture.width, frame.picture.height) >= 3  # for yadif
-                deinterlace = self._interlaced == "deinterlace" and large_enough
-                self._count_interlaced(is_kept=not deinterlace)
+                deinterlace = self._video.interlaced != "keep" and large_enough
+                self._counts["deinterlaced_frames" if deinterlace else "interlaced_frames_kept"] += 1
+                self._notes.add("deinterlaced" if deinterlace else "interlaced, kept")
             if chain is None or not chain.takes(frame.picture, deinterlace=deinterlace):
                 yield from chain.add(None) if chain else ()
                 chain = _FilterChain(frame.picture, deinterlace=deinterlace)
             yield from chain.add(frame)
         yield from chain.add(None) if chain else ()
-
-    def _count_interlaced(self, *, is_kept: bool) -> None:
-        self._counts["interlaced_frames_kept" if is_kept else "deinterlaced_frames"] += 1
-        self._notes.add("interlaced, kept" if is_kept else "deinterlaced")
 
     def upright(self, frame: TimedFrame) -> av.VideoFrame:
         """Return the frame's picture scaled to square pixels, converted and turned as its display matrix says.
@@ -353,8 +335,8 @@ class PictureMaker:
         if aspect != 1:
             self._facts["pixel_aspect"] = f"{aspect.numerator}:{aspect.denominator}"
         even, stored = (
-            output_size(width, height, self._short_side, aspect, multiple=multiple)
-            for multiple in (None, self._side_multiple)
+            output_size(width, height, self._video.short_side, aspect, multiple=multiple)
+            for multiple in (None, self._video.side_multiple)
         )
         own = (even[1], even[0]) if orientation.transposed else even
         if self._size == (0, 0):
@@ -367,7 +349,7 @@ class PictureMaker:
         """Return the frame itself, or scaled and in BT.709 where it has a high dynamic range or a wide gamut."""
         transfer, primaries = picture.color_trc, picture.color_primaries
         if transfer in HDR_TRANSFERS:
-            if self._hdr == "refuse":
+            if self._video.hdr == "refuse":
                 found = HDR_TRANSFERS[transfer]
                 raise MediaError("hdr", f"expected standard dynamic range, found {found}; --hdr tone-map converts it")
             self._facts["tone_mapped"] = HDR_TRANSFERS[transfer]

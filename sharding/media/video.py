@@ -123,7 +123,7 @@ class VideoCut:
         segment: Segment,
         *,
         limits: MediaLimits,
-        clock: str = "file",
+        clock: str,
     ) -> None:
         self.zero = Fraction(0)
         """The media clock's zero on the container's clock."""
@@ -146,8 +146,10 @@ class VideoCut:
         Raises:
             MediaError: ``decode_error``, ``truncated``, ``bad_timestamps``, ``too_large``, ``segment_outside``.
         """
-        self._check_claim()
         start, end = self._segment.start, self._segment.end
+        if end is None:  # a whole file that says it is too long need not be decoded up to the limit
+            claimed = (self._container.duration or 0) / av.time_base - float(start)
+            self._check_extent(0, Fraction(claimed))
         before: TimedFrame | None = None
         num_kept, media_end = 0, -start  # until a frame is found none of the media is
         for frame in self._checked_frames():
@@ -174,7 +176,7 @@ class VideoCut:
         """Yield all frames with their times; of several at one time the last, which players leave on display."""
         decoded_pixels = 0
         held: TimedFrame | None = None
-        pictures = self._pictures()
+        pictures = self._pictures()  # says where zero is
         origin = self.zero + self._segment.start
         for picture in pictures:
             decoded_pixels += picture.width * picture.height
@@ -188,15 +190,14 @@ class VideoCut:
             else:
                 self._num_replaced += held is not None
             base = picture.time_base or Fraction(0)
-            self._matrix = (
-                display_matrix(picture) or self._matrix
-            )  # a message inside the stream holds for all that follow
+            # A message inside the stream holds for all that follow.
+            self._matrix = display_matrix(picture) or self._matrix
             held = TimedFrame(picture, seconds, picture.duration * base or self._interval, self._matrix)
         if held is not None:
             yield held
 
     def _pictures(self) -> Iterator[av.VideoFrame]:
-        frames = video_frames(self._container, self._stream, lead_in=self._lead_in)
+        frames = decoded_frames(self._container, self._stream, lead_in=self._lead_in)
         first = next(frames, None)
         if first is None:
             raise MediaError("decode_error", "expected at least one frame, found none")
@@ -208,7 +209,7 @@ class VideoCut:
             self.changes["picture_starts_seconds"] = float(late)
         if self._segment.start < _SEEK_FROM or not can_seek(self._container, self._stream):
             return itertools.chain([first], frames)
-        return video_frames(self._container, self._stream, seek=self.zero + self._segment.start)
+        return decoded_frames(self._container, self._stream, seek=self.zero + self._segment.start)
 
     def _note_what_was_unusual(self) -> None:
         start, end = self._segment.start, self._segment.end
@@ -236,12 +237,6 @@ class VideoCut:
         if float(seconds) > self._limits.max_duration_seconds + 1:
             limit = self._limits.max_duration_seconds
             raise MediaError("too_large", f"expected at most {limit:g} s, found more; cut the video by times")
-
-    def _check_claim(self) -> None:
-        """A whole file that says it is too long need not be decoded up to the limit."""
-        claimed = (self._container.duration or 0) / av.time_base - float(self._segment.start)
-        if self._segment.end is None:
-            self._check_extent(0, Fraction(claimed))
 
     def _on_display(self, before: TimedFrame | None, media_end: Fraction) -> TimedFrame:
         is_followed = self.duration > 0  # by a frame behind the segment: until then `before` stays on display
@@ -301,9 +296,13 @@ def _moment(frame: _Frame) -> tuple[int, Fraction]:
     return ticks, time_base
 
 
-def video_frames(
-    container: InputContainer, stream: VideoStream, *, seek: Fraction | None = None, lead_in: LeadIn | None = None
-) -> Iterator[av.VideoFrame]:
+def decoded_frames(
+    container: InputContainer,
+    stream: VideoStream | AudioStream,
+    *,
+    seek: Fraction | None = None,
+    lead_in: LeadIn | None = None,
+) -> Iterator[Any]:
     """Yield frames in display order; with `seek`, from a key frame at or before that moment of the container's clock.
 
     Their `pts` are FFmpeg's best-effort times. Packets in front of the first key frame are left out and counted in
@@ -312,19 +311,7 @@ def video_frames(
     Raises:
         MediaError: ``decode_error`` at the first packet or frame that is damaged, ``encrypted`` at one under DRM.
     """
-    yield from _frames(container, stream, seek, lead_in or LeadIn())
-
-
-def audio_frames(
-    container: InputContainer, stream: AudioStream, *, seek: Fraction | None = None
-) -> Iterator[av.AudioFrame]:
-    """As `video_frames`, for sound."""
-    yield from _frames(container, stream, seek, LeadIn())
-
-
-def _frames(
-    container: InputContainer, stream: VideoStream | AudioStream, seek: Fraction | None, lead_in: LeadIn
-) -> Iterator[Any]:
+    lead_in = lead_in or LeadIn()
     if seek is None or not can_seek(container, stream):
         yield from _decode(container, stream, lead_in)
         return
@@ -333,7 +320,12 @@ def _frames(
         if seek - seconds_back > beginning:
             _seek(container, stream, seek - seconds_back)
             frames = _decode(container, stream, LeadIn(), is_sought=True)
-            first = _first_after_seek(frames)
+            try:
+                first = next(frames, None)
+            except MediaError as error:
+                if error.reason != "decode_error":
+                    raise
+                first = None  # decoding cannot begin there: an open group of pictures, a packet's middle
             if first is not None and frame_seconds(first) <= seek:
                 yield first
                 yield from frames
@@ -350,16 +342,6 @@ def can_seek(container: InputContainer, stream: VideoStream | AudioStream) -> bo
     start, length = (float((ticks or 0) * _time_base(stream)) for ticks in (stream.start_time, stream.duration))
     starts_over = container.format.name == "mpegts" and (start < 0 or start + length >= _WRAP_SECONDS)
     return not starts_over and container.format.name not in _WRONG_TIMES_AFTER_SEEK
-
-
-def _first_after_seek(frames: Iterator[Any]) -> Any:
-    """Return the first frame; None where decoding cannot begin: an open group of pictures, a packet's middle."""
-    try:
-        return next(frames, None)
-    except MediaError as error:
-        if error.reason != "decode_error":
-            raise
-        return None
 
 
 def _seek(container: InputContainer, stream: VideoStream | AudioStream, moment: Fraction) -> None:
@@ -381,10 +363,12 @@ def _decode(
     container: InputContainer, stream: VideoStream | AudioStream, lead_in: LeadIn, *, is_sought: bool = False
 ) -> Iterator[Any]:
     last: tuple[int, Fraction] | None = None
-    nothing_left_out = LeadIn()
-    times = _BestTimes(container, stream) if isinstance(stream, VideoStream) else _SoundTimes()
-    if isinstance(times, _SoundTimes) and stream.start_time is not None and not is_sought:
-        times.begin(stream.start_time * _time_base(stream))
+    times: _BestTimes | _SoundTimes
+    if isinstance(stream, VideoStream):
+        times = _BestTimes(container, stream)
+    else:
+        start = None if is_sought else stream.start_time
+        times = _SoundTimes(None if start is None else start * _time_base(stream))
     try:
         for packet in _from_key_frame(container, stream, lead_in):
             for side_data in packet.iter_sidedata():  # mostly none: cheaper than to ask for one by its name
@@ -392,7 +376,14 @@ def _decode(
                     raise MediaError("encrypted", f"expected a {stream.type} stream in the clear, found one under DRM")
             if packet.is_corrupt:
                 raise MediaError("decode_error", f"expected whole packets, found a cut one in the {stream.type} stream")
-            for frame in _decoded(packet, lead_in if last is None else nothing_left_out):
+            try:
+                frames: list[Any] = packet.decode()
+            except av.error.InvalidDataError:
+                if last is not None or not lead_in.num_packets:
+                    raise
+                lead_in.num_packets += 1  # the file began in the middle, and this comes before the decoder's parameters
+                continue
+            for frame in frames:
                 times.correct(frame)
                 if is_sought and last is None and frame.pts is None:
                     continue  # nobody knows where it lies: the first one with a time begins
@@ -407,17 +398,6 @@ def _decode(
         raise
     except av.error.FFmpegError as error:
         raise _decode_error(stream, error, None if last is None else last[0] * last[1]) from error
-
-
-def _decoded(packet: "av.Packet[Any]", lead_in: LeadIn) -> list[_Frame]:
-    """Return the packet's frames; in a file that began in the middle it may come before the decoder's parameters."""
-    try:
-        return cast(list[_Frame], packet.decode())
-    except av.error.InvalidDataError:
-        if not lead_in.num_packets:
-            raise
-        lead_in.num_packets += 1
-        return []
 
 
 def _from_key_frame(
@@ -453,7 +433,7 @@ class _BestTimes:
         self._last_pts = self._last_dts = -(2**63)
         self._num_faulty_pts = self._num_faulty_dts = 0
 
-    def correct(self, frame: _Frame) -> None:
+    def correct(self, frame: av.VideoFrame) -> None:
         """Set the frame's `pts`."""
         pts, dts = frame.pts if self._has_pts else None, frame.dts
         if dts is not None:
@@ -478,17 +458,12 @@ class _SoundTimes:
     Some decoders give back such frames, Windows Media Audio its last one.
     """
 
-    def __init__(self) -> None:
-        self._last: tuple[int, Fraction, int, int] | None = None
+    def __init__(self, begins: Fraction | None) -> None:
+        """`begins` is where a first frame without a time lies."""
+        self._last: tuple[int, Fraction, int, int] | None = None if begins is None else (1, begins, 0, 1)
 
-    def begin(self, moment: Fraction) -> None:
-        """Say where a first frame without a time lies."""
-        self._last = 1, moment, 0, 1
-
-    def correct(self, frame: _Frame) -> None:
+    def correct(self, frame: av.AudioFrame) -> None:
         """Set the frame's `pts` where it lacks."""
-        if not isinstance(frame, av.AudioFrame):
-            return
         if frame.pts is None:
             frame.pts = frame.dts
         if frame.pts is None and self._last is not None:

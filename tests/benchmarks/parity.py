@@ -38,6 +38,7 @@ from pipelines.decode.resizing import resized_crop
 from pipelines.rendering import ClipFrames, JpegFrames, RenderRequest, VideoMember, ViewBackend
 from pipelines.threads import StatsRecorder
 from pipelines.views import ClipFacts, SamplingConfig, TrainDraws
+from sharding.format.shard_set import VideoParameters
 from sharding.media.codecs import stored_codec
 from sharding.media.encode import ClipEncoder, EncodedVideo
 from sharding.media.picture import PictureMaker
@@ -77,12 +78,9 @@ def stored_clips(codec: str, drawn: DrawnClips, *, num_gop_frames: int | None, t
 
 
 def _encoded(codec: str, drawn: DrawnClips, seed: int, gop: int | None) -> EncodedVideo:
-    encoder = ClipEncoder(
-        codec,
-        pictures=PictureMaker(codec, short_side=min(drawn.width, drawn.height)),
-        quality=stored_codec(codec).default_quality,
-        num_gop_frames=gop,
-    )
+    side, quality = min(drawn.width, drawn.height), stored_codec(codec).default_quality
+    video = VideoParameters(codec=codec, short_side=side, quality=quality, num_gop_frames=gop)
+    encoder = ClipEncoder(video, PictureMaker(video))
     step = Fraction(1, drawn.frames_per_second)
     for number, frame in enumerate(drawn_frames(drawn, seed=seed)):
         picture = av.VideoFrame.from_ndarray(frame, format="rgb24")

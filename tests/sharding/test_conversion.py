@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ca2st.errors import UserInputError
+from sharding.forecast import forecast_of
 from sharding.format.index import sample_key
-from sharding.settings import ConversionConfig, RejectBudget, conversion_identity, estimate_storage, plan_shards
+from sharding.settings import ConversionConfig, RejectBudget, conversion_identity, plan_shards
 from support.shards import sample, source_list
 
 
@@ -46,6 +47,8 @@ def test_budgets_are_counts_or_shares() -> None:
     for wrong in ("-1", "5 %", "many", "", "101%"):
         with pytest.raises(UserInputError, match=r"max.rejects: expected a count"):
             RejectBudget.parse(wrong)
+        with pytest.raises(UserInputError, match=r"^--max-missing: expected a count"):
+            RejectBudget.parse(wrong, option="--max-missing")
 
 
 def test_the_identity_holds_what_decides_the_bytes_and_nothing_else() -> None:
@@ -59,17 +62,17 @@ def test_the_identity_holds_what_decides_the_bytes_and_nothing_else() -> None:
 
 def test_the_estimate_follows_the_annotated_times() -> None:
     timed = [sample(Path(f"{number}.mp4"), start=float(number), end=number + 4.0) for number in range(10)]
-    estimate = estimate_storage(source_list([*timed, sample(Path("whole.mp4"))]), ConversionConfig())
+    estimate = forecast_of(source_list([*timed, sample(Path("whole.mp4"))]), ConversionConfig(), {})
     assert estimate.num_samples == 11
     assert estimate.duration_seconds == pytest.approx(44)
     assert estimate.num_frames == 44 * 30
     assert estimate.video_bytes == pytest.approx(44 * 30 * 13_600)
     assert estimate.mel_bytes == 44 * 100 * 128 * 2
-    assert estimate.total_bytes == estimate.video_bytes + estimate.mel_bytes
-    thin = estimate_storage(source_list(timed), ConversionConfig(frames_per_second=10, audio_policy="none"))
+    assert estimate.total_bytes == estimate.video_bytes + estimate.mel_bytes + estimate.other_bytes
+    thin = forecast_of(source_list(timed), ConversionConfig(frames_per_second=10, audio_policy="none"), {})
     assert thin.num_frames == 400
     assert thin.mel_bytes == 0
-    assert estimate_storage(source_list([sample(Path("a.mp4"))]), ConversionConfig()).duration_seconds == 10
+    assert forecast_of(source_list([sample(Path("a.mp4"))]), ConversionConfig(), {}).duration_seconds == 10
 
 
 PLANNED = st.lists(st.one_of(st.none(), st.floats(0.1, 900)), min_size=1, max_size=60)
@@ -90,9 +93,10 @@ def test_the_plan_covers_every_sample_once_and_no_shard_is_forecast_beyond_its_s
     assert list(starts) == sorted(set(starts))
     for first, end in zip(starts, (*starts[1:], len(samples)), strict=True):
         if end - first > 1:
-            part = estimate_storage(source_list(samples[first:end]), config).total_bytes
+            part = forecast_of(source_list(samples[first:end]), config, {})
             untimed = sum(one is None for one in seconds[first:end])
-            assert part <= shard_bytes or untimed, "those without times are as long as the others of the whole list"
+            fits = part.video_bytes + part.mel_bytes <= shard_bytes
+            assert fits or untimed, "those without times are as long as the others of the whole list"
     assert plan_shards(source_list(samples), replace(config, workers=7)).starts == starts
 
 

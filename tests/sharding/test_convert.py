@@ -355,6 +355,14 @@ def test_without_torchaudio_a_conversion_ends_with_advice_and_one_without_sound_
     assert file_hashes(tmp_path / "silent") == reference.hashes
 
 
+def test_what_is_left_of_a_shard_that_the_plan_does_not_have_is_removed(reference: Reference, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "ca2st-000009.tar").write_bytes(b"cut short")
+    convert(reference.source, out, small_config())
+    assert file_hashes(out) == reference.hashes
+
+
 def test_a_sample_larger_than_a_shard_gets_one_of_its_own(reference: Reference, tmp_path: Path) -> None:
     report = convert(reference.source, tmp_path / "out", small_config(shard_bytes=LEAST_SHARD_BYTES))
     assert report.num_shards == 5

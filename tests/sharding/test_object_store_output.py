@@ -87,6 +87,23 @@ def test_changed_sources_and_damage_behind_a_url_are_noticed(
     assert file_hashes(root) == reference.hashes, "a damaged shard of an unfinished conversion is made again"
 
 
+def test_another_machine_finishes_a_conversion_of_which_only_the_manifest_is_missing(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"memory://bucket/{tmp_path.name}"
+    monkeypatch.setenv("HOME", str(tmp_path / "first"))
+    with pytest.raises(InjectedFault):
+        convert(
+            reference.source, url, small_config(), faults=FaultPoints(point="manifest.written", nth=1, kind="raise")
+        )
+    files = RemoteFiles(folder=RemoteFolder(url))
+    files.remove(SOURCES_NAME)
+    monkeypatch.setenv("HOME", str(tmp_path / "second"))
+    report = convert(reference.source, url, small_config())
+    assert (report.num_samples, report.clips_per_second) == (5, 0)
+    assert verify_place(url) == []
+
+
 class FlakyUploads(FlakyStorage):
     """Writes that may fail, too."""
 

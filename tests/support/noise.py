@@ -8,6 +8,7 @@ from fractions import Fraction
 import av
 import numpy as np
 
+from sharding.format.shard_set import VideoParameters
 from sharding.media.codecs import STORED_CODECS
 from sharding.media.encode import GOP_ENCODINGS, ClipEncoder
 from sharding.media.picture import PictureMaker
@@ -30,8 +31,8 @@ def noise_frames(width: int, height: int, count: int) -> list[TimedFrame]:
 def encoded_noise(codec: str, frames: Sequence[TimedFrame], *, quality: int | None = None) -> bytes:
     """The MP4 of the frames; quality None: the codec's default."""
     quality = STORED_CODECS[codec].default_quality if quality is None else quality
-    pictures = PictureMaker(codec, short_side=256)
-    encoder = ClipEncoder(codec, pictures=pictures, quality=quality, num_gop_frames=8)
+    video = VideoParameters(codec=codec, quality=quality, num_gop_frames=8)
+    encoder = ClipEncoder(video, PictureMaker(video))
     for frame in frames:
         encoder.add(frame)
     return encoder.finish().mp4

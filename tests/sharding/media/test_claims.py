@@ -120,6 +120,21 @@ def test_a_lost_page_of_ogg_is_named_by_its_place(tmp_path: Path) -> None:
     assert caught.value.reason == "decode_error"
 
 
+def test_ogg_that_ends_inside_the_header_of_a_page_is_a_damaged_file_and_no_fault_of_ours(tmp_path: Path) -> None:
+    data = whole_file(tmp_path / "a.ogv").read_bytes()
+    (tmp_path / "cut.ogv").write_bytes(data[: data.rindex(b"OggS") + 10])
+    with pytest.raises(MediaError, match=r"expected the next Ogg page at byte \d+") as caught:
+        convert_one(tmp_path / "cut.ogv", 0.0, 2.2, audio_policy="none")
+    assert caught.value.reason == "decode_error"
+
+
+def test_a_live_recording_may_end_inside_the_name_of_a_cluster(tmp_path: Path) -> None:
+    whole = make_clip(tmp_path / "a.mkv", seconds=12, codec="libx264", size=(96, 64), container_options={"live": "1"})
+    data = whole.read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(data[: data.rindex(b"\x1f\x43\xb6\x75") + 2])
+    assert 100 < len(convert_one(tmp_path / "cut.mkv", audio_policy="none").video.frame_ticks) < 360
+
+
 @pytest.mark.parametrize("name", ["a.mkv", "a.avi", "a.ogv"])
 def test_zeros_for_what_never_arrived_are_truncated_whatever_the_decoder_stumbles_over(
     tmp_path: Path, name: str
@@ -203,6 +218,23 @@ def test_damaged_bytes_of_an_avi_never_move_its_sound(tmp_path: Path) -> None:
         assert found.audio is not None
         assert found.video.frame_ticks == good.video.frame_ticks
         assert len(found.audio.pcm) == len(good.audio.pcm)
+
+
+def test_an_avi_whose_index_says_that_it_is_longer_than_the_file_is_read_with_what_is_there(tmp_path: Path) -> None:
+    data = bytearray(whole_file(tmp_path / "a.avi").read_bytes())
+    at = data.index(b"idx1")
+    data[at + 4 : at + 8] = (int.from_bytes(data[at + 4 : at + 8], "little") + 2**20).to_bytes(4, "little")
+    (tmp_path / "b.avi").write_bytes(data + b"odd")
+    assert len(convert_one(tmp_path / "b.avi", 0.0, 0.3).video.frame_ticks) == 9
+
+
+def test_a_matroska_header_of_an_absurd_length_is_a_cut_file(tmp_path: Path) -> None:
+    data = bytearray(whole_file(tmp_path / "a.mkv").read_bytes())
+    data[4:12] = b"\x01" + b"\x7f" * 7
+    (tmp_path / "b.mkv").write_bytes(data)
+    with pytest.raises(MediaError, match=r"expected \d{10,} bytes as its EBML header says, found \d+") as caught:
+        convert_one(tmp_path / "b.mkv")
+    assert caught.value.reason == "truncated"
 
 
 def test_an_avi_whose_index_fits_nothing_or_is_missing_is_read_without_it(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ca2st.errors import UserInputError
 from sharding.errors import MediaError
+from sharding.format.shard_set import VideoParameters
 from sharding.media.codecs import STORED_CODECS
 from sharding.media.encode import ClipEncoder, EncodedClip, EncodedVideo, encode_clip
 from sharding.media.picture import PictureMaker, output_size
@@ -313,9 +314,8 @@ def test_an_unknown_codec_lists_the_known_ones() -> None:
 def new_encoder(name: str) -> ClipEncoder:
     codec = STORED_CODECS[name]
     gop = None if codec.has_frame_ranges else 8
-    return ClipEncoder(
-        name, pictures=PictureMaker(name, short_side=32), quality=codec.default_quality, num_gop_frames=gop
-    )
+    video = VideoParameters(codec=name, short_side=32, quality=codec.default_quality, num_gop_frames=gop)
+    return ClipEncoder(video, PictureMaker(video))
 
 
 @pytest.mark.parametrize("name", STORED_CODECS)

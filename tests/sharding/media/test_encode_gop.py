@@ -17,11 +17,12 @@ from ca2st.errors import UserInputError
 from sharding.conversion import convert
 from sharding.errors import ConversionRefusedError, MediaError
 from sharding.folder import refuse_another_conversion
+from sharding.forecast import forecast_of
 from sharding.format.index import decode_index
 from sharding.format.shard_set import VideoParameters, read_shard_set, write_shard_set
 from sharding.media.codecs import STORED_CODECS
 from sharding.media.encode import GOP_ENCODINGS, EncodedVideo
-from sharding.settings import ConversionConfig, conversion_identity, estimate_storage
+from sharding.settings import ConversionConfig, conversion_identity
 from sharding.verify import verify_shard_set
 from support.media import make_clip, read_number
 from support.noise import encoded_noise, hashes_of_noise, noise_frames
@@ -242,10 +243,10 @@ def test_a_quality_or_group_length_out_of_range_is_refused(wrong: dict[str, Any]
 def test_every_codec_expects_storage_of_its_own(codec: str) -> None:
     source = source_list([sample(Path("a.mp4"), start=0.0, end=10.0)])
     default = ConversionConfig(codec=codec, audio_policy="none")
-    found = estimate_storage(source, default).video_bytes
+    found = forecast_of(source, default, {}).video_bytes
     assert found == pytest.approx(300 * STORED_CODECS[codec].frame_bytes)
     worse = ConversionConfig(codec=codec, audio_policy="none", quality=STORED_CODECS[codec].default_quality + 3)
-    assert estimate_storage(source, worse).video_bytes < found
+    assert forecast_of(source, worse, {}).video_bytes < found
 
 
 OLD_VIDEO = {"codec": "mjpeg", "frames_per_second": None, "quality": 5, "short_side": 256}

@@ -15,6 +15,7 @@ import pytest
 
 from ca2st.errors import UserInputError
 from sharding.errors import MediaError
+from sharding.format.shard_set import VideoParameters
 from sharding.media.encode import EncodedClip, EncodedVideo, encode_clip
 from sharding.media.picture import Orientation, PictureMaker, orientation_of, output_size, standard_rgb, tone_curve
 from sharding.media.video import TimedFrame, display_matrix
@@ -83,9 +84,9 @@ def test_each_of_the_eight_orientations_is_shown_as_the_track_header_says(
 ) -> None:
     base = make_clip(tmp_path / "a.mp4", seconds=0.1, size=(64, 48))
     path = with_matrix(base, tmp_path / "b.mp4", *matrix)
-    maker = PictureMaker("h264", short_side=256)
+    maker = PictureMaker(VideoParameters(codec="h264"))
     planes = maker.upright(timed(decoded(path)[1])).to_ndarray()
-    plain = PictureMaker("h264", short_side=256).upright(timed(decoded(base)[1])).to_ndarray()[:48]
+    plain = PictureMaker(VideoParameters(codec="h264")).upright(timed(decoded(base)[1])).to_ndarray()[:48]
     expected = shown(plain, *matrix)
     assert np.array_equal(planes[: expected.shape[0]], expected)
     is_mirrored = matrix[0] * matrix[3] - matrix[1] * matrix[2] < 0
@@ -226,7 +227,7 @@ def test_an_absurd_pixel_aspect_is_ignored_and_noted(tmp_path: Path) -> None:
 
 
 def test_a_later_frame_of_another_size_is_scaled_to_the_first_and_another_shape_is_counted() -> None:
-    maker = PictureMaker("mjpeg", short_side=256)
+    maker = PictureMaker(VideoParameters())
     sizes = [(64, 48), (128, 96), (96, 48), (96, 48)]
     pictures = [av.VideoFrame.from_ndarray(np.full((h, w, 3), 90, np.uint8), format="rgb24") for w, h in sizes]
     made = [maker.upright(timed(picture)) for picture in pictures]
@@ -288,7 +289,7 @@ def test_only_marked_frames_are_deinterlaced_in_a_mixed_stream(tmp_path: Path) -
     larger = decoded(make_clip(tmp_path / "c.mp4", seconds=0.1, size=(64, 48)))
     pictures = [*plain[:3], *marked[:4], *plain[3:5], *marked[4:6], *larger]
     frames = [TimedFrame(picture, Fraction(number), Fraction(1)) for number, picture in enumerate(pictures)]
-    maker = PictureMaker("mjpeg", short_side=256)
+    maker = PictureMaker(VideoParameters())
     found = list(maker.prepared(iter(frames)))
     assert [frame.seconds for frame in found] == list(range(len(frames)))
     same = [
@@ -382,7 +383,7 @@ def test_bright_colours_keep_their_hue() -> None:
 
 
 def test_a_wide_gamut_is_converted_by_the_published_matrix() -> None:
-    maker = PictureMaker("h264", short_side=256)
+    maker = PictureMaker(VideoParameters(codec="h264"))
     inside = (BARS / 255.0) ** 2.4 @ TO_BT2020.T
     image = np.repeat(np.repeat((inside ** (1 / 2.4) * 255).round().astype(np.uint8)[None], 32, axis=0), 16, axis=1)
     picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
@@ -446,16 +447,16 @@ def test_derived_and_reserved_matrices_are_read_as_what_they_stand_for(matrix: i
         format="yuv444p", src_color_range="JPEG", dst_colorspace=like, dst_color_range="MPEG"
     )
     picture.colorspace = picture.color_primaries = like
-    expected = PictureMaker("h264", short_side=256).upright(timed(picture)).to_ndarray()
+    expected = PictureMaker(VideoParameters(codec="h264")).upright(timed(picture)).to_ndarray()
     picture.colorspace, picture.color_primaries = matrix, primaries
-    assert np.array_equal(PictureMaker("h264", short_side=256).upright(timed(picture)).to_ndarray(), expected)
+    assert np.array_equal(PictureMaker(VideoParameters(codec="h264")).upright(timed(picture)).to_ndarray(), expected)
 
 
 def test_a_colour_matrix_that_cannot_be_converted_is_a_reject() -> None:
     picture = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24").reformat(format="yuv420p")
     picture.colorspace = 8  # YCgCo
     with pytest.raises(MediaError, match=r"colour matrix 8 of H\.273: cannot be converted"):
-        PictureMaker("mjpeg", short_side=256).upright(timed(picture))
+        PictureMaker(VideoParameters()).upright(timed(picture))
 
 
 def test_unknown_policies_list_the_known_ones() -> None:
