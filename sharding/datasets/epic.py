@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sharding.datasets.label_spaces import class_index, class_name, published_classes
 from sharding.datasets.media_tree import Annotation, located
-from sharding.datasets.request import DatasetRequest, needed_annotations, refuse_unused
+from sharding.datasets.request import DatasetRequest, needed_annotations
 from sharding.datasets.table import (
     CellError,
     Problems,
@@ -30,6 +30,7 @@ from sharding.source import SourceList
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 _TIMES = ("start_timestamp", "stop_timestamp")
 _SEGMENT = ("participant_id", "video_id", *_TIMES)
+_SAMPLES = ("start_sample", "stop_sample")
 _LABELS = re.compile(r"[A-Za-z0-9_-]+,\d+,\d+", re.ASCII)
 """A line of the CAST release: id, verb, noun."""
 _MEDIA = "the folder with <video_id>.MP4, <participant_id>/videos/<video_id>.MP4 or clips <id>.mp4"
@@ -43,18 +44,12 @@ VERB_NOUN = (
 _Labels = tuple[int, ...] | None
 
 
-def read_kitchens(request: DatasetRequest) -> SourceList:
-    """Read EPIC-KITCHENS-100: a verb and a noun per segment; also the CAST release's ``id,verb,noun`` of clips.
-
-    Raises:
-        UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
-        AnnotationError: a wrong file or rows, or a list without labels of another split than ``test``.
-    """
-    refuse_unused(request, "epic_kitchens_100", "classes", "task")
-    annotations = needed_annotations(request, "epic_kitchens_100", what="EPIC_100_train.csv or EPIC_100_validation.csv")
+def read_kitchens(request: DatasetRequest, dataset: str) -> SourceList:
+    """Read EPIC-KITCHENS-100: a verb and a noun per segment; also the CAST release's ``id,verb,noun`` of clips."""
+    annotations = needed_annotations(request, dataset, what="EPIC_100_train.csv or EPIC_100_validation.csv")
     problems = Problems(annotations, advice="is this the owners' file? fetch it again")
     if _LABELS.fullmatch(first_line(annotations).strip()):
-        rows = read_rows(annotations, columns=("narration_id", "verb_class", "noun_class"), problems=problems).rows
+        rows = read_rows(annotations, columns=("narration_id", "verb_class", "noun_class"), problems=problems)
     else:
         rows = _owners(annotations, ("narration_id", *_SEGMENT), ("verb_class", "noun_class"), request, problems)
 
@@ -65,33 +60,22 @@ def read_kitchens(request: DatasetRequest) -> SourceList:
         return None if None in read else tuple(label for label in read if label is not None)
 
     found = _annotations(rows, "narration_id", labels, problems)
-    return located(found, request, dataset="epic_kitchens_100", spaces=VERB_NOUN, what=_MEDIA, suffix=".MP4")
+    return located(found, request, dataset=dataset, spaces=VERB_NOUN, what=_MEDIA, suffix=".MP4")
 
 
-def read_sounds(request: DatasetRequest) -> SourceList:
-    """Read EPIC-SOUNDS: one of 44 classes per segment, whose name and number must agree.
+def read_sounds(request: DatasetRequest, dataset: str) -> SourceList:
+    """Read EPIC-SOUNDS or HD-EPIC-SOUNDS: one of 44 classes per segment, whose name and number must agree.
 
-    Raises:
-        UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
-        AnnotationError: a wrong file or rows, or a list without classes of another split than ``test``.
+    Rows of HD-EPIC-SOUNDS have no id: their video and samples make one. Two pairs of rows share one; the second has
+    ``#2`` behind it.
     """
-    what = "EPIC_Sounds_train.csv or EPIC_Sounds_validation.csv"
-    return _read_sounds(request, "epic_sounds", "annotation_id", what=what)
-
-
-def read_hd_sounds(request: DatasetRequest) -> SourceList:
-    """Read HD-EPIC-SOUNDS, in EPIC-SOUNDS' classes: its rows have no id, their video and samples make one.
-
-    Two pairs of rows share one: the second has ``#2`` behind it. Raises as `read_sounds`.
-    """
-    return _read_sounds(request, "hd_epic_sounds", None, what="HD_EPIC_Sounds.csv")
-
-
-def _read_sounds(request: DatasetRequest, dataset: str, id_column: str | None, *, what: str) -> SourceList:
-    refuse_unused(request, dataset, "classes", "task")
+    if dataset == "epic_sounds":
+        what, id_column = "EPIC_Sounds_train.csv or EPIC_Sounds_validation.csv", "annotation_id"
+    else:
+        what, id_column = "HD_EPIC_Sounds.csv", None
     annotations = needed_annotations(request, dataset, what=what)
     problems = Problems(annotations, advice="is this the owners' file? fetch it again")
-    identity = ("start_sample", "stop_sample") if id_column is None else (id_column,)
+    identity = _SAMPLES if id_column is None else (id_column,)
     rows = _owners(annotations, (*identity, *_SEGMENT), ("class", "class_id"), request, problems)
     classes = published_classes("epic_sounds")
     found = _annotations(rows, id_column, lambda row: _sound_label(row, classes, problems), problems)
@@ -103,12 +87,12 @@ def _owners(
     path: Path, segment: Sequence[str], labels: Sequence[str], request: DatasetRequest, problems: Problems
 ) -> tuple[Row, ...]:
     """Return the rows of an owners' CSV; a list of test segments has no columns of labels."""
-    table = read_table(path, required=segment, others=True, problems=problems)
+    table = read_table(path, required=segment, problems=problems)
     missing = [name for name in labels if name not in table.columns]
     if len(missing) == len(labels):
         request.require_labels(f"{path}:1:1: expected the columns {', '.join(labels)}")
     elif missing:
-        check_columns(f"{path}:1:1", table.columns, required=labels, others=True)
+        check_columns(f"{path}:1:1", table.columns, required=labels, optional=None)
     return table.rows
 
 
@@ -129,7 +113,7 @@ def _annotation(
     names = [] if is_clip else [read_cell(row, column, _plain_name, problems) for column in _SEGMENT[:2]]
     times = (None, None) if is_clip else read_segment(row, *_TIMES, clock_time, problems=problems)
     if id_column is None:
-        samples = [read_cell(row, column, _plain_name, problems) for column in ("start_sample", "stop_sample")]
+        samples = [read_cell(row, column, _plain_name, problems) for column in _SAMPLES]
         sample_id = "-".join(map(str, (row["video_id"], *samples)))
     else:
         names.append(read_cell(row, id_column, _plain_name, problems))

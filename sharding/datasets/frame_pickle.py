@@ -182,8 +182,9 @@ def _filled(data: Any, dtype: "np.dtype[Any]", shape: tuple[int, ...], order: An
     if dtype.hasobject:
         array = np.empty(len(data), dtype=object)
         array[:] = data if isinstance(data, list) else None
-        return array.reshape(shape, order="F" if order == "F" else "C")
-    return np.frombuffer(_bytes(data), dtype=dtype).reshape(shape, order="F" if order == "F" else "C")
+    else:
+        array = np.frombuffer(_bytes(data), dtype=dtype)
+    return array.reshape(shape, order="F" if order == "F" else "C")
 
 
 def _bytes(data: Any) -> bytes:

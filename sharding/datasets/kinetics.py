@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sharding.datasets.label_spaces import class_index, class_name, published_classes, read_classes
 from sharding.datasets.media_tree import Annotation, located
-from sharding.datasets.request import DatasetRequest, needed_annotations, refuse_unused
+from sharding.datasets.request import DatasetRequest, needed_annotations
 from sharding.datasets.table import (
     CellError,
     Problems,
@@ -40,50 +40,39 @@ _SPLITS = {"train": ("train",), "validation": ("val", "validate", "validation"),
 """What the split column holds, by the name of our split."""
 _NAME = re.compile(r"(?P<id>[A-Za-z0-9_-]{11})(_(?P<start>\d{1,6})(_(?P<end>\d{1,6}))?)?(\.\w{2,5})?", re.ASCII)
 _CLIP_SECONDS = 10
-_WHAT = "the folder with <id>_000417_000427.mp4 or <id>.mp4, flat, by split or by class"
 
 
-def read(request: DatasetRequest) -> SourceList:
-    """Read one split of Kinetics-400: the owners' CSV, or the CAST release's list ``<id>.mp4 <class number>``.
+def read(request: DatasetRequest, dataset: str) -> SourceList:
+    """Read one split of Kinetics-400 or KineticsSound.
 
-    Raises:
-        UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
-        AnnotationError: a wrong file or rows, or a list without labels of another split than ``test``.
+    Kinetics-400: the owners' CSV, or the CAST release's list ``<id>.mp4 <class number>``. KineticsSound:
+    Kinetics-400's CSV by class name, or OGM-GE's ``<id>_000058_000068,10,4``; ``--classes`` names other classes than
+    the usual 31, for there are papers with 32 and 34.
     """
-    refuse_unused(request, "kinetics_400", "classes", "task")
-    return _read(request, "kinetics_400", published_classes("kinetics_400"), what="the owners' train.csv or val.csv")
-
-
-def read_sound(request: DatasetRequest) -> SourceList:
-    """Read one split of KineticsSound: Kinetics-400's CSV by class name, or OGM-GE's ``<id>_000058_000068,10,4``.
-
-    ``--classes`` names other classes than the usual 31; there are papers with 32 and 34. Raises as `read`.
-    """
-    refuse_unused(request, "kinetics_sound", "task")
-    classes = KINETICS_SOUND if request.classes is None else read_classes(request.classes)
-    return _read(request, "kinetics_sound", classes, what="Kinetics-400's CSV file, or my_train.txt or my_test.txt")
-
-
-def _read(request: DatasetRequest, dataset: str, classes: tuple[str, ...], *, what: str) -> SourceList:
+    advice = "is this the owners' file? fetch it again"
+    if is_sound := dataset == "kinetics_sound":
+        what = "Kinetics-400's CSV file, or my_train.txt or my_test.txt"
+        classes = KINETICS_SOUND if request.classes is None else read_classes(request.classes)
+        advice += f"; for a list of other than these {len(classes)} classes name them by --classes"
+    else:
+        what, classes = "the owners' train.csv or val.csv", published_classes(dataset)
     annotations = needed_annotations(request, dataset, what=what)
-    is_sound = dataset == "kinetics_sound"
-    others = f"; for a list of other than these {len(classes)} classes name them by --classes" if is_sound else ""
-    problems = Problems(annotations, advice=f"is this the owners' file? fetch it again{others}")
+    problems = Problems(annotations, advice=advice)
     first = first_line(annotations)
     if "youtube_id" in first:
         found = _owners(annotations, classes, request, problems, partly=is_sound)
     elif "," in first:
         columns = ("name", "label") if first.count(",") == 1 else ("name", "seconds", "label")
-        found = _listed(read_rows(annotations, columns=columns, problems=problems).rows, classes, problems)
+        found = _listed(read_rows(annotations, columns=columns, problems=problems), classes, problems)
     else:
-        found = _listed(read_pairs(annotations, columns=("name", "label"), problems=problems).rows, classes, problems)
+        found = _listed(read_pairs(annotations, columns=("name", "label"), problems=problems), classes, problems)
     problems.refuse_any()
     return located(
         found,
         request,
         dataset=dataset,
         spaces=[LabelSpace(name="label", classes=classes)],
-        what=_WHAT,
+        what="the folder with <id>_000417_000427.mp4 or <id>.mp4, flat, by split or by class",
     )
 
 
@@ -92,7 +81,7 @@ def _owners(
 ) -> list[Annotation]:
     """Return the rows of the split in the owners' CSV; `partly`: those of other classes are no part of the dataset."""
     split = request.split
-    table = read_table(path, required=_COLUMNS, others=True, problems=problems)
+    table = read_table(path, required=_COLUMNS, problems=problems)
     rows = [row for row in table.rows if row["split"] in _SPLITS.get(split, (split,))]
     if not rows:
         held = sorted({row["split"] for row in table.rows})

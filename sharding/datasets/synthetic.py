@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ca2st.errors import UserInputError, check_choice
-from sharding.datasets.request import DatasetRequest, refuse_unused
+from sharding.datasets.request import DatasetRequest
 from sharding.source import SourceList, SourceSample
 from sharding.synthetic.clips import ANNOTATIONS_NAME, clip_file, generate_split
 from sharding.synthetic.config import SyntheticConfig
@@ -15,15 +15,13 @@ TASKS = ("space", "time", "audio", "holistic", "binding")
 several objects keeps time with the sound, in scenes of their own."""
 
 
-def read(request: DatasetRequest) -> SourceList:
+def read(request: DatasetRequest, dataset: str) -> SourceList:
     """Return the clips of one split, made where they are missing; a dry run only lists them.
 
     Raises:
-        UserInputError: an unknown task, an option this dataset does not use, no media folder, or one that holds
-            another synthetic set.
+        UserInputError: an unknown task, no media folder, or one that holds another synthetic set.
         EnvironmentFault: a clip cannot be written.
     """
-    refuse_unused(request, "synthetic", "annotations", "classes", "follow_links")
     task = request.task or "holistic"
     check_choice("--task", task, TASKS)
     config = replace(request.synthetic, binding=task == "binding")
@@ -35,12 +33,12 @@ def read(request: DatasetRequest) -> SourceList:
             )
         folder = generate_split(request.media, request.split, config, limit=request.limit, progress=request.progress)
     return SourceList(
-        dataset="synthetic",
+        dataset=dataset,
         split=request.split,
         label_spaces=label_spaces(config),
         targets=(task,),
         samples=tuple(
-            _sample(folder, request.split, config, index) for index in request.first(range(config.num_samples))
+            _sample(folder, request.split, config, index) for index in range(config.num_samples)[: request.limit]
         ),
     )
 

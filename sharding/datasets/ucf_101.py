@@ -8,7 +8,7 @@ import re
 
 from sharding.datasets.label_spaces import class_name, published_classes
 from sharding.datasets.media_tree import Annotation, located
-from sharding.datasets.request import DatasetRequest, needed_annotations, refuse_unused
+from sharding.datasets.request import DatasetRequest, needed_annotations
 from sharding.datasets.table import CellError, Problems, Row, numbered_lines, read_cell
 from sharding.format.shard_set import LabelSpace
 from sharding.source import SourceList
@@ -16,16 +16,10 @@ from sharding.source import SourceList
 _LINE = re.compile(r"(?:(?P<folder>[A-Za-z]+)/)?(?P<name>v_(?P<action>[A-Za-z]+)_g\d\d_c\d\d)(?:\.\w{2,5})?", re.ASCII)
 
 
-def read(request: DatasetRequest) -> SourceList:
-    """Read one list: ``Class/v_X.avi``, ``Class/v_X.avi 1`` or ``v_X,1``, with numbers from 1.
-
-    Raises:
-        UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
-        AnnotationError: a wrong file or rows.
-    """
-    refuse_unused(request, "ucf_101", "classes", "task")
-    annotations = needed_annotations(request, "ucf_101", what="the owners' trainlist01.txt or testlist01.txt")
-    classes = published_classes("ucf_101")
+def read(request: DatasetRequest, dataset: str) -> SourceList:
+    """Read one list: ``Class/v_X.avi``, ``Class/v_X.avi 1`` or ``v_X,1``, with numbers from 1."""
+    annotations = needed_annotations(request, dataset, what="the owners' trainlist01.txt or testlist01.txt")
+    classes = published_classes(dataset)
     problems = Problems(annotations, advice="is this the owners' file? fetch it again")
     found = []
     for number, line in numbered_lines(annotations):
@@ -37,7 +31,7 @@ def read(request: DatasetRequest) -> SourceList:
     return located(
         found,
         request,
-        dataset="ucf_101",
+        dataset=dataset,
         spaces=[LabelSpace(name="label", classes=classes)],
         what="the folder with <class>/v_<name>.avi",
         suffix=".avi",
@@ -48,7 +42,9 @@ def _annotation(row: Row, classes: tuple[str, ...], problems: Problems) -> Annot
     match = read_cell(row, "video", _video, problems)
     if match is None:
         return None
-    named = match["folder"] or _class_of(match["action"], classes)
+    action = match["action"]
+    # A file name may spell its class otherwise than the list (HandStandPushups).
+    named = match["folder"] or next((name for name in classes if name.lower() == action.lower()), action)
     try:
         label = class_name(classes)(named)
     except CellError as error:
@@ -68,8 +64,3 @@ def _video(text: str) -> "re.Match[str]":
     if match is None:
         raise CellError("not a video", "a video as ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi")
     return match
-
-
-def _class_of(action: str, classes: tuple[str, ...]) -> str:
-    """Return the class that a file name means: one is spelled otherwise there (HandStandPushups)."""
-    return next((name for name in classes if name.lower() == action.lower()), action)

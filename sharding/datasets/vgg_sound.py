@@ -9,7 +9,7 @@ import re
 
 from sharding.datasets.label_spaces import class_index, class_name, published_classes
 from sharding.datasets.media_tree import Annotation, located
-from sharding.datasets.request import DatasetRequest, needed_annotations, refuse_unused
+from sharding.datasets.request import DatasetRequest, needed_annotations
 from sharding.datasets.table import CellError, Problems, Row, first_line, read_cell, read_rows, whole_seconds
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
@@ -25,21 +25,15 @@ _NAME = re.compile(r"(?P<id>[A-Za-z0-9_-]{11})_(?P<start>\d{1,6})(\.\w{2,5})?", 
 _CLIP_SECONDS = 10
 
 
-def read(request: DatasetRequest) -> SourceList:
-    """Read one split; ``validation`` of the whole list is the owners' test split, on which papers report.
-
-    Raises:
-        UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
-        AnnotationError: a wrong file or rows.
-    """
-    refuse_unused(request, "vgg_sound", "classes", "task")
-    annotations = needed_annotations(request, "vgg_sound", what="the owners' vggsound.csv, train.csv or test.csv")
-    classes = published_classes("vgg_sound")
+def read(request: DatasetRequest, dataset: str) -> SourceList:
+    """Read one split; ``validation`` of the whole list is the owners' test split, on which papers report."""
+    annotations = needed_annotations(request, dataset, what="the owners' vggsound.csv, train.csv or test.csv")
+    classes = published_classes(dataset)
     problems = Problems(annotations, advice="is this the owners' file? fetch it again")
     line = first_line(annotations)
     first = next(csv.reader([line])) if len(line) <= csv.field_size_limit() else [line]
     columns = _FORMS.get(len(first), _FORMS[2])
-    rows = read_rows(annotations, columns=columns, problems=problems).rows
+    rows = read_rows(annotations, columns=columns, problems=problems)
     if len(first) == len(_WITH_NUMBERS) and not first[-1].strip().isdigit():
         rows = rows[1:]  # a header
     if "split" in columns:
@@ -52,7 +46,7 @@ def read(request: DatasetRequest) -> SourceList:
     return located(
         found,
         request,
-        dataset="vgg_sound",
+        dataset=dataset,
         spaces=[LabelSpace(name="label", classes=classes)],
         what="the folder with <id>_000030.mp4, flat, by split or by class",
         notes={OTHER_CLASS: aside},
@@ -68,10 +62,12 @@ def _annotation(row: Row, classes: tuple[str, ...], problems: Problems) -> Annot
                 "name and number differ",
                 f"{row.place('number')}: expected {label}, the index of {row['label']!r}, found {row['number']!r}",
             )
-    clip = read_cell(row, "name", _clip, problems) if "name" in row.columns else _clip_or_none(row, problems)
-    if label is None or clip is None:
+    if "name" in row.columns:
+        video_id, start = read_cell(row, "name", _clip, problems) or (None, None)
+    else:
+        video_id, start = read_cell(row, "id", _id, problems), read_cell(row, "start", whole_seconds, problems)
+    if label is None or video_id is None or start is None:
         return None
-    video_id, start = clip
     milliseconds = f"{video_id}_{1000 * start}_{1000 * (start + _CLIP_SECONDS)}"
     name = f"{video_id}_{start:06d}"
     return Annotation(
@@ -81,11 +77,6 @@ def _annotation(row: Row, classes: tuple[str, ...], problems: Problems) -> Annot
         clips=(name, f"{video_id}_{start}", milliseconds, f"{name}_{start + _CLIP_SECONDS:06d}"),
         folder=row["label"],
     )
-
-
-def _clip_or_none(row: Row, problems: Problems) -> tuple[str, int] | None:
-    video_id, start = read_cell(row, "id", _id, problems), read_cell(row, "start", whole_seconds, problems)
-    return None if video_id is None or start is None else (video_id, start)
 
 
 def _clip(text: str) -> tuple[str, int]:

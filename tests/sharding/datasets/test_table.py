@@ -16,7 +16,7 @@ cell = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_s
 
 def read(path: Path, *, others: bool = True) -> Table:
     problems = Problems(path)
-    table = read_table(path, required=("path", "label"), optional=("start",), others=others, problems=problems)
+    table = read_table(path, required=("path", "label"), optional=("start",), problems=problems)
     problems.refuse_any()
     return table
 
