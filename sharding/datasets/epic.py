@@ -78,7 +78,18 @@ def read_sounds(request: DatasetRequest, dataset: str) -> SourceList:
     identity = _SAMPLES if id_column is None else (id_column,)
     rows = _owners(annotations, (*identity, *_SEGMENT), ("class", "class_id"), request, problems)
     classes = published_classes("epic_sounds")
-    found = _annotations(rows, id_column, lambda row: _sound_label(row, classes, problems), problems)
+    numbered, named = class_index(len(classes)), class_name(classes)
+
+    def labels(row: Row) -> _Labels:
+        if "class_id" not in row.columns:
+            return ()
+        index, of_name = read_cell(row, "class_id", numbered, problems), read_cell(row, "class", named, problems)
+        if index is not None and of_name is not None and index != of_name:
+            found = f"{of_name}, the index of {row['class']!r}, found {row['class_id']!r}"
+            problems.add("class and class_id differ", f"{row.place('class_id')}: expected {found}")
+        return None if index is None or index != of_name else (index,)
+
+    found = _annotations(rows, id_column, labels, problems)
     space = LabelSpace(name="label", classes=classes)
     return located(found, request, dataset=dataset, spaces=[space], what=_MEDIA, suffix=".MP4")
 
@@ -132,20 +143,6 @@ def _annotation(
         start_seconds=times[0],
         end_seconds=times[1],
     )
-
-
-def _sound_label(row: Row, classes: tuple[str, ...], problems: Problems) -> _Labels:
-    """Return the class index, which must agree with the class name beside it; none in a list without classes."""
-    if "class_id" not in row.columns:
-        return ()
-    index = read_cell(row, "class_id", class_index(len(classes)), problems)
-    named = read_cell(row, "class", class_name(classes), problems)
-    if index is not None and named is not None and index != named:
-        problems.add(
-            "class and class_id differ",
-            f"{row.place('class_id')}: expected {named}, the index of {row['class']!r}, found {row['class_id']!r}",
-        )
-    return None if index is None or index != named else (index,)
 
 
 def _plain_name(text: str) -> str:

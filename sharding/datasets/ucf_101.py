@@ -5,6 +5,7 @@ The class of a video is the folder that the list names; the numbers behind it, w
 """
 
 import re
+from collections.abc import Callable
 
 from sharding.datasets.label_spaces import class_name, published_classes
 from sharding.datasets.media_tree import Annotation, located
@@ -21,11 +22,12 @@ def read(request: DatasetRequest, dataset: str) -> SourceList:
     annotations = needed_annotations(request, dataset, what="the owners' trainlist01.txt or testlist01.txt")
     classes = published_classes(dataset)
     problems = Problems(annotations, advice="is this the owners' file? fetch it again")
+    parse = class_name(classes)
     found = []
     for number, line in numbered_lines(annotations):
         cells = tuple(re.split(r"[\s,]+", line.strip()))[:2]
         row = Row(path=annotations, line=number, text=line, columns=("video", "label")[: len(cells)], cells=cells)
-        if (one := _annotation(row, classes, problems)) is not None:
+        if (one := _annotation(row, classes, parse, problems)) is not None:
             found.append(one)
     problems.refuse_any()
     return located(
@@ -38,7 +40,9 @@ def read(request: DatasetRequest, dataset: str) -> SourceList:
     )
 
 
-def _annotation(row: Row, classes: tuple[str, ...], problems: Problems) -> Annotation | None:
+def _annotation(
+    row: Row, classes: tuple[str, ...], parse: Callable[[str], int], problems: Problems
+) -> Annotation | None:
     match = read_cell(row, "video", _video, problems)
     if match is None:
         return None
@@ -46,15 +50,13 @@ def _annotation(row: Row, classes: tuple[str, ...], problems: Problems) -> Annot
     # A file name may spell its class otherwise than the list (HandStandPushups).
     named = match["folder"] or next((name for name in classes if name.lower() == action.lower()), action)
     try:
-        label = class_name(classes)(named)
+        label = parse(named)
     except CellError as error:
         problems.add(error.kind, f"{row.place('video')}: expected {error.expected}, found {named!r}")
         return None
     if row.get("label") not in ("", str(label + 1)):
-        problems.add(
-            "class and number differ",
-            f"{row.where}: expected {label + 1}, the number of {named!r}, found {row['label']!r}",
-        )
+        found = f"{label + 1}, the number of {named!r}, found {row['label']!r}"
+        problems.add("class and number differ", f"{row.where}: expected {found}")
     name = match["name"]
     return Annotation(sample_id=f"{named}/{name}", labels=(label,), where=row.where, clips=(name,), folder=named)
 

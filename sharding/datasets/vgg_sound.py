@@ -6,6 +6,7 @@
 
 import csv
 import re
+from collections.abc import Callable
 
 from sharding.datasets.label_spaces import class_index, class_name, published_classes
 from sharding.datasets.media_tree import Annotation, located
@@ -41,7 +42,9 @@ def read(request: DatasetRequest, dataset: str) -> SourceList:
         if not (rows := tuple(row for row in rows if row["split"] == wanted)):
             raise AnnotationError(f"{annotations}: expected rows of {wanted} for --split {request.split}, found none")
     aside = [row.where for row in rows if row["label"] == _NOT_COUNTED]
-    found = [one for row in rows if row["label"] != _NOT_COUNTED and (one := _annotation(row, classes, problems))]
+    named, numbered = class_name(classes), class_index(len(classes))
+    counted = (row for row in rows if row["label"] != _NOT_COUNTED)
+    found = [one for row in counted if (one := _annotation(row, named, numbered, problems))]
     problems.refuse_any()
     return located(
         found,
@@ -53,15 +56,15 @@ def read(request: DatasetRequest, dataset: str) -> SourceList:
     )
 
 
-def _annotation(row: Row, classes: tuple[str, ...], problems: Problems) -> Annotation | None:
-    label = read_cell(row, "label", class_name(classes), problems)
+def _annotation(
+    row: Row, named: Callable[[str], int], numbered: Callable[[str], int], problems: Problems
+) -> Annotation | None:
+    label = read_cell(row, "label", named, problems)
     if row.get("number"):
-        number = read_cell(row, "number", class_index(len(classes)), problems)
+        number = read_cell(row, "number", numbered, problems)
         if number != label and None not in (number, label):
-            problems.add(
-                "name and number differ",
-                f"{row.place('number')}: expected {label}, the index of {row['label']!r}, found {row['number']!r}",
-            )
+            found = f"{label}, the index of {row['label']!r}, found {row['number']!r}"
+            problems.add("name and number differ", f"{row.place('number')}: expected {found}")
     if "name" in row.columns:
         video_id, start = read_cell(row, "name", _clip, problems) or (None, None)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from sharding.datasets import DatasetRequest, read_dataset
+from sharding.datasets import DatasetRequest, label_spaces, read_dataset
 from sharding.datasets.kinetics import KINETICS_SOUND
 from sharding.datasets.label_spaces import published_classes
 from sharding.errors import AnnotationError
@@ -421,3 +421,25 @@ def test_ucf_takes_the_class_from_the_folder_and_numbers_that_must_agree(tmp_pat
 def test_the_published_number_of_rows_is_no_note(tmp_path: Path) -> None:
     rows = [f"P20_01_{number},0,0" for number in range(9668)]
     assert read_rows(tmp_path, "epic_kitchens_100", rows).notes == {}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "row"),
+    [
+        ("vgg_sound", "xElEg-6DBtM_000018.mp4,hail {}"),
+        ("ucf_101", "Hammering{}/v_Hammering_g08_c01.avi"),
+        ("epic_sounds", "P01_02_{0},P01,P01_02,00:00:01.0,00:00:02.0,1,2,rustle {0},4"),
+    ],
+)
+def test_the_nearest_class_is_looked_for_a_few_times_however_many_rows_are_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, row: str
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(label_spaces, "did_you_mean", lambda name, _: asked.append(name) or "")
+    header = [
+        "annotation_id,participant_id,video_id,start_timestamp,stop_timestamp,start_sample,stop_sample,class,class_id"
+    ]
+    rows = [row.format("abcdefghijklmnopqrstuvwxyz"[number]) for number in range(26)]
+    with pytest.raises(AnnotationError, match="unknown class 26"):
+        read_rows(tmp_path, dataset, (header if dataset == "epic_sounds" else []) + rows)
+    assert len(asked) == 20
