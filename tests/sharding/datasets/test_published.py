@@ -244,6 +244,8 @@ def test_something_something_without_labels_is_refused(tmp_path: Path) -> None:
         read_rows(tmp_path, "something_something_v2", ['[{"id":"1420"},', '{"id":"166429"}]'], split="validation")
     with pytest.raises(AnnotationError, match=r"entry 1 \(id '1'\): expected one of the 174 class names"):
         read_rows(tmp_path, "something_something_v2", ['[{"id":"1","template":"Flying [something]"}]'])
+    with pytest.raises(AnnotationError, match=r"entry 1 \(id 'x7'\): expected a video's number, found 'x7'"):
+        read_rows(tmp_path, "something_something_v2", ['[{"id":"x7","template":"Stacking [number of] [something]"}]'])
 
 
 K400_HEADER = "label,youtube_id,time_start,time_end,split,is_cc"
