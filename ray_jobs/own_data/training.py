@@ -82,18 +82,6 @@ class OwnPlan:
         return found
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OwnOutcome:
-    """A finished training on a folder."""
-
-    plan: OwnPlan
-    """With the choices that were used."""
-    shards: OwnShards
-    outcome: Outcome
-    judgement: Judgement | None
-    """None without validation."""
-
-
 def plan_training(folder: Path, overrides: Sequence[str], *, out: Path | None, follow_links: bool = False) -> OwnPlan:
     """List the folder and choose as far as names allow; nothing is opened but the given expert files, nothing written.
 
@@ -133,17 +121,25 @@ def train_own_videos(
         UserInputError: as `plan_training`, or the run's folder holds a training on other videos or with other settings.
     """
     plan = plan_training(folder, overrides, out=out, follow_links=follow_links)
-    if dry_run:
-        _print_plan(plan, as_json=as_json)
-        return
-    for line in found_lines(plan):
-        say(line)
-    done = _train(plan, ray_address=ray_address, accept_open_ray=accept_open_ray)
-    if as_json:
-        print_json(outcome_facts(done))
-        return
-    for line in outcome_lines(done):
-        result(line)
+    if dry_run and as_json:
+        print_json(_plan_facts(plan))
+    elif dry_run:
+        for line in (*_found_lines(plan), "chosen:", *_choice_lines(plan)):
+            result(line)
+        result(f"would train {_plan_facts(plan)['steps']} steps into {plan.run_dir}, on shards made in {plan.shards}")
+        if (plan.run_dir / JOURNAL_NAME).exists():
+            result(
+                f"{plan.run_dir} holds a run: with its videos and settings it goes on, with others give another --out"
+            )
+    else:
+        for line in _found_lines(plan):
+            say(line)
+        done = _train(plan, ray_address=ray_address, accept_open_ray=accept_open_ray)
+        if as_json:
+            print_json(_outcome_facts(*done))
+        else:
+            for line in _outcome_lines(*done):
+                result(line)
 
 
 _FEW_VIDEOS = 20
@@ -155,7 +151,7 @@ _WITHOUT_EXPERTS = (
 )
 
 
-def found_lines(plan: OwnPlan) -> Iterator[str]:
+def _found_lines(plan: OwnPlan) -> Iterator[str]:
     """Yield what lies in the folder: videos by class and split, and what is left aside."""
     videos = plan.videos
     train, validation = videos.count("train"), videos.count("validation")
@@ -175,7 +171,7 @@ def found_lines(plan: OwnPlan) -> Iterator[str]:
     yield from note_lines(videos.source("train").notes)
 
 
-def choice_lines(plan: OwnPlan) -> Iterator[str]:
+def _choice_lines(plan: OwnPlan) -> Iterator[str]:
     """Yield a line per choice with its reason; settings the person made are marked."""
     for choice in plan.chosen():
         settings = [
@@ -189,7 +185,7 @@ def choice_lines(plan: OwnPlan) -> Iterator[str]:
         yield f'warning: no weights are given for {listed(random)}: random, and never trained under trainable "added"'
 
 
-def plan_facts(plan: OwnPlan) -> dict[str, Any]:
+def _plan_facts(plan: OwnPlan) -> dict[str, Any]:
     """For ``--dry-run``: what would be done."""
     training = plan.recipe.training
     steps_per_epoch = plan.facts.num_clips // training.global_batch_size
@@ -210,9 +206,12 @@ def plan_facts(plan: OwnPlan) -> dict[str, Any]:
     }
 
 
-def outcome_facts(done: OwnOutcome) -> dict[str, Any]:
+_Done = tuple[OwnPlan, OwnShards, Outcome, Judgement | None]
+"""A finished training: with the choices that were used, and without a judgement where nothing validates."""
+
+
+def _outcome_facts(plan: OwnPlan, shards: OwnShards, outcome: Outcome, judgement: Judgement | None) -> dict[str, Any]:
     """For ``--json``: what every training reports, and what is known of own videos."""
-    plan, outcome, judgement = done.plan, done.outcome, done.judgement
     return {
         "run_id": read_state(plan.run_dir).run_id if plan.recipe.tracking.enabled else None,
         "checkpoint": outcome.checkpoint,
@@ -220,43 +219,49 @@ def outcome_facts(done: OwnOutcome) -> dict[str, Any]:
         "top1": outcome.metrics.get(outcome.main_metric),
         "metrics": outcome.metrics,
         "run_dir": str(plan.run_dir),
-        "shards": {split: str(folder) for split, folder in done.shards.sets.items()},
+        "shards": {split: str(folder) for split, folder in shards.sets.items()},
         "choices": plan.chosen(),
         "chance": judgement.chance if judgement else None,
         "mistakes": list(judgement.mistakes) if judgement else [],
-        "left_out": [{"video": one.sample_id, "reason": one.reason, "what": one.what} for one in done.shards.left_out],
+        "left_out": [{"video": one.sample_id, "reason": one.reason, "what": one.what} for one in shards.left_out],
     }
 
 
-def outcome_lines(done: OwnOutcome) -> Iterator[str]:
+def _outcome_lines(plan: OwnPlan, shards: OwnShards, outcome: Outcome, judged: Judgement | None) -> Iterator[str]:
     """Yield how good it is, what it got wrong, and what to do next."""
-    yield f"trained {done.outcome.steps} steps; checkpoint {done.outcome.checkpoint}"
-    if done.judgement is None:
+    yield f"trained {outcome.steps} steps; checkpoint {outcome.checkpoint}"
+    if judged is None:
         yield "no class has a second video, so nothing was tested; add videos to see how good the model is"
     else:
-        yield from _judgement_lines(done.judgement)
+        yield (
+            f"validation: {judged.num_right} of {judged.num_videos} right (top-1 {judged.top1:.0%}); "
+            f"always saying {judged.commonest!r} would get {judged.chance:.0%}"
+        )
+        wrong = [f"{_near(Path(one.video))}: taken for {one.said!r} ({one.probability:.0%})" for one in judged.mistakes]
+        if wrong:
+            yield "  " + listed([f"wrong: {mistake}" for mistake in wrong], separator="\n  ")
+        if judged.num_videos < _FEW_VIDEOS:
+            yield f"  few videos: each of them counts {1 / judged.num_videos:.0%}, so take the number as a hint"
     yield "next:"
-    yield from (f"  {command}" for command in next_commands(done))
+    yield from (f"  {command}" for command in _next_commands(plan, shards))
 
 
-def next_commands(done: OwnOutcome) -> list[str]:
+def _next_commands(plan: OwnPlan, shards: OwnShards) -> list[str]:
     """Return commands to go on with, ready for a shell."""
-    plan = done.plan
-    run, video = _quoted(plan.run_dir), _quoted(_near((plan.videos.validation or plan.videos.train)[0].path))
-    commands = [f"ca2st predict {run} {video} --top 3", f"ca2st explain {run} {video} --out explained.html"]
-    if "validation" in done.shards.sets:
-        commands.append(f"ca2st evaluate {run} --data {_quoted(done.shards.sets['validation'])} --views 2x3")
+    run, video = plan.run_dir, _near((plan.videos.validation or plan.videos.train)[0].path)
+    commands = [["predict", run, video, "--top", 3], ["explain", run, video, "--out", "explained.html"]]
+    if "validation" in shards.sets:
+        commands.append(["evaluate", run, "--data", shards.sets["validation"], "--views", "2x3"])
+    links = ["--follow-links"] if plan.videos.follow_links else []
     own = [override for override in plan.overrides if not override.startswith("training.epochs=")]
-    settings = "".join(f" --set {shlex.quote(setting)}" for setting in own)
-    longer = _quoted(plan.run_dir.with_name(f"{plan.run_dir.name}-longer"))
-    epochs = 3 * plan.recipe.training.epochs
-    links = " --follow-links" if plan.videos.follow_links else ""
-    again = f"ca2st train --data-folder {_quoted(plan.videos.folder)}{links}{settings}"
-    commands.append(f"{again} --set training.epochs={epochs} --out {longer}")
-    return commands
+    longer = [*own, f"training.epochs={3 * plan.recipe.training.epochs}"]
+    settings = [part for setting in longer for part in ("--set", setting)]
+    out = run.with_name(f"{run.name}-longer")
+    commands.append(["train", "--data-folder", plan.videos.folder, *links, *settings, "--out", out])
+    return [shlex.join(map(str, ["ca2st", *command])) for command in commands]
 
 
-def _train(plan: OwnPlan, *, ray_address: str | None, accept_open_ray: bool) -> OwnOutcome:
+def _train(plan: OwnPlan, *, ray_address: str | None, accept_open_ray: bool) -> _Done:
     """Make the shards, choose with what they show, say so, train and judge."""
     plan = _with_fetched_experts(plan)
     shards = make_shards(plan.videos, _conversion(plan.recipe), plan.shards)
@@ -268,7 +273,16 @@ def _train(plan: OwnPlan, *, ray_address: str | None, accept_open_ray: bool) -> 
         median_seconds=shards.median_seconds,
     )
     plan = _decided(plan.videos, facts, plan.overrides, out=plan.run_dir)
-    for line in (*_shards_lines(shards), "chosen:", *choice_lines(plan)):
+    if shards.left_out:
+        say(f"left out, not readable: {len(shards.left_out)} videos (rejects.jsonl beside the shards names all)")
+        left_out = [f"{one.sample_id}: {one.reason} ({one.what})" for one in shards.left_out]
+        say("  " + listed(left_out, separator="\n  "))
+    silent = f" and {shards.num_silent} with silence alone" if shards.num_silent else ""
+    say(
+        f"shards in {shards.sets['train'].parent}: {shards.num_clips} training videos, {shards.num_with_sound} with "
+        f"sound{silent}, median {shards.median_seconds:.1f} s"
+    )
+    for line in ("chosen:", *_choice_lines(plan)):
         say(line)
     _refuse_other_videos(plan.run_dir, shards)
     sets = {split: str(folder.resolve()) for split, folder in shards.sets.items()}
@@ -281,7 +295,7 @@ def _train(plan: OwnPlan, *, ray_address: str | None, accept_open_ray: bool) -> 
         accept_open_ray=accept_open_ray,
     )
     judgement = judge(outcome, plan.videos, shards.sets["validation"]) if "validation" in sets else None
-    return OwnOutcome(plan=plan, shards=shards, outcome=outcome, judgement=judgement)
+    return plan, shards, outcome, judgement
 
 
 def _refuse_ignored(given: Recipe, overrides: Sequence[str]) -> None:
@@ -379,55 +393,12 @@ def _refuse_other_videos(run_dir: Path, shards: OwnShards) -> None:
         )
 
 
-def _shards_lines(shards: OwnShards) -> Iterator[str]:
-    """Yield what cannot be read, where the shards lie and what they hold."""
-    if shards.left_out:
-        yield f"left out, not readable: {len(shards.left_out)} videos (rejects.jsonl beside the shards names all)"
-        left_out = [f"{one.sample_id}: {one.reason} ({one.what})" for one in shards.left_out]
-        yield "  " + listed(left_out, separator="\n  ")
-    silent = f" and {shards.num_silent} with silence alone" if shards.num_silent else ""
-    yield (
-        f"shards in {shards.sets['train'].parent}: {shards.num_clips} training videos, {shards.num_with_sound} with "
-        f"sound{silent}, median {shards.median_seconds:.1f} s"
-    )
-
-
-def _judgement_lines(judgement: Judgement) -> Iterator[str]:
-    yield (
-        f"validation: {judgement.num_right} of {judgement.num_videos} right (top-1 {judgement.top1:.0%}); "
-        f"always saying {judgement.commonest!r} would get {judgement.chance:.0%}"
-    )
-    wrong = [
-        f"wrong: {_near(Path(one.video))}: taken for {one.said!r} ({one.probability:.0%})" for one in judgement.mistakes
-    ]
-    if wrong:
-        yield "  " + listed(wrong, separator="\n  ")
-    if judgement.num_videos < _FEW_VIDEOS:
-        yield f"  few videos: each of them counts {1 / judgement.num_videos:.0%}, so take the number as a hint"
-
-
 def _near(path: Path) -> Path:
     """Return the path, relative to the working folder where it lies inside."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))
 
 
 def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return f"[{', '.join(map(_text, value))}]" if isinstance(value, list) else str(value)
-
-
-def _print_plan(plan: OwnPlan, *, as_json: bool) -> None:
-    facts = plan_facts(plan)
-    if as_json:
-        print_json(facts)
-        return
-    for line in (*found_lines(plan), "chosen:", *choice_lines(plan)):
-        result(line)
-    result(f"would train {facts['steps']} steps into {plan.run_dir}, on shards made in {plan.shards}")
-    if (plan.run_dir / JOURNAL_NAME).exists():
-        result(f"{plan.run_dir} holds a run: with its videos and settings it goes on, with others give another --out")

@@ -97,9 +97,17 @@ def list_videos(folder: Path, *, follow_links: bool = False) -> OwnVideos:
             f"{folder}: expected videos ({' '.join(sorted(VIDEO_SUFFIXES))}) of every class to train on, found none of "
             f"the class {', '.join(map(repr, train.empty))}; add some, or remove the folder"
         )
-    aside = [*_beside_splits(folder, splits), *train.left_aside]
+    beside = () if splits["train"] == folder else visible_entries(folder)
+    read = (splits["train"], splits.get("validation"))
+    aside = [f"{entry.name}{'/' * entry.is_dir()}" for entry in beside if entry not in read]
+    aside += train.left_aside
     if "validation" in splits:
-        _refuse_untrained(folder, splits, train.classes)
+        given_names = {entry.name for entry in visible_entries(splits["validation"]) if entry.is_dir()}
+        if extra := sorted(given_names - set(train.classes)):
+            raise AnnotationError(
+                f"{folder}: expected no class in {splits['validation'].name} that is not in {splits['train'].name}, "
+                f"found {', '.join(map(repr, extra))}; nothing would be trained to name them: complete or move them"
+            )
         given = _listed(splits["validation"], train.classes, follow_links=follow_links)
         trained_on, validation, only_trained = train.samples, given.samples, given.empty
         aside += given.left_aside
@@ -269,15 +277,6 @@ def _listed(folder: Path, classes: Sequence[str] | None, *, follow_links: bool) 
     )
 
 
-def _refuse_untrained(folder: Path, splits: Mapping[str, Path], classes: Sequence[str]) -> None:
-    named = {entry.name for entry in visible_entries(splits["validation"]) if entry.is_dir()}
-    if extra := sorted(named - set(classes)):
-        raise AnnotationError(
-            f"{folder}: expected no class in {splits['validation'].name} that is not in {splits['train'].name}, found "
-            f"{', '.join(map(repr, extra))}; nothing would be trained to name them: complete or move them"
-        )
-
-
 def _split_folders(folder: Path) -> dict[str, Path]:
     """Return the folders of splits by split; where the folders are classes, `folder` itself is ``train``."""
     found = [entry for entry in visible_entries(folder) if entry.name.lower() in _SPLITS and entry.is_dir()]
@@ -296,14 +295,6 @@ def _split_folders(folder: Path) -> dict[str, Path]:
         names = ", ".join(path.name for path in splits.values())
         raise AnnotationError(f"{folder}: expected a folder train beside {names}, found none; the form is {_FORM}")
     return splits
-
-
-def _beside_splits(folder: Path, splits: Mapping[str, Path]) -> list[str]:
-    """Return what lies beside the splits that are read: files, a test split, and other folders."""
-    if splits["train"] == folder:
-        return []
-    read = (splits["train"], splits.get("validation"))
-    return [f"{entry.name}{'/' * entry.is_dir()}" for entry in visible_entries(folder) if entry not in read]
 
 
 def _facts(videos: OwnVideos, sets: Mapping[str, Path]) -> OwnShards:
