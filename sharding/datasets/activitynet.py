@@ -4,7 +4,6 @@ One sample per annotated segment of a long video. Segments of no length are left
 exact repeats one is kept; an end past the video is clipped when the video is read.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypedDict
@@ -12,14 +11,14 @@ from typing import Any, TypedDict
 from sharding.datasets.label_spaces import class_index, class_name, is_whole_number, published_classes, read_classes
 from sharding.datasets.media_tree import Annotation, located
 from sharding.datasets.request import DatasetRequest, needed_annotations
-from sharding.datasets.table import CellError, Problems, first_line, read_cell, read_document, read_table
+from sharding.datasets.table import CellError, Problems, first_line, matching, read_cell, read_document, read_table
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
 from sharding.source import NO_LENGTH, REPEATED, SourceList
 
 _SUBSETS = {"train": "training", "validation": "validation", "test": "testing"}
 _CSV_COLUMNS = ("video_id", "t_start", "t_end", "label")
-_NUMBER = re.compile(r"\d{1,6}(\.\d{1,20})?", re.ASCII)
+_seconds = matching(r"\d{1,6}(\.\d{1,20})?", "not a time", "seconds")
 _SUBSETS_FILE = "video_info_new.csv"
 """Names the subset of every video of the CUHK form; it lies beside the annotations."""
 
@@ -126,10 +125,4 @@ def _of_table(path: Path, request: DatasetRequest, classes: tuple[str, ...], pro
         start, end = (read_cell(row, column, _seconds, problems) for column in ("t_start", "t_end"))
         label = read_cell(row, "label", parse, problems)
         if start is not None and end is not None and label is not None:
-            yield row["video_id"].removeprefix("v_"), start, end, label, row.where
-
-
-def _seconds(text: str) -> float:
-    if not _NUMBER.fullmatch(text):
-        raise CellError("not a time", "seconds")
-    return float(text)
+            yield row["video_id"].removeprefix("v_"), float(start[0]), float(end[0]), label, row.where

@@ -13,12 +13,12 @@ from sharding.datasets.label_spaces import class_index, class_name, published_cl
 from sharding.datasets.media_tree import Annotation, located
 from sharding.datasets.request import DatasetRequest, needed_annotations
 from sharding.datasets.table import (
-    CellError,
     Problems,
     Row,
     check_columns,
     clock_time,
     first_line,
+    matching,
     read_cell,
     read_rows,
     read_segment,
@@ -27,7 +27,7 @@ from sharding.datasets.table import (
 from sharding.format.shard_set import LabelSpace
 from sharding.source import SourceList
 
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
+_plain_name = matching(r"[A-Za-z0-9_-]{1,80}", "not an id", "an id of letters, digits, _ and -")
 _TIMES = ("start_timestamp", "stop_timestamp")
 _SEGMENT = ("participant_id", "video_id", *_TIMES)
 _SAMPLES = ("start_sample", "stop_sample")
@@ -124,8 +124,8 @@ def _annotation(
     names = [] if is_clip else [read_cell(row, column, _plain_name, problems) for column in _SEGMENT[:2]]
     times = (None, None) if is_clip else read_segment(row, *_TIMES, clock_time, problems=problems)
     if id_column is None:
-        samples = [read_cell(row, column, _plain_name, problems) for column in _SAMPLES]
-        sample_id = "-".join(map(str, (row["video_id"], *samples)))
+        names += [read_cell(row, column, _plain_name, problems) for column in _SAMPLES]
+        sample_id = "-".join(row[column] for column in ("video_id", *_SAMPLES))
     else:
         names.append(read_cell(row, id_column, _plain_name, problems))
         sample_id = row[id_column]
@@ -143,10 +143,3 @@ def _annotation(
         start_seconds=times[0],
         end_seconds=times[1],
     )
-
-
-def _plain_name(text: str) -> str:
-    """Return an id that is safe as part of a file name."""
-    if not _NAME.fullmatch(text):
-        raise CellError("not an id", "an id of letters, digits, _ and -")
-    return text

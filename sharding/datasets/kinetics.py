@@ -4,17 +4,16 @@ Kinetics-400's CSV names a YouTube id, the seconds that were cut from it and a c
 ``<id>_000417_000427.mp4`` or ``<id>.mp4``. KineticsSound is the part of it whose classes can be heard.
 """
 
-import re
 from pathlib import Path
 
 from sharding.datasets.label_spaces import class_index, class_name, published_classes, read_classes
 from sharding.datasets.media_tree import Annotation, located
 from sharding.datasets.request import DatasetRequest, needed_annotations
 from sharding.datasets.table import (
-    CellError,
     Problems,
     Row,
     first_line,
+    matching,
     read_cell,
     read_pairs,
     read_rows,
@@ -38,7 +37,11 @@ KINETICS_SOUND = (
 _COLUMNS = ("youtube_id", "time_start", "time_end", "split")
 _SPLITS = {"train": ("train",), "validation": ("val", "validate", "validation"), "test": ("test",)}
 """What the split column holds, by the name of our split."""
-_NAME = re.compile(r"(?P<id>[A-Za-z0-9_-]{11})(_(?P<start>\d{1,6})(_(?P<end>\d{1,6}))?)?(\.\w{2,5})?", re.ASCII)
+_name = matching(
+    r"(.*/)?(?P<id>[A-Za-z0-9_-]{11})(_(?P<start>\d{1,6})(_(?P<end>\d{1,6}))?)?(\.\w{2,5})?",
+    "not a clip",
+    "a YouTube id, perhaps with its seconds, as -5wLopwbGX0_000417_000427.mp4",
+)
 _CLIP_SECONDS = 10
 
 
@@ -129,10 +132,3 @@ def _annotation(
         clips=(*cut, video_id),
         folder="" if label is None else classes[label],
     )
-
-
-def _name(text: str) -> "re.Match[str]":
-    match = _NAME.fullmatch(text.rpartition("/")[2])
-    if match is None:
-        raise CellError("not a clip", "a YouTube id, perhaps with its seconds, as -5wLopwbGX0_000417_000427.mp4")
-    return match

@@ -72,11 +72,8 @@ def located(
     """Return the source list of `annotations`: unique ids, their files, what is missing within ``--max-missing``.
 
     Args:
-        annotations: In the order of the owners' file.
-        request: What the user asked for.
-        dataset: The dataset's name.
-        spaces: Label spaces in the order of `Annotation.labels`; all of them are targets. Annotations without any
-            label make a set without labels.
+        annotations: In the order of the owners' file. Where none has a label, the set is one without labels.
+        spaces: Label spaces in the order of `Annotation.labels`; all of them are targets.
         what: What the media folder holds, for messages.
         suffix: Ending of a file that is not looked for (``--dry-run``).
         notes: What was unusual and accepted: kind to places.
@@ -89,8 +86,8 @@ def located(
     of_own_id = []
     for one in annotations:
         times[one.sample_id] += 1
-        again = times[one.sample_id]
-        of_own_id.append(one if again == 1 else replace(one, sample_id=f"{one.sample_id}#{again}"))
+        again = f"#{times[one.sample_id]}" if times[one.sample_id] > 1 else ""
+        of_own_id.append(replace(one, sample_id=f"{one.sample_id}{again}"))
     if not of_own_id:
         raise AnnotationError(f"{request.annotations}: expected rows of {dataset}, found none")
     kept = of_own_id[: request.limit]
@@ -124,15 +121,10 @@ def located(
 
 
 class MediaTree:
-    """Every video below a folder by its name without ending; hidden files are passed over.
-
-    Args:
-        folder: The folder of ``--media``.
-        follow_links: Whether links may lead outside.
-    """
+    """Every video below the folder of ``--media`` by its name without ending; hidden files are passed over."""
 
     def __init__(self, folder: Path, *, follow_links: bool = False) -> None:
-        self._folder, self._follow_links = folder, follow_links
+        self._folder, self._real_folder, self._follow_links = folder, folder.resolve(), follow_links
         self._named: dict[str, list[str]] = {}
         self.hint = ""
         """What to try where files are missing, for messages."""
@@ -167,7 +159,7 @@ class MediaTree:
             if len(files) > 1:
                 names = " and ".join(path for path, _ in files)
                 problems.add("media found twice", f"{one.where}: expected one file for {one.sample_id}, found {names}")
-            elif not (self._follow_links or Path(path).resolve().is_relative_to(self._folder.resolve())):
+            elif not (self._follow_links or Path(path).resolve().is_relative_to(self._real_folder)):
                 problems.add(
                     "outside the media folder",
                     f"{one.where}: {path}: expected a file inside --media {self._folder}, links followed "

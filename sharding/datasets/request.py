@@ -107,13 +107,9 @@ _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 class MediaRoot:
-    """The folder that media files must lie in.
+    """The folder that media files must lie in, which the option `option` names.
 
-    Args:
-        folder: The folder of ``--media``.
-        check: Whether to look at the files: they must exist and, links followed, lie inside.
-        follow_links: Whether links may lead outside.
-        option: The option that names the folder, for messages.
+    With `check` files are looked at: they must exist and, links followed, lie inside unless `follow_links`.
     """
 
     def __init__(self, folder: Path, *, check: bool, follow_links: bool, option: str = "--media") -> None:

@@ -37,9 +37,6 @@ class Problems:
         self._listed: list[str] = []
         self._kinds: Counter[str] = Counter()
 
-    def __len__(self) -> int:
-        return sum(self._kinds.values())
-
     def add(self, kind: str, message: str) -> None:
         """Note one problem; `kind` is what it is counted under, `message` starts with its place."""
         self._kinds[kind] += 1
@@ -52,14 +49,13 @@ class Problems:
         Raises:
             AnnotationError: what is wrong, where (at most 20 places) and how often by kind; one line for one problem.
         """
-        if not self._kinds:
-            return
-        if len(self) == 1:
+        count = self._kinds.total()
+        if count == 1:
             raise AnnotationError(f"{self._listed[0]}; {self._advice}")
-        counts = ", ".join(f"{kind} {count}" for kind, count in self._kinds.most_common())
-        heading = f"{self._source}: {len(self)} problems ({counts}); {self._advice}:"
-        places = listed(self._listed, most=_MAX_LISTED, count=len(self), separator="\n  ")
-        raise AnnotationError(f"{heading}\n  {places}")
+        if count:
+            counts = ", ".join(f"{kind} {number}" for kind, number in self._kinds.most_common())
+            places = listed(self._listed, most=_MAX_LISTED, count=count, separator="\n  ")
+            raise AnnotationError(f"{self._source}: {count} problems ({counts}); {self._advice}:\n  {places}")
 
 
 _T = TypeVar("_T")
@@ -124,6 +120,19 @@ def read_cell(row: Row, column: str, parse: Callable[[str], _T], problems: Probl
     except CellError as error:
         problems.add(error.kind, f"{row.place(column)}: expected {error.expected}, found {row[column]!r}")
         return None
+
+
+def matching(pattern: str, kind: str, expected: str) -> "Callable[[str], re.Match[str]]":
+    """Return a cell parser for texts of one form, whose classes mean ASCII; others are a CellError."""
+    form = re.compile(pattern, re.ASCII)
+
+    def parse(text: str) -> "re.Match[str]":
+        match = form.fullmatch(text)
+        if match is None:
+            raise CellError(kind, expected)
+        return match
+
+    return parse
 
 
 def read_table(
@@ -354,20 +363,14 @@ def _shortened(line: str) -> str:
     return repr(line if len(line) <= 120 else f"{line[:117]}...")
 
 
-_CLOCK = re.compile(r"(\d{2,4}):([0-5]\d):([0-5]\d)(\.\d{1,12})?", re.ASCII)
+_clock = matching(r"(\d{2,4}):([0-5]\d):([0-5]\d)(\.\d{1,12})?", "not a time", "a time HH:MM:SS.sss")
+_digits = matching(r"\d{1,6}", "not a time", "whole seconds")
 _SECONDS = re.compile(r"\d{1,9}(\.\d{1,30})?(e-\d{1,2})?", re.ASCII)  # as programs write any float of that size
 
 
 def clock_time(text: str) -> float:
-    """Return seconds of ``HH:MM:SS`` or ``HH:MM:SS.fff``.
-
-    Raises:
-        CellError: another form.
-    """
-    match = _CLOCK.fullmatch(text)
-    if match is None:
-        raise CellError("not a time", "a time HH:MM:SS.sss")
-    hours, minutes, seconds, fraction = match.groups()
+    """Return seconds of ``HH:MM:SS`` or ``HH:MM:SS.fff``; another form is a CellError."""
+    hours, minutes, seconds, fraction = _clock(text).groups()
     return float(f"{int(hours) * 3600 + int(minutes) * 60 + int(seconds)}{fraction or ''}")
 
 
@@ -385,14 +388,8 @@ def seconds_or_clock_time(text: str) -> float:
 
 
 def whole_seconds(text: str) -> int:
-    """Return the seconds of a whole number.
-
-    Raises:
-        CellError: another form.
-    """
-    if not re.fullmatch(r"\d{1,6}", text, re.ASCII):
-        raise CellError("not a time", "whole seconds")
-    return int(text)
+    """Return the seconds of a whole number; another form is a CellError."""
+    return int(_digits(text)[0])
 
 
 def read_segment(

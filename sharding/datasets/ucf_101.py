@@ -10,11 +10,15 @@ from collections.abc import Callable
 from sharding.datasets.label_spaces import class_name, published_classes
 from sharding.datasets.media_tree import Annotation, located
 from sharding.datasets.request import DatasetRequest, needed_annotations
-from sharding.datasets.table import CellError, Problems, Row, numbered_lines, read_cell
+from sharding.datasets.table import CellError, Problems, Row, matching, numbered_lines, read_cell
 from sharding.format.shard_set import LabelSpace
 from sharding.source import SourceList
 
-_LINE = re.compile(r"(?:(?P<folder>[A-Za-z]+)/)?(?P<name>v_(?P<action>[A-Za-z]+)_g\d\d_c\d\d)(?:\.\w{2,5})?", re.ASCII)
+_video = matching(
+    r"(?:(?P<folder>[A-Za-z]+)/)?(?P<name>v_(?P<action>[A-Za-z]+)_g\d\d_c\d\d)(?:\.\w{2,5})?",
+    "not a video",
+    "a video as ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi",
+)
 
 
 def read(request: DatasetRequest, dataset: str) -> SourceList:
@@ -59,10 +63,3 @@ def _annotation(
         problems.add("class and number differ", f"{row.where}: expected {found}")
     name = match["name"]
     return Annotation(sample_id=f"{named}/{name}", labels=(label,), where=row.where, clips=(name,), folder=named)
-
-
-def _video(text: str) -> "re.Match[str]":
-    match = _LINE.fullmatch(text)
-    if match is None:
-        raise CellError("not a video", "a video as ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi")
-    return match

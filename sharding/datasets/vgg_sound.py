@@ -5,13 +5,12 @@
 """
 
 import csv
-import re
 from collections.abc import Callable
 
 from sharding.datasets.label_spaces import class_index, class_name, published_classes
 from sharding.datasets.media_tree import Annotation, located
 from sharding.datasets.request import DatasetRequest, needed_annotations
-from sharding.datasets.table import CellError, Problems, Row, first_line, read_cell, read_rows, whole_seconds
+from sharding.datasets.table import Problems, Row, first_line, matching, read_cell, read_rows, whole_seconds
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
 from sharding.source import OTHER_CLASS, SourceList
@@ -22,7 +21,12 @@ _SPLITS = {"validation": "test"}
 _WITH_NUMBERS = ("name", "label", "number")
 _FORMS = {2: ("name", "label"), 3: _WITH_NUMBERS, 4: ("id", "start", "label", "split")}
 """Columns by their number: a split's list, one that numbers the classes beside their names, the whole list."""
-_NAME = re.compile(r"(?P<id>[A-Za-z0-9_-]{11})_(?P<start>\d{1,6})(\.\w{2,5})?", re.ASCII)
+_clip = matching(
+    r"(?P<id>[A-Za-z0-9_-]{11})_(?P<start>\d{1,6})(\.\w{2,5})?",
+    "not a clip",
+    "a YouTube id with its start, as -5wLopwbGX0_000417.mp4",
+)
+_id = matching(r"[A-Za-z0-9_-]{11}", "not an id", "a YouTube id of 11 letters, digits, _ and -")
 _CLIP_SECONDS = 10
 
 
@@ -66,10 +70,12 @@ def _annotation(
             found = f"{label}, the index of {row['label']!r}, found {row['number']!r}"
             problems.add("name and number differ", f"{row.place('number')}: expected {found}")
     if "name" in row.columns:
-        video_id, start = read_cell(row, "name", _clip, problems) or (None, None)
+        clip = read_cell(row, "name", _clip, problems)
+        video_id, start = (clip["id"], int(clip["start"])) if clip else ("", None)
     else:
-        video_id, start = read_cell(row, "id", _id, problems), read_cell(row, "start", whole_seconds, problems)
-    if label is None or video_id is None or start is None:
+        found_id, start = read_cell(row, "id", _id, problems), read_cell(row, "start", whole_seconds, problems)
+        video_id = found_id[0] if found_id else ""
+    if label is None or not video_id or start is None:
         return None
     milliseconds = f"{video_id}_{1000 * start}_{1000 * (start + _CLIP_SECONDS)}"
     name = f"{video_id}_{start:06d}"
@@ -80,16 +86,3 @@ def _annotation(
         clips=(name, f"{video_id}_{start}", milliseconds, f"{name}_{start + _CLIP_SECONDS:06d}"),
         folder=row["label"],
     )
-
-
-def _clip(text: str) -> tuple[str, int]:
-    match = _NAME.fullmatch(text)
-    if match is None:
-        raise CellError("not a clip", "a YouTube id with its start, as -5wLopwbGX0_000417.mp4")
-    return match["id"], int(match["start"])
-
-
-def _id(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_-]{11}", text):
-        raise CellError("not an id", "a YouTube id of 11 letters, digits, _ and -")
-    return text
