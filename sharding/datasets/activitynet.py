@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 from sharding.datasets.label_spaces import class_index, class_name, is_whole_number, published_classes, read_classes
 from sharding.datasets.media_tree import Annotation, located
 from sharding.datasets.request import DatasetRequest, needed_annotations
-from sharding.datasets.table import CellError, Problems, first_line, matching, read_cell, read_document, read_table
+from sharding.datasets.table import CellError, Problems, first_line, matching, read_document, read_table
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
 from sharding.source import NO_LENGTH, REPEATED, SourceList
@@ -107,13 +107,13 @@ def _subsets(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise AnnotationError(f"{path}: expected the list of the videos' subsets beside the annotations, found nothing")
     problems = Problems(path)
-    rows = read_table(path, required=("video", "subset"), problems=problems).rows
+    _, rows = read_table(path, required=("video", "subset"), problems=problems)
     problems.refuse_any()
     return {row["video"]: row["subset"] for row in rows}
 
 
 def _of_table(path: Path, request: DatasetRequest, classes: tuple[str, ...], problems: Problems) -> Iterator[_Found]:
-    rows = read_table(path, required=_CSV_COLUMNS, problems=problems).rows
+    _, rows = read_table(path, required=_CSV_COLUMNS, problems=problems)
     numbered = all(is_whole_number(row["label"]) for row in rows)
     if numbered and request.classes is None:
         raise AnnotationError(
@@ -122,7 +122,7 @@ def _of_table(path: Path, request: DatasetRequest, classes: tuple[str, ...], pro
         )
     parse = class_index(len(classes)) if numbered else class_name(classes)
     for row in rows:
-        start, end = (read_cell(row, column, _seconds, problems) for column in ("t_start", "t_end"))
-        label = read_cell(row, "label", parse, problems)
+        start, end = (row.read(column, _seconds) for column in ("t_start", "t_end"))
+        label = row.read("label", parse)
         if start is not None and end is not None and label is not None:
             yield row["video_id"].removeprefix("v_"), float(start[0]), float(end[0]), label, row.where

@@ -140,6 +140,6 @@ def _erratum(path: Path) -> frozenset[str]:
     if not path.is_file():
         return frozenset()
     problems = Problems(path)
-    rows = read_table(path, required=("erratum_narration_id",), problems=problems).rows
+    _, rows = read_table(path, required=("erratum_narration_id",), problems=problems)
     problems.refuse_any()
     return frozenset(row["erratum_narration_id"] for row in rows)

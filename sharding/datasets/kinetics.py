@@ -6,20 +6,10 @@ Kinetics-400's CSV names a YouTube id, the seconds that were cut from it and a c
 
 from pathlib import Path
 
+from sharding.datasets import table
 from sharding.datasets.label_spaces import class_index, class_name, published_classes, read_classes
 from sharding.datasets.media_tree import Annotation, located
 from sharding.datasets.request import DatasetRequest, needed_annotations
-from sharding.datasets.table import (
-    Problems,
-    Row,
-    first_line,
-    matching,
-    read_cell,
-    read_pairs,
-    read_rows,
-    read_table,
-    whole_seconds,
-)
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
 from sharding.source import SourceList
@@ -37,7 +27,7 @@ KINETICS_SOUND = (
 _COLUMNS = ("youtube_id", "time_start", "time_end", "split")
 _SPLITS = {"train": ("train",), "validation": ("val", "validate", "validation"), "test": ("test",)}
 """What the split column holds, by the name of our split."""
-_name = matching(
+_name = table.matching(
     r"(.*/)?(?P<id>[A-Za-z0-9_-]{11})(_(?P<start>\d{1,6})(_(?P<end>\d{1,6}))?)?(\.\w{2,5})?",
     "not a clip",
     "a YouTube id, perhaps with its seconds, as -5wLopwbGX0_000417_000427.mp4",
@@ -60,15 +50,15 @@ def read(request: DatasetRequest, dataset: str) -> SourceList:
     else:
         what, classes = "the owners' train.csv or val.csv", published_classes(dataset)
     annotations = needed_annotations(request, dataset, what=what)
-    problems = Problems(annotations, advice=advice)
-    first = first_line(annotations)
+    problems = table.Problems(annotations, advice=advice)
+    first = table.first_line(annotations)
     if "youtube_id" in first:
         found = _owners(annotations, classes, request, problems, partly=is_sound)
     elif "," in first:
         columns = ("name", "label") if first.count(",") == 1 else ("name", "seconds", "label")
-        found = _listed(read_rows(annotations, columns=columns, problems=problems), classes, problems)
+        found = _listed(table.read_rows(annotations, columns=columns, problems=problems), classes)
     else:
-        found = _listed(read_pairs(annotations, columns=("name", "label"), problems=problems), classes, problems)
+        found = _listed(table.read_pairs(annotations, columns=("name", "label"), problems=problems), classes)
     problems.refuse_any()
     return located(
         found,
@@ -80,16 +70,16 @@ def read(request: DatasetRequest, dataset: str) -> SourceList:
 
 
 def _owners(
-    path: Path, classes: tuple[str, ...], request: DatasetRequest, problems: Problems, *, partly: bool
+    path: Path, classes: tuple[str, ...], request: DatasetRequest, problems: table.Problems, *, partly: bool
 ) -> list[Annotation]:
     """Return the rows of the split in the owners' CSV; `partly`: those of other classes are no part of the dataset."""
     split = request.split
-    table = read_table(path, required=_COLUMNS, problems=problems)
-    rows = [row for row in table.rows if row["split"] in _SPLITS.get(split, (split,))]
+    columns, all_rows = table.read_table(path, required=_COLUMNS, problems=problems)
+    rows = [row for row in all_rows if row["split"] in _SPLITS.get(split, (split,))]
     if not rows:
-        held = sorted({row["split"] for row in table.rows})
+        held = sorted({row["split"] for row in all_rows})
         raise AnnotationError(f"{path}: expected rows of --split {split}, found those of {', '.join(held)}")
-    is_labelled = "label" in table.columns
+    is_labelled = "label" in columns
     if not is_labelled and partly:
         raise AnnotationError(f"{path}:1:1: expected the column label, whose classes are chosen by, found no labels")
     if not is_labelled:
@@ -100,20 +90,20 @@ def _owners(
     for row in rows:
         if partly and row["label"] not in known:
             continue
-        label = read_cell(row, "label", named, problems) if is_labelled else None
-        start, end = (read_cell(row, column, whole_seconds, problems) for column in ("time_start", "time_end"))
-        clip = read_cell(row, "youtube_id", _name, problems)
+        label = row.read("label", named) if is_labelled else None
+        start, end = (row.read(column, table.whole_seconds) for column in ("time_start", "time_end"))
+        clip = row.read("youtube_id", _name)
         if (label is not None or not is_labelled) and start is not None and end is not None and clip is not None:
             found.append(_annotation(row, clip["id"], start, end, label, classes))
     return found
 
 
-def _listed(rows: tuple[Row, ...], classes: tuple[str, ...], problems: Problems) -> list[Annotation]:
+def _listed(rows: tuple[table.Row, ...], classes: tuple[str, ...]) -> list[Annotation]:
     """Return rows of a name with its seconds or without, and a class number."""
     indexed = class_index(len(classes))
     found = []
     for row in rows:
-        label, clip = read_cell(row, "label", indexed, problems), read_cell(row, "name", _name, problems)
+        label, clip = row.read("label", indexed), row.read("name", _name)
         if label is not None and clip is not None:
             start = None if clip["start"] is None else int(clip["start"])
             end = int(clip["end"]) if clip["end"] else None if start is None else start + _CLIP_SECONDS
@@ -122,7 +112,7 @@ def _listed(rows: tuple[Row, ...], classes: tuple[str, ...], problems: Problems)
 
 
 def _annotation(
-    row: Row, video_id: str, start: int | None, end: int | None, label: int | None, classes: tuple[str, ...]
+    row: table.Row, video_id: str, start: int | None, end: int | None, label: int | None, classes: tuple[str, ...]
 ) -> Annotation:
     cut = () if start is None else (f"{video_id}_{start:06d}_{end:06d}", f"{video_id}_{start}")
     return Annotation(

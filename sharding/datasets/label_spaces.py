@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ca2st.errors import did_you_mean
-from sharding.datasets.table import CellError, Problems, Row, read_cell, read_text, split_lines
+from sharding.datasets.table import CellError, Problems, Row, read_text, split_lines
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import written
 from sharding.source import INVISIBLE, LOOK_ALIKE, MISSING_LABELS, ONE_CLASS, SEVERAL_LABELS, SourceList
@@ -180,9 +180,7 @@ def label_histogram(source: SourceList) -> dict[str, dict[str, int]]:
 _DECIMAL = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
-def label_column(
-    rows: Sequence[Row], column: str, classes: Path | None, *, problems: Problems
-) -> tuple[tuple[str, ...], list[int | None]]:
+def label_column(rows: Sequence[Row], column: str, classes: Path | None) -> tuple[tuple[str, ...], list[int | None]]:
     """Return the classes, and each row's label or None where it is wrong.
 
     With a class list: a column of numbers that are no names of it holds indices into it, any other column names.
@@ -193,18 +191,18 @@ def label_column(
         names = read_classes(classes)
         numbers = all(map(is_whole_number, texts)) and not set(texts) <= set(names)
         parse = class_index(len(names)) if numbers else class_name(names)
-        return names, [read_cell(row, column, parse, problems) for row in rows]
+        return names, [row.read(column, parse) for row in rows]
     if not any(map(is_whole_number, texts)):
-        named = [read_cell(row, column, _name, problems) for row in rows]
+        named = [row.read(column, _name) for row in rows]
         names = tuple(sorted({name for name in named if name is not None}))
         indices = {name: index for index, name in enumerate(names)}
         return names, [None if name is None else indices[name] for name in named]
-    labels = [read_cell(row, column, _number, problems) for row in rows]
+    labels = [row.read(column, _number) for row in rows]
     used = sorted({label for label in labels if label is not None})
     if None not in labels and used != list(range(len(used))):
         gap = next(number for number in range(len(used)) if number != used[number])
         hint = "are they counted from 1? " if used[0] == 1 else ""
-        problems.add(
+        rows[0].problems.add(
             "class without samples",
             f"{rows[0].path}: {column}: expected class numbers from 0 without gaps, found none with {gap} "
             f"({len(used)} classes, {used[0]} to {used[-1]}); {hint}pass --classes with all class names",

@@ -73,6 +73,8 @@ def located(
 
     Args:
         annotations: In the order of the owners' file. Where none has a label, the set is one without labels.
+        request: What the user asked for.
+        dataset: Its name.
         spaces: Label spaces in the order of `Annotation.labels`; all of them are targets.
         what: What the media folder holds, for messages.
         suffix: Ending of a file that is not looked for (``--dry-run``).

@@ -12,20 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ca2st.errors import UserInputError
+from sharding.datasets import table
 from sharding.datasets.label_spaces import label_column, read_classes, spelled_alike
 from sharding.datasets.request import UNLABELLED_SPLIT, DatasetRequest, MediaRoot, needed_annotations, needed_media
-from sharding.datasets.table import (
-    CellError,
-    Problems,
-    Row,
-    Table,
-    check_columns,
-    read_pairs,
-    read_records,
-    read_segment,
-    read_table,
-    seconds_or_clock_time,
-)
 from sharding.format.shard_set import Labelling, LabelSpace
 from sharding.source import LOOK_ALIKE, MISSING_MEDIA, NO_LABEL, UNUSED_CLASSES, SourceList, SourceSample
 
@@ -36,6 +25,8 @@ _APART = "\x1f"
 _TIMES = ("start", "end")
 _SOUND = "audio"
 _MISSING_FILE = "missing file"
+_Missing = dict[str, tuple[table.Row, str, str]]
+"""Rows without a file by their place, with the column that names it and what was expected."""
 _Labels = tuple[Labelling, tuple[LabelSpace, ...], Sequence[tuple[int, ...] | None], tuple[str, ...]]
 """How many labels a row has, their spaces, those of each row (None where one is wrong), and what became one class
 though it was written in several ways."""
@@ -50,19 +41,19 @@ def read(request: DatasetRequest, dataset: str) -> SourceList:
     annotations = needed_annotations(request, dataset, what=what[dataset])
     if request.check_media:
         needed_media(request, dataset, what="the folder that the paths of the list start from")
-    problems = Problems(annotations, advice="correct the file and run again")
+    problems = table.Problems(annotations, advice="correct the file and run again")
     if dataset == "list":
-        columns = ("path", "label")
-        table = Table(columns=columns, rows=read_pairs(annotations, columns=columns, problems=problems))
+        columns: tuple[str, ...] = ("path", "label")
+        rows = table.read_pairs(annotations, columns=("path", "label"), problems=problems)
     else:
-        table = _table(annotations, request.split, problems)
-    labelling, spaces, labels, alike = _labels(table, request, problems)
-    roots = _roots(request, table)
-    missing: dict[str, str] = {}
-    samples = _samples(table, labels, roots, problems=problems, missing=missing)
-    if not request.max_missing.allows(len(missing), len(table.rows)):
-        for message in missing.values():
-            problems.add(_MISSING_FILE, message)
+        columns, rows = _table(annotations, request.split, problems)
+    labelling, spaces, labels, alike = _labels(columns, rows, request, problems)
+    roots = _roots(columns, request)
+    missing: _Missing = {}
+    samples = _samples(rows, labels, roots, missing)
+    if not request.max_missing.allows(len(missing), len(rows)):
+        for row, column, expected in missing.values():
+            row.refuse(column, _MISSING_FILE, expected)
     problems.refuse_any()
     used = {label for sample in samples for label in sample.labels}
     listed = spaces[0].classes if request.classes is not None and labelling != "none" else ()
@@ -83,11 +74,11 @@ def read(request: DatasetRequest, dataset: str) -> SourceList:
     )
 
 
-def _roots(request: DatasetRequest, table: Table) -> dict[str, MediaRoot]:
+def _roots(columns: Sequence[str], request: DatasetRequest) -> dict[str, MediaRoot]:
     """Return the folders that the paths of a column start from."""
     check, follow_links, sound = request.check_media, request.follow_links, request.audio_root
     roots = {"path": MediaRoot(request.media or Path(), check=check, follow_links=follow_links)}
-    if _SOUND not in table.columns:
+    if _SOUND not in columns:
         if sound is not None:
             raise UserInputError(
                 f"--audio-root: expected a column {_SOUND} in {request.annotations}, found none; leave it out"
@@ -101,30 +92,30 @@ def _roots(request: DatasetRequest, table: Table) -> dict[str, MediaRoot]:
     return roots
 
 
-def _labels(table: Table, request: DatasetRequest, problems: Problems) -> _Labels:
-    rows = table.rows
-    if (targets := _targets(table.columns)) is None:
+def _labels(
+    columns: tuple[str, ...], rows: Sequence[table.Row], request: DatasetRequest, problems: table.Problems
+) -> _Labels:
+    if (targets := _targets(columns)) is None:
         spaces = () if request.classes is None else (LabelSpace(name="label", classes=read_classes(request.classes)),)
         return "none", spaces, [()] * len(rows), ()
     if targets == ("labels",):
-        return _several_labels(table, request, problems)
+        return _several_labels(columns.index("labels"), rows, request, problems)
     if len(targets) > 1 and request.classes is not None:
         raise UserInputError(f"--classes: expected one column of labels, found {' and '.join(targets)}; leave it out")
-    columns = {name: label_column(rows, name, request.classes, problems=problems) for name in targets}
+    found = {name: label_column(rows, name, request.classes) for name in targets}
     return (
         "one",
-        tuple(LabelSpace(name=name, classes=classes) for name, (classes, _) in columns.items()),
-        [_known(labels) for labels in zip(*(labels for _, labels in columns.values()), strict=True)],
-        sum((spelled_alike(rows, name, labels) for name, (_, labels) in columns.items()), ()),
+        tuple(LabelSpace(name=name, classes=classes) for name, (classes, _) in found.items()),
+        [_known(labels) for labels in zip(*(labels for _, labels in found.values()), strict=True)],
+        sum((spelled_alike(rows, name, labels) for name, (_, labels) in found.items()), ()),
     )
 
 
-def _several_labels(table: Table, request: DatasetRequest, problems: Problems) -> _Labels:
-    """Return the labels of the column ``labels``; every one of them is read as a cell of its own."""
-    at = table.columns.index("labels")
-    cells: list[Row] = []
+def _several_labels(at: int, rows: Sequence[table.Row], request: DatasetRequest, problems: table.Problems) -> _Labels:
+    """Return the labels of column number `at`, ``labels``; each of them is read as a cell of its own."""
+    cells: list[table.Row] = []
     counts = []
-    for row in table.rows:
+    for row in rows:
         cell = row["labels"]
         if cell.startswith(_APART):
             parts = cell.split(_APART)[1:]
@@ -136,13 +127,13 @@ def _several_labels(table: Table, request: DatasetRequest, problems: Problems) -
         problems.add(
             "empty label", f"{request.annotations}: labels: expected at least one label, found none in any row"
         )
-    names, found = label_column(cells, "labels", request.classes, problems=problems)
+    names, found = label_column(cells, "labels", request.classes)
     labels = iter(found)
     of_row = [_known(tuple(next(labels) for _ in range(count))) for count in counts]
-    for row, own in zip(table.rows, of_row, strict=True):
+    for row, own in zip(rows, of_row, strict=True):
         if own is not None and len(set(own)) < len(own):
             twice = ", ".join(sorted({names[label] for label in own if own.count(label) > 1}))
-            problems.add("label twice", f"{row.place('labels')}: expected each label once, found {twice!r} again")
+            row.problems.add("label twice", f"{row.place('labels')}: expected each label once, found {twice!r} again")
     space = LabelSpace(name="label", classes=names)
     in_order = [own if own is None else tuple(sorted(own)) for own in of_row]
     return "several", (space,), in_order, spelled_alike(cells, "labels", found)
@@ -158,21 +149,23 @@ def _targets(columns: Sequence[str]) -> tuple[str, ...] | None:
     return next((names for names in _TARGETS if set(names) & set(columns)), None)
 
 
-def _table(path: Path, split: str, problems: Problems) -> Table:
+def _table(path: Path, split: str, problems: table.Problems) -> tuple[tuple[str, ...], tuple[table.Row, ...]]:
     if path.suffix.lower() in (".parquet", ".jsonl", ".ndjson"):
-        records = read_records(path)
+        records = table.read_records(path)
         columns = tuple(dict.fromkeys(name for _, record in records for name in record))
-        rows = (_row(path, number, record, columns, problems) for number, record in records)
-        table = Table(columns=columns, rows=tuple(row for row in rows if row is not None))
+        found = (_row(path, number, record, columns, problems) for number, record in records)
+        rows = tuple(row for row in found if row is not None)
     else:
         optional = (*sum(_TARGETS, ()), *_TIMES, _SOUND)
-        table = read_table(path, required=("path",), optional=optional, problems=problems)
-    targets = _targets(table.columns) or (() if split == UNLABELLED_SPLIT else _TARGETS[0])
-    check_columns(f"{path}:1:1", table.columns, required=("path", *targets), optional=(*_TIMES, _SOUND))
-    return table
+        columns, rows = table.read_table(path, required=("path",), optional=optional, problems=problems)
+    targets = _targets(columns) or (() if split == UNLABELLED_SPLIT else _TARGETS[0])
+    table.check_columns(f"{path}:1:1", columns, required=("path", *targets), optional=(*_TIMES, _SOUND))
+    return columns, rows
 
 
-def _row(path: Path, number: int, record: dict[str, Any], columns: tuple[str, ...], problems: Problems) -> Row | None:
+def _row(
+    path: Path, number: int, record: dict[str, Any], columns: tuple[str, ...], problems: table.Problems
+) -> table.Row | None:
     """Return a record of texts and numbers as a row of cells."""
     cells = []
     for name in columns:
@@ -184,7 +177,7 @@ def _row(path: Path, number: int, record: dict[str, Any], columns: tuple[str, ..
             return None
         else:
             cells.append("" if value is None else str(value).strip())
-    return Row(path=path, line=number, text="", columns=columns, cells=tuple(cells))
+    return table.Row(path=path, line=number, text="", columns=columns, cells=tuple(cells), problems=problems)
 
 
 def _is_label(value: object) -> bool:
@@ -192,26 +185,22 @@ def _is_label(value: object) -> bool:
 
 
 def _samples(
-    table: Table,
+    rows: Sequence[table.Row],
     labels: Sequence[tuple[int, ...] | None],
     roots: dict[str, MediaRoot],
-    *,
-    problems: Problems,
-    missing: dict[str, str],
+    missing: _Missing,
 ) -> list[SourceSample]:
-    """Return the samples; rows without a file go to `missing`, by place, with the message about it."""
-    first_rows: dict[str, Row] = {}
+    """Return the samples; rows without a file go to `missing`."""
+    first_rows: dict[str, table.Row] = {}
     samples = []
-    for row, of_row in zip(table.rows, labels, strict=True):
+    for row, of_row in zip(rows, labels, strict=True):
         paths = {
-            name: _resolved(row, name, root, problems, missing)
-            for name, root in roots.items()
-            if name == "path" or row.get(name)
+            name: _resolved(row, name, root, missing) for name, root in roots.items() if name == "path" or row.get(name)
         }
         path = paths["path"]
         if path is None or None in paths.values():
             continue
-        segment = _segment(row, problems)
+        segment = _segment(row)
         if segment is None:
             continue
         start, end = segment
@@ -219,7 +208,7 @@ def _samples(
         sample_id = name if start is None else f"{name}@{start!r}-{end!r}"
         first = first_rows.setdefault(sample_id, row)
         if first is not row:
-            problems.add(
+            row.problems.add(
                 "sample twice", f"{row.place('path')}: {sample_id!r} was listed before, at {first.place('path')}"
             )
         elif of_row is not None:
@@ -237,26 +226,27 @@ def _samples(
     return samples
 
 
-def _resolved(row: Row, column: str, root: MediaRoot, problems: Problems, missing: dict[str, str]) -> Path | None:
+def _resolved(row: table.Row, column: str, root: MediaRoot, missing: _Missing) -> Path | None:
     """Return the file that a cell names; None where it is missing, which is counted, or cannot be meant: a problem."""
     try:
         return root.resolve(row[column])
-    except CellError as error:
-        message = f"{row.place(column)}: expected {error.expected}, found {row[column]!r}"
+    except table.CellError as error:
         if error.kind == _MISSING_FILE:
-            missing.setdefault(row.where, message)
+            missing.setdefault(row.where, (row, column, error.expected))
         else:
-            problems.add(error.kind, message)
+            row.refuse(column, error.kind, error.expected)
         return None
 
 
-def _segment(row: Row, problems: Problems) -> tuple[float | None, float | None] | None:
+def _segment(row: table.Row) -> tuple[float | None, float | None] | None:
     """Return the times of a row: (None, None) for the whole file, None when they are wrong."""
     given = [column for column in _TIMES if row.get(column)]
     if not given:
         return None, None
     if len(given) == 1:
         other = "end" if given == ["start"] else "start"
-        problems.add("half a segment", f"{row.place(given[0])}: expected start and end, or neither, found no {other}")
+        row.problems.add(
+            "half a segment", f"{row.place(given[0])}: expected start and end, or neither, found no {other}"
+        )
         return None
-    return read_segment(row, "start", "end", seconds_or_clock_time, problems=problems)
+    return row.read_segment("start", "end", table.seconds_or_clock_time)

@@ -10,7 +10,7 @@ from typing import Required, TypedDict
 from sharding.datasets.label_spaces import class_index, class_name, published_classes
 from sharding.datasets.media_tree import Annotation, located
 from sharding.datasets.request import DatasetRequest, needed_annotations
-from sharding.datasets.table import CellError, Problems, first_line, read_cell, read_document, read_pairs
+from sharding.datasets.table import CellError, Problems, first_line, read_document, read_pairs
 from sharding.format.shard_set import LabelSpace
 from sharding.source import SourceList
 
@@ -38,7 +38,7 @@ def read(request: DatasetRequest, dataset: str) -> SourceList:
         parse = class_name(classes) if separator else class_index(len(classes))
         found = []
         for row in rows:
-            name, label = read_cell(row, "id", _video_id, problems), read_cell(row, "label", parse, problems)
+            name, label = row.read("id", _video_id), row.read("label", parse)
             if name is not None and label is not None:
                 found.append(Annotation(sample_id=name, labels=(label,), where=row.where, clips=(name,)))
     problems.refuse_any()

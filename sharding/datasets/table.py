@@ -87,6 +87,8 @@ class Row:
     """The line as it stands in the file."""
     columns: tuple[str, ...]
     cells: tuple[str, ...]
+    problems: Problems
+    """Takes what is wrong with its cells."""
 
     def __getitem__(self, column: str) -> str:
         return self.cells[self.columns.index(column)]
@@ -104,22 +106,30 @@ class Row:
         """``file:line:column: name``, with the character the cell starts at, from 1, as editors count."""
         return f"{self.where}:{_cell_start(self.text, self.columns.index(column))}: {column}"
 
+    def read(self, column: str, parse: Callable[[str], _T]) -> _T | None:
+        """Return `parse` of a cell; a CellError becomes a problem, and None is returned."""
+        try:
+            return parse(self[column])
+        except CellError as error:
+            self.refuse(column, error.kind, error.expected)
+            return None
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
-    """A table whose header is right; rows of a wrong form are with the problems."""
+    def read_segment(
+        self, start_column: str, end_column: str, parse: Callable[[str], float]
+    ) -> tuple[float, float] | None:
+        """Return start and end in seconds; None, and a problem, where one is wrong or the end is not later."""
+        start, end = self.read(start_column, parse), self.read(end_column, parse)
+        if start is None or end is None:
+            return None
+        if end <= start:
+            after = f"a time after {start_column} ({self[start_column]})"
+            self.refuse(end_column, "segment ends before it starts", after)
+            return None
+        return start, end
 
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-
-
-def read_cell(row: Row, column: str, parse: Callable[[str], _T], problems: Problems) -> _T | None:
-    """``parse`` of a cell; a CellError becomes a problem with its place, and None is returned."""
-    try:
-        return parse(row[column])
-    except CellError as error:
-        problems.add(error.kind, f"{row.place(column)}: expected {error.expected}, found {row[column]!r}")
-        return None
+    def refuse(self, column: str, kind: str, expected: str) -> None:
+        """Note a cell as a problem, with its place and what it holds."""
+        self.problems.add(kind, f"{self.place(column)}: expected {expected}, found {self[column]!r}")
 
 
 def matching(pattern: str, kind: str, expected: str) -> "Callable[[str], re.Match[str]]":
@@ -137,8 +147,8 @@ def matching(pattern: str, kind: str, expected: str) -> "Callable[[str], re.Matc
 
 def read_table(
     path: Path, *, required: Sequence[str], optional: Sequence[str] | None = None, problems: Problems
-) -> Table:
-    """Read a comma-separated table.
+) -> tuple[tuple[str, ...], tuple[Row, ...]]:
+    """Return the columns and the rows of a comma-separated table.
 
     Args:
         path: The file: UTF-8, with or without a byte order mark, any line ends.
@@ -159,7 +169,7 @@ def read_table(
     check_columns(where, columns, required=required, optional=optional, found=found)
     if not lines:
         raise AnnotationError(f"{path}: expected rows below the header, found none")
-    return Table(columns=columns, rows=tuple(_rows(path, lines, columns, problems)))
+    return columns, tuple(_rows(path, lines, columns, problems))
 
 
 def read_rows(path: Path, *, columns: tuple[str, ...], problems: Problems) -> tuple[Row, ...]:
@@ -177,7 +187,14 @@ def read_pairs(
     rows = []
     for number, line in numbered_lines(path):
         cells = line.split(separator, 1) if separator else line.strip().rsplit(None, 1)
-        row = Row(path=path, line=number, text=line, columns=columns, cells=tuple(cell.strip() for cell in cells))
+        row = Row(
+            path=path,
+            line=number,
+            text=line,
+            columns=columns,
+            cells=tuple(cell.strip() for cell in cells),
+            problems=problems,
+        )
         if len(cells) == len(columns):
             rows.append(row)
         else:
@@ -334,7 +351,7 @@ def _rows(path: Path, lines: Sequence[tuple[int, str]], columns: tuple[str, ...]
             expected = f"{len(columns)} cells ({','.join(columns)}), found {len(cells)}{hint}"
             problems.add("wrong number of cells", f"{where}:{start}: expected {expected}")
         else:
-            yield Row(path=path, line=number, text=line, columns=columns, cells=cells)
+            yield Row(path=path, line=number, text=line, columns=columns, cells=cells, problems=problems)
 
 
 def _cells(line: str) -> tuple[str, ...] | None:
@@ -390,21 +407,3 @@ def seconds_or_clock_time(text: str) -> float:
 def whole_seconds(text: str) -> int:
     """Return the seconds of a whole number; another form is a CellError."""
     return int(_digits(text)[0])
-
-
-def read_segment(
-    row: Row, start_column: str, end_column: str, parse: Callable[[str], float], *, problems: Problems
-) -> tuple[float, float] | None:
-    """Return start and end in seconds; None, and a problem, where one is wrong or the end is not after the start."""
-    start = read_cell(row, start_column, parse, problems)
-    end = read_cell(row, end_column, parse, problems)
-    if start is None or end is None:
-        return None
-    if end <= start:
-        problems.add(
-            "segment ends before it starts",
-            f"{row.place(end_column)}: expected a time after {start_column} ({row[start_column]}), "
-            f"found {row[end_column]!r}",
-        )
-        return None
-    return start, end

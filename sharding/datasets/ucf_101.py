@@ -10,7 +10,7 @@ from collections.abc import Callable
 from sharding.datasets.label_spaces import class_name, published_classes
 from sharding.datasets.media_tree import Annotation, located
 from sharding.datasets.request import DatasetRequest, needed_annotations
-from sharding.datasets.table import CellError, Problems, Row, matching, numbered_lines, read_cell
+from sharding.datasets.table import CellError, Problems, Row, matching, numbered_lines
 from sharding.format.shard_set import LabelSpace
 from sharding.source import SourceList
 
@@ -30,8 +30,15 @@ def read(request: DatasetRequest, dataset: str) -> SourceList:
     found = []
     for number, line in numbered_lines(annotations):
         cells = tuple(re.split(r"[\s,]+", line.strip()))[:2]
-        row = Row(path=annotations, line=number, text=line, columns=("video", "label")[: len(cells)], cells=cells)
-        if (one := _annotation(row, classes, parse, problems)) is not None:
+        row = Row(
+            path=annotations,
+            line=number,
+            text=line,
+            columns=("video", "label")[: len(cells)],
+            cells=cells,
+            problems=problems,
+        )
+        if (one := _annotation(row, classes, parse)) is not None:
             found.append(one)
     problems.refuse_any()
     return located(
@@ -44,10 +51,8 @@ def read(request: DatasetRequest, dataset: str) -> SourceList:
     )
 
 
-def _annotation(
-    row: Row, classes: tuple[str, ...], parse: Callable[[str], int], problems: Problems
-) -> Annotation | None:
-    match = read_cell(row, "video", _video, problems)
+def _annotation(row: Row, classes: tuple[str, ...], parse: Callable[[str], int]) -> Annotation | None:
+    match = row.read("video", _video)
     if match is None:
         return None
     action = match["action"]
@@ -56,10 +61,10 @@ def _annotation(
     try:
         label = parse(named)
     except CellError as error:
-        problems.add(error.kind, f"{row.place('video')}: expected {error.expected}, found {named!r}")
+        row.problems.add(error.kind, f"{row.place('video')}: expected {error.expected}, found {named!r}")
         return None
     if row.get("label") not in ("", str(label + 1)):
         found = f"{label + 1}, the number of {named!r}, found {row['label']!r}"
-        problems.add("class and number differ", f"{row.where}: expected {found}")
+        row.problems.add("class and number differ", f"{row.where}: expected {found}")
     name = match["name"]
     return Annotation(sample_id=f"{named}/{name}", labels=(label,), where=row.where, clips=(name,), folder=named)

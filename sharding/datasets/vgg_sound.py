@@ -10,7 +10,7 @@ from collections.abc import Callable
 from sharding.datasets.label_spaces import class_index, class_name, published_classes
 from sharding.datasets.media_tree import Annotation, located
 from sharding.datasets.request import DatasetRequest, needed_annotations
-from sharding.datasets.table import Problems, Row, first_line, matching, read_cell, read_rows, whole_seconds
+from sharding.datasets.table import Problems, Row, first_line, matching, read_rows, whole_seconds
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
 from sharding.source import OTHER_CLASS, SourceList
@@ -48,7 +48,7 @@ def read(request: DatasetRequest, dataset: str) -> SourceList:
     aside = [row.where for row in rows if row["label"] == _NOT_COUNTED]
     named, numbered = class_name(classes), class_index(len(classes))
     counted = (row for row in rows if row["label"] != _NOT_COUNTED)
-    found = [one for row in counted if (one := _annotation(row, named, numbered, problems))]
+    found = [one for row in counted if (one := _annotation(row, named, numbered))]
     problems.refuse_any()
     return located(
         found,
@@ -60,20 +60,17 @@ def read(request: DatasetRequest, dataset: str) -> SourceList:
     )
 
 
-def _annotation(
-    row: Row, named: Callable[[str], int], numbered: Callable[[str], int], problems: Problems
-) -> Annotation | None:
-    label = read_cell(row, "label", named, problems)
+def _annotation(row: Row, named: Callable[[str], int], numbered: Callable[[str], int]) -> Annotation | None:
+    label = row.read("label", named)
     if row.get("number"):
-        number = read_cell(row, "number", numbered, problems)
+        number = row.read("number", numbered)
         if number != label and None not in (number, label):
-            found = f"{label}, the index of {row['label']!r}, found {row['number']!r}"
-            problems.add("name and number differ", f"{row.place('number')}: expected {found}")
+            row.refuse("number", "name and number differ", f"{label}, the index of {row['label']!r}")
     if "name" in row.columns:
-        clip = read_cell(row, "name", _clip, problems)
+        clip = row.read("name", _clip)
         video_id, start = (clip["id"], int(clip["start"])) if clip else ("", None)
     else:
-        found_id, start = read_cell(row, "id", _id, problems), read_cell(row, "start", whole_seconds, problems)
+        found_id, start = row.read("id", _id), row.read("start", whole_seconds)
         video_id = found_id[0] if found_id else ""
     if label is None or not video_id or start is None:
         return None
