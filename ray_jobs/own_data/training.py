@@ -23,30 +23,22 @@ from ray_jobs.config.recipe import Recipe, recipe_document
 from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.console import print_json, result, say
 from ray_jobs.launch import launch
-from ray_jobs.own_data.choices import (
-    Choice,
-    ExpertSizes,
-    Facts,
-    choose,
-    published_sizes,
-    read_expert_sizes,
-    settings_of,
-    short_side,
-)
+from ray_jobs.own_data import choices
 from ray_jobs.own_data.videos import (
     Judgement,
-    OwnShards,
     OwnVideos,
     judge,
     list_videos,
     make_shards,
     run_name,
     shards_folder,
+    with_stored,
 )
 from ray_jobs.runs.model import IMPORTED_FOLDER, start_sound, with_local_experts
 from ray_jobs.runs.start import kept_recipe
 from ray_jobs.runs.worker import Outcome
 from ray_jobs.tracking.state import read_state
+from sharding.folder import read_rejects
 from sharding.format.shard_set import MANIFEST_NAME, read_manifest
 from sharding.settings import ConversionConfig
 from sharding.source import note_lines
@@ -60,8 +52,7 @@ class OwnPlan:
     """What is to be done with a folder."""
 
     videos: OwnVideos
-    facts: Facts
-    choices: tuple[Choice, ...]
+    facts: choices.Facts
     recipe: Recipe
     """Choices and the person's own settings over the recipe of the package."""
     overrides: tuple[str, ...]
@@ -74,7 +65,7 @@ class OwnPlan:
         """Return the choices for ``--json``: the values that are used, the reason, and which of them the person set."""
         used = recipe_document(self.recipe)
         found = []
-        for choice in self.choices:
+        for choice in choices.choose(self.facts):
             own = sorted(key for key in choice.settings if _is_set(key, self.overrides))
             reason = "set by you" if own and len(own) == len(choice.settings) else choice.reason
             settings = {key: reduce(getitem, key.split("."), used) for key in choice.settings}
@@ -94,7 +85,7 @@ def plan_training(folder: Path, overrides: Sequence[str], *, out: Path | None, f
     given = load_recipe(RECIPE, overrides)
     _refuse_ignored(given, overrides)
     videos = list_videos(folder, follow_links=follow_links)
-    facts = Facts(
+    facts = choices.Facts(
         device="cuda" if torch.cuda.is_available() else "cpu",
         classes=videos.classes,
         num_clips=len(videos.train),
@@ -206,11 +197,13 @@ def _plan_facts(plan: OwnPlan) -> dict[str, Any]:
     }
 
 
-_Done = tuple[OwnPlan, OwnShards, Outcome, Judgement | None]
-"""A finished training: with the choices that were used, and without a judgement where nothing validates."""
+_Sets = Mapping[str, Path]
+_Done = tuple[OwnPlan, _Sets, Outcome, Judgement | None]
+"""A finished training: with the choices that were used, the shards by split, and without a judgement where nothing
+validates."""
 
 
-def _outcome_facts(plan: OwnPlan, shards: OwnShards, outcome: Outcome, judgement: Judgement | None) -> dict[str, Any]:
+def _outcome_facts(plan: OwnPlan, sets: _Sets, outcome: Outcome, judgement: Judgement | None) -> dict[str, Any]:
     """For ``--json``: what every training reports, and what is known of own videos."""
     return {
         "run_id": read_state(plan.run_dir).run_id if plan.recipe.tracking.enabled else None,
@@ -219,15 +212,19 @@ def _outcome_facts(plan: OwnPlan, shards: OwnShards, outcome: Outcome, judgement
         "top1": outcome.metrics.get(outcome.main_metric),
         "metrics": outcome.metrics,
         "run_dir": str(plan.run_dir),
-        "shards": {split: str(folder) for split, folder in shards.sets.items()},
+        "shards": {split: str(folder) for split, folder in sets.items()},
         "choices": plan.chosen(),
         "chance": judgement.chance if judgement else None,
         "mistakes": list(judgement.mistakes) if judgement else [],
-        "left_out": [{"video": one.sample_id, "reason": one.reason, "what": one.what} for one in shards.left_out],
+        "left_out": [
+            {"video": one.sample_id, "reason": one.reason, "what": one.what}
+            for folder in sets.values()
+            for one in read_rejects(folder)
+        ],
     }
 
 
-def _outcome_lines(plan: OwnPlan, shards: OwnShards, outcome: Outcome, judged: Judgement | None) -> Iterator[str]:
+def _outcome_lines(plan: OwnPlan, sets: _Sets, outcome: Outcome, judged: Judgement | None) -> Iterator[str]:
     """Yield how good it is, what it got wrong, and what to do next."""
     yield f"trained {outcome.steps} steps; checkpoint {outcome.checkpoint}"
     if judged is None:
@@ -243,15 +240,15 @@ def _outcome_lines(plan: OwnPlan, shards: OwnShards, outcome: Outcome, judged: J
         if judged.num_videos < _FEW_VIDEOS:
             yield f"  few videos: each of them counts {1 / judged.num_videos:.0%}, so take the number as a hint"
     yield "next:"
-    yield from (f"  {command}" for command in _next_commands(plan, shards))
+    yield from (f"  {command}" for command in _next_commands(plan, sets))
 
 
-def _next_commands(plan: OwnPlan, shards: OwnShards) -> list[str]:
+def _next_commands(plan: OwnPlan, sets: _Sets) -> list[str]:
     """Return commands to go on with, ready for a shell."""
     run, video = plan.run_dir, _near((plan.videos.validation or plan.videos.train)[0].path)
     commands = [["predict", run, video, "--top", 3], ["explain", run, video, "--out", "explained.html"]]
-    if "validation" in shards.sets:
-        commands.append(["evaluate", run, "--data", shards.sets["validation"], "--views", "2x3"])
+    if "validation" in sets:
+        commands.append(["evaluate", run, "--data", sets["validation"], "--views", "2x3"])
     links = ["--follow-links"] if plan.videos.follow_links else []
     own = [override for override in plan.overrides if not override.startswith("training.epochs=")]
     longer = [*own, f"training.epochs={3 * plan.recipe.training.epochs}"]
@@ -264,29 +261,22 @@ def _next_commands(plan: OwnPlan, shards: OwnShards) -> list[str]:
 def _train(plan: OwnPlan, *, ray_address: str | None, accept_open_ray: bool) -> _Done:
     """Make the shards, choose with what they show, say so, train and judge."""
     plan = _with_fetched_experts(plan)
-    shards = make_shards(plan.videos, _conversion(plan.recipe), plan.shards)
-    facts = replace(
-        plan.facts,
-        num_clips=shards.num_clips,
-        num_with_sound=shards.num_with_sound,
-        num_silent=shards.num_silent,
-        median_seconds=shards.median_seconds,
-    )
+    sets = make_shards(plan.videos, _conversion(plan.recipe), plan.shards)
+    facts = with_stored(plan.facts, plan.videos.folder, sets["train"])
     plan = _decided(plan.videos, facts, plan.overrides, out=plan.run_dir)
-    if shards.left_out:
-        say(f"left out, not readable: {len(shards.left_out)} videos (rejects.jsonl beside the shards names all)")
-        left_out = [f"{one.sample_id}: {one.reason} ({one.what})" for one in shards.left_out]
-        say("  " + listed(left_out, separator="\n  "))
-    silent = f" and {shards.num_silent} with silence alone" if shards.num_silent else ""
+    if rejects := [one for root in sets.values() for one in read_rejects(root)]:
+        say(f"left out, not readable: {len(rejects)} videos (rejects.jsonl beside the shards names all)")
+        say("  " + listed([f"{one.sample_id}: {one.reason} ({one.what})" for one in rejects], separator="\n  "))
+    silent = f" and {facts.num_silent} with silence alone" if facts.num_silent else ""
     say(
-        f"shards in {shards.sets['train'].parent}: {shards.num_clips} training videos, {shards.num_with_sound} with "
-        f"sound{silent}, median {shards.median_seconds:.1f} s"
+        f"shards in {sets['train'].parent}: {facts.num_clips} training videos, {facts.num_with_sound} with "
+        f"sound{silent}, median {facts.median_seconds:.1f} s"
     )
     for line in ("chosen:", *_choice_lines(plan)):
         say(line)
-    _refuse_other_videos(plan.run_dir, shards)
-    sets = {split: str(folder.resolve()) for split, folder in shards.sets.items()}
-    data = replace(plan.recipe.data, train=sets["train"], validation=sets.get("validation"))
+    _refuse_other_videos(plan.run_dir, sets["train"])
+    places = {split: str(folder.resolve()) for split, folder in sets.items()}
+    data = replace(plan.recipe.data, train=places["train"], validation=places.get("validation"))
     outcome = launch(
         replace(plan.recipe, data=data),
         plan.run_dir,
@@ -294,8 +284,8 @@ def _train(plan: OwnPlan, *, ray_address: str | None, accept_open_ray: bool) -> 
         ray_address=ray_address,
         accept_open_ray=accept_open_ray,
     )
-    judgement = judge(outcome, plan.videos, shards.sets["validation"]) if "validation" in sets else None
-    return plan, shards, outcome, judgement
+    judgement = judge(outcome, plan.videos, sets["validation"]) if "validation" in sets else None
+    return plan, sets, outcome, judgement
 
 
 def _refuse_ignored(given: Recipe, overrides: Sequence[str]) -> None:
@@ -317,15 +307,13 @@ def _refuse_ignored(given: Recipe, overrides: Sequence[str]) -> None:
         )
 
 
-def _decided(videos: OwnVideos, facts: Facts, overrides: tuple[str, ...], *, out: Path | None) -> OwnPlan:
-    choices = choose(facts)
-    chosen = {"name": run_name(videos.folder), **settings_of(choices)}
-    recipe = load_recipe(RECIPE, [*_as_overrides(chosen), *overrides])
+def _decided(videos: OwnVideos, facts: choices.Facts, overrides: tuple[str, ...], *, out: Path | None) -> OwnPlan:
+    settings = {"name": run_name(videos.folder), **choices.settings_of(choices.choose(facts))}
+    recipe = load_recipe(RECIPE, [*_as_overrides(settings), *overrides])
     run_dir = out or recipe.folder
     return OwnPlan(
         videos=videos,
         facts=facts,
-        choices=choices,
         recipe=recipe,
         overrides=overrides,
         run_dir=run_dir,
@@ -347,21 +335,23 @@ def _as_overrides(settings: Mapping[str, Any]) -> list[str]:
 def _conversion(recipe: Recipe) -> ConversionConfig:
     """Return how the videos are stored; sound is kept where there is some, so that any kind of model can read them."""
     config = ConversionConfig(
-        short_side=short_side(recipe.clip.crop_size), num_mel_bins=recipe.clip.num_mel_bins, audio_policy="optional"
+        short_side=choices.short_side(recipe.clip.crop_size),
+        num_mel_bins=recipe.clip.num_mel_bins,
+        audio_policy="optional",
     )
     heard = None if recipe.start is None else start_sound(Path(recipe.start.checkpoint))
     return config if heard is None else replace(config, sample_rate_hz=heard.sample_rate_hz)
 
 
-def _expert_sizes(given: Recipe, overrides: Sequence[str]) -> ExpertSizes | None:
+def _expert_sizes(given: Recipe, overrides: Sequence[str]) -> choices.ExpertSizes | None:
     """Return the sizes of the given experts; public ones are taken to be the published size until they are fetched."""
     sources = given.experts.sources()
     if not sources:
         return None
     if any(map(is_hub_name, sources.values())):
-        return published_sizes(sources)
+        return choices.published_sizes(sources)
     says_heads = _is_set("model.num_heads", overrides)
-    return read_expert_sizes(given.experts.files(), num_heads=given.model.num_heads if says_heads else None)
+    return choices.read_expert_sizes(given.experts.files(), num_heads=given.model.num_heads if says_heads else None)
 
 
 def _with_fetched_experts(plan: OwnPlan) -> OwnPlan:
@@ -376,7 +366,7 @@ def _with_fetched_experts(plan: OwnPlan) -> OwnPlan:
     return _decided(plan.videos, facts, overrides, out=plan.run_dir)
 
 
-def _refuse_other_videos(run_dir: Path, shards: OwnShards) -> None:
+def _refuse_other_videos(run_dir: Path, train: Path) -> None:
     """Refuse to go on with a run that was begun on other videos, in words that a newcomer knows.
 
     A folder whose shards are gone is left to the run's own record, which knows their hashes.
@@ -385,7 +375,7 @@ def _refuse_other_videos(run_dir: Path, shards: OwnShards) -> None:
     began = None if kept is None else kept.data.train
     if began is None or not (Path(began) / MANIFEST_NAME).exists():
         return
-    before, now = read_manifest(Path(began)), read_manifest(shards.sets["train"])
+    before, now = read_manifest(Path(began)), read_manifest(train)
     if before.fingerprint != now.fingerprint:
         raise UserInputError(
             f"{run_dir}: holds a run on {before.num_samples} training videos, the folder now gives {now.num_samples} "
