@@ -92,6 +92,7 @@ class Answers:
     """One model's answers on the test set."""
 
     model: str
+    factors: Factors
     keys: tuple[str, ...]
     """Samples, in the order of all that follows."""
     labels: NDArray[np.int64]
@@ -106,18 +107,19 @@ class Answers:
         """[samples] whether the whole answer is right."""
         return np.equal(self.labels, self.chosen)
 
-    def right_parts(self, factors: Factors) -> NDArray[np.bool_]:
-        """Return [samples, factors] whether each factor is right."""
-        return np.equal(factors.parts(self.labels), factors.parts(self.chosen))
+    @property
+    def right_parts(self) -> NDArray[np.bool_]:
+        """[samples, factors] whether each factor is right."""
+        return np.equal(self.factors.parts(self.labels), self.factors.parts(self.chosen))
 
-    def confusion(self, factors: Factors, number: int) -> NDArray[np.int64]:
+    def confusion(self, number: int) -> NDArray[np.int64]:
         """Return [true, answered] counts of one factor's classes."""
-        size = factors.sizes[number]
-        cells = factors.parts(self.labels)[:, number] * size + factors.parts(self.chosen)[:, number]
-        return np.bincount(cells, minlength=size**2).reshape(size, size)
+        true, answered = (self.factors.parts(combined)[:, number] for combined in (self.labels, self.chosen))
+        size = self.factors.sizes[number]
+        return np.bincount(true * size + answered, minlength=size**2).reshape(size, size)
 
 
-def read_all_answers(rows: Sequence[ComparisonRow]) -> list[Answers]:
+def read_all_answers(rows: Sequence[ComparisonRow], factors: Factors) -> list[Answers]:
     """Return the predictions that each run's test wrote, in the order of their keys.
 
     Raises:
@@ -132,6 +134,7 @@ def read_all_answers(rows: Sequence[ComparisonRow]) -> list[Answers]:
         found.append(
             Answers(
                 model=row.model,
+                factors=factors,
                 keys=tuple(table["key"].to_pylist()),
                 labels=table[f"{row.target}_label"].to_numpy().astype(np.int64),
                 chosen=values.argmax(axis=1),

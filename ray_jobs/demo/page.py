@@ -89,23 +89,22 @@ class ModelResult:
         ]
 
 
-def model_results(rows: Sequence[ComparisonRow], answers: Sequence[Answers], factors: Factors) -> list[ModelResult]:
+def model_results(rows: Sequence[ComparisonRow], answers: Sequence[Answers]) -> list[ModelResult]:
     """Return one entry per run, in order."""
     found = []
     for row, own in zip(rows, answers, strict=True):
         recipe, senses = recipe_of_run(row), COMPARED[row.model].senses
         experts, world = EXPERTS[recipe.model.kind], recipe.data.synthetic
         assert world is not None  # the contest has a world
-        right = own.right_parts(factors)
         scores = []
-        for number, factor in enumerate(FACTORS):
-            counts = own.confusion(factors, number)
+        for number, (factor, classes) in enumerate(zip(FACTORS, own.factors.classes, strict=True)):
+            counts = own.confusion(number)
             scores.append(
                 FactorScore(
                     factor=factor,
-                    top1=float(right[:, number].mean()),
+                    top1=float(own.right_parts[:, number].mean()),
                     ceiling=ceilings(factor, world.world("train"))[senses],
-                    classes=[shown(name) for name in factors.classes[number]],
+                    classes=[shown(name) for name in classes],
                     shares=(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).tolist(),
                 )
             )
@@ -186,10 +185,11 @@ class ConfusionChart:
     margin: float = MARGIN
 
 
-def confusion_chart(answers: Answers, factors: Factors) -> ConfusionChart:
+def confusion_chart(answers: Answers) -> ConfusionChart:
     """Return where `answers` lie in the table of true by answered class."""
+    factors = answers.factors
     step = SIDE / math.prod(factors.sizes)
-    wrong = [[*itertools.compress(FACTORS, row)] for row in (~answers.right_parts(factors)).tolist()]
+    wrong = [[*itertools.compress(FACTORS, row)] for row in (~answers.right_parts).tolist()]
     kinds = ["right" if not parts else parts[0] if len(parts) == 1 else "several" for parts in wrong]
     counts = Counter(zip(answers.labels.tolist(), answers.chosen.tolist(), kinds, strict=True))
     first, second = factors.sizes[:2]
@@ -261,16 +261,15 @@ def choose_clips(answers: Sequence[Answers], *, most: int = 6) -> list[tuple[int
     return ordered[:most]
 
 
-def sample_clips(answers: Sequence[Answers], factors: Factors, shards: Path, *, most: int = 6) -> list[SampleClip]:
-    """Return up to `most` clips of the test set in `shards` with every model's answer.
+def sample_clips(answers: Sequence[Answers], shards: Path) -> list[SampleClip]:
+    """Return some clips of the test set in `shards` with every model's answer.
 
     Raises:
         DataDamageError: the shards are not what was written.
     """
-    chosen = choose_clips(answers, most=most)
-    keys = answers[0].keys
+    chosen, keys, factors = choose_clips(answers), answers[0].keys, answers[0].factors
     pictures = charts.read_pictures(read_shard_set(shards), [keys[sample] for sample, _ in chosen])
-    right_parts = [one.right_parts(factors) for one in answers]
+    right_parts = [one.right_parts for one in answers]
     return [
         SampleClip(
             key=keys[sample],
@@ -379,7 +378,8 @@ def write_demo_page(report: DemoReport, out: Path) -> Path:
 def render_demo_page(report: DemoReport) -> str:
     """Return the whole page; it asks nothing of any network."""
     manifest = read_manifest(Path(report.test_shards))
-    factors, answers = factors_of_set(manifest), read_all_answers(report.runs)
+    factors = factors_of_set(manifest)
+    answers = read_all_answers(report.runs, factors)
     recipe = recipe_of_run(report.runs[-1])
     assert recipe.data.train is not None  # the contest names its shards
     num_classes, smoothing = math.prod(factors.sizes), recipe.optim.label_smoothing
@@ -398,11 +398,11 @@ def render_demo_page(report: DemoReport) -> str:
         num_test=manifest.num_samples,
         epochs=recipe.training.epochs,
         video_name=PurePath(report.prediction.video).name,
-        video_truth=_truth(answers[-1], factors, report.prediction.video),
-        results=model_results(report.runs, answers, factors),
+        video_truth=_truth(answers[-1], report.prediction.video),
+        results=model_results(report.runs, answers),
         losses=losses,
-        confusion=confusion_chart(answers[-1], factors),
-        clips=sample_clips(answers, factors, Path(report.test_shards)),
+        confusion=confusion_chart(answers[-1]),
+        clips=sample_clips(answers, Path(report.test_shards)),
         steps=next_steps(report),
         kind_names=KINDS,
         model_names=MODEL_NAMES,
@@ -422,8 +422,10 @@ def _line(frame: charts.Frame, model: str, values: charts.Curve, *, is_faint: bo
     return charts.Line(css=f"m-{model}", name=MODEL_NAMES[model], points=points, is_faint=is_faint)
 
 
-def _truth(answers: Answers, factors: Factors, video: str) -> str | None:
+def _truth(answers: Answers, video: str) -> str | None:
     """Return the true class of a video of the test set, in words; None where it is another."""
     split, _, number = PurePath(video).stem.partition("-")
     key = sample_key(f"{split}/{number}")  # as the synthetic world names its samples and their files
-    return " · ".join(factors.labels(int(answers.labels[answers.keys.index(key)]))) if key in answers.keys else None
+    if key not in answers.keys:
+        return None
+    return " · ".join(answers.factors.labels(int(answers.labels[answers.keys.index(key)])))

@@ -182,8 +182,8 @@ def factors(report: DemoReport) -> Factors:
 
 
 @pytest.fixture(scope="module")
-def answers(report: DemoReport) -> list[Answers]:
-    return read_all_answers(report.runs)
+def answers(report: DemoReport, factors: Factors) -> list[Answers]:
+    return read_all_answers(report.runs, factors)
 
 
 def test_the_table_shows_the_numbers_of_the_report(page: Page, report: DemoReport) -> None:
@@ -224,11 +224,11 @@ def test_factors_are_taken_apart_as_the_world_put_them_together(
 
 
 def test_each_model_has_the_share_of_every_factor_and_its_ceiling(
-    page: Page, report: DemoReport, factors: Factors, answers: list[Answers]
+    page: Page, report: DemoReport, answers: list[Answers]
 ) -> None:
     found = {
         result.row.model: [(score.top1, score.ceiling) for score in result.factors]
-        for result in model_results(report.runs, answers, factors)
+        for result in model_results(report.runs, answers)
     }
     assert found == {
         "spatial": [(1, 1), (1, 1 / 2), (0, 1 / 4)],
@@ -247,17 +247,15 @@ def test_each_model_has_the_share_of_every_factor_and_its_ceiling(
 
 
 def test_a_factor_that_is_guessed_is_even_and_one_that_is_known_is_a_diagonal(
-    report: DemoReport, factors: Factors, answers: list[Answers]
+    report: DemoReport, answers: list[Answers]
 ) -> None:
-    spatial = model_results(report.runs, answers, factors)[0]
+    spatial = model_results(report.runs, answers)[0]
     assert np.array_equal(spatial.factors[0].shares, np.eye(4))
     assert np.array_equal(spatial.factors[2].shares, np.roll(np.eye(4), 1, axis=1))
 
 
-def test_the_marks_of_the_confusion_are_all_answers_of_the_fullest_model(
-    page: Page, factors: Factors, answers: list[Answers]
-) -> None:
-    chart = confusion_chart(answers[-1], factors)
+def test_the_marks_of_the_confusion_are_all_answers_of_the_fullest_model(page: Page, answers: list[Answers]) -> None:
+    chart = confusion_chart(answers[-1])
     expected = np.zeros((64, 64), int)
     np.add.at(expected, (answers[-1].labels, answers[-1].chosen), 1)
     found = np.zeros((64, 64), int)
