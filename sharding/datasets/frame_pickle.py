@@ -57,20 +57,17 @@ def read_frame(path: Path) -> dict[str, list[Any]]:
     """
     try:
         with path.open("rb") as file:
-            if (size := os.fstat(file.fileno()).st_size) > _MOST_BYTES:
-                raise AnnotationError(f"{path}: expected at most {_MOST_BYTES} bytes, found {size}; {_ADVICE}")
-            frame = _Reader(file).load()
-        return _columns(frame)
+            if (size := os.fstat(file.fileno()).st_size) <= _MOST_BYTES:
+                return _columns(_Reader(file).load())
     except OSError as error:
         raise AnnotationError(f"{path}: expected a readable file, found: {error.strerror}") from error
-    except AnnotationError:
-        raise
     except _ForeignName as error:
         raise AnnotationError(f"{path}: expected the parts of a DataFrame, found the name {error}; {_ADVICE}") from None
     except _DAMAGE as error:
         raise AnnotationError(
             f"{path}: expected a pickled DataFrame, found other contents ({error}); {_ADVICE}"
         ) from None
+    raise AnnotationError(f"{path}: expected at most {_MOST_BYTES} bytes, found {size}; {_ADVICE}")
 
 
 class _ForeignName(Exception):  # noqa: N818  # a name, not an error of its own

@@ -1,7 +1,8 @@
 """``kinetics_400`` and ``kinetics_sound``: the owners' CSV files, the CAST release's and OGM-GE's lists.
 
 Kinetics-400's CSV names a YouTube id, the seconds that were cut from it and a class; its clips are
-``<id>_000417_000427.mp4`` or ``<id>.mp4``. KineticsSound is the part of it whose classes can be heard.
+``<id>_000417_000427.mp4`` or ``<id>.mp4``. KineticsSound is the part of it whose classes can be heard: the 31
+of Look, Listen and Learn that Kinetics-400 has, alphabetical, as OGM-GE's lists number them.
 """
 
 from pathlib import Path
@@ -13,16 +14,6 @@ from sharding.datasets.request import DatasetRequest, needed_annotations
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
 from sharding.source import SourceList
-
-KINETICS_SOUND = (
-    *("blowing nose", "blowing out candles", "bowling", "chopping wood", "dribbling basketball", "laughing"),
-    *("mowing lawn", "playing accordion", "playing bagpipes", "playing bass guitar", "playing clarinet"),
-    *("playing drums", "playing guitar", "playing harmonica", "playing keyboard", "playing organ", "playing piano"),
-    *("playing saxophone", "playing trombone", "playing trumpet", "playing violin", "playing xylophone"),
-    *("ripping paper", "shoveling snow", "shuffling cards", "singing", "stomping grapes", "tap dancing"),
-    *("tapping guitar", "tapping pen", "tickling"),
-)
-"""The 31 classes of Look, Listen and Learn that Kinetics-400 has, alphabetical, as OGM-GE's lists number them."""
 
 _COLUMNS = ("youtube_id", "time_start", "time_end", "split")
 _SPLITS = {"train": ("train",), "validation": ("val", "validate", "validation"), "test": ("test",)}
@@ -42,13 +33,12 @@ def read(request: DatasetRequest, dataset: str) -> SourceList:
     Kinetics-400's CSV by class name, or OGM-GE's ``<id>_000058_000068,10,4``; ``--classes`` names other classes than
     the usual 31, for there are papers with 32 and 34.
     """
-    advice = "is this the owners' file? fetch it again"
-    if is_sound := dataset == "kinetics_sound":
+    is_sound = dataset == "kinetics_sound"
+    classes = published_classes(dataset) if request.classes is None else read_classes(request.classes)
+    what, advice = "the owners' train.csv or val.csv", "is this the owners' file? fetch it again"
+    if is_sound:
         what = "Kinetics-400's CSV file, or my_train.txt or my_test.txt"
-        classes = KINETICS_SOUND if request.classes is None else read_classes(request.classes)
         advice += f"; for a list of other than these {len(classes)} classes name them by --classes"
-    else:
-        what, classes = "the owners' train.csv or val.csv", published_classes(dataset)
     annotations = needed_annotations(request, dataset, what=what)
     problems = table.Problems(annotations, advice=advice)
     first = table.first_line(annotations)

@@ -78,6 +78,7 @@ def test_a_limit_below_one_is_refused() -> None:
         ("epic_kitchens_100_verbs", 97),
         ("epic_sounds", 44),
         ("kinetics_400", 400),
+        ("kinetics_sound", 31),
         ("something_something_v2", 174),
         ("ucf_101", 101),
         ("vgg_sound", 309),
