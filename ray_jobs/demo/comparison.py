@@ -42,7 +42,6 @@ class Lesson:
     targets: tuple[str, ...]
     """Label spaces of the world."""
     epochs: int
-    """Passes over the training shards."""
     num_frames: int | None = None
     """Frames of a view in this lesson, where fewer than the models read are enough: images need no neighbours, and who
     only hears need not wait for pictures. None: as many as the models read."""
@@ -58,7 +57,6 @@ class PretrainedExpert:
     top1: float
     """Accuracy on the test split, one view a sample; of several label spaces the mean."""
     file: str
-    """Its weights."""
 
 
 def pretrain(
@@ -162,7 +160,6 @@ class ComparedModel:
     senses: str
     """What it is given, as `sharding.synthetic.factors` names it."""
     says: str
-    """What it is."""
 
 
 _ALL_SENSES = "spatial+temporal+audio"
@@ -219,7 +216,6 @@ class Contest:
     recipe: Recipe
     """Their recipe, but for `[model]`; `data.synthetic` is the world."""
     train: Path
-    """Shards."""
     test: Path
     """Shards that no model has seen."""
     experts: Mapping[ExpertName, str]

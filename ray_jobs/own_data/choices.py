@@ -40,9 +40,7 @@ class Facts:
     """What choices are made from. None: not known before the videos are read."""
 
     device: Device
-    """What this machine trains on."""
     classes: tuple[str, ...]
-    """Names of the classes."""
     num_clips: int
     """Videos to train on."""
     num_with_sound: int | None = None

@@ -143,16 +143,12 @@ def validation_names(names: Sequence[str]) -> frozenset[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mistake:
-    """A validation video that was taken for another class."""
+    """A validation video (its file) of the class `label` that was taken for `said`, and how probable that was said."""
 
     video: str
-    """Its file."""
     label: str
-    """Its class."""
     said: str
-    """The class it was taken for."""
     probability: float
-    """Of the class that was said."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,9 +156,7 @@ class Judgement:
     """The validation videos under one view each."""
 
     num_videos: int
-    """Videos that were judged."""
     num_right: int
-    """Videos whose class was the likeliest."""
     commonest: str
     """The class of most of the validation videos."""
     chance: float

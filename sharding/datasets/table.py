@@ -160,13 +160,13 @@ def read_table(
         AnnotationError: unreadable, another encoding or delimiter, a wrong header, or no rows.
     """
     (number, header), *lines = numbered_lines(path, expected=f"a header {','.join(required)}")
-    where, found = f"{path}:{number}:1", _shortened(header)
+    where = f"{path}:{number}:1"
     columns = _cells(header)
     if columns is None or not set(required) <= set(columns):
         _refuse_other_delimiter(where, header, required)
     if columns is None:
-        raise AnnotationError(f"{where}: expected the header {','.join(required)}, found {found}")
-    check_columns(where, columns, required=required, optional=optional, found=found)
+        raise AnnotationError(f"{where}: expected the header {','.join(required)}, found {_shortened(header)}")
+    check_columns(where, columns, required=required, optional=optional)
     if not lines:
         raise AnnotationError(f"{path}: expected rows below the header, found none")
     return columns, tuple(_rows(path, lines, columns, problems))
@@ -290,24 +290,19 @@ def _place_after(path: Path, before: str) -> str:
 
 
 def check_columns(
-    where: str,
-    columns: Sequence[str],
-    *,
-    required: Sequence[str],
-    optional: Sequence[str] | None,
-    found: str = "",
+    where: str, columns: Sequence[str], *, required: Sequence[str], optional: Sequence[str] | None
 ) -> None:
-    """Refuse a table whose columns are not those expected, as `read_table` says; `found` is how its header is written.
+    """Refuse a table whose columns are not those expected, as `read_table` says.
 
     Raises:
         AnnotationError: a required column is missing, one is there twice, or one is unknown.
     """
-    found = found or ",".join(columns)
     missing = [name for name in required if name not in columns]
     if missing:
         near = did_you_mean(missing[0], list(columns))
         raise AnnotationError(
-            f"{where}: expected the columns {','.join(required)}, found {found}; missing: {', '.join(missing)}{near}"
+            f"{where}: expected the columns {','.join(required)}, found {_shortened(','.join(columns))}; "
+            f"missing: {', '.join(missing)}{near}"
         )
     doubled = sorted({name for name in columns if columns.count(name) > 1})
     if doubled:

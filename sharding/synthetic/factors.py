@@ -123,14 +123,14 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """The factors beside the labelled ones, as indices; 0 where the difficulty has no such factor."""
+    """The factors beside the labelled ones, as indices into the difficulty's colours and speeds and into RHYTHMS.
+
+    0 where the difficulty has no such factor.
+    """
 
     colour: int
-    """Into the difficulty's colours."""
     speed: int
-    """Into the difficulty's speeds."""
     rhythm: int
-    """Into RHYTHMS."""
 
 
 def generator(seed: int, split: str, purpose: int, index: int) -> np.random.Generator:
