@@ -40,12 +40,12 @@ DATASETS: dict[str, str] = {
 }
 """Every dataset by the name that ``--dataset`` takes: its module here and the reader in it, loaded when asked for."""
 _USED_BY = {
+    "audio_root": {"csv"},
+    "label_separator": {"csv"},
+    "task": {"synthetic"},
     "annotations": DATASETS.keys() - {"folder", "synthetic"},
     "classes": {"activitynet", "csv", "folder", "kinetics_sound", "list"},
     "follow_links": DATASETS.keys() - {"synthetic"},
-    "task": {"synthetic"},
-    "label_separator": {"csv"},
-    "audio_root": {"csv"},
 }
 """Fields of a request that not every dataset uses, and those that do."""
 
