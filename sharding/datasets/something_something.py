@@ -59,13 +59,13 @@ def _entries(path: Path, request: DatasetRequest, named: Callable[[str], int], p
         request.require_labels(f"{path}: expected entries with a template")
     found = []
     for number, entry in enumerate(entries, start=1):
-        where, template = f"{path}: entry {number} (id {entry['id']!r})", entry.get("template", "")
+        where, template = f"{path}: entry {number}", entry.get("template", "")
         try:
             name = _video_id(entry["id"])
             labels = (named(template.translate({ord("["): None, ord("]"): None})),) if is_labelled else ()
         except CellError as error:
             shown = entry["id"] if error.kind == "not an id" else template
-            problems.add(error.kind, f"{where}: expected {error.expected}, found {shown!r}")
+            problems.add(error.kind, f"{where} (id {entry['id']!r}): expected {error.expected}, found {shown!r}")
         else:
             found.append(Annotation(sample_id=name, labels=labels, where=where, clips=(name,)))
     return found
