@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -53,8 +53,7 @@ class Facts:
     """Pretrained experts that were given; None: none were."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """Settings that are chosen together."""
 
     settings: Mapping[str, Any]
@@ -83,7 +82,7 @@ def choose(facts: Facts) -> tuple[Choice, ...]:
         _sampling(facts),
         _augment(facts),
         *_length_and_batch(facts),
-        Choice(settings={"training.precision": precision}, reason=why),
+        Choice({"training.precision": precision}, why),
     )
 
 
@@ -154,16 +153,13 @@ def read_expert_sizes(files: Mapping[ExpertName, Path], *, num_heads: int | None
 def _kind(facts: Facts) -> Choice:
     kind = _kind_of(facts)
     if kind is None:
-        return Choice(
-            settings={},
-            reason="model.kind: ca2st if half of the videos have sound, else cast; known once they are read",
-        )
+        return Choice({}, "model.kind: ca2st if half of the videos have sound, else cast; known once they are read")
     if facts.experts is not None:
-        return Choice(settings={"model.kind": kind}, reason=f"what the given experts make: {', '.join(EXPERTS[kind])}")
+        return Choice({"model.kind": kind}, f"what the given experts make: {', '.join(EXPERTS[kind])}")
     silent = f" ({facts.num_silent} more have nothing but silence)" if facts.num_silent else ""
     sound = f"{facts.num_with_sound} of {facts.num_clips} training videos have sound{silent}"
     why = f"{sound}: space, time and audio" if kind == "ca2st" else f"{sound}, fewer than half: space and time alone"
-    return Choice(settings={"model.kind": kind}, reason=why)
+    return Choice({"model.kind": kind}, why)
 
 
 def _kind_of(facts: Facts) -> ModelKind | None:
@@ -178,9 +174,9 @@ def _sizes(facts: Facts) -> tuple[Choice, Choice, Choice]:
     """Choose the sizes of the model, what of it is trained, and the clip."""
     if (given := facts.experts) is not None:
         return (
-            Choice(settings=given.model_settings, reason="the sizes of the given experts"),
-            Choice(settings={"trainable": "added"}, reason="the given experts stay as they are"),
-            Choice(settings=given.clip_settings, reason="what the given experts were trained on"),
+            Choice(given.model_settings, "the sizes of the given experts"),
+            Choice({"trainable": "added"}, "the given experts stay as they are"),
+            Choice(given.clip_settings, "what the given experts were trained on"),
         )
     if facts.device == "cpu":
         dim, depth, num_heads, where = 96, 4, 4, "a CPU in minutes"
@@ -190,9 +186,9 @@ def _sizes(facts: Facts) -> tuple[Choice, Choice, Choice]:
         num_frames, crop_size, why = 16, 112, "small pictures for a small model"
     sizes = {"model.dim": dim, "model.depth": depth, "model.num_heads": num_heads, "model.audio_stride": 16}
     return (
-        Choice(settings=sizes, reason=f"small enough to learn from nothing on {where}"),
-        Choice(settings={"trainable": "all"}, reason="no pretrained experts are given, so everything is learned"),
-        Choice(settings={"clip.num_frames": num_frames, "clip.crop_size": crop_size}, reason=why),
+        Choice(sizes, f"small enough to learn from nothing on {where}"),
+        Choice({"trainable": "all"}, "no pretrained experts are given, so everything is learned"),
+        Choice({"clip.num_frames": num_frames, "clip.crop_size": crop_size}, why),
     )
 
 
@@ -200,34 +196,30 @@ def _mel_rows(facts: Facts) -> Choice:
     low, high = _MEL_ROWS
     kind = _kind_of(facts)
     if kind is not None and "audio" not in EXPERTS[kind]:
-        return Choice(settings={"clip.mel_rows": low}, reason="sound is not used, so little of it is read")
+        return Choice({"clip.mel_rows": low}, "sound is not used, so little of it is read")
     if facts.experts is not None:
         rows = facts.experts.mel_rows
-        return Choice(settings={"clip.mel_rows": rows}, reason="what the given audio expert was trained on")
+        return Choice({"clip.mel_rows": rows}, "what the given audio expert was trained on")
     if facts.median_seconds is None:
-        return Choice(settings={}, reason="clip.mel_rows: by the median duration; known once the videos are read")
+        return Choice({}, "clip.mel_rows: by the median duration; known once the videos are read")
     rows = int(facts.median_seconds / MEL_ROW_SECONDS) // _MEL_ROWS_STEP * _MEL_ROWS_STEP
     rows = min(max(rows, low), high)
     seconds = f"{rows * MEL_ROW_SECONDS:.1f} s of sound"
-    return Choice(
-        settings={"clip.mel_rows": rows}, reason=f"{seconds}; the median video has {facts.median_seconds:.1f} s"
-    )
+    return Choice({"clip.mel_rows": rows}, f"{seconds}; the median video has {facts.median_seconds:.1f} s")
 
 
 def _sampling(facts: Facts) -> Choice:
     seconds = facts.median_seconds
     if seconds is None:
-        return Choice(
-            settings={}, reason="data.sampling.scheme: by the median duration; known once the videos are read"
-        )
+        return Choice({}, "data.sampling.scheme: by the median duration; known once the videos are read")
     if seconds <= _SHORT_SECONDS:
         return Choice(
-            settings={"data.sampling.scheme": "uniform"},
-            reason=f"the median video has {seconds:.1f} s: frames are spread over a whole video",
+            {"data.sampling.scheme": "uniform"},
+            f"the median video has {seconds:.1f} s: frames are spread over a whole video",
         )
     return Choice(
-        settings={"data.sampling.scheme": "dense", "data.sampling.frame_stride": 8},
-        reason=f"the median video has {seconds:.1f} s: a window of it at a time, so that motion can be seen",
+        {"data.sampling.scheme": "dense", "data.sampling.frame_stride": 8},
+        f"the median video has {seconds:.1f} s: a window of it at a time, so that motion can be seen",
     )
 
 
@@ -236,8 +228,8 @@ def _augment(facts: Facts) -> Choice:
     sided = [name for name in facts.classes if _SIDED.search(name.lower())]
     settings = {"data.augment.crop_area": [low, 1.0], "data.augment.flip_probability": 0.0 if sided else 0.5}
     if sided:
-        return Choice(settings=settings, reason=f"never mirrored: the class {sided[0]!r} names a side")
-    return Choice(settings=settings, reason="mirrored half the time; set 0.0 where left and right tell classes apart")
+        return Choice(settings, f"never mirrored: the class {sided[0]!r} names a side")
+    return Choice(settings, "mirrored half the time; set 0.0 where left and right tell classes apart")
 
 
 def _length_and_batch(facts: Facts) -> tuple[Choice, Choice]:
@@ -259,18 +251,18 @@ def _length_and_batch(facts: Facts) -> tuple[Choice, Choice]:
     batch = min(1 << (max(2, num_clips // 8).bit_length() - 1), max_batch, num_clips)
     peak = (5e-4 if given else 1e-3) * math.sqrt(batch / 32)
     length = Choice(
-        settings={"training.epochs": epochs, "training.validate_every_epochs": math.ceil(epochs / 5)},
-        reason=f"{num_clips} videos, {shown} showings in all: {where}",
+        {"training.epochs": epochs, "training.validate_every_epochs": math.ceil(epochs / 5)},
+        f"{num_clips} videos, {shown} showings in all: {where}",
     )
     batches = Choice(
-        settings={
+        {
             "training.global_batch_size": batch,
             "training.per_device_batch_size": min(batch, 8) if given else batch,
             "optim.base_lr": float(f"{peak * 256 / batch:.3g}"),
             "optim.warmup_epochs": 1.0,
             "optim.layer_decay": 1.0,
         },
-        reason=f"so that {num_clips} videos make steps enough; the rate fits the batch",
+        f"so that {num_clips} videos make steps enough; the rate fits the batch",
     )
     return length, batches
 
