@@ -195,6 +195,15 @@ def test_hd_epic_keeps_first_actions_that_epic_kitchens_knows_in_every_form(tmp_
     }
 
 
+def test_c10_a_cell_of_any_length_in_a_csv_of_hd_epic_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = hd_file(tmp_path, "csv")
+    lines = path.read_text().splitlines()
+    write_lines(path, [*lines, f'a,b,1,2,"{"x" * 200_000}"'])
+    message = rf"\.csv:{len(lines) + 1}: expected a line of CSV, found another \(field larger than field limit"
+    with pytest.raises(AnnotationError, match=message):
+        read("hd_epic", path, split="test")
+
+
 def test_hd_epic_leaves_out_what_the_erratum_beside_it_names(tmp_path: Path) -> None:
     write_lines(
         tmp_path / "HD_EPIC_Narrations_erratum.csv", ["erratum_narration_id", HD_ROWS[0]["unique_narration_id"]]
