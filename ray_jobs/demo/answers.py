@@ -128,8 +128,8 @@ def read_all_answers(rows: Sequence[ComparisonRow], factors: Factors) -> list[An
     found: list[Answers] = []
     for row in rows:
         table = read_parquet(Path(row.predictions))
-        order = np.argsort(table["key"].to_numpy(zero_copy_only=False), kind="stable")
-        table = table.take(order)  # sort_by starts threads
+        # Not by Table.sort_by, which starts threads.
+        table = table.take(np.argsort(table["key"].to_numpy(zero_copy_only=False), kind="stable"))
         values = np.array(table[f"{row.target}_probabilities"].to_pylist(), dtype=np.float64)
         found.append(
             Answers(

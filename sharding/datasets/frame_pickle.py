@@ -86,9 +86,6 @@ class _Made:
         made.args = args
         return made
 
-    def __init__(self, *_args: Any, **_named: Any) -> None:
-        pass
-
     def __setstate__(self, state: Any) -> None:
         self.state = state
 

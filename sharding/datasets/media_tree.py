@@ -130,6 +130,7 @@ class MediaTree:
         self._named: dict[str, list[str]] = {}
         self.hint = ""
         """What to try where files are missing, for messages."""
+        # Names as texts: public sets have hundreds of thousands of files, of which a Path each takes seconds.
         for parent, folders, files in os.walk(folder, followlinks=follow_links):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             if not follow_links and any(os.path.islink(os.path.join(parent, name)) for name in folders):  # noqa: PTH114, PTH118
@@ -137,7 +138,7 @@ class MediaTree:
             for name in sorted(files):
                 stem, dot, suffix = name.rpartition(".")
                 if dot and stem and not name.startswith(".") and f".{suffix.lower()}" in VIDEO_SUFFIXES:
-                    self._named.setdefault(stem, []).append(os.path.join(parent, name))  # noqa: PTH118  # a text a file
+                    self._named.setdefault(stem, []).append(os.path.join(parent, name))  # noqa: PTH118  # as said
         self._lower: dict[str, list[str]] = {}
         for stem in self._named:
             self._lower.setdefault(stem.lower(), []).append(stem)

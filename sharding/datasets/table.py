@@ -360,6 +360,7 @@ def _cells(line: str) -> tuple[str, ...] | None:
 
 def _cell_start(line: str, number: int) -> int:
     """Return the character of a line, from 1, that the cell of that number starts at; quoted commas do not count."""
+    # The csv module does not say where a cell starts.
     start, in_quotes, is_quoted_cell = 0, False, False
     for position, character in enumerate(line):
         if number == 0:

@@ -255,6 +255,7 @@ def draw_frames(config: SyntheticConfig, split: str, index: int) -> UInt8[np.nda
         frames = np.stack(
             [np.roll(frame, tuple(shift), axis=(0, 1)) for frame, shift in zip(frames, clutter.shifts, strict=True)]
         )
+    # Spawned: the stream of DRAWING itself made the scene.
     random = factors.generator(config.seed, split, factors.DRAWING, index).spawn(1)[0]
     noise = scene.noise * random.standard_normal(frames.shape[:3], dtype=np.float32)[..., None]
     return np.asarray(np.clip((frames + noise) * 255.0 + 0.5, 0, 255), dtype=np.uint8)
@@ -272,6 +273,7 @@ def _cover(body: Body, size: int) -> factors.Plane:
     """Return how much of each pixel the body covers, 0 to 1, with edges one pixel soft."""
     pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
     centres = body.track.astype(np.float32)
+    # The frame's edges meet: of all copies of the body the nearest counts.
     away_x = (pixels - centres[:, :1] + 0.5) % 1.0 - 0.5
     away_y = (pixels - centres[:, 1:] + 0.5) % 1.0 - 0.5
     x, y = away_x[:, None, :] / body.radius, away_y[:, :, None] / body.radius

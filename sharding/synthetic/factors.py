@@ -221,6 +221,7 @@ def binding_of(config: SyntheticConfig, split: str, index: int) -> Binding:
     """Return the objects' rhythms and the keeper of sample `index`; any first N samples hold the keepers evenly."""
     num_objects = config.settings.num_objects
     block, position = divmod(index, num_objects)
+    # Spawned: the stream of (BINDING, block) itself orders the keepers.
     random = generator(config.seed, split, BINDING, index).spawn(1)[0]
     return Binding(
         keeper=_keepers(num_objects, config.seed, split, block)[position],
