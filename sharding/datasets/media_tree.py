@@ -8,7 +8,7 @@ once, and the file is the one that has such a name, wherever it lies.
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,12 +84,7 @@ def located(
         UserInputError: no media folder, not one file found, or more missing than ``--max-missing`` allows.
         AnnotationError: no annotations, or a segment has several files, or one that a link leads outside.
     """
-    times: Counter[str] = Counter()
-    of_own_id = []
-    for one in annotations:
-        times[one.sample_id] += 1
-        again = f"#{times[one.sample_id]}" if times[one.sample_id] > 1 else ""
-        of_own_id.append(replace(one, sample_id=f"{one.sample_id}{again}"))
+    of_own_id = list(_unique(annotations))
     if not of_own_id:
         raise AnnotationError(f"{request.annotations}: expected rows of {dataset}, found none")
     kept = of_own_id[: request.limit]
@@ -120,6 +115,15 @@ def located(
         notes={kind: tuple(places) for kind, places in found.items() if places},
         labelling="one" if any(one.labels for one in of_own_id) else "none",
     )
+
+
+def _unique(annotations: Iterable[Annotation]) -> Iterator[Annotation]:
+    """Put ``#2``, ``#3``, ... behind ids that come again."""
+    times: Counter[str] = Counter()
+    for one in annotations:
+        times[one.sample_id] += 1
+        again = times[one.sample_id]
+        yield one if again == 1 else replace(one, sample_id=f"{one.sample_id}#{again}")
 
 
 class MediaTree:
