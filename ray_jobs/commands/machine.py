@@ -341,8 +341,8 @@ def _print_demo(report: "DemoReport") -> None:
     for prediction in report.prediction.predictions:
         result(f"  {prediction.probability:6.1%}  {prediction.label}")
     result(f"\nDone in {report.seconds:.0f} s. Look at {report.page} in a browser. What to try next:")
-    for step in next_steps(report):
-        result(f"  {step.command}\n      {step.says}")
+    for command, says in next_steps(report).items():
+        result(f"  {command}\n      {says}")
 
 
 def _command() -> str:

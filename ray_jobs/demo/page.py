@@ -1,5 +1,6 @@
 """The page of the demo: one HTML file with results, factors, losses, confusions and clips of the test."""
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -16,7 +17,16 @@ from ca2st.training.journal import JOURNAL_NAME, run_sequence
 from ca2st.training.resume import RECIPE_FILE
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.config.recipe_file import stored_recipe
-from ray_jobs.demo.answers import Answers, DemoReport, Factors, factors_of_set, next_steps, read_all_answers, shown
+from ray_jobs.demo.answers import (
+    FACTORS,
+    Answers,
+    DemoReport,
+    Factors,
+    factors_of_set,
+    next_steps,
+    read_all_answers,
+    shown,
+)
 from ray_jobs.demo.comparison import COMPARED, ComparisonRow
 from ray_jobs.pages import charts
 from sharding.format.index import sample_key
@@ -63,8 +73,6 @@ class ModelResult:
 
     name: str
     row: ComparisonRow
-    says: str
-    """What it is."""
     given: str
     """``frames + sound``."""
     orders_frames: bool
@@ -81,9 +89,35 @@ class ModelResult:
         ]
 
 
-def model_results(rows: Sequence[ComparisonRow], answers: Sequence[Answers], factors: Factors) -> list[ModelResult]:
+def model_results(rows: Sequence[ComparisonRow], answers: Sequence[Answers]) -> list[ModelResult]:
     """Return one entry per run, in order."""
-    return [_result(row, one, factors) for row, one in zip(rows, answers, strict=True)]
+    found = []
+    for row, own in zip(rows, answers, strict=True):
+        recipe, senses = recipe_of_run(row), COMPARED[row.model].senses
+        experts, world = EXPERTS[recipe.model.kind], recipe.data.synthetic
+        assert world is not None  # the contest has a world
+        scores = []
+        for number, (factor, classes) in enumerate(zip(FACTORS, own.factors.classes, strict=True)):
+            counts = own.confusion(number)
+            scores.append(
+                FactorScore(
+                    factor=factor,
+                    top1=float(own.right_parts[:, number].mean()),
+                    ceiling=ceilings(factor, world.world("train"))[senses],
+                    classes=[shown(name) for name in classes],
+                    shares=(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).tolist(),
+                )
+            )
+        found.append(
+            ModelResult(
+                name=MODEL_NAMES[row.model],
+                row=row,
+                given=" + ".join(GIVEN[expert] for expert in experts),
+                orders_frames="temporal" in senses and "temporal" not in experts,
+                factors=scores,
+            )
+        )
+    return found
 
 
 def recipe_of_run(row: ComparisonRow) -> Recipe:
@@ -93,7 +127,7 @@ def recipe_of_run(row: ComparisonRow) -> Recipe:
 
 
 SIDE, MARGIN = 640.0, 64.0
-_KINDS = {
+KINDS = {
     "right": "all right",
     "space": "shape wrong",
     "time": "motion wrong",
@@ -121,7 +155,7 @@ class Cell:
     y: float
     """Centre; true classes downwards."""
     kind: str
-    """Key of what went wrong: ``right``, ``space``, ``time``, ``audio``, ``several``."""
+    """What went wrong, a key of `KINDS`."""
     count: int
     label: str
     """The pair in words."""
@@ -133,22 +167,12 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Kind:
-    """A sort of answer."""
-
-    key: str
-    says: str
-    count: int
-    """Clips that were answered so."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ConfusionChart:
     """All answers of one model, classes sorted by factor."""
 
-    num_clips: int
     cells: list[Cell]
-    kinds: list[Kind]
+    kinds: Mapping[str, int]
+    """Clips that were answered in each way, by its key."""
     blocks: list[charts.Mark]
     """Classes of the first factor."""
     inner: list[charts.Mark]
@@ -161,16 +185,15 @@ class ConfusionChart:
     margin: float = MARGIN
 
 
-def confusion_chart(answers: Answers, factors: Factors) -> ConfusionChart:
+def confusion_chart(answers: Answers) -> ConfusionChart:
     """Return where `answers` lie in the table of true by answered class."""
-    num_classes = int(np.prod(factors.sizes))
-    step = SIDE / num_classes
-    right = answers.right_parts(factors)
-    kinds = [_kind(row.tolist()) for row in right]
+    factors = answers.factors
+    step = SIDE / math.prod(factors.sizes)
+    wrong = [[*itertools.compress(FACTORS, row)] for row in (~answers.right_parts).tolist()]
+    kinds = ["right" if not parts else parts[0] if len(parts) == 1 else "several" for parts in wrong]
     counts = Counter(zip(answers.labels.tolist(), answers.chosen.tolist(), kinds, strict=True))
     first, second = factors.sizes[:2]
     return ConfusionChart(
-        num_clips=len(answers.keys),
         cells=[
             Cell(
                 x=step * (chosen + 0.5),
@@ -181,7 +204,7 @@ def confusion_chart(answers: Answers, factors: Factors) -> ConfusionChart:
             )
             for (label, chosen, kind), count in sorted(counts.items())
         ],
-        kinds=[Kind(key=key, says=says, count=kinds.count(key)) for key, says in _KINDS.items()],
+        kinds=Counter(kinds),
         blocks=[
             charts.Mark(at=SIDE * (index + 0.5) / first, label=shown(name))
             for index, name in enumerate(factors.classes[0])
@@ -238,24 +261,32 @@ def choose_clips(answers: Sequence[Answers], *, most: int = 6) -> list[tuple[int
     return ordered[:most]
 
 
-def sample_clips(answers: Sequence[Answers], factors: Factors, shards: Path, *, most: int = 6) -> list[SampleClip]:
-    """Return up to `most` clips of the test set in `shards` with every model's answer.
+def sample_clips(answers: Sequence[Answers], shards: Path) -> list[SampleClip]:
+    """Return some clips of the test set in `shards` with every model's answer.
 
     Raises:
         DataDamageError: the shards are not what was written.
     """
-    chosen = choose_clips(answers, most=most)
-    keys = answers[0].keys
+    chosen, keys, factors = choose_clips(answers), answers[0].keys, answers[0].factors
     pictures = charts.read_pictures(read_shard_set(shards), [keys[sample] for sample, _ in chosen])
+    right_parts = [one.right_parts for one in answers]
     return [
         SampleClip(
             key=keys[sample],
             truth=factors.labels(int(answers[0].labels[sample])),
-            answers=[_answer(one, factors, sample) for one in answers],
+            answers=[
+                Answer(
+                    model=one.model,
+                    parts=list(zip(factors.labels(int(one.chosen[sample])), right[sample].tolist(), strict=True)),
+                    confidence=float(one.confidence[sample]),
+                    is_right=bool(one.is_right[sample]),
+                )
+                for one, right in zip(answers, right_parts, strict=True)
+            ],
             alike=alike,
-            pictures=shown,
+            pictures=own,
         )
-        for (sample, alike), shown in zip(chosen, pictures, strict=True)
+        for (sample, alike), own in zip(chosen, pictures, strict=True)
     ]
 
 
@@ -310,12 +341,10 @@ def loss_chart(
         faint.append(_line(frame, model, tuple(steps), is_faint=True))
         strong.append(_line(frame, model, of_steps))
         final[model] = mean[-1]
-    floors_drawn = [
-        _floor(frame, model, floors[model], place) for place, model in enumerate(reversed([*losses]), start=1)
-    ]
-    knows_nothing = charts.Level(
-        css="guess", y=frame.y(guess), left=frame.left, right=frame.right, text="knows nothing"
-    )
+    levels = [charts.Level(css="guess", y=frame.y(guess), left=frame.left, right=frame.right, text="knows nothing")]
+    for place, model in enumerate(reversed([*losses]), start=1):  # short marks at the right end, side by side
+        left, title = frame.right - 20 * place, f"{MODEL_NAMES[model]}: least loss {floors[model]:.2f}"
+        levels.append(charts.Level(css=f"m-{model}", y=frame.y(floors[model]), left=left, right=left + 17, title=title))
     chart = charts.Chart(
         title="Loss",
         says="Training loss by step, a line per model",
@@ -325,7 +354,7 @@ def loss_chart(
         lines=[*faint, *strong],
         x_marks=[charts.Mark(at=frame.x(step), label=f"{step:g}") for step in charts.places(0, last, whole=True)],
         y_marks=[charts.Mark(at=frame.y(loss), label=str(loss)) for loss in range(math.floor(top) + 1)],
-        levels=[knows_nothing, *floors_drawn],
+        levels=levels,
     )
     return LossChart(chart=chart, guess=guess, least=floors, final=final)
 
@@ -349,9 +378,17 @@ def write_demo_page(report: DemoReport, out: Path) -> Path:
 def render_demo_page(report: DemoReport) -> str:
     """Return the whole page; it asks nothing of any network."""
     manifest = read_manifest(Path(report.test_shards))
-    factors, answers = factors_of_set(manifest), read_all_answers(report.runs)
+    factors = factors_of_set(manifest)
+    answers = read_all_answers(report.runs, factors)
     recipe = recipe_of_run(report.runs[-1])
     assert recipe.data.train is not None  # the contest names its shards
+    num_classes, smoothing = math.prod(factors.sizes), recipe.optim.label_smoothing
+    journals = {row.model: run_sequence(Path(row.run_dir) / JOURNAL_NAME) for row in report.runs}
+    losses = loss_chart(
+        {model: [(step["step"], step["loss"]) for step in steps] for model, steps in journals.items()},
+        {row.model: least_loss(row.ceiling, num_classes=num_classes, smoothing=smoothing) for row in report.runs},
+        num_classes=num_classes,
+    )
     environment = charts.page_environment()
     environment.filters["shown"] = shown
     return environment.get_template("demo.html").render(
@@ -361,47 +398,17 @@ def render_demo_page(report: DemoReport) -> str:
         num_test=manifest.num_samples,
         epochs=recipe.training.epochs,
         video_name=PurePath(report.prediction.video).name,
-        video_truth=_truth(answers[-1], factors, report.prediction.video),
-        results=model_results(report.runs, answers, factors),
-        losses=_losses(report.runs, recipe, num_classes=math.prod(factors.sizes)),
-        confusion=confusion_chart(answers[-1], factors),
-        clips=sample_clips(answers, factors, Path(report.test_shards)),
+        video_truth=_truth(answers[-1], report.prediction.video),
+        results=model_results(report.runs, answers),
+        losses=losses,
+        confusion=confusion_chart(answers[-1]),
+        clips=sample_clips(answers, Path(report.test_shards)),
         steps=next_steps(report),
+        kind_names=KINDS,
         model_names=MODEL_NAMES,
         factor_names=_FACTOR_NAMES,
         expert_factors=_EXPERT_FACTORS,
     )
-
-
-def _result(row: ComparisonRow, answers: Answers, factors: Factors) -> ModelResult:
-    recipe, compared = recipe_of_run(row), COMPARED[row.model]
-    experts = EXPERTS[recipe.model.kind]
-    return ModelResult(
-        name=MODEL_NAMES[row.model],
-        row=row,
-        says=compared.says,
-        given=" + ".join(GIVEN[expert] for expert in experts),
-        orders_frames="temporal" in compared.senses and "temporal" not in experts,
-        factors=[_score(recipe, compared.senses, answers, factors, number) for number in range(len(factors.names))],
-    )
-
-
-def _score(recipe: Recipe, senses: str, answers: Answers, factors: Factors, number: int) -> FactorScore:
-    world = recipe.data.synthetic
-    assert world is not None  # the contest has a world
-    factor, counts = factors.names[number], answers.confusion(factors, number)
-    return FactorScore(
-        factor=factor,
-        top1=float(answers.right_parts(factors)[:, number].mean()),
-        ceiling=ceilings(factor, world.world("train"))[senses],
-        classes=[shown(name) for name in factors.classes[number]],
-        shares=[[float(count) / max(1, int(of_class.sum())) for count in of_class] for of_class in counts],
-    )
-
-
-def _kind(right: list[bool]) -> str:
-    wrong = [key for key, is_right in zip(("space", "time", "audio"), right, strict=True) if not is_right]
-    return "right" if not wrong else wrong[0] if len(wrong) == 1 else "several"
 
 
 def _pair(factors: Factors, label: int, chosen: int, *, count: int) -> str:
@@ -410,43 +417,15 @@ def _pair(factors: Factors, label: int, chosen: int, *, count: int) -> str:
     return f"{clips} of {true}: right" if label == chosen else f"{clips} of {true}: answered {said}"
 
 
-def _answer(answers: Answers, factors: Factors, sample: int) -> Answer:
-    right = answers.right_parts(factors)[sample].tolist()
-    labels = factors.labels(int(answers.chosen[sample]))
-    return Answer(
-        model=answers.model,
-        parts=list(zip(labels, right, strict=True)),
-        confidence=float(answers.confidence[sample]),
-        is_right=all(right),
-    )
-
-
 def _line(frame: charts.Frame, model: str, values: charts.Curve, *, is_faint: bool = False) -> charts.Line:
     points = frame.points(charts.thinned(values), lambda step, loss: f"step {step:g}: {loss:.2f}")
     return charts.Line(css=f"m-{model}", name=MODEL_NAMES[model], points=points, is_faint=is_faint)
 
 
-def _floor(frame: charts.Frame, model: str, loss: float, place: int) -> charts.Level:
-    """Return a short mark at the right end, beside those of the other models."""
-    left = frame.right - 20 * place
-    title = f"{MODEL_NAMES[model]}: least loss {loss:.2f}"
-    return charts.Level(css=f"m-{model}", y=frame.y(loss), left=left, right=left + 17, title=title)
-
-
-def _truth(answers: Answers, factors: Factors, video: str) -> str | None:
+def _truth(answers: Answers, video: str) -> str | None:
     """Return the true class of a video of the test set, in words; None where it is another."""
     split, _, number = PurePath(video).stem.partition("-")
     key = sample_key(f"{split}/{number}")  # as the synthetic world names its samples and their files
-    return " · ".join(factors.labels(int(answers.labels[answers.keys.index(key)]))) if key in answers.keys else None
-
-
-def _losses(rows: list[ComparisonRow], recipe: Recipe, *, num_classes: int) -> LossChart:
-    smoothing = recipe.optim.label_smoothing
-    return loss_chart(
-        {
-            row.model: [(step["step"], step["loss"]) for step in run_sequence(Path(row.run_dir) / JOURNAL_NAME)]
-            for row in rows
-        },
-        {row.model: least_loss(row.ceiling, num_classes=num_classes, smoothing=smoothing) for row in rows},
-        num_classes=num_classes,
-    )
+    if key not in answers.keys:
+        return None
+    return " · ".join(answers.factors.labels(int(answers.labels[answers.keys.index(key)])))

@@ -3,10 +3,10 @@
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from ca2st.model.config import EXPERTS, EncoderName, ExpertName, ModelConfig, Mo
 from ca2st.spec import MEL_ROW_SECONDS, ClipSpec
 from ca2st.weights.importer import EXPERT_KEY
 from ca2st.weights.model_file import UnwrittenSizes, expert_sizes
-from ca2st.weights.tensor_files import TensorFile, WeightsDamageError, read_tensor_file
+from ca2st.weights.tensor_files import WeightsDamageError, read_tensor_file
 from sharding.media.codecs import SIDE_MULTIPLE
 
 Device = Literal["cpu", "cuda"]
@@ -40,9 +40,7 @@ class Facts:
     """What choices are made from. None: not known before the videos are read."""
 
     device: Device
-    """What this machine trains on."""
     classes: tuple[str, ...]
-    """Names of the classes."""
     num_clips: int
     """Videos to train on."""
     num_with_sound: int | None = None
@@ -55,8 +53,7 @@ class Facts:
     """Pretrained experts that were given; None: none were."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """Settings that are chosen together."""
 
     settings: Mapping[str, Any]
@@ -65,24 +62,9 @@ class Choice:
     """Why, for the person."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Budget:
-    """How long a default training may be on a device."""
-
-    passes: int
-    """Clips shown in all."""
-    max_epochs: int
-    max_batch: int
-
-
-_FROM_NOTHING: Mapping[Device, _Budget] = {
-    "cpu": _Budget(passes=6_000, max_epochs=60, max_batch=32),
-    "cuda": _Budget(passes=200_000, max_epochs=100, max_batch=64),
-}
-_WITH_EXPERTS: Mapping[Device, _Budget] = {
-    "cpu": _Budget(passes=200, max_epochs=10, max_batch=8),
-    "cuda": _Budget(passes=20_000, max_epochs=50, max_batch=32),
-}
+_FROM_NOTHING: Mapping[Device, tuple[int, int, int]] = {"cpu": (6_000, 60, 32), "cuda": (200_000, 100, 64)}
+_WITH_EXPERTS: Mapping[Device, tuple[int, int, int]] = {"cpu": (200, 10, 8), "cuda": (20_000, 50, 32)}
+"""How long a default training may be: clips shown in all, epochs, and clips per batch."""
 _LEAST_EPOCHS = 2
 _SHORT_SECONDS = 10.0
 _MEL_ROWS = (96, 400)
@@ -92,7 +74,16 @@ _SIDED = re.compile(r"(?:^|[^a-z])(left|right|leftwards?|rightwards?)(?:$|[^a-z]
 
 def choose(facts: Facts) -> tuple[Choice, ...]:
     """Return every choice for `facts`, in the order in which they are printed."""
-    return tuple(part(facts) for part in _PARTS)
+    precision, why = ("bf16", "faster on a GPU") if facts.device == "cuda" else ("fp32", "what a CPU computes in")
+    return (
+        _kind(facts),
+        *_sizes(facts),
+        _mel_rows(facts),
+        _sampling(facts),
+        _augment(facts),
+        *_length_and_batch(facts),
+        Choice({"training.precision": precision}, why),
+    )
 
 
 def settings_of(choices: tuple[Choice, ...]) -> dict[str, Any]:
@@ -105,18 +96,7 @@ def short_side(crop_size: int) -> int:
     return SIDE_MULTIPLE * math.ceil(crop_size * 8 / 7 / SIDE_MULTIPLE)
 
 
-_USUAL: Mapping[ExpertName, EncoderName] = {"spatial": "clip", "temporal": "videomae", "audio": "ast"}
 _SIZES = ("dim", "depth", "num_heads", "patch_size")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _One:
-    """One expert file."""
-
-    path: Path
-    encoder: EncoderName
-    config: ModelConfig
-    clip: ClipSpec
 
 
 def kind_of(files: Collection[ExpertName]) -> ModelKind:
@@ -152,36 +132,34 @@ def read_expert_sizes(files: Mapping[ExpertName, Path], *, num_heads: int | None
     """
     kind = kind_of(files)
     read = {name: _read(name, path, num_heads=num_heads) for name, path in files.items()}
-    vits = [one for one in read.values() if one.encoder != "resnet50"]
-    visual = [one for one in vits if one.encoder in ("clip", "videomae")]
+    vits = {files[name]: config for name, (encoder, config, _) in read.items() if encoder != "resnet50"}
+    visual = {files[name]: clip for name, (encoder, _, clip) in read.items() if encoder in ("clip", "videomae")}
     for size in _SIZES:
-        _require_equal(size, {one.path: getattr(one.config, size) for one in vits})
-    _require_equal("crop_size", {one.path: one.clip.crop_size for one in visual})
-    sizes = {f"model.{size}": getattr(vits[0].config, size) for size in _SIZES} if vits else {}
-    encoders = {f"model.{name}_encoder": one.encoder for name, one in read.items() if name != "audio"}
-    timed = next((one.clip for one in visual if one.encoder == "videomae"), ClipSpec())
-    seen = visual[0].clip if visual else ClipSpec()
+        _require_equal(size, {path: getattr(config, size) for path, config in vits.items()})
+    _require_equal("crop_size", {path: clip.crop_size for path, clip in visual.items()})
+    first = next(iter(vits.values()), None)
+    sizes = {} if first is None else {f"model.{size}": getattr(first, size) for size in _SIZES}
+    encoders = {f"model.{name}_encoder": encoder for name, (encoder, _, _) in read.items() if name != "audio"}
+    timed = next((clip for encoder, _, clip in read.values() if encoder == "videomae"), ClipSpec())
+    seen = next(iter(visual.values()), ClipSpec())
     return ExpertSizes(
         kind=kind,
         model_settings=sizes | encoders,
         clip_settings={"clip.num_frames": timed.num_frames, "clip.crop_size": seen.crop_size},
-        mel_rows=read["audio"].clip.mel_rows if "audio" in read else None,
+        mel_rows=read["audio"][2].mel_rows if "audio" in read else None,
     )
 
 
 def _kind(facts: Facts) -> Choice:
     kind = _kind_of(facts)
     if kind is None:
-        return Choice(
-            settings={},
-            reason="model.kind: ca2st if half of the videos have sound, else cast; known once they are read",
-        )
+        return Choice({}, "model.kind: ca2st if half of the videos have sound, else cast; known once they are read")
     if facts.experts is not None:
-        return Choice(settings={"model.kind": kind}, reason=f"what the given experts make: {', '.join(EXPERTS[kind])}")
+        return Choice({"model.kind": kind}, f"what the given experts make: {', '.join(EXPERTS[kind])}")
     silent = f" ({facts.num_silent} more have nothing but silence)" if facts.num_silent else ""
     sound = f"{facts.num_with_sound} of {facts.num_clips} training videos have sound{silent}"
     why = f"{sound}: space, time and audio" if kind == "ca2st" else f"{sound}, fewer than half: space and time alone"
-    return Choice(settings={"model.kind": kind}, reason=why)
+    return Choice({"model.kind": kind}, why)
 
 
 def _kind_of(facts: Facts) -> ModelKind | None:
@@ -192,66 +170,56 @@ def _kind_of(facts: Facts) -> ModelKind | None:
     return "ca2st" if 2 * facts.num_with_sound >= facts.num_clips else "cast"
 
 
-def _size(facts: Facts) -> Choice:
-    if facts.experts is not None:
-        return Choice(settings=facts.experts.model_settings, reason="the sizes of the given experts")
-    if facts.device == "cpu":
-        return Choice(
-            settings={"model.dim": 96, "model.depth": 4, "model.num_heads": 4, "model.audio_stride": 16},
-            reason="small enough to learn from nothing on a CPU in minutes",
+def _sizes(facts: Facts) -> tuple[Choice, Choice, Choice]:
+    """Choose the sizes of the model, what of it is trained, and the clip."""
+    if (given := facts.experts) is not None:
+        return (
+            Choice(given.model_settings, "the sizes of the given experts"),
+            Choice({"trainable": "added"}, "the given experts stay as they are"),
+            Choice(given.clip_settings, "what the given experts were trained on"),
         )
-    return Choice(
-        settings={"model.dim": 192, "model.depth": 6, "model.num_heads": 6, "model.audio_stride": 16},
-        reason="small enough to learn from nothing on one GPU",
-    )
-
-
-def _trained(facts: Facts) -> Choice:
-    if facts.experts is None:
-        return Choice(settings={"trainable": "all"}, reason="no pretrained experts are given, so everything is learned")
-    return Choice(settings={"trainable": "added"}, reason="the given experts stay as they are")
-
-
-def _clip(facts: Facts) -> Choice:
-    if facts.experts is not None:
-        return Choice(settings=facts.experts.clip_settings, reason="what the given experts were trained on")
     if facts.device == "cpu":
-        return Choice(settings={"clip.num_frames": 8, "clip.crop_size": 96}, reason="quick on a CPU")
-    return Choice(settings={"clip.num_frames": 16, "clip.crop_size": 112}, reason="small pictures for a small model")
+        dim, depth, num_heads, where = 96, 4, 4, "a CPU in minutes"
+        num_frames, crop_size, why = 8, 96, "quick on a CPU"
+    else:
+        dim, depth, num_heads, where = 192, 6, 6, "one GPU"
+        num_frames, crop_size, why = 16, 112, "small pictures for a small model"
+    sizes = {"model.dim": dim, "model.depth": depth, "model.num_heads": num_heads, "model.audio_stride": 16}
+    return (
+        Choice(sizes, f"small enough to learn from nothing on {where}"),
+        Choice({"trainable": "all"}, "no pretrained experts are given, so everything is learned"),
+        Choice({"clip.num_frames": num_frames, "clip.crop_size": crop_size}, why),
+    )
 
 
 def _mel_rows(facts: Facts) -> Choice:
     low, high = _MEL_ROWS
     kind = _kind_of(facts)
     if kind is not None and "audio" not in EXPERTS[kind]:
-        return Choice(settings={"clip.mel_rows": low}, reason="sound is not used, so little of it is read")
+        return Choice({"clip.mel_rows": low}, "sound is not used, so little of it is read")
     if facts.experts is not None:
         rows = facts.experts.mel_rows
-        return Choice(settings={"clip.mel_rows": rows}, reason="what the given audio expert was trained on")
+        return Choice({"clip.mel_rows": rows}, "what the given audio expert was trained on")
     if facts.median_seconds is None:
-        return Choice(settings={}, reason="clip.mel_rows: by the median duration; known once the videos are read")
+        return Choice({}, "clip.mel_rows: by the median duration; known once the videos are read")
     rows = int(facts.median_seconds / MEL_ROW_SECONDS) // _MEL_ROWS_STEP * _MEL_ROWS_STEP
     rows = min(max(rows, low), high)
     seconds = f"{rows * MEL_ROW_SECONDS:.1f} s of sound"
-    return Choice(
-        settings={"clip.mel_rows": rows}, reason=f"{seconds}; the median video has {facts.median_seconds:.1f} s"
-    )
+    return Choice({"clip.mel_rows": rows}, f"{seconds}; the median video has {facts.median_seconds:.1f} s")
 
 
 def _sampling(facts: Facts) -> Choice:
     seconds = facts.median_seconds
     if seconds is None:
-        return Choice(
-            settings={}, reason="data.sampling.scheme: by the median duration; known once the videos are read"
-        )
+        return Choice({}, "data.sampling.scheme: by the median duration; known once the videos are read")
     if seconds <= _SHORT_SECONDS:
         return Choice(
-            settings={"data.sampling.scheme": "uniform"},
-            reason=f"the median video has {seconds:.1f} s: frames are spread over a whole video",
+            {"data.sampling.scheme": "uniform"},
+            f"the median video has {seconds:.1f} s: frames are spread over a whole video",
         )
     return Choice(
-        settings={"data.sampling.scheme": "dense", "data.sampling.frame_stride": 8},
-        reason=f"the median video has {seconds:.1f} s: a window of it at a time, so that motion can be seen",
+        {"data.sampling.scheme": "dense", "data.sampling.frame_stride": 8},
+        f"the median video has {seconds:.1f} s: a window of it at a time, so that motion can be seen",
     )
 
 
@@ -260,86 +228,58 @@ def _augment(facts: Facts) -> Choice:
     sided = [name for name in facts.classes if _SIDED.search(name.lower())]
     settings = {"data.augment.crop_area": [low, 1.0], "data.augment.flip_probability": 0.0 if sided else 0.5}
     if sided:
-        return Choice(settings=settings, reason=f"never mirrored: the class {sided[0]!r} names a side")
-    return Choice(settings=settings, reason="mirrored half the time; set 0.0 where left and right tell classes apart")
+        return Choice(settings, f"never mirrored: the class {sided[0]!r} names a side")
+    return Choice(settings, "mirrored half the time; set 0.0 where left and right tell classes apart")
 
 
-def _length(facts: Facts) -> Choice:
-    budget = _budget(facts)
-    epochs = min(max(budget.passes // facts.num_clips, _LEAST_EPOCHS), budget.max_epochs)
-    shown = f"{epochs * facts.num_clips:,}".replace(",", " ")
-    slow = facts.device == "cpu" and facts.experts is not None
-    where = "experts of this size want a GPU: kept short for a CPU" if slow else "minutes, not hours"
-    if epochs * facts.num_clips > budget.passes:
+def _length_and_batch(facts: Facts) -> tuple[Choice, Choice]:
+    """Choose the epochs, and the batch with the rate that fits it.
+
+    The batch is a power of two that makes about eight steps per epoch; the rate follows its root, as AdamW's noise
+    does.
+    """
+    given, num_clips = facts.experts is not None, facts.num_clips
+    passes, max_epochs, max_batch = (_WITH_EXPERTS if given else _FROM_NOTHING)[facts.device]
+    epochs = min(max(passes // num_clips, _LEAST_EPOCHS), max_epochs)
+    shown = f"{epochs * num_clips:,}".replace(",", " ")
+    if epochs * num_clips > passes:
         where = "the least that is of use; many videos take longer"
-    return Choice(
-        settings={"training.epochs": epochs, "training.validate_every_epochs": math.ceil(epochs / 5)},
-        reason=f"{facts.num_clips} videos, {shown} showings in all: {where}",
+    elif given and facts.device == "cpu":
+        where = "experts of this size want a GPU: kept short for a CPU"
+    else:
+        where = "minutes, not hours"
+    batch = min(1 << (max(2, num_clips // 8).bit_length() - 1), max_batch, num_clips)
+    peak = (5e-4 if given else 1e-3) * math.sqrt(batch / 32)
+    length = Choice(
+        {"training.epochs": epochs, "training.validate_every_epochs": math.ceil(epochs / 5)},
+        f"{num_clips} videos, {shown} showings in all: {where}",
     )
-
-
-def _batch(facts: Facts) -> Choice:
-    """Choose a power of two, about eight steps per epoch; the rate follows its root, as AdamW's noise does."""
-    budget = _budget(facts)
-    wanted = max(2, facts.num_clips // 8)
-    batch = min(1 << (wanted.bit_length() - 1), budget.max_batch, facts.num_clips)
-    peak = (1e-3 if facts.experts is None else 5e-4) * math.sqrt(batch / 32)
-    per_device = batch if facts.experts is None else min(batch, 8)
-    return Choice(
-        settings={
+    batches = Choice(
+        {
             "training.global_batch_size": batch,
-            "training.per_device_batch_size": per_device,
+            "training.per_device_batch_size": min(batch, 8) if given else batch,
             "optim.base_lr": float(f"{peak * 256 / batch:.3g}"),
             "optim.warmup_epochs": 1.0,
             "optim.layer_decay": 1.0,
         },
-        reason=f"so that {facts.num_clips} videos make steps enough; the rate fits the batch",
+        f"so that {num_clips} videos make steps enough; the rate fits the batch",
     )
+    return length, batches
 
 
-def _precision(facts: Facts) -> Choice:
-    if facts.device == "cuda":
-        return Choice(settings={"training.precision": "bf16"}, reason="faster on a GPU")
-    return Choice(settings={"training.precision": "fp32"}, reason="what a CPU computes in")
-
-
-def _budget(facts: Facts) -> _Budget:
-    return (_FROM_NOTHING if facts.experts is None else _WITH_EXPERTS)[facts.device]
-
-
-_PARTS: tuple[Callable[[Facts], Choice], ...] = (
-    _kind,
-    _size,
-    _trained,
-    _clip,
-    _mel_rows,
-    _sampling,
-    _augment,
-    _length,
-    _batch,
-    _precision,
-)
-
-
-def _read(name: ExpertName, path: Path, *, num_heads: int | None) -> _One:
+def _read(name: ExpertName, path: Path, *, num_heads: int | None) -> tuple[EncoderName, ModelConfig, ClipSpec]:
+    """Return what an expert file says of itself, in its header or by its tensors."""
     file = read_tensor_file(path)
-    header = _header(file)
-    encoder: EncoderName = header.get("encoder") or _encoder_of(name, file.tensors)
-    sizes = UnwrittenSizes(num_heads=header.get("num_heads") or num_heads)
-    config, clip = expert_sizes(encoder, file.tensors, sizes, where=str(path))
-    try:
-        clip = ClipSpec(**header["clip"]) if header else clip
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsDamageError(f"{path}: cannot read the metadata key {EXPERT_KEY!r}: {error!r}") from error
-    return _One(path=path, encoder=encoder, config=config, clip=clip)
-
-
-def _header(file: TensorFile) -> dict[str, Any]:
     try:
         header = json.loads(file.metadata.get(EXPERT_KEY, "{}"))
-    except ValueError as error:
-        raise WeightsDamageError(f"{file.path}: cannot read the metadata key {EXPERT_KEY!r}: {error!r}") from error
-    return header if isinstance(header, dict) else {}
+        header = header if isinstance(header, dict) else {}
+        clip = ClipSpec(**header["clip"]) if header else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsDamageError(f"{path}: cannot read the metadata key {EXPERT_KEY!r}: {error!r}") from error
+    encoder: EncoderName = header.get("encoder") or _encoder_of(name, file.tensors)
+    sizes = UnwrittenSizes(num_heads=header.get("num_heads") or num_heads)
+    config, likely = expert_sizes(encoder, file.tensors, sizes, where=str(path))
+    return encoder, config, clip or likely
 
 
 def _encoder_of(name: ExpertName, tensors: Mapping[str, Tensor]) -> EncoderName:
@@ -349,7 +289,8 @@ def _encoder_of(name: ExpertName, tensors: Mapping[str, Tensor]) -> EncoderName:
     patches = tensors.get("patch_embed.weight")
     if name != "audio" and patches is not None:
         return "videomae" if patches.ndim == 5 else "clip"
-    return _USUAL[name]
+    usual: Mapping[ExpertName, EncoderName] = {"spatial": "clip", "temporal": "videomae", "audio": "ast"}
+    return usual[name]
 
 
 def _require_equal(size: str, values: Mapping[Path, int]) -> None:

@@ -115,10 +115,7 @@ def _write(path: Path, pictures: list[av.VideoFrame], rate: Fraction, sound: NDA
         if audio is not None:
             frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound), "fltp", "stereo")
             frame.sample_rate, frame.pts, frame.time_base = _SOUND_RATE_HZ, 0, Fraction(1, _SOUND_RATE_HZ)
-            fifo = av.AudioFifo()
-            fifo.write(frame)
-            for block in fifo.read_many(audio.codec_context.frame_size or 1024, partial=True):
-                container.mux(audio.encode(block))
+            container.mux(audio.encode(frame))
             container.mux(audio.encode(None))
 
 

@@ -23,30 +23,22 @@ from ray_jobs.config.recipe import Recipe, recipe_document
 from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.console import print_json, result, say
 from ray_jobs.launch import launch
-from ray_jobs.own_data.choices import (
-    Choice,
-    ExpertSizes,
-    Facts,
-    choose,
-    published_sizes,
-    read_expert_sizes,
-    settings_of,
-    short_side,
-)
+from ray_jobs.own_data import choices
 from ray_jobs.own_data.videos import (
     Judgement,
-    OwnShards,
     OwnVideos,
     judge,
     list_videos,
     make_shards,
     run_name,
     shards_folder,
+    with_stored,
 )
 from ray_jobs.runs.model import IMPORTED_FOLDER, start_sound, with_local_experts
 from ray_jobs.runs.start import kept_recipe
 from ray_jobs.runs.worker import Outcome
 from ray_jobs.tracking.state import read_state
+from sharding.folder import read_rejects
 from sharding.format.shard_set import MANIFEST_NAME, read_manifest
 from sharding.settings import ConversionConfig
 from sharding.source import note_lines
@@ -60,8 +52,7 @@ class OwnPlan:
     """What is to be done with a folder."""
 
     videos: OwnVideos
-    facts: Facts
-    choices: tuple[Choice, ...]
+    facts: choices.Facts
     recipe: Recipe
     """Choices and the person's own settings over the recipe of the package."""
     overrides: tuple[str, ...]
@@ -74,24 +65,12 @@ class OwnPlan:
         """Return the choices for ``--json``: the values that are used, the reason, and which of them the person set."""
         used = recipe_document(self.recipe)
         found = []
-        for choice in self.choices:
+        for choice in choices.choose(self.facts):
             own = sorted(key for key in choice.settings if _is_set(key, self.overrides))
             reason = "set by you" if own and len(own) == len(choice.settings) else choice.reason
             settings = {key: reduce(getitem, key.split("."), used) for key in choice.settings}
             found.append({"settings": settings, "reason": reason, "set_by_you": own})
         return found
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OwnOutcome:
-    """A finished training on a folder."""
-
-    plan: OwnPlan
-    """With the choices that were used."""
-    shards: OwnShards
-    outcome: Outcome
-    judgement: Judgement | None
-    """None without validation."""
 
 
 def plan_training(folder: Path, overrides: Sequence[str], *, out: Path | None, follow_links: bool = False) -> OwnPlan:
@@ -106,7 +85,7 @@ def plan_training(folder: Path, overrides: Sequence[str], *, out: Path | None, f
     given = load_recipe(RECIPE, overrides)
     _refuse_ignored(given, overrides)
     videos = list_videos(folder, follow_links=follow_links)
-    facts = Facts(
+    facts = choices.Facts(
         device="cuda" if torch.cuda.is_available() else "cpu",
         classes=videos.classes,
         num_clips=len(videos.train),
@@ -133,17 +112,25 @@ def train_own_videos(
         UserInputError: as `plan_training`, or the run's folder holds a training on other videos or with other settings.
     """
     plan = plan_training(folder, overrides, out=out, follow_links=follow_links)
-    if dry_run:
-        _print_plan(plan, as_json=as_json)
-        return
-    for line in found_lines(plan):
-        say(line)
-    done = _train(plan, ray_address=ray_address, accept_open_ray=accept_open_ray)
-    if as_json:
-        print_json(outcome_facts(done))
-        return
-    for line in outcome_lines(done):
-        result(line)
+    if dry_run and as_json:
+        print_json(_plan_facts(plan))
+    elif dry_run:
+        for line in (*_found_lines(plan), "chosen:", *_choice_lines(plan)):
+            result(line)
+        result(f"would train {_plan_facts(plan)['steps']} steps into {plan.run_dir}, on shards made in {plan.shards}")
+        if (plan.run_dir / JOURNAL_NAME).exists():
+            result(
+                f"{plan.run_dir} holds a run: with its videos and settings it goes on, with others give another --out"
+            )
+    else:
+        for line in _found_lines(plan):
+            say(line)
+        done = _train(plan, ray_address=ray_address, accept_open_ray=accept_open_ray)
+        if as_json:
+            print_json(_outcome_facts(*done))
+        else:
+            for line in _outcome_lines(*done):
+                result(line)
 
 
 _FEW_VIDEOS = 20
@@ -155,7 +142,7 @@ _WITHOUT_EXPERTS = (
 )
 
 
-def found_lines(plan: OwnPlan) -> Iterator[str]:
+def _found_lines(plan: OwnPlan) -> Iterator[str]:
     """Yield what lies in the folder: videos by class and split, and what is left aside."""
     videos = plan.videos
     train, validation = videos.count("train"), videos.count("validation")
@@ -175,7 +162,7 @@ def found_lines(plan: OwnPlan) -> Iterator[str]:
     yield from note_lines(videos.source("train").notes)
 
 
-def choice_lines(plan: OwnPlan) -> Iterator[str]:
+def _choice_lines(plan: OwnPlan) -> Iterator[str]:
     """Yield a line per choice with its reason; settings the person made are marked."""
     for choice in plan.chosen():
         settings = [
@@ -189,7 +176,7 @@ def choice_lines(plan: OwnPlan) -> Iterator[str]:
         yield f'warning: no weights are given for {listed(random)}: random, and never trained under trainable "added"'
 
 
-def plan_facts(plan: OwnPlan) -> dict[str, Any]:
+def _plan_facts(plan: OwnPlan) -> dict[str, Any]:
     """For ``--dry-run``: what would be done."""
     training = plan.recipe.training
     steps_per_epoch = plan.facts.num_clips // training.global_batch_size
@@ -210,9 +197,14 @@ def plan_facts(plan: OwnPlan) -> dict[str, Any]:
     }
 
 
-def outcome_facts(done: OwnOutcome) -> dict[str, Any]:
+_Sets = Mapping[str, Path]
+_Done = tuple[OwnPlan, _Sets, Outcome, Judgement | None]
+"""A finished training: with the choices that were used, the shards by split, and without a judgement where nothing
+validates."""
+
+
+def _outcome_facts(plan: OwnPlan, sets: _Sets, outcome: Outcome, judgement: Judgement | None) -> dict[str, Any]:
     """For ``--json``: what every training reports, and what is known of own videos."""
-    plan, outcome, judgement = done.plan, done.outcome, done.judgement
     return {
         "run_id": read_state(plan.run_dir).run_id if plan.recipe.tracking.enabled else None,
         "checkpoint": outcome.checkpoint,
@@ -220,59 +212,71 @@ def outcome_facts(done: OwnOutcome) -> dict[str, Any]:
         "top1": outcome.metrics.get(outcome.main_metric),
         "metrics": outcome.metrics,
         "run_dir": str(plan.run_dir),
-        "shards": {split: str(folder) for split, folder in done.shards.sets.items()},
+        "shards": {split: str(folder) for split, folder in sets.items()},
         "choices": plan.chosen(),
         "chance": judgement.chance if judgement else None,
         "mistakes": list(judgement.mistakes) if judgement else [],
-        "left_out": [{"video": one.sample_id, "reason": one.reason, "what": one.what} for one in done.shards.left_out],
+        "left_out": [
+            {"video": one.sample_id, "reason": one.reason, "what": one.what}
+            for folder in sets.values()
+            for one in read_rejects(folder)
+        ],
     }
 
 
-def outcome_lines(done: OwnOutcome) -> Iterator[str]:
+def _outcome_lines(plan: OwnPlan, sets: _Sets, outcome: Outcome, judged: Judgement | None) -> Iterator[str]:
     """Yield how good it is, what it got wrong, and what to do next."""
-    yield f"trained {done.outcome.steps} steps; checkpoint {done.outcome.checkpoint}"
-    if done.judgement is None:
+    yield f"trained {outcome.steps} steps; checkpoint {outcome.checkpoint}"
+    if judged is None:
         yield "no class has a second video, so nothing was tested; add videos to see how good the model is"
     else:
-        yield from _judgement_lines(done.judgement)
+        yield (
+            f"validation: {judged.num_right} of {judged.num_videos} right (top-1 {judged.top1:.0%}); "
+            f"always saying {judged.commonest!r} would get {judged.chance:.0%}"
+        )
+        wrong = [f"{_near(Path(one.video))}: taken for {one.said!r} ({one.probability:.0%})" for one in judged.mistakes]
+        if wrong:
+            yield "  " + listed([f"wrong: {mistake}" for mistake in wrong], separator="\n  ")
+        if judged.num_videos < _FEW_VIDEOS:
+            yield f"  few videos: each of them counts {1 / judged.num_videos:.0%}, so take the number as a hint"
     yield "next:"
-    yield from (f"  {command}" for command in next_commands(done))
+    yield from (f"  {command}" for command in _next_commands(plan, sets))
 
 
-def next_commands(done: OwnOutcome) -> list[str]:
+def _next_commands(plan: OwnPlan, sets: _Sets) -> list[str]:
     """Return commands to go on with, ready for a shell."""
-    plan = done.plan
-    run, video = _quoted(plan.run_dir), _quoted(_near((plan.videos.validation or plan.videos.train)[0].path))
-    commands = [f"ca2st predict {run} {video} --top 3", f"ca2st explain {run} {video} --out explained.html"]
-    if "validation" in done.shards.sets:
-        commands.append(f"ca2st evaluate {run} --data {_quoted(done.shards.sets['validation'])} --views 2x3")
+    run, video = plan.run_dir, _near((plan.videos.validation or plan.videos.train)[0].path)
+    commands = [["predict", run, video, "--top", 3], ["explain", run, video, "--out", "explained.html"]]
+    if "validation" in sets:
+        commands.append(["evaluate", run, "--data", sets["validation"], "--views", "2x3"])
+    links = ["--follow-links"] if plan.videos.follow_links else []
     own = [override for override in plan.overrides if not override.startswith("training.epochs=")]
-    settings = "".join(f" --set {shlex.quote(setting)}" for setting in own)
-    longer = _quoted(plan.run_dir.with_name(f"{plan.run_dir.name}-longer"))
-    epochs = 3 * plan.recipe.training.epochs
-    links = " --follow-links" if plan.videos.follow_links else ""
-    again = f"ca2st train --data-folder {_quoted(plan.videos.folder)}{links}{settings}"
-    commands.append(f"{again} --set training.epochs={epochs} --out {longer}")
-    return commands
+    longer = [*own, f"training.epochs={3 * plan.recipe.training.epochs}"]
+    settings = [part for setting in longer for part in ("--set", setting)]
+    out = run.with_name(f"{run.name}-longer")
+    commands.append(["train", "--data-folder", plan.videos.folder, *links, *settings, "--out", out])
+    return [shlex.join(map(str, ["ca2st", *command])) for command in commands]
 
 
-def _train(plan: OwnPlan, *, ray_address: str | None, accept_open_ray: bool) -> OwnOutcome:
+def _train(plan: OwnPlan, *, ray_address: str | None, accept_open_ray: bool) -> _Done:
     """Make the shards, choose with what they show, say so, train and judge."""
     plan = _with_fetched_experts(plan)
-    shards = make_shards(plan.videos, _conversion(plan.recipe), plan.shards)
-    facts = replace(
-        plan.facts,
-        num_clips=shards.num_clips,
-        num_with_sound=shards.num_with_sound,
-        num_silent=shards.num_silent,
-        median_seconds=shards.median_seconds,
-    )
+    sets = make_shards(plan.videos, _conversion(plan.recipe), plan.shards)
+    facts = with_stored(plan.facts, plan.videos.folder, sets["train"])
     plan = _decided(plan.videos, facts, plan.overrides, out=plan.run_dir)
-    for line in (*_shards_lines(shards), "chosen:", *choice_lines(plan)):
+    if rejects := [one for root in sets.values() for one in read_rejects(root)]:
+        say(f"left out, not readable: {len(rejects)} videos (rejects.jsonl beside the shards names all)")
+        say("  " + listed([f"{one.sample_id}: {one.reason} ({one.what})" for one in rejects], separator="\n  "))
+    silent = f" and {facts.num_silent} with silence alone" if facts.num_silent else ""
+    say(
+        f"shards in {sets['train'].parent}: {facts.num_clips} training videos, {facts.num_with_sound} with "
+        f"sound{silent}, median {facts.median_seconds:.1f} s"
+    )
+    for line in ("chosen:", *_choice_lines(plan)):
         say(line)
-    _refuse_other_videos(plan.run_dir, shards)
-    sets = {split: str(folder.resolve()) for split, folder in shards.sets.items()}
-    data = replace(plan.recipe.data, train=sets["train"], validation=sets.get("validation"))
+    _refuse_other_videos(plan.run_dir, sets["train"])
+    places = {split: str(folder.resolve()) for split, folder in sets.items()}
+    data = replace(plan.recipe.data, train=places["train"], validation=places.get("validation"))
     outcome = launch(
         replace(plan.recipe, data=data),
         plan.run_dir,
@@ -280,8 +284,8 @@ def _train(plan: OwnPlan, *, ray_address: str | None, accept_open_ray: bool) -> 
         ray_address=ray_address,
         accept_open_ray=accept_open_ray,
     )
-    judgement = judge(outcome, plan.videos, shards.sets["validation"]) if "validation" in sets else None
-    return OwnOutcome(plan=plan, shards=shards, outcome=outcome, judgement=judgement)
+    judgement = judge(outcome, plan.videos, sets["validation"]) if "validation" in sets else None
+    return plan, sets, outcome, judgement
 
 
 def _refuse_ignored(given: Recipe, overrides: Sequence[str]) -> None:
@@ -303,15 +307,13 @@ def _refuse_ignored(given: Recipe, overrides: Sequence[str]) -> None:
         )
 
 
-def _decided(videos: OwnVideos, facts: Facts, overrides: tuple[str, ...], *, out: Path | None) -> OwnPlan:
-    choices = choose(facts)
-    chosen = {"name": run_name(videos.folder), **settings_of(choices)}
-    recipe = load_recipe(RECIPE, [*_as_overrides(chosen), *overrides])
+def _decided(videos: OwnVideos, facts: choices.Facts, overrides: tuple[str, ...], *, out: Path | None) -> OwnPlan:
+    settings = {"name": run_name(videos.folder), **choices.settings_of(choices.choose(facts))}
+    recipe = load_recipe(RECIPE, [*_as_overrides(settings), *overrides])
     run_dir = out or recipe.folder
     return OwnPlan(
         videos=videos,
         facts=facts,
-        choices=choices,
         recipe=recipe,
         overrides=overrides,
         run_dir=run_dir,
@@ -333,21 +335,23 @@ def _as_overrides(settings: Mapping[str, Any]) -> list[str]:
 def _conversion(recipe: Recipe) -> ConversionConfig:
     """Return how the videos are stored; sound is kept where there is some, so that any kind of model can read them."""
     config = ConversionConfig(
-        short_side=short_side(recipe.clip.crop_size), num_mel_bins=recipe.clip.num_mel_bins, audio_policy="optional"
+        short_side=choices.short_side(recipe.clip.crop_size),
+        num_mel_bins=recipe.clip.num_mel_bins,
+        audio_policy="optional",
     )
     heard = None if recipe.start is None else start_sound(Path(recipe.start.checkpoint))
     return config if heard is None else replace(config, sample_rate_hz=heard.sample_rate_hz)
 
 
-def _expert_sizes(given: Recipe, overrides: Sequence[str]) -> ExpertSizes | None:
+def _expert_sizes(given: Recipe, overrides: Sequence[str]) -> choices.ExpertSizes | None:
     """Return the sizes of the given experts; public ones are taken to be the published size until they are fetched."""
     sources = given.experts.sources()
     if not sources:
         return None
     if any(map(is_hub_name, sources.values())):
-        return published_sizes(sources)
+        return choices.published_sizes(sources)
     says_heads = _is_set("model.num_heads", overrides)
-    return read_expert_sizes(given.experts.files(), num_heads=given.model.num_heads if says_heads else None)
+    return choices.read_expert_sizes(given.experts.files(), num_heads=given.model.num_heads if says_heads else None)
 
 
 def _with_fetched_experts(plan: OwnPlan) -> OwnPlan:
@@ -362,7 +366,7 @@ def _with_fetched_experts(plan: OwnPlan) -> OwnPlan:
     return _decided(plan.videos, facts, overrides, out=plan.run_dir)
 
 
-def _refuse_other_videos(run_dir: Path, shards: OwnShards) -> None:
+def _refuse_other_videos(run_dir: Path, train: Path) -> None:
     """Refuse to go on with a run that was begun on other videos, in words that a newcomer knows.
 
     A folder whose shards are gone is left to the run's own record, which knows their hashes.
@@ -371,7 +375,7 @@ def _refuse_other_videos(run_dir: Path, shards: OwnShards) -> None:
     began = None if kept is None else kept.data.train
     if began is None or not (Path(began) / MANIFEST_NAME).exists():
         return
-    before, now = read_manifest(Path(began)), read_manifest(shards.sets["train"])
+    before, now = read_manifest(Path(began)), read_manifest(train)
     if before.fingerprint != now.fingerprint:
         raise UserInputError(
             f"{run_dir}: holds a run on {before.num_samples} training videos, the folder now gives {now.num_samples} "
@@ -379,55 +383,12 @@ def _refuse_other_videos(run_dir: Path, shards: OwnShards) -> None:
         )
 
 
-def _shards_lines(shards: OwnShards) -> Iterator[str]:
-    """Yield what cannot be read, where the shards lie and what they hold."""
-    if shards.left_out:
-        yield f"left out, not readable: {len(shards.left_out)} videos (rejects.jsonl beside the shards names all)"
-        left_out = [f"{one.sample_id}: {one.reason} ({one.what})" for one in shards.left_out]
-        yield "  " + listed(left_out, separator="\n  ")
-    silent = f" and {shards.num_silent} with silence alone" if shards.num_silent else ""
-    yield (
-        f"shards in {shards.sets['train'].parent}: {shards.num_clips} training videos, {shards.num_with_sound} with "
-        f"sound{silent}, median {shards.median_seconds:.1f} s"
-    )
-
-
-def _judgement_lines(judgement: Judgement) -> Iterator[str]:
-    yield (
-        f"validation: {judgement.num_right} of {judgement.num_videos} right (top-1 {judgement.top1:.0%}); "
-        f"always saying {judgement.commonest!r} would get {judgement.chance:.0%}"
-    )
-    wrong = [
-        f"wrong: {_near(Path(one.video))}: taken for {one.said!r} ({one.probability:.0%})" for one in judgement.mistakes
-    ]
-    if wrong:
-        yield "  " + listed(wrong, separator="\n  ")
-    if judgement.num_videos < _FEW_VIDEOS:
-        yield f"  few videos: each of them counts {1 / judgement.num_videos:.0%}, so take the number as a hint"
-
-
 def _near(path: Path) -> Path:
     """Return the path, relative to the working folder where it lies inside."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))
 
 
 def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return f"[{', '.join(map(_text, value))}]" if isinstance(value, list) else str(value)
-
-
-def _print_plan(plan: OwnPlan, *, as_json: bool) -> None:
-    facts = plan_facts(plan)
-    if as_json:
-        print_json(facts)
-        return
-    for line in (*found_lines(plan), "chosen:", *choice_lines(plan)):
-        result(line)
-    result(f"would train {facts['steps']} steps into {plan.run_dir}, on shards made in {plan.shards}")
-    if (plan.run_dir / JOURNAL_NAME).exists():
-        result(f"{plan.run_dir} holds a run: with its videos and settings it goes on, with others give another --out")

@@ -3,7 +3,7 @@
 import re
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,13 +13,14 @@ from ca2st.checked_json import sha256_of_json
 from ca2st.errors import UserInputError
 from ca2st.processes import num_cores
 from ray_jobs.console import convert_shown
+from ray_jobs.own_data.choices import Facts
 from ray_jobs.runs.inference import load_trained, score
 from ray_jobs.runs.worker import Outcome
 from sharding.datasets.folder import ClassFolders, list_class_folders, visible_entries
 from sharding.datasets.label_spaces import with_label_notes
 from sharding.datasets.request import VIDEO_SUFFIXES
 from sharding.errors import AnnotationError, RejectBudgetError
-from sharding.folder import REJECTS_NAME, Reject, read_rejects
+from sharding.folder import REJECTS_NAME
 from sharding.format.index import decode_index, sample_key
 from sharding.format.shard_set import LabelSpace, read_shard_set
 from sharding.settings import ConversionConfig, RejectBudget, conversion_identity
@@ -72,7 +73,7 @@ class OwnVideos:
 
     def count(self, split: str) -> dict[str, int]:
         """Return the number of videos of each class in a split."""
-        labels = [sample.labels[0] for sample in self.source(split).samples]
+        labels = [sample.labels[0] for sample in (self.train if split == "train" else self.validation)]
         return {name: labels.count(label) for label, name in enumerate(self.classes)}
 
 
@@ -97,9 +98,17 @@ def list_videos(folder: Path, *, follow_links: bool = False) -> OwnVideos:
             f"{folder}: expected videos ({' '.join(sorted(VIDEO_SUFFIXES))}) of every class to train on, found none of "
             f"the class {', '.join(map(repr, train.empty))}; add some, or remove the folder"
         )
-    aside = [*_beside_splits(folder, splits), *train.left_aside]
+    beside = () if splits["train"] == folder else visible_entries(folder)
+    read = (splits["train"], splits.get("validation"))
+    aside = [f"{entry.name}{'/' * entry.is_dir()}" for entry in beside if entry not in read]
+    aside += train.left_aside
     if "validation" in splits:
-        _refuse_untrained(folder, splits, train.classes)
+        given_names = {entry.name for entry in visible_entries(splits["validation"]) if entry.is_dir()}
+        if extra := sorted(given_names - set(train.classes)):
+            raise AnnotationError(
+                f"{folder}: expected no class in {splits['validation'].name} that is not in {splits['train'].name}, "
+                f"found {', '.join(map(repr, extra))}; nothing would be trained to name them: complete or move them"
+            )
         given = _listed(splits["validation"], train.classes, follow_links=follow_links)
         trained_on, validation, only_trained = train.samples, given.samples, given.empty
         aside += given.left_aside
@@ -134,16 +143,12 @@ def validation_names(names: Sequence[str]) -> frozenset[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mistake:
-    """A validation video that was taken for another class."""
+    """A validation video (its file) of the class `label` that was taken for `said`, and how probable that was said."""
 
     video: str
-    """Its file."""
     label: str
-    """Its class."""
     said: str
-    """The class it was taken for."""
     probability: float
-    """Of the class that was said."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,9 +156,7 @@ class Judgement:
     """The validation videos under one view each."""
 
     num_videos: int
-    """Videos that were judged."""
     num_right: int
-    """Videos whose class was the likeliest."""
     commonest: str
     """The class of most of the validation videos."""
     chance: float
@@ -200,24 +203,6 @@ REJECTS_SHARE = 10
 """One unreadable video in so many is left out and named, and one in any case; more stop the training."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OwnShards:
-    """The shard sets of a folder and what they hold."""
-
-    sets: Mapping[str, Path]
-    """By split; without ``validation`` where nothing validates."""
-    num_clips: int
-    """Training clips."""
-    num_with_sound: int
-    """How many of them have sound that is not silent."""
-    num_silent: int
-    """How many have digital silence for sound."""
-    median_seconds: float
-    """Median duration of the training clips."""
-    left_out: tuple[Reject, ...]
-    """Videos of both splits that cannot be read."""
-
-
 def shards_folder(videos: OwnVideos, config: ConversionConfig, runs_root: Path) -> Path:
     """Return where the shards lie: by the folder's name and a hash of its files' names, sizes, times and the settings.
 
@@ -234,12 +219,11 @@ def run_name(folder: Path) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name).strip("-")[:40] or "videos"
 
 
-def make_shards(videos: OwnVideos, config: ConversionConfig, folder: Path) -> OwnShards:
-    """Convert both splits under `folder`, or finish what was begun there.
+def make_shards(videos: OwnVideos, config: ConversionConfig, folder: Path) -> dict[str, Path]:
+    """Convert both splits under `folder`, or finish what was begun there; returns the sets by split.
 
     Raises:
         RejectBudgetError: too many videos cannot be read; the message lists the first.
-        UserInputError: a class is left without a training video.
     """
     sets = {}
     for split in videos.splits:
@@ -256,7 +240,34 @@ def make_shards(videos: OwnVideos, config: ConversionConfig, folder: Path) -> Ow
             )
             raise
         sets[split] = folder / split
-    return _facts(videos, sets)
+    return sets
+
+
+def with_stored(facts: Facts, folder: Path, train: Path) -> Facts:
+    """Return the facts with what the training shards of the videos in `folder` show.
+
+    Raises:
+        UserInputError: a class is left without a training video.
+    """
+    sounds, durations, labels = [], [], set()
+    shard_set = read_shard_set(train)
+    for shard in shard_set.shards:
+        rows = decode_index((shard_set.root / shard.index_name).read_bytes()).to_pydict()
+        sounds += rows["has_audio"]
+        durations += rows["duration_seconds"]
+        labels |= {label for (label,) in rows["labels"]}
+    if missing := [name for label, name in enumerate(facts.classes) if label not in labels]:
+        raise UserInputError(
+            f"{folder}: expected a readable training video in every class, found none in {', '.join(missing)}; "
+            f"see {train / REJECTS_NAME}, repair or replace them and run again"
+        )
+    return replace(
+        facts,
+        num_clips=len(sounds),
+        num_with_sound=sum(sounds),
+        num_silent=shard_set.manifest.notes.get(SILENT_SOUND, 0),
+        median_seconds=statistics.median(durations),
+    )
 
 
 def _listed(folder: Path, classes: Sequence[str] | None, *, follow_links: bool) -> ClassFolders:
@@ -267,15 +278,6 @@ def _listed(folder: Path, classes: Sequence[str] | None, *, follow_links: bool) 
         option="--data-folder",
         form=f"a folder per class, in the form {_FORM}",
     )
-
-
-def _refuse_untrained(folder: Path, splits: Mapping[str, Path], classes: Sequence[str]) -> None:
-    named = {entry.name for entry in visible_entries(splits["validation"]) if entry.is_dir()}
-    if extra := sorted(named - set(classes)):
-        raise AnnotationError(
-            f"{folder}: expected no class in {splits['validation'].name} that is not in {splits['train'].name}, found "
-            f"{', '.join(map(repr, extra))}; nothing would be trained to name them: complete or move them"
-        )
 
 
 def _split_folders(folder: Path) -> dict[str, Path]:
@@ -296,34 +298,3 @@ def _split_folders(folder: Path) -> dict[str, Path]:
         names = ", ".join(path.name for path in splits.values())
         raise AnnotationError(f"{folder}: expected a folder train beside {names}, found none; the form is {_FORM}")
     return splits
-
-
-def _beside_splits(folder: Path, splits: Mapping[str, Path]) -> list[str]:
-    """Return what lies beside the splits that are read: files, a test split, and other folders."""
-    if splits["train"] == folder:
-        return []
-    read = (splits["train"], splits.get("validation"))
-    return [f"{entry.name}{'/' * entry.is_dir()}" for entry in visible_entries(folder) if entry not in read]
-
-
-def _facts(videos: OwnVideos, sets: Mapping[str, Path]) -> OwnShards:
-    sounds, durations, labels = [], [], set()
-    shard_set = read_shard_set(sets["train"])
-    for shard in shard_set.shards:
-        rows = decode_index((shard_set.root / shard.index_name).read_bytes()).to_pydict()
-        sounds += rows["has_audio"]
-        durations += rows["duration_seconds"]
-        labels |= {label for (label,) in rows["labels"]}
-    if missing := [name for label, name in enumerate(videos.classes) if label not in labels]:
-        raise UserInputError(
-            f"{videos.folder}: expected a readable training video in every class, found none in {', '.join(missing)}; "
-            f"see {sets['train'] / REJECTS_NAME}, repair or replace them and run again"
-        )
-    return OwnShards(
-        sets=sets,
-        num_clips=len(sounds),
-        num_with_sound=sum(sounds),
-        num_silent=shard_set.manifest.notes.get(SILENT_SOUND, 0),
-        median_seconds=statistics.median(durations),
-        left_out=tuple(reject for root in sets.values() for reject in read_rejects(root)),
-    )

@@ -20,7 +20,7 @@ from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import Recipe, SyntheticData
 from ray_jobs.console import progress
 from sharding.format.shard_set import Labelling, Manifest, ShardSet, classes_that_differ, read_shard_set
-from sharding.synthetic.factors import label_spaces
+from sharding.synthetic.factors import TASKS, label_spaces
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -222,8 +222,6 @@ def synthetic_classes(recipe: Recipe) -> dict[str, list[str]] | None:
     world = recipe.data.synthetic
     if world is None or recipe.data.train is not None:
         return None
-    from sharding.datasets.synthetic import TASKS
-
     check_choice("data.synthetic.task", world.task, TASKS)
     spaces = {space.name: list(space.classes) for space in label_spaces(world.world("train"))}
     targets = recipe.data.targets or (world.task,)

@@ -12,7 +12,6 @@ from ray_jobs.config.recipe_file import known_recipes, load_recipe
 from ray_jobs.runs.data import TrainingData
 from ray_jobs.runs.hours import Rate, counted_hours, rate_of, spoken_hours, work_of
 from ray_jobs.runs.model import target_specs
-from sharding.datasets.kinetics import KINETICS_SOUND
 from sharding.datasets.label_spaces import published_classes
 from sharding.datasets.media_tree import PUBLISHED_ROWS, PUBLISHED_WITH_SOUND
 from sharding.format.shard_set import MANIFEST_NAME
@@ -105,7 +104,7 @@ def published_spaces(dataset: str) -> dict[str, list[str]]:
     """Return the class names of each target of a published dataset."""
     if dataset == "epic_kitchens_100":
         return {name: list(published_classes(f"{dataset}_{name}s")) for name in ("verb", "noun")}
-    return {"label": list(KINETICS_SOUND if dataset == "kinetics_sound" else published_classes(dataset))}
+    return {"label": list(published_classes(dataset))}
 
 
 def published_count(dataset: str, split: str, number: int | None) -> int:

@@ -15,7 +15,12 @@ from sharding.synthetic.config import SyntheticConfig
 
 __all__ = ["DATASETS", "DatasetRequest", "Reader", "SyntheticConfig", "read_dataset"]
 
-Reader = Callable[[DatasetRequest], SourceList]
+Reader = Callable[[DatasetRequest, str], SourceList]
+"""Takes the request and the dataset's name.
+
+It raises UserInputError for a missing option, no media folder, or more files missing than ``--max-missing`` allows, and
+AnnotationError for a wrong file or rows, all of which are named at once.
+"""
 
 DATASETS: dict[str, str] = {
     "activitynet": "activitynet.read",
@@ -24,33 +29,39 @@ DATASETS: dict[str, str] = {
     "epic_sounds": "epic.read_sounds",
     "folder": "folder.read",
     "hd_epic": "hd_epic.read",
-    "hd_epic_sounds": "epic.read_hd_sounds",
+    "hd_epic_sounds": "epic.read_sounds",
     "kinetics_400": "kinetics.read",
-    "kinetics_sound": "kinetics.read_sound",
-    "list": "own_list.read_list",
+    "kinetics_sound": "kinetics.read",
+    "list": "own_list.read",
     "something_something_v2": "something_something.read",
     "synthetic": "synthetic.read",
     "ucf_101": "ucf_101.read",
     "vgg_sound": "vgg_sound.read",
 }
 """Every dataset by the name that ``--dataset`` takes: its module here and the reader in it, loaded when asked for."""
-_ONLY = {"label_separator": ("csv",), "audio_root": ("csv",)}
-"""Fields of a request that single datasets use."""
+_USED_BY = {
+    "audio_root": {"csv"},
+    "label_separator": {"csv"},
+    "task": {"synthetic"},
+    "annotations": DATASETS.keys() - {"folder", "synthetic"},
+    "classes": {"activitynet", "csv", "folder", "kinetics_sound", "list"},
+    "follow_links": DATASETS.keys() - {"synthetic"},
+}
+"""Fields of a request that not every dataset uses, and those that do."""
 
 
 def read_dataset(name: str, request: DatasetRequest) -> SourceList:
     """Return the samples of one split of a dataset, with notes about its class names.
 
     Raises:
-        UserInputError: an unknown dataset, or whatever its reader refuses.
+        UserInputError: an unknown dataset, an option that this one does not use, or as `Reader` says.
+        AnnotationError: as `Reader` says.
     """
     check_choice("--dataset", name, DATASETS)
-    for field, names in _ONLY.items():
-        if getattr(request, field) is not None and name not in names:
-            raise UserInputError(
-                f"--{field.replace('_', '-')}: --dataset {name} does not use it, only {' and '.join(names)} does; "
-                "leave it out"
-            )
+    for field, names in _USED_BY.items():
+        if getattr(request, field) not in (None, False) and name not in names:
+            only = f", only {', '.join(names)} does" if len(names) == 1 else ""
+            raise UserInputError(f"--{field.replace('_', '-')}: --dataset {name} does not use it{only}; leave it out")
     module, _, function = DATASETS[name].partition(".")
     read: Reader = getattr(import_module(f"{__name__}.{module}"), function)
-    return with_label_notes(read(request))
+    return with_label_notes(read(request, name))

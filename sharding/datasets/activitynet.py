@@ -4,23 +4,21 @@ One sample per annotated segment of a long video. Segments of no length are left
 exact repeats one is kept; an end past the video is clipped when the video is read.
 """
 
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 from sharding.datasets.label_spaces import class_index, class_name, is_whole_number, published_classes, read_classes
 from sharding.datasets.media_tree import Annotation, located
-from sharding.datasets.request import DatasetRequest, needed_annotations, refuse_unused
-from sharding.datasets.table import CellError, Problems, first_line, read_cell, read_document, read_table
+from sharding.datasets.request import DatasetRequest, needed_annotations
+from sharding.datasets.table import CellError, Problems, first_line, matching, read_document, read_table
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
 from sharding.source import NO_LENGTH, REPEATED, SourceList
 
 _SUBSETS = {"train": "training", "validation": "validation", "test": "testing"}
 _CSV_COLUMNS = ("video_id", "t_start", "t_end", "label")
-_NUMBER = re.compile(r"\d{1,6}(\.\d{1,20})?", re.ASCII)
+_seconds = matching(r"\d{1,6}(\.\d{1,20})?", "not a time", "seconds")
 _SUBSETS_FILE = "video_info_new.csv"
 """Names the subset of every video of the CUHK form; it lies beside the annotations."""
 
@@ -39,77 +37,59 @@ class _Owners(TypedDict):
     database: dict[str, _Video]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Found:
-    video_id: str
-    start_seconds: float
-    end_seconds: float
-    label: int
-    where: str
+_Found = tuple[str, float, float, int, str]
+"""Video id, start and end in seconds, label, and where the segment stands."""
 
 
-def read(request: DatasetRequest) -> SourceList:
-    """Read the segments of one split.
+def read(request: DatasetRequest, dataset: str) -> SourceList:
+    """Read the segments of one split; the testing subset, which has no labels, is refused.
 
     A list that numbers its classes has an order of its own: ``--classes`` names it.
-
-    Raises:
-        UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
-        AnnotationError: a wrong file or rows, or the testing subset, which has no labels.
     """
-    refuse_unused(request, "activitynet", "task")
-    annotations = needed_annotations(request, "activitynet", what="the owners' activity_net.v1-3.min.json")
-    classes = published_classes("activitynet") if request.classes is None else read_classes(request.classes)
+    annotations = needed_annotations(request, dataset, what="the owners' activity_net.v1-3.min.json")
+    classes = published_classes(dataset) if request.classes is None else read_classes(request.classes)
     problems = Problems(annotations, advice="is this the owners' file? fetch it again")
     if first_line(annotations).lstrip().startswith("{"):
         found = list(_of_document(annotations, request.split, class_name(classes), problems))
     else:
         found = list(_of_table(annotations, request, classes, problems))
     problems.refuse_any()
-    kept: dict[tuple[str, float, float, int], _Found] = {}
+    kept: dict[tuple[str, float, float, int], Annotation] = {}
     notes: dict[str, list[str]] = {NO_LENGTH: [], REPEATED: []}
-    for one in found:
-        identity = (one.video_id, one.start_seconds, one.end_seconds, one.label)
-        if one.end_seconds <= one.start_seconds:
-            notes[NO_LENGTH].append(one.where)
-        elif identity in kept:
-            notes[REPEATED].append(one.where)
+    for video_id, start, end, label, where in found:
+        if end <= start:
+            notes[NO_LENGTH].append(where)
+        elif (video_id, start, end, label) in kept:
+            notes[REPEATED].append(where)
         else:
-            kept[identity] = one
+            kept[video_id, start, end, label] = Annotation(
+                sample_id=f"{video_id}@{start!r}-{end!r}",
+                labels=(label,),
+                where=where,
+                videos=(f"v_{video_id}", video_id),
+                start_seconds=start,
+                end_seconds=end,
+            )
     return located(
-        [_annotation(one) for one in kept.values()],
+        kept.values(),
         request,
-        dataset="activitynet",
+        dataset=dataset,
         spaces=[LabelSpace(name="label", classes=classes)],
         what="the folder with v_<id>.mp4 or <id>.mp4",
         notes=notes,
     )
 
 
-def _annotation(one: _Found) -> Annotation:
-    return Annotation(
-        sample_id=f"{one.video_id}@{one.start_seconds!r}-{one.end_seconds!r}",
-        labels=(one.label,),
-        where=one.where,
-        videos=(f"v_{one.video_id}", one.video_id),
-        start_seconds=one.start_seconds,
-        end_seconds=one.end_seconds,
-    )
-
-
 def _of_document(path: Path, split: str, parse: Callable[[str], int], problems: Problems) -> Iterator[_Found]:
-    document = read_document(path, dict[str, Any])
-    if "database" in document:
+    if "database" in read_document(path, dict[str, Any]):
         videos = read_document(path, _Owners)["database"]
-        wanted = _SUBSETS.get(split, split)
-        chosen = {name: video for name, video in videos.items() if video.get("subset") == wanted}
+        subset_of = {name: video.get("subset") for name, video in videos.items()}
     else:
         videos = read_document(path, dict[str, _Video])
-        subset_of = _subsets(path.parent / _SUBSETS_FILE)
-        wanted = _SUBSETS.get(split, split)
-        chosen = {name: video for name, video in videos.items() if subset_of.get(name) == wanted}
-    for name, video in chosen.items():
-        for number, one in enumerate(video.get("annotations", []), start=1):
+        subset_of = dict(_subsets(path.parent / _SUBSETS_FILE))
+    wanted = _SUBSETS.get(split, split)
+    for name, video in videos.items():
+        for number, one in enumerate(video.get("annotations", []) if subset_of.get(name) == wanted else [], start=1):
             where = f"{path}: {name}, segment {number}"
             if len(one["segment"]) != 2 or not all(0 <= second < 1e6 for second in one["segment"]):
                 problems.add("not a time", f"{where}: expected start and end in seconds, found {one['segment']}")
@@ -120,22 +100,20 @@ def _of_document(path: Path, split: str, parse: Callable[[str], int], problems: 
                 problems.add(error.kind, f"{where}: expected {error.expected}, found {one['label']!r}")
                 continue
             start, end = one["segment"]
-            yield _Found(
-                video_id=name.removeprefix("v_"), start_seconds=start, end_seconds=end, label=label, where=where
-            )
+            yield name.removeprefix("v_"), start, end, label, where
 
 
 def _subsets(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise AnnotationError(f"{path}: expected the list of the videos' subsets beside the annotations, found nothing")
     problems = Problems(path)
-    rows = read_table(path, required=("video", "subset"), others=True, problems=problems).rows
+    _, rows = read_table(path, required=("video", "subset"), problems=problems)
     problems.refuse_any()
     return {row["video"]: row["subset"] for row in rows}
 
 
 def _of_table(path: Path, request: DatasetRequest, classes: tuple[str, ...], problems: Problems) -> Iterator[_Found]:
-    rows = read_table(path, required=_CSV_COLUMNS, others=True, problems=problems).rows
+    _, rows = read_table(path, required=_CSV_COLUMNS, problems=problems)
     numbered = all(is_whole_number(row["label"]) for row in rows)
     if numbered and request.classes is None:
         raise AnnotationError(
@@ -144,14 +122,7 @@ def _of_table(path: Path, request: DatasetRequest, classes: tuple[str, ...], pro
         )
     parse = class_index(len(classes)) if numbered else class_name(classes)
     for row in rows:
-        start, end = (read_cell(row, column, _seconds, problems) for column in ("t_start", "t_end"))
-        label = read_cell(row, "label", parse, problems)
+        start, end = (row.read(column, _seconds) for column in ("t_start", "t_end"))
+        label = row.read("label", parse)
         if start is not None and end is not None and label is not None:
-            video_id = row["video_id"].removeprefix("v_")
-            yield _Found(video_id=video_id, start_seconds=start, end_seconds=end, label=label, where=row.where)
-
-
-def _seconds(text: str) -> float:
-    if not _NUMBER.fullmatch(text):
-        raise CellError("not a time", "seconds")
-    return float(text)
+            yield row["video_id"].removeprefix("v_"), float(start[0]), float(end[0]), label, row.where

@@ -9,27 +9,17 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sharding.datasets import table
 from sharding.datasets.label_spaces import class_index, class_name, published_classes
 from sharding.datasets.media_tree import Annotation, located
-from sharding.datasets.request import DatasetRequest, needed_annotations, refuse_unused
-from sharding.datasets.table import (
-    CellError,
-    Problems,
-    Row,
-    check_columns,
-    clock_time,
-    first_line,
-    read_cell,
-    read_rows,
-    read_segment,
-    read_table,
-)
+from sharding.datasets.request import DatasetRequest, needed_annotations
 from sharding.format.shard_set import LabelSpace
 from sharding.source import SourceList
 
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
+_plain_name = table.matching(r"[A-Za-z0-9_-]{1,80}", "not an id", "an id of letters, digits, _ and -")
 _TIMES = ("start_timestamp", "stop_timestamp")
 _SEGMENT = ("participant_id", "video_id", *_TIMES)
+_SAMPLES = ("start_sample", "stop_sample")
 _LABELS = re.compile(r"[A-Za-z0-9_-]+,\d+,\d+", re.ASCII)
 """A line of the CAST release: id, verb, noun."""
 _MEDIA = "the folder with <video_id>.MP4, <participant_id>/videos/<video_id>.MP4 or clips <id>.mp4"
@@ -43,100 +33,96 @@ VERB_NOUN = (
 _Labels = tuple[int, ...] | None
 
 
-def read_kitchens(request: DatasetRequest) -> SourceList:
-    """Read EPIC-KITCHENS-100: a verb and a noun per segment; also the CAST release's ``id,verb,noun`` of clips.
-
-    Raises:
-        UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
-        AnnotationError: a wrong file or rows, or a list without labels of another split than ``test``.
-    """
-    refuse_unused(request, "epic_kitchens_100", "classes", "task")
-    annotations = needed_annotations(request, "epic_kitchens_100", what="EPIC_100_train.csv or EPIC_100_validation.csv")
-    problems = Problems(annotations, advice="is this the owners' file? fetch it again")
-    if _LABELS.fullmatch(first_line(annotations).strip()):
-        rows = read_rows(annotations, columns=("narration_id", "verb_class", "noun_class"), problems=problems).rows
+def read_kitchens(request: DatasetRequest, dataset: str) -> SourceList:
+    """Read EPIC-KITCHENS-100: a verb and a noun per segment; also the CAST release's ``id,verb,noun`` of clips."""
+    annotations = needed_annotations(request, dataset, what="EPIC_100_train.csv or EPIC_100_validation.csv")
+    problems = table.Problems(annotations, advice="is this the owners' file? fetch it again")
+    if _LABELS.fullmatch(table.first_line(annotations).strip()):
+        rows = table.read_rows(annotations, columns=("narration_id", "verb_class", "noun_class"), problems=problems)
     else:
         rows = _owners(annotations, ("narration_id", *_SEGMENT), ("verb_class", "noun_class"), request, problems)
 
-    def labels(row: Row) -> _Labels:
+    def labels(row: table.Row) -> _Labels:
         if "verb_class" not in row.columns:
             return ()
-        read = [read_cell(row, f"{space.name}_class", class_index(len(space.classes)), problems) for space in VERB_NOUN]
+        read = [row.read(f"{space.name}_class", class_index(len(space.classes))) for space in VERB_NOUN]
         return None if None in read else tuple(label for label in read if label is not None)
 
     found = _annotations(rows, "narration_id", labels, problems)
-    return located(found, request, dataset="epic_kitchens_100", spaces=VERB_NOUN, what=_MEDIA, suffix=".MP4")
+    return located(found, request, dataset=dataset, spaces=VERB_NOUN, what=_MEDIA, suffix=".MP4")
 
 
-def read_sounds(request: DatasetRequest) -> SourceList:
-    """Read EPIC-SOUNDS: one of 44 classes per segment, whose name and number must agree.
+def read_sounds(request: DatasetRequest, dataset: str) -> SourceList:
+    """Read EPIC-SOUNDS or HD-EPIC-SOUNDS: one of 44 classes per segment, whose name and number must agree.
 
-    Raises:
-        UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
-        AnnotationError: a wrong file or rows, or a list without classes of another split than ``test``.
+    Rows of HD-EPIC-SOUNDS have no id: their video and samples make one. Two pairs of rows share one; the second has
+    ``#2`` behind it.
     """
-    what = "EPIC_Sounds_train.csv or EPIC_Sounds_validation.csv"
-    return _read_sounds(request, "epic_sounds", "annotation_id", what=what)
-
-
-def read_hd_sounds(request: DatasetRequest) -> SourceList:
-    """Read HD-EPIC-SOUNDS, in EPIC-SOUNDS' classes: its rows have no id, their video and samples make one.
-
-    Two pairs of rows share one: the second has ``#2`` behind it. Raises as `read_sounds`.
-    """
-    return _read_sounds(request, "hd_epic_sounds", None, what="HD_EPIC_Sounds.csv")
-
-
-def _read_sounds(request: DatasetRequest, dataset: str, id_column: str | None, *, what: str) -> SourceList:
-    refuse_unused(request, dataset, "classes", "task")
+    if dataset == "epic_sounds":
+        what, id_column = "EPIC_Sounds_train.csv or EPIC_Sounds_validation.csv", "annotation_id"
+    else:
+        what, id_column = "HD_EPIC_Sounds.csv", None
     annotations = needed_annotations(request, dataset, what=what)
-    problems = Problems(annotations, advice="is this the owners' file? fetch it again")
-    identity = ("start_sample", "stop_sample") if id_column is None else (id_column,)
+    problems = table.Problems(annotations, advice="is this the owners' file? fetch it again")
+    identity = _SAMPLES if id_column is None else (id_column,)
     rows = _owners(annotations, (*identity, *_SEGMENT), ("class", "class_id"), request, problems)
     classes = published_classes("epic_sounds")
-    found = _annotations(rows, id_column, lambda row: _sound_label(row, classes, problems), problems)
+    numbered, named = class_index(len(classes)), class_name(classes)
+
+    def labels(row: table.Row) -> _Labels:
+        if "class_id" not in row.columns:
+            return ()
+        index, of_name = (
+            row.read("class_id", numbered),
+            row.read("class", named),
+        )
+        if index is not None and of_name is not None and index != of_name:
+            row.refuse("class_id", "class and class_id differ", f"{of_name}, the index of {row['class']!r}")
+        return None if index is None or index != of_name else (index,)
+
+    found = _annotations(rows, id_column, labels, problems)
     space = LabelSpace(name="label", classes=classes)
     return located(found, request, dataset=dataset, spaces=[space], what=_MEDIA, suffix=".MP4")
 
 
 def _owners(
-    path: Path, segment: Sequence[str], labels: Sequence[str], request: DatasetRequest, problems: Problems
-) -> tuple[Row, ...]:
+    path: Path, segment: Sequence[str], labels: Sequence[str], request: DatasetRequest, problems: table.Problems
+) -> tuple[table.Row, ...]:
     """Return the rows of an owners' CSV; a list of test segments has no columns of labels."""
-    table = read_table(path, required=segment, others=True, problems=problems)
-    missing = [name for name in labels if name not in table.columns]
+    columns, rows = table.read_table(path, required=segment, problems=problems)
+    missing = [name for name in labels if name not in columns]
     if len(missing) == len(labels):
         request.require_labels(f"{path}:1:1: expected the columns {', '.join(labels)}")
     elif missing:
-        check_columns(f"{path}:1:1", table.columns, required=labels, others=True)
-    return table.rows
+        table.check_columns(f"{path}:1:1", columns, required=labels, optional=None)
+    return rows
 
 
 def _annotations(
-    rows: Sequence[Row], id_column: str | None, labels: Callable[[Row], _Labels], problems: Problems
+    rows: Sequence[table.Row], id_column: str | None, labels: Callable[[table.Row], _Labels], problems: table.Problems
 ) -> list[Annotation]:
     """Return the segments with their labels; every wrong row is a problem, and so is an id that comes twice."""
-    first_rows: dict[str, Row] = {}
-    found = [_annotation(row, id_column, labels(row), first_rows, problems) for row in rows]
+    first_rows: dict[str, table.Row] = {}
+    found = [_annotation(row, id_column, labels(row), first_rows) for row in rows]
     problems.refuse_any()
     return [one for one in found if one is not None]
 
 
 def _annotation(
-    row: Row, id_column: str | None, labels: _Labels, first_rows: dict[str, Row], problems: Problems
+    row: table.Row, id_column: str | None, labels: _Labels, first_rows: dict[str, table.Row]
 ) -> Annotation | None:
     is_clip = "video_id" not in row.columns
-    names = [] if is_clip else [read_cell(row, column, _plain_name, problems) for column in _SEGMENT[:2]]
-    times = (None, None) if is_clip else read_segment(row, *_TIMES, clock_time, problems=problems)
+    names = [] if is_clip else [row.read(column, _plain_name) for column in _SEGMENT[:2]]
+    times = (None, None) if is_clip else row.read_segment(*_TIMES, table.clock_time)
     if id_column is None:
-        samples = [read_cell(row, column, _plain_name, problems) for column in ("start_sample", "stop_sample")]
-        sample_id = "-".join(map(str, (row["video_id"], *samples)))
+        names += [row.read(column, _plain_name) for column in _SAMPLES]
+        sample_id = "-".join(row[column] for column in ("video_id", *_SAMPLES))
     else:
-        names.append(read_cell(row, id_column, _plain_name, problems))
+        names.append(row.read(id_column, _plain_name))
         sample_id = row[id_column]
         if (first := first_rows.setdefault(sample_id, row)) is not row:
             found = f"{sample_id!r} was listed before, at {first.place(id_column)}"
-            problems.add("sample twice", f"{row.place(id_column)}: expected every id once, found {found}")
+            row.problems.add("sample twice", f"{row.place(id_column)}: expected every id once, found {found}")
     if labels is None or times is None or None in names:
         return None
     return Annotation(
@@ -148,24 +134,3 @@ def _annotation(
         start_seconds=times[0],
         end_seconds=times[1],
     )
-
-
-def _sound_label(row: Row, classes: tuple[str, ...], problems: Problems) -> _Labels:
-    """Return the class index, which must agree with the class name beside it; none in a list without classes."""
-    if "class_id" not in row.columns:
-        return ()
-    index = read_cell(row, "class_id", class_index(len(classes)), problems)
-    named = read_cell(row, "class", class_name(classes), problems)
-    if index is not None and named is not None and index != named:
-        problems.add(
-            "class and class_id differ",
-            f"{row.place('class_id')}: expected {named}, the index of {row['class']!r}, found {row['class_id']!r}",
-        )
-    return None if index is None or index != named else (index,)
-
-
-def _plain_name(text: str) -> str:
-    """Return an id that is safe as part of a file name."""
-    if not _NAME.fullmatch(text):
-        raise CellError("not an id", "an id of letters, digits, _ and -")
-    return text

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ca2st.errors import did_you_mean
 from sharding.datasets.label_spaces import check_class_name, read_classes
-from sharding.datasets.request import VIDEO_SUFFIXES, DatasetRequest, MediaRoot, needed_media, refuse_unused
+from sharding.datasets.request import VIDEO_SUFFIXES, DatasetRequest, MediaRoot, needed_media
 from sharding.datasets.table import CellError, Problems
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
@@ -44,17 +44,13 @@ class ClassFolders:
         return tuple(name for name, of_class in self.videos.items() if not of_class)
 
 
-def read(request: DatasetRequest) -> SourceList:
+def read(request: DatasetRequest, dataset: str) -> SourceList:
     """Return every video of every class folder, by class and then by name.
 
-    The folder is the annotation here, so it is listed for a dry run too; no video is opened.
-
-    Raises:
-        UserInputError: an option this dataset does not use, or no folder.
-        AnnotationError: as `list_class_folders`.
+    The folder is the annotation here, so it is listed for a dry run too; no video is opened. Raises as
+    `list_class_folders`, and UserInputError where there is no folder.
     """
-    refuse_unused(request, "folder", "annotations", "task")
-    media = needed_media(request, "folder", what="the folder that holds a folder per class")
+    media = needed_media(request, dataset, what="the folder that holds a folder per class")
     classes = None if request.classes is None else read_classes(request.classes)
     found = list_class_folders(media, classes=classes, follow_links=request.follow_links)
     unused = set(found.empty) - set(found.empty_folders)
@@ -64,11 +60,11 @@ def read(request: DatasetRequest) -> SourceList:
         UNUSED_CLASSES: tuple(name for name in found.empty if name in unused),
     }
     return SourceList(
-        dataset="folder",
+        dataset=dataset,
         split=request.split,
         label_spaces=(LabelSpace(name="label", classes=found.classes),),
         targets=("label",),
-        samples=tuple(request.first(found.samples)),
+        samples=found.samples[: request.limit],
         notes={kind: places for kind, places in notes.items() if places},
     )
 

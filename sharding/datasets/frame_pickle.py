@@ -57,20 +57,17 @@ def read_frame(path: Path) -> dict[str, list[Any]]:
     """
     try:
         with path.open("rb") as file:
-            if (size := os.fstat(file.fileno()).st_size) > _MOST_BYTES:
-                raise AnnotationError(f"{path}: expected at most {_MOST_BYTES} bytes, found {size}; {_ADVICE}")
-            frame = _Reader(file).load()
-        return _columns(frame)
+            if (size := os.fstat(file.fileno()).st_size) <= _MOST_BYTES:
+                return _columns(_Reader(file).load())
     except OSError as error:
         raise AnnotationError(f"{path}: expected a readable file, found: {error.strerror}") from error
-    except AnnotationError:
-        raise
     except _ForeignName as error:
         raise AnnotationError(f"{path}: expected the parts of a DataFrame, found the name {error}; {_ADVICE}") from None
     except _DAMAGE as error:
         raise AnnotationError(
             f"{path}: expected a pickled DataFrame, found other contents ({error}); {_ADVICE}"
         ) from None
+    raise AnnotationError(f"{path}: expected at most {_MOST_BYTES} bytes, found {size}; {_ADVICE}")
 
 
 class _ForeignName(Exception):  # noqa: N818  # a name, not an error of its own
@@ -88,9 +85,6 @@ class _Made:
         made = super().__new__(cls)
         made.args = args
         return made
-
-    def __init__(self, *_args: Any, **_named: Any) -> None:
-        pass
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -116,7 +110,7 @@ class _Reader(pickle._Unpickler):  # the one in C fills memory for a single wron
 def _columns(frame: Any) -> dict[str, list[Any]]:
     manager = _named(frame, "DataFrame").state["_mgr"]
     blocks, axes = _named(manager, "BlockManager").args
-    names = _index(axes[0])
+    names = _array(_named(axes[0], "_new_Index").args[1]["data"]).tolist()
     columns: dict[int, list[Any]] = {}
     for block in blocks:
         values, placement = (block.args[1] if isinstance(block, _Called) else block.args)[:2]
@@ -137,11 +131,6 @@ def _named(made: Any, *names: str) -> _Made:
     return made
 
 
-def _index(made: Any) -> list[Any]:
-    _, facts = _named(made, "_new_Index").args
-    return list(_array(facts["data"]).tolist())
-
-
 def _places(placement: Any) -> Sequence[int]:
     if isinstance(placement, _Made) and placement.name == "slice":
         start, stop, step = placement.args
@@ -157,33 +146,22 @@ def _array(made: Any) -> "np.ndarray[Any, Any]":
     if made.name == "_reconstruct":
         _, shape, dtype, is_fortran, data = made.state
         return _filled(data, _dtype(dtype), tuple(shape), "F" if is_fortran else "C")
-    parts = [
-        part for part in _flat(made.state) if isinstance(part, _Made) and part.name in ("_reconstruct", "_frombuffer")
-    ]
-    return _array(parts[0])
-
-
-def _flat(state: Any) -> list[Any]:
-    """Return the parts of a state of tuples in tuples."""
-    parts: list[Any] = []
-    waiting = [state]
-    while waiting:
-        if len(parts) + len(waiting) > _MOST_PARTS:
-            raise ValueError("a state of too many parts")
-        part = waiting.pop(0)
-        if isinstance(part, tuple):
+    waiting = [made.state]
+    for part in waiting:  # which grows: the values lie somewhere in tuples of tuples
+        if isinstance(part, _Made) and part.name in ("_reconstruct", "_frombuffer"):
+            return _array(part)
+        if isinstance(part, tuple) and len(waiting) < _MOST_PARTS:
             waiting += part
-        else:
-            parts.append(part)
-    return parts
+    raise ValueError("an array without values")
 
 
 def _filled(data: Any, dtype: "np.dtype[Any]", shape: tuple[int, ...], order: Any) -> "np.ndarray[Any, Any]":
     if dtype.hasobject:
         array = np.empty(len(data), dtype=object)
         array[:] = data if isinstance(data, list) else None
-        return array.reshape(shape, order="F" if order == "F" else "C")
-    return np.frombuffer(_bytes(data), dtype=dtype).reshape(shape, order="F" if order == "F" else "C")
+    else:
+        array = np.frombuffer(_bytes(data), dtype=dtype)
+    return array.reshape(shape, order="F" if order == "F" else "C")
 
 
 def _bytes(data: Any) -> bytes:

@@ -9,21 +9,17 @@ import ast
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as _shown  # of bounded length: a pickle can nest a value without end
 from typing import Any
 
-import pyarrow as pa
-
-from ca2st.checked_json import DocumentError, parse_json
 from sharding.datasets.epic import VERB_NOUN
 from sharding.datasets.frame_pickle import read_frame
 from sharding.datasets.media_tree import Annotation, located
-from sharding.datasets.request import DatasetRequest, needed_annotations, refuse_unused
-from sharding.datasets.table import Problems, numbered_lines, read_table, read_text
+from sharding.datasets.request import DatasetRequest, needed_annotations
+from sharding.datasets.table import Problems, read_records, read_table, read_text
 from sharding.errors import AnnotationError
-from sharding.format.index import read_parquet
 from sharding.source import ERRATUM, NO_LENGTH, OTHER_CLASS, SourceList
 
 _COLUMNS = ("unique_narration_id", "video_id", "start_timestamp", "end_timestamp", "main_action_classes")
@@ -31,15 +27,9 @@ _ERRATUM_NAME = "HD_EPIC_Narrations_erratum.csv"
 _MOST_SECONDS = 1e6
 
 
-def read(request: DatasetRequest) -> SourceList:
-    """Read the narrations that have a label in EPIC-KITCHENS-100's classes.
-
-    Raises:
-        UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
-        AnnotationError: a wrong file or rows.
-    """
-    refuse_unused(request, "hd_epic", "classes", "task")
-    annotations = needed_annotations(request, "hd_epic", what="HD_EPIC_Narrations.pkl, or its rows as JSON Lines")
+def read(request: DatasetRequest, dataset: str) -> SourceList:
+    """Read the narrations that have a label in EPIC-KITCHENS-100's classes."""
+    annotations = needed_annotations(request, dataset, what="HD_EPIC_Narrations.pkl, or its rows as JSON Lines")
     problems = Problems(annotations, advice="is this the owners' file? fetch it again")
     left_out = _erratum(annotations.parent / _ERRATUM_NAME)
     notes: dict[str, list[str]] = {ERRATUM: [], OTHER_CLASS: [], NO_LENGTH: []}
@@ -54,7 +44,7 @@ def read(request: DatasetRequest) -> SourceList:
     return located(
         found,
         request,
-        dataset="hd_epic",
+        dataset=dataset,
         spaces=VERB_NOUN,
         what="the folder with <participant>/<video_id>.mp4",
         notes=notes,
@@ -67,22 +57,19 @@ def _annotation(
     """Return the narration, or None with a note or a problem."""
     name, video, start, end, actions = (row.get(column) for column in _COLUMNS)
     if not (isinstance(name, str) and name and isinstance(video, str) and video):
-        problems.add(
-            "no id",
-            f"{where}: expected texts as unique_narration_id and video_id, found {_shown(name)}, {_shown(video)}",
-        )
+        found = f"{_shown(name)}, {_shown(video)}"
+        problems.add("no id", f"{where}: expected texts as unique_narration_id and video_id, found {found}")
         return None
     times = [float(one) for one in (start, end) if isinstance(one, (int, float)) and 0 <= one < _MOST_SECONDS]
     if len(times) != 2:
-        problems.add(
-            "not a time", f"{where}: {name}: expected start and end in seconds, found {_shown(start)} and {_shown(end)}"
-        )
+        found = f"{_shown(start)} and {_shown(end)}"
+        problems.add("not a time", f"{where}: {name}: expected start and end in seconds, found {found}")
         return None
     if not isinstance(actions, (list, tuple)):
         problems.add("not a list", f"{where}: {name}: expected a list of main_action_classes, found {_shown(actions)}")
         return None
-    labels = _pair(actions)
-    if labels is None or any(not 0 <= at < len(s.classes) for at, s in zip(labels, VERB_NOUN, strict=True)):
+    labels = _labels(actions)
+    if labels is None:
         notes[OTHER_CLASS].append(name)
         return None
     if times[1] <= times[0]:
@@ -99,55 +86,49 @@ def _annotation(
     )
 
 
-def _pair(actions: "list[Any] | tuple[Any, ...]") -> tuple[int, int] | None:
-    """Verb and noun of the first main action; None where it is no pair of whole numbers."""
+def _labels(actions: Sequence[Any]) -> tuple[int, ...] | None:
+    """Return verb and noun of the first main action; None where EPIC-KITCHENS-100 has no such classes."""
     first = actions[0] if actions else None
-    if isinstance(first, (list, tuple)) and len(first) == 2 and all(type(part) is int for part in first):
-        return first[0], first[1]
-    return None
+    if not isinstance(first, (list, tuple)) or len(first) != len(VERB_NOUN):
+        return None
+    known = (type(at) is int and 0 <= at < len(space.classes) for at, space in zip(first, VERB_NOUN, strict=True))
+    return tuple(first) if all(known) else None
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the rows of a file of any of the forms, with where each stands."""
     suffix = path.suffix.lower()
-    if suffix in (".pkl", ".pickle"):
+    if suffix == ".csv":
+        yield from _lines_of_csv(path)
+    elif suffix in (".pkl", ".pickle"):
         columns = read_frame(path)
         _require_columns(path, columns)
-        return _zipped(path, columns)
-    if suffix == ".parquet":
-        try:
-            table = read_parquet(path)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise AnnotationError(f"{path}: expected a Parquet file, found something else ({error})") from error
-        _require_columns(path, table.column_names)
-        return _zipped(path, {name: table[name].to_pylist() for name in _COLUMNS})
-    return _lines_of_csv(path) if suffix == ".csv" else _lines_of_json(path)
-
-
-def _zipped(path: Path, columns: Mapping[str, list[Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, values in enumerate(zip(*(columns[name] for name in _COLUMNS), strict=True), start=1):
-        yield f"{path}: row {number}", dict(zip(_COLUMNS, values, strict=True))
-
-
-def _lines_of_json(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in numbered_lines(path):
-        try:
-            row = parse_json(line, dict[str, Any], where=f"{path}:{number}")
-        except DocumentError as error:
-            raise AnnotationError(f"{error}; expected one row per line (JSON Lines)") from error
-        _require_columns(path, row)
-        yield f"{path}:{number}", row
+        for number, values in enumerate(zip(*(columns[name] for name in _COLUMNS), strict=True), start=1):
+            yield f"{path}: row {number}", dict(zip(_COLUMNS, values, strict=True))
+    else:
+        for number, row in read_records(path):
+            where = f"{path}: row {number}" if suffix == ".parquet" else f"{path}:{number}"
+            _require_columns(where, row)
+            yield where, row
 
 
 def _lines_of_csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield rows of a CSV export, whose lists are written as JSON or as Python writes them."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    try:
+        rows = [(f"{path}:{reader.line_num}", row) for row in reader]
+    except csv.Error as error:
+        raise AnnotationError(
+            f"{path}:{reader.line_num + 1}: expected a line of CSV, found another ({error})"
+        ) from error
     _require_columns(path, reader.fieldnames or ())
-    for row in reader:
-        where = f"{path}:{reader.line_num}"
+    for where, row in rows:
         try:
             times = {name: float(row[name]) for name in _COLUMNS[2:4]}
-            actions = _list(row[_COLUMNS[4]])
+            try:
+                actions = json.loads(row[_COLUMNS[4]])
+            except ValueError:
+                actions = ast.literal_eval(row[_COLUMNS[4]])
         except (TypeError, ValueError, SyntaxError, MemoryError, RecursionError) as error:
             raise AnnotationError(
                 f"{where}: expected seconds and a list of pairs, found another form ({error})"
@@ -155,22 +136,15 @@ def _lines_of_csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield where, {**row, **times, _COLUMNS[4]: actions}
 
 
-def _list(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return ast.literal_eval(text)
-
-
-def _require_columns(path: Path, found: Any) -> None:
+def _require_columns(where: object, found: Container[str]) -> None:
     if missing := [name for name in _COLUMNS if name not in found]:
-        raise AnnotationError(f"{path}: expected the columns {', '.join(_COLUMNS)}, found no {', '.join(missing)}")
+        raise AnnotationError(f"{where}: expected the columns {', '.join(_COLUMNS)}, found no {', '.join(missing)}")
 
 
 def _erratum(path: Path) -> frozenset[str]:
     if not path.is_file():
         return frozenset()
     problems = Problems(path)
-    rows = read_table(path, required=("erratum_narration_id",), others=True, problems=problems).rows
+    _, rows = read_table(path, required=("erratum_narration_id",), problems=problems)
     problems.refuse_any()
     return frozenset(row["erratum_narration_id"] for row in rows)

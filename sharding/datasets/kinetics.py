@@ -1,103 +1,75 @@
 """``kinetics_400`` and ``kinetics_sound``: the owners' CSV files, the CAST release's and OGM-GE's lists.
 
 Kinetics-400's CSV names a YouTube id, the seconds that were cut from it and a class; its clips are
-``<id>_000417_000427.mp4`` or ``<id>.mp4``. KineticsSound is the part of it whose classes can be heard.
+``<id>_000417_000427.mp4`` or ``<id>.mp4``. KineticsSound is the part of it whose classes can be heard: the 31
+of Look, Listen and Learn that Kinetics-400 has, alphabetical, as OGM-GE's lists number them.
 """
 
-import re
 from pathlib import Path
 
+from sharding.datasets import table
 from sharding.datasets.label_spaces import class_index, class_name, published_classes, read_classes
 from sharding.datasets.media_tree import Annotation, located
-from sharding.datasets.request import DatasetRequest, needed_annotations, refuse_unused
-from sharding.datasets.table import (
-    CellError,
-    Problems,
-    Row,
-    first_line,
-    read_cell,
-    read_pairs,
-    read_rows,
-    read_table,
-    whole_seconds,
-)
+from sharding.datasets.request import DatasetRequest, needed_annotations
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
 from sharding.source import SourceList
 
-KINETICS_SOUND = (
-    *("blowing nose", "blowing out candles", "bowling", "chopping wood", "dribbling basketball", "laughing"),
-    *("mowing lawn", "playing accordion", "playing bagpipes", "playing bass guitar", "playing clarinet"),
-    *("playing drums", "playing guitar", "playing harmonica", "playing keyboard", "playing organ", "playing piano"),
-    *("playing saxophone", "playing trombone", "playing trumpet", "playing violin", "playing xylophone"),
-    *("ripping paper", "shoveling snow", "shuffling cards", "singing", "stomping grapes", "tap dancing"),
-    *("tapping guitar", "tapping pen", "tickling"),
-)
-"""The 31 classes of Look, Listen and Learn that Kinetics-400 has, alphabetical, as OGM-GE's lists number them."""
-
 _COLUMNS = ("youtube_id", "time_start", "time_end", "split")
 _SPLITS = {"train": ("train",), "validation": ("val", "validate", "validation"), "test": ("test",)}
 """What the split column holds, by the name of our split."""
-_NAME = re.compile(r"(?P<id>[A-Za-z0-9_-]{11})(_(?P<start>\d{1,6})(_(?P<end>\d{1,6}))?)?(\.\w{2,5})?", re.ASCII)
+_name = table.matching(
+    r"(.*/)?(?P<id>[A-Za-z0-9_-]{11})(_(?P<start>\d{1,6})(_(?P<end>\d{1,6}))?)?(\.\w{2,5})?",
+    "not a clip",
+    "a YouTube id, perhaps with its seconds, as -5wLopwbGX0_000417_000427.mp4",
+)
 _CLIP_SECONDS = 10
-_WHAT = "the folder with <id>_000417_000427.mp4 or <id>.mp4, flat, by split or by class"
 
 
-def read(request: DatasetRequest) -> SourceList:
-    """Read one split of Kinetics-400: the owners' CSV, or the CAST release's list ``<id>.mp4 <class number>``.
+def read(request: DatasetRequest, dataset: str) -> SourceList:
+    """Read one split of Kinetics-400 or KineticsSound.
 
-    Raises:
-        UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
-        AnnotationError: a wrong file or rows, or a list without labels of another split than ``test``.
+    Kinetics-400: the owners' CSV, or the CAST release's list ``<id>.mp4 <class number>``. KineticsSound:
+    Kinetics-400's CSV by class name, or OGM-GE's ``<id>_000058_000068,10,4``; ``--classes`` names other classes than
+    the usual 31, for there are papers with 32 and 34.
     """
-    refuse_unused(request, "kinetics_400", "classes", "task")
-    return _read(request, "kinetics_400", published_classes("kinetics_400"), what="the owners' train.csv or val.csv")
-
-
-def read_sound(request: DatasetRequest) -> SourceList:
-    """Read one split of KineticsSound: Kinetics-400's CSV by class name, or OGM-GE's ``<id>_000058_000068,10,4``.
-
-    ``--classes`` names other classes than the usual 31; there are papers with 32 and 34. Raises as `read`.
-    """
-    refuse_unused(request, "kinetics_sound", "task")
-    classes = KINETICS_SOUND if request.classes is None else read_classes(request.classes)
-    return _read(request, "kinetics_sound", classes, what="Kinetics-400's CSV file, or my_train.txt or my_test.txt")
-
-
-def _read(request: DatasetRequest, dataset: str, classes: tuple[str, ...], *, what: str) -> SourceList:
-    annotations = needed_annotations(request, dataset, what=what)
     is_sound = dataset == "kinetics_sound"
-    others = f"; for a list of other than these {len(classes)} classes name them by --classes" if is_sound else ""
-    problems = Problems(annotations, advice=f"is this the owners' file? fetch it again{others}")
-    first = first_line(annotations)
+    classes = published_classes(dataset) if request.classes is None else read_classes(request.classes)
+    what, advice = "the owners' train.csv or val.csv", "is this the owners' file? fetch it again"
+    if is_sound:
+        what = "Kinetics-400's CSV file, or my_train.txt or my_test.txt"
+        advice += f"; for a list of other than these {len(classes)} classes name them by --classes"
+    annotations = needed_annotations(request, dataset, what=what)
+    problems = table.Problems(annotations, advice=advice)
+    first = table.first_line(annotations)
     if "youtube_id" in first:
         found = _owners(annotations, classes, request, problems, partly=is_sound)
     elif "," in first:
         columns = ("name", "label") if first.count(",") == 1 else ("name", "seconds", "label")
-        found = _listed(read_rows(annotations, columns=columns, problems=problems).rows, classes, problems)
+        found = _listed(table.read_rows(annotations, columns=columns, problems=problems), classes)
     else:
-        found = _listed(read_pairs(annotations, columns=("name", "label"), problems=problems).rows, classes, problems)
+        found = _listed(table.read_pairs(annotations, columns=("name", "label"), problems=problems), classes)
     problems.refuse_any()
     return located(
         found,
         request,
         dataset=dataset,
         spaces=[LabelSpace(name="label", classes=classes)],
-        what=_WHAT,
+        what="the folder with <id>_000417_000427.mp4 or <id>.mp4, flat, by split or by class",
     )
 
 
 def _owners(
-    path: Path, classes: tuple[str, ...], request: DatasetRequest, problems: Problems, *, partly: bool
+    path: Path, classes: tuple[str, ...], request: DatasetRequest, problems: table.Problems, *, partly: bool
 ) -> list[Annotation]:
     """Return the rows of the split in the owners' CSV; `partly`: those of other classes are no part of the dataset."""
     split = request.split
-    table = read_table(path, required=_COLUMNS, others=True, problems=problems)
-    rows = [row for row in table.rows if row["split"] in _SPLITS.get(split, (split,))]
+    columns, all_rows = table.read_table(path, required=_COLUMNS, problems=problems)
+    rows = [row for row in all_rows if row["split"] in _SPLITS.get(split, (split,))]
     if not rows:
-        held = sorted({row["split"] for row in table.rows})
+        held = sorted({row["split"] for row in all_rows})
         raise AnnotationError(f"{path}: expected rows of --split {split}, found those of {', '.join(held)}")
-    is_labelled = "label" in table.columns
+    is_labelled = "label" in columns
     if not is_labelled and partly:
         raise AnnotationError(f"{path}:1:1: expected the column label, whose classes are chosen by, found no labels")
     if not is_labelled:
@@ -108,20 +80,20 @@ def _owners(
     for row in rows:
         if partly and row["label"] not in known:
             continue
-        label = read_cell(row, "label", named, problems) if is_labelled else None
-        start, end = (read_cell(row, column, whole_seconds, problems) for column in ("time_start", "time_end"))
-        clip = read_cell(row, "youtube_id", _name, problems)
+        label = row.read("label", named) if is_labelled else None
+        start, end = (row.read(column, table.whole_seconds) for column in ("time_start", "time_end"))
+        clip = row.read("youtube_id", _name)
         if (label is not None or not is_labelled) and start is not None and end is not None and clip is not None:
             found.append(_annotation(row, clip["id"], start, end, label, classes))
     return found
 
 
-def _listed(rows: tuple[Row, ...], classes: tuple[str, ...], problems: Problems) -> list[Annotation]:
+def _listed(rows: tuple[table.Row, ...], classes: tuple[str, ...]) -> list[Annotation]:
     """Return rows of a name with its seconds or without, and a class number."""
     indexed = class_index(len(classes))
     found = []
     for row in rows:
-        label, clip = read_cell(row, "label", indexed, problems), read_cell(row, "name", _name, problems)
+        label, clip = row.read("label", indexed), row.read("name", _name)
         if label is not None and clip is not None:
             start = None if clip["start"] is None else int(clip["start"])
             end = int(clip["end"]) if clip["end"] else None if start is None else start + _CLIP_SECONDS
@@ -130,7 +102,7 @@ def _listed(rows: tuple[Row, ...], classes: tuple[str, ...], problems: Problems)
 
 
 def _annotation(
-    row: Row, video_id: str, start: int | None, end: int | None, label: int | None, classes: tuple[str, ...]
+    row: table.Row, video_id: str, start: int | None, end: int | None, label: int | None, classes: tuple[str, ...]
 ) -> Annotation:
     cut = () if start is None else (f"{video_id}_{start:06d}_{end:06d}", f"{video_id}_{start}")
     return Annotation(
@@ -140,10 +112,3 @@ def _annotation(
         clips=(*cut, video_id),
         folder="" if label is None else classes[label],
     )
-
-
-def _name(text: str) -> "re.Match[str]":
-    match = _NAME.fullmatch(text.rpartition("/")[2])
-    if match is None:
-        raise CellError("not a clip", "a YouTube id, perhaps with its seconds, as -5wLopwbGX0_000417_000427.mp4")
-    return match

@@ -3,27 +3,16 @@
 import functools
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ca2st.errors import did_you_mean
-from sharding.datasets.table import CellError, Problems, Row, read_cell, read_text, split_lines
+from sharding.datasets.table import CellError, Problems, Row, read_text, split_lines
 from sharding.errors import AnnotationError
-from sharding.format.shard_set import LabelSpace, written
+from sharding.format.shard_set import written
 from sharding.source import INVISIBLE, LOOK_ALIKE, MISSING_LABELS, ONE_CLASS, SEVERAL_LABELS, SourceList
-
-NUM_CLASSES: dict[str, int] = {
-    "activitynet": 200,
-    "epic_kitchens_100_nouns": 300,
-    "epic_kitchens_100_verbs": 97,
-    "epic_sounds": 44,
-    "kinetics_400": 400,
-    "something_something_v2": 174,
-    "ucf_101": 101,
-    "vgg_sound": 309,
-}
-"""The shipped class lists and their published sizes."""
 
 _MAX_HINTS = 20  # the search for a near name takes milliseconds
 _FOLDER = Path(__file__).parent / "classes"
@@ -35,10 +24,7 @@ _PERHAPS_APART = re.compile(r"[,/+&]")
 
 def published_classes(name: str) -> tuple[str, ...]:
     """Return the class names of a public dataset in label order."""
-    classes = read_classes(_FOLDER / f"{name}.txt")
-    if len(classes) != NUM_CLASSES[name]:
-        raise AnnotationError(f"{_FOLDER / name}.txt: expected {NUM_CLASSES[name]} classes, found {len(classes)}")
-    return classes
+    return read_classes(_FOLDER / f"{name}.txt")
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
@@ -183,28 +169,18 @@ def label_histogram(source: SourceList) -> dict[str, dict[str, int]]:
     """Return samples a class, by label space; classes without samples are there with 0. None without labels."""
     if source.labelling == "none":
         return {}
-    if source.labelling == "several":
-        (space,) = source.label_spaces
-        return {space.name: _counted(space, [label for sample in source.samples for label in sample.labels])}
-    return {
-        space.name: _counted(space, [s.labels[number] for s in source.samples])
-        for number, space in enumerate(source.label_spaces)
-    }
-
-
-def _counted(space: LabelSpace, labels: list[int]) -> dict[str, int]:
-    counts = dict.fromkeys(space.classes, 0)
-    for label in labels:
-        counts[space.classes[label]] += 1
-    return counts
+    found = {}
+    for number, space in enumerate(source.label_spaces):
+        own = slice(None) if source.labelling == "several" else slice(number, number + 1)
+        counts = Counter(label for sample in source.samples for label in sample.labels[own])
+        found[space.name] = {name: counts[label] for label, name in enumerate(space.classes)}
+    return found
 
 
 _DECIMAL = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
-def label_column(
-    rows: Sequence[Row], column: str, classes: Path | None, *, problems: Problems
-) -> tuple[tuple[str, ...], list[int | None]]:
+def label_column(rows: Sequence[Row], column: str, classes: Path | None) -> tuple[tuple[str, ...], list[int | None]]:
     """Return the classes, and each row's label or None where it is wrong.
 
     With a class list: a column of numbers that are no names of it holds indices into it, any other column names.
@@ -215,13 +191,23 @@ def label_column(
         names = read_classes(classes)
         numbers = all(map(is_whole_number, texts)) and not set(texts) <= set(names)
         parse = class_index(len(names)) if numbers else class_name(names)
-        return names, [read_cell(row, column, parse, problems) for row in rows]
-    if any(map(is_whole_number, texts)):
-        return _numbered(rows, column, problems)
-    labels = [read_cell(row, column, _name, problems) for row in rows]
-    names = tuple(sorted({name for name in labels if name is not None}))
-    indices = {name: index for index, name in enumerate(names)}
-    return names, [None if name is None else indices[name] for name in labels]
+        return names, [row.read(column, parse) for row in rows]
+    if not any(map(is_whole_number, texts)):
+        named = [row.read(column, _name) for row in rows]
+        names = tuple(sorted({name for name in named if name is not None}))
+        indices = {name: index for index, name in enumerate(names)}
+        return names, [None if name is None else indices[name] for name in named]
+    labels = [row.read(column, _number) for row in rows]
+    used = sorted({label for label in labels if label is not None})
+    if None not in labels and used != list(range(len(used))):
+        gap = next(number for number in range(len(used)) if number != used[number])
+        hint = "are they counted from 1? " if used[0] == 1 else ""
+        rows[0].problems.add(
+            "class without samples",
+            f"{rows[0].path}: {column}: expected class numbers from 0 without gaps, found none with {gap} "
+            f"({len(used)} classes, {used[0]} to {used[-1]}); {hint}pass --classes with all class names",
+        )
+    return tuple(map(str, range(len(used)))), labels
 
 
 def _name(text: str) -> str:
@@ -239,17 +225,3 @@ def _number(text: str) -> int:
     if int(text) < 0:
         raise CellError("label out of range", "a whole number from 0")
     return int(text)
-
-
-def _numbered(rows: Sequence[Row], column: str, problems: Problems) -> tuple[tuple[str, ...], list[int | None]]:
-    labels = [read_cell(row, column, _number, problems) for row in rows]
-    used = sorted({label for label in labels if label is not None})
-    if None not in labels and used != list(range(len(used))):
-        gap = next(number for number in range(len(used)) if number != used[number])
-        hint = "are they counted from 1? " if used[0] == 1 else ""
-        problems.add(
-            "class without samples",
-            f"{rows[0].path}: {column}: expected class numbers from 0 without gaps, found none with {gap} "
-            f"({len(used)} classes, {used[0]} to {used[-1]}); {hint}pass --classes with all class names",
-        )
-    return tuple(map(str, range(len(used)))), labels

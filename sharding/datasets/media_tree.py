@@ -5,13 +5,14 @@ or ready-cut clips, with any ending. A reader says which names a segment's file 
 once, and the file is the one that has such a name, wherever it lies.
 """
 
+import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ca2st.errors import UserInputError
+from ca2st.errors import UserInputError, listed
 from sharding.datasets.request import VIDEO_SUFFIXES, DatasetRequest, needed_media
 from sharding.datasets.table import Problems
 from sharding.errors import AnnotationError
@@ -71,11 +72,10 @@ def located(
     """Return the source list of `annotations`: unique ids, their files, what is missing within ``--max-missing``.
 
     Args:
-        annotations: In the order of the owners' file.
+        annotations: In the order of the owners' file. Where none has a label, the set is one without labels.
         request: What the user asked for.
-        dataset: The dataset's name.
-        spaces: Label spaces in the order of `Annotation.labels`; all of them are targets. Annotations without any
-            label make a set without labels.
+        dataset: Its name.
+        spaces: Label spaces in the order of `Annotation.labels`; all of them are targets.
         what: What the media folder holds, for messages.
         suffix: Ending of a file that is not looked for (``--dry-run``).
         notes: What was unusual and accepted: kind to places.
@@ -84,17 +84,25 @@ def located(
         UserInputError: no media folder, not one file found, or more missing than ``--max-missing`` allows.
         AnnotationError: no annotations, or a segment has several files, or one that a link leads outside.
     """
-    listed = _unique(annotations)
-    if not listed:
+    of_own_id = list(_unique(annotations))
+    if not of_own_id:
         raise AnnotationError(f"{request.annotations}: expected rows of {dataset}, found none")
-    kept = request.first(listed)
-    found = {**(notes or {}), OTHER_COUNT: _other_count(dataset, request.split, len(listed))}
+    kept = of_own_id[: request.limit]
+    found = dict(notes or {})
+    published = PUBLISHED_ROWS.get(dataset, {}).get(request.split, ())
+    if published and len(of_own_id) not in published:
+        found[OTHER_COUNT] = [f"{len(of_own_id)} instead of {' or '.join(map(str, published))}"]
     if request.check_media:
         tree = MediaTree(needed_media(request, dataset, what=what), follow_links=request.follow_links)
         samples, missing = tree.locate(kept, split=request.split)
-        request.require_few_missing(missing, total=len(kept), hint=tree.hint)
-        if missing:
-            found[MISSING_MEDIA] = missing
+        if missing and not request.max_missing.allows(len(missing), len(kept)):
+            share = math.ceil(1000 * len(missing) / len(kept)) / 10
+            raise UserInputError(
+                f"--media {request.media}: expected a file for each of {len(kept)} samples, found none for "
+                f"{len(missing)} ({listed(missing)}){tree.hint}; fetch them, or leave them out with "
+                f"--max-missing {share:g}%"
+            )
+        found[MISSING_MEDIA] = missing
     else:
         folder = request.media or Path()
         samples = [_sample(one, folder / f"{[*one.videos, *one.clips][0]}{suffix}", not one.videos) for one in kept]
@@ -105,29 +113,28 @@ def located(
         targets=tuple(space.name for space in spaces),
         samples=tuple(samples),
         notes={kind: tuple(places) for kind, places in found.items() if places},
-        labelling="one" if any(one.labels for one in listed) else "none",
+        labelling="one" if any(one.labels for one in of_own_id) else "none",
     )
 
 
-def _other_count(dataset: str, split: str, count: int) -> tuple[str, ...]:
-    published = PUBLISHED_ROWS.get(dataset, {}).get(split, ())
-    wanted = " or ".join(map(str, published))
-    return () if not published or count in published else (f"{count} instead of {wanted}",)
+def _unique(annotations: Iterable[Annotation]) -> Iterator[Annotation]:
+    """Put ``#2``, ``#3``, ... behind ids that come again."""
+    times: Counter[str] = Counter()
+    for one in annotations:
+        times[one.sample_id] += 1
+        again = times[one.sample_id]
+        yield one if again == 1 else replace(one, sample_id=f"{one.sample_id}#{again}")
 
 
 class MediaTree:
-    """Every video below a folder by its name without ending; hidden files are passed over.
-
-    Args:
-        folder: The folder of ``--media``.
-        follow_links: Whether links may lead outside.
-    """
+    """Every video below the folder of ``--media`` by its name without ending; hidden files are passed over."""
 
     def __init__(self, folder: Path, *, follow_links: bool = False) -> None:
-        self._folder, self._follow_links = folder, follow_links
+        self._folder, self._real_folder, self._follow_links = folder, folder.resolve(), follow_links
         self._named: dict[str, list[str]] = {}
         self.hint = ""
         """What to try where files are missing, for messages."""
+        # Names as texts: public sets have hundreds of thousands of files, of which a Path each takes seconds.
         for parent, folders, files in os.walk(folder, followlinks=follow_links):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             if not follow_links and any(os.path.islink(os.path.join(parent, name)) for name in folders):  # noqa: PTH114, PTH118
@@ -135,7 +142,7 @@ class MediaTree:
             for name in sorted(files):
                 stem, dot, suffix = name.rpartition(".")
                 if dot and stem and not name.startswith(".") and f".{suffix.lower()}" in VIDEO_SUFFIXES:
-                    self._named.setdefault(stem, []).append(os.path.join(parent, name))  # noqa: PTH118  # a text a file
+                    self._named.setdefault(stem, []).append(os.path.join(parent, name))  # noqa: PTH118  # as said
         self._lower: dict[str, list[str]] = {}
         for stem in self._named:
             self._lower.setdefault(stem.lower(), []).append(stem)
@@ -159,7 +166,7 @@ class MediaTree:
             if len(files) > 1:
                 names = " and ".join(path for path, _ in files)
                 problems.add("media found twice", f"{one.where}: expected one file for {one.sample_id}, found {names}")
-            elif self._leads_outside(path):
+            elif not (self._follow_links or Path(path).resolve().is_relative_to(self._real_folder)):
                 problems.add(
                     "outside the media folder",
                     f"{one.where}: {path}: expected a file inside --media {self._folder}, links followed "
@@ -178,11 +185,13 @@ class MediaTree:
 
     def _files(self, names: Sequence[str], folder: str, split: str) -> list[str]:
         """Return the files of the first name that has any, less those that a replacement, split or folder rules out."""
+        of_split = {_plain(name) for name in (split, *_ALSO_CALLED.get(split, ()))}
+        wanted = (lambda name: name.startswith(_REPLACEMENTS), of_split.__contains__, _plain(folder).__eq__)
         for name in names:
             if files := self._named.get(name) or self._alike(name):
-                for wanted in (_is_replacement, _is_of(split, *_ALSO_CALLED.get(split, ())), _is_of(folder)):
+                for is_wanted in wanted:
                     if len(files) > 1:
-                        inside = [path for path in files if any(map(wanted, self._parents(path)))]
+                        inside = [path for path in files if any(map(is_wanted, self._folders_of(path)))]
                         files = inside or files
                 return files
         return []
@@ -192,40 +201,12 @@ class MediaTree:
         names = self._lower.get(name.lower(), [])
         return self._named[names[0]] if len(names) == 1 else []
 
-    def _parents(self, path: str) -> tuple[str, ...]:
-        return Path(path).relative_to(self._folder).parent.parts
-
-    def _leads_outside(self, path: str) -> bool:
-        if self._follow_links:
-            return False
-        return not Path(path).resolve().is_relative_to(self._folder.resolve())
+    def _folders_of(self, path: str) -> list[str]:
+        return [_plain(name) for name in Path(path).relative_to(self._folder).parent.parts]
 
 
-def _is_replacement(name: str) -> bool:
-    return name.lower().startswith(_REPLACEMENTS)
-
-
-def _is_of(*names: str) -> "_Wanted":
-    return _Wanted(frozenset(name.lower().replace("_", " ") for name in names if name))
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    names: frozenset[str]
-
-    def __call__(self, name: str) -> bool:
-        return name.lower().replace("_", " ") in self.names
-
-
-def _unique(annotations: Iterable[Annotation]) -> list[Annotation]:
-    """Put ``#2``, ``#3``, ... behind ids that come again."""
-    times: Counter[str] = Counter()
-    unique = []
-    for one in annotations:
-        times[one.sample_id] += 1
-        again = times[one.sample_id]
-        unique.append(one if again == 1 else replace(one, sample_id=f"{one.sample_id}#{again}"))
-    return unique
+def _plain(folder: str) -> str:
+    return folder.lower().replace("_", " ")
 
 
 def _sample(one: Annotation, path: Path, is_clip: bool) -> SourceSample:

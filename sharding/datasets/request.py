@@ -1,22 +1,19 @@
 """What the user asked a dataset reader for, and the media folder: files are named inside it and never outside."""
 
-import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
-from ca2st.errors import UserInputError, listed
+from ca2st.errors import UserInputError
 from sharding.datasets.table import CellError
 from sharding.errors import AnnotationError
 from sharding.settings import RejectBudget
 from sharding.synthetic.config import SyntheticConfig
 
 _SPLIT = re.compile(r"[a-z0-9_-]{1,40}")
-_Item = TypeVar("_Item")
 UNLABELLED_SPLIT = "test"
 """The split that may be without labels."""
 
@@ -62,19 +59,6 @@ class DatasetRequest:
         if self.limit is not None and self.limit < 1:
             raise UserInputError(f"--limit: expected at least 1, found {self.limit}")
 
-    def require_few_missing(self, missing: Sequence[str], *, total: int, hint: str = "") -> None:
-        """Refuse more samples without a file than `max_missing` allows; `missing` holds their ids, `hint` what to try.
-
-        Raises:
-            UserInputError: with the first of them.
-        """
-        if missing and not self.max_missing.allows(len(missing), total):
-            share = math.ceil(1000 * len(missing) / total) / 10
-            raise UserInputError(
-                f"--media {self.media}: expected a file for each of {total} samples, found none for {len(missing)} "
-                f"({listed(missing)}){hint}; fetch them, or leave them out with --max-missing {share:g}%"
-            )
-
     def require_labels(self, found: str) -> None:
         """Refuse a list without labels of any split but the test split, whose labels owners keep; `found` says where.
 
@@ -86,10 +70,6 @@ class DatasetRequest:
                 f"{found}, found no labels; a list without labels cannot be learned, with --split {UNLABELLED_SPLIT} "
                 "it becomes a set without labels"
             )
-
-    def first(self, items: Sequence[_Item]) -> Sequence[_Item]:
-        """Return the first `limit` of `items`, or all."""
-        return items[: self.limit]
 
 
 def needed_annotations(request: DatasetRequest, dataset: str, *, what: str) -> Path:
@@ -117,17 +97,6 @@ def needed_media(request: DatasetRequest, dataset: str, *, what: str) -> Path:
     return request.media
 
 
-def refuse_unused(request: DatasetRequest, dataset: str, *names: str) -> None:
-    """Refuse options that this dataset would ignore.
-
-    Raises:
-        UserInputError: one of `names` (fields of the request) was given.
-    """
-    for name in names:
-        if getattr(request, name) not in (None, False):
-            raise UserInputError(f"--{name.replace('_', '-')}: --dataset {dataset} does not use it; leave it out")
-
-
 VIDEO_SUFFIXES = frozenset(
     {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv"}
     | {".ts", ".webm", ".wmv"}
@@ -138,30 +107,32 @@ _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 class MediaRoot:
-    """The folder that media files must lie in.
+    """The folder that media files must lie in, which the option `option` names.
 
-    Args:
-        folder: The folder of ``--media``.
-        check: Whether to look at the files: they must exist and, links followed, lie inside.
-        follow_links: Whether links may lead outside; None: there is no such option to name.
-        option: The option that names the folder, for messages.
+    With `check` files are looked at: they must exist and, links followed, lie inside unless `follow_links`.
     """
 
-    def __init__(self, folder: Path, *, check: bool, follow_links: bool | None = None, option: str = "--media") -> None:
-        self._folder, self._check = f"{option} {folder}", check
-        self._follow_links = follow_links
+    def __init__(self, folder: Path, *, check: bool, follow_links: bool, option: str = "--media") -> None:
+        self._inside = f"inside {option} {folder}"
+        self._check, self._follow_links = check, follow_links
         self._root, self._real_root = Path(os.path.abspath(folder)), folder.resolve()  # noqa: PTH100  # keeps links
 
     def resolve(self, text: str) -> Path:
         """Return the absolute path of the file that an annotation names.
 
         Raises:
-            CellError: an empty or unsafe path, one that leads outside, or a missing file.
+            CellError: an empty or unsafe path (control characters, a protocol such as ``concat:``), one that leads
+                outside, or a missing file.
         """
-        check_name(text)
+        if not text:
+            raise CellError("unsafe path", "the name of a media file")
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
+            raise CellError("unsafe path", "a file name without control or unwritable characters")
+        if _PROTOCOL.match(text):
+            raise CellError("unsafe path", f"a file name, not a protocol (./{text} if it is one)")
         path = Path(os.path.normpath(self._root / text))
         if not (path.is_relative_to(self._root) or path.is_relative_to(self._real_root)):
-            raise self._outside()
+            raise CellError("outside the media folder", f"a file {self._inside}, links followed")
         if self._check:
             self._look_at(path)
         return path
@@ -178,24 +149,7 @@ class MediaRoot:
             is_file = False
         if not is_file:
             hint = " (folders are separated by /)" if "\\" in path.name else ""
-            raise CellError("missing file", f"an existing file inside {self._folder}{hint}")
+            raise CellError("missing file", f"an existing file {self._inside}{hint}")
         if not self._follow_links and not target.is_relative_to(self._real_root):
-            hint = "" if self._follow_links is None else " (a link leads outside: with --follow-links it may)"
-            raise CellError("outside the media folder", f"a file inside {self._folder}, links followed{hint}")
-
-    def _outside(self) -> CellError:
-        return CellError("outside the media folder", f"a file inside {self._folder}, links followed")
-
-
-def check_name(text: str) -> None:
-    """Refuse what can be no plain file name.
-
-    Raises:
-        CellError: empty, not text that UTF-8 can write, or a protocol such as ``concat:``.
-    """
-    if not text:
-        raise CellError("unsafe path", "the name of a media file")
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
-        raise CellError("unsafe path", "a file name without control or unwritable characters")
-    if _PROTOCOL.match(text):
-        raise CellError("unsafe path", f"a file name, not a protocol (./{text} if it is one)")
+            hint = " (a link leads outside: with --follow-links it may)"
+            raise CellError("outside the media folder", f"a file {self._inside}, links followed{hint}")

@@ -3,12 +3,14 @@
 A class is a template without its square brackets: ``Spinning [something] that quickly stops spinning``.
 """
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Required, TypedDict
 
 from sharding.datasets.label_spaces import class_index, class_name, published_classes
 from sharding.datasets.media_tree import Annotation, located
-from sharding.datasets.request import DatasetRequest, needed_annotations, refuse_unused
-from sharding.datasets.table import CellError, Problems, first_line, read_cell, read_document, read_pairs
+from sharding.datasets.request import DatasetRequest, needed_annotations
+from sharding.datasets.table import CellError, Problems, first_line, read_document, read_pairs
 from sharding.format.shard_set import LabelSpace
 from sharding.source import SourceList
 
@@ -18,69 +20,55 @@ class _Entry(TypedDict, total=False):
     template: str
 
 
-def read(request: DatasetRequest) -> SourceList:
-    """Read ``train.json``, ``validation.json``, ``test.json`` (without labels) or ``test-answers.csv``, or a list.
+def read(request: DatasetRequest, dataset: str) -> SourceList:
+    """Read ``train.json``, ``validation.json``, ``test.json`` (without labels), ``test-answers.csv``, or a list.
 
     Its lines are ``<id>.mp4 <class number>``.
-
-    Raises:
-        UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
-        AnnotationError: a wrong file or rows, or a list without labels of another split than ``test``.
     """
-    refuse_unused(request, "something_something_v2", "classes", "task")
     what = "the owners' train.json, validation.json or test-answers.csv"
-    annotations = needed_annotations(request, "something_something_v2", what=what)
-    classes = published_classes("something_something_v2")
+    annotations = needed_annotations(request, dataset, what=what)
+    classes = published_classes(dataset)
     problems = Problems(annotations, advice="is this the owners' file? fetch it again")
     first = first_line(annotations).lstrip()
     if first.startswith(("[", "{")):
-        found = _entries(request, classes, problems)
+        found = _entries(annotations, request, class_name(classes), problems)
     else:
         separator = ";" if ";" in first else None
-        rows = read_pairs(annotations, columns=("id", "label"), problems=problems, separator=separator).rows
+        rows = read_pairs(annotations, columns=("id", "label"), problems=problems, separator=separator)
         parse = class_name(classes) if separator else class_index(len(classes))
-        names = [read_cell(row, "id", _video_id, problems) for row in rows]
-        labels = [read_cell(row, "label", parse, problems) for row in rows]
-        found = [
-            _annotation(name, (label,), row.where)
-            for row, name, label in zip(rows, names, labels, strict=True)
-            if name is not None and label is not None
-        ]
+        found = []
+        for row in rows:
+            name, label = row.read("id", _video_id), row.read("label", parse)
+            if name is not None and label is not None:
+                found.append(Annotation(sample_id=name, labels=(label,), where=row.where, clips=(name,)))
     problems.refuse_any()
     return located(
         found,
         request,
-        dataset="something_something_v2",
+        dataset=dataset,
         spaces=[LabelSpace(name="label", classes=classes)],
         what="the folder with <id>.webm or <id>.mp4",
         suffix=".webm",
     )
 
 
-def _entries(request: DatasetRequest, classes: tuple[str, ...], problems: Problems) -> list[Annotation]:
-    path = needed_annotations(request, "something_something_v2", what="a list")
+def _entries(path: Path, request: DatasetRequest, named: Callable[[str], int], problems: Problems) -> list[Annotation]:
     entries = read_document(path, list[_Entry])
     is_labelled = any("template" in entry for entry in entries) or not entries
     if not is_labelled:
         request.require_labels(f"{path}: expected entries with a template")
-    named = class_name(classes)
     found = []
     for number, entry in enumerate(entries, start=1):
-        where = f"{path}: entry {number}"
+        where, template = f"{path}: entry {number}", entry.get("template", "")
         try:
             name = _video_id(entry["id"])
-            template = entry.get("template", "").translate({ord("["): None, ord("]"): None})
-            labels = (named(template),) if is_labelled else ()
+            labels = (named(template.translate({ord("["): None, ord("]"): None})),) if is_labelled else ()
         except CellError as error:
-            shown = entry.get("template", "")
+            shown = entry["id"] if error.kind == "not an id" else template
             problems.add(error.kind, f"{where} (id {entry['id']!r}): expected {error.expected}, found {shown!r}")
         else:
-            found.append(_annotation(name, labels, where))
+            found.append(Annotation(sample_id=name, labels=labels, where=where, clips=(name,)))
     return found
-
-
-def _annotation(name: str, labels: tuple[int, ...], where: str) -> Annotation:
-    return Annotation(sample_id=name, labels=labels, where=where, clips=(name,))
 
 
 def _video_id(text: str) -> str:

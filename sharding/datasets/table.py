@@ -9,14 +9,17 @@ import csv
 import re
 import types
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from ca2st.checked_json import DocumentError, read_json
+import pyarrow as pa
+
+from ca2st.checked_json import DocumentError, parse_json, read_json
 from ca2st.errors import EnvironmentFault, did_you_mean, listed
 from sharding.errors import AnnotationError
+from sharding.format.index import read_parquet
 
 _MAX_LISTED = 20
 
@@ -34,32 +37,28 @@ class Problems:
         self._listed: list[str] = []
         self._kinds: Counter[str] = Counter()
 
-    def __len__(self) -> int:
-        return sum(self._kinds.values())
-
     def add(self, kind: str, message: str) -> None:
-        """Note one problem; `kind` is what it is counted under, `message` starts with where it is."""
+        """Note one problem; `kind` is what it is counted under, `message` starts with its place."""
         self._kinds[kind] += 1
         if len(self._listed) < _MAX_LISTED:
             self._listed.append(message)
 
     def refuse_any(self) -> None:
-        """Do nothing when nothing is wrong.
+        """Refuse what was noted, if anything was.
 
         Raises:
             AnnotationError: what is wrong, where (at most 20 places) and how often by kind; one line for one problem.
         """
-        if not self._kinds:
-            return
-        if len(self) == 1:
+        count = self._kinds.total()
+        if count == 1:
             raise AnnotationError(f"{self._listed[0]}; {self._advice}")
-        counts = ", ".join(f"{kind} {count}" for kind, count in self._kinds.most_common())
-        heading = f"{self._source}: {len(self)} problems ({counts}); {self._advice}:"
-        places = listed(self._listed, most=_MAX_LISTED, count=len(self), separator="\n  ")
-        raise AnnotationError(f"{heading}\n  {places}")
+        if count:
+            counts = ", ".join(f"{kind} {number}" for kind, number in self._kinds.most_common())
+            places = listed(self._listed, most=_MAX_LISTED, count=count, separator="\n  ")
+            raise AnnotationError(f"{self._source}: {count} problems ({counts}); {self._advice}:\n  {places}")
 
 
-_Value = TypeVar("_Value")
+_T = TypeVar("_T")
 _LINE_BREAK = re.compile("\r\n|\n|\r")
 _DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
 _MARKS = {
@@ -88,6 +87,8 @@ class Row:
     """The line as it stands in the file."""
     columns: tuple[str, ...]
     cells: tuple[str, ...]
+    problems: Problems
+    """Takes what is wrong with its cells."""
 
     def __getitem__(self, column: str) -> str:
         return self.cells[self.columns.index(column)]
@@ -105,59 +106,80 @@ class Row:
         """``file:line:column: name``, with the character the cell starts at, from 1, as editors count."""
         return f"{self.where}:{_cell_start(self.text, self.columns.index(column))}: {column}"
 
+    def read(self, column: str, parse: Callable[[str], _T]) -> _T | None:
+        """Return `parse` of a cell; a CellError becomes a problem, and None is returned."""
+        try:
+            return parse(self[column])
+        except CellError as error:
+            self.refuse(column, error.kind, error.expected)
+            return None
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
-    """A table whose header is right; rows of a wrong form are with the problems."""
+    def read_segment(
+        self, start_column: str, end_column: str, parse: Callable[[str], float]
+    ) -> tuple[float, float] | None:
+        """Return start and end in seconds; None, and a problem, where one is wrong or the end is not later."""
+        start, end = self.read(start_column, parse), self.read(end_column, parse)
+        if start is None or end is None:
+            return None
+        if end <= start:
+            after = f"a time after {start_column} ({self[start_column]})"
+            self.refuse(end_column, "segment ends before it starts", after)
+            return None
+        return start, end
 
-    path: Path
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+    def refuse(self, column: str, kind: str, expected: str) -> None:
+        """Note a cell as a problem, with its place and what it holds."""
+        self.problems.add(kind, f"{self.place(column)}: expected {expected}, found {self[column]!r}")
 
 
-def read_cell(row: Row, column: str, parse: Callable[[str], _Value], problems: Problems) -> _Value | None:
-    """``parse`` of a cell; a CellError becomes a problem with its place, and None is returned."""
-    try:
-        return parse(row[column])
-    except CellError as error:
-        problems.add(error.kind, f"{row.place(column)}: expected {error.expected}, found {row[column]!r}")
-        return None
+def matching(pattern: str, kind: str, expected: str) -> "Callable[[str], re.Match[str]]":
+    """Return a cell parser for texts of one form, whose classes mean ASCII; others are a CellError."""
+    form = re.compile(pattern, re.ASCII)
+
+    def parse(text: str) -> "re.Match[str]":
+        match = form.fullmatch(text)
+        if match is None:
+            raise CellError(kind, expected)
+        return match
+
+    return parse
 
 
 def read_table(
-    path: Path, *, required: Sequence[str], optional: Sequence[str] = (), others: bool, problems: Problems
-) -> Table:
-    """Read a comma-separated table.
+    path: Path, *, required: Sequence[str], optional: Sequence[str] | None = None, problems: Problems
+) -> tuple[tuple[str, ...], tuple[Row, ...]]:
+    """Return the columns and the rows of a comma-separated table.
 
     Args:
         path: The file: UTF-8, with or without a byte order mark, any line ends.
         required: Columns that must be there, in any order.
-        optional: Columns that may be.
-        others: Whether further columns are fine (and ignored) or a mistake.
+        optional: The only columns that may be there too; None: any may, and are ignored.
         problems: Takes the rows of a wrong form.
 
     Raises:
         AnnotationError: unreadable, another encoding or delimiter, a wrong header, or no rows.
     """
-    lines = split_lines(read_text(path))
-    filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not filled:
-        raise AnnotationError(f"{path}: expected a header {','.join(required)}, found an empty file")
-    columns = _header(path, *filled[0], required=required, optional=optional, others=others)
-    if len(filled) == 1:
+    (number, header), *lines = numbered_lines(path, expected=f"a header {','.join(required)}")
+    where = f"{path}:{number}:1"
+    columns = _cells(header)
+    if columns is None or not set(required) <= set(columns):
+        _refuse_other_delimiter(where, header, required)
+    if columns is None:
+        raise AnnotationError(f"{where}: expected the header {','.join(required)}, found {_shortened(header)}")
+    check_columns(where, columns, required=required, optional=optional)
+    if not lines:
         raise AnnotationError(f"{path}: expected rows below the header, found none")
-    rows = (_row(path, number, line, columns, problems) for number, line in filled[1:])
-    return Table(path=path, columns=columns, rows=tuple(row for row in rows if row is not None))
+    return columns, tuple(_rows(path, lines, columns, problems))
 
 
-def read_rows(path: Path, *, columns: Sequence[str], problems: Problems) -> Table:
+def read_rows(path: Path, *, columns: tuple[str, ...], problems: Problems) -> tuple[Row, ...]:
     """Read a comma-separated table without a header, whose columns are known; raises as `read_table`."""
-    lines = numbered_lines(path)
-    rows = (_row(path, number, line, tuple(columns), problems) for number, line in lines)
-    return Table(path=path, columns=tuple(columns), rows=tuple(row for row in rows if row is not None))
+    return tuple(_rows(path, numbered_lines(path), columns, problems))
 
 
-def read_pairs(path: Path, *, columns: tuple[str, str], problems: Problems, separator: str | None = None) -> Table:
+def read_pairs(
+    path: Path, *, columns: tuple[str, str], problems: Problems, separator: str | None = None
+) -> tuple[Row, ...]:
     """Read lines of two fields, the last one without spaces: ``a name.mp4 12``; raises as `read_table`.
 
     With a `separator` the first field ends at the first one.
@@ -165,48 +187,59 @@ def read_pairs(path: Path, *, columns: tuple[str, str], problems: Problems, sepa
     rows = []
     for number, line in numbered_lines(path):
         cells = line.split(separator, 1) if separator else line.strip().rsplit(None, 1)
-        row = Row(path=path, line=number, text=line, columns=columns, cells=tuple(cell.strip() for cell in cells))
+        row = Row(
+            path=path,
+            line=number,
+            text=line,
+            columns=columns,
+            cells=tuple(cell.strip() for cell in cells),
+            problems=problems,
+        )
         if len(cells) == len(columns):
             rows.append(row)
         else:
             problems.add("wrong number of cells", f"{row.where}:1: expected {' and '.join(columns)}, found {line!r}")
-    return Table(path=path, columns=columns, rows=tuple(rows))
+    return tuple(rows)
 
 
-def numbered_lines(path: Path) -> list[tuple[int, str]]:
-    """Return the lines of a text file that are not blank, with their numbers from 1.
+def numbered_lines(path: Path, *, expected: str = "rows") -> list[tuple[int, str]]:
+    """Return the lines of a text file that are not blank, with their numbers from 1; `expected` is for the message.
 
     Raises:
         AnnotationError: as `read_text`, or there are none.
     """
     lines = [(number, line) for number, line in enumerate(split_lines(read_text(path)), start=1) if line.strip()]
     if not lines:
-        raise AnnotationError(f"{path}: expected rows, found an empty file")
+        raise AnnotationError(f"{path}: expected {expected}, found an empty file")
     return lines
 
 
 def first_line(path: Path) -> str:
-    """Return the first line that is not blank, without the rest of the file: it tells the form of a list.
+    """Return the first line that is not blank, which tells the form of a list; raises as `numbered_lines`."""
+    return numbered_lines(path)[0][1]
+
+
+def read_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Return the rows of a Parquet file (``.parquet``), else of JSON Lines, with their numbers from 1.
 
     Raises:
-        AnnotationError: not readable, or there is none.
+        AnnotationError: not readable, or of another form.
     """
+    if path.suffix.lower() == ".parquet":
+        try:
+            return list(enumerate(read_parquet(path).to_pylist(), start=1))
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise AnnotationError(f"{path}: expected a Parquet file, found something else ({error})") from error
     try:
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            line = next(filter(str.strip, file), None)
-    except OSError as error:
-        raise AnnotationError(
-            f"{path}: expected an annotation file, found: {error.strerror}; check --annotations"
-        ) from error
-    if line is None:
-        raise AnnotationError(f"{path}: expected rows, found an empty file")
-    return line.rstrip("\r\n")
+        return [
+            (number, parse_json(line, dict[str, Any], where=f"{path}:{number}"))
+            for number, line in numbered_lines(path)
+        ]
+    except DocumentError as error:
+        raise AnnotationError(f"{error}; expected one row per line (JSON Lines)") from error
 
 
-_Kind = TypeVar("_Kind")
-
-
-def read_document(path: Path, kind: type[_Kind] | types.GenericAlias) -> _Kind:
+def read_document(path: Path, kind: type[_T] | types.GenericAlias) -> _T:
     """Return the JSON document of an annotation file, checked to be of type `kind` (see `ca2st.checked_json`).
 
     Raises:
@@ -214,8 +247,6 @@ def read_document(path: Path, kind: type[_Kind] | types.GenericAlias) -> _Kind:
     """
     try:
         return read_json(path, kind)
-    except FileNotFoundError as error:
-        raise AnnotationError(f"{path}: expected an annotation file, found nothing; check --annotations") from error
     except (DocumentError, EnvironmentFault) as error:
         raise AnnotationError(f"{error}; is this the owners' file?") from error
 
@@ -258,46 +289,29 @@ def _place_after(path: Path, before: str) -> str:
     return f"{path}:{len(lines)}:{len(lines[-1]) + 1}"
 
 
-def _header(
-    path: Path, number: int, line: str, *, required: Sequence[str], optional: Sequence[str], others: bool
-) -> tuple[str, ...]:
-    where = f"{path}:{number}:1"
-    columns = _cells(line)
-    if columns is None or not set(required) <= set(columns):
-        _refuse_other_delimiter(where, line, required)
-    if columns is None:
-        raise AnnotationError(f"{where}: expected the header {','.join(required)}, found {_shortened(line)}")
-    check_columns(where, columns, required=required, optional=optional, others=others, found=_shortened(line))
-    return columns
-
-
 def check_columns(
-    where: str,
-    columns: Sequence[str],
-    *,
-    required: Sequence[str],
-    optional: Sequence[str] = (),
-    others: bool = False,
-    found: str = "",
+    where: str, columns: Sequence[str], *, required: Sequence[str], optional: Sequence[str] | None
 ) -> None:
-    """Refuse a table whose columns are not those expected; `found` is how its header is written.
+    """Refuse a table whose columns are not those expected, as `read_table` says.
 
     Raises:
-        AnnotationError: a required column is missing, one is there twice, or one is unknown and not `others`.
+        AnnotationError: a required column is missing, one is there twice, or one is unknown.
     """
-    found = found or ",".join(columns)
     missing = [name for name in required if name not in columns]
     if missing:
         near = did_you_mean(missing[0], list(columns))
         raise AnnotationError(
-            f"{where}: expected the columns {','.join(required)}, found {found}; missing: {', '.join(missing)}{near}"
+            f"{where}: expected the columns {','.join(required)}, found {_shortened(','.join(columns))}; "
+            f"missing: {', '.join(missing)}{near}"
         )
     doubled = sorted({name for name in columns if columns.count(name) > 1})
     if doubled:
         raise AnnotationError(f"{where}: expected every column once, found {', '.join(doubled)} several times")
+    if optional is None:
+        return
     known = [*required, *optional]
     unknown = [name for name in columns if name not in known]
-    if unknown and not others:
+    if unknown:
         near = did_you_mean(unknown[0], known)
         raise AnnotationError(
             f"{where}: expected only the columns {', '.join(known)}, found {', '.join(map(repr, unknown))}{near}; "
@@ -314,29 +328,25 @@ def _refuse_other_delimiter(where: str, line: str, required: Sequence[str]) -> N
             )
 
 
-def _row(path: Path, number: int, line: str, columns: tuple[str, ...], problems: Problems) -> Row | None:
-    cells = _cells(line)
-    where = f"{path}:{number}"
-    if cells is None and len(line) > csv.field_size_limit():
-        problems.add(
-            "line too long",
-            f"{where}:1: expected a line of at most {csv.field_size_limit()} characters, found {len(line)}",
-        )
-    elif cells is None:
-        start = line.rfind('"') + 1
-        problems.add(
-            "broken quotes", f"{where}:{start}: expected quotes closed on the same line, found {_shortened(line)}"
-        )
-    elif len(cells) != len(columns):
-        start = _cell_start(line, min(len(cells) - 1, len(columns)))
-        hint = "; quote cells that hold commas" if len(cells) > len(columns) else ""
-        problems.add(
-            "wrong number of cells",
-            f"{where}:{start}: expected {len(columns)} cells ({','.join(columns)}), found {len(cells)}{hint}",
-        )
-    else:
-        return Row(path=path, line=number, text=line, columns=columns, cells=cells)
-    return None
+def _rows(path: Path, lines: Sequence[tuple[int, str]], columns: tuple[str, ...], problems: Problems) -> Iterator[Row]:
+    """Yield the rows of the right form; the others are problems."""
+    for number, line in lines:
+        cells = _cells(line)
+        where = f"{path}:{number}"
+        if cells is None and len(line) > csv.field_size_limit():
+            expected = f"a line of at most {csv.field_size_limit()} characters, found {len(line)}"
+            problems.add("line too long", f"{where}:1: expected {expected}")
+        elif cells is None:
+            expected = f"quotes closed on the same line, found {_shortened(line)}"
+            start = line.rfind('"') + 1
+            problems.add("broken quotes", f"{where}:{start}: expected {expected}")
+        elif len(cells) != len(columns):
+            start = _cell_start(line, min(len(cells) - 1, len(columns)))
+            hint = "; quote cells that hold commas" if len(cells) > len(columns) else ""
+            expected = f"{len(columns)} cells ({','.join(columns)}), found {len(cells)}{hint}"
+            problems.add("wrong number of cells", f"{where}:{start}: expected {expected}")
+        else:
+            yield Row(path=path, line=number, text=line, columns=columns, cells=cells, problems=problems)
 
 
 def _cells(line: str) -> tuple[str, ...] | None:
@@ -350,6 +360,7 @@ def _cells(line: str) -> tuple[str, ...] | None:
 
 def _cell_start(line: str, number: int) -> int:
     """Return the character of a line, from 1, that the cell of that number starts at; quoted commas do not count."""
+    # The csv module does not say where a cell starts.
     start, in_quotes, is_quoted_cell = 0, False, False
     for position, character in enumerate(line):
         if number == 0:
@@ -365,20 +376,14 @@ def _shortened(line: str) -> str:
     return repr(line if len(line) <= 120 else f"{line[:117]}...")
 
 
-_CLOCK = re.compile(r"(\d{2,4}):([0-5]\d):([0-5]\d)(\.\d{1,12})?", re.ASCII)
+_clock = matching(r"(\d{2,4}):([0-5]\d):([0-5]\d)(\.\d{1,12})?", "not a time", "a time HH:MM:SS.sss")
+_digits = matching(r"\d{1,6}", "not a time", "whole seconds")
 _SECONDS = re.compile(r"\d{1,9}(\.\d{1,30})?(e-\d{1,2})?", re.ASCII)  # as programs write any float of that size
 
 
 def clock_time(text: str) -> float:
-    """Return seconds of ``HH:MM:SS`` or ``HH:MM:SS.fff``.
-
-    Raises:
-        CellError: another form.
-    """
-    match = _CLOCK.fullmatch(text)
-    if match is None:
-        raise CellError("not a time", "a time HH:MM:SS.sss")
-    hours, minutes, seconds, fraction = match.groups()
+    """Return seconds of ``HH:MM:SS`` or ``HH:MM:SS.fff``; another form is a CellError."""
+    hours, minutes, seconds, fraction = _clock(text).groups()
     return float(f"{int(hours) * 3600 + int(minutes) * 60 + int(seconds)}{fraction or ''}")
 
 
@@ -396,29 +401,5 @@ def seconds_or_clock_time(text: str) -> float:
 
 
 def whole_seconds(text: str) -> int:
-    """Return the seconds of a whole number.
-
-    Raises:
-        CellError: another form.
-    """
-    if not re.fullmatch(r"\d{1,6}", text, re.ASCII):
-        raise CellError("not a time", "whole seconds")
-    return int(text)
-
-
-def read_segment(
-    row: Row, start_column: str, end_column: str, parse: Callable[[str], float], *, problems: Problems
-) -> tuple[float, float] | None:
-    """Return start and end in seconds; None, and a problem, where one is wrong or the end is not after the start."""
-    start = read_cell(row, start_column, parse, problems)
-    end = read_cell(row, end_column, parse, problems)
-    if start is None or end is None:
-        return None
-    if end <= start:
-        problems.add(
-            "segment ends before it starts",
-            f"{row.place(end_column)}: expected a time after {start_column} ({row[start_column]}), "
-            f"found {row[end_column]!r}",
-        )
-        return None
-    return start, end
+    """Return the seconds of a whole number; another form is a CellError."""
+    return int(_digits(text)[0])

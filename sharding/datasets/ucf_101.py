@@ -5,71 +5,66 @@ The class of a video is the folder that the list names; the numbers behind it, w
 """
 
 import re
+from collections.abc import Callable
 
 from sharding.datasets.label_spaces import class_name, published_classes
 from sharding.datasets.media_tree import Annotation, located
-from sharding.datasets.request import DatasetRequest, needed_annotations, refuse_unused
-from sharding.datasets.table import CellError, Problems, Row, numbered_lines, read_cell
+from sharding.datasets.request import DatasetRequest, needed_annotations
+from sharding.datasets.table import CellError, Problems, Row, matching, numbered_lines
 from sharding.format.shard_set import LabelSpace
 from sharding.source import SourceList
 
-_LINE = re.compile(r"(?:(?P<folder>[A-Za-z]+)/)?(?P<name>v_(?P<action>[A-Za-z]+)_g\d\d_c\d\d)(?:\.\w{2,5})?", re.ASCII)
+_video = matching(
+    r"(?:(?P<folder>[A-Za-z]+)/)?(?P<name>v_(?P<action>[A-Za-z]+)_g\d\d_c\d\d)(?:\.\w{2,5})?",
+    "not a video",
+    "a video as ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi",
+)
 
 
-def read(request: DatasetRequest) -> SourceList:
-    """Read one list: ``Class/v_X.avi``, ``Class/v_X.avi 1`` or ``v_X,1``, with numbers from 1.
-
-    Raises:
-        UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
-        AnnotationError: a wrong file or rows.
-    """
-    refuse_unused(request, "ucf_101", "classes", "task")
-    annotations = needed_annotations(request, "ucf_101", what="the owners' trainlist01.txt or testlist01.txt")
-    classes = published_classes("ucf_101")
+def read(request: DatasetRequest, dataset: str) -> SourceList:
+    """Read one list: ``Class/v_X.avi``, ``Class/v_X.avi 1`` or ``v_X,1``, with numbers from 1."""
+    annotations = needed_annotations(request, dataset, what="the owners' trainlist01.txt or testlist01.txt")
+    classes = published_classes(dataset)
     problems = Problems(annotations, advice="is this the owners' file? fetch it again")
+    parse = class_name(classes)
     found = []
     for number, line in numbered_lines(annotations):
         cells = tuple(re.split(r"[\s,]+", line.strip()))[:2]
-        row = Row(path=annotations, line=number, text=line, columns=("video", "label")[: len(cells)], cells=cells)
-        if (one := _annotation(row, classes, problems)) is not None:
+        row = Row(
+            path=annotations,
+            line=number,
+            text=line,
+            columns=("video", "label")[: len(cells)],
+            cells=cells,
+            problems=problems,
+        )
+        if (one := _annotation(row, classes, parse)) is not None:
             found.append(one)
     problems.refuse_any()
     return located(
         found,
         request,
-        dataset="ucf_101",
+        dataset=dataset,
         spaces=[LabelSpace(name="label", classes=classes)],
         what="the folder with <class>/v_<name>.avi",
         suffix=".avi",
     )
 
 
-def _annotation(row: Row, classes: tuple[str, ...], problems: Problems) -> Annotation | None:
-    match = read_cell(row, "video", _video, problems)
+def _annotation(row: Row, classes: tuple[str, ...], parse: Callable[[str], int]) -> Annotation | None:
+    match = row.read("video", _video)
     if match is None:
         return None
-    named = match["folder"] or _class_of(match["action"], classes)
+    action = match["action"]
+    # A file name may spell its class otherwise than the list (HandStandPushups).
+    named = match["folder"] or next((name for name in classes if name.lower() == action.lower()), action)
     try:
-        label = class_name(classes)(named)
+        label = parse(named)
     except CellError as error:
-        problems.add(error.kind, f"{row.place('video')}: expected {error.expected}, found {named!r}")
+        row.problems.add(error.kind, f"{row.place('video')}: expected {error.expected}, found {named!r}")
         return None
     if row.get("label") not in ("", str(label + 1)):
-        problems.add(
-            "class and number differ",
-            f"{row.where}: expected {label + 1}, the number of {named!r}, found {row['label']!r}",
-        )
+        found = f"{label + 1}, the number of {named!r}, found {row['label']!r}"
+        row.problems.add("class and number differ", f"{row.where}: expected {found}")
     name = match["name"]
     return Annotation(sample_id=f"{named}/{name}", labels=(label,), where=row.where, clips=(name,), folder=named)
-
-
-def _video(text: str) -> "re.Match[str]":
-    match = _LINE.fullmatch(text)
-    if match is None:
-        raise CellError("not a video", "a video as ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi")
-    return match
-
-
-def _class_of(action: str, classes: tuple[str, ...]) -> str:
-    """Return the class that a file name means: one is spelled otherwise there (HandStandPushups)."""
-    return next((name for name in classes if name.lower() == action.lower()), action)

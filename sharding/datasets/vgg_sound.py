@@ -5,12 +5,12 @@
 """
 
 import csv
-import re
+from collections.abc import Callable
 
 from sharding.datasets.label_spaces import class_index, class_name, published_classes
 from sharding.datasets.media_tree import Annotation, located
-from sharding.datasets.request import DatasetRequest, needed_annotations, refuse_unused
-from sharding.datasets.table import CellError, Problems, Row, first_line, read_cell, read_rows, whole_seconds
+from sharding.datasets.request import DatasetRequest, needed_annotations
+from sharding.datasets.table import Problems, Row, first_line, matching, read_rows, whole_seconds
 from sharding.errors import AnnotationError
 from sharding.format.shard_set import LabelSpace
 from sharding.source import OTHER_CLASS, SourceList
@@ -21,25 +21,24 @@ _SPLITS = {"validation": "test"}
 _WITH_NUMBERS = ("name", "label", "number")
 _FORMS = {2: ("name", "label"), 3: _WITH_NUMBERS, 4: ("id", "start", "label", "split")}
 """Columns by their number: a split's list, one that numbers the classes beside their names, the whole list."""
-_NAME = re.compile(r"(?P<id>[A-Za-z0-9_-]{11})_(?P<start>\d{1,6})(\.\w{2,5})?", re.ASCII)
+_clip = matching(
+    r"(?P<id>[A-Za-z0-9_-]{11})_(?P<start>\d{1,6})(\.\w{2,5})?",
+    "not a clip",
+    "a YouTube id with its start, as -5wLopwbGX0_000417.mp4",
+)
+_id = matching(r"[A-Za-z0-9_-]{11}", "not an id", "a YouTube id of 11 letters, digits, _ and -")
 _CLIP_SECONDS = 10
 
 
-def read(request: DatasetRequest) -> SourceList:
-    """Read one split; ``validation`` of the whole list is the owners' test split, on which papers report.
-
-    Raises:
-        UserInputError: an option this dataset does not use, a missing one, or media as `located` says.
-        AnnotationError: a wrong file or rows.
-    """
-    refuse_unused(request, "vgg_sound", "classes", "task")
-    annotations = needed_annotations(request, "vgg_sound", what="the owners' vggsound.csv, train.csv or test.csv")
-    classes = published_classes("vgg_sound")
+def read(request: DatasetRequest, dataset: str) -> SourceList:
+    """Read one split; ``validation`` of the whole list is the owners' test split, on which papers report."""
+    annotations = needed_annotations(request, dataset, what="the owners' vggsound.csv, train.csv or test.csv")
+    classes = published_classes(dataset)
     problems = Problems(annotations, advice="is this the owners' file? fetch it again")
     line = first_line(annotations)
     first = next(csv.reader([line])) if len(line) <= csv.field_size_limit() else [line]
     columns = _FORMS.get(len(first), _FORMS[2])
-    rows = read_rows(annotations, columns=columns, problems=problems).rows
+    rows = read_rows(annotations, columns=columns, problems=problems)
     if len(first) == len(_WITH_NUMBERS) and not first[-1].strip().isdigit():
         rows = rows[1:]  # a header
     if "split" in columns:
@@ -47,31 +46,34 @@ def read(request: DatasetRequest) -> SourceList:
         if not (rows := tuple(row for row in rows if row["split"] == wanted)):
             raise AnnotationError(f"{annotations}: expected rows of {wanted} for --split {request.split}, found none")
     aside = [row.where for row in rows if row["label"] == _NOT_COUNTED]
-    found = [one for row in rows if row["label"] != _NOT_COUNTED and (one := _annotation(row, classes, problems))]
+    named, numbered = class_name(classes), class_index(len(classes))
+    counted = (row for row in rows if row["label"] != _NOT_COUNTED)
+    found = [one for row in counted if (one := _annotation(row, named, numbered))]
     problems.refuse_any()
     return located(
         found,
         request,
-        dataset="vgg_sound",
+        dataset=dataset,
         spaces=[LabelSpace(name="label", classes=classes)],
         what="the folder with <id>_000030.mp4, flat, by split or by class",
         notes={OTHER_CLASS: aside},
     )
 
 
-def _annotation(row: Row, classes: tuple[str, ...], problems: Problems) -> Annotation | None:
-    label = read_cell(row, "label", class_name(classes), problems)
+def _annotation(row: Row, named: Callable[[str], int], numbered: Callable[[str], int]) -> Annotation | None:
+    label = row.read("label", named)
     if row.get("number"):
-        number = read_cell(row, "number", class_index(len(classes)), problems)
+        number = row.read("number", numbered)
         if number != label and None not in (number, label):
-            problems.add(
-                "name and number differ",
-                f"{row.place('number')}: expected {label}, the index of {row['label']!r}, found {row['number']!r}",
-            )
-    clip = read_cell(row, "name", _clip, problems) if "name" in row.columns else _clip_or_none(row, problems)
-    if label is None or clip is None:
+            row.refuse("number", "name and number differ", f"{label}, the index of {row['label']!r}")
+    if "name" in row.columns:
+        clip = row.read("name", _clip)
+        video_id, start = (clip["id"], int(clip["start"])) if clip else ("", None)
+    else:
+        found_id, start = row.read("id", _id), row.read("start", whole_seconds)
+        video_id = found_id[0] if found_id else ""
+    if label is None or not video_id or start is None:
         return None
-    video_id, start = clip
     milliseconds = f"{video_id}_{1000 * start}_{1000 * (start + _CLIP_SECONDS)}"
     name = f"{video_id}_{start:06d}"
     return Annotation(
@@ -81,21 +83,3 @@ def _annotation(row: Row, classes: tuple[str, ...], problems: Problems) -> Annot
         clips=(name, f"{video_id}_{start}", milliseconds, f"{name}_{start + _CLIP_SECONDS:06d}"),
         folder=row["label"],
     )
-
-
-def _clip_or_none(row: Row, problems: Problems) -> tuple[str, int] | None:
-    video_id, start = read_cell(row, "id", _id, problems), read_cell(row, "start", whole_seconds, problems)
-    return None if video_id is None or start is None else (video_id, start)
-
-
-def _clip(text: str) -> tuple[str, int]:
-    match = _NAME.fullmatch(text)
-    if match is None:
-        raise CellError("not a clip", "a YouTube id with its start, as -5wLopwbGX0_000417.mp4")
-    return match["id"], int(match["start"])
-
-
-def _id(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_-]{11}", text):
-        raise CellError("not an id", "a YouTube id of 11 letters, digits, _ and -")
-    return text

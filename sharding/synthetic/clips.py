@@ -19,6 +19,7 @@ pitch is the label ``audio``; only its rhythm is the label ``rhythm`` and decide
 import concurrent.futures
 import csv
 import io
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,7 +28,7 @@ from typing import Any
 
 import av
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from ca2st.checked_json import DocumentError, canonical_json, read_json
 from ca2st.durable import sweep_temporaries, write_bytes
@@ -93,7 +94,14 @@ class Scene:
 
 def scene_of(config: SyntheticConfig, split: str, index: int) -> Scene:
     """Return the scene of sample `index`."""
-    return (_binding_scene if config.binding else _factor_scene)(config, split, index)
+    random, settings = factors.generator(config.seed, split, factors.DRAWING, index), config.settings
+    bodies = (_objects if config.binding else _one_shape)(config, split, index, random)
+    return Scene(
+        num_frames=len(bodies[0].track),
+        bodies=bodies,
+        background=random.uniform(*settings.background, (4, 4, 3)),
+        noise=random.uniform(*settings.noise),
+    )
 
 
 def glide(
@@ -109,56 +117,51 @@ def stay(places: Float[np.ndarray, "quarters 2"], *, num_frames: int) -> Track:
     return np.asarray(places[quarters(moments_of(num_frames))] % 1.0)
 
 
-def _factor_scene(config: SyntheticConfig, split: str, index: int) -> Scene:
-    random, settings = factors.generator(config.seed, split, factors.DRAWING, index), config.settings
+def _one_shape(config: SyntheticConfig, split: str, index: int, random: np.random.Generator) -> tuple[Body, ...]:
+    """Return the shape of a clip of independent factors."""
+    settings = config.settings
     drawn, details = factors.factors_of(config, split, index), factors.details_of(config, split, index)
-    step = tuple(factors.MOTIONS.values())[drawn.time]
+    right, down = tuple(factors.MOTIONS.values())[drawn.time]
     speed = random.uniform(*settings.speeds[details.speed][1])
     num_frames = int(random.integers(config.min_frames, config.max_frames + 1))
-    track = glide(
-        (random.random(), random.random()),
-        (speed * step[0], speed * step[1]),
-        num_frames=num_frames,
-        frames_per_second=config.frames_per_second,
-    )
     body = Body(
         shape=factors.SHAPES[drawn.space],
-        track=track,
+        track=glide(
+            (random.random(), random.random()),
+            (speed * right, speed * down),
+            num_frames=num_frames,
+            frames_per_second=config.frames_per_second,
+        ),
         radius=random.uniform(*settings.radius),
         tilt_radians=random.uniform(-settings.tilt_radians, settings.tilt_radians),
         colours=np.tile(_colour(random, settings, details.colour), (num_frames, 1)),
     )
-    return _scene((body,), settings, random)
+    return (body,)
 
 
-def _binding_scene(config: SyntheticConfig, split: str, index: int) -> Scene:
-    random, settings = factors.generator(config.seed, split, factors.DRAWING, index), config.settings
+def _objects(config: SyntheticConfig, split: str, index: int, random: np.random.Generator) -> tuple[Body, ...]:
+    """Return the objects of a binding scene."""
+    settings, moments = config.settings, moments_of(config.min_frames)
     rhythms = factors.binding_of(config, split, index).rhythms
     homes = random.permutation(4)
     bodies = []
     for number, shape in enumerate(factors.object_shapes(config)):
-        beating = beats(RHYTHMS[rhythms[number]], moments_of(config.min_frames))
+        beating = beats(RHYTHMS[rhythms[number]], moments)
         colour = _colour(random, settings, int(random.integers(max(len(settings.colours), 1))))
         shine = np.where(beating, 1.0, settings.rest_brightness)
+        middle = np.array([_COLUMNS[homes[number] % 2], _ROWS[homes[number] // 2]])
+        places = middle + random.uniform(-_HOME_JITTER, _HOME_JITTER, (NUM_QUARTERS, 2))
+        height = settings.hop * beating * np.sin(np.pi * phases(moments))
         bodies.append(
             Body(
                 shape=shape,
-                track=_hopping(random, int(homes[number]), beating, hop=settings.hop),
+                track=(stay(places, num_frames=len(moments)) - height[:, None] * np.array([0.0, 1.0])) % 1.0,
                 radius=random.uniform(*settings.object_radius),
                 tilt_radians=random.uniform(-settings.tilt_radians, settings.tilt_radians),
                 colours=shine[:, None] * colour,
             )
         )
-    return _scene(tuple(bodies[number] for number in random.permutation(len(bodies))), settings, random)
-
-
-def _scene(bodies: tuple[Body, ...], settings: Difficulty, random: np.random.Generator) -> Scene:
-    return Scene(
-        num_frames=len(bodies[0].track),
-        bodies=bodies,
-        background=random.uniform(*settings.background, (4, 4, 3)),
-        noise=random.uniform(*settings.noise),
-    )
+    return tuple(bodies[number] for number in random.permutation(len(bodies)))
 
 
 def _colour(random: np.random.Generator, settings: Difficulty, number: int) -> Float[np.ndarray, "3"]:
@@ -167,15 +170,6 @@ def _colour(random: np.random.Generator, settings: Difficulty, number: int) -> F
     return np.asarray(random.uniform(*_SHADES) * np.array(COLOURS[settings.colours[number]]))
 
 
-def _hopping(random: np.random.Generator, home: int, beating: Bool[np.ndarray, "frames"], *, hop: float) -> Track:
-    """Return a place about the middle of a part of the frame in every quarter, with one hop in every beat."""
-    middle = np.array([_COLUMNS[home % 2], _ROWS[home // 2]])
-    places = middle + random.uniform(-_HOME_JITTER, _HOME_JITTER, (NUM_QUARTERS, 2))
-    height = hop * beating * np.sin(np.pi * phases(moments_of(len(beating))))
-    return np.asarray((stay(places, num_frames=len(beating)) - height[:, None] * np.array([0.0, 1.0])) % 1.0)
-
-
-Frames = Float[np.ndarray, "frames height width 3"]
 _GREYS = (0.3, 0.7)
 _BAR_GREYS = (0.15, 0.45)
 _DRIFT = 0.3
@@ -203,32 +197,37 @@ def clutter_of(config: SyntheticConfig, split: str, index: int, *, num_frames: i
     """Return the clutter of sample `index`, which has `num_frames` frames."""
     random, settings = factors.generator(config.seed, split, factors.DISTURBING, index), config.settings
     size = config.frame_size
+    grain = settings.grain * random.standard_normal((size, size), dtype=np.float32)
+    distractors, occluders = [], []
+    for _ in range(settings.num_distractors):
+        track = _track(random, config, num_frames=num_frames)
+        distractors.append(
+            Body(
+                shape=factors.SHAPES[int(random.integers(len(factors.SHAPES)))],
+                track=track,
+                radius=random.uniform(*settings.distractor_radius),
+                tilt_radians=random.uniform(-np.pi, np.pi),
+                colours=np.full((num_frames, 3), random.uniform(*_GREYS)),
+            )
+        )
+    if settings.occluder_width:
+        occluders.append(
+            Body(
+                shape=factors.BAR,
+                track=np.tile(random.random(2), (num_frames, 1)),
+                radius=settings.occluder_width / 2,
+                tilt_radians=float(np.pi / 2 * random.integers(2)),
+                colours=np.full((num_frames, 3), random.uniform(*_BAR_GREYS)),
+            )
+        )
     return Clutter(
-        grain=settings.grain * random.standard_normal((size, size), dtype=np.float32),
-        distractors=tuple(
-            _distractor(random, settings, _track(random, config, num_frames=num_frames))
-            for _ in range(settings.num_distractors)
-        ),
-        occluders=(_bar(random, settings, num_frames=num_frames),) if settings.occluder_width else (),
+        grain=grain,
+        distractors=tuple(distractors),
+        occluders=tuple(occluders),
         shifts=np.rint(settings.camera_shake * size * random.standard_normal((num_frames, 2))).astype(int),
         gains=1.0 + settings.flicker * random.uniform(-1.0, 1.0, num_frames),
         contrast=random.uniform(*settings.contrast),
     )
-
-
-def seen_through(frames: Frames, clutter: Clutter) -> Frames:
-    """Return the frames with brightness, contrast and shake applied; the same array where there is none of it."""
-    if (clutter.gains != 1.0).any():
-        frames = frames * clutter.gains.astype(np.float32)[:, None, None, None]
-    if clutter.contrast != 1.0:
-        frames = np.float32(0.5) + np.float32(clutter.contrast) * (frames - np.float32(0.5))
-    if clutter.shifts.any():
-        shifted = [
-            np.roll(frame, (int(down), int(right)), axis=(0, 1))
-            for frame, (down, right) in zip(frames, clutter.shifts, strict=True)
-        ]
-        frames = np.stack(shifted)
-    return frames
 
 
 def _track(random: np.random.Generator, config: SyntheticConfig, *, num_frames: int) -> Track:
@@ -237,27 +236,6 @@ def _track(random: np.random.Generator, config: SyntheticConfig, *, num_frames: 
         return stay(random.random((NUM_QUARTERS, 2)), num_frames=num_frames)
     (x, y), (right, down) = random.random(2), random.uniform(-_DRIFT, _DRIFT, 2)
     return glide((x, y), (right, down), num_frames=num_frames, frames_per_second=config.frames_per_second)
-
-
-def _distractor(random: np.random.Generator, settings: Difficulty, track: Track) -> Body:
-    return Body(
-        shape=factors.SHAPES[int(random.integers(len(factors.SHAPES)))],
-        track=track,
-        radius=random.uniform(*settings.distractor_radius),
-        tilt_radians=random.uniform(-np.pi, np.pi),
-        colours=np.full((len(track), 3), random.uniform(*_GREYS)),
-    )
-
-
-def _bar(random: np.random.Generator, settings: Difficulty, *, num_frames: int) -> Body:
-    place = random.random(2)
-    return Body(
-        shape=factors.BAR,
-        track=np.tile(place, (num_frames, 1)),
-        radius=settings.occluder_width / 2,
-        tilt_radians=float(np.pi / 2 * random.integers(2)),
-        colours=np.full((num_frames, 3), random.uniform(*_BAR_GREYS)),
-    )
 
 
 def draw_frames(config: SyntheticConfig, split: str, index: int) -> UInt8[np.ndarray, "frames height width 3"]:
@@ -269,7 +247,15 @@ def draw_frames(config: SyntheticConfig, split: str, index: int) -> UInt8[np.nda
     for body in (*clutter.distractors, *scene.bodies, *clutter.occluders):
         colours = body.colours.astype(np.float32)[:, None, None, :]
         frames = frames + _cover(body, config.frame_size)[..., None] * (colours - frames)
-    frames = seen_through(frames, clutter)
+    if (clutter.gains != 1.0).any():
+        frames = frames * clutter.gains.astype(np.float32)[:, None, None, None]
+    if clutter.contrast != 1.0:
+        frames = np.float32(0.5) + np.float32(clutter.contrast) * (frames - np.float32(0.5))
+    if clutter.shifts.any():
+        frames = np.stack(
+            [np.roll(frame, tuple(shift), axis=(0, 1)) for frame, shift in zip(frames, clutter.shifts, strict=True)]
+        )
+    # Spawned: the stream of DRAWING itself made the scene.
     random = factors.generator(config.seed, split, factors.DRAWING, index).spawn(1)[0]
     noise = scene.noise * random.standard_normal(frames.shape[:3], dtype=np.float32)[..., None]
     return np.asarray(np.clip((frames + noise) * 255.0 + 0.5, 0, 255), dtype=np.uint8)
@@ -287,6 +273,7 @@ def _cover(body: Body, size: int) -> factors.Plane:
     """Return how much of each pixel the body covers, 0 to 1, with edges one pixel soft."""
     pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
     centres = body.track.astype(np.float32)
+    # The frame's edges meet: of all copies of the body the nearest counts.
     away_x = (pixels - centres[:, :1] + 0.5) % 1.0 - 0.5
     away_y = (pixels - centres[:, 1:] + 0.5) % 1.0 - 0.5
     x, y = away_x[:, None, :] / body.radius, away_y[:, :, None] / body.radius
@@ -311,7 +298,8 @@ def sound_samples(config: SyntheticConfig, split: str, index: int, *, num_frames
     num_samples = round(num_frames * config.sample_rate_hz / config.frames_per_second)
     seconds = np.arange(num_samples) / config.sample_rate_hz
     number, rhythm = heard(config, split, index)
-    tone = _tone(random, seconds, factors.TONES_HZ[number] * _jitter(random)) * _envelope(random, seconds, rhythm)
+    pitch_hz = factors.TONES_HZ[number] * 2 ** (random.uniform(-_JITTER_SEMITONES, _JITTER_SEMITONES) / 12)
+    tone = _tone(random, seconds, pitch_hz) * _envelope(random, seconds, rhythm)
     noise = random.standard_normal(num_samples)
     noise /= np.sqrt(np.mean(noise**2))
     loudness, noise_db = random.uniform(0.05, 0.3), random.uniform(*settings.hiss_db)
@@ -329,10 +317,6 @@ def heard(config: SyntheticConfig, split: str, index: int) -> tuple[int, str | N
     return factors.factors_of(config, split, index).audio, rhythm
 
 
-def _jitter(random: np.random.Generator) -> float:
-    return float(2 ** (random.uniform(-_JITTER_SEMITONES, _JITTER_SEMITONES) / 12))
-
-
 def _tone(random: np.random.Generator, seconds: _Sound, pitch_hz: float) -> _Sound:
     """Return harmonics of random strength and phase; pitch wavers by a quarter of a semitone. Mean square 1."""
     waver = 0.25 / 12 * np.log(2) * np.sin(2 * np.pi * (random.uniform(3, 7) * seconds + random.random()))
@@ -347,20 +331,19 @@ def _tone(random: np.random.Generator, seconds: _Sound, pitch_hz: float) -> _Sou
 
 
 def _envelope(random: np.random.Generator, seconds: _Sound, rhythm: str | None) -> _Sound:
-    """Return a slow swell or fade; before it a short silence and rise, or the beats of `rhythm`."""
-    onset, rise = random.uniform(0.0, 0.3), random.uniform(0.01, 0.1)
-    slope = random.uniform(-0.5, 0.5)
-    swell = 1.0 + slope * (seconds / seconds[-1] - 0.5)
-    gate = np.clip((seconds - onset) / rise, 0.0, 1.0) if rhythm is None else _keyed(rhythm, seconds)
-    return np.asarray(gate * swell)
+    """Return a slow swell or fade; before it a short silence and rise, or the beats of `rhythm`.
 
-
-def _keyed(rhythm: str, seconds: _Sound) -> _Sound:
-    """1 in the beats, 0 in the rests, with short ramps inside the beats; two beats in a row are two tones."""
-    duration_seconds = seconds[-1] + seconds[1]
-    moments = seconds / duration_seconds
-    from_edge = np.minimum(phases(moments), 1.0 - phases(moments)) * duration_seconds / NUM_QUARTERS
-    return np.asarray(beats(rhythm, moments) * np.clip(from_edge / _RAMP_SECONDS, 0.0, 1.0))
+    Those have short ramps inside: two beats in a row are two tones.
+    """
+    onset, rise, slope = random.uniform(0.0, 0.3), random.uniform(0.01, 0.1), random.uniform(-0.5, 0.5)
+    if rhythm is None:
+        gate = np.clip((seconds - onset) / rise, 0.0, 1.0)
+    else:
+        duration_seconds = seconds[-1] + seconds[1]
+        moments = seconds / duration_seconds
+        from_edge = np.minimum(phases(moments), 1.0 - phases(moments)) * duration_seconds / NUM_QUARTERS
+        gate = beats(rhythm, moments) * np.clip(from_edge / _RAMP_SECONDS, 0.0, 1.0)
+    return np.asarray(gate * (1.0 + slope * (seconds / seconds[-1] - 0.5)))
 
 
 def _clutter(random: np.random.Generator, seconds: _Sound, settings: Difficulty) -> _Sound:
@@ -381,76 +364,55 @@ _ENCODERS: dict[str, dict[str, str]] = {
 """Encoder options. ``mbtree`` off: on frames of a few macroblocks x264's look-ahead gives other bytes every time."""
 
 
-def video_encoder() -> str:
-    """Return name of the video encoder this machine's PyAV offers, the best first."""
-    return next(name for name in _ENCODERS if name in av.codecs_available)
-
-
-def tool_versions() -> dict[str, str]:
-    """Return what decides the bytes beside the settings."""
-    libraries = {name: ".".join(map(str, version)) for name, version in av.library_versions.items()}
-    return {"encoder": video_encoder(), "av": av.__version__, "numpy": np.__version__, **libraries}
-
-
-def encode_clip(
-    frames: UInt8[np.ndarray, "frames height width 3"],
-    sound: Float[np.ndarray, "num_samples"],
-    *,
-    frames_per_second: int,
-    sample_rate_hz: int,
-) -> bytes:
-    """Return the bytes of an mp4 with one video and one mono audio stream; the same input gives the same bytes."""
-    sink, name = io.BytesIO(), video_encoder()
+def make_clip(config: SyntheticConfig, split: str, index: int) -> bytes:
+    """Return the mp4 of sample `index`: a pure function of its arguments under the same tool versions."""
+    frames = draw_frames(config, split, index)
+    sound = sound_samples(config, split, index, num_frames=len(frames))
+    sink, name, rate_hz = io.BytesIO(), _video_encoder(), config.sample_rate_hz
     with av.open(sink, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        video = container.add_stream(name, rate=frames_per_second, options=_ENCODERS[name])
+        video = container.add_stream(name, rate=config.frames_per_second, options=_ENCODERS[name])
         assert isinstance(video, av.VideoStream)
         video.height, video.width = frames.shape[1:3]
         video.pix_fmt = "yuv420p"
         video.codec_context.thread_count = 1
-        audio = container.add_stream("aac", rate=sample_rate_hz, layout="mono", options={"flags": "+bitexact"})
+        audio = container.add_stream("aac", rate=rate_hz, layout="mono", options={"flags": "+bitexact"})
         audio.codec_context.thread_count = 1
         for frame in frames:
             container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(video.encode())
         samples = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
-        samples.sample_rate, samples.pts, samples.time_base = sample_rate_hz, 0, Fraction(1, sample_rate_hz)
+        samples.sample_rate, samples.pts, samples.time_base = rate_hz, 0, Fraction(1, rate_hz)
         container.mux(audio.encode(samples))
         container.mux(audio.encode())
     return sink.getvalue()
 
 
-WORLD_NAME = "world.json"
+def _video_encoder() -> str:
+    """Return name of the video encoder this machine's PyAV offers, the best first."""
+    return next(name for name in _ENCODERS if name in av.codecs_available)
+
+
 ANNOTATIONS_NAME = "annotations.csv"
+_WORLD_NAME = "world.json"
 _CLIPS_PER_TASK = 16
 
-Progress = Callable[[int, int], None]
-"""Called with (clips done, clips in all)."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClipFile:
-    """Where one clip of the synthetic world lies and what it shows."""
-
-    name: str
-    labels: tuple[int, ...]
-
-
-def clip_file(config: SyntheticConfig, split: str, index: int) -> ClipFile:
-    """Return name and labels of sample `index`; pure."""
-    return ClipFile(name=f"{split}-{index:06d}.mp4", labels=factors.labels_of(config, split, index))
-
-
-def make_clip(config: SyntheticConfig, split: str, index: int) -> bytes:
-    """Return the mp4 of sample `index`: a pure function of its arguments under the same tool versions."""
-    frames = draw_frames(config, split, index)
-    sound = sound_samples(config, split, index, num_frames=len(frames))
-    return encode_clip(frames, sound, frames_per_second=config.frames_per_second, sample_rate_hz=config.sample_rate_hz)
+def clip_name(split: str, index: int) -> str:
+    """Return the file name of sample `index`."""
+    return f"{split}-{index:06d}.mp4"
 
 
 def generate_split(
-    media: Path, split: str, config: SyntheticConfig, *, limit: int | None = None, progress: Progress | None = None
+    media: Path,
+    split: str,
+    config: SyntheticConfig,
+    *,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Make the clips of a split (or the first `limit`) that are not there yet; returns the split's folder.
+
+    `progress` is called with (clips done, clips in all).
 
     Raises:
         UserInputError: the folder holds clips of other settings or tool versions, or another process works there.
@@ -467,15 +429,22 @@ def generate_split(
     with folder_lock(folder):
         sweep_temporaries(folder)
         _claim(folder, split, config)
-        _make_files(folder, split, config, num_clips, progress=progress)
+        missing = [index for index in range(num_clips) if not (folder / clip_name(split, index)).is_file()]
+        done = num_clips - len(missing)
+        for made in itertools.chain([0], _make_clips(folder, split, config, missing)):
+            done += made
+            if progress:
+                progress(done, num_clips)
         write_bytes(folder / ANNOTATIONS_NAME, _annotations(config, split, num_clips))
     return folder
 
 
 def _claim(folder: Path, split: str, config: SyntheticConfig) -> None:
     """Write down what this folder is made of, or check that it is still the same."""
-    mine: dict[str, Any] = {"split": split, **config.content(), "tool_versions": tool_versions()}
-    path = folder / WORLD_NAME
+    libraries = {name: ".".join(map(str, version)) for name, version in av.library_versions.items()}
+    tools = {"encoder": _video_encoder(), "av": av.__version__, "numpy": np.__version__, **libraries}
+    mine: dict[str, Any] = {"split": split, **config.content(), "tool_versions": tools}
+    path = folder / _WORLD_NAME
     if not path.exists():
         write_bytes(path, canonical_json(mine))
         return
@@ -493,21 +462,9 @@ def _claim(folder: Path, split: str, config: SyntheticConfig) -> None:
         )
 
 
-def _make_files(
-    folder: Path, split: str, config: SyntheticConfig, num_clips: int, *, progress: Progress | None
-) -> None:
-    missing = [n for n in range(num_clips) if not (folder / clip_file(config, split, n).name).is_file()]
-    tasks = [missing[first : first + _CLIPS_PER_TASK] for first in range(0, len(missing), _CLIPS_PER_TASK)]
-    done = num_clips - len(missing)
-    report = progress or (lambda _done, _total: None)
-    report(done, num_clips)
-    for count in _run_tasks(folder, split, config, tasks):
-        done += count
-        report(done, num_clips)
-
-
-def _run_tasks(folder: Path, split: str, config: SyntheticConfig, tasks: list[list[int]]) -> Iterator[int]:
-    """Run the tasks here when there are few, else in spawned workers; yields the clips each task made."""
+def _make_clips(folder: Path, split: str, config: SyntheticConfig, indices: list[int]) -> Iterator[int]:
+    """Make the clips here when they are few, else in spawned workers; yields how many each task made."""
+    tasks = [indices[first : first + _CLIPS_PER_TASK] for first in range(0, len(indices), _CLIPS_PER_TASK)]
     workers = min(config.workers, len(tasks))
     if workers < 2:
         for task in tasks:
@@ -530,7 +487,7 @@ def _run_tasks(folder: Path, split: str, config: SyntheticConfig, tasks: list[li
 
 def _make_task(folder: Path, split: str, config: SyntheticConfig, indices: list[int]) -> int:
     for index in indices:
-        write_bytes(folder / clip_file(config, split, index).name, make_clip(config, split, index))
+        write_bytes(folder / clip_name(split, index), make_clip(config, split, index))
     return len(indices)
 
 
@@ -540,7 +497,7 @@ def _annotations(config: SyntheticConfig, split: str, num_clips: int) -> bytes:
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["path", *(space.name for space in spaces)])
     for index in range(num_clips):
-        clip = clip_file(config, split, index)
-        names = (space.classes[label] for space, label in zip(spaces, clip.labels, strict=True))
-        rows.writerow([clip.name, *names])
+        labels = factors.labels_of(config, split, index)
+        names = (space.classes[label] for space, label in zip(spaces, labels, strict=True))
+        rows.writerow([clip_name(split, index), *names])
     return text.getvalue().encode()

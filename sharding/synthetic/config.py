@@ -18,17 +18,16 @@ from jaxtyping import Bool, Float, Int
 from ca2st.errors import UserInputError, check_choice
 
 NUM_QUARTERS = 4
-_NUM_BEATS = 2
 
 RHYTHMS = tuple(
     "".join("x" if quarter in beats else "." for quarter in range(NUM_QUARTERS))
-    for beats in itertools.combinations(range(NUM_QUARTERS), _NUM_BEATS)
+    for beats in itertools.combinations(range(NUM_QUARTERS), 2)
 )
 """``xx..``, ``x.x.``, ``x..x``, ``.xx.``, ``.x.x``, ``..xx``: x a beat, . a rest."""
 
 
 def moments_of(num_frames: int) -> Float[np.ndarray, "frames"]:
-    """Return middle of every frame as a share of the clip, 0 to 1."""
+    """Return the middle of every frame as a share of the clip, 0 to 1."""
     return np.asarray((np.arange(num_frames) + 0.5) / num_frames)
 
 
@@ -150,26 +149,12 @@ DIFFICULTIES: dict[str, Difficulty] = {
 """``easy`` is the world of the demo's published figures: its clips stay as they are."""
 
 
-def difficulty_of(name: str) -> Difficulty:
-    """Return the settings of that name.
-
-    Raises:
-        UserInputError: there are none of that name.
-    """
-    check_choice("synthetic.difficulty", name, DIFFICULTIES)
-    return DIFFICULTIES[name]
-
-
-MAX_SHAPES = 6
-MAX_MOTIONS = 8
-MAX_TONES = 8
-
 _RANGES: dict[str, tuple[int, int]] = {
     "num_samples": (1, 999_999),
     "seed": (0, 2**32 - 1),
-    "num_shapes": (2, MAX_SHAPES),
-    "num_motions": (2, MAX_MOTIONS),
-    "num_tones": (2, MAX_TONES),
+    "num_shapes": (2, 6),
+    "num_motions": (2, 8),
+    "num_tones": (2, 8),
     "frame_size": (32, 512),
     "frames_per_second": (8, 60),
     "min_frames": (8, 3_600),
@@ -177,6 +162,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "sample_rate_hz": (8_000, 48_000),
     "workers": (1, 256),
 }
+_AAC_RATES_HZ = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,7 +199,7 @@ class SyntheticConfig:
     whole picture and the whole sound has the two in step."""
 
     def __post_init__(self) -> None:
-        difficulty_of(self.difficulty)
+        check_choice("synthetic.difficulty", self.difficulty, DIFFICULTIES)
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if not low <= value <= high:
@@ -230,15 +216,13 @@ class SyntheticConfig:
                 f"{NUM_QUARTERS}, found {self.min_frames}"
             )
         if self.sample_rate_hz not in _AAC_RATES_HZ:
-            raise UserInputError(
-                f"synthetic.sample_rate_hz: expected one of {', '.join(map(str, _AAC_RATES_HZ))}, "
-                f"found {self.sample_rate_hz}"
-            )
+            known = ", ".join(map(str, _AAC_RATES_HZ))
+            raise UserInputError(f"synthetic.sample_rate_hz: expected one of {known}, found {self.sample_rate_hz}")
 
     @property
     def settings(self) -> Difficulty:
         """What the difficulty means in numbers."""
-        return difficulty_of(self.difficulty)
+        return DIFFICULTIES[self.difficulty]
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -257,6 +241,3 @@ class SyntheticConfig:
         if self.binding:
             named["binding"] = True
         return named
-
-
-_AAC_RATES_HZ = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)

@@ -1,8 +1,6 @@
 """What a synthetic clip is of: factors, outlines, binding, label spaces, and the best that anyone could reach.
 
-Shapes as signed distances: negative inside, in units of the radius.
-
-Which factors sample i of a split has, independent of each other.
+Which factors sample i of a split has is independent of each other:
 
 =================  =========  ==========================================
 what               label      beside it, where the difficulty names it
@@ -16,41 +14,18 @@ The labels ``space``, ``time`` and ``audio`` are the first of each pair and are 
 is their combination. The second of each pair is drawn on its own, uniformly: it tells nothing of a label, and has a
 label space of its own.
 
-Binding: several objects, each with a rhythm of its own; the label is the object whose rhythm is heard.
-
-How a sample comes about, with M objects (one of each of the first M shapes, so every clip shows the same shapes):
+Binding scenes have M objects, one of each of the first M shapes, so every clip shows the same shapes:
 
 1. the label y is drawn, evenly over the M objects;
 2. independently of it, M different rhythms r_1 .. r_M are drawn in random order, one for each object, and so is
    everything else in the picture: places, colours, clutter;
 3. the sound plays the rhythm a = r_y; pitch, loudness and noise are drawn independently.
 
-What this means for what can be known:
+So y is independent of the whole picture, and of the sound (r_y is uniform over all rhythms whatever y is): only the
+pair decides. What that means for models is in README.md here.
 
-- **From the picture alone: nothing.** y is independent of all that step 2 draws, which is the whole picture. Ceiling
-  1 / M.
-- **From the sound alone: nothing.** r_y is uniform over all rhythms whatever y is, as every r_i is; the rest of the
-  sound is independent. Ceiling 1 / M.
-- **From what each sense says of the label, however combined: nothing.** P(y | picture) and P(y | sound) are both
-  uniform in every clip, so any product, mean or vote of them is. A unimodal classifier has nothing to learn. Only the
-  pair (picture, sound) decides: y is the one i with r_i = a.
-- **From frames without their order: nothing.** Every rhythm has two beats in four quarters, so each object's and the
-  sound's averages over time are the same in every clip. Such frames do show which objects beat together, but every
-  order of the quarters is equally likely (places and clutter are drawn anew in each), and over all orders each
-  object's rhythm is each of the six equally often, so beside the sound too they leave y uniform.
-- **A sum of scores, u_i(picture) + w_i(sound), trained jointly** is not at chance, but cannot be right: where two
-  objects swap their rhythms, the order of the w_i must swap too, and w does not see the picture. With two objects at
-  most 3 of 4 clips are right; with three and four a search over w found no more than 67 % and 60 %.
-- **A network on top of both pooled features** is bounded only by what they hold: it has to keep every object's rhythm
-  in one vector and to learn the pairs one by one.
-
-Asking both senses at the same moment (is there a beat in the sound now? which objects beat now?) solves it.
-
-The label spaces of a synthetic set, and the labels of its samples.
-
-How often the best possible model can be right, by what it is given: printed beside results, so that a reason shows.
-
-Three senses:
+Ceilings say how often the best possible model can be right, by what it is given; they are printed beside results, so
+that a reason shows. Three senses:
 
 - ``spatial``: a clip's frames without their order. They show shape and colour, and the line along which something
   moves, but not which way: a clip and its reverse have the same frames and are equally likely.
@@ -66,7 +41,7 @@ import functools
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,14 +52,6 @@ from sharding.format.shard_set import LabelSpace
 from sharding.synthetic.config import RHYTHMS, SyntheticConfig
 
 Plane = Float[np.ndarray, "frames height width"]
-
-
-def _disc(x: Plane, y: Plane) -> Plane:
-    return np.asarray(np.hypot(x, y) - 0.8)
-
-
-def _square(x: Plane, y: Plane) -> Plane:
-    return np.asarray(np.maximum(np.abs(x), np.abs(y)) - 0.71)
 
 
 def _triangle(x: Plane, y: Plane) -> Plane:
@@ -98,10 +65,6 @@ def _cross(x: Plane, y: Plane) -> Plane:
     return np.asarray(np.minimum(upright, lying))
 
 
-def _ring(x: Plane, y: Plane) -> Plane:
-    return np.asarray(np.abs(np.hypot(x, y) - 0.75) - 0.22)
-
-
 def _star(x: Plane, y: Plane) -> Plane:
     """Five points, folded onto one edge: the line from a tip (radius 1.22) to a notch (0.55) half a point further."""
     half_point = np.pi / 5
@@ -112,26 +75,21 @@ def _star(x: Plane, y: Plane) -> Plane:
     return np.asarray((along - 1.22) * float(normal[0]) + across * float(normal[1]))
 
 
-def _bar(x: Plane, y: Plane) -> Plane:
-    """Return a bar, two radii wide and without ends."""
-    return np.asarray(np.abs(x) - 1.0 + 0.0 * y)
-
-
 SHAPES = ("disc", "square", "triangle", "cross", "ring", "star")
 """Shapes that can be labels, in label order; their areas are about equal."""
 BAR = "bar"
 """The shape of what hides others; never a label."""
 
 OUTLINES: dict[str, Callable[[Plane, Plane], Plane]] = {
-    "disc": _disc,
-    "square": _square,
+    "disc": lambda x, y: np.asarray(np.hypot(x, y) - 0.8),
+    "square": lambda x, y: np.asarray(np.maximum(np.abs(x), np.abs(y)) - 0.71),
     "triangle": _triangle,
     "cross": _cross,
-    "ring": _ring,
+    "ring": lambda x, y: np.asarray(np.abs(np.hypot(x, y) - 0.75) - 0.22),
     "star": _star,
-    BAR: _bar,
+    BAR: lambda x, y: np.asarray(np.abs(x) - 1.0 + 0.0 * y),  # two radii wide and without ends
 }
-"""Distance to each outline at (x right, y down)."""
+"""Signed distance to each outline at (x right, y down): negative inside, in units of the radius."""
 
 
 _DIAGONAL = math.sqrt(0.5)
@@ -165,14 +123,14 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """The factors beside the labelled ones, as indices; 0 where the difficulty has no such factor."""
+    """The factors beside the labelled ones, as indices into the difficulty's colours and speeds and into RHYTHMS.
+
+    0 where the difficulty has no such factor.
+    """
 
     colour: int
-    """Into the difficulty's colours."""
     speed: int
-    """Into the difficulty's speeds."""
     rhythm: int
-    """Into RHYTHMS."""
 
 
 def generator(seed: int, split: str, purpose: int, index: int) -> np.random.Generator:
@@ -206,7 +164,17 @@ def _block(sizes: tuple[int, int, int], seed: int, split: str, block: int) -> tu
     """
     random = generator(seed, split, _ORDER, block)
     renamed = [random.permutation(size) for size in sizes]
-    diagonals = _diagonals(sizes)
+    seen: set[tuple[int, ...]] = set()
+    diagonals = []
+    for first in itertools.product(*map(range, sizes)):
+        if first not in seen:
+            diagonals.append(
+                [
+                    tuple((value + step) % size for value, size in zip(first, sizes, strict=True))
+                    for step in range(math.lcm(*sizes))
+                ]
+            )
+            seen.update(diagonals[-1])
     order: list[Factors] = []
     for number in random.permutation(len(diagonals)):
         diagonal = diagonals[number]
@@ -216,20 +184,6 @@ def _block(sizes: tuple[int, int, int], seed: int, split: str, block: int) -> tu
             for combination in diagonal[start:] + diagonal[:start]
         ]
     return tuple(order)
-
-
-def _diagonals(sizes: tuple[int, int, int]) -> list[list[tuple[int, ...]]]:
-    length = math.lcm(*sizes)
-    seen: set[tuple[int, ...]] = set()
-    diagonals = []
-    for first in itertools.product(*map(range, sizes)):
-        if first not in seen:
-            diagonal = [
-                tuple((value + step) % size for value, size in zip(first, sizes, strict=True)) for step in range(length)
-            ]
-            seen.update(diagonal)
-            diagonals.append(diagonal)
-    return diagonals
 
 
 _ORDER = 0
@@ -267,6 +221,7 @@ def binding_of(config: SyntheticConfig, split: str, index: int) -> Binding:
     """Return the objects' rhythms and the keeper of sample `index`; any first N samples hold the keepers evenly."""
     num_objects = config.settings.num_objects
     block, position = divmod(index, num_objects)
+    # Spawned: the stream of (BINDING, block) itself orders the keepers.
     random = generator(config.seed, split, BINDING, index).spawn(1)[0]
     return Binding(
         keeper=_keepers(num_objects, config.seed, split, block)[position],
@@ -293,23 +248,27 @@ def label_spaces(config: SyntheticConfig) -> tuple[LabelSpace, ...]:
     ``rhythm`` where the difficulty has them. Binding scenes: ``binding``, then ``audio`` and ``rhythm`` of the sound
     and the rhythm of each object, from which experts can learn to hear and to see beats.
     """
-    named = _binding_classes(config) if config.binding else _factor_classes(config)
+    tones = tuple(f"{hertz}_hz" for hertz in TONES_HZ[: config.num_tones])
+    if config.binding:
+        shapes = object_shapes(config)
+        named = {"binding": shapes, "audio": tones, "rhythm": RHYTHMS}
+        named |= {f"{shape}_rhythm": RHYTHMS for shape in shapes}
+    else:
+        shapes, motions = SHAPES[: config.num_shapes], tuple(MOTIONS)[: config.num_motions]
+        combinations = tuple(" ".join(parts) for parts in itertools.product(shapes, motions, tones))
+        named = {"space": shapes, "time": motions, "audio": tones, "holistic": combinations} | _detail_classes(config)
     return tuple(LabelSpace(name=name, classes=classes) for name, classes in named.items())
 
 
 def labels_of(config: SyntheticConfig, split: str, index: int) -> tuple[int, ...]:
     """Return labels of sample `index` in the order of `label_spaces`."""
-    return _binding_labels(config, split, index) if config.binding else _factor_labels(config, split, index)
-
-
-def _tones(config: SyntheticConfig) -> tuple[str, ...]:
-    return tuple(f"{hertz}_hz" for hertz in TONES_HZ[: config.num_tones])
-
-
-def _factor_classes(config: SyntheticConfig) -> dict[str, tuple[str, ...]]:
-    shapes, motions, tones = SHAPES[: config.num_shapes], tuple(MOTIONS)[: config.num_motions], _tones(config)
-    combinations = tuple(" ".join(parts) for parts in itertools.product(shapes, motions, tones))
-    return {"space": shapes, "time": motions, "audio": tones, "holistic": combinations} | _detail_classes(config)
+    if config.binding:
+        binding = binding_of(config, split, index)
+        return binding.keeper, binding.tone, binding.heard, *binding.rhythms
+    factors, details = factors_of(config, split, index), details_of(config, split, index)
+    holistic = (factors.space * config.num_motions + factors.time) * config.num_tones + factors.audio
+    beside = tuple(getattr(details, name) for name in _detail_classes(config))
+    return factors.space, factors.time, factors.audio, holistic, *beside
 
 
 def _detail_classes(config: SyntheticConfig) -> dict[str, tuple[str, ...]]:
@@ -322,66 +281,38 @@ def _detail_classes(config: SyntheticConfig) -> dict[str, tuple[str, ...]]:
     return {name: classes for name, classes in named.items() if len(classes) > 1}
 
 
-def _factor_labels(config: SyntheticConfig, split: str, index: int) -> tuple[int, ...]:
-    factors, details = factors_of(config, split, index), details_of(config, split, index)
-    holistic = (factors.space * config.num_motions + factors.time) * config.num_tones + factors.audio
-    beside = tuple(getattr(details, name) for name in _detail_classes(config))
-    return factors.space, factors.time, factors.audio, holistic, *beside
-
-
-def _binding_classes(config: SyntheticConfig) -> dict[str, tuple[str, ...]]:
-    shapes = object_shapes(config)
-    named = {"binding": shapes, "audio": _tones(config), "rhythm": RHYTHMS}
-    return named | {f"{shape}_rhythm": RHYTHMS for shape in shapes}
-
-
-def _binding_labels(config: SyntheticConfig, split: str, index: int) -> tuple[int, ...]:
-    binding = binding_of(config, split, index)
-    return binding.keeper, binding.tone, binding.heard, *binding.rhythms
-
-
-SENSES = ("spatial", "temporal", "audio")
+TASKS = ("space", "time", "audio", "holistic", "binding")
+"""What can be learned: one factor, the combination of all three (those shards carry all four labels), or which of
+several objects keeps time with the sound, in scenes of their own."""
+_SENSES = ("spatial", "temporal", "audio")
 SENSE_SETS = tuple(
-    "+".join(senses) for size in range(1, len(SENSES) + 1) for senses in itertools.combinations(SENSES, size)
+    "+".join(senses) for size in range(1, len(_SENSES) + 1) for senses in itertools.combinations(_SENSES, size)
 )
 """``spatial``, ``temporal``, ``audio``, ``spatial+temporal``, ``spatial+audio``, ``temporal+audio``, all three."""
-
-_PARTS: Mapping[str, tuple[str, ...]] = {
-    "space": ("space",),
-    "time": ("time",),
-    "audio": ("audio",),
-    "holistic": ("space", "time", "audio"),
-}
 
 
 def ceilings(task: str, config: SyntheticConfig) -> dict[str, float]:
     """Return best possible top-1 accuracy (0 to 1) of `task` for every set of senses, by its name in SENSE_SETS.
 
+    Classes are equally likely, so it is the number of groups of them that differ to the senses, by that of classes.
+
     Raises:
         UserInputError: an unknown task.
     """
-    check_choice("task", task, [*_PARTS, "binding"])
-    return {name: _ceiling(task, frozenset(name.split("+")), config) for name in SENSE_SETS}
-
-
-def _ceiling(task: str, senses: frozenset[str], config: SyntheticConfig) -> float:
-    if task == "binding":
-        return 1.0 if {"temporal", "audio"} <= senses else 1.0 / config.settings.num_objects
-    return math.prod(_share_told_apart(part, senses, config) for part in _PARTS[task])
-
-
-def _share_told_apart(part: str, senses: frozenset[str], config: SyntheticConfig) -> float:
-    """Return groups of classes that look or sound different, by number of classes; classes are equally likely."""
-    num_shapes, num_motions, num_tones = config.sizes
-    if part == "space":
-        return 1.0 if senses & {"spatial", "temporal"} else 1.0 / num_shapes
-    if part == "audio":
-        return 1.0 if "audio" in senses else 1.0 / num_tones
-    if "temporal" in senses:
-        return 1.0
-    return (_num_lines(num_motions) if "spatial" in senses else 1) / num_motions
-
-
-def _num_lines(num_motions: int) -> int:
-    """Return lines along which the first `num_motions` directions move: up and down share one."""
-    return len({max(step, (-step[0], -step[1])) for step in tuple(MOTIONS.values())[:num_motions]})
+    check_choice("task", task, TASKS)
+    steps = tuple(MOTIONS.values())[: config.num_motions]
+    num_lines = len({max(step, (-step[0], -step[1])) for step in steps})  # up and down share one
+    found = {}
+    for name in SENSE_SETS:
+        senses = name.split("+")
+        orders, hears = "temporal" in senses, "audio" in senses
+        sees = orders or "spatial" in senses
+        ceiling = {
+            "space": 1.0 if sees else 1 / config.num_shapes,
+            "time": 1.0 if orders else (num_lines if sees else 1) / config.num_motions,
+            "audio": 1.0 if hears else 1 / config.num_tones,
+            "binding": 1.0 if orders and hears else 1 / config.settings.num_objects,
+        }
+        ceiling["holistic"] = ceiling["space"] * ceiling["time"] * ceiling["audio"]
+        found[name] = ceiling[task]
+    return found

@@ -14,7 +14,7 @@ from ca2st.weights.importer import load_expert_file
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import say
 from ray_jobs.demo import comparison
-from ray_jobs.demo.comparison import Lesson, PretrainedExpert, _recipe_of, _Run, _views_of, pretrain
+from ray_jobs.demo.comparison import Lesson, PretrainedExpert, _recipe_of, _views_of, pretrain
 from ray_jobs.runs.inference import load_trained
 from ray_jobs.runs.worker import OUTCOME_NAME
 from support.tiny_world import make_world_set, tiny_recipe
@@ -43,13 +43,8 @@ def expert_recipe(world: World) -> Recipe:
     return replace(recipe, trainable="all", model=replace(recipe.model, kind="spatial", adapters=False))
 
 
-def run_of(world: World, out: Path, lesson: Lesson = HEAR) -> _Run:
-    recipe = expert_recipe(world)
-    return _Run(lesson, _recipe_of(lesson, recipe, world.train), _views_of(lesson, recipe), world.test, out)
-
-
 def test_an_expert_is_trained_alone_tested_on_its_own_labels_and_kept_as_a_file(world: World, tmp_path: Path) -> None:
-    expert = comparison._learn(run_of(world, tmp_path))
+    expert = comparison._learn(HEAR, expert_recipe(world), world.train, world.test, tmp_path)
     assert (expert.expert, expert.factor) == ("audio", "audio+time")
     assert 0 <= expert.top1 <= 1
     assert len(list(read_events(tmp_path / "expert-audio" / "journal.jsonl", event="step"))) == 4
@@ -62,26 +57,26 @@ def test_an_expert_is_trained_alone_tested_on_its_own_labels_and_kept_as_a_file(
     assert all(own.equal(theirs[name]) for name, own in model.experts["audio"].named_parameters())
 
 
-def test_experts_train_with_one_thread_each_and_are_not_tracked(world: World, tmp_path: Path) -> None:
-    recipe = run_of(world, tmp_path).recipe
+def test_experts_train_with_one_thread_each_and_are_not_tracked(world: World) -> None:
+    recipe = _recipe_of(HEAR, expert_recipe(world), world.train)
     assert (recipe.name, recipe.model.kind, recipe.data.targets) == ("expert-audio", "audio", ("audio", "time"))
     assert (recipe.training.epochs, recipe.launch.threads_per_worker, recipe.tracking.enabled) == (2, 1, False)
 
 
-def test_a_lesson_of_fewer_frames_is_tested_in_views_that_read_as_many_as_the_models(
-    world: World, tmp_path: Path
-) -> None:
-    run = run_of(world, tmp_path)
-    assert run.recipe.clip.num_frames == 2
-    assert run.recipe.clip.num_frames * run.views.num_views == expert_recipe(world).clip.num_frames
-    whole = run_of(world, tmp_path, replace(HEAR, num_frames=None))
-    assert (whole.recipe.clip, whole.views.num_views) == (expert_recipe(world).clip, 1)
+def test_a_lesson_of_fewer_frames_is_tested_in_views_that_read_as_many_as_the_models(world: World) -> None:
+    full = expert_recipe(world)
+    recipe = _recipe_of(HEAR, full, world.train)
+    assert recipe.clip.num_frames == 2
+    assert recipe.clip.num_frames * _views_of(HEAR, full).num_views == full.clip.num_frames
+    whole = replace(HEAR, num_frames=None)
+    assert _recipe_of(whole, full, world.train).clip == full.clip
+    assert _views_of(whole, full).num_views == 1
 
 
 def test_finished_experts_are_tested_here_and_start_no_process(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison, "_learn", lambda _: DONE)
+    monkeypatch.setattr(comparison, "_learn", lambda *_: DONE)
     monkeypatch.setattr(comparison, "_learn_quietly", None)  # could not even be sent to a process
     (tmp_path / "expert-audio").mkdir()
     (tmp_path / "expert-audio" / OUTCOME_NAME).write_text("{}")
@@ -89,21 +84,28 @@ def test_finished_experts_are_tested_here_and_start_no_process(
     assert found == [DONE]
 
 
-def test_a_process_that_dies_is_told_with_the_expert_and_the_log(world: World, tmp_path: Path) -> None:
+def test_a_process_that_dies_is_told_with_the_expert_and_the_log(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: Future[PretrainedExpert] = Future()
+    done.set_result(DONE)
     died: Future[PretrainedExpert] = Future()
     died.set_exception(BrokenProcessPool())
+    futures = iter((done, died))
+    monkeypatch.setattr(comparison.ProcessPoolExecutor, "submit", lambda *_: next(futures))
+    lessons = [replace(HEAR, expert="temporal"), HEAR]
     with pytest.raises(EnvironmentFault, match=r"before the audio expert was ready; .*expert-\*\.log may say why"):
-        comparison._result(died, run_of(world, tmp_path))
+        pretrain(lessons, expert_recipe(world), train=world.train, test=world.test, out=tmp_path)
 
 
 def test_what_a_process_prints_goes_to_the_log_of_its_expert(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def speak(_: object) -> PretrainedExpert:
+    def speak(*_: object) -> PretrainedExpert:
         say("learning")
         return DONE
 
     monkeypatch.setattr(comparison, "_learn", speak)
-    assert comparison._learn_quietly(run_of(world, tmp_path)) == DONE
+    assert comparison._learn_quietly(HEAR, expert_recipe(world), world.train, world.test, tmp_path) == DONE
     assert (tmp_path / "expert-audio.log").read_text() == "learning\n"
     assert capsys.readouterr().err == ""

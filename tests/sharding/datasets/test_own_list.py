@@ -212,7 +212,7 @@ def test_json_lines_of_another_form_are_refused_with_their_line(tmp_path: Path) 
     with pytest.raises(AnnotationError, match=r"list\.jsonl:2: label: expected a text or a number, found \[1, 2\]"):
         read_dataset("csv", DatasetRequest(annotations=path, check_media=False))
     write_lines(path, ['{"path": "a.mp4", "lable": 0}'])
-    with pytest.raises(AnnotationError, match=r"expected the columns path,label, found path,lable; missing: label"):
+    with pytest.raises(AnnotationError, match=r"expected the columns path,label, found 'path,lable'; missing: label"):
         read_dataset("csv", DatasetRequest(annotations=path, check_media=False))
 
 

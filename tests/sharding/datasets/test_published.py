@@ -8,8 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from sharding.datasets import DatasetRequest, read_dataset
-from sharding.datasets.kinetics import KINETICS_SOUND
+from sharding.datasets import DatasetRequest, label_spaces, read_dataset
 from sharding.datasets.label_spaces import published_classes
 from sharding.errors import AnnotationError
 from sharding.source import ERRATUM, NO_LENGTH, OTHER_CLASS, OTHER_COUNT, REPEATED, SourceList, doubtful
@@ -196,6 +195,15 @@ def test_hd_epic_keeps_first_actions_that_epic_kitchens_knows_in_every_form(tmp_
     }
 
 
+def test_c10_a_cell_of_any_length_in_a_csv_of_hd_epic_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = hd_file(tmp_path, "csv")
+    lines = path.read_text().splitlines()
+    write_lines(path, [*lines, f'a,b,1,2,"{"x" * 200_000}"'])
+    message = rf"\.csv:{len(lines) + 1}: expected a line of CSV, found another \(field larger than field limit"
+    with pytest.raises(AnnotationError, match=message):
+        read("hd_epic", path, split="test")
+
+
 def test_hd_epic_leaves_out_what_the_erratum_beside_it_names(tmp_path: Path) -> None:
     write_lines(
         tmp_path / "HD_EPIC_Narrations_erratum.csv", ["erratum_narration_id", HD_ROWS[0]["unique_narration_id"]]
@@ -244,6 +252,8 @@ def test_something_something_without_labels_is_refused(tmp_path: Path) -> None:
         read_rows(tmp_path, "something_something_v2", ['[{"id":"1420"},', '{"id":"166429"}]'], split="validation")
     with pytest.raises(AnnotationError, match=r"entry 1 \(id '1'\): expected one of the 174 class names"):
         read_rows(tmp_path, "something_something_v2", ['[{"id":"1","template":"Flying [something]"}]'])
+    with pytest.raises(AnnotationError, match=r"entry 1 \(id 'x7'\): expected a video's number, found 'x7'"):
+        read_rows(tmp_path, "something_something_v2", ['[{"id":"x7","template":"Stacking [number of] [something]"}]'])
 
 
 K400_HEADER = "label,youtube_id,time_start,time_end,split,is_cc"
@@ -290,9 +300,9 @@ def test_kinetics_sound_is_the_part_of_kinetics_that_can_be_heard(tmp_path: Path
     source = read_rows(tmp_path, "kinetics_sound", rows)
     assert source.num_classes == {"label": 31}
     assert labels(source) == [("bowling",), ("tapping pen",)]
-    assert set(KINETICS_SOUND) < set(published_classes("kinetics_400"))
-    assert list(KINETICS_SOUND) == sorted(KINETICS_SOUND)
-    assert len(set(KINETICS_SOUND)) == 31
+    classes = published_classes("kinetics_sound")
+    assert set(classes) < set(published_classes("kinetics_400"))
+    assert list(classes) == sorted(classes)
 
 
 def test_kinetics_sound_reads_the_lists_with_padded_and_plain_seconds(tmp_path: Path) -> None:
@@ -303,7 +313,7 @@ def test_kinetics_sound_reads_the_lists_with_padded_and_plain_seconds(tmp_path: 
 
 
 def test_kinetics_sound_takes_other_classes_from_a_list(tmp_path: Path) -> None:
-    classes = write_lines(tmp_path / "classes.txt", sorted([*KINETICS_SOUND, "strumming guitar"]))
+    classes = write_lines(tmp_path / "classes.txt", sorted([*published_classes("kinetics_sound"), "strumming guitar"]))
     rows = ["val/v52Gi2rgV3w_000005_000015.mp4,31"]
     with pytest.raises(AnnotationError, match=r"0 to 30, found '31'.* other than these 31 classes name them by --cla"):
         read_rows(tmp_path, "kinetics_sound", rows)
@@ -421,3 +431,25 @@ def test_ucf_takes_the_class_from_the_folder_and_numbers_that_must_agree(tmp_pat
 def test_the_published_number_of_rows_is_no_note(tmp_path: Path) -> None:
     rows = [f"P20_01_{number},0,0" for number in range(9668)]
     assert read_rows(tmp_path, "epic_kitchens_100", rows).notes == {}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "row"),
+    [
+        ("vgg_sound", "xElEg-6DBtM_000018.mp4,hail {}"),
+        ("ucf_101", "Hammering{}/v_Hammering_g08_c01.avi"),
+        ("epic_sounds", "P01_02_{0},P01,P01_02,00:00:01.0,00:00:02.0,1,2,rustle {0},4"),
+    ],
+)
+def test_the_nearest_class_is_looked_for_a_few_times_however_many_rows_are_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, row: str
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(label_spaces, "did_you_mean", lambda name, _: asked.append(name) or "")
+    header = [
+        "annotation_id,participant_id,video_id,start_timestamp,stop_timestamp,start_sample,stop_sample,class,class_id"
+    ]
+    rows = [row.format("abcdefghijklmnopqrstuvwxyz"[number]) for number in range(26)]
+    with pytest.raises(AnnotationError, match="unknown class 26"):
+        read_rows(tmp_path, dataset, (header if dataset == "epic_sounds" else []) + rows)
+    assert len(asked) == 20

@@ -7,18 +7,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sharding.datasets.label_spaces import class_index
-from sharding.datasets.table import Problems, Table, read_cell, read_table
+from sharding.datasets.table import Problems, Row, read_table
 from sharding.errors import AnnotationError
 from support.annotations import write_lines
 
 cell = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).map(str.strip).filter(bool)
 
 
-def read(path: Path, *, others: bool = True) -> Table:
+def read(path: Path, *, optional: tuple[str, ...] | None = None) -> tuple[Row, ...]:
     problems = Problems(path)
-    table = read_table(path, required=("path", "label"), optional=("start",), others=others, problems=problems)
+    _, rows = read_table(path, required=("path", "label"), optional=optional, problems=problems)
     problems.refuse_any()
-    return table
+    return rows
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
@@ -33,14 +33,14 @@ def test_whatever_a_csv_writer_wrote_is_read_back(tmp_path: Path, rows, line_end
     csv.writer(text, lineterminator=line_end, quoting=quoting).writerows([("path", "label", "start"), *rows])
     path = tmp_path / "rows.csv"
     path.write_bytes(text.getvalue().encode("utf-8-sig" if mark else "utf-8"))
-    table = read(path)
-    assert [row.cells for row in table.rows] == rows
-    assert [row.line for row in table.rows] == list(range(2, len(rows) + 2))
+    found = read(path)
+    assert [row.cells for row in found] == rows
+    assert [row.line for row in found] == list(range(2, len(rows) + 2))
 
 
 def test_columns_may_come_in_any_order_with_spaces_and_empty_lines_around(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.csv", ["", "label, path", "", " cat , a.mp4", ""])
-    (row,) = read(path).rows
+    (row,) = read(path)
     assert (row["path"], row["label"], row.where) == ("a.mp4", "cat", f"{path}:4")
 
 
@@ -55,18 +55,18 @@ def test_columns_may_come_in_any_order_with_spaces_and_empty_lines_around(tmp_pa
     ],
 )
 def test_the_place_of_a_cell_counts_characters_of_the_line(tmp_path: Path, line: str, columns: tuple[int, ...]) -> None:
-    (row,) = read(write_lines(tmp_path / "a.csv", ["path,label,start", line])).rows
+    (row,) = read(write_lines(tmp_path / "a.csv", ["path,label,start", line]))
     for name, column in zip(row.columns, columns, strict=True):
         assert row.place(name) == f"{row.path}:2:{column}: {name}"
 
 
 def test_every_wrong_row_is_counted_and_the_first_twenty_are_listed(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.csv", ["path,label", *(f"{n}.mp4,{n}" for n in range(50))])
-    problems = Problems(path)
-    for row in read(path).rows:
-        read_cell(row, "label", class_index(10), problems)
+    rows = read(path)
+    for row in rows:
+        row.read("label", class_index(10))
     with pytest.raises(AnnotationError, match=r"a\.csv: 40 problems \(label out of range 40\)") as caught:
-        problems.refuse_any()
+        rows[0].problems.refuse_any()
     lines = str(caught.value).splitlines()
     assert len(lines) == 22
     assert lines[1].endswith("a.csv:12:8: label: expected a class index 0 to 9, found '10'")
@@ -99,7 +99,7 @@ def test_one_wrong_row_is_one_line(tmp_path: Path) -> None:
 def test_c10_a_wrong_header_is_refused_with_what_was_expected(tmp_path: Path, header: str, message: str) -> None:
     path = write_lines(tmp_path / "a.csv", [header, "a.mp4,cat"])
     with pytest.raises(AnnotationError, match=message) as caught:
-        read(path, others=False)
+        read(path, optional=("start",))
     assert str(caught.value).startswith(f"{path}:1:1: ")
 
 

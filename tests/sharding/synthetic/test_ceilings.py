@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from ca2st.errors import UserInputError
-from sharding.datasets.synthetic import TASKS
 from sharding.synthetic.clips import heard, scene_of
 from sharding.synthetic.config import RHYTHMS, SyntheticConfig
-from sharding.synthetic.factors import SENSE_SETS, binding_of, ceilings, label_spaces, labels_of
+from sharding.synthetic.factors import SENSE_SETS, TASKS, binding_of, ceilings, label_spaces, labels_of
 
 _CLIPS = 3_000
 """Half to learn from, half to be tested on."""
