@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from reprlib import repr as shortened
@@ -71,12 +71,14 @@ def require_folder_place(path: Path, option: str) -> None:
             raise UserInputError(f"{option}: expected a folder, found the file {place}; choose another name")
 
 
-def require_writable_place(path: Path, option: str) -> None:
-    """Refuse a file that could not get its name at the end.
+def require_writable_place(path: Path | None, option: str) -> None:
+    """Refuse a file that could not get its name at the end; None, no file, is fine.
 
     Raises:
         UserInputError: the folder is not there or cannot be written to, or `path` is a folder.
     """
+    if path is None:
+        return
     if not path.parent.is_dir():
         raise UserInputError(
             f"{option}: expected a file in a folder that exists, found no {path.parent}; make it first"
@@ -135,6 +137,15 @@ def result(text: str) -> None:
 def print_json(facts: object) -> None:
     """One JSON object on stdout; a number that is not finite, of which JSON has none, is null."""
     result(json.dumps(finite(facts, default=_plain)))
+
+
+def answer(facts: object, lines: Iterable[str], *, as_json: bool) -> None:
+    """Print what a command found: `facts` as JSON, or the `lines` for a person."""
+    if as_json:
+        print_json(facts)
+    else:
+        for line in lines:
+            result(line)
 
 
 @contextlib.contextmanager
@@ -258,16 +269,9 @@ def convert_shown(
     from sharding.conversion import convert
 
     with progress(f"Converting {source.dataset}/{source.split}", len(source.samples)) as update:
-        return convert(
-            source,
-            out,
-            config,
-            faults=faults,
-            pool=pool,
-            progress=lambda state: update(state.num_done, _rate_and_rejects(state)),
-        )
 
+        def show(state: "ConversionProgress") -> None:
+            rejected = f"  {state.num_rejected} rejected" if state.num_rejected else ""
+            update(state.num_done, f"{state.clips_per_second:.1f} clips/s{rejected}")
 
-def _rate_and_rejects(state: "ConversionProgress") -> str:
-    rejected = f"  {state.num_rejected} rejected" if state.num_rejected else ""
-    return f"{state.clips_per_second:.1f} clips/s{rejected}"
+        return convert(source, out, config, faults=faults, pool=pool, progress=show)

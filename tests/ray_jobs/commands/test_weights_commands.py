@@ -57,7 +57,7 @@ def test_every_kind_of_the_command_has_an_importer():
     from ca2st.model.config import EncoderName
     from ca2st.weights.importer import ReleasedKind
 
-    assert set(WeightsKind) == {*get_args(EncoderName), *get_args(ReleasedKind)}
+    assert set(get_args(WeightsKind)) == {*get_args(EncoderName), *get_args(ReleasedKind)}
 
 
 def test_the_report_as_json(ca2st, tmp_path, clip_file):
