@@ -11,7 +11,7 @@ import typer
 
 from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.model.config import SizeName
-from ray_jobs.commands.options import Json, Out
+from ray_jobs.commands.options import Json, Out, TrackingStore
 from ray_jobs.console import answer, print_json, progress, require_writable_place, result, say
 
 bench = typer.Typer(no_args_is_help=True)
@@ -27,7 +27,7 @@ Work = Annotated[
 
 def doctor(
     out: Annotated[Path | None, typer.Option(help="Folder that runs are written under; default: runs.")] = None,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow store; default: as a training takes it.")] = None,
+    tracking_uri: TrackingStore = None,
     ray_address: Annotated[
         str | None,
         typer.Option(help="Examine every node of this Ray cluster: auto, or host:port of its head.", metavar="ADDRESS"),

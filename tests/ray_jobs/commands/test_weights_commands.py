@@ -217,3 +217,12 @@ def test_a_trained_run_is_exported_and_imported_whole(ca2st, tmp_path):
         found = model_of_file(back).state_dict()
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_golden_file_without_an_expected_output_fails_by_its_name(ca2st, tmp_path):
+    file = read_tensor_file(Path(__file__).parents[2] / "data/golden/cast_single.safetensors")
+    kept = {name: tensor for name, tensor in file.tensors.items() if not name.startswith("expected/")}
+    bare = tmp_path / "bare.safetensors"
+    safetensors.torch.save_file(kept, bare, metadata=dict(file.metadata))
+    code, out, _ = ca2st("weights", "check-golden", bare)
+    assert (code, out) == (3, f"FAIL {bare}  no expected output\n")
