@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from ca2st.durable import write_bytes
 from ca2st.errors import UserInputError
 from ray_jobs.commands.options import Json, refuse_without_ray, takes
 from ray_jobs.console import answer, convert_shown, counted, parse_bytes, progress, require_writable_place, say, table
@@ -320,14 +321,14 @@ def inspect(
 ) -> None:
     """Counts, classes and durations of a shard set, from its indexes; with --html also stills and spectrograms."""
     from pipelines.storage.index import set_facts
-    from ray_jobs.set_card import facts_in_words, write_set_card
+    from ray_jobs.set_card import facts_in_words, render_set_card
     from sharding.format.shard_set import read_shard_set
 
     require_writable_place(html, "--html")
     shard_set = read_shard_set(shards)
     facts = set_facts(shard_set)
     if html is not None:
-        write_set_card(shard_set, facts, html)
+        write_bytes(html, render_set_card(shard_set, facts).encode())
         say(f"wrote {html}")
     told = {name: value for name, value in asdict(facts).items() if name != "durations"}
     answer(told, [table(facts_in_words(facts))], as_json=as_json)
@@ -350,7 +351,7 @@ def overlap(
     sets = read_shard_set(first), read_shard_set(second)
     total = sum(shard_set.manifest.num_samples for shard_set in sets)
     with progress("Comparing", total) as update:
-        found = find_overlaps(*sets, content=content, progress=lambda done, _total: update(done, ""))
+        found = find_overlaps(*sets, content=content, progress=lambda done: update(done, ""))
     lines = [f"{pair.by}: {pair.first} = {pair.second}" for pair in found]
     by = "id, source file or content" if content else "id or source file"
     lines = lines or [f"no video is in both sets by {by}"]
