@@ -8,11 +8,9 @@ import statistics
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ca2st import __version__
-from ca2st.durable import write_bytes
 from ca2st.errors import UserInputError, check_choice, did_you_mean
 from ca2st.training.metrics import harmonic_mean
 from ray_jobs.pages.charts import Curve, metric_charts, page_environment, tone
@@ -76,13 +74,9 @@ class TrackedRun:
     def accuracy_name(self) -> str | None:
         """The metric that stands for the run: test before validation, top-1; tests on other datasets do not count."""
         own, ends = f"test/{_dataset(self)}-", ("/top1", "/action_top1")
-        tests = sorted(name for name in self.metrics if name.startswith(own) and name.endswith(ends))
-        known = [
-            _ACCURACIES[0],
-            *tests,
-            *_ACCURACIES[1:],
-            *sorted(name for name in self.metrics if name.endswith("_top1")),
-        ]
+        names = sorted(self.metrics)
+        tests = [name for name in names if name.startswith(own) and name.endswith(ends)]
+        known = [_ACCURACIES[0], *tests, *_ACCURACIES[1:], *(name for name in names if name.endswith("_top1"))]
         return next((name for name in known if name in self.metrics), None)
 
 
@@ -97,17 +91,29 @@ def read_runs(uri: str, wanted: RunFilter) -> list[TrackedRun]:
         raise UserInputError(f"{uri}: expected an MLflow store, found no such file; train first, or check the address")
     with reachable(uri, "compare again"):
         client = open_client(uri)
-        experiments = _experiments(client, wanted.experiment)
-        found = [run for run in _search(client, list(experiments)) if _matches(run, wanted)]
+        experiments = {one.experiment_id: one.name for one in client.search_experiments()}
+        if wanted.experiment is not None:
+            check_choice("experiment", wanted.experiment, sorted(experiments.values()))
+            experiments = {key: name for key, name in experiments.items() if name == wanted.experiment}
+        found = [
+            run
+            for run in _search(client, list(experiments))
+            if (not wanted.recipes or run.data.tags.get("ca2st.name", run.info.run_name) in wanted.recipes)
+            and wanted.tags.items() <= run.data.tags.items()
+        ]
         found = _named(found, wanted.runs) if wanted.runs else found[: wanted.newest][::-1]
         if not found:
-            raise UserInputError(f"no run of {without_credentials(uri)} {_asked(wanted)}")
+            asked = [f"in experiment {wanted.experiment!r}"] if wanted.experiment else []
+            asked += [f"of recipe {' or '.join(wanted.recipes)}"] if wanted.recipes else []
+            asked += [f"with tag {name}={value}" for name, value in wanted.tags.items()]
+            told = "is there yet; train first"
+            if asked:
+                told = f"{' '.join(asked)}; `ca2st compare` without filters shows all"
+            raise UserInputError(f"no run of {without_credentials(uri)} {told}")
         return [_tracked(client, run, experiments[run.info.experiment_id]) for run in found]
 
 
-_NOT_SETTINGS = frozenset({"name"})
 _TAGS_THAT_DIFFER = ("git.commit", "hardware.gpus", "hardware.cpu_count", "version.torch", "version.ca2st")
-_DATASET = "data.{}.dataset"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,7 +190,7 @@ def compare(runs: Sequence[TrackedRun], *, baseline: str | None = None) -> Compa
 
 def differing_settings(runs: Sequence[TrackedRun]) -> tuple[dict[str, list[str | None]], int]:
     """Return the settings and telling tags that are not the same in all runs, and how many settings are."""
-    names = sorted({name for run in runs for name in run.settings} - _NOT_SETTINGS)
+    names = sorted({name for run in runs for name in run.settings} - {"name"})
     columns: dict[str, list[str | None]] = {name: [run.settings.get(name) for run in runs] for name in names}
     differing = {name: values for name, values in columns.items() if len(set(values)) > 1}
     num_equal = len(columns) - len(differing)
@@ -203,11 +209,8 @@ def labels(runs: Sequence[TrackedRun]) -> list[str]:
     found = []
     for run in runs:
         alike = [other for other in runs if other.name == run.name]
-        if len(alike) == 1:
-            found.append(run.name)
-            continue
-        told = next((f"{run.name} ({words})" for words in _telling(run, alike)), None)
-        found.append(told or f"{run.name} ({run.run_id[:8]})")
+        words = next(_telling(run, alike), run.run_id[:8])
+        found.append(run.name if len(alike) == 1 else f"{run.name} ({words})")
     return found
 
 
@@ -239,11 +242,6 @@ def across_datasets(runs: Sequence[TrackedRun]) -> list[AcrossDatasets]:
     ]
 
 
-def write_comparison_page(comparison: Comparison, file: Path, *, source: str) -> None:
-    """Write the page to `file`; `source` says where the numbers are from."""
-    write_bytes(file, render_comparison_page(comparison, source=source).encode())
-
-
 def render_comparison_page(comparison: Comparison, *, source: str) -> str:
     """Return the whole page; it asks nothing of any network."""
     environment = page_environment()
@@ -263,22 +261,13 @@ def render_comparison_page(comparison: Comparison, *, source: str) -> str:
 
 def metric_names(comparison: Comparison) -> list[str]:
     """Return the metrics of any run: accuracies first, then the rest by name."""
+
+    def is_accuracy(name: str) -> bool:
+        last = name.rpartition("/")[2]
+        return last.endswith(("top1", "top5", "mean_class")) or last == "ceiling"
+
     names = {name for run in comparison.runs for name in run.metrics}
-    return sorted(names, key=lambda name: (not is_share(name), name))
-
-
-def is_share(name: str) -> bool:
-    """Return whether a metric is an accuracy, shown in percent."""
-    last = name.rpartition("/")[2]
-    return last.endswith(("top1", "top5", "mean_class")) or last == "ceiling"
-
-
-def _experiments(client: "MlflowClient", name: str | None) -> dict[str, str]:
-    known = {one.experiment_id: one.name for one in client.search_experiments()}
-    if name is None:
-        return known
-    check_choice("experiment", name, sorted(known.values()))
-    return {key: value for key, value in known.items() if value == name}
+    return sorted(names, key=lambda name: (not is_accuracy(name), name))
 
 
 def _search(client: "MlflowClient", experiment_ids: list[str]) -> list[Any]:
@@ -293,12 +282,6 @@ def _search(client: "MlflowClient", experiment_ids: list[str]) -> list[Any]:
         token = page.token
         if not token:
             return found
-
-
-def _matches(run: Any, wanted: RunFilter) -> bool:
-    tags = run.data.tags
-    is_recipe = not wanted.recipes or tags.get("ca2st.name", run.info.run_name) in wanted.recipes
-    return is_recipe and all(tags.get(name) == value for name, value in wanted.tags.items())
 
 
 def _named(runs: Sequence[Any], names: Sequence[str]) -> list[Any]:
@@ -318,15 +301,6 @@ def _named(runs: Sequence[Any], names: Sequence[str]) -> list[Any]:
             )
         chosen.append(near[0])
     return chosen
-
-
-def _asked(wanted: RunFilter) -> str:
-    parts = [f"in experiment {wanted.experiment!r}"] if wanted.experiment else []
-    parts += [f"of recipe {' or '.join(wanted.recipes)}"] if wanted.recipes else []
-    parts += [f"with tag {name}={value}" for name, value in wanted.tags.items()]
-    if not parts:
-        return "is there yet; train first"
-    return f"{' '.join(parts)}; `ca2st compare` without filters shows all"
 
 
 def _tracked(client: "MlflowClient", run: Any, experiment: str) -> TrackedRun:
@@ -374,7 +348,7 @@ def _device_hours(speeds: Curve, worlds: Curve, settings: Mapping[str, str]) -> 
 
 
 def _dataset(run: TrackedRun) -> str | None:
-    return run.tags.get(_DATASET.format("validation")) or run.tags.get(_DATASET.format("train"))
+    return run.tags.get("data.validation.dataset") or run.tags.get("data.train.dataset")
 
 
 def _model(run: TrackedRun, runs: Sequence[TrackedRun]) -> str:

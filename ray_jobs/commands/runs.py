@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ca2st.durable import write_bytes
 from ca2st.errors import EnvironmentFault, UserInputError, listed
 from ray_jobs.commands.options import Json, OpenRay, RayAddress, TrackingStore, refuse_without_ray
 from ray_jobs.console import answer, counted, parse_views, print_json, require_writable_place, result, say, table
@@ -347,7 +348,8 @@ def compare(
     )
     comparison = comparing.compare(comparing.read_runs(uri, wanted), baseline=baseline)
     if html is not None:
-        comparing.write_comparison_page(comparison, html, source=without_credentials(uri))
+        page = comparing.render_comparison_page(comparison, source=without_credentials(uri))
+        write_bytes(html, page.encode())
         say(f"wrote {html}")
     answer(comparison, _lines(comparison), as_json=as_json)
 
