@@ -104,24 +104,17 @@ def show_log() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding has no letters for
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger().handlers[0].addFilter(_Once())
+    seen: set[str] = set()
+
+    def is_news(record: logging.LogRecord) -> bool:  # an informative line the first time only; warnings always
+        text = record.getMessage()
+        is_known = record.levelno <= logging.INFO and text in seen
+        seen.add(text)
+        return not is_known
+
+    logging.getLogger().handlers[0].addFilter(is_news)
     for package in ("ca2st", "pipelines", "ray_jobs", "sharding"):
         logging.getLogger(package).setLevel(logging.INFO)
-
-
-class _Once(logging.Filter):
-    """Passes an informative line the first time only; warnings always."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        if record.levelno <= logging.INFO and text in self._seen:
-            return False
-        self._seen.add(text)
-        return True
 
 
 def say(text: str) -> None:
@@ -155,26 +148,22 @@ def stdout_for_results() -> Iterator[None]:
     What libraries print, their C code and child processes too, goes to stderr.
     """
     own = sys.stdout
-    try:
-        number = own.fileno()
-    except (OSError, ValueError):  # replaced by something that is no file
-        _results.append(own)
+    with contextlib.ExitStack() as stack:
         try:
-            with contextlib.redirect_stdout(sys.stderr):
-                yield
-        finally:
-            _results.pop()
-        return
-    own.flush()
-    with os.fdopen(os.dup(number), "w", encoding="utf-8", errors="backslashreplace") as results:
-        os.dup2(sys.stderr.fileno(), number)
-        _results.append(results)
-        try:
-            yield
-        finally:
-            _results.pop()
+            number = own.fileno()
+        except (OSError, ValueError):  # replaced by something that is no file
+            results = own
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        else:
             own.flush()
-            os.dup2(results.fileno(), number)
+            copy = os.fdopen(os.dup(number), "w", encoding="utf-8", errors="backslashreplace")
+            results = stack.enter_context(copy)
+            os.dup2(sys.stderr.fileno(), number)
+            stack.callback(os.dup2, results.fileno(), number)
+            stack.callback(own.flush)
+        _results.append(results)
+        stack.callback(_results.pop)
+        yield
 
 
 def _write(text: str, stream: TextIO) -> None:
