@@ -191,13 +191,9 @@ def table(rows: Mapping[str, object]) -> str:
 @contextlib.contextmanager
 def progress(title: str, total: int) -> Iterator[Update]:
     """Show how far something is; the block gets a function to call with (done, note)."""
-    shown = _bar(title, total) if sys.stderr.isatty() else _lines(title, total)
-    with shown as update:
-        yield update
-
-
-@contextlib.contextmanager
-def _bar(title: str, total: int) -> Iterator[Update]:
+    if not sys.stderr.isatty():
+        yield _lines(title, total)
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Column
@@ -214,8 +210,7 @@ def _bar(title: str, total: int) -> Iterator[Update]:
         yield lambda done, note: bar.update(task, completed=done, note=note)
 
 
-@contextlib.contextmanager
-def _lines(title: str, total: int) -> Iterator[Update]:
+def _lines(title: str, total: int) -> Update:
     last_shown = begun = time.monotonic()
     first: int | None = None
 
@@ -231,7 +226,7 @@ def _lines(title: str, total: int) -> Iterator[Update]:
         told = "" if left is None or done >= total else f"  {duration(left)} left"
         say(f"{time.strftime('%H:%M:%S')} {title}: {done}/{total}{told}  {note}".rstrip())
 
-    yield update
+    return update
 
 
 def duration(seconds: float) -> str:
