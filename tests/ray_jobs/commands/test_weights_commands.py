@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 import tomllib
 from pathlib import Path
 from typing import get_args
@@ -13,11 +12,11 @@ import safetensors.torch
 import torch
 
 from ca2st.weights.tensor_files import read_tensor_file
-from ray_jobs.cli import main
 from ray_jobs.commands.models import WeightsKind
 from ray_jobs.config.recipe import recipe_from_document
 from ray_jobs.runs.inference import load_trained
 from ray_jobs.runs.model import make_model
+from support.commands import Command
 from support.fake_hub import COMMIT, fake_hub
 from support.foreign import awake_expert, clip_state, videomae_state
 from support.models import model_of_file
@@ -28,14 +27,7 @@ SIZES = ("--heads", 2, "--mel-rows", 48)
 
 @pytest.fixture
 def ca2st(capsys, monkeypatch):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ca2st", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
+    return Command(capsys, monkeypatch)
 
 
 @pytest.fixture
