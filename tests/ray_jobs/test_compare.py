@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,8 +125,7 @@ def test_a_store_that_is_not_there_is_refused_and_not_made(tmp_path: Path) -> No
 
 
 def test_k8_a_store_without_such_a_run_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = SimpleNamespace(search_experiments=list)
-    monkeypatch.setattr(comparing, "open_client", lambda _: empty)
+    monkeypatch.setattr(MlflowClient, "search_experiments", lambda _: [])
     monkeypatch.setattr(comparing, "_search", lambda *_: [])
     with pytest.raises(UserInputError, match=r"no run of https://mlflow\.example\.org ") as refusal:
         read_runs("https://me:hunter2@mlflow.example.org", RunFilter())
