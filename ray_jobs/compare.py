@@ -19,7 +19,7 @@ from ray_jobs.tracking.client import open_client, reachable, sqlite_path
 from ray_jobs.tracking.run_card import duration_in_words
 from ray_jobs.tracking.run_record import SYSTEM_PREFIX, WORLD_SIZE
 
-CLIPS_PER_SECOND = "train/clips_per_second"
+_CLIPS_PER_SECOND = "train/clips_per_second"
 _LOSS = "train/loss"
 _ACCURACIES = ("test/top1", "validation/top1", "test/action_top1", "validation/action_top1")
 _PAGE_RUNS = 200
@@ -60,15 +60,13 @@ class TrackedRun:
     settings: Mapping[str, str]
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
-    """Newest values."""
+    """Newest values by name; `train/clips_per_second` is the median over the steps."""
     curves: Mapping[str, Curve]
     """Loss of training and every accuracy of validation and test, by step."""
     device_hours: float | None
     """Hours that devices spent in training steps: all attempts together, each step once; None before the first."""
     device: str
     """``GPU`` or ``CPU``: what an hour is an hour of (a worker on a CPU)."""
-    median_clips_per_second: float | None
-    """Over the training's steps."""
 
     @property
     def accuracy_name(self) -> str | None:
@@ -128,7 +126,6 @@ class ComparedRun:
     status: str
     started: str
     metrics: Mapping[str, float]
-    """Newest values; `train/clips_per_second` is the median over the steps."""
     deltas: Mapping[str, float]
     """Each metric minus the baseline's, where both have it."""
     accuracy: float | None
@@ -177,10 +174,9 @@ def compare(runs: Sequence[TrackedRun], *, baseline: str | None = None) -> Compa
         UserInputError: no run is called so, or several are.
     """
     first = _baseline(runs, baseline)
-    base = _metrics(first)
     differing, num_equal = differing_settings(runs)
     return Comparison(
-        runs=[_compared(run, base, label) for run, label in zip(runs, labels(runs), strict=True)],
+        runs=[_compared(run, first.metrics, label) for run, label in zip(runs, labels(runs), strict=True)],
         baseline=first.run_id,
         settings=differing,
         num_equal_settings=num_equal,
@@ -304,10 +300,16 @@ def _named(runs: Sequence[Any], names: Sequence[str]) -> list[Any]:
 
 
 def _tracked(client: "MlflowClient", run: Any, experiment: str) -> TrackedRun:
-    metrics, tags = dict(run.data.metrics), dict(run.data.tags)
-    names = [name for name in metrics if name == _LOSS or name.rpartition("/")[2].endswith("top1")]
-    speeds = _history(client, run.info.run_id, CLIPS_PER_SECOND) if CLIPS_PER_SECOND in metrics else ()
-    worlds = _history(client, run.info.run_id, WORLD_SIZE) if WORLD_SIZE in metrics else ()
+    # How busy the nodes were last is nothing that the run reached.
+    known = {name: value for name, value in run.data.metrics.items() if not name.startswith(SYSTEM_PREFIX)}
+    curves = {
+        name: _history(client, run.info.run_id, name)
+        for name in sorted(known)
+        if name in (_LOSS, _CLIPS_PER_SECOND, WORLD_SIZE) or name.rpartition("/")[2].endswith("top1")
+    }
+    speeds, worlds = curves.pop(_CLIPS_PER_SECOND, ()), curves.pop(WORLD_SIZE, ())
+    if speeds:
+        known[_CLIPS_PER_SECOND] = statistics.median(speed for _, speed in speeds)
     return TrackedRun(
         run_id=run.info.run_id,
         name=run.info.run_name,
@@ -315,12 +317,11 @@ def _tracked(client: "MlflowClient", run: Any, experiment: str) -> TrackedRun:
         status=run.info.status,
         started=datetime.datetime.fromtimestamp(run.info.start_time / 1000, datetime.UTC).isoformat(timespec="seconds"),
         settings=dict(run.data.params),
-        tags=tags,
-        metrics=metrics,
-        curves={name: _history(client, run.info.run_id, name) for name in sorted(names)},
+        tags=dict(run.data.tags),
+        metrics=dict(sorted(known.items())),
+        curves=curves,
         device_hours=_device_hours(speeds, worlds, run.data.params),
-        device="GPU" if "hardware.gpus" in tags else "CPU",
-        median_clips_per_second=statistics.median(speed for _, speed in speeds) if speeds else None,
+        device="GPU" if "hardware.gpus" in run.data.tags else "CPU",
     )
 
 
@@ -377,16 +378,9 @@ def _baseline(runs: Sequence[TrackedRun], name: str | None) -> TrackedRun:
     raise UserInputError(f"--baseline {name!r}: expected one of {', '.join(known)}{did_you_mean(name, names)}")
 
 
-def _metrics(run: TrackedRun) -> dict[str, float]:
-    """Return what the run reached; how busy its nodes were last is none of it."""
-    speed = {} if run.median_clips_per_second is None else {CLIPS_PER_SECOND: run.median_clips_per_second}
-    own = {name: value for name, value in run.metrics.items() if not name.startswith(SYSTEM_PREFIX)}
-    return dict(sorted((own | speed).items()))
-
-
 def _compared(run: TrackedRun, base: Mapping[str, float], label: str) -> ComparedRun:
-    metrics, name = _metrics(run), run.accuracy_name
-    accuracy = None if name is None else metrics[name]
+    name = run.accuracy_name
+    accuracy = None if name is None else run.metrics[name]
     curve = run.curves.get(name or "", ())
     best = max(curve, key=lambda point: (point[1], -point[0]), default=None)
     hours = run.device_hours
@@ -397,8 +391,8 @@ def _compared(run: TrackedRun, base: Mapping[str, float], label: str) -> Compare
         experiment=run.experiment,
         status=run.status,
         started=run.started,
-        metrics=metrics,
-        deltas={name: value - base[name] for name, value in metrics.items() if name in base},
+        metrics=run.metrics,
+        deltas={name: value - base[name] for name, value in run.metrics.items() if name in base},
         accuracy=accuracy,
         accuracy_name=name,
         last_step=curve[-1][0] if curve else None,
