@@ -1,6 +1,5 @@
 """Options that several commands share."""
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -30,19 +29,8 @@ def takes(options: type[_Options]) -> Callable[[Callable[[_Options], None]], Cal
         def command(**given: Any) -> None:
             function(options(**given))
 
-        hints = get_type_hints(options, include_extras=True)
-        command.__annotations__ = hints
-        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # what `inspect` asks for first
-            [
-                inspect.Parameter(
-                    field.name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
-                    annotation=hints[field.name],
-                )
-                for field in dataclasses.fields(options)  # type: ignore[arg-type]  # a dataclass, as said
-            ]
-        )
+        command.__annotations__ = get_type_hints(options, include_extras=True)
+        command.__signature__ = inspect.signature(options)  # type: ignore[attr-defined]  # what `inspect` asks for first
         return command
 
     return decorate

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pydantic
 from pydantic import ConfigDict, TypeAdapter
 
-from ca2st.errors import UserInputError, check_choice
+from ca2st.errors import UserInputError
 from ca2st.model.config import ExpertName, ExpertPrecision, ModelConfig, check_expert_precision, check_trainable
 from ca2st.spec import ClipSpec
 from ca2st.training.config import OptimConfig, TrainingConfig
@@ -341,9 +341,6 @@ class StartConfig:
     ones. ``new``: the whole head, last adapters included, is drawn anew."""
     resize_positions: bool = False
     """True: position tables of another number of frames, crop or spectrogram length are interpolated, not refused."""
-
-    def __post_init__(self) -> None:
-        check_choice("head", self.head, ("keep", "new"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
