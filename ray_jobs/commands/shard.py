@@ -258,7 +258,6 @@ def build(options: BuildOptions) -> None:
 
 
 def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
-
     say("terminated; rerun the same command to go on where it stopped")
     raise SystemExit(128 + signal.SIGTERM)
 
