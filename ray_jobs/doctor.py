@@ -134,8 +134,10 @@ def check_open_files() -> Finding:
 
 
 def check_folder(folder: Path) -> Finding:
-    """Write and link a file in `folder` (or the nearest parent that is there), and measure its room."""
-    place = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
+    """Write and link a file in `folder` (or the nearest place above it that is there), and measure its room."""
+    place = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not place.is_dir():
+        return Finding(ok=False, what=f"{place}: a file, no folder", fix="give another folder")
     free = shutil.disk_usage(place).free
     try:
         with tempfile.NamedTemporaryFile(dir=place) as file:

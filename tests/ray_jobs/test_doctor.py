@@ -68,6 +68,12 @@ def test_a_folder_that_cannot_be_written_is_told_and_one_to_come_is_judged_by_it
     assert "cannot write there" in finding.what
 
 
+def test_a_folder_below_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    finding = doctor.check_folder(tmp_path / "file" / "runs")
+    assert (finding.ok, finding.what) == (False, f"{tmp_path / 'file'}: a file, no folder")
+
+
 def test_a_held_sqlite_store_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_ANSWER_SECONDS", 0.1)
     path = tmp_path / "mlflow.db"
