@@ -8,11 +8,9 @@ import statistics
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ca2st import __version__
-from ca2st.durable import write_bytes
 from ca2st.errors import UserInputError, check_choice, did_you_mean
 from ca2st.training.metrics import harmonic_mean
 from ray_jobs.pages.charts import Curve, metric_charts, page_environment, tone
@@ -21,7 +19,7 @@ from ray_jobs.tracking.client import open_client, reachable, sqlite_path
 from ray_jobs.tracking.run_card import duration_in_words
 from ray_jobs.tracking.run_record import SYSTEM_PREFIX, WORLD_SIZE
 
-CLIPS_PER_SECOND = "train/clips_per_second"
+_CLIPS_PER_SECOND = "train/clips_per_second"
 _LOSS = "train/loss"
 _ACCURACIES = ("test/top1", "validation/top1", "test/action_top1", "validation/action_top1")
 _PAGE_RUNS = 200
@@ -62,27 +60,21 @@ class TrackedRun:
     settings: Mapping[str, str]
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
-    """Newest values."""
+    """Newest values by name; `train/clips_per_second` is the median over the steps."""
     curves: Mapping[str, Curve]
     """Loss of training and every accuracy of validation and test, by step."""
     device_hours: float | None
     """Hours that devices spent in training steps: all attempts together, each step once; None before the first."""
     device: str
     """``GPU`` or ``CPU``: what an hour is an hour of (a worker on a CPU)."""
-    median_clips_per_second: float | None
-    """Over the training's steps."""
 
     @property
     def accuracy_name(self) -> str | None:
         """The metric that stands for the run: test before validation, top-1; tests on other datasets do not count."""
         own, ends = f"test/{_dataset(self)}-", ("/top1", "/action_top1")
-        tests = sorted(name for name in self.metrics if name.startswith(own) and name.endswith(ends))
-        known = [
-            _ACCURACIES[0],
-            *tests,
-            *_ACCURACIES[1:],
-            *sorted(name for name in self.metrics if name.endswith("_top1")),
-        ]
+        names = sorted(self.metrics)
+        tests = [name for name in names if name.startswith(own) and name.endswith(ends)]
+        known = [_ACCURACIES[0], *tests, *_ACCURACIES[1:], *(name for name in names if name.endswith("_top1"))]
         return next((name for name in known if name in self.metrics), None)
 
 
@@ -97,17 +89,29 @@ def read_runs(uri: str, wanted: RunFilter) -> list[TrackedRun]:
         raise UserInputError(f"{uri}: expected an MLflow store, found no such file; train first, or check the address")
     with reachable(uri, "compare again"):
         client = open_client(uri)
-        experiments = _experiments(client, wanted.experiment)
-        found = [run for run in _search(client, list(experiments)) if _matches(run, wanted)]
+        experiments = {one.experiment_id: one.name for one in client.search_experiments()}
+        if wanted.experiment is not None:
+            check_choice("experiment", wanted.experiment, sorted(experiments.values()))
+            experiments = {key: name for key, name in experiments.items() if name == wanted.experiment}
+        found = [
+            run
+            for run in _search(client, list(experiments))
+            if (not wanted.recipes or run.data.tags.get("ca2st.name", run.info.run_name) in wanted.recipes)
+            and wanted.tags.items() <= run.data.tags.items()
+        ]
         found = _named(found, wanted.runs) if wanted.runs else found[: wanted.newest][::-1]
         if not found:
-            raise UserInputError(f"no run of {without_credentials(uri)} {_asked(wanted)}")
+            asked = [f"in experiment {wanted.experiment!r}"] if wanted.experiment else []
+            asked += [f"of recipe {' or '.join(wanted.recipes)}"] if wanted.recipes else []
+            asked += [f"with tag {name}={value}" for name, value in wanted.tags.items()]
+            told = "is there yet; train first"
+            if asked:
+                told = f"{' '.join(asked)}; `ca2st compare` without filters shows all"
+            raise UserInputError(f"no run of {without_credentials(uri)} {told}")
         return [_tracked(client, run, experiments[run.info.experiment_id]) for run in found]
 
 
-_NOT_SETTINGS = frozenset({"name"})
 _TAGS_THAT_DIFFER = ("git.commit", "hardware.gpus", "hardware.cpu_count", "version.torch", "version.ca2st")
-_DATASET = "data.{}.dataset"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +126,6 @@ class ComparedRun:
     status: str
     started: str
     metrics: Mapping[str, float]
-    """Newest values; `train/clips_per_second` is the median over the steps."""
     deltas: Mapping[str, float]
     """Each metric minus the baseline's, where both have it."""
     accuracy: float | None
@@ -171,10 +174,9 @@ def compare(runs: Sequence[TrackedRun], *, baseline: str | None = None) -> Compa
         UserInputError: no run is called so, or several are.
     """
     first = _baseline(runs, baseline)
-    base = _metrics(first)
     differing, num_equal = differing_settings(runs)
     return Comparison(
-        runs=[_compared(run, base, label) for run, label in zip(runs, labels(runs), strict=True)],
+        runs=[_compared(run, first.metrics, label) for run, label in zip(runs, labels(runs), strict=True)],
         baseline=first.run_id,
         settings=differing,
         num_equal_settings=num_equal,
@@ -184,7 +186,7 @@ def compare(runs: Sequence[TrackedRun], *, baseline: str | None = None) -> Compa
 
 def differing_settings(runs: Sequence[TrackedRun]) -> tuple[dict[str, list[str | None]], int]:
     """Return the settings and telling tags that are not the same in all runs, and how many settings are."""
-    names = sorted({name for run in runs for name in run.settings} - _NOT_SETTINGS)
+    names = sorted({name for run in runs for name in run.settings} - {"name"})
     columns: dict[str, list[str | None]] = {name: [run.settings.get(name) for run in runs] for name in names}
     differing = {name: values for name, values in columns.items() if len(set(values)) > 1}
     num_equal = len(columns) - len(differing)
@@ -203,11 +205,8 @@ def labels(runs: Sequence[TrackedRun]) -> list[str]:
     found = []
     for run in runs:
         alike = [other for other in runs if other.name == run.name]
-        if len(alike) == 1:
-            found.append(run.name)
-            continue
-        told = next((f"{run.name} ({words})" for words in _telling(run, alike)), None)
-        found.append(told or f"{run.name} ({run.run_id[:8]})")
+        words = next(_telling(run, alike), run.run_id[:8])
+        found.append(run.name if len(alike) == 1 else f"{run.name} ({words})")
     return found
 
 
@@ -239,11 +238,6 @@ def across_datasets(runs: Sequence[TrackedRun]) -> list[AcrossDatasets]:
     ]
 
 
-def write_comparison_page(comparison: Comparison, file: Path, *, source: str) -> None:
-    """Write the page to `file`; `source` says where the numbers are from."""
-    write_bytes(file, render_comparison_page(comparison, source=source).encode())
-
-
 def render_comparison_page(comparison: Comparison, *, source: str) -> str:
     """Return the whole page; it asks nothing of any network."""
     environment = page_environment()
@@ -263,22 +257,13 @@ def render_comparison_page(comparison: Comparison, *, source: str) -> str:
 
 def metric_names(comparison: Comparison) -> list[str]:
     """Return the metrics of any run: accuracies first, then the rest by name."""
+
+    def is_accuracy(name: str) -> bool:
+        last = name.rpartition("/")[2]
+        return last.endswith(("top1", "top5", "mean_class")) or last == "ceiling"
+
     names = {name for run in comparison.runs for name in run.metrics}
-    return sorted(names, key=lambda name: (not is_share(name), name))
-
-
-def is_share(name: str) -> bool:
-    """Return whether a metric is an accuracy, shown in percent."""
-    last = name.rpartition("/")[2]
-    return last.endswith(("top1", "top5", "mean_class")) or last == "ceiling"
-
-
-def _experiments(client: "MlflowClient", name: str | None) -> dict[str, str]:
-    known = {one.experiment_id: one.name for one in client.search_experiments()}
-    if name is None:
-        return known
-    check_choice("experiment", name, sorted(known.values()))
-    return {key: value for key, value in known.items() if value == name}
+    return sorted(names, key=lambda name: (not is_accuracy(name), name))
 
 
 def _search(client: "MlflowClient", experiment_ids: list[str]) -> list[Any]:
@@ -293,12 +278,6 @@ def _search(client: "MlflowClient", experiment_ids: list[str]) -> list[Any]:
         token = page.token
         if not token:
             return found
-
-
-def _matches(run: Any, wanted: RunFilter) -> bool:
-    tags = run.data.tags
-    is_recipe = not wanted.recipes or tags.get("ca2st.name", run.info.run_name) in wanted.recipes
-    return is_recipe and all(tags.get(name) == value for name, value in wanted.tags.items())
 
 
 def _named(runs: Sequence[Any], names: Sequence[str]) -> list[Any]:
@@ -320,20 +299,17 @@ def _named(runs: Sequence[Any], names: Sequence[str]) -> list[Any]:
     return chosen
 
 
-def _asked(wanted: RunFilter) -> str:
-    parts = [f"in experiment {wanted.experiment!r}"] if wanted.experiment else []
-    parts += [f"of recipe {' or '.join(wanted.recipes)}"] if wanted.recipes else []
-    parts += [f"with tag {name}={value}" for name, value in wanted.tags.items()]
-    if not parts:
-        return "is there yet; train first"
-    return f"{' '.join(parts)}; `ca2st compare` without filters shows all"
-
-
 def _tracked(client: "MlflowClient", run: Any, experiment: str) -> TrackedRun:
-    metrics, tags = dict(run.data.metrics), dict(run.data.tags)
-    names = [name for name in metrics if name == _LOSS or name.rpartition("/")[2].endswith("top1")]
-    speeds = _history(client, run.info.run_id, CLIPS_PER_SECOND) if CLIPS_PER_SECOND in metrics else ()
-    worlds = _history(client, run.info.run_id, WORLD_SIZE) if WORLD_SIZE in metrics else ()
+    # How busy the nodes were last is nothing that the run reached.
+    known = {name: value for name, value in run.data.metrics.items() if not name.startswith(SYSTEM_PREFIX)}
+    curves = {
+        name: _history(client, run.info.run_id, name)
+        for name in sorted(known)
+        if name in (_LOSS, _CLIPS_PER_SECOND, WORLD_SIZE) or name.rpartition("/")[2].endswith("top1")
+    }
+    speeds, worlds = curves.pop(_CLIPS_PER_SECOND, ()), curves.pop(WORLD_SIZE, ())
+    if speeds:
+        known[_CLIPS_PER_SECOND] = statistics.median(speed for _, speed in speeds)
     return TrackedRun(
         run_id=run.info.run_id,
         name=run.info.run_name,
@@ -341,12 +317,11 @@ def _tracked(client: "MlflowClient", run: Any, experiment: str) -> TrackedRun:
         status=run.info.status,
         started=datetime.datetime.fromtimestamp(run.info.start_time / 1000, datetime.UTC).isoformat(timespec="seconds"),
         settings=dict(run.data.params),
-        tags=tags,
-        metrics=metrics,
-        curves={name: _history(client, run.info.run_id, name) for name in sorted(names)},
+        tags=dict(run.data.tags),
+        metrics=dict(sorted(known.items())),
+        curves=curves,
         device_hours=_device_hours(speeds, worlds, run.data.params),
-        device="GPU" if "hardware.gpus" in tags else "CPU",
-        median_clips_per_second=statistics.median(speed for _, speed in speeds) if speeds else None,
+        device="GPU" if "hardware.gpus" in run.data.tags else "CPU",
     )
 
 
@@ -374,7 +349,7 @@ def _device_hours(speeds: Curve, worlds: Curve, settings: Mapping[str, str]) -> 
 
 
 def _dataset(run: TrackedRun) -> str | None:
-    return run.tags.get(_DATASET.format("validation")) or run.tags.get(_DATASET.format("train"))
+    return run.tags.get("data.validation.dataset") or run.tags.get("data.train.dataset")
 
 
 def _model(run: TrackedRun, runs: Sequence[TrackedRun]) -> str:
@@ -403,16 +378,9 @@ def _baseline(runs: Sequence[TrackedRun], name: str | None) -> TrackedRun:
     raise UserInputError(f"--baseline {name!r}: expected one of {', '.join(known)}{did_you_mean(name, names)}")
 
 
-def _metrics(run: TrackedRun) -> dict[str, float]:
-    """Return what the run reached; how busy its nodes were last is none of it."""
-    speed = {} if run.median_clips_per_second is None else {CLIPS_PER_SECOND: run.median_clips_per_second}
-    own = {name: value for name, value in run.metrics.items() if not name.startswith(SYSTEM_PREFIX)}
-    return dict(sorted((own | speed).items()))
-
-
 def _compared(run: TrackedRun, base: Mapping[str, float], label: str) -> ComparedRun:
-    metrics, name = _metrics(run), run.accuracy_name
-    accuracy = None if name is None else metrics[name]
+    name = run.accuracy_name
+    accuracy = None if name is None else run.metrics[name]
     curve = run.curves.get(name or "", ())
     best = max(curve, key=lambda point: (point[1], -point[0]), default=None)
     hours = run.device_hours
@@ -423,8 +391,8 @@ def _compared(run: TrackedRun, base: Mapping[str, float], label: str) -> Compare
         experiment=run.experiment,
         status=run.status,
         started=run.started,
-        metrics=metrics,
-        deltas={name: value - base[name] for name, value in metrics.items() if name in base},
+        metrics=run.metrics,
+        deltas={name: value - base[name] for name, value in run.metrics.items() if name in base},
         accuracy=accuracy,
         accuracy_name=name,
         last_step=curve[-1][0] if curve else None,

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from reprlib import repr as shortened
@@ -71,12 +71,14 @@ def require_folder_place(path: Path, option: str) -> None:
             raise UserInputError(f"{option}: expected a folder, found the file {place}; choose another name")
 
 
-def require_writable_place(path: Path, option: str) -> None:
-    """Refuse a file that could not get its name at the end.
+def require_writable_place(path: Path | None, option: str) -> None:
+    """Refuse a file that could not get its name at the end; None, no file, is fine.
 
     Raises:
         UserInputError: the folder is not there or cannot be written to, or `path` is a folder.
     """
+    if path is None:
+        return
     if not path.parent.is_dir():
         raise UserInputError(
             f"{option}: expected a file in a folder that exists, found no {path.parent}; make it first"
@@ -102,24 +104,17 @@ def show_log() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding has no letters for
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger().handlers[0].addFilter(_Once())
+    seen: set[str] = set()
+
+    def is_news(record: logging.LogRecord) -> bool:  # an informative line the first time only; warnings always
+        text = record.getMessage()
+        is_known = record.levelno <= logging.INFO and text in seen
+        seen.add(text)
+        return not is_known
+
+    logging.getLogger().handlers[0].addFilter(is_news)
     for package in ("ca2st", "pipelines", "ray_jobs", "sharding"):
         logging.getLogger(package).setLevel(logging.INFO)
-
-
-class _Once(logging.Filter):
-    """Passes an informative line the first time only; warnings always."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        if record.levelno <= logging.INFO and text in self._seen:
-            return False
-        self._seen.add(text)
-        return True
 
 
 def say(text: str) -> None:
@@ -137,6 +132,15 @@ def print_json(facts: object) -> None:
     result(json.dumps(finite(facts, default=_plain)))
 
 
+def answer(facts: object, lines: Iterable[str], *, as_json: bool) -> None:
+    """Print what a command found: `facts` as JSON, or the `lines` for a person."""
+    if as_json:
+        print_json(facts)
+    else:
+        for line in lines:
+            result(line)
+
+
 @contextlib.contextmanager
 def stdout_for_results() -> Iterator[None]:
     """Let only `result` and `print_json` write to stdout in the block.
@@ -144,26 +148,22 @@ def stdout_for_results() -> Iterator[None]:
     What libraries print, their C code and child processes too, goes to stderr.
     """
     own = sys.stdout
-    try:
-        number = own.fileno()
-    except (OSError, ValueError):  # replaced by something that is no file
-        _results.append(own)
+    with contextlib.ExitStack() as stack:
         try:
-            with contextlib.redirect_stdout(sys.stderr):
-                yield
-        finally:
-            _results.pop()
-        return
-    own.flush()
-    with os.fdopen(os.dup(number), "w", encoding="utf-8", errors="backslashreplace") as results:
-        os.dup2(sys.stderr.fileno(), number)
-        _results.append(results)
-        try:
-            yield
-        finally:
-            _results.pop()
+            number = own.fileno()
+        except (OSError, ValueError):  # replaced by something that is no file
+            results = own
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        else:
             own.flush()
-            os.dup2(results.fileno(), number)
+            copy = os.fdopen(os.dup(number), "w", encoding="utf-8", errors="backslashreplace")
+            results = stack.enter_context(copy)
+            os.dup2(sys.stderr.fileno(), number)
+            stack.callback(os.dup2, results.fileno(), number)
+            stack.callback(own.flush)
+        _results.append(results)
+        stack.callback(_results.pop)
+        yield
 
 
 def _write(text: str, stream: TextIO) -> None:
@@ -191,13 +191,9 @@ def table(rows: Mapping[str, object]) -> str:
 @contextlib.contextmanager
 def progress(title: str, total: int) -> Iterator[Update]:
     """Show how far something is; the block gets a function to call with (done, note)."""
-    shown = _bar(title, total) if sys.stderr.isatty() else _lines(title, total)
-    with shown as update:
-        yield update
-
-
-@contextlib.contextmanager
-def _bar(title: str, total: int) -> Iterator[Update]:
+    if not sys.stderr.isatty():
+        yield _lines(title, total)
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Column
@@ -214,8 +210,7 @@ def _bar(title: str, total: int) -> Iterator[Update]:
         yield lambda done, note: bar.update(task, completed=done, note=note)
 
 
-@contextlib.contextmanager
-def _lines(title: str, total: int) -> Iterator[Update]:
+def _lines(title: str, total: int) -> Update:
     last_shown = begun = time.monotonic()
     first: int | None = None
 
@@ -231,7 +226,7 @@ def _lines(title: str, total: int) -> Iterator[Update]:
         told = "" if left is None or done >= total else f"  {duration(left)} left"
         say(f"{time.strftime('%H:%M:%S')} {title}: {done}/{total}{told}  {note}".rstrip())
 
-    yield update
+    return update
 
 
 def duration(seconds: float) -> str:
@@ -258,16 +253,9 @@ def convert_shown(
     from sharding.conversion import convert
 
     with progress(f"Converting {source.dataset}/{source.split}", len(source.samples)) as update:
-        return convert(
-            source,
-            out,
-            config,
-            faults=faults,
-            pool=pool,
-            progress=lambda state: update(state.num_done, _rate_and_rejects(state)),
-        )
 
+        def show(state: "ConversionProgress") -> None:
+            rejected = f"  {state.num_rejected} rejected" if state.num_rejected else ""
+            update(state.num_done, f"{state.clips_per_second:.1f} clips/s{rejected}")
 
-def _rate_and_rejects(state: "ConversionProgress") -> str:
-    rejected = f"  {state.num_rejected} rejected" if state.num_rejected else ""
-    return f"{state.clips_per_second:.1f} clips/s{rejected}"
+        return convert(source, out, config, faults=faults, pool=pool, progress=show)

@@ -15,7 +15,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from importlib import metadata
@@ -31,7 +31,6 @@ from ray_jobs.tracking.client import sqlite_path
 
 if TYPE_CHECKING:
     import numpy as np
-    from packaging.requirements import Requirement
 
 _GIB = 2**30
 _LEAST_DISK_BYTES = 5 * _GIB
@@ -50,8 +49,8 @@ _FIX = "install the PyAV wheel of requirements.lock: it carries FFmpeg with all 
 class Finding:
     """One thing that was tried."""
 
-    name: str
-    """What: ``python``, ``decode h264``, ``disk runs``."""
+    name: str = ""
+    """What: ``torch``, ``video h264``, ``disk runs``; `examine` fills it in."""
     ok: bool
     what: str
     """What was found."""
@@ -87,7 +86,7 @@ def examine(checks: dict[str, Check]) -> Iterator[Finding]:
     """Yield the finding of each check, as it comes; whatever a check raises becomes a finding that is not ok."""
     for name, check in checks.items():
         try:
-            yield check()
+            yield replace(check(), name=name)
         except Exception as error:  # noqa: BLE001 - a broken library may raise anything, and that is what is asked
             fix = "install the package again in a fresh environment (make install)"
             yield Finding(name=name, ok=False, what=f"{type(error).__name__}: {error}", fix=fix)
@@ -97,7 +96,7 @@ def check_processor() -> Finding:
     """Count the cores this process may use."""
     from ca2st.benchmark.measure import machine
 
-    return Finding(name="processor", ok=True, what=f"{num_cores()} cores, {machine('cpu').processor}")
+    return Finding(ok=True, what=f"{num_cores()} cores, {machine('cpu').processor}")
 
 
 def check_memory() -> Finding:
@@ -106,18 +105,17 @@ def check_memory() -> Finding:
     limits = [int(text) for path in _CGROUP_LIMITS if path.is_file() and (text := path.read_text().strip()).isdigit()]
     usable = min([total, *limits])
     return Finding(
-        name="memory",
         ok=usable >= _LEAST_MEMORY_BYTES,
         what=f"{usable / _GIB:.1f} GiB usable",
         fix=f"a worker with a small model needs 2 GiB: give the machine {_LEAST_MEMORY_BYTES // _GIB} or more",
     )
 
 
-def check_shared_memory(folder: Path = Path("/dev/shm")) -> Finding:  # noqa: S108 - the place is what is asked about
+def check_shared_memory() -> Finding:
     """Measure the room of Ray's object store."""
+    folder = "/dev/shm"  # noqa: S108 - the place is what is asked about
     free = shutil.disk_usage(folder).free
     return Finding(
-        name="shared memory",
         ok=free >= _LEAST_SHARED_BYTES,
         what=f"{free / _GIB:.2f} GiB free in {folder}",
         fix="start the container with --shm-size=8g; Ray falls back to slower files without",
@@ -129,16 +127,17 @@ def check_open_files() -> Finding:
     """Check how many files a process may hold open: shards, sockets of Ray."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return Finding(
-        name="open files",
         ok=soft >= _LEAST_OPEN_FILES or soft == resource.RLIM_INFINITY,
         what=f"{soft} per process (at most {hard})",
         fix="ulimit -n 65536 before the command, or LimitNOFILE= of the service",
     )
 
 
-def check_folder(name: str, folder: Path) -> Finding:
-    """Write and link a file in `folder` (or the nearest parent that is there), and measure its room."""
-    place = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
+def check_folder(folder: Path) -> Finding:
+    """Write and link a file in `folder` (or the nearest place above it that is there), and measure its room."""
+    place = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not place.is_dir():
+        return Finding(ok=False, what=f"{place}: a file, no folder", fix="give another folder")
     free = shutil.disk_usage(place).free
     try:
         with tempfile.NamedTemporaryFile(dir=place) as file:
@@ -148,13 +147,11 @@ def check_folder(name: str, folder: Path) -> Finding:
             Path(f"{file.name}.renamed").unlink()
     except OSError as error:
         return Finding(
-            name=name,
             ok=False,
             what=f"{place}: cannot write there ({error.strerror})",
             fix="give another folder, or the right to write to it",
         )
     return Finding(
-        name=name,
         ok=free >= _LEAST_DISK_BYTES,
         what=f"{place}: writable, {free / _GIB:.0f} GiB free",
         fix=f"make room: at least {_LEAST_DISK_BYTES // _GIB} GiB for checkpoints and logs",
@@ -165,7 +162,6 @@ def check_compiler() -> Finding:
     """Look for a C++ compiler, which torch.compile needs on a CPU."""
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     return Finding(
-        name="c++ compiler",
         ok=found is not None,
         what=found or "none on PATH",
         fix="apt-get install g++; only training.compile needs it",
@@ -177,10 +173,8 @@ def check_gpu() -> Finding:
     """Compute on every CUDA device, in bfloat16 too."""
     import torch
 
-    name = "gpu"
     if not torch.cuda.is_available():
         return Finding(
-            name=name,
             ok=False,
             what="torch sees no CUDA device",
             fix="small models train on the CPU; for ViT-B use a machine with a GPU and a driver for "
@@ -193,10 +187,10 @@ def check_gpu() -> Finding:
             ones = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
             if float((ones @ ones).sum()) != 64**3:
                 fix = "the device gives wrong sums: check its driver and its memory (nvidia-smi -q)"
-                return Finding(name=name, ok=False, what=f"device {index} multiplies wrongly", fix=fix)
+                return Finding(ok=False, what=f"device {index} multiplies wrongly", fix=fix)
             free, total = torch.cuda.mem_get_info()
             found.append(f"{torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
-    return Finding(name=name, ok=True, what="; ".join(found))
+    return Finding(ok=True, what="; ".join(found))
 
 
 def check_packages() -> Finding:
@@ -205,21 +199,18 @@ def check_packages() -> Finding:
 
     asked = [Requirement(text) for text in metadata.requires("ca2st") or ()]
     wanted = [one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
-    wrong = [problem for one in wanted if (problem := _problem(one))]
-    name = "packages"
+    wrong = []
+    for one in wanted:
+        try:
+            found = metadata.version(one.name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{one.name}: expected {one.specifier or 'any version'}, found none")
+            continue
+        if not one.specifier.contains(found, prereleases=True):
+            wrong.append(f"{one.name}: expected {one.specifier}, found {found}")
     if wrong:
-        return Finding(name=name, ok=False, what="; ".join(wrong), fix=_INSTALL)
-    return Finding(name=name, ok=True, what=f"Python {platform.python_version()}, all of {len(wanted)} as asked for")
-
-
-def _problem(wanted: "Requirement") -> str | None:
-    try:
-        found = metadata.version(wanted.name)
-    except metadata.PackageNotFoundError:
-        return f"{wanted.name}: expected {wanted.specifier or 'any version'}, found none"
-    if wanted.specifier.contains(found, prereleases=True):
-        return None
-    return f"{wanted.name}: expected {wanted.specifier}, found {found}"
+        return Finding(ok=False, what="; ".join(wrong), fix=_INSTALL)
+    return Finding(ok=True, what=f"Python {platform.python_version()}, all of {len(wanted)} as asked for")
 
 
 def check_torch_family() -> Finding:
@@ -230,7 +221,7 @@ def check_torch_family() -> Finding:
 
     found = ", ".join(f"{one.__name__} {one.__version__}" for one in (torch, torchvision, torchaudio))
     torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)  # fails where the builds do not fit
-    return Finding(name="torch", ok=True, what=f"{found}, CUDA {torch.version.cuda or 'none'}")
+    return Finding(ok=True, what=f"{found}, CUDA {torch.version.cuda or 'none'}")
 
 
 def check_video(codec: str) -> Finding:
@@ -238,19 +229,17 @@ def check_video(codec: str) -> Finding:
     import av
     import numpy as np
 
-    name, encoder = f"video {codec}", _ENCODERS[codec]
+    encoder = _ENCODERS[codec]
     if encoder not in av.codecs_available:
-        return Finding(name=name, ok=False, what=f"no encoder {encoder}", fix=_FIX, needed=codec == "mjpeg")
+        return Finding(ok=False, what=f"no encoder {encoder}", fix=_FIX, needed=codec == "mjpeg")
     frames = _frames()
     with av.open(io.BytesIO(_encoded(encoder, frames)), "r") as container:
         found = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     if len(found) != len(frames):
-        return Finding(name=name, ok=False, what=f"{len(frames)} frames in, {len(found)} out", fix=_FIX)
+        return Finding(ok=False, what=f"{len(frames)} frames in, {len(found)} out", fix=_FIX)
     error = float(np.abs(np.stack(found).astype(float) - frames).mean())
     ok = error < 16
-    return Finding(
-        name=name, ok=ok, what=f"{encoder} and back: {error:.1f} of 255 off on average", fix="" if ok else _FIX
-    )
+    return Finding(ok=ok, what=f"{encoder} and back: {error:.1f} of 255 off on average", fix="" if ok else _FIX)
 
 
 def check_audio() -> Finding:
@@ -270,28 +259,28 @@ def check_audio() -> Finding:
     with av.open(sink, "r") as container:
         found = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
     ok = len(found) >= rate and float(np.abs(found).max()) > 0.5
-    return Finding(
-        name="audio aac", ok=ok, what=f"{rate} samples in, {len(found)} out", fix="" if ok else _FIX, needed=False
-    )
+    return Finding(ok=ok, what=f"{rate} samples in, {len(found)} out", fix="" if ok else _FIX, needed=False)
 
 
 def check_dali() -> Finding:
     """Decode a JPEG by DALI on the CPU, as training does, and compare with the pixels of Pillow."""
+    from PIL import Image
+
     from pipelines.decode.backends import dali_is_installed
 
-    name, fix = "dali cpu", "pip install nvidia-dali-cuda130==2.4.0; until then the slower reference backend is used"
+    fix = "pip install nvidia-dali-cuda130==2.4.0; until then the slower reference backend is used"
     if not dali_is_installed():
-        return Finding(name=name, ok=False, what="nvidia-dali is not installed", fix=fix, needed=False)
-    from importlib import metadata
-
+        return Finding(ok=False, what="nvidia-dali is not installed", fix=fix, needed=False)
     from pipelines.augment.boxes import CropBox
     from pipelines.decode.dali import dali_backend
     from pipelines.decode.reference import ReferenceBackend
     from pipelines.rendering import JpegFrames, RenderRequest
     from pipelines.threads import StatsRecorder
 
+    sink = io.BytesIO()
+    Image.fromarray(_frames()[0]).save(sink, format="JPEG", quality=90)
     request = RenderRequest(
-        frames=JpegFrames(frames=(_jpeg(),) * 2),
+        frames=JpegFrames(frames=(sink.getvalue(),) * 2),
         boxes=(CropBox(top=0, left=0, height=_SIZE, width=_SIZE),),
         flip=False,
         where="a picture of the doctor's",
@@ -304,9 +293,7 @@ def check_dali() -> Finding:
     expected = ReferenceBackend(crop_size=_SIZE, stats=StatsRecorder()).render([request])
     worst = int((found.int() - expected.int()).abs().max())
     version = metadata.version("nvidia-dali-cuda130")
-    return Finding(
-        name=name, ok=worst <= 1, what=f"DALI {version}: at most {worst} of 255 off Pillow", fix=fix, needed=False
-    )
+    return Finding(ok=worst <= 1, what=f"DALI {version}: at most {worst} of 255 off Pillow", fix=fix, needed=False)
 
 
 def _frames() -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
@@ -331,14 +318,6 @@ def _encoded(encoder: str, frames: "np.ndarray[tuple[int, ...], np.dtype[np.uint
     return sink.getvalue()
 
 
-def _jpeg() -> bytes:
-    from PIL import Image
-
-    sink = io.BytesIO()
-    Image.fromarray(_frames()[0]).save(sink, format="JPEG", quality=90)
-    return sink.getvalue()
-
-
 _ANSWER_SECONDS = 5.0
 _LOOPBACK = "127.0.0.1"
 _PORTS = {"MLflow": 5000, "Ray": 6379, "Ray dashboard": 8265}
@@ -348,7 +327,7 @@ def all_checks(runs: Path, *, tracking_uri: str | None = None) -> dict[str, Chec
     """Return what is tried, by name. `runs` is the folder that runs are written under."""
     return {
         **machine_checks(),
-        "disk runs": partial(check_folder, "disk runs", runs),
+        "disk runs": partial(check_folder, runs),
         "mlflow": partial(check_tracking, tracking_uri or default_tracking_uri(runs), tracking_authorization()),
         "ray": partial(check_ray, ray_auth_mode()),
         "loopback": check_loopback,
@@ -366,14 +345,13 @@ def check_tracking(uri: str, authorization: str | None = None) -> Finding:
         return _check_sqlite(path)
     if uri.startswith(("http://", "https://")):
         return _check_server(uri, authorization)
-    return Finding(name="mlflow", ok=True, what=f"a {urlsplit(uri).scheme} store: not tried", fix="", needed=False)
+    return Finding(ok=True, what=f"a {urlsplit(uri).scheme} store: not tried", fix="", needed=False)
 
 
 def _check_sqlite(path: Path) -> Finding:
     if not path.is_file():
         folder = next(one for one in path.absolute().parents if one.is_dir())
         return Finding(
-            name="mlflow",
             ok=os.access(folder, os.W_OK),
             what=f"SQLite, not there yet: {path}",
             fix=f"make {folder} writable, or set MLFLOW_TRACKING_URI",
@@ -387,8 +365,8 @@ def _check_sqlite(path: Path) -> Finding:
         finally:
             connection.close()
     except sqlite3.Error as error:
-        return Finding(name="mlflow", ok=False, what=f"{path}: {error}", fix=fix)
-    return Finding(name="mlflow", ok=True, what=f"SQLite, writable: {path}")
+        return Finding(ok=False, what=f"{path}: {error}", fix=fix)
+    return Finding(ok=True, what=f"SQLite, writable: {path}")
 
 
 def _check_server(uri: str, authorization: str | None) -> Finding:
@@ -403,12 +381,12 @@ def _check_server(uri: str, authorization: str | None) -> Finding:
             version = answer.read(64).decode(errors="replace")
     except urllib.error.HTTPError as error:
         what, fix = f"{where} answers {error.code}", "set MLFLOW_TRACKING_TOKEN, or user and password"
-        return Finding(name="mlflow", ok=False, what=what, fix=fix)
+        return Finding(ok=False, what=what, fix=fix)
     except OSError as error:
         reason = getattr(error, "reason", error)
         fix = "start the server or correct MLFLOW_TRACKING_URI; runs go on without it, `ca2st track sync` sends later"
-        return Finding(name="mlflow", ok=False, what=f"{where}: no answer ({reason})", fix=fix, needed=False)
-    return Finding(name="mlflow", ok=True, what=f"{where} answers, version {version}")
+        return Finding(ok=False, what=f"{where}: no answer ({reason})", fix=fix, needed=False)
+    return Finding(ok=True, what=f"{where} answers, version {version}")
 
 
 def check_loopback() -> Finding:
@@ -419,25 +397,23 @@ def check_loopback() -> Finding:
         port = server.getsockname()[1]
         with socket.create_connection((_LOOPBACK, port), timeout=_ANSWER_SECONDS):
             pass
-    return Finding(name="loopback", ok=True, what="connections within this machine work")
+    return Finding(ok=True, what="connections within this machine work")
 
 
 def check_ports(ports: dict[str, int]) -> Finding:
     """Look which of the usual ports something already listens on."""
-    taken = [f"{port} ({name})" for name, port in ports.items() if _is_taken(port)]
+    taken = []
+    for name, port in ports.items():
+        with socket.socket() as probe:
+            probe.settimeout(_ANSWER_SECONDS)
+            if probe.connect_ex((_LOOPBACK, port)) == 0:
+                taken.append(f"{port} ({name})")
     return Finding(
-        name="ports",
         ok=not taken,
         what=f"taken: {', '.join(taken)}" if taken else f"free: {', '.join(str(port) for port in ports.values())}",
         fix="a server of yours may be running already; otherwise start ours on other ports",
         needed=False,
     )
-
-
-def _is_taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(_ANSWER_SECONDS)
-        return probe.connect_ex((_LOOPBACK, port)) == 0
 
 
 def check_listening() -> Finding:
@@ -450,9 +426,7 @@ def check_listening() -> Finding:
             with contextlib.suppress(psutil.Error):  # it ended meanwhile
                 ports.setdefault(psutil.Process(one.pid).name(), set()).add(one.laddr.port)
     listening = "; ".join(f"{name} {', '.join(map(str, sorted(of)))}" for name, of in sorted(ports.items()))
-    return Finding(
-        name="listening", ok=True, what=f"to other machines: {listening}" if listening else "to this machine alone"
-    )
+    return Finding(ok=True, what=f"to other machines: {listening}" if listening else "to this machine alone")
 
 
 def _is_loopback(address: str) -> bool:
@@ -466,7 +440,6 @@ def check_ray(auth_mode: str | None) -> Finding:
     version = metadata.version("ray")
     ok = auth_mode == "token"
     return Finding(
-        name="ray",
         ok=ok,
         what=f"Ray {version}, RAY_AUTH_MODE={auth_mode or 'not set'}",
         fix="export RAY_AUTH_MODE=token before `ray start`: without it anybody who reaches the cluster can run jobs",

@@ -163,7 +163,15 @@ def git_state(folder: Path) -> dict[str, str]:
     """
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
-        return _git_state_of(os.environ.get(_GIT_VARIABLE))
+        text = os.environ.get(_GIT_VARIABLE)
+        if not text:
+            return {}
+        if re.fullmatch(r"[0-9a-f]{40,64}( true| false)?", text) is None:
+            raise UserInputError(
+                f"{_GIT_VARIABLE}: expected a commit and true or false (changed since), as `ca2st submit` sets it, "
+                "found something else; unset it"
+            )
+        return dict(zip(_GIT_FACTS, text.split(" "), strict=False))
     changes = _git(folder, "status", "--porcelain")
     return {"git.commit": commit} | ({} if changes is None else {"git.dirty": str(bool(changes)).lower()})
 
@@ -233,19 +241,7 @@ def ray_job() -> dict[str, str]:
 
 def git_variable(state: Mapping[str, str]) -> dict[str, str]:
     """Return ``CA2ST_GIT``, by which a job without a checkout knows the `git_state` it was sent from."""
-    words = [state[name] for name in _GIT_FACTS if name in state]
-    return {_GIT_VARIABLE: " ".join(words)} if words else {}
-
-
-def _git_state_of(text: str | None) -> dict[str, str]:
-    if not text:
-        return {}
-    if re.fullmatch(r"[0-9a-f]{40,64}( true| false)?", text) is None:
-        raise UserInputError(
-            f"{_GIT_VARIABLE}: expected a commit and true or false (changed since), as `ca2st submit` sets it, found "
-            "something else; unset it"
-        )
-    return dict(zip(_GIT_FACTS, text.split(" "), strict=False))
+    return {_GIT_VARIABLE: " ".join(state[name] for name in _GIT_FACTS if name in state)} if state else {}
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

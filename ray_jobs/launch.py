@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, MutableSequence, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -24,8 +24,9 @@ from typing import NoReturn
 import torch
 
 from ca2st.durable import FaultPoints, write_bytes
-from ca2st.errors import NumericError, UserInputError
+from ca2st.errors import CA2STError, NumericError, UserInputError
 from ca2st.processes import SPAWN, STOPPING, die_with_parent, signals_held
+from ca2st.training.errors import RunStoppedError, StopNotSavedError
 from ca2st.training.journal import JOURNAL_NAME, LAUNCH_LOCK_NAME, locked, run_sequence, share_right
 from ca2st.training.optim import REFERENCE_BATCH
 from ca2st.training.ranks import Ranks
@@ -144,14 +145,10 @@ def launch(
     """
     if (ranks := environment.launched_ranks()) is not None:
         return _launch_on_rank(recipe, run_dir, faults=faults, rank=ranks[0], world_size=ranks[1])
-    ready = prepare(recipe, run_dir, environment.hub_access())
-    recipe, document = ready.recipe, recipe_document(ready.recipe)
-    with locked(run_dir, name=LAUNCH_LOCK_NAME):
-        write_bytes(run_dir / RECIPE_FILE, (json.dumps(document, indent=1) + "\n").encode())
-        tracked = followed(recipe, run_dir, ready.data)
-        if (outcome := finished(ready, run_dir)) is not None:
+    with _prepared(recipe, run_dir) as (recipe, job, tracked):
+        if isinstance(job, Outcome):
             with tracked:  # what MLflow lacks is sent
-                return outcome
+                return job
         if ray_address is not None:
             from ray_jobs.cluster.driver import joined
             from ray_jobs.cluster.ray_access import found_access
@@ -159,12 +156,26 @@ def launch(
             access = found_access(accept_open=accept_open_ray)
             with joined(recipe, run_dir, ray_address, access=access) as fleet, tracked:
                 return fleet.train()
-        job = Job(recipe=document, run_dir=str(run_dir.resolve()))
         with tracked:
             if recipe.launch.workers == 1:
                 return run(job, faults=faults)
             refuse_more_workers_than_gpus(recipe.launch.workers, torch.cuda.device_count())
             return run_processes(job, recipe.launch.workers, faults)
+
+
+@contextmanager
+def _prepared(recipe: Recipe, run_dir: Path) -> Iterator[tuple[Recipe, Job | Outcome, AbstractContextManager[None]]]:
+    """Check everything, hold the folder and write the recipe there.
+
+    Gives the recipe with public names as files, what is to be run (the outcome where nothing is left), and the
+    follower, which is to be entered around the run.
+    """
+    ready = prepare(recipe, run_dir, environment.hub_access())
+    document = recipe_document(ready.recipe)
+    with locked(run_dir, name=LAUNCH_LOCK_NAME):
+        write_bytes(run_dir / RECIPE_FILE, (json.dumps(document, indent=1) + "\n").encode())
+        job = finished(ready, run_dir) or Job(recipe=document, run_dir=str(run_dir.resolve()))
+        yield ready.recipe, job, followed(ready.recipe, run_dir, ready.data)
 
 
 def refuse_more_workers_than_gpus(num_workers: int, num_gpus: int) -> None:
@@ -206,13 +217,9 @@ def _launch_on_rank(recipe: Recipe, run_dir: Path, *, faults: FaultPoints, rank:
     with ExitStack() as stack:
 
         def begin() -> Job | Outcome:
-            ready = prepare(recipe, run_dir, environment.hub_access())
-            document = recipe_document(ready.recipe)
-            stack.enter_context(locked(run_dir, name=LAUNCH_LOCK_NAME))
-            write_bytes(run_dir / RECIPE_FILE, (json.dumps(document, indent=1) + "\n").encode())
-            outcome = finished(ready, run_dir)
-            stack.enter_context(followed(ready.recipe, run_dir, ready.data))
-            return outcome or Job(recipe=document, run_dir=str(run_dir.resolve()))
+            _, job, tracked = stack.enter_context(_prepared(recipe, run_dir))
+            stack.enter_context(tracked)
+            return job
 
         begun = Ranks(accelerator).on_main(begin)
         if isinstance(begun, Outcome):
@@ -232,7 +239,10 @@ def run_processes(job: Job, num_workers: int, faults: FaultPoints) -> Outcome:
     # torch.distributed.launcher's elastic_launch was tried and does not pass the tests of failing and stopping: after a
     # failure it asks the other ranks to save (SIGTERM) and waits 30 s; a stop loses its exit code and message; workers
     # run the caller's main script, and live on when the launcher is killed.
-    launch, port = f"local-{os.getpid()}-{time.time_ns()}", _free_port()
+    launch = f"local-{os.getpid()}-{time.time_ns()}"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     stop_told, tell_stop = SPAWN.Pipe(duplex=False)
     begun = SPAWN.RawArray("b", num_workers)
     workers: list[BaseProcess] = [
@@ -278,19 +288,12 @@ def ended_badly(workers: Sequence[BaseProcess]) -> int | None:
             workers[rank].join()
             if (code := shell_exit_code(workers[rank])) != 0:
                 failed.append(rank)
-                deadline = deadline or time.monotonic() + _last_words_seconds(code)
+                deadline = deadline or time.monotonic() + (_SAVING_SECONDS if code in _STOPPED else _LAST_WORDS_SECONDS)
     for rank in running.values():
         workers[rank].kill()
         workers[rank].join()
-    return min(failed, key=lambda rank: (not _is_signalled(workers[rank]), failed.index(rank)), default=None)
-
-
-def _last_words_seconds(exit_code: int) -> float:
-    return _SAVING_SECONDS if exit_code in _STOPPED else _LAST_WORDS_SECONDS
-
-
-def _is_signalled(worker: BaseProcess) -> bool:
-    return worker.exitcode is not None and worker.exitcode < 0
+    signalled = [rank for rank in failed if (workers[rank].exitcode or 0) < 0]
+    return next(iter(signalled or failed), None)
 
 
 def shell_exit_code(worker: BaseProcess) -> int:
@@ -338,9 +341,6 @@ def _worker_process(
     begun: MutableSequence[int],
     tell_stop: Connection | None,
 ) -> None:
-    from ca2st.errors import CA2STError
-    from ca2st.training.errors import RunStoppedError, StopNotSavedError
-
     die_with_parent()
     take_signals()
     begun[rank] = 1
@@ -361,14 +361,14 @@ def _worker_process(
         if tell_stop is not None:
             tell_stop.send((failures.message_of(error), error.exit_code))
         end_at_once(error.exit_code)
-    except CA2STError as error:
+    except Exception as error:  # noqa: BLE001  # on record for the parent; a fault of ours with its stack
         _record(rank, error, Path(job.run_dir), launch)
-        _leave(rank, error, error.exit_code)
-    except Exception as error:  # noqa: BLE001  # reported with its stack, on record for the parent
-        _record(rank, error, Path(job.run_dir), launch)
+        code = error.exit_code if isinstance(error, CA2STError) else None
         if not failures.is_echo(error):
-            traceback.print_exc()
-        _leave(rank, error, CA2STError.exit_code)
+            if code is None:
+                traceback.print_exc()
+            say(f"error (rank {rank}): {type(error).__name__}: {error}")
+        end_at_once(CA2STError.exit_code if code is None else code)  # libraries' ends may wait for other ranks
 
 
 def _record(rank: int, error: Exception, run_dir: Path, launch: str) -> None:
@@ -377,25 +377,11 @@ def _record(rank: int, error: Exception, run_dir: Path, launch: str) -> None:
     )
 
 
-def _leave(rank: int, error: Exception, exit_code: int) -> NoReturn:
-    """End at once, without the shutdown of libraries that may wait for the other ranks."""
-    if not failures.is_echo(error):
-        say(f"error (rank {rank}): {type(error).__name__}: {error}")
-    end_at_once(exit_code)
-
-
 def end_at_once(exit_code: int) -> NoReturn:
     """End this process as it is: no thread or connection is waited for."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def take_signals() -> None:

@@ -7,11 +7,11 @@ part of the same video is found by its source's name alone.
 """
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, get_args
 
 import numpy as np
 from einops import rearrange
@@ -22,7 +22,7 @@ from ca2st.checked_json import parse_json
 from pipelines.decode.reference import decode_frames
 from pipelines.rendering import RenderRequest
 from pipelines.storage.index import read_columns
-from pipelines.storage.samples import FetchedSample, SampleReader
+from pipelines.storage.samples import SampleReader
 from sharding.format.shard_set import ShardSet
 
 _STILLS = (1 / 6, 1 / 2, 5 / 6)
@@ -32,31 +32,23 @@ _MOST_SOUND_BITS = 16
 _LEAST_ONES = 6
 """A still with fewer, or fewer zeros, is nearly one colour and says nothing."""
 _ROWS_AT_ONCE = 256
-_FIELDS = {"id": "sample_id", "source": "source"}
-"""Where a sample's JSON has its names."""
+Evidence = Literal["id", "source", "content"]
+_NAMES: tuple[Evidence, Evidence] = ("id", "source")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overlap:
     """Two samples that seem to be one video."""
 
-    by: Literal["id", "source", "content"]
+    by: Evidence
     first: str
     """Sample id in the first set."""
     second: str
     """Sample id in the second set."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Sample:
-    shard: int
-    row: int
-    names: Mapping[str, str]
-    """Its id and the name of its source file."""
-
-
 def find_overlaps(
-    first: ShardSet, second: ShardSet, *, content: bool = False, progress: Callable[[int, int], None] | None = None
+    first: ShardSet, second: ShardSet, *, content: bool = False, progress: Callable[[int], None] = lambda _: None
 ) -> list[Overlap]:
     """Return the pairs of samples that seem to be one video, each pair once, by id before source before content.
 
@@ -64,70 +56,59 @@ def find_overlaps(
         first: A set.
         second: Another.
         content: Whether to decode three stills of every sample and compare what they show.
-        progress: Called with (samples looked at, samples in all) while they are decoded.
+        progress: Called with the number of samples of both sets that were looked at, while they are decoded.
 
     Raises:
         DataDamageError: a set is not what was written.
     """
-    both = [list(_samples(shard_set)) for shard_set in (first, second)]
-    pairs: dict[tuple[int, int], Overlap] = {}
-    for by in ("id", "source"):
+    names = [
+        [(str(record.get("sample_id", key)), str(record.get("source", key))) for key, record in records]
+        for records in map(read_records, (first, second))
+    ]
+    pairs: dict[tuple[int, int], Evidence] = {}
+    by: Evidence
+    for part, by in enumerate(_NAMES):
         places: dict[str, list[int]] = defaultdict(list)
-        for number, one in enumerate(both[0]):
-            places[one.names[by]].append(number)
-        for number, one in enumerate(both[1]):
-            for other in places.get(one.names[by], ()):
-                pairs.setdefault((other, number), _overlap(by, both[0][other], one))
+        for number, one in enumerate(names[0]):
+            places[one[part]].append(number)
+        for number, one in enumerate(names[1]):
+            for other in places.get(one[part], ()):
+                pairs.setdefault((other, number), by)
     if content:
-        total, done = sum(map(len, both)), itertools.count(1)
-        step = (lambda: progress(next(done), total)) if progress else (lambda: None)
-        hashes = [_hashes(shard_set, samples, step) for shard_set, samples in zip((first, second), both, strict=True)]
+        done = itertools.count(1)
+        hashes = [_hashes(shard_set, lambda: progress(next(done))) for shard_set in (first, second)]
         for pair in _alike(*hashes):
-            pairs.setdefault(pair, _overlap("content", both[0][pair[0]], both[1][pair[1]]))
-    return list(pairs.values())
+            pairs.setdefault(pair, "content")
+    return [Overlap(by=by, first=names[0][one][0], second=names[1][other][0]) for (one, other), by in pairs.items()]
 
 
-def _overlap(by: str, one: _Sample, other: _Sample) -> Overlap:
-    return Overlap(by=cast("Literal['id', 'source', 'content']", by), first=one.names["id"], second=other.names["id"])
-
-
-def _samples(shard_set: ShardSet) -> Iterator[_Sample]:
-    """Yield what every sample's JSON says of its origin, in stored order."""
-    for shard, row, key, record in read_records(shard_set):
-        names = {by: str(record.get(field, key)) for by, field in _FIELDS.items()}
-        yield _Sample(shard=shard, row=row, names=names)
-
-
-def read_records(shard_set: ShardSet) -> Generator[tuple[int, int, str, dict[str, Any]], None, None]:
-    """Yield the JSON of every sample in stored order, with the numbers of its shard and row and its key."""
+def read_records(shard_set: ShardSet) -> Generator[tuple[str, dict[str, Any]], None, None]:
+    """Yield the key and the JSON of every sample in stored order."""
     with closing(SampleReader(shard_set)) as reader:
-        tables = read_columns(shard_set, ["key", "json_offset", "json_bytes"])
-        for number, (shard, table) in enumerate(tables):
+        for shard, table in read_columns(shard_set, ["key", "json_offset", "json_bytes"]):
             with reader.files.opened(shard) as file:
-                for row, cells in enumerate(table.to_pylist()):
+                for cells in table.to_pylist():
                     data = file.read(cells["json_offset"], cells["json_bytes"])
                     where = f"{shard.name}, {cells['key']}.json"
-                    yield number, row, cells["key"], parse_json(data, dict[str, Any], where=where)
+                    yield cells["key"], parse_json(data, dict[str, Any], where=where)
 
 
-def _hashes(shard_set: ShardSet, samples: list[_Sample], step: Callable[[], None]) -> NDArray[np.uint64]:
+def _hashes(shard_set: ShardSet, step: Callable[[], None]) -> NDArray[np.uint64]:
     """[samples, 4]: three stills and the sound; 0 where there is nothing to compare."""
-    hashes = np.zeros((len(samples), len(_STILLS) + 1), np.uint64)
+    hashes = []
     with closing(SampleReader(shard_set)) as reader:
-        for number, one in enumerate(samples):
-            entry = reader.indexes.entry(one.shard, one.row)
-            stills = tuple(int(place * entry.num_frames) for place in _STILLS)
-            hashes[number] = _fingerprint(reader.fetch(entry, stills), stills)
-            step()
-    return hashes
-
-
-def _fingerprint(sample: FetchedSample, stills: tuple[int, ...]) -> list[int]:
-    request = RenderRequest(frames=sample.clip_frames(stills), boxes=(), flip=False, where=sample.entry.where)
-    frames = rearrange(decode_frames(request), "time c height width -> time height width c").numpy()
-    found = [difference_hash(Image.fromarray(frame).convert("L")) for frame in frames]
-    mel = sample.mel.astype(np.float32)
-    return [*found, difference_hash(Image.fromarray(mel)) if len(mel) else 0]
+        for number, shard in enumerate(shard_set.shards):
+            for row in range(shard.num_samples):
+                entry = reader.indexes.entry(number, row)
+                stills = tuple(int(place * entry.num_frames) for place in _STILLS)
+                sample = reader.fetch(entry, stills)
+                request = RenderRequest(frames=sample.clip_frames(stills), boxes=(), flip=False, where=entry.where)
+                frames = rearrange(decode_frames(request), "time c height width -> time height width c").numpy()
+                found = [difference_hash(Image.fromarray(frame).convert("L")) for frame in frames]
+                mel = sample.mel.astype(np.float32)
+                hashes.append([*found, difference_hash(Image.fromarray(mel)) if len(mel) else 0])
+                step()
+    return np.array(hashes, np.uint64).reshape(-1, len(_STILLS) + 1)
 
 
 def difference_hash(picture: Image.Image) -> int:
@@ -161,7 +142,5 @@ def _alike(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> Iterator[tu
 
 def counts(overlaps: list[Overlap]) -> Mapping[str, int]:
     """Return how many pairs were found by what."""
-    found = {"id": 0, "source": 0, "content": 0}
-    for one in overlaps:
-        found[one.by] += 1
-    return found
+    found = Counter(one.by for one in overlaps)
+    return {by: found[by] for by in get_args(Evidence)}

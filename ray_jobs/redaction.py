@@ -58,6 +58,14 @@ _KNOWN = re.compile(
     r"|(?s:-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z))"
 )
 """Tokens that are known by how they begin, and private keys."""
+_IN_TRACKING = (
+    "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment; "
+    "for a database, the whole address as MLFLOW_TRACKING_URI"
+)
+_IN_STORAGE = (
+    "give it where the storage's own library looks: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile for "
+    "s3, GOOGLE_APPLICATION_CREDENTIALS for gs, ~/.netrc for the web"
+)
 _NAME = re.compile(rf"(?i)(?:{_WORDS}|(?:^|[_\-./ ])(?:sig|pass|auth|jwt))$")
 
 
@@ -141,23 +149,12 @@ def refuse_credentials(document: Mapping[str, Any]) -> None:
     """
     for path, value in flatten(document).items():
         if isinstance(value, str) and holds_credentials(value):
+            where = _IN_TRACKING if path.startswith("tracking.") else _IN_STORAGE
             raise UserInputError(
                 f"{path}: expected an address without credentials, found one that holds a password or token; recipes "
-                f"are copied into run folders, checkpoints and MLflow. Take it out and {_where_it_belongs(path)}"
+                f"are copied into run folders, checkpoints and MLflow. Take it out and {where}"
             )
 
 
 def _clean_addresses(text: str) -> str:
     return _KNOWN.sub(HIDDEN, _QUERY.sub(rf"\1{HIDDEN}", _USER_INFO.sub(f"{HIDDEN}@", text)))
-
-
-def _where_it_belongs(path: str) -> str:
-    if path.startswith("tracking."):
-        return (
-            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment; "
-            "for a database, the whole address as MLFLOW_TRACKING_URI"
-        )
-    return (
-        "give it where the storage's own library looks: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile for "
-        "s3, GOOGLE_APPLICATION_CREDENTIALS for gs, ~/.netrc for the web"
-    )

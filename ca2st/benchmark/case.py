@@ -199,7 +199,7 @@ def _model(spec: CaseSpec) -> network.HolisticModel:
     network.hold_experts(model, network.held_precision("auto", training=spec.precision, device=spec.device))
     if spec.attention != "auto" or spec.device == "cuda":
         shapes = attention_kernel.attention_shapes(model, num_clips=spec.per_device_batch_size)
-        of_shape = {str(shape): spec.attention for shape in shapes.values()}
+        of_shape: dict[str, str] = {str(shape): spec.attention for shape in shapes.values()}
         if spec.attention == "auto":
             device = torch.device(spec.device)
             stopwatch = partial(attention_kernel.kernel_seconds, precision=spec.precision, device=device)

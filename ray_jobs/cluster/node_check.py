@@ -105,7 +105,7 @@ def check_training_nodes(recipe: Mapping[str, Any], folder: Path, nodes: Sequenc
 def examine_machine() -> NodeFacts:
     """Try all that a training needs of the machine this is called on; what is missing there is a finding."""
     node = ray_access.this_node().name
-    folder = partial(check_folder, "disk temporary", Path(tempfile.gettempdir()))
+    folder = partial(check_folder, Path(tempfile.gettempdir()))
     findings = examine({**machine_checks(), "disk temporary": folder})
     return NodeFacts(
         versions=versions(),

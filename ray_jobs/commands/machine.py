@@ -4,16 +4,15 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ca2st.errors import EnvironmentFault, UserInputError
-from ray_jobs.commands.models import Size
-from ray_jobs.commands.options import Json, Out
-from ray_jobs.console import print_json, progress, require_writable_place, result, say
+from ca2st.model.config import SizeName
+from ray_jobs.commands.options import Json, Out, TrackingStore
+from ray_jobs.console import answer, print_json, progress, require_writable_place, result, say
 
 bench = typer.Typer(no_args_is_help=True)
 _AMOUNT = re.compile(r"-?\d+(?:\.\d+)?(?= (?:of|GiB|s)\b)")
@@ -28,7 +27,7 @@ Work = Annotated[
 
 def doctor(
     out: Annotated[Path | None, typer.Option(help="Folder that runs are written under; default: runs.")] = None,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow store; default: as a training takes it.")] = None,
+    tracking_uri: TrackingStore = None,
     ray_address: Annotated[
         str | None,
         typer.Option(help="Examine every node of this Ray cluster: auto, or host:port of its head.", metavar="ADDRESS"),
@@ -50,29 +49,59 @@ def doctor(
     Example: ca2st doctor, or: ca2st doctor --ray-address auto --storage /shared/runs
     """
     from ray_jobs.config.recipe import LaunchConfig
+    from ray_jobs.doctor import all_checks, examine
 
     _refuse_other_examination(
         ray_address=ray_address,
         of_machine={"--out": out, "--tracking-uri": tracking_uri},
         of_cluster={"--storage": storage, "--i-accept-open-ray": accept_open_ray},
     )
-    if ray_address is None:
-        findings = _examine_machine(out or Path(LaunchConfig().runs_folder), tracking_uri, show=not as_json)
+    findings = []
+    if ray_address is not None:
+        findings = _examine_cluster(ray_address, storage or [], accept_open_ray)
+        for finding in () if as_json else merged(findings):
+            result(_line(finding))
     else:
-        findings = _examine_cluster(ray_address, storage or [], accept_open_ray, show=not as_json)
+        for finding in examine(all_checks(out or Path(LaunchConfig().runs_folder), tracking_uri=tracking_uri)):
+            findings.append(finding)
+            if not as_json:  # as it comes: some take seconds
+                result(_line(finding))
     if as_json:
         print_json({"checks": findings})
-    if broken := [_name(finding) for finding in findings if not finding.ok and finding.needed]:
+    broken = [
+        finding.name if finding.node is None else f"{finding.name} on {finding.node}"
+        for finding in findings
+        if not finding.ok and finding.needed
+    ]
+    if broken:
         raise EnvironmentFault(f"needed and not working: {', '.join(broken)}; the fix stands with each")
 
 
 def merged(findings: "Sequence[Finding]") -> "list[Finding]":
     """Join findings that nodes share: `node` then names all of them; amounts that are ok are given as a range."""
-    by_name: dict[str, list[Finding]] = {}
-    for finding in findings:
-        by_name.setdefault(finding.name, []).append(finding)
+    names = list(dict.fromkeys(finding.name for finding in findings))
     num_nodes = len({finding.node for finding in findings if finding.node is not None})
-    return [one for group in by_name.values() for one in _merged_group(group, num_nodes)]
+    alike: dict[tuple[str, bool, bool, str], list[Finding]] = {}
+    for finding in sorted(findings, key=lambda one: names.index(one.name)):
+        what = _AMOUNT.sub("#", finding.what) if finding.ok else finding.what
+        alike.setdefault((finding.name, finding.ok, finding.needed or finding.ok, what), []).append(finding)
+    told = []
+    for group in alike.values():
+        nodes = [finding.node for finding in group if finding.node is not None]
+        where = f"all {num_nodes} nodes" if len(nodes) == num_nodes > 1 else ", ".join(nodes)
+        told.append(replace(group[0], what=_in_ranges([one.what for one in group]), node=where or None))
+    return told
+
+
+def _in_ranges(texts: Sequence[str]) -> str:
+    """Return what the texts say alike; an amount that differs as ``least to most``."""
+    columns = zip(*map(_AMOUNT.findall, texts), strict=True)
+
+    def amount(match: re.Match[str]) -> str:
+        values = sorted(set(next(columns)), key=float)
+        return match.group() if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+    return _AMOUNT.sub(amount, texts[0])
 
 
 def demo(
@@ -86,27 +115,7 @@ def demo(
     from ray_jobs.demo.demo import run_demo
 
     report = run_demo(out)
-    if as_json:
-        print_json(report)
-    else:
-        _print_demo(report)
-
-
-class Backend(StrEnum):
-    """What decodes."""
-
-    AUTO = "auto"
-    DALI = "dali"
-    REFERENCE = "reference"
-
-
-class ConsumerKind(StrEnum):
-    """What stands behind the loader for headspace."""
-
-    NORMALISE = "normalise"
-    CAST = "cast"
-    CAVA = "cava"
-    CA2ST = "ca2st"
+    answer(report, _demo_lines(report), as_json=as_json)
 
 
 @bench.command(epilog="Example: ca2st bench loader --json")
@@ -119,13 +128,14 @@ def loader(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Decoding threads, and workers of the baseline; default: the cores.")
     ] = None,
-    backend: Annotated[Backend, typer.Option(help="As in a recipe.")] = Backend.AUTO,
+    backend: Annotated[Literal["auto", "dali", "reference"], typer.Option(help="As in a recipe.")] = "auto",
     rand_augment: Annotated[bool, typer.Option(help="Train with rand-m7-n4-mstd0.5-inc1, ours and baseline.")] = True,
     baseline: Annotated[bool, typer.Option(help="Measure the baseline too.")] = True,
     consumer: Annotated[
-        ConsumerKind, typer.Option(help="Behind the loader for headspace: normalise, or a model's training step.")
-    ] = ConsumerKind.NORMALISE,
-    size: Annotated[Size, typer.Option(help="Of the consumer's model.")] = Size.VIT_B,
+        Literal["normalise", "cast", "cava", "ca2st"],
+        typer.Option(help="Behind the loader for headspace: normalise, or a model's training step."),
+    ] = "normalise",
+    size: Annotated[SizeName, typer.Option(help="Of the consumer's model.")] = "vit_b",
     layers: Annotated[
         int | None, typer.Option(min=1, help="Of its experts; default: all on a GPU, 2 on a CPU.")
     ] = None,
@@ -142,8 +152,7 @@ def loader(
     torchvision's v2 transforms. The variants take turns; medians are reported, then memory and the first batch.
     """
     from pipelines.benchmark.loader import NUM_STEPS, LoaderBenchConfig, benchmark_loader
-    from ray_jobs.bench_data import bench_sources
-    from ray_jobs.bench_report import bench_facts, write_report
+    from ray_jobs.bench import bench_facts, bench_sources, write_report
     from sharding.format.shard_set import read_shard_set
 
     config = LoaderBenchConfig(
@@ -151,14 +160,13 @@ def loader(
         rounds=rounds,
         batch_size=batch,
         threads=threads,
-        backend=backend.value,
+        backend=backend,
         rand_augment=rand_augment,
         baseline=baseline,
     )
-    if out is not None:
-        require_writable_place(out, "--out")
+    require_writable_place(out, "--out")
     with bench_sources(clips, codec=codec, data=data, media=media, work=work) as sources:
-        consume, name = _consumer(consumer, size.value, layers, config.clip)
+        consume, name = _consumer(consumer, size, layers, config.clip)
         with progress("Measuring", NUM_STEPS) as update:
             found = benchmark_loader(
                 config,
@@ -171,25 +179,10 @@ def loader(
     write_report(bench_facts(asdict(found), command=_command()), _loader_lines(found), out=out, as_json=as_json)
 
 
-class Device(StrEnum):
-    """Where to measure."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class Precision(StrEnum):
-    """Types of the passes."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-
-
 @bench.command(epilog="Example: ca2st bench model --json")
 def model(
     models: Annotated[str, typer.Option(help="Kinds of model, comma between.")] = "cast,cava,ca2st",
-    size: Annotated[Size, typer.Option(help="Width and depth of the experts.")] = Size.VIT_B,
+    size: Annotated[SizeName, typer.Option(help="Width and depth of the experts.")] = "vit_b",
     layers: Annotated[
         int | None, typer.Option(min=1, help="Layers of every expert; default: all on a GPU, 2 on a CPU.")
     ] = None,
@@ -200,8 +193,10 @@ def model(
     seconds: Annotated[
         float | None, typer.Option(help="Instead of --steps: time for each model's passes of a kind.")
     ] = None,
-    device: Annotated[Device, typer.Option(help="auto: a GPU where there is one.")] = Device.AUTO,
-    precision: Annotated[Precision | None, typer.Option(help="Default: bf16 on a GPU, fp32 on a CPU.")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there is one.")] = "auto",
+    precision: Annotated[
+        Literal["fp32", "bf16"] | None, typer.Option(help="Default: bf16 on a GPU, fp32 on a CPU.")
+    ] = None,
     compiled: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="Measure torch.compile too; default: on a GPU (slow to start)."),
@@ -217,84 +212,36 @@ def model(
     """
     from ca2st.benchmark.case import ModelBenchConfig
     from ca2st.benchmark.model import benchmark_models
-    from ray_jobs.bench_report import bench_facts, write_report
+    from ray_jobs.bench import bench_facts, write_report
 
     names = tuple(name.strip() for name in models.split(",") if name.strip())
     config = ModelBenchConfig(
         models=names,
-        size=size.value,
+        size=size,
         num_layers=layers,
         per_device_batch_size=batch,
         rounds=steps,
         seconds=seconds,
-        device=device.value,
-        precision=None if precision is None else precision.value,
+        device=device,
+        precision=precision,
         compiled=compiled,
         baseline=baseline,
     )
-    if out is not None:
-        require_writable_place(out, "--out")
+    require_writable_place(out, "--out")
     with progress("models", len(names)) as update:
         found = benchmark_models(config, update=update)
     facts = bench_facts(asdict(found), command=_command(), device=found.plan.device)
     write_report(facts, _model_lines(found), out=out, as_json=as_json)
 
 
-def _examine_machine(out: Path, tracking_uri: str | None, *, show: bool) -> "list[Finding]":
-    from ray_jobs.doctor import all_checks, examine
-
-    findings = []
-    for finding in examine(all_checks(out, tracking_uri=tracking_uri)):
-        findings.append(finding)
-        if show:
-            result(_line(finding))
-    return findings
-
-
-def _examine_cluster(address: str, storage: Sequence[Path], accept_open: bool, *, show: bool) -> "list[Finding]":
+def _examine_cluster(address: str, storage: Sequence[Path], accept_open: bool) -> "list[Finding]":
     from ray_jobs.cluster.ray_access import found_access, ray_session
 
     with ray_session(address, access=found_access(accept_open=accept_open)):
         from ray_jobs.cluster.node_check import examine_cluster
 
         say("asking every node; a cold one takes a minute")
-        findings = examine_cluster([str(folder.absolute()) for folder in storage])
-    if show:
-        for finding in merged(findings):
-            result(_line(finding))
-    return findings
-
-
-def _merged_group(group: "Sequence[Finding]", num_nodes: int) -> "list[Finding]":
-    by_answer: dict[tuple[bool, bool, str], list[Finding]] = {}
-    for finding in group:
-        what = _AMOUNT.sub("#", finding.what) if finding.ok else finding.what
-        by_answer.setdefault((finding.ok, finding.needed or finding.ok, what), []).append(finding)
-    return [
-        one[0] if one[0].node is None else replace(one[0], what=_in_ranges(one), node=_nodes(one, num_nodes))
-        for one in by_answer.values()
-    ]
-
-
-def _nodes(group: "Sequence[Finding]", num_nodes: int) -> str:
-    if len(group) == num_nodes > 1:
-        return f"all {num_nodes} nodes"
-    return ", ".join(str(finding.node) for finding in group)
-
-
-def _in_ranges(group: "Sequence[Finding]") -> str:
-    """Return the common text, an amount that differs as ``least to most``."""
-    columns = iter(list(zip(*(_AMOUNT.findall(finding.what) for finding in group), strict=True)))
-
-    def amount(match: re.Match[str]) -> str:
-        values = sorted(set(next(columns)), key=float)
-        return match.group() if len(values) == 1 else f"{values[0]} to {values[-1]}"
-
-    return _AMOUNT.sub(amount, group[0].what) if group[0].ok else group[0].what
-
-
-def _name(finding: "Finding") -> str:
-    return finding.name if finding.node is None else f"{finding.name} on {finding.node}"
+        return examine_cluster([str(folder.absolute()) for folder in storage])
 
 
 def _line(finding: "Finding") -> str:
@@ -325,38 +272,39 @@ def _refuse_other_examination(
         )
 
 
-def _print_demo(report: "DemoReport") -> None:
+def _demo_lines(report: "DemoReport") -> list[str]:
     from ray_jobs.demo.answers import next_steps
 
-    result(f"\n{'model':<10} {'trainable':>10} {'top-1':>7} {'ceiling':>8} {'clips/s':>8}  MLflow run")
-    for run in report.runs:
-        result(
-            f"{run.model:<10} {run.trainable:>10,} {run.top1:>7.1%} {run.ceiling:>8.1%} "
-            f"{run.clips_per_second:>8.0f}  {run.run_id or 'not tracked'}"
-        )
-    chance = report.runs[-1].chance
-    result(f"The ceiling is the best that anybody could reach with what a model is given; chance is {chance:.1%}.")
-    result("Experts alone: " + ", ".join(f"{one.expert} {one.top1:.1%} on {one.factor}" for one in report.experts))
-    result(f"\n{report.prediction.video}")
-    for prediction in report.prediction.predictions:
-        result(f"  {prediction.probability:6.1%}  {prediction.label}")
-    result(f"\nDone in {report.seconds:.0f} s. Look at {report.page} in a browser. What to try next:")
-    for command, says in next_steps(report).items():
-        result(f"  {command}\n      {says}")
+    lines = [f"\n{'model':<10} {'trainable':>10} {'top-1':>7} {'ceiling':>8} {'clips/s':>8}  MLflow run"]
+    lines += [
+        f"{run.model:<10} {run.trainable:>10,} {run.top1:>7.1%} {run.ceiling:>8.1%} "
+        f"{run.clips_per_second:>8.0f}  {run.run_id or 'not tracked'}"
+        for run in report.runs
+    ]
+    return [
+        *lines,
+        "The ceiling is the best that anybody could reach with what a model is given; chance is "
+        f"{report.runs[-1].chance:.1%}.",
+        "Experts alone: " + ", ".join(f"{one.expert} {one.top1:.1%} on {one.factor}" for one in report.experts),
+        f"\n{report.prediction.video}",
+        *(f"  {one.probability:6.1%}  {one.label}" for one in report.prediction.predictions),
+        f"\nDone in {report.seconds:.0f} s. Look at {report.page} in a browser. What to try next:",
+        *(f"  {command}\n      {says}" for command, says in next_steps(report).items()),
+    ]
 
 
 def _command() -> str:
     return " ".join(("ca2st", *sys.argv[1:]))
 
 
-def _consumer(kind: ConsumerKind, size: str, layers: int | None, clip: "ClipSpec") -> "tuple[Consumer, str]":
-    if kind is ConsumerKind.NORMALISE:
+def _consumer(kind: str, size: str, layers: int | None, clip: "ClipSpec") -> "tuple[Consumer, str]":
+    if kind == "normalise":
         from pipelines.benchmark.loader import NORMALISE, normalise
 
         return normalise, NORMALISE
-    from ray_jobs.bench_data import training_consumer
+    from ray_jobs.bench import training_consumer
 
-    return training_consumer(kind.value, size, num_layers=layers, clip=clip)
+    return training_consumer(kind, size, num_layers=layers, clip=clip)
 
 
 def _loader_lines(found: "LoaderBenchmark") -> list[str]:
@@ -405,29 +353,26 @@ def _model_lines(found: "ModelBenchmark") -> list[str]:
         f"{limit.tflops:.3g} TFLOP/s ({limit.dtype}, {limit.size} x {limit.size}, {limit.product}); "
         f"load before: {found.load_before:.1f}"
     ]
-    for model in found.models:
-        lines += _lines_of_model(model)
-    return lines
-
-
-def _lines_of_model(report: "ModelReport") -> list[str]:
-    bridges = ", ".join(f"{name} in {count}" for name, count in report.bridges.items())
-    lines = [f"{report.model}: {report.num_layers} of {report.all_layers} layers ({bridges}), {report.gmacs:.1f} GMACs"]
-    for variant, passes in report.variants.items():
-        for kind, facts in passes.items():
-            spread = f"{facts.seconds.lowest:.3g}-{facts.seconds.highest:.3g} s"
-            more = f"  {facts.share_of_limit:.0%} of the limit" if facts.share_of_limit is not None else ""
-            if facts.speedup is not None:
-                more += f"  {facts.speedup.median:.2f}x the baseline"
-            lines.append(
-                f"  {variant:<9} {kind:<9} {facts.clips_per_second:9.3f} clips/s ({spread})  "
-                f"{facts.peak_memory_bytes / 2**30:6.2f} GiB{more}"
-            )
+    for report in found.models:
+        bridges = ", ".join(f"{name} in {count}" for name, count in report.bridges.items())
+        lines.append(
+            f"{report.model}: {report.num_layers} of {report.all_layers} layers ({bridges}), {report.gmacs:.1f} GMACs"
+        )
+        for variant, passes in report.variants.items():
+            for kind, facts in passes.items():
+                spread = f"{facts.seconds.lowest:.3g}-{facts.seconds.highest:.3g} s"
+                more = f"  {facts.share_of_limit:.0%} of the limit" if facts.share_of_limit is not None else ""
+                if facts.speedup is not None:
+                    more += f"  {facts.speedup.median:.2f}x the baseline"
+                lines.append(
+                    f"  {variant:<9} {kind:<9} {facts.clips_per_second:9.3f} clips/s ({spread})  "
+                    f"{facts.peak_memory_bytes / 2**30:6.2f} GiB{more}"
+                )
     return lines
 
 
 if TYPE_CHECKING:
-    from ca2st.benchmark.model import ModelBenchmark, ModelReport
+    from ca2st.benchmark.model import ModelBenchmark
     from ca2st.spec import ClipSpec
     from pipelines.benchmark.loader import Consumer, LoaderBenchmark, SplitReport
     from ray_jobs.demo.answers import DemoReport

@@ -1,61 +1,32 @@
 """``ca2st model``: structure and parameters; ``ca2st weights``: import, export and the check against golden files."""
 
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ca2st.errors import UserInputError, listed
+from ca2st.model import config as structure
+from ca2st.spec import ClipSpec
 from ray_jobs.commands.options import Json
-from ray_jobs.console import print_json, result
+from ray_jobs.console import answer
 
 model = typer.Typer(no_args_is_help=True)
 weights = typer.Typer(no_args_is_help=True)
 
 
-class ModelKind(StrEnum):
-    """Models that can be built."""
-
-    CAST = "cast"
-    CAVA = "cava"
-    CA2ST = "ca2st"
-    SPATIAL = "spatial"
-    TEMPORAL = "temporal"
-    AUDIO = "audio"
-
-
-class Spatial(StrEnum):
-    """What the spatial expert can be."""
-
-    CLIP = "clip"
-    VIDEOMAE = "videomae"
-    RESNET50 = "resnet50"
-
-
-class Temporal(StrEnum):
-    """What the temporal expert can be."""
-
-    VIDEOMAE = "videomae"
-    CLIP = "clip"
-
-
-class Size(StrEnum):
-    """Sizes of the experts."""
-
-    VIT_S = "vit_s"
-    VIT_B = "vit_b"
-    VIT_L = "vit_l"
-
-
 @model.command(epilog="Example: ca2st model info --model ca2st --num-classes 400")
 def info(
-    kind: Annotated[ModelKind | None, typer.Option("--model", help="Published kind, or one expert alone.")] = None,
+    kind: Annotated[
+        structure.ModelKind | None, typer.Option("--model", help="Published kind, or one expert alone.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="A configuration by name instead (ca2st model presets).")] = None,
-    spatial: Annotated[Spatial | None, typer.Option(help="Another spatial expert than CLIP.")] = None,
-    temporal: Annotated[Temporal | None, typer.Option(help="Another temporal expert than VideoMAE.")] = None,
-    size: Annotated[Size, typer.Option(help="Size of the experts.")] = Size.VIT_B,
+    spatial: Annotated[structure.SpatialEncoder | None, typer.Option(help="Another spatial expert than CLIP.")] = None,
+    temporal: Annotated[
+        structure.TemporalEncoder | None, typer.Option(help="Another temporal expert than VideoMAE.")
+    ] = None,
+    size: Annotated[structure.SizeName, typer.Option(help="Size of the experts.")] = "vit_b",
     num_classes: Annotated[int | None, typer.Option(help="Classes of a single label.")] = None,
     verb_noun: Annotated[bool, typer.Option("--verb-noun", help="97 verbs and 300 nouns (EPIC-KITCHENS-100).")] = False,
     num_frames: Annotated[int, typer.Option(help="Frames of a clip.")] = 16,
@@ -64,57 +35,48 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Structure, parameters and multiply-adds of a model, without building its weights."""
-    from ca2st.model.config import SIZES
     from ca2st.model.inspect import model_info
-    from ca2st.spec import ClipSpec
 
+    if (kind is None) == (preset is None):
+        raise UserInputError("expected either --model KIND or --preset NAME")
+    config = structure.find_preset(preset).config if preset is not None else structure.ModelConfig(kind=kind or "ca2st")
+    own = structure.EXPERTS[config.kind]
+    for role, encoder in (("spatial", spatial), ("temporal", temporal)):
+        if encoder is not None and role not in own:
+            raise UserInputError(
+                f"--{role} {encoder}: expected a model with a {role} expert, found {config.kind}, which has "
+                f"{', '.join(own)}; leave --{role} out"
+            )
     encoders = {"spatial_encoder": spatial, "temporal_encoder": temporal}
-    changes = {name: encoder.value for name, encoder in encoders.items() if encoder is not None}
-    base = _base(kind, preset)
-    _check_roles(base, spatial, temporal)
-    config = replace(base, **changes, **SIZES[size.value])  # type: ignore[arg-type]  # checked strings
+    changes = {name: encoder for name, encoder in encoders.items() if encoder is not None} | structure.SIZES[size]
+    config = replace(config, **changes)  # type: ignore[arg-type]  # each by its own field's name
+    if verb_noun == (num_classes is not None):
+        raise UserInputError("expected either --num-classes C or --verb-noun")
+    sizes = {"verb": 97, "noun": 300} if verb_noun else {"label": num_classes or 0}
+    targets = [structure.TargetSpec(name=name, num_classes=classes) for name, classes in sizes.items()]
     clip = ClipSpec(num_frames=num_frames, crop_size=crop_size, mel_rows=mel_rows)
-    facts = model_info(config, clip, _targets(num_classes, verb_noun=verb_noun))
-    if as_json:
-        print_json(facts)
-        return
-    name = preset or config.kind
-    result(f"{name}: {facts.trainable:,} trainable of {facts.total:,} parameters, {facts.gmacs:.1f} GMACs per view")
-    for part in facts.parts:
-        result(f"  {part.name:<28} {part.trainable:>12,} of {part.total:>12,}  {part.gmacs:8.2f} GMACs")
+    facts = model_info(config, clip, targets)
+    lines = [
+        f"{preset or config.kind}: {facts.trainable:,} trainable of {facts.total:,} parameters, {facts.gmacs:.1f} "
+        "GMACs per view"
+    ]
+    lines += [
+        f"  {part.name:<28} {part.trainable:>12,} of {part.total:>12,}  {part.gmacs:8.2f} GMACs" for part in facts.parts
+    ]
+    answer(facts, lines, as_json=as_json)
 
 
 @model.command(epilog="Example: ca2st model presets")
 def presets(as_json: Json = False) -> None:
     """Configurations by name: published models and the rows of their ablations, for `[model] preset` and `info`."""
-    from ca2st.model.config import PRESETS
-
-    if as_json:
-        print_json({"presets": PRESETS})
-        return
-    result("preset                        EPIC-KITCHENS-100 action top-1 as published; what it is")
-    for name, preset in PRESETS.items():
+    lines = ["preset                        EPIC-KITCHENS-100 action top-1 as published; what it is"]
+    for name, preset in structure.PRESETS.items():
         figure = "" if preset.published_top1 is None else f"{preset.published_top1:.1f}"
-        result(f"{name:<28} {figure:>6}  {preset.says}")
+        lines.append(f"{name:<28} {figure:>6}  {preset.says}")
+    answer({"presets": structure.PRESETS}, lines, as_json=as_json)
 
 
-class WeightsKind(StrEnum):
-    """Checkpoints that can be read."""
-
-    CLIP = "clip"
-    VIDEOMAE = "videomae"
-    AST = "ast"
-    CAST = "cast"
-    CAVA = "cava"
-    CA2ST = "ca2st"
-    RESNET50 = "resnet50"
-
-
-class NameScheme(StrEnum):
-    """Whose tensor names an export has."""
-
-    OURS = "ours"
-    PUBLISHED = "published"
+WeightsKind = Literal["clip", "videomae", "ast", "cast", "cava", "ca2st", "resnet50"]
 
 
 @weights.command(
@@ -174,18 +136,15 @@ def import_file(
         timeout_seconds=timeout_seconds,
         origin=origin,
     )
-    report = import_weights(path, out, kind=kind.value, options=options)
-    if as_json:
-        print_json(report)
-    else:
-        _print_import(report)
+    report = import_weights(path, out, kind=kind, options=options)
+    answer(report, _import_lines(report), as_json=as_json)
 
 
 @weights.command("export", epilog="Example: ca2st weights export runs/my_run --out model.safetensors --names published")
 def export_checkpoint(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder (its newest checkpoint).")],
     out: Annotated[Path, typer.Option(help="Where to write: a name that ends in .safetensors.")],
-    names: Annotated[NameScheme, typer.Option(help="Whose tensor names.")] = NameScheme.OURS,
+    names: Annotated[Literal["ours", "published"], typer.Option(help="Whose tensor names.")] = "ours",
     as_json: Json = False,
 ) -> None:
     """Write a trained model, its experts included, as one safetensors file."""
@@ -196,12 +155,9 @@ def export_checkpoint(
 
     check_writable_name(out, source=checkpoint)
     trained = load_trained(checkpoint)
-    report = export_model(trained.model, out, names=names.value, notes=sound_metadata(trained.audio))
-    if as_json:
-        print_json(report)
-        return
-    result(f"{report.num_tensors} tensors under {report.names} names in {report.out}")
-    result(f"  sha256 {report.sha256}")
+    report = export_model(trained.model, out, names=names, notes=sound_metadata(trained.audio))
+    lines = [f"{report.num_tensors} tensors under {report.names} names in {report.out}", f"  sha256 {report.sha256}"]
+    answer(report, lines, as_json=as_json)
 
 
 @weights.command("check-golden", epilog="Example: ca2st weights check-golden tests/data/golden/*.safetensors")
@@ -214,62 +170,32 @@ def check_golden_files(
 
     reports = check_golden(files)
     ok = all(report.ok for report in reports)
-    if as_json:
-        print_json({"ok": ok, "files": reports})
-    else:
-        for report in reports:
-            worst = max(report.max_abs_diff.values())
-            result(f"{'ok  ' if report.ok else 'FAIL'} {report.file}  max abs diff {worst:.2e}")
+    lines = []
+    for report in reports:
+        worst = f"max abs diff {max(report.max_abs_diff.values()):.2e}" if report.max_abs_diff else "no expected output"
+        lines.append(f"{'ok  ' if report.ok else 'FAIL'} {report.file}  {worst}")
+    answer({"ok": ok, "files": reports}, lines, as_json=as_json)
     if not ok:
         raise typer.Exit(3)
 
 
-def _base(kind: ModelKind | None, preset: str | None) -> "ModelConfig":
-    from ca2st.model.config import ModelConfig, find_preset
-
-    if (kind is None) == (preset is None):
-        raise UserInputError("expected either --model KIND or --preset NAME")
-    return find_preset(preset).config if preset is not None else ModelConfig(kind=kind.value if kind else "ca2st")
-
-
-def _check_roles(config: "ModelConfig", spatial: Spatial | None, temporal: Temporal | None) -> None:
-    """Refuse an encoder for an expert that the model has not."""
-    from ca2st.model.config import EXPERTS
-
-    own = EXPERTS[config.kind]
-    for role, encoder in (("spatial", spatial), ("temporal", temporal)):
-        if encoder is not None and role not in own:
-            raise UserInputError(
-                f"--{role} {encoder.value}: expected a model with a {role} expert, found {config.kind}, which has "
-                f"{', '.join(own)}; leave --{role} out"
-            )
-
-
-def _targets(num_classes: int | None, *, verb_noun: bool) -> "tuple[TargetSpec, ...]":
-    from ca2st.model.config import TargetSpec
-
-    if verb_noun == (num_classes is not None):
-        raise UserInputError("expected either --num-classes C or --verb-noun")
-    sizes = {"verb": 97, "noun": 300} if verb_noun else {"label": num_classes or 0}
-    return tuple(TargetSpec(name=name, num_classes=classes) for name, classes in sizes.items())
-
-
-def _print_import(report: "ImportReport") -> None:
-
+def _import_lines(report: "ImportReport") -> list[str]:
     below = f", below {report.wrapper!r}" if report.wrapper else ""
-    result(f"{report.layout} ({report.container}{below}): {len(report.loaded)} tensors loaded into {report.out}")
+    lines = [f"{report.layout} ({report.container}{below}): {len(report.loaded)} tensors loaded into {report.out}"]
     if report.origin.repository:
-        result(f"  {report.origin.file} of {report.origin.repository} at {report.origin.revision}")
+        lines.append(f"  {report.origin.file} of {report.origin.repository} at {report.origin.revision}")
     if report.kind == "clip" and not report.origin.activation and report.container != "TorchScript archive":
-        result("  the file does not say which activation it was trained with: taken for QuickGELU, as OpenAI's CLIPs")
+        lines.append(
+            "  the file does not say which activation it was trained with: taken for QuickGELU, as OpenAI's CLIPs"
+        )
     if report.model:
-        result("  " + ", ".join(f"{name} {size}" for name, size in report.model.items()))
+        lines.append("  " + ", ".join(f"{name} {size}" for name, size in report.model.items()))
     for what, names in (("missing, left as a new model starts", report.missing), ("left aside", report.unexpected)):
         if names:
-            result(f"  {len(names)} {what}: {listed(names, most=8)}{' (--json lists all)' if len(names) > 8 else ''}")
-    result(f"  sha256 {report.sha256}")
+            more = " (--json lists all)" if len(names) > 8 else ""
+            lines.append(f"  {len(names)} {what}: {listed(names, most=8)}{more}")
+    return [*lines, f"  sha256 {report.sha256}"]
 
 
 if TYPE_CHECKING:
-    from ca2st.model.config import ModelConfig, TargetSpec
     from ca2st.weights.importer import ImportReport

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ca2st.durable import write_bytes
 from ca2st.errors import EnvironmentFault, UserInputError, listed
-from ray_jobs.commands.options import Json, refuse_without_ray
-from ray_jobs.console import counted, parse_views, print_json, require_writable_place, result, say, table
+from ray_jobs.commands.options import Json, OpenRay, RayAddress, TrackingStore, refuse_without_ray
+from ray_jobs.console import answer, counted, parse_views, print_json, require_writable_place, result, say, table
 
 if TYPE_CHECKING:
     from pipelines.views import EvaluationViews
-    from ray_jobs.compare import ComparedRun, Comparison
+    from ray_jobs.compare import Comparison
     from ray_jobs.evaluation.workers import Workers
     from ray_jobs.runs.prediction import PredictionReport
     from ray_jobs.runs.timeline import TimelineReport
@@ -24,10 +25,6 @@ Which = Annotated[
 ]
 ScoringWorkers = Annotated[int, typer.Option("--workers", help="Processes that score; one a GPU where there are GPUs.")]
 OnRay = Annotated[bool, typer.Option("--ray", help="Score in tasks of Ray.")]
-RayAddress = Annotated[
-    str, typer.Option("--ray-address", help="With --ray: auto, or HEAD:6379; default: a Ray of our own.")
-]
-OpenRay = Annotated[bool, typer.Option("--i-accept-open-ray", help="Join a cluster without a token.")]
 _MOST_SHOWN_SETTINGS = 40
 _LINE = "\n  "
 _MOST_SHOWN_CHARACTERS = 32
@@ -84,12 +81,12 @@ def evaluate(
     facts: dict[str, object] = runs[0] if len(runs) == 1 else {"runs": runs, **means_of(reports)}
     if submission is not None:
         facts |= write_beside(submission, reports[0].predictions, supervision)
-    if as_json:
-        print_json(facts)
-    else:
-        means = [{name: facts[name] for name in ("mean", "harmonic_mean")}] if len(runs) > 1 else []
-        for one in [*runs, *means]:
-            result(table({name: value for name, value in one.items() if not isinstance(value, dict | list)}))
+    means = [{name: facts[name] for name in ("mean", "harmonic_mean")}] if len(runs) > 1 else []
+    lines = [
+        table({name: value for name, value in one.items() if not isinstance(value, dict | list)})
+        for one in [*runs, *means]
+    ]
+    answer(facts, lines, as_json=as_json)
     for report in reports if track else []:
         log_to_run(report)
 
@@ -97,9 +94,7 @@ def evaluate(
 def _scorers(workers: int, *, ray: bool, ray_address: str, open_ray: bool) -> "Workers":
     from ray_jobs.evaluation.workers import Workers
 
-    if ray_address != "local" and not ray:
-        raise UserInputError(f"--ray-address {ray_address}: expected --ray beside it; without, Ray is not used at all")
-    refuse_without_ray(accept_open_ray=open_ray, ray=ray)
+    refuse_without_ray(ray=ray, ray_address=ray_address, accept_open_ray=open_ray)
     return Workers(number=workers, ray_address=ray_address if ray else None, accept_open_ray=open_ray)
 
 
@@ -131,19 +126,16 @@ def significance(
     from ray_jobs.evaluation.significance import compare_predictions
 
     found = compare_predictions(first, second, draws=draws, confidence=confidence, seed=seed)
-    if as_json:
-        print_json({"first": str(first), "second": str(second), "comparisons": found})
-        return
+    lines = []
     for one in found:
-        result(
+        lines += [
             f"{one.metric}: {one.first:.2%} and {one.second:.2%} of {one.num_samples} samples, difference "
             f"{100 * one.difference:+.2f} points ({confidence:.0%} interval {100 * one.low:+.2f} to "
-            f"{100 * one.high:+.2f})"
-        )
-        result(
+            f"{100 * one.high:+.2f})",
             f"  only the first right {one.only_first}, only the second {one.only_second}; McNemar's exact test: "
-            f"p = {one.p_value:.3g}"
-        )
+            f"p = {one.p_value:.3g}",
+        ]
+    answer({"first": str(first), "second": str(second), "comparisons": found}, lines, as_json=as_json)
 
 
 def robustness(
@@ -182,17 +174,16 @@ def robustness(
         out=out,
         workers=_scorers(workers, ray=ray, ray_address=ray_address, open_ray=open_ray),
     )
-    if as_json:
-        print_json({**asdict(report), "plot": str(folder / PLOT_NAME)})
-        return
-    result(f"undisturbed: {report.main_metric} {report.clean[report.main_metric]:.2%} of {report.num_samples} samples")
-    for one in report.conditions:
-        against = one.against_clean
-        result(
-            f"{one.says}: {against.second:.2%}, {100 * against.difference:+.2f} points (95% interval "
-            f"{100 * against.low:+.2f} to {100 * against.high:+.2f})"
-        )
-    result(f"plot: {folder / PLOT_NAME}")
+    lines = [
+        f"undisturbed: {report.main_metric} {report.clean[report.main_metric]:.2%} of {report.num_samples} samples",
+        *(
+            f"{one.says}: {one.against_clean.second:.2%}, {100 * one.against_clean.difference:+.2f} points (95% "
+            f"interval {100 * one.against_clean.low:+.2f} to {100 * one.against_clean.high:+.2f})"
+            for one in report.conditions
+        ),
+        f"plot: {folder / PLOT_NAME}",
+    ]
+    answer({**asdict(report), "plot": str(folder / PLOT_NAME)}, lines, as_json=as_json)
 
 
 def predict(
@@ -249,12 +240,11 @@ def predict(
 
 
 def _show_predictions(report: "PredictionReport", *, as_json: bool) -> None:
-    if as_json:
-        print_json(report)
-    for video in () if as_json else report.videos:
-        result(video.video)
-        for prediction in video.predictions:
-            result(f"  {prediction.probability:6.1%}  {prediction.target}: {prediction.label}")
+    lines = []
+    for video in report.videos:
+        lines.append(video.video)
+        lines += [f"  {one.probability:6.1%}  {one.target}: {one.label}" for one in video.predictions]
+    answer(report, lines, as_json=as_json)
     if report.notes:
         say(f"notes: {counted(report.notes)}")
     for damaged in report.damaged:
@@ -308,10 +298,7 @@ def features(
         out=out,
     )
     facts = {"features": str(report.features), "num_samples": report.num_samples, "experts": report.experts}
-    if as_json:
-        print_json(facts)
-    else:
-        result(table(facts))
+    answer(facts, [table(facts)], as_json=as_json)
 
 
 def explain(
@@ -327,12 +314,9 @@ def explain(
     from ray_jobs.explain.page import explain_video
 
     report = explain_video(checkpoint, video, out=out)
-    if as_json:
-        print_json({"html": str(report.html), "predictions": report.predictions, "entropy": report.entropy})
-        return
-    for prediction in report.predictions:
-        result(f"  {prediction.probability:6.1%}  {prediction.target}: {prediction.label}")
-    result(table({"page": report.html}))
+    facts = {"html": str(report.html), "predictions": report.predictions, "entropy": report.entropy}
+    lines = [f"  {one.probability:6.1%}  {one.target}: {one.label}" for one in report.predictions]
+    answer(facts, [*lines, table({"page": report.html})], as_json=as_json)
 
 
 def compare(
@@ -342,7 +326,7 @@ def compare(
     tag: Annotated[list[str] | None, typer.Option(help="Only runs with this tag, name=value; may be repeated.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Run that differences refer to; default: the first.")] = None,
     newest: Annotated[int, typer.Option(help="At most so many runs, the newest.")] = 20,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow store; default: as a training takes it.")] = None,
+    tracking_uri: TrackingStore = None,
     html: Annotated[Path | None, typer.Option(help="Write the comparison as one HTML file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -350,31 +334,24 @@ def compare(
 
     Example: ca2st compare --experiment ca2st --html compare.html
     """
-    from ray_jobs.compare import RunFilter, read_runs
-    from ray_jobs.compare import compare as put_side_by_side
+    from ray_jobs import compare as comparing
     from ray_jobs.environment import default_tracking_uri
+    from ray_jobs.redaction import without_credentials
 
-    if html is not None:
-        require_writable_place(html, "--html")
+    require_writable_place(html, "--html")
     if wrong := [one for one in tag or () if "=" not in one]:
         raise UserInputError(f"--tag: expected name=value, found {wrong[0]!r}")
     tags = dict(one.split("=", 1) for one in tag or ())
     uri = tracking_uri or default_tracking_uri(Path("runs"))
-    wanted = RunFilter(
+    wanted = comparing.RunFilter(
         experiment=experiment, recipes=tuple(recipe or ()), tags=tags, runs=tuple(runs or ()), newest=newest
     )
-    comparison = put_side_by_side(read_runs(uri, wanted), baseline=baseline)
+    comparison = comparing.compare(comparing.read_runs(uri, wanted), baseline=baseline)
     if html is not None:
-        from ray_jobs.compare import write_comparison_page
-        from ray_jobs.redaction import without_credentials
-
-        write_comparison_page(comparison, html, source=without_credentials(uri))
+        page = comparing.render_comparison_page(comparison, source=without_credentials(uri))
+        write_bytes(html, page.encode())
         say(f"wrote {html}")
-    if as_json:
-        print_json(comparison)
-        return
-    for line in _lines(comparison):
-        result(line)
+    answer(comparison, _lines(comparison), as_json=as_json)
 
 
 def _lines(comparison: "Comparison") -> list[str]:
@@ -386,7 +363,8 @@ def _lines(comparison: "Comparison") -> list[str]:
         f"{'device time':>16}  {'clips/s':>8}"
     ]
     for run in comparison.runs:
-        last, best = (("-", "-") if one is None else (f"{one:.1%}", at) for one, at in _accuracies(run))
+        values = (run.accuracy, run.last_step), (run.best, run.best_step)
+        last, best = (("-", "-") if value is None else (f"{value:.1%}", step) for value, step in values)
         delta = run.deltas.get(run.accuracy_name or "")
         shown = "base" if run.run_id == comparison.baseline else "-" if delta is None else f"{100 * delta:+.1f}"
         spent = "-" if run.device_hours is None else f"{duration_in_words(3600 * run.device_hours)} {run.device}"
@@ -403,10 +381,6 @@ def _lines(comparison: "Comparison") -> list[str]:
     if len(settings) > _MOST_SHOWN_SETTINGS:
         lines.append("--html and --json show all of them; the first:")
     return [*lines, f"  {listed(settings, most=_MOST_SHOWN_SETTINGS, separator=_LINE)}"] if settings else lines
-
-
-def _accuracies(run: "ComparedRun") -> tuple[tuple[float | None, int | None], tuple[float | None, int | None]]:
-    return (run.accuracy, run.last_step), (run.best, run.best_step)
 
 
 def _short(value: str | None) -> str:
@@ -439,13 +413,12 @@ def sync(
     sent = send(run_dir)
     state = read_state(run_dir)
     lacking = list(state.progress.pending)
-    if as_json:
-        print_json({"sent": sent, "run_id": state.run_id, "lacking": lacking})
-    elif state.run_id is None:
-        result(f"{run_dir}: nothing to send yet, the journal has no line")
+    if state.run_id is None:
+        told = f"{run_dir}: nothing to send yet, the journal has no line"
     else:
         still = f"; it still lacks {', '.join(lacking)}, for the reasons above" if lacking else ""
-        result(f"{sent} values sent to MLflow run {state.run_id}{still}")
+        told = f"{sent} values sent to MLflow run {state.run_id}{still}"
+    answer({"sent": sent, "run_id": state.run_id, "lacking": lacking}, [told], as_json=as_json)
     if lacking:
         raise typer.Exit(EnvironmentFault.exit_code)
 

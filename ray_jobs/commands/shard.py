@@ -2,67 +2,27 @@
 
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from ray_jobs.commands.options import Json, gop_frames, refuse_without_ray, synthetic_config, takes
-from ray_jobs.console import (
-    convert_shown,
-    counted,
-    parse_bytes,
-    print_json,
-    progress,
-    require_writable_place,
-    result,
-    say,
-    table,
-)
+from ca2st.durable import write_bytes
+from ca2st.errors import UserInputError
+from ray_jobs.commands.options import Json, refuse_without_ray, takes
+from ray_jobs.console import answer, convert_shown, counted, parse_bytes, progress, require_writable_place, say, table
 
 if TYPE_CHECKING:
-    from pipelines.storage.index import SetFacts
-    from sharding.conversion import ConversionReport
     from sharding.datasets import DatasetRequest
-    from sharding.format.shard_set import ShardSet
     from sharding.settings import ConversionConfig
     from sharding.source import SourceList
 
 
 app = typer.Typer(no_args_is_help=True)
-
-
-class Clock(StrEnum):
-    """Where the seconds of annotations count from."""
-
-    FILE = "file"
-    FIRST_FRAME = "first-frame"
-
-
-class AudioPolicy(StrEnum):
-    """What happens to clips without an audio track."""
-
-    REQUIRED = "required"
-    OPTIONAL = "optional"
-    NONE = "none"
-
-
-class HdrPolicy(StrEnum):
-    """What happens to clips of a high dynamic range."""
-
-    TONE_MAP = "tone-map"
-    REFUSE = "refuse"
-
-
-class InterlacedPolicy(StrEnum):
-    """What happens to interlaced frames."""
-
-    DEINTERLACE = "deinterlace"
-    KEEP = "keep"
+Shards = Annotated[str, typer.Argument(help="Folder or URL of a shard set.", metavar="DIR_OR_URL")]
 
 
 def _option(panel: str, text: str, *names: str, **settings: Any) -> Any:
@@ -100,12 +60,12 @@ class BuildOptions:
     ] = None
     follow_links: Annotated[bool, _source("Links may lead outside --media.", "--follow-links")] = False
     clock: Annotated[
-        Clock,
+        Literal["file", "first-frame"],
         _source(
             "What seconds of annotations count from: the start of the file, its earliest stream, as players and "
             "ffmpeg -ss do, or the first picture."
         ),
-    ] = Clock.FILE
+    ] = "file"
     limit: Annotated[int | None, _source("Only the first N samples.")] = None
     max_missing: Annotated[
         str, _source("Samples that may have no media file and are left out: a number or a share like 5%.")
@@ -128,14 +88,18 @@ class BuildOptions:
     gop: Annotated[int | None, _video("h264, hevc, vp9: frames from one key frame to the next; default 8.")] = None
     short_side: Annotated[int, _video("Pixels of the shorter side; smaller sources keep their size.")] = 256
     frames_per_second: Annotated[float | None, _video("Thin to this rate; default: every frame.")] = None
-    hdr: Annotated[HdrPolicy, _video("PQ and HLG clips: convert to BT.709, or reject.")] = HdrPolicy.TONE_MAP
+    hdr: Annotated[Literal["tone-map", "refuse"], _video("PQ and HLG clips: convert to BT.709, or reject.")] = (
+        "tone-map"
+    )
     interlaced: Annotated[
-        InterlacedPolicy, _video("Interlaced frames: deinterlace (yadif), or keep both fields as they are.")
-    ] = InterlacedPolicy.DEINTERLACE
+        Literal["deinterlace", "keep"],
+        _video("Interlaced frames: deinterlace (yadif), or keep both fields as they are."),
+    ] = "deinterlace"
 
     audio: Annotated[
-        AudioPolicy, _audio("Clips without sound, or of digital silence: reject, keep, or no audio at all.")
-    ] = AudioPolicy.REQUIRED
+        Literal["required", "optional", "none"],
+        _audio("Clips without sound, or of digital silence: reject, keep, or no audio at all."),
+    ] = "required"
     sample_rate: Annotated[int, _audio("Sample rate in Hz before the filter bank.")] = 16_000
 
     out: Annotated[
@@ -183,22 +147,28 @@ class BuildOptions:
             UserInputError: a value is out of range.
         """
         from ca2st.processes import num_cores
+        from sharding.media.codecs import DEFAULT_GOP_FRAMES
         from sharding.settings import ConversionConfig, RejectBudget
 
+        if self.gop is not None and self.codec == "mjpeg":
+            raise UserInputError(
+                f"--gop {self.gop}: --codec mjpeg has none but key frames; leave it out, or choose --codec h264, hevc "
+                "or vp9"
+            )
         return ConversionConfig(
             codec=self.codec,
             quality=self.quality,
-            num_gop_frames=gop_frames(self.gop, codec=self.codec),
+            num_gop_frames=DEFAULT_GOP_FRAMES if self.gop is None else self.gop,
             short_side=self.short_side,
             frames_per_second=self.frames_per_second,
-            hdr=self.hdr.value,
-            interlaced=self.interlaced.value,
+            hdr=self.hdr,
+            interlaced=self.interlaced,
             sample_rate_hz=self.sample_rate,
             workers=self.workers or num_cores(),
             shard_bytes=parse_bytes(self.shard_size),
             clip_seconds=self.clip_seconds,
-            audio_policy=self.audio.value,
-            clock=self.clock.value,
+            audio_policy=self.audio,
+            clock=self.clock,
             max_rejects=RejectBudget.parse(self.max_rejects),
             update=self.update,
             append=self.append,
@@ -206,11 +176,21 @@ class BuildOptions:
         )
 
     def request(self) -> "DatasetRequest":
-        """Return what to ask the dataset's reader for; raises as `config`."""
-        from sharding.datasets import DatasetRequest
+        """Return what to ask the dataset's reader for.
+
+        Raises:
+            UserInputError: a value out of range, or one of the synthetic world's for another dataset.
+        """
+        from sharding.datasets import DatasetRequest, SyntheticConfig
         from sharding.settings import RejectBudget
 
         world = ("num_samples", "seed", "difficulty", "frame_size", "frame_rate", "min_frames", "max_frames")
+        given = {name: value for name in world if (value := getattr(self, name)) is not None}
+        if given and self.dataset != "synthetic":
+            flag = next(iter(given)).replace("_", "-")
+            raise UserInputError(f"--{flag}: --dataset {self.dataset} does not use it; leave it out")
+        if "frame_rate" in given:
+            given["frames_per_second"] = given.pop("frame_rate")
         return DatasetRequest(
             annotations=self.annotations,
             media=self.media,
@@ -223,7 +203,7 @@ class BuildOptions:
             follow_links=self.follow_links,
             max_missing=RejectBudget.parse(self.max_missing, option="--max-missing"),
             task=self.task,
-            synthetic=synthetic_config({name: getattr(self, name) for name in world}, dataset=self.dataset),
+            synthetic=SyntheticConfig(**given),
         )
 
 
@@ -231,7 +211,7 @@ class BuildOptions:
 @takes(BuildOptions)
 def build(options: BuildOptions) -> None:
     """Convert one split of a dataset into shards; rerun the same command to resume."""
-    from ca2st.errors import UserInputError
+    from ray_jobs.environment import fault_points
     from sharding.conversion import check_notes
     from sharding.datasets import read_dataset
     from sharding.source import note_lines
@@ -249,32 +229,37 @@ def build(options: BuildOptions) -> None:
         _print_plan(source, config, as_json=options.as_json)
         return
     assert options.out is not None
-    _print_report(_convert(source, options.out, config, options), as_json=options.as_json)
+    if options.ray is None:
+        report = convert_shown(source, options.out, config, faults=fault_points())
+    else:
+        from ray_jobs.cluster.conversion import convert_on_cluster
+        from ray_jobs.cluster.ray_access import found_access
+
+        report = convert_on_cluster(
+            source,
+            options.out,
+            config,
+            address=options.ray,
+            access=found_access(accept_open=options.accept_open_ray),
+            num_workers=options.workers,
+            faults=fault_points(),
+        )
+    facts = {
+        "manifest": str(report.manifest_path),
+        "num_samples": report.num_samples,
+        "num_classes": _class_count(report.num_classes),
+        "num_shards": report.num_shards,
+        "rejected": dict(report.rejected),
+        "notes": dict(report.notes),
+        "clips_per_second": round(report.clips_per_second, 2),
+    }
+    shown = facts | {"rejected": counted(report.rejected), "notes": counted(report.notes)}
+    answer(facts, [table(shown)], as_json=options.as_json)
 
 
 def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
-
     say("terminated; rerun the same command to go on where it stopped")
     raise SystemExit(128 + signal.SIGTERM)
-
-
-def _convert(source: "SourceList", out: str, config: "ConversionConfig", options: BuildOptions) -> "ConversionReport":
-    from ray_jobs.environment import fault_points
-
-    if options.ray is None:
-        return convert_shown(source, out, config, faults=fault_points())
-    from ray_jobs.cluster.conversion import convert_on_cluster
-    from ray_jobs.cluster.ray_access import found_access
-
-    return convert_on_cluster(
-        source,
-        out,
-        config,
-        address=options.ray,
-        access=found_access(accept_open=options.accept_open_ray),
-        num_workers=options.workers,
-        faults=fault_points(),
-    )
 
 
 def _print_plan(source: "SourceList", config: "ConversionConfig", *, as_json: bool) -> None:
@@ -284,6 +269,7 @@ def _print_plan(source: "SourceList", config: "ConversionConfig", *, as_json: bo
     from sharding.settings import plan_shards
 
     estimate = forecast_storage(source, config)
+    notes = {kind: len(places) for kind, places in source.notes.items()}
     facts: dict[str, object] = {
         "dataset": source.dataset,
         "split": source.split,
@@ -294,34 +280,14 @@ def _print_plan(source: "SourceList", config: "ConversionConfig", *, as_json: bo
         "estimated_bytes": estimate.total_bytes,
         "num_probed": estimate.num_probed,
         "rejected": {},
-        "notes": {kind: len(places) for kind, places in source.notes.items()},
+        "notes": notes,
         "clips_per_second": None,
     }
     histogram = label_histogram(source)
-    if as_json:
-        print_json(facts | {"samples_per_class": histogram})
-        return
     empty = {space: sum(count == 0 for count in counts.values()) for space, counts in histogram.items()}
-    facts["notes"] = counted({kind: len(places) for kind, places in source.notes.items()})
-    facts["classes without samples"] = counted(empty)
-    result(table({name: value for name, value in facts.items() if value is not None}))
-
-
-def _print_report(report: "ConversionReport", *, as_json: bool) -> None:
-    """Print what a finished conversion made, and what it left out."""
-    facts = {
-        "manifest": str(report.manifest_path),
-        "num_samples": report.num_samples,
-        "num_classes": _class_count(report.num_classes),
-        "num_shards": report.num_shards,
-        "rejected": dict(report.rejected),
-        "notes": dict(report.notes),
-        "clips_per_second": round(report.clips_per_second, 2),
-    }
-    if as_json:
-        print_json(facts)
-        return
-    result(table(facts | {"rejected": counted(report.rejected), "notes": counted(report.notes)}))
+    shown = facts | {"notes": counted(notes), "classes without samples": counted(empty)}
+    shown = {name: value for name, value in shown.items() if value is not None}
+    answer(facts | {"samples_per_class": histogram}, [table(shown)], as_json=as_json)
 
 
 def _class_count(num_classes: Mapping[str, int]) -> int | dict[str, int]:
@@ -331,7 +297,7 @@ def _class_count(num_classes: Mapping[str, int]) -> int | dict[str, int]:
 
 @app.command(epilog="Example: ca2st shard verify shards/train, or: ca2st shard verify s3://bucket/shards/train")
 def verify(
-    shards: Annotated[str, typer.Argument(help="Folder or URL of a shard set.", metavar="DIR_OR_URL")],
+    shards: Shards,
     as_json: Json = False,
 ) -> None:
     """Check every byte against the manifest; ends with 3 and the names when something is damaged."""
@@ -339,43 +305,37 @@ def verify(
 
     with progress(f"Verifying {shards}", count_shards(shards)) as update:
         problems = verify_place(shards, progress=lambda done, _total: update(done, "shards"))
-    if as_json:
-        print_json({"ok": not problems, "problems": problems})
-    else:
-        for problem in problems:
-            result(f"{problem.shard} {problem.key or '-'}: {problem.what}")
-        if not problems:
-            result(f"{shards}: every byte is what the manifest says")
+    lines = [f"{problem.shard} {problem.key or '-'}: {problem.what}" for problem in problems]
+    lines = lines or [f"{shards}: every byte is what the manifest says"]
+    answer({"ok": not problems, "problems": problems}, lines, as_json=as_json)
     if problems:
         raise typer.Exit(3)
 
 
 @app.command(epilog="Example: ca2st shard inspect shards/train --html card.html")
 def inspect(
-    shards: Annotated[str, typer.Argument(help="Folder or URL of a shard set.", metavar="DIR_OR_URL")],
+    shards: Shards,
     html: Annotated[Path | None, typer.Option(help="Write a page with classes, durations and clips.")] = None,
     as_json: Json = False,
 ) -> None:
     """Counts, classes and durations of a shard set, from its indexes; with --html also stills and spectrograms."""
-    from ray_jobs.set_card import facts_in_words
+    from pipelines.storage.index import set_facts
+    from ray_jobs.set_card import facts_in_words, render_set_card
+    from sharding.format.shard_set import read_shard_set
 
-    shard_set, facts = _read_facts(shards, html)
+    require_writable_place(html, "--html")
+    shard_set = read_shard_set(shards)
+    facts = set_facts(shard_set)
     if html is not None:
-        from ray_jobs.set_card import write_set_card
-
-        write_set_card(shard_set, facts, html)
+        write_bytes(html, render_set_card(shard_set, facts).encode())
         say(f"wrote {html}")
-    if as_json:
-        from dataclasses import asdict
-
-        print_json({name: value for name, value in asdict(facts).items() if name != "durations"})
-        return
-    result(table(facts_in_words(facts)))
+    told = {name: value for name, value in asdict(facts).items() if name != "durations"}
+    answer(told, [table(facts_in_words(facts))], as_json=as_json)
 
 
 @app.command(epilog="Example: ca2st shard overlap shards/train shards/validation --content")
 def overlap(
-    first: Annotated[str, typer.Argument(help="Folder or URL of a shard set.", metavar="DIR_OR_URL")],
+    first: Shards,
     second: Annotated[str, typer.Argument(help="Folder or URL of another one.", metavar="DIR_OR_URL")],
     content: Annotated[
         bool,
@@ -390,24 +350,10 @@ def overlap(
     sets = read_shard_set(first), read_shard_set(second)
     total = sum(shard_set.manifest.num_samples for shard_set in sets)
     with progress("Comparing", total) as update:
-        found = find_overlaps(*sets, content=content, progress=lambda done, _total: update(done, ""))
-    if as_json:
-        print_json({"overlaps": found, "counts": counts(found)})
-    else:
-        for pair in found:
-            result(f"{pair.by}: {pair.first} = {pair.second}")
-        if not found:
-            by = "id, source file or content" if content else "id or source file"
-            result(f"no video is in both sets by {by}")
+        found = find_overlaps(*sets, content=content, progress=lambda done: update(done, ""))
+    lines = [f"{pair.by}: {pair.first} = {pair.second}" for pair in found]
+    by = "id, source file or content" if content else "id or source file"
+    lines = lines or [f"no video is in both sets by {by}"]
+    answer({"overlaps": found, "counts": counts(found)}, lines, as_json=as_json)
     if found:
         raise typer.Exit(3)
-
-
-def _read_facts(place: str, html: Path | None) -> "tuple[ShardSet, SetFacts]":
-    from pipelines.storage.index import set_facts
-    from sharding.format.shard_set import read_shard_set
-
-    if html is not None:
-        require_writable_place(html, "--html")
-    shard_set = read_shard_set(place)
-    return shard_set, set_facts(shard_set)

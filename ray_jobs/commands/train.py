@@ -7,13 +7,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import typer
 
 from ca2st.errors import UserInputError
 from ray_jobs import environment
-from ray_jobs.commands.options import refuse_unused_ca_file, refuse_without_ray, takes
-from ray_jobs.console import duration, parse_views, print_json, require_folder_place, result, say, table
+from ray_jobs.commands.options import Json, OpenRay, Overrides, RayAddress, refuse_without_ray, takes
+from ray_jobs.console import answer, duration, parse_views, print_json, require_folder_place, result, say, table
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -41,7 +42,7 @@ class TrainOptions:
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="--data-folder: links in it may lead outside.")
     ] = False
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value.")] = None
+    overrides: Overrides = None
     data: Annotated[str | None, typer.Option(help="Training shards, a folder or a URL, instead of the recipe's.")] = (
         None
     )
@@ -60,10 +61,8 @@ class TrainOptions:
         int | None, typer.Option(help="Record so many steps with torch's profiler, into profile/ of the run folder.")
     ] = None
     ray: Annotated[bool, typer.Option("--ray", help="Train under Ray Train, which restarts failed workers.")] = False
-    ray_address: Annotated[str, typer.Option(help="With --ray: auto, or HEAD:6379; default: a Ray of our own.")] = (
-        "local"
-    )
-    open_ray: Annotated[bool, typer.Option("--i-accept-open-ray", help="Join a cluster without a token.")] = False
+    ray_address: RayAddress = "local"
+    open_ray: OpenRay = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan; train and make nothing.")] = False
     measure: Annotated[
         bool, typer.Option("--measure", help="--dry-run: the hours from a few steps on random clips on this machine.")
@@ -73,7 +72,7 @@ class TrainOptions:
         bool,
         typer.Option("--assume-published-counts", help="--dry-run: without shards, by the dataset's published counts."),
     ] = False
-    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False
+    as_json: Json = False
 
     def check(self) -> None:
         """Refuse options that need another one.
@@ -81,11 +80,7 @@ class TrainOptions:
         Raises:
             UserInputError: as said.
         """
-        if self.ray_address != "local" and not self.ray:
-            raise UserInputError(
-                f"--ray-address {self.ray_address}: expected --ray beside it; without, Ray is not used at all"
-            )
-        refuse_without_ray(accept_open_ray=self.open_ray, ray=self.ray)
+        refuse_without_ray(ray=self.ray, ray_address=self.ray_address, accept_open_ray=self.open_ray)
         if self.out is not None:
             require_folder_place(self.out, "--out")
         plans = {
@@ -163,7 +158,6 @@ def _train_splits(options: TrainOptions, recipe: str, settings: list[str]) -> No
     """Train each split in a run of its own, test it in its published views, and print the mean."""
     from pipelines.views import EvaluationViews
     from ray_jobs.config.recipe_file import load_recipe
-    from ray_jobs.environment import fault_points
     from ray_jobs.evaluation.workers import Workers, evaluate_checkpoint, log_to_run, means_of
     from ray_jobs.launch import launch
 
@@ -182,7 +176,9 @@ def _train_splits(options: TrainOptions, recipe: str, settings: list[str]) -> No
     reports = []
     for split, loaded, tested in zip(splits, recipes, shards, strict=True):
         run_dir = loaded.folder if options.out is None else options.out / f"split{split}"
-        launch(loaded, run_dir, faults=fault_points(), ray_address=address, accept_open_ray=options.open_ray)
+        launch(
+            loaded, run_dir, faults=environment.fault_points(), ray_address=address, accept_open_ray=options.open_ray
+        )
         views = loaded.published.views if loaded.published is not None else "2x3"
         clips, crops = parse_views(views)
         test = EvaluationViews(protocol="test", clips=clips, crops=crops)
@@ -192,19 +188,19 @@ def _train_splits(options: TrainOptions, recipe: str, settings: list[str]) -> No
             log_to_run(reports[-1])
         facts.append({"split": int(split), "run_dir": str(run_dir), "top1": reports[-1].top1, "views": views})
     mean = means_of(reports)["mean"]
-    if options.as_json:
-        print_json({"splits": facts, "top1": mean})
-        return
-    for one in facts:
-        result(f"  split {one['split']}  top1 {one['top1']:.4f}  ({one['views']} views)  {one['run_dir']}")
-    result(f"  mean     top1 {mean:.4f}")
+    shown = ["-" if value is None else f"{value:.4f}" for value in (*(report.top1 for report in reports), mean)]
+    lines = [
+        f"  split {one['split']}  top1 {top1}  ({one['views']} views)  {one['run_dir']}"
+        for one, top1 in zip(facts, shown, strict=False)
+    ]
+    answer({"splits": facts, "top1": mean}, [*lines, f"  mean     top1 {shown[-1]}"], as_json=options.as_json)
 
 
 def recipes(
     plan: Annotated[bool, typer.Option("--plan", help="Hours of each training on this machine.")] = False,
     device: Annotated[str | None, typer.Option(help="--plan: on another device, such as H200.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="--plan: on so many GPUs.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """The published trainings: what each reached in the paper, and whether its shards are here.
 
@@ -215,10 +211,7 @@ def recipes(
     if not plan and (device is not None or workers > 1):
         raise UserInputError("--device, --workers: expected --plan beside them, which they are about")
     rows = published_rows(published_recipes(), with_hours=plan, device=device, workers=workers)
-    if as_json:
-        print_json({"recipes": rows})
-    else:
-        result(rows_lines(rows))
+    answer({"recipes": rows}, [rows_lines(rows)], as_json=as_json)
 
 
 def with_options(overrides: list[str] | None, *, data: str | None, workers: int | None) -> list[str]:
@@ -232,13 +225,14 @@ def with_options(overrides: list[str] | None, *, data: str | None, workers: int 
 
 
 def _train(recipe: "Recipe", run_dir: Path, ray_address: str | None, *, accept_open_ray: bool, as_json: bool) -> None:
-    from ray_jobs.environment import fault_points
     from ray_jobs.launch import launch
     from ray_jobs.runs.model import run_document_of
     from ray_jobs.tracking.following import how_to_serve
     from ray_jobs.tracking.state import link_of, read_state
 
-    outcome = launch(recipe, run_dir, faults=fault_points(), ray_address=ray_address, accept_open_ray=accept_open_ray)
+    outcome = launch(
+        recipe, run_dir, faults=environment.fault_points(), ray_address=ray_address, accept_open_ray=accept_open_ray
+    )
     if (environment.launched_ranks() or (0,))[0] > 0:
         return  # the first rank reports
     state = read_state(run_dir) if recipe.tracking.enabled else None
@@ -307,117 +301,122 @@ def _print_plan(recipe: "Recipe", run_dir: Path, options: TrainOptions) -> None:
         if recipe.published is not None and not options.assume_counts:
             error.add_note("--assume-published-counts plans it without shards and weights")
         raise
-    if options.as_json:
-        print_json(plan)
-    else:
-        result(plan_lines(plan))
+    answer(plan, [plan_lines(plan)], as_json=options.as_json)
 
 
 _INTERRUPTED = 130
 
-_Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of one that ships with ca2st.")]
-_Address = Annotated[str, typer.Option(help="The cluster's dashboard: http://HEAD:8265.")]
-_Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value.")]
-_Data = Annotated[str | None, typer.Option(help="Training shards as the nodes see them, instead of the recipe's.")]
-_Workers = Annotated[int | None, typer.Option(help="Training processes; one per GPU where there are GPUs.")]
-_Out = Annotated[
-    Path | None,
-    typer.Option(help="Run folder on storage all nodes share; default: launch.runs_folder/<recipe's name>."),
-]
-_Env = Annotated[
-    list[str] | None,
-    typer.Option(help="Pass this variable on, by name. Its value is kept with the job, for holders of the token."),
-]
-_Wheel = Annotated[Path | None, typer.Option(help="Send this wheel of ca2st instead of the one that runs here.")]
-_Package = Annotated[
-    bool, typer.Option("--package/--no-package", help="Send ca2st along, or use the one of the cluster's image.")
-]
-_Python = Annotated[str, typer.Option(help="The head node's interpreter: that of its Ray.")]
-_Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job's log to its end, or leave it.")]
-_Resubmit = Annotated[
-    int, typer.Option(min=0, help="Send the job again up to so often when its driver is killed; it resumes.")
-]
-_CaFile = Annotated[Path | None, typer.Option(help="Certificate authority of an https address.")]
-_AcceptOpen = Annotated[bool, typer.Option("--i-accept-open-ray", help="Use a cluster that takes jobs from anybody.")]
-_DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print what would be sent; ask the cluster nothing and send nothing.")
-]
-_AsJson = Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object.")]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SubmitOptions:
+    """The options of ``submit``."""
+
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that ships with ca2st.")]
+    address: Annotated[str, typer.Option(help="The cluster's dashboard: http://HEAD:8265.")]
+    overrides: Overrides = None
+    data: Annotated[
+        str | None, typer.Option(help="Training shards as the nodes see them, instead of the recipe's.")
+    ] = None
+    workers: Annotated[int | None, typer.Option(help="Training processes; one per GPU where there are GPUs.")] = None
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run folder on storage all nodes share; default: launch.runs_folder/<recipe's name>."),
+    ] = None
+    env: Annotated[
+        list[str] | None,
+        typer.Option(help="Pass this variable on, by name. Its value is kept with the job, for holders of the token."),
+    ] = None
+    wheel: Annotated[Path | None, typer.Option(help="Send this wheel of ca2st instead of the one that runs here.")] = (
+        None
+    )
+    package: Annotated[
+        bool, typer.Option("--package/--no-package", help="Send ca2st along, or use the one of the cluster's image.")
+    ] = True
+    python: Annotated[str, typer.Option(help="The head node's interpreter: that of its Ray.")] = "python"
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job's log to its end, or leave it.")] = True
+    resubmit: Annotated[
+        int, typer.Option(min=0, help="Send the job again up to so often when its driver is killed; it resumes.")
+    ] = 0
+    ca_file: Annotated[Path | None, typer.Option(help="Certificate authority of an https address.")] = None
+    accept_open_ray: Annotated[
+        bool, typer.Option("--i-accept-open-ray", help="Use a cluster that takes jobs from anybody.")
+    ] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be sent; ask the cluster nothing and send nothing.")
+    ] = False
+    as_json: Json = False
+
+    def check(self) -> None:
+        """Refuse options that do not go together.
+
+        Raises:
+            UserInputError: as said.
+        """
+        if self.ca_file is not None and urlsplit(self.address).scheme != "https":
+            raise UserInputError(
+                f"--ca-file {self.ca_file}: expected an https address beside it, found {self.address}; without TLS "
+                "nothing is verified: leave it out, or give the https address"
+            )
+        if self.wheel is not None and not self.package:
+            raise UserInputError("--wheel and --no-package: expected one of the two, found both")
+        if self.resubmit and not self.wait:
+            raise UserInputError(
+                "--resubmit and --no-wait: expected one of the two; nobody would be there to send again"
+            )
 
 
-def submit(
-    recipe: _Recipe,
-    address: _Address,
-    overrides: _Overrides = None,
-    data: _Data = None,
-    workers: _Workers = None,
-    out: _Out = None,
-    env: _Env = None,
-    wheel: _Wheel = None,
-    package: _Package = True,
-    python: _Python = "python",
-    wait: _Wait = True,
-    resubmit: _Resubmit = 0,
-    ca_file: _CaFile = None,
-    accept_open_ray: _AcceptOpen = False,
-    dry_run: _DryRun = False,
-    as_json: _AsJson = False,
-) -> None:
+@takes(SubmitOptions)
+def submit(options: SubmitOptions) -> None:
     """Train on a Ray cluster: send ca2st and a recipe as a job, follow its log, end with its exit code.
 
     Ctrl-C stops following, not the job. The same command again resumes the run.
 
     Example: ca2st submit recipe.toml --address http://head:8265 --out /shared/runs/first
     """
-    from ray_jobs import environment
     from ray_jobs.cluster.job_server import check_address, connect
     from ray_jobs.cluster.ray_access import found_access
-    from ray_jobs.cluster.submission import Choices, prepared
+    from ray_jobs.cluster.submission import Choices, prepared, send
 
-    refuse_unused_ca_file(ca_file, address)
-    if wheel is not None and not package:
-        raise UserInputError("--wheel and --no-package: expected one of the two, found both")
-    if resubmit and not wait:
-        raise UserInputError("--resubmit and --no-wait: expected one of the two; nobody would be there to send again")
+    options.check()
     job = prepared(
         Choices(
-            recipe=recipe,
-            overrides=tuple(with_options(overrides, data=data, workers=workers)),
-            out=out,
-            variables=environment.passed_variables(env or []),
-            wheel=wheel,
-            package=package,
-            python=python,
-            accept_open=accept_open_ray,
+            recipe=options.recipe,
+            overrides=tuple(with_options(options.overrides, data=options.data, workers=options.workers)),
+            out=options.out,
+            variables=environment.passed_variables(options.env or []),
+            wheel=options.wheel,
+            package=options.package,
+            python=options.python,
+            accept_open=options.accept_open_ray,
         )
     )
-    if dry_run:
-        check_address(address)
-        _print(_plan(job, address), as_json=as_json)
+    if options.dry_run:
+        check_address(options.address)
+        plan: dict[str, object] = {
+            "address": options.address,
+            "run_dir": job.run_dir,
+            "entrypoint": job.entrypoint,
+            "variables": sorted(job.env_vars),  # the names alone
+            "metadata": dict(job.metadata),
+            "archive_bytes": job.num_bytes,
+        }
+        answer(plan, [table(plan)], as_json=options.as_json)
         return
-    client = connect(address, access=found_access(accept_open=accept_open_ray), ca_file=ca_file)
-    if wait:
-        _follow(client, job, address, num_resubmits=resubmit, as_json=as_json)
-    else:
-        _leave(client, job, address, as_json=as_json)
-
-
-def _leave(client: "JobSubmissionClient", job: "PreparedJob", address: str, *, as_json: bool) -> None:
-    """Send the job and say how to follow it."""
-    from ray_jobs.cluster.submission import send
-
+    client = connect(options.address, access=found_access(accept_open=options.accept_open_ray), ca_file=options.ca_file)
+    if options.wait:
+        _follow(client, job, options)
+        return
     try:
         send(client, job)
     except KeyboardInterrupt:  # it was taken
-        _say_how_to_go_on(job.submission_id, address)
+        _say_how_to_go_on(job, options.address)
         raise typer.Exit(_INTERRUPTED) from None
-    _print(_facts(job, address), as_json=as_json)
-    _say_how_to_go_on(job.submission_id, address)
+    facts = _facts(job, options.address)
+    answer(facts, [table(facts)], as_json=options.as_json)
+    _say_how_to_go_on(job, options.address)
 
 
-def _follow(
-    client: "JobSubmissionClient", job: "PreparedJob", address: str, *, num_resubmits: int, as_json: bool
-) -> None:
+def _follow(client: "JobSubmissionClient", job: "PreparedJob", options: SubmitOptions) -> None:
     """Show the log until the job ends; a job that fails ends this command with its driver's exit code."""
     from ray_jobs.cluster.job_server import JobFailedError, JobUnreachableError, exit_code
     from ray_jobs.cluster.submission import send_and_follow
@@ -428,57 +427,35 @@ def _follow(
         sent.append(job.again())
         return sent[-1]
 
-    say(f"job {job.submission_id} at {address}")
+    def show(text: str) -> None:  # on stderr: stdout is for results
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+    say(f"job {job.submission_id} at {options.address}")
     try:
-        ended = send_and_follow(client, job, show=_show, again=again, num_resubmits=num_resubmits)
+        ended = send_and_follow(client, job, show=show, again=again, num_resubmits=options.resubmit)
     except JobFailedError as error:
-        if as_json:
-            _print(_facts(sent[-1], address) | {"exit_code": error.exit_code}, as_json=True)
+        if options.as_json:
+            print_json(_facts(sent[-1], options.address) | {"exit_code": error.exit_code})
         raise
     except JobUnreachableError:
-        _say_how_to_go_on(sent[-1].submission_id, address)
+        _say_how_to_go_on(sent[-1], options.address)
         raise
     except KeyboardInterrupt:
-        _say_how_to_go_on(sent[-1].submission_id, address)
+        _say_how_to_go_on(sent[-1], options.address)
         raise typer.Exit(_INTERRUPTED) from None
-    _print(_facts(sent[-1], address) | {"exit_code": exit_code(ended)}, as_json=as_json)
+    facts = _facts(sent[-1], options.address) | {"exit_code": exit_code(ended)}
+    answer(facts, [table(facts)], as_json=options.as_json)
 
 
 def _facts(job: "PreparedJob", address: str) -> dict[str, object]:
     return {"job_id": job.submission_id, "address": address, "run_dir": job.run_dir}
 
 
-def _plan(job: "PreparedJob", address: str) -> dict[str, object]:
-    """Return what would be sent; of the variables the names alone."""
-    return {
-        "address": address,
-        "run_dir": job.run_dir,
-        "entrypoint": job.entrypoint,
-        "variables": sorted(job.env_vars),
-        "metadata": dict(job.metadata),
-        "archive_bytes": job.num_bytes,
-    }
-
-
-def _show(text: str) -> None:
-    """Show a piece of the job's log, on stderr: stdout is for results."""
-    sys.stderr.write(text)
-    sys.stderr.flush()
-
-
-def _print(facts: dict[str, object], *, as_json: bool) -> None:
-
-    if as_json:
-        print_json(facts)
-    else:
-        result(table(facts))
-
-
-def _say_how_to_go_on(job_id: str, address: str) -> None:
-
+def _say_how_to_go_on(job: "PreparedJob", address: str) -> None:
     say(
         f"\nthe job goes on without this command\n"
-        f"  to follow it:  ray job logs --follow --address {address} {job_id}\n"
-        f"  how it stands: ray job status --address {address} {job_id}\n"
-        f"  to stop it:    ray job stop --address {address} {job_id}"
+        f"  to follow it:  ray job logs --follow --address {address} {job.submission_id}\n"
+        f"  how it stands: ray job status --address {address} {job.submission_id}\n"
+        f"  to stop it:    ray job stop --address {address} {job.submission_id}"
     )

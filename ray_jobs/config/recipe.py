@@ -6,6 +6,7 @@ recipe does not say has the default documented beside its field.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import pydantic
 from pydantic import ConfigDict, TypeAdapter
 
-from ca2st.errors import UserInputError, check_choice
+from ca2st.errors import UserInputError
 from ca2st.model.config import ExpertName, ExpertPrecision, ModelConfig, check_expert_precision, check_trainable
 from ca2st.spec import ClipSpec
 from ca2st.training.config import OptimConfig, TrainingConfig
@@ -80,18 +81,6 @@ class SyntheticData:
         )
 
 
-def check_place(name: str, place: str) -> None:
-    """Refuse a URL that is not read, or that carries a secret; `name` is the setting.
-
-    Raises:
-        UserInputError: as `as_location`; the message holds no secret.
-    """
-    try:
-        as_location(place)
-    except UserInputError as error:
-        raise UserInputError(f"{name}: {error}") from None
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixtureSet:
     """One of several shard sets that are trained on together: a ``[[data.mixture]]`` section."""
@@ -142,16 +131,18 @@ class DataConfig:
     """Order, threads, backend."""
 
     def __post_init__(self) -> None:
-        for name, place in (("train", self.train), ("validation", self.validation)):
+        mixture = [("mixture", entry.train) for entry in self.mixture]
+        for name, place in [("train", self.train), ("validation", self.validation), *mixture]:
             if place is not None:
-                check_place(name, place)
-        for entry in self.mixture:
-            check_place("mixture", entry.train)
+                try:
+                    as_location(place)
+                except UserInputError as error:  # its message holds no secret
+                    raise UserInputError(f"{name}: {error}") from None
         if self.targets is not None and not self.targets:
             raise UserInputError(
                 "targets: expected at least one label space, found none; leave it out for the set's own"
             )
-        if repeated := [name for name in dict.fromkeys(self.targets or ()) if (self.targets or ()).count(name) > 1]:
+        if repeated := [name for name, count in Counter(self.targets or ()).items() if count > 1]:
             raise UserInputError(f"targets: expected each label space once, found {', '.join(repeated)} more often")
         if self.mixture and (self.train is not None or self.synthetic is not None):
             other = "train" if self.train is not None else "synthetic"
@@ -350,9 +341,6 @@ class StartConfig:
     ones. ``new``: the whole head, last adapters included, is drawn anew."""
     resize_positions: bool = False
     """True: position tables of another number of frames, crop or spectrogram length are interpolated, not refused."""
-
-    def __post_init__(self) -> None:
-        check_choice("head", self.head, ("keep", "new"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

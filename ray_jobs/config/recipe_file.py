@@ -1,13 +1,12 @@
 """A recipe as a TOML file: preset expanded, settings of the command line put over it, every mistake at its line."""
 
 import datetime
-import difflib
 import json
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import pydantic
 
-from ca2st.errors import UserInputError
+from ca2st.errors import UserInputError, did_you_mean
 from ca2st.model.config import find_preset
 from ray_jobs.config.recipe import Recipe, recipe_from_document
 from ray_jobs.errors import ConflictsError, RecipeError
@@ -29,6 +28,29 @@ _TABLE = re.compile(r"^\s*(\[\[?)\s*([^\[\]]+?)\s*\]")
 _KEY = re.compile(r"""^\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
 
 
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where the settings of a recipe were given: in its file, or on the command line over it."""
+
+    source: str
+    lines: Mapping[str, int] = field(default_factory=dict)
+    """Of every key of the file by its dotted path, from 1."""
+    overrides: Sequence[str] = ()
+
+    def of(self, path: str) -> str:
+        """Return ``--set path``, ``file:line`` of the key or the nearest table around it, or the file alone.
+
+        An override of a section around the key has set it too.
+        """
+        for override in reversed(self.overrides):
+            key = override.partition("=")[0]
+            if path == key or path.startswith(f"{key}."):
+                return f"--set {key}"
+        while path and path not in self.lines:
+            path = path.rpartition(".")[0]
+        return f"{self.source}:{self.lines[path]}" if path else self.source
+
+
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, or one that ships with the package by its name, with ``a.b=value`` overrides.
 
@@ -37,38 +59,36 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: every mistake in it, with file:line.
     """
     text, source = read_recipe(name_or_path)
+    too_deep = f"{source}: expected sections in sections at most {_MOST_NESTED} deep, found more"
     try:
         document = tomllib.loads(text)
     except RecursionError:
-        raise RecipeError(f"{source}: expected sections in sections at most {_MOST_NESTED} deep, found more") from None
+        raise RecipeError(too_deep) from None
     except ValueError as error:  # TOMLDecodeError is one; a number of thousands of digits gives another
         raise RecipeError(f"{source}: not valid TOML: {error}") from error
     document = _extended(document, source)
     for override in overrides:
         _apply_override(document, override)
     if _is_deeper(document, _MOST_NESTED):
-        raise RecipeError(f"{source}: expected sections in sections at most {_MOST_NESTED} deep, found more")
-    lines = key_lines(text)
-    _check_name(document.get("name"), place_of("name", source=source, lines=lines, overrides=overrides))
-    if dates := list(dates_in(document)):
+        raise RecipeError(too_deep)
+    places = _Places(source, key_lines(text), overrides)
+    _check_name(document.get("name"), places.of("name"))
+    if dates := list(_dates_in(document)):
         raise RecipeError(
             "\n".join(
-                f"{place_of(key, source=source, lines=lines, overrides=overrides)}: {key}: expected no date or time, "
-                f'found {found}; write text in quotes: "{found}"'
+                f'{places.of(key)}: {key}: expected no date or time, found {found}; write text in quotes: "{found}"'
                 for key, found in dates
             )
         )
-    _fill_split(document, lambda key: place_of(key, source=source, lines=lines, overrides=overrides))
+    _fill_split(document, places)
     try:
         _expand_preset(document)
     except UserInputError as error:
-        where = place_of("model.preset", source=source, lines=lines, overrides=overrides)
-        raise RecipeError(f"{where}: model.{error}") from error
+        raise RecipeError(f"{places.of('model.preset')}: model.{error}") from error
     try:
         return recipe_from_document(document)
     except pydantic.ValidationError as error:
-        mistakes = list(_every_mistake(document, error, source=source, lines=lines, overrides=overrides))
-        raise RecipeError("\n".join(dict.fromkeys(mistakes))) from error
+        raise RecipeError("\n".join(dict.fromkeys(_every_mistake(document, error, places)))) from error
 
 
 def _extended(document: dict[str, Any], source: str, inside: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -114,14 +134,7 @@ def _is_deeper(document: Any, most: int) -> bool:
     return True
 
 
-def _every_mistake(
-    document: dict[str, Any],
-    error: pydantic.ValidationError,
-    *,
-    source: str,
-    lines: Mapping[str, int],
-    overrides: Sequence[str],
-) -> Iterator[str]:
+def _every_mistake(document: dict[str, Any], error: pydantic.ValidationError, places: _Places) -> Iterator[str]:
     """Yield the mistakes of `error`, and those that hide behind them.
 
     A section names one value that it refuses at a time, and sections are compared once each of them is right. So what
@@ -132,8 +145,8 @@ def _every_mistake(
     while True:
         before = frozenset(removed)
         for mistake in error.errors():
-            for key, line in explained(mistake, Recipe, source=source, lines=lines, overrides=overrides):
-                if not before or not before & set(re.findall(r"\w+", line.removeprefix(source))):
+            for key, line in _explained(mistake, places):
+                if not before or not before & set(re.findall(r"\w+", line.removeprefix(places.source))):
                     yield line
                 if _take_out(document, key):
                     removed.add(key.rpartition(".")[2])
@@ -177,7 +190,7 @@ def _expand_preset(document: dict[str, Any]) -> None:
     document["model"] = _below(json.loads(json.dumps(asdict(find_preset(str(model["preset"])).config))), own)
 
 
-def _fill_split(document: dict[str, Any], where: Callable[[str], str]) -> None:
+def _fill_split(document: dict[str, Any], places: _Places) -> None:
     """Put `data.split` in place of ``{split}`` in the places of the shards."""
     data = document.get("data")
     if not isinstance(data, dict):
@@ -187,10 +200,10 @@ def _fill_split(document: dict[str, Any], where: Callable[[str], str]) -> None:
     if marked and split is None:
         key = f"data.{marked[0]}"
         raise RecipeError(
-            f"{where(key)}: {key}: expected data.split beside {_SPLIT}, found none; add --set data.split=1"
+            f"{places.of(key)}: {key}: expected data.split beside {_SPLIT}, found none; add --set data.split=1"
         )
     if split is not None and not marked:
-        if (place := where("data.split")).startswith("--set"):
+        if (place := places.of("data.split")).startswith("--set"):
             raise RecipeError(
                 f"{place}: expected {_SPLIT} in data.train or data.validation, which it stands for, found it in "
                 "neither; leave data.split out"
@@ -266,9 +279,7 @@ def stored_recipe(document: Mapping[str, Any], *, where: str) -> Recipe:
     try:
         return recipe_from_document(document)
     except pydantic.ValidationError as error:
-        mistakes = "\n  ".join(
-            line for mistake in error.errors() for _, line in explained(mistake, Recipe, source=where)
-        )
+        mistakes = "\n  ".join(line for mistake in error.errors() for _, line in _explained(mistake, _Places(where)))
         raise RecipeError(
             f"{where}: its recipe is none of this version of ca2st; use the version that wrote it:\n  {mistakes}"
         ) from error
@@ -299,113 +310,64 @@ def _dotted(text: str) -> str:
     return ".".join(part.strip().strip("\"'") for part in text.split("."))
 
 
-def line_of(lines: dict[str, int], path: str) -> int | None:
-    """Return the line of `path`, or of the nearest table around it; None when not even that is in the file."""
-    while path:
-        if path in lines:
-            return lines[path]
-        path = path.rpartition(".")[0]
-    return None
-
-
-def explained(
-    mistake: Any,
-    recipe_type: type,
-    *,
-    source: str,
-    lines: Mapping[str, int] | None = None,
-    overrides: Sequence[str] = (),
-) -> list[tuple[str, str]]:
-    """Return pydantic's mistake as (key to change, ``file:line: key: what is wrong``); more where sections disagree.
-
-    `recipe_type` is the dataclass that was read, `lines` where its keys stand in the file `source`; a key that an
-    override set is reported as such.
-    """
-    path = ".".join(str(part) for part in mistake["loc"])
-    kind, found = mistake["type"], list[tuple[str, str]]()
-    for message in _messages(mistake):
+def _explained(mistake: Any, places: _Places) -> list[tuple[str, str]]:
+    """Return pydantic's mistake as (key to change, ``file:line: key: what is wrong``); more where sections disagree."""
+    path = ".".join(map(str, mistake["loc"]))
+    kind, error = mistake["type"], mistake.get("ctx", {}).get("error")
+    messages = error.messages if isinstance(error, ConflictsError) else [mistake["msg"].removeprefix("Value error, ")]
+    found = []
+    for message in messages:
         key, text = path, message
         if not path:  # sections at odds with each other: the recipe's own check names the key
             key, _, text = message.partition(": ")
         elif kind == "unexpected_keyword_argument":
-            text = f"unknown key{_suggestion(mistake['loc'], recipe_type)}"
+            *section, unknown = map(str, mistake["loc"])
+            known = _known_keys(".".join(section))
+            text = "unknown key" + (did_you_mean(unknown, known) or f"; known are {', '.join(known)}")
         elif kind in ("missing", "missing_argument"):
             text = "required, but not given"
         elif kind != "value_error":
             text = f"{message}, found {mistake['input']!r}"
-        blamed = blamed_key(key, text, recipe_type, overrides) if kind == "value_error" else key
-        place = place_of(blamed, source=source, lines=lines, overrides=overrides)
-        found.append((blamed, f"{place}: {key}: {text}"))
+        blamed = _blamed_key(key, text, places.overrides) if kind == "value_error" else key
+        found.append((blamed, f"{places.of(blamed)}: {key}: {text}"))
     return found
 
 
-def blamed_key(path: str, message: str, recipe_type: type, overrides: Sequence[str] = ()) -> str:
+def _blamed_key(path: str, message: str, overrides: Sequence[str]) -> str:
     """Return the key that a refusal of the section `path` is about.
 
     It is the one that the message begins with, or one that it names and an override has set; else `path` itself.
     """
-    known = _known_keys(path.split("."), recipe_type)
     first = re.split(r"[:, ]", message, maxsplit=1)[0].rpartition(".")[2]
+    begins = f"{path}.{first}" if first in _known_keys(path) else None
     words = set(re.findall(r"\w+", message))
     set_here = [override.partition("=")[0] for override in overrides]
     named = [key for key in set_here if key.startswith(f"{path}.") and key.rpartition(".")[2] in words]
-    if first in known and f"{path}.{first}" in set_here:
-        return f"{path}.{first}"
-    if named:
+    if named and begins not in set_here:
         return named[0]
-    return f"{path}.{first}" if first in known else path
+    return begins or path
 
 
-def place_of(path: str, *, source: str, lines: Mapping[str, int] | None = None, overrides: Sequence[str] = ()) -> str:
-    """Return where the key `path` was set: ``--set path``, ``file:line``, or the file alone where it is not in it.
-
-    An override of a section around the key has set it too.
-    """
-    for override in reversed(overrides):
-        key = override.partition("=")[0]
-        if path == key or path.startswith(f"{key}."):
-            return f"--set {key}"
-    line = line_of(dict(lines or {}), path)
-    return f"{source}:{line}" if line else source
-
-
-def _messages(mistake: Any) -> list[str]:
-    error = mistake.get("ctx", {}).get("error")
-    if isinstance(error, ConflictsError):
-        return list(error.messages)
-    return [mistake["msg"].removeprefix("Value error, ")]
-
-
-def dates_in(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def _dates_in(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """Yield key and text of every date or time in a TOML document: values that TOML has and no setting takes."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from dates_in(inner, f"{path}.{key}" if path else key)
+            yield from _dates_in(inner, f"{path}.{key}" if path else key)
     elif isinstance(value, list):
         for inner in value:
-            yield from dates_in(inner, path)
+            yield from _dates_in(inner, path)
     elif isinstance(value, datetime.date | datetime.time):
         yield path, value.isoformat()
 
 
-def _suggestion(loc: Sequence[Any], recipe_type: type) -> str:
-    known = _known_keys([str(part) for part in loc[:-1]], recipe_type)
-    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else f"; known are {', '.join(known)}"
-
-
-def _known_keys(tables: Sequence[str], recipe_type: type) -> list[str]:
-    """Return the field names of the section at `tables`."""
-    current: Any = recipe_type
-    for table in tables:
+def _known_keys(section: str) -> list[str]:
+    """Return the names of the settings of a section by its dotted path; none where it is a setting itself."""
+    current: Any = Recipe
+    for table in section.split(".") if section else ():
         if table.isdigit():  # a table of an array, whose kind was found under the array's name
             continue
-        kinds = {entry.name: entry.type for entry in fields(current)}
-        current = next((kind for kind in _options(kinds.get(table)) if is_dataclass(kind)), None)
+        kind = {entry.name: entry.type for entry in fields(current)}.get(table)
+        current = next((one for one in getattr(kind, "__args__", (kind,)) if is_dataclass(one)), None)
         if current is None:
             return []
     return [entry.name for entry in fields(current)]
-
-
-def _options(kind: Any) -> tuple[Any, ...]:
-    return getattr(kind, "__args__", (kind,))

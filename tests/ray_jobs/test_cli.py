@@ -13,37 +13,12 @@ from pathlib import Path
 import pytest
 
 from ray_jobs import environment
-from ray_jobs.cli import main
 from ray_jobs.commands.train import with_options
 from ray_jobs.config.recipe_file import load_recipe
 from support.annotations import EPIC_SOUNDS_HEADER, epic_sounds_row, touch, write_lines
+from support.commands import Command
 from support.fake_shards import flip_byte
 from support.media import make_clip
-
-
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
-) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command in this process."""
-    monkeypatch.setattr(sys, "argv", ["ca2st", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
-
-
-class Command:
-    """Runs ``ca2st`` in this process and keeps what it printed."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._capsys, self._monkeypatch = capsys, monkeypatch
-
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
-        self._monkeypatch.setattr(sys, "argv", ["ca2st", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = self._capsys.readouterr()
-        return int(ended.value.code or 0), out, err
 
 
 @pytest.fixture

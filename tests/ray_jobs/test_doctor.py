@@ -61,11 +61,17 @@ def test_a_decoder_that_gives_other_pixels_is_told(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_folder_that_cannot_be_written_is_told_and_one_to_come_is_judged_by_its_parent(tmp_path: Path) -> None:
-    assert doctor.check_folder("disk runs", tmp_path / "a" / "b").ok
+    assert doctor.check_folder(tmp_path / "a" / "b").ok
     assert list(tmp_path.iterdir()) == []
-    finding = doctor.check_folder("disk runs", Path("/proc/1"))
+    finding = doctor.check_folder(Path("/proc/1"))
     assert not finding.ok
     assert "cannot write there" in finding.what
+
+
+def test_a_folder_below_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    finding = doctor.check_folder(tmp_path / "file" / "runs")
+    assert (finding.ok, finding.what) == (False, f"{tmp_path / 'file'}: a file, no folder")
 
 
 def test_a_held_sqlite_store_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """``ca2st bench model``: what it prints and how it refuses. The model is tiny and measured in this process."""
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,21 +13,7 @@ from ca2st.benchmark import model
 from ca2st.benchmark.case import CaseSpec, LocalCase
 from ca2st.model.config import SIZES
 from ray_jobs import console as output_file
-from ray_jobs.cli import main
-
-
-class Command:
-    """Runs ``ca2st bench model`` in this process and keeps what it printed."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._capsys, self._monkeypatch = capsys, monkeypatch
-
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
-        self._monkeypatch.setattr(sys, "argv", ["ca2st", "bench", "model", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = self._capsys.readouterr()
-        return int(ended.value.code or 0), out, err
+from support.commands import Command
 
 
 @contextmanager
@@ -41,7 +26,7 @@ def bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(SIZES, "vit_s", {"dim": 32, "depth": 2, "num_heads": 1})
     monkeypatch.setitem(limits._SIZE, "cpu", 64)
     monkeypatch.setattr(model, "case_in_process", _here)
-    return Command(capsys, monkeypatch)
+    return Command(capsys, monkeypatch, "bench", "model")
 
 
 TINY = ("--size", "vit_s", "--device", "cpu", "--layers", 1, "--steps", 1)

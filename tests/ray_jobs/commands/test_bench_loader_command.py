@@ -1,7 +1,6 @@
 """``ca2st bench loader``: what it prints and how it refuses."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,23 +10,9 @@ import pytest
 from pipelines.benchmark import loader
 from pipelines.benchmark.clips import BaselineConfig
 from pipelines.benchmark.loader import BaselineCase
-from ray_jobs.cli import main
+from support.commands import Command
 from support.fake_shards import make_samples, make_shard_set
 from support.media import Sound, make_clip
-
-
-class Command:
-    """Runs ``ca2st bench ...`` in this process and keeps what it printed."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._capsys, self._monkeypatch = capsys, monkeypatch
-
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
-        self._monkeypatch.setattr(sys, "argv", ["ca2st", "bench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = self._capsys.readouterr()
-        return int(ended.value.code or 0), out, err
 
 
 @pytest.fixture
@@ -36,7 +21,7 @@ def bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
         return BaselineCase(files, replace(config, num_workers=0))
 
     monkeypatch.setattr(loader, "BaselineCase", in_this_process)
-    return Command(capsys, monkeypatch)
+    return Command(capsys, monkeypatch, "bench")
 
 
 @pytest.fixture(scope="module")

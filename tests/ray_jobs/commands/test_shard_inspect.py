@@ -17,7 +17,7 @@ from pipelines.storage.index import set_facts
 from ray_jobs.cli import app
 from ray_jobs.pages.charts import read_spread_clips
 from ray_jobs.set_card import (
-    class_table,
+    class_ends,
     duration_bars,
     facts_in_words,
     read_quirks,
@@ -88,7 +88,7 @@ def test_the_page_shows_sound_only_where_there_is_some_and_escapes_names(tmp_pat
     spaces = (LabelSpace(name="label", classes=("<b>red", "green", "blue")),)
     samples = [FakeSample(key="loud", labels=(0,)), FakeSample(key="silent", labels=(2,), mel_rows=0)]
     shard_set = make_shard_set(tmp_path, samples, label_spaces=spaces)
-    html = render_set_card(shard_set, set_facts(shard_set), read_spread_clips(shard_set, most=2))
+    html = render_set_card(shard_set, set_facts(shard_set))
     assert "<b>red" not in html
     assert "&lt;b&gt;red" in html
     assert html.count('class="spectrum"') == 1
@@ -106,16 +106,25 @@ def test_stills_of_a_video_codec_are_decoded(tmp_path: Path) -> None:
 
 
 def test_a_long_list_of_classes_shows_both_ends() -> None:
-    table = class_table("noun", {f"class {n:03d}": n for n in range(100)}, targets=("verb",))
-    assert (table.num_classes, table.num_empty, table.num_hidden, table.is_target) == (100, 1, 70, False)
-    assert (table.commonest[0].name, table.commonest[0].share) == ("class 099", 1.0)
-    assert (table.rarest[-1].name, table.rarest[-1].count) == ("class 000", 0)
+    commonest, rarest = class_ends({f"class {n:03d}": n for n in range(100)})
+    assert (len(commonest), len(rarest)) == (15, 15)
+    assert (commonest[0], rarest[-1]) == (("class 099", 99), ("class 000", 0))
+    assert class_ends({"one": 1, "two": 2}) == ([("two", 2), ("one", 1)], [])
+
+
+def test_the_page_of_a_long_list_says_how_many_classes_are_between(tmp_path: Path) -> None:
+    spaces = (LabelSpace(name="label", classes=tuple(f"class {n:03d}" for n in range(100))),)
+    samples = [FakeSample(key=f"clip-{n}", labels=(n // 2,)) for n in range(3)]
+    shard_set = make_shard_set(tmp_path, samples, label_spaces=spaces)
+    html = " ".join(render_set_card(shard_set, set_facts(shard_set)).split())
+    assert "label <small>target</small>" in html
+    assert "100 classes, 98 of them without a sample." in html
+    assert "and 70 between; the rarest:" in html
 
 
 def test_every_sample_is_in_one_bar_of_durations() -> None:
-    assert sum(bar.count for bar in duration_bars((1.0, 1.5, 2.0, 9.0))) == 4
-    (only,) = duration_bars((2.0, 2.0))
-    assert (only.count, only.start) == (2, 2.0)
+    assert sum(count for _, _, count in duration_bars((1.0, 1.5, 2.0, 9.0))) == 4
+    assert duration_bars((2.0, 2.0)) == [(2.0, 3.0, 2)]
 
 
 def test_sizes_are_told_in_words() -> None:
@@ -177,7 +186,7 @@ def test_the_page_lists_what_was_found_and_what_was_done_about_it(tmp_path: Path
         "pixels that are not square": (1, "scaled to square pixels", (keys[1],)),
         "rejected: not_a_video": (1, "left out", ("c.mp4",)),
     }
-    html = render_set_card(shard_set, set_facts(shard_set), read_spread_clips(shard_set, most=2))
+    html = render_set_card(shard_set, set_facts(shard_set))
     assert "<code>list.csv:5</code>" in html
     assert str(tmp_path) not in html
     assert verify_shard_set(tmp_path / "out") == []
@@ -185,7 +194,7 @@ def test_the_page_lists_what_was_found_and_what_was_done_about_it(tmp_path: Path
 
 def test_the_page_says_where_nothing_unusual_was_found(tmp_path: Path) -> None:
     shard_set = make_shard_set(tmp_path, make_samples(2))
-    html = render_set_card(shard_set, set_facts(shard_set), read_spread_clips(shard_set, most=1))
+    html = render_set_card(shard_set, set_facts(shard_set))
     assert "Nothing unusual." in html
 
 

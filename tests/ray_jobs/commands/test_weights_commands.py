@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 import tomllib
 from pathlib import Path
 from typing import get_args
@@ -13,11 +12,11 @@ import safetensors.torch
 import torch
 
 from ca2st.weights.tensor_files import read_tensor_file
-from ray_jobs.cli import main
 from ray_jobs.commands.models import WeightsKind
 from ray_jobs.config.recipe import recipe_from_document
 from ray_jobs.runs.inference import load_trained
 from ray_jobs.runs.model import make_model
+from support.commands import Command
 from support.fake_hub import COMMIT, fake_hub
 from support.foreign import awake_expert, clip_state, videomae_state
 from support.models import model_of_file
@@ -28,14 +27,7 @@ SIZES = ("--heads", 2, "--mel-rows", 48)
 
 @pytest.fixture
 def ca2st(capsys, monkeypatch):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ca2st", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
+    return Command(capsys, monkeypatch)
 
 
 @pytest.fixture
@@ -57,7 +49,7 @@ def test_every_kind_of_the_command_has_an_importer():
     from ca2st.model.config import EncoderName
     from ca2st.weights.importer import ReleasedKind
 
-    assert set(WeightsKind) == {*get_args(EncoderName), *get_args(ReleasedKind)}
+    assert set(get_args(WeightsKind)) == {*get_args(EncoderName), *get_args(ReleasedKind)}
 
 
 def test_the_report_as_json(ca2st, tmp_path, clip_file):
@@ -217,3 +209,12 @@ def test_a_trained_run_is_exported_and_imported_whole(ca2st, tmp_path):
         found = model_of_file(back).state_dict()
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_golden_file_without_an_expected_output_fails_by_its_name(ca2st, tmp_path):
+    file = read_tensor_file(Path(__file__).parents[2] / "data/golden/cast_single.safetensors")
+    kept = {name: tensor for name, tensor in file.tensors.items() if not name.startswith("expected/")}
+    bare = tmp_path / "bare.safetensors"
+    safetensors.torch.save_file(kept, bare, metadata=dict(file.metadata))
+    code, out, _ = ca2st("weights", "check-golden", bare)
+    assert (code, out) == (3, f"FAIL {bare}  no expected output\n")

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ca2st.errors import DataDamageError
 from ca2st.training.losses import smoothed_targets
-from ray_jobs.commands.machine import _print_demo
+from ray_jobs.commands.machine import _demo_lines
 from ray_jobs.config.recipe import recipe_document
 from ray_jobs.demo.answers import Answers, DemoReport, Factors, factors_of_set, next_steps, read_all_answers, shown
 from ray_jobs.demo.comparison import COMPARED, ComparisonRow, PretrainedExpert
@@ -396,10 +396,9 @@ def test_every_compared_model_has_a_name_on_the_page_and_a_colour() -> None:
 
 
 def test_the_command_prints_each_model_the_experts_the_page_and_what_to_try(
-    report: DemoReport, capsys: pytest.CaptureFixture[str]
+    report: DemoReport,
 ) -> None:
-    _print_demo(report)
-    out = capsys.readouterr().out
+    out = "\n".join(_demo_lines(report))
     assert re.search(r"^cast +1,234,567 +37\.5% +25\.0% +44 +cast0123456789$", out, re.MULTILINE)
     assert "spatial 91.2% on space" in out
     assert report.page in out

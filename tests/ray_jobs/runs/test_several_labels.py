@@ -16,7 +16,7 @@ from ray_jobs.evaluation.workers import evaluate_checkpoint, facts_of
 from ray_jobs.runs.data import open_data
 from ray_jobs.runs.inference import write_features
 from ray_jobs.runs.prediction import predict_videos
-from ray_jobs.set_card import facts_in_words, write_set_card
+from ray_jobs.set_card import facts_in_words, render_set_card
 from sharding.conversion import convert
 from sharding.datasets import DatasetRequest, read_dataset
 from sharding.format.shard_set import read_shard_set
@@ -110,6 +110,5 @@ def test_a_training_on_a_set_without_labels_is_refused_in_words(root: Path, role
 def test_inspect_says_how_many_labels_a_sample_has(root: Path, split: str, said: str) -> None:
     shard_set = read_shard_set(root / "shards" / split)
     assert said in str(facts_in_words(set_facts(shard_set))["labels"])
-    write_set_card(shard_set, set_facts(shard_set), root / f"{split}.html")
-    page = (root / f"{split}.html").read_text()
+    page = render_set_card(shard_set, set_facts(shard_set))
     assert ("<h3>x · y</h3>" if split == "validation" else "<h3>no label</h3>") in page
