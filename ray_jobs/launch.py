@@ -38,8 +38,7 @@ from ray_jobs.config.recipe import Recipe, recipe_document
 from ray_jobs.console import say, show_log
 from ray_jobs.errors import WorkerFailedError
 from ray_jobs.runs import failures
-from ray_jobs.runs.start import finished, prepare
-from ray_jobs.runs.worker import Job, Outcome, read_outcome, run, use_cpu_threads
+from ray_jobs.runs.worker import Job, Outcome, finished, prepare, read_outcome, run, use_cpu_threads
 from ray_jobs.tracking.following import followed
 
 OVERFIT_STEPS = 400

@@ -117,7 +117,7 @@ def examine_machine() -> NodeFacts:
 def look_at_data(recipe: Mapping[str, Any]) -> NodeFacts:
     """Return versions and data as this process has them."""
     from ray_jobs.config.recipe import recipe_from_document
-    from ray_jobs.runs.start import preflight
+    from ray_jobs.runs.worker import preflight
 
     facts = NodeFacts(versions=versions())
     try:

@@ -36,7 +36,7 @@ from ray_jobs.config.recipe import ExpertsConfig, Recipe, with_places
 from ray_jobs.config.recipe_file import load_recipe, read_recipe
 from ray_jobs.console import say
 from ray_jobs.redaction import holds_credentials, without_credentials
-from ray_jobs.runs.start import check_settings
+from ray_jobs.runs.worker import check_settings
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient

@@ -1,7 +1,5 @@
 """The data of a run: the shard sets that a recipe names, opened and compared, their loaders, a synthetic world."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from pipelines.storage.shard_sets import check_agreement, check_manifest, check_
 from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import Recipe, SyntheticData
 from ray_jobs.console import progress
-from sharding.format.shard_set import Labelling, Manifest, ShardSet, classes_that_differ, read_shard_set
+from sharding.format.shard_set import Labelling, ShardSet, classes_that_differ, read_shard_set
 from sharding.synthetic.factors import label_spaces
 
 
@@ -37,6 +35,11 @@ class TrainingData:
     def train(self) -> ShardSet:
         """Return the first training set; the others have the same classes of every target and the same sample rate."""
         return self.train_sets[0]
+
+    @property
+    def sets(self) -> tuple[ShardSet, ...]:
+        """Return all of them."""
+        return self.train_sets if self.validation is None else (*self.train_sets, self.validation)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -75,43 +78,29 @@ def open_data(recipe: Recipe) -> TrainingData:
     train_sets = tuple(read_shard_set(folder, storage=storage) for folder in folders)
     if not train_sets:
         raise UserInputError("data.train: names no shards; give --data DIR or a [data.synthetic] section")
-    train = train_sets[0]
-    place = recipe.data.validation
+    train, place, kind = train_sets[0], recipe.data.validation, recipe.model.kind
     validation = read_shard_set(place, storage=storage) if place is not None else None
     targets = recipe.data.targets or train.manifest.targets
-    for shard_set in (*train_sets, *([] if validation is None else [validation])):
+    data = TrainingData(train_sets=train_sets, validation=validation, targets=targets)
+    for shard_set in data.sets:
         what = "validation" if shard_set is validation else "training"
         require_labels(shard_set, what=what, labelling=train.manifest.labelling)
     for name in targets:
-        train.manifest.label_space(name)
-        if validation is not None:
-            _require_same_classes(train.manifest, validation.manifest, name)
+        ours = train.manifest.label_space(name).classes
+        theirs = ours if validation is None else validation.manifest.label_space(name).classes
+        if ours != theirs:
+            differing = classes_that_differ(ours, theirs, where=("in training", "in validation"))
+            raise UserInputError(
+                f"label space {name!r}: validation has {len(theirs)} classes that are not the {len(ours)} of training: "
+                f"{differing}; convert both with one class list (--classes)"
+            )
     check_agreement(train_sets, targets)
-    data = TrainingData(train_sets=train_sets, validation=validation, targets=targets)
-    _check_sounds(recipe, data)
-    return data
-
-
-def _require_same_classes(train: Manifest, validation: Manifest, target: str) -> None:
-    ours, theirs = (one.label_space(target).classes for one in (train, validation))
-    if ours != theirs:
-        differing = classes_that_differ(ours, theirs, where=("in training", "in validation"))
-        raise UserInputError(
-            f"label space {target!r}: validation has {len(theirs)} classes that are not the {len(ours)} of training: "
-            f"{differing}; convert both with one class list (--classes)"
-        )
-
-
-def _check_sounds(recipe: Recipe, data: TrainingData) -> None:
-    """Refuse spectrograms of another width, and what a model that hears cannot hear or would hear otherwise."""
-    sets = [*data.train_sets, *([] if data.validation is None else [data.validation])]
-    for shard_set in sets:
+    for shard_set in data.sets:
         check_manifest(shard_set, recipe.clip)
-    if "audio" not in EXPERTS[recipe.model.kind]:
-        return
-    for shard_set in sets:
-        require_sound(shard_set, whose=f"model.kind {recipe.model.kind!r}")
-        check_sound(shard_set, data.train.manifest.audio, whose=data.train.where)
+        if "audio" in EXPERTS[kind]:
+            require_sound(shard_set, whose=f"model.kind {kind!r}")
+            check_sound(shard_set, train.manifest.audio, whose=train.where)
+    return data
 
 
 def sample_plan(recipe: Recipe, data: TrainingData) -> SamplePlan:
@@ -180,26 +169,6 @@ def evaluation_loader(
         device=device,
     )
     return EvaluationLoader(setup)
-
-
-@contextmanager
-def validation_loader(
-    recipe: Recipe, data: TrainingData, *, rank: int, world_size: int, device: torch.device | None = None
-) -> Iterator[EvaluationLoader | None]:
-    """The source of validation while training, or None where the recipe names none."""
-    if data.validation is None:
-        yield None
-        return
-    with evaluation_loader(
-        recipe,
-        data.validation,
-        data.targets,
-        views=recipe.data.views,
-        rank=rank,
-        world_size=world_size,
-        device=device,
-    ) as loader:
-        yield loader
 
 
 def with_synthetic_shards(recipe: Recipe, runs_root: Path) -> Recipe:

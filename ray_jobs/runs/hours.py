@@ -17,7 +17,7 @@ from ca2st.benchmark.measure import PEAKS, find_peak, measure_limit
 from ca2st.errors import EnvironmentFault, check_choice
 from ca2st.model.config import TargetSpec
 from ca2st.model.inspect import FLOP_PER_MULTIPLY_ADD, ModelInfo, train_tflop
-from ca2st.training.config import Precision
+from ca2st.training.config import Precision, TrainingConfig
 from ray_jobs.config.recipe import Recipe
 
 Device = Literal["cpu", "cuda"]
@@ -94,14 +94,19 @@ def rate_of(device: str | None, precision: Precision | None) -> Rate:
 def work_of(recipe: Recipe, info: ModelInfo, *, steps: int, steps_per_epoch: int, num_validation: int) -> Work:
     """Return what the whole training computes; `num_validation`: samples of the validation split, 0 without one."""
     training = recipe.training
-    cadences = (training.validate_every_epochs * steps_per_epoch, training.validate_every_steps or 0)
-    num_validations = len({steps, *(step for every in cadences if every for step in range(every, steps, every))})
+    num_validations = len(validated_steps(training, steps=steps, steps_per_epoch=steps_per_epoch))
     return Work(
         clips=steps * training.global_batch_size,
         views=num_validations * num_validation * recipe.data.views.num_views,
         train_tflop=train_tflop(info, again=training.activation_checkpointing),
         forward_tflop=FLOP_PER_MULTIPLY_ADD * info.computed_gmacs / 1e3,
     )
+
+
+def validated_steps(training: TrainingConfig, *, steps: int, steps_per_epoch: int) -> set[int]:
+    """Return the steps of a run after which it validates: at its cadences, and the last."""
+    cadences = (training.validate_every_epochs * steps_per_epoch, training.validate_every_steps or 0)
+    return {steps, *(step for every in cadences if every for step in range(every, steps, every))}
 
 
 def counted_hours(work: Work, rate: Rate, *, workers: int) -> dict[str, Any]:

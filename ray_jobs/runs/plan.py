@@ -33,10 +33,10 @@ from pipelines.order.plan import count_steps, rank_positions, require_enough_sam
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import table
 from ray_jobs.runs.data import TrainingData, synthetic_classes
-from ray_jobs.runs.hours import counted_hours, hours_line, measured_hours, rate_of, work_of
-from ray_jobs.runs.model import check_model, frozen_bytes, target_specs
+from ray_jobs.runs.hours import counted_hours, hours_line, measured_hours, rate_of, validated_steps, work_of
+from ray_jobs.runs.model import begin_model, frozen_parts, target_specs
 from ray_jobs.runs.published import count_notes, published_count, published_spaces, validation_split
-from ray_jobs.runs.start import check_settings, open_checked, refuse_other_recipe
+from ray_jobs.runs.worker import check_settings, open_checked, refuse_other_recipe
 from sharding.datasets.media_tree import PUBLISHED_ROWS
 from sharding.format.remote import RemoteFolder, as_location
 from sharding.format.shard_set import ShardSet
@@ -68,24 +68,19 @@ def resume_plan(recipe: Recipe, run_dir: Path, *, fingerprints: Mapping[str, str
     if fingerprints is not None and (changed := differences(marker.manifests, fingerprints)):
         listed = "\n  ".join(changed)
         raise ResumeRefusedError(f"{run_dir}: holds a run on other data; choose another --out:\n  {listed}")
-    now = _topology(recipe)
+    training = recipe.training
+    now = {
+        "world_size": recipe.launch.workers,
+        "per_device_batch_size": training.per_device_batch_size,
+        "precision": training.precision,
+        "compile": training.compile,
+    }
     return facts | {
         "state": "finished" if marker.step >= steps else "resume",
         "checkpoint": checkpoint_name(marker.step, marker.attempt),
         "step": marker.step,
         "damaged": list(damaged),
         "changes": differences({name: marker.topology.get(name) for name in now}, now),
-    }
-
-
-def _topology(recipe: Recipe) -> dict[str, Any]:
-    """Return what a recipe says of a checkpoint's topology."""
-    training = recipe.training
-    return {
-        "world_size": recipe.launch.workers,
-        "per_device_batch_size": training.per_device_batch_size,
-        "precision": training.precision,
-        "compile": training.compile,
     }
 
 
@@ -129,7 +124,7 @@ def make_plan(
         reading = assumed_reading(recipe)
     else:
         reading = read_without_traces(recipe)
-    begun = check_model(recipe, reading.classes, run_dir)
+    begun = begin_model(recipe, reading.classes, run_dir, is_outline=True)
     training, world_size = recipe.training, recipe.launch.workers
     held = held_precision(recipe.experts.precision, training=training.precision, device=device)
     info = info_of(begun.model)
@@ -198,18 +193,12 @@ def assumed_reading(recipe: Recipe) -> Reading:
             "--assume-published-counts: expected a recipe with [published] dataset = one of "
             f"{', '.join(PUBLISHED_ROWS)}, found {recipe.name}; give its shards by --data"
         )
-    dataset, training = recipe.published.dataset, recipe.training
-    num_samples = published_count(dataset, "train", recipe.data.split)
-    split = validation_split(recipe)
-    num_validation = published_count(dataset, split, recipe.data.split) if recipe.data.validation else 0
-    limit, order = recipe.data.select.limit, recipe.data.order()
-    num_samples = min(num_samples, limit or num_samples)
-    num_clips = (order.epoch_samples or num_samples) * order.repeats
-    return Reading(
-        classes=published_spaces(dataset),
-        num_samples=num_samples,
-        steps_per_epoch=count_steps(num_clips, training.global_batch_size, remainder=order.remainder),
-        data=None,
+    dataset, number = recipe.published.dataset, recipe.data.split
+    num_validation = published_count(dataset, validation_split(recipe), number) if recipe.data.validation else 0
+    return _counted_reading(
+        recipe,
+        published_spaces(dataset),
+        num_train=published_count(dataset, "train", number),
         num_validation=num_validation,
     )
 
@@ -222,7 +211,10 @@ def read_without_traces(recipe: Recipe) -> Reading:
     """
     check_settings(recipe)
     if (classes := synthetic_classes(recipe)) is not None:
-        return _reading_of_world(recipe, classes)
+        # All clips of the world, which is not drawn yet: which are selected or balanced shows in their labels.
+        world = recipe.data.synthetic
+        assert world is not None
+        return _counted_reading(recipe, classes, num_train=world.num_train, num_validation=world.num_validation)
     with tempfile.TemporaryDirectory(prefix="ca2st-plan-") as folder:
         aside = replace(recipe.data, loader=replace(recipe.data.loader, cache_dir=folder))
         data, plan = open_checked(replace(recipe, data=aside))
@@ -235,11 +227,14 @@ def read_without_traces(recipe: Recipe) -> Reading:
     )
 
 
-def _reading_of_world(recipe: Recipe, classes: dict[str, list[str]]) -> Reading:
-    """Of a world that is not drawn yet: all its clips, since which are selected or balanced shows in their labels."""
-    world, order, batch = recipe.data.synthetic, recipe.data.order(), recipe.training.global_batch_size
-    assert world is not None
-    num_samples = min(world.num_train, order.selection.limit or world.num_train)
+def _counted_reading(recipe: Recipe, classes: dict[str, list[str]], *, num_train: int, num_validation: int) -> Reading:
+    """Return what is read of so many samples, whose sets are not here.
+
+    Raises:
+        PlanError: fewer of them than the batch or the workers need.
+    """
+    order, batch = recipe.data.order(), recipe.training.global_batch_size
+    num_samples = min(num_train, order.selection.limit or num_train)
     num_clips = (order.epoch_samples or num_samples) * order.repeats
     require_enough_samples(
         num_samples=num_clips,
@@ -247,13 +242,12 @@ def _reading_of_world(recipe: Recipe, classes: dict[str, list[str]]) -> Reading:
         world_size=recipe.launch.workers,
         remainder=order.remainder,
     )
-    steps = count_steps(num_clips, batch, remainder=order.remainder)
     return Reading(
         classes=classes,
         num_samples=num_samples,
-        steps_per_epoch=steps,
+        steps_per_epoch=count_steps(num_clips, batch, remainder=order.remainder),
         data=None,
-        num_validation=world.num_validation,
+        num_validation=num_validation,
     )
 
 
@@ -320,16 +314,6 @@ def waiting_bytes(recipe: Recipe) -> int:
     return (loader.prefetch_steps + loader.rendered_at_once) * share * (frames + 4 * clip.mel_rows * clip.num_mel_bins)
 
 
-def num_checkpoints(recipe: Recipe, *, steps: int, steps_per_epoch: int) -> int:
-    """Return how many a run of `steps` writes: at its cadence, before each validation, and at its end."""
-    training = recipe.training
-    saved = {steps, *range(training.checkpoint_every_steps, steps, training.checkpoint_every_steps)}
-    for every in (training.validate_every_epochs * steps_per_epoch, training.validate_every_steps or 0):
-        if recipe.data.validates and every > 0:
-            saved |= set(range(every, steps, every))
-    return len(saved)
-
-
 def disk_plan(
     recipe: Recipe, model: HolisticModel, run_dir: Path, *, steps: int, steps_per_epoch: int
 ) -> dict[str, int]:
@@ -340,9 +324,13 @@ def disk_plan(
     parameters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     trained = sum(tensor.nbytes for tensor in trained_tensors(model).values())
     checkpoint = trained * (1 if recipe.training.ema_decay is None else 2) + _MOMENTS * parameters
-    written = num_checkpoints(recipe, steps=steps, steps_per_epoch=steps_per_epoch)
-    kept = min(recipe.training.keep_checkpoints + (recipe.training.keep_best if recipe.data.validates else 0), written)
-    frozen = frozen_bytes(model)
+    training = recipe.training
+    saved, kept = {steps, *range(training.checkpoint_every_steps, steps, training.checkpoint_every_steps)}, 0
+    if recipe.data.validates:  # before each validation a checkpoint is written
+        saved |= validated_steps(training, steps=steps, steps_per_epoch=steps_per_epoch)
+        kept = training.keep_best
+    written, kept = len(saved), min(training.keep_checkpoints + kept, len(saved))
+    frozen = sum(tensor.nbytes for part in frozen_parts(model).values() for tensor in part.values())
     return {
         "checkpoint": checkpoint,
         "num_written": written,
@@ -367,16 +355,24 @@ def data_plan(recipe: Recipe, data: TrainingData | None) -> dict[str, Any]:
         assert world is not None
         made = {"task": world.task, "train": world.num_train, "validation": world.num_validation}
         return {"train": [], "validation": None, "made_first": made, "cache": None}
-    sets = [*data.train_sets, *([data.validation] if data.validation is not None else [])]
+    remote, cache = [one for one in data.sets if isinstance(as_location(one.where), RemoteFolder)], None
+    if remote:
+        storage = recipe.data.loader.storage
+        cache = {
+            "folder": str(storage.folder),
+            "limit_bytes": storage.cache_bytes,
+            "set_bytes": sum(int(_set_facts(one)["bytes"]) for one in remote),
+            "free_bytes": shutil.disk_usage(_nearest_folder(storage.folder)).free,
+        }
     return {
-        "train": [set_facts(one) for one in data.train_sets],
-        "validation": None if data.validation is None else set_facts(data.validation),
+        "train": [_set_facts(one) for one in data.train_sets],
+        "validation": None if data.validation is None else _set_facts(data.validation),
         "made_first": None,
-        "cache": _cache_plan(recipe, sets),
+        "cache": cache,
     }
 
 
-def set_facts(shard_set: ShardSet) -> dict[str, str | int]:
+def _set_facts(shard_set: ShardSet) -> dict[str, str | int]:
     """Return place, samples, shards and bytes of a set."""
     manifest = shard_set.manifest
     return {
@@ -385,19 +381,6 @@ def set_facts(shard_set: ShardSet) -> dict[str, str | int]:
         "num_shards": manifest.num_shards,
         "bytes": sum(shard.bytes + shard.index_bytes for shard in shard_set.shards),
         "codec": manifest.video.codec,
-    }
-
-
-def _cache_plan(recipe: Recipe, sets: list[ShardSet]) -> dict[str, str | int | None] | None:
-    remote = [one for one in sets if isinstance(as_location(one.where), RemoteFolder)]
-    if not remote:
-        return None
-    storage = recipe.data.loader.storage
-    return {
-        "folder": str(storage.folder),
-        "limit_bytes": storage.cache_bytes,
-        "set_bytes": sum(int(set_facts(one)["bytes"]) for one in remote),
-        "free_bytes": shutil.disk_usage(_nearest_folder(storage.folder)).free,
     }
 
 

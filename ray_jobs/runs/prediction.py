@@ -149,10 +149,18 @@ def converted(
         workers=min(num_cores(), len(samples)),
         max_rejects=RejectBudget(count=len(samples)),
     )
+    source = SourceList(
+        dataset="videos",
+        split="predict",
+        label_spaces=tuple(LabelSpace(name=name, classes=tuple(classes)) for name, classes in trained.classes.items()),
+        targets=tuple(trained.classes),
+        labelling="none",
+        samples=tuple(samples),
+    )
     with tempfile.TemporaryDirectory(prefix="ca2st-videos-") as folder:
         root = Path(folder) / "shards"
         try:
-            (convert_shown if is_shown else convert)(_source_list(trained, samples), root, config)
+            (convert_shown if is_shown else convert)(source, root, config)
         except AllRejectedError as error:
             yield None, _damaged(error.rejects)
             return
@@ -227,18 +235,6 @@ def segment_of(video: Path, start_seconds: float | None, end_seconds: float | No
     """Return a part of a video as the sample `name`."""
     return SourceSample(
         sample_id=name, path=video, start_seconds=start_seconds, end_seconds=end_seconds, labels=(), where=str(video)
-    )
-
-
-def _source_list(trained: TrainedModel, samples: Sequence[SourceSample]) -> SourceList:
-    """Return the samples without labels."""
-    return SourceList(
-        dataset="videos",
-        split="predict",
-        label_spaces=tuple(LabelSpace(name=name, classes=tuple(classes)) for name, classes in trained.classes.items()),
-        targets=tuple(trained.classes),
-        labelling="none",
-        samples=tuple(samples),
     )
 
 

@@ -71,16 +71,15 @@ def published_rows(
                 views=published.views,
                 clips=clips,
                 epochs=recipe.training.epochs,
-                shards=_shards_here(recipe),
+                shards=[
+                    role
+                    for role, place in {"train": recipe.data.train, "validation": recipe.data.validation}.items()
+                    if place is not None and (Path(place) / MANIFEST_NAME).is_file()
+                ],
                 hours=None if rate is None else _hours(recipe, published.dataset, rate, known, workers=workers),
             )
         )
     return rows
-
-
-def _shards_here(recipe: Recipe) -> list[str]:
-    sets = {"train": recipe.data.train, "validation": recipe.data.validation}
-    return [role for role, place in sets.items() if place is not None and (Path(place) / MANIFEST_NAME).is_file()]
 
 
 def _hours(recipe: Recipe, dataset: str, rate: Rate, known: dict[object, ModelInfo], *, workers: int) -> float:
@@ -130,7 +129,7 @@ def count_notes(data: TrainingData | None) -> list[str]:
     if data is None:
         return []
     notes = []
-    for one in (*data.train_sets, *([data.validation] if data.validation is not None else [])):
+    for one in data.sets:
         manifest = one.manifest
         tables = (PUBLISHED_ROWS, PUBLISHED_WITH_SOUND)
         counts = [count for rows in tables for count in rows.get(manifest.dataset, {}).get(manifest.split, ())]

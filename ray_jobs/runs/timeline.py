@@ -177,7 +177,10 @@ def _timeline_of(
     num_windows, seconds = 0, 0.0
     rows = out / f"{video.stem}.windows.csv"
     with writing(rows) as file:
-        file.write(_line(_columns(tuple(trained.classes), config.top)))
+        prefixes = [""] if len(trained.classes) == 1 else [f"{target}_" for target in trained.classes]
+        ranks, kinds = range(1, config.top + 1), ("label", "probability")
+        named = [f"{prefix}{kind}_{rank}" for prefix in prefixes for rank in ranks for kind in kinds]
+        file.write(_line(["start_seconds", "end_seconds", *named]))
         for start, end, found in _windows(trained, video, config, views=views, damaged=damaged):
             file.write(_line([f"{start:.3f}", f"{end:.3f}", *_cells(found, trained, config.top)]))
             merger.add(start, end, found)
@@ -267,13 +270,6 @@ def _line(cells: Sequence[str]) -> bytes:
     return text.getvalue().encode()
 
 
-def _columns(targets: Sequence[str], top: int) -> list[str]:
-    prefixes = [""] if len(targets) == 1 else [f"{target}_" for target in targets]
-    kinds = ("label", "probability")
-    named = [f"{prefix}{kind}_{rank}" for prefix in prefixes for rank in range(1, top + 1) for kind in kinds]
-    return ["start_seconds", "end_seconds", *named]
-
-
 def _cells(found: Sequence[Prediction], trained: TrainedModel, top: int) -> list[str]:
     cells: list[str] = []
     for target in trained.classes:
@@ -281,14 +277,6 @@ def _cells(found: Sequence[Prediction], trained: TrainedModel, top: int) -> list
         cells += [cell for one in own for cell in (one.label, f"{one.probability:.6f}")]
         cells += [""] * (2 * (top - len(own)))
     return cells
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Bar:
-    x: float
-    width: float
-    opacity: float
-    tip: str
 
 
 def timeline_svg(report: TimelineReport, config: WindowConfig) -> str:
@@ -302,8 +290,18 @@ def timeline_svg(report: TimelineReport, config: WindowConfig) -> str:
     end = max(report.seconds, 1e-3)
     rows = []
     for name in shown:
-        events = [event for event in report.events if (event.target, event.label) == name]
-        rows.append((f"{name[0]}: {name[1]}" if several else name[1], [_bar(event, end) for event in events]))
+        bars = [
+            {
+                "x": 100 * event.start_seconds / end,
+                "width": 100 * (event.end_seconds - event.start_seconds) / end,
+                "opacity": 0.25 + 0.75 * event.probability,
+                "tip": f"{event.label}, {clock(event.start_seconds)} to {clock(event.end_seconds)}, "
+                f"{event.probability:.0%}",
+            }
+            for event in report.events
+            if (event.target, event.label) == name
+        ]
+        rows.append((f"{name[0]}: {name[1]}" if several else name[1], bars))
     marks = [(100 * at / end, clock(at)) for at in places(0.0, end) if at <= end * (1 + 1e-9)]
     return (
         page_environment()
@@ -316,15 +314,6 @@ def timeline_svg(report: TimelineReport, config: WindowConfig) -> str:
             config=config,
             num_windows=report.num_windows,
         )
-    )
-
-
-def _bar(event: Event, end: float) -> _Bar:
-    return _Bar(
-        x=100 * event.start_seconds / end,
-        width=100 * (event.end_seconds - event.start_seconds) / end,
-        opacity=0.25 + 0.75 * event.probability,
-        tip=f"{event.label}, {clock(event.start_seconds)} to {clock(event.end_seconds)}, {event.probability:.0%}",
     )
 
 

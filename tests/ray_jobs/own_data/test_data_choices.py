@@ -16,7 +16,7 @@ from ray_jobs.config.recipe import Recipe, identity_settings, recipe_document, r
 from ray_jobs.config.recipe_file import key_lines, load_recipe
 from ray_jobs.errors import RecipeError
 from ray_jobs.runs.data import open_data, sample_plan, train_loader
-from ray_jobs.runs.start import preflight
+from ray_jobs.runs.worker import preflight
 from sharding.format.shard_set import LabelSpace
 from support.fake_shards import make_samples, make_shard_set
 
