@@ -87,8 +87,6 @@ class Fleet:
     job: Job
     demand: Demand
     folder: LaunchFolder
-    has_dashboard: bool
-    """Whether the cluster serves Ray's dashboard, which some parts of Ray ask."""
 
     def train(self) -> Outcome:
         """Train until the run is done; call it in the main thread, which hears the signals.
@@ -103,7 +101,7 @@ class Fleet:
         with stop_on_signals(grace_seconds=grace + _LAST_RESORT_SECONDS) as stop:
             supervision = Supervision(self.folder, stop, grace_seconds=grace)
             try:
-                supervision.until_over(_in_thread(self._fit))
+                supervision.until_over(_in_thread(lambda: self.trainer().fit()))
             except CA2STError:
                 raise
             except Exception as error:
@@ -114,8 +112,7 @@ class Fleet:
         """Return a trainer that starts the workers; what Ray itself keeps goes into the launch's folder."""
         launch, demand = self.recipe.launch, self.demand
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # `QuietPreemption` takes its place
-        make = Trainer if self.has_dashboard else UncleanedTrainer
-        return make(
+        return Trainer(
             train_on_worker,  # its return value arrives as the result's
             train_loop_config={
                 "recipe": self.job.recipe,
@@ -143,12 +140,6 @@ class Fleet:
                 worker_runtime_env={} if demand.gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
             ),
         )
-
-    def _fit(self) -> dict[str, str]:
-        """Run Ray Train's part, from the first worker to the last restart; return what rank 0 returned."""
-        result: Any = self.trainer().fit()
-        ended: dict[str, str] = result.return_value
-        return ended
 
     def _ended_by(self, error: Exception, supervision: Supervision) -> CA2STError:
         """Return what to end with when Ray gave up, or was lost."""
@@ -199,9 +190,18 @@ def joined(recipe: Recipe, run_dir: Path, address: str, *, access: RayAccess) ->
         with ended_by_signals("stopped before any worker had begun; rerun to resume"):
             width = max(num_cores(), recipe.launch.workers) if address == LOCAL else None
             session.enter_context(ray_session(address, access=access, num_cpus=width))
-            demand = _checked_demand(recipe)
-            _check_other_nodes(job, demand, folder)
-        yield Fleet(recipe=recipe, job=job, demand=demand, folder=folder, has_dashboard=has_dashboard())
+            nodes = living_nodes()
+            demand = demand_of(recipe.launch, nodes)
+            if not recipe.launch.wait_for_resources:
+                check_demand(demand, nodes)
+            elif most_workers(demand, nodes) < demand.min_workers:
+                say(f"waiting for nodes with room for {demand.min_workers} workers; a signal ends the wait")
+            mine = this_node().node_id  # checked by the driver itself, before
+            others = [node for node in hosts(demand, nodes) if node.node_id != mine]
+            if others:
+                say(f"checking code, data and run folder on {len(others)} other nodes")
+                check_training_nodes(job.recipe, folder.path, others)
+        yield Fleet(recipe=recipe, job=job, demand=demand, folder=folder)
 
 
 def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
@@ -292,16 +292,11 @@ class Trainer(TorchTrainer):
     """Ray Train's, with our watcher of announced ends in place of Ray's, and without its process for Ray's datasets."""
 
     def _create_default_callbacks(self) -> list[Any]:
+        unwanted: tuple[type, ...] = (DatasetsCallback,)
+        if not has_dashboard():  # Ray's cleaner of placement groups would ask it, and complain every second
+            unwanted += (PlacementGroupCleanerCallback,)
         made = super()._create_default_callbacks()
-        return [*(callback for callback in made if not isinstance(callback, DatasetsCallback)), QuietPreemption()]
-
-
-class UncleanedTrainer(Trainer):
-    """For a Ray without a dashboard: Ray's cleaner of placement groups would ask it, and complain every second."""
-
-    def _create_default_callbacks(self) -> list[Any]:
-        made = super()._create_default_callbacks()
-        return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
+        return [*(callback for callback in made if not isinstance(callback, unwanted)), QuietPreemption()]
 
 
 def _words(resources: Mapping[str, float]) -> str:
@@ -313,35 +308,17 @@ def _words(resources: Mapping[str, float]) -> str:
     )
 
 
-def _checked_demand(recipe: Recipe) -> Demand:
-    nodes = living_nodes()
-    demand = demand_of(recipe.launch, nodes)
-    if not recipe.launch.wait_for_resources:
-        check_demand(demand, nodes)
-    elif most_workers(demand, nodes) < demand.min_workers:
-        say(f"waiting for nodes with room for {demand.min_workers} workers; a signal ends the wait")
-    return demand
+def _in_thread(fit: Callable[[], Any]) -> "Future[dict[str, str]]":
+    """Fit in a daemon thread: the main thread hears signals, and does not wait for a cluster that hangs.
 
-
-def _check_other_nodes(job: Job, demand: Demand, folder: LaunchFolder) -> None:
-    """Check the nodes that may get a worker, but not the driver's own, which the driver has checked itself."""
-    mine = this_node().node_id
-    others = [node for node in hosts(demand, living_nodes()) if node.node_id != mine]
-    if others:
-        say(f"checking code, data and run folder on {len(others)} other nodes")
-        check_training_nodes(job.recipe, folder.path, others)
-
-
-def _in_thread(action: Callable[[], dict[str, str]]) -> "Future[dict[str, str]]":
-    """Run `action` in a daemon thread: the main thread hears signals, and does not wait for a cluster that hangs.
-
-    Outside the main thread Ray installs no signal handler of its own, which would abort the workers unsaved.
+    Outside the main thread Ray installs no signal handler of its own, which would abort the workers unsaved. The result
+    is what rank 0 returned.
     """
     future: Future[dict[str, str]] = Future()
 
     def act() -> None:
         try:
-            future.set_result(action())
+            future.set_result(fit().return_value)
         except BaseException as error:  # noqa: BLE001  # raised again in the main thread by Future.result
             future.set_exception(error)
 
@@ -381,13 +358,18 @@ def train_on_worker(settings: dict[str, Any]) -> dict[str, str]:
     faults = environment.fault_points(restart=(folder.run_dir / JOURNAL_NAME).exists()).on_rank(rank)
     try:
         folder.begin(attempt, rank=rank, node=node_name())  # fails on a node that joined later and shares no storage
-        with watching(lambda: folder.stop_signal() or _notice()) as stop:
+        with watching(lambda: folder.stop_signal() or (_PREEMPTED if preemption_notice() else 0)) as stop:
             outcome = run(job, faults=faults, stop=stop)
     except RunStoppedError as error:
         asked = patient(folder.stop_signal)  # a worker that fails here is a failure to Ray, and ends all too early
         if not asked() and not isinstance(error, TimeUpError):
             if rank == 0:
-                say(f"{_announced()}: the state is saved; Ray starts the workers again when the notice has run out")
+                notice = preemption_notice()  # None: another rank has heard of it first
+                node = "a node" if notice is None else f"node {', '.join(one[:8] for one in notice.preempted_node_ids)}"
+                say(
+                    f"{node} will be taken away: the state is saved; Ray starts the workers again when the notice has "
+                    "run out"
+                )
             hold(asked)
         return _ended("stopped", str(error))
     except Exception as error:  # noqa: BLE001  # put on record, then raised again or reported to the driver
@@ -470,17 +452,6 @@ def _begin(folder: LaunchFolder) -> tuple[int, Status | None]:
     elif folder.stop_signal():
         over = "stopped"
     return folder.num_attempts() + 1, over
-
-
-def _notice() -> int:
-    return 0 if preemption_notice() is None else _PREEMPTED
-
-
-def _announced() -> str:
-    notice = preemption_notice()
-    if notice is None:  # another rank has heard of it first
-        return "a node will be taken away"
-    return f"node {', '.join(node_id[:8] for node_id in notice.preempted_node_ids)} will be taken away"
 
 
 def _failed(error: Exception, folder: LaunchFolder, *, attempt: int, rank: int) -> dict[str, str]:

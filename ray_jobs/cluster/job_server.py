@@ -145,13 +145,31 @@ def follow(client: "JobSubmissionClient", job_id: str, *, show: Show, patience: 
     Raises:
         JobUnreachableError: the server stays away; the job may well go on.
     """
-    log = _Log(client, job_id, show)
-    failures = 0
+    import aiohttp
+
+    num_shown = failures = 0
+
+    async def show_rest() -> None:
+        """Show what was not shown, until the log ends or is silent: a new connection begins at the beginning again."""
+        nonlocal num_shown
+        place = 0
+        pieces = client.tail_job_logs(job_id)
+        while True:
+            try:
+                async with asyncio.timeout(patience.quiet_seconds):
+                    piece = await anext(pieces)
+            except (StopAsyncIteration, TimeoutError):
+                return
+            place += len(piece)
+            if (num_new := place - num_shown) > 0:
+                show(piece[-num_new:])
+                num_shown = place
+
     while True:
         try:
-            asyncio.run(log.show_rest(quiet_seconds=patience.quiet_seconds))
+            asyncio.run(show_rest())
             details = client.get_job_info(job_id)
-        except _connection_errors() as error:
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:  # Ray's, requests' and the system's, the socket's
             failures += 1
             if failures >= patience.attempts:
                 raise JobUnreachableError(
@@ -221,33 +239,3 @@ def _refuse_cluster_port(address: str, access: RayAccess) -> None:
         return
     if listener not in ("web server", "silent"):
         raise UserInputError(f"Ray at {address}: expected the cluster's dashboard, found another of its ports; {PORTS}")
-
-
-def _connection_errors() -> tuple[type[Exception], ...]:
-    """Return what a lost connection looks like: Ray's own error, requests' and the system's, the web socket's."""
-    import aiohttp
-
-    return (RuntimeError, OSError, aiohttp.ClientError)
-
-
-class _Log:
-    """A job's log, of which every character is shown once: a new connection begins at the beginning again."""
-
-    def __init__(self, client: "JobSubmissionClient", job_id: str, show: Show) -> None:
-        self._client, self._job_id, self._show = client, job_id, show
-        self._num_shown = 0
-
-    async def show_rest(self, *, quiet_seconds: float) -> None:
-        """Show what was not shown, until the log ends or is silent for `quiet_seconds`."""
-        place = 0
-        pieces = self._client.tail_job_logs(self._job_id)
-        while True:
-            try:
-                async with asyncio.timeout(quiet_seconds):
-                    piece = await anext(pieces)
-            except (StopAsyncIteration, TimeoutError):
-                return
-            place += len(piece)
-            if (num_new := place - self._num_shown) > 0:
-                self._show(piece[-num_new:])
-                self._num_shown = place

@@ -107,10 +107,14 @@ def examine_machine() -> NodeFacts:
     node = ray_access.this_node().name
     folder = partial(check_folder, "disk temporary", Path(tempfile.gettempdir()))
     findings = examine({**machine_checks(), "disk temporary": folder})
+    try:
+        import torch
+
+        num_gpus = torch.cuda.device_count()
+    except Exception:  # noqa: BLE001 - a broken torch may raise anything; its own check says what
+        num_gpus = 0
     return NodeFacts(
-        versions=versions(),
-        findings=tuple(replace(finding, node=node) for finding in findings),
-        num_gpus=_num_gpus(),
+        versions=versions(), findings=tuple(replace(finding, node=node) for finding in findings), num_gpus=num_gpus
     )
 
 
@@ -124,15 +128,6 @@ def look_at_data(recipe: Mapping[str, Any]) -> NodeFacts:
         return replace(facts, data=preflight(recipe_from_document(recipe)).fingerprints)
     except (CA2STError, OSError) as error:
         return replace(facts, problem=str(error))
-
-
-def _num_gpus() -> int:
-    try:
-        import torch
-
-        return torch.cuda.device_count()
-    except Exception:  # noqa: BLE001 - a broken torch may raise anything; its own check says what
-        return 0
 
 
 # What the facts mean.
@@ -253,42 +248,28 @@ def try_storage(folder: str, nodes: Sequence[ray_access.Node]) -> dict[str, str]
         By node, what is wrong with the folder there; empty where nothing is.
     """
     prefix = str(Path(folder) / f".ca2st-{uuid.uuid4().hex}-")
-    mine, ask = f"{prefix}here", partial(ray_access.ask_every_node, nodes=nodes, timeout_seconds=_ANSWER_SECONDS)
-    owners = {mine: _HERE} | {f"{prefix}{node.node_id}": node.name for node in nodes}
+    ask = partial(ray_access.ask_every_node, nodes=nodes, timeout_seconds=_ANSWER_SECONDS)
+    owners = {f"{prefix}here": _HERE} | {f"{prefix}{node.node_id}": node.name for node in nodes}
     try:
-        problems = {_HERE: write_token(mine), **_words(ask(write_own_token, prefix))}
+        problems = {_HERE: write_token(prefix, "here")}
+        for node, answer in ask(write_token, prefix).items():
+            problems[node.name] = answer.what if isinstance(answer, ray_access.NodeFailure) else answer
         written = [place for place, owner in owners.items() if not problems[owner]]
         unseen = {_HERE: unseen_tokens(written), **by_name(ask(unseen_tokens, written))}
     finally:
-        ask(remove_own_token, prefix)
-        remove_token(mine)
-    for owner, answer in unseen.items():
-        if isinstance(answer, ray_access.NodeFailure):
-            problems[owner] = problems[owner] or answer.what
+        ask(remove_token, prefix)
+        remove_token(prefix, "here")
+    for owner, places in unseen.items():
+        if isinstance(places, ray_access.NodeFailure):
+            problems[owner] = problems[owner] or places.what
         elif not problems[owner]:
-            problems[owner] = ", ".join(f"does not see the file of {owners[place]}" for place in answer)
+            problems[owner] = ", ".join(f"does not see the file of {owners[place]}" for place in places)
     return problems
 
 
-def _words(asked: Mapping[ray_access.Node, str | ray_access.NodeFailure]) -> dict[str, str]:
-    return {
-        node.name: answer.what if isinstance(answer, ray_access.NodeFailure) else answer
-        for node, answer in asked.items()
-    }
-
-
-def write_own_token(prefix: str) -> str:
-    """Run `write_token` for the node this is called on."""
-    return write_token(f"{prefix}{ray_access.this_node().node_id}")
-
-
-def remove_own_token(prefix: str) -> None:
-    """Run `remove_token` for the node this is called on."""
-    remove_token(f"{prefix}{ray_access.this_node().node_id}")
-
-
-def write_token(place: str) -> str:
-    """Write a file that names itself; return why it cannot be written, or an empty string."""
+def write_token(prefix: str, name: str = "") -> str:
+    """Write a file that names itself, by default for this node; return why that cannot be, or an empty string."""
+    place = f"{prefix}{name or ray_access.this_node().node_id}"
     if not Path(place).parent.is_dir():
         return "no such folder"
     try:
@@ -313,10 +294,10 @@ def unseen_tokens(
         sleep(0.2)
 
 
-def remove_token(place: str) -> None:
-    """Remove the file, if it is there."""
+def remove_token(prefix: str, name: str = "") -> None:
+    """Remove the file of `write_token`, if it is there."""
     with contextlib.suppress(OSError):
-        Path(place).unlink()
+        Path(f"{prefix}{name or ray_access.this_node().node_id}").unlink()
 
 
 def _is_seen(place: Path) -> bool:

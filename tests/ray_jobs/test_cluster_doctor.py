@@ -25,9 +25,9 @@ from ray_jobs.cluster.node_check import (
     judge_reach,
     judge_storage,
     judge_versions,
-    remove_own_token,
+    remove_token,
     unseen_tokens,
-    write_own_token,
+    write_token,
 )
 from ray_jobs.cluster.ray_access import Node
 from ray_jobs.commands.machine import merged
@@ -133,12 +133,12 @@ def test_tokens_are_written_seen_and_removed(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(
             "ray_jobs.cluster.ray_access.this_node", lambda node_id=node_id: Node(address="x", node_id=node_id)
         )
-        assert write_own_token(prefix) == ""
+        assert write_token(prefix) == ""
     assert unseen_tokens([f"{prefix}aa", f"{prefix}bb", f"{prefix}cc"]) == [f"{prefix}cc"]
-    remove_own_token(prefix)
+    remove_token(prefix)
     assert unseen_tokens([f"{prefix}aa", f"{prefix}bb"]) == [f"{prefix}bb"]
-    assert write_own_token(f"{tmp_path}/none/t-") == "no such folder"
-    assert "/proc/" in write_own_token("/proc/t-")
+    assert write_token(f"{tmp_path}/none/t-") == "no such folder"
+    assert "/proc/" in write_token("/proc/t-")
 
 
 def test_the_command_tells_the_cluster_and_ends_with_4_naming_check_and_node(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -264,7 +264,6 @@ def fleet_of(driver: Driver, recipe: Recipe) -> Fleet:
         job=Job(recipe={}, run_dir=str(driver.folder.run_dir)),
         demand=demand_of(recipe.launch, []),
         folder=driver.folder,
-        has_dashboard=False,
     )
 
 
