@@ -35,17 +35,9 @@ from ca2st.training.signals import StopRequest, stop_on_signals
 from ca2st.training.step import GPU_BACKEND
 from ca2st.weights.hub import is_hub_name
 from ray_jobs import environment
+from ray_jobs.cluster import ray_access
 from ray_jobs.cluster.node_check import check_training_nodes
-from ray_jobs.cluster.ray_access import (
-    LOCAL,
-    Node,
-    RayAccess,
-    first_line,
-    has_dashboard,
-    living_nodes,
-    ray_session,
-    this_node,
-)
+from ray_jobs.cluster.ray_access import Node
 from ray_jobs.cluster.supervision import LaunchFolder, LostWorkers, Supervision, ended_by_signals, is_preempted
 from ray_jobs.config.recipe import LaunchConfig, Placement, Recipe, recipe_document, with_places
 from ray_jobs.console import say
@@ -164,15 +156,15 @@ class Fleet:
                 f"{last}; {run_dir} keeps what was reached: fix the cause and rerun"
             )
         if isinstance(error, RayError):
+            what = f"{type(error).__name__}: {ray_access.first_line(error)}"
             return EnvironmentFault(
-                f"{self.recipe.name}: lost the Ray cluster ({type(error).__name__}: {first_line(error)}); {run_dir} "
-                "keeps what was reached: rerun to resume"
+                f"{self.recipe.name}: lost the Ray cluster ({what}); {run_dir} keeps what was reached: rerun to resume"
             )
         raise error
 
 
 @contextmanager
-def joined(recipe: Recipe, run_dir: Path, address: str, *, access: RayAccess) -> Iterator[Fleet]:
+def joined(recipe: Recipe, run_dir: Path, address: str, *, access: ray_access.RayAccess) -> Iterator[Fleet]:
     """Open a cluster that was found able to train `recipe` in `run_dir`, for the block; call it in the main thread.
 
     `address`: ``local`` starts a Ray on this machine for the block; else a cluster to join.
@@ -188,15 +180,15 @@ def joined(recipe: Recipe, run_dir: Path, address: str, *, access: RayAccess) ->
     with ExitStack() as session:
         session.callback(folder.remove)
         with ended_by_signals("stopped before any worker had begun; rerun to resume"):
-            width = max(num_cores(), recipe.launch.workers) if address == LOCAL else None
-            session.enter_context(ray_session(address, access=access, num_cpus=width))
-            nodes = living_nodes()
+            width = max(num_cores(), recipe.launch.workers) if address == ray_access.LOCAL else None
+            session.enter_context(ray_access.ray_session(address, access=access, num_cpus=width))
+            nodes = ray_access.living_nodes()
             demand = demand_of(recipe.launch, nodes)
             if not recipe.launch.wait_for_resources:
                 check_demand(demand, nodes)
             elif most_workers(demand, nodes) < demand.min_workers:
                 say(f"waiting for nodes with room for {demand.min_workers} workers; a signal ends the wait")
-            mine = this_node().node_id  # checked by the driver itself, before
+            mine = ray_access.this_node().node_id  # checked by the driver itself, before
             others = [node for node in hosts(demand, nodes) if node.node_id != mine]
             if others:
                 say(f"checking code, data and run folder on {len(others)} other nodes")
@@ -230,11 +222,7 @@ def demand_of(launch: LaunchConfig, nodes: Sequence[Node]) -> Demand:
 
 
 def check_demand(demand: Demand, nodes: Sequence[Node]) -> None:
-    """Refuse what the cluster can never give.
-
-    Raises:
-        EnvironmentFault: fewer workers fit than the run needs; what each node has is listed.
-    """
+    """Refuse what the cluster can never give: an EnvironmentFault that lists what each node has."""
     found = most_workers(demand, nodes)
     if found >= demand.min_workers:
         return
@@ -293,7 +281,7 @@ class Trainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         unwanted: tuple[type, ...] = (DatasetsCallback,)
-        if not has_dashboard():  # Ray's cleaner of placement groups would ask it, and complain every second
+        if not ray_access.has_dashboard():  # Ray's cleaner of placement groups would ask it, and complain every second
             unwanted += (PlacementGroupCleanerCallback,)
         made = super()._create_default_callbacks()
         return [*(callback for callback in made if not isinstance(callback, unwanted)), QuietPreemption()]
@@ -380,7 +368,7 @@ def train_on_worker(settings: dict[str, Any]) -> dict[str, str]:
 
 def node_name() -> str:
     """Return host name and address of this node."""
-    return f"{socket.gethostname()} ({this_node().address})"
+    return f"{socket.gethostname()} ({ray_access.this_node().address})"
 
 
 @contextlib.contextmanager

@@ -53,11 +53,7 @@ def connect(address: str, *, access: RayAccess, ca_file: "Path | None" = None) -
 
 
 def check_address(address: str) -> None:
-    """Refuse what has not the form of a job server's address.
-
-    Raises:
-        UserInputError: it has not.
-    """
+    """Refuse what has not the form of a job server's address (UserInputError)."""
     try:
         parts = urlsplit(address)
         fits = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0

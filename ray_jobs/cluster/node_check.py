@@ -244,8 +244,7 @@ def refuse(findings: Sequence[Finding], expected: str, *, error: type[Environmen
 def try_storage(folder: str, nodes: Sequence[ray_access.Node]) -> dict[str, str]:
     """Have each of `nodes`, and this process, write a file into `folder` and look for those of all that could.
 
-    Returns:
-        By node, what is wrong with the folder there; empty where nothing is.
+    Returns by node what is wrong with the folder there; empty where nothing is.
     """
     prefix = str(Path(folder) / f".ca2st-{uuid.uuid4().hex}-")
     ask = partial(ray_access.ask_every_node, nodes=nodes, timeout_seconds=_ANSWER_SECONDS)

@@ -152,10 +152,9 @@ def check_cluster(address: str, access: RayAccess) -> str:
 
 
 def host_and_port(address: str, *, whose: str = "") -> tuple[str, int]:
-    """Return the two halves of ``host:port`` or ``[IPv6 address]:port``; `whose`: where it is from, for the refusal.
+    """Return the two halves of ``host:port`` or ``[IPv6 address]:port``; all else is a UserInputError.
 
-    Raises:
-        UserInputError: `address` is something else.
+    `whose`: where the address is from, for the message.
     """
     host, _, port = address.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
@@ -171,26 +170,20 @@ def host_and_port(address: str, *, whose: str = "") -> tuple[str, int]:
 def who_listens(host: str, port: int, *, token: str) -> Listener:
     """Ask the port whether it is a cluster's, without a token, with `token` where it wants one, then whether by HTTP.
 
-    Raises:
-        OSError: nobody listens there.
+    An OSError where nobody listens.
     """
     end = time.monotonic() + PROBE_SECONDS
     socket.create_connection((host, port), timeout=_CONNECT_SECONDS + _STEP_SECONDS / 2).close()
     answer = _ask_cluster(host, port, "", end)
-    if answer == "UNAUTHENTICATED":
-        if not token:
-            return "another token"
-        known: dict[str, Listener] = {
-            "OK": "cluster",
-            "UNAUTHENTICATED": "another token",
-            "UNIMPLEMENTED": "another part of Ray",
-        }
-        return known.get(_ask_cluster(host, port, token, end), "silent")
-    if answer == "OK":
-        return "open cluster"
-    if answer == "UNIMPLEMENTED":
-        return "another part of Ray"
-    return "web server" if _speaks_http(host, port, end) else "silent"
+    alive: Listener = "open cluster"
+    if answer == "UNAUTHENTICATED" and token:
+        answer, alive = _ask_cluster(host, port, token, end), "cluster"
+    known: dict[str, Listener] = {
+        "OK": alive,
+        "UNAUTHENTICATED": "another token",
+        "UNIMPLEMENTED": "another part of Ray",
+    }
+    return known.get(answer) or ("web server" if _speaks_http(host, port, end) else "silent")
 
 
 def has_dashboard() -> bool:
@@ -202,8 +195,7 @@ def has_dashboard() -> bool:
 
 def first_line(error: BaseException) -> str:
     """Return the first line with words of an error's message."""
-    lines: Sequence[str] = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if line), type(error).__name__)
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _ask_cluster(host: str, port: int, token: str, end: float) -> str:

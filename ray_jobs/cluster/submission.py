@@ -152,11 +152,7 @@ def new_id(recipe_name: str) -> str:
 
 
 def checked_wheel(path: Path) -> Path:
-    """Return the path of a wheel that the user gives.
-
-    Raises:
-        UserInputError: it is no wheel of ca2st for every machine.
-    """
+    """Return the path of a wheel that the user gives; a UserInputError where it is none of ca2st for every machine."""
     if not path.is_file():
         raise UserInputError(f"--wheel {path}: expected a wheel of ca2st, found no such file")
     try:
@@ -196,11 +192,7 @@ def environment_of_job(
 
 
 def run_folder(recipe: Recipe, out: Path | None) -> str:
-    """Return the run's folder on the cluster.
-
-    Raises:
-        UserInputError: it is relative, and would lie in a temporary folder of the head node.
-    """
+    """Return the run's folder on the cluster; a UserInputError where it is relative, to the job's working directory."""
     folder = PurePosixPath(out) if out is not None else PurePosixPath(recipe.folder)
     if not folder.is_absolute():
         raise UserInputError(
@@ -211,11 +203,7 @@ def run_folder(recipe: Recipe, out: Path | None) -> str:
 
 
 def check_places(recipe: Recipe) -> None:
-    """Refuse relative paths: the job runs elsewhere, in a folder of its own.
-
-    Raises:
-        UserInputError: a line for each of them.
-    """
+    """Refuse relative paths, by a line for each (UserInputError): the job runs elsewhere, in a folder of its own."""
     lines: list[str] = []
 
     def look(key: str, place: str) -> str:
@@ -229,11 +217,7 @@ def check_places(recipe: Recipe) -> None:
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Refuse a user, password or token in what the job's log and Ray's dashboard show.
-
-    Raises:
-        UserInputError: an override with a URL that holds one; the message does not.
-    """
+    """Refuse a user, password or token in what the job's log and Ray's dashboard show, without naming it."""
     for override in overrides:
         key, _, value = override.partition("=")
         if holds_credentials(value) or without_credentials(value) != value:

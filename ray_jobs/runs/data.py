@@ -10,8 +10,7 @@ from ca2st.errors import UserInputError, check_choice
 from ca2st.model.config import EXPERTS
 from ca2st.processes import num_cores
 from pipelines.config import EvaluationSetup, TrainSetup
-from pipelines.loader import EvaluationLoader, TrainLoader
-from pipelines.order.plan import SamplePlan
+from pipelines.loader import EvaluationLoader
 from pipelines.quarantine import FOLDER_NAME as QUARANTINE_FOLDER
 from pipelines.storage.shard_sets import check_agreement, check_manifest, check_sound, require_labels, require_sound
 from pipelines.views import EvaluationViews
@@ -69,8 +68,7 @@ def open_data(recipe: Recipe) -> TrainingData:
     """Read the manifests a recipe names.
 
     Raises:
-        UserInputError: the recipe names no training shards, the splits have other classes or audio, or
-            the model hears and a set is without sound.
+        UserInputError: it names none, splits have other classes or audio, or one has no sound for a model that hears.
         ManifestError, ShardDamageError: a set that cannot be read.
     """
     folders = [recipe.data.train] if recipe.data.train is not None else [one.train for one in recipe.data.mixture]
@@ -103,30 +101,19 @@ def open_data(recipe: Recipe) -> TrainingData:
     return data
 
 
-def sample_plan(recipe: Recipe, data: TrainingData) -> SamplePlan:
-    """Return which samples a training on `data` reads, and in how many steps; raises as `TrainSetup.plan`."""
-    return _train_setup(recipe, data).plan()
-
-
-def train_loader(
+def train_setup(
     recipe: Recipe,
     data: TrainingData,
     *,
-    rank: int,
-    world_size: int,
+    rank: int = 0,
+    world_size: int = 1,
     run_dir: Path | None = None,
     device: torch.device | None = None,
-) -> TrainLoader:
-    """Return the shuffled, augmented, resumable source of a rank; `run_dir` keeps the names of damaged samples.
+) -> TrainSetup:
+    """Return what the shuffled, augmented, resumable `TrainLoader` of a rank needs, and the plan of all ranks.
 
-    `device`: the rank's own, which decodes for itself where it can.
+    `run_dir` keeps the names of damaged samples. `device`: the rank's own, which decodes for itself where it can.
     """
-    folder = None if run_dir is None else run_dir / QUARANTINE_FOLDER
-    setup = _train_setup(recipe, data)
-    return TrainLoader(replace(setup, rank=rank, world_size=world_size, device=device, quarantine_folder=folder))
-
-
-def _train_setup(recipe: Recipe, data: TrainingData) -> TrainSetup:
     return TrainSetup(
         shard_sets=data.train_sets,
         clip=recipe.clip,
@@ -137,6 +124,10 @@ def _train_setup(recipe: Recipe, data: TrainingData) -> TrainSetup:
         seed=recipe.training.seed,
         global_batch_size=recipe.training.global_batch_size,
         order=recipe.data.order(),
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        quarantine_folder=None if run_dir is None else run_dir / QUARANTINE_FOLDER,
     )
 
 
@@ -153,7 +144,7 @@ def evaluation_loader(
 ) -> EvaluationLoader:
     """Return every sample of `shard_set` once, in `views` each; with one lane in the set's own order.
 
-    `device`: as for `train_loader`.
+    `device`: as for `train_setup`.
     """
     setup = EvaluationSetup(
         shard_set=shard_set,
@@ -185,8 +176,7 @@ def with_synthetic_shards(recipe: Recipe, runs_root: Path) -> Recipe:
 def synthetic_classes(recipe: Recipe) -> dict[str, list[str]] | None:
     """Return the classes of each target of the shards that `with_synthetic_shards` would make, or None.
 
-    Raises:
-        UserInputError: an unknown task, or a target that its world does not label.
+    An unknown task, or a target that its world does not label, is a UserInputError.
     """
     world = recipe.data.synthetic
     if world is None or recipe.data.train is not None:

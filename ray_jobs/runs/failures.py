@@ -105,9 +105,9 @@ class FailureRecord:
 def is_final(error: BaseException, *, before: FailureRecord | None = None, launch: str = "") -> bool:
     """Return whether starting the run again cannot help.
 
-    Final: what the user gave, damaged data, numbers that are not finite, on this rank or another; and memory
-    that did not suffice, when `before`, the failure that is on record, was the same one in the same `launch`. And that
-    a person asked to stop, though the state could not be saved.
+    So it is with what the user gave, damaged data, numbers that are not finite, on this rank or another; with memory
+    that did not suffice when `before`, on record, was the same failure of the same `launch`; and where a person asked
+    to stop, though the state could not be saved.
     """
     if isinstance(error, StopNotSavedError):
         return error.signal_number in _OF_A_PERSON
@@ -173,8 +173,7 @@ def forget_failure(run_dir: Path) -> None:
 def keep_failure(run_dir: Path, new: FailureRecord) -> FailureRecord:
     """Put `new` on record unless an earlier one of its attempt is there; returns what is on record then.
 
-    A folder that cannot be written (a full disk may be what failed) is reported in the log: the failure itself matters
-    more.
+    A folder that cannot be written (a full disk may be what failed) is only logged.
     """
     try:
         with open_itself(run_dir / _LOCK_NAME, "ab") as lock:

@@ -65,10 +65,7 @@ class Work:
 def rate_of(device: str | None, precision: Precision | None) -> Rate:
     """Return the rate of the `device` of this name; None: of what this machine would train on.
 
-    `precision` None: bf16 on a GPU, fp32 on a CPU.
-
-    Raises:
-        UserInputError: no device of `PEAKS`.
+    `precision` None: bf16 on a GPU, fp32 on a CPU. A name that is not in `PEAKS` is a UserInputError.
     """
     here: Device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = precision or ("fp32" if here == "cpu" and device is None else "bf16")

@@ -84,7 +84,7 @@ class TrainedModel:
                     f"{shards.where}: expected the model's classes of {name}, found others: {differing}; "
                     "`ca2st evaluate` matches classes by name, `read_batches` gives the set as it is"
                 )
-        with trained_loader(self, shards, tuple(self.classes), views=views or EvaluationViews(), num_lanes=1) as loader:
+        with trained_loader(self, shards, tuple(self.classes), views=views or EvaluationViews()) as loader:
             yield from loader.batches()
 
 
@@ -94,12 +94,11 @@ def trained_loader(
     targets: tuple[str, ...],
     *,
     views: EvaluationViews,
-    num_lanes: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | None = None,
 ) -> EvaluationLoader:
-    """Return every sample of a set once over all ranks, for a model that was trained on sets like it.
+    """Return every sample of a set once over all ranks, each in stored order, for a model trained on sets like it.
 
     Raises:
         UserInputError: the model hears, and the set has no sound or spectrograms that were made otherwise.
@@ -118,7 +117,7 @@ def trained_loader(
         shard_set,
         targets,
         views=views,
-        num_lanes=num_lanes,
+        num_lanes=world_size,
         rank=rank,
         world_size=world_size,
         device=device,
@@ -174,9 +173,7 @@ def score(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) ->
     accelerator = place_model(trained)
     targets, manifest = trained.targets, shard_set.manifest
     with (
-        trained_loader(
-            trained, shard_set, tuple(targets), views=views, num_lanes=1, device=accelerator.device
-        ) as loader,
+        trained_loader(trained, shard_set, tuple(targets), views=views, device=accelerator.device) as loader,
         progress("Scoring", loader.num_samples) as update,
     ):
         found = joined(
@@ -314,7 +311,7 @@ def _tables(
 ) -> Generator[pa.Table, None, None]:
     """Yield the rows in the set's order, whole batches until there are `rows_a_group`."""
     manifest, accelerator = shard_set.manifest, place_model(trained)
-    loading = trained_loader(trained, shard_set, manifest.targets, views=views, num_lanes=1, device=accelerator.device)
+    loading = trained_loader(trained, shard_set, manifest.targets, views=views, device=accelerator.device)
     with loading as loader, progress("Features", manifest.num_samples) as update:
         waiting: list[pa.Table] = []
         held = done = 0

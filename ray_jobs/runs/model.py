@@ -196,11 +196,7 @@ def start_sound(path: Path) -> AudioParameters | None:
 
 
 def check_label_spaces(source: StartSource, classes: Classes) -> None:
-    """Refuse to keep the head of a model whose classes are others.
-
-    Raises:
-        UserInputError: a label space of the same name has other classes, or none has the same name.
-    """
+    """Refuse to keep the head of a model (UserInputError) whose label spaces of one name differ, or share none."""
     old: dict[str, int] = {target.name: target.num_classes for target in source.description.targets}
     shared = [name for name in classes if name in old]
     if not shared:
@@ -382,11 +378,7 @@ class RunDocument:
 
 
 def read_run_document(data: bytes, *, where: str) -> RunDocument:
-    """Return what a checkpoint says of its run; `where` names the checkpoint.
-
-    Raises:
-        DocumentError: it is no such document.
-    """
+    """Return what a checkpoint says of its run (else a DocumentError); `where` names the checkpoint."""
     document = parse_json(data, _StoredDocument, where=f"{where}/{RUN_DOCUMENT}.json")
     return RunDocument(
         recipe=stored_recipe(document["recipe"], where=where),
@@ -418,8 +410,7 @@ def sound_metadata(audio: AudioParameters) -> dict[str, str]:
 def find_checkpoint(path: Path, which: str = "last") -> Path:
     """Return a checkpoint folder itself, or one of a run folder's: ``last`` (newest), ``best``, or that of a step.
 
-    Raises:
-        UserInputError: `path` is neither, or the run has no such checkpoint; lists those it has.
+    A run without such a checkpoint is a UserInputError that lists those it has.
     """
     if not (path / CHECKPOINTS_NAME).is_dir():
         if which != "last":

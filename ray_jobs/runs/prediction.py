@@ -85,11 +85,7 @@ def predict_videos(
 
 
 def predict_readable(checkpoint: Path, videos: Sequence[Path], *, top: int, views: EvaluationViews) -> PredictionReport:
-    """As `predict_videos`, but a video that cannot be decoded is listed with the reason, and the others are predicted.
-
-    Raises:
-        UserInputError: a video is not there or given twice, or `checkpoint` is none.
-    """
+    """As `predict_videos`, but a video that cannot be decoded is listed with the reason, the others are predicted."""
     require_videos(videos)
     trained = load_trained(checkpoint)
     with converted(trained, whole_videos(videos)) as (shard_set, damaged):
@@ -111,8 +107,7 @@ def predict_readable(checkpoint: Path, videos: Sequence[Path], *, top: int, view
 def shards_of_videos(trained: TrainedModel, videos: Sequence[Path]) -> Iterator[ShardSet]:
     """The videos as a small shard set in a temporary folder, made as the model's training shards were.
 
-    Raises:
-        RejectBudgetError: a video cannot be decoded; the message says which and why.
+    A video that cannot be decoded is a RejectBudgetError that says which and why.
     """
     with converted(trained, whole_videos(videos)) as (shard_set, damaged):
         _refuse_damaged(damaged)
@@ -175,10 +170,8 @@ def find_videos(arguments: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """Return the videos that arguments name, and the files in folders that are none: left aside.
 
     A file stands for itself, a folder for all videos in it and in its folders, and a pattern such as ``*/*.mp4`` for
-    the videos that it matches (a shell puts their names in its place; between quotes it arrives here).
-
-    Raises:
-        UserInputError: a folder without a video, or a pattern that matches none.
+    the videos that it matches (a shell puts their names in its place; between quotes it arrives here). A folder or
+    pattern without a video is a UserInputError.
     """
     found: list[Path] = []
     aside: list[Path] = []
@@ -213,11 +206,7 @@ def _files_below(folder: Path) -> Iterator[str]:
 
 
 def require_videos(videos: Sequence[Path]) -> None:
-    """Refuse an empty list of videos, and one of videos that are not there or are named twice.
-
-    Raises:
-        UserInputError: as said.
-    """
+    """Refuse an empty list of videos, and one of videos that are not there or are named twice (UserInputError)."""
     if not videos:
         raise UserInputError("expected at least one video, found none")
     if missing := [str(video) for video in videos if not video.is_file()]:

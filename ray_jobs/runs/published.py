@@ -50,11 +50,7 @@ def published_recipes() -> Iterator[Recipe]:
 def published_rows(
     recipes: Iterable[Recipe], *, with_hours: bool, device: str | None = None, workers: int = 1
 ) -> list[PublishedRow]:
-    """Return a row of each published recipe; hours are those on `workers` devices of this name, None: on this machine.
-
-    Raises:
-        UserInputError: no device of `PEAKS`.
-    """
+    """Return a row of each published recipe; hours are those of `workers` such devices; None: of this machine."""
     rate = rate_of(device, None) if with_hours else None
     known: dict[object, ModelInfo] = {}
     rows = []
@@ -110,8 +106,7 @@ def published_spaces(dataset: str) -> dict[str, list[str]]:
 def published_count(dataset: str, split: str, number: int | None) -> int:
     """Return the samples of a published split, with sound where that is what is kept; `number`: of several splits.
 
-    Raises:
-        UserInputError: there is no such split.
+    One that does not exist is a UserInputError.
     """
     counts = PUBLISHED_WITH_SOUND.get(dataset, PUBLISHED_ROWS[dataset]).get(split, ())
     place = (number or 1) - 1

@@ -47,9 +47,8 @@ from ray_jobs.runs.data import (
     TrainingData,
     evaluation_loader,
     open_data,
-    sample_plan,
     synthetic_classes,
-    train_loader,
+    train_setup,
     with_synthetic_shards,
 )
 from ray_jobs.runs.failures import forget_failure
@@ -171,8 +170,8 @@ def open_checked(recipe: Recipe) -> tuple[TrainingData, SamplePlan]:
     """Open the data of a training, and plan which of its samples are read.
 
     Raises:
-        UserInputError: as `open_data` and `sample_plan`, or the model hears and starts from one whose spectrograms were
-            made otherwise.
+        UserInputError: as `open_data` and `TrainSetup.plan`, or the model hears and starts from one whose spectrograms
+            were made otherwise.
         PlanError: fewer samples than the batch or the workers need.
     """
     data = open_data(recipe)
@@ -180,7 +179,7 @@ def open_checked(recipe: Recipe) -> tuple[TrainingData, SamplePlan]:
         where = Path(recipe.start.checkpoint)
         if (sound := start_sound(where)) is not None:
             check_sound(data.train, sound, whose=f"start.checkpoint {where}")
-    plan = sample_plan(recipe, data)
+    plan = train_setup(recipe, data).plan()
     plan.require_enough(world_size=recipe.launch.workers)
     return data, plan
 
@@ -230,11 +229,7 @@ def check_settings(recipe: Recipe) -> None:
 
 
 def refuse_other_recipe(recipe: Recipe, run_dir: Path) -> None:
-    """Refuse a run folder that holds a run whose recipe would give other numbers.
-
-    Raises:
-        UserInputError: lists what differs.
-    """
+    """Refuse a run folder whose recipe would give other numbers: a UserInputError that lists what differs."""
     stored = kept_recipe(run_dir)
     kept = identity_settings(recipe if stored is None else stored)
     if changed := differences(kept, identity_settings(recipe)):
@@ -245,9 +240,9 @@ def refuse_other_recipe(recipe: Recipe, run_dir: Path) -> None:
 
 
 def kept_recipe(run_dir: Path) -> Recipe | None:
-    """Return the recipe of the run in a folder: its newest sound checkpoint's, else the one that was kept at its start.
+    """Return the recipe of a run folder: its newest sound checkpoint's, else the one kept at its start, or None.
 
-    None where there is neither. A damaged file is named in a warning.
+    A damaged file is named in a warning.
     """
     document = None
     try:
@@ -274,8 +269,8 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
     with ExitStack() as stack:
         data, validation = open_data(recipe), None
         reading = _with_own_cores(recipe)
-        source = train_loader(reading, data, rank=rank, world_size=world_size, run_dir=run_dir, device=device)
-        loader = stack.enter_context(source)
+        setup = train_setup(reading, data, rank=rank, world_size=world_size, run_dir=run_dir, device=device)
+        loader = stack.enter_context(TrainLoader(setup))
         if (held_out := data.validation) is not None:
             views = recipe.data.views
             seen = evaluation_loader(
@@ -331,11 +326,7 @@ def _plain(score: Score) -> dict[str, str | int | float | None]:
 
 
 def read_outcome(run_dir: Path) -> Outcome:
-    """Return the outcome that rank 0 wrote.
-
-    Raises:
-        CA2STError: there is none although the workers ended well.
-    """
+    """Return the outcome that rank 0 wrote; a CA2STError where there is none although the workers ended well."""
     path = run_dir / OUTCOME_NAME
     if not path.exists():
         raise CA2STError(f"{path}: expected after a finished training, found nothing; see {run_dir}/journal.jsonl")

@@ -103,11 +103,11 @@ def test_every_node_is_asked_and_one_that_fails_is_named() -> None:
     assert node == this_node()
     assert ask_every_node(os.path.basename, "/a/b") == {node: "b"}
     for _ in range(100):  # Ray aborts this process when a task is cancelled that failed a moment ago
-        failed = ask_every_node(os.stat, "/no/such/file")[node]
+        failed = ask_every_node(os.path.getsize, "/no/such/file")[node]
         assert isinstance(failed, NodeFailure)
         assert failed.what.startswith("FileNotFoundError: ")
     assert not has_dashboard()
-    late = ask_every_node(time.sleep, 60.0, timeout_seconds=2)
+    late = ask_every_node(lambda: time.sleep(60.0), timeout_seconds=2)
     assert late == {node: NodeFailure(what="no answer within 2 s")}
 
 

@@ -273,7 +273,7 @@ def test_t2_ray_gets_the_resources_placement_and_restarts_of_the_recipe(
     assert run_config.failure_config.max_preemption_failures == -1
     assert run_config.name == folder.name
     for with_dashboard in (True, False):
-        monkeypatch.setattr(driver, "has_dashboard", lambda answer=with_dashboard: answer)
+        monkeypatch.setattr("ray_jobs.cluster.ray_access.has_dashboard", lambda answer=with_dashboard: answer)
         callbacks = {type(one).__name__ for one in trainer._create_default_callbacks()}
         assert ("PlacementGroupCleanerCallback" in callbacks) is with_dashboard
         assert "QuietPreemption" in callbacks
