@@ -39,7 +39,7 @@ from ray_jobs.cluster import ray_access
 from ray_jobs.cluster.node_check import check_training_nodes
 from ray_jobs.cluster.ray_access import Node
 from ray_jobs.cluster.supervision import LaunchFolder, LostWorkers, Supervision, ended_by_signals, is_preempted
-from ray_jobs.config.recipe import LaunchConfig, Placement, Recipe, recipe_document, with_places
+from ray_jobs.config.recipe import LaunchConfig, Recipe, recipe_document, with_places
 from ray_jobs.console import say
 from ray_jobs.runs.failures import error_of, keep_failure, read_failure, record_of
 from ray_jobs.runs.worker import Job, Outcome, read_outcome, run
@@ -55,29 +55,13 @@ _LAST_RESORT_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Demand:
-    """What a run asks for."""
-
-    min_workers: int
-    """The run cannot go on with fewer."""
-    max_workers: int
-    resources: Mapping[str, float]
-    """Of one worker, by Ray's names; never empty."""
-    placement: Placement
-
-    @property
-    def gpus(self) -> int:
-        """GPUs of a worker, 0 or 1."""
-        return int(self.resources.get("GPU", 0))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Fleet:
     """A cluster that can train the run, and was found to."""
 
     recipe: Recipe
     job: Job
-    demand: Demand
+    resources: Mapping[str, float]
+    """Of one worker."""
     folder: LaunchFolder
 
     def train(self) -> Outcome:
@@ -102,7 +86,7 @@ class Fleet:
 
     def trainer(self) -> TorchTrainer:
         """Return a trainer that starts the workers; what Ray itself keeps goes into the launch's folder."""
-        launch, demand = self.recipe.launch, self.demand
+        launch, with_gpu = self.recipe.launch, "GPU" in self.resources
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # `QuietPreemption` takes its place
         return Trainer(
             train_on_worker,  # its return value arrives as the result's
@@ -112,13 +96,15 @@ class Fleet:
                 "folder": str(self.folder.path),
             },
             scaling_config=ScalingConfig(
-                num_workers=(demand.min_workers, demand.max_workers) if launch.elastic else demand.max_workers,
-                use_gpu=demand.gpus > 0,
-                resources_per_worker=dict(demand.resources),
-                placement_strategy=demand.placement,
+                num_workers=(launch.min_workers or launch.workers, launch.workers)
+                if launch.elastic
+                else launch.workers,
+                use_gpu=with_gpu,
+                resources_per_worker=dict(self.resources),
+                placement_strategy=launch.placement,
             ),
             torch_config=TorchConfig(
-                backend=GPU_BACKEND if demand.gpus else "gloo",
+                backend=GPU_BACKEND if with_gpu else "gloo",
                 timeout_s=round(self.recipe.training.collective_timeout_seconds),
             ),
             run_config=RunConfig(
@@ -129,7 +115,7 @@ class Fleet:
                 ),
                 callbacks=[LostWorkers(self.folder.path)],
                 # Ray shows GPUs even to workers that asked for none, and all of them would train on the first.
-                worker_runtime_env={} if demand.gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
+                worker_runtime_env={} if with_gpu else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
             ),
         )
 
@@ -182,18 +168,17 @@ def joined(recipe: Recipe, run_dir: Path, address: str, *, access: ray_access.Ra
         with ended_by_signals("stopped before any worker had begun; rerun to resume"):
             width = max(num_cores(), recipe.launch.workers) if address == ray_access.LOCAL else None
             session.enter_context(ray_access.ray_session(address, access=access, num_cpus=width))
-            nodes = ray_access.living_nodes()
-            demand = demand_of(recipe.launch, nodes)
-            if not recipe.launch.wait_for_resources:
-                check_demand(demand, nodes)
-            elif most_workers(demand, nodes) < demand.min_workers:
-                say(f"waiting for nodes with room for {demand.min_workers} workers; a signal ends the wait")
+            nodes, launch = ray_access.living_nodes(), recipe.launch
+            resources = resources_of(launch, nodes)
+            if not launch.wait_for_resources:
+                check_room(launch, nodes)
+            elif most_workers(launch, nodes) < (least := launch.min_workers or launch.workers):
+                say(f"waiting for nodes with room for {least} workers; a signal ends the wait")
             mine = ray_access.this_node().node_id  # checked by the driver itself, before
-            others = [node for node in hosts(demand, nodes) if node.node_id != mine]
-            if others:
+            if others := [node for node in nodes if room(node, resources) and node.node_id != mine]:
                 say(f"checking code, data and run folder on {len(others)} other nodes")
                 check_training_nodes(job.recipe, folder.path, others)
-        yield Fleet(recipe=recipe, job=job, demand=demand, folder=folder)
+        yield Fleet(recipe=recipe, job=job, resources=resources, folder=folder)
 
 
 def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
@@ -205,56 +190,54 @@ def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     return with_places(recipe, absolute)
 
 
-def demand_of(launch: LaunchConfig, nodes: Sequence[Node]) -> Demand:
-    """Return what `launch` asks for; where it leaves the device open, the `nodes` decide, not this machine."""
+def resources_of(launch: LaunchConfig, nodes: Sequence[Node]) -> dict[str, float]:
+    """Return what one worker asks for, by Ray's names; never empty.
+
+    Where `launch` leaves the device open, the `nodes` decide, not this machine.
+    """
     wanted = launch.accelerator_type is not None or any(node.resources.get("GPU", 0) >= 1 for node in nodes)
     gpus = int(wanted) if launch.gpus_per_worker is None else int(launch.gpus_per_worker)
     cpus = launch.cpus_per_worker if launch.cpus_per_worker is not None else float(gpus == 0)
     resources = {"CPU": cpus, "GPU": float(gpus)}
     if launch.accelerator_type is not None:
         resources[f"accelerator_type:{launch.accelerator_type}"] = _SHARE_OF_TYPE
-    return Demand(
-        min_workers=launch.workers if launch.min_workers is None else launch.min_workers,
-        max_workers=launch.workers,
-        resources={name: amount for name, amount in resources.items() if amount > 0},
-        placement=launch.placement,
-    )
+    return {name: amount for name, amount in resources.items() if amount > 0}
 
 
-def check_demand(demand: Demand, nodes: Sequence[Node]) -> None:
+def check_room(launch: LaunchConfig, nodes: Sequence[Node]) -> None:
     """Refuse what the cluster can never give: an EnvironmentFault that lists what each node has."""
-    found = most_workers(demand, nodes)
-    if found >= demand.min_workers:
+    found, least, resources = (
+        most_workers(launch, nodes),
+        launch.min_workers or launch.workers,
+        resources_of(launch, nodes),
+    )
+    if found >= least:
         return
-    each, names = _words(demand.resources), dict.fromkeys(["CPU", "GPU", *demand.resources])
+    each, names = _words(resources), dict.fromkeys(["CPU", "GPU", *resources])
     known = {node: _words({name: node.resources.get(name, 0) for name in names}) for node in nodes}
-    table = "".join(f"\n  {node}: {words}; room for {room(node, demand)}" for node, words in known.items())
+    table = "".join(f"\n  {node}: {words}; room for {room(node, resources)}" for node, words in known.items())
     raise EnvironmentFault(
-        f"launch: expected a cluster with room for {demand.min_workers} workers of {each} each (placement "
-        f"{demand.placement}), found room for {found}; ask for less (launch.workers, launch.cpus_per_worker, "
+        f"launch: expected a cluster with room for {least} workers of {each} each (placement "
+        f"{launch.placement}), found room for {found}; ask for less (launch.workers, launch.cpus_per_worker, "
         "launch.gpus_per_worker, launch.placement), add nodes, or set launch.wait_for_resources = true to wait for "
         f"them:{table or ' no node'}"
     )
 
 
-def most_workers(demand: Demand, nodes: Sequence[Node]) -> int:
-    """Return how many workers the cluster can hold, as `demand.placement` wants them placed."""
-    rooms = [room(node, demand) for node in nodes]
-    if demand.placement == "STRICT_PACK":
+def most_workers(launch: LaunchConfig, nodes: Sequence[Node]) -> int:
+    """Return how many workers the cluster can hold, as `launch.placement` wants them placed."""
+    resources = resources_of(launch, nodes)
+    rooms = [room(node, resources) for node in nodes]
+    if launch.placement == "STRICT_PACK":
         return max(rooms, default=0)
-    if demand.placement == "STRICT_SPREAD":
+    if launch.placement == "STRICT_SPREAD":
         return sum(1 for places in rooms if places > 0)
     return sum(rooms)
 
 
-def hosts(demand: Demand, nodes: Sequence[Node]) -> list[Node]:
-    """Return the nodes on which a worker fits."""
-    return [node for node in nodes if room(node, demand) > 0]
-
-
-def room(node: Node, demand: Demand) -> int:
+def room(node: Node, resources: Mapping[str, float]) -> int:
     """Return how many workers fit on `node` when nothing else runs there."""
-    return min(int(node.resources.get(name, 0) / amount + _ROUNDING) for name, amount in demand.resources.items())
+    return min(int(node.resources.get(name, 0) / amount + _ROUNDING) for name, amount in resources.items())
 
 
 class QuietPreemption(PreemptionCallback):

@@ -22,7 +22,6 @@ from ca2st.model.experts import EncoderLayer
 from ca2st.processes import num_cores
 from ca2st.training import checkpoint
 from ca2st.training.attention_kernel import settle_attention
-from ca2st.training.best import Score
 from ca2st.training.config import TrainingConfig
 from ca2st.training.errors import CheckpointDamagedError, ResumeRefusedError
 from ca2st.training.journal import differences
@@ -267,16 +266,12 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
     accelerator = make_accelerator(recipe.training, cpu=use_cpu_threads(recipe))
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     with ExitStack() as stack:
-        data, validation = open_data(recipe), None
-        reading = _with_own_cores(recipe)
-        setup = train_setup(reading, data, rank=rank, world_size=world_size, run_dir=run_dir, device=device)
-        loader = stack.enter_context(TrainLoader(setup))
-        if (held_out := data.validation) is not None:
-            views = recipe.data.views
-            seen = evaluation_loader(
-                reading, held_out, data.targets, views=views, rank=rank, world_size=world_size, device=device
-            )
-            validation = stack.enter_context(seen)
+        data, validation, reading = open_data(recipe), None, _with_own_cores(recipe)
+        here: dict[str, Any] = {"rank": rank, "world_size": world_size, "device": device}
+        loader = stack.enter_context(TrainLoader(train_setup(reading, data, run_dir=run_dir, **here)))
+        if data.validation is not None:
+            source = evaluation_loader(reading, data.validation, data.targets, views=recipe.data.views, **here)
+            validation = stack.enter_context(source)
         begun = begin_model(recipe, data.classes, run_dir)
         frozen = keep_frozen(begun.model, run_dir)
         held = _make_ready(begun.model, recipe, device=device.type)
@@ -305,12 +300,13 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
         result = train(
             begun.model, loader, accelerator=accelerator, settings=settings, validation=validation, stop=stop
         )
+    best = result.best
     outcome = Outcome(
         checkpoint=str(result.checkpoint),
         steps=result.steps,
         metrics=dict(result.metrics),
         main_metric=main_metric(data.targets, labelling=data.labelling),
-        best=None if result.best is None else _plain(result.best),
+        best=None if best is None else asdict(best) | {"checkpoint": best.checkpoint and str(best.checkpoint)},
         ended_early=result.ended_early,
     )
     if rank == 0:
@@ -318,11 +314,6 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
         forget_failure(run_dir)
     accelerator.end_training()
     return outcome
-
-
-def _plain(score: Score) -> dict[str, str | int | float | None]:
-    kept = None if score.checkpoint is None else str(score.checkpoint)
-    return {"metric": score.metric, "value": score.value, "step": score.step, "checkpoint": kept}
 
 
 def read_outcome(run_dir: Path) -> Outcome:

@@ -18,7 +18,7 @@ from ca2st.errors import DataDamageError
 from ca2st.training.errors import PeerFailedError, StopNotSavedError, TerminatedError
 from ray_jobs.cluster import driver
 from ray_jobs.cluster import supervision as lost_workers
-from ray_jobs.cluster.driver import Fleet, demand_of
+from ray_jobs.cluster.driver import Fleet, resources_of
 from ray_jobs.cluster.ray_access import Node
 from ray_jobs.cluster.supervision import LaunchFolder, LostWorkers, death_record, died_of
 from ray_jobs.config.recipe import LaunchConfig
@@ -257,7 +257,7 @@ def test_t2_ray_gets_the_resources_placement_and_restarts_of_the_recipe(
     trainer = Fleet(
         recipe=replace(smoke, launch=launch),
         job=Job(recipe={}, run_dir=str(tmp_path)),
-        demand=demand_of(launch, []),
+        resources=resources_of(launch, []),
         folder=folder,
     ).trainer()
     scaling, run_config = trainer.scaling_config, trainer.run_config
