@@ -7,7 +7,6 @@ checkpoints, and calling `launch` again with the same recipe resumes.
 import json
 import multiprocessing.connection
 import os
-import resource
 import signal
 import socket
 import sys
@@ -320,8 +319,7 @@ def _failure(run_dir: Path, launch: str, *, rank: int, exit_code: int) -> Worker
         return WorkerFailedError(
             f"first failure, on rank {record.rank}: {record.kind}: {record.message}", record.exit_code
         )
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    death = failures.death_of(rank, exit_code, peak_bytes=peak, shared_free_bytes=failures.shared_memory_free())
+    death = failures.death_of(rank, exit_code)
     _record(rank, death, run_dir, launch)
     return death
 

@@ -53,15 +53,6 @@ class NodeFacts:
     """CUDA devices that torch sees; 0 where it cannot be imported."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClockReading:
-    """A node's clock against this machine's."""
-
-    ahead_seconds: float
-    error_seconds: float
-    """Half of the time the question took."""
-
-
 # Who asks.
 
 
@@ -178,18 +169,21 @@ def judge_gpus(seen: Mapping[ray_access.Node, int]) -> list[Finding]:
     ]
 
 
-def judge_clocks(readings: Mapping[str, ClockReading]) -> list[Finding]:
-    """Judge whether clocks agree: curves and logs are ordered by them, and certificates and tokens have hours."""
+def judge_clocks(readings: Mapping[str, tuple[float, float]]) -> list[Finding]:
+    """Judge whether clocks agree: curves and logs are ordered by them, and certificates and tokens have hours.
+
+    `readings`: the seconds that each node is ahead of here, and the error of that.
+    """
     return [
         Finding(
             name="clock",
-            ok=abs(reading.ahead_seconds) - reading.error_seconds <= _MOST_OFF_SECONDS,
-            what=f"{reading.ahead_seconds:.3f} s ahead of here, known to {reading.error_seconds:.3f} s",
+            ok=abs(ahead) - error <= _MOST_OFF_SECONDS,
+            what=f"{ahead:.3f} s ahead of here, known to {error:.3f} s",
             fix="let chrony or another NTP client keep the node's clock",
-            needed=abs(reading.ahead_seconds) > _HARMFUL_OFF_SECONDS,
+            needed=abs(ahead) > _HARMFUL_OFF_SECONDS,
             node=node,
         )
-        for node, reading in readings.items()
+        for node, (ahead, error) in readings.items()
     ]
 
 
@@ -357,7 +351,7 @@ def _between(nodes: Sequence[ray_access.Node]) -> list[Finding]:
     return [*judge_reach(by_name(closed)), *judge_clocks(clocks), *silence, *lost]
 
 
-def _clocks(doors: Mapping[ray_access.Node, Any]) -> dict[str, ClockReading]:
+def _clocks(doors: Mapping[ray_access.Node, Any]) -> dict[str, tuple[float, float]]:
     """Ask each node's clock, one after the other: an answer that waits for another one's would look late."""
     readings = {}
     for node, door in doors.items():
@@ -365,8 +359,7 @@ def _clocks(doors: Mapping[ray_access.Node, Any]) -> dict[str, ClockReading]:
         answer = ray_access.gathered({door.seconds.remote(): node}, timeout_seconds=_ANSWER_SECONDS)[node]
         after = time.time()
         if not isinstance(answer, ray_access.NodeFailure):
-            ahead = answer - (before + after) / 2
-            readings[node.name] = ClockReading(ahead_seconds=ahead, error_seconds=(after - before) / 2)
+            readings[node.name] = (answer - (before + after) / 2, (after - before) / 2)
     return readings
 
 

@@ -184,7 +184,7 @@ def start_sound(path: Path) -> AudioParameters | None:
         folder = find_checkpoint(path)
         if not (folder / MARKER_NAME).exists():
             return None
-        run = read_run_document((folder / f"{RUN_DOCUMENT}.json").read_bytes(), where=str(folder))
+        run = run_document_of(folder)
         return run.audio if "audio" in EXPERTS[run.recipe.model.kind] else None
     if not path.is_file() or path.suffix != ".safetensors":
         return None

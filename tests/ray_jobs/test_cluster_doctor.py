@@ -17,7 +17,6 @@ from ca2st.errors import EnvironmentFault, UserInputError
 from ray_jobs.cli import app
 from ray_jobs.cluster import node_check, ray_access
 from ray_jobs.cluster.node_check import (
-    ClockReading,
     Door,
     NodeFacts,
     judge_clocks,
@@ -89,11 +88,7 @@ def test_gpus_that_ray_gives_out_but_torch_does_not_see_are_told() -> None:
 
 
 def test_a_clock_is_judged_by_what_is_certain_and_needed_only_when_far_off() -> None:
-    readings = {
-        A: ClockReading(ahead_seconds=1.5, error_seconds=0.6),
-        B: ClockReading(ahead_seconds=-1.5, error_seconds=0.1),
-        C: ClockReading(ahead_seconds=7200.0, error_seconds=0.1),
-    }
+    readings = {A: (1.5, 0.6), B: (-1.5, 0.1), C: (7200.0, 0.1)}
     assert [(one.ok, one.needed) for one in judge_clocks(readings)] == [(True, False), (False, False), (False, True)]
 
 
