@@ -6,7 +6,7 @@ and the share of it that trainings reach.
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -110,21 +110,26 @@ def counted_hours(work: Work, rate: Rate, *, workers: int) -> dict[str, Any]:
     """Return hours of training and of validation, and the clips per second that must be read for it."""
     num_devices = 1 if rate.device == "this CPU" else workers
     speed = rate.peak_tflops * rate.share * num_devices
-    training = work.clips * work.train_tflop / speed / 3600
-    validation = work.views * work.forward_tflop / speed / 3600
-    return {
-        "hours": training + validation,
-        "how": "counted",
-        "device": rate.device,
-        "num_devices": num_devices,
-        "training_hours": training,
-        "validation_hours": validation,
-        "clips_per_second": speed / work.train_tflop,
-        "tflop_per_clip": work.train_tflop,
+    facts = {"how": "counted", "device": rate.device, "num_devices": num_devices}
+    return _hours(
+        work, facts, clips_per_second=speed / work.train_tflop, views_per_second=speed / work.forward_tflop
+    ) | {
         "peak_tflops": rate.peak_tflops,
         "peak_of": rate.source,
         "share_of_peak": rate.share,
         "times_in_fp32": rate.times_in_fp32,
+    }
+
+
+def _hours(work: Work, facts: Mapping[str, Any], *, clips_per_second: float, views_per_second: float) -> dict[str, Any]:
+    training, validation = work.clips / clips_per_second / 3600, work.views / views_per_second / 3600
+    return {
+        "hours": training + validation,
+        **facts,
+        "training_hours": training,
+        "validation_hours": validation,
+        "clips_per_second": clips_per_second,
+        "tflop_per_clip": work.train_tflop,
     }
 
 
@@ -152,28 +157,18 @@ def measured_hours(recipe: Recipe, work: Work, targets: Sequence[TargetSpec], *,
     )
     try:
         case = LocalCase(spec)
-        seconds = {kind: _median_seconds(case, kind) for kind in ("training", "forward")}
+        step_seconds, forward_seconds = _median_seconds(case, "training"), _median_seconds(case, "forward")
     except torch.OutOfMemoryError as error:
         raise EnvironmentFault(
             f"--measure: expected memory for {num_clips} clips, found it used up; lower training.per_device_batch_size "
             "or set training.activation_checkpointing = true"
         ) from error
     num_devices = recipe.launch.workers if here == "cuda" else 1
-    clips_per_second = num_clips / seconds["training"] * num_devices
-    trained = work.clips / clips_per_second / 3600
-    validated = work.views * seconds["forward"] / num_clips / num_devices / 3600
-    return {
-        "hours": trained + validated,
-        "how": "measured",
-        "device": torch.cuda.get_device_name() if here == "cuda" else "this CPU",
-        "num_devices": num_devices,
-        "training_hours": trained,
-        "validation_hours": validated,
-        "clips_per_second": clips_per_second,
-        "tflop_per_clip": work.train_tflop,
-        "measured_clips": num_clips,
-        "peak_memory": case.peak_bytes(),
-    }
+    device = torch.cuda.get_device_name() if here == "cuda" else "this CPU"
+    facts = {"how": "measured", "device": device, "num_devices": num_devices}
+    clips, views = num_clips * num_devices / step_seconds, num_clips * num_devices / forward_seconds
+    found = _hours(work, facts, clips_per_second=clips, views_per_second=views)
+    return found | {"measured_clips": num_clips, "peak_memory": case.peak_bytes()}
 
 
 def _median_seconds(case: LocalCase, kind: Literal["training", "forward"]) -> float:
