@@ -89,15 +89,13 @@ def predict_readable(checkpoint: Path, videos: Sequence[Path], *, top: int, view
     require_videos(videos)
     trained = load_trained(checkpoint)
     with converted(trained, whole_videos(videos)) as (shard_set, damaged):
-        result = None if shard_set is None else score(trained, shard_set, views)
-        notes = {} if shard_set is None else dict(shard_set.manifest.notes)
-    if result is None:
-        return PredictionReport(videos=[], damaged=damaged, notes=notes)
+        if shard_set is None:
+            return PredictionReport(videos=[], damaged=damaged, notes={})
+        result, notes = score(trained, shard_set, views), dict(shard_set.manifest.notes)
     rows = {key: index for index, key in enumerate(result.sample_ids)}
     found = []
     for video in map(str, videos):
-        row = rows.get(sample_key(video))
-        if row is not None:
+        if (row := rows.get(sample_key(video))) is not None:
             of_video = {target: values[row] for target, values in result.probabilities.items()}
             found.append(VideoPrediction(video=video, predictions=likeliest(trained.classes, of_video, top=top)))
     return PredictionReport(videos=found, damaged=damaged, notes=notes)
@@ -180,12 +178,8 @@ def find_videos(arguments: Sequence[Path]) -> tuple[list[Path], list[Path]]:
         if not (is_pattern or argument.is_dir()):
             found.append(argument)
             continue
-        pattern = str(argument)
-        files = (
-            glob.iglob(pattern, recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
-            if is_pattern
-            else _files_below(argument)
-        )
+        # Path.glob takes no absolute pattern.
+        files = glob.iglob(str(argument), recursive=True) if is_pattern else _files_below(argument)  # noqa: PTH207
         paths = [path for path in map(Path, sorted(files)) if path.is_file()]
         videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
         if not videos:

@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,31 +101,23 @@ class TimelineReport:
     """JSON file: this report."""
 
 
-@dataclass(slots=True)
-class _Open:
-    start: float
-    end: float
-    probabilities: list[float] = field(default_factory=list)
-
-
 class EventMerger:
     """Joins windows in which a class reaches the threshold, as they come."""
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
-        self._open: dict[tuple[str, str], _Open] = {}
+        self._open: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+        """Start, end and probability of the windows in a row of a target's class."""
         self.events: list[Event] = []
         """Those that have ended."""
 
     def add(self, start: float, end: float, found: Sequence[Prediction]) -> None:
         """Take in a window: `found` has every class that reaches the threshold, and maybe others."""
         held = {(one.target, one.label): one.probability for one in found if one.probability >= self._threshold}
-        for name in [name for name, one in self._open.items() if name not in held or start > one.end]:
+        for name in [name for name, windows in self._open.items() if name not in held or start > windows[-1][1]]:
             self._close(name)
         for name, probability in held.items():
-            event = self._open.setdefault(name, _Open(start, end))
-            event.end = end
-            event.probabilities.append(probability)
+            self._open.setdefault(name, []).append((start, end, probability))
 
     def finish(self) -> list[Event]:
         """End what lasts to the end, and return all events by time."""
@@ -136,7 +128,8 @@ class EventMerger:
         )
 
     def _close(self, name: tuple[str, str]) -> None:
-        one = self._open.pop(name)
+        windows = self._open.pop(name)
+        probabilities = [probability for _, _, probability in windows]
         if len(self.events) == _MOST_EVENTS:
             raise UserInputError(
                 f"--threshold {self._threshold:g}: more than {_MOST_EVENTS} events; expected a higher one"
@@ -145,10 +138,10 @@ class EventMerger:
             Event(
                 target=name[0],
                 label=name[1],
-                start_seconds=one.start,
-                end_seconds=one.end,
-                probability=float(np.mean(one.probabilities)),
-                peak=max(one.probabilities),
+                start_seconds=windows[0][0],
+                end_seconds=windows[-1][1],
+                probability=float(np.mean(probabilities)),
+                peak=max(probabilities),
             )
         )
 
