@@ -21,18 +21,8 @@ from ca2st.checked_json import parse_json
 from ca2st.errors import UserInputError
 from ca2st.model.config import EXPERTS, EncoderName, TargetSpec, encoder_of
 from ca2st.model.network import HolisticModel, build_model, set_trainable
+from ca2st.training import checkpoint
 from ca2st.training.best import best_and_last
-from ca2st.training.checkpoint import (
-    CHECKPOINTS_NAME,
-    MARKER_NAME,
-    CheckpointMarker,
-    folders_of_steps,
-    list_checkpoints,
-    read_checkpoint,
-    read_checkpoint_file,
-    read_marker,
-    step_of_checkpoint,
-)
 from ca2st.training.errors import CheckpointDamagedError
 from ca2st.training.metrics import main_metric
 from ca2st.training.resume import tensors_to_use, trained_tensors
@@ -137,13 +127,13 @@ def read_start(path: Path) -> StartSource:
     """
     if path.is_dir():
         folder = find_checkpoint(path)
-        checkpoint = read_checkpoint(folder)
-        run = read_run_document(checkpoint.files[f"{RUN_DOCUMENT}.json"], where=str(folder))
-        frozen = frozen_state(checkpoint.marker.experts, folder.parent.parent)
+        kept = checkpoint.read_checkpoint(folder)
+        run = read_run_document(kept.files[f"{RUN_DOCUMENT}.json"], where=str(folder))
+        frozen = frozen_state(kept.marker.experts, folder.parent.parent)
         return StartSource(
             where=folder,
-            sha256=hashlib.sha256((folder / MARKER_NAME).read_bytes()).hexdigest(),
-            state=frozen | load(tensors_to_use(checkpoint.files)),
+            sha256=hashlib.sha256((folder / checkpoint.MARKER_NAME).read_bytes()).hexdigest(),
+            state=frozen | load(tensors_to_use(kept.files)),
             description=ModelDescription(
                 model=run.recipe.model, clip=run.recipe.clip, targets=target_specs(run.classes)
             ),
@@ -182,7 +172,7 @@ def start_sound(path: Path) -> AudioParameters | None:
     """
     if path.is_dir():
         folder = find_checkpoint(path)
-        if not (folder / MARKER_NAME).exists():
+        if not (folder / checkpoint.MARKER_NAME).exists():
             return None
         run = run_document_of(folder)
         return run.audio if "audio" in EXPERTS[run.recipe.model.kind] else None
@@ -221,11 +211,11 @@ def _told(here: list[str], there: list[str] | None) -> str:
     return f"{len(here)} classes (class {first} is {here[first]!r}, there {there[first]!r})"
 
 
-def _own_marker(run_dir: Path) -> CheckpointMarker | None:
+def _own_marker(run_dir: Path) -> checkpoint.CheckpointMarker | None:
     """Return the newest readable marker of the run's own checkpoints; which of them is sound is decided at resume."""
-    for folder in list_checkpoints(run_dir / CHECKPOINTS_NAME):
+    for folder in checkpoint.list_checkpoints(run_dir / checkpoint.CHECKPOINTS_NAME):
         try:
-            return read_marker(folder)
+            return checkpoint.read_marker(folder)
         except CheckpointDamagedError:
             continue
     return None
@@ -396,7 +386,7 @@ def run_document_of(folder: Path) -> RunDocument:
         UserInputError: `folder` is no checkpoint, or keeps no such document.
         DataDamageError: it is not what was written.
     """
-    data = read_checkpoint_file(folder, f"{RUN_DOCUMENT}.json")
+    data = checkpoint.read_checkpoint_file(folder, f"{RUN_DOCUMENT}.json")
     if data is None:
         raise UserInputError(f"{folder}: expected a checkpoint of `ca2st train`, found one without {RUN_DOCUMENT}.json")
     return read_run_document(data, where=str(folder))
@@ -412,11 +402,11 @@ def find_checkpoint(path: Path, which: str = "last") -> Path:
 
     A run without such a checkpoint is a UserInputError that lists those it has.
     """
-    if not (path / CHECKPOINTS_NAME).is_dir():
+    if not (path / checkpoint.CHECKPOINTS_NAME).is_dir():
         if which != "last":
             raise UserInputError(f"--checkpoint {which}: expected a run folder to choose from, found {path}")
         return path
-    found = list_checkpoints(path / CHECKPOINTS_NAME)
+    found = checkpoint.list_checkpoints(path / checkpoint.CHECKPOINTS_NAME)
     if not found:
         raise UserInputError(f"{path}: a run folder without a complete checkpoint; train longer or name another")
     if which == "last":
@@ -431,14 +421,13 @@ def find_checkpoint(path: Path, which: str = "last") -> Path:
                 f"{best.step}, whose checkpoint is not kept (training.keep_best); choose last"
             )
         return best.checkpoint
-    of_step = folders_of_steps(found, [int(which)]) if which.isdecimal() else []
-    if not of_step:
-        kept = ", ".join(str(step_of_checkpoint(folder)) for folder in found)
+    steps = [str(checkpoint.step_of_checkpoint(folder)) for folder in found]
+    if which not in steps:
         raise UserInputError(
-            f"--checkpoint: expected best, last or a step of which {path} keeps the checkpoint ({kept}), "
+            f"--checkpoint: expected best, last or a step of which {path} keeps the checkpoint ({', '.join(steps)}), "
             f"found {which!r}; training.keep_checkpoints and training.keep_best keep more of them"
         )
-    return of_step[0]
+    return found[steps.index(which)]
 
 
 def ranking_metric(run: RunDocument) -> str:
