@@ -144,9 +144,10 @@ def follow(client: "JobSubmissionClient", job_id: str, *, show: Show, patience: 
     import aiohttp
 
     num_shown = failures = 0
+    was_over = False
 
-    async def show_rest() -> None:
-        """Show what was not shown, until the log ends or is silent: a new connection begins at the beginning again."""
+    async def show_rest() -> bool:
+        """Show what was not shown (a new connection begins at the beginning again) until the log ends, or is silent."""
         nonlocal num_shown
         place = 0
         pieces = client.tail_job_logs(job_id)
@@ -154,8 +155,10 @@ def follow(client: "JobSubmissionClient", job_id: str, *, show: Show, patience: 
             try:
                 async with asyncio.timeout(patience.quiet_seconds):
                     piece = await anext(pieces)
-            except (StopAsyncIteration, TimeoutError):
-                return
+            except StopAsyncIteration:
+                return True
+            except TimeoutError:
+                return False
             place += len(piece)
             if (num_new := place - num_shown) > 0:
                 show(piece[-num_new:])
@@ -163,7 +166,7 @@ def follow(client: "JobSubmissionClient", job_id: str, *, show: Show, patience: 
 
     while True:
         try:
-            asyncio.run(show_rest())
+            is_whole = asyncio.run(show_rest())
             details = client.get_job_info(job_id)
         except (RuntimeError, OSError, aiohttp.ClientError) as error:  # Ray's, requests' and the system's, the socket's
             failures += 1
@@ -173,8 +176,10 @@ def follow(client: "JobSubmissionClient", job_id: str, *, show: Show, patience: 
                 ) from error
         else:
             failures = 0
-            if details.status.is_terminal():
+            is_over = details.status.is_terminal()
+            if is_over and (is_whole or was_over):  # a log that was silent may have got its last words just now
                 return details
+            was_over = is_over
         time.sleep(patience.pause(failures))
 
 
