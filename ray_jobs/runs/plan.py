@@ -305,11 +305,12 @@ def disk_plan(
     trained = sum(tensor.nbytes for tensor in trained_tensors(model).values())
     training = recipe.training
     size = trained * (1 if training.ema_decay is None else 2) + _MOMENTS * parameters
-    saved, kept = {steps, *range(training.checkpoint_every_steps, steps, training.checkpoint_every_steps)}, 0
+    saved = {steps, *range(training.checkpoint_every_steps, steps, training.checkpoint_every_steps)}
+    kept = training.keep_checkpoints
     if recipe.data.validates:  # before each validation a checkpoint is written
         saved |= validated_steps(training, steps=steps, steps_per_epoch=steps_per_epoch)
-        kept = training.keep_best
-    written, kept = len(saved), min(training.keep_checkpoints + kept, len(saved))
+        kept += training.keep_best
+    written, kept = len(saved), min(kept, len(saved))
     frozen = sum(tensor.nbytes for part in frozen_parts(model).values() for tensor in part.values())
     return {
         "checkpoint": size,
