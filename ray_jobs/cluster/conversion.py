@@ -75,8 +75,8 @@ def joined_pool(source: SourceList, num_workers: int | None, setup: ShardSetup) 
         node_check.refuse(shared, "every node to write into the folder of --out", error=UnlikeNodeError)
     here = try_clips(probe)
     seconds = _COLD_SECONDS + len(probe.jobs) * probe.timeout_seconds
-    found, silence = node_check.split_answers(ask_every_node(try_clips, probe, nodes=nodes, timeout_seconds=seconds))
-    refuse_other_clips(probe, here, node_check.by_name(found), silence)
+    found, silent = ask_every_node(try_clips, probe, nodes=nodes, timeout_seconds=seconds)
+    refuse_other_clips(probe, here, node_check.by_name(found), node_check.judge_silence(silent))
     vet, vetted = partial(check_this_node, probe, here), [node.node_id for node in nodes]
     with RayShards(setup, num_workers=num_workers, vet=vet, vetted=vetted) as pool:
         yield pool

@@ -62,10 +62,8 @@ def examine_cluster(storage: Sequence[str] = ()) -> list[Finding]:
     `storage`: absolute paths of folders that all nodes should share.
     """
     nodes = ray_access.living_nodes()
-    found, silence = split_answers(
-        ray_access.ask_every_node(examine_machine, nodes=nodes, timeout_seconds=_EXAMINATION_SECONDS)
-    )
-    findings = _whole(nodes) + silence + [one for facts in found.values() for one in facts.findings]
+    found, silent = ray_access.ask_every_node(examine_machine, nodes=nodes, timeout_seconds=_EXAMINATION_SECONDS)
+    findings = _whole(nodes) + judge_silence(silent) + [one for facts in found.values() for one in facts.findings]
     findings += judge_versions(versions(), by_name(found))
     findings += judge_gpus({node: facts.num_gpus for node, facts in found.items()})
     for folder in storage:
@@ -80,9 +78,9 @@ def check_training_nodes(recipe: Mapping[str, Any], folder: Path, nodes: Sequenc
         EnvironmentFault: a node gives no answer, has other versions or other data, or does not share the folder.
     """
     here = look_at_data(recipe)
-    found, silence = split_answers(ray_access.ask_every_node(look_at_data, dict(recipe), nodes=nodes))
+    found, silent = ray_access.ask_every_node(look_at_data, dict(recipe), nodes=nodes)
     refuse(
-        silence
+        judge_silence(silent)
         + judge_versions(here.versions, by_name(found))
         + judge_storage(str(folder.parents[1]), try_storage(str(folder), list(found)))
         + judge_data(here, {_HERE: here, **by_name(found)}),
@@ -122,6 +120,12 @@ def look_at_data(recipe: Mapping[str, Any]) -> NodeFacts:
 
 
 # What the facts mean.
+
+
+def judge_silence(silent: Mapping[ray_access.Node, str]) -> list[Finding]:
+    """Judge nodes that gave no answer."""
+    fix = "see to the node, install ca2st there as here, or take it out of the cluster"
+    return [finding("answer", node.name, why, fix=fix) for node, why in silent.items()]
 
 
 def judge_versions(here: Mapping[str, str], there: Mapping[str, NodeFacts]) -> list[Finding]:
@@ -244,20 +248,19 @@ def try_storage(folder: str, nodes: Sequence[ray_access.Node]) -> dict[str, str]
     ask = partial(ray_access.ask_every_node, nodes=nodes, timeout_seconds=_ANSWER_SECONDS)
     owners = {f"{prefix}here": _HERE} | {f"{prefix}{node.node_id}": node.name for node in nodes}
     try:
-        problems = {_HERE: write_token(prefix, "here")}
-        for node, answer in ask(write_token, prefix).items():
-            problems[node.name] = answer.what if isinstance(answer, ray_access.NodeFailure) else answer
+        told, silent = ask(write_token, prefix)
+        problems = {_HERE: write_token(prefix, "here"), **by_name(told), **by_name(silent)}
         written = [place for place, owner in owners.items() if not problems[owner]]
-        unseen = {_HERE: unseen_tokens(written), **by_name(ask(unseen_tokens, written))}
+        missed, silent = ask(unseen_tokens, written)
+        unseen = {_HERE: unseen_tokens(written), **by_name(missed)}
     finally:
         ask(remove_token, prefix)
         remove_token(prefix, "here")
-    for owner, places in unseen.items():
-        if isinstance(places, ray_access.NodeFailure):
-            problems[owner] = problems[owner] or places.what
-        elif not problems[owner]:
-            problems[owner] = ", ".join(f"does not see the file of {owners[place]}" for place in places)
-    return problems
+    later = {
+        owner: ", ".join(f"does not see the file of {owners[place]}" for place in places)
+        for owner, places in unseen.items()
+    } | by_name(silent)
+    return {owner: problem or later[owner] for owner, problem in problems.items()}
 
 
 def write_token(prefix: str, name: str = "") -> str:
@@ -339,16 +342,14 @@ def _between(nodes: Sequence[ray_access.Node]) -> list[Finding]:
     }
     try:
         opened = {doors[node].open.remote(): node for node in nodes}
-        places, silence = split_answers(ray_access.gathered(opened, timeout_seconds=_ANSWER_SECONDS))
+        places, silent = ray_access.gathered(opened, timeout_seconds=_ANSWER_SECONDS)
         clocks = _clocks({node: doors[node] for node in places})
         asked = {doors[node].out_of_reach.remote(by_name(places)): node for node in places}
-        closed, lost = split_answers(
-            ray_access.gathered(asked, timeout_seconds=_ANSWER_SECONDS + _REACH_SECONDS * len(places))
-        )
+        closed, lost = ray_access.gathered(asked, timeout_seconds=_ANSWER_SECONDS + _REACH_SECONDS * len(places))
     finally:
         for door in doors.values():
             ray.kill(door)
-    return [*judge_reach(by_name(closed)), *judge_clocks(clocks), *silence, *lost]
+    return [*judge_reach(by_name(closed)), *judge_clocks(clocks), *judge_silence(silent | lost)]
 
 
 def _clocks(doors: Mapping[ray_access.Node, Any]) -> dict[str, tuple[float, float]]:
@@ -356,10 +357,10 @@ def _clocks(doors: Mapping[ray_access.Node, Any]) -> dict[str, tuple[float, floa
     readings = {}
     for node, door in doors.items():
         before = time.time()
-        answer = ray_access.gathered({door.seconds.remote(): node}, timeout_seconds=_ANSWER_SECONDS)[node]
+        told, _ = ray_access.gathered({door.seconds.remote(): node}, timeout_seconds=_ANSWER_SECONDS)
         after = time.time()
-        if not isinstance(answer, ray_access.NodeFailure):
-            readings[node.name] = (answer - (before + after) / 2, (after - before) / 2)
+        if node in told:
+            readings[node.name] = (told[node] - (before + after) / 2, (after - before) / 2)
     return readings
 
 
@@ -386,19 +387,6 @@ def _whole(nodes: Sequence[ray_access.Node]) -> list[Finding]:
             needed=False,
         ),
     ]
-
-
-def split_answers(
-    asked: Mapping[ray_access.Node, T | ray_access.NodeFailure],
-) -> tuple[dict[ray_access.Node, T], list[Finding]]:
-    """Split the answers of nodes from what is to be said of those that gave none."""
-    fix = "see to the node, install ca2st there as here, or take it out of the cluster"
-    silence = [
-        Finding(name="answer", ok=False, what=answer.what, fix=fix, node=node.name)
-        for node, answer in asked.items()
-        if isinstance(answer, ray_access.NodeFailure)
-    ]
-    return {node: answer for node, answer in asked.items() if not isinstance(answer, ray_access.NodeFailure)}, silence
 
 
 def by_name(found: Mapping[ray_access.Node, T]) -> dict[str, T]:

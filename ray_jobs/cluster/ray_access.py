@@ -338,13 +338,6 @@ class Node:
         return self.name
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NodeFailure:
-    """Why a node gave no answer."""
-
-    what: str
-
-
 def living_nodes() -> list[Node]:
     """Return the cluster's nodes that are alive, in the order of their addresses."""
     import ray
@@ -368,10 +361,10 @@ def this_node() -> Node:
 def ask_every_node(
     function: Callable[..., T],
     *arguments: Any,
+    nodes: Sequence[Node],
     timeout_seconds: float = NODE_SECONDS,
-    nodes: Sequence[Node] | None = None,
-) -> dict[Node, T | NodeFailure]:
-    """Return what ``function(*arguments)`` returns on each of `nodes` (None: every living one), or why it gave none."""
+) -> tuple[dict[Node, T], dict[Node, str]]:
+    """Return what ``function(*arguments)`` returns on each of `nodes`, and why the others gave no answer."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -382,37 +375,38 @@ def ask_every_node(
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
             *arguments
         ): node
-        for node in (living_nodes() if nodes is None else nodes)
+        for node in nodes
     }
     answers = gathered(asked, timeout_seconds=timeout_seconds)
     end_tasks(asked)
     return answers
 
 
-def gathered(asked: Mapping[Any, Node], *, timeout_seconds: float) -> dict[Node, Any]:
-    """Return the values of references by the node each was asked of; a `NodeFailure` for one that is late or failed."""
+def gathered(asked: Mapping[Any, Node], *, timeout_seconds: float) -> tuple[dict[Node, Any], dict[Node, str]]:
+    """Return the values of references by the node each was asked of, and why those of others are late or failed."""
     import ray
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
     deadline = time.monotonic() + timeout_seconds
     answers: dict[Node, Any] = {}
+    silent: dict[Node, str] = {}
     for ticket, node in asked.items():
         try:
             answers[node] = ray.get(ticket, timeout=max(0.0, deadline - time.monotonic()))
         except GetTimeoutError:
-            answers[node] = NodeFailure(what=f"no answer within {timeout_seconds:g} s")
+            silent[node] = f"no answer within {timeout_seconds:g} s"
         except RayTaskError as error:
-            answers[node] = _raised(error)
+            silent[node] = _raised(error.cause)
         except RayError as error:
-            answers[node] = NodeFailure(what=f"{type(error).__name__}: {first_line(error)}")
-    return answers
+            silent[node] = f"{type(error).__name__}: {first_line(error)}"
+    return answers, silent
 
 
-def _raised(error: Any) -> NodeFailure:
-    cause = error.cause
+def _raised(cause: Exception) -> str:
+    """Return what a task raised on a node, in a line."""
     if isinstance(cause, CA2STError):
-        return NodeFailure(what=str(cause))
+        return str(cause)
     what = f"{type(cause).__name__}: {first_line(cause)}"
     if isinstance(cause, ImportError) or "No module named" in str(cause):
         what += " (is ca2st installed there as here?)"
-    return NodeFailure(what=what)
+    return what

@@ -11,7 +11,7 @@ from ca2st.errors import EnvironmentFault
 from ray_jobs.cluster import node_check, ray_access
 from ray_jobs.cluster.driver import check_room, most_workers, resources_of, room, with_absolute_paths
 from ray_jobs.cluster.node_check import NodeFacts, check_training_nodes, look_at_data, unseen_tokens
-from ray_jobs.cluster.ray_access import Node, NodeFailure
+from ray_jobs.cluster.ray_access import Node
 from ray_jobs.cluster.supervision import LaunchFolder
 from ray_jobs.config.recipe import ExpertsConfig, LaunchConfig, MixtureSet, StartConfig, recipe_document
 from ray_jobs.config.recipe_file import load_recipe
@@ -108,9 +108,11 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]
     """Have BIG find what this process finds and SMALL something else; return the refusal."""
     folder = LaunchFolder.make(tmp_path / "mine", "run")
 
-    def check(small: NodeFacts | NodeFailure, storage: dict[str, str] = SHARED) -> str:
+    def check(small: NodeFacts | str, storage: dict[str, str] = SHARED) -> str:
+        """`small`: what it found, or why it gave no answer."""
+        answers = ({BIG: MINE}, {SMALL: small}) if isinstance(small, str) else ({BIG: MINE, SMALL: small}, {})
         monkeypatch.setattr(node_check, "look_at_data", lambda _recipe: MINE)
-        monkeypatch.setattr(ray_access, "ask_every_node", lambda *_, **__: {BIG: MINE, SMALL: small})
+        monkeypatch.setattr(ray_access, "ask_every_node", lambda *_, **__: answers)
         monkeypatch.setattr(node_check, "try_storage", lambda *_: storage)
         try:
             check_training_nodes({}, folder.path, [BIG, SMALL])
@@ -162,7 +164,7 @@ def test_j2_other_data_under_the_same_path_is_refused(check: Callable[..., str])
 
 
 def test_j5_a_node_that_fails_to_answer_is_named_with_its_error(check: Callable[..., str]) -> None:
-    told = check(NodeFailure(what="ModuleNotFoundError: No module named 'ray_jobs'"))
+    told = check("ModuleNotFoundError: No module named 'ray_jobs'")
     assert "  10.0.0.3 (cccccccc)  ModuleNotFoundError: No module named 'ray_jobs'\nsee to the node, install" in told
 
 
@@ -174,13 +176,13 @@ def test_j4_every_node_and_the_driver_read_what_the_others_wrote(
 
     def answers(
         function: Callable[..., object], argument: Any, *, nodes: list[Node], **_: object
-    ) -> dict[Node, object]:
+    ) -> tuple[dict[Node, object], dict[Node, str]]:
         found: dict[Node, object] = {}
         for node in nodes:
             monkeypatch.setattr(ray_access, "this_node", lambda node=node: node)
             shared = function(argument) if node is BIG else None
             found[node] = shared if node is BIG else argument[:2] if isinstance(argument, list) else ""
-        return found
+        return found, {}
 
     monkeypatch.setattr(ray_access, "ask_every_node", answers)
     assert node_check.try_storage(str(tmp_path), [BIG, SMALL]) == {
