@@ -7,7 +7,6 @@ checkpoints, and calling `launch` again with the same recipe resumes.
 import json
 import multiprocessing.connection
 import os
-import resource
 import signal
 import socket
 import sys
@@ -39,8 +38,7 @@ from ray_jobs.config.recipe import Recipe, recipe_document
 from ray_jobs.console import say, show_log
 from ray_jobs.errors import WorkerFailedError
 from ray_jobs.runs import failures
-from ray_jobs.runs.start import finished, prepare
-from ray_jobs.runs.worker import Job, Outcome, read_outcome, run, use_cpu_threads
+from ray_jobs.runs.worker import Job, Outcome, finished, prepare, read_outcome, run, use_cpu_threads
 from ray_jobs.tracking.following import followed
 
 OVERFIT_STEPS = 400
@@ -324,8 +322,7 @@ def _failure(run_dir: Path, launch: str, *, rank: int, exit_code: int) -> Worker
         return WorkerFailedError(
             f"first failure, on rank {record.rank}: {record.kind}: {record.message}", record.exit_code
         )
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    death = failures.death_of(rank, exit_code, peak_bytes=peak, shared_free_bytes=failures.shared_memory_free())
+    death = failures.death_of(rank, exit_code)
     _record(rank, death, run_dir, launch)
     return death
 

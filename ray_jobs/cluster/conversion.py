@@ -43,16 +43,8 @@ def convert_on_cluster(
 ) -> ConversionReport:
     """Run `convert_shown`, the shards made by Ray tasks on the nodes, to the same bytes.
 
-    The nodes need the media and a folder `out` under the same paths.
-
-    Args:
-        source: The samples.
-        out: A folder that all nodes share, or a URL.
-        config: Parameters.
-        address: ``local`` (a Ray of this machine alone), ``auto`` or ``host:port``.
-        access: The cluster's token, or the word that it needs none.
-        num_workers: Shards that are made at a time, one CPU each; None: all CPUs of the cluster.
-        faults: Fault points (tests).
+    The nodes need the media and a folder `out` under the same paths, or it is a URL. `address`: as of `ray_session`.
+    `num_workers`: shards that are made at a time, one CPU each; None: all CPUs of the cluster.
 
     Raises:
         UserInputError: more workers than the cluster has CPUs, or no token.
@@ -73,10 +65,7 @@ def convert_on_cluster(
 
 @contextmanager
 def joined_pool(source: SourceList, num_workers: int | None, setup: ShardSetup) -> Iterator[ShardPool]:
-    """Open the pool of a cluster that is joined already, once its nodes were compared with this machine.
-
-    Raises as `convert_on_cluster` does.
-    """
+    """Open the pool of a joined cluster, once its nodes were compared with this machine; raises as the conversion."""
     nodes = [node for node in living_nodes() if node.resources.get("CPU", 0) >= 1]
     num_workers = workers_on(nodes, num_workers)
     probe = probe_of(source, setup.config)
@@ -86,19 +75,15 @@ def joined_pool(source: SourceList, num_workers: int | None, setup: ShardSetup) 
         node_check.refuse(shared, "every node to write into the folder of --out", error=UnlikeNodeError)
     here = try_clips(probe)
     seconds = _COLD_SECONDS + len(probe.jobs) * probe.timeout_seconds
-    found, silence = node_check.split_answers(ask_every_node(try_clips, probe, nodes=nodes, timeout_seconds=seconds))
-    refuse_other_clips(probe, here, node_check.by_name(found), silence)
+    found, silent = ask_every_node(try_clips, probe, nodes=nodes, timeout_seconds=seconds)
+    refuse_other_clips(probe, here, node_check.by_name(found), node_check.judge_silence(silent))
     vet, vetted = partial(check_this_node, probe, here), [node.node_id for node in nodes]
     with RayShards(setup, num_workers=num_workers, vet=vet, vetted=vetted) as pool:
         yield pool
 
 
 def workers_on(nodes: Sequence[Node], asked: int | None) -> int:
-    """Return how many conversion workers to start: as asked for, or one per CPU.
-
-    Raises:
-        UserInputError: the nodes have no CPU, or fewer than asked for.
-    """
+    """Return how many conversion workers to start: as asked for (a UserInputError beyond the CPUs), or one per CPU."""
     num_cpus = sum(int(node.resources["CPU"]) for node in nodes)
     if num_cpus == 0:
         raise UserInputError("expected a node with CPUs in the cluster, found none; start one with `ray start`")
@@ -136,11 +121,7 @@ def probe_of(source: SourceList, config: ConversionConfig) -> Probe:
 
 
 def try_clips(probe: Probe) -> node_check.NodeFacts:
-    """Return what the machine this is called on makes of `probe`.
-
-    Raises:
-        EnvironmentFault: a decode child cannot be started.
-    """
+    """Return what the machine this is called on makes of `probe`."""
     with DecodePool(
         encode_clip, num_workers=1, timeout_seconds=probe.timeout_seconds, memory_bytes=probe.memory_bytes
     ) as pool:
@@ -151,11 +132,7 @@ def try_clips(probe: Probe) -> node_check.NodeFacts:
 
 
 def check_this_node(probe: Probe, here: node_check.NodeFacts) -> None:
-    """Compare the node this is called on, which joined later, with `here`: the machine that runs the conversion.
-
-    Raises:
-        UnlikeNodeError: it does not see the media, or would write other bytes.
-    """
+    """As `refuse_other_clips`, of the node this is called on, which joined later; `here`: who runs the conversion."""
     refuse_other_clips(probe, here, {this_node().name: try_clips(probe)})
 
 

@@ -35,19 +35,11 @@ from ca2st.training.signals import StopRequest, stop_on_signals
 from ca2st.training.step import GPU_BACKEND
 from ca2st.weights.hub import is_hub_name
 from ray_jobs import environment
+from ray_jobs.cluster import ray_access
 from ray_jobs.cluster.node_check import check_training_nodes
-from ray_jobs.cluster.ray_access import (
-    LOCAL,
-    Node,
-    RayAccess,
-    first_line,
-    has_dashboard,
-    living_nodes,
-    ray_session,
-    this_node,
-)
+from ray_jobs.cluster.ray_access import Node
 from ray_jobs.cluster.supervision import LaunchFolder, LostWorkers, Supervision, ended_by_signals, is_preempted
-from ray_jobs.config.recipe import LaunchConfig, Placement, Recipe, recipe_document, with_places
+from ray_jobs.config.recipe import LaunchConfig, Recipe, recipe_document, with_places
 from ray_jobs.console import say
 from ray_jobs.runs.failures import error_of, keep_failure, read_failure, record_of
 from ray_jobs.runs.worker import Job, Outcome, read_outcome, run
@@ -63,32 +55,14 @@ _LAST_RESORT_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Demand:
-    """What a run asks for."""
-
-    min_workers: int
-    """The run cannot go on with fewer."""
-    max_workers: int
-    resources: Mapping[str, float]
-    """Of one worker, by Ray's names; never empty."""
-    placement: Placement
-
-    @property
-    def gpus(self) -> int:
-        """GPUs of a worker, 0 or 1."""
-        return int(self.resources.get("GPU", 0))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Fleet:
     """A cluster that can train the run, and was found to."""
 
     recipe: Recipe
     job: Job
-    demand: Demand
+    resources: Mapping[str, float]
+    """Of one worker."""
     folder: LaunchFolder
-    has_dashboard: bool
-    """Whether the cluster serves Ray's dashboard, which some parts of Ray ask."""
 
     def train(self) -> Outcome:
         """Train until the run is done; call it in the main thread, which hears the signals.
@@ -103,7 +77,7 @@ class Fleet:
         with stop_on_signals(grace_seconds=grace + _LAST_RESORT_SECONDS) as stop:
             supervision = Supervision(self.folder, stop, grace_seconds=grace)
             try:
-                supervision.until_over(_in_thread(self._fit))
+                supervision.until_over(_in_thread(lambda: self.trainer().fit()))
             except CA2STError:
                 raise
             except Exception as error:
@@ -112,10 +86,9 @@ class Fleet:
 
     def trainer(self) -> TorchTrainer:
         """Return a trainer that starts the workers; what Ray itself keeps goes into the launch's folder."""
-        launch, demand = self.recipe.launch, self.demand
+        launch, with_gpu = self.recipe.launch, "GPU" in self.resources
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # `QuietPreemption` takes its place
-        make = Trainer if self.has_dashboard else UncleanedTrainer
-        return make(
+        return Trainer(
             train_on_worker,  # its return value arrives as the result's
             train_loop_config={
                 "recipe": self.job.recipe,
@@ -123,13 +96,15 @@ class Fleet:
                 "folder": str(self.folder.path),
             },
             scaling_config=ScalingConfig(
-                num_workers=(demand.min_workers, demand.max_workers) if launch.elastic else demand.max_workers,
-                use_gpu=demand.gpus > 0,
-                resources_per_worker=dict(demand.resources),
-                placement_strategy=demand.placement,
+                num_workers=(launch.min_workers or launch.workers, launch.workers)
+                if launch.elastic
+                else launch.workers,
+                use_gpu=with_gpu,
+                resources_per_worker=dict(self.resources),
+                placement_strategy=launch.placement,
             ),
             torch_config=TorchConfig(
-                backend=GPU_BACKEND if demand.gpus else "gloo",
+                backend=GPU_BACKEND if with_gpu else "gloo",
                 timeout_s=round(self.recipe.training.collective_timeout_seconds),
             ),
             run_config=RunConfig(
@@ -140,15 +115,9 @@ class Fleet:
                 ),
                 callbacks=[LostWorkers(self.folder.path)],
                 # Ray shows GPUs even to workers that asked for none, and all of them would train on the first.
-                worker_runtime_env={} if demand.gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
+                worker_runtime_env={} if with_gpu else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
             ),
         )
-
-    def _fit(self) -> dict[str, str]:
-        """Run Ray Train's part, from the first worker to the last restart; return what rank 0 returned."""
-        result: Any = self.trainer().fit()
-        ended: dict[str, str] = result.return_value
-        return ended
 
     def _ended_by(self, error: Exception, supervision: Supervision) -> CA2STError:
         """Return what to end with when Ray gave up, or was lost."""
@@ -173,15 +142,15 @@ class Fleet:
                 f"{last}; {run_dir} keeps what was reached: fix the cause and rerun"
             )
         if isinstance(error, RayError):
+            what = f"{type(error).__name__}: {ray_access.first_line(error)}"
             return EnvironmentFault(
-                f"{self.recipe.name}: lost the Ray cluster ({type(error).__name__}: {first_line(error)}); {run_dir} "
-                "keeps what was reached: rerun to resume"
+                f"{self.recipe.name}: lost the Ray cluster ({what}); {run_dir} keeps what was reached: rerun to resume"
             )
         raise error
 
 
 @contextmanager
-def joined(recipe: Recipe, run_dir: Path, address: str, *, access: RayAccess) -> Iterator[Fleet]:
+def joined(recipe: Recipe, run_dir: Path, address: str, *, access: ray_access.RayAccess) -> Iterator[Fleet]:
     """Open a cluster that was found able to train `recipe` in `run_dir`, for the block; call it in the main thread.
 
     `address`: ``local`` starts a Ray on this machine for the block; else a cluster to join.
@@ -197,11 +166,19 @@ def joined(recipe: Recipe, run_dir: Path, address: str, *, access: RayAccess) ->
     with ExitStack() as session:
         session.callback(folder.remove)
         with ended_by_signals("stopped before any worker had begun; rerun to resume"):
-            width = max(num_cores(), recipe.launch.workers) if address == LOCAL else None
-            session.enter_context(ray_session(address, access=access, num_cpus=width))
-            demand = _checked_demand(recipe)
-            _check_other_nodes(job, demand, folder)
-        yield Fleet(recipe=recipe, job=job, demand=demand, folder=folder, has_dashboard=has_dashboard())
+            width = max(num_cores(), recipe.launch.workers) if address == ray_access.LOCAL else None
+            session.enter_context(ray_access.ray_session(address, access=access, num_cpus=width))
+            nodes, launch = ray_access.living_nodes(), recipe.launch
+            resources = resources_of(launch, nodes)
+            if not launch.wait_for_resources:
+                check_room(launch, nodes)
+            elif most_workers(launch, nodes) < (least := launch.min_workers or launch.workers):
+                say(f"waiting for nodes with room for {least} workers; a signal ends the wait")
+            mine = ray_access.this_node().node_id  # checked by the driver itself, before
+            if others := [node for node in nodes if room(node, resources) and node.node_id != mine]:
+                say(f"checking code, data and run folder on {len(others)} other nodes")
+                check_training_nodes(job.recipe, folder.path, others)
+        yield Fleet(recipe=recipe, job=job, resources=resources, folder=folder)
 
 
 def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
@@ -213,60 +190,54 @@ def with_absolute_paths(recipe: Recipe, base: Path) -> Recipe:
     return with_places(recipe, absolute)
 
 
-def demand_of(launch: LaunchConfig, nodes: Sequence[Node]) -> Demand:
-    """Return what `launch` asks for; where it leaves the device open, the `nodes` decide, not this machine."""
+def resources_of(launch: LaunchConfig, nodes: Sequence[Node]) -> dict[str, float]:
+    """Return what one worker asks for, by Ray's names; never empty.
+
+    Where `launch` leaves the device open, the `nodes` decide, not this machine.
+    """
     wanted = launch.accelerator_type is not None or any(node.resources.get("GPU", 0) >= 1 for node in nodes)
     gpus = int(wanted) if launch.gpus_per_worker is None else int(launch.gpus_per_worker)
     cpus = launch.cpus_per_worker if launch.cpus_per_worker is not None else float(gpus == 0)
     resources = {"CPU": cpus, "GPU": float(gpus)}
     if launch.accelerator_type is not None:
         resources[f"accelerator_type:{launch.accelerator_type}"] = _SHARE_OF_TYPE
-    return Demand(
-        min_workers=launch.workers if launch.min_workers is None else launch.min_workers,
-        max_workers=launch.workers,
-        resources={name: amount for name, amount in resources.items() if amount > 0},
-        placement=launch.placement,
+    return {name: amount for name, amount in resources.items() if amount > 0}
+
+
+def check_room(launch: LaunchConfig, nodes: Sequence[Node]) -> None:
+    """Refuse what the cluster can never give: an EnvironmentFault that lists what each node has."""
+    found, least, resources = (
+        most_workers(launch, nodes),
+        launch.min_workers or launch.workers,
+        resources_of(launch, nodes),
     )
-
-
-def check_demand(demand: Demand, nodes: Sequence[Node]) -> None:
-    """Refuse what the cluster can never give.
-
-    Raises:
-        EnvironmentFault: fewer workers fit than the run needs; what each node has is listed.
-    """
-    found = most_workers(demand, nodes)
-    if found >= demand.min_workers:
+    if found >= least:
         return
-    each, names = _words(demand.resources), dict.fromkeys(["CPU", "GPU", *demand.resources])
+    each, names = _words(resources), dict.fromkeys(["CPU", "GPU", *resources])
     known = {node: _words({name: node.resources.get(name, 0) for name in names}) for node in nodes}
-    table = "".join(f"\n  {node}: {words}; room for {room(node, demand)}" for node, words in known.items())
+    table = "".join(f"\n  {node}: {words}; room for {room(node, resources)}" for node, words in known.items())
     raise EnvironmentFault(
-        f"launch: expected a cluster with room for {demand.min_workers} workers of {each} each (placement "
-        f"{demand.placement}), found room for {found}; ask for less (launch.workers, launch.cpus_per_worker, "
+        f"launch: expected a cluster with room for {least} workers of {each} each (placement "
+        f"{launch.placement}), found room for {found}; ask for less (launch.workers, launch.cpus_per_worker, "
         "launch.gpus_per_worker, launch.placement), add nodes, or set launch.wait_for_resources = true to wait for "
         f"them:{table or ' no node'}"
     )
 
 
-def most_workers(demand: Demand, nodes: Sequence[Node]) -> int:
-    """Return how many workers the cluster can hold, as `demand.placement` wants them placed."""
-    rooms = [room(node, demand) for node in nodes]
-    if demand.placement == "STRICT_PACK":
+def most_workers(launch: LaunchConfig, nodes: Sequence[Node]) -> int:
+    """Return how many workers the cluster can hold, as `launch.placement` wants them placed."""
+    resources = resources_of(launch, nodes)
+    rooms = [room(node, resources) for node in nodes]
+    if launch.placement == "STRICT_PACK":
         return max(rooms, default=0)
-    if demand.placement == "STRICT_SPREAD":
+    if launch.placement == "STRICT_SPREAD":
         return sum(1 for places in rooms if places > 0)
     return sum(rooms)
 
 
-def hosts(demand: Demand, nodes: Sequence[Node]) -> list[Node]:
-    """Return the nodes on which a worker fits."""
-    return [node for node in nodes if room(node, demand) > 0]
-
-
-def room(node: Node, demand: Demand) -> int:
+def room(node: Node, resources: Mapping[str, float]) -> int:
     """Return how many workers fit on `node` when nothing else runs there."""
-    return min(int(node.resources.get(name, 0) / amount + _ROUNDING) for name, amount in demand.resources.items())
+    return min(int(node.resources.get(name, 0) / amount + _ROUNDING) for name, amount in resources.items())
 
 
 class QuietPreemption(PreemptionCallback):
@@ -292,16 +263,11 @@ class Trainer(TorchTrainer):
     """Ray Train's, with our watcher of announced ends in place of Ray's, and without its process for Ray's datasets."""
 
     def _create_default_callbacks(self) -> list[Any]:
+        unwanted: tuple[type, ...] = (DatasetsCallback,)
+        if not ray_access.has_dashboard():  # Ray's cleaner of placement groups would ask it, and complain every second
+            unwanted += (PlacementGroupCleanerCallback,)
         made = super()._create_default_callbacks()
-        return [*(callback for callback in made if not isinstance(callback, DatasetsCallback)), QuietPreemption()]
-
-
-class UncleanedTrainer(Trainer):
-    """For a Ray without a dashboard: Ray's cleaner of placement groups would ask it, and complain every second."""
-
-    def _create_default_callbacks(self) -> list[Any]:
-        made = super()._create_default_callbacks()
-        return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
+        return [*(callback for callback in made if not isinstance(callback, unwanted)), QuietPreemption()]
 
 
 def _words(resources: Mapping[str, float]) -> str:
@@ -313,35 +279,17 @@ def _words(resources: Mapping[str, float]) -> str:
     )
 
 
-def _checked_demand(recipe: Recipe) -> Demand:
-    nodes = living_nodes()
-    demand = demand_of(recipe.launch, nodes)
-    if not recipe.launch.wait_for_resources:
-        check_demand(demand, nodes)
-    elif most_workers(demand, nodes) < demand.min_workers:
-        say(f"waiting for nodes with room for {demand.min_workers} workers; a signal ends the wait")
-    return demand
+def _in_thread(fit: Callable[[], Any]) -> "Future[dict[str, str]]":
+    """Fit in a daemon thread: the main thread hears signals, and does not wait for a cluster that hangs.
 
-
-def _check_other_nodes(job: Job, demand: Demand, folder: LaunchFolder) -> None:
-    """Check the nodes that may get a worker, but not the driver's own, which the driver has checked itself."""
-    mine = this_node().node_id
-    others = [node for node in hosts(demand, living_nodes()) if node.node_id != mine]
-    if others:
-        say(f"checking code, data and run folder on {len(others)} other nodes")
-        check_training_nodes(job.recipe, folder.path, others)
-
-
-def _in_thread(action: Callable[[], dict[str, str]]) -> "Future[dict[str, str]]":
-    """Run `action` in a daemon thread: the main thread hears signals, and does not wait for a cluster that hangs.
-
-    Outside the main thread Ray installs no signal handler of its own, which would abort the workers unsaved.
+    Outside the main thread Ray installs no signal handler of its own, which would abort the workers unsaved. The result
+    is what rank 0 returned.
     """
     future: Future[dict[str, str]] = Future()
 
     def act() -> None:
         try:
-            future.set_result(action())
+            future.set_result(fit().return_value)
         except BaseException as error:  # noqa: BLE001  # raised again in the main thread by Future.result
             future.set_exception(error)
 
@@ -381,13 +329,18 @@ def train_on_worker(settings: dict[str, Any]) -> dict[str, str]:
     faults = environment.fault_points(restart=(folder.run_dir / JOURNAL_NAME).exists()).on_rank(rank)
     try:
         folder.begin(attempt, rank=rank, node=node_name())  # fails on a node that joined later and shares no storage
-        with watching(lambda: folder.stop_signal() or _notice()) as stop:
+        with watching(lambda: folder.stop_signal() or (_PREEMPTED if preemption_notice() else 0)) as stop:
             outcome = run(job, faults=faults, stop=stop)
     except RunStoppedError as error:
         asked = patient(folder.stop_signal)  # a worker that fails here is a failure to Ray, and ends all too early
         if not asked() and not isinstance(error, TimeUpError):
             if rank == 0:
-                say(f"{_announced()}: the state is saved; Ray starts the workers again when the notice has run out")
+                notice = preemption_notice()  # None: another rank has heard of it first
+                node = "a node" if notice is None else f"node {', '.join(one[:8] for one in notice.preempted_node_ids)}"
+                say(
+                    f"{node} will be taken away: the state is saved; Ray starts the workers again when the notice has "
+                    "run out"
+                )
             hold(asked)
         return _ended("stopped", str(error))
     except Exception as error:  # noqa: BLE001  # put on record, then raised again or reported to the driver
@@ -398,7 +351,7 @@ def train_on_worker(settings: dict[str, Any]) -> dict[str, str]:
 
 def node_name() -> str:
     """Return host name and address of this node."""
-    return f"{socket.gethostname()} ({this_node().address})"
+    return f"{socket.gethostname()} ({ray_access.this_node().address})"
 
 
 @contextlib.contextmanager
@@ -470,17 +423,6 @@ def _begin(folder: LaunchFolder) -> tuple[int, Status | None]:
     elif folder.stop_signal():
         over = "stopped"
     return folder.num_attempts() + 1, over
-
-
-def _notice() -> int:
-    return 0 if preemption_notice() is None else _PREEMPTED
-
-
-def _announced() -> str:
-    notice = preemption_notice()
-    if notice is None:  # another rank has heard of it first
-        return "a node will be taken away"
-    return f"node {', '.join(node_id[:8] for node_id in notice.preempted_node_ids)} will be taken away"
 
 
 def _failed(error: Exception, folder: LaunchFolder, *, attempt: int, rank: int) -> dict[str, str]:

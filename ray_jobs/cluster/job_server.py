@@ -53,11 +53,7 @@ def connect(address: str, *, access: RayAccess, ca_file: "Path | None" = None) -
 
 
 def check_address(address: str) -> None:
-    """Refuse what has not the form of a job server's address.
-
-    Raises:
-        UserInputError: it has not.
-    """
+    """Refuse what has not the form of a job server's address (UserInputError)."""
     try:
         parts = urlsplit(address)
         fits = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
@@ -145,13 +141,34 @@ def follow(client: "JobSubmissionClient", job_id: str, *, show: Show, patience: 
     Raises:
         JobUnreachableError: the server stays away; the job may well go on.
     """
-    log = _Log(client, job_id, show)
-    failures = 0
+    import aiohttp
+
+    num_shown = failures = 0
+    was_over = False
+
+    async def show_rest() -> bool:
+        """Show what was not shown (a new connection begins at the beginning again) until the log ends, or is silent."""
+        nonlocal num_shown
+        place = 0
+        pieces = client.tail_job_logs(job_id)
+        while True:
+            try:
+                async with asyncio.timeout(patience.quiet_seconds):
+                    piece = await anext(pieces)
+            except StopAsyncIteration:
+                return True
+            except TimeoutError:
+                return False
+            place += len(piece)
+            if (num_new := place - num_shown) > 0:
+                show(piece[-num_new:])
+                num_shown = place
+
     while True:
         try:
-            asyncio.run(log.show_rest(quiet_seconds=patience.quiet_seconds))
+            is_whole = asyncio.run(show_rest())
             details = client.get_job_info(job_id)
-        except _connection_errors() as error:
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:  # Ray's, requests' and the system's, the socket's
             failures += 1
             if failures >= patience.attempts:
                 raise JobUnreachableError(
@@ -159,8 +176,10 @@ def follow(client: "JobSubmissionClient", job_id: str, *, show: Show, patience: 
                 ) from error
         else:
             failures = 0
-            if details.status.is_terminal():
+            is_over = details.status.is_terminal()
+            if is_over and (is_whole or was_over):  # a log that was silent may have got its last words just now
                 return details
+            was_over = is_over
         time.sleep(patience.pause(failures))
 
 
@@ -221,33 +240,3 @@ def _refuse_cluster_port(address: str, access: RayAccess) -> None:
         return
     if listener not in ("web server", "silent"):
         raise UserInputError(f"Ray at {address}: expected the cluster's dashboard, found another of its ports; {PORTS}")
-
-
-def _connection_errors() -> tuple[type[Exception], ...]:
-    """Return what a lost connection looks like: Ray's own error, requests' and the system's, the web socket's."""
-    import aiohttp
-
-    return (RuntimeError, OSError, aiohttp.ClientError)
-
-
-class _Log:
-    """A job's log, of which every character is shown once: a new connection begins at the beginning again."""
-
-    def __init__(self, client: "JobSubmissionClient", job_id: str, show: Show) -> None:
-        self._client, self._job_id, self._show = client, job_id, show
-        self._num_shown = 0
-
-    async def show_rest(self, *, quiet_seconds: float) -> None:
-        """Show what was not shown, until the log ends or is silent for `quiet_seconds`."""
-        place = 0
-        pieces = self._client.tail_job_logs(self._job_id)
-        while True:
-            try:
-                async with asyncio.timeout(quiet_seconds):
-                    piece = await anext(pieces)
-            except (StopAsyncIteration, TimeoutError):
-                return
-            place += len(piece)
-            if (num_new := place - self._num_shown) > 0:
-                self._show(piece[-num_new:])
-                self._num_shown = place

@@ -53,15 +53,6 @@ class NodeFacts:
     """CUDA devices that torch sees; 0 where it cannot be imported."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClockReading:
-    """A node's clock against this machine's."""
-
-    ahead_seconds: float
-    error_seconds: float
-    """Half of the time the question took."""
-
-
 # Who asks.
 
 
@@ -71,10 +62,8 @@ def examine_cluster(storage: Sequence[str] = ()) -> list[Finding]:
     `storage`: absolute paths of folders that all nodes should share.
     """
     nodes = ray_access.living_nodes()
-    found, silence = split_answers(
-        ray_access.ask_every_node(examine_machine, nodes=nodes, timeout_seconds=_EXAMINATION_SECONDS)
-    )
-    findings = _whole(nodes) + silence + [one for facts in found.values() for one in facts.findings]
+    found, silent = ray_access.ask_every_node(examine_machine, nodes=nodes, timeout_seconds=_EXAMINATION_SECONDS)
+    findings = _whole(nodes) + judge_silence(silent) + [one for facts in found.values() for one in facts.findings]
     findings += judge_versions(versions(), by_name(found))
     findings += judge_gpus({node: facts.num_gpus for node, facts in found.items()})
     for folder in storage:
@@ -89,9 +78,9 @@ def check_training_nodes(recipe: Mapping[str, Any], folder: Path, nodes: Sequenc
         EnvironmentFault: a node gives no answer, has other versions or other data, or does not share the folder.
     """
     here = look_at_data(recipe)
-    found, silence = split_answers(ray_access.ask_every_node(look_at_data, dict(recipe), nodes=nodes))
+    found, silent = ray_access.ask_every_node(look_at_data, dict(recipe), nodes=nodes)
     refuse(
-        silence
+        judge_silence(silent)
         + judge_versions(here.versions, by_name(found))
         + judge_storage(str(folder.parents[1]), try_storage(str(folder), list(found)))
         + judge_data(here, {_HERE: here, **by_name(found)}),
@@ -107,17 +96,21 @@ def examine_machine() -> NodeFacts:
     node = ray_access.this_node().name
     folder = partial(check_folder, Path(tempfile.gettempdir()))
     findings = examine({**machine_checks(), "disk temporary": folder})
+    try:
+        import torch
+
+        num_gpus = torch.cuda.device_count()
+    except Exception:  # noqa: BLE001 - a broken torch may raise anything; its own check says what
+        num_gpus = 0
     return NodeFacts(
-        versions=versions(),
-        findings=tuple(replace(finding, node=node) for finding in findings),
-        num_gpus=_num_gpus(),
+        versions=versions(), findings=tuple(replace(finding, node=node) for finding in findings), num_gpus=num_gpus
     )
 
 
 def look_at_data(recipe: Mapping[str, Any]) -> NodeFacts:
     """Return versions and data as this process has them."""
     from ray_jobs.config.recipe import recipe_from_document
-    from ray_jobs.runs.start import preflight
+    from ray_jobs.runs.worker import preflight
 
     facts = NodeFacts(versions=versions())
     try:
@@ -126,16 +119,13 @@ def look_at_data(recipe: Mapping[str, Any]) -> NodeFacts:
         return replace(facts, problem=str(error))
 
 
-def _num_gpus() -> int:
-    try:
-        import torch
-
-        return torch.cuda.device_count()
-    except Exception:  # noqa: BLE001 - a broken torch may raise anything; its own check says what
-        return 0
-
-
 # What the facts mean.
+
+
+def judge_silence(silent: Mapping[ray_access.Node, str]) -> list[Finding]:
+    """Judge nodes that gave no answer."""
+    fix = "see to the node, install ca2st there as here, or take it out of the cluster"
+    return [finding("answer", node.name, why, fix=fix) for node, why in silent.items()]
 
 
 def judge_versions(here: Mapping[str, str], there: Mapping[str, NodeFacts]) -> list[Finding]:
@@ -183,18 +173,21 @@ def judge_gpus(seen: Mapping[ray_access.Node, int]) -> list[Finding]:
     ]
 
 
-def judge_clocks(readings: Mapping[str, ClockReading]) -> list[Finding]:
-    """Judge whether clocks agree: curves and logs are ordered by them, and certificates and tokens have hours."""
+def judge_clocks(readings: Mapping[str, tuple[float, float]]) -> list[Finding]:
+    """Judge whether clocks agree: curves and logs are ordered by them, and certificates and tokens have hours.
+
+    `readings`: the seconds that each node is ahead of here, and the error of that.
+    """
     return [
         Finding(
             name="clock",
-            ok=abs(reading.ahead_seconds) - reading.error_seconds <= _MOST_OFF_SECONDS,
-            what=f"{reading.ahead_seconds:.3f} s ahead of here, known to {reading.error_seconds:.3f} s",
+            ok=abs(ahead) - error <= _MOST_OFF_SECONDS,
+            what=f"{ahead:.3f} s ahead of here, known to {error:.3f} s",
             fix="let chrony or another NTP client keep the node's clock",
-            needed=abs(reading.ahead_seconds) > _HARMFUL_OFF_SECONDS,
+            needed=abs(ahead) > _HARMFUL_OFF_SECONDS,
             node=node,
         )
-        for node, reading in readings.items()
+        for node, (ahead, error) in readings.items()
     ]
 
 
@@ -249,46 +242,30 @@ def refuse(findings: Sequence[Finding], expected: str, *, error: type[Environmen
 def try_storage(folder: str, nodes: Sequence[ray_access.Node]) -> dict[str, str]:
     """Have each of `nodes`, and this process, write a file into `folder` and look for those of all that could.
 
-    Returns:
-        By node, what is wrong with the folder there; empty where nothing is.
+    Returns by node what is wrong with the folder there; empty where nothing is.
     """
     prefix = str(Path(folder) / f".ca2st-{uuid.uuid4().hex}-")
-    mine, ask = f"{prefix}here", partial(ray_access.ask_every_node, nodes=nodes, timeout_seconds=_ANSWER_SECONDS)
-    owners = {mine: _HERE} | {f"{prefix}{node.node_id}": node.name for node in nodes}
+    ask = partial(ray_access.ask_every_node, nodes=nodes, timeout_seconds=_ANSWER_SECONDS)
+    owners = {f"{prefix}here": _HERE} | {f"{prefix}{node.node_id}": node.name for node in nodes}
     try:
-        problems = {_HERE: write_token(mine), **_words(ask(write_own_token, prefix))}
+        told, silent = ask(write_token, prefix)
+        problems = {_HERE: write_token(prefix, "here"), **by_name(told), **by_name(silent)}
         written = [place for place, owner in owners.items() if not problems[owner]]
-        unseen = {_HERE: unseen_tokens(written), **by_name(ask(unseen_tokens, written))}
+        missed, silent = ask(unseen_tokens, written)
+        unseen = {_HERE: unseen_tokens(written), **by_name(missed)}
     finally:
-        ask(remove_own_token, prefix)
-        remove_token(mine)
-    for owner, answer in unseen.items():
-        if isinstance(answer, ray_access.NodeFailure):
-            problems[owner] = problems[owner] or answer.what
-        elif not problems[owner]:
-            problems[owner] = ", ".join(f"does not see the file of {owners[place]}" for place in answer)
-    return problems
+        ask(remove_token, prefix)
+        remove_token(prefix, "here")
+    later = {
+        owner: ", ".join(f"does not see the file of {owners[place]}" for place in places)
+        for owner, places in unseen.items()
+    } | by_name(silent)
+    return {owner: problem or later[owner] for owner, problem in problems.items()}
 
 
-def _words(asked: Mapping[ray_access.Node, str | ray_access.NodeFailure]) -> dict[str, str]:
-    return {
-        node.name: answer.what if isinstance(answer, ray_access.NodeFailure) else answer
-        for node, answer in asked.items()
-    }
-
-
-def write_own_token(prefix: str) -> str:
-    """Run `write_token` for the node this is called on."""
-    return write_token(f"{prefix}{ray_access.this_node().node_id}")
-
-
-def remove_own_token(prefix: str) -> None:
-    """Run `remove_token` for the node this is called on."""
-    remove_token(f"{prefix}{ray_access.this_node().node_id}")
-
-
-def write_token(place: str) -> str:
-    """Write a file that names itself; return why it cannot be written, or an empty string."""
+def write_token(prefix: str, name: str = "") -> str:
+    """Write a file that names itself, by default for this node; return why that cannot be, or an empty string."""
+    place = f"{prefix}{name or ray_access.this_node().node_id}"
     if not Path(place).parent.is_dir():
         return "no such folder"
     try:
@@ -313,10 +290,10 @@ def unseen_tokens(
         sleep(0.2)
 
 
-def remove_token(place: str) -> None:
-    """Remove the file, if it is there."""
+def remove_token(prefix: str, name: str = "") -> None:
+    """Remove the file of `write_token`, if it is there."""
     with contextlib.suppress(OSError):
-        Path(place).unlink()
+        Path(f"{prefix}{name or ray_access.this_node().node_id}").unlink()
 
 
 def _is_seen(place: Path) -> bool:
@@ -365,28 +342,25 @@ def _between(nodes: Sequence[ray_access.Node]) -> list[Finding]:
     }
     try:
         opened = {doors[node].open.remote(): node for node in nodes}
-        places, silence = split_answers(ray_access.gathered(opened, timeout_seconds=_ANSWER_SECONDS))
+        places, silent = ray_access.gathered(opened, timeout_seconds=_ANSWER_SECONDS)
         clocks = _clocks({node: doors[node] for node in places})
         asked = {doors[node].out_of_reach.remote(by_name(places)): node for node in places}
-        closed, lost = split_answers(
-            ray_access.gathered(asked, timeout_seconds=_ANSWER_SECONDS + _REACH_SECONDS * len(places))
-        )
+        closed, lost = ray_access.gathered(asked, timeout_seconds=_ANSWER_SECONDS + _REACH_SECONDS * len(places))
     finally:
         for door in doors.values():
             ray.kill(door)
-    return [*judge_reach(by_name(closed)), *judge_clocks(clocks), *silence, *lost]
+    return [*judge_reach(by_name(closed)), *judge_clocks(clocks), *judge_silence(silent | lost)]
 
 
-def _clocks(doors: Mapping[ray_access.Node, Any]) -> dict[str, ClockReading]:
+def _clocks(doors: Mapping[ray_access.Node, Any]) -> dict[str, tuple[float, float]]:
     """Ask each node's clock, one after the other: an answer that waits for another one's would look late."""
     readings = {}
     for node, door in doors.items():
         before = time.time()
-        answer = ray_access.gathered({door.seconds.remote(): node}, timeout_seconds=_ANSWER_SECONDS)[node]
+        told, _ = ray_access.gathered({door.seconds.remote(): node}, timeout_seconds=_ANSWER_SECONDS)
         after = time.time()
-        if not isinstance(answer, ray_access.NodeFailure):
-            ahead = answer - (before + after) / 2
-            readings[node.name] = ClockReading(ahead_seconds=ahead, error_seconds=(after - before) / 2)
+        if node in told:
+            readings[node.name] = (told[node] - (before + after) / 2, (after - before) / 2)
     return readings
 
 
@@ -413,19 +387,6 @@ def _whole(nodes: Sequence[ray_access.Node]) -> list[Finding]:
             needed=False,
         ),
     ]
-
-
-def split_answers(
-    asked: Mapping[ray_access.Node, T | ray_access.NodeFailure],
-) -> tuple[dict[ray_access.Node, T], list[Finding]]:
-    """Split the answers of nodes from what is to be said of those that gave none."""
-    fix = "see to the node, install ca2st there as here, or take it out of the cluster"
-    silence = [
-        Finding(name="answer", ok=False, what=answer.what, fix=fix, node=node.name)
-        for node, answer in asked.items()
-        if isinstance(answer, ray_access.NodeFailure)
-    ]
-    return {node: answer for node, answer in asked.items() if not isinstance(answer, ray_access.NodeFailure)}, silence
 
 
 def by_name(found: Mapping[ray_access.Node, T]) -> dict[str, T]:

@@ -16,13 +16,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ca2st.errors import CA2STError, EnvironmentFault, UserInputError
 from ray_jobs import environment
-
-if TYPE_CHECKING:
-    import grpc  # type: ignore[import-untyped]  # it ships no stubs
 
 Listener = Literal["cluster", "open cluster", "another token", "web server", "another part of Ray", "silent"]
 PORTS = (
@@ -125,14 +122,18 @@ def check_cluster(address: str, access: RayAccess) -> str:
     """Make sure within seconds that a cluster answers at `address` and takes our token; returns its ``host:port``.
 
     Raises:
-        UserInputError: another port of Ray's, a web server, another token, or a cluster that asks for none.
+        UserInputError: no address, no token, another port of Ray's, a web server, another token, or a cluster that asks
+            for none.
         EnvironmentFault: nobody answers.
     """
-    found = _address_of_auto() if address == "auto" else address
-    where = address if found == address else f"auto ({found})"
-    host, port = _checked_form(found, " of RAY_ADDRESS" if address == "auto" else "")
+    found = where = address
+    parts = None if address == "auto" else host_and_port(address)
+    access.check(address)
+    if parts is None:
+        found = _address_of_auto()
+        parts, where = host_and_port(found, whose=" of RAY_ADDRESS"), f"auto ({found})"
     try:
-        listener = who_listens(host, port, token=access.shown_token)
+        listener = who_listens(*parts, token=access.shown_token)
     except OSError as error:
         raise EnvironmentFault(f"Ray at {where}: no cluster answers ({error}); {_JOIN_FIRST}; {PORTS}") from error
     if listener == "silent":
@@ -150,38 +151,39 @@ def check_cluster(address: str, access: RayAccess) -> str:
     return found
 
 
-def host_and_port(address: str) -> tuple[str, int] | None:
-    """Return the two halves of ``host:port`` or ``[IPv6 address]:port``; None where `address` is something else."""
+def host_and_port(address: str, *, whose: str = "") -> tuple[str, int]:
+    """Return the two halves of ``host:port`` or ``[IPv6 address]:port``; all else is a UserInputError.
+
+    `whose`: where the address is from, for the message.
+    """
     host, _, port = address.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
-    if not bare or "/" in host or (":" in bare) != host.startswith("[") or not (port.isascii() and port.isdecimal()):
-        return None
-    return (bare, int(port)) if len(port) < 6 and 0 < int(port) < 65536 else None
+    is_host = bare and "/" not in host and (":" in bare) == host.startswith("[")
+    if is_host and port.isascii() and port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536:
+        return bare, int(port)
+    raise UserInputError(
+        f"Ray address {address}{whose}: expected auto or host:port of a cluster this machine is a node of; to send "
+        f"a job to a cluster from outside: ca2st submit RECIPE --address http://HOST:8265; {PORTS}"
+    )
 
 
 def who_listens(host: str, port: int, *, token: str) -> Listener:
     """Ask the port whether it is a cluster's, without a token, with `token` where it wants one, then whether by HTTP.
 
-    Raises:
-        OSError: nobody listens there.
+    An OSError where nobody listens.
     """
     end = time.monotonic() + PROBE_SECONDS
     socket.create_connection((host, port), timeout=_CONNECT_SECONDS + _STEP_SECONDS / 2).close()
     answer = _ask_cluster(host, port, "", end)
-    if answer == "UNAUTHENTICATED":
-        if not token:
-            return "another token"
-        known: dict[str, Listener] = {
-            "OK": "cluster",
-            "UNAUTHENTICATED": "another token",
-            "UNIMPLEMENTED": "another part of Ray",
-        }
-        return known.get(_ask_cluster(host, port, token, end), "silent")
-    if answer == "OK":
-        return "open cluster"
-    if answer == "UNIMPLEMENTED":
-        return "another part of Ray"
-    return "web server" if _speaks_http(host, port, end) else "silent"
+    alive: Listener = "open cluster"
+    if answer == "UNAUTHENTICATED" and token:
+        answer, alive = _ask_cluster(host, port, token, end), "cluster"
+    known: dict[str, Listener] = {
+        "OK": alive,
+        "UNAUTHENTICATED": "another token",
+        "UNIMPLEMENTED": "another part of Ray",
+    }
+    return known.get(answer) or ("web server" if _speaks_http(host, port, end) else "silent")
 
 
 def has_dashboard() -> bool:
@@ -193,38 +195,32 @@ def has_dashboard() -> bool:
 
 def first_line(error: BaseException) -> str:
     """Return the first line with words of an error's message."""
-    lines: Sequence[str] = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if line), type(error).__name__)
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _ask_cluster(host: str, port: int, token: str, end: float) -> str:
     """Return the name of the status that answers the cluster's own health check; ``OK``: it lives."""
-    import grpc
+    import grpc  # type: ignore[import-untyped]  # it ships no stubs
 
     left = min(_STEP_SECONDS, end - time.monotonic())
     metadata = [("authorization", f"Bearer {token}")] if token else []
-    with _channel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}") as channel:
+    address, options = f"[{host}]:{port}" if ":" in host else f"{host}:{port}", [("grpc.enable_http_proxy", 0)]
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # as Ray itself makes its channels
+        from ray._common.tls_utils import load_certs_from_env
+
+        chain, key, authority = load_certs_from_env()  # type: ignore[no-untyped-call]  # Ray has no types there
+        credentials = grpc.ssl_channel_credentials(
+            certificate_chain=chain, private_key=key, root_certificates=authority
+        )
+        asked = grpc.secure_channel(address, credentials, options)
+    else:
+        asked = grpc.insecure_channel(address, options)
+    with asked as channel:
         try:
             channel.unary_unary(_ALIVE)(b"", timeout=max(0.1, left), metadata=metadata)
         except grpc.RpcError as error:
             return str(error.code().name)
     return "OK"
-
-
-def _channel(address: str) -> "grpc.Channel":
-    """Return a channel as Ray makes them, by TLS where ``RAY_USE_TLS`` says so, and through no proxy."""
-    import grpc
-
-    options: list[tuple[str, Any]] = [("grpc.enable_http_proxy", 0)]
-    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
-        return grpc.insecure_channel(address, options)
-    from ray._common.tls_utils import load_certs_from_env
-
-    chain, private_key, authority = load_certs_from_env()  # type: ignore[no-untyped-call]  # Ray has no types there
-    credentials = grpc.ssl_channel_credentials(
-        certificate_chain=chain, private_key=private_key, root_certificates=authority
-    )
-    return grpc.secure_channel(address, credentials, options)
 
 
 def _speaks_http(host: str, port: int, end: float) -> bool:
@@ -283,9 +279,6 @@ def _own_ray(access: RayAccess, num_cpus: int | None) -> Iterator[None]:
 
 @contextmanager
 def _joined(address: str, access: RayAccess) -> Iterator[None]:
-    if address != "auto":
-        _checked_form(address, "")
-    access.check(address)
     found = check_cluster(address, access)
     import ray
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
@@ -305,16 +298,6 @@ def _joined(address: str, access: RayAccess) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _checked_form(address: str, whose: str) -> tuple[str, int]:
-    """Return host and port of an address that has such a form; `whose`: where it is from, for the refusal."""
-    if (parts := host_and_port(address)) is None:
-        raise UserInputError(
-            f"Ray address {address}{whose}: expected auto or host:port of a cluster this machine is a node of; to send "
-            f"a job to a cluster from outside: ca2st submit RECIPE --address http://HOST:8265; {PORTS}"
-        )
-    return parts
 
 
 def _address_of_auto() -> str:
@@ -355,13 +338,6 @@ class Node:
         return self.name
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NodeFailure:
-    """Why a node gave no answer."""
-
-    what: str
-
-
 def living_nodes() -> list[Node]:
     """Return the cluster's nodes that are alive, in the order of their addresses."""
     import ray
@@ -385,63 +361,52 @@ def this_node() -> Node:
 def ask_every_node(
     function: Callable[..., T],
     *arguments: Any,
+    nodes: Sequence[Node],
     timeout_seconds: float = NODE_SECONDS,
-    nodes: Sequence[Node] | None = None,
-) -> dict[Node, T | NodeFailure]:
-    """Return what ``function(*arguments)`` returns on each of `nodes` (None: every living one), or why it gave none."""
+) -> tuple[dict[Node, T], dict[Node, str]]:
+    """Return what ``function(*arguments)`` returns on each of `nodes`, and why the others gave no answer."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from sharding.cluster import end_tasks  # no need of it where Ray is only looked for
 
-    task = ray.remote(num_cpus=0, max_retries=0)(_call)
+    task = ray.remote(num_cpus=0, max_retries=0)(function)
     asked = {
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
-            function, *arguments
+            *arguments
         ): node
-        for node in (living_nodes() if nodes is None else nodes)
+        for node in nodes
     }
     answers = gathered(asked, timeout_seconds=timeout_seconds)
     end_tasks(asked)
     return answers
 
 
-def gathered(asked: Mapping[Any, Node], *, timeout_seconds: float) -> dict[Node, Any]:
-    """Return the values of references by the node each was asked of; a `NodeFailure` for one that is late or failed."""
+def gathered(asked: Mapping[Any, Node], *, timeout_seconds: float) -> tuple[dict[Node, Any], dict[Node, str]]:
+    """Return the values of references by the node each was asked of, and why those of others are late or failed."""
     import ray
+    from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
     deadline = time.monotonic() + timeout_seconds
-    answers = {}
+    answers: dict[Node, Any] = {}
+    silent: dict[Node, str] = {}
     for ticket, node in asked.items():
-        ready, _ = ray.wait([ticket], timeout=max(0.0, deadline - time.monotonic()))
-        if ready:
-            answers[node] = _answer(ticket)
-        else:
-            answers[node] = NodeFailure(what=f"no answer within {timeout_seconds:g} s")
-    return answers
+        try:
+            answers[node] = ray.get(ticket, timeout=max(0.0, deadline - time.monotonic()))
+        except GetTimeoutError:
+            silent[node] = f"no answer within {timeout_seconds:g} s"
+        except RayTaskError as error:
+            silent[node] = _raised(error.cause)
+        except RayError as error:
+            silent[node] = f"{type(error).__name__}: {first_line(error)}"
+    return answers, silent
 
 
-def _call(function: Callable[..., T], *arguments: Any) -> T:
-    return function(*arguments)
-
-
-def _answer(ticket: Any) -> Any:
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    try:
-        return ray.get(ticket)
-    except RayTaskError as error:
-        return _raised(error)
-    except RayError as error:
-        return NodeFailure(what=f"{type(error).__name__}: {first_line(error)}")
-
-
-def _raised(error: Any) -> NodeFailure:
-    cause = error.cause
+def _raised(cause: Exception) -> str:
+    """Return what a task raised on a node, in a line."""
     if isinstance(cause, CA2STError):
-        return NodeFailure(what=str(cause))
+        return str(cause)
     what = f"{type(cause).__name__}: {first_line(cause)}"
     if isinstance(cause, ImportError) or "No module named" in str(cause):
         what += " (is ca2st installed there as here?)"
-    return NodeFailure(what=what)
+    return what

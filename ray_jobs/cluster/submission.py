@@ -22,21 +22,13 @@ from ca2st import __version__
 from ca2st.errors import CA2STError, UserInputError
 from ca2st.weights.hub import is_hub_name
 from ray_jobs import environment
-from ray_jobs.cluster.job_server import (
-    Patience,
-    Show,
-    exit_code,
-    explained_refusals,
-    failure,
-    follow,
-    was_lost,
-)
+from ray_jobs.cluster import job_server
 from ray_jobs.cluster.ray_access import ACCEPT_OPEN, first_line
-from ray_jobs.config.recipe import ExpertsConfig, Recipe, with_places
+from ray_jobs.config.recipe import Recipe, with_places
 from ray_jobs.config.recipe_file import load_recipe, read_recipe
 from ray_jobs.console import say
 from ray_jobs.redaction import holds_credentials, without_credentials
-from ray_jobs.runs.start import check_settings
+from ray_jobs.runs.worker import check_settings
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -117,7 +109,9 @@ def prepared(choices: Choices) -> PreparedJob:
     recipe = load_recipe(choices.recipe, choices.overrides)
     check_places(recipe)
     run_dir = run_folder(recipe, choices.out)
-    check_settings(_without_expert_files(recipe))
+    # Files that only the cluster sees are checked there.
+    there = {name: None for name, source in recipe.experts.sources().items() if not is_hub_name(source)}
+    check_settings(replace(recipe, experts=replace(recipe.experts, **there)))  # type: ignore[arg-type]  # experts' names
     text, _ = read_recipe(choices.recipe)
     git = environment.git_state(Path.cwd())
     # Messages of the job name the recipe as the user does.
@@ -125,11 +119,15 @@ def prepared(choices: Choices) -> PreparedJob:
     modules: tuple[Path, ...] = ()
     if choices.wheel is not None:
         modules = (checked_wheel(choices.wheel),)
-    elif choices.package:
-        modules = own_packages()
+    elif choices.package:  # those that run here, of a checkout or installed
+        origins = [getattr(find_spec(name), "origin", None) for name in PACKAGES]
+        modules = tuple(Path(origin).parent for origin in origins if origin is not None)
+    words = ["train", place, *(part for override in choices.overrides for part in ("--set", override))]
+    words += ["--ray", "--ray-address", "auto", "--out", run_dir, *([ACCEPT_OPEN] if choices.accept_open else [])]
     return PreparedJob(
         submission_id=new_id(recipe.name),
-        entrypoint=_entrypoint(choices, place, run_dir),
+        # In the shell's own place, so that signals and exit codes are the trainer's.
+        entrypoint=shlex.join(["exec", choices.python, "-m", "ray_jobs.cli", *words]),
         env_vars=environment_of_job(
             choices.variables,
             waiting=environment.waiting_policy(),
@@ -153,18 +151,8 @@ def new_id(recipe_name: str) -> str:
     return f"ca2st-{name[:60]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def own_packages() -> tuple[Path, ...]:
-    """Return the folders of the packages that run here, of a checkout or installed."""
-    origins = {name: getattr(find_spec(name), "origin", None) for name in PACKAGES}
-    return tuple(Path(origin).parent for origin in origins.values() if origin is not None)
-
-
 def checked_wheel(path: Path) -> Path:
-    """Return the path of a wheel that the user gives.
-
-    Raises:
-        UserInputError: it is no wheel of ca2st for every machine.
-    """
+    """Return the path of a wheel that the user gives; a UserInputError where it is none of ca2st for every machine."""
     if not path.is_file():
         raise UserInputError(f"--wheel {path}: expected a wheel of ca2st, found no such file")
     try:
@@ -177,14 +165,6 @@ def checked_wheel(path: Path) -> Path:
         found = ", ".join(sorted(infos)) or "none"
         raise UserInputError(f"--wheel {path}: expected ca2st-VERSION-py3-none-any.whl, found a wheel of {found}")
     return path
-
-
-def _entrypoint(choices: Choices, place: str, run_dir: str) -> str:
-    """Return the command that trains: in the shell's own place, so that signals and exit codes are the trainer's."""
-    options = [part for override in choices.overrides for part in ("--set", override)]
-    accepted = [ACCEPT_OPEN] if choices.accept_open else []
-    words = ("train", place, *options, "--ray", "--ray-address", "auto", "--out", run_dir, *accepted)
-    return shlex.join(["exec", choices.python, "-m", "ray_jobs.cli", *words])
 
 
 def environment_of_job(
@@ -212,11 +192,7 @@ def environment_of_job(
 
 
 def run_folder(recipe: Recipe, out: Path | None) -> str:
-    """Return the run's folder on the cluster.
-
-    Raises:
-        UserInputError: it is relative, and would lie in a temporary folder of the head node.
-    """
+    """Return the run's folder on the cluster; a UserInputError where it is relative, to the job's working directory."""
     folder = PurePosixPath(out) if out is not None else PurePosixPath(recipe.folder)
     if not folder.is_absolute():
         raise UserInputError(
@@ -227,11 +203,7 @@ def run_folder(recipe: Recipe, out: Path | None) -> str:
 
 
 def check_places(recipe: Recipe) -> None:
-    """Refuse relative paths: the job runs elsewhere, in a folder of its own.
-
-    Raises:
-        UserInputError: a line for each of them.
-    """
+    """Refuse relative paths, by a line for each (UserInputError): the job runs elsewhere, in a folder of its own."""
     lines: list[str] = []
 
     def look(key: str, place: str) -> str:
@@ -245,11 +217,7 @@ def check_places(recipe: Recipe) -> None:
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Refuse a user, password or token in what the job's log and Ray's dashboard show.
-
-    Raises:
-        UserInputError: an override with a URL that holds one; the message does not.
-    """
+    """Refuse a user, password or token in what the job's log and Ray's dashboard show, without naming it."""
     for override in overrides:
         key, _, value = override.partition("=")
         if holds_credentials(value) or without_credentials(value) != value:
@@ -257,18 +225,6 @@ def check_overrides(overrides: Sequence[str]) -> None:
                 f"--set {key}: expected no user or password in what the job's log shows, found a URL with one; pass it "
                 "by --env, for example --env MLFLOW_TRACKING_URI"
             )
-
-
-def _without_expert_files(recipe: Recipe) -> Recipe:
-    """Return the recipe without files that only the cluster sees."""
-    public = {name: source for name, source in recipe.experts.sources().items() if is_hub_name(source)}
-    experts = ExpertsConfig(
-        spatial=public.get("spatial"),
-        temporal=public.get("temporal"),
-        audio=public.get("audio"),
-        precision=recipe.experts.precision,
-    )
-    return replace(recipe, experts=experts)
 
 
 class SendingInterruptedError(CA2STError):
@@ -287,11 +243,15 @@ def send(client: "JobSubmissionClient", job: PreparedJob) -> None:
         KeyboardInterrupt: Ctrl-C after it did.
     """
     try:
-        with tempfile.TemporaryDirectory() as name, explained_refusals(client.get_address()):
+        with tempfile.TemporaryDirectory() as name, job_server.explained_refusals(client.get_address()):
             recipe = Path(name) / "job" / job.recipe_place
             recipe.parent.mkdir(parents=True)
             recipe.write_text(job.recipe_text, encoding="utf-8")
-            modules = [module for one in job.modules for module in _folders_of(one, Path(name) / "wheel")]
+            modules, unpacked = [module for module in job.modules if module.is_dir()], Path(name) / "wheel"
+            if not modules and job.modules:  # a wheel, which Ray would have pip install with all it needs, torch too
+                with zipfile.ZipFile(job.modules[0]) as archive:
+                    archive.extractall(unpacked)  # the user's own; zipfile keeps members inside the folder
+                modules = sorted(path.parent for path in unpacked.glob("*/__init__.py"))
             client.submit_job(
                 entrypoint=job.entrypoint,
                 submission_id=job.submission_id,
@@ -305,18 +265,6 @@ def send(client: "JobSubmissionClient", job: PreparedJob) -> None:
     except KeyboardInterrupt:
         _raise_unless_taken(client, job.submission_id)
         raise
-
-
-def _folders_of(module: Path, folder: Path) -> list[Path]:
-    """Return a package's folder, or those of a wheel, unpacked in `folder`.
-
-    Ray would have pip install a wheel with all that it depends on, torch too.
-    """
-    if module.is_dir():
-        return [module]
-    with zipfile.ZipFile(module) as archive:
-        archive.extractall(folder)  # the user's own wheel; zipfile keeps members inside the folder
-    return sorted(path.parent for path in folder.glob("*/__init__.py"))
 
 
 def _raise_unless_taken(client: "JobSubmissionClient", job_id: str) -> None:
@@ -340,10 +288,10 @@ def send_and_follow(
     client: "JobSubmissionClient",
     job: PreparedJob,
     *,
-    show: Show,
+    show: job_server.Show,
     again: Callable[[], PreparedJob],
     num_resubmits: int = 0,
-    patience: Patience | None = None,
+    patience: job_server.Patience | None = None,
 ) -> "JobDetails":
     """Send a job and follow it to its end; one whose driver was killed is sent `again`, which resumes the run.
 
@@ -355,12 +303,14 @@ def send_and_follow(
     remaining = num_resubmits
     while True:
         send(client, job)
-        with explained_refusals(client.get_address()):
-            details = follow(client, job.submission_id, show=show, patience=patience or Patience())
-        if exit_code(details) == 0:
+        with job_server.explained_refusals(client.get_address()):
+            details = job_server.follow(
+                client, job.submission_id, show=show, patience=patience or job_server.Patience()
+            )
+        if job_server.exit_code(details) == 0:
             return details
-        if remaining == 0 or not was_lost(details):
-            raise failure(details, job.submission_id)
+        if remaining == 0 or not job_server.was_lost(details):
+            raise job_server.failure(details, job.submission_id)
         remaining -= 1
         lost, job = job.submission_id, again()
         say(f"{lost} lost its driver; sent again as {job.submission_id}, {remaining} times more")

@@ -89,15 +89,12 @@ class LaunchFolder:
 
     def begin(self, attempt: int, *, rank: int, node: str) -> None:
         """Record where the worker of `rank` runs."""
-        write_bytes(self._place(attempt, rank), node.encode())
+        write_bytes(self.path / f"attempt-{attempt}.rank-{rank}", node.encode())
 
     def places(self, attempt: int) -> dict[int, str]:
         """Return where the worker of each rank ran, by rank; those that never began are missing."""
         found = {path: int(path.name.rpartition("-")[2]) for path in self.path.glob(f"attempt-{attempt}.rank-*")}
         return {rank: path.read_text() for path, rank in found.items()}
-
-    def _place(self, attempt: int, rank: int) -> Path:
-        return self.path / f"attempt-{attempt}.rank-{rank}"
 
 
 class Supervision:
@@ -136,11 +133,12 @@ class Supervision:
             if now >= fail_by or (now >= stop_by and fail_by < math.inf):
                 raise self._failed({})
             if now >= stop_by:
-                raise self._stopped("its workers had not ended; the newest checkpoint counts; rerun to resume")
+                message = "its workers had not ended; the newest checkpoint counts; rerun to resume"
+                raise stopped_error(self._stop.signal_number, message)
             self._sleep(_POLL_SECONDS)
         ended = fit.result()
         if ended["status"] == "stopped":
-            raise self._stopped(ended["message"] or _NOT_TRAINING)
+            raise stopped_error(self._stop.signal_number, ended["message"] or _NOT_TRAINING)
         if ended["status"] == "failed":
             raise self._failed(ended)
 
@@ -157,25 +155,17 @@ class Supervision:
         if failure.echo:
             if self._folder.num_attempts() <= failure.attempt:
                 return failure  # what it is an echo of may still come
-            failure = self._behind(failure)
+            # Ray may start again before it knows that a node was lost: put on record those that are gone since.
+            places, living = self._folder.places(failure.attempt), {node.address for node in self._nodes()}
+            if lost := {rank: failure.message for rank, place in places.items() if _is_gone(place, living)}:
+                record = death_record(lost, places, living=living, attempt=failure.attempt, launch=self._folder.name)
+                failure = keep_failure(self._folder.run_dir, record)
         self._reported = failure
         if failure.preempted:
             say(f"taken away as announced: {failure}; the workers are started again on the nodes there are")
         else:
             say(f"failed: {failure}; the workers are started again as long as restarts are left")
         return failure
-
-    def _behind(self, echo: FailureRecord) -> FailureRecord:
-        """Put on record the nodes that are gone since: Ray may start again before it knows that one was lost."""
-        places, living = self._folder.places(echo.attempt), {node.address for node in self._nodes()}
-        lost = {rank: echo.message for rank, place in places.items() if _is_gone(place, living)}
-        if not lost:
-            return echo
-        record = death_record(lost, places, living=living, attempt=echo.attempt, launch=self._folder.name)
-        return keep_failure(self._folder.run_dir, record)
-
-    def _stopped(self, message: str) -> Exception:
-        return stopped_error(self._stop.signal_number, message)
 
     def _failed(self, ended: Mapping[str, str]) -> Exception:
         """Return what no restart fixes, from the record or, where it could not be written, as rank 0 reported it."""
@@ -195,24 +185,21 @@ class LostWorkers(UserCallback):
         """Put on record the workers that died: those that raised have done so themselves."""
         del run_context
         try:
-            self._record(worker_exceptions)
+            died = {rank: why for rank, error in worker_exceptions.items() if (why := died_of(error)) is not None}
+            if not died:
+                return
+            attempt = self._folder.num_attempts()
+            record = death_record(
+                died,
+                self._folder.places(attempt),
+                living={node.address for node in living_nodes()},
+                attempt=attempt,
+                launch=self._folder.name,
+                preempted=any(map(is_preempted, worker_exceptions.values())),
+            )
+            keep_failure(self._folder.run_dir, record)
         except Exception as error:  # noqa: BLE001  # Ray would end the run, which can go on, for an error in here
             _LOGGER.warning("cannot see which workers died: %s", error)
-
-    def _record(self, worker_exceptions: Mapping[int, Exception]) -> None:
-        died = {rank: why for rank, error in worker_exceptions.items() if (why := died_of(error)) is not None}
-        if not died:
-            return
-        attempt = self._folder.num_attempts()
-        record = death_record(
-            died,
-            self._folder.places(attempt),
-            living={node.address for node in living_nodes()},
-            attempt=attempt,
-            launch=self._folder.name,
-            preempted=any(map(is_preempted, worker_exceptions.values())),
-        )
-        keep_failure(self._folder.run_dir, record)
 
 
 def died_of(error: Exception) -> str | None:
@@ -246,11 +233,18 @@ def death_record(
     by_node: dict[str, list[int]] = {}
     for one in sorted(died):
         by_node.setdefault(places.get(one) or "a node not known", []).append(one)
-    what = "; ".join(_death(place, ranks, living) for place, ranks in by_node.items())
+    deaths = []
+    for place, ranks in by_node.items():
+        which = f"rank {', '.join(map(str, ranks))}"
+        lost, ended = (
+            f"node {place} was lost with the worker of {which}",
+            f"the worker process of {which} on {place} died",
+        )
+        deaths.append(lost if _is_gone(place, living) else ended)
     reasons = [line.strip() for line in died[rank].splitlines() if line.strip()]
     return FailureRecord(
         kind="WorkerDiedError",
-        message=f"{what} ({reasons[-1] if reasons else 'Ray gives no reason'})",
+        message=f"{'; '.join(deaths)} ({reasons[-1] if reasons else 'Ray gives no reason'})",
         exit_code=EnvironmentFault.exit_code,
         rank=rank,
         node=places.get(rank) or "a node not known",
@@ -276,7 +270,7 @@ def ended_by_signals(message: str) -> Iterator[None]:
     def end(number: int, _frame: object) -> None:
         if not came:
             came.append((number, time.monotonic()))
-            raise _SignalledError(number)
+            raise _SignalledError
 
     with stop_on_signals(grace_seconds=_CLEANING_SECONDS), _only_handler(end):
         with contextlib.suppress(_SignalledError):
@@ -292,13 +286,6 @@ def _cause_of(error: Exception) -> Exception:
     return cause
 
 
-def _death(place: str, ranks: list[int], living: Collection[str]) -> str:
-    which = f"rank {', '.join(map(str, ranks))}"
-    if _is_gone(place, living):
-        return f"node {place} was lost with the worker of {which}"
-    return f"the worker process of {which} on {place} died"
-
-
 def _is_gone(place: str, living: Collection[str]) -> bool:
     """Return whether the node of a ``host (address)`` is none of the addresses `living`."""
     return place.endswith(")") and place.rpartition("(")[2].rstrip(")") not in {"", *living}
@@ -306,10 +293,6 @@ def _is_gone(place: str, living: Collection[str]) -> bool:
 
 class _SignalledError(BaseException):
     """A signal on its way out, which no ``except Exception`` on the way takes for a failure that may pass."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 @contextlib.contextmanager

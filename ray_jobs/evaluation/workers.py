@@ -12,7 +12,6 @@ two has is reported; a sample of a class that the model does not know has no lab
 import json
 import math
 import os
-import resource
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +39,7 @@ from ray_jobs.evaluation.perturbations import PERTURBATIONS, DeafVisualExperts, 
 from ray_jobs.evaluation.predictions import ExpectedKeys, PredictionFacts, join_parts, label_counts, writing_part
 from ray_jobs.evaluation.protocols import Measures, measure, write_tables
 from ray_jobs.launch import end_at_once, ended_badly, shell_exit_code, signals_to, take_signals
-from ray_jobs.runs.failures import death_of, shared_memory_free
+from ray_jobs.runs.failures import death_of
 from ray_jobs.runs.inference import (
     CountedSource,
     TrainedModel,
@@ -350,7 +349,6 @@ def score_part(job: _Job, rank: int, trained: TrainedModel, shard_set: ShardSet,
                 shard_set,
                 tuple(match.spaces.values()),
                 views=views,
-                num_lanes=job.world_size,
                 rank=rank,
                 world_size=job.world_size,
                 device=accelerator.device,
@@ -414,8 +412,7 @@ def _score_in_processes(job: _Job) -> None:
     with suppress(EOFError):  # it ended without a word
         if told.poll():
             raise WorkerFailedError(*told.recv())
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    raise death_of(failed, exit_code, peak_bytes=peak, shared_free_bytes=shared_memory_free())
+    raise death_of(failed, exit_code)
 
 
 def _worker_process(rank: int, job: _Job, begun: Any, tell: Any) -> None:

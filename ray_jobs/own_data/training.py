@@ -35,8 +35,7 @@ from ray_jobs.own_data.videos import (
     with_stored,
 )
 from ray_jobs.runs.model import IMPORTED_FOLDER, start_sound, with_local_experts
-from ray_jobs.runs.start import kept_recipe
-from ray_jobs.runs.worker import Outcome
+from ray_jobs.runs.worker import Outcome, kept_recipe
 from ray_jobs.tracking.state import read_state
 from sharding.folder import read_rejects
 from sharding.format.shard_set import MANIFEST_NAME, read_manifest

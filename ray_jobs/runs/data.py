@@ -1,7 +1,5 @@
 """The data of a run: the shard sets that a recipe names, opened and compared, their loaders, a synthetic world."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,14 +10,13 @@ from ca2st.errors import UserInputError, check_choice
 from ca2st.model.config import EXPERTS
 from ca2st.processes import num_cores
 from pipelines.config import EvaluationSetup, TrainSetup
-from pipelines.loader import EvaluationLoader, TrainLoader
-from pipelines.order.plan import SamplePlan
+from pipelines.loader import EvaluationLoader
 from pipelines.quarantine import FOLDER_NAME as QUARANTINE_FOLDER
 from pipelines.storage.shard_sets import check_agreement, check_manifest, check_sound, require_labels, require_sound
 from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import Recipe, SyntheticData
 from ray_jobs.console import progress
-from sharding.format.shard_set import Labelling, Manifest, ShardSet, classes_that_differ, read_shard_set
+from sharding.format.shard_set import Labelling, ShardSet, classes_that_differ, read_shard_set
 from sharding.synthetic.factors import TASKS, label_spaces
 
 
@@ -37,6 +34,11 @@ class TrainingData:
     def train(self) -> ShardSet:
         """Return the first training set; the others have the same classes of every target and the same sample rate."""
         return self.train_sets[0]
+
+    @property
+    def sets(self) -> tuple[ShardSet, ...]:
+        """Return all of them."""
+        return self.train_sets if self.validation is None else (*self.train_sets, self.validation)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -66,8 +68,7 @@ def open_data(recipe: Recipe) -> TrainingData:
     """Read the manifests a recipe names.
 
     Raises:
-        UserInputError: the recipe names no training shards, the splits have other classes or audio, or
-            the model hears and a set is without sound.
+        UserInputError: it names none, splits have other classes or audio, or one has no sound for a model that hears.
         ManifestError, ShardDamageError: a set that cannot be read.
     """
     folders = [recipe.data.train] if recipe.data.train is not None else [one.train for one in recipe.data.mixture]
@@ -75,69 +76,44 @@ def open_data(recipe: Recipe) -> TrainingData:
     train_sets = tuple(read_shard_set(folder, storage=storage) for folder in folders)
     if not train_sets:
         raise UserInputError("data.train: names no shards; give --data DIR or a [data.synthetic] section")
-    train = train_sets[0]
-    place = recipe.data.validation
+    train, place, kind = train_sets[0], recipe.data.validation, recipe.model.kind
     validation = read_shard_set(place, storage=storage) if place is not None else None
     targets = recipe.data.targets or train.manifest.targets
-    for shard_set in (*train_sets, *([] if validation is None else [validation])):
+    data = TrainingData(train_sets=train_sets, validation=validation, targets=targets)
+    for shard_set in data.sets:
         what = "validation" if shard_set is validation else "training"
         require_labels(shard_set, what=what, labelling=train.manifest.labelling)
     for name in targets:
-        train.manifest.label_space(name)
-        if validation is not None:
-            _require_same_classes(train.manifest, validation.manifest, name)
+        ours = train.manifest.label_space(name).classes
+        theirs = ours if validation is None else validation.manifest.label_space(name).classes
+        if ours != theirs:
+            differing = classes_that_differ(ours, theirs, where=("in training", "in validation"))
+            raise UserInputError(
+                f"label space {name!r}: validation has {len(theirs)} classes that are not the {len(ours)} of training: "
+                f"{differing}; convert both with one class list (--classes)"
+            )
     check_agreement(train_sets, targets)
-    data = TrainingData(train_sets=train_sets, validation=validation, targets=targets)
-    _check_sounds(recipe, data)
+    for shard_set in data.sets:
+        check_manifest(shard_set, recipe.clip)
+        if "audio" in EXPERTS[kind]:
+            require_sound(shard_set, whose=f"model.kind {kind!r}")
+            check_sound(shard_set, train.manifest.audio, whose=train.where)
     return data
 
 
-def _require_same_classes(train: Manifest, validation: Manifest, target: str) -> None:
-    ours, theirs = (one.label_space(target).classes for one in (train, validation))
-    if ours != theirs:
-        differing = classes_that_differ(ours, theirs, where=("in training", "in validation"))
-        raise UserInputError(
-            f"label space {target!r}: validation has {len(theirs)} classes that are not the {len(ours)} of training: "
-            f"{differing}; convert both with one class list (--classes)"
-        )
-
-
-def _check_sounds(recipe: Recipe, data: TrainingData) -> None:
-    """Refuse spectrograms of another width, and what a model that hears cannot hear or would hear otherwise."""
-    sets = [*data.train_sets, *([] if data.validation is None else [data.validation])]
-    for shard_set in sets:
-        check_manifest(shard_set, recipe.clip)
-    if "audio" not in EXPERTS[recipe.model.kind]:
-        return
-    for shard_set in sets:
-        require_sound(shard_set, whose=f"model.kind {recipe.model.kind!r}")
-        check_sound(shard_set, data.train.manifest.audio, whose=data.train.where)
-
-
-def sample_plan(recipe: Recipe, data: TrainingData) -> SamplePlan:
-    """Return which samples a training on `data` reads, and in how many steps; raises as `TrainSetup.plan`."""
-    return _train_setup(recipe, data).plan()
-
-
-def train_loader(
+def train_setup(
     recipe: Recipe,
     data: TrainingData,
     *,
-    rank: int,
-    world_size: int,
+    rank: int = 0,
+    world_size: int = 1,
     run_dir: Path | None = None,
     device: torch.device | None = None,
-) -> TrainLoader:
-    """Return the shuffled, augmented, resumable source of a rank; `run_dir` keeps the names of damaged samples.
+) -> TrainSetup:
+    """Return what the shuffled, augmented, resumable `TrainLoader` of a rank needs, and the plan of all ranks.
 
-    `device`: the rank's own, which decodes for itself where it can.
+    `run_dir` keeps the names of damaged samples. `device`: the rank's own, which decodes for itself where it can.
     """
-    folder = None if run_dir is None else run_dir / QUARANTINE_FOLDER
-    setup = _train_setup(recipe, data)
-    return TrainLoader(replace(setup, rank=rank, world_size=world_size, device=device, quarantine_folder=folder))
-
-
-def _train_setup(recipe: Recipe, data: TrainingData) -> TrainSetup:
     return TrainSetup(
         shard_sets=data.train_sets,
         clip=recipe.clip,
@@ -148,6 +124,10 @@ def _train_setup(recipe: Recipe, data: TrainingData) -> TrainSetup:
         seed=recipe.training.seed,
         global_batch_size=recipe.training.global_batch_size,
         order=recipe.data.order(),
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        quarantine_folder=None if run_dir is None else run_dir / QUARANTINE_FOLDER,
     )
 
 
@@ -164,7 +144,7 @@ def evaluation_loader(
 ) -> EvaluationLoader:
     """Return every sample of `shard_set` once, in `views` each; with one lane in the set's own order.
 
-    `device`: as for `train_loader`.
+    `device`: as for `train_setup`.
     """
     setup = EvaluationSetup(
         shard_set=shard_set,
@@ -182,26 +162,6 @@ def evaluation_loader(
     return EvaluationLoader(setup)
 
 
-@contextmanager
-def validation_loader(
-    recipe: Recipe, data: TrainingData, *, rank: int, world_size: int, device: torch.device | None = None
-) -> Iterator[EvaluationLoader | None]:
-    """The source of validation while training, or None where the recipe names none."""
-    if data.validation is None:
-        yield None
-        return
-    with evaluation_loader(
-        recipe,
-        data.validation,
-        data.targets,
-        views=recipe.data.views,
-        rank=rank,
-        world_size=world_size,
-        device=device,
-    ) as loader:
-        yield loader
-
-
 def with_synthetic_shards(recipe: Recipe, runs_root: Path) -> Recipe:
     """Return the recipe with `data.train` and `data.validation` naming shards, made now if they are not there yet."""
     world = recipe.data.synthetic
@@ -216,8 +176,7 @@ def with_synthetic_shards(recipe: Recipe, runs_root: Path) -> Recipe:
 def synthetic_classes(recipe: Recipe) -> dict[str, list[str]] | None:
     """Return the classes of each target of the shards that `with_synthetic_shards` would make, or None.
 
-    Raises:
-        UserInputError: an unknown task, or a target that its world does not label.
+    An unknown task, or a target that its world does not label, is a UserInputError.
     """
     world = recipe.data.synthetic
     if world is None or recipe.data.train is not None:

@@ -4,10 +4,12 @@ When one rank fails the others fail after it, with errors that only say so. Whoe
 whether starting it again can help, reads this file: it holds the newest attempt's own error, not its echoes.
 """
 
+import contextlib
 import json
 import logging
 import math
 import re
+import resource
 import shutil
 import signal
 from dataclasses import asdict, dataclass
@@ -22,12 +24,10 @@ from ray_jobs.errors import WorkerFailedError
 from ray_jobs.redaction import redacted
 
 
-def death_of(rank: int, exit_code: int, *, peak_bytes: int, shared_free_bytes: int) -> WorkerFailedError:
-    """Return the error for a worker that ended without a word: what its exit code means, and what to do.
-
-    `peak_bytes`: the most that any worker held; `shared_free_bytes`: what is free in /dev/shm.
-    """
+def death_of(rank: int, exit_code: int) -> WorkerFailedError:
+    """Return the error for a child of this process that ended without a word: what its exit code means, what to do."""
     if exit_code == 128 + signal.SIGKILL:
+        peak_bytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # the most that any of them held
         return WorkerFailedError(
             f"rank {rank} was killed (SIGKILL) and left no word: most likely by the kernel, for want of memory (look "
             f"with `dmesg | grep -i oom`, in a container at its memory limit); the largest worker held "
@@ -35,6 +35,9 @@ def death_of(rank: int, exit_code: int, *, peak_bytes: int, shared_free_bytes: i
             EnvironmentFault.exit_code,
         )
     if exit_code == 128 + signal.SIGBUS:
+        shared_free_bytes = 0
+        with contextlib.suppress(OSError):
+            shared_free_bytes = shutil.disk_usage(SHARED_MEMORY).free
         return WorkerFailedError(
             f"rank {rank} ended by a bus error (SIGBUS): {SHARED_MEMORY} is full ({shared_free_bytes / 1e6:.0f} MB are "
             "free now; enlarge it, docker run --shm-size=8g), or a shard or weights file was cut short while it was "
@@ -51,13 +54,6 @@ def death_of(rank: int, exit_code: int, *, peak_bytes: int, shared_free_bytes: i
     return WorkerFailedError(
         f"rank {rank} ended with exit code {exit_code}; its last lines above say more; then rerun", exit_code
     )
-
-
-def shared_memory_free() -> int:
-    try:
-        return shutil.disk_usage(SHARED_MEMORY).free
-    except OSError:
-        return 0
 
 
 FAILURE_NAME = "failure.json"
@@ -105,9 +101,9 @@ class FailureRecord:
 def is_final(error: BaseException, *, before: FailureRecord | None = None, launch: str = "") -> bool:
     """Return whether starting the run again cannot help.
 
-    Final: what the user gave, damaged data, numbers that are not finite, on this rank or another; and memory
-    that did not suffice, when `before`, the failure that is on record, was the same one in the same `launch`. And that
-    a person asked to stop, though the state could not be saved.
+    So it is with what the user gave, damaged data, numbers that are not finite, on this rank or another; with memory
+    that did not suffice when `before`, on record, was the same failure of the same `launch`; and where a person asked
+    to stop, though the state could not be saved.
     """
     if isinstance(error, StopNotSavedError):
         return error.signal_number in _OF_A_PERSON
@@ -173,8 +169,7 @@ def forget_failure(run_dir: Path) -> None:
 def keep_failure(run_dir: Path, new: FailureRecord) -> FailureRecord:
     """Put `new` on record unless an earlier one of its attempt is there; returns what is on record then.
 
-    A folder that cannot be written (a full disk may be what failed) is reported in the log: the failure itself matters
-    more.
+    A folder that cannot be written (a full disk may be what failed) is only logged.
     """
     try:
         with open_itself(run_dir / _LOCK_NAME, "ab") as lock:

@@ -6,7 +6,7 @@ and the share of it that trainings reach.
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from ca2st.benchmark.measure import PEAKS, find_peak, measure_limit
 from ca2st.errors import EnvironmentFault, check_choice
 from ca2st.model.config import TargetSpec
 from ca2st.model.inspect import FLOP_PER_MULTIPLY_ADD, ModelInfo, train_tflop
-from ca2st.training.config import Precision
+from ca2st.training.config import Precision, TrainingConfig
 from ray_jobs.config.recipe import Recipe
 
 Device = Literal["cpu", "cuda"]
@@ -65,10 +65,7 @@ class Work:
 def rate_of(device: str | None, precision: Precision | None) -> Rate:
     """Return the rate of the `device` of this name; None: of what this machine would train on.
 
-    `precision` None: bf16 on a GPU, fp32 on a CPU.
-
-    Raises:
-        UserInputError: no device of `PEAKS`.
+    `precision` None: bf16 on a GPU, fp32 on a CPU. A name that is not in `PEAKS` is a UserInputError.
     """
     here: Device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = precision or ("fp32" if here == "cpu" and device is None else "bf16")
@@ -94,8 +91,7 @@ def rate_of(device: str | None, precision: Precision | None) -> Rate:
 def work_of(recipe: Recipe, info: ModelInfo, *, steps: int, steps_per_epoch: int, num_validation: int) -> Work:
     """Return what the whole training computes; `num_validation`: samples of the validation split, 0 without one."""
     training = recipe.training
-    cadences = (training.validate_every_epochs * steps_per_epoch, training.validate_every_steps or 0)
-    num_validations = len({steps, *(step for every in cadences if every for step in range(every, steps, every))})
+    num_validations = len(validated_steps(training, steps=steps, steps_per_epoch=steps_per_epoch))
     return Work(
         clips=steps * training.global_batch_size,
         views=num_validations * num_validation * recipe.data.views.num_views,
@@ -104,25 +100,36 @@ def work_of(recipe: Recipe, info: ModelInfo, *, steps: int, steps_per_epoch: int
     )
 
 
+def validated_steps(training: TrainingConfig, *, steps: int, steps_per_epoch: int) -> set[int]:
+    """Return the steps of a run after which it validates: at its cadences, and the last."""
+    cadences = (training.validate_every_epochs * steps_per_epoch, training.validate_every_steps or 0)
+    return {steps, *(step for every in cadences if every for step in range(every, steps, every))}
+
+
 def counted_hours(work: Work, rate: Rate, *, workers: int) -> dict[str, Any]:
     """Return hours of training and of validation, and the clips per second that must be read for it."""
     num_devices = 1 if rate.device == "this CPU" else workers
     speed = rate.peak_tflops * rate.share * num_devices
-    training = work.clips * work.train_tflop / speed / 3600
-    validation = work.views * work.forward_tflop / speed / 3600
-    return {
-        "hours": training + validation,
-        "how": "counted",
-        "device": rate.device,
-        "num_devices": num_devices,
-        "training_hours": training,
-        "validation_hours": validation,
-        "clips_per_second": speed / work.train_tflop,
-        "tflop_per_clip": work.train_tflop,
+    facts = {"how": "counted", "device": rate.device, "num_devices": num_devices}
+    return _hours(
+        work, facts, clips_per_second=speed / work.train_tflop, views_per_second=speed / work.forward_tflop
+    ) | {
         "peak_tflops": rate.peak_tflops,
         "peak_of": rate.source,
         "share_of_peak": rate.share,
         "times_in_fp32": rate.times_in_fp32,
+    }
+
+
+def _hours(work: Work, facts: Mapping[str, Any], *, clips_per_second: float, views_per_second: float) -> dict[str, Any]:
+    training, validation = work.clips / clips_per_second / 3600, work.views / views_per_second / 3600
+    return {
+        "hours": training + validation,
+        **facts,
+        "training_hours": training,
+        "validation_hours": validation,
+        "clips_per_second": clips_per_second,
+        "tflop_per_clip": work.train_tflop,
     }
 
 
@@ -150,28 +157,18 @@ def measured_hours(recipe: Recipe, work: Work, targets: Sequence[TargetSpec], *,
     )
     try:
         case = LocalCase(spec)
-        seconds = {kind: _median_seconds(case, kind) for kind in ("training", "forward")}
+        step_seconds, forward_seconds = _median_seconds(case, "training"), _median_seconds(case, "forward")
     except torch.OutOfMemoryError as error:
         raise EnvironmentFault(
             f"--measure: expected memory for {num_clips} clips, found it used up; lower training.per_device_batch_size "
             "or set training.activation_checkpointing = true"
         ) from error
     num_devices = recipe.launch.workers if here == "cuda" else 1
-    clips_per_second = num_clips / seconds["training"] * num_devices
-    trained = work.clips / clips_per_second / 3600
-    validated = work.views * seconds["forward"] / num_clips / num_devices / 3600
-    return {
-        "hours": trained + validated,
-        "how": "measured",
-        "device": torch.cuda.get_device_name() if here == "cuda" else "this CPU",
-        "num_devices": num_devices,
-        "training_hours": trained,
-        "validation_hours": validated,
-        "clips_per_second": clips_per_second,
-        "tflop_per_clip": work.train_tflop,
-        "measured_clips": num_clips,
-        "peak_memory": case.peak_bytes(),
-    }
+    device = torch.cuda.get_device_name() if here == "cuda" else "this CPU"
+    facts = {"how": "measured", "device": device, "num_devices": num_devices}
+    clips, views = num_clips * num_devices / step_seconds, num_clips * num_devices / forward_seconds
+    found = _hours(work, facts, clips_per_second=clips, views_per_second=views)
+    return found | {"measured_clips": num_clips, "peak_memory": case.peak_bytes()}
 
 
 def _median_seconds(case: LocalCase, kind: Literal["training", "forward"]) -> float:

@@ -1,5 +1,6 @@
 """Trained models at work: loaded from a checkpoint, tested on shard sets, their features written."""
 
+import itertools
 import json
 import logging
 import re
@@ -83,7 +84,7 @@ class TrainedModel:
                     f"{shards.where}: expected the model's classes of {name}, found others: {differing}; "
                     "`ca2st evaluate` matches classes by name, `read_batches` gives the set as it is"
                 )
-        with trained_loader(self, shards, tuple(self.classes), views=views or EvaluationViews(), num_lanes=1) as loader:
+        with trained_loader(self, shards, tuple(self.classes), views=views or EvaluationViews()) as loader:
             yield from loader.batches()
 
 
@@ -93,12 +94,11 @@ def trained_loader(
     targets: tuple[str, ...],
     *,
     views: EvaluationViews,
-    num_lanes: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | None = None,
 ) -> EvaluationLoader:
-    """Return every sample of a set once over all ranks, for a model that was trained on sets like it.
+    """Return every sample of a set once over all ranks, each in stored order, for a model trained on sets like it.
 
     Raises:
         UserInputError: the model hears, and the set has no sound or spectrograms that were made otherwise.
@@ -117,7 +117,7 @@ def trained_loader(
         shard_set,
         targets,
         views=views,
-        num_lanes=num_lanes,
+        num_lanes=world_size,
         rank=rank,
         world_size=world_size,
         device=device,
@@ -173,9 +173,7 @@ def score(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) ->
     accelerator = place_model(trained)
     targets, manifest = trained.targets, shard_set.manifest
     with (
-        trained_loader(
-            trained, shard_set, tuple(targets), views=views, num_lanes=1, device=accelerator.device
-        ) as loader,
+        trained_loader(trained, shard_set, tuple(targets), views=views, device=accelerator.device) as loader,
         progress("Scoring", loader.num_samples) as update,
     ):
         found = joined(
@@ -258,16 +256,20 @@ def write_features(
     if out is not None:
         require_writable_place(out, "--out")
     trained = load_trained(path)
-    chosen = _choose(tuple(trained.model.experts), experts)
+    known = tuple(trained.model.experts)
+    for name in experts or ():
+        check_choice("--experts", name, known)
+    chosen = tuple(name for name in known if experts is None or name in experts)
     shard_set = read_shard_set(data, storage=trained.recipe.data.loader.storage)
     out = out or output_of_set(trained, shard_set, views, what="features")
-    with writing(out) as file, closing(_tables(trained, shard_set, views, chosen)) as tables:
+    num_samples = 0
+    with writing(out) as file, closing(_tables(trained, shard_set, views, chosen, rows_a_group)) as tables:
         first = next(tables)
-        about = _describe(trained, shard_set, views)
-        schema = first.schema.with_metadata({METADATA_KEY: json.dumps(about).encode()})
-        groups = _grouped(first, tables, rows_a_group)
+        schema = first.schema.with_metadata({METADATA_KEY: json.dumps(_describe(trained, shard_set, views)).encode()})
         with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=["key"]) as writer:
-            num_samples = sum(_write_group(writer, group) for group in groups)
+            for table in itertools.chain([first], tables):
+                writer.write_table(table, row_group_size=table.num_rows)
+                num_samples += table.num_rows
         if num_samples != shard_set.manifest.num_samples:
             raise DataDamageError(
                 f"{data}: expected {shard_set.manifest.num_samples} samples, found {num_samples}; no file is written"
@@ -277,13 +279,6 @@ def write_features(
         num_samples=num_samples,
         experts={name: first.schema.field(name).type.list_size for name in chosen},
     )
-
-
-def _choose(known: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the wanted experts, in the model's order."""
-    for name in wanted or ():
-        check_choice("--experts", name, known)
-    return tuple(name for name in known if wanted is None or name in wanted)
 
 
 def _describe(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) -> dict[str, object]:
@@ -305,42 +300,28 @@ def _describe(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews
     }
 
 
-def _grouped(first: pa.Table, rest: Iterator[pa.Table], rows_a_group: int) -> Iterator[pa.Table]:
-    """Yield small tables joined until they have `rows_a_group` rows."""
-    waiting, count = [first], first.num_rows
-    for table in rest:
-        if count >= rows_a_group:
-            yield pa.concat_tables(waiting)
-            waiting, count = [], 0
-        waiting.append(table)
-        count += table.num_rows
-    yield pa.concat_tables(waiting)
-
-
-def _write_group(writer: pq.ParquetWriter, table: pa.Table) -> int:
-    writer.write_table(table, row_group_size=max(1, table.num_rows))
-    rows: int = table.num_rows
-    return rows
-
-
 def _tables(
-    trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews, experts: tuple[str, ...]
+    trained: TrainedModel,
+    shard_set: ShardSet,
+    views: EvaluationViews,
+    experts: tuple[str, ...],
+    rows_a_group: int,
 ) -> Generator[pa.Table, None, None]:
-    """Yield one table a batch, in the set's order."""
-    targets = shard_set.manifest.targets
-    accelerator = place_model(trained)
-    total = shard_set.manifest.num_samples
-    with (
-        trained_loader(trained, shard_set, targets, views=views, num_lanes=1, device=accelerator.device) as loader,
-        progress("Features", total) as update,
-    ):
-        done = 0
+    """Yield the rows in the set's order, whole batches until there are `rows_a_group`."""
+    manifest, accelerator = shard_set.manifest, place_model(trained)
+    loading = trained_loader(trained, shard_set, manifest.targets, views=views, device=accelerator.device)
+    with loading as loader, progress("Features", manifest.num_samples) as update:
+        waiting: list[pa.Table] = []
+        held = done = 0
         for batch in loader.batches():
-            table = _table(batch, _features(trained, batch, accelerator), targets, views, experts)
-            done += table.num_rows
+            waiting.append(_table(batch, _features(trained, batch, accelerator), manifest.targets, views, experts))
+            held, done = held + waiting[-1].num_rows, done + waiting[-1].num_rows
             update(done, "samples")
-            if table.num_rows:
-                yield table
+            if held >= rows_a_group:
+                yield pa.concat_tables(waiting)
+                waiting, held = [], 0
+        if held:
+            yield pa.concat_tables(waiting)
 
 
 def _features(trained: TrainedModel, batch: ClipBatch, accelerator: Accelerator) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ Lines go to ``system/<node>.jsonl`` of the run folder, under the names that MLfl
 the journal sends them too. Its own classes are not used: importing MLflow takes a worker seconds and 170 MB.
 """
 
+import contextlib
 import importlib
 import json
 import logging
@@ -69,38 +70,47 @@ class NodeMetrics:
 
     def _run(self) -> None:
         try:
-            self._write_lines()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open_itself(self.path, "ab") as file:
+                if not take_lock(file):
+                    return
+                cut_torn_end(self.path)
+                # Numbers count on over the attempts of a run.
+                number = max((int(line["step"]) for line in read_events(self.path, kind=SystemLine)), default=-1)
+                measure = self._measure or NodeProbe(self.path.parent).measure
+                is_last = False
+                while not is_last:
+                    is_last, number = self._ended.wait(self._every_seconds), number + 1
+                    metrics = {name: round(value, 3) for name, value in measure().items()}
+                    line = json.dumps({"time": time.time(), "step": number, "metrics": metrics}, separators=(",", ":"))
+                    file.write(f"{line}\n".encode())
+                    file.flush()
         except Exception as error:  # noqa: BLE001  # measuring is never worth a training
             _LOG.warning("%s: system metrics end here: %s: %s", self.path, type(error).__name__, error)
 
-    def _write_lines(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open_itself(self.path, "ab") as file:
-            if not take_lock(file):
-                return
-            cut_torn_end(self.path)
-            number = _next_number(self.path)
-            measure = self._measure or NodeProbe(self.path.parent).measure
-            is_last = False
-            while not is_last:
-                is_last = self._ended.wait(self._every_seconds)
-                file.write(_line(number, measure()))
-                file.flush()
-                number += 1
-
 
 class NodeProbe:
-    """Reads the counters of this machine."""
+    """Reads the counters of this machine and of its NVIDIA devices, all of them, in the driver's order."""
 
     def __init__(self, folder: Path) -> None:
         """`folder`: on the disk whose use is measured."""
         self._folder = folder
         self._start = psutil.net_io_counters()
-        self._gpus = _Gpus.find()
         psutil.cpu_percent()  # the next call tells the mean since this one
+        self._gpus: list[Any] = []
+        try:
+            self._nvml = importlib.import_module("pynvml")
+        except ImportError:  # no package nvidia-ml-py
+            return
+        with contextlib.suppress(self._nvml.NVMLError):  # no driver
+            self._nvml.nvmlInit()
+            self._gpus = list(map(self._nvml.nvmlDeviceGetHandleByIndex, range(self._nvml.nvmlDeviceGetCount())))
 
     def measure(self) -> dict[str, float]:
-        """Return the percentages, megabytes of 10^6 bytes and watts; network traffic since this object was made."""
+        """Return the percentages, megabytes of 10^6 bytes and watts; network traffic since this object was made.
+
+        A number that a GPU does not have is left out.
+        """
         memory, disk, network = psutil.virtual_memory(), psutil.disk_usage(str(self._folder)), psutil.net_io_counters()
         found = {
             "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -112,38 +122,10 @@ class NodeProbe:
             "network_receive_megabytes": (network.bytes_recv - self._start.bytes_recv) / _MEGABYTE,
             "network_transmit_megabytes": (network.bytes_sent - self._start.bytes_sent) / _MEGABYTE,
         }
-        return found | (self._gpus.measure() if self._gpus else {})
-
-
-class _Gpus:
-    """The NVIDIA devices of the machine, all of them, in the driver's order."""
-
-    def __init__(self, nvml: Any) -> None:
-        self._nvml = nvml
-        self._handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-
-    @classmethod
-    def find(cls) -> "_Gpus | None":
-        """None without a driver, or without the package nvidia-ml-py."""
-        try:
-            nvml = importlib.import_module("pynvml")
-        except ImportError:
-            return None
-        try:
-            nvml.nvmlInit()
-        except nvml.NVMLError:
-            return None
-        return cls(nvml)
-
-    def measure(self) -> dict[str, float]:
-        """Return what each device reports; a number that a device does not have is left out."""
-        found: dict[str, float] = {}
-        for index, handle in enumerate(self._handles):
+        for index, gpu in enumerate(self._gpus):
             for read in (_gpu_memory, _gpu_utilization, _gpu_power):
-                try:
-                    found |= {f"gpu_{index}_{name}": value for name, value in read(self._nvml, handle).items()}
-                except self._nvml.NVMLError:
-                    continue
+                with contextlib.suppress(self._nvml.NVMLError):
+                    found |= {f"gpu_{index}_{name}": value for name, value in read(self._nvml, gpu).items()}
         return found
 
 
@@ -172,15 +154,3 @@ def node_file(run_dir: Path, node: str) -> Path:
 def node_files(run_dir: Path) -> dict[str, Path]:
     """Return the files there are, by node; the last line of one may be torn."""
     return {path.stem: path for path in sorted((run_dir / SYSTEM_FOLDER).glob("*.jsonl"))}
-
-
-def _next_number(path: Path) -> int:
-    """Measurements count on over the attempts of a run."""
-    return max((int(line["step"]) for line in read_events(path, kind=SystemLine)), default=-1) + 1
-
-
-def _line(number: int, metrics: Mapping[str, float]) -> bytes:
-    rounded = {name: round(value, 3) for name, value in metrics.items()}
-    return (
-        json.dumps({"time": time.time(), "step": number, "metrics": rounded}, separators=(",", ":")) + "\n"
-    ).encode()

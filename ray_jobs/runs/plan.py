@@ -15,14 +15,7 @@ from ca2st.errors import UserInputError
 from ca2st.model.config import HeldPrecision
 from ca2st.model.inspect import ModelInfo, info_of
 from ca2st.model.network import HolisticModel, held_precision, hold_experts
-from ca2st.training.checkpoint import (
-    CHECKPOINTS_NAME,
-    checkpoint_name,
-    last_attempt_of_checkpoints,
-    list_checkpoints,
-    newest_sound,
-    verify_checkpoint,
-)
+from ca2st.training import checkpoint
 from ca2st.training.config import TrainingConfig
 from ca2st.training.errors import ResumeRefusedError
 from ca2st.training.journal import JOURNAL_NAME, differences, last_attempt
@@ -33,17 +26,16 @@ from pipelines.order.plan import count_steps, rank_positions, require_enough_sam
 from ray_jobs.config.recipe import Recipe
 from ray_jobs.console import table
 from ray_jobs.runs.data import TrainingData, synthetic_classes
-from ray_jobs.runs.hours import counted_hours, hours_line, measured_hours, rate_of, work_of
-from ray_jobs.runs.model import check_model, frozen_bytes, target_specs
+from ray_jobs.runs.hours import counted_hours, hours_line, measured_hours, rate_of, validated_steps, work_of
+from ray_jobs.runs.model import begin_model, frozen_parts, target_specs
 from ray_jobs.runs.published import count_notes, published_count, published_spaces, validation_split
-from ray_jobs.runs.start import check_settings, open_checked, refuse_other_recipe
+from ray_jobs.runs.worker import check_settings, open_checked, refuse_other_recipe
 from sharding.datasets.media_tree import PUBLISHED_ROWS
 from sharding.format.remote import RemoteFolder, as_location
 from sharding.format.shard_set import ShardSet
 
 _MOMENTS = 2
 """AdamW keeps two numbers for each trained parameter, in checkpoints too."""
-_UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
 def resume_plan(recipe: Recipe, run_dir: Path, *, fingerprints: Mapping[str, str] | None, steps: int) -> dict[str, Any]:
@@ -57,35 +49,31 @@ def resume_plan(recipe: Recipe, run_dir: Path, *, fingerprints: Mapping[str, str
         CheckpointDamagedError: checkpoints are there, and none is sound.
     """
     facts: dict[str, Any] = {"run_dir": str(run_dir), "state": "new", "attempt": 1, "checkpoint": None, "step": 0}
-    root = run_dir / CHECKPOINTS_NAME
-    if not (run_dir / RECIPE_FILE).exists() and not list_checkpoints(root):
-        return facts | {"damaged": [], "changes": []}
+    facts |= {"damaged": [], "changes": []}
+    root = run_dir / checkpoint.CHECKPOINTS_NAME
+    if not (run_dir / RECIPE_FILE).exists() and not checkpoint.list_checkpoints(root):
+        return facts
     refuse_other_recipe(recipe, run_dir)
-    facts["attempt"] = 1 + max(last_attempt(run_dir / JOURNAL_NAME), last_attempt_of_checkpoints(root))
-    marker, damaged = newest_sound(root, verify_checkpoint)
+    facts["attempt"] = 1 + max(last_attempt(run_dir / JOURNAL_NAME), checkpoint.last_attempt_of_checkpoints(root))
+    marker, damaged = checkpoint.newest_sound(root, checkpoint.verify_checkpoint)
     if marker is None:
-        return facts | {"state": "begin again", "damaged": [], "changes": []}
+        return facts | {"state": "begin again"}
     if fingerprints is not None and (changed := differences(marker.manifests, fingerprints)):
         listed = "\n  ".join(changed)
         raise ResumeRefusedError(f"{run_dir}: holds a run on other data; choose another --out:\n  {listed}")
-    now = _topology(recipe)
-    return facts | {
-        "state": "finished" if marker.step >= steps else "resume",
-        "checkpoint": checkpoint_name(marker.step, marker.attempt),
-        "step": marker.step,
-        "damaged": list(damaged),
-        "changes": differences({name: marker.topology.get(name) for name in now}, now),
-    }
-
-
-def _topology(recipe: Recipe) -> dict[str, Any]:
-    """Return what a recipe says of a checkpoint's topology."""
     training = recipe.training
-    return {
+    now = {
         "world_size": recipe.launch.workers,
         "per_device_batch_size": training.per_device_batch_size,
         "precision": training.precision,
         "compile": training.compile,
+    }
+    return facts | {
+        "state": "finished" if marker.step >= steps else "resume",
+        "checkpoint": checkpoint.checkpoint_name(marker.step, marker.attempt),
+        "step": marker.step,
+        "damaged": list(damaged),
+        "changes": differences({name: marker.topology.get(name) for name in now}, now),
     }
 
 
@@ -123,13 +111,9 @@ def make_plan(
         UserInputError: what the training itself would refuse: settings, data, weights, a folder of another run.
         DataDamageError: damaged manifests, or a run folder without a sound checkpoint.
     """
-    notes: list[str] = []
-    if assume_counts:
-        recipe, notes = without_missing_experts(recipe)
-        reading = assumed_reading(recipe)
-    else:
-        reading = read_without_traces(recipe)
-    begun = check_model(recipe, reading.classes, run_dir)
+    recipe, notes = without_missing_experts(recipe) if assume_counts else (recipe, [])
+    reading = assumed_reading(recipe) if assume_counts else read_without_traces(recipe)
+    begun = begin_model(recipe, reading.classes, run_dir, is_outline=True)
     training, world_size = recipe.training, recipe.launch.workers
     held = held_precision(recipe.experts.precision, training=training.precision, device=device)
     info = info_of(begun.model)
@@ -189,8 +173,7 @@ def without_missing_experts(recipe: Recipe) -> tuple[Recipe, list[str]]:
 def assumed_reading(recipe: Recipe) -> Reading:
     """Return what a published training reads, by the numbers of its dataset's lists.
 
-    Raises:
-        UserInputError: the recipe is of no published dataset, or its split is none of theirs; and as `check_settings`.
+    A recipe of no published dataset, or a split that is none of theirs, is a UserInputError.
     """
     check_settings(recipe)
     if recipe.published is None or recipe.published.dataset not in PUBLISHED_ROWS:
@@ -198,18 +181,12 @@ def assumed_reading(recipe: Recipe) -> Reading:
             "--assume-published-counts: expected a recipe with [published] dataset = one of "
             f"{', '.join(PUBLISHED_ROWS)}, found {recipe.name}; give its shards by --data"
         )
-    dataset, training = recipe.published.dataset, recipe.training
-    num_samples = published_count(dataset, "train", recipe.data.split)
-    split = validation_split(recipe)
-    num_validation = published_count(dataset, split, recipe.data.split) if recipe.data.validation else 0
-    limit, order = recipe.data.select.limit, recipe.data.order()
-    num_samples = min(num_samples, limit or num_samples)
-    num_clips = (order.epoch_samples or num_samples) * order.repeats
-    return Reading(
-        classes=published_spaces(dataset),
-        num_samples=num_samples,
-        steps_per_epoch=count_steps(num_clips, training.global_batch_size, remainder=order.remainder),
-        data=None,
+    dataset, number = recipe.published.dataset, recipe.data.split
+    num_validation = published_count(dataset, validation_split(recipe), number) if recipe.data.validation else 0
+    return _counted_reading(
+        recipe,
+        published_spaces(dataset),
+        num_train=published_count(dataset, "train", number),
         num_validation=num_validation,
     )
 
@@ -222,7 +199,10 @@ def read_without_traces(recipe: Recipe) -> Reading:
     """
     check_settings(recipe)
     if (classes := synthetic_classes(recipe)) is not None:
-        return _reading_of_world(recipe, classes)
+        # All clips of the world, which is not drawn yet: which are selected or balanced shows in their labels.
+        world = recipe.data.synthetic
+        assert world is not None
+        return _counted_reading(recipe, classes, num_train=world.num_train, num_validation=world.num_validation)
     with tempfile.TemporaryDirectory(prefix="ca2st-plan-") as folder:
         aside = replace(recipe.data, loader=replace(recipe.data.loader, cache_dir=folder))
         data, plan = open_checked(replace(recipe, data=aside))
@@ -235,11 +215,10 @@ def read_without_traces(recipe: Recipe) -> Reading:
     )
 
 
-def _reading_of_world(recipe: Recipe, classes: dict[str, list[str]]) -> Reading:
-    """Of a world that is not drawn yet: all its clips, since which are selected or balanced shows in their labels."""
-    world, order, batch = recipe.data.synthetic, recipe.data.order(), recipe.training.global_batch_size
-    assert world is not None
-    num_samples = min(world.num_train, order.selection.limit or world.num_train)
+def _counted_reading(recipe: Recipe, classes: dict[str, list[str]], *, num_train: int, num_validation: int) -> Reading:
+    """Return what is read of so many samples, whose sets are not here."""
+    order, batch = recipe.data.order(), recipe.training.global_batch_size
+    num_samples = min(num_train, order.selection.limit or num_train)
     num_clips = (order.epoch_samples or num_samples) * order.repeats
     require_enough_samples(
         num_samples=num_clips,
@@ -247,22 +226,17 @@ def _reading_of_world(recipe: Recipe, classes: dict[str, list[str]]) -> Reading:
         world_size=recipe.launch.workers,
         remainder=order.remainder,
     )
-    steps = count_steps(num_clips, batch, remainder=order.remainder)
     return Reading(
         classes=classes,
         num_samples=num_samples,
-        steps_per_epoch=steps,
+        steps_per_epoch=count_steps(num_clips, batch, remainder=order.remainder),
         data=None,
-        num_validation=world.num_validation,
+        num_validation=num_validation,
     )
 
 
 def batch_plan(training: TrainingConfig, *, world_size: int) -> dict[str, int]:
-    """Return how a step's clips are cut: into ranks (pairs stay together), and those into micro-batches.
-
-    Raises:
-        PlanError: a rank would get nothing.
-    """
+    """Return how a step's clips are cut: into ranks (pairs stay together), and those into micro-batches."""
     size = training.global_batch_size
     ranks = range(world_size)
     shares = [len(rank_positions(rank, world_size, global_batch_size=size, keep_pairs=True)) for rank in ranks]
@@ -320,16 +294,6 @@ def waiting_bytes(recipe: Recipe) -> int:
     return (loader.prefetch_steps + loader.rendered_at_once) * share * (frames + 4 * clip.mel_rows * clip.num_mel_bins)
 
 
-def num_checkpoints(recipe: Recipe, *, steps: int, steps_per_epoch: int) -> int:
-    """Return how many a run of `steps` writes: at its cadence, before each validation, and at its end."""
-    training = recipe.training
-    saved = {steps, *range(training.checkpoint_every_steps, steps, training.checkpoint_every_steps)}
-    for every in (training.validate_every_epochs * steps_per_epoch, training.validate_every_steps or 0):
-        if recipe.data.validates and every > 0:
-            saved |= set(range(every, steps, every))
-    return len(saved)
-
-
 def disk_plan(
     recipe: Recipe, model: HolisticModel, run_dir: Path, *, steps: int, steps_per_epoch: int
 ) -> dict[str, int]:
@@ -339,16 +303,21 @@ def disk_plan(
     """
     parameters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     trained = sum(tensor.nbytes for tensor in trained_tensors(model).values())
-    checkpoint = trained * (1 if recipe.training.ema_decay is None else 2) + _MOMENTS * parameters
-    written = num_checkpoints(recipe, steps=steps, steps_per_epoch=steps_per_epoch)
-    kept = min(recipe.training.keep_checkpoints + (recipe.training.keep_best if recipe.data.validates else 0), written)
-    frozen = frozen_bytes(model)
+    training = recipe.training
+    size = trained * (1 if training.ema_decay is None else 2) + _MOMENTS * parameters
+    saved = {steps, *range(training.checkpoint_every_steps, steps, training.checkpoint_every_steps)}
+    kept = training.keep_checkpoints
+    if recipe.data.validates:  # before each validation a checkpoint is written
+        saved |= validated_steps(training, steps=steps, steps_per_epoch=steps_per_epoch)
+        kept += training.keep_best
+    written, kept = len(saved), min(kept, len(saved))
+    frozen = sum(tensor.nbytes for part in frozen_parts(model).values() for tensor in part.values())
     return {
-        "checkpoint": checkpoint,
+        "checkpoint": size,
         "num_written": written,
         "num_kept": kept,
         "frozen_weights": frozen,
-        "total": min(kept + 1, written) * checkpoint + frozen,
+        "total": min(kept + 1, written) * size + frozen,
         "free": shutil.disk_usage(_nearest_folder(run_dir)).free,
     }
 
@@ -359,24 +328,30 @@ def _nearest_folder(path: Path) -> Path:
 
 def data_plan(recipe: Recipe, data: TrainingData | None) -> dict[str, Any]:
     """Return where samples come from, how much that is, and the cache that shards behind a URL go through."""
-    world = recipe.data.synthetic
-    if data is None and world is None:
-        places = {"train": recipe.data.train, "validation": recipe.data.validation}
-        return {"train": [], "validation": None, "made_first": None, "cache": None, "assumed": places}
     if data is None:
-        assert world is not None
+        nothing: dict[str, Any] = {"train": [], "validation": None, "made_first": None, "cache": None}
+        if (world := recipe.data.synthetic) is None:
+            return nothing | {"assumed": {"train": recipe.data.train, "validation": recipe.data.validation}}
         made = {"task": world.task, "train": world.num_train, "validation": world.num_validation}
-        return {"train": [], "validation": None, "made_first": made, "cache": None}
-    sets = [*data.train_sets, *([data.validation] if data.validation is not None else [])]
+        return nothing | {"made_first": made}
+    remote, cache = [one for one in data.sets if isinstance(as_location(one.where), RemoteFolder)], None
+    if remote:
+        storage = recipe.data.loader.storage
+        cache = {
+            "folder": str(storage.folder),
+            "limit_bytes": storage.cache_bytes,
+            "set_bytes": sum(int(_set_facts(one)["bytes"]) for one in remote),
+            "free_bytes": shutil.disk_usage(_nearest_folder(storage.folder)).free,
+        }
     return {
-        "train": [set_facts(one) for one in data.train_sets],
-        "validation": None if data.validation is None else set_facts(data.validation),
+        "train": [_set_facts(one) for one in data.train_sets],
+        "validation": None if data.validation is None else _set_facts(data.validation),
         "made_first": None,
-        "cache": _cache_plan(recipe, sets),
+        "cache": cache,
     }
 
 
-def set_facts(shard_set: ShardSet) -> dict[str, str | int]:
+def _set_facts(shard_set: ShardSet) -> dict[str, str | int]:
     """Return place, samples, shards and bytes of a set."""
     manifest = shard_set.manifest
     return {
@@ -385,19 +360,6 @@ def set_facts(shard_set: ShardSet) -> dict[str, str | int]:
         "num_shards": manifest.num_shards,
         "bytes": sum(shard.bytes + shard.index_bytes for shard in shard_set.shards),
         "codec": manifest.video.codec,
-    }
-
-
-def _cache_plan(recipe: Recipe, sets: list[ShardSet]) -> dict[str, str | int | None] | None:
-    remote = [one for one in sets if isinstance(as_location(one.where), RemoteFolder)]
-    if not remote:
-        return None
-    storage = recipe.data.loader.storage
-    return {
-        "folder": str(storage.folder),
-        "limit_bytes": storage.cache_bytes,
-        "set_bytes": sum(int(set_facts(one)["bytes"]) for one in remote),
-        "free_bytes": shutil.disk_usage(_nearest_folder(storage.folder)).free,
     }
 
 
@@ -436,25 +398,23 @@ def plan_lines(plan: Mapping[str, Any]) -> str:
     )
     rows["time"] = hours_line(plan["time"])
     rows |= {"note" if number == 1 else f"note {number}": note for number, note in enumerate(plan["notes"], start=1)}
-    return table(rows | {"disk": _disk_line(plan["disk"])} | _data_rows(plan["data"]) | _resume_row(plan["resume"]))
-
-
-def readable_bytes(count: float) -> str:
-    """Return ``1.2 GB``: powers of 1000."""
-    for unit in _UNITS[:-1]:
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} {_UNITS[-1]}"
-
-
-def _disk_line(disk: Mapping[str, int]) -> str:
+    disk = plan["disk"]
     warning = "" if disk["total"] <= disk["free"] else "; NOT ENOUGH SPACE"
-    return (
+    rows["disk"] = (
         f"up to {readable_bytes(disk['total'])} of {readable_bytes(disk['free'])} free: checkpoints of "
         f"{readable_bytes(disk['checkpoint'])} ({disk['num_written']} written, {disk['num_kept']} kept), frozen "
         f"weights {readable_bytes(disk['frozen_weights'])}{warning}"
     )
+    return table(rows | _data_rows(plan["data"]) | {"run folder": _resume_line(plan["resume"])})
+
+
+def readable_bytes(count: float) -> str:
+    """Return ``1.2 GB``: powers of 1000."""
+    units = ["B", "KB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.3g} {units[0]}"
 
 
 def _data_rows(data: Mapping[str, Any]) -> dict[str, object]:
@@ -481,7 +441,7 @@ def _set_line(one: Mapping[str, Any]) -> str:
     return f"{one['place']}: {one['num_samples']} samples in {one['num_shards']} shards, {size}, {one['codec']}"
 
 
-def _resume_row(resume: Mapping[str, Any]) -> dict[str, object]:
+def _resume_line(resume: Mapping[str, Any]) -> str:
     """Return what is found in the run folder, and what follows from it."""
     state = {
         "new": "a new run",
@@ -491,4 +451,4 @@ def _resume_row(resume: Mapping[str, Any]) -> dict[str, object]:
     }[resume["state"]]
     changes = f" (changed: {'; '.join(resume['changes'])})" if resume["changes"] else ""
     damaged = f"; passed over as damaged: {'; '.join(resume['damaged'])}" if resume["damaged"] else ""
-    return {"run folder": f"{resume['run_dir']}: {state}{changes}{damaged}"}
+    return f"{resume['run_dir']}: {state}{changes}{damaged}"

@@ -85,23 +85,17 @@ def predict_videos(
 
 
 def predict_readable(checkpoint: Path, videos: Sequence[Path], *, top: int, views: EvaluationViews) -> PredictionReport:
-    """As `predict_videos`, but a video that cannot be decoded is listed with the reason, and the others are predicted.
-
-    Raises:
-        UserInputError: a video is not there or given twice, or `checkpoint` is none.
-    """
+    """As `predict_videos`, but a video that cannot be decoded is listed with the reason, the others are predicted."""
     require_videos(videos)
     trained = load_trained(checkpoint)
     with converted(trained, whole_videos(videos)) as (shard_set, damaged):
-        result = None if shard_set is None else score(trained, shard_set, views)
-        notes = {} if shard_set is None else dict(shard_set.manifest.notes)
-    if result is None:
-        return PredictionReport(videos=[], damaged=damaged, notes=notes)
+        if shard_set is None:
+            return PredictionReport(videos=[], damaged=damaged, notes={})
+        result, notes = score(trained, shard_set, views), dict(shard_set.manifest.notes)
     rows = {key: index for index, key in enumerate(result.sample_ids)}
     found = []
     for video in map(str, videos):
-        row = rows.get(sample_key(video))
-        if row is not None:
+        if (row := rows.get(sample_key(video))) is not None:
             of_video = {target: values[row] for target, values in result.probabilities.items()}
             found.append(VideoPrediction(video=video, predictions=likeliest(trained.classes, of_video, top=top)))
     return PredictionReport(videos=found, damaged=damaged, notes=notes)
@@ -111,8 +105,7 @@ def predict_readable(checkpoint: Path, videos: Sequence[Path], *, top: int, view
 def shards_of_videos(trained: TrainedModel, videos: Sequence[Path]) -> Iterator[ShardSet]:
     """The videos as a small shard set in a temporary folder, made as the model's training shards were.
 
-    Raises:
-        RejectBudgetError: a video cannot be decoded; the message says which and why.
+    A video that cannot be decoded is a RejectBudgetError that says which and why.
     """
     with converted(trained, whole_videos(videos)) as (shard_set, damaged):
         _refuse_damaged(damaged)
@@ -149,10 +142,18 @@ def converted(
         workers=min(num_cores(), len(samples)),
         max_rejects=RejectBudget(count=len(samples)),
     )
+    source = SourceList(
+        dataset="videos",
+        split="predict",
+        label_spaces=tuple(LabelSpace(name=name, classes=tuple(classes)) for name, classes in trained.classes.items()),
+        targets=tuple(trained.classes),
+        labelling="none",
+        samples=tuple(samples),
+    )
     with tempfile.TemporaryDirectory(prefix="ca2st-videos-") as folder:
         root = Path(folder) / "shards"
         try:
-            (convert_shown if is_shown else convert)(_source_list(trained, samples), root, config)
+            (convert_shown if is_shown else convert)(source, root, config)
         except AllRejectedError as error:
             yield None, _damaged(error.rejects)
             return
@@ -167,10 +168,8 @@ def find_videos(arguments: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """Return the videos that arguments name, and the files in folders that are none: left aside.
 
     A file stands for itself, a folder for all videos in it and in its folders, and a pattern such as ``*/*.mp4`` for
-    the videos that it matches (a shell puts their names in its place; between quotes it arrives here).
-
-    Raises:
-        UserInputError: a folder without a video, or a pattern that matches none.
+    the videos that it matches (a shell puts their names in its place; between quotes it arrives here). A folder or
+    pattern without a video is a UserInputError.
     """
     found: list[Path] = []
     aside: list[Path] = []
@@ -179,12 +178,8 @@ def find_videos(arguments: Sequence[Path]) -> tuple[list[Path], list[Path]]:
         if not (is_pattern or argument.is_dir()):
             found.append(argument)
             continue
-        pattern = str(argument)
-        files = (
-            glob.iglob(pattern, recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
-            if is_pattern
-            else _files_below(argument)
-        )
+        # Path.glob takes no absolute pattern.
+        files = glob.iglob(str(argument), recursive=True) if is_pattern else _files_below(argument)  # noqa: PTH207
         paths = [path for path in map(Path, sorted(files)) if path.is_file()]
         videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
         if not videos:
@@ -205,11 +200,7 @@ def _files_below(folder: Path) -> Iterator[str]:
 
 
 def require_videos(videos: Sequence[Path]) -> None:
-    """Refuse an empty list of videos, and one of videos that are not there or are named twice.
-
-    Raises:
-        UserInputError: as said.
-    """
+    """Refuse an empty list of videos, and one of videos that are not there or are named twice (UserInputError)."""
     if not videos:
         raise UserInputError("expected at least one video, found none")
     if missing := [str(video) for video in videos if not video.is_file()]:
@@ -227,18 +218,6 @@ def segment_of(video: Path, start_seconds: float | None, end_seconds: float | No
     """Return a part of a video as the sample `name`."""
     return SourceSample(
         sample_id=name, path=video, start_seconds=start_seconds, end_seconds=end_seconds, labels=(), where=str(video)
-    )
-
-
-def _source_list(trained: TrainedModel, samples: Sequence[SourceSample]) -> SourceList:
-    """Return the samples without labels."""
-    return SourceList(
-        dataset="videos",
-        split="predict",
-        label_spaces=tuple(LabelSpace(name=name, classes=tuple(classes)) for name, classes in trained.classes.items()),
-        targets=tuple(trained.classes),
-        labelling="none",
-        samples=tuple(samples),
     )
 
 

@@ -49,11 +49,7 @@ def published_recipes() -> Iterator[Recipe]:
 def published_rows(
     recipes: Iterable[Recipe], *, with_hours: bool, device: str | None = None, workers: int = 1
 ) -> list[PublishedRow]:
-    """Return a row of each published recipe; hours are those on `workers` devices of this name, None: on this machine.
-
-    Raises:
-        UserInputError: no device of `PEAKS`.
-    """
+    """Return a row of each published recipe; hours are those of `workers` such devices; None: of this machine."""
     rate = rate_of(device, None) if with_hours else None
     known: dict[object, ModelInfo] = {}
     rows = []
@@ -70,16 +66,15 @@ def published_rows(
                 views=published.views,
                 clips=clips,
                 epochs=recipe.training.epochs,
-                shards=_shards_here(recipe),
+                shards=[
+                    role
+                    for role, place in {"train": recipe.data.train, "validation": recipe.data.validation}.items()
+                    if place is not None and (Path(place) / MANIFEST_NAME).is_file()
+                ],
                 hours=None if rate is None else _hours(recipe, published.dataset, rate, known, workers=workers),
             )
         )
     return rows
-
-
-def _shards_here(recipe: Recipe) -> list[str]:
-    sets = {"train": recipe.data.train, "validation": recipe.data.validation}
-    return [role for role, place in sets.items() if place is not None and (Path(place) / MANIFEST_NAME).is_file()]
 
 
 def _hours(recipe: Recipe, dataset: str, rate: Rate, known: dict[object, ModelInfo], *, workers: int) -> float:
@@ -110,8 +105,7 @@ def published_spaces(dataset: str) -> dict[str, list[str]]:
 def published_count(dataset: str, split: str, number: int | None) -> int:
     """Return the samples of a published split, with sound where that is what is kept; `number`: of several splits.
 
-    Raises:
-        UserInputError: there is no such split.
+    One that does not exist is a UserInputError.
     """
     counts = PUBLISHED_WITH_SOUND.get(dataset, PUBLISHED_ROWS[dataset]).get(split, ())
     place = (number or 1) - 1
@@ -129,7 +123,7 @@ def count_notes(data: TrainingData | None) -> list[str]:
     if data is None:
         return []
     notes = []
-    for one in (*data.train_sets, *([data.validation] if data.validation is not None else [])):
+    for one in data.sets:
         manifest = one.manifest
         tables = (PUBLISHED_ROWS, PUBLISHED_WITH_SOUND)
         counts = [count for rows in tables for count in rows.get(manifest.dataset, {}).get(manifest.split, ())]

@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,31 +101,23 @@ class TimelineReport:
     """JSON file: this report."""
 
 
-@dataclass(slots=True)
-class _Open:
-    start: float
-    end: float
-    probabilities: list[float] = field(default_factory=list)
-
-
 class EventMerger:
     """Joins windows in which a class reaches the threshold, as they come."""
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
-        self._open: dict[tuple[str, str], _Open] = {}
+        self._open: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+        """Start, end and probability of the windows in a row of a target's class."""
         self.events: list[Event] = []
         """Those that have ended."""
 
     def add(self, start: float, end: float, found: Sequence[Prediction]) -> None:
         """Take in a window: `found` has every class that reaches the threshold, and maybe others."""
         held = {(one.target, one.label): one.probability for one in found if one.probability >= self._threshold}
-        for name in [name for name, one in self._open.items() if name not in held or start > one.end]:
+        for name in [name for name, windows in self._open.items() if name not in held or start > windows[-1][1]]:
             self._close(name)
         for name, probability in held.items():
-            event = self._open.setdefault(name, _Open(start, end))
-            event.end = end
-            event.probabilities.append(probability)
+            self._open.setdefault(name, []).append((start, end, probability))
 
     def finish(self) -> list[Event]:
         """End what lasts to the end, and return all events by time."""
@@ -136,7 +128,8 @@ class EventMerger:
         )
 
     def _close(self, name: tuple[str, str]) -> None:
-        one = self._open.pop(name)
+        windows = self._open.pop(name)
+        probabilities = [probability for _, _, probability in windows]
         if len(self.events) == _MOST_EVENTS:
             raise UserInputError(
                 f"--threshold {self._threshold:g}: more than {_MOST_EVENTS} events; expected a higher one"
@@ -145,10 +138,10 @@ class EventMerger:
             Event(
                 target=name[0],
                 label=name[1],
-                start_seconds=one.start,
-                end_seconds=one.end,
-                probability=float(np.mean(one.probabilities)),
-                peak=max(one.probabilities),
+                start_seconds=windows[0][0],
+                end_seconds=windows[-1][1],
+                probability=float(np.mean(probabilities)),
+                peak=max(probabilities),
             )
         )
 
@@ -177,7 +170,10 @@ def _timeline_of(
     num_windows, seconds = 0, 0.0
     rows = out / f"{video.stem}.windows.csv"
     with writing(rows) as file:
-        file.write(_line(_columns(tuple(trained.classes), config.top)))
+        prefixes = [""] if len(trained.classes) == 1 else [f"{target}_" for target in trained.classes]
+        ranks, kinds = range(1, config.top + 1), ("label", "probability")
+        named = [f"{prefix}{kind}_{rank}" for prefix in prefixes for rank in ranks for kind in kinds]
+        file.write(_line(["start_seconds", "end_seconds", *named]))
         for start, end, found in _windows(trained, video, config, views=views, damaged=damaged):
             file.write(_line([f"{start:.3f}", f"{end:.3f}", *_cells(found, trained, config.top)]))
             merger.add(start, end, found)
@@ -267,13 +263,6 @@ def _line(cells: Sequence[str]) -> bytes:
     return text.getvalue().encode()
 
 
-def _columns(targets: Sequence[str], top: int) -> list[str]:
-    prefixes = [""] if len(targets) == 1 else [f"{target}_" for target in targets]
-    kinds = ("label", "probability")
-    named = [f"{prefix}{kind}_{rank}" for prefix in prefixes for rank in range(1, top + 1) for kind in kinds]
-    return ["start_seconds", "end_seconds", *named]
-
-
 def _cells(found: Sequence[Prediction], trained: TrainedModel, top: int) -> list[str]:
     cells: list[str] = []
     for target in trained.classes:
@@ -281,14 +270,6 @@ def _cells(found: Sequence[Prediction], trained: TrainedModel, top: int) -> list
         cells += [cell for one in own for cell in (one.label, f"{one.probability:.6f}")]
         cells += [""] * (2 * (top - len(own)))
     return cells
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Bar:
-    x: float
-    width: float
-    opacity: float
-    tip: str
 
 
 def timeline_svg(report: TimelineReport, config: WindowConfig) -> str:
@@ -302,8 +283,18 @@ def timeline_svg(report: TimelineReport, config: WindowConfig) -> str:
     end = max(report.seconds, 1e-3)
     rows = []
     for name in shown:
-        events = [event for event in report.events if (event.target, event.label) == name]
-        rows.append((f"{name[0]}: {name[1]}" if several else name[1], [_bar(event, end) for event in events]))
+        bars = [
+            {
+                "x": 100 * event.start_seconds / end,
+                "width": 100 * (event.end_seconds - event.start_seconds) / end,
+                "opacity": 0.25 + 0.75 * event.probability,
+                "tip": f"{event.label}, {clock(event.start_seconds)} to {clock(event.end_seconds)}, "
+                f"{event.probability:.0%}",
+            }
+            for event in report.events
+            if (event.target, event.label) == name
+        ]
+        rows.append((f"{name[0]}: {name[1]}" if several else name[1], bars))
     marks = [(100 * at / end, clock(at)) for at in places(0.0, end) if at <= end * (1 + 1e-9)]
     return (
         page_environment()
@@ -316,15 +307,6 @@ def timeline_svg(report: TimelineReport, config: WindowConfig) -> str:
             config=config,
             num_windows=report.num_windows,
         )
-    )
-
-
-def _bar(event: Event, end: float) -> _Bar:
-    return _Bar(
-        x=100 * event.start_seconds / end,
-        width=100 * (event.end_seconds - event.start_seconds) / end,
-        opacity=0.25 + 0.75 * event.probability,
-        tip=f"{event.label}, {clock(event.start_seconds)} to {clock(event.end_seconds)}, {event.probability:.0%}",
     )
 
 

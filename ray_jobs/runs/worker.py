@@ -1,5 +1,6 @@
-"""What every training process runs, however it was started: recipe in, trained run folder out."""
+"""A training: everything checked once before it starts, then what every worker runs, however it was started."""
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -12,33 +13,53 @@ from typing import Any
 import torch
 from torch import nn
 
-from ca2st.checked_json import encoded, read_json
+from ca2st.checked_json import DocumentError, encoded, read_json
 from ca2st.durable import FaultPoints, write_bytes
 from ca2st.errors import CA2STError, UserInputError
 from ca2st.model import network
-from ca2st.model.config import HeldPrecision
+from ca2st.model.config import EXPERTS, HeldPrecision, check_clip
 from ca2st.model.experts import EncoderLayer
 from ca2st.processes import num_cores
+from ca2st.training import checkpoint
 from ca2st.training.attention_kernel import settle_attention
-from ca2st.training.best import Score
 from ca2st.training.config import TrainingConfig
+from ca2st.training.errors import CheckpointDamagedError, ResumeRefusedError
+from ca2st.training.journal import differences
 from ca2st.training.loop import train
 from ca2st.training.metrics import main_metric
 from ca2st.training.optim import ParameterRules
 from ca2st.training.ranks import Ranks
-from ca2st.training.resume import RunRecord, library_versions
+from ca2st.training.resume import RECIPE_FILE, RunRecord, library_versions
 from ca2st.training.settings import TrainingProgress, TrainingSettings
 from ca2st.training.sharded import shard_model
 from ca2st.training.signals import StopRequest, stop_on_signals
 from ca2st.training.step import make_accelerator
+from ca2st.weights.hub import HubAccess, is_hub_name, resolve_hub_name
 from pipelines.loader import TrainLoader
-from pipelines.order.plan import rank_positions
+from pipelines.order.plan import SamplePlan, rank_positions
+from pipelines.storage.shard_sets import check_sound
 from ray_jobs import environment
 from ray_jobs.config.recipe import Recipe, identity_settings, recipe_document, recipe_from_document
+from ray_jobs.config.recipe_file import stored_recipe
 from ray_jobs.console import progress
-from ray_jobs.runs.data import TrainingData, open_data, train_loader, validation_loader
+from ray_jobs.runs.data import (
+    TrainingData,
+    evaluation_loader,
+    open_data,
+    synthetic_classes,
+    train_setup,
+    with_synthetic_shards,
+)
 from ray_jobs.runs.failures import forget_failure
-from ray_jobs.runs.model import RUN_DOCUMENT, begin_model, keep_frozen
+from ray_jobs.runs.model import (
+    IMPORTED_FOLDER,
+    RUN_DOCUMENT,
+    begin_model,
+    keep_frozen,
+    read_run_document,
+    start_sound,
+    with_local_experts,
+)
 from ray_jobs.runs.node_metrics import NodeMetrics
 
 OUTCOME_NAME = "outcome.json"
@@ -74,16 +95,166 @@ class Outcome:
     """Why it ended before its last step; None: it did not."""
 
 
-def read_outcome(run_dir: Path) -> Outcome:
-    """Return the outcome that rank 0 wrote.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A training that was checked and can start."""
+
+    recipe: Recipe
+    """With shards and files in place of a synthetic world and public names."""
+    data: TrainingData
+    num_steps: int
+    """Steps of the whole run."""
+
+
+def prepare(recipe: Recipe, run_dir: Path, access: HubAccess) -> Prepared:
+    """Check everything about a training that can be refused before a process is started, and fetch what it needs.
+
+    A synthetic world is drawn last: what is wrong with settings and model shows without it.
 
     Raises:
-        CA2STError: there is none although the workers ended well.
+        UserInputError: as `check_settings`, `open_checked`, `begin_model`, or as `refuse_other_recipe`.
+        PlanError: fewer samples than the batch or the workers need.
+        EnvironmentFault: the hub of public weights cannot be reached.
     """
-    path = run_dir / OUTCOME_NAME
-    if not path.exists():
-        raise CA2STError(f"{path}: expected after a finished training, found nothing; see {run_dir}/journal.jsonl")
-    return read_json(path, Outcome)
+    check_settings(recipe)
+    data, classes = None, synthetic_classes(recipe)
+    if classes is None:
+        data, plan = open_checked(recipe)
+        classes = data.classes
+    recipe = with_local_experts(recipe, run_dir.parent / IMPORTED_FOLDER, access)
+    begin_model(recipe, classes, run_dir, is_outline=True)
+    refuse_other_recipe(recipe, run_dir)
+    if data is None:
+        recipe = with_synthetic_shards(recipe, run_dir.parent)
+        data, plan = open_checked(recipe)
+    return Prepared(recipe=recipe, data=data, num_steps=recipe.training.total_steps(plan.num_steps))
+
+
+def finished(ready: Prepared, run_dir: Path) -> Outcome | None:
+    """Return the outcome of a run whose last step was made, validated and reported; None where anything is left to do.
+
+    Raises:
+        UserInputError: it is a run on other data or with other weights.
+        CheckpointDamagedError: there are checkpoints and none is sound.
+    """
+    try:
+        outcome = read_json(run_dir / OUTCOME_NAME, Outcome)
+    except (FileNotFoundError, DocumentError):
+        return None
+    marker, damaged = checkpoint.newest_sound(run_dir / checkpoint.CHECKPOINTS_NAME, checkpoint.verify_checkpoint)
+    if marker is None or damaged or marker.step < ready.num_steps:
+        return None
+    begun = begin_model(ready.recipe, ready.data.classes, run_dir)
+    was = {"manifests": marker.manifests, "experts": marker.experts, "start": marker.start}
+    now = {
+        "manifests": ready.data.fingerprints,
+        "experts": keep_frozen(begun.model, run_dir),
+        "start": begun.identity,
+    }
+    if changed := differences(was, now):
+        listed = "\n  ".join(changed)
+        raise ResumeRefusedError(f"{run_dir}: holds a run on other data or weights; choose another --out:\n  {listed}")
+    folder = checkpoint.list_checkpoints(run_dir / checkpoint.CHECKPOINTS_NAME)[0]
+    _LOGGER.info("already finished, nothing to train: step %d of %d from %s", marker.step, ready.num_steps, folder)
+    return replace(outcome, checkpoint=str(folder))
+
+
+def preflight(recipe: Recipe) -> TrainingData:
+    """Check settings and data; raises as `check_settings` and `open_checked`."""
+    check_settings(recipe)
+    return open_checked(recipe)[0]
+
+
+def open_checked(recipe: Recipe) -> tuple[TrainingData, SamplePlan]:
+    """Open the data of a training, and plan which of its samples are read.
+
+    Raises:
+        UserInputError: as `open_data` and `TrainSetup.plan`, or the model hears and starts from one whose spectrograms
+            were made otherwise.
+        PlanError: fewer samples than the batch or the workers need.
+    """
+    data = open_data(recipe)
+    if recipe.start is not None and "audio" in EXPERTS[recipe.model.kind]:
+        where = Path(recipe.start.checkpoint)
+        if (sound := start_sound(where)) is not None:
+            check_sound(data.train, sound, whose=f"start.checkpoint {where}")
+    plan = train_setup(recipe, data).plan()
+    plan.require_enough(world_size=recipe.launch.workers)
+    return data, plan
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Refuse what the recipe alone shows to be wrong; no data is read and nothing is fetched.
+
+    Raises:
+        UserInputError: a line for each of these: clip and model do not fit, pairs are mixed by what the model does not
+            read, it has no such expert, or an expert's file is not there or its public name not known.
+    """
+    problems: list[str] = []
+    kind, mixing = recipe.model.kind, recipe.data.augment.mixing
+    own = EXPERTS[kind]
+    try:
+        check_clip(recipe.model, recipe.clip)
+    except UserInputError as error:
+        problems.append(f"clip.{error}")
+    if mixing.probability > 0 and mixing.spectrogram == "cutmix" and "audio" not in own:
+        problems.append(
+            f"data.augment.mixing.spectrogram: expected 'mixup' for {kind}, which does not hear, found "
+            "'cutmix'; the labels would follow a box that the model never sees"
+        )
+    if mixing.probability > 0 and mixing.switch_probability > 0 and own == ("audio",):
+        problems.append(
+            "data.augment.mixing.switch_probability: expected 0 for audio, which does not see, found "
+            f"{mixing.switch_probability}; the labels would follow a box that the model never sees"
+        )
+    for name, source in recipe.experts.sources().items():
+        if name not in own:
+            problems.append(
+                f"experts.{name}: expected experts of {kind}, which are {', '.join(own)}, found {source}; "
+                "remove the setting or choose another model.kind"
+            )
+        elif is_hub_name(source):
+            try:
+                resolve_hub_name(source)
+            except UserInputError as error:
+                problems.append(f"experts.{name}: {error}")
+        elif not Path(source).is_file():
+            problems.append(
+                f"experts.{name}: expected a safetensors file, found none at {source}; check the path, or give a "
+                "public name (hf-hub:..., open_clip:..., timm:...)"
+            )
+    if problems:
+        raise UserInputError("\n".join(problems))
+
+
+def refuse_other_recipe(recipe: Recipe, run_dir: Path) -> None:
+    """Refuse a run folder whose recipe would give other numbers: a UserInputError that lists what differs."""
+    stored = kept_recipe(run_dir)
+    kept = identity_settings(recipe if stored is None else stored)
+    if changed := differences(kept, identity_settings(recipe)):
+        listed = "\n  ".join(changed)
+        raise UserInputError(
+            f"{run_dir}: holds a run of another recipe; choose another --out or undo the change:\n  {listed}"
+        )
+
+
+def kept_recipe(run_dir: Path) -> Recipe | None:
+    """Return the recipe of a run folder: its newest sound checkpoint's, else the one kept at its start, or None.
+
+    A damaged file is named in a warning.
+    """
+    document = None
+    try:
+        document = read_json(run_dir / RECIPE_FILE, dict[str, Any])
+    except FileNotFoundError:
+        pass
+    except DocumentError as error:
+        _LOGGER.warning("DAMAGED %s; it is written anew, the checkpoints know their recipe", error)
+    for folder in checkpoint.list_checkpoints(run_dir / checkpoint.CHECKPOINTS_NAME):
+        with contextlib.suppress(CheckpointDamagedError):  # who resumes names it
+            if (data := checkpoint.read_checkpoint_file(folder, f"{RUN_DOCUMENT}.json")) is not None:
+                return read_run_document(data, where=str(folder)).recipe
+    return None if document is None else stored_recipe(document, where=str(run_dir))
 
 
 def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Outcome:
@@ -95,21 +266,20 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
     accelerator = make_accelerator(recipe.training, cpu=use_cpu_threads(recipe))
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     with ExitStack() as stack:
-        data = open_data(recipe)
-        reading = _with_own_cores(recipe)
-        source = train_loader(reading, data, rank=rank, world_size=world_size, run_dir=run_dir, device=device)
-        loader = stack.enter_context(source)
-        validation = stack.enter_context(
-            validation_loader(reading, data, rank=rank, world_size=world_size, device=device)
-        )
+        data, validation, reading = open_data(recipe), None, _with_own_cores(recipe)
+        here: dict[str, Any] = {"rank": rank, "world_size": world_size, "device": device}
+        loader = stack.enter_context(TrainLoader(train_setup(reading, data, run_dir=run_dir, **here)))
+        if data.validation is not None:
+            source = evaluation_loader(reading, data.validation, data.targets, views=recipe.data.views, **here)
+            validation = stack.enter_context(source)
         begun = begin_model(recipe, data.classes, run_dir)
         frozen = keep_frozen(begun.model, run_dir)
-        held = _make_ready(begun.model, recipe, device=accelerator.device.type)
+        held = _make_ready(begun.model, recipe, device=device.type)
         on_main = Ranks(accelerator).on_main
         kernels = settle_attention(begun.model, recipe.training, device=device, folder=run_dir, on_main=on_main)
         if recipe.training.sharded and world_size > 1:
             _check_equal_shares(recipe.training, world_size)
-            shard_model(begun.model, units_of(begun.model), device=accelerator.device)
+            shard_model(begun.model, units_of(begun.model), device=device)
         settings = TrainingSettings(
             folder=run_dir,
             config=recipe.training,
@@ -118,7 +288,7 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
             targets={name: len(classes) for name, classes in data.classes.items()},
             labelling=data.labelling,
             record=_record(recipe, data, loader, frozen=frozen, start=begun.identity),
-            topology={"experts_precision": held, **({"attention": kernels} if kernels else {})},
+            topology={"experts_precision": held} | ({"attention": kernels} if kernels else {}),
             started_from=begun.note,
             faults=faults,
             progress=stack.enter_context(_shown(recipe, loader)) if rank == 0 else None,
@@ -130,12 +300,13 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
         result = train(
             begun.model, loader, accelerator=accelerator, settings=settings, validation=validation, stop=stop
         )
+    best = result.best
     outcome = Outcome(
         checkpoint=str(result.checkpoint),
         steps=result.steps,
         metrics=dict(result.metrics),
         main_metric=main_metric(data.targets, labelling=data.labelling),
-        best=None if result.best is None else _plain(result.best),
+        best=None if best is None else asdict(best) | {"checkpoint": best.checkpoint and str(best.checkpoint)},
         ended_early=result.ended_early,
     )
     if rank == 0:
@@ -145,9 +316,12 @@ def run(job: Job, *, faults: FaultPoints, stop: StopRequest | None = None) -> Ou
     return outcome
 
 
-def _plain(score: Score) -> dict[str, str | int | float | None]:
-    kept = None if score.checkpoint is None else str(score.checkpoint)
-    return {"metric": score.metric, "value": score.value, "step": score.step, "checkpoint": kept}
+def read_outcome(run_dir: Path) -> Outcome:
+    """Return the outcome that rank 0 wrote; a CA2STError where there is none although the workers ended well."""
+    path = run_dir / OUTCOME_NAME
+    if not path.exists():
+        raise CA2STError(f"{path}: expected after a finished training, found nothing; see {run_dir}/journal.jsonl")
+    return read_json(path, Outcome)
 
 
 def use_cpu_threads(recipe: Recipe) -> bool:

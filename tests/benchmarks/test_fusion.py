@@ -25,7 +25,7 @@ from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.demo.comparison import COMPARED, ComparisonRow, Contest, PretrainedExpert, recipe_of
 from ray_jobs.demo.demo import LESSONS
 from ray_jobs.runs.data import synthetic_classes
-from ray_jobs.runs.model import outline_model
+from ray_jobs.runs.model import make_model
 from sharding.synthetic.factors import SENSE_SETS
 
 
@@ -128,7 +128,7 @@ def test_every_model_of_a_task_builds_and_names_what_it_is_given(task: str) -> N
     )
     for name, compared in plan.models.items():
         assert compared.senses in SENSE_SETS
-        outline_model(recipe_of(contest, name, 0), classes)
+        make_model(recipe_of(contest, name, 0), classes, is_outline=True)
 
 
 def test_every_ablation_is_another_model_than_cava_and_than_the_others() -> None:

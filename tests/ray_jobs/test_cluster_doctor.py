@@ -17,7 +17,6 @@ from ca2st.errors import EnvironmentFault, UserInputError
 from ray_jobs.cli import app
 from ray_jobs.cluster import node_check, ray_access
 from ray_jobs.cluster.node_check import (
-    ClockReading,
     Door,
     NodeFacts,
     judge_clocks,
@@ -25,9 +24,9 @@ from ray_jobs.cluster.node_check import (
     judge_reach,
     judge_storage,
     judge_versions,
-    remove_own_token,
+    remove_token,
     unseen_tokens,
-    write_own_token,
+    write_token,
 )
 from ray_jobs.cluster.ray_access import Node
 from ray_jobs.commands.machine import merged
@@ -89,11 +88,7 @@ def test_gpus_that_ray_gives_out_but_torch_does_not_see_are_told() -> None:
 
 
 def test_a_clock_is_judged_by_what_is_certain_and_needed_only_when_far_off() -> None:
-    readings = {
-        A: ClockReading(ahead_seconds=1.5, error_seconds=0.6),
-        B: ClockReading(ahead_seconds=-1.5, error_seconds=0.1),
-        C: ClockReading(ahead_seconds=7200.0, error_seconds=0.1),
-    }
+    readings = {A: (1.5, 0.6), B: (-1.5, 0.1), C: (7200.0, 0.1)}
     assert [(one.ok, one.needed) for one in judge_clocks(readings)] == [(True, False), (False, False), (False, True)]
 
 
@@ -133,12 +128,12 @@ def test_tokens_are_written_seen_and_removed(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(
             "ray_jobs.cluster.ray_access.this_node", lambda node_id=node_id: Node(address="x", node_id=node_id)
         )
-        assert write_own_token(prefix) == ""
+        assert write_token(prefix) == ""
     assert unseen_tokens([f"{prefix}aa", f"{prefix}bb", f"{prefix}cc"]) == [f"{prefix}cc"]
-    remove_own_token(prefix)
+    remove_token(prefix)
     assert unseen_tokens([f"{prefix}aa", f"{prefix}bb"]) == [f"{prefix}bb"]
-    assert write_own_token(f"{tmp_path}/none/t-") == "no such folder"
-    assert "/proc/" in write_own_token("/proc/t-")
+    assert write_token(f"{tmp_path}/none/t-") == "no such folder"
+    assert "/proc/" in write_token("/proc/t-")
 
 
 def test_the_command_tells_the_cluster_and_ends_with_4_naming_check_and_node(monkeypatch: pytest.MonkeyPatch) -> None:

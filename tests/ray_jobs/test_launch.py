@@ -115,7 +115,7 @@ def test_settings_and_the_outline_of_the_model_are_checked_once_before_a_worker_
         raise InterruptedError(job.run_dir)
 
     monkeypatch.setattr(HolisticModel, "__init__", counted)
-    for module in ("start", "plan"):
+    for module in ("worker", "plan"):
         monkeypatch.setattr(f"ray_jobs.runs.{module}.check_settings", settings)
     monkeypatch.setattr("ray_jobs.launch.run", stop)
     with pytest.raises(InterruptedError):

@@ -36,4 +36,4 @@ def test_the_dead_are_left_out_and_two_nodes_of_one_machine_are_told_apart(monke
     ],
 )
 def test_what_was_raised_on_a_node_is_told_in_a_line(cause: Exception, what: str) -> None:
-    assert ray_access._raised(SimpleNamespace(cause=cause)).what == what
+    assert ray_access._raised(cause) == what

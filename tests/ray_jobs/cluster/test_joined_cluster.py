@@ -15,7 +15,6 @@ from ray_jobs.cluster.conversion import joined_pool
 from ray_jobs.cluster.node_check import examine_cluster
 from ray_jobs.cluster.ray_access import (
     LOCAL,
-    NodeFailure,
     RayAccess,
     ask_every_node,
     has_dashboard,
@@ -101,14 +100,14 @@ def test_j3_more_workers_than_the_cluster_has_cpus_are_refused(tmp_path: Path) -
 def test_every_node_is_asked_and_one_that_fails_is_named() -> None:
     (node,) = living_nodes()
     assert node == this_node()
-    assert ask_every_node(os.path.basename, "/a/b") == {node: "b"}
+    assert ask_every_node(os.path.basename, "/a/b", nodes=[node]) == ({node: "b"}, {})
     for _ in range(100):  # Ray aborts this process when a task is cancelled that failed a moment ago
-        failed = ask_every_node(os.stat, "/no/such/file")[node]
-        assert isinstance(failed, NodeFailure)
-        assert failed.what.startswith("FileNotFoundError: ")
+        found, failed = ask_every_node(os.path.getsize, "/no/such/file", nodes=[node])
+        assert not found
+        assert failed[node].startswith("FileNotFoundError: ")
     assert not has_dashboard()
-    late = ask_every_node(time.sleep, 60.0, timeout_seconds=2)
-    assert late == {node: NodeFailure(what="no answer within 2 s")}
+    late = ask_every_node(lambda: time.sleep(60.0), nodes=[node], timeout_seconds=2)
+    assert late == ({}, {node: "no answer within 2 s"})
 
 
 def test_the_doctor_examines_the_node_and_what_it_shares(tmp_path: Path) -> None:

@@ -323,7 +323,11 @@ def test_a_cluster_is_asked_by_its_own_question() -> None:
     ],
 )
 def test_an_address_is_a_host_and_a_port(address: str, found: tuple[str, int] | None) -> None:
-    assert host_and_port(address) == found
+    if found is not None:
+        assert host_and_port(address) == found
+        return
+    with pytest.raises(UserInputError, match="expected auto or host:port of a cluster this machine is a node of"):
+        host_and_port(address)
 
 
 def test_the_question_for_a_token_goes_by_tls_where_the_cluster_speaks_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from ca2st.errors import EnvironmentFault
 from ray_jobs.cluster import node_check, ray_access
-from ray_jobs.cluster.driver import check_demand, demand_of, hosts, most_workers, with_absolute_paths
+from ray_jobs.cluster.driver import check_room, most_workers, resources_of, room, with_absolute_paths
 from ray_jobs.cluster.node_check import NodeFacts, check_training_nodes, look_at_data, unseen_tokens
-from ray_jobs.cluster.ray_access import Node, NodeFailure
+from ray_jobs.cluster.ray_access import Node
 from ray_jobs.cluster.supervision import LaunchFolder
 from ray_jobs.config.recipe import ExpertsConfig, LaunchConfig, MixtureSet, StartConfig, recipe_document
 from ray_jobs.config.recipe_file import load_recipe
@@ -26,13 +26,12 @@ NODES = [HEAD, BIG, SMALL]
 
 
 def test_j3_gpus_are_used_where_a_node_has_them_whatever_the_driver_has() -> None:
-    assert demand_of(LaunchConfig(), NODES).resources == {"GPU": 1.0}
-    assert demand_of(LaunchConfig(), [HEAD]).resources == {"CPU": 1.0}
-    assert demand_of(LaunchConfig(gpus_per_worker=0), NODES).resources == {"CPU": 1.0}
-    assert demand_of(LaunchConfig(gpus_per_worker=1, cpus_per_worker=2), [HEAD]).resources == {"CPU": 2, "GPU": 1.0}
-    typed = demand_of(LaunchConfig(accelerator_type="H100"), [])
-    assert typed.resources == {"GPU": 1.0, "accelerator_type:H100": 0.001}
-    assert typed.gpus == 1
+    assert resources_of(LaunchConfig(), NODES) == {"GPU": 1.0}
+    assert resources_of(LaunchConfig(), [HEAD]) == {"CPU": 1.0}
+    assert resources_of(LaunchConfig(gpus_per_worker=0), NODES) == {"CPU": 1.0}
+    assert resources_of(LaunchConfig(gpus_per_worker=1, cpus_per_worker=2), [HEAD]) == {"CPU": 2, "GPU": 1.0}
+    typed = resources_of(LaunchConfig(accelerator_type="H100"), [])
+    assert typed == {"GPU": 1.0, "accelerator_type:H100": 0.001}
 
 
 @pytest.mark.parametrize(
@@ -49,16 +48,16 @@ def test_j3_gpus_are_used_where_a_node_has_them_whatever_the_driver_has() -> Non
 def test_j3_a_worker_must_fit_on_one_node_and_all_of_them_as_they_are_to_be_placed(
     launch: LaunchConfig, most: int
 ) -> None:
-    assert most_workers(demand_of(launch, NODES), NODES) == most
-    check_demand(demand_of(replace(launch, workers=most), NODES), NODES)
+    assert most_workers(launch, NODES) == most
+    check_room(replace(launch, workers=most), NODES)
     with pytest.raises(EnvironmentFault, match=f"found room for {most}"):
-        check_demand(demand_of(replace(launch, workers=most + 1), NODES), NODES)
+        check_room(replace(launch, workers=most + 1), NODES)
 
 
 def test_j3_the_refusal_shows_every_node_and_says_what_to_do() -> None:
     launch = LaunchConfig(workers=2, accelerator_type="H100", cpus_per_worker=9)
     with pytest.raises(EnvironmentFault) as refused:
-        check_demand(demand_of(launch, NODES), NODES)
+        check_room(launch, NODES)
     told = str(refused.value)
     assert "room for 2 workers of 9 CPU, 1 GPU, H100 each" in told
     assert "10.0.0.2 (bbbbbbbb): 8 CPU, 4 GPU, H100; room for 0" in told
@@ -67,18 +66,18 @@ def test_j3_the_refusal_shows_every_node_and_says_what_to_do() -> None:
 
 
 def test_j3_an_elastic_run_asks_for_its_fewest_workers_only() -> None:
-    check_demand(demand_of(LaunchConfig(workers=9, min_workers=5), NODES), NODES)
+    check_room(LaunchConfig(workers=9, min_workers=5), NODES)
     with pytest.raises(EnvironmentFault, match="room for 6 workers"):
-        check_demand(demand_of(LaunchConfig(workers=9, min_workers=6), NODES), NODES)
+        check_room(LaunchConfig(workers=9, min_workers=6), NODES)
 
 
 def test_j3_a_cluster_without_nodes_is_refused() -> None:
     with pytest.raises(EnvironmentFault, match="no node"):
-        check_demand(demand_of(LaunchConfig(), []), [])
+        check_room(LaunchConfig(), [])
 
 
 def test_only_nodes_on_which_a_worker_fits_are_looked_at() -> None:
-    assert hosts(demand_of(LaunchConfig(), NODES), NODES) == [BIG, SMALL]
+    assert [node for node in NODES if room(node, resources_of(LaunchConfig(), NODES))] == [BIG, SMALL]
 
 
 def test_relative_paths_of_a_recipe_mean_the_same_in_a_worker_which_runs_elsewhere() -> None:
@@ -109,9 +108,11 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]
     """Have BIG find what this process finds and SMALL something else; return the refusal."""
     folder = LaunchFolder.make(tmp_path / "mine", "run")
 
-    def check(small: NodeFacts | NodeFailure, storage: dict[str, str] = SHARED) -> str:
+    def check(small: NodeFacts | str, storage: dict[str, str] = SHARED) -> str:
+        """`small`: what it found, or why it gave no answer."""
+        answers = ({BIG: MINE}, {SMALL: small}) if isinstance(small, str) else ({BIG: MINE, SMALL: small}, {})
         monkeypatch.setattr(node_check, "look_at_data", lambda _recipe: MINE)
-        monkeypatch.setattr(ray_access, "ask_every_node", lambda *_, **__: {BIG: MINE, SMALL: small})
+        monkeypatch.setattr(ray_access, "ask_every_node", lambda *_, **__: answers)
         monkeypatch.setattr(node_check, "try_storage", lambda *_: storage)
         try:
             check_training_nodes({}, folder.path, [BIG, SMALL])
@@ -163,7 +164,7 @@ def test_j2_other_data_under_the_same_path_is_refused(check: Callable[..., str])
 
 
 def test_j5_a_node_that_fails_to_answer_is_named_with_its_error(check: Callable[..., str]) -> None:
-    told = check(NodeFailure(what="ModuleNotFoundError: No module named 'ray_jobs'"))
+    told = check("ModuleNotFoundError: No module named 'ray_jobs'")
     assert "  10.0.0.3 (cccccccc)  ModuleNotFoundError: No module named 'ray_jobs'\nsee to the node, install" in told
 
 
@@ -175,13 +176,13 @@ def test_j4_every_node_and_the_driver_read_what_the_others_wrote(
 
     def answers(
         function: Callable[..., object], argument: Any, *, nodes: list[Node], **_: object
-    ) -> dict[Node, object]:
+    ) -> tuple[dict[Node, object], dict[Node, str]]:
         found: dict[Node, object] = {}
         for node in nodes:
             monkeypatch.setattr(ray_access, "this_node", lambda node=node: node)
             shared = function(argument) if node is BIG else None
             found[node] = shared if node is BIG else argument[:2] if isinstance(argument, list) else ""
-        return found
+        return found, {}
 
     monkeypatch.setattr(ray_access, "ask_every_node", answers)
     assert node_check.try_storage(str(tmp_path), [BIG, SMALL]) == {

@@ -10,7 +10,7 @@ import pytest
 from ca2st.errors import DataDamageError, EnvironmentFault, RetriesUsedUpError
 from ca2st.training.errors import InterruptedRunError, TerminatedError
 from ca2st.training.signals import StopRequest
-from ray_jobs.cluster.driver import Fleet, demand_of
+from ray_jobs.cluster.driver import Fleet, resources_of
 from ray_jobs.cluster.ray_access import Node
 from ray_jobs.cluster.supervision import LaunchFolder, Supervision
 from ray_jobs.config.recipe import Recipe
@@ -262,9 +262,8 @@ def fleet_of(driver: Driver, recipe: Recipe) -> Fleet:
     return Fleet(
         recipe=recipe,
         job=Job(recipe={}, run_dir=str(driver.folder.run_dir)),
-        demand=demand_of(recipe.launch, []),
+        resources=resources_of(recipe.launch, []),
         folder=driver.folder,
-        has_dashboard=False,
     )
 
 

@@ -18,7 +18,7 @@ from ca2st.errors import DataDamageError
 from ca2st.training.errors import PeerFailedError, StopNotSavedError, TerminatedError
 from ray_jobs.cluster import driver
 from ray_jobs.cluster import supervision as lost_workers
-from ray_jobs.cluster.driver import Fleet, demand_of
+from ray_jobs.cluster.driver import Fleet, resources_of
 from ray_jobs.cluster.ray_access import Node
 from ray_jobs.cluster.supervision import LaunchFolder, LostWorkers, death_record, died_of
 from ray_jobs.config.recipe import LaunchConfig
@@ -246,16 +246,19 @@ def test_t2_a_cluster_that_does_not_answer_ends_no_run_that_can_go_on(
     ],
 )
 def test_t2_ray_gets_the_resources_placement_and_restarts_of_the_recipe(
-    tmp_path: Path, launch: LaunchConfig, num_workers: object, resources: dict[str, float]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    launch: LaunchConfig,
+    num_workers: object,
+    resources: dict[str, float],
 ) -> None:
     smoke = load_recipe("smoke", ["training.collective_timeout_seconds=70"])
     folder = LaunchFolder.make(tmp_path, "run")
     trainer = Fleet(
         recipe=replace(smoke, launch=launch),
         job=Job(recipe={}, run_dir=str(tmp_path)),
-        demand=demand_of(launch, []),
+        resources=resources_of(launch, []),
         folder=folder,
-        has_dashboard=False,
     ).trainer()
     scaling, run_config = trainer.scaling_config, trainer.run_config
     assert scaling.num_workers == num_workers
@@ -269,10 +272,12 @@ def test_t2_ray_gets_the_resources_placement_and_restarts_of_the_recipe(
     assert run_config.failure_config.max_failures == 3
     assert run_config.failure_config.max_preemption_failures == -1
     assert run_config.name == folder.name
-    callbacks = {type(one).__name__ for one in trainer._create_default_callbacks()}
-    assert "PlacementGroupCleanerCallback" not in callbacks
-    assert "QuietPreemption" in callbacks
-    assert "DatasetsCallback" not in callbacks, "its process would only wait"
+    for with_dashboard in (True, False):
+        monkeypatch.setattr("ray_jobs.cluster.ray_access.has_dashboard", lambda answer=with_dashboard: answer)
+        callbacks = {type(one).__name__ for one in trainer._create_default_callbacks()}
+        assert ("PlacementGroupCleanerCallback" in callbacks) is with_dashboard
+        assert "QuietPreemption" in callbacks
+        assert "DatasetsCallback" not in callbacks, "its process would only wait"
 
 
 def test_a_line_for_the_person_is_written_once_where_ray_replaces_print(

@@ -40,16 +40,20 @@ def test_a_log_is_shown_once_though_its_connection_breaks() -> None:
     assert exit_code(ended) == 0
 
 
-def test_a_silent_connection_is_opened_anew() -> None:
-    class Silent(FakeJobs):
-        async def tail_job_logs(self, job_id: str, /) -> AsyncIterator[str]:
-            pieces, _ = self.connections.pop(0)
-            for piece in pieces:
-                yield piece
-            if self.connections:
-                await asyncio.Event().wait()
+class Silent(FakeJobs):
+    """Whose last connection alone ends."""
 
-    jobs = Silent(connections=[(["one\n"], None), (["one\n", "two\n"], None)], answers=[details("RUNNING")])
+    async def tail_job_logs(self, job_id: str, /) -> AsyncIterator[str]:
+        pieces, _ = self.connections.pop(0)
+        for piece in pieces:
+            yield piece
+        if self.connections:
+            await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("meanwhile", [details("RUNNING"), details("SUCCEEDED", 0)])
+def test_a_silent_connection_is_opened_anew_though_the_job_has_ended_meanwhile(meanwhile: FakeDetails) -> None:
+    jobs = Silent(connections=[(["one\n"], None), (["one\n", "two\n"], None)], answers=[meanwhile])
     jobs.answers.append(details("SUCCEEDED", 0))
     shown: list[str] = []
     follow(jobs, "job", show=shown.append, patience=Patience(pause_seconds=0.0, quiet_seconds=0.01))

@@ -12,7 +12,7 @@ from ray_jobs.config import recipe_file as recipe_file_module
 from ray_jobs.config.recipe import identity_settings, recipe_document, recipe_from_document
 from ray_jobs.config.recipe_file import known_recipes, load_recipe, stored_recipe
 from ray_jobs.errors import RecipeError
-from ray_jobs.runs.start import check_settings
+from ray_jobs.runs.worker import check_settings
 
 RECIPE = """\
 name = "mine"

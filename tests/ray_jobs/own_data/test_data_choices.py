@@ -11,12 +11,13 @@ from ca2st.errors import UserInputError
 from ca2st.training.journal import differences
 from ca2st.training.resume import RunRecord, identity
 from pipelines.errors import PlanError
+from pipelines.loader import TrainLoader
 from ray_jobs.cli import app
 from ray_jobs.config.recipe import Recipe, identity_settings, recipe_document, recipe_from_document
 from ray_jobs.config.recipe_file import key_lines, load_recipe
 from ray_jobs.errors import RecipeError
-from ray_jobs.runs.data import open_data, sample_plan, train_loader
-from ray_jobs.runs.start import preflight
+from ray_jobs.runs.data import open_data, train_setup
+from ray_jobs.runs.worker import preflight
 from sharding.format.shard_set import LabelSpace
 from support.fake_shards import make_samples, make_shard_set
 
@@ -77,9 +78,9 @@ def test_a_mixture_of_a_recipe_becomes_the_loaders_order(root: Path, tmp_path: P
     assert [one.root.name for one in data.train_sets] == ["one", "two"]
     assert data.fingerprints.keys() == {"train", "train_2"}
     assert data.datasets == {"train": "fake"}
-    plan = sample_plan(recipe, data)
+    plan = train_setup(recipe, data).plan()
     assert (plan.num_samples, plan.num_steps) == (12, 6)
-    with train_loader(recipe, data, rank=0, world_size=1) as loader:
+    with TrainLoader(train_setup(recipe, data, rank=0, world_size=1)) as loader:
         assert loader.record == plan.record
         assert (loader.record.repeats, loader.record.remainder, loader.record.balance.rule) == (2, "wrap", "sqrt")
         assert [share.weight for share in loader.record.mixture] == [2.0, 1.0]
@@ -166,7 +167,7 @@ def test_p11_a_resume_names_what_was_changed_and_allows_another_number_of_worker
         record = RunRecord(
             manifests=opened.fingerprints,
             recipe=identity_settings(recipe),
-            loader=asdict(sample_plan(recipe, opened).record),
+            loader=asdict(train_setup(recipe, opened).plan().record),
         )
         training = recipe.training
         return identity(record, seed=training.seed, global_batch_size=training.global_batch_size)

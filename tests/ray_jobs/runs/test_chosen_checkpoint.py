@@ -65,6 +65,7 @@ def test_a_checkpoint_is_chosen_by_word_or_step(run_dir: Path, which: str, step:
     [
         ("5", r"--checkpoint: expected best, last or a step of which .* keeps the checkpoint \(12, 8, 4\), found '5'"),
         ("newest", "found 'newest'"),
+        ("9" * 5000, "keeps the checkpoint"),
     ],
 )
 def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(run_dir: Path, which: str, said: str) -> None:

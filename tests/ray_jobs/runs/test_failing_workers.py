@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -77,9 +78,11 @@ def test_t3_a_stopped_worker_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_t12_a_worker_that_ended_without_a_word_is_explained_by_its_exit_code(
-    code: int, exit_code: int, words: tuple[str, ...]
+    monkeypatch: pytest.MonkeyPatch, code: int, exit_code: int, words: tuple[str, ...]
 ) -> None:
-    error = death_of(1, code, peak_bytes=2_500_000_000, shared_free_bytes=12_000_000)
+    monkeypatch.setattr("resource.getrusage", lambda _who: SimpleNamespace(ru_maxrss=2_500_000_000 // 1024))
+    monkeypatch.setattr("shutil.disk_usage", lambda _folder: SimpleNamespace(free=12_000_000))
+    error = death_of(1, code)
     assert error.exit_code == exit_code
     for word in words:
         assert word in str(error)

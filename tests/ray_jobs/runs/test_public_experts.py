@@ -15,8 +15,8 @@ from ca2st.weights.tensor_files import read_tensor_file
 from ray_jobs.cli import main
 from ray_jobs.config.recipe import recipe_from_document
 from ray_jobs.runs.inference import load_trained
-from ray_jobs.runs.model import check_model, make_model, with_local_experts
-from ray_jobs.runs.start import preflight
+from ray_jobs.runs.model import begin_model, make_model, with_local_experts
+from ray_jobs.runs.worker import preflight
 from support.fake_hub import fake_hub
 from support.foreign import ast_state, awake_expert, clip_state, videomae_state
 from support.tiny_runs import make_tiny_run
@@ -129,13 +129,13 @@ def test_an_expert_that_the_kind_lacks_is_refused_before_anything_is_fetched(hub
 
 def test_expert_files_are_compared_with_the_model_before_anything_starts(access, tmp_path):
     good = with_local_experts(_recipe("cast", spatial="hf-hub:org/clip"), tmp_path / "imported", access)
-    check_model(good, {"label": ["a", "b"]}, tmp_path)
+    begin_model(good, {"label": ["a", "b"]}, tmp_path, is_outline=True)
     deeper = replace(good, model=replace(good.model, depth=3))
     with pytest.raises(UserInputError, match=r"experts\.spatial: .*missing: layers\.2\."):
-        check_model(deeper, {"label": ["a", "b"]}, tmp_path)
+        begin_model(deeper, {"label": ["a", "b"]}, tmp_path, is_outline=True)
     swapped = replace(good, experts=replace(good.experts, spatial=None, temporal=good.experts.spatial))
     with pytest.raises(UserInputError, match=r"experts\.temporal: .*unexpected: "):
-        check_model(swapped, {"label": ["a", "b"]}, tmp_path)
+        begin_model(swapped, {"label": ["a", "b"]}, tmp_path, is_outline=True)
 
 
 def test_a_whole_model_is_no_expert_file(tmp_path):
@@ -143,7 +143,12 @@ def test_a_whole_model_is_no_expert_file(tmp_path):
     path = tmp_path / "whole.safetensors"
     safetensors.torch.save_file(make_model(recipe, {"label": ["a", "b"]}).state_dict(), path)
     with pytest.raises(UserInputError, match=r"experts\.spatial: .*whole\.safetensors: .*unexpected: "):
-        check_model(replace(recipe, experts=replace(recipe.experts, spatial=str(path))), {"label": ["a"]}, tmp_path)
+        begin_model(
+            replace(recipe, experts=replace(recipe.experts, spatial=str(path))),
+            {"label": ["a"]},
+            tmp_path,
+            is_outline=True,
+        )
 
 
 @pytest.mark.slow

@@ -131,6 +131,12 @@ def test_j7_what_the_training_would_refuse_the_plan_refuses_too(tiny: Path) -> N
         read_without_traces(load_recipe("smoke", ["training.global_batch_size=256"]))
 
 
+def test_j7_too_few_of_the_published_samples_are_refused_as_by_the_training(tmp_path: Path) -> None:
+    published = ["data.select.limit=20", "training.global_batch_size=24"]
+    with pytest.raises(PlanError, match="too few samples: 20 samples, global_batch_size 24"):
+        make_plan(load_recipe("cast_ucf_101", published), tmp_path / "run", device="cpu", assume_counts=True)
+
+
 def test_j7_an_undrawn_world_is_counted_with_its_repeats_and_limits() -> None:
     limits = ["data.repeats=3", "data.select.limit=20", "data.remainder=wrap"]
     reading = read_without_traces(load_recipe("smoke", limits))
