@@ -378,7 +378,7 @@ def compare(
 
 
 def _lines(comparison: "Comparison") -> list[str]:
-    from ray_jobs.tracking.run_card import duration_in_words
+    from ray_jobs.pages.charts import duration_in_words
 
     width = max(len(run.label) for run in comparison.runs)
     lines = [
@@ -433,7 +433,7 @@ def sync(
 
     Ends with 4 while something is lacking: the store cannot be reached, or did not take all.
     """
-    from ray_jobs.tracking.following import sync as send
+    from ray_jobs.tracking.sender import sync as send
     from ray_jobs.tracking.state import read_state
 
     sent = send(run_dir)

@@ -14,9 +14,8 @@ from ray_jobs.console import require_folder_place, say
 from ray_jobs.evaluation.perturbations import PERTURBATIONS
 from ray_jobs.evaluation.significance import Comparison, compare_predictions
 from ray_jobs.evaluation.workers import EvaluationReport, Workers, evaluate_checkpoint, scoring_ray
-from ray_jobs.pages.charts import Chart, Frame, Level, Line, Mark, Point, places
+from ray_jobs.pages.charts import Chart, Frame, Level, Line, Mark, Point, chart_svg, places
 from ray_jobs.runs.model import find_checkpoint, run_document_of
-from ray_jobs.tracking.run_card import chart_svg
 from sharding.format.shard_set import read_shard_set
 
 CLEAN = "clean"

@@ -526,7 +526,7 @@ def log_to_run(report: EvaluationReport) -> bool:
     Raises:
         TrackingUnavailableError: the store cannot be reached.
     """
-    from ray_jobs.tracking.following import log_metrics
+    from ray_jobs.tracking.sender import log_metrics
     from ray_jobs.tracking.state import STATE_NAME
 
     run_dir = report.checkpoint.parent.parent

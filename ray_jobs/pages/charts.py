@@ -29,13 +29,24 @@ def page_environment() -> Environment:
 
     Whatever is filled in is escaped, and what is not given is an error.
     """
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("ray_jobs.pages", "page_files"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"number": lambda value: f"{value:.4g}", "duration": duration_in_words}
+    return environment
+
+
+def duration_in_words(seconds: float) -> str:
+    """Return a duration as ``2 h 5 min``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +149,11 @@ class Chart:
     x_marks: list[Mark]
     y_marks: list[Mark]
     levels: Sequence[Level] = ()
+
+
+def chart_svg(chart: Chart) -> str:
+    """Return one drawing as a file of its own."""
+    return page_environment().get_template("chart_file.svg").render(chart=chart)
 
 
 _NUM_TONES, _NUM_DASHES = 8, 3
