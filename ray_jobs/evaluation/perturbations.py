@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import numpy as np
@@ -59,20 +59,16 @@ class Perturbation:
     """Whether the visual experts may attend to the sound."""
 
 
-def _white(rows: Rows, generator: np.random.Generator, audio: AudioParameters) -> Rows:
-    return with_noise(rows, generator, audio, "white", decibels=generator.uniform(0, MOST_NOISE_DECIBELS))
+def _noisy(rows: Rows, generator: np.random.Generator, audio: AudioParameters, colour: Colour) -> Rows:
+    return with_noise(rows, generator, audio, colour, decibels=generator.uniform(0, MOST_NOISE_DECIBELS))
 
 
-def _pink(rows: Rows, generator: np.random.Generator, audio: AudioParameters) -> Rows:
-    return with_noise(rows, generator, audio, "pink", decibels=generator.uniform(0, MOST_NOISE_DECIBELS))
-
-
-def _shifted(rows: Rows, generator: np.random.Generator, audio: AudioParameters) -> Rows:  # noqa: ARG001  # as the others
+def _shifted(rows: Rows, generator: np.random.Generator, _audio: AudioParameters) -> Rows:
     seconds = generator.uniform(-MOST_SHIFT_SECONDS, MOST_SHIFT_SECONDS)
     return np.roll(rows, round(seconds / MEL_ROW_SECONDS), axis=0)
 
 
-def _missing(rows: Rows, generator: np.random.Generator, audio: AudioParameters) -> Rows:  # noqa: ARG001  # as the others
+def _missing(rows: Rows, generator: np.random.Generator, _audio: AudioParameters) -> Rows:
     length = round(MISSING_SHARE * len(rows))
     first = int(generator.integers(0, len(rows) - length + 1))
     left = rows.copy()
@@ -81,8 +77,8 @@ def _missing(rows: Rows, generator: np.random.Generator, audio: AudioParameters)
 
 
 PERTURBATIONS: dict[str, Perturbation] = {
-    "white_noise": Perturbation(says="white noise, 0 to 20 dB", sound=_white),
-    "pink_noise": Perturbation(says="pink noise, 0 to 20 dB", sound=_pink),
+    "white_noise": Perturbation(says="white noise, 0 to 20 dB", sound=partial(_noisy, colour="white")),
+    "pink_noise": Perturbation(says="pink noise, 0 to 20 dB", sound=partial(_noisy, colour="pink")),
     "time_shift": Perturbation(says="shifted by up to 2 s", sound=_shifted),
     "missing_segment": Perturbation(says="20 % missing", sound=_missing),
     "masked_audio_keys": Perturbation(says="audio keys masked", audio_keys=False),
@@ -158,18 +154,14 @@ class PerturbedSource:
     def batches(self) -> Iterator[ClipBatch]:
         """As the source's, with other sound; clips without sound stay so."""
         for batch in self._source.batches():
-            yield self._perturbed(batch)
-
-    def _perturbed(self, batch: ClipBatch) -> ClipBatch:
-        if not self._perturbation.has_audio:
-            return replace(batch, has_audio=torch.zeros_like(batch.has_audio), mel=torch.zeros_like(batch.mel))
-        if self._perturbation.sound is None:
-            return batch
-        views = [
-            self._view(mel, key) if heard else mel
-            for mel, key, heard in zip(batch.mel, batch.sample_ids, batch.has_audio.tolist(), strict=True)
-        ]
-        return replace(batch, mel=torch.stack(views))
+            if not self._perturbation.has_audio:
+                yield replace(batch, has_audio=torch.zeros_like(batch.has_audio), mel=torch.zeros_like(batch.mel))
+            elif self._perturbation.sound is None:
+                yield batch
+            else:
+                views = zip(batch.mel, batch.sample_ids, batch.has_audio.tolist(), strict=True)
+                mel = [self._view(mel, key) if heard else mel for mel, key, heard in views]
+                yield replace(batch, mel=torch.stack(mel))
 
     def _view(self, mel: Tensor, key: str) -> Tensor:
         """Disturb the rows of a view that are sound, not those that pad it; all views of a sample have one draw."""

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,8 +108,7 @@ BY_VIDEO = frozenset({"activitynet"})
 _NAMES = {"tail_verbs": "tail", "tail_nouns": "tail"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClassRow:
+class ClassRow(NamedTuple):
     """One class in a table."""
 
     name: str
@@ -296,24 +296,17 @@ def write_tables(measures: Measures, predictions: Path) -> list[Path]:
     """Write the table by class and the picture of the confusion of each target beside a predictions file."""
     written = []
     for target, matrix in measures.confusion.items():
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("class", "samples", "top1", "precision", "average_precision", "area", "confused_with"))
+        for row in class_rows(measures, target):
+            writer.writerow(("" if math.isnan(x) else f"{x:.6g}") if isinstance(x, float) else x for x in row)
         table = predictions.with_suffix(f".classes.{target}.csv")
-        write_bytes(table, encoded(_class_table(measures, target)))
+        write_bytes(table, encoded(text.getvalue()))
         picture = predictions.with_suffix(f".confusion.{target}.png")
         write_bytes(picture, confusion_picture(matrix, measures.facts.targets[target]))
         written += [table, picture]
     return written
-
-
-def _class_table(measures: Measures, target: str) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns = ("class", "samples", "top1", "precision", "average_precision", "area", "confused_with")
-    writer.writerow(columns)
-    for row in class_rows(measures, target):
-        numbers = (row.top1, row.precision, row.average_precision, row.area)
-        shown = ["" if math.isnan(number) else f"{number:.6g}" for number in numbers]
-        writer.writerow((row.name, row.num_samples, *shown, row.confused_with))
-    return text.getvalue()
 
 
 _PICTURE_SIDE = 900

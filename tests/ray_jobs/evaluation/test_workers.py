@@ -13,8 +13,15 @@ from ca2st.errors import EnvironmentFault, UserInputError
 from pipelines.views import EvaluationViews
 from ray_jobs.errors import WorkerFailedError
 from ray_jobs.evaluation import workers
-from ray_jobs.evaluation.predictions import Rows, read_facts, read_rows
-from ray_jobs.evaluation.workers import EvaluationReport, Workers, evaluate_checkpoint, match_labels, means_of
+from ray_jobs.evaluation.predictions import PredictionFacts, Rows, read_facts, read_rows
+from ray_jobs.evaluation.workers import (
+    EvaluationReport,
+    LabelMatch,
+    Workers,
+    evaluate_checkpoint,
+    match_labels,
+    means_of,
+)
 from ray_jobs.runs.inference import TrainedModel
 from sharding.format.shard_set import LabelSpace, Manifest, ShardSet
 from support.fake_shards import make_samples, make_shard_set
@@ -33,7 +40,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainedModel:
 
     def in_turn(job: workers._Job) -> None:
         for rank in range(job.world_size):
-            workers._score_as_worker(job, rank, shown=False)
+            assert workers._score_as_worker(job, rank) is None
 
     monkeypatch.setattr(workers, "_score_in_processes", in_turn)
     return made
@@ -183,13 +190,12 @@ def test_several_runs_have_the_mean_of_their_splits_and_the_harmonic_mean(tmp_pa
 
 def job_of_two(checkpoint: Path, parts: Path) -> workers._Job:
     return workers._Job(
-        checkpoint=str(checkpoint),
+        checkpoint=checkpoint,
         data=str(parts / "no set"),
-        protocol="test",
-        clips=1,
-        crops=1,
-        parts=str(parts),
-        facts={},
+        views=VIEWS,
+        parts=parts,
+        facts=PredictionFacts(targets={}, labelled=()),
+        match=LabelMatch(spaces={}, maps={}, unmatched={}, several=False),
         world_size=2,
     )
 
