@@ -299,13 +299,13 @@ def _report(trained: TrainedModel, shard_set: ShardSet, match: LabelMatch, out: 
     lost = {name: count for name, count in label_counts(out, measures.facts).items() if count}
     for target, count in lost.items():
         say(
-            f"{count} of {measures.num_samples} samples have a {target} that the model does not know; they count in no "
-            "metric of it"
+            f"{count} of {measures.facts.num_samples} samples have a {target} that the model does not know; they count "
+            "in no metric of it"
         )
     report = EvaluationReport(
         metrics=measures.metrics,
         main_metric=main_metric(tuple(trained.classes), labelling=shard_set.manifest.labelling),
-        num_samples=measures.num_samples,
+        num_samples=measures.facts.num_samples,
         predictions=out,
         tables=write_tables(measures, out),
         checkpoint=trained.checkpoint.folder,
