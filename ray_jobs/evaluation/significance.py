@@ -120,8 +120,8 @@ def mcnemar_p_value(only_first: int, only_second: int) -> float:
     total, fewer = only_first + only_second, min(only_first, only_second)
     if total == 0:
         return 1.0
-    whole = math.lgamma(total + 1) - total * math.log(2)
-    logs = (whole - math.lgamma(k + 1) - math.lgamma(total - k + 1) for k in range(fewer + 1))
+    whole, halves = math.lgamma(total + 1), total * math.log(2)
+    logs = (whole - math.lgamma(k + 1) - math.lgamma(total - k + 1) - halves for k in range(fewer + 1))
     return min(1.0, 2 * math.fsum(map(math.exp, logs)))
 
 
