@@ -33,23 +33,15 @@ from ca2st.training.evaluate import EvaluationSource, Scored, scored_batches
 from ca2st.training.metrics import harmonic_mean, main_metric
 from pipelines.storage.index import read_columns
 from pipelines.views import EvaluationViews
+from ray_jobs import launch
 from ray_jobs.console import progress, require_writable_place, say, show_log
 from ray_jobs.environment import visible_gpus
 from ray_jobs.errors import WorkerFailedError
 from ray_jobs.evaluation.perturbations import PERTURBATIONS, DeafVisualExperts, PerturbedSource
 from ray_jobs.evaluation.predictions import ExpectedKeys, PredictionFacts, join_parts, label_counts, writing_part
 from ray_jobs.evaluation.protocols import measure, write_tables
-from ray_jobs.launch import end_at_once, ended_badly, shell_exit_code, signals_to, take_signals
+from ray_jobs.runs import inference
 from ray_jobs.runs.failures import death_of, shared_memory_free
-from ray_jobs.runs.inference import (
-    CountedSource,
-    TrainedModel,
-    load_trained,
-    output_of_set,
-    place_model,
-    set_name,
-    trained_loader,
-)
 from sharding.cluster import end_tasks
 from sharding.format.shard_set import Manifest, ShardSet, classes_that_differ, read_shard_set
 
@@ -213,10 +205,10 @@ def evaluate_checkpoint(
     """
     if predictions is not None:
         require_writable_place(predictions, "--predictions")
-    trained, workers = load_trained(path), workers or Workers()
+    trained, workers = inference.load_trained(path), workers or Workers()
     shard_set = read_shard_set(data, storage=trained.recipe.data.loader.storage)
     match = match_labels(trained.classes, shard_set.manifest, where=shard_set.where)
-    out = predictions or output_of_set(trained, shard_set, views, what="predictions")
+    out = predictions or inference.output_of_set(trained, shard_set, views, what="predictions")
     facts = _facts(trained, shard_set, match, views, perturbation)
     with _folder_of_parts(out) as parts:
         job = _Job(
@@ -246,7 +238,7 @@ def evaluate_checkpoint(
                 f"every node must see {parts.parent}"
             )
         join_parts(files, out, facts, expected, num_views=views.num_views)
-    return _report(trained, shard_set, match, out)
+    return _report(trained, shard_set, out)
 
 
 @contextmanager
@@ -270,7 +262,7 @@ def _folder_of_parts(out: Path) -> Iterator[Path]:
 
 
 def _facts(
-    trained: TrainedModel, shard_set: ShardSet, match: LabelMatch, views: EvaluationViews, perturbation: str
+    trained: inference.TrainedModel, shard_set: ShardSet, match: LabelMatch, views: EvaluationViews, perturbation: str
 ) -> PredictionFacts:
     manifest = shard_set.manifest
     return PredictionFacts(
@@ -291,50 +283,43 @@ def _facts(
     )
 
 
-def _report(trained: TrainedModel, shard_set: ShardSet, match: LabelMatch, out: Path) -> EvaluationReport:
+def _report(trained: inference.TrainedModel, shard_set: ShardSet, out: Path) -> EvaluationReport:
     measures = measure(out)
-    for target, names in match.unmatched.items():
+    unmatched, count = measures.facts.unmatched, measures.facts.num_samples
+    for target, names in unmatched.items():
         model, own = (f"{len(one)} ({listed(one)})" if one else "0" for one in (names["model"], names["set"]))
         say(f"{shard_set.where}: classes of {target} matched by name; only in the model {model}; only in the set {own}")
-    lost = {name: count for name, count in label_counts(out, measures.facts).items() if count}
-    for target, count in lost.items():
-        say(
-            f"{count} of {measures.facts.num_samples} samples have a {target} that the model does not know; they count "
-            "in no metric of it"
-        )
-    report = EvaluationReport(
-        metrics=measures.metrics,
-        main_metric=main_metric(tuple(trained.classes), labelling=shard_set.manifest.labelling),
-        num_samples=measures.facts.num_samples,
-        predictions=out,
-        tables=write_tables(measures, out),
-        checkpoint=trained.checkpoint.folder,
-        set_name=set_name(shard_set),
-        step=trained.checkpoint.marker.step,
-        tracked=trained.recipe.tracking.enabled,
-        unmatched=match.unmatched,
-        num_unmatched=lost,
-    )
-    document = {
-        **measures.metrics,
-        "num_samples": report.num_samples,
-        "num_unmatched": lost,
-        "unmatched": match.unmatched,
-    }
+    lost = {name: number for name, number in label_counts(out, measures.facts).items() if number}
+    for target, number in lost.items():
+        say(f"{number} of {count} samples have a {target} that the model does not know; they count in no metric of it")
+    tables = write_tables(measures, out)
+    document = {**measures.metrics, "num_samples": count, "num_unmatched": lost, "unmatched": unmatched}
     text = json.dumps(finite(document), indent=1, ensure_ascii=False)
     write_bytes(out.with_suffix(".metrics.json"), encoded(text + "\n"))
-    return report
+    return EvaluationReport(
+        metrics=measures.metrics,
+        main_metric=main_metric(tuple(trained.classes), labelling=shard_set.manifest.labelling),
+        num_samples=count,
+        predictions=out,
+        tables=tables,
+        checkpoint=trained.checkpoint.folder,
+        set_name=inference.set_name(shard_set),
+        step=trained.checkpoint.marker.step,
+        tracked=trained.recipe.tracking.enabled,
+        unmatched=unmatched,
+        num_unmatched=lost,
+    )
 
 
-def _score_part(job: _Job, rank: int, trained: TrainedModel, shard_set: ShardSet, *, shown: bool) -> None:
+def _score_part(job: _Job, rank: int, trained: inference.TrainedModel, shard_set: ShardSet, *, shown: bool) -> None:
     """Score one run of the set and write its part; `shown`: with a progress bar."""
     match, perturbation = job.match, job.facts.perturbation
-    accelerator = place_model(trained)
+    accelerator = inference.place_model(trained)
     if accelerator.device.type == "cpu" and job.world_size > 1:
         torch.set_num_threads(max(1, num_cores() // job.world_size))
     with ExitStack() as stack:
         loader = stack.enter_context(
-            trained_loader(
+            inference.trained_loader(
                 trained,
                 shard_set,
                 tuple(match.spaces.values()),
@@ -350,7 +335,7 @@ def _score_part(job: _Job, rank: int, trained: TrainedModel, shard_set: ShardSet
         add = stack.enter_context(writing_part(job.part(rank), job.facts))
         spaces = {name: shard_set.manifest.label_space(space).classes for name, space in match.spaces.items()}
         model: nn.Module = accelerator.prepare_model(trained.model, evaluation_mode=True)
-        source: EvaluationSource = CountedSource(loader, job.views, update)
+        source: EvaluationSource = inference.CountedSource(loader, job.views, update)
         if perturbation:
             source = PerturbedSource(source, perturbation, seed=job.seed, audio=shard_set.manifest.audio)
             model = model if PERTURBATIONS[perturbation].audio_keys else DeafVisualExperts(trained.model)
@@ -370,7 +355,7 @@ def _score_part(job: _Job, rank: int, trained: TrainedModel, shard_set: ShardSet
 def _score_as_worker(job: _Job, rank: int, *, shown: bool = False) -> tuple[str, int] | None:
     """Score in a process that has nothing yet; return what failed, with its exit code: not every error is pickled."""
     try:
-        trained = load_trained(job.checkpoint)
+        trained = inference.load_trained(job.checkpoint)
         shard_set = read_shard_set(job.data, storage=trained.recipe.data.loader.storage)
         _score_part(job, rank, trained, shard_set, shown=shown)
     except CA2STError as error:
@@ -386,15 +371,15 @@ def _score_in_processes(job: _Job) -> None:
         SPAWN.Process(target=_worker_process, args=(rank, job, begun, tell), name=f"rank {rank}")
         for rank in range(job.world_size)
     ]
-    with signals_to(workers, begun) as ended_unbegun:
+    with launch.signals_to(workers, begun) as ended_unbegun:
         with signals_held():
             for worker in workers:
                 worker.start()
         tell.close()
-        failed = ended_badly(workers)
+        failed = launch.ended_badly(workers)
     if failed is None:
         return
-    exit_code = 128 + ended_unbegun[0] if ended_unbegun else shell_exit_code(workers[failed])
+    exit_code = 128 + ended_unbegun[0] if ended_unbegun else launch.shell_exit_code(workers[failed])
     if (number := exit_code - 128) in STOPPING:
         raise WorkerFailedError(f"stopped by signal {number:d}; no metric is reported", exit_code)
     with suppress(EOFError):  # it ended without a word
@@ -406,7 +391,7 @@ def _score_in_processes(job: _Job) -> None:
 
 def _worker_process(rank: int, job: _Job, begun: Any, tell: Any) -> None:
     die_with_parent()
-    take_signals()
+    launch.take_signals()
     begun[rank] = 1
     if visible := visible_gpus():
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[rank % len(visible)]
@@ -414,7 +399,7 @@ def _worker_process(rank: int, job: _Job, begun: Any, tell: Any) -> None:
         show_log()
     if (failure := _score_as_worker(job, rank, shown=rank == 0)) is not None:
         tell.send(failure)
-        end_at_once(failure[1])
+        launch.end_at_once(failure[1])
 
 
 @contextmanager

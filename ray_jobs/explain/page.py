@@ -19,20 +19,7 @@ from ca2st.model.inspect import AttentionMap
 from ca2st.spec import MEL_ROW_SECONDS
 from ray_jobs.console import require_writable_place
 from ray_jobs.explain.explanation import Explanation, Sound, run_recorded
-from ray_jobs.pages.charts import (
-    Chart,
-    Frame,
-    Line,
-    Mark,
-    Tick,
-    data_uri,
-    frame_jpeg,
-    hertz_ticks,
-    page_environment,
-    places,
-    seconds_ticks,
-    spectrogram_png,
-)
+from ray_jobs.pages import charts
 from ray_jobs.runs.inference import load_trained
 from ray_jobs.runs.prediction import Prediction, require_videos
 
@@ -68,7 +55,7 @@ def heat_png(level: NDArray[np.uint8]) -> str:
     signed = (level.astype(np.float32) - _EVEN) / _EVEN
     rgba = np.where(signed[..., None] > 0, MORE, LESS).astype(np.float32)
     rgba[..., 3] *= np.abs(signed)
-    return data_uri(Image.fromarray(np.round(rgba).astype(np.uint8)), "PNG")
+    return charts.data_uri(Image.fromarray(np.round(rgba).astype(np.uint8)), "PNG")
 
 
 def times(log_times: float) -> str:
@@ -95,8 +82,8 @@ class Matrix:
 
     picture: str
     """Data URI, one pixel per cell."""
-    query_ticks: list[Tick]
-    key_ticks: list[Tick]
+    query_ticks: list[charts.Tick]
+    key_ticks: list[charts.Tick]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,11 +160,11 @@ def render_page(explanation: Explanation) -> str:
     maps, depth = explanation.maps, explanation.model.depth
     share = {(found.direction.name, found.layer): 100 * float(found.entropy_share[0]) for found in maps}
     bits = {(found.direction.name, found.layer): float(found.entropy_bits[0]) for found in maps}
-    bits_places = places(0, max(*bits.values(), 1))
+    bits_places = charts.places(0, max(*bits.values(), 1))
     experts = dict.fromkeys(expert for found in maps for expert in (found.direction.queries, found.direction.keys))
     by_target = groupby(explanation.predictions, key=lambda prediction: prediction.target)
     return (
-        page_environment()
+        charts.page_environment()
         .get_template("explain.html")
         .render(
             title=PurePath(explanation.video).name,
@@ -185,7 +172,7 @@ def render_page(explanation: Explanation) -> str:
             facts=_facts(explanation),
             version=__version__,
             targets=[(name, list(group)) for name, group in by_target],
-            frames=[frame_jpeg(frame) for frame in explanation.frames],
+            frames=[charts.frame_jpeg(frame) for frame in explanation.frames],
             frame_seconds=explanation.frame_seconds,
             pair_seconds=explanation.pair_seconds,
             spectrogram=None if explanation.sound is None else _spectrogram(explanation.sound, explanation),
@@ -259,25 +246,25 @@ def _entropy_chart(
     *,
     axis: str,
     point: str,
-) -> Chart:
-    frame = Frame(x_range=(0.5, depth + 0.5), y_range=(0, y_places[-1]), width=360, height=230)
+) -> charts.Chart:
+    frame = charts.Frame(x_range=(0.5, depth + 0.5), y_range=(0, y_places[-1]), width=360, height=230)
     every = -(-depth // _MOST_LAYER_MARKS)
 
-    def line(name: str) -> Line:
+    def line(name: str) -> charts.Line:
         of_direction = [(layer, value) for (of, layer), value in values.items() if of == name]
         points = frame.points(
             of_direction, lambda layer, value: f"{name.upper()}, layer {layer:g}: {point.format(value)}"
         )
-        return Line(css=name, name=name.upper(), points=points)
+        return charts.Line(css=name, name=name.upper(), points=points)
 
-    return Chart(
+    return charts.Chart(
         title=title,
         says=f"Entropy by layer, a line per direction: {title.lower()}",
         x_label="layer",
         frame=frame,
         lines=[line(name) for name in dict.fromkeys(name for name, _ in values)],
-        x_marks=[Mark(at=frame.x(layer), label=str(layer)) for layer in range(every, depth + 1, every)],
-        y_marks=[Mark(at=frame.y(place), label=axis.format(place)) for place in y_places],
+        x_marks=[charts.Mark(at=frame.x(layer), label=str(layer)) for layer in range(every, depth + 1, every)],
+        y_marks=[charts.Mark(at=frame.y(place), label=axis.format(place)) for place in y_places],
     )
 
 
@@ -347,9 +334,9 @@ def _spectrogram(sound: Sound, explanation: Explanation) -> dict[str, object]:
     span = sound.end_seconds - sound.start_seconds
     marks = [100 * (seconds - sound.start_seconds) / span for seconds in explanation.pair_seconds]
     return {
-        "picture": spectrogram_png(sound.mel, sound.num_heard_rows),
-        "seconds": seconds_ticks(sound.start_seconds, sound.end_seconds),
-        "hertz": hertz_ticks(sound.sample_rate_hz),
+        "picture": charts.spectrogram_png(sound.mel, sound.num_heard_rows),
+        "seconds": charts.seconds_ticks(sound.start_seconds, sound.end_seconds),
+        "hertz": charts.hertz_ticks(sound.sample_rate_hz),
         "frames": [mark for mark in marks if 0 <= mark <= 100],  # percent of the width, of the frame pairs inside
         "heard": 100 * sound.num_heard_rows / len(sound.mel),  # percent of the width; what follows is padding
         "is_silent": sound.num_heard_rows == 0,

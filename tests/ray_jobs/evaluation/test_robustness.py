@@ -18,7 +18,7 @@ ONE_VIEW = EvaluationViews(protocol="test", clips=1, crops=1)
 def use_model(monkeypatch: pytest.MonkeyPatch, run_dir: Path, kind: str) -> None:
     trained = trained_model(run_dir, kind)
     trained.checkpoint.folder.mkdir(parents=True)
-    monkeypatch.setattr(workers, "load_trained", lambda _: trained)
+    monkeypatch.setattr(workers.inference, "load_trained", lambda _: trained)
     monkeypatch.setattr(robustness, "find_checkpoint", lambda _: trained.checkpoint.folder)
     monkeypatch.setattr(robustness, "run_document_of", lambda _: trained)
 

@@ -36,7 +36,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainedModel:
     """A model in memory, and workers that score in this process, one after the other."""
     made = trained_model(tmp_path / "run")
     made.checkpoint.folder.mkdir(parents=True)
-    monkeypatch.setattr(workers, "load_trained", lambda _: made)
+    monkeypatch.setattr(workers.inference, "load_trained", lambda _: made)
 
     def in_turn(job: workers._Job) -> None:
         for rank in range(job.world_size):
