@@ -139,10 +139,11 @@ def how_to_serve(uri: str) -> str:
 def finish_following(run_dir: Path, follower: "subprocess.Popen[bytes]") -> None:
     """Let the follower send the rest for as long as the store answers; what is left waits for ``ca2st track sync``."""
     follower.terminate()
-    begin, before = time.monotonic(), _signs_of_work(run_dir, follower.pid)
-    while follower.poll() is None and time.monotonic() - begin < patience_seconds(run_dir, follower.pid):
+    begin, (patience, before) = time.monotonic(), at_work(run_dir, follower.pid)
+    while follower.poll() is None and time.monotonic() - begin < patience:
         time.sleep(_POLL_SECONDS)
-        if (now := _signs_of_work(run_dir, follower.pid)) != before:
+        patience, now = at_work(run_dir, follower.pid)
+        if now != before:
             begin, before = time.monotonic(), now
     if follower.poll() is None:
         follower.kill()
@@ -154,32 +155,24 @@ def finish_following(run_dir: Path, follower: "subprocess.Popen[bytes]") -> None
         console.say(f"warning: MLflow lacks {', '.join(lacking)} of this run; send it by `{command}`")
 
 
-def patience_seconds(run_dir: Path, follower_pid: int) -> float:
-    """Return how long the follower may hear nothing from the store at the end of a training.
+def at_work(run_dir: Path, follower_pid: int) -> tuple[float, tuple[object, ...]]:
+    """Return how many seconds the follower may show no sign of work at the end of a training, and these signs.
 
-    Importing MLflow on a busy machine, making tables and sending files may take long; a store that does not answer
-    gets ten seconds.
+    Importing MLflow on a busy machine, making tables and sending files may take long; a store that does not answer gets
+    ten seconds. The signs differ once the follower is ready, the store took something, or its tables are made; until it
+    is ready its processor time counts as well, since its low priority may make the import take minutes. They are only
+    compared: the times of files are those of their server, whose clock may be another.
     """
-    is_starting = not state.is_ready(run_dir, follower_pid)
-    if is_starting or client.is_making_tables(state.read_state(run_dir).uri) or not state.unsent_bytes(run_dir):
-        return _WORKING_SECONDS
-    return _SILENT_SECONDS
-
-
-def _signs_of_work(run_dir: Path, follower_pid: int) -> tuple[object, ...]:
-    """Return what differs once the follower is ready, the store took something, or its tables are made.
-
-    Until it is ready its processor time counts as well: on a busy machine its low priority may make the import of
-    MLflow take minutes. The values are only compared: the times of files are those of their server, whose clock may be
-    another.
-    """
+    is_ready = state.is_ready(run_dir, follower_pid)
+    makes_tables = client.is_making_tables(state.read_state(run_dir).uri)
+    may_take_long = not is_ready or makes_tables or state.unsent_bytes(run_dir) == 0
     files = [run_dir / name for name in (state.PROGRESS_NAME, state.FOLLOWER_LOCK_NAME)]
     times = (path.stat().st_mtime_ns if path.exists() else None for path in files)
     computed = None
-    if not state.is_ready(run_dir, follower_pid):
+    if not is_ready:
         with suppress(psutil.Error):  # it has just ended
             computed = sum(psutil.Process(follower_pid).cpu_times()[:2])
-    return (computed, client.is_making_tables(state.read_state(run_dir).uri), *times)
+    return _WORKING_SECONDS if may_take_long else _SILENT_SECONDS, (computed, makes_tables, *times)
 
 
 def follow(run_dir: Path, *, parent_pid: int, say: Say, interval_seconds: float = 2.0) -> None:

@@ -28,7 +28,7 @@ from ray_jobs.tracking.client import (
     is_making_tables,
     pause_seconds,
 )
-from ray_jobs.tracking.following import finish_following, patience_seconds
+from ray_jobs.tracking.following import at_work, finish_following
 from ray_jobs.tracking.sender import Sender, sync
 from ray_jobs.tracking.state import (
     Progress,
@@ -162,16 +162,16 @@ def test_k1_a_follower_that_hangs_at_the_end_is_ended_and_the_person_told_what_t
 
 def test_k1_ten_seconds_are_given_to_a_store_that_is_silent_and_more_to_one_that_works(tmp_path: Path) -> None:
     run_dir = remote_run(tmp_path / "runs" / "mine", f"sqlite:///{tmp_path}/mlflow.db")
-    assert patience_seconds(run_dir, os.getpid()) > 30  # it is starting
+    assert at_work(run_dir, os.getpid())[0] > 30  # it is starting
     with alive(run_dir):
         show_ready(run_dir)
-    assert patience_seconds(run_dir, os.getpid()) == 10
+    assert at_work(run_dir, os.getpid())[0] == 10
     with (tmp_path / ".mlflow.db.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert patience_seconds(run_dir, os.getpid()) > 30  # it makes tables
-    assert patience_seconds(run_dir, os.getpid()) == 10
+        assert at_work(run_dir, os.getpid())[0] > 30  # it makes tables
+    assert at_work(run_dir, os.getpid())[0] == 10
     write_progress(run_dir, Progress(sent_bytes=(run_dir / JOURNAL_NAME).stat().st_size))
-    assert patience_seconds(run_dir, os.getpid()) > 30  # it sends files
+    assert at_work(run_dir, os.getpid())[0] > 30  # it sends files
 
 
 @pytest.mark.parametrize(
