@@ -13,7 +13,7 @@ from pipelines.views import EvaluationViews
 from ray_jobs.console import require_folder_place, say
 from ray_jobs.evaluation.perturbations import PERTURBATIONS
 from ray_jobs.evaluation.significance import Comparison, compare_predictions
-from ray_jobs.evaluation.workers import EvaluationReport, Workers, evaluate_checkpoint, scoring_ray
+from ray_jobs.evaluation.workers import EvaluationReport, Workers, evaluate_checkpoint, match_labels, scoring_ray
 from ray_jobs.pages import charts
 from ray_jobs.runs.model import find_checkpoint, run_document_of
 from sharding.format.shard_set import read_shard_set
@@ -74,7 +74,8 @@ def measure_robustness(
     The folder gets the predictions, ``robustness.json`` and ``robustness.svg``.
 
     Raises:
-        UserInputError: an unknown condition, the model does not hear, or the set's samples have no or several labels.
+        UserInputError: an unknown condition, the model does not hear, or the set's samples have no or several labels,
+            or none of a target of the model.
     """
     for name in conditions:
         check_choice("--conditions", name, PERTURBATIONS)
@@ -115,16 +116,24 @@ def measure_robustness(
 
 
 def _require_something_to_measure(checkpoint: Path, data: str) -> None:
-    recipe = run_document_of(checkpoint).recipe
+    document = run_document_of(checkpoint)
+    recipe = document.recipe
     if "audio" not in EXPERTS[recipe.model.kind]:
         raise UserInputError(
             f"{checkpoint}: expected a model that hears, found {recipe.model.kind}: what is done to the sound changes "
             "nothing in it"
         )
-    labelling = read_shard_set(data, storage=recipe.data.loader.storage).manifest.labelling
+    shard_set = read_shard_set(data, storage=recipe.data.loader.storage)
+    labelling = shard_set.manifest.labelling
     if labelling != "one":
         raise UserInputError(
             f"{data}: expected samples with a label each, found {labelling}: nothing can be right or wrong"
+        )
+    match = match_labels(document.classes, shard_set.manifest, where=shard_set.where)
+    if lacking := document.classes.keys() - match.spaces.keys():
+        raise UserInputError(
+            f"{data}: expected labels of all targets of the model, found none of {', '.join(sorted(lacking))}; the "
+            "accuracy that stands for the model needs them"
         )
 
 

@@ -9,6 +9,7 @@ from pipelines.views import EvaluationViews
 from ray_jobs.evaluation import robustness, workers
 from ray_jobs.evaluation.perturbations import PERTURBATIONS
 from ray_jobs.evaluation.robustness import measure_robustness, robustness_chart
+from sharding.format.shard_set import LabelSpace
 from support.fake_shards import make_samples, make_shard_set
 from support.trained import trained_model
 
@@ -61,5 +62,19 @@ def test_a_set_without_a_label_a_sample_is_refused_before_anything_is_scored(
     samples = [replace(sample, labels=()) for sample in make_samples(4)]
     shards = make_shard_set(tmp_path / "set", samples, labelling=labelling)
     with pytest.raises(UserInputError, match=f"expected samples with a label each, found {labelling}"):
+        measure_robustness(tmp_path / "run", str(shards.root), ONE_VIEW, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_set_without_labels_of_a_target_of_the_model_is_refused_before_anything_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_model(monkeypatch, tmp_path / "run", "ca2st")
+    classes = {"verb": ["red", "green", "blue"], "noun": ["cup"]}
+    of_two = replace(trained_model(tmp_path / "run"), classes=classes)
+    monkeypatch.setattr(robustness, "run_document_of", lambda _: of_two)
+    verbs = (LabelSpace(name="verb", classes=("red", "green", "blue")),)
+    shards = make_shard_set(tmp_path / "set", make_samples(4), label_spaces=verbs, targets=("verb",))
+    with pytest.raises(UserInputError, match="expected labels of all targets of the model, found none of noun; the ac"):
         measure_robustness(tmp_path / "run", str(shards.root), ONE_VIEW, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
