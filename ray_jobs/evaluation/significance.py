@@ -8,6 +8,7 @@ Sources: McNemar (1947), the exact form by the binomial distribution; Efron's pe
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -64,7 +65,8 @@ def compare_predictions(
             f"{first} and {second}: expected predictions of samples with a label each, of a target in common; found "
             f"{_labelled(facts[0])} and {_labelled(facts[1])}"
         )
-    hits = [_hits(path, own, targets) for path, own in zip((first, second), facts, strict=True)]
+    numbers = {name: {word: number for number, word in enumerate(facts[0].targets[name])} for name in targets}
+    hits = [_hits(path, own, numbers) for path, own in zip((first, second), facts, strict=True)]
     places = _paired(hits, (first, second))
     return [
         compare_hits(
@@ -130,18 +132,22 @@ class _Hits(NamedTuple):
 
     keys: NDArray[np.str_]
     labels: NDArray[np.int64]
+    """`[samples, targets]`, by the first model's order of classes; -1: it has none of that name."""
     right: dict[str, NDArray[np.bool_]]
     """By target, and of the ``action`` where there are verb and noun."""
 
 
-def _hits(path: Path, facts: PredictionFacts, targets: list[str]) -> _Hits:
+def _hits(path: Path, facts: PredictionFacts, numbers: Mapping[str, Mapping[str, int]]) -> _Hits:
+    """`numbers`: of each target the classes by name, as the first model numbers them."""
     keys: list[str] = []
+    targets = list(numbers)
     labels, hits = [], {name: [] for name in targets}  # type: ignore[var-annotated]  # lists of arrays
+    maps = [np.array([numbers[name].get(word, -1) for word in facts.targets[name]]) for name in targets]
     for rows in read_rows(path, facts, targets=targets):
         own = rows.label_columns(targets)
         known: NDArray[np.bool_] = np.min(own, axis=1) >= 0
         keys += [key for key, keep in zip(rows.keys, known.tolist(), strict=True) if keep]
-        labels.append(own[known])
+        labels.append(np.stack([numbered[own[known, column]] for column, numbered in enumerate(maps)], axis=1))
         for column, name in enumerate(targets):
             hits[name].append(label_ranks(rows.probabilities[name][known], own[known, column]) < 1)
     if not keys:
