@@ -61,12 +61,13 @@ class Complaint:
     retry_after_seconds: float | None = None
     """How long the store asks to be left alone."""
 
-    def sentence(self, uri: str, what_to_do: str) -> str:
-        """Return a sentence: the store, the trouble, and what to do about it."""
+    def error(self, uri: str, what_to_do: str) -> "StoreError":
+        """Return what is raised: it says the store, the trouble, and what to do about it."""
         wait = f", for {self.retry_after_seconds:g} s" if self.retry_after_seconds is not None else ""
         fix = f"{_CREDENTIALS} " if self.kind == "refused" else ""
         when = "" if self.kind in ("refused", "rejected") else " when it is back"
-        return f"MLflow at {redacted(uri)} {_WORDS[self.kind]} ({self.detail}{wait}); {fix}{what_to_do}{when}"
+        trouble = f"MLflow at {redacted(uri)} {_WORDS[self.kind]} ({self.detail}{wait})"
+        return StoreError(f"{trouble}; {fix}{what_to_do}{when}", self)
 
 
 class StoreError(TrackingUnavailableError):
@@ -184,14 +185,14 @@ def connected(uri: str, what_to_do: str, *, ask_first: bool = False) -> Iterator
     from sqlalchemy.exc import SQLAlchemyError
 
     if ask_first and (complaint := _complaint_of_server(uri)) is not None:
-        raise StoreError(complaint.sentence(uri, what_to_do), complaint)
+        raise complaint.error(uri, what_to_do)
     try:
         yield open_client(uri)
     except (MlflowException, SQLAlchemyError, OSError) as error:  # a store that cannot be opened fails in SQLAlchemy
         complaint = complaint_of_error(error)
         if complaint.kind == "rejected":  # MLflow's client hides the status of an answer that is not its own
             complaint = _complaint_of_server(uri) or complaint
-        raise StoreError(complaint.sentence(uri, what_to_do), complaint) from error
+        raise complaint.error(uri, what_to_do) from error
 
 
 def _complaint_of_server(uri: str) -> Complaint | None:
@@ -215,6 +216,18 @@ def _complaint_of_server(uri: str) -> Complaint | None:
     if response.status_code in (401, 403, 429) or response.status_code >= 500:
         return complaint_of_status(response.status_code, retry_after=response.headers.get("Retry-After"))
     return None
+
+
+@contextlib.contextmanager
+def may_exist() -> Iterator[None]:
+    """Make something in MLflow that another run may make at the same moment."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def open_client(uri: str) -> "MlflowClient":

@@ -24,6 +24,7 @@ from ca2st.training.journal import JOURNAL_NAME, flatten, read_events
 from ca2st.training.metrics import main_metric
 from ray_jobs.redaction import redacted_values
 from ray_jobs.tracking.artefacts import class_names, labelling_of, read_recipe, registered_name
+from ray_jobs.tracking.client import may_exist
 from ray_jobs.tracking.inputs import DIGEST_CHARACTERS, dataset_name, read_inputs
 from ray_jobs.tracking.run_record import clean_params, milliseconds
 
@@ -102,7 +103,8 @@ def register(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
             client.set_logged_model_tags(models[sha256].model_id, {KEPT_TAG: "no"})
     if name is None:
         return
-    _create_registered_model(client, name)
+    with may_exist():
+        client.create_registered_model(name)
     for one in chosen:
         version = _version(client, run_id, name, one, models[one.sha256], metric=metric, is_best=one is best)
         if one is found[0]:
@@ -285,13 +287,3 @@ def _set_best_alias(client: "MlflowClient", name: str, version: "ModelVersion", 
             if sign * float(other.tags[SCORE_TAG]) >= sign * float(version.tags[SCORE_TAG]):
                 return
     client.set_registered_model_alias(name, BEST_ALIAS, str(version.version))
-
-
-def _create_registered_model(client: "MlflowClient", name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from ray_jobs.redaction import redacted_values
-from ray_jobs.tracking.client import Complaint, Say, StoreError, artifact_location
+from ray_jobs.tracking.client import Complaint, Say, artifact_location, may_exist
 from ray_jobs.tracking.state import TrackingState
 
 if TYPE_CHECKING:
@@ -142,17 +142,12 @@ def open_run(client: "MlflowClient", state: TrackingState, say: Say, *, begun: i
 
 
 def _experiment(client: "MlflowClient", state: TrackingState) -> str:
-    from mlflow.exceptions import MlflowException
-
     name = clean_value(state.experiment, MAX_NAME_CHARACTERS)
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        try:
-            return str(client.create_experiment(name, artifact_location=artifact_location(state.uri)))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        experiment = client.get_experiment_by_name(name)  # another run has just made it
+        with may_exist():
+            client.create_experiment(name, artifact_location=artifact_location(state.uri))
+        experiment = client.get_experiment_by_name(name)
         assert experiment is not None
     if experiment.lifecycle_stage == "deleted":
         number = experiment.experiment_id
@@ -161,7 +156,7 @@ def _experiment(client: "MlflowClient", state: TrackingState) -> str:
             f"restore it by `mlflow experiments restore --experiment-id {number}`, remove it for good by `mlflow gc "
             f"--experiment-ids {number}`, or train with another tracking.experiment; then run `ca2st track sync` again"
         )
-        raise StoreError(complaint.sentence(state.uri, fix), complaint)
+        raise complaint.error(state.uri, fix)
     return str(experiment.experiment_id)
 
 
