@@ -333,7 +333,7 @@ def _score_part(job: _Job, rank: int, trained: inference.TrainedModel, shard_set
         own = loader.num_samples // job.world_size
         update = stack.enter_context(progress("Scoring", own)) if shown else (lambda _done, _what: None)
         add = stack.enter_context(writing_part(job.part(rank), job.facts))
-        spaces = {name: shard_set.manifest.label_space(space).classes for name, space in match.spaces.items()}
+        classes = {name: shard_set.manifest.label_space(space).classes for name, space in match.spaces.items()}
         model: nn.Module = accelerator.prepare_model(trained.model, evaluation_mode=True)
         source: EvaluationSource = inference.CountedSource(loader, job.views, update)
         if perturbation:
@@ -345,7 +345,7 @@ def _score_part(job: _Job, rank: int, trained: inference.TrainedModel, shard_set
             accelerator=accelerator,
             targets=trained.targets,
             per_device_batch_size=trained.recipe.training.per_device_batch_size,
-            label_classes={name: len(classes) for name, classes in spaces.items()},
+            label_classes={name: len(names) for name, names in classes.items()},
             labelling=trained.labelling,
         )
         for scored in stack.enter_context(closing(batches)):

@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePath
@@ -65,8 +65,6 @@ def times(log_times: float) -> str:
 
 
 _MOST_LAYER_MARKS = 12
-
-
 _SEES = {
     ("time", False): "A query sees its own place in every frame: a frame's colours say when its places were looked at.",
     ("space", False): "A query sees every place of its own frame, so time plays no part here.",
@@ -74,6 +72,26 @@ _SEES = {
     ("space_time", True): "A query sees the whole spectrogram.",
 }
 _NEARLY_EVEN = math.log2(1.05)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EntropyRow:
+    """How widely the attention of one direction was spread in one layer."""
+
+    direction: str
+    """`t2s`, ...: keys from the first expert, queries from the second."""
+    layer: int
+    """Counted from 1."""
+    bits: float
+    """Mean over heads and queries."""
+    share: float
+    """Of the most it could be, log2 of the keys a query sees."""
+
+
+def entropy_of(found: AttentionMap) -> EntropyRow:
+    """Return how widely a map's attention was spread."""
+    bits, share = float(found.entropy_bits[0]), float(found.entropy_share[0])
+    return EntropyRow(direction=found.direction.name, layer=found.layer, bits=bits, share=share)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,9 +108,7 @@ class Matrix:
 class LayerPanel:
     """One layer of one direction."""
 
-    layer: int
-    bits: float
-    share: float
+    entropy: EntropyRow
     heats: list[str]
     """Attention received, as data URIs: one per frame for visual keys, one for a spectrogram."""
     strongest: str
@@ -158,9 +174,10 @@ EXPERT_SENSES = {
 def render_page(explanation: Explanation) -> str:
     """Return the whole page; it asks nothing of any network."""
     maps, depth = explanation.maps, explanation.model.depth
-    share = {(found.direction.name, found.layer): 100 * float(found.entropy_share[0]) for found in maps}
-    bits = {(found.direction.name, found.layer): float(found.entropy_bits[0]) for found in maps}
-    bits_places = charts.places(0, max(*bits.values(), 1))
+    entropy = [entropy_of(found) for found in maps]
+    share = [(row.direction, row.layer, 100 * row.share) for row in entropy]
+    bits = [(row.direction, row.layer, row.bits) for row in entropy]
+    bits_places = charts.places(0, max(1, *(row.bits for row in entropy)))
     experts = dict.fromkeys(expert for found in maps for expert in (found.direction.queries, found.direction.keys))
     by_target = groupby(explanation.predictions, key=lambda prediction: prediction.target)
     return (
@@ -190,20 +207,6 @@ def render_page(explanation: Explanation) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EntropyRow:
-    """How widely the attention of one direction was spread in one layer."""
-
-    direction: str
-    """`t2s`, ...: keys from the first expert, queries from the second."""
-    layer: int
-    """Counted from 1."""
-    bits: float
-    """Mean over heads and queries."""
-    share: float
-    """Of the most it could be, log2 of the keys a query sees."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ExplainReport:
     """What was written, in numbers."""
 
@@ -226,21 +229,13 @@ def explain_video(checkpoint: Path, video: Path, *, out: Path | None = None) -> 
     require_writable_place(page, "--out")
     explanation = run_recorded(load_trained(checkpoint), video)
     write_bytes(page, render_page(explanation).encode())
-    entropy = [
-        EntropyRow(
-            direction=found.direction.name,
-            layer=found.layer,
-            bits=float(found.entropy_bits[0]),
-            share=float(found.entropy_share[0]),
-        )
-        for found in explanation.maps
-    ]
+    entropy = [entropy_of(found) for found in explanation.maps]
     return ExplainReport(html=page, predictions=explanation.predictions, entropy=entropy)
 
 
 def _entropy_chart(
     title: str,
-    values: Mapping[tuple[str, int], float],
+    values: Sequence[tuple[str, int, float]],
     y_places: Sequence[float],
     depth: int,
     *,
@@ -251,7 +246,7 @@ def _entropy_chart(
     every = -(-depth // _MOST_LAYER_MARKS)
 
     def line(name: str) -> charts.Line:
-        of_direction = [(layer, value) for (of, layer), value in values.items() if of == name]
+        of_direction = [(layer, value) for of, layer, value in values if of == name]
         points = frame.points(
             of_direction, lambda layer, value: f"{name.upper()}, layer {layer:g}: {point.format(value)}"
         )
@@ -262,7 +257,7 @@ def _entropy_chart(
         says=f"Entropy by layer, a line per direction: {title.lower()}",
         x_label="layer",
         frame=frame,
-        lines=[line(name) for name in dict.fromkeys(name for name, _ in values)],
+        lines=[line(name) for name in dict.fromkeys(name for name, _, _ in values)],
         x_marks=[charts.Mark(at=frame.x(layer), label=str(layer)) for layer in range(every, depth + 1, every)],
         y_marks=[charts.Mark(at=frame.y(place), label=axis.format(place)) for place in y_places],
     )
@@ -288,9 +283,7 @@ def _view(maps: Sequence[AttentionMap], explanation: Explanation) -> DirectionVi
             moments = base64.b64encode(cells.tobytes()).decode()
         panels.append(
             LayerPanel(
-                layer=found.layer,
-                bits=float(found.entropy_bits[0]),
-                share=float(found.entropy_share[0]),
+                entropy=entropy_of(found),
                 heats=[heat_png(levels(picture, limit)) for picture in pictures],
                 strongest=_strongest(own, direction.keys, explanation),
                 matrix=matrix,
