@@ -246,7 +246,7 @@ def join_parts(
                 writer.write_table(pa.Table.from_batches([batch.select(schema.names)], schema))
         different = tally.num_different()
         if different != expected.num_samples or different == 0 or next(keys, None) is not None:
-            raise _NotWhole
+            raise _NotWhole  # so that `writing` leaves no file
         return
     _refuse(parts, expected)
 

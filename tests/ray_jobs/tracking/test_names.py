@@ -13,6 +13,8 @@ from ray_jobs.tracking import run_record
 from ray_jobs.tracking.run_record import (
     LEFT_OUT,
     MAX_NAME_CHARACTERS,
+    MAX_PARAM_CHARACTERS,
+    MAX_TAG_CHARACTERS,
     batches,
     clean_name,
     clean_params,
@@ -60,12 +62,13 @@ def test_k7_names_stay_readable() -> None:
 
 
 def test_k7_what_was_changed_is_told() -> None:
-    values, changes = cleaned("param", {"good": "1", "a#b": "2", "long": "x" * 10_000}, 6000)
+    values, changes = cleaned("param", {"good": "1", "a#b": "2", "long": "x" * 10_000}, MAX_PARAM_CHARACTERS)
     assert values["good"] == "1"
     assert values["long"].endswith("...(cut)")
     assert len(changes) == 2
     assert changes[0].startswith("param 'a#b' is called a_b-")
     assert changes[1].startswith("the value of param long, 10000 characters")
+    assert cleaned("tag", {"t": "y" * 9000}, MAX_TAG_CHARACTERS)[1]
 
 
 def test_k7_params_over_the_limit_are_counted_in_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
