@@ -22,7 +22,9 @@ Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint folder, or a run 
 Which = Annotated[
     str, typer.Option("--checkpoint", help="Of a run folder: best (of validation), last, or the number of a step.")
 ]
-ScoringWorkers = Annotated[int, typer.Option("--workers", help="Processes that score; one a GPU where there are GPUs.")]
+ScoringWorkers = Annotated[
+    int, typer.Option("--workers", help="Processes that score; one per GPU where there are GPUs.")
+]
 OnRay = Annotated[bool, typer.Option("--ray", help="Score in tasks of Ray.")]
 RayAddress = Annotated[
     str, typer.Option("--ray-address", help="With --ray: auto, or HEAD:6379; default: a Ray of our own.")

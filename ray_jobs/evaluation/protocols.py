@@ -128,7 +128,7 @@ class Measures:
     metrics: dict[str, float]
     """Fractions of 1, and d'; none for a set without labels."""
     confusion: dict[str, NDArray[np.int64]] = field(default_factory=dict)
-    """By target: a row a true class, a column an answered one."""
+    """By target: a row per true class, a column per answered one."""
     rankings: dict[str, list[Ranking]] = field(default_factory=dict)
     """By target: of each class, where the field reports them."""
 
@@ -293,7 +293,9 @@ def write_tables(measures: Measures, predictions: Path) -> list[Path]:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(("class", "samples", "top1", "precision", "average_precision", "area", "confused_with"))
         for row in class_rows(measures, target):
-            writer.writerow(("" if math.isnan(x) else f"{x:.6g}") if isinstance(x, float) else x for x in row)
+            name, num_samples, *numbers, confused_with = row
+            shown = ["" if math.isnan(number) else f"{number:.6g}" for number in numbers]
+            writer.writerow((name, num_samples, *shown, confused_with))
         table = predictions.with_suffix(f".classes.{target}.csv")
         write_bytes(table, encoded(text.getvalue()))
         picture = predictions.with_suffix(f".confusion.{target}.png")

@@ -9,6 +9,7 @@ from ca2st.checked_json import encoded, finite
 from ca2st.durable import write_bytes
 from ca2st.errors import UserInputError, check_choice
 from ca2st.model.config import EXPERTS
+from ca2st.training.metrics import main_metric
 from pipelines.views import EvaluationViews
 from ray_jobs.console import require_folder_place, say
 from ray_jobs.evaluation.perturbations import PERTURBATIONS
@@ -74,8 +75,8 @@ def measure_robustness(
     The folder gets the predictions, ``robustness.json`` and ``robustness.svg``.
 
     Raises:
-        UserInputError: an unknown condition, the model does not hear, or the set's samples have no or several labels,
-            or none of a target of the model.
+        UserInputError: an unknown condition, the model does not hear, the set's samples have no or several labels, or
+            none of a target that the main metric needs.
     """
     for name in conditions:
         check_choice("--conditions", name, PERTURBATIONS)
@@ -130,10 +131,12 @@ def _require_something_to_measure(checkpoint: Path, data: str) -> None:
             f"{data}: expected samples with a label each, found {labelling}: nothing can be right or wrong"
         )
     match = match_labels(document.classes, shard_set.manifest, where=shard_set.where)
-    if lacking := document.classes.keys() - match.spaces.keys():
+    needed = main_metric(tuple(document.classes))
+    if main_metric(match.targets) != needed:
+        lacking = ", ".join(sorted(document.classes.keys() - match.spaces.keys()))
         raise UserInputError(
-            f"{data}: expected labels of all targets of the model, found none of {', '.join(sorted(lacking))}; the "
-            "accuracy that stands for the model needs them"
+            f"{data}: expected labels of all targets of the model, found none of {lacking}: {needed}, which stands for "
+            "the model, cannot be compared"
         )
 
 

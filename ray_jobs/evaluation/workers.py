@@ -85,7 +85,7 @@ class LabelMatch:
         return tuple(self.spaces)
 
     def mapped(self, scored: Scored) -> Scored:
-        """Return the same with labels of the model: of several, a column a class of the model."""
+        """Return the same with labels of the model: of several labels, a column per class of the model."""
         if not self.spaces or not len(scored):
             return scored
         if self.several:
@@ -357,6 +357,12 @@ def _score_as_worker(job: _Job, rank: int, *, shown: bool = False) -> tuple[str,
     try:
         trained = inference.load_trained(job.checkpoint)
         shard_set = read_shard_set(job.data, storage=trained.recipe.data.loader.storage)
+        expected, found = job.facts.manifest_fingerprint, shard_set.manifest.fingerprint
+        if found != expected:  # the classes of another set would be taken for those of this one
+            raise EnvironmentFault(
+                f"{shard_set.where}: expected the shard set of the fingerprint {expected[:16]}, found {found[:16]}; "
+                "every node must see the same shards"
+            )
         _score_part(job, rank, trained, shard_set, shown=shown)
     except CA2STError as error:
         return f"rank {rank}: {type(error).__name__}: {error}", error.exit_code

@@ -173,13 +173,13 @@ _PROBE = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=ca2st"
 
 @contextlib.contextmanager
 def connected(uri: str, what_to_do: str, *, ask_first: bool = False) -> Iterator["MlflowClient"]:
-    """Yield a client of a store while the block runs; a store that does not do what is asked is told for what it is.
+    """Yield a client of a store; errors of the store in the block are raised as one that says what the trouble is.
 
     `what_to_do`: what the person is told to do then. `ask_first`: ask a server one small question before more is sent
     to one that was in trouble.
 
     Raises:
-        StoreError: a TrackingUnavailableError that says what kind of trouble it is.
+        StoreError: a TrackingUnavailableError that says what kind of trouble it is, and `what_to_do`.
     """
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -206,8 +206,8 @@ def _complaint_of_server(uri: str) -> Complaint | None:
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    credentials = get_default_host_creds(uri)  # type: ignore[no-untyped-call]  # MLflow's
     try:
+        credentials = get_default_host_creds(uri)  # type: ignore[no-untyped-call]  # MLflow's; refuses bad settings
         response = http_request(  # type: ignore[no-untyped-call]  # MLflow's
             credentials, _PROBE, "GET", max_retries=0, raise_on_status=False
         )

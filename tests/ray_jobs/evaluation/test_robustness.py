@@ -55,7 +55,7 @@ def test_what_cannot_be_tested_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("labelling", ["none", "several"])
-def test_a_set_without_a_label_a_sample_is_refused_before_anything_is_scored(
+def test_a_set_without_a_label_per_sample_is_refused_before_anything_is_scored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labelling: str
 ) -> None:
     use_model(monkeypatch, tmp_path / "run", "ca2st")
@@ -75,6 +75,25 @@ def test_a_set_without_labels_of_a_target_of_the_model_is_refused_before_anythin
     monkeypatch.setattr(robustness, "run_document_of", lambda _: of_two)
     verbs = (LabelSpace(name="verb", classes=("red", "green", "blue")),)
     shards = make_shard_set(tmp_path / "set", make_samples(4), label_spaces=verbs, targets=("verb",))
-    with pytest.raises(UserInputError, match="expected labels of all targets of the model, found none of noun; the ac"):
+    with pytest.raises(UserInputError, match="expected labels of all targets of the model, found none of noun: actio"):
         measure_robustness(tmp_path / "run", str(shards.root), ONE_VIEW, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_the_main_metric_does_not_need_may_lack_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_model(monkeypatch, tmp_path / "run", "ca2st")
+    classes = {"noun": ["cup"], "tool": ["knife"], "verb": ["red", "green", "blue"]}
+    of_three = replace(trained_model(tmp_path / "run"), classes=classes)
+    monkeypatch.setattr(robustness, "run_document_of", lambda _: of_three)
+    spaces = tuple(LabelSpace(name=name, classes=tuple(classes[name])) for name in ("noun", "verb"))
+    samples = [replace(sample, labels=(0, 0)) for sample in make_samples(4)]
+    shards = make_shard_set(tmp_path / "set", samples, label_spaces=spaces, targets=("noun", "verb"))
+
+    def begins_to_score(*_: object, **__: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(robustness, "evaluate_checkpoint", begins_to_score)
+    with pytest.raises(InterruptedError):
+        measure_robustness(tmp_path / "run", str(shards.root), ONE_VIEW, out=tmp_path / "out")

@@ -89,6 +89,23 @@ def test_a_transfer_matches_classes_by_name_and_reports_what_has_no_match(
     assert report.top1 == expected
 
 
+def test_a_worker_that_sees_another_set_at_the_same_place_is_refused(
+    trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node with an older copy of the set: the same keys, but its classes in another order."""
+    shards, other = a_set(tmp_path / "set"), a_set(tmp_path / "other", classes=("blue", "green", "red"))
+
+    def on_another_node(job: workers._Job) -> None:
+        raise WorkerFailedError(*(workers._score_as_worker(replace(job, data=str(other.root)), 1) or ("", 0)))
+
+    monkeypatch.setattr(workers, "_score_in_processes", on_another_node)
+    expected = shards.manifest.fingerprint[:16]
+    with pytest.raises(
+        WorkerFailedError, match=f"rank 1: .*expected the shard set of the fingerprint {expected}, found"
+    ):
+        evaluate_checkpoint(tmp_path / "run", shards.root, VIEWS, workers=Workers(number=2))
+
+
 def test_two_tests_do_not_write_the_same_predictions_at_a_time(trained: TrainedModel, tmp_path: Path) -> None:
     shards = make_shard_set(tmp_path / "set", make_samples(3))
     out = tmp_path / "found.parquet"

@@ -278,6 +278,17 @@ def test_k2_a_server_that_asks_to_be_left_alone_is_left_alone_for_as_long(fake: 
     assert dated.retry_after_seconds is None
 
 
+def test_k2_settings_of_the_environment_that_mlflow_refuses_are_a_trouble_with_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", "/no/certificate.pem")
+    sender = Sender(remote_run(tmp_path / "runs" / "mine", AWAY), print)
+    for _ in range(2):  # the second time the server is asked first
+        with pytest.raises(StoreError, match=r"rejects what is sent.*MLFLOW_TRACKING_INSECURE_TLS"):
+            sender.send()
+
+
 def test_k2_pauses_double_up_to_a_minute_and_end_with_the_trouble() -> None:
     unreachable = Complaint(kind="unreachable", detail="")
     pauses = [pause_seconds(n, unreachable, interval_seconds=2.0) for n in (1, 2, 3, 4, 5, 6, 1000)]
