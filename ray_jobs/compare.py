@@ -15,8 +15,7 @@ from ca2st.errors import UserInputError, check_choice, did_you_mean
 from ca2st.training.metrics import harmonic_mean
 from ray_jobs.pages.charts import Curve, metric_charts, page_environment, tone
 from ray_jobs.redaction import without_credentials
-from ray_jobs.tracking.client import open_client, reachable, sqlite_path
-from ray_jobs.tracking.run_card import duration_in_words
+from ray_jobs.tracking.client import connected, sqlite_path
 from ray_jobs.tracking.run_record import SYSTEM_PREFIX, WORLD_SIZE
 
 _CLIPS_PER_SECOND = "train/clips_per_second"
@@ -87,8 +86,7 @@ def read_runs(uri: str, wanted: RunFilter) -> list[TrackedRun]:
     """
     if (path := sqlite_path(uri)) is not None and not path.is_file():
         raise UserInputError(f"{uri}: expected an MLflow store, found no such file; train first, or check the address")
-    with reachable(uri, "compare again"):
-        client = open_client(uri)
+    with connected(uri, "compare again") as client:
         experiments = {one.experiment_id: one.name for one in client.search_experiments()}
         if wanted.experiment is not None:
             check_choice("experiment", wanted.experiment, sorted(experiments.values()))
@@ -162,7 +160,7 @@ class Comparison:
     baseline: str
     """Id of the run that deltas refer to."""
     settings: Mapping[str, list[str | None]]
-    """What differs, setting by setting, a value a run."""
+    """What differs, setting by setting, a value per run."""
     num_equal_settings: int
     across_datasets: list[AcrossDatasets]
 
@@ -244,8 +242,6 @@ def render_comparison_page(comparison: Comparison, *, source: str) -> str:
     environment.filters["tone"] = tone
     environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
     environment.filters["points"] = lambda share: f"{100 * share:+.1f}"
-    environment.filters["number"] = lambda value: f"{value:.4g}"
-    environment.filters["duration"] = duration_in_words
     return environment.get_template("compare.html").render(
         version=__version__,
         comparison=comparison,

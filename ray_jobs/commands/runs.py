@@ -23,7 +23,9 @@ Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint folder, or a run 
 Which = Annotated[
     str, typer.Option("--checkpoint", help="Of a run folder: best (of validation), last, or the number of a step.")
 ]
-ScoringWorkers = Annotated[int, typer.Option("--workers", help="Processes that score; one a GPU where there are GPUs.")]
+ScoringWorkers = Annotated[
+    int, typer.Option("--workers", help="Processes that score; one per GPU where there are GPUs.")
+]
 OnRay = Annotated[bool, typer.Option("--ray", help="Score in tasks of Ray.")]
 _MOST_SHOWN_SETTINGS = 40
 _LINE = "\n  "
@@ -355,7 +357,7 @@ def compare(
 
 
 def _lines(comparison: "Comparison") -> list[str]:
-    from ray_jobs.tracking.run_card import duration_in_words
+    from ray_jobs.pages.charts import duration_in_words
 
     width = max(len(run.label) for run in comparison.runs)
     lines = [
@@ -407,7 +409,7 @@ def sync(
 
     Ends with 4 while something is lacking: the store cannot be reached, or did not take all.
     """
-    from ray_jobs.tracking.following import sync as send
+    from ray_jobs.tracking.sender import sync as send
     from ray_jobs.tracking.state import read_state
 
     sent = send(run_dir)

@@ -28,7 +28,7 @@ from ray_jobs.evaluation.workers import evaluate_checkpoint
 from ray_jobs.launch import launch
 from ray_jobs.runs.inference import load_trained, score
 from ray_jobs.runs.worker import OUTCOME_NAME
-from ray_jobs.tracking.following import log_metrics, read_metrics
+from ray_jobs.tracking.sender import log_metrics, read_metrics
 from ray_jobs.tracking.state import read_state
 from sharding.format.shard_set import read_shard_set
 from sharding.synthetic.factors import ceilings

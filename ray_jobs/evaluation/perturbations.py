@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import numpy as np
@@ -59,20 +59,16 @@ class Perturbation:
     """Whether the visual experts may attend to the sound."""
 
 
-def _white(rows: Rows, generator: np.random.Generator, audio: AudioParameters) -> Rows:
-    return with_noise(rows, generator, audio, "white", decibels=generator.uniform(0, MOST_NOISE_DECIBELS))
+def _noisy(rows: Rows, generator: np.random.Generator, audio: AudioParameters, colour: Colour) -> Rows:
+    return with_noise(rows, generator, audio, colour, decibels=generator.uniform(0, MOST_NOISE_DECIBELS))
 
 
-def _pink(rows: Rows, generator: np.random.Generator, audio: AudioParameters) -> Rows:
-    return with_noise(rows, generator, audio, "pink", decibels=generator.uniform(0, MOST_NOISE_DECIBELS))
-
-
-def _shifted(rows: Rows, generator: np.random.Generator, audio: AudioParameters) -> Rows:  # noqa: ARG001  # as the others
+def _shifted(rows: Rows, generator: np.random.Generator, _audio: AudioParameters) -> Rows:
     seconds = generator.uniform(-MOST_SHIFT_SECONDS, MOST_SHIFT_SECONDS)
     return np.roll(rows, round(seconds / MEL_ROW_SECONDS), axis=0)
 
 
-def _missing(rows: Rows, generator: np.random.Generator, audio: AudioParameters) -> Rows:  # noqa: ARG001  # as the others
+def _missing(rows: Rows, generator: np.random.Generator, _audio: AudioParameters) -> Rows:
     length = round(MISSING_SHARE * len(rows))
     first = int(generator.integers(0, len(rows) - length + 1))
     left = rows.copy()
@@ -81,8 +77,8 @@ def _missing(rows: Rows, generator: np.random.Generator, audio: AudioParameters)
 
 
 PERTURBATIONS: dict[str, Perturbation] = {
-    "white_noise": Perturbation(says="white noise, 0 to 20 dB", sound=_white),
-    "pink_noise": Perturbation(says="pink noise, 0 to 20 dB", sound=_pink),
+    "white_noise": Perturbation(says="white noise, 0 to 20 dB", sound=partial(_noisy, colour="white")),
+    "pink_noise": Perturbation(says="pink noise, 0 to 20 dB", sound=partial(_noisy, colour="pink")),
     "time_shift": Perturbation(says="shifted by up to 2 s", sound=_shifted),
     "missing_segment": Perturbation(says="20 % missing", sound=_missing),
     "masked_audio_keys": Perturbation(says="audio keys masked", audio_keys=False),
@@ -96,8 +92,7 @@ def with_noise(
     rows: Rows, generator: np.random.Generator, audio: AudioParameters, colour: Colour, *, decibels: float
 ) -> Rows:
     """Return log-mel rows with noise of a signal-to-noise ratio, in the mean over the rows."""
-    noise, degrees = noise_spectrum(colour, audio.sample_rate_hz, audio.num_mel_bins, audio.frame_length_ms)
-    heard = _heard_power(audio.sample_rate_hz, audio.num_mel_bins, audio.frame_length_ms)
+    noise, degrees, heard = _noise_of_bins(colour, audio.sample_rate_hz, audio.num_mel_bins, audio.frame_length_ms)
     power = np.exp(rows)
     power[power <= _FLOOR * (1 + 1e-3)] = 0.0
     level = float((power @ heard).sum()) / (len(rows) * 10 ** (decibels / 10))
@@ -106,36 +101,12 @@ def with_noise(
 
 
 @cache
-def noise_spectrum(colour: Colour, rate_hz: int, num_bins: int, window_ms: float) -> tuple[Rows, Rows]:
-    """Return the mean power of noise in each mel bin, and how steady it is there (the shape of a gamma distribution).
+def _noise_of_bins(colour: Colour, rate_hz: int, num_bins: int, window_ms: float) -> tuple[Rows, Rows, Rows]:
+    """Return what is known of each mel bin `[bins]`: the mean power of noise in it, how steady it is, and how loud.
 
-    The noise has power 1 between 20 Hz and half the sample rate, by the measure of `_heard_power`.
+    The noise has power 1 between 20 Hz and half the sample rate; how steady: the shape of a gamma distribution; how
+    loud: by what to multiply the bin's power to undo the pre-emphasis in the mean over the bin.
     """
-    filters, hertz, gains, window = _bank(rate_hz, num_bins, window_ms)
-    shape = np.where(hertz < _LOWEST_HZ, 0.0, 1.0 if colour == "white" else 1 / np.maximum(hertz, _LOWEST_HZ))
-    total = float((filters.sum(axis=0) * shape).sum())
-    weights = filters * (gains * shape)
-    means = weights.sum(axis=1)
-    spectrum = np.fft.fft(window**2, 2 * len(hertz))
-    likeness = np.abs(spectrum / spectrum[0])[: len(hertz)] ** 2  # of the power of two places, by their distance
-    apart = np.abs(np.subtract.outer(np.arange(len(hertz)), np.arange(len(hertz))))
-    spread = np.einsum("mi,ij,mj->m", weights, likeness[apart], weights)
-    degrees = np.where(means > 0, means**2 / np.maximum(spread, 1e-300), 1.0)
-    return means / total, degrees
-
-
-@cache
-def _heard_power(rate_hz: int, num_bins: int, window_ms: float) -> Rows:
-    """Return by what to multiply the power of each mel bin to undo the pre-emphasis in the mean over the bin."""
-    filters, _, gains, _ = _bank(rate_hz, num_bins, window_ms)
-    emphasised = (filters * gains).sum(axis=1)
-    factors: Rows = np.divide(filters.sum(axis=1), emphasised, out=np.zeros(num_bins), where=emphasised > 0)
-    return factors
-
-
-@cache
-def _bank(rate_hz: int, num_bins: int, window_ms: float) -> tuple[Rows, Rows, Rows, Rows]:
-    """Return the filters `[bins, places]` of Kaldi's filter bank, and of each place hertz and gain; and its window."""
     from torchaudio.compliance.kaldi import get_mel_banks
 
     length = int(rate_hz * window_ms / 1000)
@@ -143,8 +114,19 @@ def _bank(rate_hz: int, num_bins: int, window_ms: float) -> tuple[Rows, Rows, Ro
     filters = get_mel_banks(num_bins, padded, float(rate_hz), _LOWEST_HZ, 0.0, 100.0, -500.0, 1.0)[0].double().numpy()
     hertz = np.arange(padded // 2) * rate_hz / padded
     gains = 1 + _PREEMPHASIS**2 - 2 * _PREEMPHASIS * np.cos(2 * math.pi * hertz / rate_hz)
+    shape = np.where(hertz < _LOWEST_HZ, 0.0, 1.0 if colour == "white" else 1 / np.maximum(hertz, _LOWEST_HZ))
+    weights = filters * (gains * shape)
+    means = weights.sum(axis=1)
+    # The power of two places of the spectrum is alike by their distance, as the window's own spectrum falls.
     window = 0.5 - 0.5 * np.cos(2 * math.pi * np.arange(length) / (length - 1))
-    return filters, hertz, gains, window
+    spectrum = np.fft.fft(window**2, 2 * len(hertz))
+    likeness = np.abs(spectrum / spectrum[0])[: len(hertz)] ** 2
+    apart = np.abs(np.subtract.outer(np.arange(len(hertz)), np.arange(len(hertz))))
+    spread = np.einsum("mi,ij,mj->m", weights, likeness[apart], weights)
+    degrees = np.where(means > 0, means**2 / np.maximum(spread, 1e-300), 1.0)
+    emphasised = (filters * gains).sum(axis=1)
+    heard = np.divide(filters.sum(axis=1), emphasised, out=np.zeros(num_bins), where=emphasised > 0)
+    return means / float((filters.sum(axis=0) * shape).sum()), degrees, heard
 
 
 class PerturbedSource:
@@ -158,18 +140,14 @@ class PerturbedSource:
     def batches(self) -> Iterator[ClipBatch]:
         """As the source's, with other sound; clips without sound stay so."""
         for batch in self._source.batches():
-            yield self._perturbed(batch)
-
-    def _perturbed(self, batch: ClipBatch) -> ClipBatch:
-        if not self._perturbation.has_audio:
-            return replace(batch, has_audio=torch.zeros_like(batch.has_audio), mel=torch.zeros_like(batch.mel))
-        if self._perturbation.sound is None:
-            return batch
-        views = [
-            self._view(mel, key) if heard else mel
-            for mel, key, heard in zip(batch.mel, batch.sample_ids, batch.has_audio.tolist(), strict=True)
-        ]
-        return replace(batch, mel=torch.stack(views))
+            if not self._perturbation.has_audio:
+                yield replace(batch, has_audio=torch.zeros_like(batch.has_audio), mel=torch.zeros_like(batch.mel))
+            elif self._perturbation.sound is None:
+                yield batch
+            else:
+                views = zip(batch.mel, batch.sample_ids, batch.has_audio.tolist(), strict=True)
+                mel = [self._view(mel, key) if heard else mel for mel, key, heard in views]
+                yield replace(batch, mel=torch.stack(mel))
 
     def _view(self, mel: Tensor, key: str) -> Tensor:
         """Disturb the rows of a view that are sound, not those that pad it; all views of a sample have one draw."""

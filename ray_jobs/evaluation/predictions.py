@@ -13,8 +13,8 @@ views). The metadata key ``ca2st`` holds a JSON object that says what made the f
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ METADATA_KEY = b"ca2st"
 BATCH_ROWS = 4096
 """Rows that are read or written at a time."""
 _VIEWS_COLUMN = "num_views"
+_PARQUET: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,11 +75,6 @@ class PredictionFacts:
                 fields.append(pa.field(f"{target}_label", label))
             fields.append(pa.field(f"{target}_probabilities", pa.list_(pa.float32(), len(classes))))
         return pa.schema(fields)
-
-    def metadata(self) -> dict[bytes, bytes]:
-        """Return the file's metadata."""
-        document = {name: getattr(self, name) for name in self.__slots__}
-        return {METADATA_KEY: json.dumps(document, ensure_ascii=False).encode()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,20 +120,6 @@ def read_rows(path: Path, facts: PredictionFacts, *, targets: Sequence[str] | No
     Raises:
         DataDamageError: its bytes are not those that were written.
     """
-    num_rows = 0
-    try:
-        for rows in _rows(path, facts, targets=targets):
-            num_rows += len(rows.keys)
-            yield rows
-        if num_rows != facts.num_samples:
-            raise ValueError(f"{num_rows} samples instead of {facts.num_samples}")
-    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
-        raise DataDamageError(
-            f"{path}: expected the predictions that were written, found others ({error}); evaluate the checkpoint again"
-        ) from error
-
-
-def _rows(path: Path, facts: PredictionFacts, *, targets: Sequence[str] | None) -> Iterator[Rows]:
     chosen = [name for name in facts.targets if targets is None or name in targets]
     labelled = [name for name in chosen if name in facts.labelled]
     columns = [
@@ -146,24 +128,27 @@ def _rows(path: Path, facts: PredictionFacts, *, targets: Sequence[str] | None) 
         *(f"{name}_label" for name in labelled),
         *(f"{name}_probabilities" for name in chosen),
     ]
-    for batch in parquet_batches(path, columns=columns, batch_rows=BATCH_ROWS):
-        labels = {
-            name: _hot_labels(batch.column(f"{name}_label"), len(facts.targets[name]))
-            if facts.several
-            else np.asarray(batch.column(f"{name}_label").fill_null(-1)).astype(np.int64)
-            for name in labelled
-        }
-        yield Rows(
-            keys=batch.column("key").to_pylist(),
-            has_audio=np.asarray(batch.column("has_audio")),
-            labels=labels,
-            probabilities={name: _numbers(batch.column(f"{name}_probabilities")) for name in chosen},
-        )
-
-
-def _numbers(column: pa.Array) -> NDArray[np.float32]:
-    values: NDArray[np.float32] = np.asarray(column.flatten()).reshape(len(column), -1)
-    return values
+    num_rows = 0
+    try:
+        for batch in parquet_batches(path, columns=columns, batch_rows=BATCH_ROWS):
+            num_rows += batch.num_rows
+            labels, probabilities = {}, {}
+            for name in labelled:
+                column = batch.column(f"{name}_label")
+                if facts.several:
+                    labels[name] = _hot_labels(column, len(facts.targets[name]))
+                else:
+                    labels[name] = np.asarray(column.fill_null(-1)).astype(np.int64)
+            for name in chosen:
+                flat = np.asarray(batch.column(f"{name}_probabilities").flatten())
+                probabilities[name] = flat.reshape(batch.num_rows, -1)
+            yield Rows(batch.column("key").to_pylist(), np.asarray(batch.column("has_audio")), labels, probabilities)
+        if num_rows != facts.num_samples:
+            raise ValueError(f"{num_rows} samples instead of {facts.num_samples}")
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+        raise DataDamageError(
+            f"{path}: expected the predictions that were written, found others ({error}); evaluate the checkpoint again"
+        ) from error
 
 
 def _hot_labels(column: pa.Array, num_classes: int) -> NDArray[np.int64]:
@@ -182,7 +167,7 @@ def writing_part(path: Path, facts: PredictionFacts) -> Iterator[Callable[[Score
     waiting: list[pa.RecordBatch] = []
     with (
         writing(path) as file,
-        pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False, write_page_checksum=True) as writer,
+        pq.ParquetWriter(file, schema, **_PARQUET) as writer,
     ):
 
         def write_waiting() -> None:
@@ -244,34 +229,26 @@ def join_parts(
         IncompleteEvaluationError: samples are missing, foreign, scored twice or by another number of views; no file is
             left.
     """
-    schema, tally = facts.schema(), SampleTally()
-    keys, is_whole = iter(expected.sample_ids()), True
-    try:
-        with (
-            writing(out) as file,
-            pq.ParquetWriter(
-                file,
-                schema.with_metadata(facts.metadata()),
-                compression="zstd",
-                use_dictionary=False,
-                write_page_checksum=True,
-            ) as writer,
-        ):
-            for part in parts:
-                for batch in parquet_batches(part, columns=[*schema.names, _VIEWS_COLUMN], batch_rows=BATCH_ROWS):
-                    found = batch.column("key").to_pylist()
-                    views = np.asarray(batch.column(_VIEWS_COLUMN))
-                    if not (views == num_views).all() or any(key != next(keys, None) for key in found):
-                        raise _NotWhole
-                    tally.add(found, views)
-                    writer.write_table(pa.Table.from_batches([batch.select(schema.names)], schema))
-            different = tally.num_different()
-            if different != expected.num_samples or different == 0 or next(keys, None) is not None:
-                raise _NotWhole
-    except _NotWhole:
-        is_whole = False
-    if not is_whole:
-        _refuse(parts, expected)
+    schema, tally, keys = facts.schema(), SampleTally(), iter(expected.sample_ids())
+    metadata = {METADATA_KEY: json.dumps(asdict(facts), ensure_ascii=False).encode()}
+    with (
+        suppress(_NotWhole),
+        writing(out) as file,
+        pq.ParquetWriter(file, schema.with_metadata(metadata), **_PARQUET) as writer,
+    ):
+        for part in parts:
+            for batch in parquet_batches(part, columns=[*schema.names, _VIEWS_COLUMN], batch_rows=BATCH_ROWS):
+                found = batch.column("key").to_pylist()
+                views = np.asarray(batch.column(_VIEWS_COLUMN))
+                if not (views == num_views).all() or any(key != next(keys, None) for key in found):
+                    raise _NotWhole
+                tally.add(found, views)
+                writer.write_table(pa.Table.from_batches([batch.select(schema.names)], schema))
+        different = tally.num_different()
+        if different != expected.num_samples or different == 0 or next(keys, None) is not None:
+            raise _NotWhole  # so that `writing` leaves no file
+        return
+    _refuse(parts, expected)
 
 
 class _NotWhole(Exception):  # noqa: N818  # it never leaves this module

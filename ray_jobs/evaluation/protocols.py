@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,6 @@ _UNSEEN = {"validation": ("p18", "p32"), "test": ("p33", "p34", "p36")}
 _HEAD_VERBS = {*range(10), 11}
 _HEAD_NOUNS = {*range(56), 57, 58, 60, 63, 66}
 _UNTRAINED_NOUNS = {205, 240, 270, 275, 286, 288, 289, 290, 294, 295, 296}
-_ACTION_METRICS = ("verb_top1", "noun_top1", "action_top1")
 
 Part = Callable[[Rows, PredictionFacts], NDArray[np.bool_]]
 """Which rows belong to a part of a set."""
@@ -61,11 +61,11 @@ Part = Callable[[Rows, PredictionFacts], NDArray[np.bool_]]
 class SetPart:
     """A part of a dataset that has numbers of its own."""
 
+    prefix: str
+    """Of its metrics."""
     rows: Part
     metrics: tuple[str, ...] | None = None
     """Those that are reported; None: all."""
-    ranked: bool = False
-    """Whether mAP, area and d' are among them."""
 
 
 def _of_participants(rows: Rows, facts: PredictionFacts) -> NDArray[np.bool_]:
@@ -87,28 +87,25 @@ def _without_background(rows: Rows, facts: PredictionFacts) -> NDArray[np.bool_]
     return rest
 
 
-_EPIC_KITCHENS = {
-    "unseen": SetPart(rows=_of_participants, metrics=_ACTION_METRICS),
-    "tail": SetPart(rows=lambda rows, _: _tail(rows, VERB) | _tail(rows, NOUN), metrics=("action_top1",)),
-    "tail_verbs": SetPart(rows=lambda rows, _: _tail(rows, VERB), metrics=("verb_top1",)),
-    "tail_nouns": SetPart(rows=lambda rows, _: _tail(rows, NOUN), metrics=("noun_top1",)),
-}
-_EPIC_SOUNDS = {"no_background": SetPart(rows=_without_background, ranked=True)}
-PARTS: dict[str, dict[str, SetPart]] = {
-    "epic_kitchens_100": _EPIC_KITCHENS,
+_EPIC_SOUNDS = (SetPart(prefix="no_background_", rows=_without_background),)
+PARTS: dict[str, tuple[SetPart, ...]] = {
+    "epic_kitchens_100": (
+        SetPart(prefix="unseen_", rows=_of_participants, metrics=("verb_top1", "noun_top1", "action_top1")),
+        SetPart(prefix="tail_", rows=lambda rows, _: _tail(rows, VERB) | _tail(rows, NOUN), metrics=("action_top1",)),
+        SetPart(prefix="tail_", rows=lambda rows, _: _tail(rows, VERB), metrics=("verb_top1",)),
+        SetPart(prefix="tail_", rows=lambda rows, _: _tail(rows, NOUN), metrics=("noun_top1",)),
+    ),
     "epic_sounds": _EPIC_SOUNDS,
     "hd_epic_sounds": _EPIC_SOUNDS,
 }
-"""By dataset and part: what has numbers of its own."""
+"""By dataset: what has numbers of its own."""
 RANKED = frozenset({"epic_sounds", "hd_epic_sounds", "vgg_sound", "kinetics_sound", "ucf_101"})
 """Datasets whose field reports mAP, area and d'."""
 BY_VIDEO = frozenset({"activitynet"})
 """Datasets whose samples are segments, and whose field also reports numbers by video."""
-_NAMES = {"tail_verbs": "tail", "tail_nouns": "tail"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClassRow:
+class ClassRow(NamedTuple):
     """One class in a table."""
 
     name: str
@@ -130,9 +127,8 @@ class Measures:
     facts: PredictionFacts
     metrics: dict[str, float]
     """Fractions of 1, and d'; none for a set without labels."""
-    num_samples: int
     confusion: dict[str, NDArray[np.int64]] = field(default_factory=dict)
-    """By target: a row a true class, a column an answered one."""
+    """By target: a row per true class, a column per answered one."""
     rankings: dict[str, list[Ranking]] = field(default_factory=dict)
     """By target: of each class, where the field reports them."""
 
@@ -147,8 +143,8 @@ def measure(predictions: Path) -> Measures:
     if facts.several:
         return _measure_several(predictions, facts)
     targets = {name: len(classes) for name, classes in facts.targets.items()}
-    parts = PARTS.get(facts.dataset, {}) if set(facts.labelled) == set(targets) else {}
-    whole, sums = MetricSums(targets), {name: MetricSums(targets) for name in parts}
+    parts = PARTS.get(facts.dataset, ()) if set(facts.labelled) == set(targets) else ()
+    whole, sums = MetricSums(targets), [(part, MetricSums(targets)) for part in parts]
     confusion = {
         name: np.zeros((size, size), np.int64)
         for name, size in targets.items()
@@ -157,32 +153,29 @@ def measure(predictions: Path) -> Measures:
     for rows in read_rows(predictions, facts):
         labels = rows.label_columns(tuple(targets))
         whole.add(rows.probabilities, labels)
-        for name, part in parts.items():
+        for part, own in sums:
             mask = part.rows(rows, facts)
-            sums[name].add({target: values[mask] for target, values in rows.probabilities.items()}, labels[mask])
+            own.add({target: values[mask] for target, values in rows.probabilities.items()}, labels[mask])
         for name, matrix in confusion.items():
             known = rows.labels[name] >= 0
             answered = predicted_classes(rows.probabilities[name][known])
             matrix += confusion_matrix(rows.labels[name][known], answered, num_classes=len(matrix))
     metrics = whole.metrics()
-    for name, part in parts.items():
-        found = sums[name].metrics()
-        metrics |= {
-            f"{_NAMES.get(name, name)}_{metric}": found[metric] for metric in part.metrics or found if metric in found
-        }
+    for part, own in sums:
+        found = own.metrics()
+        metrics |= {f"{part.prefix}{name}": found[name] for name in part.metrics or found if name in found}
     rankings: dict[str, list[Ranking]] = {}
     if facts.dataset in RANKED and facts.labelled:
         (target,) = facts.labelled[:1]
         prefix = target_prefix(target, tuple(targets))
         rankings[target] = rank_classes(predictions, facts, target)
         metrics |= {f"{prefix}{name}": value for name, value in ranking_metrics(rankings[target]).items()}
-        for name, part in parts.items():
-            if part.ranked:
-                ranked = ranking_metrics(rank_classes(predictions, facts, target, part=part.rows))
-                metrics |= {f"{name}_{prefix}{metric}": value for metric, value in ranked.items()}
+        for part in parts:
+            ranked = ranking_metrics(rank_classes(predictions, facts, target, part=part.rows))
+            metrics |= {f"{part.prefix}{prefix}{name}": value for name, value in ranked.items()}
     if facts.dataset in BY_VIDEO and facts.labelled:
         metrics |= video_metrics(predictions, facts, facts.labelled[0])
-    return Measures(facts=facts, metrics=metrics, num_samples=facts.num_samples, confusion=confusion, rankings=rankings)
+    return Measures(facts=facts, metrics=metrics, confusion=confusion, rankings=rankings)
 
 
 _SEGMENT_KEY = re.compile(r"(.+)(?:-\d+-\d+){2}-[0-9a-f]{16}")
@@ -232,7 +225,7 @@ def _measure_several(predictions: Path, facts: PredictionFacts) -> Measures:
         sums.add(rows.probabilities, rows.labels[target], labelling="several")
     rankings = rank_classes(predictions, facts, target)
     metrics = sums.metrics() | ranking_metrics(rankings)
-    return Measures(facts=facts, metrics=metrics, num_samples=facts.num_samples, rankings={target: rankings})
+    return Measures(facts=facts, metrics=metrics, rankings={target: rankings})
 
 
 def rank_classes(
@@ -296,24 +289,19 @@ def write_tables(measures: Measures, predictions: Path) -> list[Path]:
     """Write the table by class and the picture of the confusion of each target beside a predictions file."""
     written = []
     for target, matrix in measures.confusion.items():
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("class", "samples", "top1", "precision", "average_precision", "area", "confused_with"))
+        for row in class_rows(measures, target):
+            name, num_samples, *numbers, confused_with = row
+            shown = ["" if math.isnan(number) else f"{number:.6g}" for number in numbers]
+            writer.writerow((name, num_samples, *shown, confused_with))
         table = predictions.with_suffix(f".classes.{target}.csv")
-        write_bytes(table, encoded(_class_table(measures, target)))
+        write_bytes(table, encoded(text.getvalue()))
         picture = predictions.with_suffix(f".confusion.{target}.png")
         write_bytes(picture, confusion_picture(matrix, measures.facts.targets[target]))
         written += [table, picture]
     return written
-
-
-def _class_table(measures: Measures, target: str) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns = ("class", "samples", "top1", "precision", "average_precision", "area", "confused_with")
-    writer.writerow(columns)
-    for row in class_rows(measures, target):
-        numbers = (row.top1, row.precision, row.average_precision, row.area)
-        shown = ["" if math.isnan(number) else f"{number:.6g}" for number in numbers]
-        writer.writerow((row.name, row.num_samples, *shown, row.confused_with))
-    return text.getvalue()
 
 
 _PICTURE_SIDE = 900

@@ -9,14 +9,14 @@ from ca2st.checked_json import encoded, finite
 from ca2st.durable import write_bytes
 from ca2st.errors import UserInputError, check_choice
 from ca2st.model.config import EXPERTS
+from ca2st.training.metrics import main_metric
 from pipelines.views import EvaluationViews
 from ray_jobs.console import require_folder_place, say
 from ray_jobs.evaluation.perturbations import PERTURBATIONS
 from ray_jobs.evaluation.significance import Comparison, compare_predictions
-from ray_jobs.evaluation.workers import EvaluationReport, Workers, evaluate_checkpoint, scoring_ray
-from ray_jobs.pages.charts import Chart, Frame, Level, Line, Mark, Point, places
+from ray_jobs.evaluation.workers import EvaluationReport, Workers, evaluate_checkpoint, match_labels, scoring_ray
+from ray_jobs.pages import charts
 from ray_jobs.runs.model import find_checkpoint, run_document_of
-from ray_jobs.tracking.run_card import chart_svg
 from sharding.format.shard_set import read_shard_set
 
 CLEAN = "clean"
@@ -75,7 +75,8 @@ def measure_robustness(
     The folder gets the predictions, ``robustness.json`` and ``robustness.svg``.
 
     Raises:
-        UserInputError: an unknown condition, the model does not hear, or the set's samples have no or several labels.
+        UserInputError: an unknown condition, the model does not hear, the set's samples have no or several labels, or
+            none of a target that the main metric needs.
     """
     for name in conditions:
         check_choice("--conditions", name, PERTURBATIONS)
@@ -111,21 +112,31 @@ def measure_robustness(
     )
     text = json.dumps(finite(asdict(report)), indent=1, ensure_ascii=False)
     write_bytes(folder / REPORT_NAME, encoded(text + "\n"))
-    write_bytes(folder / PLOT_NAME, encoded(chart_svg(robustness_chart(report))))
+    write_bytes(folder / PLOT_NAME, encoded(charts.chart_svg(robustness_chart(report))))
     return report, folder
 
 
 def _require_something_to_measure(checkpoint: Path, data: str) -> None:
-    recipe = run_document_of(checkpoint).recipe
+    document = run_document_of(checkpoint)
+    recipe = document.recipe
     if "audio" not in EXPERTS[recipe.model.kind]:
         raise UserInputError(
             f"{checkpoint}: expected a model that hears, found {recipe.model.kind}: what is done to the sound changes "
             "nothing in it"
         )
-    labelling = read_shard_set(data, storage=recipe.data.loader.storage).manifest.labelling
+    shard_set = read_shard_set(data, storage=recipe.data.loader.storage)
+    labelling = shard_set.manifest.labelling
     if labelling != "one":
         raise UserInputError(
             f"{data}: expected samples with a label each, found {labelling}: nothing can be right or wrong"
+        )
+    match = match_labels(document.classes, shard_set.manifest, where=shard_set.where)
+    needed = main_metric(tuple(document.classes))
+    if main_metric(match.targets) != needed:
+        lacking = ", ".join(sorted(document.classes.keys() - match.spaces.keys()))
+        raise UserInputError(
+            f"{data}: expected labels of all targets of the model, found none of {lacking}: {needed}, which stands for "
+            "the model, cannot be compared"
         )
 
 
@@ -141,24 +152,24 @@ def _condition(name: str, report: EvaluationReport, clean: EvaluationReport) -> 
     )
 
 
-def robustness_chart(report: RobustnessReport) -> Chart:
+def robustness_chart(report: RobustnessReport) -> charts.Chart:
     """Return a drawing: of each condition the accuracy and its interval, and a line at the undisturbed one."""
     clean = report.clean[report.main_metric]
     ends = [  # of few samples the difference may reach beyond what an accuracy can be
         (max(0.0, clean + one.against_clean.low), min(1.0, clean + one.against_clean.high)) for one in report.conditions
     ]
     lowest, highest = min([clean, *(low for low, _ in ends)]), max([clean, *(high for _, high in ends)])
-    y_places = places(100 * lowest, 100 * highest)
+    y_places = charts.places(100 * lowest, 100 * highest)
     count = len(report.conditions)
     width = 160 + 150 * count
-    frame = Frame(x_range=(0.0, float(count)), y_range=(y_places[0], y_places[-1]), width=width)
+    frame = charts.Frame(x_range=(0.0, float(count)), y_range=(y_places[0], y_places[-1]), width=width)
     lines = []
     for number, (one, (low, high)) in enumerate(zip(report.conditions, ends, strict=True)):
         values = [(number + 0.5, 100 * value) for value in (low, one.against_clean.second, high)]
         words = f"{one.says}: {one.against_clean.second:.2%}, {100 * low:.2f} to {100 * high:.2f}"
-        points = [Point(x=frame.x(x), y=frame.y(y), label=words) for x, y in values]
-        lines.append(Line(css="t0 d0", name=one.name, points=points))
-    level = Level(
+        points = [charts.Point(x=frame.x(x), y=frame.y(y), label=words) for x, y in values]
+        lines.append(charts.Line(css="t0 d0", name=one.name, points=points))
+    level = charts.Level(
         css="t1 d0",
         y=frame.y(100 * clean),
         left=frame.left,
@@ -166,13 +177,13 @@ def robustness_chart(report: RobustnessReport) -> Chart:
         text=f"undisturbed {clean:.1%}",
         title="the same samples undisturbed",
     )
-    return Chart(
+    return charts.Chart(
         title="robustness",
         says=f"{report.main_metric} in %, {report.num_samples} samples; 95 % intervals of the difference",
         x_label="what is done to the sound",
         frame=frame,
         lines=lines,
-        x_marks=[Mark(at=frame.x(number + 0.5), label=one.says) for number, one in enumerate(report.conditions)],
-        y_marks=[Mark(at=frame.y(place), label=f"{place:g}") for place in y_places],
+        x_marks=[charts.Mark(at=frame.x(number + 0.5), label=one.says) for number, one in enumerate(report.conditions)],
+        y_marks=[charts.Mark(at=frame.y(place), label=f"{place:g}") for place in y_places],
         levels=[level],
     )

@@ -8,8 +8,10 @@ Sources: McNemar (1947), the exact form by the binomial distribution; Efron's pe
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,15 +65,20 @@ def compare_predictions(
             f"{first} and {second}: expected predictions of samples with a label each, of a target in common; found "
             f"{_labelled(facts[0])} and {_labelled(facts[1])}"
         )
-    hits = [_hits(path, own, targets) for path, own in zip((first, second), facts, strict=True)]
+    numbers = {name: {word: number for number, word in enumerate(facts[0].targets[name])} for name in targets}
+    hits = [_hits(path, own, numbers) for path, own in zip((first, second), facts, strict=True)]
     places = _paired(hits, (first, second))
-    columns = [*targets, *(["action"] if {VERB, NOUN} <= set(targets) else [])]
-    found = []
-    for name in columns:
-        pairs = np.stack([hits[0].right(name), hits[1].right(name)[places]])
-        metric = f"{name}_top1" if len(columns) > 1 else "top1"
-        found.append(compare_hits(pairs[0], pairs[1], metric=metric, draws=draws, confidence=confidence, seed=seed))
-    return found
+    return [
+        compare_hits(
+            right,
+            hits[1].right[name][places],
+            metric=f"{name}_top1" if len(hits[0].right) > 1 else "top1",
+            draws=draws,
+            confidence=confidence,
+            seed=seed,
+        )
+        for name, right in hits[0].right.items()
+    ]
 
 
 def compare_hits(
@@ -115,41 +122,40 @@ def mcnemar_p_value(only_first: int, only_second: int) -> float:
     total, fewer = only_first + only_second, min(only_first, only_second)
     if total == 0:
         return 1.0
-    logs = [_log_choose(total, k) - total * math.log(2) for k in range(fewer + 1)]
-    return min(1.0, 2 * math.fsum(math.exp(value) for value in logs))
+    whole, halves = math.lgamma(total + 1), total * math.log(2)
+    logs = (whole - math.lgamma(k + 1) - math.lgamma(total - k + 1) - halves for k in range(fewer + 1))
+    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
 
 
-def _log_choose(total: int, chosen: int) -> float:
-    return math.lgamma(total + 1) - math.lgamma(chosen + 1) - math.lgamma(total - chosen + 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Hits:
+class _Hits(NamedTuple):
     """Which samples of a file have a label and are right."""
 
     keys: NDArray[np.str_]
     labels: NDArray[np.int64]
-    by_target: dict[str, NDArray[np.bool_]]
-
-    def right(self, name: str) -> NDArray[np.bool_]:
-        if name == "action":
-            return self.by_target[VERB] & self.by_target[NOUN]
-        return self.by_target[name]
+    """`[samples, targets]`, by the first model's order of classes; -1: it has none of that name."""
+    right: dict[str, NDArray[np.bool_]]
+    """By target, and of the ``action`` where there are verb and noun."""
 
 
-def _hits(path: Path, facts: PredictionFacts, targets: list[str]) -> _Hits:
+def _hits(path: Path, facts: PredictionFacts, numbers: Mapping[str, Mapping[str, int]]) -> _Hits:
+    """`numbers`: of each target the classes by name, as the first model numbers them."""
     keys: list[str] = []
+    targets = list(numbers)
     labels, hits = [], {name: [] for name in targets}  # type: ignore[var-annotated]  # lists of arrays
+    maps = [np.array([numbers[name].get(word, -1) for word in facts.targets[name]]) for name in targets]
     for rows in read_rows(path, facts, targets=targets):
         own = rows.label_columns(targets)
         known: NDArray[np.bool_] = np.min(own, axis=1) >= 0
         keys += [key for key, keep in zip(rows.keys, known.tolist(), strict=True) if keep]
-        labels.append(own[known])
+        labels.append(np.stack([numbered[own[known, column]] for column, numbered in enumerate(maps)], axis=1))
         for column, name in enumerate(targets):
             hits[name].append(label_ranks(rows.probabilities[name][known], own[known, column]) < 1)
     if not keys:
         raise UserInputError(f"{path}: expected samples with labels that the model knows, found none")
-    return _Hits(np.array(keys), np.concatenate(labels), {name: np.concatenate(parts) for name, parts in hits.items()})
+    right = {name: np.concatenate(parts) for name, parts in hits.items()}
+    if {VERB, NOUN} <= right.keys():
+        right["action"] = right[VERB] & right[NOUN]
+    return _Hits(np.array(keys), np.concatenate(labels), right)
 
 
 def _paired(hits: list[_Hits], paths: tuple[Path, Path]) -> NDArray[np.int64]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ca2st.checked_json import encoded
 from ca2st.durable import write_bytes
 from ca2st.errors import UserInputError, check_choice
-from ray_jobs.evaluation.predictions import PredictionFacts, read_facts, read_rows
+from ray_jobs.evaluation.predictions import read_facts, read_rows
 from sharding.format.index import sample_key
 
 _FILE_IN_ZIP = "test.json"
@@ -32,31 +32,19 @@ _EPOCH_OF_ZIP = (1980, 1, 1, 0, 0, 0)
 _LEAST_PROBABILITY = 1e-30
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Supervision:
-    """How a model was trained, in the numbers of the challenges' rules, where their meaning stands."""
-
-    pretraining: int
-    """``sls_pt``, 0 to 5."""
-    training_labels: int
-    """``sls_tl``, 0 to 5."""
-    training_data: int
-    """``sls_td``, 0 to 5."""
-    modalities: int = 0
-    """``t_mod`` of EPIC-SOUNDS, 0 to 2."""
-
-    def __post_init__(self) -> None:
-        for name, most in (("pretraining", 5), ("training_labels", 5), ("training_data", 5), ("modalities", 2)):
-            if not 0 <= (value := getattr(self, name)) <= most:
-                raise UserInputError(f"--sls: {name}: expected 0..{most}, found {value}; see the challenge's rules")
+Supervision = Mapping[str, int]
+"""How a model was trained, by the challenges' names and rules: ``sls_pt``, ``sls_tl``, ``sls_td`` and ``t_mod``."""
+_MOST_LEVELS = {"sls_pt": 5, "sls_tl": 5, "sls_td": 5, "t_mod": 2}
+Samples = Iterator[tuple[str, dict[str, NDArray[np.float32]]]]
+"""Owner's id and probabilities by target of each sample, in the set's order."""
 
 
 def parse_supervision(text: str | None, *, submission: str) -> Supervision | None:
     """Return the numbers of ``PT,TL,TD`` or ``PT,TL,TD,T_MOD``; None where the challenge asks for none.
 
     Raises:
-        UserInputError: another form, some where the challenge asks for none, or none where it asks for them: nobody
-            else can know them.
+        UserInputError: another form or range, some where the challenge asks for none, or none where it asks for them:
+            nobody else can know them.
     """
     check_choice("--submission", submission, SUBMISSIONS)
     asked = SUBMISSIONS[submission].asks
@@ -64,32 +52,37 @@ def parse_supervision(text: str | None, *, submission: str) -> Supervision | Non
         return None
     if asked == 0:
         raise UserInputError(f"--sls {text}: {submission} asks for no such numbers; leave it out")
-    parts = [] if text is None else text.split(",")
+    names, parts = list(_MOST_LEVELS)[:asked], [] if text is None else text.split(",")
     if len(parts) != asked or not all(part.strip().isdecimal() for part in parts):
-        form = "sls_pt,sls_tl,sls_td,t_mod"[: 20 if asked == 3 else None]
         raise UserInputError(
-            f"--sls: expected {asked} numbers {form} for {submission}, as its rules define them, found {text!r}"
+            f"--sls: expected {asked} numbers {','.join(names)} for {submission}, as its rules define them, found "
+            f"{text!r}"
         )
-    return Supervision(**dict(zip(Supervision.__slots__, map(int, parts), strict=False)))
+    found = dict(zip(names, map(int, parts), strict=True))
+    for name, value in found.items():
+        if value > _MOST_LEVELS[name]:
+            raise UserInputError(
+                f"--sls: {name}: expected 0..{_MOST_LEVELS[name]}, found {value}; see the challenge's rules"
+            )
+    return found
 
 
 def write_beside(name: str, predictions: Path, supervision: Supervision | None) -> dict[str, object]:
-    """Write the file of a challenge's server beside the predictions; returns its place and how many samples it has."""
-    out = predictions.with_suffix(f".{name}{SUBMISSIONS[name].suffix}")
-    return {"submitted": write_submission(name, predictions, out, supervision), "submission": str(out)}
-
-
-def write_submission(name: str, predictions: Path, out: Path, supervision: Supervision | None) -> int:
-    """Write the file of a challenge's server; returns how many samples it has.
+    """Write the file of a challenge's server beside the predictions; returns its place and how many samples it has.
 
     Raises:
-        UserInputError: no such challenge, other targets than the challenge has, or ids that cannot be found again.
+        UserInputError: other targets than the challenge has, or ids that cannot be found again.
     """
-    check_choice("--submission", name, SUBMISSIONS)
-    facts = read_facts(predictions)
+    facts, submission = read_facts(predictions), SUBMISSIONS[name]
     check_model_fits(name, facts.targets)
-    write_bytes(out, SUBMISSIONS[name].write(_samples(predictions, facts), facts, supervision))
-    return facts.num_samples
+    out = predictions.with_suffix(f".{name}{submission.suffix}")
+    samples = (
+        (owners_id(key), {target: values[index] for target, values in rows.probabilities.items()})
+        for rows in read_rows(predictions, facts)
+        for index, key in enumerate(rows.keys)
+    )
+    write_bytes(out, submission.write(samples, supervision))
+    return {"submitted": facts.num_samples, "submission": str(out)}
 
 
 def check_model_fits(name: str, targets: Mapping[str, Sequence[str]]) -> None:
@@ -110,13 +103,6 @@ def check_model_fits(name: str, targets: Mapping[str, Sequence[str]]) -> None:
 
 def _words(classes: Mapping[str, int]) -> str:
     return ", ".join(f"{size} {target}" for target, size in classes.items())
-
-
-def _samples(predictions: Path, facts: PredictionFacts) -> Iterator[tuple[str, dict[str, NDArray[np.float32]]]]:
-    """Yield the owner's id and the probabilities of each sample, in the set's order."""
-    for rows in read_rows(predictions, facts):
-        for index, key in enumerate(rows.keys):
-            yield owners_id(key), {target: values[index] for target, values in rows.probabilities.items()}
 
 
 def owners_id(key: str) -> str:
@@ -148,49 +134,27 @@ def _zipped(document: Mapping[str, Any]) -> bytes:
     return sink.getvalue()
 
 
-Samples = Iterator[tuple[str, dict[str, NDArray[np.float32]]]]
-
-
-def _epic_kitchens(samples: Samples, facts: PredictionFacts, supervision: Supervision | None) -> bytes:  # noqa: ARG001  # as the others
-    assert supervision is not None
+def _epic_kitchens(samples: Samples, supervision: Supervision | None) -> bytes:
     results = {
         name: {target: _scores(probabilities[target]) for target in ("verb", "noun")} for name, probabilities in samples
     }
-    return _zipped(
-        {
-            "version": "0.2",
-            "challenge": "action_recognition",
-            "sls_pt": supervision.pretraining,
-            "sls_tl": supervision.training_labels,
-            "sls_td": supervision.training_data,
-            "results": results,
-        }
-    )
+    return _zipped({"version": "0.2", "challenge": "action_recognition", **(supervision or {}), "results": results})
 
 
-def _epic_sounds(samples: Samples, facts: PredictionFacts, supervision: Supervision | None) -> bytes:
-    assert supervision is not None
-    (target,) = facts.targets
-    return _zipped(
-        {
-            "version": "0.1",
-            "challenge": "audio_based_interaction_recognition",
-            "sls_pt": supervision.pretraining,
-            "sls_tl": supervision.training_labels,
-            "sls_td": supervision.training_data,
-            "t_mod": supervision.modalities,
-            "results": {name: {"interaction": _scores(probabilities[target])} for name, probabilities in samples},
-        }
-    )
+def _epic_sounds(samples: Samples, supervision: Supervision | None) -> bytes:
+    results = {
+        name: {"interaction": _scores(scores)} for name, probabilities in samples for scores in probabilities.values()
+    }
+    challenge = "audio_based_interaction_recognition"
+    return _zipped({"version": "0.1", "challenge": challenge, **(supervision or {}), "results": results})
 
 
-def _something_something(samples: Samples, facts: PredictionFacts, supervision: Supervision | None) -> bytes:  # noqa: ARG001  # as the others
-    (target,) = facts.targets
+def _something_something(samples: Samples, _supervision: Supervision | None) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, delimiter=";", lineterminator="\n")
     for name, probabilities in samples:
-        best = np.argsort(-probabilities[target], kind="stable")[:_BEST]
-        writer.writerow((name, *best.tolist()))
+        (scores,) = probabilities.values()
+        writer.writerow((name, *np.argsort(-scores, kind="stable")[:_BEST].tolist()))
     return encoded(text.getvalue())
 
 
@@ -204,7 +168,7 @@ class Submission:
     """Of the file."""
     asks: int
     """Numbers of `Supervision` that it takes."""
-    write: Callable[[Samples, PredictionFacts, Supervision | None], bytes]
+    write: Callable[[Samples, Supervision | None], bytes]
 
 
 SUBMISSIONS: dict[str, Submission] = {

@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +31,16 @@ from ca2st.processes import SPAWN, STOPPING, die_with_parent, num_cores, signals
 from ca2st.training.evaluate import EvaluationSource, Scored, scored_batches
 from ca2st.training.metrics import harmonic_mean, main_metric
 from pipelines.storage.index import read_columns
-from pipelines.views import EvaluationViews, Protocol
+from pipelines.views import EvaluationViews
+from ray_jobs import launch
 from ray_jobs.console import progress, require_writable_place, say, show_log
 from ray_jobs.environment import visible_gpus
 from ray_jobs.errors import WorkerFailedError
 from ray_jobs.evaluation.perturbations import PERTURBATIONS, DeafVisualExperts, PerturbedSource
 from ray_jobs.evaluation.predictions import ExpectedKeys, PredictionFacts, join_parts, label_counts, writing_part
-from ray_jobs.evaluation.protocols import Measures, measure, write_tables
-from ray_jobs.launch import end_at_once, ended_badly, shell_exit_code, signals_to, take_signals
+from ray_jobs.evaluation.protocols import measure, write_tables
+from ray_jobs.runs import inference
 from ray_jobs.runs.failures import death_of
-from ray_jobs.runs.inference import (
-    CountedSource,
-    TrainedModel,
-    load_trained,
-    output_of_set,
-    place_model,
-    set_name,
-    trained_loader,
-)
 from sharding.cluster import end_tasks
 from sharding.format.shard_set import Manifest, ShardSet, classes_that_differ, read_shard_set
 
@@ -83,7 +75,7 @@ class LabelMatch:
     """By target: the model's class of each class of the set; -1: the model has none of that name."""
     unmatched: dict[str, dict[str, list[str]]]
     """By target, where there are any: names that only the ``model`` has, and that only the ``set`` has."""
-    several: bool = False
+    several: bool
     """Whether a sample may have several labels."""
 
     @property
@@ -92,13 +84,13 @@ class LabelMatch:
         return tuple(self.spaces)
 
     def mapped(self, scored: Scored) -> Scored:
-        """Return the same with labels of the model: of several, a column a class of the model."""
+        """Return the same with labels of the model: of several labels, a column per class of the model."""
         if not self.spaces or not len(scored):
             return scored
         if self.several:
             (target,) = self.targets
             known = np.array(self.maps[target])
-            hot = np.zeros((len(scored), max(int(known.max()) + 1, scored.probabilities[target].shape[1])), np.int64)
+            hot = np.zeros(scored.probabilities[target].shape, np.int64)
             hot[:, known[known >= 0]] = scored.labels[:, known >= 0]
             return replace(scored, labels=hot)
         columns = [np.array(self.maps[name])[scored.labels[:, at]] for at, name in enumerate(self.targets)]
@@ -158,8 +150,6 @@ class EvaluationReport:
     """Updates that the model had."""
     tracked: bool = True
     """Whether the run that trained the model is followed by MLflow."""
-    targets: dict[str, list[str]] = field(default_factory=dict)
-    """Class names of each target of the model."""
     unmatched: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     """See `LabelMatch.unmatched`."""
     num_unmatched: dict[str, int] = field(default_factory=dict)
@@ -173,26 +163,22 @@ class EvaluationReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
-    """What a worker needs; plain values, so that it travels anywhere."""
+    """What a worker needs."""
 
-    checkpoint: str
+    checkpoint: Path
     data: str
-    protocol: Protocol
-    clips: int
-    crops: int
-    parts: str
+    views: EvaluationViews
+    parts: Path
     """Folder of the parts, on storage that every worker sees."""
-    facts: dict[str, Any]
-    """Fields of the `PredictionFacts`."""
+    facts: PredictionFacts
+    match: LabelMatch
     world_size: int
-    perturbation: str = ""
-    """A name of `PERTURBATIONS`; empty: samples as they are."""
     seed: int = 0
     """Of the perturbation's draws."""
 
     def part(self, rank: int) -> Path:
         """Return the file of a rank."""
-        return Path(self.parts) / f"part-{rank:05d}-of-{self.world_size:05d}.parquet"
+        return self.parts / f"part-{rank:05d}-of-{self.world_size:05d}.parquet"
 
 
 def evaluate_checkpoint(
@@ -218,29 +204,31 @@ def evaluate_checkpoint(
     """
     if predictions is not None:
         require_writable_place(predictions, "--predictions")
-    trained, workers = load_trained(path), workers or Workers()
+    trained, workers = inference.load_trained(path), workers or Workers()
     shard_set = read_shard_set(data, storage=trained.recipe.data.loader.storage)
     match = match_labels(trained.classes, shard_set.manifest, where=shard_set.where)
-    out = predictions or output_of_set(trained, shard_set, views, what="predictions")
-    facts = replace(_facts(trained, shard_set, match, views), perturbation=perturbation)
-    with ExitStack() as stack:
-        parts = stack.enter_context(_folder_of_parts(out))
+    out = predictions or inference.output_of_set(trained, shard_set, views, what="predictions")
+    facts = _facts(trained, shard_set, match, views, perturbation)
+    with _folder_of_parts(out) as parts:
         job = _Job(
-            checkpoint=str(trained.checkpoint.folder.resolve()),
+            checkpoint=trained.checkpoint.folder.resolve(),
             data=str(data) if "://" in str(data) else str(Path(data).resolve()),
-            protocol=views.protocol,
-            clips=views.clips,
-            crops=views.crops,
-            parts=str(parts),
-            facts=asdict(facts),
-            world_size=min(workers.number, max(1, shard_set.manifest.num_samples)),
-            perturbation=perturbation,
+            views=views,
+            parts=parts,
+            facts=facts,
+            match=match,
+            world_size=min(workers.number, max(1, facts.num_samples)),
             seed=seed,
         )
-        _score_all(job, workers, trained, shard_set)
+        if workers.ray_address is not None:
+            _score_on_ray(job, workers)
+        elif job.world_size == 1:
+            _score_part(job, 0, trained, shard_set, shown=True)
+        else:
+            _score_in_processes(job)
         expected = ExpectedKeys(
             lambda: (key for _, table in read_columns(shard_set, ["key"]) for key in table.column(0).to_pylist()),
-            shard_set.manifest.num_samples,
+            facts.num_samples,
         )
         files = [job.part(rank) for rank in range(job.world_size)]
         if missing := [str(file) for file in files if not file.exists()]:
@@ -249,7 +237,7 @@ def evaluate_checkpoint(
                 f"every node must see {parts.parent}"
             )
         join_parts(files, out, facts, expected, num_views=views.num_views)
-    return _report(trained, shard_set, match, out, measure(out))
+    return _report(trained, shard_set, out)
 
 
 @contextmanager
@@ -272,7 +260,9 @@ def _folder_of_parts(out: Path) -> Iterator[Path]:
             shutil.rmtree(parts, ignore_errors=True)
 
 
-def _facts(trained: TrainedModel, shard_set: ShardSet, match: LabelMatch, views: EvaluationViews) -> PredictionFacts:
+def _facts(
+    trained: inference.TrainedModel, shard_set: ShardSet, match: LabelMatch, views: EvaluationViews, perturbation: str
+) -> PredictionFacts:
     manifest = shard_set.manifest
     return PredictionFacts(
         targets=dict(trained.classes),
@@ -288,67 +278,51 @@ def _facts(trained: TrainedModel, shard_set: ShardSet, match: LabelMatch, views:
         checkpoint=trained.checkpoint.folder.name,
         checkpoint_files={name: facts["sha256"] for name, facts in trained.checkpoint.marker.files.items()},
         unmatched=match.unmatched,
+        perturbation=perturbation,
     )
 
 
-def _report(
-    trained: TrainedModel, shard_set: ShardSet, match: LabelMatch, out: Path, measures: Measures
-) -> EvaluationReport:
-    for target, names in match.unmatched.items():
-        say(
-            f"{shard_set.where}: classes of {target} matched by name; only in the model {len(names['model'])}"
-            f"{_some(names['model'])}; only in the set {len(names['set'])}{_some(names['set'])}"
-        )
-    lost = {name: count for name, count in label_counts(out, measures.facts).items() if count}
-    for target, count in lost.items():
-        say(
-            f"{count} of {measures.num_samples} samples have a {target} that the model does not know; they count in no "
-            "metric of it"
-        )
-    report = EvaluationReport(
-        metrics=measures.metrics,
-        main_metric=main_metric(tuple(trained.classes), labelling=shard_set.manifest.labelling),
-        num_samples=measures.num_samples,
-        predictions=out,
-        tables=write_tables(measures, out),
-        checkpoint=trained.checkpoint.folder,
-        set_name=set_name(shard_set),
-        step=trained.checkpoint.marker.step,
-        tracked=trained.recipe.tracking.enabled,
-        targets=dict(trained.classes),
-        unmatched=match.unmatched,
-        num_unmatched=lost,
-    )
-    document = {
-        **measures.metrics,
-        "num_samples": report.num_samples,
-        "num_unmatched": lost,
-        "unmatched": match.unmatched,
-    }
+def _report(trained: inference.TrainedModel, shard_set: ShardSet, out: Path) -> EvaluationReport:
+    measures = measure(out)
+    unmatched, count = measures.facts.unmatched, measures.facts.num_samples
+    for target, names in unmatched.items():
+        model, own = (f"{len(one)} ({listed(one)})" if one else "0" for one in (names["model"], names["set"]))
+        say(f"{shard_set.where}: classes of {target} matched by name; only in the model {model}; only in the set {own}")
+    lost = {name: number for name, number in label_counts(out, measures.facts).items() if number}
+    for target, number in lost.items():
+        say(f"{number} of {count} samples have a {target} that the model does not know; they count in no metric of it")
+    tables = write_tables(measures, out)
+    document = {**measures.metrics, "num_samples": count, "num_unmatched": lost, "unmatched": unmatched}
     text = json.dumps(finite(document), indent=1, ensure_ascii=False)
     write_bytes(out.with_suffix(".metrics.json"), encoded(text + "\n"))
-    return report
+    return EvaluationReport(
+        metrics=measures.metrics,
+        main_metric=main_metric(tuple(trained.classes), labelling=shard_set.manifest.labelling),
+        num_samples=count,
+        predictions=out,
+        tables=tables,
+        checkpoint=trained.checkpoint.folder,
+        set_name=inference.set_name(shard_set),
+        step=trained.checkpoint.marker.step,
+        tracked=trained.recipe.tracking.enabled,
+        unmatched=unmatched,
+        num_unmatched=lost,
+    )
 
 
-def _some(names: Sequence[str]) -> str:
-    return f" ({listed(names)})" if names else ""
-
-
-def score_part(job: _Job, rank: int, trained: TrainedModel, shard_set: ShardSet, *, shown: bool = False) -> None:
+def _score_part(job: _Job, rank: int, trained: inference.TrainedModel, shard_set: ShardSet, *, shown: bool) -> None:
     """Score one run of the set and write its part; `shown`: with a progress bar."""
-    views = EvaluationViews(protocol=job.protocol, clips=job.clips, crops=job.crops)
-    facts = PredictionFacts(**{**job.facts, "labelled": tuple(job.facts["labelled"])})
-    match = match_labels(trained.classes, shard_set.manifest, where=shard_set.where)
-    accelerator = place_model(trained)
+    match, perturbation = job.match, job.facts.perturbation
+    accelerator = inference.place_model(trained)
     if accelerator.device.type == "cpu" and job.world_size > 1:
         torch.set_num_threads(max(1, num_cores() // job.world_size))
     with ExitStack() as stack:
         loader = stack.enter_context(
-            trained_loader(
+            inference.trained_loader(
                 trained,
                 shard_set,
                 tuple(match.spaces.values()),
-                views=views,
+                views=job.views,
                 rank=rank,
                 world_size=job.world_size,
                 device=accelerator.device,
@@ -356,38 +330,41 @@ def score_part(job: _Job, rank: int, trained: TrainedModel, shard_set: ShardSet,
         )
         own = loader.num_samples // job.world_size
         update = stack.enter_context(progress("Scoring", own)) if shown else (lambda _done, _what: None)
-        add = stack.enter_context(writing_part(job.part(rank), facts))
-        spaces = {name: shard_set.manifest.label_space(space).classes for name, space in match.spaces.items()}
+        add = stack.enter_context(writing_part(job.part(rank), job.facts))
+        classes = {name: shard_set.manifest.label_space(space).classes for name, space in match.spaces.items()}
         model: nn.Module = accelerator.prepare_model(trained.model, evaluation_mode=True)
-        source: EvaluationSource = CountedSource(loader, views, update)
-        if job.perturbation:
-            source = PerturbedSource(source, job.perturbation, seed=job.seed, audio=shard_set.manifest.audio)
-            model = model if PERTURBATIONS[job.perturbation].audio_keys else DeafVisualExperts(trained.model)
+        source: EvaluationSource = inference.CountedSource(loader, job.views, update)
+        if perturbation:
+            source = PerturbedSource(source, perturbation, seed=job.seed, audio=shard_set.manifest.audio)
+            model = model if PERTURBATIONS[perturbation].audio_keys else DeafVisualExperts(trained.model)
         batches = scored_batches(
             model,
             source,
             accelerator=accelerator,
             targets=trained.targets,
             per_device_batch_size=trained.recipe.training.per_device_batch_size,
-            label_classes={name: len(classes) for name, classes in spaces.items()},
+            label_classes={name: len(names) for name, names in classes.items()},
             labelling=trained.labelling,
         )
         for scored in stack.enter_context(closing(batches)):
             add(match.mapped(scored))
 
 
-def _score_all(job: _Job, workers: Workers, trained: TrainedModel, shard_set: ShardSet) -> None:
-    if workers.ray_address is not None:
-        _score_on_ray(job, workers)
-    elif job.world_size == 1:
-        score_part(job, 0, trained, shard_set, shown=True)
-    else:
-        _score_in_processes(job)
-
-
-def _score_as_worker(job: _Job, rank: int, *, shown: bool) -> None:
-    trained = load_trained(Path(job.checkpoint))
-    score_part(job, rank, trained, read_shard_set(job.data, storage=trained.recipe.data.loader.storage), shown=shown)
+def _score_as_worker(job: _Job, rank: int, *, shown: bool = False) -> tuple[str, int] | None:
+    """Score in a process that has nothing yet; return what failed, with its exit code: not every error is pickled."""
+    try:
+        trained = inference.load_trained(job.checkpoint)
+        shard_set = read_shard_set(job.data, storage=trained.recipe.data.loader.storage)
+        expected, found = job.facts.manifest_fingerprint, shard_set.manifest.fingerprint
+        if found != expected:  # the classes of another set would be taken for those of this one
+            raise EnvironmentFault(
+                f"{shard_set.where}: expected the shard set of the fingerprint {expected[:16]}, found {found[:16]}; "
+                "every node must see the same shards"
+            )
+        _score_part(job, rank, trained, shard_set, shown=shown)
+    except CA2STError as error:
+        return f"rank {rank}: {type(error).__name__}: {error}", error.exit_code
+    return None
 
 
 def _score_in_processes(job: _Job) -> None:
@@ -398,15 +375,15 @@ def _score_in_processes(job: _Job) -> None:
         SPAWN.Process(target=_worker_process, args=(rank, job, begun, tell), name=f"rank {rank}")
         for rank in range(job.world_size)
     ]
-    with signals_to(workers, begun) as ended_unbegun:
+    with launch.signals_to(workers, begun) as ended_unbegun:
         with signals_held():
             for worker in workers:
                 worker.start()
         tell.close()
-        failed = ended_badly(workers)
+        failed = launch.ended_badly(workers)
     if failed is None:
         return
-    exit_code = 128 + ended_unbegun[0] if ended_unbegun else shell_exit_code(workers[failed])
+    exit_code = 128 + ended_unbegun[0] if ended_unbegun else launch.shell_exit_code(workers[failed])
     if (number := exit_code - 128) in STOPPING:
         raise WorkerFailedError(f"stopped by signal {number:d}; no metric is reported", exit_code)
     with suppress(EOFError):  # it ended without a word
@@ -417,17 +394,15 @@ def _score_in_processes(job: _Job) -> None:
 
 def _worker_process(rank: int, job: _Job, begun: Any, tell: Any) -> None:
     die_with_parent()
-    take_signals()
+    launch.take_signals()
     begun[rank] = 1
     if visible := visible_gpus():
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[rank % len(visible)]
     if rank == 0:
         show_log()
-    try:
-        _score_as_worker(job, rank, shown=rank == 0)
-    except CA2STError as error:
-        tell.send((f"rank {rank}: {type(error).__name__}: {error}", error.exit_code))
-        end_at_once(error.exit_code)
+    if (failure := _score_as_worker(job, rank, shown=rank == 0)) is not None:
+        tell.send(failure)
+        launch.end_at_once(failure[1])
 
 
 @contextmanager
@@ -463,8 +438,8 @@ def _score_on_ray(job: _Job, workers: Workers) -> None:
         needs = (
             {"num_gpus": 1} if has_gpus else {"num_cpus": 1, "runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
         )
-        task = ray.remote(max_retries=_MOST_TRIES - 1, scheduling_strategy="SPREAD", **needs)(_score_on_worker)
-        waiting = [task.remote(asdict(job), rank) for rank in range(job.world_size)]
+        task = ray.remote(max_retries=_MOST_TRIES - 1, scheduling_strategy="SPREAD", **needs)(_score_as_worker)
+        waiting = [task.remote(job, rank) for rank in range(job.world_size)]
         with progress("Scoring", job.world_size) as update:
             try:
                 while waiting:
@@ -481,15 +456,6 @@ def _score_on_ray(job: _Job, workers: Workers) -> None:
                 raise WorkerFailedError(lost, EnvironmentFault.exit_code) from error
             finally:
                 end_tasks(waiting)
-
-
-def _score_on_worker(job: dict[str, Any], rank: int) -> tuple[str, int] | None:
-    """Return what failed, with its exit code: not every error of ours can be pickled."""
-    try:
-        _score_as_worker(_Job(**job), rank, shown=False)
-    except CA2STError as error:
-        return f"rank {rank}: {type(error).__name__}: {error}", error.exit_code
-    return None
 
 
 def facts_of(report: EvaluationReport, views: str) -> dict[str, object]:
@@ -523,7 +489,7 @@ def log_to_run(report: EvaluationReport) -> bool:
     Raises:
         TrackingUnavailableError: the store cannot be reached.
     """
-    from ray_jobs.tracking.following import log_metrics
+    from ray_jobs.tracking.sender import log_metrics
     from ray_jobs.tracking.state import STATE_NAME
 
     run_dir = report.checkpoint.parent.parent

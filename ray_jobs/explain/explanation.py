@@ -1,7 +1,4 @@
-"""What a model attends to in a video: one run with its attention recorded, and where its tokens lie.
-
-`Places` says seconds for times, and rows and columns or hertz for places.
-"""
+"""What a model attends to in a video: one run with its attention recorded, and where its tokens lie."""
 
 import math
 from dataclasses import dataclass
@@ -24,9 +21,9 @@ from pipelines.views import EvaluationViews
 from ray_jobs.pages.charts import Tick, hertz_of_bin, seconds_ticks
 from ray_jobs.runs.inference import TrainedModel, place_model, trained_loader
 from ray_jobs.runs.prediction import Prediction, likeliest, shards_of_videos
-from sharding.format.shard_set import ShardSet
 
 _TOP = 5
+_MOST_FRAME_TICKS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +43,10 @@ class Sound:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Explanation:
-    """A view of a video, what the model said about it, and where its attention went."""
+    """A view of a video, what the model said about it, and where its attention went.
+
+    The methods say where tokens lie: seconds for times, rows and columns or hertz for places.
+    """
 
     video: str
     model: ModelConfig
@@ -62,33 +62,89 @@ class Explanation:
     maps: list[AttentionMap]
     """Of one clip each, in the order of computation."""
 
+    @property
+    def pair_seconds(self) -> list[float]:
+        """Middle of each pair of frames: the time of a visual token."""
+        pairs = zip(self.frame_seconds[::2], self.frame_seconds[1::2], strict=True)
+        return [(first + second) / 2 for first, second in pairs]
 
-def require_attention(trained: TrainedModel) -> None:
-    """Refuse a model whose experts do not listen to each other.
+    def audio_box(self) -> dict[str, float]:
+        """Return the part of the spectrogram that the grid of audio patches covers, in percent of its sides.
 
-    Raises:
-        UserInputError: one expert alone, or experts joined without cross-attention.
-    """
-    if not has_cross_attention(trained.model):
-        experts = ", ".join(trained.model.experts)
-        raise UserInputError(
-            f"{trained.checkpoint.folder}: expected a model whose experts listen to each other, found "
-            f"{trained.recipe.model.kind!r} ({experts}) without cross-attention, so there is nothing to explain; give "
-            "a checkpoint of cast, cava or ca2st with cross-attention, or use `ca2st predict` for its classes"
-        )
+        Patches overlap; each is drawn as wide as the step to the next, around its own centre.
+        """
+        (rows, columns), stride = audio_patches(self.model, self.clip), self.model.audio_stride
+        margin = (self.model.patch_size - stride) / 2
+        return {
+            "left": 100 * margin / self.clip.mel_rows,
+            "bottom": 100 * margin / self.clip.num_mel_bins,
+            "width": 100 * columns * stride / self.clip.mel_rows,
+            "height": 100 * rows * stride / self.clip.num_mel_bins,
+        }
+
+    def token_seconds(self, expert: str) -> list[float]:
+        """Return each token time of an expert: the centre of a pair of frames or of a column of patches."""
+        if expert != "audio":
+            return self.pair_seconds
+        _, columns = audio_patches(self.model, self.clip)
+        rows = (column * self.model.audio_stride + self.model.patch_size / 2 for column in range(columns))
+        return [self._heard.start_seconds + row * MEL_ROW_SECONDS for row in rows]
+
+    def ticks(self, expert: str) -> list[Tick]:
+        """Return seconds on an axis of an expert's token times."""
+        seconds = self.token_seconds(expert)
+        if expert == "audio":
+            half = self.model.audio_stride * MEL_ROW_SECONDS / 2
+            return seconds_ticks(seconds[0] - half, seconds[-1] + half, most=5)
+        every = -(-len(seconds) // _MOST_FRAME_TICKS)
+        return [
+            Tick(percent=100 * (index + 0.5) / len(seconds), label=f"{moment:.1f}")
+            for index, moment in enumerate(seconds)
+            if index % every == 0
+        ]
+
+    def key_in_words(self, keys: str, time: int, place: int, *, num_places: int) -> str:
+        """Return a key as a person would point at it."""
+        moment = self.token_seconds(keys)[time]
+        if keys == "audio":
+            hertz = hertz_of_bin(
+                place * self.model.audio_stride + self.model.patch_size / 2,
+                num_bins=self.clip.num_mel_bins,
+                sample_rate_hz=self._heard.sample_rate_hz,
+            )
+            tone = f"{hertz / 1000:.1f} kHz" if hertz >= 1000 else f"{hertz:.0f} Hz"
+            return f"the sound at {moment:.2f} s around {tone}"
+        side = math.isqrt(num_places)
+        row, column = place // side + 1, place % side + 1
+        return f"the frame at {moment:.2f} s, row {row} and column {column} of {side}"
+
+    @property
+    def _heard(self) -> Sound:
+        assert self.sound is not None
+        return self.sound
 
 
 def run_recorded(trained: TrainedModel, video: Path) -> Explanation:
     """Read `video` as `ca2st predict` does, one centred view, and run the model once with its attention recorded.
 
     Raises:
-        UserInputError: the model has no cross-attention.
+        UserInputError: one expert alone, or experts joined without cross-attention.
         RejectBudgetError: the video cannot be decoded; the message says why.
         NumericError: the model's numbers are not finite.
     """
-    require_attention(trained)
-    with shards_of_videos(trained, [video]) as shard_set:
-        batch = _centred_view(trained, shard_set)
+    if not has_cross_attention(trained.model):
+        raise UserInputError(
+            f"{trained.checkpoint.folder}: expected a model whose experts listen to each other, found "
+            f"{trained.recipe.model.kind!r} ({', '.join(trained.model.experts)}) without cross-attention, so there is "
+            "nothing to explain; give a checkpoint of cast, cava or ca2st with cross-attention, or use `ca2st predict` "
+            "for its classes"
+        )
+    with (
+        shards_of_videos(trained, [video]) as shard_set,
+        trained_loader(trained, shard_set, tuple(trained.classes), views=EvaluationViews()) as loader,
+    ):
+        # The one view of the one video, without the entries that fill its batch.
+        batch = next(batch for whole in loader.batches() for batch in whole.split(1) if not batch.is_padding[0])
         mel_rows = SampleReader(shard_set).indexes.entry(0, 0).mel_rows
     accelerator = place_model(trained)
     here = batch.to(accelerator.device)
@@ -123,13 +179,6 @@ def _check_finite(trained: TrainedModel, output: ModelOutput, maps: list[Attenti
         )
 
 
-def _centred_view(trained: TrainedModel, shard_set: ShardSet) -> ClipBatch:
-    """Return the single view of the single video, without the entries that fill its batch."""
-    views, targets = EvaluationViews(), tuple(trained.classes)
-    with trained_loader(trained, shard_set, targets, views=views) as loader:
-        return next(batch for whole in loader.batches() for batch in whole.split(1) if not batch.is_padding[0])
-
-
 def _sound(trained: TrainedModel, batch: ClipBatch, mel_rows: int) -> Sound:
     start, end = batch.intervals_seconds[0, 0].tolist()
     heard = mel_rows - round(start / MEL_ROW_SECONDS) if batch.has_audio[0] else 0
@@ -140,94 +189,3 @@ def _sound(trained: TrainedModel, batch: ClipBatch, mel_rows: int) -> Sound:
         num_heard_rows=min(heard, len(batch.mel[0])),
         sample_rate_hz=trained.audio.sample_rate_hz,
     )
-
-
-_MOST_FRAME_TICKS = 8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AudioBox:
-    """The part of the spectrogram that the grid of audio patches covers, in percent of its sides.
-
-    Patches overlap; each is drawn as wide as the step to the next, around its own centre.
-    """
-
-    left: float
-    bottom: float
-    width: float
-    height: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Places:
-    """The grids of one explained video."""
-
-    explanation: Explanation
-
-    @property
-    def frame_seconds(self) -> list[float]:
-        """Middle of each pair of frames: the time of a visual token."""
-        seconds = self.explanation.frame_seconds
-        return [(first + second) / 2 for first, second in zip(seconds[::2], seconds[1::2], strict=True)]
-
-    @property
-    def audio_grid(self) -> tuple[int, int]:
-        """(rows, columns) of spectrogram patches."""
-        return audio_patches(self.explanation.model, self.explanation.clip)
-
-    def audio_box(self) -> AudioBox:
-        """Return where the patch grid lies on the spectrogram."""
-        model, clip = self.explanation.model, self.explanation.clip
-        (rows, columns), stride = self.audio_grid, model.audio_stride
-        margin = (model.patch_size - stride) / 2
-        return AudioBox(
-            left=100 * margin / clip.mel_rows,
-            bottom=100 * margin / clip.num_mel_bins,
-            width=100 * columns * stride / clip.mel_rows,
-            height=100 * rows * stride / clip.num_mel_bins,
-        )
-
-    def time_labels(self, expert: str) -> list[str]:
-        """Return each token time of an expert as ``1.25 s``."""
-        if expert == "audio":
-            return [f"{self._column_seconds(column):.2f} s" for column in range(self.audio_grid[1])]
-        return [f"{seconds:.2f} s" for seconds in self.frame_seconds]
-
-    def ticks(self, expert: str) -> list[Tick]:
-        """Return seconds on an axis of an expert's token times."""
-        if expert == "audio":
-            half = self.explanation.model.audio_stride * MEL_ROW_SECONDS / 2
-            first, last = self._column_seconds(0) - half, self._column_seconds(self.audio_grid[1] - 1) + half
-            return seconds_ticks(first, last, most=5)
-        seconds = self.frame_seconds
-        every = -(-len(seconds) // _MOST_FRAME_TICKS)
-        return [
-            Tick(percent=100 * (index + 0.5) / len(seconds), label=f"{moment:.1f}")
-            for index, moment in enumerate(seconds)
-            if index % every == 0
-        ]
-
-    def key_in_words(self, keys: str, time: int, place: int, *, num_places: int) -> str:
-        """Return a key as a person would point at it."""
-        if keys == "audio":
-            model = self.explanation.model
-            hertz = hertz_of_bin(
-                place * model.audio_stride + model.patch_size / 2,
-                num_bins=self.explanation.clip.num_mel_bins,
-                sample_rate_hz=self._sound.sample_rate_hz,
-            )
-            tone = f"{hertz / 1000:.1f} kHz" if hertz >= 1000 else f"{hertz:.0f} Hz"
-            return f"the sound at {self._column_seconds(time):.2f} s around {tone}"
-        side = math.isqrt(num_places)
-        row, column = place // side + 1, place % side + 1
-        return f"the frame at {self.frame_seconds[time]:.2f} s, row {row} and column {column} of {side}"
-
-    @property
-    def _sound(self) -> Sound:
-        assert self.explanation.sound is not None
-        return self.explanation.sound
-
-    def _column_seconds(self, column: int) -> float:
-        """Centre of a column of spectrogram patches."""
-        model = self.explanation.model
-        return self._sound.start_seconds + (column * model.audio_stride + model.patch_size / 2) * MEL_ROW_SECONDS

@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePath
@@ -18,21 +18,8 @@ from ca2st.model.config import Direction
 from ca2st.model.inspect import AttentionMap
 from ca2st.spec import MEL_ROW_SECONDS
 from ray_jobs.console import require_writable_place
-from ray_jobs.explain.explanation import AudioBox, Explanation, Places, Sound, require_attention, run_recorded
-from ray_jobs.pages.charts import (
-    Chart,
-    Frame,
-    Line,
-    Mark,
-    Tick,
-    data_uri,
-    frame_jpeg,
-    hertz_ticks,
-    page_environment,
-    places,
-    seconds_ticks,
-    spectrogram_png,
-)
+from ray_jobs.explain.explanation import Explanation, Sound, run_recorded
+from ray_jobs.pages import charts
 from ray_jobs.runs.inference import load_trained
 from ray_jobs.runs.prediction import Prediction, require_videos
 
@@ -43,9 +30,12 @@ _EVEN = 127
 _LEAST_RANGE, _MOST_RANGE = math.log2(1.25), 6.0
 
 
-def times_even(share: NDArray[np.float32], *, num_keys: int) -> NDArray[np.float32]:
-    """Return log2 of share / (1 / num_keys): 0 where a key gets what it would get if all got the same."""
-    return np.log2(np.maximum(share * num_keys, 2.0**-24)).astype(np.float32)
+def times_even(share: NDArray[np.float32], *, num_keys: int | None = None) -> NDArray[np.float32]:
+    """Return log2 of share / (1 / num_keys): 0 where a key gets what it would get if all got the same.
+
+    `num_keys` None: as many as there are shares.
+    """
+    return np.log2(np.maximum(share * (num_keys or share.size), 2.0**-24)).astype(np.float32)
 
 
 def colour_range(values: list[NDArray[np.float32]]) -> float:
@@ -65,7 +55,7 @@ def heat_png(level: NDArray[np.uint8]) -> str:
     signed = (level.astype(np.float32) - _EVEN) / _EVEN
     rgba = np.where(signed[..., None] > 0, MORE, LESS).astype(np.float32)
     rgba[..., 3] *= np.abs(signed)
-    return data_uri(Image.fromarray(np.round(rgba).astype(np.uint8)), "PNG")
+    return charts.data_uri(Image.fromarray(np.round(rgba).astype(np.uint8)), "PNG")
 
 
 def times(log_times: float) -> str:
@@ -74,24 +64,7 @@ def times(log_times: float) -> str:
     return f"{number:.0f}×" if number >= 9.95 else f"{number:.2g}×"
 
 
-def to_base64(values: NDArray[np.uint8]) -> str:
-    """Return bytes in C order as text."""
-    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
-
-
 _MOST_LAYER_MARKS = 12
-
-
-def entropy_charts(maps: Sequence[AttentionMap], *, depth: int) -> tuple[Chart, Chart]:
-    """Return the entropy by layer, a line per direction: as a share of its maximum, and in bits."""
-    share = {(found.direction.name, found.layer): 100 * float(found.entropy_share[0]) for found in maps}
-    bits = {(found.direction.name, found.layer): float(found.entropy_bits[0]) for found in maps}
-    return (
-        _entropy_chart("Share of the maximum", share, [0, 25, 50, 75, 100], depth, axis="{:g} %", point="{:.1f} %"),
-        _entropy_chart("In bits", bits, places(0, max(*bits.values(), 1)), depth, axis="{:g}", point="{:.2f} bits"),
-    )
-
-
 _SEES = {
     ("time", False): "A query sees its own place in every frame: a frame's colours say when its places were looked at.",
     ("space", False): "A query sees every place of its own frame, so time plays no part here.",
@@ -102,22 +75,40 @@ _NEARLY_EVEN = math.log2(1.05)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EntropyRow:
+    """How widely the attention of one direction was spread in one layer."""
+
+    direction: str
+    """`t2s`, ...: keys from the first expert, queries from the second."""
+    layer: int
+    """Counted from 1."""
+    bits: float
+    """Mean over heads and queries."""
+    share: float
+    """Of the most it could be, log2 of the keys a query sees."""
+
+
+def entropy_of(found: AttentionMap) -> EntropyRow:
+    """Return how widely a map's attention was spread."""
+    bits, share = float(found.entropy_bits[0]), float(found.entropy_share[0])
+    return EntropyRow(direction=found.direction.name, layer=found.layer, bits=bits, share=share)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Matrix:
     """Query times (down) by key times (to the right)."""
 
     picture: str
     """Data URI, one pixel per cell."""
-    query_ticks: list[Tick]
-    key_ticks: list[Tick]
+    query_ticks: list[charts.Tick]
+    key_ticks: list[charts.Tick]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerPanel:
     """One layer of one direction."""
 
-    layer: int
-    bits: float
-    share: float
+    entropy: EntropyRow
     heats: list[str]
     """Attention received, as data URIs: one per frame for visual keys, one for a spectrogram."""
     strongest: str
@@ -159,10 +150,10 @@ class DirectionView:
         return self.direction.keys == "audio"
 
 
-def direction_views(maps: Sequence[AttentionMap], places: Places) -> list[DirectionView]:
+def direction_views(maps: Sequence[AttentionMap], explanation: Explanation) -> list[DirectionView]:
     """Return a view of each direction, in the order in which the model's last layer computes them."""
     names = dict.fromkeys(found.direction.name for found in sorted(maps, key=lambda found: -found.layer))
-    return [_view([found for found in maps if found.direction.name == name], places) for name in names]
+    return [_view([found for found in maps if found.direction.name == name], explanation) for name in names]
 
 
 def pictures_of(cells: NDArray[np.float32], keys: str) -> NDArray[np.float32]:
@@ -180,68 +171,39 @@ EXPERT_SENSES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Spectrogram:
-    """The picture of the sound with its axes."""
-
-    picture: str
-    seconds: list[Tick]
-    hertz: list[Tick]
-    frames: list[float]
-    """Where the sampled frame pairs are, in percent of the width; only those inside."""
-    heard: float
-    """Percent of the width that is sound; what follows is padding."""
-    box: AudioBox
-
-    @property
-    def is_silent(self) -> bool:
-        """Whether the video has no sound at all."""
-        return self.heard == 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
-    """The predictions of one label space."""
-
-    name: str
-    predictions: list[Prediction]
-
-
 def render_page(explanation: Explanation) -> str:
     """Return the whole page; it asks nothing of any network."""
-    places = Places(explanation=explanation)
-    sound = explanation.sound
-    template = page_environment().get_template("explain.html")
-    return template.render(
-        title=PurePath(explanation.video).name,
-        model_name=MODEL_NAMES[explanation.model.kind],
-        facts=_facts(explanation),
-        version=__version__,
-        targets=_targets(explanation.predictions),
-        frames=[frame_jpeg(frame) for frame in explanation.frames],
-        frame_seconds=explanation.frame_seconds,
-        pair_seconds=places.frame_seconds,
-        spectrogram=_spectrogram(sound, places) if sound is not None else None,
-        views=direction_views(explanation.maps, places),
-        charts=entropy_charts(explanation.maps, depth=explanation.model.depth),
-        depth=explanation.model.depth,
-        senses={name: EXPERT_SENSES[name] for name in _experts(explanation)},
-        colours={"more": MORE, "less": LESS},
+    maps, depth = explanation.maps, explanation.model.depth
+    entropy = [entropy_of(found) for found in maps]
+    share = [(row.direction, row.layer, 100 * row.share) for row in entropy]
+    bits = [(row.direction, row.layer, row.bits) for row in entropy]
+    bits_places = charts.places(0, max(1, *(row.bits for row in entropy)))
+    experts = dict.fromkeys(expert for found in maps for expert in (found.direction.queries, found.direction.keys))
+    by_target = groupby(explanation.predictions, key=lambda prediction: prediction.target)
+    return (
+        charts.page_environment()
+        .get_template("explain.html")
+        .render(
+            title=PurePath(explanation.video).name,
+            model_name=MODEL_NAMES[explanation.model.kind],
+            facts=_facts(explanation),
+            version=__version__,
+            targets=[(name, list(group)) for name, group in by_target],
+            frames=[charts.frame_jpeg(frame) for frame in explanation.frames],
+            frame_seconds=explanation.frame_seconds,
+            pair_seconds=explanation.pair_seconds,
+            spectrogram=None if explanation.sound is None else _spectrogram(explanation.sound, explanation),
+            views=direction_views(maps, explanation),
+            charts=[
+                _entropy_chart(
+                    "Share of the maximum", share, [0, 25, 50, 75, 100], depth, axis="{:g} %", point="{:.1f} %"
+                ),
+                _entropy_chart("In bits", bits, bits_places, depth, axis="{:g}", point="{:.2f} bits"),
+            ],
+            senses={name: EXPERT_SENSES[name] for name in experts},
+            colours={"more": MORE, "less": LESS},
+        )
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EntropyRow:
-    """How widely the attention of one direction was spread in one layer."""
-
-    direction: str
-    """`t2s`, ...: keys from the first expert, queries from the second."""
-    layer: int
-    """Counted from 1."""
-    bits: float
-    """Mean over heads and queries."""
-    share: float
-    """Of the most it could be, log2 of the keys a query sees."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -265,120 +227,87 @@ def explain_video(checkpoint: Path, video: Path, *, out: Path | None = None) -> 
     require_videos([video])
     page = out or Path(f"{video.stem}.explain.html")
     require_writable_place(page, "--out")
-    trained = load_trained(checkpoint)
-    require_attention(trained)
-    explanation = run_recorded(trained, video)
+    explanation = run_recorded(load_trained(checkpoint), video)
     write_bytes(page, render_page(explanation).encode())
-    return ExplainReport(html=page, predictions=explanation.predictions, entropy=entropy_rows(explanation))
-
-
-def entropy_rows(explanation: Explanation) -> list[EntropyRow]:
-    """Return one row per direction and layer."""
-    return [
-        EntropyRow(
-            direction=found.direction.name,
-            layer=found.layer,
-            bits=float(found.entropy_bits[0]),
-            share=float(found.entropy_share[0]),
-        )
-        for found in explanation.maps
-    ]
+    entropy = [entropy_of(found) for found in explanation.maps]
+    return ExplainReport(html=page, predictions=explanation.predictions, entropy=entropy)
 
 
 def _entropy_chart(
     title: str,
-    values: Mapping[tuple[str, int], float],
+    values: Sequence[tuple[str, int, float]],
     y_places: Sequence[float],
     depth: int,
     *,
     axis: str,
     point: str,
-) -> Chart:
-    frame = Frame(x_range=(0.5, depth + 0.5), y_range=(0, y_places[-1]), width=360, height=230)
+) -> charts.Chart:
+    frame = charts.Frame(x_range=(0.5, depth + 0.5), y_range=(0, y_places[-1]), width=360, height=230)
     every = -(-depth // _MOST_LAYER_MARKS)
 
-    def line(name: str) -> Line:
-        of_direction = [(layer, value) for (of, layer), value in values.items() if of == name]
+    def line(name: str) -> charts.Line:
+        of_direction = [(layer, value) for of, layer, value in values if of == name]
         points = frame.points(
             of_direction, lambda layer, value: f"{name.upper()}, layer {layer:g}: {point.format(value)}"
         )
-        return Line(css=name, name=name.upper(), points=points)
+        return charts.Line(css=name, name=name.upper(), points=points)
 
-    return Chart(
+    return charts.Chart(
         title=title,
         says=f"Entropy by layer, a line per direction: {title.lower()}",
         x_label="layer",
         frame=frame,
-        lines=[line(name) for name in dict.fromkeys(name for name, _ in values)],
-        x_marks=[Mark(at=frame.x(layer), label=str(layer)) for layer in range(every, depth + 1, every)],
-        y_marks=[Mark(at=frame.y(place), label=axis.format(place)) for place in y_places],
+        lines=[line(name) for name in dict.fromkeys(name for name, _, _ in values)],
+        x_marks=[charts.Mark(at=frame.x(layer), label=str(layer)) for layer in range(every, depth + 1, every)],
+        y_marks=[charts.Mark(at=frame.y(place), label=axis.format(place)) for place in y_places],
     )
 
 
-def _view(maps: Sequence[AttentionMap], places: Places) -> DirectionView:
+def _view(maps: Sequence[AttentionMap], explanation: Explanation) -> DirectionView:
     direction = maps[0].direction
-    received = [times_even(_share(found), num_keys=_share(found).size) for found in maps]
+    received = [times_even(found.received[0].numpy()) for found in maps]
     by_time = [times_even(found.by_time[0].numpy(), num_keys=found.by_time.shape[-1]) for found in maps]
     limit, matrix_limit = colour_range(received), colour_range(by_time)
+    panels = []
+    for found, own, times_own in zip(maps, received, by_time, strict=True):
+        matrix, moments = None, ""
+        pictures = pictures_of(own, direction.keys)
+        if direction.window != "space":
+            matrix = Matrix(
+                picture=heat_png(levels(times_own, matrix_limit)),
+                query_ticks=explanation.ticks(direction.queries),
+                key_ticks=explanation.ticks(direction.keys),
+            )
+            given = times_even(found.given[0].numpy(), num_keys=own.size)
+            cells = levels(np.stack([pictures_of(one, direction.keys) for one in given]), limit)
+            moments = base64.b64encode(cells.tobytes()).decode()
+        panels.append(
+            LayerPanel(
+                entropy=entropy_of(found),
+                heats=[heat_png(levels(picture, limit)) for picture in pictures],
+                strongest=_strongest(own, direction.keys, explanation),
+                matrix=matrix,
+                rows=pictures.shape[1],
+                columns=pictures.shape[2],
+                levels=moments,
+            )
+        )
     return DirectionView(
         direction=direction,
-        panels=[
-            _panel(found, places, limit=limit, received=one, matrix=_matrix(found, places, other, limit=matrix_limit))
-            for found, one, other in zip(maps, received, by_time, strict=True)
-        ],
+        panels=panels,
         sees=_SEES[direction.window, direction.keys == "audio"],
         most=times(limit),
         least=times(-limit),
         matrix_most=times(matrix_limit),
-        query_labels=places.time_labels(direction.queries),
+        query_labels=[f"{seconds:.2f} s" for seconds in explanation.token_seconds(direction.queries)],
     )
 
 
-def _share(found: AttentionMap) -> NDArray[np.float32]:
-    share: NDArray[np.float32] = found.received[0].numpy()
-    return share
-
-
-def _panel(
-    found: AttentionMap,
-    places: Places,
-    *,
-    limit: float,
-    received: NDArray[np.float32],
-    matrix: Matrix | None,
-) -> LayerPanel:
-    keys = found.direction.keys
-    given = times_even(found.given[0].numpy(), num_keys=received.size)
-    pictures = pictures_of(received, keys)
-    return LayerPanel(
-        layer=found.layer,
-        bits=float(found.entropy_bits[0]),
-        share=float(found.entropy_share[0]),
-        heats=[heat_png(levels(picture, limit)) for picture in pictures],
-        strongest=_strongest(received, keys, places),
-        matrix=matrix,
-        rows=pictures.shape[1],
-        columns=pictures.shape[2],
-        levels=to_base64(levels(np.stack([pictures_of(one, keys) for one in given]), limit)) if matrix else "",
-    )
-
-
-def _matrix(found: AttentionMap, places: Places, by_time: NDArray[np.float32], *, limit: float) -> Matrix | None:
-    """None where every query sees its own frame alone."""
-    if found.direction.window == "space":
-        return None
-    return Matrix(
-        picture=heat_png(levels(by_time, limit)),
-        query_ticks=places.ticks(found.direction.queries),
-        key_ticks=places.ticks(found.direction.keys),
-    )
-
-
-def _strongest(received: NDArray[np.float32], keys: str, places: Places) -> str:
+def _strongest(received: NDArray[np.float32], keys: str, explanation: Explanation) -> str:
     if received.max() < _NEARLY_EVEN:
         return "no key stands out: each gets about the even share"
     time, place = np.unravel_index(int(received.argmax()), received.shape)
-    where = places.key_in_words(keys, int(time), int(place), num_places=received.shape[1])
+    where = explanation.key_in_words(keys, int(time), int(place), num_places=received.shape[1])
     return f"{where}: {times(float(received.max()))} the even share"
 
 
@@ -393,28 +322,16 @@ def _facts(explanation: Explanation) -> list[str]:
     return [*facts, explanation.checkpoint]
 
 
-def _experts(explanation: Explanation) -> Iterable[str]:
-    """In the order in which they are first heard of."""
-    return dict.fromkeys(
-        expert for found in explanation.maps for expert in (found.direction.queries, found.direction.keys)
-    )
-
-
-def _targets(predictions: list[Prediction]) -> list[Target]:
-    return [
-        Target(name=name, predictions=list(group))
-        for name, group in groupby(predictions, key=lambda prediction: prediction.target)
-    ]
-
-
-def _spectrogram(sound: Sound, places: Places) -> Spectrogram:
+def _spectrogram(sound: Sound, explanation: Explanation) -> dict[str, object]:
+    """Return the picture of the sound with its axes."""
     span = sound.end_seconds - sound.start_seconds
-    marks = [100 * (seconds - sound.start_seconds) / span for seconds in places.frame_seconds]
-    return Spectrogram(
-        picture=spectrogram_png(sound.mel, sound.num_heard_rows),
-        seconds=seconds_ticks(sound.start_seconds, sound.end_seconds),
-        hertz=hertz_ticks(sound.sample_rate_hz),
-        frames=[mark for mark in marks if 0 <= mark <= 100],
-        heard=100 * sound.num_heard_rows / len(sound.mel),
-        box=places.audio_box(),
-    )
+    marks = [100 * (seconds - sound.start_seconds) / span for seconds in explanation.pair_seconds]
+    return {
+        "picture": charts.spectrogram_png(sound.mel, sound.num_heard_rows),
+        "seconds": charts.seconds_ticks(sound.start_seconds, sound.end_seconds),
+        "hertz": charts.hertz_ticks(sound.sample_rate_hz),
+        "frames": [mark for mark in marks if 0 <= mark <= 100],  # percent of the width, of the frame pairs inside
+        "heard": 100 * sound.num_heard_rows / len(sound.mel),  # percent of the width; what follows is padding
+        "is_silent": sound.num_heard_rows == 0,
+        "box": explanation.audio_box(),
+    }

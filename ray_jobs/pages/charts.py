@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from einops import rearrange
@@ -29,13 +30,24 @@ def page_environment() -> Environment:
 
     Whatever is filled in is escaped, and what is not given is an error.
     """
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("ray_jobs.pages", "page_files"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"number": lambda value: f"{value:.4g}", "duration": duration_in_words}
+    return environment
+
+
+def duration_in_words(seconds: float) -> str:
+    """Return a duration as ``2 h 5 min``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,8 +108,8 @@ class Frame:
     y_range: tuple[float, float]
     width: float = 720
     height: float = 300
-    left: float = 52
-    top: float = 14
+    left: ClassVar[float] = 52
+    top: ClassVar[float] = 14
 
     @property
     def right(self) -> float:
@@ -138,6 +150,11 @@ class Chart:
     x_marks: list[Mark]
     y_marks: list[Mark]
     levels: Sequence[Level] = ()
+
+
+def chart_svg(chart: Chart) -> str:
+    """Return one drawing as a file of its own."""
+    return page_environment().get_template("chart_file.svg").render(chart=chart)
 
 
 _NUM_TONES, _NUM_DASHES = 8, 3
@@ -191,19 +208,15 @@ def places(low: float, high: float, *, whole: bool = False) -> list[float]:
     """
     size = max(abs(low), abs(high)) or 1.0
     span = high - low if high - low > 1e-6 * size else size
-    step = _round_step(max(span, 1e-9) / _MOST_MARKS)
+    least = max(span, 1e-9) / _MOST_MARKS
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
     if whole:
         step = max(1.0, step)
     first = math.floor(low / step + 1e-9)
     last = math.floor(high / step + 1e-9) if whole else math.ceil(high / step - 1e-9)
     decimals = max(0, 1 - math.floor(math.log10(step)))
     return [round(number * step, decimals) for number in range(first, max(last, first + 1) + 1)]
-
-
-def _round_step(least: float) -> float:
-    """Return the smallest of 1, 2, 5 times a power of ten that is at least `least`."""
-    power = 10.0 ** math.floor(math.log10(least))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
 _KALDI_LOWEST_HZ = 20.0
@@ -351,22 +364,20 @@ def _read(reader: SampleReader, places: Sequence[tuple[int, int]]) -> list[Store
 
 def _pictures(sample: FetchedSample, stills: tuple[int, ...], *, sample_rate_hz: int) -> Pictures:
     mel = sample.mel.astype(np.float32)
-    seconds = max(len(mel) * MEL_ROW_SECONDS, float(sample.entry.frame_ticks[-1]) / TICKS_PER_SECOND, MEL_ROW_SECONDS)
+    last_frame = float(sample.entry.frame_ticks[-1]) / TICKS_PER_SECOND
+    seconds = len(mel) * MEL_ROW_SECONDS or max(last_frame, MEL_ROW_SECONDS)
     shown = mel if len(mel) else np.zeros((1, 1), np.float32)
+    frames = sample.clip_frames(stills)
+    if isinstance(frames, JpegFrames):  # shown as they are stored
+        shown_stills = [f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" for data in frames.frames]
+    else:
+        decoded = decode_frames(RenderRequest(frames=frames, boxes=(), flip=False, where=sample.entry.where))
+        shown_stills = [frame_jpeg(frame) for frame in rearrange(decoded, "t c h w -> t h w c").numpy()]
     return Pictures(
-        stills=_stills(sample, stills),
+        stills=shown_stills,
         still_seconds=[float(sample.entry.frame_ticks[still]) / TICKS_PER_SECOND for still in stills],
         spectrogram=spectrogram_png(shown, len(mel)),
         has_audio=sample.entry.has_audio,
-        seconds=seconds_ticks(0.0, len(mel) * MEL_ROW_SECONDS if len(mel) else seconds),
+        seconds=seconds_ticks(0.0, seconds),
         hertz=hertz_ticks(sample_rate_hz),
     )
-
-
-def _stills(sample: FetchedSample, stills: tuple[int, ...]) -> list[str]:
-    """Return stored JPEGs as they are; frames of the other codecs decoded."""
-    frames = sample.clip_frames(stills)
-    if isinstance(frames, JpegFrames):
-        return [f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" for data in frames.frames]
-    decoded = decode_frames(RenderRequest(frames=frames, boxes=(), flip=False, where=sample.entry.where))
-    return [frame_jpeg(frame) for frame in rearrange(decoded, "t c h w -> t h w c").numpy()]

@@ -1,49 +1,172 @@
-"""What a run has in MLflow beside its numbers: its shard sets as inputs, and its small files.
+"""The small files of a run in MLflow: recipe, journal, class names, plots, predictions, and a card.
 
-Who starts the training keeps in ``inputs.json`` what MLflow shall know of the shard sets; whoever sends the journal
-needs the run folder alone. The files are recipe, journal, card, plots, class names and predictions. Checkpoints are
-never among them, nor is any file of 10 MB or more: those stay in the run folder, named in a note.
+The card is one HTML file that asks no network: what was trained on what, what it reached, and how to use it. All is
+read from the run folder, without torch. Checkpoints are never among the files, nor is any file of 10 MB or more: those
+stay in the run folder, named in a note.
 """
 
 import csv
 import io
 import json
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 
-from ca2st.checked_json import encoded
-from ca2st.durable import write_bytes
-from ca2st.training.journal import JOURNAL_NAME
+from ca2st import __version__
+from ca2st.checked_json import read_json
+from ca2st.training.checkpoint import CHECKPOINTS_NAME, list_checkpoints
+from ca2st.training.journal import JOURNAL_NAME, flatten, read_events
+from ray_jobs.config.recipe import model_name
 from ray_jobs.errors import TrackingUnavailableError
-from ray_jobs.pages.charts import metric_charts
-from ray_jobs.redaction import redacted, without_credentials
-from ray_jobs.tracking import run_card
-from ray_jobs.tracking.state import sync_command
+from ray_jobs.pages.charts import Curve, chart_svg, metric_charts, page_environment
+from ray_jobs.redaction import redacted
+from ray_jobs.tracking.inputs import read_inputs
+from ray_jobs.tracking.state import STATE_NAME, sync_command
 from sharding.format.index import parquet_batches, parquet_columns
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.data.dataset_source import DatasetSource
-    from mlflow.entities import DatasetInput
-
-    from ray_jobs.runs.data import TrainingData
-    from sharding.format.shard_set import Manifest, ShardSet
 
 MAX_BYTES = 10_000_000
 """From this size on a file is no artefact."""
 LARGE_FILES_NAME = "too_large.txt"
+RECIPE_NAME = "recipe.json"
+_CLASSES_DOCUMENT = "run.json"
 _PREDICTIONS = "predictions.*.parquet"
 _BATCH_ROWS = 4096
-DIGEST_CHARACTERS = 36
-"""MLflow takes no more; the whole fingerprint is in the profile."""
-_MOST_INDEXES = 2000
-"""Of a set with more shards the duration is not added up: each index is a file to open."""
+_CURVES = {"loss": "train/loss", "lr": "train/lr", "clips_per_second": "train/clips_per_second"}
+_MOST_CLASSES = 60
+_SHOWN_SETTINGS = (
+    "model.kind",
+    "model.fusion",
+    "model.dim",
+    "model.depth",
+    "clip.num_frames",
+    "clip.crop_size",
+    "trainable",
+    "start.checkpoint",
+    "training.epochs",
+    "training.global_batch_size",
+    "training.precision",
+    "training.seed",
+    "optim.base_lr",
+    "optim.weight_decay",
+)
+
+
+class _Classes(TypedDict):
+    classes: dict[str, list[str]]
+    labelling: NotRequired[Literal["one", "several", "none"]]
+
+
+class _Tags(TypedDict):
+    tags: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFacts:
+    """A training as its folder describes it."""
+
+    recipe: Mapping[str, Any]
+    """The resolved recipe."""
+    curves: Mapping[str, Curve]
+    """Of each step the last attempt's values: ``train/loss``, ``train/lr``, ``validation/top1``, ..."""
+    step_seconds: float
+    """All steps together, each once."""
+    start: Mapping[str, Any]
+    """The newest attempt's first line: topology, versions, steps to come."""
+    attempts: int
+    status: str | None
+    """How the newest attempt ended: ``done``, ``stopped``, ...; None: it has not."""
+    checkpoint: Path | None
+    """The newest complete one."""
+    classes: Mapping[str, list[str]]
+    """Class names of each target; empty before the first checkpoint."""
+    inputs: list[dict[str, Any]]
+    """The shard sets, as `keep_inputs` keeps them."""
+    tags: Mapping[str, str]
+    """Hardware, git, versions, as MLflow has them."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The newest value of each metric that is no step's: ``validation/top1``, ..."""
+        return {name: curve[-1][1] for name, curve in self.curves.items() if not name.startswith("train/")}
+
+    @property
+    def steps(self) -> int:
+        """Updates made."""
+        return max((curve[-1][0] for curve in self.curves.values()), default=0)
+
+
+def read_run(folder: Path) -> RunFacts:
+    """Return what `folder` says of its training.
+
+    Raises:
+        FileNotFoundError: it holds no recipe: no training was started there.
+    """
+    recipe, state = read_recipe(folder), folder / STATE_NAME
+    checkpoint = next(iter(list_checkpoints(folder / CHECKPOINTS_NAME)), None)
+    ends: dict[int, str] = {}
+    start: Mapping[str, Any] = {}
+    seconds: dict[int, float] = {}
+    curves: dict[str, dict[int, float]] = {}
+    for line in read_events(folder / JOURNAL_NAME):
+        drawn: dict[str, float | None] = {}
+        if line["event"] == "start":
+            start = line
+        elif line["event"] == "end":
+            ends[line["attempt"]] = str(line["status"])
+        elif line["event"] == "step":
+            seconds[line["step"]] = float(line.get("step_seconds", 0.0))
+            drawn = {name: line.get(key) for key, name in _CURVES.items()}
+        elif line["event"] == "eval":
+            drawn = {f"{line['split']}/{name}": value for name, value in line["metrics"].items()}
+        for name, value in drawn.items():
+            if value is not None:
+                curves.setdefault(name, {})[line["step"]] = float(value)
+    attempts = int(start.get("attempt", 0))
+    return RunFacts(
+        recipe=recipe,
+        curves={name: tuple(sorted(values.items())) for name, values in curves.items()},
+        step_seconds=sum(seconds.values()),
+        start=start,
+        attempts=attempts,
+        status=ends.get(attempts),
+        checkpoint=checkpoint,
+        classes={} if checkpoint is None else class_names(checkpoint),
+        inputs=read_inputs(folder),
+        tags=read_json(state, _Tags)["tags"] if state.exists() else {},
+    )
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """Return the resolved recipe of a run folder; raises as `read_run`."""
+    return read_json(folder / RECIPE_NAME, dict[str, Any])
+
+
+def registered_name(recipe: Mapping[str, Any]) -> str | None:
+    """Return the registry name that a resolved recipe asks for; None where its model is not to be registered."""
+    tracking = recipe.get("tracking", {})
+    if not tracking.get("register_model", True):
+        return None
+    return model_name(str(recipe["name"]), tracking.get("registered_model"))
+
+
+def class_names(checkpoint: Path) -> dict[str, list[str]]:
+    """Return the class names of each target; empty where the checkpoint keeps none."""
+    path = checkpoint / _CLASSES_DOCUMENT
+    return read_json(path, _Classes)["classes"] if path.exists() else {}
+
+
+def labelling_of(checkpoint: Path) -> Literal["one", "several", "none"]:
+    """Return how many labels a sample of the training had."""
+    path = checkpoint / _CLASSES_DOCUMENT
+    return read_json(path, _Classes).get("labelling", "one") if path.exists() else "one"
 
 
 def log_artefacts(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
@@ -70,79 +193,51 @@ def log_artefacts(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
 def collect(run_dir: Path) -> dict[str, bytes]:
     """Return the files of a run that go to MLflow, by their path there, in the order in which they are sent.
 
+    Of predictions those of the last test are sent.
+
     Raises:
         FileNotFoundError: no training was started there.
     """
-    run, predictions = run_card.read_run(run_dir), newest_predictions(run_dir)
-    files: dict[str, bytes] = {}
-    large: list[run_card.LargeFile] = []
-    tables = [] if predictions is None else sorted(run_dir.glob(f"{predictions.stem}.*"))
-    kept = [path for path in (run_dir / JOURNAL_NAME, *tables) if path.is_file()]
-    for name, data in [*_made(run, predictions), *((path.name, None) for path in kept)]:
-        path = run_dir / name
-        size = path.stat().st_size if data is None else len(data)
-        if size >= MAX_BYTES:
-            large.append(run_card.LargeFile(path=str(path), megabytes=size / 1e6))
-        else:
-            files[name] = _cleaned(path) if data is None else data
-    charts = metric_charts([run.curves])
-    plots = {f"plots/{chart.title.replace('/', '.')}.svg": run_card.chart_svg(chart).encode() for chart in charts}
-    note = "".join(f"{one.path}: {one.megabytes:.1f} MB, too large for MLflow; it stays there\n" for one in large)
-    return {
-        "run_card.html": run_card.render_run_card(run, charts=charts, large=large).encode(),
-        **({LARGE_FILES_NAME: note.encode()} if large else {}),
-        **plots,
-        **files,
-    }
-
-
-def newest_predictions(run_dir: Path) -> Path | None:
-    """Return the file that the last test of the run wrote; None before the first."""
-    found = sorted(run_dir.glob(_PREDICTIONS), key=lambda path: (path.stat().st_mtime_ns, path.name))
-    return found[-1] if found else None
-
-
-def keep_inputs(run_dir: Path, data: "TrainingData") -> None:
-    """Write what `log_inputs` needs, anew for each attempt: the sets must be the same, but may have moved."""
-    sets: dict[str, ShardSet] = {f"train_{number}": one for number, one in enumerate(data.train_sets, start=1)}
-    if data.validation is not None:
-        sets["validation"] = data.validation
-    document = [
-        {"role": role, "source": _place(one), **_facts(one.manifest, data.targets)} for role, one in sets.items()
-    ]
-    write_bytes(run_dir / run_card.INPUTS_NAME, encoded(json.dumps(document, indent=1, ensure_ascii=False) + "\n"))
-
-
-def log_inputs(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
-    """Give MLflow a dataset input per shard set, in context ``training`` or ``validation``; repeating adds none.
-
-    Raises:
-        MlflowException: the store cannot be reached, or has no such run.
-    """
-    if found := list(_dataset_inputs(run_card.read_inputs(run_dir))):
-        client.log_inputs(run_id, datasets=found)
-
-
-def confusion_tables(predictions: Path, classes: Mapping[str, list[str]]) -> dict[str, str]:
-    """Return a CSV table ``true,predicted,count`` for each target of `classes` that `predictions` has, commonest first.
-
-    Pairs that never occurred are left out. Of two classes that are equally likely the lower one was answered.
-    """
-    columns = parquet_columns(predictions)
-    return {
-        target: _table(_counts(predictions, target), names)
-        for target, names in classes.items()
-        if {f"{target}_probabilities", f"{target}_label"} <= set(columns)
-    }
-
-
-def _made(run: run_card.RunFacts, predictions: Path | None) -> Iterator[tuple[str, bytes | None]]:
-    yield run_card.RECIPE_NAME, redacted(json.dumps(run.recipe, indent=1, ensure_ascii=False)).encode()
+    run, kept = read_run(run_dir), [run_dir / JOURNAL_NAME]
+    files = {RECIPE_NAME: redacted(json.dumps(run.recipe, indent=1, ensure_ascii=False)).encode()}
     if run.classes:
-        yield "classes.json", json.dumps(run.classes, indent=1, ensure_ascii=False).encode()
-    if predictions is not None:
-        for target, table in confusion_tables(predictions, run.classes).items():
-            yield f"confusion.{target}.csv", table.encode()
+        files["classes.json"] = json.dumps(run.classes, indent=1, ensure_ascii=False).encode()
+    if tests := sorted(run_dir.glob(_PREDICTIONS), key=lambda path: (path.stat().st_mtime_ns, path.name)):
+        files |= _confusion_tables(tests[-1], run.classes)
+        kept += sorted(run_dir.glob(f"{tests[-1].stem}.*"))
+    sizes = {path: path.stat().st_size for path in kept if path.is_file()}
+    files |= {path.name: _cleaned(path) for path, size in sizes.items() if size < MAX_BYTES}
+    sizes |= {run_dir / name: len(data) for name, data in files.items()}
+    large = [(path, size / 1e6) for path, size in sizes.items() if size >= MAX_BYTES]
+    charts = metric_charts([run.curves])
+    settings = flatten(run.recipe)
+    card = (
+        page_environment()
+        .get_template("run_card.html")
+        .render(
+            version=__version__,
+            run=run,
+            charts=charts,
+            large=large,
+            settings={
+                name: redacted(str(settings[name])) for name in _SHOWN_SETTINGS if settings.get(name) is not None
+            },
+            classes={name: (len(names), names[:_MOST_CLASSES]) for name, names in run.classes.items()},
+            model=registered_name(run.recipe),
+            environment={
+                **run.start.get("topology", {}),
+                **{name: value for name, value in run.tags.items() if name.startswith(("hardware.", "git."))},
+                **run.start.get("versions", {}),
+            },
+        )
+    )
+    note = "".join(f"{path}: {megabytes:.1f} MB, too large for MLflow; it stays there\n" for path, megabytes in large)
+    return {
+        "run_card.html": card.encode(),
+        **({LARGE_FILES_NAME: note.encode()} if large else {}),
+        **{f"plots/{chart.title.replace('/', '.')}.svg": chart_svg(chart).encode() for chart in charts},
+        **{name: data for name, data in files.items() if len(data) < MAX_BYTES},
+    }
 
 
 def _cleaned(path: Path) -> bytes:
@@ -151,121 +246,25 @@ def _cleaned(path: Path) -> bytes:
     return redacted(data.decode(errors="backslashreplace")).encode() if path.name == JOURNAL_NAME else data
 
 
-def _counts(predictions: Path, target: str) -> Counter[tuple[int, int]]:
-    """Count samples by (true, answered) class."""
-    found: Counter[tuple[int, int]] = Counter()
-    columns = [f"{target}_label", f"{target}_probabilities"]
-    for batch in parquet_batches(predictions, columns=columns, batch_rows=_BATCH_ROWS):
-        answers = np.asarray(batch.column(1).flatten()).reshape(batch.num_rows, -1).argmax(axis=1).tolist()
-        pairs = zip(batch.column(0).to_pylist(), answers, strict=True)
-        found.update(pair for pair in pairs if isinstance(pair[0], int))  # neither without a label nor with several
-    return found
+def _confusion_tables(predictions: Path, classes: Mapping[str, list[str]]) -> dict[str, bytes]:
+    """Return a CSV table ``true,predicted,count`` for each target of `classes` that `predictions` has, commonest first.
 
-
-def _table(counts: Counter[tuple[int, int]], names: list[str]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("true", "predicted", "count"))
-    for (true, answered), count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        writer.writerow((names[true], names[answered], count))
-    return text.getvalue()
-
-
-def _place(shard_set: "ShardSet") -> str:
-    return without_credentials(str(shard_set.origin)) if shard_set.origin else str(shard_set.root.resolve())
-
-
-def _facts(manifest: "Manifest", targets: tuple[str, ...]) -> dict[str, Any]:
-    return {
-        "dataset": manifest.dataset,
-        "split": manifest.split,
-        "fingerprint": manifest.fingerprint,
-        "num_samples": manifest.num_samples,
-        "num_shards": manifest.num_shards,
-        "num_rejected": sum(manifest.rejected.values()),
-        "targets": list(targets),
-        "num_classes": {space.name: len(space.classes) for space in manifest.label_spaces},
-        "video": manifest.video.as_json(),
-        "audio_policy": manifest.audio.policy,
-        "audio_sample_rate_hz": manifest.audio.sample_rate_hz,
-    }
-
-
-def _dataset_inputs(kept: list[dict[str, Any]]) -> Iterator["DatasetInput"]:
-    """Yield one per set: MLflow drops the second of two with the same name and digest, so their contexts are joined."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
-
-    alike: dict[str, list[dict[str, Any]]] = {}
-    for facts in kept:
-        alike.setdefault(facts["fingerprint"], []).append(facts)
-    for first, *others in alike.values():
-        contexts = ["validation" if one["role"] == "validation" else "training" for one in (first, *others)]
-        dataset = Dataset(**_described(first), profile=json.dumps(_profile(first)))
-        yield DatasetInput(dataset, tags=[InputTag(MLFLOW_DATASET_CONTEXT, ", ".join(dict.fromkeys(contexts)))])
-
-
-def _described(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Return name, digest, source and schema as `mlflow.data` writes them."""
-    from mlflow.data.meta_dataset import MetaDataset
-    from mlflow.types import ColSpec, Schema
-
-    sound = [] if facts["audio_policy"] == "none" else [ColSpec("binary", "spectrogram", required=False)]
-    labels = [ColSpec("long", f"label:{name}") for name in facts["num_classes"]]
-    dataset = MetaDataset(  # type: ignore[abstract]  # MLflow forgot its profile
-        _source(facts["source"]),
-        name=dataset_name(facts),
-        digest=facts["fingerprint"][:DIGEST_CHARACTERS],
-        schema=Schema([ColSpec("string", "key"), ColSpec("binary", "video"), *sound, *labels]),
-    )
-    described: dict[str, str] = dataset.to_dict()
-    return described
-
-
-def dataset_name(facts: Mapping[str, Any]) -> str:
-    """Return what MLflow calls a shard set."""
-    return f"{facts['dataset']}/{facts['split']}"
-
-
-def _source(place: str) -> "DatasetSource":
-    from mlflow.data.code_dataset_source import CodeDatasetSource
-    from mlflow.data.dataset_source_registry import resolve_dataset_source
-    from mlflow.exceptions import MlflowException
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # MLflow lists its class for folders twice, and says so
-            return resolve_dataset_source(place)
-    except MlflowException:  # a kind of URL that MLflow does not know
-        return CodeDatasetSource(tags={"url": place})
-
-
-def _profile(facts: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("num_samples", "num_shards", "num_rejected", "targets", "num_classes", "video", "audio_sample_rate_hz")
-    profile = {name: facts[name] for name in names} | {"fingerprint": facts["fingerprint"]}
-    seconds = _duration_seconds(Path(facts["source"]), facts) if "://" not in facts["source"] else None
-    return profile if seconds is None else profile | {"duration_seconds": round(seconds, 3)}
-
-
-def _duration_seconds(folder: Path, facts: Mapping[str, Any]) -> float | None:
-    """Add up all samples of a set on a disk; None where this process does not see that very set."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    from ca2st.errors import CA2STError
-    from sharding.format.index import read_parquet
-    from sharding.format.shard_set import read_shard_set
-
-    if facts["num_shards"] > _MOST_INDEXES:
-        return None
-    try:
-        shard_set = read_shard_set(folder)
-        if shard_set.manifest.fingerprint != facts["fingerprint"]:
-            return None
-        columns = [
-            read_parquet(folder / shard.index_name, columns=["duration_seconds"]).column(0)
-            for shard in shard_set.shards
-        ]
-    except (CA2STError, OSError, ValueError, pa.ArrowException):
-        return None
-    return float(sum(pc.sum(column).as_py() for column in columns))
+    Pairs that never occurred are left out. Of two classes that are equally likely the lower one was answered.
+    """
+    tables = {}
+    for target, names in classes.items():
+        columns = [f"{target}_label", f"{target}_probabilities"]
+        if not set(columns) <= set(parquet_columns(predictions)):
+            continue
+        found: Counter[tuple[int, int]] = Counter()
+        for batch in parquet_batches(predictions, columns=columns, batch_rows=_BATCH_ROWS):
+            answers = np.asarray(batch.column(1).flatten()).reshape(batch.num_rows, -1).argmax(axis=1).tolist()
+            pairs = zip(batch.column(0).to_pylist(), answers, strict=True)
+            found.update(pair for pair in pairs if isinstance(pair[0], int))  # neither without a label nor with several
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("true", "predicted", "count"))
+        for (true, answered), count in sorted(found.items(), key=lambda item: (-item[1], item[0])):
+            writer.writerow((names[true], names[answered], count))
+        tables[f"confusion.{target}.csv"] = text.getvalue().encode()
+    return tables

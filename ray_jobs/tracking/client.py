@@ -61,17 +61,13 @@ class Complaint:
     retry_after_seconds: float | None = None
     """How long the store asks to be left alone."""
 
-    @property
-    def signature(self) -> tuple[str, str]:
-        """Equal for the same trouble met again."""
-        return self.kind, self.detail if self.kind in ("refused", "rejected", "failing", "busy") else ""
-
-    def sentence(self, uri: str, what_to_do: str) -> str:
-        """Return a sentence: the store, the trouble, and what to do about it."""
+    def error(self, uri: str, what_to_do: str) -> "StoreError":
+        """Return what is raised: it says the store, the trouble, and what to do about it."""
         wait = f", for {self.retry_after_seconds:g} s" if self.retry_after_seconds is not None else ""
         fix = f"{_CREDENTIALS} " if self.kind == "refused" else ""
         when = "" if self.kind in ("refused", "rejected") else " when it is back"
-        return f"MLflow at {redacted(uri)} {_WORDS[self.kind]} ({self.detail}{wait}); {fix}{what_to_do}{when}"
+        trouble = f"MLflow at {redacted(uri)} {_WORDS[self.kind]} ({self.detail}{wait})"
+        return StoreError(f"{trouble}; {fix}{what_to_do}{when}", self)
 
 
 class StoreError(TrackingUnavailableError):
@@ -117,24 +113,18 @@ def _short(text: str) -> str:
 
 
 _LONGEST_SECONDS = 60.0
-_REFUSED_SECONDS = 60.0
 _LONGEST_ASKED_SECONDS = 600.0
 
 
-def pause_seconds(failures: int, *, interval_seconds: float, complaint: Complaint | None = None) -> float:
+def pause_seconds(failures: int, complaint: Complaint, *, interval_seconds: float) -> float:
     """Return the seconds until the next try: doubling with the failures up to a minute, or as long as the store asks.
 
-    Refused credentials stay refused: they wait the minute at once. More than ten minutes are not
-    granted.
+    Refused credentials stay refused: they wait the minute at once. More than ten minutes are not granted.
     """
-    if failures == 0:
-        return interval_seconds
     longest = max(interval_seconds, _LONGEST_SECONDS)
-    pause = doubled_pause(failures, first_seconds=2 * interval_seconds, longest=longest)
-    if complaint is None:
-        return pause
     if complaint.kind == "refused":
-        return max(pause, _REFUSED_SECONDS)
+        return longest
+    pause = doubled_pause(failures, first_seconds=2 * interval_seconds, longest=longest)
     return max(pause, min(complaint.retry_after_seconds or 0.0, _LONGEST_ASKED_SECONDS))
 
 
@@ -143,33 +133,33 @@ class TroubleLog:
     """Reports a trouble once, how often it came back when it changes, and its end."""
 
     say: Say
-    _signature: tuple[str, str] | None = None
     failures: int = 0
     """In a row, of whatever kind."""
+    _told: tuple[str, str] | None = None
     _repeats: int = 0
 
     def failed(self, error: StoreError) -> None:
         """Report that a try failed."""
         self.failures += 1
-        if error.complaint.signature == self._signature:
+        kind, detail = error.complaint.kind, error.complaint.detail
+        # The details of what may not even be reached (ports, addresses) differ from try to try.
+        same = (kind, detail if kind in ("refused", "rejected", "failing", "busy") else "")
+        if same == self._told:
             self._repeats += 1
             return
-        self._say_repeats()
+        self.say_repeats()
         self.say(str(error))
-        self._signature, self._repeats = error.complaint.signature, 0
+        self._told = same
 
     def succeeded(self) -> None:
         """Report that a try went well."""
         if self.failures:
-            self._say_repeats()
+            self.say_repeats()
             self.say(f"MLflow answers again, after {self.failures} tries in vain")
-        self._signature, self.failures, self._repeats = None, 0, 0
+        self._told, self.failures = None, 0
 
-    def close(self) -> None:
-        """Report what is left: no try follows."""
-        self._say_repeats()
-
-    def _say_repeats(self) -> None:
+    def say_repeats(self) -> None:
+        """Report what is left, before something else is said or no try follows."""
         if self._repeats:
             self.say(f"(the same {self._repeats} times more)")
         self._repeats = 0
@@ -179,6 +169,65 @@ SQLITE = "sqlite:///"
 ARTIFACT_FOLDER = "mlflow-artifacts"
 _REQUEST_SECONDS = 8
 _PROBE = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=ca2st"
+
+
+@contextlib.contextmanager
+def connected(uri: str, what_to_do: str, *, ask_first: bool = False) -> Iterator["MlflowClient"]:
+    """Yield a client of a store; errors of the store in the block are raised as one that says what the trouble is.
+
+    `what_to_do`: what the person is told to do then. `ask_first`: ask a server one small question before more is sent
+    to one that was in trouble.
+
+    Raises:
+        StoreError: a TrackingUnavailableError that says what kind of trouble it is, and `what_to_do`.
+    """
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    if ask_first and (complaint := _complaint_of_server(uri)) is not None:
+        raise complaint.error(uri, what_to_do)
+    try:
+        yield open_client(uri)
+    except (MlflowException, SQLAlchemyError, OSError) as error:  # a store that cannot be opened fails in SQLAlchemy
+        complaint = complaint_of_error(error)
+        if complaint.kind == "rejected":  # MLflow's client hides the status of an answer that is not its own
+            complaint = _complaint_of_server(uri) or complaint
+        raise complaint.error(uri, what_to_do) from error
+
+
+def _complaint_of_server(uri: str) -> Complaint | None:
+    """Ask a server one small question: unlike MLflow's own calls it learns how long it asks to be left alone.
+
+    None: it would take what is sent, or is no server.
+    """
+    if not uri.startswith(("http://", "https://")):
+        return None
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    try:
+        credentials = get_default_host_creds(uri)  # type: ignore[no-untyped-call]  # MLflow's; refuses bad settings
+        response = http_request(  # type: ignore[no-untyped-call]  # MLflow's
+            credentials, _PROBE, "GET", max_retries=0, raise_on_status=False
+        )
+    except (MlflowException, OSError) as error:
+        return complaint_of_error(error)
+    if response.status_code in (401, 403, 429) or response.status_code >= 500:
+        return complaint_of_status(response.status_code, retry_after=response.headers.get("Retry-After"))
+    return None
+
+
+@contextlib.contextmanager
+def may_exist() -> Iterator[None]:
+    """Make something in MLflow that another run may make at the same moment."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def open_client(uri: str) -> "MlflowClient":
@@ -229,46 +278,6 @@ def is_making_tables(uri: str) -> bool:
         return False
     with lock.open("rb") as file:
         return not take_lock(file, shared=True)
-
-
-def check_health(uri: str, what_to_do: str) -> None:
-    """Ask a server one small question, before more is sent to one that was in trouble.
-
-    Unlike MLflow's own calls it learns how long the server asks to be left alone. Other stores are not asked.
-
-    Raises:
-        StoreError: it does not answer, or with a status that says that it would not take anything.
-    """
-    if not uri.startswith(("http://", "https://")):
-        return
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
-
-    with reachable(uri, what_to_do):
-        credentials = get_default_host_creds(uri)  # type: ignore[no-untyped-call]  # MLflow's
-        response = http_request(  # type: ignore[no-untyped-call]  # MLflow's
-            credentials, _PROBE, "GET", max_retries=0, raise_on_status=False
-        )
-    if response.status_code in (401, 403, 429) or response.status_code >= 500:
-        complaint = complaint_of_status(response.status_code, retry_after=response.headers.get("Retry-After"))
-        raise StoreError(complaint.sentence(uri, what_to_do), complaint)
-
-
-@contextlib.contextmanager
-def reachable(uri: str, what_to_do: str) -> Iterator[None]:
-    """Turn the errors of a store that does not do what is asked into one that says `what_to_do`.
-
-    Raises:
-        StoreError: a TrackingUnavailableError that says what kind of trouble it is.
-    """
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:  # a store that cannot be opened fails in SQLAlchemy
-        complaint = complaint_of_error(error)
-        raise StoreError(complaint.sentence(uri, what_to_do), complaint) from error
 
 
 def _make_tables(path: Path) -> None:

@@ -12,26 +12,20 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ca2st import __version__
+from ca2st.training import checkpoint
 from ca2st.training.best import best_steps, is_lower_better, validations
-from ca2st.training.checkpoint import (
-    CHECKPOINTS_NAME,
-    MARKER_NAME,
-    folders_of_steps,
-    list_checkpoints,
-    read_marker,
-    step_of_checkpoint,
-)
 from ca2st.training.journal import JOURNAL_NAME, flatten, read_events
 from ca2st.training.metrics import main_metric
 from ray_jobs.redaction import redacted_values
-from ray_jobs.tracking.artefacts import DIGEST_CHARACTERS, dataset_name
-from ray_jobs.tracking.run_card import class_names, labelling_of, read_inputs, read_recipe, registered_name
+from ray_jobs.tracking.artefacts import class_names, labelling_of, read_recipe, registered_name
+from ray_jobs.tracking.client import may_exist
+from ray_jobs.tracking.inputs import DIGEST_CHARACTERS, dataset_name, read_inputs
 from ray_jobs.tracking.run_record import clean_params, milliseconds
 
 if TYPE_CHECKING:
@@ -60,18 +54,15 @@ class CheckpointReference:
     """A checkpoint as MLflow knows it."""
 
     folder: Path
+    step: int
+    """Updates that it has."""
     sha256: str
     """Of its COMPLETE.json, which names every other byte."""
     targets: tuple[str, ...]
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float]
     """What its validation said."""
-    validated: int | None = None
-    """When, in milliseconds since 1970."""
-
-    @property
-    def step(self) -> int:
-        """Updates that it has."""
-        return step_of_checkpoint(self.folder)
+    validated: int
+    """When, in milliseconds since 1970; 0: never."""
 
     @property
     def tags(self) -> dict[str, str]:
@@ -89,34 +80,37 @@ def register(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
         FileNotFoundError: no training was started there.
         MlflowException: the store cannot be reached; repeating goes on where it stopped.
     """
-    recipe = read_recipe(run_dir)
-    found = references(run_dir)
+    recipe, found = read_recipe(run_dir), references(run_dir)
     if not found:
         return
     metric = recipe.get("training", {}).get("best_metric") or main_metric(
         found[0].targets, labelling=labelling_of(found[0].folder)
     )
+    of_step = {one.step: one for one in reversed(found)}
     ranked = best_steps(validations(run_dir / JOURNAL_NAME), metric)
-    best = next(iter(_of_steps(found, ranked)), None)
-    chosen = {one.folder: one for one in (found[0], *([best] if best else []))}
-    whole = bool(recipe.get("tracking", {}).get("upload_model", False))
-    name = registered_name(recipe)
-    models = {}
+    best = next((of_step[step] for step in ranked if step in of_step), None)
+    chosen = [one for one in reversed(found) if one in (found[0], best)]
+    name, upload = registered_name(recipe), bool(recipe.get("tracking", {}).get("upload_model", False))
+    plain = re.sub(_NOT_IN_NAMES, "-", name or str(recipe["name"]))
+    models = _known_models(client, run_id)
     for one in reversed(found):
-        plain = f"{re.sub(_NOT_IN_NAMES, '-', name or str(recipe['name']))}-step-{one.step}"
-        copied = run_dir if whole and one.folder in chosen else None
-        models[one.folder] = _logged_model(client, run_id, plain, one, run_dir=run_dir, copied_from=copied)
-    _mark_removed(client, run_id, {one.sha256 for one in found})
+        if one.sha256 not in models:
+            models[one.sha256] = _new_model(client, run_id, f"{plain}-step-{one.step}", one, recipe)
+        if str((model := models[one.sha256]).status) != "READY":
+            _finish_model(client, run_id, model, one, run_dir, is_copied=upload and one in chosen)
+    for sha256 in models.keys() - {one.sha256 for one in found}:
+        if models[sha256].tags.get(KEPT_TAG) != "no":
+            client.set_logged_model_tags(models[sha256].model_id, {KEPT_TAG: "no"})
     if name is None:
         return
-    _create_registered_model(client, name)
-    versions = {
-        folder: _version(client, run_id, name, one, models[folder], metric=metric, is_best=one is best)
-        for folder, one in sorted(chosen.items(), key=lambda item: item[1].step)
-    }
-    client.set_registered_model_alias(name, LAST_ALIAS, str(versions[found[0].folder].version))
-    if best is not None:
-        _set_best_alias(client, name, versions[best.folder], metric)
+    with may_exist():
+        client.create_registered_model(name)
+    for one in chosen:
+        version = _version(client, run_id, name, one, models[one.sha256], metric=metric, is_best=one is best)
+        if one is found[0]:
+            client.set_registered_model_alias(name, LAST_ALIAS, str(version.version))
+        if one is best:
+            _set_best_alias(client, name, version, metric)
 
 
 def references(run_dir: Path) -> list[CheckpointReference]:
@@ -124,23 +118,19 @@ def references(run_dir: Path) -> list[CheckpointReference]:
     lines = {line["step"]: line for line in read_events(run_dir / JOURNAL_NAME, event="eval")}
     scores = validations(run_dir / JOURNAL_NAME)
     found = []
-    for folder in list_checkpoints(run_dir / CHECKPOINTS_NAME):
-        metrics = scores.get(step_of_checkpoint(folder), {})
+    for folder in checkpoint.list_checkpoints(run_dir / checkpoint.CHECKPOINTS_NAME):
+        step = checkpoint.step_of_checkpoint(folder)
         found.append(
             CheckpointReference(
                 folder=folder.resolve(),
-                sha256=hashlib.sha256((folder / MARKER_NAME).read_bytes()).hexdigest(),
+                step=step,
+                sha256=hashlib.sha256((folder / checkpoint.MARKER_NAME).read_bytes()).hexdigest(),
                 targets=tuple(class_names(folder)),
-                metrics={name: value for name, value in metrics.items() if value is not None},
-                validated=milliseconds(lines[step_of_checkpoint(folder)]) if metrics else None,
+                metrics={name: value for name, value in scores.get(step, {}).items() if value is not None},
+                validated=milliseconds(lines[step]) if step in scores else 0,
             )
         )
     return found
-
-
-def _of_steps(found: Sequence[CheckpointReference], steps: Sequence[int]) -> list[CheckpointReference]:
-    by_folder = {one.folder: one for one in found}
-    return [by_folder[folder] for folder in folders_of_steps([one.folder for one in found], steps)]
 
 
 def signature_of(targets: tuple[str, ...]) -> "ModelSignature":
@@ -161,53 +151,44 @@ def signature_of(targets: tuple[str, ...]) -> "ModelSignature":
     )
 
 
-def _known(client: "MlflowClient", run_id: str) -> list["LoggedModel"]:
+def _known_models(client: "MlflowClient", run_id: str) -> "dict[str, LoggedModel]":
+    """Return the models of the run that stand for a checkpoint, by its hash."""
     outputs = client.get_run(run_id).outputs
-    return [client.get_logged_model(one.model_id) for one in (outputs.model_outputs if outputs is not None else [])]
+    models = [client.get_logged_model(one.model_id) for one in (outputs.model_outputs if outputs is not None else [])]
+    return {model.tags[SHA256_TAG]: model for model in models if SHA256_TAG in model.tags}
 
 
-def _logged_model(
-    client: "MlflowClient",
-    run_id: str,
-    name: str,
-    reference: CheckpointReference,
-    *,
-    run_dir: Path,
-    copied_from: Path | None,
+def _new_model(
+    client: "MlflowClient", run_id: str, name: str, reference: CheckpointReference, recipe: Mapping[str, object]
 ) -> "LoggedModel":
-    """Make the run's model of this checkpoint, or what an earlier call left to do of it."""
     from mlflow.entities import LoggedModelOutput
 
-    model = next((one for one in _known(client, run_id) if one.tags.get(SHA256_TAG) == reference.sha256), None)
-    if model is None:
-        settings = redacted_values({key: str(value) for key, value in flatten(read_recipe(run_dir)).items()})
-        model = client.create_logged_model(
-            client.get_run(run_id).info.experiment_id,
-            name=name,
-            source_run_id=run_id,
-            tags=reference.tags,
-            params={"step": str(reference.step), **clean_params(settings).values},
-            model_type="video classifier",
-        )
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=reference.step)])
-    if str(model.status) != "READY":
-        _log_metrics(client, run_id, model, reference, run_dir)
-        with tempfile.TemporaryDirectory(prefix="ca2st-model-") as folder:
-            _save(Path(folder) / "model", model, run_id, reference, copied_from=copied_from)
-            client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
-        model = client.finalize_logged_model(model.model_id, "READY")
+    settings = redacted_values({key: str(value) for key, value in flatten(recipe).items()})
+    model = client.create_logged_model(
+        client.get_run(run_id).info.experiment_id,
+        name=name,
+        source_run_id=run_id,
+        tags=reference.tags,
+        params={"step": str(reference.step), **clean_params(settings)[0]},
+        model_type="video classifier",
+    )
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=reference.step)])
     return model
 
 
-def _log_metrics(
-    client: "MlflowClient", run_id: str, model: "LoggedModel", reference: CheckpointReference, run_dir: Path
+def _finish_model(
+    client: "MlflowClient",
+    run_id: str,
+    model: "LoggedModel",
+    reference: CheckpointReference,
+    run_dir: Path,
+    *,
+    is_copied: bool,
 ) -> None:
-    """Log the checkpoint's validation as the model's, with the shard set it was made on."""
+    """Log the checkpoint's validation as the model's, with the shard set it was made on, and the model's files."""
     from mlflow.entities import Metric
 
-    if reference.validated is None:
-        return
-    inputs = [one for one in read_inputs(run_dir) if one["role"] == "validation"]
+    inputs = next((one for one in read_inputs(run_dir) if one["role"] == "validation"), None)
     metrics = [
         Metric(
             f"validation_{name}",
@@ -215,20 +196,18 @@ def _log_metrics(
             reference.validated,
             reference.step,
             model_id=model.model_id,
-            dataset_name=dataset_name(inputs[0]) if inputs else None,
-            dataset_digest=inputs[0]["fingerprint"][:DIGEST_CHARACTERS] if inputs else None,
+            dataset_name=dataset_name(inputs) if inputs else None,
+            dataset_digest=inputs["fingerprint"][:DIGEST_CHARACTERS] if inputs else None,
             run_id=run_id,
         )
         for name, value in sorted(reference.metrics.items())
     ]
-    client.log_batch(run_id, metrics=metrics)
-
-
-def _mark_removed(client: "MlflowClient", run_id: str, kept: set[str]) -> None:
-    for model in _known(client, run_id):
-        sha256 = model.tags.get(SHA256_TAG)
-        if sha256 is not None and sha256 not in kept and model.tags.get(KEPT_TAG) != "no":
-            client.set_logged_model_tags(model.model_id, {KEPT_TAG: "no"})
+    if metrics:
+        client.log_batch(run_id, metrics=metrics)
+    with tempfile.TemporaryDirectory(prefix="ca2st-model-") as folder:
+        _save(Path(folder) / "model", model, run_id, reference, copied_from=run_dir if is_copied else None)
+        client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
+    client.finalize_logged_model(model.model_id, "READY")
 
 
 def _save(
@@ -241,15 +220,18 @@ def _save(
         from mlflow import pyfunc
         from mlflow.models import Model
 
-        config: Mapping[str, Any] = {"checkpoint": str(reference.folder), "sha256": reference.sha256}
-        if copied_from is not None:
-            _copy_run(copied_from, reference.folder, Path(place) / UPLOADED)
+        copied = Path(place) / UPLOADED
+        if copied_from is not None:  # one checkpoint and the frozen weights it names: what a prediction reads
+            shutil.copytree(reference.folder, copied / checkpoint.CHECKPOINTS_NAME / reference.folder.name)
+            (copied / _EXPERTS).mkdir()
+            for sha256 in checkpoint.read_marker(reference.folder).experts.values():
+                shutil.copy(copied_from / _EXPERTS / f"{sha256}.safetensors", copied / _EXPERTS)
         pyfunc.save_model(
             path=str(folder),
             python_model=str(_CODE),
             signature=signature_of(reference.targets),
-            model_config=dict(config),
-            artifacts=None if copied_from is None else {UPLOADED: str(Path(place) / UPLOADED)},
+            model_config={"checkpoint": str(reference.folder), "sha256": reference.sha256},
+            artifacts=None if copied_from is None else {UPLOADED: str(copied)},
             pip_requirements=[f"ca2st=={__version__}"],
             mlflow_model=Model(
                 artifact_path=model.artifact_location,
@@ -258,15 +240,6 @@ def _save(
                 model_id=model.model_id,
             ),
         )
-
-
-def _copy_run(run_dir: Path, checkpoint: Path, place: Path) -> None:
-    """Copy one checkpoint and the frozen weights that it names: what a prediction reads of a run folder."""
-    shutil.copytree(checkpoint, place / CHECKPOINTS_NAME / checkpoint.name)
-    (place / _EXPERTS).mkdir()
-    for sha256 in read_marker(checkpoint).experts.values():
-        name = f"{sha256}.safetensors"
-        shutil.copy(run_dir / _EXPERTS / name, place / _EXPERTS / name)
 
 
 def _version(
@@ -314,13 +287,3 @@ def _set_best_alias(client: "MlflowClient", name: str, version: "ModelVersion", 
             if sign * float(other.tags[SCORE_TAG]) >= sign * float(version.tags[SCORE_TAG]):
                 return
     client.set_registered_model_alias(name, BEST_ALIAS, str(version.version))
-
-
-def _create_registered_model(client: "MlflowClient", name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise

@@ -1,7 +1,7 @@
 """What is kept of tracking in a run folder: what the run is called in MLflow, how much MLflow has, who is at work.
 
 Two files with one writer each, so that nobody waits: ``tracking.json`` by who trains, ``tracking_progress.json`` by
-whoever sends and holds the sender's lock.
+whoever sends and holds the sender's lock. Locks are the kernel's: they end with their holder, however it ends.
 """
 
 import json
@@ -112,7 +112,7 @@ def open_tracking(run_dir: Path, state: TrackingState) -> TrackingState:
         _LOGGER.warning("DAMAGED %s; it is written anew, and MLflow may get a new run", error)
     if kept is not None:
         state = replace(kept, uri=state.uri, params=state.params, tags={**kept.tags, **state.tags})
-    _write_state(run_dir, state)
+    _write(run_dir / STATE_NAME, state)
     return state
 
 
@@ -135,7 +135,7 @@ def separate_copy(run_dir: Path) -> Path | None:
         return None
     write_progress(run_dir, Progress())  # before the new key: killed in between it is still seen to be a copy
     tags = {**kept.tags, FOLDER_TAG: str(run_dir.resolve()), COPY_TAG: str(origin)}
-    _write_state(run_dir, replace(kept, key=uuid.uuid4().hex, tags=tags))
+    _write(run_dir / STATE_NAME, replace(kept, key=uuid.uuid4().hex, tags=tags))
     return origin
 
 
@@ -160,7 +160,7 @@ def read_state(run_dir: Path) -> TrackingState:
 
 def write_progress(run_dir: Path, progress: Progress) -> None:
     """Keep what MLflow has; the caller holds the sender's lock."""
-    _write(run_dir / PROGRESS_NAME, asdict(progress))
+    _write(run_dir / PROGRESS_NAME, progress)
 
 
 def unsent_bytes(run_dir: Path) -> int:
@@ -188,8 +188,7 @@ def unsent_bytes(run_dir: Path) -> int:
 def one_sender(run_dir: Path, *, wait_seconds: float) -> Iterator[None]:
     """Hold the sender's lock of a run: two at once would make two MLflow runs.
 
-    The follower of a killed attempt outlives it by a last sync. The kernel releases the lock when its holder ends,
-    however it ends.
+    The follower of a killed attempt outlives it by a last sync.
 
     Raises:
         SenderBusyError: another process still holds it after `wait_seconds`.
@@ -207,7 +206,7 @@ def one_sender(run_dir: Path, *, wait_seconds: float) -> Iterator[None]:
 
 @contextmanager
 def alive(run_dir: Path) -> Iterator[None]:
-    """Show that a follower of this run lives; several may. The kernel takes the sign away however it ends."""
+    """Show that a follower of this run lives; several may."""
     with open_itself(run_dir / FOLLOWER_LOCK_NAME, "ab") as file:
         take_lock(file, shared=True, wait_seconds=math.inf)
         yield
@@ -225,20 +224,17 @@ def is_ready(run_dir: Path, pid: int) -> bool:
 
 
 def is_alive(run_dir: Path) -> bool:
-    """Return whether somebody on this machine trains or follows the run of this folder."""
-    return _is_held(run_dir / RUN_LOCK_NAME, shared=True) or _is_held(run_dir / FOLLOWER_LOCK_NAME, shared=False)
+    """Return whether somebody on this machine trains or follows the run of this folder.
 
-
-def _is_held(path: Path, *, shared: bool) -> bool:
-    """Return whether a lock is refused for a while.
-
-    Looking takes the lock for an instant. A training that begins just then tries again for seconds, and who looks at
-    the same time, for as long as it takes here; a holder keeps its lock for as long as it lives.
+    Looking takes a lock for an instant. A training that begins just then tries again for seconds, and who looks at the
+    same time, for as long as it takes here; a holder keeps its lock for as long as it lives.
     """
-    if not path.exists():
-        return False
-    with path.open("rb+") as file:  # NFS locks for one alone only what is open for writing
-        return not take_lock(file, shared=shared, wait_seconds=_LOOK_SECONDS)
+    for name, shared in ((RUN_LOCK_NAME, True), (FOLLOWER_LOCK_NAME, False)):
+        # Opened for writing: NFS locks nothing else for one alone.
+        with suppress(FileNotFoundError), (run_dir / name).open("rb+") as file:
+            if not take_lock(file, shared=shared, wait_seconds=_LOOK_SECONDS):
+                return True
+    return False
 
 
 def _read_progress(run_dir: Path) -> Progress:
@@ -255,11 +251,6 @@ def _read_progress(run_dir: Path) -> Progress:
         return Progress()
 
 
-def _write_state(run_dir: Path, state: TrackingState) -> None:
-    document = asdict(state)
-    del document["progress"]
-    _write(run_dir / STATE_NAME, document)
-
-
-def _write(path: Path, document: Mapping[str, object]) -> None:
+def _write(path: Path, kept: TrackingState | Progress) -> None:
+    document = {name: value for name, value in asdict(kept).items() if name != "progress"}  # a file of its own
     write_bytes(path, encoded(json.dumps(document, indent=1, ensure_ascii=False) + "\n"), point="tracking")

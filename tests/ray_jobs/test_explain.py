@@ -25,7 +25,7 @@ from pipelines.views import EvaluationViews
 from ray_jobs import cli
 from ray_jobs.explain import explanation
 from ray_jobs.explain import page as explaining
-from ray_jobs.explain.explanation import Explanation, Places, run_recorded
+from ray_jobs.explain.explanation import Explanation, run_recorded
 from ray_jobs.explain.page import LESS, MORE, direction_views, heat_png, levels, render_page
 from ray_jobs.pages.charts import hertz_of_bin, hertz_ticks, seconds_ticks, spectrogram_png
 from ray_jobs.runs.data import evaluation_loader
@@ -186,9 +186,7 @@ def _log_times(heats: list[str], limit: float) -> np.ndarray:
 
 @pytest.mark.parametrize("direction", ALL)
 def test_the_colours_are_the_attention_received_against_an_even_share(page, loud, direction):
-    (view,) = [
-        view for view in direction_views(loud.maps, Places(explanation=loud)) if view.direction.name == direction
-    ]
+    (view,) = [view for view in direction_views(loud.maps, loud) if view.direction.name == direction]
     maps = [found for found in loud.maps if found.direction.name == direction]
     received = [found.received[0].numpy() for found in maps]
     highest = max(float(np.quantile(np.log2(one * one.size), 0.995)) for one in received)
@@ -213,16 +211,10 @@ def test_the_script_gets_what_each_moment_listened_to(page, loud):
 
 
 def test_a_window_of_the_own_frame_has_no_matrix_of_times(page, loud):
-    matrices = {
-        view.name: [panel.matrix for panel in view.panels] for view in direction_views(loud.maps, _places(loud))
-    }
+    matrices = {view.name: [panel.matrix for panel in view.panels] for view in direction_views(loud.maps, loud)}
     assert matrices.pop("S2T") == [None, None]
     assert all(matrix is not None for panels in matrices.values() for matrix in panels)
     assert [panel["data-levels"] for panel in page.panels("s2t")] == ["", ""]
-
-
-def _places(of: Explanation) -> Places:
-    return Places(explanation=of)
 
 
 def test_a_sound_is_drawn_at_its_own_time_and_tone(loud):
@@ -230,7 +222,7 @@ def test_a_sound_is_drawn_at_its_own_time_and_tone(loud):
     found = next(found for found in loud.maps if found.direction.name == "a2s")
     alone = torch.zeros_like(found.given)
     alone[..., 0, 0] = 1
-    (view,) = direction_views([replace(found, given=alone)], _places(loud))
+    (view,) = direction_views([replace(found, given=alone)], loud)
     cells = picture(view.panels[0].heats[0])
     assert (cells[-1, 0, :3] == MORE[:3]).all()
     cells = cells.copy()
@@ -293,7 +285,7 @@ def test_maps_of_another_grid_in_every_layer_are_drawn_in_their_own(sets):
 def test_attention_that_is_even_is_told_so(loud):
     found = loud.maps[0]
     even = replace(found, given=torch.full_like(found.given, 1 / found.given[0, 0].numel()))
-    (view,) = direction_views([even], _places(loud))
+    (view,) = direction_views([even], loud)
     assert view.panels[0].strongest == "no key stands out: each gets about the even share"
     assert (picture(view.panels[0].heats[0])[..., 3] == 0).all()
 

@@ -36,7 +36,7 @@ def write_predictions(
     labelled: bool = True,
     **facts: Any,
 ) -> PredictionFacts:
-    """One part, joined: `labels` one column per target; `ids`: the owners'."""
+    """One part, joined: `labels` has a column per target; `ids`: the owners'."""
     count = len(next(iter(probabilities.values())))
     keys = [sample_key(name) for name in ids or [f"clip {number}" for number in range(count)]]
     names = {name: [f"{name} {index}" for index in range(values.shape[1])] for name, values in probabilities.items()}

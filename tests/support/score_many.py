@@ -85,7 +85,7 @@ def join(folder: Path, total: int, world_size: int) -> dict[str, object]:
         found = measure(folder / "all.parquet")
     except CA2STError as error:
         return {"error": str(error)}
-    return {"metrics": found.metrics, "num_samples": found.num_samples}
+    return {"metrics": found.metrics, "num_samples": found.facts.num_samples}
 
 
 def facts_of(total: int) -> PredictionFacts:

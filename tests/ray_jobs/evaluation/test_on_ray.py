@@ -139,7 +139,7 @@ def end_the_process(*_: object) -> None:
 def test_a_task_that_is_lost_in_every_try_is_told_as_a_fault_of_the_machine(
     root: Path, command: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "_score_on_worker", end_the_process)
+    monkeypatch.setattr(workers, "_score_as_worker", end_the_process)
     monkeypatch.setattr(workers, "_MOST_TRIES", 1)
     test = ("evaluate", root / "run", "--data", root / "shards" / "validation", "--views", "1x1", "--ray")
     told = command(*test, exit_code=EnvironmentFault.exit_code)["told"]

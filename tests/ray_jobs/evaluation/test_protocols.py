@@ -39,7 +39,7 @@ def test_samples_without_a_label_that_the_model_knows_count_in_no_metric(tmp_pat
     labels[::3] = -1
     write_predictions(tmp_path / "p.parquet", labels[:, None], {"label": scores}, dataset="vgg_sound")
     found, known = measure(tmp_path / "p.parquet"), labels >= 0
-    assert found.num_samples == COUNT
+    assert found.facts.num_samples == COUNT
     assert found.metrics["top1"] == pytest.approx(oracle.accuracy_score(labels[known], scores[known].argmax(1)))
     assert found.confusion["label"].sum() == known.sum()
 
@@ -160,7 +160,7 @@ def test_a_set_without_labels_has_predictions_and_no_metric(tmp_path: Path) -> N
     none = np.zeros((COUNT, 0), np.int64)
     write_predictions(tmp_path / "p.parquet", none, {"label": scores}, labelled=False, dataset="epic_sounds")
     found = measure(tmp_path / "p.parquet")
-    assert (found.metrics, found.num_samples, write_tables(found, tmp_path / "p.parquet")) == ({}, COUNT, [])
+    assert (found.metrics, found.facts.num_samples, write_tables(found, tmp_path / "p.parquet")) == ({}, COUNT, [])
 
 
 def test_the_table_names_for_each_class_what_it_is_taken_for(epic_sounds: tuple[Path, np.ndarray, np.ndarray]) -> None:

@@ -9,6 +9,7 @@ from pipelines.views import EvaluationViews
 from ray_jobs.evaluation import robustness, workers
 from ray_jobs.evaluation.perturbations import PERTURBATIONS
 from ray_jobs.evaluation.robustness import measure_robustness, robustness_chart
+from sharding.format.shard_set import LabelSpace
 from support.fake_shards import make_samples, make_shard_set
 from support.trained import trained_model
 
@@ -18,7 +19,7 @@ ONE_VIEW = EvaluationViews(protocol="test", clips=1, crops=1)
 def use_model(monkeypatch: pytest.MonkeyPatch, run_dir: Path, kind: str) -> None:
     trained = trained_model(run_dir, kind)
     trained.checkpoint.folder.mkdir(parents=True)
-    monkeypatch.setattr(workers, "load_trained", lambda _: trained)
+    monkeypatch.setattr(workers.inference, "load_trained", lambda _: trained)
     monkeypatch.setattr(robustness, "find_checkpoint", lambda _: trained.checkpoint.folder)
     monkeypatch.setattr(robustness, "run_document_of", lambda _: trained)
 
@@ -54,7 +55,7 @@ def test_what_cannot_be_tested_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("labelling", ["none", "several"])
-def test_a_set_without_a_label_a_sample_is_refused_before_anything_is_scored(
+def test_a_set_without_a_label_per_sample_is_refused_before_anything_is_scored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labelling: str
 ) -> None:
     use_model(monkeypatch, tmp_path / "run", "ca2st")
@@ -63,3 +64,36 @@ def test_a_set_without_a_label_a_sample_is_refused_before_anything_is_scored(
     with pytest.raises(UserInputError, match=f"expected samples with a label each, found {labelling}"):
         measure_robustness(tmp_path / "run", str(shards.root), ONE_VIEW, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_set_without_labels_of_a_target_of_the_model_is_refused_before_anything_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_model(monkeypatch, tmp_path / "run", "ca2st")
+    classes = {"verb": ["red", "green", "blue"], "noun": ["cup"]}
+    of_two = replace(trained_model(tmp_path / "run"), classes=classes)
+    monkeypatch.setattr(robustness, "run_document_of", lambda _: of_two)
+    verbs = (LabelSpace(name="verb", classes=("red", "green", "blue")),)
+    shards = make_shard_set(tmp_path / "set", make_samples(4), label_spaces=verbs, targets=("verb",))
+    with pytest.raises(UserInputError, match="expected labels of all targets of the model, found none of noun: actio"):
+        measure_robustness(tmp_path / "run", str(shards.root), ONE_VIEW, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_the_main_metric_does_not_need_may_lack_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_model(monkeypatch, tmp_path / "run", "ca2st")
+    classes = {"noun": ["cup"], "tool": ["knife"], "verb": ["red", "green", "blue"]}
+    of_three = replace(trained_model(tmp_path / "run"), classes=classes)
+    monkeypatch.setattr(robustness, "run_document_of", lambda _: of_three)
+    spaces = tuple(LabelSpace(name=name, classes=tuple(classes[name])) for name in ("noun", "verb"))
+    samples = [replace(sample, labels=(0, 0)) for sample in make_samples(4)]
+    shards = make_shard_set(tmp_path / "set", samples, label_spaces=spaces, targets=("noun", "verb"))
+
+    def begins_to_score(*_: object, **__: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(robustness, "evaluate_checkpoint", begins_to_score)
+    with pytest.raises(InterruptedError):
+        measure_robustness(tmp_path / "run", str(shards.root), ONE_VIEW, out=tmp_path / "out")

@@ -41,6 +41,15 @@ def test_files_are_paired_by_sample_whatever_their_order(tmp_path: Path) -> None
     assert found[2].first == expected.mean()
 
 
+def test_models_that_number_their_classes_otherwise_are_compared_by_the_names(tmp_path: Path) -> None:
+    scores, labels = random_probabilities(50, 3, seed=0), np.arange(50) % 3
+    write_predictions(tmp_path / "a", labels[:, None], {"label": scores}, classes={"label": ["x", "y", "z"]})
+    turned, order = np.stack([scores[:, place] for place in (2, 0, 1)], axis=1), {"label": ["z", "x", "y"]}
+    write_predictions(tmp_path / "b", (labels[:, None] + 1) % 3, {"label": turned}, classes=order)
+    (found,) = compare_predictions(tmp_path / "a", tmp_path / "b")
+    assert (found.only_first, found.only_second, found.first) == (0, 0, (scores.argmax(1) == labels).mean())
+
+
 def test_files_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     scores, labels = {"label": random_probabilities(9, 3, seed=0)}, np.arange(9)[:, None] % 3
     write_predictions(tmp_path / "a", labels, scores)

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from ca2st.errors import UserInputError
-from ray_jobs.evaluation.submissions import Supervision, owners_id, parse_supervision, write_beside, write_submission
+from ray_jobs.evaluation.submissions import owners_id, parse_supervision, write_beside
 from sharding.format.index import sample_key
 from support.predictions import random_probabilities, write_predictions
 
 IDS = ["P01_11_0", "P01_11_1", "P37_103_12"]
 NONE = np.zeros((3, 0), np.int64)
-SLS = Supervision(pretraining=2, training_labels=3, training_data=4, modalities=1)
+SLS = {"sls_pt": 2, "sls_tl": 3, "sls_td": 4}
+SOUND_SLS = {**SLS, "t_mod": 1}
 
 
 def sent(path: Path) -> dict[str, Any]:
@@ -32,8 +33,9 @@ def softmax(scores: dict[str, float]) -> np.ndarray:
 def test_epic_kitchens_takes_scores_of_verbs_and_nouns_by_narration(tmp_path: Path) -> None:
     scores = {"verb": random_probabilities(3, 97, seed=0), "noun": random_probabilities(3, 300, seed=1)}
     write_predictions(tmp_path / "p", NONE, scores, ids=IDS, labelled=False)
-    assert write_submission("epic_kitchens_100", tmp_path / "p", tmp_path / "s.zip", SLS) == 3
-    found = sent(tmp_path / "s.zip")
+    told = write_beside("epic_kitchens_100", tmp_path / "p", SLS)
+    assert told == {"submitted": 3, "submission": str(tmp_path / "p.epic_kitchens_100.zip")}
+    found = sent(tmp_path / "p.epic_kitchens_100.zip")
     results = found.pop("results")
     assert found == {"version": "0.2", "challenge": "action_recognition", "sls_pt": 2, "sls_tl": 3, "sls_td": 4}
     assert list(results) == IDS
@@ -46,8 +48,8 @@ def test_a_model_of_the_challenge_s_targets_in_another_order_fits_too(tmp_path: 
     """Checkpoints name their targets by the alphabet: noun before verb."""
     scores = {"noun": random_probabilities(3, 300, seed=1), "verb": random_probabilities(3, 97, seed=0)}
     write_predictions(tmp_path / "p", NONE, scores, ids=IDS, labelled=False)
-    write_submission("epic_kitchens_100", tmp_path / "p", tmp_path / "s.zip", SLS)
-    results = sent(tmp_path / "s.zip")["results"]
+    write_beside("epic_kitchens_100", tmp_path / "p", SLS)
+    results = sent(tmp_path / "p.epic_kitchens_100.zip")["results"]
     for target, values in scores.items():
         np.testing.assert_allclose(softmax(results[IDS[0]][target]), values[0], atol=1e-6)
 
@@ -55,13 +57,13 @@ def test_a_model_of_the_challenge_s_targets_in_another_order_fits_too(tmp_path: 
 def test_epic_sounds_takes_scores_of_interactions_by_annotation(tmp_path: Path) -> None:
     scores = {"label": random_probabilities(3, 44, seed=2)}
     write_predictions(tmp_path / "p", NONE, scores, ids=IDS, labelled=False)
-    write_submission("epic_sounds", tmp_path / "p", tmp_path / "s.zip", SLS)
-    first = (tmp_path / "s.zip").read_bytes()
-    found = sent(tmp_path / "s.zip")
+    out = tmp_path / "p.epic_sounds.zip"
+    write_beside("epic_sounds", tmp_path / "p", SOUND_SLS)
+    first, found = out.read_bytes(), sent(out)
     assert (found["version"], found["challenge"], found["t_mod"]) == ("0.1", "audio_based_interaction_recognition", 1)
     np.testing.assert_allclose(softmax(found["results"]["P37_103_12"]["interaction"]), scores["label"][2], atol=1e-6)
-    write_submission("epic_sounds", tmp_path / "p", tmp_path / "s.zip", SLS)
-    assert (tmp_path / "s.zip").read_bytes() == first
+    write_beside("epic_sounds", tmp_path / "p", SOUND_SLS)
+    assert out.read_bytes() == first
 
 
 def test_something_something_takes_the_five_likeliest_classes(tmp_path: Path) -> None:
@@ -77,24 +79,24 @@ def test_something_something_takes_the_five_likeliest_classes(tmp_path: Path) ->
 def test_what_does_not_fit_a_challenge_is_refused(tmp_path: Path) -> None:
     write_predictions(tmp_path / "p", NONE, {"label": random_probabilities(3, 5, seed=4)}, ids=IDS, labelled=False)
     with pytest.raises(UserInputError, match="expected a model of 97 verb, 300 noun classes, found 5 label"):
-        write_submission("epic_kitchens_100", tmp_path / "p", tmp_path / "s", SLS)
+        write_beside("epic_kitchens_100", tmp_path / "p", SLS)
     two = {"a": random_probabilities(3, 97, seed=4), "b": random_probabilities(3, 300, seed=4)}
     write_predictions(tmp_path / "two", NONE, two, ids=IDS, labelled=False)
     with pytest.raises(UserInputError, match="expected a model of 97 verb, 300 noun classes, found 97 a, 300 b"):
-        write_submission("epic_kitchens_100", tmp_path / "two", tmp_path / "s", SLS)
+        write_beside("epic_kitchens_100", tmp_path / "two", SLS)
     with pytest.raises(UserInputError, match="--submission: expected one of epic_kitchens_100"):
-        write_submission("kinetics", tmp_path / "p", tmp_path / "s", SLS)
+        parse_supervision(None, submission="kinetics")
     with pytest.raises(UserInputError, match="expected the key of an id such as P01_11_0 or 74225, found another"):
         owners_id(sample_key("My Holiday.mp4"))
-    with pytest.raises(UserInputError, match=r"pretraining: expected 0\.\.5, found 6"):
-        Supervision(pretraining=6, training_labels=0, training_data=0)
+    with pytest.raises(UserInputError, match=r"--sls: sls_pt: expected 0\.\.5, found 6"):
+        parse_supervision("6,0,0", submission="epic_kitchens_100")
+    with pytest.raises(UserInputError, match=r"--sls: t_mod: expected 0\.\.2, found 3"):
+        parse_supervision("5,0,0,3", submission="epic_sounds")
 
 
 def test_supervision_is_asked_for_where_a_challenge_wants_it() -> None:
-    assert parse_supervision("2,3,4", submission="epic_kitchens_100") == Supervision(
-        pretraining=2, training_labels=3, training_data=4
-    )
-    assert parse_supervision("2,3,4,1", submission="epic_sounds") == SLS
+    assert parse_supervision("2,3,4", submission="epic_kitchens_100") == SLS
+    assert parse_supervision("2,3,4,1", submission="epic_sounds") == SOUND_SLS
     assert parse_supervision(None, submission="something_something_v2") is None
     with pytest.raises(UserInputError, match="--sls 1,2,3: something_something_v2 asks for no such numbers"):
         parse_supervision("1,2,3", submission="something_something_v2")

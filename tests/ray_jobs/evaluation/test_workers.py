@@ -13,8 +13,15 @@ from ca2st.errors import EnvironmentFault, UserInputError
 from pipelines.views import EvaluationViews
 from ray_jobs.errors import WorkerFailedError
 from ray_jobs.evaluation import workers
-from ray_jobs.evaluation.predictions import Rows, read_facts, read_rows
-from ray_jobs.evaluation.workers import EvaluationReport, Workers, evaluate_checkpoint, match_labels, means_of
+from ray_jobs.evaluation.predictions import PredictionFacts, Rows, read_facts, read_rows
+from ray_jobs.evaluation.workers import (
+    EvaluationReport,
+    LabelMatch,
+    Workers,
+    evaluate_checkpoint,
+    match_labels,
+    means_of,
+)
 from ray_jobs.runs.inference import TrainedModel
 from sharding.format.shard_set import LabelSpace, Manifest, ShardSet
 from support.fake_shards import make_samples, make_shard_set
@@ -29,11 +36,11 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainedModel:
     """A model in memory, and workers that score in this process, one after the other."""
     made = trained_model(tmp_path / "run")
     made.checkpoint.folder.mkdir(parents=True)
-    monkeypatch.setattr(workers, "load_trained", lambda _: made)
+    monkeypatch.setattr(workers.inference, "load_trained", lambda _: made)
 
     def in_turn(job: workers._Job) -> None:
         for rank in range(job.world_size):
-            workers._score_as_worker(job, rank, shown=False)
+            assert workers._score_as_worker(job, rank) is None
 
     monkeypatch.setattr(workers, "_score_in_processes", in_turn)
     return made
@@ -80,6 +87,23 @@ def test_a_transfer_matches_classes_by_name_and_reports_what_has_no_match(
     known = rows.labels["label"] >= 0
     expected = oracle.accuracy_score(rows.labels["label"][known], rows.probabilities["label"][known].argmax(1))
     assert report.top1 == expected
+
+
+def test_a_worker_that_sees_another_set_at_the_same_place_is_refused(
+    trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node with an older copy of the set: the same keys, but its classes in another order."""
+    shards, other = a_set(tmp_path / "set"), a_set(tmp_path / "other", classes=("blue", "green", "red"))
+
+    def on_another_node(job: workers._Job) -> None:
+        raise WorkerFailedError(*(workers._score_as_worker(replace(job, data=str(other.root)), 1) or ("", 0)))
+
+    monkeypatch.setattr(workers, "_score_in_processes", on_another_node)
+    expected = shards.manifest.fingerprint[:16]
+    with pytest.raises(
+        WorkerFailedError, match=f"rank 1: .*expected the shard set of the fingerprint {expected}, found"
+    ):
+        evaluate_checkpoint(tmp_path / "run", shards.root, VIEWS, workers=Workers(number=2))
 
 
 def test_two_tests_do_not_write_the_same_predictions_at_a_time(trained: TrainedModel, tmp_path: Path) -> None:
@@ -183,13 +207,12 @@ def test_several_runs_have_the_mean_of_their_splits_and_the_harmonic_mean(tmp_pa
 
 def job_of_two(checkpoint: Path, parts: Path) -> workers._Job:
     return workers._Job(
-        checkpoint=str(checkpoint),
+        checkpoint=checkpoint,
         data=str(parts / "no set"),
-        protocol="test",
-        clips=1,
-        crops=1,
-        parts=str(parts),
-        facts={},
+        views=VIEWS,
+        parts=parts,
+        facts=PredictionFacts(targets={}, labelled=()),
+        match=LabelMatch(spaces={}, maps={}, unmatched={}, several=False),
         world_size=2,
     )
 

@@ -13,9 +13,10 @@ import pytest
 from mlflow import MlflowClient
 
 from ray_jobs.errors import TrackingUnavailableError
+from ray_jobs.pages.charts import duration_in_words
 from ray_jobs.tracking import artefacts
-from ray_jobs.tracking.artefacts import collect, log_artefacts, newest_predictions
-from ray_jobs.tracking.run_card import INPUTS_NAME, duration_in_words, read_run, registered_name
+from ray_jobs.tracking.artefacts import collect, log_artefacts, read_run, registered_name
+from ray_jobs.tracking.inputs import INPUTS_NAME
 from support.http_artefacts import http_store
 from support.mlflow_runs import new_run
 
@@ -222,10 +223,9 @@ def test_answers_are_counted_by_true_and_answered_class(run_dir: Path) -> None:
 
 
 def test_the_newest_predictions_are_sent(run_dir: Path) -> None:
-    assert newest_predictions(run_dir) is None
-    old, new = (write_predictions(run_dir, name=f"predictions.{name}.parquet") for name in ("z", "a"))
+    assert not [name for name in collect(run_dir) if name.startswith("predictions")]
+    old, _ = (write_predictions(run_dir, name=f"predictions.{name}.parquet") for name in ("z", "a"))
     os.utime(old, (1, 1))
-    assert newest_predictions(run_dir) == new
     assert [name for name in collect(run_dir) if name.startswith("predictions")] == ["predictions.a.parquet"]
     (run_dir / "predictions.a.classes.label.csv").write_text("class,samples\n")
     (run_dir / "predictions.z.classes.label.csv").write_text("class,samples\n")

@@ -17,8 +17,9 @@ import pytest
 import ray_jobs
 from ray_jobs.runs.data import TrainingData
 from ray_jobs.tracking import following
-from ray_jobs.tracking.following import _start_follower, _tell_link, followed, how_to_serve, sync
-from ray_jobs.tracking.run_card import RECIPE_NAME, read_run
+from ray_jobs.tracking.artefacts import RECIPE_NAME, read_run
+from ray_jobs.tracking.following import _start_follower, _tell_link, followed, how_to_serve
+from ray_jobs.tracking.sender import sync
 from ray_jobs.tracking.state import TrackingState, link_of, read_state, sync_command, unsent_bytes
 from support.fake_shards import make_samples, make_shard_set
 from support.processes import python_path

@@ -9,8 +9,7 @@ from mlflow import MlflowClient
 from mlflow.data import get_source
 
 from ray_jobs.runs.data import TrainingData
-from ray_jobs.tracking.artefacts import keep_inputs, log_inputs
-from ray_jobs.tracking.run_card import INPUTS_NAME, read_inputs
+from ray_jobs.tracking.inputs import INPUTS_NAME, keep_inputs, log_inputs, read_inputs
 from sharding.format.remote import RemoteFolder
 from sharding.format.shard_set import ShardSet
 from support.fake_shards import make_samples, make_shard_set

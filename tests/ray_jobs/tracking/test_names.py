@@ -4,19 +4,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_metric_name, _validate_param, _validate_tag
 
+from ray_jobs.tracking import run_record
 from ray_jobs.tracking.run_record import (
     LEFT_OUT,
     MAX_NAME_CHARACTERS,
+    MAX_PARAM_CHARACTERS,
+    MAX_TAG_CHARACTERS,
     batches,
     clean_name,
     clean_params,
-    clean_tags,
     clean_value,
-    create_run,
+    cleaned,
+    open_run,
 )
 from ray_jobs.tracking.sender import Sender
 from ray_jobs.tracking.state import TrackingState, read_state
@@ -58,20 +62,21 @@ def test_k7_names_stay_readable() -> None:
 
 
 def test_k7_what_was_changed_is_told() -> None:
-    clean = clean_params({"good": "1", "a#b": "2", "long": "x" * 10_000})
-    assert clean.values["good"] == "1"
-    assert clean.values["long"].endswith("...(cut)")
-    assert len(clean.changes) == 2
-    assert clean.changes[0].startswith("param 'a#b' is called a_b-")
-    assert clean.changes[1].startswith("the value of param long, 10000 characters")
-    assert clean_tags({"t": "y" * 9000}).changes
+    values, changes = cleaned("param", {"good": "1", "a#b": "2", "long": "x" * 10_000}, MAX_PARAM_CHARACTERS)
+    assert values["good"] == "1"
+    assert values["long"].endswith("...(cut)")
+    assert len(changes) == 2
+    assert changes[0].startswith("param 'a#b' is called a_b-")
+    assert changes[1].startswith("the value of param long, 10000 characters")
+    assert cleaned("tag", {"t": "y" * 9000}, MAX_TAG_CHARACTERS)[1]
 
 
-def test_k7_params_over_the_limit_are_counted_in_one_of_them() -> None:
-    clean = clean_params({f"p{number}": "1" for number in range(30)}, limit=10)
-    assert len(clean.values) == 10
-    assert clean.values[LEFT_OUT].startswith("21 of 30; the run folder's recipe.json")
-    assert clean.changes == (f"params left out: {clean.values[LEFT_OUT]}",)
+def test_k7_params_over_the_limit_are_counted_in_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_record, "MAX_PARAMS", 10)
+    values, changes = clean_params({f"p{number}": "1" for number in range(30)})
+    assert len(values) == 10
+    assert values[LEFT_OUT].startswith("21 of 30; the run folder's recipe.json")
+    assert changes == [f"params left out: {values[LEFT_OUT]}"]
 
 
 @given(st.dictionaries(st.text(max_size=5), st.integers(0, 400_000).map("x".__mul__), max_size=5))
@@ -105,7 +110,7 @@ class RecordingClient:
 def test_k7_ten_thousand_params_are_all_recorded() -> None:
     settings = {f"data.mixture.{number}.weight": str(number) for number in range(10_000)}
     client, state = RecordingClient(), TrackingState(uri="x", experiment="e", run_name="r", params=settings, tags={})
-    create_run(client, state, print, begun=None)  # type: ignore[arg-type]  # as much of a client as is needed
+    open_run(client, state, print, begun=None)  # type: ignore[arg-type]  # as much of a client as is needed
     assert client.params == settings
 
 

@@ -14,9 +14,9 @@ from mlflow import MlflowClient
 from ca2st.training.errors import RunFolderBusyError
 from ca2st.training.journal import locked
 from ray_jobs.errors import TrackingUnavailableError
-from ray_jobs.tracking.following import log_metrics, sync
+from ray_jobs.tracking.following import end_orphans
 from ray_jobs.tracking.run_record import mean_values, step_values
-from ray_jobs.tracking.sender import Sender, end_orphans
+from ray_jobs.tracking.sender import Sender, log_metrics, sync
 from ray_jobs.tracking.state import (
     FOLDER_TAG,
     HOST_TAG,

@@ -1,6 +1,7 @@
 """A store that is away, silent or unwilling costs the training nothing, and nothing is lost."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import sqlite3
@@ -21,18 +22,28 @@ from ray_jobs.tracking.client import (
     StoreError,
     TroubleLog,
     anchored,
-    check_health,
     complaint_of_error,
     complaint_of_status,
+    connected,
     is_making_tables,
     pause_seconds,
-    reachable,
 )
-from ray_jobs.tracking.following import finish_following, missing_words, patience_seconds, sync
-from ray_jobs.tracking.sender import Sender
-from ray_jobs.tracking.state import alive, is_alive, is_ready, read_state, show_ready, unsent_bytes
+from ray_jobs.tracking.following import at_work, finish_following
+from ray_jobs.tracking.sender import Sender, sync
+from ray_jobs.tracking.state import (
+    Progress,
+    alive,
+    is_alive,
+    is_ready,
+    read_state,
+    show_ready,
+    unsent_bytes,
+    write_progress,
+)
 from support.fake_mlflow import FakeMlflow, served
 from support.tracked_runs import losses, remote_run, start, step, tracked_run, write
+
+AWAY = "http://127.0.0.1:9"
 
 
 def test_k1_a_server_away_at_the_start_in_the_middle_and_at_the_end_gets_everything_when_it_is_back(
@@ -149,12 +160,35 @@ def test_k1_a_follower_that_hangs_at_the_end_is_ended_and_the_person_told_what_t
     assert f"bytes of the journal of this run; send it by `ca2st track sync {run_dir}`" in capsys.readouterr().err
 
 
-def test_k1_ten_seconds_are_given_to_a_store_that_is_silent_and_more_to_one_that_works() -> None:
-    silent = {"is_starting": False, "is_making_tables": False, "is_journal_sent": False}
-    assert patience_seconds(**silent) == 10
-    assert all(patience_seconds(**{**silent, working: True}) > 30 for working in silent)
-    assert missing_words(7, ("artefacts",)) == "7 bytes of the journal, artefacts"
-    assert missing_words(0, ()) == ""
+def test_k1_ten_seconds_are_given_to_a_store_that_is_silent_and_more_to_one_that_works(tmp_path: Path) -> None:
+    run_dir = remote_run(tmp_path / "runs" / "mine", f"sqlite:///{tmp_path}/mlflow.db")
+    assert at_work(run_dir, os.getpid())[0] > 30  # it is starting
+    with alive(run_dir):
+        show_ready(run_dir)
+    assert at_work(run_dir, os.getpid())[0] == 10
+    with (tmp_path / ".mlflow.db.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert at_work(run_dir, os.getpid())[0] > 30  # it makes tables
+    assert at_work(run_dir, os.getpid())[0] == 10
+    write_progress(run_dir, Progress(sent_bytes=(run_dir / JOURNAL_NAME).stat().st_size))
+    assert at_work(run_dir, os.getpid())[0] > 30  # it sends files
+
+
+@pytest.mark.parametrize(
+    ("pending", "lacking"),
+    [((), ""), (("inputs", "artefacts"), "warning: MLflow lacks inputs, artefacts of this run; send it by `ca2st")],
+)
+def test_what_of_a_sent_run_mlflow_lacks_at_its_end_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pending: tuple[str, ...], lacking: str
+) -> None:
+    run_dir = remote_run(tmp_path / "runs" / "mine", f"sqlite:///{tmp_path}/mlflow.db")
+    write_progress(run_dir, Progress(sent_bytes=(run_dir / JOURNAL_NAME).stat().st_size, pending=pending))
+    with subprocess.Popen([sys.executable, "-c", ""]) as over:
+        over.wait()
+        finish_following(run_dir, over)
+    told = capsys.readouterr().err
+    assert lacking in told
+    assert bool(told) == bool(lacking)
 
 
 def test_a_follower_that_is_still_starting_is_told_from_one_that_waits_for_the_store(tmp_path: Path) -> None:
@@ -168,8 +202,6 @@ def test_a_follower_that_is_still_starting_is_told_from_one_that_waits_for_the_s
 
 
 def test_a_store_whose_tables_are_being_made_is_told_from_one_that_is_stuck(tmp_path: Path) -> None:
-    import fcntl
-
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     assert not is_making_tables(uri)
     with (tmp_path / ".mlflow.db.lock").open("a") as file:
@@ -226,27 +258,42 @@ def test_k2_a_database_that_stays_locked_is_told_once_by_its_name() -> None:
         locked = sqlite3.OperationalError("database is locked")
         raise MlflowException(f"({type(locked).__name__}) {locked}\n[SQL: INSERT INTO metrics ...]") from locked
 
-    with pytest.raises(StoreError, match="is locked by another program") as caught, reachable("sqlite:///x.db", "wait"):
+    with pytest.raises(StoreError, match="is locked by another program") as caught, connected(AWAY, "wait"):
         refused()
     assert caught.value.complaint.kind == "locked"
 
 
 def test_k2_a_server_that_asks_to_be_left_alone_is_left_alone_for_as_long(fake: FakeMlflow) -> None:
     fake.status, fake.headers = 429, {"Retry-After": "120"}
-    with served(fake), pytest.raises(StoreError, match="429, for 120 s") as caught:
-        check_health(fake.uri, "wait")
-    assert pause_seconds(1, interval_seconds=2.0, complaint=caught.value.complaint) == 120
+    with (
+        served(fake),
+        pytest.raises(StoreError, match="429, for 120 s") as caught,
+        connected(fake.uri, "wait", ask_first=True),
+    ):
+        pass
+    assert pause_seconds(1, caught.value.complaint, interval_seconds=2.0) == 120
     endless = complaint_of_status(429, retry_after="999999")
-    assert pause_seconds(1, interval_seconds=2.0, complaint=endless) == 600
+    assert pause_seconds(1, endless, interval_seconds=2.0) == 600
     dated = complaint_of_status(429, retry_after="Wed, 21 Oct 2015 07:28:00 GMT")
     assert dated.retry_after_seconds is None
 
 
+def test_k2_settings_of_the_environment_that_mlflow_refuses_are_a_trouble_with_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", "/no/certificate.pem")
+    sender = Sender(remote_run(tmp_path / "runs" / "mine", AWAY), print)
+    for _ in range(2):  # the second time the server is asked first
+        with pytest.raises(StoreError, match=r"rejects what is sent.*MLFLOW_TRACKING_INSECURE_TLS"):
+            sender.send()
+
+
 def test_k2_pauses_double_up_to_a_minute_and_end_with_the_trouble() -> None:
     unreachable = Complaint(kind="unreachable", detail="")
-    pauses = [pause_seconds(n, interval_seconds=2.0, complaint=unreachable) for n in (0, 1, 2, 3, 4, 5, 6, 1000)]
-    assert pauses == [2, 4, 8, 16, 32, 60, 60, 60]
-    assert pause_seconds(1, interval_seconds=2.0, complaint=complaint_of_status(401)) == 60
+    pauses = [pause_seconds(n, unreachable, interval_seconds=2.0) for n in (1, 2, 3, 4, 5, 6, 1000)]
+    assert pauses == [4, 8, 16, 32, 60, 60, 60]
+    assert pause_seconds(1, complaint_of_status(401), interval_seconds=2.0) == 60
 
 
 def test_k2_a_trouble_is_told_once_with_its_count_when_it_changes_or_ends() -> None:
@@ -265,7 +312,7 @@ def test_k2_a_trouble_is_told_once_with_its_count_when_it_changes_or_ends() -> N
 
 def test_k8_an_error_of_a_store_never_shows_its_password() -> None:
     uri = "http://me:hunter2@127.0.0.1:9"
-    with pytest.raises(StoreError) as caught, reachable(uri, "wait"):
+    with pytest.raises(StoreError) as caught, connected(uri, "wait"):
         raise MlflowException(f"API request to {uri}/api failed with exception no route to {uri}")
     assert "hunter2" not in str(caught.value)
     assert "http://[hidden]@127.0.0.1:9" in str(caught.value)

@@ -13,9 +13,8 @@ from mlflow import MlflowClient
 from ca2st.errors import UserInputError
 from ray_jobs.evaluation.workers import EvaluationReport, log_to_run
 from ray_jobs.tracking import run_record
-from ray_jobs.tracking.following import log_metrics, read_metrics, sync
-from ray_jobs.tracking.run_record import clean_name
-from ray_jobs.tracking.sender import EXTRAS, Sender
+from ray_jobs.tracking.run_record import RunRecord, clean_name
+from ray_jobs.tracking.sender import EXTRAS, Sender, log_metrics, read_metrics, sync
 from ray_jobs.tracking.state import SenderBusyError, TrackingState, one_sender, read_state, unsent_bytes
 from support.tracked_runs import end, losses, run_of, start, step, tracked_run, write
 
@@ -123,16 +122,16 @@ def test_a_follower_that_outlives_its_attempt_and_the_next_ones_make_one_run(
 ) -> None:
     """The first is slow to make its run: the second attempt and its follower begin in the meantime."""
     write(run_dir, start(), step(1, 3.0))
-    create, begun, made = run_record.create_run, threading.Event(), []
+    create, begun, made = run_record.open_run, threading.Event(), []
 
-    def slowly(client: MlflowClient, state: TrackingState, say: Any, **named: Any) -> tuple[str, str]:
+    def slowly(client: MlflowClient, state: TrackingState, say: Any, **named: Any) -> tuple[RunRecord, str]:
         begun.set()
         time.sleep(0.3)
-        run_id, experiment_id = create(client, state, say, **named)
-        made.append(run_id)
-        return run_id, experiment_id
+        record, experiment_id = create(client, state, say, **named)
+        made.append(record.run_id)
+        return record, experiment_id
 
-    monkeypatch.setattr(run_record, "create_run", slowly)
+    monkeypatch.setattr(run_record, "open_run", slowly)
     first = threading.Thread(target=sync, args=(run_dir,))
     first.start()
     assert begun.wait(60)
