@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ca2st.batch import ClipBatch
 from ca2st.training.journal import read_events
 from ca2st.training.loop import train
-from ca2st.training.ranks import STAGES, SourceCounts, StageClock
+from ca2st.training.ranks import STAGES, SourceCounts, StageClock, profiled
 from ca2st.training.settings import TrainingProgress
 from support.tiny_training import TinyModel, TinySource, fresh_accelerator, tiny_settings
 
@@ -133,3 +134,13 @@ def test_the_sum_of_all_steps_is_within_the_time_of_the_run(tmp_path: Path) -> N
     assert 0 < sum(line["step_seconds"] for line in lines if line["event"] == "step") < whole
     assert all(line["loader"] == {} for line in lines if line["event"] == "step")
     assert all(0 <= state.data_wait_fraction <= 1 for state in seen)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2])
+def test_a_run_that_ends_before_its_trace_begins_leaves_no_profiler_running(tmp_path: Path, num_steps: int) -> None:
+    """One that is left running ends the process with a segmentation fault."""
+    with profiled(tmp_path, steps=3, rank=0) as mark:
+        for _ in range(num_steps):
+            mark()
+    assert not torch.autograd._profiler_enabled()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
