@@ -351,7 +351,7 @@ def _score_part(job: _Job, rank: int, trained: inference.TrainedModel, shard_set
 
 
 def _score_as_worker(job: _Job, rank: int, *, shown: bool = False) -> tuple[str, int] | None:
-    """Score in a process that has nothing yet; return what failed, with its exit code: not every error is pickled."""
+    """Score in a fresh process; return what failed and its exit code, since not every error can be pickled."""
     try:
         trained = inference.load_trained(job.checkpoint)
         shard_set = read_shard_set(job.data, storage=trained.recipe.data.loader.storage)

@@ -10,7 +10,7 @@ import io
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
@@ -23,7 +23,7 @@ from ca2st.training.checkpoint import CHECKPOINTS_NAME, list_checkpoints
 from ca2st.training.journal import JOURNAL_NAME, flatten, read_events
 from ray_jobs.config.recipe import model_name
 from ray_jobs.errors import TrackingUnavailableError
-from ray_jobs.pages.charts import Curve, chart_svg, metric_charts, page_environment
+from ray_jobs.pages.charts import Chart, Curve, chart_svg, metric_charts, page_environment
 from ray_jobs.redaction import redacted
 from ray_jobs.tracking.inputs import read_inputs
 from ray_jobs.tracking.state import STATE_NAME, sync_command
@@ -210,34 +210,33 @@ def collect(run_dir: Path) -> dict[str, bytes]:
     sizes |= {run_dir / name: len(data) for name, data in files.items()}
     large = [(path, size / 1e6) for path, size in sizes.items() if size >= MAX_BYTES]
     charts = metric_charts([run.curves])
-    settings = flatten(run.recipe)
-    card = (
-        page_environment()
-        .get_template("run_card.html")
-        .render(
-            version=__version__,
-            run=run,
-            charts=charts,
-            large=large,
-            settings={
-                name: redacted(str(settings[name])) for name in _SHOWN_SETTINGS if settings.get(name) is not None
-            },
-            classes={name: (len(names), names[:_MOST_CLASSES]) for name, names in run.classes.items()},
-            model=registered_name(run.recipe),
-            environment={
-                **run.start.get("topology", {}),
-                **{name: value for name, value in run.tags.items() if name.startswith(("hardware.", "git."))},
-                **run.start.get("versions", {}),
-            },
-        )
-    )
     note = "".join(f"{path}: {megabytes:.1f} MB, too large for MLflow; it stays there\n" for path, megabytes in large)
     return {
-        "run_card.html": card.encode(),
+        "run_card.html": _card(run, charts, large).encode(),
         **({LARGE_FILES_NAME: note.encode()} if large else {}),
         **{f"plots/{chart.title.replace('/', '.')}.svg": chart_svg(chart).encode() for chart in charts},
         **{name: data for name, data in files.items() if len(data) < MAX_BYTES},
     }
+
+
+def _card(run: RunFacts, charts: Sequence[Chart], large: Sequence[tuple[Path, float]]) -> str:
+    """Return the page; `large`: files that stay in the run folder, with their megabytes."""
+    settings = flatten(run.recipe)
+    page = page_environment().get_template("run_card.html")
+    return page.render(
+        version=__version__,
+        run=run,
+        charts=charts,
+        large=large,
+        settings={name: redacted(str(settings[name])) for name in _SHOWN_SETTINGS if settings.get(name) is not None},
+        classes={name: (len(names), names[:_MOST_CLASSES]) for name, names in run.classes.items()},
+        model=registered_name(run.recipe),
+        environment={
+            **run.start.get("topology", {}),
+            **{name: value for name, value in run.tags.items() if name.startswith(("hardware.", "git."))},
+            **run.start.get("versions", {}),
+        },
+    )
 
 
 def _cleaned(path: Path) -> bytes:

@@ -142,7 +142,7 @@ class TroubleLog:
         """Report that a try failed."""
         self.failures += 1
         kind, detail = error.complaint.kind, error.complaint.detail
-        # The details of what may not even be reached (ports, addresses) differ from try to try.
+        # Details of a store that is not reached (ports, addresses) differ from try to try.
         same = (kind, detail if kind in ("refused", "rejected", "failing", "busy") else "")
         if same == self._told:
             self._repeats += 1
@@ -220,7 +220,7 @@ def _complaint_of_server(uri: str) -> Complaint | None:
 
 @contextlib.contextmanager
 def may_exist() -> Iterator[None]:
-    """Make something in MLflow that another run may make at the same moment."""
+    """Accept that what the block makes in MLflow is there already: another run may make it at the same moment."""
     from mlflow.exceptions import MlflowException
 
     try:

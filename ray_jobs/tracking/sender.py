@@ -181,7 +181,7 @@ class Sender:
         return sent
 
     def _say_once(self, text: str) -> None:
-        """A name is changed at each of its numbers."""
+        """Say a sentence once: the same name is changed with each of its numbers."""
         if text not in self._told:
             self._told.add(text)
             self._say(text)

@@ -230,7 +230,7 @@ def is_alive(run_dir: Path) -> bool:
     same time, for as long as it takes here; a holder keeps its lock for as long as it lives.
     """
     for name, shared in ((RUN_LOCK_NAME, True), (FOLLOWER_LOCK_NAME, False)):
-        # Opened for writing: NFS locks nothing else for one alone.
+        # NFS gives an exclusive lock only on a file that is open for writing.
         with suppress(FileNotFoundError), (run_dir / name).open("rb+") as file:
             if not take_lock(file, shared=shared, wait_seconds=_LOOK_SECONDS):
                 return True
