@@ -23,7 +23,9 @@ Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint folder, or a run 
 Which = Annotated[
     str, typer.Option("--checkpoint", help="Of a run folder: best (of validation), last, or the number of a step.")
 ]
-ScoringWorkers = Annotated[int, typer.Option("--workers", help="Processes that score; one a GPU where there are GPUs.")]
+ScoringWorkers = Annotated[
+    int, typer.Option("--workers", help="Processes that score; one per GPU where there are GPUs.")
+]
 OnRay = Annotated[bool, typer.Option("--ray", help="Score in tasks of Ray.")]
 _MOST_SHOWN_SETTINGS = 40
 _LINE = "\n  "
