@@ -562,5 +562,5 @@ def test_j1_settings_that_do_not_fit_model_and_files_are_told_together(tmp_path:
 
 
 def test_a_start_made_in_python_refuses_an_unknown_head() -> None:
-    with pytest.raises(UserInputError, match="head: expected one of keep, new.*'nwe'"):
+    with pytest.raises(UserInputError, match=r"head: expected one of keep, new.*'nwe'"):
         StartConfig(checkpoint="runs/first", head="nwe")  # type: ignore[arg-type]  # what is asked
