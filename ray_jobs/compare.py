@@ -160,7 +160,7 @@ class Comparison:
     baseline: str
     """Id of the run that deltas refer to."""
     settings: Mapping[str, list[str | None]]
-    """What differs, setting by setting, a value per run."""
+    """What differs, setting by setting, one value per run."""
     num_equal_settings: int
     across_datasets: list[AcrossDatasets]
 

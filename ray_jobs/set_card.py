@@ -149,7 +149,7 @@ def facts_in_words(facts: SetFacts) -> dict[str, object]:
     }
     if facts.labelling != "one":
         labels = facts.labels_per_sample
-        most = f"{labels.least:.0f} to {labels.most:.0f} a sample, mean {labels.mean:.2f}"
+        most = f"{labels.least:.0f} to {labels.most:.0f} per sample, mean {labels.mean:.2f}"
         words["labels"] = most if facts.labelling == "several" else "none: a set to predict on"
     for space, counts in facts.classes.items():
         sizes = sorted(counts.values())

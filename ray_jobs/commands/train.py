@@ -37,7 +37,7 @@ class TrainOptions:
         str | None, typer.Argument(help="A recipe file, or the name of one that ships with ca2st (ca2st recipes).")
     ] = None
     data_folder: Annotated[
-        Path | None, typer.Option(help="A folder of your own videos, a folder a class, instead of a recipe.")
+        Path | None, typer.Option(help="A folder of your own videos, one folder per class, instead of a recipe.")
     ] = None
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="--data-folder: links in it may lead outside.")
@@ -49,7 +49,7 @@ class TrainOptions:
     splits: Annotated[
         str | None, typer.Option(help="Train and test each of these splits (1,2,3), and print the mean of their top-1.")
     ] = None
-    workers: Annotated[int | None, typer.Option(help="Training processes; one a GPU where there are GPUs.")] = None
+    workers: Annotated[int | None, typer.Option(help="Training processes; one per GPU where there are GPUs.")] = None
     out: Annotated[Path | None, typer.Option(help="Run folder; default: launch.runs_folder/<recipe's name>.")] = None
     overfit: Annotated[
         int | None, typer.Option(help="Sanity run: learn so many clips of the recipe by heart; fails below 95 %.")
@@ -188,12 +188,12 @@ def _train_splits(options: TrainOptions, recipe: str, settings: list[str]) -> No
             log_to_run(reports[-1])
         facts.append({"split": int(split), "run_dir": str(run_dir), "top1": reports[-1].top1, "views": views})
     mean = means_of(reports)["mean"]
-    shown = ["-" if value is None else f"{value:.4f}" for value in (*(report.top1 for report in reports), mean)]
-    lines = [
-        f"  split {one['split']}  top1 {top1}  ({one['views']} views)  {one['run_dir']}"
-        for one, top1 in zip(facts, shown, strict=False)
-    ]
-    answer({"splits": facts, "top1": mean}, [*lines, f"  mean     top1 {shown[-1]}"], as_json=options.as_json)
+    lines = []
+    for one, report in zip(facts, reports, strict=True):
+        top1 = "-" if report.top1 is None else f"{report.top1:.4f}"
+        lines.append(f"  split {one['split']}  top1 {top1}  ({one['views']} views)  {one['run_dir']}")
+    lines.append(f"  mean     top1 {'-' if mean is None else f'{mean:.4f}'}")
+    answer({"splits": facts, "top1": mean}, lines, as_json=options.as_json)
 
 
 def recipes(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pydantic
 from pydantic import ConfigDict, TypeAdapter
 
-from ca2st.errors import UserInputError
+from ca2st.errors import UserInputError, check_choice
 from ca2st.model.config import ExpertName, ExpertPrecision, ModelConfig, check_expert_precision, check_trainable
 from ca2st.spec import ClipSpec
 from ca2st.training.config import OptimConfig, TrainingConfig
@@ -89,7 +89,7 @@ class MixtureSet:
     """Folder or URL of its shards. Every set must have the same classes for each target, in the same order."""
     weight: float | None = None
     """Its share of the samples, in parts of the sum of all weights; given for every set or for none. None: every sample
-    of every set once an epoch."""
+    of every set once per epoch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +182,7 @@ class LaunchConfig:
     """
 
     workers: int = 1
-    """Training processes; one a GPU where there are GPUs. With `min_workers` the most there may be."""
+    """Training processes; one per GPU where there are GPUs. With `min_workers` the most there may be."""
     min_workers: int | None = None
     """Under Ray: go on with as few as this many when a node is lost, and grow again up to `workers` when there is
     room. Losses then differ by rounding, the samples of every step do not. None: always `workers`."""
@@ -341,6 +341,9 @@ class StartConfig:
     ones. ``new``: the whole head, last adapters included, is drawn anew."""
     resize_positions: bool = False
     """True: position tables of another number of frames, crop or spectrogram length are interpolated, not refused."""
+
+    def __post_init__(self) -> None:
+        check_choice("head", self.head, ("keep", "new"))  # pydantic checks files only, not settings made in Python
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

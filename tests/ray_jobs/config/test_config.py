@@ -9,7 +9,7 @@ import pytest
 from ca2st.errors import UserInputError
 from ca2st.training.ranks import KNOBS
 from ray_jobs.config import recipe_file as recipe_file_module
-from ray_jobs.config.recipe import identity_settings, recipe_document, recipe_from_document
+from ray_jobs.config.recipe import StartConfig, identity_settings, recipe_document, recipe_from_document
 from ray_jobs.config.recipe_file import known_recipes, load_recipe, stored_recipe
 from ray_jobs.errors import RecipeError
 from ray_jobs.runs.worker import check_settings
@@ -559,3 +559,8 @@ def test_j1_settings_that_do_not_fit_model_and_files_are_told_together(tmp_path:
         "experts.spatial",
         "experts.audio",
     ]
+
+
+def test_a_start_made_in_python_refuses_an_unknown_head() -> None:
+    with pytest.raises(UserInputError, match=r"head: expected one of keep, new.*'nwe'"):
+        StartConfig(checkpoint="runs/first", head="nwe")  # type: ignore[arg-type]  # what is asked
