@@ -36,7 +36,7 @@ class TrainOptions:
         str | None, typer.Argument(help="A recipe file, or the name of one that ships with ca2st (ca2st recipes).")
     ] = None
     data_folder: Annotated[
-        Path | None, typer.Option(help="A folder of your own videos, a folder a class, instead of a recipe.")
+        Path | None, typer.Option(help="A folder of your own videos, a folder per class, instead of a recipe.")
     ] = None
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="--data-folder: links in it may lead outside.")

@@ -106,7 +106,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for number, values in enumerate(zip(*(columns[name] for name in _COLUMNS), strict=True), start=1):
             yield f"{path}: row {number}", dict(zip(_COLUMNS, values, strict=True))
     else:
-        for number, row in read_records(path):
+        for number, row in read_records(path, columns=_COLUMNS):
             where = f"{path}: row {number}" if suffix == ".parquet" else f"{path}:{number}"
             _require_columns(where, row)
             yield where, row
