@@ -116,12 +116,12 @@ def _lines_of_csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield rows of a CSV export, whose lists are written as JSON or as Python writes them."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
+        _require_columns(path, reader.fieldnames or ())
         rows = [(f"{path}:{reader.line_num}", row) for row in reader]
     except csv.Error as error:
         raise AnnotationError(
             f"{path}:{reader.line_num + 1}: expected a line of CSV, found another ({error})"
         ) from error
-    _require_columns(path, reader.fieldnames or ())
     for where, row in rows:
         try:
             times = {name: float(row[name]) for name in _COLUMNS[2:4]}

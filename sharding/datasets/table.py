@@ -225,16 +225,19 @@ def read_records(path: Path, *, columns: Sequence[str] | None = None) -> list[tu
     Of a Parquet file only those of `columns` are read that it has; None: all.
 
     Raises:
-        AnnotationError: not readable, or of another form.
+        AnnotationError: not readable, of another form, or without rows.
     """
     if path.suffix.lower() == ".parquet":
         try:
             found = read_parquet(path)
             if columns is not None:
                 found = found.select([name for name in columns if name in found.column_names])
-            return list(enumerate(found.to_pylist(), start=1))
+            rows = found.to_pylist()
         except (OSError, OverflowError, ValueError, pa.ArrowException) as error:  # overflow: a time beyond Python's
             raise AnnotationError(f"{path}: expected a Parquet file, found something else ({error})") from error
+        if not rows:
+            raise AnnotationError(f"{path}: expected rows, found none")
+        return list(enumerate(rows, start=1))
     try:
         return [
             (number, parse_json(line, dict[str, Any], where=f"{path}:{number}"))

@@ -219,6 +219,13 @@ def test_a_parquet_file_with_a_time_that_python_cannot_hold_is_refused(tmp_path:
         read_dataset("csv", DatasetRequest(annotations=path, check_media=False))
 
 
+def test_a_parquet_file_without_rows_is_refused_for_that_and_not_for_its_columns(tmp_path: Path) -> None:
+    path = tmp_path / "list.parquet"
+    parquet.write_table(pa.table({"path": pa.array([], pa.string()), "label": pa.array([], pa.string())}), path)
+    with pytest.raises(AnnotationError, match=r"list\.parquet: expected rows, found none"):
+        read_dataset("csv", DatasetRequest(annotations=path, check_media=False))
+
+
 def test_json_lines_of_another_form_are_refused_with_their_line(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "list.jsonl", ['{"path": "a.mp4", "label": 0}', '{"path": "b.mp4", "label": [1, 2]}'])
     with pytest.raises(AnnotationError, match=r"list\.jsonl:2: label: expected a text or a number, found \[1, 2\]"):

@@ -197,6 +197,12 @@ def test_hd_epic_keeps_first_actions_that_epic_kitchens_knows_in_every_form(tmp_
     }
 
 
+def test_c10_a_csv_of_other_columns_is_refused_for_these_before_its_long_lines(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "list.csv", ["path,label", f"a.mp4,{'x' * 200_000}"])
+    with pytest.raises(AnnotationError, match=r"list\.csv: expected the columns unique_narration_id"):
+        read("hd_epic", path)
+
+
 def test_of_a_parquet_file_of_hd_epic_only_the_columns_in_use_are_read(tmp_path: Path) -> None:
     path = hd_file(tmp_path, "parquet")
     rows = parquet.read_table(path)
