@@ -39,15 +39,13 @@ def next_steps(report: DemoReport) -> dict[str, str]:
 
     Capitals stand for what the person has.
     """
-    compare = ["mlflow", "ui", "--backend-store-uri", report.tracking_uri]
-    explain = ["ca2st", "explain", report.runs[-1].checkpoint, report.prediction.video]
+    compare = shlex.join(["mlflow", "ui", "--backend-store-uri", report.tracking_uri])
+    explain = shlex.join(["ca2st", "explain", report.runs[-1].checkpoint, report.prediction.video])
+    train = "ca2st train --data-folder YOUR_VIDEOS"
     return {
-        shlex.join(compare): "Compare the runs in a browser: every setting, every curve.",
-        shlex.join(
-            explain
-        ): "See what each expert listened to in this clip, or in a video of your own, layer by layer.",
-        "ca2st train --data-folder YOUR_VIDEOS": "Train on videos of your own, a folder per class: no recipe needed, "
-        "and rerunning goes on.",
+        compare: "Compare the runs in a browser: every setting, every curve.",
+        explain: "See what each expert listened to in this clip, or in a video of your own, layer by layer.",
+        train: "Train on videos of your own, a folder per class: no recipe needed, and rerunning goes on.",
     }
 
 

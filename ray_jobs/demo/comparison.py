@@ -55,7 +55,7 @@ class PretrainedExpert:
     factor: str
     """Its label spaces, ``+`` between them."""
     top1: float
-    """Accuracy on the test split, one view a sample; of several label spaces the mean."""
+    """Accuracy on the test split, one view per sample; of several label spaces the mean."""
     file: str
 
 

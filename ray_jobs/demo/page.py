@@ -1,6 +1,5 @@
 """The page of the demo: one HTML file with results, factors, losses, confusions and clips of the test."""
 
-import itertools
 import json
 import math
 from collections import Counter
@@ -189,8 +188,7 @@ def confusion_chart(answers: Answers) -> ConfusionChart:
     """Return where `answers` lie in the table of true by answered class."""
     factors = answers.factors
     step = SIDE / math.prod(factors.sizes)
-    wrong = [[*itertools.compress(FACTORS, row)] for row in (~answers.right_parts).tolist()]
-    kinds = ["right" if not parts else parts[0] if len(parts) == 1 else "several" for parts in wrong]
+    kinds = [_kind(row) for row in answers.right_parts.tolist()]
     counts = Counter(zip(answers.labels.tolist(), answers.chosen.tolist(), kinds, strict=True))
     first, second = factors.sizes[:2]
     return ConfusionChart(
@@ -409,6 +407,14 @@ def render_demo_page(report: DemoReport) -> str:
         factor_names=_FACTOR_NAMES,
         expert_factors=_EXPERT_FACTORS,
     )
+
+
+def _kind(right_parts: list[bool]) -> str:
+    """Return the key in `KINDS` of an answer whose parts are right or wrong."""
+    wrong = [factor for factor, is_right in zip(FACTORS, right_parts, strict=True) if not is_right]
+    if not wrong:
+        return "right"
+    return wrong[0] if len(wrong) == 1 else "several"
 
 
 def _pair(factors: Factors, label: int, chosen: int, *, count: int) -> str:

@@ -89,7 +89,9 @@ def _of_document(path: Path, split: str, parse: Callable[[str], int], problems: 
         subset_of = dict(_subsets(path.parent / _SUBSETS_FILE))
     wanted = _SUBSETS.get(split, split)
     for name, video in videos.items():
-        for number, one in enumerate(video.get("annotations", []) if subset_of.get(name) == wanted else [], start=1):
+        if subset_of.get(name) != wanted:
+            continue
+        for number, one in enumerate(video.get("annotations", []), start=1):
             where = f"{path}: {name}, segment {number}"
             if len(one["segment"]) != 2 or not all(0 <= second < 1e6 for second in one["segment"]):
                 problems.add("not a time", f"{where}: expected start and end in seconds, found {one['segment']}")

@@ -72,10 +72,7 @@ def read_sounds(request: DatasetRequest, dataset: str) -> SourceList:
     def labels(row: table.Row) -> _Labels:
         if "class_id" not in row.columns:
             return ()
-        index, of_name = (
-            row.read("class_id", numbered),
-            row.read("class", named),
-        )
+        index, of_name = row.read("class_id", numbered), row.read("class", named)
         if index is not None and of_name is not None and index != of_name:
             row.refuse("class_id", "class and class_id differ", f"{of_name}, the index of {row['class']!r}")
         return None if index is None or index != of_name else (index,)

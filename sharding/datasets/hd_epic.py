@@ -106,7 +106,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for number, values in enumerate(zip(*(columns[name] for name in _COLUMNS), strict=True), start=1):
             yield f"{path}: row {number}", dict(zip(_COLUMNS, values, strict=True))
     else:
-        for number, row in read_records(path):
+        for number, row in read_records(path, columns=_COLUMNS):
             where = f"{path}: row {number}" if suffix == ".parquet" else f"{path}:{number}"
             _require_columns(where, row)
             yield where, row
@@ -116,12 +116,12 @@ def _lines_of_csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield rows of a CSV export, whose lists are written as JSON or as Python writes them."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
+        _require_columns(path, reader.fieldnames or ())
         rows = [(f"{path}:{reader.line_num}", row) for row in reader]
     except csv.Error as error:
         raise AnnotationError(
             f"{path}:{reader.line_num + 1}: expected a line of CSV, found another ({error})"
         ) from error
-    _require_columns(path, reader.fieldnames or ())
     for where, row in rows:
         try:
             times = {name: float(row[name]) for name in _COLUMNS[2:4]}

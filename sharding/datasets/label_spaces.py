@@ -166,7 +166,7 @@ def is_whole_number(text: str) -> bool:
 
 
 def label_histogram(source: SourceList) -> dict[str, dict[str, int]]:
-    """Return samples a class, by label space; classes without samples are there with 0. None without labels."""
+    """Return samples per class, by label space; classes without samples are there with 0. None without labels."""
     if source.labelling == "none":
         return {}
     found = {}

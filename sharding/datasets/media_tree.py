@@ -8,7 +8,7 @@ once, and the file is the one that has such a name, wherever it lies.
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -186,7 +186,11 @@ class MediaTree:
     def _files(self, names: Sequence[str], folder: str, split: str) -> list[str]:
         """Return the files of the first name that has any, less those that a replacement, split or folder rules out."""
         of_split = {_plain(name) for name in (split, *_ALSO_CALLED.get(split, ()))}
-        wanted = (lambda name: name.startswith(_REPLACEMENTS), of_split.__contains__, _plain(folder).__eq__)
+        wanted: tuple[Callable[[str], bool], ...] = (
+            lambda name: name.startswith(_REPLACEMENTS),
+            lambda name: name in of_split,
+            lambda name: name == _plain(folder),
+        )
         for name in names:
             if files := self._named.get(name) or self._alike(name):
                 for is_wanted in wanted:

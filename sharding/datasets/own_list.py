@@ -1,6 +1,6 @@
 """``csv`` and ``list``: anybody's own list of files with labels.
 
-``csv``: columns ``path,label[,start,end]``, ``path,verb,noun[,start,end]`` or ``path,labels[,start,end]`` (several a
+``csv``: columns ``path,label[,start,end]``, ``path,verb,noun[,start,end]`` or ``path,labels[,start,end]`` (several per
 row, as ``a|b`` or as a list), labels as names or numbers, in CSV, Parquet (``.parquet``) or JSON Lines (``.jsonl``); a
 test split may be without labels. A column ``audio`` names a file of its own for the sound. ``list``: lines ``path
 label`` without a header, as many projects write them; the last field is the label, paths may hold spaces.

@@ -219,17 +219,25 @@ def first_line(path: Path) -> str:
     return numbered_lines(path)[0][1]
 
 
-def read_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def read_records(path: Path, *, columns: Sequence[str] | None = None) -> list[tuple[int, dict[str, Any]]]:
     """Return the rows of a Parquet file (``.parquet``), else of JSON Lines, with their numbers from 1.
 
+    Of a Parquet file only those of `columns` are read that it has; None: all.
+
     Raises:
-        AnnotationError: not readable, or of another form.
+        AnnotationError: not readable, of another form, or without rows.
     """
     if path.suffix.lower() == ".parquet":
         try:
-            return list(enumerate(read_parquet(path).to_pylist(), start=1))
-        except (OSError, ValueError, pa.ArrowException) as error:
+            found = read_parquet(path)
+            if columns is not None:
+                found = found.select([name for name in columns if name in found.column_names])
+            rows = found.to_pylist()
+        except (OSError, OverflowError, ValueError, pa.ArrowException) as error:  # overflow: a time beyond Python's
             raise AnnotationError(f"{path}: expected a Parquet file, found something else ({error})") from error
+        if not rows:
+            raise AnnotationError(f"{path}: expected rows, found none")
+        return list(enumerate(rows, start=1))
     try:
         return [
             (number, parse_json(line, dict[str, Any], where=f"{path}:{number}"))

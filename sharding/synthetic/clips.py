@@ -19,7 +19,6 @@ pitch is the label ``audio``; only its rhythm is the label ``rhythm`` and decide
 import concurrent.futures
 import csv
 import io
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -431,10 +430,11 @@ def generate_split(
         _claim(folder, split, config)
         missing = [index for index in range(num_clips) if not (folder / clip_name(split, index)).is_file()]
         done = num_clips - len(missing)
-        for made in itertools.chain([0], _make_clips(folder, split, config, missing)):
+        report = progress or (lambda _done, _total: None)
+        report(done, num_clips)
+        for made in _make_clips(folder, split, config, missing):
             done += made
-            if progress:
-                progress(done, num_clips)
+            report(done, num_clips)
         write_bytes(folder / ANNOTATIONS_NAME, _annotations(config, split, num_clips))
     return folder
 

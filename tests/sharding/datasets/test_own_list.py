@@ -2,7 +2,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from ca2st.errors import UserInputError
 from sharding.datasets import DatasetRequest, read_dataset
@@ -205,6 +207,23 @@ def test_csv_parquet_and_json_lines_say_the_same(tmp_path: Path, form: str) -> N
         ("a b.mp4", (1,), 0.5, 2.0),
         ("c.mp4", (0,), None, None),
     ]
+
+
+def test_a_parquet_file_with_a_time_that_python_cannot_hold_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "list.parquet"
+    times = pa.array([2**62], pa.timestamp("ms"))
+    parquet.write_table(pa.table({"path": ["a.mp4"], "label": ["cat"], "start": times}), path)
+    with pytest.raises(
+        AnnotationError, match=r"list\.parquet: expected a Parquet file, found something else \(.*too large"
+    ):
+        read_dataset("csv", DatasetRequest(annotations=path, check_media=False))
+
+
+def test_a_parquet_file_without_rows_is_refused_for_that_and_not_for_its_columns(tmp_path: Path) -> None:
+    path = tmp_path / "list.parquet"
+    parquet.write_table(pa.table({"path": pa.array([], pa.string()), "label": pa.array([], pa.string())}), path)
+    with pytest.raises(AnnotationError, match=r"list\.parquet: expected rows, found none"):
+        read_dataset("csv", DatasetRequest(annotations=path, check_media=False))
 
 
 def test_json_lines_of_another_form_are_refused_with_their_line(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from sharding.datasets import DatasetRequest, label_spaces, read_dataset
 from sharding.datasets.label_spaces import published_classes
@@ -193,6 +195,20 @@ def test_hd_epic_keeps_first_actions_that_epic_kitchens_knows_in_every_form(tmp_
         OTHER_CLASS: ["2", "3", "4"],
         NO_LENGTH: ["5"],
     }
+
+
+def test_c10_a_csv_of_other_columns_is_refused_for_these_before_its_long_lines(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "list.csv", ["path,label", f"a.mp4,{'x' * 200_000}"])
+    with pytest.raises(AnnotationError, match=r"list\.csv: expected the columns unique_narration_id"):
+        read("hd_epic", path)
+
+
+def test_of_a_parquet_file_of_hd_epic_only_the_columns_in_use_are_read(tmp_path: Path) -> None:
+    path = hd_file(tmp_path, "parquet")
+    rows = parquet.read_table(path)
+    unreadable = pa.array([2**62] * len(rows), pa.timestamp("ms"))
+    parquet.write_table(rows.append_column("filmed", unreadable), path)
+    assert len(read("hd_epic", path, split="test").samples) == 2
 
 
 def test_c10_a_cell_of_any_length_in_a_csv_of_hd_epic_is_refused_with_its_line(tmp_path: Path) -> None:
