@@ -206,11 +206,8 @@ def resources_of(launch: LaunchConfig, nodes: Sequence[Node]) -> dict[str, float
 
 def check_room(launch: LaunchConfig, nodes: Sequence[Node]) -> None:
     """Refuse what the cluster can never give: an EnvironmentFault that lists what each node has."""
-    found, least, resources = (
-        most_workers(launch, nodes),
-        launch.min_workers or launch.workers,
-        resources_of(launch, nodes),
-    )
+    found, resources = most_workers(launch, nodes), resources_of(launch, nodes)
+    least = launch.min_workers or launch.workers
     if found >= least:
         return
     each, names = _words(resources), dict.fromkeys(["CPU", "GPU", *resources])

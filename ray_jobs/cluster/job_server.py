@@ -144,7 +144,7 @@ def follow(client: "JobSubmissionClient", job_id: str, *, show: Show, patience: 
     import aiohttp
 
     num_shown = failures = 0
-    was_over = False
+    over: JobDetails | None = None
 
     async def show_rest() -> bool:
         """Show what was not shown (a new connection begins at the beginning again) until the log ends, or is silent."""
@@ -169,6 +169,8 @@ def follow(client: "JobSubmissionClient", job_id: str, *, show: Show, patience: 
             is_whole = asyncio.run(show_rest())
             details = client.get_job_info(job_id)
         except (RuntimeError, OSError, aiohttp.ClientError) as error:  # Ray's, requests' and the system's, the socket's
+            if over is not None:  # a cluster made for one job may go with it; how that ended is known
+                return over
             failures += 1
             if failures >= patience.attempts:
                 raise JobUnreachableError(
@@ -176,10 +178,10 @@ def follow(client: "JobSubmissionClient", job_id: str, *, show: Show, patience: 
                 ) from error
         else:
             failures = 0
-            is_over = details.status.is_terminal()
-            if is_over and (is_whole or was_over):  # a log that was silent may have got its last words just now
-                return details
-            was_over = is_over
+            if details.status.is_terminal():
+                if is_whole or over is not None:  # a log that was silent may have got its last words just now
+                    return details
+                over = details
         time.sleep(patience.pause(failures))
 
 

@@ -236,11 +236,10 @@ def death_record(
     deaths = []
     for place, ranks in by_node.items():
         which = f"rank {', '.join(map(str, ranks))}"
-        lost, ended = (
-            f"node {place} was lost with the worker of {which}",
-            f"the worker process of {which} on {place} died",
-        )
-        deaths.append(lost if _is_gone(place, living) else ended)
+        if _is_gone(place, living):
+            deaths.append(f"node {place} was lost with the worker of {which}")
+        else:
+            deaths.append(f"the worker process of {which} on {place} died")
     reasons = [line.strip() for line in died[rank].splitlines() if line.strip()]
     return FailureRecord(
         kind="WorkerDiedError",

@@ -37,7 +37,7 @@ _LOGGER = logging.getLogger(__name__)
 _MOST_NAME, _FINGERPRINT_CHARACTERS = 60, 8
 METADATA_KEY = b"ca2st"
 """Key of a features file's metadata that holds one JSON object: where the features come from."""
-_ROWS_A_GROUP = 1024
+_ROWS_PER_GROUP = 1024
 _SEVERAL = pa.list_(pa.int32())
 
 
@@ -240,13 +240,13 @@ def write_features(
     *,
     experts: Sequence[str] | None = None,
     out: Path | None = None,
-    rows_a_group: int = _ROWS_A_GROUP,
+    rows_per_group: int = _ROWS_PER_GROUP,
 ) -> FeaturesReport:
     """Write what goes into the head of the model of a checkpoint or run folder, for every sample in `data`.
 
     Columns: `key`; `<target>_label` for each of the set's own targets, which need not be those the model was trained
     on (a list of several labels; no column of a set without labels); `has_audio`; and for each of `experts` (None: all)
-    its feature, the mean over the views. Rows are in the set's order. At most about `rows_a_group` rows are held at a
+    its feature, the mean over the views. Rows are in the set's order. At most about `rows_per_group` rows are held at a
     time.
 
     Raises:
@@ -263,7 +263,7 @@ def write_features(
     shard_set = read_shard_set(data, storage=trained.recipe.data.loader.storage)
     out = out or output_of_set(trained, shard_set, views, what="features")
     num_samples = 0
-    with writing(out) as file, closing(_tables(trained, shard_set, views, chosen, rows_a_group)) as tables:
+    with writing(out) as file, closing(_tables(trained, shard_set, views, chosen, rows_per_group)) as tables:
         first = next(tables)
         schema = first.schema.with_metadata({METADATA_KEY: json.dumps(_describe(trained, shard_set, views)).encode()})
         with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=["key"]) as writer:
@@ -305,9 +305,9 @@ def _tables(
     shard_set: ShardSet,
     views: EvaluationViews,
     experts: tuple[str, ...],
-    rows_a_group: int,
+    rows_per_group: int,
 ) -> Generator[pa.Table, None, None]:
-    """Yield the rows in the set's order, whole batches until there are `rows_a_group`."""
+    """Yield the rows in the set's order, whole batches until there are `rows_per_group`."""
     manifest, accelerator = shard_set.manifest, place_model(trained)
     loading = trained_loader(trained, shard_set, manifest.targets, views=views, device=accelerator.device)
     with loading as loader, progress("Features", manifest.num_samples) as update:
@@ -317,7 +317,7 @@ def _tables(
             waiting.append(_table(batch, _features(trained, batch, accelerator), manifest.targets, views, experts))
             held, done = held + waiting[-1].num_rows, done + waiting[-1].num_rows
             update(done, "samples")
-            if held >= rows_a_group:
+            if held >= rows_per_group:
                 yield pa.concat_tables(waiting)
                 waiting, held = [], 0
         if held:

@@ -422,12 +422,13 @@ def find_checkpoint(path: Path, which: str = "last") -> Path:
             )
         return best.checkpoint
     steps = [str(checkpoint.step_of_checkpoint(folder)) for folder in found]
-    if which not in steps:
+    number = which.lstrip("0") or which  # 08 is 8
+    if number not in steps:
         raise UserInputError(
             f"--checkpoint: expected best, last or a step of which {path} keeps the checkpoint ({', '.join(steps)}), "
             f"found {which!r}; training.keep_checkpoints and training.keep_best keep more of them"
         )
-    return found[steps.index(which)]
+    return found[steps.index(number)]
 
 
 def ranking_metric(run: RunDocument) -> str:

@@ -182,13 +182,9 @@ def assumed_reading(recipe: Recipe) -> Reading:
             f"{', '.join(PUBLISHED_ROWS)}, found {recipe.name}; give its shards by --data"
         )
     dataset, number = recipe.published.dataset, recipe.data.split
+    num_train = published_count(dataset, "train", number)
     num_validation = published_count(dataset, validation_split(recipe), number) if recipe.data.validation else 0
-    return _counted_reading(
-        recipe,
-        published_spaces(dataset),
-        num_train=published_count(dataset, "train", number),
-        num_validation=num_validation,
-    )
+    return _counted_reading(recipe, published_spaces(dataset), num_train=num_train, num_validation=num_validation)
 
 
 def read_without_traces(recipe: Recipe) -> Reading:

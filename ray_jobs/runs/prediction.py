@@ -224,7 +224,7 @@ def segment_of(video: Path, start_seconds: float | None, end_seconds: float | No
 def likeliest(
     classes: Mapping[str, Sequence[str]], probabilities: Mapping[str, ArrayLike], *, top: int
 ) -> list[Prediction]:
-    """Return the `top` classes of every target, the likeliest first; `probabilities` are one number a class."""
+    """Return the `top` classes of every target, the likeliest first; `probabilities` are one number per class."""
     found = []
     for target, names in classes.items():
         values = np.asarray(probabilities[target])

@@ -60,6 +60,19 @@ def test_a_silent_connection_is_opened_anew_though_the_job_has_ended_meanwhile(m
     assert "".join(shown) == "one\ntwo\n"
 
 
+def test_a_job_that_was_seen_to_end_has_ended_though_its_server_goes_before_its_log_is_whole() -> None:
+    class Going(Silent):
+        async def tail_job_logs(self, job_id: str, /) -> AsyncIterator[str]:
+            if not self.answers:
+                raise ConnectionRefusedError("refused")
+            async for piece in super().tail_job_logs(job_id):
+                yield piece
+
+    jobs = Going(connections=[(["one\n"], None), ([], None)], answers=[details("FAILED", 6)])
+    patience = Patience(attempts=3, pause_seconds=0.0, quiet_seconds=0.01)
+    assert exit_code(follow(jobs, "job", show=lambda _: None, patience=patience)) == 6
+
+
 def test_a_server_that_stays_away_is_given_up_and_the_job_is_not() -> None:
     jobs = FakeJobs(connections=[([], ConnectionRefusedError("refused"))] * 3)
     with pytest.raises(EnvironmentFault, match=r"job ours: its server does not answer \(refused\); the job may go on"):

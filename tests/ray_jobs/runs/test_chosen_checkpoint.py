@@ -55,7 +55,7 @@ def validate(run_dir: Path, scores: dict[int, float]) -> None:
     (run_dir / "journal.jsonl").write_text(text)
 
 
-@pytest.mark.parametrize(("which", "step"), [("last", 12), ("best", 8), ("4", 4)])
+@pytest.mark.parametrize(("which", "step"), [("last", 12), ("best", 8), ("4", 4), ("0012", 12)])
 def test_a_checkpoint_is_chosen_by_word_or_step(run_dir: Path, which: str, step: int) -> None:
     assert find_checkpoint(run_dir, which).name == f"step-{step}.attempt-1"
 

@@ -78,7 +78,7 @@ def test_every_sample_is_one_row_in_the_sets_own_order_without_padding(trained, 
 
 def test_rows_are_written_in_groups_as_they_come(trained, shards, tmp_path):
     write_features(tmp_path, shards.root, ONE_VIEW, out=tmp_path / "whole.parquet")
-    write_features(tmp_path, shards.root, ONE_VIEW, out=tmp_path / "groups.parquet", rows_a_group=3)
+    write_features(tmp_path, shards.root, ONE_VIEW, out=tmp_path / "groups.parquet", rows_per_group=3)
     assert pq.ParquetFile(tmp_path / "whole.parquet").num_row_groups == 1
     groups = pq.ParquetFile(tmp_path / "groups.parquet")
     assert [groups.metadata.row_group(index).num_rows for index in range(groups.num_row_groups)] == [4, 2]
@@ -130,7 +130,7 @@ def test_damage_ends_with_its_place_and_leaves_no_file(trained, tmp_path):
         flip_byte(shard, place)
     (tmp_path / "out").mkdir()
     with pytest.raises(DataDamageError, match="clip-0008"):
-        write_features(tmp_path, damaged.root, ONE_VIEW, out=tmp_path / "out" / "f.parquet", rows_a_group=1)
+        write_features(tmp_path, damaged.root, ONE_VIEW, out=tmp_path / "out" / "f.parquet", rows_per_group=1)
     assert list((tmp_path / "out").iterdir()) == []
 
 

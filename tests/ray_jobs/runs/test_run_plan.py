@@ -137,6 +137,12 @@ def test_j7_too_few_of_the_published_samples_are_refused_as_by_the_training(tmp_
         make_plan(load_recipe("cast_ucf_101", published), tmp_path / "run", device="cpu", assume_counts=True)
 
 
+def test_j7_a_split_that_was_never_published_is_named_as_the_one_to_train_on(tmp_path: Path) -> None:
+    recipe = load_recipe("cast_ucf_101", ["data.split=9"])
+    with pytest.raises(UserInputError, match="found train 9"):
+        make_plan(recipe, tmp_path / "run", device="cpu", assume_counts=True)
+
+
 def test_j7_an_undrawn_world_is_counted_with_its_repeats_and_limits() -> None:
     limits = ["data.repeats=3", "data.select.limit=20", "data.remainder=wrap"]
     reading = read_without_traces(load_recipe("smoke", limits))
