@@ -160,7 +160,9 @@ class EpochPlan:
         held = np.minimum(starts + np.minimum(slots, np.maximum(lengths - 1, 0)), self.num_samples - 1)
         sources, places = self._mixture.at(held)
         if self._record.shuffle_block:
-            for lane, source in {*zip(lanes.tolist(), sources.tolist(), strict=True)}:
+            # A lane without slots of its own repeats a sample of another lane: that lies in no block of its run.
+            in_lane = lengths > 0
+            for lane, source in {*zip(lanes[in_lane].tolist(), sources[in_lane].tolist(), strict=True)}:
                 here = (lanes == lane) & (sources == source)
                 places[here] = self._shuffled(lane, source, places[here])
         found = np.empty((3, len(places)), np.int64)
