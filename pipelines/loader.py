@@ -3,7 +3,7 @@
 ::
 
     EpochPlan        which samples sit in this step, on this rank          order/plan.py
-      ~> draws       which frames, crop, augmentation, spectrogram rows    views/, augment/
+      ~> draws       which frames, crop, augmentation, spectrogram rows    views.py, augment/
       ~> bytes       read by range, compared with the index                storage/samples.py  (threads)
       ~> pixels      decode, crop, resize, flip, RandAugment, erasing      decode/             (DALI's and own threads)
       ~> ClipBatch   with labels, times, spectrograms, how pairs are mixed this file
@@ -418,7 +418,8 @@ def _begun_ahead(items: Iterable[T], count: int) -> Iterator[T]:
 
 def intervals_seconds(entry: SampleEntry, view: ViewDraw, clip: ClipSpec) -> Float[Tensor, "intervals 2"]:
     """Return row 0: the spectrogram crop, padding included. Then the stored times of frames 2k and 2k+1."""
-    first_row, ticks = view.mel_start_row - view.spectrogram.roll, entry.frame_ticks[list(view.frame_indices)]
+    first_row = view.mel_start_row - view.spectrogram.roll
+    ticks = entry.frame_ticks[list(view.frame_indices)]
     mel = torch.tensor([[first_row, first_row + clip.mel_rows]], dtype=torch.float64) * MEL_ROW_SECONDS
     frames = torch.tensor(ticks.tolist(), dtype=torch.float64).view(-1, 2) / TICKS_PER_SECOND
     return torch.cat([mel, frames]).float()

@@ -43,7 +43,7 @@ class StageStats:
     """Finding a sample in its shard's index, and drawing its view."""
     fetch_seconds: float = 0.0
     checksum_seconds: float = 0.0
-    """Comparing them with the index."""
+    """Comparing the bytes read with the index."""
     decode_seconds: float = 0.0
     """Stored bytes to pixels."""
     augment_seconds: float = 0.0
@@ -56,7 +56,7 @@ class StageStats:
     """Remote sets: shards and indexes that this process fetched."""
     downloaded_bytes: int = 0
     download_seconds: float = 0.0
-    """Seconds in which they came, all threads together: requests that were answered."""
+    """Time of the downloads, all threads together: requests that were answered."""
     retries: int = 0
     """Requests tried again, and downloads with another hash."""
     quarantined: int = 0

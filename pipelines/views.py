@@ -62,7 +62,7 @@ class Timeline:
     """The scale on which a clip's frames are chosen: their numbers, or moments where their rate varies."""
 
     length: int
-    """Frames, or ticks; a last frame lasts as long as frames do in the middle of their lengths."""
+    """Frames, or ticks; the last frame counts for the median interval."""
     stride: int
     """Of a dense window."""
     ticks: NDArray[np.int32] | None = None
@@ -142,7 +142,7 @@ class ViewDraw:
 
 @dataclass(frozen=True, slots=True)
 class _Stream:
-    """The random numbers of one reading of a sample, a stream a purpose."""
+    """The random numbers of one reading of a sample, one stream per purpose."""
 
     seed: int
     epoch: int

@@ -123,7 +123,8 @@ class ErasingConfig:
         whether, how_many, *rest = numbers
         if whether >= self.probability:
             return ()
-        erased, count = list[ErasedBox](), 1 + int(how_many * self.most_boxes)
+        erased: list[ErasedBox] = []
+        count = 1 + int(how_many * self.most_boxes)
         for index in range(count):
             own = rest[index * _NUMBERS_PER_BOX : (index + 1) * _NUMBERS_PER_BOX]
             if (box := self._box(own, size, part=1 / count)) is not None:

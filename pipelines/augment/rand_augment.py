@@ -127,6 +127,7 @@ class RandAugment:
     """Mean magnitude, 0..10."""
     num_operations: int
     probability: float
+    """That a drawn operation is applied."""
     magnitude_std: float
     """Standard deviation of the magnitude; 0: always the mean; above 100: evenly spread over 0..mean, as in timm."""
 

@@ -151,7 +151,8 @@ class ClipGraph:
         Raises:
             CA2STError: a clip is stored in the other of the two forms.
         """
-        fed, boxes = _fed_clips(requests, is_video=self.is_video), list[Sequence[CropBox]]()
+        fed = _fed_clips(requests, is_video=self.is_video)
+        boxes: list[list[CropBox]] = []  # per view, those of the clips
         if self.on_gpu:
             fed["flips"] = [np.array(one.flip, np.int32) for one in requests for _ in range(self.samples_per_clip)]
             boxes = [[one.boxes[view] for one in requests] for view in range(self.views_per_clip)]

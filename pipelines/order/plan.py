@@ -95,7 +95,7 @@ class SamplePlan:
             for group, source, share in zip(self._groups, self._sources, shares, strict=True)
         ]
         return (
-            f"plan: {self.num_steps} steps of {self.record.global_batch_size} clips an epoch "
+            f"plan: {self.num_steps} steps of {self.record.global_batch_size} clips per epoch "
             f"(remainder {self.record.remainder}); {'; '.join(parts)}"
         )
 
@@ -156,11 +156,14 @@ class EpochPlan:
         lanes, inside = np.divmod(np.arange(positions.start, positions.stop), batch // self._record.num_lanes)
         pairs, inside = np.divmod(step * (batch // self._record.num_lanes) + inside, 2 * repeats)
         slots, copies = 2 * pairs + inside % 2, inside // 2
+        # A place behind a lane's end repeats its last slot, as padding.
         starts, lengths = self._lane_edges[lanes], np.diff(self._lane_edges)[lanes]
         held = np.minimum(starts + np.minimum(slots, np.maximum(lengths - 1, 0)), self.num_samples - 1)
         sources, places = self._mixture.at(held)
         if self._record.shuffle_block:
-            for lane, source in {*zip(lanes.tolist(), sources.tolist(), strict=True)}:
+            # A lane without slots of its own repeats a sample of another lane: that lies in no block of its run.
+            in_lane = lengths > 0
+            for lane, source in {*zip(lanes[in_lane].tolist(), sources[in_lane].tolist(), strict=True)}:
                 here = (lanes == lane) & (sources == source)
                 places[here] = self._shuffled(lane, source, places[here])
         found = np.empty((3, len(places)), np.int64)
@@ -173,7 +176,8 @@ class EpochPlan:
 
     def _shuffled(self, lane: int, source: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the places of a lane's run of a source, each exchanged within its block."""
-        (first, end), size = self._readings[lane : lane + 2, source].tolist(), self._record.shuffle_block
+        first, end = self._readings[lane : lane + 2, source].tolist()
+        size = self._record.shuffle_block
         blocks, inside = np.divmod(places - first, size)
         shuffled = np.empty_like(places)
         for block in np.unique(blocks).tolist():

@@ -274,7 +274,7 @@ def _shards(
 
 
 def _labels(table: pa.Table, shard: ShardEntry, expected: int | None) -> list[LabelLists]:
-    """The labels of a shard by label space; `expected` labels a sample, or None: any number of the one space."""
+    """The labels of a shard by label space; `expected` labels per sample, or None: any number of the one space."""
     try:
         column = table.column("labels").combine_chunks()
         flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.int64)

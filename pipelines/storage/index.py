@@ -31,7 +31,7 @@ class SampleEntry:
     shard: ShardEntry
     key: str
     labels: tuple[int, ...]
-    """One per label space of the manifest; in a set of several labels a sample, those of its one space, ascending."""
+    """One per label space of the manifest; in a set of several labels per sample, those of its one space, ascending."""
     has_audio: bool
     mel_rows: int
     mel_offset: int
@@ -65,7 +65,7 @@ class ShardIndex:
     def __init__(self, shard: ShardEntry, table: pa.Table, *, num_labels: int | None, codec: StoredCodec) -> None:
         """Take the columns as NumPy arrays; by DLPack, as pyarrow's `to_numpy` would import pandas first.
 
-        `num_labels` None: any number of labels a sample, ascending.
+        `num_labels` None: any number of labels per sample, ascending.
 
         Raises:
             ShardSetDamageError: it has another number of rows, or places with nothing in them.

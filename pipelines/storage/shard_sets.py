@@ -234,7 +234,7 @@ def check_agreement(shard_sets: Sequence[ShardSet], targets: Sequence[str]) -> N
 
 
 def require_labels(shard_set: ShardSet, *, what: str, labelling: str) -> None:
-    """Raise `UserInputError` for a set without labels, which `what` needs, or with another number of them a sample."""
+    """Raise `UserInputError` for a set without labels, which `what` needs, or with another labelling."""
     found = shard_set.manifest.labelling
     if found == "none":
         raise UserInputError(
@@ -244,7 +244,7 @@ def require_labels(shard_set: ShardSet, *, what: str, labelling: str) -> None:
         )
     if found != labelling:
         raise UserInputError(
-            f"{shard_set.where}: expected {labelling} label{'s' * (labelling != 'one')} a sample, as in the first "
+            f"{shard_set.where}: expected {labelling} label{'s' * (labelling != 'one')} per sample, as in the first "
             f"training set, found {found}; convert both with the same column of labels"
         )
 

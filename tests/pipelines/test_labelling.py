@@ -1,4 +1,4 @@
-"""Sets of several labels a sample, and of none, from their indexes to batches."""
+"""Sets of several labels per sample, and of none, from their indexes to batches."""
 
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def test_training_on_a_set_without_labels_is_refused(tmp_path: Path) -> None:
 def test_sets_of_one_and_of_several_labels_are_not_read_as_one(tmp_path: Path) -> None:
     sets = [make(tmp_path / "one", [(0,)] * 4, "one"), make(tmp_path / "several", [(0,)] * 4, "several")]
     both = TrainSetup(shard_sets=sets, clip=CLIP, targets=("label",), global_batch_size=2, seed=0)
-    with pytest.raises(UserInputError, match="several: expected one label a sample, as in the first training set"):
+    with pytest.raises(UserInputError, match="several: expected one label per sample, as in the first training set"):
         both.plan()
 
 

@@ -56,6 +56,14 @@ def test_p5_pad_reads_each_sample_exactly_once_and_marks_the_rest(sizes: list[in
     assert marked.sum() < batch
 
 
+@pytest.mark.parametrize("samples", [1, 3, 7])
+def test_a_lane_without_samples_repeats_those_of_another_whether_shuffled_or_not(samples: int) -> None:
+    record = make_record(batch=16, lanes=8, shuffle_block=4, remainder="pad")
+    step = EpochPlan(record, [plain_source([samples])], epoch=0).samples(0, range(16))
+    assert sorted(one.row for one in step if not one.is_padding) == list(range(samples))
+    assert {one.row for one in step} == set(range(samples))
+
+
 @few
 @given(sizes=shard_sizes, batch=batches, world=st.integers(1, 8), block=blocks, pad=st.booleans())
 def test_p5_every_world_size_reads_the_same_order_and_no_rank_starves(

@@ -86,7 +86,7 @@ def test_weights_and_epoch_length_decide_how_often_each_set_is_read(
     ):
         assert loader.steps_per_epoch == 48
     (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("plan: ")]
-    assert "48 steps of 4 clips an epoch (remainder drop)" in line
+    assert "48 steps of 4 clips per epoch (remainder drop)" in line
     assert f"{two_sets[0].root}: 12 samples, each read 5.333 times on average" in line
     assert f"{two_sets[1].root}: 8 samples, each read 16" in line
 
