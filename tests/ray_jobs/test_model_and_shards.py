@@ -13,7 +13,6 @@ from ca2st.errors import UserInputError
 from ca2st.weights.model_file import export_model
 from pipelines.views import EvaluationViews
 from ray_jobs.config.recipe import MixtureSet, Recipe, StartConfig
-from ray_jobs.evaluation import workers as evaluation
 from ray_jobs.evaluation.workers import evaluate_checkpoint
 from ray_jobs.launch import launch
 from ray_jobs.own_data.training import plan_training
@@ -61,8 +60,7 @@ def test_a_checkpoint_that_hears_is_neither_tested_on_other_sounds_nor_asked_for
 ) -> None:
     trained = in_run_folder(trained_model(tmp_path / "run"))
     other = set_of(tmp_path / "other", changes)
-    for module in (evaluation, inference):
-        monkeypatch.setattr(module, "load_trained", lambda _: trained)
+    monkeypatch.setattr(inference, "load_trained", lambda _: trained)
     with pytest.raises(UserInputError, match=message):
         evaluate_checkpoint(tmp_path / "run", other.root, ONE_VIEW)
     with pytest.raises(UserInputError, match=message):
