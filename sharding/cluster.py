@@ -154,7 +154,7 @@ def _wait_for_room() -> None:
     import ray
     from ray.exceptions import GetTimeoutError, RayError
 
-    ticket = ray.remote(num_cpus=1, max_retries=_MOST_LOSSES)(lambda: None).remote()
+    ticket = ray.remote(num_cpus=1, max_retries=_MOST_LOSSES)(_nothing).remote()
     try:
         ray.get(ticket, timeout=_START_SECONDS)
     except GetTimeoutError:
@@ -165,6 +165,10 @@ def _wait_for_room() -> None:
         ) from None
     except RayError as error:
         raise EnvironmentFault(f"no conversion worker can be started: {_ends(error)}; fix that and rerun") from error
+
+
+def _nothing() -> None:
+    """What `_wait_for_room` runs; to find it a worker imports this module, so all that it needs to make shards."""
 
 
 def _make_on_node(

@@ -221,9 +221,8 @@ class _Conversion:
                 if not self._drop_changed(finished=True):
                     _log.info("already finished, nothing to convert: %s", self._out)
                     return report
-                self._files.remove(
-                    MANIFEST_NAME
-                )  # before any shard is made anew: a kill leaves no manifest over a mixture
+                # Before any shard is made anew: a kill leaves no manifest over a mixture.
+                self._files.remove(MANIFEST_NAME)
                 is_update = True
         elif self._config.append:
             raise ConversionRefusedError(

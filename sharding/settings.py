@@ -268,7 +268,8 @@ def plan_shards(source: SourceList, config: ConversionConfig) -> ShardPlan:
     starts, filled, total = array("q"), 0.0, 0.0
     for position, sample in enumerate(source.samples):
         if (seconds := sample.seconds) is None:
-            untimed = untimed or untimed_seconds(source, config)
+            if untimed is None:
+                untimed = untimed_seconds(source, config)
             seconds = untimed
         num_bytes = _BESIDE_BYTES + seconds * bytes_per_second
         if not starts or filled + num_bytes > room:

@@ -12,6 +12,7 @@ import signal
 import tempfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -139,22 +140,26 @@ def _made_in_turn(
                 yield setup.config.job(sample)
 
     clips = pool.map(jobs())
-    # While the children start and decode their first clips; no executor: Ctrl-C would wait for it.
-    loading = None if setup.config.audio_policy == "none" else Thread(target=_preload_filter_bank, daemon=True)
-    if loading:
-        loading.start()
+    loaded = Future[None]()  # while the children start and decode their first clips
+    if setup.config.audio_policy == "none":
+        loaded.set_result(None)
+    else:
+        Thread(target=_load_filter_bank, args=(loaded,), daemon=True).start()  # no executor: Ctrl-C would wait for it
     for clip in clips:
-        if loading:
-            loading.join()
-            load_filter_bank()
+        loaded.result()
         task, states = begun.popleft()
         of_task = itertools.chain([clip], itertools.islice(clips, len(task.samples) - 1))
         yield _made(setup, task, of_task, states, on_sample)
 
 
-def _preload_filter_bank() -> None:
-    with contextlib.suppress(EnvironmentFault):  # raised again where it is needed
+def _load_filter_bank(loaded: Future[None]) -> None:
+    """Import it once: a second import of torch after one that failed ends with another error, which says less."""
+    try:
         load_filter_bank()
+    except BaseException as error:  # noqa: BLE001  raised where the result is awaited
+        loaded.set_exception(error)
+    else:
+        loaded.set_result(None)
 
 
 def _made(

@@ -347,7 +347,11 @@ class LocalFiles:
 
     def sizes(self) -> dict[str, int]:
         """Return size of every file of the folder by name."""
-        return {path.name: path.lstat().st_size for path in self.folder.iterdir()}
+        found = {}
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another process may remove its temporary files meanwhile
+                found[path.name] = path.lstat().st_size
+        return found
 
     def read(self, name: str) -> bytes:
         """Return a whole small file."""

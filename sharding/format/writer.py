@@ -120,7 +120,7 @@ def _write_members(
     try:
         for sample in samples:
             offsets = {}
-            for member in MEMBERS:  # one call a member: within a call TarWriter sorts by suffix
+            for member in MEMBERS:  # one call per member: within a call TarWriter sorts by suffix
                 offsets[member] = tar.tarstream.offset + tarfile.BLOCKSIZE
                 tar.write({"__key__": sample.key, MEMBER_SUFFIXES[member]: getattr(sample, member)})
             rows.append(_index_row(sample, offsets))

@@ -355,6 +355,19 @@ def test_without_torchaudio_a_conversion_ends_with_advice_and_one_without_sound_
     assert file_hashes(tmp_path / "silent") == reference.hashes
 
 
+def test_the_filter_bank_is_imported_once_and_its_first_error_is_told(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[Exception] = [EnvironmentFault("the cause"), RuntimeError("half of torch is there already")]
+
+    def load() -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(shard_task, "load_filter_bank", load)
+    with pytest.raises(EnvironmentFault, match="the cause"):
+        convert(reference.source, tmp_path / "out", small_config(audio_policy="optional"))
+
+
 def test_what_is_left_of_a_shard_that_the_plan_does_not_have_is_removed(reference: Reference, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

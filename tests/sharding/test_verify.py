@@ -181,6 +181,14 @@ def test_a_file_the_manifest_does_not_name_is_a_problem(restored: Path) -> None:
     ]
 
 
+def test_a_file_that_goes_while_its_folder_is_listed_is_no_fault(
+    restored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterdir = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter([*iterdir(self), self / ".gone.tmp"]))
+    assert verify_shard_set(restored) == []
+
+
 def test_the_lock_of_a_converter_killed_at_its_very_end_is_no_damage(restored: Path) -> None:
     (restored / LOCK_NAME).write_text('{"pid": 1, "host": "gone"}')
     assert verify_shard_set(restored) == []

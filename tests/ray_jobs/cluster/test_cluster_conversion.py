@@ -9,6 +9,7 @@ from ca2st.errors import UserInputError
 from ray_jobs.cli import app
 from ray_jobs.cluster.conversion import workers_on
 from ray_jobs.cluster.ray_access import Node
+from sharding import cluster
 from support.media import make_clip
 
 
@@ -32,7 +33,7 @@ def test_a_cluster_without_a_token_is_refused_and_nothing_is_left(
     assert not (tmp_path / "out").exists()
 
 
-def test_one_worker_a_cpu_is_started_unless_fewer_are_asked_for() -> None:
+def test_one_worker_per_cpu_is_started_unless_fewer_are_asked_for() -> None:
     nodes = [node(1, 16.0), node(2, 3.5)]
     assert workers_on(nodes, None) == 19
     assert workers_on(nodes, 4) == 4
@@ -46,3 +47,21 @@ def test_j3_more_workers_than_cpus_are_refused_with_the_sizes_of_the_nodes() -> 
 def test_a_cluster_without_cpus_is_refused() -> None:
     with pytest.raises(UserInputError, match="expected a node with CPUs"):
         workers_on([], None)
+
+
+def test_the_first_try_of_a_worker_imports_what_it_needs_to_make_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node without our packages is so named at once, and not as a shard that loses its workers."""
+    tried: list[object] = []
+
+    class Remote:
+        def __init__(self, function: object) -> None:
+            tried.append(function)
+
+        def remote(self) -> None:
+            pass
+
+    monkeypatch.setattr("ray.remote", lambda **_: Remote)
+    monkeypatch.setattr("ray.get", lambda _ticket, **_: None)
+    cluster._wait_for_room()
+    assert all(getattr(cluster, function.__name__, None) is function for function in tried)  # type: ignore[attr-defined]
+    assert len(tried) == 1
