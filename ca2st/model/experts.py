@@ -353,13 +353,10 @@ class ResNetExpert(Expert):
         self.stage_of_layer = stage_of_layer(config.depth)
         self.num_layers = config.depth
         self.no_stage = nn.Identity()
-        frames, side = clip.num_frames // 2, clip.crop_size // _STEM_STRIDE
-        self.stem_grid, *self.grids = (
-            TokenGrid(
-                num_sequences=frames, num_prefix=0, num_frames=frames, num_patches=(side // coarser) ** 2, dim=dim
-            )
-            for coarser, dim in ((1, _STEM_DIM), *((2**stage, 256 * 2**stage) for stage in range(RESNET_STAGES)))
-        )
+        self.stem_grid = _map_grid(clip, stride=_STEM_STRIDE, dim=_STEM_DIM)
+        self.grids = [
+            _map_grid(clip, stride=_STEM_STRIDE * 2**stage, dim=256 * 2**stage) for stage in range(RESNET_STAGES)
+        ]
         self.feature_dim = self.grids[-1].dim
 
     def grid_at(self, index: int) -> TokenGrid:
@@ -380,6 +377,14 @@ class ResNetExpert(Expert):
     def pool(self, tokens: Float[Tensor, "batch sequences tokens dim"]) -> Float[Tensor, "batch feature"]:
         """Return the mean over places and frames; there is no final norm."""
         return tokens.mean(dim=(1, 2))
+
+
+def _map_grid(clip: ClipSpec, *, stride: int, dim: int) -> TokenGrid:
+    """Return the layout of one feature map per token time, each crop_size / `stride` on a side."""
+    frames = clip.num_frames // 2
+    return TokenGrid(
+        num_sequences=frames, num_prefix=0, num_frames=frames, num_patches=(clip.crop_size // stride) ** 2, dim=dim
+    )
 
 
 ENCODERS: dict[EncoderName, Callable[[ModelConfig, ClipSpec], Expert]] = {

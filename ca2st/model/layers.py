@@ -401,7 +401,8 @@ def _bottlenecks(
         for expert in bridge.experts:
             name = bottleneck_name(bridge.name, expert, shared=config.shared_bottleneck)
             experts[name] = expert
-            widening |= {name} if expert in bridge.updated else set()
+            if expert in bridge.updated:
+                widening.add(name)
     return nn.ModuleDict(
         {
             name: Bottleneck(grids[expert].dim, config.bottleneck_dim, widens=name in widening)

@@ -213,7 +213,7 @@ def head_inputs(config: ModelConfig, targets: Sequence[TargetSpec]) -> dict[str,
     if config.fusion == "independent" and not is_verb_noun(targets):
         found = ", ".join(target.name for target in targets)
         raise UserInputError(
-            f"fusion independent: expected the targets verb and noun, one an expert, found {found}; "
+            f"fusion independent: expected the targets verb and noun, one per expert, found {found}; "
             "for other labels train the experts alone: kind spatial, temporal"
         )
     if is_verb_noun(targets) and config.kind in _VERB_NOUN_INPUTS:

@@ -105,18 +105,17 @@ def _timm(name: str, rest: str) -> HubSource:
 
 
 def _checked(source: HubSource, *, quick_gelu: bool, url: str) -> HubSource:
-    """Refuse a registry's entry that is of no use; its repository may be written `ORG/NAME/` or `ORG/NAME/FILE`."""
+    """Refuse a registry's entry that is of no use; its repository may be `NAME`, `ORG/NAME/` or `ORG/NAME/FILE`."""
     if not quick_gelu:
         raise UserInputError(
             f"{source.name}: expected weights that were trained with QuickGELU, as the spatial expert has it, found "
             "GELU; take those of openai, metaclip_400m or dfn2b"
         )
-    organisation, _, path = source.repository.strip("/").partition("/")
-    if not organisation:
+    parts = source.repository.strip("/").split("/", 2)
+    if not parts[0]:
         told = f"; fetch {url} and give the file's path" if url else ""
         raise UserInputError(f"{source.name}: expected weights in a repository of the hub, found none{told}")
-    repository, _, file = path.partition("/")
-    return replace(source, repository=f"{organisation}/{repository}", files=(file,) if file else source.files)
+    return replace(source, repository="/".join(parts[:2]), files=tuple(parts[2:]) or source.files)
 
 
 def is_quick_gelu(full_name: str) -> bool:

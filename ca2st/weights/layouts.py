@@ -391,7 +391,9 @@ def _resnet50_names() -> dict[str, str]:
     for stage, num_blocks in enumerate((3, 4, 6, 3)):
         for block in range(num_blocks):
             theirs, ours = f"layer{stage + 1}.{block}.", f"stages.{stage}.{block}."
-            inside = [(f"conv{i}", f"bn{i}") for i in (1, 2, 3)] + [("downsample.0", "downsample.1")] * (block == 0)
+            inside = [(f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
+            if block == 0:
+                inside.append(("downsample.0", "downsample.1"))
             units += [(theirs + conv, theirs + norm, ours + conv, ours + norm) for conv, norm in inside]
     names: dict[str, str] = {}
     for their_conv, their_norm, our_conv, our_norm in units:

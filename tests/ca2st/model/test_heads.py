@@ -158,5 +158,5 @@ def test_independent_experts_answer_apart_and_need_a_target_each():
     head, f, logits = _head("cast", VERB_NOUN, fusion="independent")
     torch.testing.assert_close(logits["noun"], head.classifiers["noun"](f["spatial"]))
     torch.testing.assert_close(logits["verb"], head.classifiers["verb"](f["temporal"]))
-    with pytest.raises(UserInputError, match="expected the targets verb and noun, one an expert, found label"):
+    with pytest.raises(UserInputError, match="expected the targets verb and noun, one per expert, found label"):
         _head("cast", ONE_TARGET, fusion="independent")

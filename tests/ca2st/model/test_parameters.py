@@ -164,6 +164,12 @@ def test_whatever_is_trained_gets_a_gradient_and_nothing_else_a_buffer_for_one(k
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
+def test_a_rule_of_a_set_that_names_nothing_is_refused_with_its_patterns():
+    model = tiny_model("cast", fusion="independent", adapters=False, targets=VERB_NOUN)
+    with pytest.raises(RuleMatchesNothingError, match=r"found none for: adapters \(.*adapters\.\*.*\) \(nearest"):
+        set_trainable(model, "adapters")
+
+
 def test_a_rule_that_names_nothing_changes_nothing():
     model = tiny_model("cast")
     before = _trained(model)

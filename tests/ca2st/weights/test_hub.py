@@ -114,6 +114,22 @@ def test_unknown_names_and_other_networks_are_refused_before_anything_is_fetched
         resolve_hub_name(name)
 
 
+@pytest.mark.parametrize(
+    ("written", "repository", "file"),
+    [
+        ("clip", "clip", "open_clip_model.safetensors"),
+        ("org/clip/", "org/clip", "open_clip_model.safetensors"),
+        ("org/clip/a/b.pt", "org/clip", "a/b.pt"),
+    ],
+)
+def test_a_registrys_repository_may_lack_an_organisation_or_name_a_file(monkeypatch, written, repository, file):
+    from open_clip import pretrained
+
+    monkeypatch.setitem(pretrained._PRETRAINED["ViT-B-16"], "elsewhere", {"hf_hub": written, "quick_gelu": True})
+    source = resolve_hub_name("open_clip:ViT-B-16/elsewhere")
+    assert (source.repository, source.files[0]) == (repository, file)
+
+
 def test_a_model_that_only_has_an_address_says_so(monkeypatch):
     from open_clip import pretrained
 
