@@ -106,7 +106,7 @@ def named_labels(labels: tuple[int, ...], spaces: tuple[LabelSpace, ...], labell
 LOOK_ALIKE = "labels that look alike"
 SEVERAL_LABELS = "labels that may be several"
 NO_LABEL = "samples of no class"
-"""Kept, in a set of several labels a sample."""
+"""Kept, in a set of several labels per sample."""
 INVISIBLE = "labels with invisible characters"
 MISSING_LABELS = "labels that may be missing values"
 ONE_CLASS = "class alone"
@@ -191,7 +191,7 @@ def refuse_doubtful(notes: Mapping[str, int], examples: Mapping[str, Sequence[st
 
 
 _ADVICE = {
-    SEVERAL_LABELS: "each is one class; for several labels a sample name the column `labels`, and give what stands "
+    SEVERAL_LABELS: "each is one class; for several labels per sample name the column `labels`, and give what stands "
     "between them with --label-separator",
 }
 """What to do about a kind of note, behind its line."""

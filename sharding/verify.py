@@ -257,7 +257,7 @@ def _twice(row: _Row, said: "_Said", spaces: Sequence[LabelSpace]) -> Iterator[t
     """Yield what is said twice: its name, what the index says, what the JSON says."""
     labels = said.get("labels", {})
     lists = [label for label in labels.values() if isinstance(label, list)]
-    if lists:  # several labels a sample, of the one space
+    if lists:  # several labels per sample, of the one space
         yield "labels", row["labels"], [label["index"] for label in lists[0]]
     elif "labels" in said:
         named = {space.name: label for space, label in zip(spaces, row["labels"], strict=False)}

@@ -158,7 +158,7 @@ class TimeCodes(NamedTuple):
     """Codes that are added to the patches of each side."""
 
     video: Float[Tensor, "batch frames 1 width"]
-    """One code a token time, the same for its patches; read by the spatial and the temporal expert."""
+    """One code per token time, the same for its patches; read by the spatial and the temporal expert."""
     audio: Float[Tensor, "batch 1 patches width"] | None
     """One code a spectrogram patch; None where no exchange with audio reads it."""
 

@@ -1,4 +1,4 @@
-"""Readers of annotation files, one a file, in an explicit table.
+"""Readers of annotation files, one per file, in an explicit table.
 
 A reader takes a `DatasetRequest` and returns a `SourceList`: which segment of which file carries which labels. It
 checks every row before any video is decoded. Adding a dataset = one module with ``read`` and one line here.

@@ -353,7 +353,7 @@ def test_c11_a_label_that_may_be_several_is_noted_with_what_to_do(tmp_path: Path
     source = read(tmp_path, ["a.mp4,dog|cat", "b.mp4,cat"])
     assert source.notes[SEVERAL_LABELS] == ("'dog|cat'",)
     (line,) = (line for line in note_lines(source.notes) if SEVERAL_LABELS in line)
-    assert "each is one class; for several labels a sample name the column `labels`" in line
+    assert "each is one class; for several labels per sample name the column `labels`" in line
 
 
 def test_a_test_list_may_be_without_labels_and_no_other(tmp_path: Path) -> None:
