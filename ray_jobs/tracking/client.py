@@ -80,7 +80,7 @@ class StoreError(TrackingUnavailableError):
 
 def complaint_of_status(status: int, *, retry_after: str | None = None) -> Complaint:
     """Return the trouble behind an HTTP status; `retry_after` is that header (seconds; dates are not read)."""
-    seconds = float(retry_after) if retry_after is not None and retry_after.strip().isdigit() else None
+    seconds = float(retry_after) if retry_after is not None and retry_after.strip().isdecimal() else None
     known: dict[int, Kind] = {401: "refused", 403: "refused", 429: "busy"}
     kind = known.get(status, "failing" if status >= 500 else "rejected")
     return Complaint(kind=kind, detail=str(status), retry_after_seconds=seconds)

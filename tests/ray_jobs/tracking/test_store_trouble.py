@@ -276,6 +276,7 @@ def test_k2_a_server_that_asks_to_be_left_alone_is_left_alone_for_as_long(fake: 
     assert pause_seconds(1, endless, interval_seconds=2.0) == 600
     dated = complaint_of_status(429, retry_after="Wed, 21 Oct 2015 07:28:00 GMT")
     assert dated.retry_after_seconds is None
+    assert complaint_of_status(429, retry_after="3²").retry_after_seconds is None  # float() reads no ²
 
 
 def test_k2_settings_of_the_environment_that_mlflow_refuses_are_a_trouble_with_the_store(
