@@ -116,13 +116,12 @@ def _acquire(path: Path) -> int:
             raise EnvironmentFault(f"cannot lock {path}: {error.strerror}; choose another folder") from error
         if is_ours and _is_at(path, descriptor):
             return descriptor
-        os.close(descriptor)
+        os.close(descriptor)  # of a file that is ours: its last holder removed it between our open and our lock
         if not is_ours:
             raise ConversionRefusedError(
                 f"{path.parent}: another conversion writes here ({_holder(path)}); "
                 "wait for it, stop it, or choose another --out"
             )
-        # else: its last holder removed it between our open and our lock
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -55,7 +55,7 @@ class ModelBenchConfig:
     compiled: bool | None = None
     """Measure the compiled layers too. None: on a GPU; on a CPU compiling takes longer than measuring."""
     baseline: bool = True
-    """Measure the plain formulation too (`ca2st.benchmark.case`)."""
+    """Measure the plain formulation too (`plain_model`)."""
     clip: ClipSpec = field(default_factory=ClipSpec)
     """Sizes of a clip. Default: 16 frames of 224 pixels, 4 s of sound."""
 
@@ -124,10 +124,10 @@ class Case(Protocol):
     """A case, here or in another process."""
 
     def seconds(self, kind: PassKind) -> float:
-        """Run one pass; how long it took. The first one of a kind warms up and is not to be counted."""
+        """Run one pass; return the seconds it took. The first one of a kind warms up and is not to be counted."""
 
     def peak_bytes(self) -> int:
-        """Return highest memory since the last `reset_peak`, weights included."""
+        """Return the highest memory since the last `reset_peak`, weights included."""
 
     def reset_peak(self) -> None:
         """Forget earlier peaks."""

@@ -163,7 +163,7 @@ class PeakMemory:
             _RESET.write_text(_RESET_PEAK)
 
     def num_bytes(self) -> int:
-        """Return highest memory since the last reset."""
+        """Return the highest memory since the last reset."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return max(_resident("VmHWM") - self._before, 0)

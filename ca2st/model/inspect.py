@@ -344,7 +344,7 @@ def window_tokens(
 def _chunks(
     q: Float[Tensor, "batch heads windows queries head_dim"], *, num_keys: int
 ) -> Iterator[tuple[slice, slice]]:
-    """Yield (windows, queries) a time: parts that make at most `_MOST_SCORES` weights, or a single query."""
+    """Yield slices of windows and queries: parts that make at most `_MOST_SCORES` weights, or a single query."""
     batch, heads, num_windows, num_queries, _ = q.shape
     queries_at_once = max(1, _MOST_SCORES // (batch * heads * num_keys))
     windows_at_once = max(1, queries_at_once // num_queries)

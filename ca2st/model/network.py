@@ -224,7 +224,7 @@ def head_inputs(config: ModelConfig, targets: Sequence[TargetSpec]) -> dict[str,
 
 
 class Head(nn.Module):
-    """Last adapters and one Linear classifier a target."""
+    """Last adapters and one Linear classifier per target."""
 
     def __init__(
         self, config: ModelConfig, targets: Sequence[TargetSpec], feature_dims: Mapping[ExpertName, int]

@@ -160,7 +160,7 @@ class TimeCodes(NamedTuple):
     video: Float[Tensor, "batch frames 1 width"]
     """One code per token time, the same for its patches; read by the spatial and the temporal expert."""
     audio: Float[Tensor, "batch 1 patches width"] | None
-    """One code a spectrogram patch; None where no exchange with audio reads it."""
+    """One code per spectrogram patch; None where no exchange with audio reads it."""
 
     def of(self, expert: ExpertName) -> Tensor:
         """Return the codes of an expert's patches; every expert but audio keeps the video's time."""

@@ -142,7 +142,7 @@ def open_run(
 ) -> RunStart:
     """Tidy a run folder and find where to go on; the caller holds its lock.
 
-    `wanted` is the identity of the run to be (`record.identity`); `versions` and `topology` are those of now;
+    `wanted` is the identity of the run to be (`identity`); `versions` and `topology` are those of now;
     `strict` refuses damage and other versions instead of warning.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Random erasing: boxes of a view painted over, the same boxes in every frame.
+"""Boxes: where a view is cut out of the picture; random erasing, which paints boxes of every frame of a view over.
 
-Source: Zhong et al., "Random Erasing Data Augmentation" (2017), as in timm's ``RandomErasing``. The published runs of
-CAST, CAVA and CA2ST do not erase.
+Source of the erasing: Zhong et al., "Random Erasing Data Augmentation" (2017), as in timm's ``RandomErasing``. The
+published runs of CAST, CAVA and CA2ST do not erase.
 """
 
 import math

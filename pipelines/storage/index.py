@@ -159,7 +159,10 @@ class ShardIndexCache:
         self._bytes = 0
 
     def entry(self, shard: int, row: int) -> SampleEntry:
-        """Return the sample at `row` of the shard at `shard` in the shard table; raises as `ShardIndex`, or `read`."""
+        """Return the sample at `row` of the shard at `shard` in the shard table.
+
+        Raises as `ShardIndex` and `ShardFiles.read_index`.
+        """
         return self._index(shard).entry(row)
 
     def sample_ids(self) -> list[str]:

@@ -111,7 +111,7 @@ def prepared(choices: Choices) -> PreparedJob:
     run_dir = run_folder(recipe, choices.out)
     # Files that only the cluster sees are checked there.
     there = {name: None for name, source in recipe.experts.sources().items() if not is_hub_name(source)}
-    check_settings(replace(recipe, experts=replace(recipe.experts, **there)))  # type: ignore[arg-type]  # experts' names
+    check_settings(replace(recipe, experts=replace(recipe.experts, **there)))  # type: ignore[arg-type]  # expert names
     text, _ = read_recipe(choices.recipe)
     git = environment.git_state(Path.cwd())
     # Messages of the job name the recipe as the user does.

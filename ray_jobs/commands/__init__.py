@@ -1,1 +1,1 @@
-"""One file a command of ``ca2st``. Modules here import nothing heavy: ``ca2st --help`` answers at once."""
+"""The commands of ``ca2st``, a file per group. Modules here import nothing heavy: ``ca2st --help`` answers at once."""

@@ -30,7 +30,7 @@ def takes(options: type[_Options]) -> Callable[[Callable[[_Options], None]], Cal
             function(options(**given))
 
         command.__annotations__ = get_type_hints(options, include_extras=True)
-        command.__signature__ = inspect.signature(options)  # type: ignore[attr-defined]  # what `inspect` asks for first
+        command.__signature__ = inspect.signature(options)  # type: ignore[attr-defined]  # `inspect` asks for it first
         return command
 
     return decorate

@@ -35,7 +35,7 @@ _MOST_SHOWN_CHARACTERS = 32
 def evaluate(
     checkpoints: Annotated[
         list[Path],
-        typer.Argument(help="Checkpoint folders, or run folders for their newest one; one a --data, or one."),
+        typer.Argument(help="Checkpoint folders, or run folders for their newest one; one per --data, or one."),
     ],
     data: Annotated[list[str], typer.Option(help="Shards to test on: a folder or a URL; may be repeated.")],
     views: Annotated[str, typer.Option(help="Clips x crops per sample: 2x3 as published, Kinetics-400: 5x3.")] = "2x3",

@@ -582,7 +582,7 @@ MOST: Mapping[str, int] = {
 
 
 def beyond_limits(leaves: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with numbers among a recipe's settings by dotted path, one text a key."""
+    """Yield what is wrong with numbers among a recipe's settings by dotted path, one text per key."""
     for path, value in leaves.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or path.endswith(_UNBOUNDED):
             continue

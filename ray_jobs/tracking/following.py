@@ -194,7 +194,7 @@ def follow(run_dir: Path, *, parent_pid: int, say: Say, interval_seconds: float 
                 is_first = False
                 with suppress(TrackingUnavailableError):  # the next follower finds them too
                     end_orphans(run_dir, host=socket.gethostname(), say=say, is_asked_to_end=asked_to_end.is_set)
-        except Exception as error:  # noqa: BLE001  # a full disk, or an answer nobody expected, may pass in a long training
+        except Exception as error:  # noqa: BLE001  # a full disk or an unexpected answer may pass meanwhile
             trouble = _trouble(error)
             troubles.failed(trouble)
             pause = client.pause_seconds(troubles.failures, trouble.complaint, interval_seconds=interval_seconds)

@@ -1,7 +1,8 @@
 """Readers of annotation files, one per file, in an explicit table.
 
-A reader takes a `DatasetRequest` and returns a `SourceList`: which segment of which file carries which labels. It
-checks every row before any video is decoded. Adding a dataset = one module with ``read`` and one line here.
+A reader takes a `DatasetRequest` and the dataset's name, and returns a `SourceList`: which segment of which file
+carries which labels. It checks every row before any video is decoded. Adding a dataset = one module with ``read``, one
+line here, and its name beside the options that it uses.
 """
 
 from collections.abc import Callable

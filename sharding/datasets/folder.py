@@ -170,7 +170,7 @@ def visible_entries(folder: Path) -> list[Path]:
         AnnotationError: the folder cannot be listed.
     """
     try:
-        names = os.listdir(folder)  # noqa: PTH208  # names only; a Path a file is built once, below
+        names = os.listdir(folder)  # noqa: PTH208  # names only; the Path of a file is built once, below
     except OSError as error:
         raise AnnotationError(f"{folder}: expected a readable folder, found: {error.strerror}") from error
     return [folder / name for name in sorted(names) if not name.startswith(".") and name.lower() not in _LITTER]

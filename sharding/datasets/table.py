@@ -1,4 +1,4 @@
-"""Annotation tables: CSV with a header, row by row, with file:line:column in every message.
+"""Annotation tables, lists and documents, read strictly, with the place in every message: file:line:column.
 
 Everything wrong with a file is gathered (`Problems`) before anything is refused, so all rows are named at once. A
 record is one physical line: a line break inside quotes is refused where it starts, instead of swallowing rows. Times

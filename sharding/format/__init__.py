@@ -1,1 +1,1 @@
-"""Shard format v1: index, writer, manifest, verification, remote sets."""
+"""Shard format v1: index, writer, manifest, remote sets."""

@@ -319,7 +319,7 @@ class PictureMaker:
     def _stored_size(self, picture: av.VideoFrame, orientation: Orientation) -> tuple[int, int]:
         """Of the upright picture: the first frame's; others are stretched to it."""
         shape = picture.width, picture.height, self._pixel_aspect(), orientation
-        if shape != self._shape:  # one shape a clip, as a rule: the fractions are left out for all but its first frame
+        if shape != self._shape:  # one shape per clip, as a rule: fractions are left out for all but its first frame
             self._shape, self._is_stretched = shape, not self._fits(*shape)
         if self._is_stretched:
             self._counts["stretched_frames"] += 1

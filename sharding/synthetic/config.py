@@ -192,7 +192,7 @@ class SyntheticConfig:
     workers: int = 2
     """Processes that draw and encode. The bytes do not depend on it."""
     difficulty: str = "easy"
-    """``easy``, ``medium`` or ``hard``: a row of `sharding.synthetic.config`."""
+    """``easy``, ``medium`` or ``hard``: a name of `DIFFICULTIES`."""
     binding: bool = False
     """True: scenes of several objects, one of which keeps time with the sound (``--task binding``). They have as many
     objects as the difficulty says, whatever `num_shapes`, and all last `min_frames`, so that a view which reads the

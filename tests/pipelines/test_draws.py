@@ -48,7 +48,7 @@ def test_random_words_of_a_key_never_change() -> None:
 
 PINNED_WORDS = [8623517796109943755, 13145527796314271958]
 PINNED_PERMUTATION = [3, 1, 0, 7, 4, 5, 6, 2]
-"""Written down once: if they change, `record.ORDER_VERSION` must rise."""
+"""Written down once: if they change, `selection.ORDER_VERSION` must rise."""
 
 
 def test_uniform_numbers_are_even_over_the_unit_interval() -> None:
@@ -66,7 +66,7 @@ def test_a_view_depends_on_seed_epoch_and_key_and_on_nothing_else() -> None:
 
 
 def test_the_draws_of_a_sample_are_pinned() -> None:
-    """If they change, `record.ORDER_VERSION` must rise, or resumed runs see other views."""
+    """If they change, `selection.ORDER_VERSION` must rise, or resumed runs see other views."""
     view = train_view()
     assert view.frame_indices[:3] == (162, 166, 170)
     assert view.crop.box(height=256, width=340) == CropBox(top=42, left=36, height=194, width=203)
@@ -74,7 +74,7 @@ def test_the_draws_of_a_sample_are_pinned() -> None:
 
 
 def test_the_draws_of_the_augmentation_are_pinned() -> None:
-    """If they change, `record.ORDER_VERSION` must rise."""
+    """If they change, `selection.ORDER_VERSION` must rise."""
     view = train_view("clip-2", augment=EVERYTHING)
     assert view.augment is not None
     assert [(one.name, round(one.argument, 6)) for one in view.augment.operations] == PINNED_OPERATIONS

@@ -64,7 +64,7 @@ def test_a_pretrained_grid_that_cannot_be_is_refused(wrong, message):
 
 
 class DepthExpert(TransformerExpert):
-    """One token a frame, from its mean brightness: an expert of another kind, written outside the package."""
+    """One token per frame, from its mean brightness: an expert of another kind, written outside the package."""
 
     def __init__(self, config: ModelConfig, clip: ClipSpec) -> None:
         frames = clip.num_frames // 2

@@ -168,7 +168,7 @@ PINNED_MIXTURE = [
     [(2, 0, 2), (2, 1, 0), (2, 0, 3), (2, 1, 1)],
     [(1, 0, 0), (2, 1, 2), (1, 0, 1), (2, 1, 3)],
 ]
-"""Written down once: if it changes, `record.ORDER_VERSION` must rise."""
+"""Written down once: if it changes, `selection.ORDER_VERSION` must rise."""
 
 
 def test_wrap_reads_every_sample_of_a_set_smaller_than_a_batch() -> None:

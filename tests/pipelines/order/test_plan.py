@@ -155,7 +155,7 @@ def test_epochs_and_seeds_differ_and_the_order_is_pinned() -> None:
 
 
 PINNED_ORDER = [[(1, 0), (0, 0), (2, 0), (2, 1)], [(1, 2), (0, 2), (0, 3), (2, 2)], [(1, 1), (0, 1), (0, 4), (2, 3)]]
-"""Written down once: if it changes, `record.ORDER_VERSION` must rise."""
+"""Written down once: if it changes, `selection.ORDER_VERSION` must rise."""
 
 
 @pytest.mark.parametrize(
