@@ -116,7 +116,7 @@ def _acquire(path: Path) -> int:
             raise EnvironmentFault(f"cannot lock {path}: {error.strerror}; choose another folder") from error
         if is_ours and _is_at(path, descriptor):
             return descriptor
-        os.close(descriptor)  # of a file that is ours: its last holder removed it between our open and our lock
+        os.close(descriptor)  # locked, but not the file at `path`: its last holder removed that just before
         if not is_ours:
             raise ConversionRefusedError(
                 f"{path.parent}: another conversion writes here ({_holder(path)}); "

@@ -108,7 +108,7 @@ def evaluate(
         accelerator: Gives device and autocast.
         targets: Classes of each target, in the order of the label columns.
         per_device_batch_size: Views of one forward pass.
-        ranks: How this rank meets the others; None: without a clock for it.
+        ranks: How this rank meets the others; None: as `accelerator` does, and nobody reads the times.
 
     Raises:
         IncompleteEvaluationError: the scored samples are not the set's, each by all its views.

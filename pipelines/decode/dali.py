@@ -124,8 +124,8 @@ class ClipGraph:
         if self.is_video:
             videos = fn.external_source(name="videos", dtype=types.UINT8, ndim=1)
             frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
-            # A missing frame is an error, never black.
             device = "mixed" if self.on_gpu else "cpu"
+            # A missing frame is an error, never black.
             pictures = fn.decoders.video(videos, frames=frames, device=device, pad_mode="none")
         else:
             jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1)

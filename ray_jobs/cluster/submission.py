@@ -268,7 +268,7 @@ def send(client: "JobSubmissionClient", job: PreparedJob) -> None:
 
 
 def _raise_unless_taken(client: "JobSubmissionClient", job_id: str) -> None:
-    """Return where the server knows the job; a request that was on its way then gets some time to arrive."""
+    """Raise SendingInterruptedError unless the server knows the job; a request on its way gets some time to arrive."""
     for pause_seconds in _ASK_AFTER_SECONDS:
         try:
             time.sleep(pause_seconds)

@@ -115,7 +115,7 @@ class Supervision:
         self._reported: FailureRecord | None = None
 
     def until_over(self, fit: "Future[dict[str, str]]") -> None:
-        """Return when the run is done; raise how it ended otherwise, or what Ray raised.
+        """Wait until the run is done; raise how it ended otherwise, or what Ray raised.
 
         Raises:
             RunStoppedError: a signal stopped it.

@@ -165,7 +165,7 @@ def load_trained(path: Path) -> TrainedModel:
 def score(trained: TrainedModel, shard_set: ShardSet, views: EvaluationViews) -> Scored:
     """Return the probabilities of every sample of a small set, in its own order, the mean over its views.
 
-    Labels are those of the set. Raises as `place_model` and `trained_loader`.
+    Labels are those of the set. Raises as `trained_loader`.
 
     Raises:
         IncompleteEvaluationError: the samples scored are not those of the set.

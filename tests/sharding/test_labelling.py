@@ -1,4 +1,4 @@
-"""Conversions of several labels a sample and of none, from a list to a verified set."""
+"""Conversions of several labels per sample and of none, from a list to a verified set."""
 
 import hashlib
 import json

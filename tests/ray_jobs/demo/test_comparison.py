@@ -1,4 +1,4 @@
-"""The comparison: one world, one budget, a row a model that says what was reached and what could be."""
+"""The comparison: one world, one budget, a row per model that says what was reached and what could be."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`ca2st features`: what the model says by hand, one row a sample, in order, or no file."""
+"""`ca2st features`: what the model says by hand, one row per sample, in order, or no file."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Several labels a sample, from a list of videos to predictions; and sets without labels."""
+"""Several labels per sample, from a list of videos to predictions; and sets without labels."""
 
 import json
 from pathlib import Path
