@@ -1,4 +1,4 @@
-"""Parameters of a conversion, its budget for rejects, and what it will need on disk."""
+"""Parameters of a conversion, its budget for rejects, and its plan: which sources go into which shard."""
 
 import importlib.metadata
 import platform

@@ -156,8 +156,8 @@ class EpochPlan:
         lanes, inside = np.divmod(np.arange(positions.start, positions.stop), batch // self._record.num_lanes)
         pairs, inside = np.divmod(step * (batch // self._record.num_lanes) + inside, 2 * repeats)
         slots, copies = 2 * pairs + inside % 2, inside // 2
-        # A place behind a lane's end repeats its last slot, as padding.
         starts, lengths = self._lane_edges[lanes], np.diff(self._lane_edges)[lanes]
+        # A place behind a lane's end repeats its last slot, as padding.
         held = np.minimum(starts + np.minimum(slots, np.maximum(lengths - 1, 0)), self.num_samples - 1)
         sources, places = self._mixture.at(held)
         if self._record.shuffle_block:

@@ -1,4 +1,4 @@
-"""``ca2st train`` and ``ca2st submit``."""
+"""``ca2st train``, ``ca2st recipes`` and ``ca2st submit``."""
 
 import json
 import math

@@ -14,6 +14,8 @@ equally likely, and in the binding scenes also with its quarters in any other or
 
 The sound is a tone with random timbre, loudness, wavering and noise; steady, or keyed on and off by a rhythm. Only its
 pitch is the label ``audio``; only its rhythm is the label ``rhythm`` and decides ``binding``.
+
+`generate_split` writes the clips of a split as mp4 files, in worker processes.
 """
 
 import concurrent.futures

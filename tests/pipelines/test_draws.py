@@ -224,7 +224,7 @@ def test_validation_is_one_centred_view(scheme: str) -> None:
 
 
 VARYING = np.array([*range(0, 90_000, 9000), *range(90_000, 900_000, 90_000)], np.int32)
-"""Ten frames in the first second, then one per second up to 9 s: 19 frames; with a last one of 0.1 s they last 9.1 s."""
+"""Ten frames in the first second, then one per second up to 9 s: 19 frames; with a last one of 0.1 s that is 9.1 s."""
 
 
 def varying_facts(ticks: np.ndarray = VARYING) -> ClipFacts:

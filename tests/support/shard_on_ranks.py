@@ -1,4 +1,4 @@
-"""Compares gradients of whole models with those of the same models spread over the ranks; rank 0 prints a line per model.
+"""Compares gradients of whole models with those of the same models spread over ranks; rank 0 prints a line per model.
 
 ``largest_difference`` is relative to each gradient's largest value; ``held`` the share of the weights on one rank.
 """
