@@ -116,7 +116,7 @@ def _acquire(path: Path) -> int:
             raise EnvironmentFault(f"cannot lock {path}: {error.strerror}; choose another folder") from error
         if is_ours and _is_at(path, descriptor):
             return descriptor
-        os.close(descriptor)  # locked, but not the file at `path`: its last holder removed that just before
+        os.close(descriptor)  # if locked, not the file at `path`: its last holder has just removed that
         if not is_ours:
             raise ConversionRefusedError(
                 f"{path.parent}: another conversion writes here ({_holder(path)}); "
