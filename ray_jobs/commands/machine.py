@@ -152,7 +152,8 @@ def loader(
     torchvision's v2 transforms. The variants take turns; medians are reported, then memory and the first batch.
     """
     from pipelines.benchmark.loader import NUM_STEPS, LoaderBenchConfig, benchmark_loader
-    from ray_jobs.bench import bench_facts, bench_sources, write_report
+    from ray_jobs.bench_data import bench_sources
+    from ray_jobs.bench_report import bench_facts, write_report
     from sharding.format.shard_set import read_shard_set
 
     config = LoaderBenchConfig(
@@ -212,7 +213,7 @@ def model(
     """
     from ca2st.benchmark.case import ModelBenchConfig
     from ca2st.benchmark.model import benchmark_models
-    from ray_jobs.bench import bench_facts, write_report
+    from ray_jobs.bench_report import bench_facts, write_report
 
     names = tuple(name.strip() for name in models.split(",") if name.strip())
     config = ModelBenchConfig(
@@ -302,7 +303,7 @@ def _consumer(kind: str, size: str, layers: int | None, clip: "ClipSpec") -> "tu
         from pipelines.benchmark.loader import NORMALISE, normalise
 
         return normalise, NORMALISE
-    from ray_jobs.bench import training_consumer
+    from ray_jobs.bench_data import training_consumer
 
     return training_consumer(kind, size, num_layers=layers, clip=clip)
 

@@ -34,7 +34,8 @@ from ca2st.benchmark.measure import spread
 from ca2st.errors import UserInputError
 from ca2st.processes import SPAWN, num_cores
 from pipelines.benchmark.clips import source_list
-from ray_jobs.bench import bench_facts, source_files, work_folder, write_report
+from ray_jobs.bench_data import source_files, work_folder
+from ray_jobs.bench_report import bench_facts, write_report
 from ray_jobs.cli import main
 from ray_jobs.commands.machine import Clips, Codec, Media, Work
 from ray_jobs.commands.options import Json, Out

@@ -20,7 +20,7 @@ from typing import Annotated, Self, overload
 import typer
 
 from benchmarks.programs import make_command
-from ray_jobs.bench import bench_facts, write_report
+from ray_jobs.bench_report import bench_facts, write_report
 from ray_jobs.cli import main
 from ray_jobs.commands.options import Json, Out
 from ray_jobs.console import require_writable_place

@@ -18,7 +18,7 @@ from benchmarks.programs import make_command
 from ca2st.errors import UserInputError, check_choice
 from ca2st.model.config import AudioVisualConfig
 from pipelines.views import EvaluationViews
-from ray_jobs.bench import bench_facts, write_report
+from ray_jobs.bench_report import bench_facts, write_report
 from ray_jobs.cli import main
 from ray_jobs.config.recipe_file import load_recipe
 from ray_jobs.console import require_writable_place

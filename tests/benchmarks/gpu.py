@@ -32,7 +32,7 @@ from benchmarks.programs import make_command
 from ca2st.checked_json import encoded
 from ca2st.durable import write_bytes
 from ca2st.errors import CA2STError, check_choice
-from ray_jobs.bench import bench_facts, write_report
+from ray_jobs.bench_report import bench_facts, write_report
 from ray_jobs.cli import main
 from ray_jobs.console import progress, require_writable_place, say
 

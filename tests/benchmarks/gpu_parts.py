@@ -488,7 +488,7 @@ _WARM_UP_STEPS = 2
 def _end_to_end_rows(settings: GpuCheckSettings) -> Iterator[Row]:
     """Yield training steps that are fed from shards, by codec and model."""
     from benchmarks.feeding import FedConfig, drawn_shards, measure_fed
-    from ray_jobs.bench import training_consumer
+    from ray_jobs.bench_data import training_consumer
 
     device = torch.device(settings.device)
     fed = FedConfig(clip=settings.clip, batch=settings.model_batch, seconds=settings.fed_seconds, device=device)

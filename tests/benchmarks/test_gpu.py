@@ -33,7 +33,7 @@ from ca2st.benchmark.measure import PEAKS
 from ca2st.errors import EnvironmentFault, UserInputError
 from ca2st.model.inspect import model_info, train_tflop
 from ca2st.spec import ClipSpec
-from ray_jobs.bench import driver_version, package_version
+from ray_jobs.bench_report import driver_version, package_version
 
 SMALL = replace(dry_settings(), codecs=("vp9", "mjpeg"), gops=(8,), damages=())
 GPU = GpuCheckSettings()

@@ -106,7 +106,9 @@ def test_a_training_on_a_set_without_labels_is_refused_in_words(root: Path, role
         open_data(recipe)
 
 
-@pytest.mark.parametrize(("split", "said"), [("validation", "0 to 2 a sample"), ("test", "none: a set to predict on")])
+@pytest.mark.parametrize(
+    ("split", "said"), [("validation", "0 to 2 per sample"), ("test", "none: a set to predict on")]
+)
 def test_inspect_says_how_many_labels_a_sample_has(root: Path, split: str, said: str) -> None:
     shard_set = read_shard_set(root / "shards" / split)
     assert said in str(facts_in_words(set_facts(shard_set))["labels"])

@@ -1,36 +1,23 @@
-"""What every bench needs: files and shards to read, a model's training step behind the loader, and the report.
-
-A report has what was found beside the command, date, machine and versions that explain it.
-"""
+"""What every bench reads: files and shards, and a model's training step behind the loader."""
 
 import contextlib
-import datetime
-import json
-import platform
-import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
-from importlib import metadata
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ca2st.batch import ClipBatch
 from ca2st.benchmark.case import TARGETS, model_config
-from ca2st.benchmark.measure import machine
 from ca2st.errors import UserInputError
 from ca2st.model.network import build_model, held_precision, hold_experts
 from ca2st.processes import num_cores
 from ca2st.spec import ClipSpec
 from ca2st.training.losses import loss_per_clip
 from pipelines.benchmark.clips import BenchSources, DrawnClips, draw_clips, source_list, video_files
-from ray_jobs.console import answer, convert_shown, progress
-from ray_jobs.environment import RECORDED_PACKAGES
+from ray_jobs.console import convert_shown, progress
 from sharding.settings import ConversionConfig
 
-_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _LEARNING_RATE = 1e-4
 
 
@@ -107,43 +94,3 @@ def training_consumer(
 
     depth = "all" if layers is None else str(layers)
     return consume, f"training step of {kind} {size}, {depth} layers, {'bf16' if on_gpu else 'fp32'} on {device.type}"
-
-
-def bench_facts(found: Mapping[str, Any], *, command: str, device: str | None = None) -> dict[str, Any]:
-    """Return `found` with date, `command`, machine and versions; by default the GPU's, if there is one."""
-    packages = (*RECORDED_PACKAGES, "av", "timm", "torchvision")
-    return {
-        **found,
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": command,
-        "machine": asdict(machine(device or ("cuda" if torch.cuda.is_available() else "cpu"))),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: package_version(name) for name in packages},
-            "cuda": torch.version.cuda or "none",
-            "driver": driver_version(_DRIVER_FILE),
-        },
-    }
-
-
-def package_version(package: str) -> str:
-    """Return the version of a package, or ``not installed``."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def driver_version(path: Path) -> str:
-    """Return the version of the GPU driver from the kernel module's own words; ``unknown`` where they have none."""
-    if not path.is_file():
-        return "none"
-    found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", path.read_text())
-    return found.group(1) if found else "unknown"
-
-
-def write_report(facts: Mapping[str, Any], lines: Iterable[str], *, out: Path | None, as_json: bool) -> None:
-    """Write `facts` to the file `out`, and print them (`as_json`) or the `lines` for a person."""
-    if out is not None:
-        out.write_text(json.dumps(facts, indent=1) + "\n")
-    answer(facts, lines, as_json=as_json)
