@@ -350,7 +350,7 @@ def _stages(stages: Any) -> str:
 def _model_lines(found: "ModelBenchmark") -> list[str]:
     plan, limit = found.plan, found.limit
     lines = [
-        f"{plan.size} on {plan.device}, {plan.precision}, {plan.per_device_batch_size} clip(s) a pass; limit "
+        f"{plan.size} on {plan.device}, {plan.precision}, {plan.per_device_batch_size} clip(s) per pass; limit "
         f"{limit.tflops:.3g} TFLOP/s ({limit.dtype}, {limit.size} x {limit.size}, {limit.product}); "
         f"load before: {found.load_before:.1f}"
     ]
