@@ -54,6 +54,10 @@ def test_the_example_of_the_readme_runs_as_it_is_written(tmp_path: Path) -> None
     assert found.stdout.count("holiday.mp4") == 1
 
 
+def test_the_readme_is_read_in_minutes_what_is_longer_is_in_its_package() -> None:
+    assert len(README.read_bytes()) <= 10_000
+
+
 ROOT = README.parent
 GUIDES = [
     *sorted(path for package in (*PACKAGES, "tests") for path in (ROOT / package).rglob("*.md")),
