@@ -417,6 +417,11 @@ def _check_archive(archive: zipfile.ZipFile, file_bytes: int, *, scripted: bool)
     infos = archive.infolist()
     if scripted:  # the programs are compressed, and never opened
         infos = [info for info in infos if info.filename.partition("/")[2].startswith("data")]
+    if locked := [info.filename for info in infos if info.flag_bits & 1]:
+        raise ForeignFileRefusedError(
+            f"expected members without a password, as torch.save writes them, found {locked[0]} encrypted; fetch the "
+            "file again, or save it without one"
+        )
     packed = [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]
     if packed:
         raise ForeignFileRefusedError(

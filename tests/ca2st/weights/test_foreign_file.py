@@ -166,6 +166,17 @@ def test_5_1_a_zip_header_that_asks_for_what_no_reader_has_is_damage(tmp_path, o
         read(path, out)
 
 
+def test_5_1_an_encrypted_member_is_refused_by_name(tmp_path, out):
+    path = _saved(tmp_path, STATE)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 8] |= 1  # the first entry of the directory: flags
+    path.write_bytes(data)
+    with pytest.raises(
+        ForeignFileRefusedError, match=r"without a password.*found .*data.pkl encrypted; fetch the file"
+    ):
+        read(path, out)
+
+
 def test_5_1_a_truncated_old_pickle_is_damage(tmp_path, out):
     path = _saved(tmp_path, STATE, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes()[:-10])

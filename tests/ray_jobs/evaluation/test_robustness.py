@@ -16,12 +16,16 @@ from support.trained import trained_model
 ONE_VIEW = EvaluationViews(protocol="test", clips=1, crops=1)
 
 
-def use_model(monkeypatch: pytest.MonkeyPatch, run_dir: Path, kind: str) -> None:
+def use_model(
+    monkeypatch: pytest.MonkeyPatch, run_dir: Path, kind: str, classes: dict[str, list[str]] | None = None
+) -> None:
+    """`classes`: what the run's document says of its targets, where it is not the model's own."""
     trained = trained_model(run_dir, kind)
     trained.checkpoint.folder.mkdir(parents=True)
     monkeypatch.setattr(workers.inference, "load_trained", lambda _: trained)
     monkeypatch.setattr(robustness, "find_checkpoint", lambda _: trained.checkpoint.folder)
-    monkeypatch.setattr(robustness, "run_document_of", lambda _: trained)
+    document = trained if classes is None else replace(trained, classes=classes)
+    monkeypatch.setattr(robustness, "run_document_of", lambda _: document)
 
 
 def test_every_condition_is_tested_on_the_same_samples_and_drawn(
@@ -69,10 +73,7 @@ def test_a_set_without_a_label_per_sample_is_refused_before_anything_is_scored(
 def test_a_set_without_labels_of_a_target_of_the_model_is_refused_before_anything_is_scored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_model(monkeypatch, tmp_path / "run", "ca2st")
-    classes = {"verb": ["red", "green", "blue"], "noun": ["cup"]}
-    of_two = replace(trained_model(tmp_path / "run"), classes=classes)
-    monkeypatch.setattr(robustness, "run_document_of", lambda _: of_two)
+    use_model(monkeypatch, tmp_path / "run", "ca2st", {"verb": ["red", "green", "blue"], "noun": ["cup"]})
     verbs = (LabelSpace(name="verb", classes=("red", "green", "blue")),)
     shards = make_shard_set(tmp_path / "set", make_samples(4), label_spaces=verbs, targets=("verb",))
     with pytest.raises(UserInputError, match="expected labels of all targets of the model, found none of noun: actio"):
@@ -83,10 +84,8 @@ def test_a_set_without_labels_of_a_target_of_the_model_is_refused_before_anythin
 def test_a_target_that_the_main_metric_does_not_need_may_lack_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_model(monkeypatch, tmp_path / "run", "ca2st")
     classes = {"noun": ["cup"], "tool": ["knife"], "verb": ["red", "green", "blue"]}
-    of_three = replace(trained_model(tmp_path / "run"), classes=classes)
-    monkeypatch.setattr(robustness, "run_document_of", lambda _: of_three)
+    use_model(monkeypatch, tmp_path / "run", "ca2st", classes)
     spaces = tuple(LabelSpace(name=name, classes=tuple(classes[name])) for name in ("noun", "verb"))
     samples = [replace(sample, labels=(0, 0)) for sample in make_samples(4)]
     shards = make_shard_set(tmp_path / "set", samples, label_spaces=spaces, targets=("noun", "verb"))
